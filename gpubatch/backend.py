@@ -1,0 +1,522 @@
+"""Where arrays live: NumPy on the CPU or CuPy on a CUDA device. The only module that names CuPy.
+
+A backend is chosen once, at the edge, by :func:`get_backend`; below it, code passes the object on, or asks
+:func:`array_namespace` which library the arrays in hand belong to. There is no global current backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+import os
+import re
+import sys
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from gpubatch.errors import (
+    ArgumentError,
+    BackendFallbackWarning,
+    BackendUnavailableError,
+    DeviceMismatchError,
+    DTypeError,
+    check_choice,
+)
+
+__all__ = [
+    "Array",
+    "Backend",
+    "Memory",
+    "array_namespace",
+    "available_backends",
+    "backend_of",
+    "float_dtype",
+    "get_backend",
+]
+
+Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray: no type that both share exists
+Shape: TypeAlias = tuple[int, ...]
+
+INSTALL_CUPY = "pip install 'gpubatch[cuda13]' (CUDA 13) or 'gpubatch[cuda12]' (CUDA 12)"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of a device in bytes: all there is for this process, and what is free for it now."""
+
+    total: int
+    available: int
+
+
+class Backend(ABC):
+    """A device and the arrays that live on it.
+
+    ``name`` is "cpu" or "cuda", ``device`` a printable name, ``spec`` what :func:`get_backend` takes to find it
+    again, ``xp`` its Array-API namespace, ``reason`` why it was chosen.
+    """
+
+    name: str
+    device: str
+    spec: str
+    reason: str
+
+    @property
+    @abstractmethod
+    def xp(self) -> Any:
+        """The Array-API namespace: ``array_api_compat.numpy`` or ``array_api_compat.cupy``."""
+
+    @abstractmethod
+    def asarray(self, x: Any, dtype: Any = None) -> Array:
+        """``x`` as an array on this device; a NumPy array is copied to a GPU because this call asks for it."""
+
+    @abstractmethod
+    def to_numpy(self, x: Array) -> np.ndarray:
+        """``x`` as a NumPy array, copied from the device where it lives there."""
+
+    @abstractmethod
+    def empty(self, shape: int | Shape, dtype: Any) -> Array:
+        """A C-contiguous array whose values are not set."""
+
+    @abstractmethod
+    def zeros(self, shape: int | Shape, dtype: Any) -> Array:
+        """A C-contiguous array of zeros."""
+
+    @abstractmethod
+    def owns(self, x: Any) -> bool:
+        """Whether ``x`` is an array on this device."""
+
+    @abstractmethod
+    def memory(self) -> Memory:
+        """Total and available memory in bytes."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until everything that was started on the device is done."""
+
+    @abstractmethod
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Make this the current device inside a ``with``."""
+
+    def check(self, name: str, x: Any) -> Array:
+        """``x``, if it is an array on this device; otherwise an error that names the argument and the remedy."""
+        if self.owns(x):
+            return x
+        raise DeviceMismatchError(
+            f"{name} must be an array on {self.spec!r}, got {describe(x)}; move it there with "
+            f"get_backend({self.spec!r}).asarray(...)"
+        )
+
+    def __repr__(self) -> str:
+        return f"<Backend {self.spec}: {self.device}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Backend) and self.spec == other.spec
+
+    def __hash__(self) -> int:
+        return hash(self.spec)
+
+
+class CpuBackend(Backend):
+    """NumPy arrays in main memory."""
+
+    name = device = spec = "cpu"
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    @property
+    def xp(self) -> Any:
+        import array_api_compat.numpy as xp  # as dear as numpy itself, so on first use
+
+        return xp
+
+    def asarray(self, x: Any, dtype: Any = None) -> Array:
+        if is_cupy(x):
+            raise DeviceMismatchError(f"{describe(x)} is on a GPU; copy it with Backend.to_numpy(...) first")
+        if not isinstance(x, np.ndarray) and hasattr(x, "__dlpack__"):
+            x = self.check("x", from_dlpack(x))
+        return np.asarray(x, dtype=dtype)
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        return x.get() if is_cupy(x) else np.asarray(x)
+
+    def empty(self, shape: int | Shape, dtype: Any) -> Array:
+        return np.empty(shape, dtype)
+
+    def zeros(self, shape: int | Shape, dtype: Any) -> Array:
+        return np.zeros(shape, dtype)
+
+    def owns(self, x: Any) -> bool:
+        return isinstance(x, np.ndarray)
+
+    def memory(self) -> Memory:
+        return host_memory()
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: NumPy returns when the work is done."""
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+
+class CudaBackend(Backend):
+    """CuPy arrays on one CUDA device."""
+
+    name = "cuda"
+
+    def __init__(self, cupy: Any, index: int, reason: str) -> None:
+        self.cupy, self.index, self.reason = cupy, index, reason
+        self.spec = f"cuda:{index}"
+        name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
+        self.device = f"cuda:{index} ({name})"
+
+    @property
+    def xp(self) -> Any:
+        import array_api_compat.cupy as xp
+
+        return xp
+
+    def asarray(self, x: Any, dtype: Any = None) -> Array:
+        with self.scope():
+            if is_cupy(x):
+                return self.cupy.asarray(self.check("x", x), dtype=dtype)
+            if not isinstance(x, np.ndarray) and hasattr(x, "__dlpack__"):
+                x = from_dlpack(x)
+            return self.cupy.asarray(x, dtype=dtype)
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        return x.get() if is_cupy(x) else np.asarray(x)
+
+    def empty(self, shape: int | Shape, dtype: Any) -> Array:
+        with self.scope():
+            return self.cupy.empty(shape, dtype)
+
+    def zeros(self, shape: int | Shape, dtype: Any) -> Array:
+        with self.scope():
+            return self.cupy.zeros(shape, dtype)
+
+    def owns(self, x: Any) -> bool:
+        return is_cupy(x) and x.device.id == self.index
+
+    def memory(self) -> Memory:
+        with self.scope():
+            free, total = self.cupy.cuda.runtime.memGetInfo()
+            pool = self.cupy.get_default_memory_pool()
+            available = free + pool.free_bytes()
+            if limit := pool.get_limit():
+                available = min(available, limit - pool.used_bytes())
+            return Memory(total, max(available, 0))
+
+    def synchronize(self) -> None:
+        with self.scope():
+            self.cupy.cuda.runtime.deviceSynchronize()
+
+    def compile(self, source: str, name: str) -> Any:
+        """The kernel ``name`` of a CUDA source, for this device; CuPy keeps what it compiled on disk."""
+        with self.scope():
+            return self.cupy.RawModule(code=source, options=("--std=c++17",)).get_function(name)
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        device: contextlib.AbstractContextManager[Any] = self.cupy.cuda.Device(self.index)
+        return device
+
+
+# --- choosing -----------------------------------------------------------------------------------------------------
+
+
+def get_backend(spec: str | Backend = "auto", fallback: str | None = None) -> Backend:
+    """The backend that ``spec`` names: "auto", "cpu", "cuda", "cuda:1", or a :class:`Backend`, returned as it is.
+
+    "auto" is what ``GPUBATCH_BACKEND`` says, or else a CUDA device where one can be used, or else the CPU.
+    ``fallback="cpu"``, or ``GPUBATCH_FALLBACK=cpu``, gives the CPU with a ``BackendFallbackWarning`` where "cuda"
+    would raise :class:`BackendUnavailableError`.
+    """
+    if isinstance(spec, Backend):
+        return spec
+    by_argument = fallback is not None
+    fallback = os.environ.get("GPUBATCH_FALLBACK") or None if fallback is None else fallback
+    if fallback is not None:
+        check_choice("fallback" if by_argument else "GPUBATCH_FALLBACK", fallback, ["cpu"])
+    if spec == "auto":
+        chosen = os.environ.get("GPUBATCH_BACKEND") or "auto"
+        if chosen == "auto":
+            return _auto()
+        return _named(chosen, fallback, "GPUBATCH_BACKEND", f"GPUBATCH_BACKEND={chosen}")
+    return _named(spec, fallback, "backend", f"{spec!r} was asked for")
+
+
+def available_backends() -> tuple[str, ...]:
+    """The specs of the backends that can be used here, the CPU first."""
+    try:
+        count = load_cupy().cuda.runtime.getDeviceCount()
+    except BackendUnavailableError:
+        count = 0
+    return ("cpu", *(f"cuda:{index}" for index in range(count)))
+
+
+def _auto() -> Backend:
+    try:
+        return _cuda(0, "a CUDA device can be used")
+    except BackendUnavailableError as error:
+        return CpuBackend(f"CUDA cannot be used: {error.cause}")
+
+
+def _named(spec: Any, fallback: str | None, argument: str, reason: str) -> Backend:
+    if spec == "cpu":
+        return CpuBackend(reason)
+    match = re.fullmatch(r"cuda(?::(\d+))?", spec) if isinstance(spec, str) else None
+    if match is None:
+        raise ArgumentError(f"{argument} must be 'auto', 'cpu', 'cuda', 'cuda:N' or a Backend, got {spec!r}")
+    try:
+        return _cuda(int(match[1] or 0), reason)
+    except BackendUnavailableError as error:
+        if fallback is None:
+            raise
+        # One fixed place in the source, so that Python's default filter shows the warning once in a process.
+        warnings.warn(f"using the CPU instead of {spec!r}. {error}", BackendFallbackWarning, stacklevel=1)
+        return CpuBackend(f"fallback from {spec!r}: {error.cause}")
+
+
+def _cuda(index: int, reason: str) -> Backend:
+    cupy = load_cupy()
+    count = cupy.cuda.runtime.getDeviceCount()
+    if index >= count:
+        raise BackendUnavailableError(
+            f"'cuda:{index}' cannot be used: no device of that number, this machine has {count}.",
+            "no device",
+            f"use 'cuda:0' to 'cuda:{count - 1}', or look at CUDA_VISIBLE_DEVICES.",
+        )
+    return CudaBackend(cupy, index, reason)
+
+
+@functools.cache
+def load_cupy() -> Any:
+    """CuPy, once a tiny computation on a device has worked; otherwise one error with the cause and the remedy."""
+    if importlib.util.find_spec("cupy") is None:
+        raise BackendUnavailableError(
+            "'cuda' cannot be used: CuPy is not installed.", "not installed", INSTALL_CUPY + "."
+        )
+    try:
+        import cupy
+    except (
+        Exception
+    ) as error:  # CuPy raises ImportError, but also RuntimeError and OSError, for libraries it cannot load
+        raise _libraries_missing(error) from error
+    runtime = cupy.cuda.runtime
+    try:
+        driver, needed = runtime.driverGetVersion(), runtime.runtimeGetVersion()
+    except Exception as error:
+        raise _libraries_missing(error) from error
+    try:
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        raise _no_device(driver, needed, error) from error
+    if count == 0:
+        raise _no_device(driver, needed, None)
+    try:
+        probe = cupy.arange(4, dtype=cupy.float32)
+        if float((probe @ probe) + 1) != 15.0:
+            raise RuntimeError("a product of two small arrays came out wrong")
+    except runtime.CUDARuntimeError as error:
+        raise _no_device(driver, needed, error) from error
+    except Exception as error:
+        raise _libraries_missing(error) from error
+    return cupy
+
+
+def _libraries_missing(error: BaseException) -> BackendUnavailableError:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return BackendUnavailableError(
+        f"'cuda' cannot be used: CuPy is installed but CUDA libraries are missing or do not load ({first_line}).",
+        "libraries missing",
+        "install the CUDA toolkit that CuPy was built for, or its wheels: pip install 'cupy-cuda13x[ctk]' (or cuda12x).",
+    )
+
+
+def _no_device(driver: int, needed: int, error: BaseException | None) -> BackendUnavailableError:
+    detail = f" ({error})" if error is not None else ""
+    if 0 < driver < needed and "InsufficientDriver" in str(error):
+        return BackendUnavailableError(
+            f"'cuda' cannot be used: the NVIDIA driver is too old, it serves CUDA {_version(driver)} "
+            f"and CuPy was built for {_version(needed)}.",
+            "driver too old",
+            f"update the driver, or install the CuPy of CUDA {driver // 1000}: cupy-cuda{driver // 1000}x.",
+        )
+    found = (
+        "no NVIDIA driver was found" if driver == 0 else f"the driver (CUDA {_version(driver)}) shows no usable device"
+    )
+    return BackendUnavailableError(
+        f"'cuda' cannot be used: no device, {found}{detail}.",
+        "no device",
+        "check nvidia-smi and CUDA_VISIBLE_DEVICES (in a container: run it with its GPUs), or use backend='cpu'.",
+    )
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+# --- looking at arrays ---------------------------------------------------------------------------------------------
+
+
+def is_cupy(x: Any) -> bool:
+    """Whether ``x`` is a CuPy array, told without importing CuPy."""
+    kind = type(x)
+    return kind.__name__ == "ndarray" and kind.__module__.partition(".")[0] == "cupy"
+
+
+def array_namespace(*arrays: Array) -> Any:
+    """The Array-API namespace that all ``arrays`` belong to; arrays of two devices are an error."""
+    return backend_of(*arrays).xp
+
+
+def backend_of(*arrays: Array) -> Backend:
+    """The backend on which all ``arrays`` live; arrays of two devices are an error."""
+    if not arrays:
+        raise ArgumentError("arrays must hold at least one array, got none")
+    homes = [_home(x) for x in arrays]
+    if len(set(homes)) > 1:
+        other = next(i for i, home in enumerate(homes) if home != homes[0])
+        raise DeviceMismatchError(
+            f"arrays of two devices: argument 0 is {describe(arrays[0])}, argument {other} is "
+            f"{describe(arrays[other])}; copy one of them with Backend.asarray or Backend.to_numpy"
+        )
+    return _named(homes[0], None, "backend", "the arrays live there")
+
+
+def _home(x: Any) -> str:
+    if isinstance(x, np.ndarray):
+        return "cpu"
+    if is_cupy(x):
+        return f"cuda:{x.device.id}"
+    raise DTypeError(f"expected a NumPy or CuPy array, got {describe(x)}; convert it with Backend.asarray")
+
+
+def describe(x: Any) -> str:
+    """An array in words, for messages."""
+    if isinstance(x, np.ndarray):
+        return f"a NumPy array of shape {x.shape} and dtype {x.dtype}"
+    if is_cupy(x):
+        return f"a CuPy array of shape {x.shape} and dtype {x.dtype} on cuda:{x.device.id}"
+    return f"a {type(x).__module__}.{type(x).__qualname__}".replace("a builtins.", "a ")
+
+
+def from_dlpack(x: Any) -> Array:
+    """``x``, an array of another library, seen through DLPack without a copy: by CuPy on a GPU, otherwise by NumPy."""
+    on_gpu = x.__dlpack_device__()[0] == 2  # kDLCUDA
+    try:
+        return load_cupy().from_dlpack(x) if on_gpu else np.from_dlpack(x)
+    except Exception as error:  # every library raises its own: BufferError, TypeError, RuntimeError
+        raise DeviceMismatchError(f"cannot take {describe(x)} without a copy: {error}") from error
+
+
+def float_dtype(dtype: Any, name: str = "dtype") -> np.dtype[Any]:
+    """``dtype`` as NumPy knows it, if it is float32 or float64; ``name`` is what has it, for the message."""
+    known = {name: np.dtype(name) for name in ("float32", "float64")}
+    try:
+        return known[np.dtype(dtype).name]
+    except (TypeError, KeyError):
+        raise DTypeError(f"{name} must be float32 or float64, got {dtype!r}") from None
+
+
+# --- memory of the host --------------------------------------------------------------------------------------------
+
+
+def host_memory(root: Path = Path("/")) -> Memory:
+    """Main memory for this process: the machine's, or less where a control group or a ulimit says so.
+
+    ``root`` is where ``proc`` and ``sys`` are found. Outside Linux available memory is half of what is installed,
+    since no portable call tells more.
+    """
+    machine = _meminfo(root)
+    if machine is None:
+        machine = _installed_memory()
+    total, available = machine
+    for limit, used in _control_groups(root):
+        total, available = min(total, limit), min(available, limit - used)
+    for limit, used in _address_space(root):
+        total, available = min(total, limit), min(available, limit - used)
+    return Memory(total, max(available, 0))
+
+
+def _meminfo(root: Path) -> tuple[int, int] | None:
+    try:
+        text = (root / "proc/meminfo").read_text()
+    except OSError:
+        return None
+    kilobytes = {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
+    if "MemTotal" not in kilobytes:
+        return None
+    total = kilobytes["MemTotal"] * 1024
+    return total, kilobytes.get("MemAvailable", kilobytes.get("MemFree", 0)) * 1024
+
+
+def _installed_memory() -> tuple[int, int]:
+    if sys.platform == "win32":
+        import ctypes
+
+        status = (ctypes.c_ulonglong * 8)()  # MEMORYSTATUSEX: two 32-bit fields (length, load), then seven of 64 bits
+        ctypes.cast(status, ctypes.POINTER(ctypes.c_ulong))[0] = ctypes.sizeof(status)
+        ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
+        return int(status[1]), int(status[2])
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total, total // 2
+
+
+def _control_groups(root: Path) -> Iterator[tuple[int, int]]:
+    """(limit, used) of every memory control group around this process; page cache that can be dropped is not used."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            mount = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # Inside a container the path may be the host's, of which only the mount point itself is seen here.
+        inner = mount / path.lstrip("/")
+        folders = [inner, *inner.parents] if inner.is_dir() else [mount]
+        for folder in folders:
+            if (limits := _group_limit(folder, *names)) is not None:
+                yield limits
+            if folder == mount:
+                break
+
+
+def _group_limit(folder: Path, limit_name: str, usage_name: str, cache_name: str) -> tuple[int, int] | None:
+    try:
+        limit, used = (folder / limit_name).read_text().strip(), int((folder / usage_name).read_text())
+    except (OSError, ValueError):
+        return None
+    if not limit.isdigit() or int(limit) >= 1 << 60:  # "max", or the number that version 1 has for no limit
+        return None
+    with contextlib.suppress(OSError):
+        cache = re.search(rf"^{cache_name} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+        used -= int(cache[1]) if cache else 0
+    return int(limit), max(used, 0)
+
+
+def _address_space(root: Path) -> Iterator[tuple[int, int]]:
+    """(limit, used) of ``ulimit -v``, where one is set."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY and 0 < limit < math.inf:
+            pages = int((root / "proc/self/statm").read_text().split()[0])
+            yield limit, pages * os.sysconf("SC_PAGE_SIZE")
+    except (ImportError, OSError, ValueError):
+        return

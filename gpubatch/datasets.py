@@ -1,0 +1,242 @@
+"""Data sets in files: IDX (MNIST and its kin), CIFAR-10, and the 10,000 MNIST digits that come with gpubatch.
+
+Each loader returns ``(X_train, y_train), (X_test, y_test)``: X uint8 (samples, features) or, with ``flatten=False``,
+images; with ``normalize`` float32 in [0, 1]. y int64 (samples,), or with ``one_hot`` float32 (samples, 10).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+
+from gpubatch.errors import DataFormatError, check_bool, check_int
+
+__all__ = ["cifar10", "mnist", "mnist_10k", "read_idx"]
+
+Samples: TypeAlias = tuple[np.ndarray, np.ndarray]
+
+IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: "i2", 0x0C: "i4", 0x0D: "f4", 0x0E: "f8"}
+MAX_DIMENSIONS = 64  # of a NumPy array
+GZIP_MAGIC = b"\x1f\x8b"
+CHUNK = 1 << 20
+CLASSES = 10
+BUNDLED = Path(__file__).parent / "data" / "mnist10k"
+
+
+# --- IDX ----------------------------------------------------------------------------------------------------------
+
+
+def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
+    """The array in an IDX file, plain or gzip (told by its content), in native byte order.
+
+    A file that is anything else is a ``DataFormatError``. Memory is bounded by what the file really holds, whatever
+    its header claims. Format: http://yann.lecun.com/exdb/mnist/.
+    """
+    with open(path, "rb") as file:
+        packed = file.read(2) == GZIP_MAGIC
+        file.seek(0)
+        read = _Gunzip(file).read if packed else file.read
+        try:
+            dtype, shape = _read_header(path, read)
+            size = math.prod(shape) * dtype.itemsize
+            promise = f"{path}: an IDX header of shape {shape} and dtype {dtype.name} needs {size} bytes of data"
+            if not packed and (found := os.fstat(file.fileno()).st_size - file.tell()) != size:
+                raise DataFormatError(f"{promise}, found {found}")
+            data = _take(read, size)
+            if len(data) < size:
+                raise DataFormatError(f"{promise}, found {len(data)}")
+            if read(1):
+                raise DataFormatError(f"{promise}, found more")
+        except (EOFError, zlib.error) as error:
+            raise DataFormatError(f"{path}: expected a whole gzip file, found a damaged one ({error})") from error
+    return np.frombuffer(data, dtype).astype(dtype.newbyteorder("="), copy=False).reshape(shape)
+
+
+def _read_header(path: Any, read: Callable[[int], bytes]) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    magic = _take(read, 4)
+    if len(magic) < 4:
+        raise DataFormatError(f"{path}: expected an IDX header of at least 8 bytes, found {len(magic)}")
+    if magic[:2] != b"\0\0":
+        raise DataFormatError(
+            f"{path}: expected the magic number of IDX, 00 00 TYPE DIMENSIONS, found {magic.hex(' ')}"
+        )
+    kind, dimensions = magic[2], magic[3]
+    if kind not in IDX_TYPES:
+        known = ", ".join(f"0x{code:02x}" for code in IDX_TYPES)
+        raise DataFormatError(f"{path}: expected an IDX element type out of {known}, found 0x{kind:02x}")
+    if not 1 <= dimensions <= MAX_DIMENSIONS:
+        raise DataFormatError(f"{path}: expected 1 to {MAX_DIMENSIONS} dimensions, found {dimensions}")
+    sizes = _take(read, 4 * dimensions)
+    if len(sizes) < 4 * dimensions:
+        raise DataFormatError(
+            f"{path}: expected an IDX header of {4 + 4 * dimensions} bytes for {dimensions} dimensions, "
+            f"found {4 + len(sizes)}"
+        )
+    dtype, shape = np.dtype(IDX_TYPES[kind]).newbyteorder(">"), tuple(np.frombuffer(sizes, ">u4").tolist())
+    # NumPy counts like this, too: an empty array has to fit without its dimensions of size 0.
+    if math.prod(n or 1 for n in shape) * dtype.itemsize > sys.maxsize:
+        raise DataFormatError(f"{path}: expected an array that fits into memory, found an IDX header of shape {shape}")
+    return dtype, shape
+
+
+def _take(read: Callable[[int], bytes], size: int) -> bytearray:
+    """The next ``size`` bytes, or as many as there are, in memory that grows with what arrives."""
+    data = bytearray()
+    while len(data) < size and (chunk := read(min(CHUNK, size - len(data)))):
+        data += chunk
+    return data
+
+
+class _Gunzip:
+    """A gzip file, of one member or several, of which no byte is decompressed before it is asked for.
+
+    ``gzip.GzipFile`` reads ahead, and so would inflate what lies beyond the size that a header claims.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._member = zlib.decompressobj(wbits=31)  # 31: a gzip header and checksum around the deflated data
+
+    def read(self, size: int) -> bytes:
+        """At least 1 and at most ``size`` bytes; none at the end, where the checksum has been compared."""
+        while True:
+            if self._member.eof:
+                packed = self._member.unused_data.lstrip(b"\0")  # zeros between and after members are padding
+                while not packed and (more := self._file.read(CHUNK)):
+                    packed = more.lstrip(b"\0")
+                if not packed:
+                    return b""
+                self._member = zlib.decompressobj(wbits=31)
+            else:
+                packed = self._member.unconsumed_tail or self._file.read(CHUNK)
+                if not packed:
+                    raise EOFError("it ends too early")
+            if data := self._member.decompress(packed, size):
+                return data
+
+
+# --- the data sets ------------------------------------------------------------------------------------------------
+
+
+def mnist(
+    folder: str | os.PathLike[str], *, normalize: bool = False, one_hot: bool = False, flatten: bool = True
+) -> tuple[Samples, Samples]:
+    """MNIST, or a set in its format such as Fashion-MNIST, from its four files, plain or gzip.
+
+    X is (60000, 784) and (10000, 784), or (samples, 28, 28).
+    """
+    home = _existing(folder)
+    train, test = _mnist_part(home, "train"), _mnist_part(home, "t10k")
+    return _prepare(*train, normalize, one_hot, flatten), _prepare(*test, normalize, one_hot, flatten)
+
+
+def mnist_10k(
+    seed: int = 0, *, normalize: bool = False, one_hot: bool = False, flatten: bool = True
+) -> tuple[Samples, Samples]:
+    """The 10,000 MNIST test images, which come with gpubatch: 8,000 to train on and 2,000 to test, drawn by ``seed``.
+
+    X is (8000, 784) and (2000, 784), or (samples, 28, 28). Source and licence: ``gpubatch/data/mnist10k/README.md``.
+    """
+    seed = check_int("seed", seed, 0, 2**64 - 1)
+    images, labels = _mnist_part(BUNDLED, "t10k")
+    # Raw words, because NumPy promises the stream of a bit generator but not what Generator.permutation makes of it.
+    # Each word carries its index in its low bits, so sorting needs no rule for ties.
+    words, low = np.random.Philox(key=seed).random_raw(len(images)), np.uint64(2**14 - 1)
+    order = np.sort(words & ~low | np.arange(len(images), dtype=np.uint64)) & low
+    train, test = np.split(order.astype(np.int64), [8000])
+    return (
+        _prepare(images[train], labels[train], normalize, one_hot, flatten),
+        _prepare(images[test], labels[test], normalize, one_hot, flatten),
+    )
+
+
+def cifar10(
+    folder: str | os.PathLike[str], *, normalize: bool = False, one_hot: bool = False, flatten: bool = True
+) -> tuple[Samples, Samples]:
+    """CIFAR-10 from its binary version, in ``folder`` or in its ``cifar-10-batches-bin``.
+
+    X is (50000, 3072) and (10000, 3072), red, green, blue plane after plane, or (samples, 3, 32, 32). The Python
+    version is refused: to read a pickle is to run what is in it. Format: https://www.cs.toronto.edu/~kriz/cifar.html.
+    """
+    home = _existing(folder)
+    inner = home / "cifar-10-batches-bin"
+    home = inner if inner.is_dir() else home
+    paths = [home / f"{stem}.bin" for stem in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")]
+    if absent := [path.name for path in paths if not path.is_file()]:
+        for pickled in (home / "data_batch_1", home / "cifar-10-batches-py" / "data_batch_1"):
+            if pickled.is_file():
+                raise DataFormatError(
+                    f"{pickled}: expected the binary version of CIFAR-10, found the Python version, a pickle; "
+                    "unpickling runs code from the file, so it is not read; take cifar-10-binary.tar.gz instead"
+                )
+        raise FileNotFoundError(f"no {', '.join(absent)} in {home}; they come in cifar-10-binary.tar.gz")
+    batches = [_cifar_batch(path) for path in paths]
+    images, labels = (np.concatenate(parts) for parts in zip(*batches[:5], strict=True))
+    return _prepare(images, labels, normalize, one_hot, flatten), _prepare(*batches[5], normalize, one_hot, flatten)
+
+
+def _mnist_part(home: Path, part: str) -> Samples:
+    image_path, label_path = _find(home, f"{part}-images", "idx3-ubyte"), _find(home, f"{part}-labels", "idx1-ubyte")
+    images, labels = read_idx(image_path), read_idx(label_path)
+    if images.dtype != np.uint8 or images.shape[1:] != (28, 28):
+        raise DataFormatError(
+            f"{image_path}: expected uint8 images of shape (samples, 28, 28), found {images.dtype} {images.shape}"
+        )
+    if labels.dtype != np.uint8 or labels.shape != images.shape[:1]:
+        raise DataFormatError(
+            f"{label_path}: expected {len(images)} uint8 labels, one for each image of {image_path.name}, "
+            f"found {labels.dtype} {labels.shape}"
+        )
+    _check_labels(label_path, labels)
+    return images, labels
+
+
+def _find(home: Path, stem: str, ending: str) -> Path:
+    names = [f"{stem}{mark}{ending}{packed}" for mark in "-." for packed in ("", ".gz")]
+    for name in names:
+        if (home / name).is_file():
+            return home / name
+    raise FileNotFoundError(f"no {stem} in {home}: looked for {', '.join(names)}")
+
+
+def _cifar_batch(path: Path) -> Samples:
+    record = 1 + 3 * 32 * 32
+    data = np.fromfile(path, np.uint8)
+    if data.size == 0 or data.size % record:
+        raise DataFormatError(
+            f"{path}: expected records of {record} bytes, a label and an image, found {data.size} bytes"
+        )
+    records = data.reshape(-1, record)
+    _check_labels(path, records[:, 0])
+    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
+
+
+def _check_labels(path: Path, labels: np.ndarray) -> None:
+    wrong = np.flatnonzero(labels >= CLASSES)
+    if wrong.size:
+        raise DataFormatError(f"{path}: expected labels 0 to {CLASSES - 1}, found {labels[wrong[0]]} at {wrong[0]}")
+
+
+def _existing(folder: str | os.PathLike[str]) -> Path:
+    home = Path(folder)
+    if not home.is_dir():
+        raise FileNotFoundError(f"folder must be an existing folder, got {os.fspath(folder)!r}")
+    return home
+
+
+def _prepare(images: np.ndarray, labels: np.ndarray, normalize: bool, one_hot: bool, flatten: bool) -> Samples:
+    samples = len(images)
+    if check_bool("flatten", flatten):
+        images = images.reshape(samples, math.prod(images.shape[1:]))
+    if check_bool("normalize", normalize):
+        images = np.divide(images, 255, dtype=np.float32)
+    if check_bool("one_hot", one_hot):
+        return images, np.eye(CLASSES, dtype=np.float32)[labels]
+    return images, labels.astype(np.int64)

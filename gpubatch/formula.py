@@ -1,0 +1,415 @@
+"""Trace a formula: one Python function of arrays becomes NumPy calls, C statements and host scalars.
+
+A formula is plain NumPy: arithmetic, comparisons, and functions such as ``np.sqrt``, ``np.sign``, ``np.maximum`` and
+``np.where``. Called with arrays it computes; called with the symbols of this module it is recorded. What depends
+on array elements becomes one step per element; arithmetic on hyper-parameters and the step count alone is folded into
+scalars that the host computes in double precision once a step, so ``1 - beta1**t`` costs nothing per element.
+
+The recorded text is valid in Python (for the scalars) and in C (for the elements); ``kernels/update.cuh`` has the
+functions that C lacks.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import keyword
+import math
+import numbers
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Rule", "Trace", "host_function", "rule"]
+
+SUM, PRODUCT, PRIMARY = 3, 4, 6  # binding strength of C and Python operators, for the fewest parentheses
+COMPARISON, UNARY = 2, 5
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """An operation: how NumPy runs it (operands, then ``out``), and how it is written."""
+
+    numpy: Callable[..., Any]
+    text: str
+    strength: int = PRIMARY
+    boolean: bool = False
+    in_place: bool = True  # whether the result may be written over an operand
+
+
+def _select(condition: Any, x: Any, y: Any, out: np.ndarray) -> None:
+    np.copyto(out, y)
+    np.copyto(out, x, where=condition if condition.dtype == bool else bool(condition))
+
+
+# Text that stands between two operands binds to the left; a function's operands stand alone.
+OPS: dict[Any, Op] = {
+    np.add: Op(np.add, "{} + {}", SUM),
+    np.subtract: Op(np.subtract, "{} - {}", SUM),
+    np.multiply: Op(np.multiply, "{} * {}", PRODUCT),
+    np.divide: Op(np.divide, "{} / {}", PRODUCT),
+    np.negative: Op(np.negative, "-{}", UNARY),
+    np.power: Op(np.power, "pow({}, {})"),
+    np.sqrt: Op(np.sqrt, "sqrt({})"),
+    np.exp: Op(np.exp, "exp({})"),
+    np.log: Op(np.log, "log({})"),
+    np.tanh: Op(np.tanh, "tanh({})"),
+    np.abs: Op(np.abs, "fabs({})"),
+    np.sign: Op(np.sign, "sign_of({})"),
+    np.maximum: Op(np.maximum, "larger_of({}, {})"),
+    np.minimum: Op(np.minimum, "smaller_of({}, {})"),
+    np.less: Op(np.less, "{} < {}", COMPARISON, boolean=True),
+    np.less_equal: Op(np.less_equal, "{} <= {}", COMPARISON, boolean=True),
+    np.greater: Op(np.greater, "{} > {}", COMPARISON, boolean=True),
+    np.greater_equal: Op(np.greater_equal, "{} >= {}", COMPARISON, boolean=True),
+    np.where: Op(_select, "select({}, {}, {})", in_place=False),
+}
+COPY = Op(np.positive, "{}")
+
+# What a state array cannot be called, since the C text needs the word.
+C_WORDS = frozenset(
+    """
+    k T element update auto bool case catch char class const default delete do double enum extern float goto inline
+    int long namespace new operator private protected public register short signed sizeof static struct switch
+    template this throw typedef typename union unsigned using virtual void volatile
+    sign_of larger_of smaller_of select sqrt exp log tanh fabs pow
+    """.split()
+)
+
+# What the scalars' text may call; in C the same names are functions of math.cuh or of the language.
+HOST_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "pow": math.pow,
+    "sqrt": math.sqrt,
+    "exp": math.exp,
+    "log": math.log,
+    "tanh": math.tanh,
+    "fabs": math.fabs,
+    "sign_of": lambda x: float((x > 0) - (x < 0)),
+    "larger_of": max,
+    "smaller_of": min,
+    "select": lambda condition, x, y: x if condition else y,
+}
+
+
+# --- symbols -------------------------------------------------------------------------------------------------------
+
+
+class Symbol:
+    """An operand of a formula that is being recorded."""
+
+    __slots__ = ()
+
+    def __add__(self, b: Any) -> Symbol:
+        return record(np.add, self, b)
+
+    def __radd__(self, a: Any) -> Symbol:
+        return record(np.add, a, self)
+
+    def __sub__(self, b: Any) -> Symbol:
+        return record(np.subtract, self, b)
+
+    def __rsub__(self, a: Any) -> Symbol:
+        return record(np.subtract, a, self)
+
+    def __mul__(self, b: Any) -> Symbol:
+        return record(np.multiply, self, b)
+
+    def __rmul__(self, a: Any) -> Symbol:
+        return record(np.multiply, a, self)
+
+    def __truediv__(self, b: Any) -> Symbol:
+        return record(np.divide, self, b)
+
+    def __rtruediv__(self, a: Any) -> Symbol:
+        return record(np.divide, a, self)
+
+    def __pow__(self, b: Any) -> Symbol:
+        return record(np.power, self, b)
+
+    def __rpow__(self, a: Any) -> Symbol:
+        return record(np.power, a, self)
+
+    def __neg__(self) -> Symbol:
+        return record(np.negative, self)
+
+    def __abs__(self) -> Symbol:
+        return record(np.abs, self)
+
+    def __lt__(self, b: Any) -> Symbol:
+        return record(np.less, self, b)
+
+    def __le__(self, b: Any) -> Symbol:
+        return record(np.less_equal, self, b)
+
+    def __gt__(self, b: Any) -> Symbol:
+        return record(np.greater, self, b)
+
+    def __ge__(self, b: Any) -> Symbol:
+        return record(np.greater_equal, self, b)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *operands: Any, **options: Any) -> Symbol:
+        if method != "__call__" or options:
+            raise TypeError(f"a formula can call np.{ufunc.__name__} only as a plain function of its operands")
+        return record(ufunc, *operands)
+
+    def __array_function__(self, function: Any, types: Any, operands: Any, options: Any) -> Symbol:
+        if options:
+            raise TypeError(f"a formula can call np.{function.__name__} only with plain operands")
+        return record(function, *operands)
+
+    def __bool__(self) -> bool:
+        raise TypeError("a formula cannot branch on a value that it computes; write np.where(condition, x, y)")
+
+    def __float__(self) -> float:
+        raise TypeError("a formula cannot turn a value into a float; of the math module's functions take NumPy's")
+
+
+class Scalar(Symbol):
+    """A number that the host computes once a step: a hyper-parameter, ``t``, or arithmetic on them."""
+
+    __slots__ = ("strength", "text")
+
+    def __init__(self, text: str, strength: int = PRIMARY) -> None:
+        self.text, self.strength = text, strength
+
+
+class Element(Symbol):
+    """One element of an array, or what was computed from it; ``number`` is its place in the trace."""
+
+    __slots__ = ("name", "number", "op", "operands", "trace")
+
+    def __init__(self, trace: Trace, op: Op | None, operands: tuple[Any, ...], name: str = "") -> None:
+        self.trace, self.op, self.operands, self.name = trace, op, operands, name
+        self.number = len(trace.elements)
+        trace.elements.append(self)
+
+
+def record(function: Any, *operands: Any) -> Symbol:
+    """The symbol for ``function`` of ``operands``: an element if any operand is one, otherwise a scalar."""
+    op = OPS.get(function)
+    if op is None:
+        known = ", ".join(f"np.{f.__name__}" for f in OPS)
+        raise TypeError(f"a formula cannot use np.{getattr(function, '__name__', function)}; it can use {known}")
+    operands = tuple(x if isinstance(x, Symbol) else _number(x) for x in operands)
+    for position, x in enumerate(operands):
+        if isinstance(x, Element) and x.op and x.op.boolean and not (function is np.where and position == 0):
+            raise TypeError("a formula can use a condition only in np.where(condition, x, y)")
+    owner = next((x for x in operands if isinstance(x, Element)), None)
+    if owner is None:
+        return Scalar(_write(op, [_scalar_text(x) for x in operands]), op.strength)
+    if function is np.power and owner is operands[0] and operands[1] in (2, 0.5):
+        # As ndarray ** 2 and ** 0.5 do; identical bits, and far cheaper than pow.
+        return record(np.multiply, owner, owner) if operands[1] == 2 else record(np.sqrt, owner)
+    return Element(owner.trace, op, operands)
+
+
+def _number(x: Any) -> int | float:
+    if isinstance(x, bool) or not isinstance(x, numbers.Real) or not math.isfinite(x):
+        raise TypeError(f"a formula works with its arguments and finite numbers, got {x!r} of {type(x).__name__}")
+    return int(x) if isinstance(x, numbers.Integral) else float(x)
+
+
+def _scalar_text(x: Any) -> tuple[str, int]:
+    if isinstance(x, Scalar):
+        return x.text, x.strength
+    return repr(x), PRIMARY if x >= 0 else UNARY
+
+
+def _write(op: Op, operands: list[tuple[str, int]]) -> str:
+    """``op`` in text; parentheses where an operand binds less than its place asks for."""
+    if op.strength == PRIMARY:
+        return op.text.format(*(text for text, _ in operands))
+    alone = op.strength in (COMPARISON, UNARY)  # a < b < c and --a mean something else
+    needed = [op.strength + (alone or position > 0) for position in range(len(operands))]  # a - (b - c)
+    return op.text.format(
+        *(text if strength >= need else f"({text})" for (text, strength), need in zip(operands, needed, strict=True))
+    )
+
+
+def host_function(function: Callable[..., float]) -> Callable[..., Any]:
+    """Let formulas call ``function`` of hyper-parameters and ``t``: the host computes it once a step."""
+    HOST_FUNCTIONS[function.__name__] = function
+
+    @functools.wraps(function)
+    def call(*operands: Any) -> Any:
+        if any(isinstance(x, Element) for x in operands):
+            raise TypeError(f"{function.__name__} is a function of hyper-parameters and t, not of arrays")
+        if any(isinstance(x, Scalar) for x in operands):
+            return Scalar(f"{function.__name__}({', '.join(_scalar_text(x)[0] for x in operands)})")
+        return function(*operands)
+
+    return call
+
+
+# --- what a formula turned into ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trace:
+    """A recorded formula.
+
+    ``arrays`` are the names (w, g, state ...), ``hyper`` the hyper-parameters that its scalars depend on,
+    ``elements`` every value in the order in which it is computed, ``results`` what w and each state array become.
+    """
+
+    name: str
+    arrays: tuple[str, ...]
+    hyper: tuple[str, ...]
+    elements: list[Element] = field(default_factory=list)
+    results: tuple[Any, ...] = ()
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The arrays that are written: w and the state."""
+        return (self.arrays[0], *self.arrays[2:])
+
+    @functools.cached_property
+    def scalars(self) -> dict[str, int]:
+        """The text of every scalar that an element needs, and its place in the list that the host computes."""
+        used = [x for element in self.elements for x in element.operands]
+        texts = [x.text for x in (*used, *self.results) if isinstance(x, Scalar)]
+        return {text: i for i, text in enumerate(dict.fromkeys(texts))}
+
+    @functools.cached_property
+    def evaluate(self) -> Callable[..., tuple[float, ...]]:
+        """The scalars as one Python function of ``t`` and the hyper-parameters, in double precision."""
+        values = "".join(f"{text}, " for text in self.scalars)
+        source = f"lambda {', '.join(('t', *self.hyper))}: ({values})"
+        found: Callable[..., tuple[float, ...]] = eval(source, {"__builtins__": {}, **HOST_FUNCTIONS})
+        return found
+
+    @functools.cached_property
+    def c(self) -> str:
+        """The formula as C statements on ``w, g, state ...`` with the scalars in ``k``."""
+        uses = [0] * len(self.elements)
+        for element in self.elements:
+            for x in element.operands:
+                if isinstance(x, Element):
+                    uses[x.number] += 1
+        names = {
+            x.number: f"{a}_new" for a, x in zip(self.targets, self.results, strict=True) if isinstance(x, Element)
+        }
+        lines = []
+
+        def text(x: Any) -> tuple[str, int]:
+            if isinstance(x, Scalar):
+                return f"k[{self.scalars[x.text]}]", PRIMARY
+            if not isinstance(x, Element):
+                return f"T({x!r})", PRIMARY
+            if x.op is None:
+                return x.name, PRIMARY
+            if x.number in names:
+                return names[x.number], PRIMARY
+            return _write(x.op, [text(y) for y in x.operands]), x.op.strength
+
+        for element in self.elements:
+            if element.op is not None and (element.number in names or uses[element.number] > 1):
+                kind = "bool" if element.op.boolean else "T"
+                name = names.pop(element.number, f"x{element.number}")
+                lines.append(f"const {kind} {name} = {text(element)[0]};")
+                names[element.number] = name
+        lines += [f"{a} = {text(x)[0]};" for a, x in zip(self.targets, self.results, strict=True)]
+        return "\n".join(lines)
+
+
+# --- rules ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """An update rule: ``formula(w, g, *state, t, *, hyper-parameters)`` returns the new w and the new state.
+
+    ``defaults`` has the hyper-parameters that have one, ``required`` the others. ``options`` are keyword arguments
+    with a string or a bool: they choose a variant of the formula when it is recorded.
+    """
+
+    name: str
+    formula: Callable[..., Any]
+    state: tuple[str, ...]
+    required: tuple[str, ...]
+    defaults: Mapping[str, float]
+    options: Mapping[str, str | bool]
+
+    def __call__(self, w: Any, g: Any, *state_and_t: Any, **hyper: Any) -> Any:
+        """The formula as it stands, on arrays: the new w and the new state, nothing changed in place."""
+        return self.formula(w, g, *state_and_t, **hyper)
+
+    @property
+    def hyper(self) -> tuple[str, ...]:
+        """The names of all hyper-parameters."""
+        return (*self.required, *self.defaults)
+
+    @functools.cache  # noqa: B019  a rule lives as long as its module; a trace is made once for each variant
+    def trace(self, decay: str = "", **options: str | bool) -> Trace:
+        """The recorded formula; ``decay`` is "" or "coupled" or "decoupled" weight decay."""
+        trace = Trace(self.name, ("w", "g", *self.state), (*self.hyper, *(["weight_decay"] if decay else [])))
+        w, g, *state = (Element(trace, None, (), name) for name in trace.arrays)
+        hyper = {name: Scalar(name) for name in self.hyper}
+        new_w, new_g = _decayed(decay, w, g, hyper.get("lr"))
+        results = self.formula(new_w, new_g, *state, Scalar("t"), **hyper, **options)
+        results = results if isinstance(results, tuple) else (results,)
+        if len(results) != len(trace.targets):
+            raise TypeError(
+                f"{self.name} must return ({', '.join(trace.targets)}), {len(trace.targets)} values; "
+                f"it returned {len(results)}"
+            )
+        # An array passed on as the new content of another is a value too: the other may be overwritten first.
+        trace.results = tuple(
+            Element(trace, COPY, (x,)) if isinstance(x, Element) and x.op is None and x.name != target else x
+            for target, x in zip(
+                trace.targets, (x if isinstance(x, Symbol) else _number(x) for x in results), strict=True
+            )
+        )
+        return trace
+
+
+def _decayed(decay: str, w: Any, g: Any, lr: Any) -> tuple[Any, Any]:
+    """Weight decay, for every rule alike: coupled is L2 (g += λw), decoupled shrinks w by lr·λ before the update."""
+    weight_decay = Scalar("weight_decay")
+    if decay == "decoupled":
+        return w * (1 - lr * weight_decay), g
+    if decay == "coupled":
+        return w, g + weight_decay * w
+    return w, g
+
+
+def rule(formula: Callable[..., Any]) -> Rule:
+    """Declare an update rule.
+
+    The function takes the weights ``w``, the gradient ``g``, its state arrays (zero at first), the step ``t`` (from
+    1), and after ``*`` its hyper-parameters; it returns the new weights and the new state, in the order of its
+    arguments.
+
+    >>> @rule
+    ... def momentum(w, g, v, t, *, lr=0.1, beta=0.9):
+    ...     v = beta * v + (1 - beta) * g
+    ...     return w - lr * v, v
+    """
+    name = getattr(formula, "__name__", "rule")
+    parameters = list(inspect.signature(formula).parameters.values())
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    named = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    if positional[:2] != ["w", "g"] or positional[-1:] != ["t"] or len(positional) + len(named) != len(parameters):
+        raise TypeError(
+            f"{name} must have the signature (w, g, *state names, t, *, hyper-parameters), got {positional}"
+        )
+    for p in named:
+        if p.name in ("t", "weight_decay", "decoupled", "backend", *HOST_FUNCTIONS) or keyword.iskeyword(p.name):
+            raise TypeError(f"{name}: the name {p.name!r} is taken, give the hyper-parameter another")
+        if p.default is not p.empty and not isinstance(p.default, (int, float, str)):
+            raise TypeError(f"{name}: the default of {p.name} must be a number, a string or a bool, got {p.default!r}")
+    for array in positional[2:-1]:
+        if not array.isascii() or array in C_WORDS or array.endswith("_new") or re.fullmatch(r"x\d+", array):
+            raise TypeError(f"{name}: the state {array!r} cannot be a name in C, give it another")
+    defaults = {p.name: p.default for p in named if p.default is not p.empty}
+    return Rule(
+        name=name,
+        formula=formula,
+        state=tuple(positional[2:-1]),
+        required=tuple(p.name for p in named if p.default is p.empty),
+        defaults={k: float(v) for k, v in defaults.items() if not isinstance(v, (bool, str))},
+        options={k: v for k, v in defaults.items() if isinstance(v, (bool, str))},
+    )

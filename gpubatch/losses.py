@@ -1,0 +1,396 @@
+"""Losses: one number for a batch of scores, and its gradient by them; forward and backward side by side.
+
+Scores are ``(batch, outputs)``; the loss is a mean over the batch, so its size does not depend on the batch size. Each
+loss is also a function, ``softmax_cross_entropy(scores, Y) -> (loss, dscores)``, for use without a network.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from gpubatch.backend import Array, Backend, backend_of, describe
+from gpubatch.errors import ArgumentError, DTypeError, ShapeError
+
+__all__ = ["LOSSES", "Loss", "mse", "sigmoid_cross_entropy", "softmax_cross_entropy", "svm"]
+
+Space: TypeAlias = tuple[tuple[int, ...], Any]  # shape, in which -1 is the batch size, and dtype; None is the scores'
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a loss has at hand in one call: its workspace by name, and ``offsets``, where each row of scores starts."""
+
+    backend: Backend
+    xp: Any
+    work: Mapping[str, Array]
+    offsets: Array
+
+
+class Loss(ABC):
+    """A loss: forward leaves its value in ``work["loss"]``, of one element, backward the gradient in ``work["dz"]``.
+
+    Backward goes on from what forward left in ``dz``. The scores z are not changed.
+    """
+
+    least_outputs = 1
+
+    @abstractmethod
+    def workspace(self, outputs: int) -> Mapping[str, Space]:
+        """The arrays that forward and backward work in, with "loss" and "dz" among them."""
+
+    @abstractmethod
+    def check(self, Y: Array, rows: int, outputs: int) -> None:
+        """Raise if shape or dtype of Y do not fit; looks at no value."""
+
+    @abstractmethod
+    def check_values(self, Y: Array, outputs: int) -> None:
+        """Raise if a value of Y is out of range; on a GPU this waits for the device."""
+
+    @abstractmethod
+    def forward(self, z: Array, Y: Array, c: Context) -> None:
+        """Write the loss."""
+
+    @abstractmethod
+    def backward(self, z: Array, Y: Array, c: Context) -> None:
+        """Write the gradient."""
+
+    @abstractmethod
+    def predict(self, z: Array) -> Array:
+        """What the scores say, as a new array."""
+
+    @abstractmethod
+    def truth(self, Y: Array, outputs: int) -> Array:
+        """The targets in the form of :meth:`predict`, to count how many agree."""
+
+
+# --- regression ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MeanSquaredError(Loss):
+    """Mean of (z - y)² over all elements. Y has the shape of the scores, or ``(batch,)`` where there is one output."""
+
+    def workspace(self, outputs: int) -> Mapping[str, Space]:
+        """The gradient, and the squares."""
+        return {"loss": ((1,), None), "dz": ((-1, outputs), None), "t": ((-1, outputs), None)}
+
+    def check(self, Y: Array, rows: int, outputs: int) -> None:
+        """Y must be real numbers, one for each score."""
+        check_targets(Y, rows, outputs)
+
+    def check_values(self, Y: Array, outputs: int) -> None:
+        """Any number will do; NaN shows in the loss."""
+
+    def forward(self, z: Array, Y: Array, c: Context) -> None:
+        """L = Σ (z - y)² / N."""
+        dz = c.xp.subtract(z, Y.reshape(z.shape), out=c.work["dz"])
+        total(c.xp.multiply(dz, dz, out=c.work["t"]), c.work["loss"], 1 / z.size)
+
+    def backward(self, z: Array, Y: Array, c: Context) -> None:
+        """dz = 2 (z - y) / N."""
+        dz = c.work["dz"]
+        dz *= 2 / z.size
+
+    def predict(self, z: Array) -> Array:
+        """The scores themselves."""
+        return z.copy()
+
+    def truth(self, Y: Array, outputs: int) -> Array:
+        """There is no such thing: nothing is right or wrong here."""
+        raise ArgumentError("accuracy needs a classification loss, and mse is none; use net.loss(X, Y) instead")
+
+
+# --- yes or no -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SigmoidCrossEntropy(Loss):
+    """-y log σ(z) - (1 - y) log(1 - σ(z)), mean over all elements.
+
+    Y holds numbers in [0, 1] of the scores' shape, or ``(batch,)`` where there is one output.
+    """
+
+    def workspace(self, outputs: int) -> Mapping[str, Space]:
+        """The gradient, and one array of its size."""
+        return {"loss": ((1,), None), "dz": ((-1, outputs), None), "t": ((-1, outputs), None)}
+
+    def check(self, Y: Array, rows: int, outputs: int) -> None:
+        """Y must be real numbers, one for each score."""
+        check_targets(Y, rows, outputs)
+
+    def check_values(self, Y: Array, outputs: int) -> None:
+        """Targets are probabilities."""
+        low, high = Y.min().item(), Y.max().item()
+        if not (low >= 0 and high <= 1):
+            raise ArgumentError(f"Y must be in [0, 1] for sigmoid_cross_entropy, got {high if low >= 0 else low}")
+
+    def forward(self, z: Array, Y: Array, c: Context) -> None:
+        """L = Σ max(z, 0) - z y + log(1 + exp(-|z|)) / N: no logarithm of zero, nothing that overflows."""
+        xp, dz, t = c.xp, c.work["dz"], c.work["t"]
+        xp.maximum(z, 0, out=dz)
+        dz -= xp.multiply(z, Y.reshape(z.shape), out=t)
+        xp.exp(xp.negative(xp.abs(z, out=t), out=t), out=t)
+        dz += xp.log1p(t, out=t)
+        total(dz, c.work["loss"], 1 / z.size)
+
+    def backward(self, z: Array, Y: Array, c: Context) -> None:
+        """dz = (σ(z) - y) / N, with σ(z) = exp(min(z, 0)) / (1 + exp(-|z|))."""
+        xp, dz, t = c.xp, c.work["dz"], c.work["t"]
+        xp.exp(xp.negative(xp.abs(z, out=t), out=t), out=t)
+        t += 1
+        xp.exp(xp.minimum(z, 0, out=dz), out=dz)
+        dz /= t
+        dz -= Y.reshape(z.shape)
+        dz *= 1 / z.size
+
+    def predict(self, z: Array) -> Array:
+        """1 where the score is above 0, else 0; ``(batch,)`` where there is one output."""
+        positive = (z > 0).astype(np.int64)
+        return positive[:, 0] if z.shape[1] == 1 else positive
+
+    def truth(self, Y: Array, outputs: int) -> Array:
+        """1 where the target is above a half, else 0."""
+        positive = (Y > 0.5).astype(np.int64)
+        return positive.reshape(-1) if outputs == 1 else positive
+
+
+# --- one class of many -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SVM(Loss):
+    """Multiclass hinge loss Σ_{j≠y} max(0, z_j - z_y + 1), mean over the batch (Weston & Watkins 1999, CS231n).
+
+    Y holds integer labels ``(batch,)``.
+    """
+
+    least_outputs = 2
+
+    def workspace(self, outputs: int) -> Mapping[str, Space]:
+        """The margins, and what belongs to the labels."""
+        return {
+            "loss": ((1,), None),
+            "dz": ((-1, outputs), None),
+            "row": ((-1,), None),
+            "index": ((-1,), np.int64),
+        }
+
+    def check(self, Y: Array, rows: int, outputs: int) -> None:
+        """Y must be integers, one for each row."""
+        check_labels(Y, rows, "svm takes integer labels")
+
+    def check_values(self, Y: Array, outputs: int) -> None:
+        """Labels count from 0."""
+        check_label_values(Y, outputs)
+
+    def forward(self, z: Array, Y: Array, c: Context) -> None:
+        """L = Σ max(0, z_j - z_y + 1) / n, without j = y."""
+        xp, dz, row, index = c.xp, c.work["dz"], c.work["row"], c.work["index"]
+        places_of(Y, index, c)
+        take(z, index, row, c)
+        xp.subtract(z, row[:, None], out=dz)
+        dz += 1
+        xp.maximum(dz, 0, out=dz)
+        dz.reshape(-1)[index] = 0
+        total(dz, c.work["loss"], 1 / len(z))
+
+    def backward(self, z: Array, Y: Array, c: Context) -> None:
+        """dz_j = 1/n for a violated margin, dz_y = -(how many there are)/n."""
+        xp, dz, row, index = c.xp, c.work["dz"], c.work["row"], c.work["index"]
+        xp.sign(dz, out=dz)  # margins are not negative, so this is 1 where one is violated
+        dz.sum(axis=1, out=row)
+        dz.reshape(-1)[index] = xp.negative(row, out=row)
+        dz *= 1 / len(z)
+
+    def predict(self, z: Array) -> Array:
+        """The class of the highest score."""
+        return z.argmax(axis=1)
+
+    def truth(self, Y: Array, outputs: int) -> Array:
+        """The labels."""
+        return Y
+
+
+@dataclass(frozen=True)
+class SoftmaxCrossEntropy(Loss):
+    """-Σ_j y_j log softmax(z)_j, mean over the batch.
+
+    Y holds integer labels ``(batch,)``, or a row of probabilities (one-hot, say) for each row of scores.
+    """
+
+    least_outputs = 2
+
+    def workspace(self, outputs: int) -> Mapping[str, Space]:
+        """The exponentials, what belongs to a row, and one array for targets in rows."""
+        return {
+            "loss": ((1,), None),
+            "dz": ((-1, outputs), None),
+            "t": ((-1, outputs), None),
+            **dict.fromkeys(("row", "sum", "log", "weight"), ((-1,), None)),
+            "index": ((-1,), np.int64),
+        }
+
+    def check(self, Y: Array, rows: int, outputs: int) -> None:
+        """Y must be integers, one for each row, or real numbers, one for each score."""
+        if Y.ndim == 1:
+            check_labels(Y, rows, f"softmax_cross_entropy takes integer labels, or rows of {outputs} probabilities")
+        else:
+            check_targets(Y, rows, outputs, "; labels must be of shape (batch,)" if Y.shape == (rows, 1) else "")
+
+    def check_values(self, Y: Array, outputs: int) -> None:
+        """Labels count from 0; probabilities are not negative."""
+        if Y.ndim == 1:
+            check_label_values(Y, outputs)
+        elif not (low := Y.min().item()) >= 0:
+            raise ArgumentError(f"Y must hold probabilities, got {low}")
+
+    def forward(self, z: Array, Y: Array, c: Context) -> None:
+        """L = Σ log Σ_j exp(z_j - max z) - (z_y - max z) / n; the largest exponential is 1, so the log is finite."""
+        xp, dz, row, sums = c.xp, c.work["dz"], c.work["row"], c.work["sum"]
+        z.max(axis=1, out=row)
+        xp.subtract(z, row[:, None], out=dz)
+        if Y.ndim == 1:
+            places_of(Y, c.work["index"], c)
+            take(dz, c.work["index"], row, c)
+        else:
+            xp.multiply(dz, Y, out=c.work["t"]).sum(axis=1, out=row)
+        xp.exp(dz, out=dz)
+        dz.sum(axis=1, out=sums)
+        log = xp.log(sums, out=c.work["log"])
+        if Y.ndim == 2:
+            log *= Y.sum(axis=1, dtype=z.dtype, out=c.work["weight"])
+        total(xp.subtract(log, row, out=log), c.work["loss"], 1 / len(z))
+
+    def backward(self, z: Array, Y: Array, c: Context) -> None:
+        """dz = (softmax(z) Σ_j y_j - y) / n."""
+        xp, dz, t, row, sums = c.xp, c.work["dz"], c.work["t"], c.work["row"], c.work["sum"]
+        xp.divide(1 / len(z), sums, out=row)
+        if Y.ndim == 1:
+            dz *= row[:, None]
+            take(dz, c.work["index"], row, c)
+            row -= 1 / len(z)
+            dz.reshape(-1)[c.work["index"]] = row
+        else:
+            row *= c.work["weight"]
+            dz *= row[:, None]
+            dz -= xp.multiply(Y, 1 / len(z), out=t)
+
+    def predict(self, z: Array) -> Array:
+        """The class of the highest score."""
+        return z.argmax(axis=1)
+
+    def truth(self, Y: Array, outputs: int) -> Array:
+        """The labels, or the most probable class of each row."""
+        return Y if Y.ndim == 1 else Y.argmax(axis=1)
+
+
+LOSSES: dict[str, Loss] = {
+    "softmax_cross_entropy": SoftmaxCrossEntropy(),
+    "sigmoid_cross_entropy": SigmoidCrossEntropy(),
+    "mse": MeanSquaredError(),
+    "svm": SVM(),
+}
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def total(x: Array, out: Array, scale: float) -> None:
+    """Write scale * Σ x to ``out``, of one element."""
+    x.reshape(-1).sum(keepdims=True, out=out)
+    out *= scale
+
+
+def places_of(labels: Array, index: Array, c: Context) -> None:
+    """Write to ``index`` where the score of each row's label stands among all scores."""
+    index[...] = labels  # any integer type becomes int64 here
+    index += c.offsets
+
+
+def take(x: Array, index: Array, out: Array, c: Context) -> None:
+    """``out = x.reshape(-1)[index]``."""
+    if c.backend.name == "cpu":
+        x.reshape(-1).take(index, out=out, mode="clip")  # the other mode makes NumPy fill a copy of out first
+    else:
+        x.reshape(-1).take(index, out=out)  # CuPy has one mode only
+
+
+def check_labels(Y: Array, rows: int, takes: str) -> None:
+    """Y must be integers, one for each row."""
+    if Y.ndim != 1:
+        raise ShapeError(f"{takes}: Y must have shape ({rows},), got {Y.shape}")
+    if len(Y) != rows:
+        raise ShapeError(f"X has {rows} rows, Y has {len(Y)}")
+    if Y.dtype.kind not in "iu":
+        raise DTypeError(f"{takes}: Y of shape {Y.shape} has dtype {Y.dtype}; convert it with Y.astype('int64')")
+
+
+def check_label_values(Y: Array, outputs: int) -> None:
+    """Labels must be 0 to outputs - 1."""
+    low, high = Y.min().item(), Y.max().item()
+    if low < 0 or high >= outputs:
+        raise ArgumentError(f"Y must hold labels from 0 to {outputs - 1}, got {high if low >= 0 else low}")
+
+
+def check_targets(Y: Array, rows: int, outputs: int, hint: str = "") -> None:
+    """Y must be real numbers, one for each score."""
+    if Y.shape != (rows, outputs) and not (outputs == 1 and Y.shape == (rows,)):
+        if Y.ndim in (1, 2) and len(Y) != rows:
+            raise ShapeError(f"X has {rows} rows, Y has {len(Y)}")
+        raise ShapeError(f"Y must have the shape of the scores, {(rows, outputs)}, got {Y.shape}{hint}")
+    if Y.dtype.kind not in "fiub":
+        raise DTypeError(f"Y must hold real numbers, got dtype {Y.dtype}")
+
+
+# --- without a network -----------------------------------------------------------------------------------------------
+
+
+def softmax_cross_entropy(scores: Array, Y: Array) -> tuple[float, Array]:
+    """Loss and gradient by the scores ``(batch, classes)``; Y integer labels ``(batch,)`` or rows of probabilities.
+
+    >>> import numpy as np
+    >>> loss, dscores = softmax_cross_entropy(np.zeros((2, 4)), np.array([0, 3]))
+    >>> round(loss, 4), dscores[0].tolist()
+    (1.3863, [-0.375, 0.125, 0.125, 0.125])
+    """
+    return _alone("softmax_cross_entropy", scores, Y)
+
+
+def sigmoid_cross_entropy(scores: Array, Y: Array) -> tuple[float, Array]:
+    """Loss and gradient by the scores ``(batch, outputs)``; Y in [0, 1], one for each score."""
+    return _alone("sigmoid_cross_entropy", scores, Y)
+
+
+def mse(scores: Array, Y: Array) -> tuple[float, Array]:
+    """Mean squared difference and its gradient by the scores ``(batch, outputs)``; Y one number for each score."""
+    return _alone("mse", scores, Y)
+
+
+def svm(scores: Array, Y: Array) -> tuple[float, Array]:
+    """Multiclass hinge loss and its gradient by the scores ``(batch, classes)``; Y integer labels ``(batch,)``."""
+    return _alone("svm", scores, Y)
+
+
+def _alone(name: str, z: Array, Y: Array) -> tuple[float, Array]:
+    backend, loss = backend_of(z, Y), LOSSES[name]
+    if z.ndim != 2 or min(z.shape) < 1 or z.shape[1] < loss.least_outputs:
+        raise ShapeError(f"scores must have shape (batch, at least {loss.least_outputs}), got {z.shape}")
+    if z.dtype not in (np.float32, np.float64):
+        raise DTypeError(f"scores must be float32 or float64, got {describe(z)}")
+    rows, outputs = z.shape
+    loss.check(Y, rows, outputs)
+    loss.check_values(Y, outputs)
+    work = {
+        name: backend.empty(tuple(rows if n == -1 else n for n in shape), dtype or z.dtype)
+        for name, (shape, dtype) in loss.workspace(outputs).items()
+    }
+    with backend.scope(), np.errstate(over="ignore", invalid="ignore"):
+        context = Context(backend, backend.xp, work, backend.asarray(np.arange(rows) * outputs))
+        loss.forward(z, Y, context)
+        loss.backward(z, Y, context)
+        return float(work["loss"].item()), work["dz"]

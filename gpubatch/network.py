@@ -1,0 +1,595 @@
+"""A stack of layers over one flat buffer of parameters, run in a workspace that is planned before the first step.
+
+The workspace is one block of memory. :meth:`Network.lay_out` says where every array of a batch lies in it, so its size
+is known before anything is allocated, and a smaller batch runs in views of the same block.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpubatch import losses
+from gpubatch.backend import Array, Backend, float_dtype, get_backend
+from gpubatch.errors import (
+    ArgumentError,
+    DTypeError,
+    NonFiniteError,
+    ShapeError,
+    check_bool,
+    check_choice,
+    check_int,
+    check_real,
+)
+from gpubatch.layers import ACTIVATIONS, BatchNorm, Context, Dense, Dropout, Layer, Mode, Needs, Parameter, Shape
+from gpubatch.params import FlatViews, Parameters
+
+__all__ = ["Network", "mlp"]
+
+EVALUATION_ROWS = 1024  # rows that are evaluated at a time: large enough for full speed, and a bound on memory
+ALIGNMENT = 256  # bytes; what GPU memory accesses like, and a multiple of every CPU's cache line
+SIZES_KEPT = 8  # batch sizes whose views are kept; a run has two or three
+L2_BLOCK = 1 << 14  # elements that the l2 gradient takes at a time on the CPU, small enough for the cache
+
+
+# --- the places of arrays in one block of memory ---------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """Where an array lies: bytes from the start of the block, shape, dtype."""
+
+    start: int
+    shape: Shape
+    dtype: np.dtype[Any]
+
+
+class Layout:
+    """Gives out places one after another, from ``start`` on, for a batch of ``rows``."""
+
+    def __init__(self, rows: int, dtype: np.dtype[Any], start: int = 0) -> None:
+        self.rows, self.dtype, self.end = rows, dtype, start
+
+    def place(self, shape: Shape, dtype: Any = None) -> Place:
+        """A place for an array; -1 in ``shape`` is the batch size."""
+        shape = tuple(self.rows if n == -1 else n for n in shape)
+        place = Place(self.end, shape, np.dtype(dtype or self.dtype))
+        size = math.prod(shape) * place.dtype.itemsize
+        self.end += -(-size // ALIGNMENT) * ALIGNMENT
+        return place
+
+    def places(self, spaces: Mapping[str, tuple[Shape, Any]]) -> dict[str, Place]:
+        """Places by name."""
+        return {name: self.place(shape, dtype) for name, (shape, dtype) in spaces.items()}
+
+    def branch(self) -> Layout:
+        """A layout that goes on from here by itself."""
+        return Layout(self.rows, self.dtype, self.end)
+
+
+class Stage(NamedTuple):
+    """The arrays of one layer in a pass: places while planned, views when bound. ``y`` of one is x of the next."""
+
+    y: Any
+    dx: Any
+    work: dict[str, Any]
+
+
+class Plan(NamedTuple):
+    """All places of a pass over a batch, and how many bytes they take."""
+
+    stages: list[Stage]
+    loss: dict[str, Place]
+    size: int
+
+
+class Pass(NamedTuple):
+    """A plan bound to memory: layers with their arrays, the loss's context, and the scores."""
+
+    steps: list[tuple[Layer, Array, Array, Context]]  # layer, y, dx, context
+    loss: losses.Context
+    scores: Array
+
+
+class Workspace:
+    """A block of memory for batches of up to ``rows`` rows, and the views into it for the sizes used last."""
+
+    def __init__(self, rows: int, block: Array, offsets: Array) -> None:
+        self.rows, self.block, self.offsets = rows, block, offsets
+        self.passes: dict[int, Pass] = {}
+
+
+# --- the network -----------------------------------------------------------------------------------------------------
+
+
+class Network:
+    """Layers, one after another, and a loss.
+
+    ``l2`` adds l2/2 * Σ W² over the weights of Dense layers (not biases, gamma and beta) to the loss. ``seed``, an
+    integer of 64 bits, decides the first weights and the dropout masks, the same on CPU and GPU.
+
+    The parameters of the k-th layer of a kind are numbered k: W1, b1, gamma1, beta1, W2, ... A network is not to be
+    used by two threads at a time, since they would share its workspace.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        loss: str = "softmax_cross_entropy",
+        l2: float = 0.0,
+        backend: str | Backend = "auto",
+        dtype: Any = "float32",
+        seed: int = 0,
+    ) -> None:
+        self.layers = tuple(layers)
+        self.loss_name = check_choice("loss", loss, losses.LOSSES)
+        self.l2 = check_real("l2", l2, 0)
+        self.dtype = float_dtype(dtype)
+        self.seed = check_int("seed", seed, 0, 2**64 - 1)
+        self.widths = chain_widths(self.layers)
+        self.needs = [layer.needs(n) for layer, n in zip(self.layers, self.widths[:-1], strict=True)]
+        self._loss = losses.LOSSES[loss]
+        if self.outputs < self._loss.least_outputs:
+            raise ArgumentError(
+                f"{loss} needs at least {self._loss.least_outputs} outputs, the last layer gives {self.outputs}; "
+                f"for yes or no use loss='sigmoid_cross_entropy'"
+            )
+        self.backend = get_backend(backend)
+        self._xp = self.backend.xp
+        self._mode = Mode(self.seed)
+        self._names = parameter_names(self.layers, self.needs)
+        self._make_parameters()
+        self._first = next(i for i, needs in enumerate(self.needs) if needs.parameters)  # backward ends here
+        self._weights = [self._names[i][name] for i, name, p in self._declared("parameters") if p.l2] if self.l2 else []
+        self._training = Workspace(0, None, None)
+        self._evaluation = Workspace(0, None, None)
+
+    @property
+    def inputs(self) -> int:
+        """Features of a row of X."""
+        return self.widths[0]
+
+    @property
+    def outputs(self) -> int:
+        """Numbers in a row of scores."""
+        return self.widths[-1]
+
+    @property
+    def dropout_step(self) -> int:
+        """How many training steps were made; dropout masks depend on it."""
+        return self._mode.step
+
+    @property
+    def planned(self) -> int:
+        """The largest batch for which a training workspace is there."""
+        return self._training.rows
+
+    def __repr__(self) -> str:
+        layers = ", ".join(map(repr, self.layers))
+        return f"Network([{layers}], loss={self.loss_name!r}, l2={self.l2}, dtype={self.dtype.name!r})"
+
+    # --- training ---
+
+    def loss_and_grad(self, X: Array, Y: Array) -> tuple[float, FlatViews]:
+        """The loss of a training step, as a float, and its gradients, which overwrite ``parameters.grads``.
+
+        Raises NonFiniteError where the loss is NaN or infinite; running statistics and dropout are then as before.
+        """
+        self._check_batch(X, Y, values=True)
+        with self.backend.scope(), quiet():
+            run = self._forward(X, Y)
+            loss = self._finite(run.loss.work["loss"].item(), X)
+            self._backward(run, X, Y)
+        return loss, self.parameters.grads
+
+    def step_loss(self, X: Array, Y: Array) -> Array:
+        """:meth:`loss_and_grad` without waiting for the device: the loss as an array of one element.
+
+        The next step overwrites it. Whether the loss is finite is not checked; nor, on a GPU, are the values of Y.
+        """
+        self._check_batch(X, Y, values=self.backend.name == "cpu")
+        with self.backend.scope(), quiet():
+            run = self._forward(X, Y)
+            self._backward(run, X, Y)
+        return run.loss.work["loss"]
+
+    # --- evaluation ---
+
+    def loss(self, X: Array, Y: Array, training: bool = False) -> float:
+        """Mean loss and l2 term, with running statistics and without dropout; changes nothing.
+
+        ``training=True`` takes batch statistics and the dropout of the step to come. Raises NonFiniteError where the
+        loss is NaN or infinite.
+        """
+        self._check_batch(X, Y, values=True)
+        with self.backend.scope(), quiet():
+            if training:
+                return self._finite(self._forward(X, Y).loss.work["loss"].item(), X)
+            total = penalty = 0.0
+            for rows, run in self._evaluate(X):
+                self._loss.forward(run.scores, Y[rows], run.loss)
+                total += run.loss.work["loss"].item() * len(run.scores)
+            for name in self._weights:
+                penalty += self.l2 / 2 * squares(self._xp, self.parameters[name], run.loss.work["squares"]).item()
+        return self._finite(total / len(X) + penalty, X)
+
+    def scores(self, X: Array) -> Array:
+        """What the last layer gives, ``(batch, outputs)``, as a new array."""
+        self._check_inputs(X)
+        result = self.backend.empty((len(X), self.outputs), self.dtype)
+        with self.backend.scope(), quiet():
+            for rows, run in self._evaluate(X):
+                result[rows] = run.scores
+        return result
+
+    def predict(self, X: Array) -> Array:
+        """Labels as int64: the highest score's class, or 1 where a score is above 0; with mse the scores themselves.
+
+        Shape ``(batch,)``; with sigmoid_cross_entropy and mse that of the scores, but ``(batch,)`` for one yes or no.
+        """
+        scores = self.scores(X)
+        with self.backend.scope():
+            return self._loss.predict(scores)
+
+    def accuracy(self, X: Array, Y: Array) -> float:
+        """The fraction of predictions that are right."""
+        self._check_batch(X, Y, values=True)
+        with self.backend.scope():
+            return float((self._loss.truth(Y, self.outputs) == self.predict(X)).mean())
+
+    # --- memory ---
+
+    def memory(self, batch_size: int) -> int:
+        """Bytes that training with this batch size and evaluation take, X and Y apart; nothing is allocated.
+
+        Parameters, gradients, running statistics, the workspace of a step, and that of an evaluation of 1024 rows.
+        """
+        rows = check_int("batch_size", batch_size, 1)
+        index = 8 * (rows + EVALUATION_ROWS)
+        workspaces = self.lay_out(rows, True).size + self.lay_out(EVALUATION_ROWS, False).size
+        held = 2 * self.parameters.flat.nbytes + self.buffers.flat.nbytes
+        return int(held + workspaces + index)
+
+    def plan(self, batch_size: int) -> None:
+        """Allocate the workspace for steps of up to ``batch_size`` rows, where there is no such workspace yet."""
+        rows = check_int("batch_size", batch_size, 1)
+        if rows > self._training.rows:
+            self._training = Workspace(0, None, None)  # give the old one back before the new one is asked for
+            self._training = self._allocate(rows, True)
+
+    def lay_out(self, rows: int, training: bool) -> Plan:
+        """Where every array of a pass over ``rows`` rows lies."""
+        return self._lay_out_training(rows) if training else self._lay_out_evaluation(rows)
+
+    def _lay_out_training(self, rows: int) -> Plan:
+        """Outputs and what a layer keeps last until backward; gradients take turns in two places."""
+        layout = Layout(rows, self.dtype)
+        loss = layout.places({**self._loss.workspace(self.outputs), "squares": ((1, 1), None)})
+        ys: list[Place] = []
+        kept = []
+        for i, needs in enumerate(self.needs):
+            read = "x" in needs.reads or i == 0 or "y" in self.needs[i - 1].reads
+            ys.append(ys[-1] if needs.in_place and not read else layout.place((-1, needs.outputs)))
+            kept.append(layout.places(needs.kept))
+
+        dxs: list[Place | None] = [None] * len(self.layers)
+        below = range(len(self.layers) - 1, self._first, -1)  # the layers whose dx is wanted
+        widths = [self.widths[i] for i in below if not self.needs[i].in_place]
+        turns = [layout.place((-1, max(widths))) for _ in widths[:2]]
+        dx = loss["dz"]
+        for i in below:
+            if not self.needs[i].in_place:
+                turns.reverse()
+                dx = turns[0]._replace(shape=(rows, self.widths[i]))
+            dxs[i] = dx
+
+        stages, ends = [], [layout.end]
+        for i, needs in enumerate(self.needs):
+            call = layout.branch()  # scratch lasts for one call, so every layer's begins in the same place
+            stages.append(Stage(ys[i], dxs[i], {**kept[i], **call.places(needs.scratch)}))
+            ends.append(call.end)
+        if self._weights:
+            call = layout.branch()
+            loss["l2"] = call.place((self._l2_block(),))
+            ends.append(call.end)
+        return Plan(stages, loss, max(ends))
+
+    def _lay_out_evaluation(self, rows: int) -> Plan:
+        """Nothing outlasts the next layer: outputs take turns in two places, all the rest shares one."""
+        layout = Layout(rows, self.dtype)
+        loss = layout.places({**self._loss.workspace(self.outputs), "squares": ((1, 1), None)})
+        turns = [layout.place((-1, max(self.widths[1:]))) for _ in range(2)]
+        stages, ends = [], [layout.end]
+        for i, needs in enumerate(self.needs):
+            if not needs.in_place or i == 0:
+                turns.reverse()
+            call = layout.branch()
+            y = turns[0]._replace(shape=(rows, needs.outputs))
+            stages.append(Stage(y, None, call.places({**needs.kept, **needs.scratch})))
+            ends.append(call.end)
+        return Plan(stages, loss, max(ends))
+
+    # --- state ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of all parameters and buffers by name, and the step of dropout."""
+        return {
+            "parameters": {name: value.copy() for name, value in self.parameters.items()},
+            "buffers": {name: value.copy() for name, value in self.buffers.items()},
+            "dropout_step": self._mode.step,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave; NumPy arrays will do on any backend. All is checked before."""
+        check_names("state", state, ["parameters", "buffers", "dropout_step"])
+        step = check_int("dropout_step", state["dropout_step"], 0, 2**64 - 1)
+        found = {}
+        for kind, own in (("parameters", self.parameters), ("buffers", self.buffers)):
+            check_names(kind, state[kind], own)
+            for name, view in own.items():
+                value = self.backend.asarray(state[kind][name], self.dtype)
+                if value.shape != view.shape:
+                    raise ShapeError(f"{name} has shape {view.shape}, the state's has {value.shape}")
+                found[kind, name] = value
+        for (kind, name), value in found.items():
+            (self.parameters if kind == "parameters" else self.buffers)[name] = value
+        self._mode.step = step
+
+    # --- inside ---
+
+    def _declared(self, kind: str) -> Iterator[tuple[int, str, Parameter]]:
+        for i, needs in enumerate(self.needs):
+            for name, parameter in getattr(needs, kind).items():
+                yield i, name, parameter
+
+    def _make_parameters(self) -> None:
+        """Draw on the host in double precision, so that CPU and GPU, float32 and float64 start from the same values."""
+        shapes = {self._names[i][name]: p.shape for i, name, p in self._declared("parameters")}
+        if not shapes:
+            raise ArgumentError("layers must hold at least one layer with parameters, such as Dense")
+        self.parameters = Parameters(shapes, self.backend, self.dtype)
+        kept = {self._names[i][name]: p.shape for i, name, p in self._declared("buffers")}
+        self.buffers = FlatViews(self.backend.zeros(sum(map(math.prod, kept.values())), self.dtype), kept)
+        for i, needs in enumerate(self.needs):
+            draw = np.random.Generator(np.random.Philox(key=[self.seed, i]))
+            for own, wanted in ((self.parameters, needs.parameters), (self.buffers, needs.buffers)):
+                for name, p in wanted.items():
+                    values = p.init(draw, p.shape) if callable(p.init) else np.full(p.shape, p.init)
+                    own[self._names[i][name]] = self.backend.asarray(values, self.dtype)
+
+    def _allocate(self, rows: int, training: bool) -> Workspace:
+        block = self.backend.empty(self.lay_out(rows, training).size, np.uint8)
+        return Workspace(rows, block, self.backend.asarray(np.arange(rows) * self.outputs))
+
+    def _bound(self, workspace: Workspace, rows: int, training: bool) -> Pass:
+        """The views for a batch of ``rows``, made when the size is first seen."""
+        if (found := workspace.passes.get(rows)) is not None:
+            return found
+        plan = self.lay_out(rows, training)
+        views: dict[Place, Array] = {}
+
+        def view(place: Place) -> Array:
+            if place not in views:  # so that x is y, as objects, where a layer works in place
+                size = math.prod(place.shape) * place.dtype.itemsize
+                piece = workspace.block[place.start : place.start + size]
+                views[place] = piece.view(place.dtype).reshape(place.shape)
+            return views[place]
+
+        steps = []
+        for i, (layer, stage) in enumerate(zip(self.layers, plan.stages, strict=True)):
+            context = Context(
+                *(self.backend, self._xp, i, self._mode),
+                p={name: self.parameters[self._names[i][name]] for name in self.needs[i].parameters},
+                g={name: self.parameters.grads[self._names[i][name]] for name in self.needs[i].parameters},
+                buffers={name: self.buffers[self._names[i][name]] for name in self.needs[i].buffers},
+                work={name: view(place) for name, place in stage.work.items()},
+            )
+            steps.append((layer, view(stage.y), stage.dx and view(stage.dx), context))
+        work = {name: view(place) for name, place in plan.loss.items()}
+        loss = losses.Context(self.backend, self._xp, work, workspace.offsets[:rows])
+        if len(workspace.passes) == SIZES_KEPT:
+            del workspace.passes[next(iter(workspace.passes))]
+        workspace.passes[rows] = Pass(steps, loss, steps[-1][1])
+        return workspace.passes[rows]
+
+    def _forward(self, X: Array, Y: Array) -> Pass:
+        """Scores, loss and l2 term of a training batch."""
+        self.plan(len(X))
+        self._mode.training = True
+        run = self._bound(self._training, len(X), True)
+        run_layers(run, X)
+        self._loss.forward(run.scores, Y, run.loss)
+        loss = run.loss.work["loss"]
+        for name in self._weights:
+            term = squares(self._xp, self.parameters[name], run.loss.work["squares"])[0]
+            term *= self.l2 / 2
+            loss += term
+        return run
+
+    def _backward(self, run: Pass, X: Array, Y: Array) -> None:
+        """All gradients, from the last layer to the first that has parameters."""
+        self._loss.backward(run.scores, Y, run.loss)
+        dy = run.loss.work["dz"]
+        for i in range(len(run.steps) - 1, self._first - 1, -1):
+            layer, y, dx, context = run.steps[i]
+            layer.backward(run.steps[i - 1][1] if i else X, y, dy, dx, context)
+            dy = dx
+        for name in self._weights:
+            add_scaled(self._xp, self.parameters.grads[name], self.parameters[name], self.l2, run.loss.work["l2"])
+        self._mode.step += 1
+
+    def _evaluate(self, X: Array) -> Iterator[tuple[slice, Pass]]:
+        """Scores of X, a bounded number of rows at a time, in a workspace of their own."""
+        most = min(len(X), EVALUATION_ROWS)
+        if most > self._evaluation.rows:
+            self._evaluation = Workspace(0, None, None)
+            self._evaluation = self._allocate(most, False)
+        for start in range(0, len(X), most):
+            rows = slice(start, min(start + most, len(X)))
+            self._mode.training = False
+            run = self._bound(self._evaluation, rows.stop - start, False)
+            run_layers(run, X[rows])
+            yield rows, run
+
+    def _l2_block(self) -> int:
+        largest = max(int(self.parameters[name].size) for name in self._weights)
+        return min(largest, L2_BLOCK) if self.backend.name == "cpu" else largest
+
+    # --- checks ---
+
+    def _check_inputs(self, X: Any) -> None:
+        self.backend.check("X", X)
+        if X.ndim != 2:
+            hint = "; a single sample is X[None]" if X.ndim == 1 else ""
+            raise ShapeError(f"X must have shape (batch, {self.inputs}), got {X.shape}{hint}")
+        if X.shape[1] != self.inputs:
+            taker = next(i for i, layer in enumerate(self.layers) if layer.takes() is not None)
+            raise ShapeError(
+                f"X has {X.shape[1]} features, {describe_layer(self.layers, taker)} takes {self.inputs}: "
+                f"X has shape {X.shape}"
+            )
+        if len(X) == 0:
+            raise ShapeError(f"X must have at least one row, got shape {X.shape}")
+        if X.dtype != self.dtype:
+            raise DTypeError(
+                f"X has dtype {X.dtype}, the network computes in {self.dtype}; convert it with "
+                f"X.astype('{self.dtype}'), or let Loader do it (dtype=, and scale=1/255 for images of uint8)"
+            )
+
+    def _check_batch(self, X: Any, Y: Any, values: bool) -> None:
+        self._check_inputs(X)
+        self.backend.check("Y", Y)
+        self._loss.check(Y, len(X), self.outputs)
+        if values:
+            self._loss.check_values(Y, self.outputs)
+
+    def _finite(self, loss: float, X: Array) -> float:
+        if math.isfinite(loss):
+            return loss
+        if not self._xp.isfinite(X).all().item():
+            cause = "X holds NaN or infinity"
+        elif not self._xp.isfinite(self.parameters.flat).all().item():
+            cause = "the parameters hold NaN or infinity, so an earlier step was too large: lower the learning rate"
+        else:
+            cause = "the scores have grown out of range: lower the learning rate, or look at the scale of X and Y"
+        raise NonFiniteError(f"loss is {loss} for a batch of shape {X.shape} after {self._mode.step} steps; {cause}")
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def quiet() -> np.errstate:
+    """Overflow and NaN show in the loss, not as warnings of single operations."""
+    return np.errstate(over="ignore", invalid="ignore", divide="ignore")
+
+
+def chain_widths(layers: Sequence[Layer]) -> list[int]:
+    """How many features go into the first layer, and come out of each, if the layers fit together."""
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, Layer):
+            raise DTypeError(f"layers must be Layer objects, layer {i + 1} is {layer!r} of type {type(layer).__name__}")
+    taken = [layer.takes() for layer in layers]
+    first = next((n for n in taken if n is not None), None)
+    if first is None:
+        raise ArgumentError("layers must hold at least one layer with parameters, such as Dense")
+    widths = [first]
+    for i, layer in enumerate(layers):
+        if taken[i] not in (None, widths[-1]):
+            raise ShapeError(
+                f"{describe_layer(layers, i)} takes {taken[i]} features, "
+                f"{describe_layer(layers, i - 1)} gives {widths[-1]}"
+            )
+        widths.append(layer.needs(widths[-1]).outputs)
+    return widths
+
+
+def describe_layer(layers: Sequence[Layer], i: int) -> str:
+    """A layer in words, counted from 1."""
+    return f"layer {i + 1} ({type(layers[i]).__name__})"
+
+
+def parameter_names(layers: Sequence[Layer], needs: Sequence[Needs]) -> list[dict[str, str]]:
+    """For each layer, the names in the network of its parameters and buffers: the k-th of a kind is numbered k."""
+    seen: Counter[type] = Counter()
+    names: list[dict[str, str]] = []
+    for i, (layer, wanted) in enumerate(zip(layers, needs, strict=True)):
+        seen[type(layer)] += 1
+        own = {name: f"{name}{seen[type(layer)]}" for name in (*wanted.parameters, *wanted.buffers)}
+        for j, other in enumerate(names):
+            if shared := set(own.values()) & set(other.values()):
+                raise ArgumentError(
+                    f"{describe_layer(layers, j)} and {describe_layer(layers, i)} both name a parameter "
+                    f"{min(shared)!r}; call it something else in one of the two classes"
+                )
+        names.append(own)
+    return names
+
+
+def check_names(what: str, found: Any, known: Any) -> None:
+    """``found`` must be a mapping with the names of ``known`` and no other."""
+    if not isinstance(found, Mapping):
+        raise DTypeError(f"{what} must be a mapping, got {type(found).__name__}")
+    missing, extra = [n for n in known if n not in found], [n for n in found if n not in known]
+    if missing or extra:
+        raise ArgumentError(f"{what} must hold {', '.join(known) or 'nothing'}; missing {missing}, unknown {extra}")
+
+
+def run_layers(run: Pass, x: Array) -> None:
+    """All layers forward."""
+    for layer, y, _, context in run.steps:
+        layer.forward(x, y, context)
+        x = y
+
+
+def squares(xp: Any, w: Array, out: Array) -> Array:
+    """Write Σ w² to ``out``, of shape (1, 1)."""
+    return xp.matmul(w.reshape(1, -1), w.reshape(-1, 1), out=out)
+
+
+def add_scaled(xp: Any, target: Array, source: Array, scale: float, block: Array) -> None:
+    """``target += scale * source``, a block at a time."""
+    target, source = target.reshape(-1), source.reshape(-1)
+    for start in range(0, target.size, block.size):
+        stop = min(start + block.size, target.size)
+        piece = target[start:stop]
+        piece += xp.multiply(source[start:stop], scale, out=block[: stop - start])
+
+
+# --- the usual stack -------------------------------------------------------------------------------------------------
+
+
+def mlp(
+    sizes: Sequence[int],
+    activation: str = "relu",
+    batch_norm: bool = False,
+    dropout: float = 0.0,
+    loss: str = "softmax_cross_entropy",
+    l2: float = 0.0,
+    backend: str | Backend = "auto",
+    dtype: Any = "float32",
+    seed: int = 0,
+) -> Network:
+    """A network of Dense layers of the given sizes, the inputs first and the outputs last.
+
+    After every hidden Dense come BatchNorm (with ``batch_norm``), the activation, and Dropout (if its rate is above 0).
+    """
+    if not hasattr(sizes, "__len__") or len(sizes) < 2:
+        raise ArgumentError(f"sizes must be at least two integers, inputs first and outputs last, got {sizes!r}")
+    *hidden, last, outputs = [check_int(f"sizes[{i}]", n, 1) for i, n in enumerate(sizes)]
+    kind = ACTIVATIONS[check_choice("activation", activation, ACTIVATIONS)]
+    check_bool("batch_norm", batch_norm)
+    check_real("dropout", dropout, 0, 1, open_high=True)
+    # He's variance makes up for the half that these zero; the others, and the scores, keep theirs with Xavier's.
+    init = "he" if activation in ("relu", "leaky_relu", "gelu") else "xavier"
+    layers: list[Layer] = []
+    for inputs, features in itertools.pairwise([*hidden, last]):
+        layers.append(Dense(inputs, features, init=init))
+        layers += [BatchNorm(features)] if batch_norm else []
+        layers.append(kind())
+        layers += [Dropout(dropout)] if dropout else []
+    layers.append(Dense(last, outputs, init="xavier"))
+    return Network(layers, loss, l2, backend, dtype, seed)

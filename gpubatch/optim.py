@@ -1,0 +1,549 @@
+"""Optimizers: an update rule bound to parameters, in place, with schedules and a state that can be saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypedDict, Unpack
+
+import numpy as np
+
+from gpubatch import rules, schedules
+from gpubatch.backend import Array, Backend, backend_of, describe, float_dtype, from_dlpack, get_backend, is_cupy
+from gpubatch.errors import (
+    ArgumentError,
+    DeviceMismatchError,
+    DTypeError,
+    NonFiniteError,
+    ShapeError,
+    check_bool,
+    check_choice,
+    check_int,
+    check_known,
+    check_real,
+)
+from gpubatch.formula import Rule
+from gpubatch.launch import update_for
+from gpubatch.params import FlatViews, Parameters
+
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "HeavyBall",
+    "Lion",
+    "Momentum",
+    "NAdam",
+    "Optimizer",
+    "RMSProp",
+    "StepResult",
+    "clip_by_global_norm",
+]
+
+Hyper: TypeAlias = float | schedules.Schedule
+
+# The range of every hyper-parameter that gpubatch's own rules have: from low, included, to high, excluded.
+RANGES: dict[str, tuple[float, float]] = {
+    "lr": (0.0, math.inf),
+    "beta": (0.0, 1.0),
+    "beta1": (0.0, 1.0),
+    "beta2": (0.0, 1.0),
+    "mu": (0.0, 1.0),
+    "rho": (0.0, 1.0),
+    "momentum": (0.0, 1.0),
+    "eps": (0.0, math.inf),
+    "momentum_decay": (0.0, math.inf),
+    "weight_decay": (0.0, math.inf),
+}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did: whether the update was ``applied``, the step count ``t`` and the learning rate ``lr`` used."""
+
+    applied: bool
+    t: int
+    lr: float | None
+
+
+class Optimizer:
+    """``rule`` bound to ``params``, which it changes in place.
+
+    ``params`` is a :class:`Parameters`, or a mapping or a sequence of arrays: NumPy, CuPy, or of any library that
+    speaks DLPack and lets them be written; all float32 or all float64, on one device. A hyper-parameter is a number
+    or a schedule: a callable (step, epoch) -> float, both counted from 0. ``weight_decay`` adds λw to the gradient,
+    or with ``decoupled=True`` shrinks w by lr·λ before the update (Loshchilov & Hutter 2019). ``backend`` may name
+    the device where the parameters are expected.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        params: Any,
+        *,
+        weight_decay: Hyper = 0.0,
+        decoupled: bool = False,
+        backend: str | Backend | None = None,
+        **hyper: Any,
+    ) -> None:
+        if not isinstance(rule, Rule):
+            raise DTypeError(f"rule must be made with @gpubatch.rule, got {rule!r}")
+        self.rule = rule
+        self.t = 0
+        self.epoch = 0
+        self._checked = rule.name in rules.__all__ and getattr(rules, rule.name) is rule
+        self._decoupled = check_bool("decoupled", decoupled)
+        self._options = {**rule.options}
+        self._hyper: dict[str, Hyper] = {}
+        self._take(dict(hyper))
+        self._hyper["weight_decay"] = self._value("weight_decay", weight_decay)
+        if decoupled and "lr" not in rule.hyper:
+            raise ArgumentError(f"decoupled must be False: {rule.name} has no hyper-parameter 'lr' to scale the decay")
+
+        self._flat = params if isinstance(params, Parameters) else None
+        self._params = dict(params) if isinstance(params, Parameters) else named_arrays(params, "params", writable=True)
+        self.backend = backend_of(*self._params.values()) if self._flat is None else self._flat.backend
+        if backend is not None and get_backend(backend) != self.backend:
+            raise DeviceMismatchError(f"backend is {get_backend(backend).spec!r}, params are on {self.backend.spec!r}")
+        self._dtype = self._common_dtype()
+        shapes = {name: tuple(p.shape) for name, p in self._params.items()}
+        size = sum(p.size for p in self._params.values())
+        self._state = {name: FlatViews(self.backend.zeros(size, self._dtype), shapes) for name in rule.state}
+        self._bind()
+
+    def step(self, grads: Any = None) -> StepResult:
+        """One update in place; ``grads`` as ``params`` were given, by default ``params.grads``.
+
+        Gradients must have the parameters' names, shapes, element type and device.
+        """
+        hyper = {name: self._now(name) for name in self._trace.hyper}
+        scalars = self._trace.evaluate(self.t + 1, **hyper)
+        self._update(self._arrays(grads), scalars)
+        self.t += 1
+        return StepResult(True, self.t, hyper.get("lr"))
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step; assign a number or a schedule at any time."""
+        if "lr" not in self._hyper:
+            raise AttributeError(f"{self.rule.name} has no hyper-parameter 'lr'")
+        return self._now("lr")
+
+    @lr.setter
+    def lr(self, value: Hyper) -> None:
+        if "lr" not in self._hyper:
+            raise AttributeError(f"{self.rule.name} has no hyper-parameter 'lr'")
+        self._hyper["lr"] = self._value("lr", value)
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """The hyper-parameters as they were given: numbers, schedules, and the variant's options."""
+        return {**self._hyper, "decoupled": self._decoupled, **self._options}
+
+    @property
+    def state(self) -> dict[str, FlatViews]:
+        """The state arrays, by the names of the formula; views by the names of the parameters."""
+        return dict(self._state)
+
+    def memory(self) -> int:
+        """Bytes of the optimizer's own arrays."""
+        return sum(views.flat.nbytes for views in self._state.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs: {"rule", "t", "epoch", "hyper", "state"}; arrays are copies."""
+        return {
+            "rule": self.rule.name,
+            "t": self.t,
+            "epoch": self.epoch,
+            "hyper": {name: _saved(value) for name, value in self.hyper.items()},
+            "state": {
+                name: {parameter: view.copy() for parameter, view in views.items()}
+                for name, views in self._state.items()
+            },
+        }
+
+    def load_state_dict(self, d: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave, checked whole before anything changes.
+
+        NumPy arrays are accepted on any backend. A callable that is not one of gpubatch's schedules is not in the
+        dictionary: the optimizer keeps its own.
+        """
+        if missing := {"rule", "t", "epoch", "hyper", "state"} - set(d):
+            raise ArgumentError(f"state_dict lacks {sorted(missing)}")
+        if d["rule"] != self.rule.name:
+            raise ArgumentError(f"state_dict is of the rule {d['rule']!r}, this optimizer's is {self.rule.name!r}")
+        t, epoch = check_int("t", d["t"], 0), check_int("epoch", d["epoch"], 0)
+        hyper = {name: self._loaded(name, value) for name, value in d["hyper"].items()}
+        if set(hyper) != set(self.hyper):
+            raise ArgumentError(f"hyper must have {sorted(self.hyper)}, got {sorted(hyper)}")
+        for name, option in {**self._options, "decoupled": self._decoupled}.items():
+            if hyper[name] != option:
+                raise ArgumentError(f"state_dict has {name}={hyper[name]!r}, this optimizer has {name}={option!r}")
+        arrays = self._loaded_state(d["state"])
+        self.t, self.epoch = t, epoch
+        self._hyper = {name: hyper[name] for name in self._hyper}
+        for state, parameter, array in arrays:
+            self._state[state][parameter] = array
+        self._bind()
+
+    def __repr__(self) -> str:
+        hyper = ", ".join(f"{name}={value!r}" for name, value in self.hyper.items())
+        return f"<{type(self).__name__} {self.rule.name}({hyper}), {len(self._params)} parameters, t={self.t}>"
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _take(self, given: dict[str, Any]) -> None:
+        """Sort what was given into options and hyper-parameters; the rule's defaults fill the rest."""
+        common = ["weight_decay", "decoupled", "backend"]
+        check_known(self.rule.name, given, [*self.rule.hyper, *self.rule.options, *common])
+        for name, value in given.items():
+            if name not in self.rule.options:
+                continue
+            if type(value) is not type(self.rule.options[name]):
+                raise DTypeError(f"{name} must be like {self.rule.options[name]!r}, got {value!r}")
+            self._options[name] = value
+        values = {**self.rule.defaults, **{k: v for k, v in given.items() if k not in self.rule.options}}
+        for name in self.rule.hyper:
+            if name not in values:
+                raise ArgumentError(f"{self.rule.name} needs {name}, a number or a schedule; none was given")
+            self._hyper[name] = self._value(name, values[name])
+
+    def _value(self, name: str, value: Any) -> Hyper:
+        if callable(value):
+            schedule: schedules.Schedule = value
+            return schedule
+        low, high = RANGES.get(name, (-math.inf, math.inf)) if self._checked else (-math.inf, math.inf)
+        if name in ("lr", "weight_decay"):
+            low, high = RANGES[name]
+        return check_real(name, value, low, high, open_high=True)
+
+    def _now(self, name: str) -> float:
+        """The value of a hyper-parameter for the next step, always a Python float: float32 stays float32."""
+        value = self._hyper[name]
+        if not callable(value):
+            return value
+        number = self._value(f"{name}", value(self.t, self.epoch))
+        assert isinstance(number, float)
+        return number
+
+    def _common_dtype(self) -> np.dtype[Any]:
+        first, *others = self._params
+        for name in others:
+            if self._params[name].dtype != self._params[first].dtype:
+                raise DTypeError(
+                    f"params must have one element type: {first!r} is {self._params[first].dtype}, "
+                    f"{name!r} is {self._params[name].dtype}"
+                )
+        return float_dtype(self._params[first].dtype, f"params[{first!r}]")
+
+    def _bind(self) -> None:
+        """Record the formula with its options, and with weight decay where there is any."""
+        decay = "" if self._hyper["weight_decay"] == 0.0 else "decoupled" if self._decoupled else "coupled"
+        self._trace = self.rule.trace(decay, **self._options)
+        self._update = update_for(self._trace, self._dtype, self.backend)
+
+    def _arrays(self, grads: Any) -> list[tuple[Array, ...]]:
+        """(w, g, state ...) tuples: one for a flat buffer, otherwise one for each parameter."""
+        if self._flat is not None:
+            flat = self._flat_grads(grads, self._flat)
+            if flat is not None:
+                self._check_grad("grads", flat, self._flat.flat)
+                return [(self._flat.flat, flat, *(views.flat for views in self._state.values()))]
+        if grads is None:
+            raise ArgumentError("grads must be given: only gpubatch.Parameters has .grads, separate arrays have none")
+        found = named_arrays(grads, "grads")
+        if found.keys() != self._params.keys():
+            raise ArgumentError(f"grads must be for {', '.join(self._params)}; got {', '.join(found)}")
+        for name, p in self._params.items():
+            self._check_grad(f"grads[{name!r}]", found[name], p)
+        return [(p, found[name], *(v[name] for v in self._state.values())) for name, p in self._params.items()]
+
+    @staticmethod
+    def _flat_grads(grads: Any, params: Parameters) -> Array | None:
+        """The gradients as one buffer laid out as the parameters, if that is what they are."""
+        if grads is None:
+            return params.grads.flat
+        if isinstance(grads, FlatViews):
+            return grads.flat if grads.shapes == params.shapes else None
+        return grads if getattr(grads, "shape", None) == params.flat.shape else None
+
+    def _check_grad(self, label: str, g: Any, p: Array) -> None:
+        self.backend.check(label, g)
+        if g.shape != p.shape:
+            raise ShapeError(f"{label} has shape {g.shape}, the parameter has {p.shape}")
+        if g.dtype != p.dtype:
+            raise DTypeError(f"{label} is {g.dtype}, the parameter is {p.dtype}; convert it with astype")
+
+    def _loaded(self, name: str, value: Any) -> Any:
+        if isinstance(value, Mapping) and "schedule" in value:
+            return schedules.from_dict(value)
+        if isinstance(value, Mapping):
+            if not callable(self._hyper.get(name)):
+                raise ArgumentError(f"{name} was the callable {value.get('callable')!r}; give this optimizer one too")
+            return self._hyper[name]
+        return value if name in (*self._options, "decoupled") else self._value(name, value)
+
+    def _loaded_state(self, state: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, Array]]:
+        if set(state) != set(self._state):
+            raise ArgumentError(f"state must have {sorted(self._state)}, got {sorted(state)}")
+        arrays = []
+        for name, views in self._state.items():
+            if set(state[name]) != set(views):
+                raise ArgumentError(f"state[{name!r}] must be for {sorted(views)}, got {sorted(state[name])}")
+            for parameter, view in views.items():
+                array = self.backend.asarray(state[name][parameter])
+                if array.shape != view.shape:
+                    raise ShapeError(f"state[{name!r}][{parameter!r}] has shape {array.shape}, expected {view.shape}")
+                if array.dtype != view.dtype:
+                    raise DTypeError(f"state[{name!r}][{parameter!r}] is {array.dtype}, expected {view.dtype}")
+                arrays.append((name, parameter, array))
+        return arrays
+
+
+def _saved(value: Any) -> Any:
+    """A hyper-parameter for a state_dict: a schedule as a dictionary, another callable by its name alone."""
+    if not callable(value):
+        return value
+    if type(value) in schedules.KINDS.values():
+        return schedules.to_dict(value)
+    return {"callable": getattr(value, "__qualname__", type(value).__qualname__)}
+
+
+# --- the optimizers, in the order of rules.py ----------------------------------------------------------------------
+
+
+class Common(TypedDict, total=False):
+    """What every optimizer takes, by name: see :class:`Optimizer`."""
+
+    weight_decay: Hyper
+    decoupled: bool
+    backend: str | Backend | None
+
+
+class SGD(Optimizer):
+    """Gradient descent: w -= lr*g."""
+
+    def __init__(self, params: Any, lr: Hyper, **common: Unpack[Common]) -> None:
+        Optimizer.__init__(self, rules.sgd, params, lr=lr, **common)
+
+
+class Momentum(Optimizer):
+    """Moving-average momentum: v = beta*v + (1-beta)*g; w -= lr*v.
+
+    It equals PyTorch's momentum at the learning rate lr*(1-beta). ``bias_correction`` divides v by 1 - beta**t.
+    """
+
+    def __init__(
+        self, params: Any, lr: Hyper, beta: Hyper = 0.9, bias_correction: bool = False, **common: Unpack[Common]
+    ) -> None:
+        Optimizer.__init__(self, rules.momentum, params, lr=lr, beta=beta, bias_correction=bias_correction, **common)
+
+
+class HeavyBall(Optimizer):
+    """Classical momentum: v = mu*v + g; w -= lr*v, as in PyTorch.
+
+    With ``lr_in_velocity``, v = mu*v - lr*g; w += v, as in Keras, CS231n and scikit-learn: the same while lr stays,
+    another path when it changes. ``nesterov`` looks ahead: w -= lr*(g + mu*v), or w += mu*v - lr*g.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper,
+        mu: Hyper = 0.9,
+        nesterov: bool = False,
+        lr_in_velocity: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        inside = check_bool("lr_in_velocity", lr_in_velocity)
+        rule = rules.heavy_ball_lr_in_velocity if inside else rules.heavy_ball
+        Optimizer.__init__(self, rule, params, lr=lr, mu=mu, nesterov=nesterov, **common)
+
+
+class Adagrad(Optimizer):
+    """Adagrad: s += g*g; w -= lr*g/(sqrt(s) + eps) (PyTorch), or lr*g/sqrt(s + eps) with ``eps_at="inside"`` (Keras).
+
+    ``initial_accumulator`` is what s starts from.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-2,
+        eps: Hyper = 1e-10,
+        eps_at: str = "outside",
+        initial_accumulator: float = 0.0,
+        **common: Unpack[Common],
+    ) -> None:
+        check_choice("eps_at", eps_at, ["outside", "inside"])
+        start = check_real("initial_accumulator", initial_accumulator, 0.0)
+        Optimizer.__init__(self, rules.adagrad, params, lr=lr, eps=eps, eps_at=eps_at, **common)
+        self._state["s"].flat.fill(start)
+
+
+class RMSProp(Optimizer):
+    """RMSProp: s = rho*s + (1-rho)*g*g; w -= lr*g/(sqrt(s) + eps).
+
+    ``eps_at`` is "outside" (PyTorch, CS231n, Chainer) or "inside", sqrt(s + eps) (Keras, optax, the course notes).
+    ``centered`` divides by the standard deviation instead; ``momentum`` is heavy-ball momentum on the scaled gradient
+    (PyTorch). PyTorch's defaults are lr 1e-2 and rho 0.99.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-3,
+        rho: Hyper = 0.9,
+        eps: Hyper = 1e-8,
+        eps_at: str = "outside",
+        centered: bool = False,
+        momentum: Hyper = 0.0,
+        **common: Unpack[Common],
+    ) -> None:
+        check_choice("eps_at", eps_at, ["outside", "inside"])
+        if callable(momentum) or momentum != 0.0:
+            rule = rules.rmsprop_centered_momentum if check_bool("centered", centered) else rules.rmsprop_momentum
+            Optimizer.__init__(self, rule, params, lr=lr, rho=rho, eps=eps, eps_at=eps_at, momentum=momentum, **common)
+        else:
+            rule = rules.rmsprop_centered if check_bool("centered", centered) else rules.rmsprop
+            Optimizer.__init__(self, rule, params, lr=lr, rho=rho, eps=eps, eps_at=eps_at, **common)
+
+
+class Adam(Optimizer):
+    """Adam (Kingma & Ba 2015): bias-corrected averages of g and g*g; w -= lr * m_hat / (sqrt(v_hat) + eps).
+
+    ``eps_at`` is "outside" (the paper's algorithm 1, PyTorch, optax), "inside", sqrt(v_hat + eps) (the course notes),
+    or "hat", eps before the bias correction (Keras with eps 1e-7, scikit-learn, Chainer). ``amsgrad`` never lets the
+    second moment fall (Reddi et al. 2018; the maximum over the raw moment).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-3,
+        beta1: Hyper = 0.9,
+        beta2: Hyper = 0.999,
+        eps: Hyper = 1e-8,
+        eps_at: str = "outside",
+        amsgrad: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        check_choice("eps_at", eps_at, ["outside", "inside", "hat"])
+        rule = rules.amsgrad if check_bool("amsgrad", amsgrad) else rules.adam
+        Optimizer.__init__(self, rule, params, lr=lr, beta1=beta1, beta2=beta2, eps=eps, eps_at=eps_at, **common)
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019): w *= 1 - lr*weight_decay before Adam's update."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-3,
+        beta1: Hyper = 0.9,
+        beta2: Hyper = 0.999,
+        eps: Hyper = 1e-8,
+        eps_at: str = "outside",
+        amsgrad: bool = False,
+        weight_decay: Hyper = 1e-2,
+        decoupled: bool = True,
+        backend: str | Backend | None = None,
+    ) -> None:
+        common = Common(weight_decay=weight_decay, decoupled=decoupled, backend=backend)
+        Adam.__init__(self, params, lr, beta1, beta2, eps, eps_at, amsgrad, **common)  # type: ignore[arg-type]
+
+
+class NAdam(Optimizer):
+    """Adam with Nesterov momentum (Dozat 2016): the step already uses the momentum of the next one.
+
+    beta1 is constant (optax), or with ``momentum_decay`` warmed up by Dozat's schedule: 4e-3 is what PyTorch and
+    Keras use.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-3,
+        beta1: Hyper = 0.9,
+        beta2: Hyper = 0.999,
+        eps: Hyper = 1e-8,
+        momentum_decay: float | None = None,
+        **common: Unpack[Common],
+    ) -> None:
+        if momentum_decay is None:
+            Optimizer.__init__(self, rules.nadam, params, lr=lr, beta1=beta1, beta2=beta2, eps=eps, **common)
+        else:
+            hyper = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "momentum_decay": momentum_decay}
+            Optimizer.__init__(self, rules.nadam_scheduled, params, **hyper, **common)
+
+
+class Lion(Optimizer):
+    """Lion (Chen et al. 2023): the sign of an interpolated momentum; the paper's weight decay is ``decoupled=True``."""
+
+    def __init__(
+        self, params: Any, lr: Hyper = 1e-4, beta1: Hyper = 0.9, beta2: Hyper = 0.99, **common: Unpack[Common]
+    ) -> None:
+        Optimizer.__init__(self, rules.lion, params, lr=lr, beta1=beta1, beta2=beta2, **common)
+
+
+# --- arrays that the user gave -------------------------------------------------------------------------------------
+
+
+def named_arrays(arrays: Any, argument: str, *, writable: bool = False) -> dict[str, Array]:
+    """``arrays`` by name: a mapping as it is, a sequence by "0", "1", ..., one array as "0"."""
+    if isinstance(arrays, Mapping):
+        given = dict(arrays)
+    elif hasattr(arrays, "shape"):
+        given = {"0": arrays}
+    elif isinstance(arrays, Iterable) and not isinstance(arrays, (str, bytes)):
+        given = {str(i): array for i, array in enumerate(arrays)}
+    else:
+        raise DTypeError(f"{argument} must be Parameters, or a mapping or sequence of arrays, got {describe(arrays)}")
+    if not given:
+        raise ArgumentError(f"{argument} must hold at least one array, got none")
+    found: dict[str, Array] = {}
+    for name, array in given.items():
+        label = f"{argument}[{name!r}]"
+        if not isinstance(name, str):
+            raise DTypeError(f"the names in {argument} must be strings, got {name!r}")
+        if not isinstance(array, np.ndarray) and not is_cupy(array):
+            if not hasattr(array, "__dlpack__"):
+                raise DTypeError(f"{label} must be a NumPy or CuPy array, or speak DLPack, got {describe(array)}")
+            array = from_dlpack(array)
+        if writable and not getattr(array.flags, "writeable", True):
+            raise ArgumentError(f"{label} is read-only: an optimizer changes it in place, give it a writable array")
+        found[name] = array
+    if writable and len({id(array) for array in given.values()}) < len(given):
+        raise ArgumentError(f"{argument} has the same array twice: it would be updated twice in a step")
+    return found
+
+
+def clip_by_global_norm(grads: Any, max_norm: float) -> float:
+    """Scale ``grads`` in place so that the norm over all of them is at most ``max_norm``; returns the norm before.
+
+    Pascanu, Mikolov & Bengio 2013, algorithm 1. ``grads`` is ``params.grads``, a mapping, a sequence or an array. A
+    norm that is not finite raises :class:`NonFiniteError` and leaves them as they were.
+    """
+    limit = check_real("max_norm", max_norm, 0.0, open_low=True)
+    arrays = (
+        [grads.flat] if isinstance(grads, FlatViews) else list(named_arrays(grads, "grads", writable=True).values())
+    )
+    with backend_of(*arrays).scope():
+        norm = math.sqrt(sum(_square_sum(a) for a in arrays))
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"the global norm of grads is {norm}: a gradient is NaN or infinite")
+        if norm > limit:
+            for a in arrays:
+                a *= limit / norm
+    return norm
+
+
+def _square_sum(x: Array) -> float:
+    """The sum of squares in double precision, of one cache-sized block after another on the CPU."""
+    if not isinstance(x, np.ndarray):
+        return float((x.astype(np.float64) ** 2).sum())
+    flags: Any = ["external_loop", "buffered", "zerosize_ok"]
+    with np.nditer([x], flags, [["readonly"]], [np.float64], casting="safe", buffersize=1 << 14) as blocks:
+        return sum(float(np.dot(block, block)) for block in blocks)

@@ -1,0 +1,105 @@
+"""One flat buffer for all parameters of a model, and named views into it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from gpubatch.backend import Array, Backend, float_dtype, get_backend
+from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_int
+
+__all__ = ["FlatViews", "Parameters"]
+
+
+class FlatViews(Mapping[str, Array]):
+    """A contiguous one-dimensional array ``flat`` and the views into it, by name.
+
+    ``views[name]`` is the view itself: change it in place, or write ``views[name] = values``, which copies.
+    """
+
+    def __init__(self, flat: Array, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.flat = flat
+        self._views: dict[str, Array] = {}
+        start = 0
+        for name, shape in shapes.items():
+            stop = start + math.prod(shape)
+            self._views[name] = flat[start:stop].reshape(shape)
+            start = stop
+        if start != flat.size:
+            raise ShapeError(f"shapes hold {start} elements, flat has {flat.size}")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each view, by name, in the order in which they lie in ``flat``."""
+        return {name: view.shape for name, view in self._views.items()}
+
+    @property
+    def size(self) -> int:
+        """How many numbers there are in all."""
+        return int(self.flat.size)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The element type, the same for all."""
+        found: np.dtype[Any] = self.flat.dtype
+        return found
+
+    def __getitem__(self, name: str) -> Array:
+        try:
+            return self._views[name]
+        except KeyError:
+            raise KeyError(f"no parameter {name!r}; there are {', '.join(self._views)}") from None
+
+    def __setitem__(self, name: str, values: Any) -> None:
+        view = self[name]
+        if getattr(values, "shape", view.shape) not in (view.shape, ()):
+            raise ShapeError(f"{name} has shape {view.shape}, the values have {values.shape}")
+        view[...] = values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.shapes}, dtype={str(self.dtype)!r})"
+
+
+class Parameters(FlatViews):
+    """All parameters of a model in one buffer, zero at first; ``grads`` has the same views for their gradients.
+
+    ``shapes`` maps a name to a shape, or to an array whose values are copied.
+
+    >>> p = Parameters({"W1": (784, 512), "b1": (512,)})
+    >>> p["W1"].shape, p.flat.shape, p.grads["b1"].shape
+    ((784, 512), (401920,), (512,))
+    """
+
+    def __init__(self, shapes: Mapping[str, Any], backend: str | Backend = "auto", dtype: Any = "float32") -> None:
+        if not isinstance(shapes, Mapping):
+            raise DTypeError(f"shapes must map names to shapes, got {type(shapes).__name__}")
+        if not shapes:
+            raise ArgumentError("shapes must name at least one parameter, got none")
+        self.backend = get_backend(backend)
+        dtype = float_dtype(dtype)
+        dimensions = {name: _shape(name, value) for name, value in shapes.items()}
+        size = sum(map(math.prod, dimensions.values()))
+        FlatViews.__init__(self, self.backend.zeros(size, dtype), dimensions)
+        self.grads = FlatViews(self.backend.zeros(size, dtype), dimensions)
+        for name, value in shapes.items():
+            if hasattr(value, "shape"):
+                self[name] = self.backend.asarray(value, dtype)
+
+
+def _shape(name: str, value: Any) -> tuple[int, ...]:
+    if hasattr(value, "shape"):
+        return tuple(value.shape)
+    if isinstance(value, (int, np.integer)):
+        value = (value,)
+    if not isinstance(value, (tuple, list)):
+        raise DTypeError(f"shape of {name} must be a tuple of integers or an array, got {value!r}")
+    return tuple(check_int(f"shape of {name}", n, 0) for n in value)

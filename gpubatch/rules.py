@@ -1,0 +1,177 @@
+"""Every update rule, written once, in the letters of its source, in order of increasing complexity.
+
+``w`` are the weights, ``g`` the gradient, then the state (zero at first), ``t`` the step from 1. NumPy runs a formula
+as it stands; the fused kernels are generated from it. Weight decay is the same for all and is added by
+:mod:`gpubatch.formula`. Which library means what by a name stands in each docstring.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from gpubatch.formula import host_function, rule
+
+__all__ = [
+    "adagrad",
+    "adam",
+    "amsgrad",
+    "heavy_ball",
+    "heavy_ball_lr_in_velocity",
+    "lion",
+    "momentum",
+    "nadam",
+    "nadam_scheduled",
+    "rmsprop",
+    "rmsprop_centered",
+    "rmsprop_centered_momentum",
+    "rmsprop_momentum",
+    "sgd",
+]
+
+
+def root(s, eps, eps_at):
+    """The root of a second moment, kept from zero by eps inside or outside of it."""
+    return np.sqrt(s + eps) if eps_at == "inside" else np.sqrt(s) + eps
+
+
+@rule
+def sgd(w, g, t, *, lr):
+    """Gradient descent."""
+    return (w - lr * g,)
+
+
+@rule
+def momentum(w, g, v, t, *, lr, beta=0.9, bias_correction=False):
+    """An exponentially weighted average of gradients (deeplearning.ai, course 2, week 2)."""
+    v = beta * v + (1 - beta) * g
+    v_hat = v / (1 - beta**t) if bias_correction else v
+    return w - lr * v_hat, v
+
+
+@rule
+def heavy_ball(w, g, v, t, *, lr, mu=0.9, nesterov=False):
+    """PyTorch's SGD with momentum (Sutskever et al. 2013 with the learning rate outside of the velocity)."""
+    v = mu * v + g
+    return w - lr * (g + mu * v if nesterov else v), v
+
+
+@rule
+def heavy_ball_lr_in_velocity(w, g, v, t, *, lr, mu=0.9, nesterov=False):
+    """Momentum of Sutskever et al. 2013, CS231n, Keras and scikit-learn: a change of lr reaches new gradients only."""
+    v = mu * v - lr * g
+    return (w + mu * v - lr * g if nesterov else w + v), v
+
+
+@rule
+def adagrad(w, g, s, t, *, lr=1e-2, eps=1e-10, eps_at="outside"):
+    """Duchi, Hazan & Singer 2011; eps outside of the root as in PyTorch, inside as in Keras."""
+    s = s + g * g
+    return w - lr * g / root(s, eps, eps_at), s
+
+
+@rule
+def rmsprop(w, g, s, t, *, lr=1e-3, rho=0.9, eps=1e-8, eps_at="outside"):
+    """Tieleman & Hinton 2012, lecture 6e; the average starts at zero and is not corrected."""
+    s = rho * s + (1 - rho) * (g * g)
+    return w - lr * g / root(s, eps, eps_at), s
+
+
+@rule
+def rmsprop_centered(w, g, s, g_avg, t, *, lr=1e-3, rho=0.9, eps=1e-8, eps_at="outside"):
+    """RMSProp by the variance (Graves 2013, eq. 38 to 41), kept from rounding below zero."""
+    s = rho * s + (1 - rho) * (g * g)
+    g_avg = rho * g_avg + (1 - rho) * g
+    return w - lr * g / root(np.maximum(s - g_avg * g_avg, 0.0), eps, eps_at), s, g_avg
+
+
+@rule
+def rmsprop_momentum(w, g, s, b, t, *, lr=1e-3, rho=0.9, eps=1e-8, momentum=0.9, eps_at="outside"):
+    """RMSProp with momentum on the scaled gradient, the learning rate outside of it, as in PyTorch."""
+    s = rho * s + (1 - rho) * (g * g)
+    b = momentum * b + g / root(s, eps, eps_at)
+    return w - lr * b, s, b
+
+
+@rule
+def rmsprop_centered_momentum(w, g, s, g_avg, b, t, *, lr=1e-3, rho=0.9, eps=1e-8, momentum=0.9, eps_at="outside"):
+    """Both of the above."""
+    s = rho * s + (1 - rho) * (g * g)
+    g_avg = rho * g_avg + (1 - rho) * g
+    b = momentum * b + g / root(np.maximum(s - g_avg * g_avg, 0.0), eps, eps_at)
+    return w - lr * b, s, g_avg, b
+
+
+def corrected_step(w, m, v, t, lr, beta1, beta2, eps, eps_at):
+    """The step of Adam from its two moments.
+
+    "hat" is epsilon-hat, the form before section 2.1 of Kingma & Ba: eps is not touched by the bias correction.
+    """
+    if eps_at == "hat":
+        return w - lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t) * m / (np.sqrt(v) + eps)
+    m_hat = m / (1 - beta1**t)
+    v_hat = v / (1 - beta2**t)
+    return w - lr * m_hat / root(v_hat, eps, eps_at)
+
+
+@rule
+def adam(w, g, m, v, t, *, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, eps_at="outside"):
+    """Kingma & Ba 2015, algorithm 1: eps outside of the root, after bias correction; see eps_at for the others."""
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * (g * g)
+    return corrected_step(w, m, v, t, lr, beta1, beta2, eps, eps_at), m, v
+
+
+@rule
+def amsgrad(w, g, m, v, v_max, t, *, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, eps_at="outside"):
+    """Reddi, Kale & Kumar 2018, with the maximum over the raw second moment (PyTorch, Keras)."""
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * (g * g)
+    v_max = np.maximum(v_max, v)
+    return corrected_step(w, m, v_max, t, lr, beta1, beta2, eps, eps_at), m, v, v_max
+
+
+@rule
+def nadam(w, g, m, v, t, *, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8):
+    """Dozat 2016 with a constant beta1 (optax): the momentum of the next step is used at once."""
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * (g * g)
+    m_hat = beta1 * m / (1 - beta1 ** (t + 1)) + (1 - beta1) * g / (1 - beta1**t)
+    v_hat = v / (1 - beta2**t)
+    return w - lr * m_hat / (np.sqrt(v_hat) + eps), m, v
+
+
+def warmed_beta(t, beta1, momentum_decay):
+    """The first moment's factor at step t (Dozat 2016, section 3): from beta1/2 up to beta1."""
+    return beta1 * (1 - 0.5 * 0.96 ** (t * momentum_decay))
+
+
+@host_function
+@functools.lru_cache(maxsize=64)
+def warmed_product(t, beta1, momentum_decay):
+    """The product of all factors up to step t, which takes the place of beta1**t; zero soon enough to end the loop."""
+    product, step = 1.0, 1
+    while step <= t and product > 0.0:
+        product *= warmed_beta(step, beta1, momentum_decay)
+        step += 1
+    return product
+
+
+@rule
+def nadam_scheduled(w, g, m, v, t, *, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, momentum_decay=4e-3):
+    """Dozat 2016 with the schedule of beta1 that PyTorch and Keras use."""
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * (g * g)
+    now, following = warmed_beta(t, beta1, momentum_decay), warmed_beta(t + 1, beta1, momentum_decay)
+    product = warmed_product(t, beta1, momentum_decay)
+    m_hat = following / (1 - product * following) * m + (1 - now) / (1 - product) * g
+    v_hat = v / (1 - beta2**t)
+    return w - lr * m_hat / (np.sqrt(v_hat) + eps), m, v
+
+
+@rule
+def lion(w, g, m, t, *, lr=1e-4, beta1=0.9, beta2=0.99):
+    """Chen et al. 2023, algorithm 2: the sign of an interpolated momentum."""
+    step = np.sign(beta1 * m + (1 - beta1) * g)
+    return w - lr * step, beta2 * m + (1 - beta2) * g

@@ -1,0 +1,34 @@
+"""Fixtures that every test shares: backends, dtypes, and a generator seeded by the test's own name."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import pytest
+from needs import missing
+
+from gpubatch.backend import Backend, available_backends, get_backend
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    if request.param not in available_backends():
+        missing("gpu", "no CUDA device can be used here")
+    return get_backend(request.param)
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request: pytest.FixtureRequest) -> np.dtype:
+    return np.dtype(request.param)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def tolerance(dtype: np.dtype) -> dict[str, float]:
+    """For results of a few hundred roundings; a GPU contracts a*b + c and flushes denormals."""
+    return {"rtol": 64 * float(np.finfo(dtype).eps), "atol": 64 * float(np.finfo(dtype).eps)}

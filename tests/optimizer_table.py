@@ -1,0 +1,170 @@
+"""Every optimizer in every variant, once: what the tests of optimizers, kernels and peers go through.
+
+``first`` is the closed form of the first step from zero weights and state; ``torch`` and ``optax`` make the optimizer of
+another library that uses the same formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import gpubatch as gb
+
+LR = 0.03  # of every case, so that a wrong learning rate shows
+
+
+@dataclass(frozen=True)
+class Case:
+    make: Callable[..., gb.Optimizer]  # of parameters and more keyword arguments
+    first: Callable[[np.ndarray], np.ndarray]
+    torch: Callable[[Any, Any], Any] | None = None  # of torch.optim and parameters
+    optax: Callable[[Any], Any] | None = None  # of optax
+
+
+def case(kind: Any, first: Any, torch: Any = None, optax: Any = None, **variant: Any) -> Case:
+    return Case(lambda params, **more: kind(params, **{"lr": LR, **variant, **more}), first, torch, optax)
+
+
+def sign_step(factor: float = 1.0, eps: float = 1e-8) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda g: -LR * factor * g / (np.abs(g) + eps)
+
+
+def root_step(scale: float, eps: float = 1e-8, inside: bool = False) -> Callable[[np.ndarray], np.ndarray]:
+    if inside:
+        return lambda g: -LR * g / np.sqrt(scale * g**2 + eps)
+    return lambda g: -LR * g / (np.sqrt(scale) * np.abs(g) + eps)
+
+
+@gb.rule
+def custom(w, g, m, seen, t, *, lr=LR, beta=0.8, limit=0.5, signed=True):
+    """A user's rule that uses what a formula can: conditions, functions, powers, state passed on, t."""
+    m = beta * m + (1 - beta) * np.minimum(np.maximum(g, -limit), limit)
+    step = np.sign(m) * abs(m) ** 0.5 if signed else m
+    step = np.where(abs(step) <= 1e-3, step**2, step)
+    return w - lr * np.where(t < 3, 0.5 * step, step), m, g
+
+
+CASES: dict[str, Case] = {
+    "sgd": case(gb.SGD, lambda g: -LR * g, lambda o, p: o.SGD(p, LR), lambda o: o.sgd(LR)),
+    "sgd l2": case(gb.SGD, lambda g: -LR * g, lambda o, p: o.SGD(p, LR, weight_decay=0.1), weight_decay=0.1),
+    "momentum": case(gb.Momentum, lambda g: -LR * 0.1 * g, lambda o, p: o.SGD(p, LR * 0.1, momentum=0.9)),
+    "momentum corrected": case(
+        gb.Momentum,
+        lambda g: -LR * g,
+        optax=lambda o: o.chain(o.ema(0.9, debias=True), o.scale(-LR)),
+        bias_correction=True,
+    ),
+    "heavy ball": case(
+        gb.HeavyBall, lambda g: -LR * g, lambda o, p: o.SGD(p, LR, momentum=0.9), lambda o: o.sgd(LR, 0.9)
+    ),
+    "heavy ball nesterov": case(
+        gb.HeavyBall,
+        lambda g: -LR * 1.9 * g,
+        lambda o, p: o.SGD(p, LR, momentum=0.9, nesterov=True),
+        lambda o: o.sgd(LR, 0.9, nesterov=True),
+        nesterov=True,
+    ),
+    # With a constant learning rate the two forms of momentum are one; that they part when it changes has its own test.
+    "heavy ball inside": case(
+        gb.HeavyBall, lambda g: -LR * g, lambda o, p: o.SGD(p, LR, momentum=0.9), lr_in_velocity=True
+    ),
+    "heavy ball inside nesterov": case(
+        gb.HeavyBall,
+        lambda g: -LR * 1.9 * g,
+        lambda o, p: o.SGD(p, LR, momentum=0.9, nesterov=True),
+        lr_in_velocity=True,
+        nesterov=True,
+    ),
+    "adagrad": case(gb.Adagrad, sign_step(eps=1e-10), lambda o, p: o.Adagrad(p, LR)),
+    "adagrad inside": case(
+        gb.Adagrad,
+        lambda g: -LR * g / np.sqrt(0.1 + g**2 + 1e-7),
+        optax=lambda o: o.adagrad(LR),
+        eps=1e-7,
+        eps_at="inside",
+        initial_accumulator=0.1,
+    ),
+    "rmsprop": case(gb.RMSProp, root_step(0.1), lambda o, p: o.RMSprop(p, LR, alpha=0.9)),
+    "rmsprop inside": case(
+        gb.RMSProp, root_step(0.1, inside=True), optax=lambda o: o.rmsprop(LR, 0.9), eps_at="inside"
+    ),
+    "rmsprop centered": case(
+        gb.RMSProp, root_step(0.09), lambda o, p: o.RMSprop(p, LR, alpha=0.9, centered=True), centered=True
+    ),
+    "rmsprop centered inside": case(
+        gb.RMSProp,
+        root_step(0.09, inside=True),
+        optax=lambda o: o.rmsprop(LR, 0.9, centered=True),
+        centered=True,
+        eps_at="inside",
+    ),
+    "rmsprop momentum": case(
+        gb.RMSProp, root_step(0.1), lambda o, p: o.RMSprop(p, LR, alpha=0.9, momentum=0.8), momentum=0.8
+    ),
+    "rmsprop momentum inside": case(
+        gb.RMSProp,
+        root_step(0.1, inside=True),
+        optax=lambda o: o.rmsprop(LR, 0.9, momentum=0.8),
+        momentum=0.8,
+        eps_at="inside",
+    ),
+    "rmsprop centered momentum": case(
+        gb.RMSProp,
+        root_step(0.09),
+        lambda o, p: o.RMSprop(p, LR, alpha=0.9, centered=True, momentum=0.8),
+        centered=True,
+        momentum=0.8,
+    ),
+    "rmsprop centered momentum inside": case(
+        gb.RMSProp,
+        root_step(0.09, inside=True),
+        optax=lambda o: o.rmsprop(LR, 0.9, centered=True, momentum=0.8),
+        centered=True,
+        momentum=0.8,
+        eps_at="inside",
+    ),
+    "adam": case(gb.Adam, sign_step(), lambda o, p: o.Adam(p, LR), lambda o: o.adam(LR)),
+    "adam l2": case(gb.Adam, sign_step(), lambda o, p: o.Adam(p, LR, weight_decay=0.1), weight_decay=0.1),
+    # optax calls the eps inside of the root eps_root.
+    "adam inside": case(
+        gb.Adam,
+        root_step(1.0, inside=True),
+        optax=lambda o: o.adam(LR, eps=0.0, eps_root=1e-8),
+        eps_at="inside",
+    ),
+    "adam hat": case(gb.Adam, sign_step(eps=1e-7 / np.sqrt(0.001)), eps=1e-7, eps_at="hat"),
+    "amsgrad": case(gb.Adam, sign_step(), lambda o, p: o.Adam(p, LR, amsgrad=True), amsgrad=True),
+    "amsgrad inside": case(gb.Adam, root_step(1.0, inside=True), amsgrad=True, eps_at="inside"),
+    "amsgrad hat": case(gb.Adam, sign_step(eps=1e-8 / np.sqrt(0.001)), amsgrad=True, eps_at="hat"),
+    "adamw": case(gb.AdamW, sign_step(), lambda o, p: o.AdamW(p, LR, weight_decay=0.1), weight_decay=0.1),
+    "nadam": case(gb.NAdam, sign_step(0.9 * 0.1 / (1 - 0.9**2) + 1), optax=lambda o: o.nadam(LR)),
+    "nadam scheduled": case(
+        gb.NAdam,
+        sign_step(
+            (w2 := 0.9 * (1 - 0.5 * 0.96**0.008)) * 0.1 / (1 - (w1 := 0.9 * (1 - 0.5 * 0.96**0.004)) * w2)
+            + (1 - w1) / (1 - w1)
+        ),
+        lambda o, p: o.NAdam(p, LR),
+        momentum_decay=4e-3,
+    ),
+    "lion": case(gb.Lion, lambda g: -LR * np.sign(g), optax=lambda o: o.lion(LR, weight_decay=0.0)),
+    "lion decoupled": case(
+        gb.Lion,
+        lambda g: -LR * np.sign(g),
+        optax=lambda o: o.lion(LR, weight_decay=0.1),
+        weight_decay=0.1,
+        decoupled=True,
+    ),
+    "custom": Case(
+        lambda params, **more: gb.Optimizer(custom, params, **more),
+        lambda g: -LR * 0.5 * np.sign(g) * np.sqrt(0.2 * np.minimum(np.abs(g), 0.5)),
+    ),
+    "custom unsigned": Case(
+        lambda params, **more: gb.Optimizer(custom, params, **{"signed": False, **more}),
+        lambda g: -LR * 0.5 * np.sign(g) * 0.2 * np.minimum(np.abs(g), 0.5),
+    ),
+}

@@ -1,0 +1,113 @@
+"""Rules about the source itself: imports go down a list, CuPy is named in one module, nothing heavy at import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gpubatch
+
+PACKAGE = Path(gpubatch.__file__).parent
+SOURCES = {path.stem: path.read_text() for path in sorted(PACKAGE.glob("*.py"))}
+
+# What each module of the library may import; the edges below may import any.
+MAY_IMPORT = {
+    "errors": "",
+    "formula": "",
+    "schedules": "errors",
+    "averages": "errors",
+    "rules": "formula",
+    "backend": "errors",
+    "launch": "backend formula errors",
+    "sizing": "backend errors",
+    "params": "backend errors",
+    "optim": "rules formula launch params schedules errors backend",
+    "layers": "backend launch errors params",
+    "losses": "backend launch errors",
+    "network": "layers losses params backend errors",
+    "sources": "backend sizing errors",
+    "loader": "backend sizing errors sources",
+    "train": "network optim loader schedules averages sizing backend errors",
+    "datasets": "errors",
+}
+EDGES = {"plot", "cli", "__main__", "__init__"}
+
+
+def imported(source: str) -> set[str]:
+    """The modules of gpubatch that a source imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "gpubatch":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gpubatch."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[2] for alias in node.names if alias.name.startswith("gpubatch")}
+        assert not (isinstance(node, ast.ImportFrom) and node.level), "imports are absolute"
+    return found
+
+
+def test_every_module_is_in_the_list() -> None:
+    assert set(SOURCES) == set(MAY_IMPORT) | EDGES
+
+
+@pytest.mark.parametrize("module", MAY_IMPORT)
+def test_imports_go_down_the_list(module: str) -> None:
+    assert imported(SOURCES[module]) <= set(MAY_IMPORT[module].split())
+
+
+def test_the_list_has_no_circle() -> None:
+    done: set[str] = set()
+    while ready := {m for m, below in MAY_IMPORT.items() if m not in done and set(below.split()) <= done}:
+        done |= ready
+    assert done == set(MAY_IMPORT)
+
+
+def test_internal_imports_stand_at_the_top() -> None:
+    for name, source in SOURCES.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and name != "__main__":
+                inner = "\n".join(ast.unparse(n) for n in ast.walk(node) if isinstance(n, (ast.Import, ast.ImportFrom)))
+                assert not imported(inner), f"{name}.{node.name} imports gpubatch inside"
+
+
+def test_cupy_is_named_in_backend_alone() -> None:
+    for name, source in SOURCES.items():
+        names = {n.id for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name)}
+        modules = {a.name for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import) for a in n.names}
+        assert name == "backend" or not {"cupy", "cp"} & (names | modules), name
+
+
+def test_no_pickle_no_global_random_state_no_super() -> None:
+    for name, source in SOURCES.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                assert not {"pickle", "dill", "joblib", "random"} & {alias.name for alias in node.names}, name
+            if isinstance(node, ast.Attribute):
+                text = ast.unparse(node)
+                assert not text.startswith(("np.random.seed", "np.random.rand", "np.random.shuffle")), f"{name}: {text}"
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id != "super", f"{name}: say which class's __init__ is meant"
+
+
+def test_all_public_names_are_there() -> None:
+    contract = """
+        get_backend Backend Memory available_backends array_namespace BackendUnavailableError BackendFallbackWarning
+        SGD Momentum HeavyBall RMSProp Adam AdamW NAdam Lion Adagrad rule Optimizer clip_by_global_norm Parameters
+        InverseTimeDecay ExponentialDecay SqrtDecay StepDecay Piecewise CosineDecay EWMA ewma
+        Loader choose_batch_size BatchPlan
+        Network Dense BatchNorm Dropout ReLU LeakyReLU Sigmoid Tanh GELU Step mlp fit datasets
+    """.split()
+    assert [name for name in contract if not hasattr(gpubatch, name)] == []
+    assert [name for name in contract if name not in gpubatch.__all__] == []
+
+
+def test_importing_it_imports_nothing_heavy() -> None:
+    heavy = ["cupy", "matplotlib", "rich", "typer", "safetensors", "array_api_compat", "torch"]
+    code = f"import sys, gpubatch; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

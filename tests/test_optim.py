@@ -1,0 +1,560 @@
+"""Optimizers against closed forms, published numbers, the plain formula, and the promises of their interface."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from needs import peer
+from optimizer_table import CASES, LR, Case
+
+import gpubatch as gb
+from gpubatch import optim, rules
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+NO_CHANGE_BY_HAND = {"weight_decay": 0.0}
+
+
+def gradients(
+    rng: np.random.Generator, steps: int, shape: tuple[int, ...], dtype: object = np.float64
+) -> list[np.ndarray]:
+    return [rng.standard_normal(shape).astype(dtype) for _ in range(steps)]
+
+
+def test_the_table_is_complete() -> None:
+    made = [case.make([np.zeros(2)]) for case in CASES.values()]
+    kinds = {type(opt) for opt in made}
+    assert kinds == {getattr(optim, name) for name in optim.__all__} - {gb.StepResult, gb.clip_by_global_norm}
+    assert {opt.rule for opt in made} >= {getattr(rules, name) for name in rules.__all__}
+    # Every value of every option of every rule is there.
+    tried = {
+        (opt.rule.name, name, value) for opt in made for name, value in opt.hyper.items() if name in opt.rule.options
+    }
+    for rule in {opt.rule for opt in made}:
+        for name, default in rule.options.items():
+            values = [True, False] if isinstance(default, bool) else ["outside", "inside"]
+            if rule in (rules.adam, rules.amsgrad):
+                values.append("hat")
+            assert {(rule.name, name, value) for value in values} <= tried
+
+
+# --- against closed forms and published numbers --------------------------------------------------------------------
+
+
+@every_case
+def test_first_step_is_the_closed_form(case: Case, backend: gb.Backend, rng: np.random.Generator) -> None:
+    w, g = backend.zeros(17, np.float64), rng.standard_normal(17)
+    case.make([w]).step([backend.asarray(g)])
+    np.testing.assert_allclose(backend.to_numpy(w), case.first(g), rtol=1e-12)
+
+
+# How far eps goes at the first step; figures from the libraries' own formulas, see their documentation.
+@pytest.mark.parametrize(
+    ("make", "g", "step"),
+    [
+        (lambda p: gb.Adam(p), 1e-6, 9.90e-4),
+        (lambda p: gb.Adam(p, eps_at="hat"), 1e-6, 7.60e-4),
+        (lambda p: gb.Adam(p, eps=1e-7), 1e-6, 9.09e-4),
+        (lambda p: gb.Adam(p, eps=1e-7, eps_at="hat"), 1e-6, 2.40e-4),
+        (lambda p: gb.RMSProp(p, lr=1.0, rho=0.99), 0.1, 10.0),
+        (lambda p: gb.RMSProp(p, lr=1.0, rho=0.9, eps_at="inside"), 0.1, 3.16),
+    ],
+)
+def test_where_eps_stands_shows_in_the_first_step(make, g, step) -> None:
+    w = np.zeros(1)
+    make([w]).step([np.array([g])])
+    assert -w[0] == pytest.approx(step, rel=2e-3)
+
+
+# The exercise of Stanford's CS231n (assignment 2): weights, gradients and state are ramps, the results are printed there.
+RAMP = dict(w=np.linspace(-0.4, 0.6, 20), g=np.linspace(-0.6, 0.4, 20))
+CS231N = {
+    "sgd_momentum": (
+        lambda p: gb.HeavyBall(p, lr=1e-3, mu=0.9, lr_in_velocity=True),
+        0,
+        {"v": np.linspace(0.6, 0.9, 20)},
+        [
+            0.1406,
+            0.20738947,
+            0.27417895,
+            0.34096842,
+            0.40775789,
+            0.47454737,
+            0.54133684,
+            0.60812632,
+            0.67491579,
+            0.74170526,
+        ],
+        {"v": [0.5406, 0.55475789, 0.56891579, 0.58307368, 0.59723158]},
+    ),
+    "rmsprop": (
+        lambda p: gb.RMSProp(p, lr=1e-2, rho=0.99),
+        0,
+        {"s": np.linspace(0.6, 0.9, 20)},
+        [
+            -0.39223849,
+            -0.34037513,
+            -0.28849239,
+            -0.23659121,
+            -0.18467247,
+            -0.132737,
+            -0.08078555,
+            -0.02881884,
+            0.02316247,
+        ],
+        {"s": [0.5976, 0.6126277, 0.6277108, 0.64284931, 0.65804321]},
+    ),
+    "adam": (
+        lambda p: gb.Adam(p, lr=1e-2),
+        5,
+        {"m": np.linspace(0.6, 0.9, 20), "v": np.linspace(0.7, 0.5, 20)},
+        [
+            -0.40094747,
+            -0.34836187,
+            -0.29577703,
+            -0.24319299,
+            -0.19060977,
+            -0.1380274,
+            -0.08544591,
+            -0.03286534,
+            0.01971428,
+        ],
+        {
+            "m": [0.48, 0.49947368, 0.51894737, 0.53842105, 0.55789474],
+            "v": [0.69966, 0.68908382, 0.67851319, 0.66794809],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CS231N)
+def test_the_published_numbers_of_cs231n(name: str) -> None:
+    make, t, state, weights, states = CS231N[name]
+    w = RAMP["w"].copy()
+    opt = make([w])
+    saved = opt.state_dict()
+    opt.load_state_dict({**saved, "t": t, "state": {k: {"0": v} for k, v in state.items()}})
+    opt.step([RAMP["g"]])
+    np.testing.assert_allclose(w[: len(weights)], weights, atol=6e-9)
+    for k, expected in states.items():
+        np.testing.assert_allclose(opt.state[k]["0"][: len(expected)], expected, atol=6e-9)
+
+
+def test_momentum_is_the_moving_average_of_the_course(rng: np.random.Generator) -> None:
+    w, v, expected = np.zeros(5), np.zeros(5), np.zeros(5)
+    opt = gb.Momentum([w], lr=0.1)
+    for g in gradients(rng, 30, (5,)):
+        opt.step([g])
+        v = 0.9 * v + 0.1 * g
+        expected -= 0.1 * v
+    np.testing.assert_allclose(w, expected, rtol=1e-13)
+    np.testing.assert_allclose(opt.state["v"]["0"], v, rtol=1e-13)
+
+
+def test_the_two_forms_of_momentum_part_when_the_learning_rate_changes(rng: np.random.Generator) -> None:
+    outside, inside, v = np.zeros(3), np.zeros(3), np.zeros(3)
+    expected = np.zeros(3)
+    a, b = gb.HeavyBall([outside], 0.1), gb.HeavyBall([inside], 0.1, lr_in_velocity=True)
+    for i, g in enumerate(gradients(rng, 20, (3,))):
+        a.lr = b.lr = lr = 0.1 if i < 10 else 0.001
+        a.step([g])
+        b.step([g])
+        v = 0.9 * v - lr * g
+        expected += v
+    np.testing.assert_allclose(inside, expected, rtol=1e-12)
+    assert np.abs(outside - inside).max() > 0.01
+
+
+def test_adam_hat_is_adam_with_a_shrinking_eps(rng: np.random.Generator) -> None:
+    hat, plain = np.zeros(4), np.zeros(4)
+    a, b = (
+        gb.Adam([hat], eps=1e-3, eps_at="hat"),
+        gb.Adam([plain], eps=lambda step, epoch: 1e-3 / (1 - 0.999 ** (step + 1)) ** 0.5),
+    )
+    for g in gradients(rng, 50, (4,)):
+        a.step([g])
+        b.step([g])
+    np.testing.assert_allclose(hat, plain, rtol=1e-12)
+
+
+# --- against other libraries ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.torch])
+def test_100_steps_agree_with_pytorch(name: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = peer("torch")
+    # NAdam keeps a product of factors in the default type, which is float32.
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.float64)
+    w = rng.standard_normal((7, 3))
+    theirs = torch.tensor(w.copy(), requires_grad=True)
+    opt, peer_opt = CASES[name].make([w]), CASES[name].torch(torch.optim, [theirs])
+    for g in gradients(rng, 100, w.shape):
+        opt.step([g])
+        theirs.grad = torch.tensor(g)
+        peer_opt.step()
+    np.testing.assert_allclose(w, theirs.detach().numpy(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.optax])
+def test_100_steps_agree_with_optax(name: str, rng: np.random.Generator) -> None:
+    optax, jax = peer("optax"), peer("jax")
+    w = rng.standard_normal((7, 3))
+    with jax.experimental.enable_x64() if hasattr(jax.experimental, "enable_x64") else jax.enable_x64(True):
+        theirs = jax.numpy.asarray(w.copy())
+        opt, peer_opt = CASES[name].make([w]), CASES[name].optax(optax)
+        state = peer_opt.init(theirs)
+        for g in gradients(rng, 100, w.shape):
+            opt.step([g])
+            updates, state = peer_opt.update(jax.numpy.asarray(g), state, theirs)
+            theirs = optax.apply_updates(theirs, updates)
+    np.testing.assert_allclose(w, np.asarray(theirs), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("make", "theirs"),
+    [
+        (lambda p: gb.Adam(p, 0.01, eps_at="hat"), lambda s, p: s.AdamOptimizer(p, 0.01)),
+        (lambda p: gb.HeavyBall(p, 0.01, lr_in_velocity=True), lambda s, p: s.SGDOptimizer(p, 0.01, nesterov=False)),
+        (
+            lambda p: gb.HeavyBall(p, 0.01, lr_in_velocity=True, nesterov=True),
+            lambda s, p: s.SGDOptimizer(p, 0.01, nesterov=True),
+        ),
+    ],
+    ids=["adam", "momentum", "nesterov"],
+)
+def test_100_steps_agree_with_scikit_learn(make, theirs, rng: np.random.Generator) -> None:
+    peer("sklearn")
+    stochastic = peer("sklearn.neural_network._stochastic_optimizers")
+    w = rng.standard_normal((7, 3))
+    v = [w.copy()]
+    opt, peer_opt = make([w]), theirs(stochastic, v)
+    for g in gradients(rng, 100, w.shape):
+        opt.step([g])
+        peer_opt.update_params(v, [g])
+    np.testing.assert_allclose(w, v[0], rtol=0, atol=1e-10)
+
+
+def test_clipping_agrees_with_pytorch_and_optax(rng: np.random.Generator) -> None:
+    optax, torch = peer("optax"), peer("torch")
+    grads = {"a": rng.standard_normal((5, 4)), "b": rng.standard_normal(9)}
+    expected, _ = optax.clip_by_global_norm(0.5).update({k: v.astype(np.float32) for k, v in grads.items()}, None)
+    norm = torch.linalg.vector_norm(torch.cat([torch.tensor(g).ravel() for g in grads.values()]))
+    assert gb.clip_by_global_norm(grads, 0.5) == pytest.approx(float(norm), rel=1e-14)
+    for k, g in grads.items():
+        np.testing.assert_allclose(g, expected[k], rtol=1e-6)
+
+
+# --- one formula, every way to run it ------------------------------------------------------------------------------
+
+
+@every_case
+def test_blocks_give_the_bits_of_the_plain_formula(case: Case, dtype: np.dtype, rng: np.random.Generator) -> None:
+    """The fast path skips work, it does not change any: NumPy runs the formula as it stands, on whole arrays."""
+    w = rng.standard_normal(100_003).astype(dtype)
+    opt = case.make([w], **NO_CHANGE_BY_HAND)
+    values = {k: v for k, v in opt.hyper.items() if k in opt.rule.hyper or k in opt.rule.options}
+    plain_w, plain_state = w.copy(), [views.flat.copy() for views in opt.state.values()]
+    for t, g in enumerate(gradients(rng, 4, w.shape, dtype), start=1):
+        opt.step([g])
+        plain_w, *plain_state = opt.rule(plain_w, g, *plain_state, t, **values)
+        assert plain_w.dtype == dtype
+        np.testing.assert_array_equal(w, plain_w)
+        for views, expected in zip(opt.state.values(), plain_state, strict=True):
+            np.testing.assert_array_equal(views.flat, expected)
+
+
+@every_case
+def test_flat_apart_and_strided_arrays_are_one(
+    case: Case, backend: gb.Backend, dtype: np.dtype, rng: np.random.Generator
+) -> None:
+    shapes = {"W": (130, 70), "b": (70,), "none": (0, 3), "one": ()}
+    start = {k: rng.standard_normal(s).astype(dtype) for k, s in shapes.items()}
+    flat = gb.Parameters(start, backend, dtype)
+    apart = {k: backend.asarray(v.copy()) for k, v in start.items()}
+    optimizers = [case.make(flat), case.make(apart), case.make(flat_views := gb.Parameters(start, backend, dtype))]
+    wide = np.zeros((130, 140), dtype)
+    if backend.name == "cpu":  # a kernel takes contiguous arrays only
+        strided = {**{k: v.copy() for k, v in start.items()}, "W": wide[:, ::2]}
+        strided["W"][...] = start["W"]
+        optimizers.append(case.make(strided))
+    for _ in range(3):
+        grads = {k: backend.asarray(rng.standard_normal(s).astype(dtype)) for k, s in shapes.items()}
+        for k, g in grads.items():
+            flat.grads[k] = g
+        optimizers[0].step()
+        for opt in optimizers[1:]:
+            opt.step(grads)
+    for k in shapes:
+        expected = backend.to_numpy(flat[k])
+        np.testing.assert_array_equal(backend.to_numpy(apart[k]), expected)
+        np.testing.assert_array_equal(backend.to_numpy(flat_views[k]), expected)
+        if backend.name == "cpu":
+            np.testing.assert_array_equal(strided[k], expected)
+    assert not wide[:, 1::2].any()
+
+
+@every_case
+def test_float32_follows_float64(case: Case, backend: gb.Backend, rng: np.random.Generator) -> None:
+    w = rng.standard_normal(1000)
+    single, double = backend.asarray(w.astype(np.float32)), backend.asarray(w)
+    a, b = case.make([single]), case.make([double])
+    for g in gradients(rng, 5, w.shape):
+        a.step([backend.asarray(g.astype(np.float32))])
+        b.step([backend.asarray(g)])
+    assert single.dtype == np.float32
+    assert {views.flat.dtype for views in a.state.values()} <= {np.dtype(np.float32)}
+    # A condition or a sign may fall the other way where its operand is near zero; few elements may differ.
+    error = np.abs(backend.to_numpy(single) - backend.to_numpy(double))
+    assert np.quantile(error, 0.98) < 2e-5
+
+
+@given(st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=4), st.integers(1, 3))
+def test_any_shapes(shapes: list[tuple[int, ...]], steps: int) -> None:
+    rng = np.random.default_rng(0)
+    w = [rng.standard_normal(s) for s in shapes]
+    expected = [x.copy() for x in w]
+    opt = gb.SGD(w, 0.5)
+    for _ in range(steps):
+        grads = [rng.standard_normal(s) for s in shapes]
+        opt.step(grads)
+        expected = [x - 0.5 * g for x, g in zip(expected, grads, strict=True)]
+    for x, y in zip(w, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+# --- promises of the interface -------------------------------------------------------------------------------------
+
+
+@every_case
+def test_state_round_trip(case: Case, backend: gb.Backend, rng: np.random.Generator) -> None:
+    start = rng.standard_normal((6, 4))
+    grads = [backend.asarray(g) for g in gradients(rng, 6, start.shape)]
+    whole, parts = backend.asarray(start.copy()), backend.asarray(start.copy())
+    opt, first = case.make([whole]), case.make([parts])
+    for g in grads:
+        opt.step([g])
+    for g in grads[:3]:
+        first.step([g])
+    saved = first.state_dict()
+    json.dumps({k: v for k, v in saved.items() if k != "state"})
+    saved["state"] = {k: {n: backend.to_numpy(a) for n, a in v.items()} for k, v in saved["state"].items()}
+    second = case.make([parts])
+    second.load_state_dict(saved)
+    for g in grads[3:]:
+        second.step([g])
+    assert second.t == 6
+    np.testing.assert_array_equal(backend.to_numpy(parts), backend.to_numpy(whole))
+
+
+@every_case
+def test_the_second_step_allocates_no_array(case: Case, rng: np.random.Generator) -> None:
+    params = gb.Parameters({"W": (300, 400), "b": (400,)}, "cpu")
+    opt = case.make(params)
+    opt.step()
+    tracemalloc.start()
+    opt.step()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16_000, "480 kB of parameters"
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@every_case
+def test_weight_decay_is_the_same_idea_for_all(case: Case, decoupled: bool, rng: np.random.Generator) -> None:
+    w = rng.standard_normal(20)
+    by_hand = w.copy()
+    a, b = case.make([w], weight_decay=0.3, decoupled=decoupled), case.make([by_hand], **NO_CHANGE_BY_HAND)
+    for g in gradients(rng, 5, w.shape):
+        a.step([g])
+        if decoupled:
+            by_hand *= 1 - LR * 0.3
+            b.step([g])
+        else:
+            b.step([g + 0.3 * by_hand])
+    np.testing.assert_allclose(w, by_hand, rtol=1e-9, atol=1e-12)
+
+
+@every_case
+def test_a_schedule_may_stand_for_the_learning_rate(case: Case, rng: np.random.Generator) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def schedule(step: int, epoch: int) -> float:
+        seen.append((step, epoch))
+        return 0.1 / (1 + step + 10 * epoch)
+
+    w, by_hand = np.ones(3), np.ones(3)
+    opt, assigned = case.make([w], lr=schedule), case.make([by_hand])
+    for i, g in enumerate(gradients(rng, 4, (3,))):
+        opt.epoch = i // 2
+        assigned.lr = 0.1 / (1 + i + 10 * (i // 2))
+        assert opt.lr == assigned.lr
+        assert opt.step([g]).lr == assigned.lr
+        assigned.step([g])
+    np.testing.assert_array_equal(w, by_hand)
+    assert seen[::2] == [(0, 0), (1, 0), (2, 1), (3, 1)]
+
+
+def test_any_hyper_parameter_may_be_a_schedule(rng: np.random.Generator) -> None:
+    w, by_hand = np.ones(3), np.ones(3)
+    opt = gb.Adam([w], beta1=gb.Piecewise([2], [0.5, 0.9], per="step"))
+    first = gb.Adam([by_hand], beta1=0.5)
+    grads = gradients(rng, 4, (3,))
+    for g in grads:
+        opt.step([g])
+    for g in grads[:2]:
+        first.step([g])
+    second = gb.Adam([by_hand], beta1=0.9)
+    saved = first.state_dict()
+    saved["hyper"]["beta1"] = 0.9
+    second.load_state_dict(saved)
+    for g in grads[2:]:
+        second.step([g])
+    np.testing.assert_array_equal(w, by_hand)
+
+
+def test_a_saved_schedule_comes_back() -> None:
+    opt = gb.Adam([np.zeros(2)], lr=gb.CosineDecay(0.1, total=100, warmup=10))
+    other = gb.Adam([np.zeros(2)])
+    other.load_state_dict(
+        json.loads(json.dumps({**opt.state_dict(), "state": {"m": {"0": [0, 0]}, "v": {"0": [0, 0]}}}))
+        | {"state": opt.state_dict()["state"]}
+    )
+    assert other.hyper["lr"] == gb.CosineDecay(0.1, total=100, warmup=10)
+
+
+def test_a_step_reports_what_it_did() -> None:
+    opt = gb.SGD([np.zeros(2)], lr=0.5)
+    assert opt.step([np.ones(2)]) == gb.StepResult(applied=True, t=1, lr=0.5)
+    assert opt.step(np.ones(2)) == gb.StepResult(applied=True, t=2, lr=0.5)
+    assert (opt.t, opt.epoch) == (2, 0)
+
+
+def test_arrays_of_other_libraries_are_changed_in_place() -> None:
+    torch = peer("torch")
+    w = torch.zeros(3, dtype=torch.float64)
+    gb.SGD({"w": w}, lr=0.5).step({"w": torch.ones(3, dtype=torch.float64)})
+    assert w.tolist() == [-0.5] * 3
+
+
+def test_two_optimizers_share_nothing(rng: np.random.Generator) -> None:
+    a, b, alone = np.zeros(3), np.zeros(3), np.zeros(3)
+    one, two, single = gb.Adam([a]), gb.Adam([b]), gb.Adam([alone])
+    for g in gradients(rng, 3, (3,)):
+        one.step([g])
+        two.step([-g])
+        single.step([g])
+    np.testing.assert_array_equal(a, alone)
+    np.testing.assert_array_equal(b, -alone)
+
+
+# --- clipping ------------------------------------------------------------------------------------------------------
+
+
+def test_clipping_scales_to_the_norm_or_leaves_alone(backend: gb.Backend, dtype: np.dtype) -> None:
+    params = gb.Parameters({"a": (2,), "b": (2,)}, backend, dtype)
+    params.grads.flat[...] = 2.0
+    assert gb.clip_by_global_norm(params.grads, 2.0) == 4.0
+    np.testing.assert_allclose(backend.to_numpy(params.grads.flat), 1.0)
+    assert gb.clip_by_global_norm(params.grads, 2.0) == 2.0
+    np.testing.assert_array_equal(backend.to_numpy(params.grads.flat), 1.0)
+
+
+def test_the_norm_does_not_overflow_in_float32() -> None:
+    g = np.full(10, 1e30, np.float32)
+    assert gb.clip_by_global_norm([g], 1.0) == pytest.approx(1e30 * 10**0.5, rel=1e-6)
+    assert np.linalg.norm(g) == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_norm_that_is_not_finite_leaves_the_gradients(bad: float) -> None:
+    g = np.array([1.0, bad])
+    with pytest.raises(gb.NonFiniteError, match="global norm"):
+        gb.clip_by_global_norm([g], 1.0)
+    np.testing.assert_array_equal(g, [1.0, bad])
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+def read_only() -> np.ndarray:
+    w = np.zeros(2)
+    w.flags.writeable = False
+    return w
+
+
+W = np.zeros((2, 3))
+ERRORS = {
+    "negative lr": (lambda: gb.Adam([W], lr=-0.1), ValueError, r"lr must be finite and in \[0, inf\), got -0.1"),
+    "nan lr": (lambda: gb.SGD([W], lr=float("nan")), ValueError, "lr .* got nan"),
+    "lr of a wrong type": (lambda: gb.SGD([W], lr="0.1"), TypeError, "lr must be a real number .* '0.1'"),
+    "beta of one": (lambda: gb.Adam([W], beta1=1.0), ValueError, r"beta1 must be finite and in \[0, 1\), got 1.0"),
+    "negative decay": (lambda: gb.SGD([W], 0.1, weight_decay=-1), ValueError, "weight_decay .* got -1.0"),
+    "unknown name": (lambda: gb.Adam([W], beta=0.9), TypeError, "adam takes lr, beta1, .*'beta'; did you mean 'beta"),
+    "unknown eps_at": (lambda: gb.Adam([W], eps_at="insde"), ValueError, "eps_at must be one of .*mean 'inside'"),
+    "no hat in rmsprop": (
+        lambda: gb.RMSProp([W], eps_at="hat"),
+        ValueError,
+        "eps_at must be one of 'outside', 'inside'",
+    ),
+    "nothing": (lambda: gb.SGD([], 0.1), ValueError, "params must hold at least one array"),
+    "no arrays": (lambda: gb.SGD(3.0, 0.1), TypeError, "params must be Parameters, or a mapping"),
+    "integers": (lambda: gb.SGD([np.zeros(2, int)], 0.1), TypeError, r"params\['0'\] must be float32 or float64"),
+    "two types": (lambda: gb.SGD({"a": W, "b": W.astype("f")}, 0.1), TypeError, "'a' is float64, 'b' is float32"),
+    "read-only": (lambda: gb.SGD({"a": read_only()}, 0.1), ValueError, r"params\['a'\] is read-only"),
+    "twice": (lambda: gb.SGD([W, W], 0.1), ValueError, "the same array twice"),
+    "no gradients": (lambda: gb.SGD([W], 0.1).step(), ValueError, "grads must be given"),
+    "shape": (lambda: gb.SGD([W], 0.1).step([W.T]), ValueError, r"grads\['0'\] has shape \(3, 2\).*\(2, 3\)"),
+    "type": (lambda: gb.SGD([W], 0.1).step([W.astype("f")]), TypeError, r"grads\['0'\] is float32.*float64"),
+    "names": (lambda: gb.SGD({"a": W}, 0.1).step({"b": W}), ValueError, "grads must be for a; got b"),
+    "none": (lambda: gb.SGD({"a": W}, 0.1).step({"a": None}), TypeError, r"grads\['a'\] must be a NumPy or CuPy"),
+    "not a rule": (lambda: gb.Optimizer(abs, [W]), TypeError, "rule must be made with @gpubatch.rule"),
+    "bad schedule": (lambda: gb.SGD([W], lambda s, e: -1.0).step([W]), ValueError, "lr must be finite .* got -1.0"),
+    "max_norm": (lambda: gb.clip_by_global_norm([W], 0), ValueError, r"max_norm .* \(0, inf\), got 0.0"),
+    "other rule": (
+        lambda: gb.SGD([W], 0.1).load_state_dict(gb.Adam([W]).state_dict()),
+        ValueError,
+        "of the rule 'adam', this optimizer's is 'sgd'",
+    ),
+    "other variant": (
+        lambda: gb.Adam([W], eps_at="hat").load_state_dict(gb.Adam([W]).state_dict()),
+        ValueError,
+        "eps_at='outside', this optimizer has eps_at='hat'",
+    ),
+    "other shape": (
+        lambda: gb.Adam([W]).load_state_dict(gb.Adam([np.zeros(2)]).state_dict()),
+        ValueError,
+        r"state\['m'\]\['0'\] has shape \(2,\), expected \(2, 3\)",
+    ),
+    "other type": (
+        lambda: gb.Adam([W]).load_state_dict(gb.Adam([W.astype("f")]).state_dict()),
+        TypeError,
+        r"state\['m'\]\['0'\] is float32, expected float64",
+    ),
+    "part of a state": (lambda: gb.Adam([W]).load_state_dict({"t": 1}), ValueError, "state_dict lacks"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_name_argument_range_and_value(name: str) -> None:
+    call, kind, message = ERRORS[name]
+    with pytest.raises(kind, match=message) as raised:
+        call()
+    assert isinstance(raised.value, gb.GpubatchError)
+
+
+def test_a_refused_state_changes_nothing() -> None:
+    w = np.ones(2)
+    opt = gb.Adam([w])
+    opt.step([w])
+    before = opt.state_dict()
+    bad = gb.Adam([w]).state_dict() | {"t": 7}
+    bad["state"]["v"]["0"] = np.zeros(3)
+    with pytest.raises(gb.ShapeError):
+        opt.load_state_dict(bad)
+    after = opt.state_dict()
+    assert after["t"] == 1
+    np.testing.assert_array_equal(after["state"]["m"]["0"], before["state"]["m"]["0"])
