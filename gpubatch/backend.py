@@ -45,7 +45,7 @@ __all__ = [
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray: no type that both share exists
 Shape: TypeAlias = tuple[int, ...]
 
-INSTALL_CUPY = "pip install 'gpubatch[cuda13]' (CUDA 13) or 'gpubatch[cuda12]' (CUDA 12)"
+INSTALL_CUPY = "pip install 'gpubatch[cuda13]' (CUDA 13) or 'gpubatch[cuda12]' (CUDA 12)."
 
 
 @dataclass(frozen=True)
@@ -297,44 +297,45 @@ def _cuda(index: int, reason: str) -> Backend:
     return CudaBackend(cupy, index, reason)
 
 
-@functools.cache
 def load_cupy() -> Any:
     """CuPy, once a tiny computation on a device has worked; otherwise one error with the cause and the remedy."""
+    found = _probe_cupy()
+    if isinstance(found, BackendUnavailableError):
+        raise BackendUnavailableError(found.message, found.cause, found.remedy) from found.__cause__
+    return found
+
+
+@functools.cache
+def _probe_cupy() -> Any:
+    """CuPy, or the error that says why it cannot be used; tried once in a process, since a failing import is slow."""
     if importlib.util.find_spec("cupy") is None:
-        raise BackendUnavailableError(
-            "'cuda' cannot be used: CuPy is not installed.", "not installed", INSTALL_CUPY + "."
-        )
+        return BackendUnavailableError("'cuda' cannot be used: CuPy is not installed.", "not installed", INSTALL_CUPY)
     try:
         import cupy
-    except (
-        Exception
-    ) as error:  # CuPy raises ImportError, but also RuntimeError and OSError, for libraries it cannot load
-        raise _libraries_missing(error) from error
+    except Exception as error:  # not only ImportError: RuntimeError and OSError too, for libraries it cannot load
+        return _libraries_missing(error)
     runtime = cupy.cuda.runtime
     try:
         driver, needed = runtime.driverGetVersion(), runtime.runtimeGetVersion()
     except Exception as error:
-        raise _libraries_missing(error) from error
+        return _libraries_missing(error)
     try:
-        count = runtime.getDeviceCount()
-    except runtime.CUDARuntimeError as error:
-        raise _no_device(driver, needed, error) from error
-    if count == 0:
-        raise _no_device(driver, needed, None)
-    try:
+        if runtime.getDeviceCount() == 0:
+            return _no_device(driver, needed, None)
         probe = cupy.arange(4, dtype=cupy.float32)
         if float((probe @ probe) + 1) != 15.0:
-            raise RuntimeError("a product of two small arrays came out wrong")
+            raise RuntimeError("the product of two small arrays came out wrong")
     except runtime.CUDARuntimeError as error:
-        raise _no_device(driver, needed, error) from error
+        return _no_device(driver, needed, error)
     except Exception as error:
-        raise _libraries_missing(error) from error
+        return _libraries_missing(error)
     return cupy
 
 
 def _libraries_missing(error: BaseException) -> BackendUnavailableError:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return BackendUnavailableError(
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return _caused(
+        error,
         f"'cuda' cannot be used: CuPy is installed but CUDA libraries are missing or do not load ({first_line}).",
         "libraries missing",
         "install the CUDA toolkit that CuPy was built for, or its wheels: pip install 'cupy-cuda13x[ctk]' (or cuda12x).",
@@ -344,7 +345,8 @@ def _libraries_missing(error: BaseException) -> BackendUnavailableError:
 def _no_device(driver: int, needed: int, error: BaseException | None) -> BackendUnavailableError:
     detail = f" ({error})" if error is not None else ""
     if 0 < driver < needed and "InsufficientDriver" in str(error):
-        return BackendUnavailableError(
+        return _caused(
+            error,
             f"'cuda' cannot be used: the NVIDIA driver is too old, it serves CUDA {_version(driver)} "
             f"and CuPy was built for {_version(needed)}.",
             "driver too old",
@@ -353,11 +355,18 @@ def _no_device(driver: int, needed: int, error: BaseException | None) -> Backend
     found = (
         "no NVIDIA driver was found" if driver == 0 else f"the driver (CUDA {_version(driver)}) shows no usable device"
     )
-    return BackendUnavailableError(
+    return _caused(
+        error,
         f"'cuda' cannot be used: no device, {found}{detail}.",
         "no device",
         "check nvidia-smi and CUDA_VISIBLE_DEVICES (in a container: run it with its GPUs), or use backend='cpu'.",
     )
+
+
+def _caused(cause: BaseException | None, *words: str) -> BackendUnavailableError:
+    error = BackendUnavailableError(*words)
+    error.__cause__ = cause
+    return error
 
 
 def _version(number: int) -> str:

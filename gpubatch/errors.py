@@ -74,7 +74,7 @@ class BackendUnavailableError(GpubatchError, RuntimeError):
 
     def __init__(self, message: str, cause: str, remedy: str) -> None:
         super().__init__(f"{message} Remedy: {remedy}")
-        self.cause, self.remedy = cause, remedy
+        self.message, self.cause, self.remedy = message, cause, remedy
 
 
 class InsufficientMemoryError(GpubatchError, MemoryError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import json
@@ -15,11 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpubatch.loader
-from gpubatch.backend import Memory, get_backend
+import gpubatch.sources
+from gpubatch.backend import Backend, Memory, get_backend
 from gpubatch.errors import ArgumentError, DeviceMismatchError, DTypeError, NonFiniteError, ShapeError
 from gpubatch.loader import Loader, epoch_order
-
-CPU = get_backend("cpu")
 
 
 def threads():
@@ -69,4 +69,745 @@ def test_philox_gives_the_published_vectors():  # Random123, examples/kat_vector
     )
 
 
-GOLDEN = {(12, 0, 0): None, (12, 0, 1): None, (12, 7, 0): None, (5, 2**64 - 1, 3): None}
+# (n, seed, epoch) -> the permutation and the draws with replacement: they must never change
+GOLDEN = {
+    (12, 0, 0): ([0, 2, 11, 9, 1, 8, 5, 4, 3, 10, 6, 7], [11, 2, 9, 0, 3, 9, 11, 0, 9, 10, 10, 2]),
+    (12, 0, 1): ([5, 3, 7, 8, 11, 2, 4, 1, 10, 0, 6, 9], [6, 5, 9, 8, 3, 2, 8, 7, 1, 7, 8, 8]),
+    (12, 7, 0): ([8, 4, 1, 6, 3, 2, 11, 7, 5, 9, 10, 0], [0, 11, 4, 2, 6, 8, 2, 9, 8, 8, 1, 1]),
+    (5, 2**64 - 1, 3): ([3, 2, 0, 1, 4], [2, 4, 2, 4, 4]),
+}
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=str)
+def test_golden_orders(case):
+    permutation, draws = GOLDEN[case]
+    assert epoch_order(*case).tolist() == permutation
+    assert epoch_order(*case, replacement=True).tolist() == draws
+
+
+@given(n=st.integers(1, 300), seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 2**64 - 1))
+@settings(max_examples=40)
+def test_order_sorts_the_samples_by_the_paper_s_words(n, seed, epoch):
+    words = random_words(n, seed, epoch)
+    bits = (n - 1).bit_length()  # the low bits make room for the index, which also decides between equals
+    expected = sorted(range(n), key=lambda i: (words[i] >> bits, i))
+    order = epoch_order(n, seed, epoch)
+    assert order.dtype == np.int64
+    assert order.tolist() == expected
+    assert epoch_order(n, seed, epoch, replacement=True).tolist() == [word % n for word in words]
+    assert epoch_order(n, seed, epoch, shuffle=False).tolist() == list(range(n))
+
+
+@pytest.mark.parametrize("n", [1, 2, 1023, 1024, 1025, 100_000])
+def test_order_is_a_permutation_that_seed_and_epoch_decide(n):
+    orders = [epoch_order(n, seed, epoch) for seed, epoch in [(0, 0), (0, 1), (1, 0), (2**64 - 1, 0)]]
+    for order in orders:
+        assert np.array_equal(np.sort(order), np.arange(n))
+    assert np.array_equal(orders[0], epoch_order(n, 0, 0))
+    if n > 1000:
+        for a, b in itertools.combinations(orders, 2):
+            assert np.count_nonzero(a == b) < 20  # 1 is expected of two independent permutations
+
+
+def chi_square(counts):
+    expected = counts.mean()
+    return float(((counts - expected) ** 2 / expected).sum()) / (counts.size - 1)
+
+
+def test_every_place_is_equally_likely_for_every_sample():
+    n, epochs = 8, 4000
+    counts = np.zeros((n, n))
+    for epoch in range(epochs):
+        counts[np.arange(n), epoch_order(n, 5, epoch)] += 1
+    assert 0.4 < chi_square(counts) < 1.9  # 49 degrees of freedom: 1 ± 0.2
+
+
+def test_draws_with_replacement_are_uniform_and_repeat():
+    n = 20_000
+    counts = np.bincount(epoch_order(n, 3, 0, replacement=True), minlength=n)
+    assert counts.sum() == n
+    assert abs(np.count_nonzero(counts == 0) / n - np.exp(-1)) < 0.02  # a sample is left out with probability 1/e
+    assert 0.7 < chi_square(counts.reshape(200, 100).sum(axis=1)) < 1.3  # 199 degrees of freedom: 1 ± 0.1
+    loader = Loader(np.arange(100.0), batch_size=10, replacement=True, seed=3, backend="cpu")
+    drawn = np.concatenate(list(loader))
+    assert drawn.tolist() == epoch_order(100, 3, 0, replacement=True).tolist()
+
+
+# --- the batches of an epoch ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("m", "batch_size", "steps"), [(5_000_000, 1_000, 5_000), (60_000, 100, 600), (148, 64, 3)])
+def test_course_arithmetic(m, batch_size, steps):
+    X = np.broadcast_to(np.float32(0), (m, 1))
+    assert len(Loader(X, batch_size=batch_size, backend="cpu")) == steps
+
+
+def test_course_layout_has_samples_in_columns(backend):
+    X, Y = np.arange(12288 * 148, dtype=np.float32).reshape(12288, 148), np.arange(148.0).reshape(1, 148)
+    batches = list(Loader(X, Y, batch_size=64, sample_axis=1, backend=backend))
+    assert [(x.shape, y.shape) for x, y in batches] == [((12288, 64), (1, 64))] * 2 + [((12288, 20), (1, 20))]
+    for x, y in batches:
+        assert backend.owns(x)
+        assert x.flags.c_contiguous
+        columns = backend.to_numpy(y)[0].astype(int)
+        assert np.array_equal(backend.to_numpy(x), X[:, columns])
+
+
+@st.composite
+def loaders(draw):
+    """Arguments of a loader for n samples, and its world_size."""
+    n = draw(st.integers(1, 60))
+    world_size = draw(st.integers(1, min(n, 5)))
+    batch_size = draw(st.integers(1, n + 3))
+    drop_last = draw(st.booleans()) and batch_size <= n // world_size
+    return {
+        "n": n,
+        "batch_size": batch_size,
+        "drop_last": drop_last,
+        "world_size": world_size,
+        "shuffle": draw(st.booleans()),
+        "seed": draw(st.integers(0, 2**64 - 1)),
+        "sample_axis": draw(st.integers(0, 1)),
+        "prefetch": draw(st.integers(0, 3)),
+    }
+
+
+def make(n, sample_axis, rank=0, **arguments):
+    """A loader of samples (i, -i) with labels i."""
+    X = np.stack([np.arange(n), -np.arange(n)], axis=1).astype(np.int16)
+    X = np.ascontiguousarray(X.T) if sample_axis else X
+    return Loader(X, np.arange(n), sample_axis=sample_axis, rank=rank, backend="cpu", **arguments)
+
+
+def labels(batches):
+    return [y.tolist() for _, y in batches]
+
+
+@given(case=loaders(), epoch=st.integers(0, 3))
+def test_ranks_together_see_each_sample_once(case, epoch):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpubatch.loader, "WORTH_A_THREAD", 0)
+        seen, sizes = [], []
+        for rank in range(case["world_size"]):
+            loader = make(**case, rank=rank)
+            loader.load_state_dict({**loader.state_dict(), "epoch": epoch})
+            batches = list(loader)
+            assert len(batches) == len(loader)
+            for x, y in batches:
+                assert x.dtype == np.float32
+                assert x.flags.c_contiguous
+                assert x.shape == ((2, len(y)) if case["sample_axis"] else (len(y), 2))
+                first, second = x if case["sample_axis"] else x.T
+                assert first.tolist() == y.tolist() == (-second).tolist()
+            lengths = [len(y) for _, y in batches]
+            assert set(lengths[:-1]) <= {loader.batch_size}
+            assert lengths[-1] <= loader.batch_size
+            if case["drop_last"]:
+                assert lengths[-1] == case["batch_size"]
+            seen += itertools.chain.from_iterable(labels(batches))
+            sizes.append(sum(lengths))
+            order = epoch_order(case["n"], case["seed"], epoch, case["shuffle"])
+            assert (
+                list(itertools.chain.from_iterable(labels(batches)))
+                == order[rank :: case["world_size"]].tolist()[: sum(lengths)]
+            )
+        if not case["drop_last"]:
+            assert sorted(seen) == list(range(case["n"]))
+            assert max(sizes) - min(sizes) <= 1
+        assert len(set(seen)) == len(seen)
+        assert not threads()
+
+
+@given(case=loaders(), data=st.data())
+def test_resumed_is_as_if_never_stopped(case, data):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpubatch.loader, "WORTH_A_THREAD", 0)
+        whole = make(**case)
+        expected = [labels(whole) for _ in range(3)]
+        stop = data.draw(st.integers(0, 2 * len(whole)))
+
+        stopped = make(**case)
+        done = []
+        while len(done) < stop:
+            done += labels(itertools.islice(stopped, stop - len(done)))
+        state = json.loads(json.dumps(stopped.state_dict()))
+        assert (state["epoch"], state["batch"]) == divmod(stop, len(whole))
+        assert set(state) == {
+            "seed", "epoch", "batch", "batch_size", "n_samples",
+            "shuffle", "replacement", "drop_last", "rank", "world_size",
+        }  # fmt: skip
+
+        resumed = make(**case)
+        resumed.load_state_dict(state)
+        assert resumed.epoch == stop // len(whole)
+        while resumed.epoch < 3:
+            done += labels(resumed)
+        assert done == list(itertools.chain.from_iterable(expected))
+
+
+def test_epoch_counts_and_an_abandoned_one_is_over(threaded):
+    loader = make(10, 0, batch_size=3)
+    assert loader.epoch == 0
+    assert [loader.epoch for _ in loader] == [0, 0, 0, 0]
+    assert (loader.epoch, loader.state_dict()["batch"]) == (1, 0)
+    for k, _ in enumerate(loader):
+        if k == 1:
+            break
+    assert loader.epoch == 2
+    assert (loader.state_dict()["epoch"], loader.state_dict()["batch"]) == (1, 2)  # where it was left
+    third = epoch_order(10, 0, 2).tolist()
+    assert labels(loader) == [third[:3], third[3:6], third[6:9], third[9:]]  # a new iteration: the next epoch, whole
+    assert loader.epoch == 3
+
+
+def test_state_counts_what_was_yielded_not_what_was_prepared(threaded):
+    loader = make(50, 0, batch_size=5, prefetch=4)
+    for k, _ in enumerate(loader):
+        state = loader.state_dict()
+        assert (state["epoch"], state["batch"]) == divmod(k + 1, 10)
+
+
+def test_a_second_iteration_ends_the_first(threaded):
+    loader = make(10, 0, batch_size=3)
+    first = iter(loader)
+    next(first)
+    assert labels(loader)[0] == epoch_order(10, 0, 1)[:3].tolist()
+    with pytest.raises(ArgumentError, match="ended by a newer one"):
+        next(first)
+    assert (loader.epoch, loader.state_dict()["batch"]) == (2, 0)
+    last = iter(loader)
+    for _ in range(4):
+        next(last)
+    loader.load_state_dict({**loader.state_dict(), "epoch": 7, "batch": 1})
+    with pytest.raises(ArgumentError, match="load_state_dict"):
+        next(last)
+    assert (loader.epoch, loader.state_dict()["batch"]) == (7, 1)
+    assert not threads()
+
+
+# --- values and element types ---------------------------------------------------------------------------------------
+
+# source dtype -> dtype of the batches by default
+DTYPES = {
+    "bool": "float32", "uint8": "float32", "int8": "float32", "uint16": "float32", "int16": "float32",
+    "uint32": "float32", "int32": "float32", "uint64": "float32", "int64": "float32",
+    "float16": "float32", "float32": "float32", "float64": "float64", ">f4": "float32", ">f8": "float64", ">i2": "float32",
+}  # fmt: skip
+
+
+def test_every_real_dtype_is_in_the_table():
+    real = {np.dtype(c).name for c in np.typecodes["AllInteger"] + "?efd"}
+    assert real <= set(DTYPES)
+
+
+@pytest.mark.parametrize("scale", [None, 1 / 255])
+@pytest.mark.parametrize("wanted", [None, "float32", "float64"])
+@pytest.mark.parametrize("source", DTYPES)
+def test_dtypes(source, wanted, scale, backend, rng):
+    X = rng.integers(0, 2 if source == "bool" else 128, (40, 3)).astype(source)
+    loader = Loader(X, X[:, 0], batch_size=16, shuffle=False, dtype=wanted, scale=scale, backend=backend)
+    expected = np.dtype(wanted or DTYPES[source])
+    assert (loader.dtype, loader.source_dtype, loader.scale) == (expected, X.dtype, scale)
+    batches = list(loader)
+    for array in itertools.chain.from_iterable(batches):
+        assert backend.owns(array)
+        assert array.dtype.isnative
+    x = np.concatenate([backend.to_numpy(x) for x, _ in batches])
+    y = np.concatenate([backend.to_numpy(y) for _, y in batches])
+    assert x.dtype == expected
+    assert np.array_equal(x, X.astype(expected) * expected.type(1 if scale is None else scale))
+    assert y.dtype == X.dtype.newbyteorder("=")  # labels keep their type
+    assert np.array_equal(y, X[:, 0])
+
+
+def test_scaled_bytes_are_the_nearest_float32_products():
+    X = np.arange(256, dtype=np.uint8)[:, None]
+    x = next(iter(Loader(X, batch_size=256, shuffle=False, scale=1 / 255, backend="cpu")))
+    factor = np.float64(np.float32(1 / 255))
+    assert np.array_equal(x, (np.arange(256) * factor).astype(np.float32)[:, None])  # one rounding of the exact product
+
+
+LAYOUTS = {
+    "C": lambda X: X,
+    "Fortran": np.asfortranarray,
+    "every other": lambda X: np.repeat(X, 2, axis=0)[::2],
+    "reversed": lambda X: np.ascontiguousarray(X[::-1])[::-1],
+    "read-only": lambda X: np.frombuffer(X.tobytes(), X.dtype).reshape(X.shape),
+    "lists": lambda X: X.tolist(),
+    "subclass": lambda X: X.view(np.memmap),
+}
+
+
+@pytest.mark.parametrize("sample_axis", [0, 1])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_any_layout_gives_the_same_batches(layout, sample_axis, scale, rng):
+    X = rng.integers(0, 1000, (30, 20)).astype(float)
+    source = LAYOUTS[layout](X)
+    before = X.copy()
+    loader = Loader(source, batch_size=8, sample_axis=sample_axis, seed=3, scale=scale, backend="cpu")
+    order = epoch_order(X.shape[sample_axis], 3, 0)
+    got = list(loader)
+    assert np.array_equal(np.concatenate(got, axis=sample_axis), X.take(order, sample_axis) * (scale or 1))
+    for x in got:
+        assert type(x) is np.ndarray
+        assert x.flags.c_contiguous
+        assert not np.shares_memory(x, X)
+        x[...] = -1  # a batch belongs to whoever took it
+    assert np.array_equal(X, before)
+    assert np.array_equal(np.asarray(source), before)
+    assert not any(np.shares_memory(a, b) for a, b in itertools.combinations(got, 2))
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (7,), (7, 2, 3), (7, 1)])
+def test_samples_may_have_any_shape(shape, threaded, monkeypatch, rng):
+    monkeypatch.setattr(gpubatch.sources, "BLOCK", 8)  # several blocks in each batch
+    X = rng.integers(0, 256, shape).astype(np.uint8)
+    got = np.concatenate(list(Loader(X, batch_size=5, shuffle=False, scale=0.25, backend="cpu")))
+    assert np.array_equal(got, X.astype(np.float32) / 4)
+
+
+def test_a_large_batch_goes_through_blocks_and_a_thread():
+    X = np.arange(3 * 2**20, dtype=np.uint32).reshape(24, -1)
+    loader = Loader(X, batch_size=9, scale=2.0, seed=1, backend="cpu")
+    iteration = iter(loader)
+    x = next(iteration)
+    assert len(threads()) == 1
+    assert np.array_equal(x, X[epoch_order(24, 1, 0)[:9]].astype(np.float32) * 2)
+    iteration.close()
+    assert not threads()
+
+
+def test_small_batches_of_arrays_in_memory_start_no_thread():
+    iteration = iter(make(100, 0, batch_size=10))
+    next(iteration)
+    assert not threads()
+
+
+def test_device_arrays_stay_on_their_device(backend, rng):
+    X, Y = rng.integers(0, 256, (50, 4)).astype(np.uint8), rng.integers(0, 10, 50)
+    here = Loader(X, Y, batch_size=16, seed=2, scale=1 / 255, backend="cpu")
+    there = Loader(backend.asarray(X), backend.asarray(Y), batch_size=16, seed=2, scale=1 / 255, backend=backend)
+    mixed = Loader(X, backend.asarray(Y), batch_size=16, seed=2, scale=1 / 255, backend=backend)
+    for (x, y), (xd, yd), (xm, ym) in zip(here, there, mixed, strict=True):
+        for array in (xd, yd, xm, ym):
+            assert backend.owns(array)
+        for a, b in [(x, xd), (y, yd), (x, xm), (y, ym)]:
+            assert np.array_equal(a, backend.to_numpy(b))
+            assert a.dtype == b.dtype
+
+
+class DeviceArray:
+    """Stands for a CuPy array: what the loader needs of one, and no way to NumPy but through the backend."""
+
+    shape, dtype, ndim, size, flags = (
+        property(lambda self, name=name: getattr(self.values, name))
+        for name in ("shape", "dtype", "ndim", "size", "flags")
+    )
+
+    def __init__(self, values):
+        self.values = values
+
+    def __array__(self, *_, **__):
+        raise TypeError("implicit conversion to a NumPy array")
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, key):
+        key = tuple(k.values if isinstance(k, DeviceArray) else k for k in (key if isinstance(key, tuple) else (key,)))
+        return DeviceArray(self.values[key])
+
+    def __imul__(self, factor):
+        assert isinstance(factor, float)
+        self.values *= factor
+        return self
+
+    def __abs__(self):
+        return DeviceArray(abs(self.values))
+
+    def __lt__(self, limit):
+        return DeviceArray(self.values < limit)
+
+    def __bool__(self):
+        return bool(self.values)
+
+    def __float__(self):
+        return float(self.values)
+
+    def all(self):
+        return DeviceArray(self.values.all())
+
+    def copy(self):
+        return DeviceArray(self.values.copy())
+
+    def astype(self, dtype, order):
+        return DeviceArray(self.values.astype(dtype, order=order))
+
+    def take(self, index, axis):
+        assert isinstance(index, DeviceArray)
+        return DeviceArray(self.values.take(index.values, axis=axis))
+
+
+class Device(Backend):
+    """Stands for the CUDA backend, and notes in which thread and with what it is called."""
+
+    name, spec, device, xp = "cuda", "cuda:0", "a double", None
+
+    def __init__(self):
+        self.copied = []
+
+    def asarray(self, x, dtype=None):
+        if not isinstance(x, DeviceArray):
+            self.copied.append((threading.current_thread(), x.dtype))
+        return x if isinstance(x, DeviceArray) else DeviceArray(np.array(x, dtype))
+
+    def to_numpy(self, x):
+        return x.values
+
+    def owns(self, x):
+        return isinstance(x, DeviceArray)
+
+    def memory(self):
+        return Memory(10**9, 10**9)
+
+    def scope(self):
+        return contextlib.nullcontext()
+
+    def empty(self, shape, dtype):
+        return DeviceArray(np.empty(shape, dtype))
+
+    def zeros(self, shape, dtype):
+        return DeviceArray(np.zeros(shape, dtype))
+
+    def synchronize(self):
+        pass
+
+
+@pytest.mark.parametrize("layout", ["C", "Fortran"])
+@pytest.mark.parametrize("sample_axis", [0, 1])
+@pytest.mark.parametrize("resident", ["XY", "X", "Y", ""])
+def test_device_does_the_device_s_part_in_the_caller(resident, sample_axis, layout, threaded, rng):
+    X, Y = LAYOUTS[layout](rng.integers(0, 256, (30, 30)).astype(np.uint8)), rng.integers(0, 10, 30)
+    device = Device()
+    arguments = {"batch_size": 8, "sample_axis": sample_axis, "scale": 1 / 255, "seed": 4}
+    on_device = Loader(
+        DeviceArray(X) if "X" in resident else X,
+        DeviceArray(Y) if "Y" in resident else Y,
+        backend=device,
+        **arguments,
+    )
+    for (x, y), (xd, yd) in zip(Loader(X, Y, backend="cpu", **arguments), on_device, strict=True):
+        for host, there in [(x, xd), (y, yd)]:
+            assert device.owns(there)
+            assert there.dtype == host.dtype
+            assert there.flags.c_contiguous
+            assert np.array_equal(there.values, host)
+            assert not np.shares_memory(there.values, X)
+    moved = [np.dtype(np.int64) if "X" in resident else X.dtype, np.dtype(np.int64)]  # indices, or stored values
+    assert device.copied == [(threading.main_thread(), dtype) for _ in range(4) for dtype in moved]
+    assert np.array_equal(on_device.to_batch(DeviceArray(X)).values, X * np.float32(1 / 255))
+    assert np.array_equal(on_device.to_batch(X).values, X * np.float32(1 / 255))
+
+
+def test_device_values_that_are_not_finite():
+    X = np.ones((4, 3), np.float32)
+    X[2, 1] = np.inf
+    with pytest.raises(NonFiniteError, match=r"X\[2, 1\] is inf"):
+        Loader(DeviceArray(X), backend=Device())
+
+
+@pytest.mark.gpu
+def test_device_array_needs_its_own_backend(backend):
+    if backend.name == "cuda":
+        with pytest.raises(DeviceMismatchError, match="X must be"):
+            Loader(backend.asarray(np.zeros((3, 2))), backend="cpu")
+
+
+# --- validation arrays ----------------------------------------------------------------------------------------------
+
+
+def test_to_batch_converts_as_the_loader_does(backend, rng):
+    X = rng.integers(0, 256, (20, 4)).astype(np.uint8)
+    loader = Loader(X, batch_size=20, shuffle=False, scale=1 / 255, backend=backend)
+    (x,) = loader
+    assert backend.owns(loader.to_batch(X))
+    assert np.array_equal(backend.to_numpy(loader.to_batch(X)), backend.to_numpy(x))
+    ready = X[:5].astype(np.float32)
+    assert np.array_equal(backend.to_numpy(loader.to_batch(ready)), ready)  # taken as it is
+    with pytest.raises(DTypeError, match="Xv must have the loader's source dtype uint8.* or its batch dtype float32"):
+        loader.to_batch(X.astype(np.float64), name="Xv")
+    with pytest.raises(ShapeError, match=r"Xv must have samples of shape \(4,\).* got shape \(20, 3\)"):
+        loader.to_batch(X[:, :3], name="Xv")
+
+
+def test_to_batch_where_source_and_batches_have_one_dtype():
+    X = np.ones((6, 2), np.float32)
+    scaled = Loader(X, scale=0.5, backend="cpu")
+    assert np.array_equal(scaled.to_batch(X), X * np.float32(0.5))
+    assert np.shares_memory(Loader(X, backend="cpu").to_batch(X), X)  # nothing to be done, nothing copied
+    X[3, 1] = np.nan
+    with pytest.raises(NonFiniteError, match=r"X\[3, 1\] is nan"):
+        scaled.to_batch(X)
+
+
+# --- sizes ----------------------------------------------------------------------------------------------------------
+
+
+def cpu_with(monkeypatch, available):
+    """A CPU backend that has ``available`` bytes."""
+    backend = get_backend("cpu")
+    monkeypatch.setattr(backend, "memory", lambda: Memory(2**40, available))
+    return backend
+
+
+def test_automatic_batch_size_follows_the_rule(monkeypatch):
+    assert Loader(np.zeros((2000, 3)), backend="cpu").batch_size == 2000
+    large = Loader(np.zeros((2001, 3)), backend="cpu")
+    assert (large.batch_size, large.automatic, len(large)) == (512, True, 4)
+    # 100 float32 features from bytes and a 64-bit label: the batch in use, its successor and two ahead, and the bytes
+    X, Y = np.zeros((2001, 100), np.uint8), np.zeros(2001, np.int64)
+    per_sample = 4 * (400 + 8) + 100 + 8
+    small = cpu_with(monkeypatch, 32 * per_sample * 10 // 9 + 9)
+    loader = Loader(X, Y, backend=small)
+    assert (loader.batch_size, loader.plan.needed) == (32, 32 * per_sample)
+    assert "memory limits the batch to 32" in loader.plan.reason
+    assert "batch_size=7 was given" in Loader(X, Y, batch_size=7, backend=small).plan.reason
+
+
+def test_replan_counts_the_model_too(monkeypatch):
+    X = np.zeros((5000, 10), np.float32)
+    per_sample = 4 * 40 + 40
+    backend = cpu_with(monkeypatch, 10**6)
+    loader = Loader(X, backend=backend)
+    assert loader.batch_size == 512
+    plan = loader.replan(10_000 - per_sample, 100_000)  # (900,000 - 100,000) / 10,000 = 80
+    assert plan is loader.plan
+    assert (loader.batch_size, plan.needed, plan.available) == (64, 740_000, 10**6)
+    assert len(loader) == len(list(loader)) == 79
+    assert loader.replan(0, 0, at_most=128).batch_size == 128
+    for _ in loader:
+        with pytest.raises(ArgumentError, match="replan must come between epochs, epoch 1"):
+            loader.replan(0, 0)
+        break
+    loader.replan(0, 0)
+    assert (loader.epoch, loader.state_dict()["batch"]) == (2, 0)
+    loader.load_state_dict({**loader.state_dict(), "batch": 3})
+    with pytest.raises(ArgumentError, match="epoch 2 is at batch 3"):
+        loader.replan(0, 0)
+    with pytest.raises(ArgumentError, match=r"replan needs batch_size='auto', this loader was given batch_size=5"):
+        Loader(X, batch_size=5, backend="cpu").replan(0, 0)
+
+
+@pytest.mark.parametrize("n", [2001, 4001, 4002])
+def test_ranks_choose_alike(n):
+    sizes = [Loader(np.zeros(n), rank=r, world_size=2, backend="cpu").batch_size for r in range(2)]
+    assert max(sizes) - min(sizes) <= 1
+    assert (max(sizes) == 512) == (n > 4000)
+
+
+def test_automatic_loader_takes_the_batch_size_of_a_state():
+    X = np.zeros((5000, 2))
+    given = Loader(X, batch_size=100, backend="cpu")
+    automatic = Loader(X, backend="cpu")
+    with pytest.raises(ArgumentError, match="state has batch_size=512, this loader batch_size=100"):
+        given.load_state_dict(automatic.state_dict())
+    next(iter(given))
+    automatic.load_state_dict({**given.state_dict(), "batch": 49})
+    assert (automatic.batch_size, len(automatic), len(list(automatic))) == (100, 50, 1)
+    assert "taken from a saved state" in automatic.plan.reason
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"n_samples": 51}, {"shuffle": False}, {"replacement": True}, {"drop_last": True}, {"rank": 1}]
+    + [{"world_size": 2}, {"batch_size": 6}],
+    ids=str,
+)
+def test_state_of_other_batches_is_refused(change):
+    loader = make(50, 0, batch_size=5)
+    (name, value), own = next(iter(change.items())), loader.state_dict()
+    with pytest.raises(ArgumentError, match=f"state has {name}={value}, this loader {name}={own[name]}"):
+        loader.load_state_dict({**own, **change})
+    assert loader.state_dict() == own
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"batch": 10}, ArgumentError, "state['batch'] must be an integer between 0 and 9, got 10"),
+        ({"epoch": -1}, ArgumentError, "state['epoch'] must be an integer between 0"),
+        ({"epoch": 1.5}, DTypeError, "state['epoch'] must be an integer"),
+        ({"step": 3}, ArgumentError, "missing or unknown: step"),
+    ],
+)
+def test_bad_states(change, error, message):
+    loader = make(50, 0, batch_size=5)
+    with pytest.raises(error, match=re.escape(message)):
+        loader.load_state_dict({**loader.state_dict(), **change})
+    with pytest.raises(DTypeError, match="state must be a mapping"):
+        loader.load_state_dict([1])
+    with pytest.raises(ArgumentError, match="missing or unknown: batch"):
+        loader.load_state_dict({k: v for k, v in loader.state_dict().items() if k != "batch"})
+
+
+# --- the thread -----------------------------------------------------------------------------------------------------
+
+
+def leave_by_break(loader):
+    for _ in loader:
+        assert len(threads()) == 1
+        break
+
+
+def leave_by_exception(loader):
+    with pytest.raises(ZeroDivisionError):
+        for _ in loader:
+            1 / 0  # noqa: B018
+
+
+def leave_by_the_end(loader):
+    assert len(list(loader)) == len(loader)
+
+
+def leave_to_the_garbage_collector(loader):
+    holder = [iter(loader)]
+    next(holder[0])
+    assert len(threads()) == 1
+    holder.append(holder)  # a cycle: no reference count will free it
+    del holder
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    "leave", [leave_by_break, leave_by_exception, leave_by_the_end, leave_to_the_garbage_collector]
+)
+@pytest.mark.parametrize("prefetch", [1, 2, 100])
+def test_no_thread_is_left(leave, prefetch, monkeypatch):
+    monkeypatch.setattr(gpubatch.loader, "WORTH_A_THREAD", 0)
+    leave(make(40, 0, batch_size=4, prefetch=prefetch))
+    assert not threads()
+
+
+def test_thread_prepares_no_more_than_asked(monkeypatch):
+    monkeypatch.setattr(gpubatch.loader, "WORTH_A_THREAD", 0)
+    loader = make(40, 0, batch_size=1, prefetch=3)
+    prepared, enough = [], threading.Semaphore(0)
+    original = gpubatch.loader._Column.prepare
+
+    def count(column, index):
+        prepared.append(index)
+        enough.release()
+        return original(column, index)
+
+    monkeypatch.setattr(gpubatch.loader._Column, "prepare", count)
+    iteration = iter(loader)
+    next(iteration)
+    for _ in range(2 * (1 + 3)):  # x and y: one batch taken, three ahead
+        assert enough.acquire(timeout=10)
+    assert not enough.acquire(timeout=0.05)
+    assert len(prepared) == 8
+    iteration.close()
+
+
+def test_an_exception_in_the_thread_surfaces_with_its_traceback(monkeypatch, threaded):
+    loader = make(40, 0, batch_size=4)
+    original = gpubatch.loader._Column.prepare
+
+    def a_disk_that_fails(column, index):
+        if 0 in index:
+            raise OSError("unreadable sector")
+        return original(column, index)
+
+    monkeypatch.setattr(gpubatch.loader._Column, "prepare", a_disk_that_fails)
+    bad = epoch_order(40, 0, 0).tolist().index(0) // 4
+    iteration = iter(loader)
+    for _ in range(bad):
+        next(iteration)
+    with pytest.raises(OSError, match="unreadable sector") as caught:
+        next(iteration)
+    assert "a_disk_that_fails" in "".join(traceback.format_exception(caught.value))
+    assert loader.state_dict()["batch"] == bad
+    assert not threads()
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+X5 = np.zeros((5, 2), np.float32)
+ERRORS = [
+    (lambda: Loader(X5, np.zeros(4)), ShapeError, "X of shape (5, 2) with 5 along axis 0 and Y of shape (4,) with 4"),
+    (lambda: Loader(X5, np.zeros((1, 5)), sample_axis=1), ShapeError, "X of shape (5, 2) with 2 along axis 1 and Y"),
+    (lambda: Loader(np.zeros((0, 3))), ShapeError, "X must hold at least one sample of at least one number, got"),
+    (lambda: Loader(np.zeros((3, 0))), ShapeError, "got shape (3, 0)"),
+    (lambda: Loader([]), ShapeError, "got shape (0,)"),
+    (lambda: Loader(3.0), ShapeError, "got shape ()"),
+    (lambda: Loader([[1, 2], [3]]), ShapeError, "X must be an array, or nested lists of equal lengths"),
+    (lambda: Loader(np.zeros(5), sample_axis=1), ShapeError, "X must be (features, samples) with sample_axis=1"),
+    (lambda: Loader(X5.astype(complex)), DTypeError, "X must hold integers, booleans, float16, float32 or float64"),
+    (lambda: Loader(np.array(["a", "b"])), DTypeError, "got dtype <U1"),
+    (lambda: Loader(np.array([None, 1])), DTypeError, "got dtype object"),
+    (lambda: Loader(X5.astype(np.longdouble)), DTypeError, "got dtype"),
+    (lambda: Loader(X5, np.array(list("abcde"))), DTypeError, "Y must hold integers"),
+    (lambda: Loader(X5, dtype="float16"), DTypeError, "dtype must be float32 or float64, got 'float16'"),
+    (lambda: Loader(X5, sample_axis=2), ArgumentError, "sample_axis must be an integer between 0 and 1, got 2"),
+    (lambda: Loader(X5, batch_size=0), ArgumentError, "batch_size must be an integer >= 1, got 0"),
+    (lambda: Loader(X5, batch_size=2.5), DTypeError, "batch_size must be an integer >= 1, got 2.5"),
+    (lambda: Loader(X5, batch_size="large"), ArgumentError, "batch_size must be one of 'auto', got 'large'"),
+    (lambda: Loader(X5, seed=-1), ArgumentError, "seed must be an integer between 0 and 18446744073709551615, got -1"),
+    (lambda: Loader(X5, seed=2**64), ArgumentError, "got 18446744073709551616"),
+    (lambda: Loader(X5, scale=np.nan), ArgumentError, "scale must be finite"),
+    (lambda: Loader(X5, scale=1e39), ArgumentError, "scale must be finite and in [-3.40282e+38, 3.40282e+38]"),
+    (lambda: Loader(X5, scale="1/255"), DTypeError, "scale must be a real number"),
+    (lambda: Loader(X5, prefetch=-1), ArgumentError, "prefetch must be an integer >= 0, got -1"),
+    (lambda: Loader(X5, shuffle=1), DTypeError, "shuffle must be True or False, got 1"),
+    (lambda: Loader(X5, drop_last=None), DTypeError, "drop_last must be True or False, got None"),
+    (lambda: Loader(X5, shuffle=False, replacement=True), ArgumentError, "replacement=True draws at random, so it"),
+    (lambda: Loader(X5, rank=2, world_size=2), ArgumentError, "rank must be an integer between 0 and 1, got 2"),
+    (lambda: Loader(X5, world_size=6), ArgumentError, "world_size must be at most the 5 samples, got 6"),
+    (lambda: Loader(X5, batch_size=6, drop_last=True), ArgumentError, "drop_last=True leaves no batch: batch_size=6"),
+    (lambda: Loader(X5, batch_size=3, drop_last=True, rank=1, world_size=2), ArgumentError, "more than the 2 samples"),
+    (lambda: Loader(X5, backend="gpu"), ArgumentError, "backend must be"),
+    (lambda: epoch_order(5, 0, 0, shuffle=False, replacement=True), ArgumentError, "replacement=True draws at random"),
+    (lambda: epoch_order(0, 0, 0), ArgumentError, "n must be an integer >= 1, got 0"),
+    (lambda: epoch_order(5, 0, -1), ArgumentError, "epoch must be an integer between 0"),
+]
+
+
+@pytest.mark.parametrize(("make_it", "error", "message"), ERRORS, ids=lambda v: v if isinstance(v, str) else "")
+def test_errors(make_it, error, message, monkeypatch):
+    monkeypatch.setenv("GPUBATCH_BACKEND", "cpu")
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        make_it()
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("source", ["float16", "float32", "float64", ">f8"])
+@pytest.mark.parametrize("where", [(0, 0), (6, 1), (19, 2)])
+def test_values_that_are_not_finite(value, source, where, backend, monkeypatch):
+    monkeypatch.setattr(gpubatch.sources, "BLOCK", 12)  # four samples at a time
+    X = np.ones((20, 3), source)
+    X[where] = X[19, 2] = value  # the first one is named
+    message = re.escape(f"X must be finite, but X[{where[0]}, {where[1]}] is {float(value)!r}")
+    with pytest.raises(NonFiniteError, match=message):
+        Loader(X, backend=backend)
+    with pytest.raises(NonFiniteError, match=message.replace("X", "Y")):
+        Loader(np.ones(20), X, backend=backend)
+
+
+def test_a_value_beyond_the_batch_dtype_is_not_finite_either():
+    X = np.array([[1.0, 2.0], [3.0, -1e300]])
+    assert Loader(X, backend="cpu").dtype == np.float64
+    with pytest.raises(NonFiniteError, match=re.escape("X[1, 1] is -1e+300, beyond the range of float32")):
+        Loader(X, dtype="float32", backend="cpu")
+
+
+def test_repr_is_readable():
+    loader = Loader(np.zeros((60, 784), np.uint8), np.zeros(60, np.int64), batch_size=25, scale=1 / 255, backend="cpu")
+    assert repr(loader) == (
+        "<Loader of 60 samples (784,) uint8 as float32 times 0.00392157 with labels int64: "
+        "3 batches of 25 an epoch, shuffled, on cpu>"
+    )
+    sharded = Loader(np.zeros(6), batch_size=2, shuffle=False, rank=1, world_size=2, backend="cpu")
+    assert "in order, on cpu, rank 1 of 2" in repr(sharded)
+    assert "drawn with replacement" in repr(Loader(np.zeros(6), replacement=True, backend="cpu"))

@@ -1,0 +1,68 @@
+"""One flat buffer with named views."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gpubatch as gb
+
+SHAPES = {"W1": (4, 3), "b1": (3,), "scale": ()}
+
+
+def test_views_share_the_buffer(backend: gb.Backend, dtype: np.dtype) -> None:
+    p = gb.Parameters(SHAPES, backend, dtype)
+    p["W1"] = 1.0
+    p["b1"][...] = backend.asarray([2, 3, 4], dtype)
+    p["scale"] = 5.0
+    assert backend.to_numpy(p.flat).tolist() == [1.0] * 12 + [2.0, 3.0, 4.0, 5.0]
+    assert (p.dtype, p.flat.dtype, p.size, p.shapes, list(p)) == (dtype, dtype, 16, SHAPES, list(SHAPES))
+    assert p.grads.shapes == SHAPES
+    p.grads.flat[...] = 7.0
+    assert backend.to_numpy(p.grads["b1"]).tolist() == [7.0] * 3
+    assert backend.owns(p.flat)
+    assert backend.owns(p.grads.flat)
+
+
+def test_values_are_copied_from_arrays(backend: gb.Backend) -> None:
+    w = np.arange(6.0).reshape(2, 3)
+    p = gb.Parameters({"W": w, "b": (3,)}, backend)
+    w[...] = -1
+    assert p["W"].dtype == np.float32
+    assert backend.to_numpy(p["W"]).tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@given(st.dictionaries(st.text(min_size=1), st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=5))
+def test_every_element_belongs_to_one_view(shapes: dict[str, tuple[int, ...]]) -> None:
+    p = gb.Parameters(shapes, "cpu", "float64")
+    p.flat[...] = np.arange(p.size)
+    assert np.concatenate([v.ravel() for v in p.values()]).tolist() == list(range(p.size))
+    assert all(np.shares_memory(v, p.flat) for v in p.values() if v.size)
+
+
+ERRORS = {
+    "no shapes": (lambda: gb.Parameters({}, "cpu"), ValueError, "at least one parameter"),
+    "a list": (lambda: gb.Parameters([(2, 3)], "cpu"), TypeError, "shapes must map names to shapes, got list"),
+    "negative": (
+        lambda: gb.Parameters({"W": (2, -1)}, "cpu"),
+        ValueError,
+        "shape of W must be an integer >= 0, got -1",
+    ),
+    "text": (lambda: gb.Parameters({"W": "23"}, "cpu"), TypeError, "shape of W must be a tuple of integers"),
+    "type": (lambda: gb.Parameters(SHAPES, "cpu", "int32"), TypeError, "dtype must be float32 or float64, got 'int32'"),
+    "name": (lambda: gb.Parameters(SHAPES, "cpu")["W2"], KeyError, "no parameter 'W2'; there are W1, b1, scale"),
+    "values": (
+        lambda: gb.Parameters(SHAPES, "cpu").__setitem__("b1", np.zeros(4)),
+        ValueError,
+        r"b1 has shape \(3,\), the values have \(4,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name: str) -> None:
+    call, kind, message = ERRORS[name]
+    with pytest.raises(kind, match=message):
+        call()
