@@ -62,7 +62,8 @@ class Loader:
     X is (samples, ...) and x (batch, ...); with ``sample_axis=1`` X is (features, samples) and x (features, batch). A
     one-dimensional Y has its samples on axis 0 in either case. Every batch is a new C-contiguous array that may be kept
     or changed. The last batch is short where the batch size does not divide the number of samples; ``drop_last`` leaves
-    it out. ``batch_size="auto"`` follows :func:`~gpubatch.sizing.choose_batch_size`; ``plan`` has the reason in words.
+    it out. ``batch_size="auto"`` follows :func:`~gpubatch.sizing.choose_batch_size` with ``at_most``; ``plan`` has the
+    reason in words.
 
     x has ``dtype`` float32 or float64: by default X's own if it is one of these, else float32; ``scale`` multiplies
     after the conversion. Y keeps its element type. X and floating Y must be finite.
@@ -97,6 +98,7 @@ class Loader:
         prefetch: int = 2,
         rank: int = 0,
         world_size: int = 1,
+        at_most: int = 512,
     ) -> None:
         self.shuffle = check_bool("shuffle", shuffle)
         self.replacement = check_bool("replacement", replacement)
@@ -108,6 +110,7 @@ class Loader:
         self.prefetch = check_int("prefetch", prefetch, 0)
         self.world_size = check_int("world_size", world_size, 1)
         self.rank = check_int("rank", rank, 0, self.world_size - 1)
+        self.at_most = check_int("at_most", at_most, 1)
         self.automatic = isinstance(batch_size, str)
         if isinstance(batch_size, str):
             check_choice("batch_size", batch_size, ["auto"])
@@ -147,7 +150,7 @@ class Loader:
         self._run: object | None = None  # the iteration that is running
         self._left = False  # whether the iteration before was left in the middle
         if isinstance(batch_size, str):
-            self.plan = self._choose(0, 0, 512)
+            self.plan = self._choose(0, 0)
         elif self.drop_last and batch_size > self._share:
             raise ArgumentError(
                 f"drop_last=True leaves no batch: batch_size={batch_size} is more than the {self._share} samples"
@@ -158,6 +161,11 @@ class Loader:
     # --- sizes --------------------------------------------------------------------------------------------------
 
     @property
+    def labelled(self) -> bool:
+        """Whether batches are pairs (x, y)."""
+        return len(self._columns) > 1
+
+    @property
     def batch_size(self) -> int:
         """Samples in a batch; the last one of an epoch may have fewer."""
         return self.plan.batch_size
@@ -166,25 +174,25 @@ class Loader:
         """Batches in an epoch of this rank."""
         return self._share // self.batch_size if self.drop_last else -(-self._share // self.batch_size)
 
-    def replan(self, bytes_per_sample: int, fixed_bytes: int, at_most: int = 512) -> BatchPlan:
+    def replan(self, bytes_per_sample: int, fixed_bytes: int) -> BatchPlan:
         """Choose the batch size again, with a model's ``bytes_per_sample`` and ``fixed_bytes`` beside the loader's own.
 
         Only for ``batch_size="auto"``, and not in the middle of an epoch.
         """
         if not self.automatic:
-            raise ArgumentError(f"replan needs batch_size='auto', this loader was given batch_size={self.batch_size}")
-        if self._run is not None or (self._batch and not self._left):
+            raise ArgumentError(f"replan needs batch_size='auto', this loader's is decided: {self.batch_size}")
+        if self._run is not None:
             raise ArgumentError(f"replan must come between epochs, epoch {self._epoch} is at batch {self._batch}")
-        plan = self._choose(check_int("bytes_per_sample", bytes_per_sample, 0), fixed_bytes, at_most)
+        plan = self._choose(check_int("bytes_per_sample", bytes_per_sample, 0), fixed_bytes)
         self._epoch, self._batch, self._left = self.epoch, 0, False
         self.plan = plan
         return plan
 
-    def _choose(self, bytes_per_sample: int, fixed_bytes: int, at_most: int) -> BatchPlan:
+    def _choose(self, bytes_per_sample: int, fixed_bytes: int) -> BatchPlan:
         # By the largest rank's share, so that every rank of equal devices decides alike.
         share = -(-self.n_samples // self.world_size)
         per_sample = bytes_per_sample + self._bytes_per_sample()
-        plan = choose_batch_size(share, per_sample, fixed_bytes, self.backend.memory(), at_most)
+        plan = choose_batch_size(share, per_sample, fixed_bytes, self.backend.memory(), self.at_most)
         return dataclasses.replace(plan, batch_size=min(plan.batch_size, self._share))
 
     def _given(self, batch_size: int, reason: str) -> BatchPlan:
@@ -245,6 +253,12 @@ class Loader:
     def _deliver(self, prepared: list[Array]) -> Any:
         arrays = [column.deliver(part) for column, part in zip(self._columns, prepared, strict=True)]
         return tuple(arrays) if len(arrays) > 1 else arrays[0]
+
+    def peek(self) -> Any:
+        """The first batch of epoch ``epoch``, as an iteration would yield it; the position stays as it is."""
+        order = epoch_order(self.n_samples, self.seed, self.epoch, self.shuffle, self.replacement)
+        index = order[self.rank :: self.world_size][: self.batch_size]
+        return self._deliver([column.prepare(index) for column in self._columns])
 
     def to_batch(self, X: Any, name: str = "X") -> Array:
         """``X``, samples of the same shape, as the loader would yield them; what fit does to the validation set.
@@ -308,6 +322,7 @@ class Loader:
         batch = check_int("state['batch']", state["batch"], 0, batches - 1)
         if batch_size != self.batch_size:
             self.plan = self._given(batch_size, f"batch_size={batch_size} was taken from a saved state")
+        self.automatic = False  # it is decided: another size would make other batches of the epoch
         self._epoch, self._batch, self._run, self._left = epoch, batch, None, False
 
     def __repr__(self) -> str:
