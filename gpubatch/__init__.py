@@ -1,6 +1,10 @@
-"""Train models by mini-batches on NumPy or CuPy arrays: update rules written once, batches that fit, lean steps."""
+"""Train models by mini-batches on NumPy or CuPy arrays.
 
-from gpubatch import rules
+Update rules are formulas that are written once, batches are sized to fit, and a training step allocates nothing. The
+same code runs with ``backend="cuda"`` on a GPU and ``backend="cpu"`` in a test.
+"""
+
+from gpubatch import datasets, losses, rules
 from gpubatch.averages import EWMA, ewma
 from gpubatch.backend import Backend, Memory, array_namespace, available_backends, get_backend
 from gpubatch.errors import (
@@ -17,6 +21,9 @@ from gpubatch.errors import (
     UnknownArgumentError,
 )
 from gpubatch.formula import rule
+from gpubatch.layers import GELU, BatchNorm, Dense, Dropout, Layer, LeakyReLU, ReLU, Sigmoid, Step, Tanh
+from gpubatch.loader import Loader
+from gpubatch.network import Network, mlp
 from gpubatch.optim import (
     SGD,
     Adagrad,
@@ -33,5 +40,71 @@ from gpubatch.optim import (
 )
 from gpubatch.params import Parameters
 from gpubatch.schedules import CosineDecay, ExponentialDecay, InverseTimeDecay, Piecewise, SqrtDecay, StepDecay
+from gpubatch.sizing import BatchPlan, choose_batch_size
+from gpubatch.train import History, StopTraining, TrainingInterrupted, TrainingState, fit
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "EWMA",
+    "GELU",
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "ArgumentError",
+    "Backend",
+    "BackendFallbackWarning",
+    "BackendUnavailableError",
+    "BatchNorm",
+    "BatchPlan",
+    "CosineDecay",
+    "DTypeError",
+    "DataFormatError",
+    "Dense",
+    "DeviceMismatchError",
+    "Dropout",
+    "ExponentialDecay",
+    "GpubatchError",
+    "HeavyBall",
+    "History",
+    "InsufficientMemoryError",
+    "InverseTimeDecay",
+    "Layer",
+    "LeakyReLU",
+    "Lion",
+    "Loader",
+    "Memory",
+    "Momentum",
+    "NAdam",
+    "Network",
+    "NonFiniteError",
+    "Optimizer",
+    "Parameters",
+    "Piecewise",
+    "RMSProp",
+    "ReLU",
+    "ShapeError",
+    "Sigmoid",
+    "SqrtDecay",
+    "Step",
+    "StepDecay",
+    "StepResult",
+    "StopTraining",
+    "Tanh",
+    "TrainingInterrupted",
+    "TrainingState",
+    "UnknownArgumentError",
+    "array_namespace",
+    "available_backends",
+    "choose_batch_size",
+    "clip_by_global_norm",
+    "datasets",
+    "ewma",
+    "fit",
+    "get_backend",
+    "losses",
+    "mlp",
+    "rule",
+    "rules",
+]

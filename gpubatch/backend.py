@@ -338,7 +338,7 @@ def _libraries_missing(error: BaseException) -> BackendUnavailableError:
         error,
         f"'cuda' cannot be used: CuPy is installed but CUDA libraries are missing or do not load ({first_line}).",
         "libraries missing",
-        "install the CUDA toolkit that CuPy was built for, or its wheels: pip install 'cupy-cuda13x[ctk]' (or cuda12x).",
+        "install the CUDA toolkit that CuPy was built for, or its wheels: pip install 'cupy-cuda13x[ctk]' (or 12x).",
     )
 
 

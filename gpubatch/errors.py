@@ -73,7 +73,7 @@ class BackendUnavailableError(GpubatchError, RuntimeError):
     CAUSES = ("not installed", "libraries missing", "driver too old", "no device")
 
     def __init__(self, message: str, cause: str, remedy: str) -> None:
-        super().__init__(f"{message} Remedy: {remedy}")
+        RuntimeError.__init__(self, f"{message} Remedy: {remedy}")
         self.message, self.cause, self.remedy = message, cause, remedy
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.polynomial import chebyshev
 
 from gpubatch.backend import Array, Backend
 from gpubatch.errors import ArgumentError, check_bool, check_choice, check_int, check_real
@@ -40,7 +39,7 @@ __all__ = [
 ]
 
 Shape: TypeAlias = tuple[int, ...]
-Initializer: TypeAlias = Callable[[np.random.Generator, Shape], np.ndarray]
+Initializer: TypeAlias = "Callable[[np.random.Generator, Shape], np.ndarray]"  # in quotes: NumPy loads random late
 Space: TypeAlias = tuple[Shape, Any]  # shape, in which -1 is the batch size, and dtype; None is the network's dtype
 
 
@@ -100,6 +99,11 @@ class Context:
     g: Mapping[str, Array]
     buffers: Mapping[str, Array]
     work: Mapping[str, Array]
+
+
+def philox_generator(seed: int, index: int, counter: Array | int = 0) -> np.random.Generator:
+    """The random numbers of one layer; of a list of large integers NumPy would make floats, so the key is an array."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64), counter=counter))
 
 
 class Layer(ABC):
@@ -335,6 +339,7 @@ def normal_tail(dtype: str) -> tuple[float, float, float, tuple[float, ...]]:
     least = 1 / (1 + c * limit)
     a, b = 2 / (1 - least), -(1 + least) / (1 - least)  # takes least..1 to -1..1
 
+    chebyshev = np.polynomial.chebyshev
     nodes = chebyshev.chebpts1(degree + 1)
     x = (a / (nodes - b) - 1) / c
     ratio = [0.5 * math.erfc(v / math.sqrt(2)) * math.exp(v * v / 2) for v in x]
@@ -531,8 +536,8 @@ class Dropout(Layer):
 def drop_on_cpu(rate: float, x: Array, y: Array, c: Context) -> None:
     """Write the mask and y = x mask."""
     uniform, mask = c.work["uniform"], c.work["mask"]
-    philox = np.random.Philox(key=[c.mode.seed, c.index], counter=[0, c.mode.step, 0, 0])
-    np.random.Generator(philox).random(out=uniform, dtype=np.float32)
+    counter = np.array([0, c.mode.step, 0, 0], np.uint64)
+    philox_generator(c.mode.seed, c.index, counter).random(out=uniform, dtype=np.float32)
     np.greater_equal(uniform, rate, out=mask)
     mask *= 1 / (1 - rate)
     np.multiply(x, mask, out=y)

@@ -38,6 +38,7 @@ class Loss(ABC):
     """
 
     least_outputs = 1
+    classifies = True  # whether predictions are right or wrong
 
     @abstractmethod
     def workspace(self, outputs: int) -> Mapping[str, Space]:
@@ -74,6 +75,8 @@ class Loss(ABC):
 @dataclass(frozen=True)
 class MeanSquaredError(Loss):
     """Mean of (z - y)² over all elements. Y has the shape of the scores, or ``(batch,)`` where there is one output."""
+
+    classifies = False
 
     def workspace(self, outputs: int) -> Mapping[str, Space]:
         """The gradient, and the squares."""
@@ -278,7 +281,9 @@ class SoftmaxCrossEntropy(Loss):
         else:
             row *= c.work["weight"]
             dz *= row[:, None]
-            dz -= xp.multiply(Y, 1 / len(z), out=t)
+            t[...] = Y  # into the scores' dtype before anything is rounded
+            t *= 1 / len(z)
+            dz -= t
 
     def predict(self, z: Array) -> Array:
         """The class of the highest score."""
@@ -384,12 +389,12 @@ def _alone(name: str, z: Array, Y: Array) -> tuple[float, Array]:
         raise DTypeError(f"scores must be float32 or float64, got {describe(z)}")
     rows, outputs = z.shape
     loss.check(Y, rows, outputs)
-    loss.check_values(Y, outputs)
     work = {
         name: backend.empty(tuple(rows if n == -1 else n for n in shape), dtype or z.dtype)
         for name, (shape, dtype) in loss.workspace(outputs).items()
     }
     with backend.scope(), np.errstate(over="ignore", invalid="ignore"):
+        loss.check_values(Y, outputs)
         context = Context(backend, backend.xp, work, backend.asarray(np.arange(rows) * outputs))
         loss.forward(z, Y, context)
         loss.backward(z, Y, context)

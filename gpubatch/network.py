@@ -26,7 +26,19 @@ from gpubatch.errors import (
     check_int,
     check_real,
 )
-from gpubatch.layers import ACTIVATIONS, BatchNorm, Context, Dense, Dropout, Layer, Mode, Needs, Parameter, Shape
+from gpubatch.layers import (
+    ACTIVATIONS,
+    BatchNorm,
+    Context,
+    Dense,
+    Dropout,
+    Layer,
+    Mode,
+    Needs,
+    Parameter,
+    Shape,
+    philox_generator,
+)
 from gpubatch.params import FlatViews, Parameters
 
 __all__ = ["Network", "mlp"]
@@ -34,7 +46,7 @@ __all__ = ["Network", "mlp"]
 EVALUATION_ROWS = 1024  # rows that are evaluated at a time: large enough for full speed, and a bound on memory
 ALIGNMENT = 256  # bytes; what GPU memory accesses like, and a multiple of every CPU's cache line
 SIZES_KEPT = 8  # batch sizes whose views are kept; a run has two or three
-L2_BLOCK = 1 << 14  # elements that the l2 gradient takes at a time on the CPU, small enough for the cache
+L2_BLOCK = 1 << 15  # elements that the l2 gradient takes at a time on the CPU, small enough for the cache
 
 
 # --- the places of arrays in one block of memory ---------------------------------------------------------------------
@@ -112,8 +124,9 @@ class Network:
     ``l2`` adds l2/2 * Σ W² over the weights of Dense layers (not biases, gamma and beta) to the loss. ``seed``, an
     integer of 64 bits, decides the first weights and the dropout masks, the same on CPU and GPU.
 
-    The parameters of the k-th layer of a kind are numbered k: W1, b1, gamma1, beta1, W2, ... A network is not to be
-    used by two threads at a time, since they would share its workspace.
+    ``parameters`` holds those of the k-th layer of a kind under the number k: W1, b1, gamma1, beta1, W2, ...;
+    ``buffers`` likewise holds running_mean1, running_var1, ... A network is not to be used by two threads at a time,
+    since they would share its workspace.
     """
 
     def __init__(
@@ -197,6 +210,15 @@ class Network:
             self._backward(run, X, Y)
         return run.loss.work["loss"]
 
+    def rehearse(self, X: Array, Y: Array) -> None:
+        """A training step that leaves nothing but its workspace and ``parameters.grads``: proof that the batch fits."""
+        step, statistics = self._mode.step, self.buffers.flat.copy()
+        try:
+            self.step_loss(X, Y)
+            self.backend.synchronize()
+        finally:
+            self._mode.step, self.buffers.flat[...] = step, statistics
+
     # --- evaluation ---
 
     def loss(self, X: Array, Y: Array, training: bool = False) -> float:
@@ -205,17 +227,30 @@ class Network:
         ``training=True`` takes batch statistics and the dropout of the step to come. Raises NonFiniteError where the
         loss is NaN or infinite.
         """
+        if not training:
+            return self.evaluate(X, Y)[0]
         self._check_batch(X, Y, values=True)
         with self.backend.scope(), quiet():
-            if training:
-                return self._finite(self._forward(X, Y).loss.work["loss"].item(), X)
-            total = penalty = 0.0
+            return self._finite(self._forward(X, Y).loss.work["loss"].item(), X)
+
+    def evaluate(self, X: Array, Y: Array) -> tuple[float, float | None]:
+        """:meth:`loss` and :meth:`accuracy` in one pass; no accuracy (None) where nothing is right or wrong, as in mse.
+
+        Raises NonFiniteError where the loss is NaN or infinite.
+        """
+        self._check_batch(X, Y, values=True)
+        with self.backend.scope(), quiet():
+            total = penalty = right = 0.0
+            truth = self._loss.truth(Y, self.outputs) if self._loss.classifies else None
             for rows, run in self._evaluate(X):
                 self._loss.forward(run.scores, Y[rows], run.loss)
                 total += run.loss.work["loss"].item() * len(run.scores)
+                if truth is not None:
+                    right += (self._loss.predict(run.scores) == truth[rows]).sum().item()
             for name in self._weights:
                 penalty += self.l2 / 2 * squares(self._xp, self.parameters[name], run.loss.work["squares"]).item()
-        return self._finite(total / len(X) + penalty, X)
+            loss = self._finite(total / len(X) + penalty, X)
+        return loss, None if truth is None else right / truth.size
 
     def scores(self, X: Array) -> Array:
         """What the last layer gives, ``(batch, outputs)``, as a new array."""
@@ -317,11 +352,12 @@ class Network:
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of all parameters and buffers by name, and the step of dropout."""
-        return {
-            "parameters": {name: value.copy() for name, value in self.parameters.items()},
-            "buffers": {name: value.copy() for name, value in self.buffers.items()},
-            "dropout_step": self._mode.step,
-        }
+        with self.backend.scope():
+            return {
+                "parameters": {name: value.copy() for name, value in self.parameters.items()},
+                "buffers": {name: value.copy() for name, value in self.buffers.items()},
+                "dropout_step": self._mode.step,
+            }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; NumPy arrays will do on any backend. All is checked before."""
@@ -335,8 +371,9 @@ class Network:
                 if value.shape != view.shape:
                     raise ShapeError(f"{name} has shape {view.shape}, the state's has {value.shape}")
                 found[kind, name] = value
-        for (kind, name), value in found.items():
-            (self.parameters if kind == "parameters" else self.buffers)[name] = value
+        with self.backend.scope():
+            for (kind, name), value in found.items():
+                (self.parameters if kind == "parameters" else self.buffers)[name] = value
         self._mode.step = step
 
     # --- inside ---
@@ -355,11 +392,12 @@ class Network:
         kept = {self._names[i][name]: p.shape for i, name, p in self._declared("buffers")}
         self.buffers = FlatViews(self.backend.zeros(sum(map(math.prod, kept.values())), self.dtype), kept)
         for i, needs in enumerate(self.needs):
-            draw = np.random.Generator(np.random.Philox(key=[self.seed, i]))
+            draw = philox_generator(self.seed, i)
             for own, wanted in ((self.parameters, needs.parameters), (self.buffers, needs.buffers)):
                 for name, p in wanted.items():
                     values = p.init(draw, p.shape) if callable(p.init) else np.full(p.shape, p.init)
-                    own[self._names[i][name]] = self.backend.asarray(values, self.dtype)
+                    with self.backend.scope():
+                        own[self._names[i][name]] = self.backend.asarray(values, self.dtype)
 
     def _allocate(self, rows: int, training: bool) -> Workspace:
         block = self.backend.empty(self.lay_out(rows, training).size, np.uint8)
@@ -465,7 +503,8 @@ class Network:
         self.backend.check("Y", Y)
         self._loss.check(Y, len(X), self.outputs)
         if values:
-            self._loss.check_values(Y, self.outputs)
+            with self.backend.scope():
+                self._loss.check_values(Y, self.outputs)
 
     def _finite(self, loss: float, X: Array) -> float:
         if math.isfinite(loss):

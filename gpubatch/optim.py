@@ -143,6 +143,11 @@ class Optimizer:
         return {**self._hyper, "decoupled": self._decoupled, **self._options}
 
     @property
+    def params(self) -> dict[str, Array]:
+        """The arrays that are changed, by name."""
+        return dict(self._params)
+
+    @property
     def state(self) -> dict[str, FlatViews]:
         """The state arrays, by the names of the formula; views by the names of the parameters."""
         return dict(self._state)

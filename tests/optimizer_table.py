@@ -1,7 +1,7 @@
 """Every optimizer in every variant, once: what the tests of optimizers, kernels and peers go through.
 
-``first`` is the closed form of the first step from zero weights and state; ``torch`` and ``optax`` make the optimizer of
-another library that uses the same formula.
+``first`` is the closed form of the first step from zero weights and state; ``torch`` and ``optax`` make the optimizer
+of another library that uses the same formula.
 """
 
 from __future__ import annotations

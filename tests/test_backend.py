@@ -144,7 +144,7 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(gb.BackendFallbackWarning):
         assert gb.get_backend("auto").name == "cpu"
     monkeypatch.setenv("GPUBATCH_BACKEND", "gpu")
-    with pytest.raises(gb.ArgumentError, match="GPUBATCH_BACKEND must be .* got 'gpu'"):
+    with pytest.raises(gb.ArgumentError, match=r"GPUBATCH_BACKEND must be .* got 'gpu'"):
         gb.get_backend()
     monkeypatch.setenv("GPUBATCH_FALLBACK", "tpu")
     with pytest.raises(gb.ArgumentError, match="GPUBATCH_FALLBACK must be one of 'cpu', got 'tpu'"):
@@ -214,13 +214,13 @@ Elsewhere.__name__, Elsewhere.__module__ = "ndarray", "cupy"
 
 def test_two_devices_never_meet_silently() -> None:
     with pytest.raises(
-        gb.DeviceMismatchError, match="arrays of two devices: argument 0 is a NumPy.*1 is a CuPy.*cuda:1"
+        gb.DeviceMismatchError, match=r"arrays of two devices: argument 0 is a NumPy.*1 is a CuPy.*cuda:1"
     ):
         gb.array_namespace(np.zeros(3), Elsewhere())
     cpu = gb.get_backend("cpu")
-    with pytest.raises(gb.DeviceMismatchError, match="copy it with Backend.to_numpy"):
+    with pytest.raises(gb.DeviceMismatchError, match=r"copy it with Backend.to_numpy"):
         cpu.asarray(Elsewhere())
-    with pytest.raises(gb.DeviceMismatchError, match="X must be an array on 'cpu', got a CuPy array.*asarray"):
+    with pytest.raises(gb.DeviceMismatchError, match=r"X must be an array on 'cpu', got a CuPy array.*asarray"):
         cpu.check("X", Elsewhere())
     opt = gb.SGD([np.zeros(3, "float32")], 0.1)
     with pytest.raises(gb.DeviceMismatchError, match=r"grads\['0'\] must be an array on 'cpu'"):

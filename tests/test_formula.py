@@ -57,7 +57,7 @@ def test_a_trace_is_made_once_for_each_variant() -> None:
 def test_parentheses_keep_the_order_of_operations() -> None:
     @gb.rule
     def nested(w, g, t, *, a=2.0, b=3.0, c=5.0):
-        return (w - (g - (a - (b - c)))) / (g / (a / (b / c))) - -(-g)
+        return (w - (g - (a - (b - c)))) / (g / (a / (b / c))) - -(-g)  # noqa: B002  in C it would be a decrement
 
     assert nested.trace().c == "const T w_new = (w - (g - k[0])) / (g / k[1]) - -(-g);\nw = w_new;"
     assert list(nested.trace().scalars) == ["a - (b - c)", "a / (b / c)"]

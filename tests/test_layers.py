@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 from emulate import check_compiles, host_kernel
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from needs import peer
 
@@ -55,9 +55,7 @@ every_layer = pytest.mark.parametrize("layer", CASES.values(), ids=CASES)
 def test_the_table_is_complete() -> None:
     leaves = {c for c in vars(layers).values() if isinstance(c, type) and issubclass(c, Layer)} - {Layer}
     assert {type(layer) for layer in CASES.values()} == leaves
-    assert {c for c in leaves if type(c().takes() if c in ACTIVATIONS.values() else 0) is type(None)} == set(
-        ACTIVATIONS.values()
-    )
+    assert set(ACTIVATIONS.values()) == leaves - {Dense, BatchNorm, Dropout}
 
 
 class Bench:
@@ -336,17 +334,18 @@ def test_a_mask_is_a_function_of_seed_layer_step_and_place() -> None:
 
 
 def uniform(seed: int, layer: int, step: int, n: int) -> np.ndarray:
-    philox = np.random.Philox(key=[seed, layer], counter=[0, step, 0, 0])
+    philox = np.random.Philox(key=np.array([seed, layer], "u8"), counter=np.array([0, step, 0, 0], "u8"))
     return np.random.Generator(philox).random(n, dtype=np.float32)
 
 
 @pytest.mark.parametrize(("dtype", "element"), [("float32", "float"), ("float64", "double")])
+@settings(deadline=None)  # the first example waits for the compiler
 @given(
     n=st.integers(1, 300),
     seed=st.integers(0, 2**64 - 1),
     layer=st.integers(0, 2**64 - 1),
     step=st.integers(0, 2**64 - 1),
-    rate=st.floats(0, 0.99, width=32),
+    rate=st.floats(0, 0.96875, width=32),
     grid=st.sampled_from([(1, 1), (3, 2), (2, 64)]),
 )
 def test_the_cuda_kernel_draws_the_numbers_of_numpy(dtype, element, n, seed, layer, step, rate, grid) -> None:

@@ -70,8 +70,8 @@ def test_where_eps_stands_shows_in_the_first_step(make, g, step) -> None:
     assert -w[0] == pytest.approx(step, rel=2e-3)
 
 
-# The exercise of Stanford's CS231n (assignment 2): weights, gradients and state are ramps, the results are printed there.
-RAMP = dict(w=np.linspace(-0.4, 0.6, 20), g=np.linspace(-0.6, 0.4, 20))
+# The exercise of Stanford's CS231n (assignment 2): weights, gradients and state are ramps; the results stand there.
+RAMP = {"w": np.linspace(-0.4, 0.6, 20), "g": np.linspace(-0.6, 0.4, 20)}
 CS231N = {
     "sgd_momentum": (
         lambda p: gb.HeavyBall(p, lr=1e-3, mu=0.9, lr_in_velocity=True),

@@ -1,0 +1,61 @@
+"""Optimizer and training steps by size, for pytest-benchmark: ``pytest bench --benchmark-enable``.
+
+Without ``--benchmark-enable`` each body runs once, as a test of itself. A group is one table of what is compared.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gpubatch as gb
+
+OPTIMIZERS = {"sgd": gb.SGD, "momentum": gb.Momentum, "rmsprop": gb.RMSProp, "adam": gb.Adam}
+BACKENDS = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def backend_or_skip(spec: str) -> gb.Backend:
+    if spec == "cuda" and "cuda:0" not in gb.available_backends():
+        pytest.skip("no CUDA device can be used here")
+    return gb.get_backend(spec)
+
+
+@pytest.mark.parametrize("spec", BACKENDS)
+@pytest.mark.parametrize("size", [10_000, 100_000, 1_000_000, 10_000_000])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_step(benchmark: Any, name: str, size: int, spec: str) -> None:
+    backend = backend_or_skip(spec)
+    benchmark.group = f"{name} step, {size:,} parameters"
+    params = gb.Parameters({"w": (size,)}, backend)
+    params.grads.flat[...] = 0.5
+    opt = OPTIMIZERS[name](params, lr=1e-3)
+
+    def step() -> None:
+        opt.step()
+        backend.synchronize()
+
+    benchmark(step)
+    assert (backend.to_numpy(params.flat) < 0).all()
+
+
+@pytest.mark.parametrize("spec", BACKENDS)
+@pytest.mark.parametrize("batch", [1, 16, 32, 64, 128, 256, 512, 1024, 4096])
+def test_training_step(benchmark: Any, batch: int, spec: str) -> None:
+    backend = backend_or_skip(spec)
+    benchmark.group = "training step, 784-512-256-10, Adam, by batch size"
+    rng = np.random.default_rng(0)
+    net = gb.mlp([784, 512, 256, 10], backend=backend)
+    opt = gb.Adam(net.parameters)
+    x = backend.asarray(rng.random((batch, 784), np.float32))
+    y = backend.asarray(rng.integers(0, 10, batch))
+    first = net.loss(x, y)
+
+    def step() -> None:
+        net.step_loss(x, y)
+        opt.step()
+        backend.synchronize()
+
+    benchmark(step)
+    assert net.loss(x, y) < first

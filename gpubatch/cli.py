@@ -1,0 +1,241 @@
+"""The command line. Results go to standard output, progress and errors to standard error."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import gpubatch
+from gpubatch import datasets, optim, plot, rules, schedules
+from gpubatch.backend import available_backends, float_dtype, get_backend, load_cupy
+from gpubatch.errors import ArgumentError, BackendUnavailableError, check_choice
+from gpubatch.formula import Rule
+from gpubatch.launch import update_source
+from gpubatch.layers import ACTIVATIONS
+from gpubatch.loader import Loader
+from gpubatch.network import mlp
+from gpubatch.sizing import format_bytes
+from gpubatch.train import TrainingInterrupted, fit
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Train networks by mini-batches on NumPy or CuPy arrays.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+BackendOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+# By name on the command line: the optimizer at a learning rate, and the rate that it usually wants here.
+OPTIMIZERS: dict[str, tuple[Callable[..., optim.Optimizer], float]] = {
+    "sgd": (optim.SGD, 0.2),
+    "momentum": (optim.Momentum, 0.2),
+    "heavy-ball": (optim.HeavyBall, 0.02),
+    "nesterov": (lambda p, lr: optim.HeavyBall(p, lr, nesterov=True), 0.02),
+    "adagrad": (optim.Adagrad, 0.01),
+    "rmsprop": (optim.RMSProp, 0.002),
+    "adam": (optim.Adam, 0.005),
+    "adamw": (optim.AdamW, 0.005),
+    "nadam": (optim.NAdam, 0.005),
+    "lion": (optim.Lion, 0.0005),
+}
+
+# The decays of the learning rate by name, each from epoch to epoch, for a run of so many.
+DECAYS: dict[str, Callable[[float, int], optim.Hyper]] = {
+    "none": lambda lr, epochs: lr,
+    "inverse": lambda lr, epochs: schedules.InverseTimeDecay(lr, decay_rate=1.0),
+    "exponential": lambda lr, epochs: schedules.ExponentialDecay(lr, rate=0.95),
+    "sqrt": lambda lr, epochs: schedules.SqrtDecay(lr),
+    "staircase": lambda lr, epochs: schedules.StepDecay(lr, every=max(1, epochs // 3)),
+    "cosine": lambda lr, epochs: schedules.CosineDecay(lr, total=epochs, per="epoch"),
+}
+
+
+@app.command(
+    epilog="**Examples:** `gpubatch train` learns the bundled digits. `gpubatch train data/mnist --layers 1024,512 "
+    "--epochs 20 --plot curves.png` learns from the files in a folder and draws the curves."
+)
+def train(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="MNIST (IDX files) or CIFAR-10 (binary version). By default the bundled 10,000 digits."),
+    ] = None,
+    layers: Annotated[str, typer.Option(help="Widths of the hidden layers, by comma; '' for none.")] = "512,512,512",
+    activation: Annotated[str, typer.Option(help=f"One of {', '.join(ACTIVATIONS)}.")] = "gelu",
+    optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = "adam",
+    lr: Annotated[float | None, typer.Option(help="Learning rate; by default one that suits the optimizer.")] = None,
+    decay: Annotated[str, typer.Option(help=f"Of the learning rate: {', '.join(DECAYS)}.")] = "cosine",
+    batch_size: Annotated[str, typer.Option(help="Samples in a batch; auto: the most that fit.")] = "auto",
+    at_most: Annotated[int, typer.Option(help="What auto does not exceed, if there are more than 2000 samples.")] = 128,
+    epochs: Annotated[int, typer.Option(min=1, help="How often every sample is seen.")] = 10,
+    l2: Annotated[float, typer.Option(help="Weight of l2/2 * Σ W² in the cost.")] = 0.0,
+    dropout: Annotated[float, typer.Option(help="Fraction of the hidden activations that a step leaves out.")] = 0.4,
+    batch_norm: Annotated[bool, typer.Option(help="Normalise the hidden layers over each batch.")] = True,
+    seed: Annotated[int, typer.Option(help="Of split, first weights, order and dropout.")] = 0,
+    backend: BackendOption = "auto",
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the curves: a .png, .pdf or .svg.")] = None,
+    as_json: JsonOption = False,
+    progress: Annotated[bool, typer.Option(help="Show the progress on standard error.")] = True,
+) -> None:
+    """Train a network by mini-batches, and test it."""
+    if plot_file is not None:
+        plot.check_plot_file(plot_file)
+    make, usual_lr = OPTIMIZERS[check_choice("--optimizer", optimizer, OPTIMIZERS)]
+    schedule = DECAYS[check_choice("--decay", decay, DECAYS)]
+    hidden = [_integer("--layers", width) for width in layers.split(",") if layers]
+    where = get_backend(backend)
+    name, (X, Y), (X_test, Y_test) = _load(folder, seed)
+    sizes = [X.shape[1], *hidden, int(Y.max()) + 1]
+    net = mlp(sizes, activation, batch_norm, dropout, l2=l2, backend=where, dtype=dtype, seed=seed)
+    loader = Loader(
+        X,
+        Y,
+        batch_size=batch_size if batch_size == "auto" else _integer("--batch-size", batch_size),
+        at_most=at_most,
+        seed=seed,
+        backend=where,
+        dtype=dtype,
+        scale=1 / 255,
+    )
+    rate = usual_lr if lr is None else lr
+    opt = make(net.parameters, schedule(rate, epochs))
+
+    out = Console(quiet=as_json, highlight=False, soft_wrap=True)
+    out.print(f"data       {name}: {len(X):,} to train on, {len(X_test):,} to test")
+    out.print(f"network    {' - '.join(map(str, sizes))}, {activation}, {net.parameters.size:,} parameters")
+    out.print(f"optimizer  {optimizer}, learning rate {rate:g}, decay {decay}")
+    out.print(f"backend    {where.device}, {dtype}")
+    started = time.perf_counter()
+    try:
+        history = fit(net, loader, opt, epochs, validation=(X_test, Y_test), progress=progress)
+    except TrainingInterrupted as interrupt:
+        typer.echo(interrupt, err=True)
+        raise typer.Exit(130) from None  # what a shell reports for a program that Ctrl-C ended
+    seconds = time.perf_counter() - started
+    out.print(f"batches    {loader.batch_size}: {loader.plan.reason}")
+
+    if plot_file is not None:
+        title = f"gpubatch train on {name}: {optimizer}, batch size {loader.batch_size}, {dtype}, {where.spec}"
+        plot.plot_training(history, plot_file, title)
+        out.print(f"curves     {plot_file}")
+    accuracy, loss = history.validation_accuracy[-1], history.validation_loss[-1]
+    out.print(
+        f"test accuracy {100 * accuracy:.2f} % ({round(accuracy * len(X_test)):,} of {len(X_test):,}), "
+        f"test loss {loss:.4f}, in {seconds:.1f} s"
+    )
+    if as_json:
+        _print_json(
+            test_accuracy=accuracy,
+            test_loss=loss,
+            seconds=seconds,
+            batch_size=loader.batch_size,
+            batch_reason=loader.plan.reason,
+            parameters=net.parameters.size,
+            device=where.device,
+            history=history.to_dict(),
+            arguments={
+                "folder": None if folder is None else str(folder),
+                "layers": hidden,
+                "activation": activation,
+                "optimizer": optimizer,
+                "lr": rate,
+                "decay": decay,
+                "epochs": epochs,
+                "l2": l2,
+                "dropout": dropout,
+                "batch_norm": batch_norm,
+                "seed": seed,
+                "backend": where.spec,
+                "dtype": dtype,
+            },
+            versions=_versions(),
+        )
+
+
+def _load(folder: Path | None, seed: int) -> tuple[str, datasets.Samples, datasets.Samples]:
+    if folder is None:
+        return ("10,000 bundled MNIST digits", *datasets.mnist_10k(seed))
+    if not folder.is_dir():
+        raise ArgumentError(f"FOLDER must be a folder with MNIST or CIFAR-10 files, got {str(folder)!r}")
+    names = {path.name for path in folder.iterdir()}
+    if any("idx" in name for name in names):
+        return (f"MNIST in {folder}", *datasets.mnist(folder))
+    if any(name.startswith(("data_batch", "cifar-10")) for name in names):
+        return (f"CIFAR-10 in {folder}", *datasets.cifar10(folder))
+    raise ArgumentError(
+        f"FOLDER has neither MNIST (train-images-idx3-ubyte ...) nor CIFAR-10 (data_batch_1.bin ...): {folder}"
+    )
+
+
+@app.command(epilog="**Examples:** `gpubatch info` and `gpubatch info --kernel adam`.")
+def info(
+    kernel: Annotated[str | None, typer.Option(help="Print the CUDA source of this update rule instead.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of that kernel: float32 or float64.")] = "float32",
+    as_json: JsonOption = False,
+) -> None:
+    """Show the backends, their devices and memory, and why CUDA is or is not there."""
+    if kernel is not None:
+        known: dict[str, Rule] = {name: getattr(rules, name) for name in rules.__all__}
+        rule = known[check_choice("--kernel", kernel, known)]
+        typer.echo(update_source(rule.trace(), float_dtype(dtype, "--dtype").name))
+        return
+    found = [get_backend(spec) for spec in available_backends()]
+    why_not = _why_no_cuda()
+    if as_json:
+        backends = {be.spec: {"device": be.device, "memory": dataclasses.asdict(be.memory())} for be in found}
+        _print_json(backends=backends, cuda=why_not or "available", auto=get_backend().spec, versions=_versions())
+        return
+    out = Console(highlight=False)
+    out.print(", ".join(f"{name} {version}" for name, version in _versions().items()))
+    table = Table("backend", "device", "memory", "available now", box=box.SIMPLE_HEAD, pad_edge=False)
+    for be in found:
+        memory = be.memory()
+        table.add_row(be.spec, be.device, format_bytes(memory.total), format_bytes(memory.available))
+    out.print(table)
+    auto = get_backend()
+    out.print(f'"auto" is {auto.spec}: {auto.reason}.', soft_wrap=True)
+    if why_not:
+        out.print(why_not, soft_wrap=True)
+    extras = {"cli": "typer", "plot": "matplotlib", "cuda": "cupy"}
+    lacking = [name for name, module in extras.items() if importlib.util.find_spec(module) is None]
+    out.print(f"extras that are not installed: {', '.join(lacking) or 'none'}.")
+
+
+def _why_no_cuda() -> str | None:
+    try:
+        load_cupy()
+    except BackendUnavailableError as error:
+        return str(error)
+    return None
+
+
+def _versions() -> dict[str, str]:
+    return {"gpubatch": gpubatch.__version__, "numpy": np.__version__, "python": platform.python_version()}
+
+
+def _print_json(**values: Any) -> None:
+    typer.echo(json.dumps(values, allow_nan=False))
+
+
+def _integer(option: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentError(f"{option} must be made of integers, got {text!r}") from None

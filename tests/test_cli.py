@@ -1,0 +1,207 @@
+"""The command line as a person types it: what it prints, where, and how it ends."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gpubatch
+from gpubatch import rules
+
+if importlib.util.find_spec("typer") is None:
+    pytest.skip("the command line's extra is not installed", allow_module_level=True)
+
+SMALL = ["--layers", "16", "--epochs", "1"]
+
+
+def run(*arguments: str, code: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "gpubatch", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "GPUBATCH_BACKEND": "cpu", "COLUMNS": "120", **env},
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def idx(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
+
+
+@pytest.fixture
+def mnist(tmp_path: Path) -> Path:
+    """A folder with a small MNIST: noise, and two bright rows whose place is the label."""
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 300), ("t10k", 100)):
+        labels = np.arange(n, dtype=np.uint8) % 10
+        images = rng.integers(0, 100, (n, 28, 28)).astype(np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[2 * label : 2 * label + 2] += 150
+        (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels))
+    return tmp_path
+
+
+def test_train_ends_with_the_test_accuracy() -> None:
+    done = run("train", *SMALL)
+    last = done.stdout.splitlines()[-1]
+    assert re.fullmatch(r"test accuracy \d\d\.\d\d % \([\d,]+ of 2,000\), test loss [\d.]+, in [\d.]+ s", last)
+    assert "batches    128: " in done.stdout
+    assert done.stderr.startswith("epoch 1/1  loss ")
+
+
+def test_train_reaches_the_promised_accuracy() -> None:
+    """What the README says that one sees; some seconds of work."""
+    result = json.loads(run("train", "--json", "--no-progress").stdout)
+    assert result["test_accuracy"] >= 0.965
+    assert len(result["history"]["loss"]) <= 10
+
+
+def test_json_is_all_that_stands_on_standard_output() -> None:
+    done = run("train", "--json", *SMALL, "--seed", "3")
+    result = json.loads(done.stdout)
+    assert 0 < result["test_accuracy"] < 1
+    assert result["test_accuracy"] == result["history"]["validation_accuracy"][-1]
+    assert result["arguments"]["seed"] == 3
+    assert result["versions"]["gpubatch"] == gpubatch.__version__
+
+
+def test_one_seed_gives_one_result() -> None:
+    first, second, other = (
+        json.loads(run("train", "--json", "--no-progress", *SMALL, "--seed", seed).stdout)["history"]["step_loss"]
+        for seed in ("1", "1", "2")
+    )
+    assert first == second
+    assert first != other
+
+
+def test_a_folder_of_ones_own(mnist: Path) -> None:
+    done = run("train", str(mnist), "--layers", "", "--no-batch-norm", "--dropout", "0", "--batch-size", "50")
+    assert f"MNIST in {mnist}: 300 to train on, 100 to test" in done.stdout
+    assert "network    784 - 10, gelu, 7,850 parameters" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["sgd", "momentum", "heavy-ball", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "nadam", "lion"]
+)
+def test_every_optimizer_learns_at_its_usual_rate(optimizer: str, mnist: Path) -> None:
+    options = ["--layers", "32", "--epochs", "3", "--batch-size", "20", "--no-progress", "--json"]
+    result = json.loads(run("train", str(mnist), "--optimizer", optimizer, *options).stdout)
+    assert result["test_accuracy"] > 0.5
+    assert np.mean(result["history"]["step_loss"][-5:]) < 0.8 * np.mean(result["history"]["step_loss"][:5])
+
+
+@pytest.mark.parametrize("decay", ["none", "inverse", "exponential", "sqrt", "staircase", "cosine"])
+def test_every_decay_starts_at_the_rate(decay: str, mnist: Path) -> None:
+    options = ["--layers", "8", "--epochs", "3", "--lr", "0.01", "--no-progress", "--json"]
+    result = json.loads(run("train", str(mnist), "--decay", decay, *options).stdout)
+    rates = result["history"]["step_lr"]
+    assert rates[0] == 0.01
+    assert (rates[-1] < 0.01) is (decay != "none")
+
+
+def test_curves_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "curves.png"
+    assert f"curves     {file}" in run("train", *SMALL, "--plot", str(file)).stdout
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_info_shows_backends_and_why_there_is_no_cuda() -> None:
+    text = run("info").stdout
+    assert f"gpubatch {gpubatch.__version__}" in text
+    assert re.search(r"cpu +cpu +[\d.]+ GiB +[\d.]+ GiB", text)
+    result = json.loads(run("info", "--json").stdout)
+    assert result["backends"]["cpu"]["memory"]["available"] > 0
+    assert result["auto"] == "cpu"
+    if "cuda:0" not in result["backends"]:
+        assert "'cuda' cannot be used" in text
+        assert "Remedy: " in result["cuda"]
+
+
+@pytest.mark.parametrize("name", rules.__all__)
+def test_info_prints_every_kernel(name: str) -> None:
+    from gpubatch.launch import update_source
+
+    assert run("info", "--kernel", name).stdout == update_source(getattr(rules, name).trace()) + "\n"
+
+
+def test_help_has_an_example_that_runs() -> None:
+    assert "gpubatch train learns the bundled digits" in " ".join(run("train", "--help").stdout.split())
+    assert "gpubatch info --kernel adam" in " ".join(run("info", "--help").stdout.split())
+
+
+ERRORS = {
+    "optimizer": (
+        ["train", "--optimizer", "adm"],
+        "error: --optimizer must be one of .*got 'adm'; did you mean 'adam'?",
+    ),
+    "decay": (["train", "--decay", "cos"], "error: --decay must be one of 'none', .*got 'cos'"),
+    "activation": (["train", "--activation", "rel"], "error: activation must be one of 'relu', .*did you mean 'relu'"),
+    "lr": (["train", "--lr", "-1", "--no-progress"], r"error: lr must be finite and in \[0, inf\), got -1.0"),
+    "layers": (["train", "--layers", "5,x"], "error: --layers must be made of integers, got 'x'"),
+    "batch": (["train", "--batch-size", "0"], "error: batch_size must be an integer >= 1, got 0"),
+    "dtype": (["train", "--dtype", "float16"], "error: dtype must be float32 or float64, got 'float16'"),
+    "backend": (["train", "--backend", "gpu"], "error: backend must be 'auto', 'cpu', 'cuda', 'cuda:N'.* got 'gpu'"),
+    "no folder": (["train", "nowhere"], "error: FOLDER must be a folder with MNIST or CIFAR-10 files, got 'nowhere'"),
+    "empty folder": (["train", "."], r"error: FOLDER has neither MNIST"),
+    "plot": (
+        ["train", "--plot", "curves.gif"],
+        r"error: the plot file must end in .png, .pdf or .svg, got 'curves.gif'",
+    ),
+    "plot folder": (["train", "--plot", "no/curves.png"], "error: the folder of the plot file must exist"),
+    "kernel": (["info", "--kernel", "adamm"], "error: --kernel must be one of .*; did you mean 'adam'?"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_are_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, message = ERRORS[name]
+    monkeypatch.chdir(tmp_path)
+    done = run(*arguments, code=1)
+    assert re.match(message, done.stderr), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_wrong_usage_is_exit_code_2() -> None:
+    assert "No such option" in run("train", "--nonsense", code=2).stderr
+
+
+def test_ctrl_c_leaves_one_line() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gpubatch", "train", "--epochs", "1000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "GPUBATCH_BACKEND": "cpu"},
+    )
+    assert process.stderr is not None
+    process.stderr.readline()  # the first epoch is done, the second is running
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=30)[1].splitlines()
+    assert process.returncode == 130
+    assert [line for line in rest if not line.startswith("epoch ")] == [rest[-1]]
+    assert re.fullmatch(r"interrupted in epoch \d+ after step \d+; the model holds this last complete step", rest[-1])
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['typer'] = None")
+    code = "import importlib.util, runpy\nfind = importlib.util.find_spec\n"
+    code += "importlib.util.find_spec = lambda name: None if name == 'typer' else find(name)\n"
+    code += "runpy.run_module('gpubatch', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "the command line needs typer: pip install 'gpubatch[cli]'\n"
