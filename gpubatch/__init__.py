@@ -4,7 +4,10 @@ Update rules are formulas that are written once, batches are sized to fit, and a
 same code runs with ``backend="cuda"`` on a GPU and ``backend="cpu"`` in a test.
 """
 
-from gpubatch import datasets, losses, rules
+import importlib
+from typing import Any
+
+from gpubatch import losses, rules
 from gpubatch.averages import EWMA, ewma
 from gpubatch.backend import Backend, Memory, array_namespace, available_backends, get_backend
 from gpubatch.errors import (
@@ -108,3 +111,10 @@ __all__ = [
     "rule",
     "rules",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``gpubatch.datasets``, imported when it is first used: pathlib alone takes a tenth of NumPy's time to import."""
+    if name == "datasets":
+        return importlib.import_module("gpubatch.datasets")
+    raise AttributeError(f"module 'gpubatch' has no attribute {name!r}")

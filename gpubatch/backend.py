@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import math
 import os
 import re
 import sys
@@ -17,7 +16,6 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -439,33 +437,33 @@ def float_dtype(dtype: Any, name: str = "dtype") -> np.dtype[Any]:
 # --- memory of the host --------------------------------------------------------------------------------------------
 
 
-def host_memory(root: Path = Path("/")) -> Memory:
+def host_memory(root: str = "/") -> Memory:
     """Main memory for this process: the machine's, or less where a control group or a ulimit says so.
 
-    ``root`` is where ``proc`` and ``sys`` are found. Outside Linux available memory is half of what is installed,
-    since no portable call tells more.
+    ``root`` is where ``proc`` and ``sys`` are found. Outside Linux and Windows available memory is half of what is
+    installed, since no portable call tells more.
     """
-    machine = _meminfo(root)
-    if machine is None:
-        machine = _installed_memory()
-    total, available = machine
-    for limit, used in _control_groups(root):
-        total, available = min(total, limit), min(available, limit - used)
-    for limit, used in _address_space(root):
+    total, available = _meminfo(root) or _installed_memory()
+    for limit, used in (*_control_groups(root), *_address_space(root)):
         total, available = min(total, limit), min(available, limit - used)
     return Memory(total, max(available, 0))
 
 
-def _meminfo(root: Path) -> tuple[int, int] | None:
+def _read(*path: str) -> str:
+    """The text of a small file, empty where there is none."""
     try:
-        text = (root / "proc/meminfo").read_text()
+        with open(os.path.join(*path), encoding="ascii") as file:
+            return file.read()
     except OSError:
+        return ""
+
+
+def _meminfo(root: str) -> tuple[int, int] | None:
+    found = re.findall(r"^(\w+):\s+(\d+) kB", _read(root, "proc/meminfo"), re.MULTILINE)
+    size = {name: 1024 * int(kilobytes) for name, kilobytes in found}
+    if "MemTotal" not in size:
         return None
-    kilobytes = {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
-    if "MemTotal" not in kilobytes:
-        return None
-    total = kilobytes["MemTotal"] * 1024
-    return total, kilobytes.get("MemAvailable", kilobytes.get("MemFree", 0)) * 1024
+    return size["MemTotal"], size.get("MemAvailable", size.get("MemFree", 0))
 
 
 def _installed_memory() -> tuple[int, int]:
@@ -480,52 +478,40 @@ def _installed_memory() -> tuple[int, int]:
     return total, total // 2
 
 
-def _control_groups(root: Path) -> Iterator[tuple[int, int]]:
+def _control_groups(root: str) -> Iterator[tuple[int, int]]:
     """(limit, used) of every memory control group around this process; page cache that can be dropped is not used."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
+    for line in _read(root, "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+            mount, names = "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
-            mount = root / "sys/fs/cgroup/memory"
+            mount = "sys/fs/cgroup/memory"
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
         # Inside a container the path may be the host's, of which only the mount point itself is seen here.
-        inner = mount / path.lstrip("/")
-        folders = [inner, *inner.parents] if inner.is_dir() else [mount]
-        for folder in folders:
-            if (limits := _group_limit(folder, *names)) is not None:
-                yield limits
-            if folder == mount:
-                break
+        inner = [name for name in path.split("/") if name]
+        if not os.path.isdir(os.path.join(root, mount, *inner)):
+            inner = []
+        for depth in range(len(inner), -1, -1):
+            yield from _group_limit(os.path.join(root, mount, *inner[:depth]), *names)
 
 
-def _group_limit(folder: Path, limit_name: str, usage_name: str, cache_name: str) -> tuple[int, int] | None:
-    try:
-        limit, used = (folder / limit_name).read_text().strip(), int((folder / usage_name).read_text())
-    except (OSError, ValueError):
-        return None
-    if not limit.isdigit() or int(limit) >= 1 << 60:  # "max", or the number that version 1 has for no limit
-        return None
-    with contextlib.suppress(OSError):
-        cache = re.search(rf"^{cache_name} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
-        used -= int(cache[1]) if cache else 0
-    return int(limit), max(used, 0)
+def _group_limit(folder: str, limit_name: str, usage_name: str, cache_name: str) -> Iterator[tuple[int, int]]:
+    limit, used = _read(folder, limit_name).strip(), _read(folder, usage_name).strip()
+    # "max" is no limit in version 2, in version 1 it is a number near 2**63.
+    if limit.isdigit() and used.isdigit() and int(limit) < 1 << 60:
+        cache = re.search(rf"^{cache_name} (\d+)$", _read(folder, "memory.stat"), re.MULTILINE)
+        yield int(limit), max(int(used) - (int(cache[1]) if cache else 0), 0)
 
 
-def _address_space(root: Path) -> Iterator[tuple[int, int]]:
+def _address_space(root: str) -> Iterator[tuple[int, int]]:
     """(limit, used) of ``ulimit -v``, where one is set."""
     try:
         import resource
-
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if limit != resource.RLIM_INFINITY and 0 < limit < math.inf:
-            pages = int((root / "proc/self/statm").read_text().split()[0])
-            yield limit, pages * os.sysconf("SC_PAGE_SIZE")
-    except (ImportError, OSError, ValueError):
+    except ImportError:  # Windows has none
         return
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    pages = _read(root, "proc/self/statm").partition(" ")[0]
+    if limit != resource.RLIM_INFINITY and pages:
+        yield limit, int(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -212,7 +212,7 @@ def info(
     auto = get_backend()
     out.print(f'"auto" is {auto.spec}: {auto.reason}.', soft_wrap=True)
     if why_not:
-        out.print(why_not, soft_wrap=True)
+        out.print(why_not, soft_wrap=True, markup=False)  # a remedy has square brackets
     extras = {"cli": "typer", "plot": "matplotlib", "cuda": "cupy"}
     lacking = [name for name, module in extras.items() if importlib.util.find_spec(module) is None]
     out.print(f"extras that are not installed: {', '.join(lacking) or 'none'}.")

@@ -18,7 +18,6 @@ Every one is also the built-in exception that a NumPy user would expect.
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
 from collections.abc import Iterable
@@ -149,5 +148,7 @@ def check_known(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
 
 
 def _nearest(value: Any, known: list[str]) -> str:
+    import difflib  # only where there is an error to describe
+
     near = difflib.get_close_matches(value, known, n=1) if isinstance(value, str) else []
     return f"; did you mean {near[0]!r}?" if near else ""

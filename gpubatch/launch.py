@@ -7,8 +7,8 @@ block that stays in the cache, into a few registers of that size: nothing is all
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -219,12 +219,13 @@ def update_source(trace: Trace, dtype: str = "float32") -> str:
 @functools.cache
 def kernel_source(name: str) -> str:
     """The text of a file of ``kernels/``: beside the modules when installed, beside the package in a checkout."""
-    here = Path(__file__).parent
-    folders = [here / "kernels", here.parent / "kernels"]
+    here = os.path.dirname(os.path.abspath(__file__))
+    folders = [os.path.join(here, "kernels"), os.path.join(os.path.dirname(here), "kernels")]
     for folder in folders:
-        if (folder / name).is_file():
-            return (folder / name).read_text()
-    raise FileNotFoundError(f"{name} is in none of {', '.join(map(str, folders))}; the installation is incomplete")
+        if os.path.isfile(path := os.path.join(folder, name)):
+            with open(path, encoding="utf-8") as file:
+                return file.read()
+    raise FileNotFoundError(f"{name} is in none of {', '.join(folders)}; the installation is incomplete")
 
 
 @functools.cache

@@ -109,6 +109,9 @@ def philox_generator(seed: int, index: int, counter: Array | int = 0) -> np.rand
 class Layer(ABC):
     """One layer. Subclass it for your own: four methods, and nothing else is asked."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
     @abstractmethod
     def takes(self) -> int | None:
         """How many features a row of x must have; None: any number."""
@@ -129,7 +132,6 @@ class Layer(ABC):
 # --- activations: one number in, one number out --------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Step(Layer):
     """1 where x > 0, else 0. Forward only: its derivative is zero almost everywhere, so nothing below it learns."""
 
@@ -150,7 +152,6 @@ class Step(Layer):
             dx.fill(0)
 
 
-@dataclass(frozen=True)
 class ReLU(Layer):
     """max(x, 0); the derivative at 0 is 0."""
 
@@ -172,14 +173,11 @@ class ReLU(Layer):
             c.xp.multiply(dy, c.xp.greater(y, 0, out=c.work["positive"]), out=dx)
 
 
-@dataclass(frozen=True)
 class LeakyReLU(Layer):
     """max(x, slope*x), 0 <= slope < 1; the derivative at 0 is the slope."""
 
-    slope: float = 0.01
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "slope", check_real("slope", self.slope, 0, 1, open_high=True))
+    def __init__(self, slope: float = 0.01) -> None:
+        self.slope = check_real("slope", slope, 0, 1, open_high=True)
 
     def takes(self) -> None:
         """Any number of features."""
@@ -201,7 +199,6 @@ class LeakyReLU(Layer):
             c.xp.multiply(dy, t, out=dx)
 
 
-@dataclass(frozen=True)
 class Sigmoid(Layer):
     """1 / (1 + exp(-x))."""
 
@@ -226,7 +223,6 @@ class Sigmoid(Layer):
             c.xp.multiply(dy, t, out=dx)
 
 
-@dataclass(frozen=True)
 class Tanh(Layer):
     """The hyperbolic tangent."""
 
@@ -248,7 +244,6 @@ class Tanh(Layer):
             c.xp.multiply(dy, c.xp.subtract(1, t, out=t), out=dx)
 
 
-@dataclass(frozen=True)
 class GELU(Layer):
     """x Φ(x), Φ the distribution function of the standard normal (Hendrycks & Gimpel, arXiv:1606.08415).
 
@@ -256,10 +251,8 @@ class GELU(Layer):
     x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))). Names and default are PyTorch's.
     """
 
-    approximate: str = "none"
-
-    def __post_init__(self) -> None:
-        check_choice("approximate", self.approximate, ["none", "tanh"])
+    def __init__(self, approximate: str = "none") -> None:
+        self.approximate = check_choice("approximate", approximate, ["none", "tanh"])
 
     def takes(self) -> None:
         """Any number of features."""
@@ -360,7 +353,6 @@ ACTIVATIONS: dict[str, type[Layer]] = {
 # --- layers with parameters ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Dense(Layer):
     """X W + b, W of shape (inputs, outputs).
 
@@ -368,19 +360,15 @@ class Dense(Layer):
     2010); "zeros"; or a number, the standard deviation. b starts at zero.
     """
 
-    inputs: int
-    outputs: int
-    bias: bool = True
-    init: str | float = "he"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "inputs", check_int("inputs", self.inputs, 1))
-        object.__setattr__(self, "outputs", check_int("outputs", self.outputs, 1))
-        check_bool("bias", self.bias)
-        if isinstance(self.init, str):
-            check_choice("init", self.init, ["he", "xavier", "zeros"])
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, init: str | float = "he") -> None:
+        self.inputs = check_int("inputs", inputs, 1)
+        self.outputs = check_int("outputs", outputs, 1)
+        self.bias = check_bool("bias", bias)
+        self.init: str | float
+        if isinstance(init, str):
+            self.init = check_choice("init", init, ["he", "xavier", "zeros"])
         else:
-            object.__setattr__(self, "init", check_real("init", self.init, 0))
+            self.init = check_real("init", init, 0)
 
     def takes(self) -> int:
         """As many features as W has rows."""
@@ -416,7 +404,6 @@ class Dense(Layer):
             c.xp.matmul(dy, c.p["W"].T, out=dx)
 
 
-@dataclass(frozen=True)
 class BatchNorm(Layer):
     """gamma (x - mean)/sqrt(var + eps) + beta, per feature (Ioffe & Szegedy, arXiv:1502.03167).
 
@@ -425,16 +412,11 @@ class BatchNorm(Layer):
     variance takes the unbiased variance (PyTorch), or with ``unbiased_running=False`` the biased one (CS231n).
     """
 
-    features: int
-    eps: float = 1e-5
-    momentum: float = 0.1
-    unbiased_running: bool = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "features", check_int("features", self.features, 1))
-        object.__setattr__(self, "eps", check_real("eps", self.eps, 0, open_low=True))
-        object.__setattr__(self, "momentum", check_real("momentum", self.momentum, 0, 1))
-        check_bool("unbiased_running", self.unbiased_running)
+    def __init__(self, features: int, eps: float = 1e-5, momentum: float = 0.1, unbiased_running: bool = True) -> None:
+        self.features = check_int("features", features, 1)
+        self.eps = check_real("eps", eps, 0, open_low=True)
+        self.momentum = check_real("momentum", momentum, 0, 1)
+        self.unbiased_running = check_bool("unbiased_running", unbiased_running)
 
     def takes(self) -> int:
         """As many features as it was made for."""
@@ -495,7 +477,6 @@ class BatchNorm(Layer):
 # --- dropout ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Dropout(Layer):
     """In training, zero with probability ``rate`` and otherwise x/(1 - rate); in evaluation x (Srivastava et al. 2014).
 
@@ -503,10 +484,8 @@ class Dropout(Layer):
     same on CPU and GPU: uniform float32 numbers of Philox4x64-10 with key (seed, layer) and counter (0, step, 0, 0).
     """
 
-    rate: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rate", check_real("rate", self.rate, 0, 1, open_high=True))
+    def __init__(self, rate: float) -> None:
+        self.rate = check_real("rate", rate, 0, 1, open_high=True)
 
     def takes(self) -> None:
         """Any number of features."""

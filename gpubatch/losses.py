@@ -72,7 +72,6 @@ class Loss(ABC):
 # --- regression ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class MeanSquaredError(Loss):
     """Mean of (z - y)² over all elements. Y has the shape of the scores, or ``(batch,)`` where there is one output."""
 
@@ -111,7 +110,6 @@ class MeanSquaredError(Loss):
 # --- yes or no -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class SigmoidCrossEntropy(Loss):
     """-y log σ(z) - (1 - y) log(1 - σ(z)), mean over all elements.
 
@@ -165,7 +163,6 @@ class SigmoidCrossEntropy(Loss):
 # --- one class of many -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class SVM(Loss):
     """Multiclass hinge loss Σ_{j≠y} max(0, z_j - z_y + 1), mean over the batch (Weston & Watkins 1999, CS231n).
 
@@ -219,7 +216,6 @@ class SVM(Loss):
         return Y
 
 
-@dataclass(frozen=True)
 class SoftmaxCrossEntropy(Loss):
     """-Σ_j y_j log softmax(z)_j, mean over the batch.
 

@@ -346,7 +346,7 @@ GROUPS = {
 @pytest.mark.parametrize("name", GROUPS)
 def test_memory_honours_control_groups(name: str, tmp_path: Path) -> None:
     files, expected = GROUPS[name]
-    assert host_memory(tree(tmp_path, MACHINE | files)) == gb.Memory(*expected)
+    assert host_memory(str(tree(tmp_path, MACHINE | files))) == gb.Memory(*expected)
 
 
 def test_memory_honours_ulimit() -> None:

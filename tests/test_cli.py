@@ -127,8 +127,8 @@ def test_info_shows_backends_and_why_there_is_no_cuda() -> None:
     assert result["backends"]["cpu"]["memory"]["available"] > 0
     assert result["auto"] == "cpu"
     if "cuda:0" not in result["backends"]:
-        assert "'cuda' cannot be used" in text
-        assert "Remedy: " in result["cuda"]
+        assert result["cuda"] in text
+        assert "Remedy: " in text
 
 
 @pytest.mark.parametrize("name", rules.__all__)
