@@ -1,0 +1,161 @@
+"""What the CUDA side does on the host: one compilation, one launch a step, a table that follows the arrays.
+
+A stand-in for CuPy whose arrays are NumPy's and whose kernels are the real sources on the emulated grid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+from emulate import host_kernel
+from optimizer_table import CASES, Case
+
+import gpubatch as gb
+from gpubatch import launch
+from gpubatch.backend import CudaBackend
+from gpubatch.launch import CudaUpdate, cuda_kernel
+
+
+class DeviceArray(np.ndarray):
+    """What gpubatch uses of a CuPy array."""
+
+    device = types.SimpleNamespace(id=0)
+
+    @property
+    def data(self) -> Any:
+        return types.SimpleNamespace(ptr=self.ctypes.data)
+
+    def get(self) -> np.ndarray:
+        return np.array(self)
+
+    def set(self, values: np.ndarray) -> None:
+        assert (type(values), values.dtype, values.shape) == (np.ndarray, self.dtype, self.shape)
+        self[...] = values
+
+
+DeviceArray.__name__, DeviceArray.__module__ = "ndarray", "cupy"
+
+
+class StandIn:
+    """As much of CuPy as optimizers need, with a record of what was compiled and launched."""
+
+    def __init__(self) -> None:
+        self.compiled: list[str] = []
+        self.launches: list[tuple[int, int]] = []
+        self.cuda = types.SimpleNamespace(
+            runtime=types.SimpleNamespace(getDeviceProperties=lambda index: {"name": b"stand-in"}),
+            Device=lambda index: contextlib.nullcontext(),
+        )
+
+    def empty(self, shape: Any, dtype: Any) -> np.ndarray:
+        return np.full(shape, 7, dtype).view(DeviceArray)  # memory of a device is not clean
+
+    def zeros(self, shape: Any, dtype: Any) -> np.ndarray:
+        return np.zeros(shape, dtype).view(DeviceArray)
+
+    def asarray(self, x: Any, dtype: Any = None) -> np.ndarray:
+        return x if isinstance(x, DeviceArray) and dtype in (None, x.dtype) else np.array(x, dtype).view(DeviceArray)
+
+    def RawModule(self, code: str, options: tuple[str, ...]) -> Any:  # noqa: N802  CuPy's name
+        self.compiled.append(code)
+        assert options == ("--std=c++17",)
+        run = host_kernel(code, "update_arrays", "const long long* table", "const T* scalars")
+
+        def kernel(grid: tuple[int], block: tuple[int], arguments: tuple[Any, ...]) -> None:
+            self.launches.append((grid[0], block[0]))
+            assert all(isinstance(a, DeviceArray) for a in arguments)
+            run(*(ctypes.c_void_p(a.ctypes.data) for a in arguments), grid[0], block[0])
+
+        return types.SimpleNamespace(get_function=lambda name: kernel)
+
+
+@pytest.fixture
+def cupy() -> StandIn:
+    cuda_kernel.cache_clear()
+    return StandIn()
+
+
+@pytest.fixture
+def device(cupy: StandIn) -> CudaBackend:
+    return CudaBackend(cupy, 0, "a test")
+
+
+SHAPES = {"W": (300, 70), "b": (70,), "none": (0, 3)}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_step_is_one_launch_and_gives_numpys_bits(
+    case: Case, cupy: StandIn, device: CudaBackend, rng: np.random.Generator
+) -> None:
+    start = {k: rng.standard_normal(s) for k, s in SHAPES.items()}
+    on_device, on_host = gb.Parameters(start, device), gb.Parameters(start, "cpu")
+    a, b = case.make(on_device), case.make(on_host)
+    for step in range(1, 4):
+        g = rng.standard_normal(on_host.size).astype(np.float32)
+        on_device.grads.flat[...] = g
+        on_host.grads.flat[...] = g
+        a.step()
+        b.step()
+        assert len(cupy.launches) == step
+        np.testing.assert_array_equal(on_device.flat.get(), on_host.flat)
+    assert len(cupy.compiled) == 1
+    assert cupy.launches[0] == (-(-on_host.size // 4096), 256)
+
+
+def test_arrays_that_lie_apart_are_one_launch_too(cupy: StandIn, device: CudaBackend, rng: np.random.Generator) -> None:
+    start = {str(i): rng.standard_normal(n) for i, n in enumerate([5000, 1, 17, 4096, 0])}
+    params, expected = gb.Parameters(start, device), gb.Parameters(start, "cpu")
+    a, b = gb.Adam(params), gb.Adam(expected)
+    for step in range(1, 4):
+        grads = {k: rng.standard_normal(v.shape).astype(np.float32) for k, v in start.items()}
+        a.step({k: device.asarray(g) for k, g in grads.items()})  # new arrays in new places every time
+        b.step(grads)
+        assert len(cupy.launches) == step
+        np.testing.assert_array_equal(params.flat.get(), expected.flat)
+    assert cupy.launches == [(2 + 1 + 1 + 1, 256)] * 3
+
+
+def test_the_table_is_laid_out_again_only_for_other_arrays(
+    device: CudaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    original = launch.piece_table
+    monkeypatch.setattr(launch, "piece_table", lambda *a: made.append(1) or original(*a))
+    params = gb.Parameters({"w": (10,)}, device)
+    opt = gb.SGD(params, 0.1)
+    for _ in range(3):
+        opt.step()
+    assert len(made) == 1
+    opt.step(device.zeros(10, "float32"))
+    assert len(made) == 2
+
+
+def test_two_optimizers_share_the_kernel_and_not_the_scalars(cupy: StandIn, device: CudaBackend) -> None:
+    p, q = gb.Parameters({"w": (4,)}, device), gb.Parameters({"w": (4,)}, device)
+    p.grads.flat[...] = q.grads.flat[...] = 1.0
+    a, b = gb.SGD(p, 0.1), gb.SGD(q, 0.2)
+    a.step()
+    b.step()
+    a.step()
+    assert len(cupy.compiled) == 1
+    np.testing.assert_allclose(p.flat.get(), -0.2, rtol=1e-6)
+    np.testing.assert_allclose(q.flat.get(), -0.2, rtol=1e-6)
+
+
+def test_a_strided_array_is_refused(device: CudaBackend) -> None:
+    update = CudaUpdate(gb.rules.sgd.trace(), np.dtype("float32"), device)
+    strided = device.zeros((4, 8), "float32")[:, ::2]
+    with pytest.raises(gb.ShapeError, match="needs C-contiguous arrays"):
+        update([(strided, strided)], (0.1,))
+
+
+def test_a_missing_kernel_file_says_where_it_was_looked_for() -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"nothing.cuh is in none of .*kernels.*; the installation is incomplete"
+    ):
+        launch.kernel_source("nothing.cuh")

@@ -1,0 +1,56 @@
+"""The README's examples run as they stand, one after another."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import gpubatch
+from gpubatch import rules
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_python_blocks_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPUBATCH_BACKEND", "cpu")
+    space: dict[str, object] = {}
+    for block in blocks("python"):
+        exec(block, space)
+    first, second = capsys.readouterr().out.splitlines()
+    assert float(first) >= 0.95
+    assert second.startswith("128 ")
+
+
+def test_the_first_two_shell_blocks_are_the_ones_that_are_run_by_machines() -> None:
+    first, second = blocks("sh")
+    assert "gpubatch train" in first
+    assert second.strip().splitlines()[-1] == "pytest"
+
+
+def test_the_kernel_that_is_shown_is_the_one_that_is_made() -> None:
+    shown = next(block for block in blocks("") if "m_new" in block)
+    for line in shown.splitlines():
+        assert line.strip() in rules.adam.trace().c
+
+
+def test_every_option_that_is_shown_exists() -> None:
+    pytest.importorskip("typer")
+    from typer.main import get_command
+
+    from gpubatch.cli import app
+
+    command = next(block for block in blocks("") if block.startswith("gpubatch train"))
+    known = {option for p in get_command(app).commands["train"].params for option in p.opts}
+    assert {word for word in shlex.split(command) if word.startswith("--")} <= known
+
+
+def test_every_name_that_is_shown_exists() -> None:
+    for name in set(re.findall(r"\bgb\.(\w+)", README)):
+        assert hasattr(gpubatch, name), name
