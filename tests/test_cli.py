@@ -58,7 +58,7 @@ def test_train_ends_with_the_test_accuracy() -> None:
     done = run("train", *SMALL)
     last = done.stdout.splitlines()[-1]
     assert re.fullmatch(r"test accuracy \d\d\.\d\d % \([\d,]+ of 2,000\), test loss [\d.]+, in [\d.]+ s", last)
-    assert "batches    128: " in done.stdout
+    assert "batches    64: " in done.stdout
     assert done.stderr.startswith("epoch 1/1  loss ")
 
 
