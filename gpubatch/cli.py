@@ -117,7 +117,7 @@ def train(
     rate = usual_lr if lr is None else lr
     opt = make(net.parameters, schedule(rate, epochs))
 
-    out = Console(quiet=as_json, highlight=False, soft_wrap=True)
+    out = Console(quiet=as_json, highlight=False, soft_wrap=True, markup=False, emoji=False)
     out.print(f"data       {name}: {len(X):,} to train on, {len(X_test):,} to test")
     out.print(f"network    {' - '.join(map(str, sizes))}, {activation}, {net.parameters.size:,} parameters")
     out.print(f"optimizer  {optimizer}, learning rate {rate:g}, decay {decay}")

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import numpy as np
@@ -113,7 +113,7 @@ class Loader:
         self.at_most = check_int("at_most", at_most, 1)
         self.automatic = isinstance(batch_size, str)
         if isinstance(batch_size, str):
-            check_choice("batch_size", batch_size, ["auto"])
+            check_choice("batch_size, if not an integer,", batch_size, ["auto"])
         else:
             batch_size = check_int("batch_size", batch_size, 1)
 
@@ -216,7 +216,7 @@ class Loader:
         """The number of the epoch that is running, or else of the next one, counted from 0."""
         return self._epoch + self._left
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Generator[Any]:
         if self._left or (self._run is not None and self._batch):
             self._epoch, self._batch = self._epoch + 1, 0
         run = self._run = object()

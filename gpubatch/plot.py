@@ -40,8 +40,8 @@ def plot_training(history: History, path: str | Path, title: str) -> None:
     with_accuracy = bool(history.validation_accuracy)
     figure = Figure(figsize=(8, 8 if with_accuracy else 6), layout="constrained")
     FigureCanvasAgg(figure)
-    heights = [3, 2, 1.4] if with_accuracy else [3, 1.4]
-    cost, *others = figure.subplots(len(heights), 1, height_ratios=heights)
+    heights = [3.0] + ([2.0] if with_accuracy else []) + ([1.4] if history.step_lr else [])
+    cost, *others = np.atleast_1d(figure.subplots(len(heights), 1, height_ratios=heights))
     figure.suptitle(title, fontsize=12)
 
     # The x axis counts steps everywhere; an epoch ends at these.
@@ -62,11 +62,13 @@ def plot_training(history: History, path: str | Path, title: str) -> None:
             fontsize=9,
         )
         accuracy.set_ylabel("validation\naccuracy (%)")
-    rate = others[-1]
-    rate.plot(steps, history.step_lr, color=SMOOTH)
-    rate.set_ylabel("learning rate")
-    rate.set_ylim(bottom=0)
-    rate.set_xlabel(f"step (mini-batches of {history.batch_size}; {epochs} epochs of {len(steps) // max(epochs, 1)})")
+    if history.step_lr:
+        rate = others[-1]
+        rate.plot(steps, history.step_lr, color=SMOOTH)
+        rate.set_ylabel("learning rate")
+        rate.set_ylim(bottom=0)
+    last = (cost, *others)[-1]
+    last.set_xlabel(f"step (mini-batches of {history.batch_size}; {epochs} epochs of {len(steps) // max(epochs, 1)})")
     for axes in (cost, *others):
         axes.set_xlim(0, len(steps))
         axes.grid(alpha=0.3)

@@ -28,6 +28,8 @@ __all__ = ["History", "StopTraining", "TrainingInterrupted", "TrainingState", "f
 class History:
     """What a run did: ``step_loss`` and ``step_lr`` have one number a step, the other lists one an epoch.
 
+    ``step_lr`` is empty where the rule has no learning rate.
+
     ``loss`` is the mean of the epoch's mini-batch costs, weighted by their samples; ``seconds`` leaves the validation
     out. ``validation_accuracy`` is empty where the loss has no classes. ``execution`` says how the steps were run.
     """
@@ -111,6 +113,7 @@ def fit(
             show.epoch(number, history)
             for watcher in watchers:
                 watcher.on_epoch(state)
+            _heed(interrupted, state)
     return history
 
 
@@ -118,30 +121,34 @@ def _run_epoch(state: TrainingState, watchers: list[Watcher], show: Display, int
     net, opt, history = state.net, state.opt, state.history
     state.epoch = opt.epoch = state.loader.epoch
     started, total, samples = time.perf_counter(), 0.0, 0
-    with contextlib.closing(iter(state.loader)) as batches:  # type: ignore[type-var]  # a generator; closing ends it
+    with contextlib.closing(iter(state.loader)) as batches:  # its thread ends here, however this is left
         for x, y in batches:
             x, y = _rows(x, state.loader), _rows(y, state.loader)
             try:
                 loss, grads = net.loss_and_grad(x, y)
             except NonFiniteError as error:
-                lr = history.step_lr[-1] if history.step_lr else opt.hyper.get("lr")
-                raise NonFiniteError(f"{error} (epoch {state.epoch}, step {opt.t}, learning rate {lr})") from None
+                place = f"epoch {state.epoch}, step {opt.t}, learning rate {getattr(opt, 'lr', None)}"
+                raise NonFiniteError(f"{error} ({place})") from None
             result = opt.step(grads)
             state.step = result.t
             history.step_loss.append(loss)
-            history.step_lr.append(np.nan if result.lr is None else result.lr)
+            if result.lr is not None:
+                history.step_lr.append(result.lr)
             total += loss * len(x)
             samples += len(x)
             show.step(loss)
             for watcher in watchers:
                 watcher.on_step(state)
-            if interrupted:
-                raise TrainingInterrupted(
-                    f"interrupted in epoch {state.epoch} after step {opt.t}; the model holds this last complete step",
-                    history,
-                )
+            _heed(interrupted, state)
     history.loss.append(total / samples)
     history.seconds.append(time.perf_counter() - started)
+
+
+def _heed(interrupted: list[int], state: TrainingState) -> None:
+    """Act on a Ctrl-C that was noted, now that the parameters are whole."""
+    if interrupted:
+        message = f"interrupted in epoch {state.epoch} after step {state.step}; the model holds this last complete step"
+        raise TrainingInterrupted(message, state.history)
 
 
 def _validate(net: Network, history: History, X: Array, Y: Array) -> None:

@@ -766,7 +766,7 @@ ERRORS = [
     (lambda: Loader(X5, sample_axis=2), ArgumentError, "sample_axis must be an integer between 0 and 1, got 2"),
     (lambda: Loader(X5, batch_size=0), ArgumentError, "batch_size must be an integer >= 1, got 0"),
     (lambda: Loader(X5, batch_size=2.5), DTypeError, "batch_size must be an integer >= 1, got 2.5"),
-    (lambda: Loader(X5, batch_size="large"), ArgumentError, "batch_size must be one of 'auto', got 'large'"),
+    (lambda: Loader(X5, batch_size="large"), ArgumentError, "if not an integer, must be one of 'auto', got 'large'"),
     (lambda: Loader(X5, seed=-1), ArgumentError, "seed must be an integer between 0 and 18446744073709551615, got -1"),
     (lambda: Loader(X5, seed=2**64), ArgumentError, "got 18446744073709551616"),
     (lambda: Loader(X5, scale=np.nan), ArgumentError, "scale must be finite"),

@@ -228,6 +228,23 @@ def test_ctrl_c_lets_the_step_finish() -> None:
     np.testing.assert_array_equal(net.parameters.flat, whole[0].parameters.flat)
 
 
+def test_ctrl_c_after_the_last_step_is_not_lost() -> None:
+    net, loader, opt = parts()
+    with pytest.raises(gb.TrainingInterrupted, match="interrupted in epoch 0 after step 12;") as raised:
+        gb.fit(net, loader, opt, 1, callbacks=[lambda s: os.kill(os.getpid(), signal.SIGINT)], progress=False)
+    assert len(raised.value.history.loss) == 1
+
+
+def test_a_rule_without_a_learning_rate_has_none_in_the_history() -> None:
+    @gb.rule
+    def plain(w, g, t, *, factor=0.01):
+        return w - factor * g
+
+    net, loader, _ = parts()
+    history = gb.fit(net, loader, gb.Optimizer(plain, net.parameters), epochs=1, progress=False)
+    assert (len(history.step_loss), history.step_lr) == (12, [])
+
+
 def test_a_programs_own_handler_stays() -> None:
     mine: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: mine.append(number))
