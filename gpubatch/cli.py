@@ -22,7 +22,7 @@ from gpubatch import datasets, optim, plot, rules, schedules
 from gpubatch.backend import available_backends, float_dtype, get_backend, load_cupy
 from gpubatch.errors import ArgumentError, BackendUnavailableError, check_choice
 from gpubatch.formula import Rule
-from gpubatch.launch import update_source
+from gpubatch.launch import host_library, update_source
 from gpubatch.layers import ACTIVATIONS
 from gpubatch.loader import Loader
 from gpubatch.network import mlp
@@ -213,6 +213,8 @@ def info(
     out.print(f'"auto" is {auto.spec}: {auto.reason}.', soft_wrap=True)
     if why_not:
         out.print(why_not, soft_wrap=True, markup=False)  # a remedy has square brackets
+    compiled = host_library()
+    out.print(f"update rules compiled for the CPU: {compiled if isinstance(compiled, str) else 'yes'}.", soft_wrap=True)
     extras = {"cli": "typer", "plot": "matplotlib", "cuda": "cupy"}
     lacking = [name for name, module in extras.items() if importlib.util.find_spec(module) is None]
     out.print(f"extras that are not installed: {', '.join(lacking) or 'none'}.")

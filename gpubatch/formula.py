@@ -3,7 +3,8 @@
 A formula is plain NumPy: arithmetic, comparisons, and functions such as ``np.sqrt``, ``np.sign``, ``np.maximum`` and
 ``np.where``. Called with arrays it computes; called with the symbols of this module it is recorded. What depends
 on array elements becomes one step per element; arithmetic on hyper-parameters and the step count alone is folded into
-scalars that the host computes in double precision once a step, so ``1 - beta1**t`` costs nothing per element.
+scalars that the host computes in double precision once a step, so ``1 - beta1**t`` costs nothing per element, and a
+division by it is a product. The recorded formula is so within a few roundings of the one that is called.
 
 The recorded text is valid in Python (for the scalars) and in C (for the elements); ``kernels/update.cuh`` has the
 functions that C lacks.
@@ -68,6 +69,13 @@ OPS: dict[Any, Op] = {
     np.where: Op(_select, "select({}, {}, {})", in_place=False),
 }
 COPY = Op(np.positive, "{}")
+
+# Functions that are made of the others.
+COMPOSED: dict[Any, Callable[..., Any]] = {
+    np.square: lambda x: x * x,
+    np.reciprocal: lambda x: 1 / x,
+    np.clip: lambda x, low, high: np.minimum(np.maximum(x, low), high),
+}
 
 # What a state array cannot be called, since the C text needs the word.
 C_WORDS = frozenset(
@@ -189,9 +197,12 @@ class Element(Symbol):
 
 def record(function: Any, *operands: Any) -> Symbol:
     """The symbol for ``function`` of ``operands``: an element if any operand is one, otherwise a scalar."""
+    if function in COMPOSED:
+        composed: Symbol = COMPOSED[function](*operands)
+        return composed
     op = OPS.get(function)
     if op is None:
-        known = ", ".join(f"np.{f.__name__}" for f in OPS)
+        known = ", ".join(f"np.{f.__name__}" for f in (*OPS, *COMPOSED))
         raise TypeError(f"a formula cannot use np.{getattr(function, '__name__', function)}; it can use {known}")
     operands = tuple(x if isinstance(x, Symbol) else _number(x) for x in operands)
     for position, x in enumerate(operands):
@@ -203,6 +214,9 @@ def record(function: Any, *operands: Any) -> Symbol:
     if function is np.power and owner is operands[0] and operands[1] in (2, 0.5):
         # As ndarray ** 2 and ** 0.5 do; identical bits, and far cheaper than pow.
         return record(np.multiply, owner, owner) if operands[1] == 2 else record(np.sqrt, owner)
+    if function is np.divide and not isinstance(operands[1], Element):
+        # A division costs ten times a product, and this way the host makes it, in double precision.
+        return record(np.multiply, operands[0], record(np.divide, 1, operands[1]))
     return Element(owner.trace, op, operands)
 
 

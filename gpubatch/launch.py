@@ -1,14 +1,20 @@
-"""Run a recorded formula: on NumPy in cache-sized blocks, on CUDA as one fused kernel from ``kernels/``.
+"""Run a recorded formula: on NumPy in cache-sized blocks, compiled for the CPU, or on CUDA as one fused kernel.
 
-A kernel is compiled when it is first needed and kept. On the CPU the formula's operations run one after another on a
-block that stays in the cache, into a few registers of that size: nothing is allocated that grows with the arrays.
+With NumPy the formula's operations run one after another on a block that stays in the cache, into a few registers of
+that size: nothing is allocated that grows with the arrays. The formulas of ``rules`` were compiled when gpubatch was
+built, if there was a compiler. A CUDA kernel is compiled when it is first needed, and kept.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import hashlib
+import importlib.util
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -19,6 +25,8 @@ from gpubatch.formula import Element, Op, Scalar, Trace
 
 __all__ = ["Update", "cuda_kernel", "kernel_source", "update_for", "update_source"]
 
+HOST_PIECE = 1 << 14  # elements of each array that compiled code handles as one row of its table
+WORTH_THREADS = 1 << 18  # elements from which a second thread gains more than the 30 µs that waking it takes
 BLOCK_BYTES = 1 << 16  # of each array and register; the four to ten of a formula stay in the second-level cache
 THREADS = 256
 PACKS = 4  # 16-byte packs of each array that one thread moves
@@ -40,7 +48,10 @@ def update_for(trace: Trace, dtype: np.dtype[Any], backend: Backend) -> Update:
     """The update that ``trace`` describes, on arrays of ``dtype`` on ``backend``."""
     if isinstance(backend, CudaBackend):
         return CudaUpdate(trace, dtype, backend)
-    return HostUpdate(trace, dtype)
+    library = host_library()
+    if isinstance(library, str) or not hasattr(library, symbol := host_symbol(trace, dtype.name)):
+        return HostUpdate(trace, dtype)
+    return CompiledUpdate(trace, dtype, getattr(library, symbol))
 
 
 # --- NumPy ---------------------------------------------------------------------------------------------------------
@@ -147,6 +158,87 @@ def allocate(trace: Trace) -> Allocation:
     return steps, copies, booleans, constants
 
 
+# --- compiled for the CPU ------------------------------------------------------------------------------------------
+
+
+class CompiledUpdate:
+    """The formula as machine code from the build; the bits are those of :class:`HostUpdate`.
+
+    Arrays that are not contiguous go to NumPy.
+    """
+
+    def __init__(self, trace: Trace, dtype: np.dtype[Any], function: Any) -> None:
+        self.trace, self.itemsize = trace, dtype.itemsize
+        self.scalars = np.zeros(max(1, len(trace.scalars)), dtype)
+        self.function = function
+        function.argtypes, function.restype = [ctypes.c_void_p] * 2 + [ctypes.c_longlong] * 2, None
+        self.seen: list[weakref.ref[np.ndarray]] = []
+        self.rows = self.elements = 0
+        self.run: Callable[[int, int], Any]
+        self.strided: list[tuple[Array, ...]] = []
+        self.numpy: HostUpdate | None = None
+
+    def __call__(self, arrays: Sequence[tuple[Array, ...]], scalars: Sequence[float]) -> None:
+        self.scalars[: len(scalars)] = scalars
+        flat = [a for group in arrays for a in group]
+        if len(flat) != len(self.seen) or any(ref() is not a for ref, a in zip(self.seen, flat, strict=True)):
+            self._lay_out(arrays, flat)
+        in_parallel(self.run, self.rows, self.elements)
+        if self.numpy is not None:
+            self.numpy(self.strided, scalars)
+
+    def _lay_out(self, arrays: Sequence[tuple[Array, ...]], flat: list[Array]) -> None:
+        contiguous = [group for group in arrays if all(a.flags.c_contiguous for a in group)]
+        addresses = [[*(a.ctypes.data for a in group), group[0].size] for group in contiguous]
+        # An array of no elements, or none that is contiguous, gives a table without rows.
+        shape = (len(contiguous), len(self.trace.arrays) + 1)
+        table = piece_table(np.array(addresses, np.int64).reshape(shape), self.itemsize, HOST_PIECE)
+        self.table = table  # kept alive for its address
+        self.run = functools.partial(self.function, table.ctypes.data, self.scalars.ctypes.data)
+        self.rows, self.elements = len(table), int(table[:, -1].sum())
+        self.strided = [group for group in arrays if not all(a.flags.c_contiguous for a in group)]
+        self.numpy = HostUpdate(self.trace, self.scalars.dtype) if self.strided else None
+        self.seen = [weakref.ref(a) for a in flat]
+
+
+def in_parallel(run: Callable[[int, int], Any], rows: int, elements: int) -> None:
+    """``run(first, last)`` over all rows, shared out to threads where that is worth it; they sleep when idle."""
+    workers = min(rows, cores()) if elements >= WORTH_THREADS else 1
+    bounds = [rows * i // workers for i in range(workers + 1)] if workers > 1 else [0, rows]
+    others = [pool(os.getpid()).submit(run, a, b) for a, b in itertools.pairwise(bounds[1:])]
+    run(bounds[0], bounds[1])
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def cores() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def pool(process: int) -> Any:
+    """The threads of this process: a forked child has none of its parent's, and makes its own."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(max(1, cores() - 1), thread_name_prefix="gpubatch")
+
+
+@functools.cache
+def host_library() -> Any:
+    """The library of compiled formulas, or why there is none, in words."""
+    if os.environ.get("GPUBATCH_HOST") == "0":
+        return "switched off by GPUBATCH_HOST=0"
+    found = importlib.util.find_spec("gpubatch._host")
+    if found is None or found.origin is None:
+        return "not built: no C++ compiler was found when gpubatch was installed"
+    try:
+        return ctypes.CDLL(found.origin)
+    except OSError as error:
+        return f"cannot be loaded: {error}"
+
+
 # --- CUDA ----------------------------------------------------------------------------------------------------------
 
 
@@ -177,13 +269,13 @@ class CudaUpdate:
         for group in arrays:
             if not all(a.flags.c_contiguous for a in group):
                 raise ShapeError("a CUDA update needs C-contiguous arrays, got a strided view; copy it first")
-        table = piece_table(np.array(key, np.int64).reshape(len(arrays), -1), self.itemsize)
+        piece = THREADS * PACKS * (16 // self.itemsize)
+        table = piece_table(np.array(key, np.int64).reshape(len(arrays), -1), self.itemsize, piece)
         self.key, self.rows, self.table = key, len(table), self.backend.asarray(table)
 
 
-def piece_table(addresses: np.ndarray, itemsize: int) -> np.ndarray:
-    """The kernel's table: each row of ``addresses`` (one for each array, then a size) cut into the pieces of blocks."""
-    piece = THREADS * PACKS * (16 // itemsize)
+def piece_table(addresses: np.ndarray, itemsize: int, piece: int) -> np.ndarray:
+    """Each row of ``addresses`` (one for each array, then a size) cut into rows of at most ``piece`` elements."""
     sizes = addresses[:, -1]
     pieces = -(-sizes // piece)
     row = np.repeat(np.arange(len(addresses)), pieces)
@@ -214,6 +306,12 @@ def update_source(trace: Trace, dtype: str = "float32") -> str:
             kernel_source("update.cuh"),
         ]
     )
+
+
+def host_symbol(trace: Trace, dtype: str) -> str:
+    """The name of a formula's compiled form: a digest of all that the form depends on."""
+    text = "\n".join([*trace.arrays, trace.c, str(len(trace.scalars)), kernel_source("math.cuh")])
+    return f"update_{hashlib.sha256(text.encode()).hexdigest()[:16]}_{dtype}"
 
 
 @functools.cache

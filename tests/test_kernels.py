@@ -30,7 +30,7 @@ def emulate(trace: Trace, groups: list[tuple[np.ndarray, ...]], scalars: tuple[f
         update_source(trace, dtype.name), "update_arrays", "const long long* table", "const T* scalars"
     )
     addresses = np.array([[*(a.ctypes.data for a in group), group[0].size] for group in groups], np.int64)
-    table = piece_table(addresses, dtype.itemsize)
+    table = piece_table(addresses, dtype.itemsize, 4096)
     device_scalars = np.array([*scalars, 0.0], dtype)
     kernel(table.ctypes.data_as(ctypes.c_void_p), device_scalars.ctypes.data_as(ctypes.c_void_p), len(table), threads)
 
@@ -86,7 +86,7 @@ def test_one_launch_serves_arrays_that_lie_apart(dtype: np.dtype, rng: np.random
 def test_the_pieces_cover_every_element_once() -> None:
     sizes = np.array([0, 1, 4096, 4097, 100_000])
     addresses = np.stack([1_000_000 * np.arange(1, 6), 9_000_000 * np.arange(1, 6), sizes], axis=1)
-    table = piece_table(addresses, 4)
+    table = piece_table(addresses, 4, 4096)
     assert table[:, -1].min() > 0
     assert table[:, -1].sum() == sizes.sum()
     for address, _, size in addresses:
@@ -102,7 +102,7 @@ def test_a_wrong_formula_would_be_caught(rng: np.random.Generator) -> None:
     arrays = [np.abs(rng.standard_normal(10)).astype(np.float32) for _ in range(4)]
     expected = [a.copy() for a in arrays]
     scalars = trace.evaluate(2, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8)
-    table = piece_table(np.array([[*(a.ctypes.data for a in arrays), 10]], np.int64), 4)
+    table = piece_table(np.array([[*(a.ctypes.data for a in arrays), 10]], np.int64), 4, 4096)
     k = np.array(scalars, np.float32)
     kernel(table.ctypes.data_as(ctypes.c_void_p), k.ctypes.data_as(ctypes.c_void_p), 1, 256)
     HostUpdate(trace, np.dtype(np.float32))([tuple(expected)], scalars)

@@ -1,23 +1,29 @@
-"""What the CUDA side does on the host: one compilation, one launch a step, a table that follows the arrays.
+"""How a formula is run: compiled for the CPU, and by CUDA: one compilation, one launch a step, a table of arrays.
 
-A stand-in for CuPy whose arrays are NumPy's and whose kernels are the real sources on the emulated grid.
+For CUDA there is a stand-in for CuPy whose arrays are NumPy's and whose kernels are the real sources on the emulated
+grid.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import subprocess
+import sys
 import types
 from typing import Any
 
 import numpy as np
 import pytest
 from emulate import host_kernel
+from needs import missing
 from optimizer_table import CASES, Case
 
 import gpubatch as gb
 from gpubatch import launch
 from gpubatch.backend import CudaBackend
+from gpubatch.formula import Trace
 from gpubatch.launch import CudaUpdate, cuda_kernel
 
 
@@ -84,6 +90,86 @@ def cupy() -> StandIn:
 def device(cupy: StandIn) -> CudaBackend:
     return CudaBackend(cupy, 0, "a test")
 
+
+# --- compiled for the CPU ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def library() -> Any:
+    found = launch.host_library()
+    if isinstance(found, str):
+        missing("compiler", f"the compiled formulas are not there: {found}")
+    return found
+
+
+def trace_of(case: Case) -> tuple[Trace, dict[str, float]]:
+    opt = case.make([np.zeros(1)])
+    decay = "" if opt.hyper["weight_decay"] == 0 else "decoupled" if opt.hyper["decoupled"] else "coupled"
+    trace = opt.rule.trace(decay, **{k: v for k, v in opt.hyper.items() if k in opt.rule.options})
+    return trace, {k: v for k, v in opt.hyper.items() if k in trace.hyper}
+
+
+BUILT_IN = {name: case for name, case in CASES.items() if not name.startswith("custom")}
+
+
+@pytest.mark.parametrize("case", BUILT_IN.values(), ids=BUILT_IN)
+def test_every_rule_is_compiled_and_gives_numpys_bits(
+    case: Case, library: Any, dtype: np.dtype, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "WORTH_THREADS", 20_000)  # so that threads take part
+    trace, hyper = trace_of(case)
+    compiled = launch.update_for(trace, dtype, gb.get_backend("cpu"))
+    assert isinstance(compiled, launch.CompiledUpdate)
+    plain = launch.HostUpdate(trace, dtype)
+    sizes = [0, 1, 17, 40_001]
+    groups = [tuple(np.abs(rng.standard_normal(n)).astype(dtype) for _ in trace.arrays) for n in sizes]
+    wide, tall = ([np.abs(rng.standard_normal((30, 10))).astype(dtype) for _ in trace.arrays] for _ in range(2))
+    groups += [tuple(a[:, ::2] for a in wide), tuple(a[1:, :5].T for a in tall)]
+    expected = [tuple(a.copy() for a in group) for group in groups]
+    for t in (1, 2, 50):
+        scalars = trace.evaluate(t, **hyper)
+        compiled(groups, scalars)
+        plain(expected, scalars)
+    for ours, theirs in zip(groups, expected, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_other_arrays_are_noticed(library: Any, rng: np.random.Generator) -> None:
+    """The table of addresses is kept while the arrays are the same objects; a new gradient every step must be seen."""
+    w, expected = np.zeros(5), np.zeros(5)
+    opt = gb.SGD([w], 1.0)
+    for _ in range(20):
+        g = rng.standard_normal(5)
+        opt.step([g])
+        expected -= g
+        del g
+    np.testing.assert_array_equal(w, expected)
+
+
+def test_a_forked_child_makes_threads_of_its_own(library: Any) -> None:
+    if not hasattr(os, "fork"):
+        pytest.skip("this system cannot fork")
+    code = (
+        "import os, numpy as np, gpubatch as gb\n"
+        "w = np.zeros(10**6); opt = gb.SGD([w], 1.0); g = np.ones(10**6); opt.step([g])\n"
+        "child = os.fork()\n"
+        "opt.step([g])\n"
+        "assert (w == -2).all()\n"
+        "os._exit(0) if child == 0 else None\n"
+        "assert os.waitpid(child, 0)[1] == 0"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+
+
+def test_it_can_be_switched_off() -> None:
+    code = "from gpubatch import launch; print(launch.host_library())"
+    env = {**os.environ, "GPUBATCH_HOST": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout == "switched off by GPUBATCH_HOST=0\n"
+
+
+# --- CUDA ----------------------------------------------------------------------------------------------------------
 
 SHAPES = {"W": (300, 70), "b": (70,), "none": (0, 3)}
 
