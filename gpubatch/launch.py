@@ -204,7 +204,10 @@ class CompiledUpdate:
 def in_parallel(run: Callable[[int, int], Any], rows: int, elements: int) -> None:
     """``run(first, last)`` over all rows, shared out to threads where that is worth it; they sleep when idle."""
     workers = min(rows, cores()) if elements >= WORTH_THREADS else 1
-    bounds = [rows * i // workers for i in range(workers + 1)] if workers > 1 else [0, rows]
+    if workers <= 1:
+        run(0, rows)
+        return
+    bounds = [rows * i // workers for i in range(workers + 1)]
     others = [pool(os.getpid()).submit(run, a, b) for a, b in itertools.pairwise(bounds[1:])]
     run(bounds[0], bounds[1])
     for other in others:
