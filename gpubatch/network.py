@@ -181,6 +181,14 @@ class Network:
         """The largest batch for which a training workspace is there."""
         return self._training.rows
 
+    def __deepcopy__(self, memo: Any) -> Network:
+        twin = Network(self.layers, self.loss_name, self.l2, self.backend, self.dtype, self.seed)
+        twin.load_state_dict(self.state_dict())
+        return twin
+
+    def __reduce__(self) -> Any:
+        raise DTypeError("a Network cannot be pickled; save its state_dict() and make it again")
+
     def __repr__(self) -> str:
         layers = ", ".join(map(repr, self.layers))
         return f"Network([{layers}], loss={self.loss_name!r}, l2={self.l2}, dtype={self.dtype.name!r})"

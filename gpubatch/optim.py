@@ -193,6 +193,9 @@ class Optimizer:
             self._state[state][parameter] = array
         self._bind()
 
+    def __reduce__(self) -> Any:
+        raise DTypeError("an optimizer is bound to its arrays and cannot be copied or pickled; use state_dict()")
+
     def __repr__(self) -> str:
         hyper = ", ".join(f"{name}={value!r}" for name, value in self.hyper.items())
         return f"<{type(self).__name__} {self.rule.name}({hyper}), {len(self._params)} parameters, t={self.t}>"
@@ -229,7 +232,7 @@ class Optimizer:
         value = self._hyper[name]
         if not callable(value):
             return value
-        number = self._value(f"{name}", value(self.t, self.epoch))
+        number = self._value(name, value(self.t, self.epoch))
         assert isinstance(number, float)
         return number
 

@@ -65,6 +65,12 @@ class FlatViews(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self._views)
 
+    def __deepcopy__(self, memo: Any) -> FlatViews:
+        return FlatViews(self.flat.copy(), self.shapes)  # array by array, the views would be views no more
+
+    def __reduce__(self) -> Any:
+        raise DTypeError(f"{type(self).__name__} cannot be pickled: its views would no longer share memory; save .flat")
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.shapes}, dtype={str(self.dtype)!r})"
 
@@ -93,6 +99,11 @@ class Parameters(FlatViews):
         for name, value in shapes.items():
             if hasattr(value, "shape"):
                 self[name] = self.backend.asarray(value, dtype)
+
+    def __deepcopy__(self, memo: Any) -> Parameters:
+        twin = Parameters(dict(self), self.backend, self.dtype)
+        twin.grads.flat[...] = self.grads.flat
+        return twin
 
 
 def _shape(name: str, value: Any) -> tuple[int, ...]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -40,6 +43,43 @@ def test_every_element_belongs_to_one_view(shapes: dict[str, tuple[int, ...]]) -
     p.flat[...] = np.arange(p.size)
     assert np.concatenate([v.ravel() for v in p.values()]).tolist() == list(range(p.size))
     assert all(np.shares_memory(v, p.flat) for v in p.values() if v.size)
+
+
+def test_a_deep_copy_is_whole_and_apart(backend: gb.Backend) -> None:
+    p = gb.Parameters({"W": np.ones((2, 3)), "b": (3,)}, backend)
+    p.grads.flat[...] = 5.0
+    twin = copy.deepcopy({"p": p})["p"]
+    twin["W"] = 2.0
+    twin.grads["b"] = 6.0
+    assert backend.to_numpy(twin.flat).tolist() == [2.0] * 6 + [0.0] * 3
+    assert backend.to_numpy(twin.grads.flat).tolist() == [5.0] * 6 + [6.0] * 3
+    assert backend.to_numpy(p.flat).tolist() == [1.0] * 6 + [0.0] * 3
+    assert backend.to_numpy(copy.deepcopy(p.grads).flat).tolist() == [5.0] * 9
+
+
+def test_pickling_is_refused() -> None:
+    net = gb.mlp([4, 3], backend="cpu")
+    for x in (net.parameters, net.parameters.grads, net, gb.Adam(net.parameters)):
+        with pytest.raises(gb.DTypeError, match=r"cannot be .*pickled"):
+            pickle.dumps(x)
+    with pytest.raises(gb.DTypeError, match="cannot be copied"):
+        copy.deepcopy(gb.Adam(net.parameters))
+
+
+def test_a_copied_network_trains_apart_and_alike() -> None:
+    rng = np.random.default_rng(0)
+    X, Y = rng.standard_normal((20, 4)).astype("float32"), rng.integers(0, 3, 20)
+    net = gb.mlp([4, 8, 3], batch_norm=True, dropout=0.2, backend="cpu")
+    gb.SGD(net.parameters, 0.1).step(net.loss_and_grad(X, Y)[1])
+    twin = copy.deepcopy(net)
+    before = net.parameters.flat.copy()
+    for _ in range(3):
+        gb.SGD(twin.parameters, 0.1).step(twin.loss_and_grad(X, Y)[1])
+    np.testing.assert_array_equal(net.parameters.flat, before)
+    for _ in range(3):
+        gb.SGD(net.parameters, 0.1).step(net.loss_and_grad(X, Y)[1])
+    np.testing.assert_array_equal(net.parameters.flat, twin.parameters.flat)
+    assert net.loss(X, Y) == twin.loss(X, Y)
 
 
 ERRORS = {
