@@ -24,7 +24,7 @@ using std::sqrt; using std::exp; using std::log; using std::tanh; using std::fab
 
 // One version for each width of SIMD, chosen when the library is loaded.
 #if defined(__x86_64__) && defined(__gnu_linux__)
-#define EVERY_WIDTH __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define EVERY_WIDTH __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define EVERY_WIDTH
 #endif
