@@ -257,16 +257,18 @@ class Optimizer:
         if self._flat is not None:
             flat = self._flat_grads(grads, self._flat)
             if flat is not None:
-                self._check_grad("grads", flat, self._flat.flat)
-                return [(self._flat.flat, flat, *(views.flat for views in self._state.values()))]
+                g = self._gradient("grads", flat, self._flat.flat)
+                return [(self._flat.flat, g, *(views.flat for views in self._state.values()))]
         if grads is None:
             raise ArgumentError("grads must be given: only gpubatch.Parameters has .grads, separate arrays have none")
         found = named_arrays(grads, "grads")
         if found.keys() != self._params.keys():
             raise ArgumentError(f"grads must be for {', '.join(self._params)}; got {', '.join(found)}")
+        arrays = []
         for name, p in self._params.items():
-            self._check_grad(f"grads[{name!r}]", found[name], p)
-        return [(p, found[name], *(v[name] for v in self._state.values())) for name, p in self._params.items()]
+            g = self._gradient(f"grads[{name!r}]", found[name], p)
+            arrays.append((p, g, *(views[name] for views in self._state.values())))
+        return arrays
 
     @staticmethod
     def _flat_grads(grads: Any, params: Parameters) -> Array | None:
@@ -277,12 +279,15 @@ class Optimizer:
             return grads.flat if grads.shapes == params.shapes else None
         return grads if getattr(grads, "shape", None) == params.flat.shape else None
 
-    def _check_grad(self, label: str, g: Any, p: Array) -> None:
+    def _gradient(self, label: str, g: Any, p: Array) -> Array:
+        """``g``, checked; a copy where it is the parameter itself, as the gradient of w²/2 may be."""
         self.backend.check(label, g)
         if g.shape != p.shape:
             raise ShapeError(f"{label} has shape {g.shape}, the parameter has {p.shape}")
         if g.dtype != p.dtype:
             raise DTypeError(f"{label} is {g.dtype}, the parameter is {p.dtype}; convert it with astype")
+        shared = g is p or (isinstance(g, np.ndarray) and np.may_share_memory(g, p))
+        return g.copy() if shared else g
 
     def _loaded(self, name: str, value: Any) -> Any:
         if isinstance(value, Mapping) and "schedule" in value:

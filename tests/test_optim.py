@@ -446,6 +446,20 @@ def test_arrays_of_other_libraries_are_changed_in_place() -> None:
     assert w.tolist() == [-0.5] * 3
 
 
+@every_case
+def test_a_parameter_may_be_its_own_gradient(case: Case, backend: gb.Backend, rng: np.random.Generator) -> None:
+    start = rng.standard_normal(50)
+    w, expected = backend.asarray(start.copy()), backend.asarray(start.copy())
+    p = gb.Parameters({"w": start}, backend, "float64")
+    a, b, c = case.make([w]), case.make([expected]), case.make(p)
+    for _ in range(3):
+        a.step([w])
+        b.step([expected.copy()])
+        c.step(p)
+    np.testing.assert_array_equal(backend.to_numpy(w), backend.to_numpy(expected))
+    np.testing.assert_array_equal(backend.to_numpy(p.flat), backend.to_numpy(expected))
+
+
 def test_two_optimizers_share_nothing(rng: np.random.Generator) -> None:
     a, b, alone = np.zeros(3), np.zeros(3), np.zeros(3)
     one, two, single = gb.Adam([a]), gb.Adam([b]), gb.Adam([alone])
