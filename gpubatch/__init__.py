@@ -69,6 +69,7 @@ __all__ = [
     "Dropout",
     "ExponentialDecay",
     "GpubatchError",
+    "GradientCheck",
     "HeavyBall",
     "History",
     "InsufficientMemoryError",
@@ -100,21 +101,49 @@ __all__ = [
     "UnknownArgumentError",
     "array_namespace",
     "available_backends",
+    "batch_size_sweep",
     "choose_batch_size",
     "clip_by_global_norm",
     "datasets",
     "ewma",
+    "explore",
     "fit",
     "get_backend",
+    "gradient_check",
+    "loss_slice",
     "losses",
     "mlp",
+    "numerical_gradient",
+    "random_local_search",
+    "random_search",
     "rule",
     "rules",
+    "step_size_sweep",
 ]
 
 
+# Imported when they are first used: pathlib, which datasets needs, alone takes a tenth of NumPy's time to import.
+LAZY = {
+    "datasets": "datasets",
+    "explore": "explore",
+    **dict.fromkeys(
+        (
+            "GradientCheck",
+            "batch_size_sweep",
+            "gradient_check",
+            "loss_slice",
+            "numerical_gradient",
+            "random_local_search",
+            "random_search",
+            "step_size_sweep",
+        ),
+        "explore",
+    ),
+}
+
+
 def __getattr__(name: str) -> Any:
-    """``gpubatch.datasets``, imported when it is first used: pathlib alone takes a tenth of NumPy's time to import."""
-    if name == "datasets":
-        return importlib.import_module("gpubatch.datasets")
-    raise AttributeError(f"module 'gpubatch' has no attribute {name!r}")
+    if name not in LAZY:
+        raise AttributeError(f"module 'gpubatch' has no attribute {name!r}")
+    module = importlib.import_module(f"gpubatch.{LAZY[name]}")
+    return module if name == LAZY[name] else getattr(module, name)

@@ -1,10 +1,14 @@
-"""The command line. Results go to standard output, progress and errors to standard error."""
+"""The command line. Results go to standard output, progress and errors to standard error.
+
+:mod:`gpubatch.cli_explore` adds the commands that look into training.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
 import json
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -99,15 +103,15 @@ def train(
         plot.check_plot_file(plot_file)
     make, usual_lr = OPTIMIZERS[check_choice("--optimizer", optimizer, OPTIMIZERS)]
     schedule = DECAYS[check_choice("--decay", decay, DECAYS)]
-    hidden = [_integer("--layers", width) for width in layers.split(",") if layers]
+    hidden = [integer("--layers", width) for width in layers.split(",") if layers]
     where = get_backend(backend)
-    name, (X, Y), (X_test, Y_test) = _load(folder, seed)
+    name, (X, Y), (X_test, Y_test) = load(folder, seed)
     sizes = [X.shape[1], *hidden, int(Y.max()) + 1]
     net = mlp(sizes, activation, batch_norm, dropout, l2=l2, backend=where, dtype=dtype, seed=seed)
     loader = Loader(
         X,
         Y,
-        batch_size=batch_size if batch_size == "auto" else _integer("--batch-size", batch_size),
+        batch_size=batch_size if batch_size == "auto" else integer("--batch-size", batch_size),
         at_most=at_most,
         seed=seed,
         backend=where,
@@ -141,7 +145,7 @@ def train(
         f"test loss {loss:.4f}, in {seconds:.1f} s"
     )
     if as_json:
-        _print_json(
+        print_json(
             test_accuracy=accuracy,
             test_loss=loss,
             seconds=seconds,
@@ -165,11 +169,12 @@ def train(
                 "backend": where.spec,
                 "dtype": dtype,
             },
-            versions=_versions(),
+            versions=versions(),
         )
 
 
-def _load(folder: Path | None, seed: int) -> tuple[str, datasets.Samples, datasets.Samples]:
+def load(folder: Path | None, seed: int) -> tuple[str, datasets.Samples, datasets.Samples]:
+    """The data in words, its training set and its test set: those in a folder, or the bundled digits."""
     if folder is None:
         return ("10,000 bundled MNIST digits", *datasets.mnist_10k(seed))
     if not folder.is_dir():
@@ -200,10 +205,10 @@ def info(
     why_not = _why_no_cuda()
     if as_json:
         backends = {be.spec: {"device": be.device, "memory": dataclasses.asdict(be.memory())} for be in found}
-        _print_json(backends=backends, cuda=why_not or "available", auto=get_backend().spec, versions=_versions())
+        print_json(backends=backends, cuda=why_not or "available", auto=get_backend().spec, versions=versions())
         return
     out = Console(highlight=False)
-    out.print(", ".join(f"{name} {version}" for name, version in _versions().items()))
+    out.print(", ".join(f"{name} {version}" for name, version in versions().items()))
     table = Table("backend", "device", "memory", "available now", box=box.SIMPLE_HEAD, pad_edge=False)
     for be in found:
         memory = be.memory()
@@ -228,15 +233,28 @@ def _why_no_cuda() -> str | None:
     return None
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What a result depends on."""
     return {"gpubatch": gpubatch.__version__, "numpy": np.__version__, "python": platform.python_version()}
 
 
-def _print_json(**values: Any) -> None:
-    typer.echo(json.dumps(values, allow_nan=False))
+def print_json(**values: Any) -> None:
+    """One object on standard output; dataclasses become objects, and what is not finite becomes null."""
+    typer.echo(json.dumps(_jsonable(values), allow_nan=False))
 
 
-def _integer(option: str, text: str) -> int:
+def _jsonable(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {name: _jsonable(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_jsonable(item) for item in (value.tolist() if isinstance(value, np.ndarray) else value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def integer(option: str, text: str) -> int:
+    """The integer that an option's text is."""
     try:
         return int(text)
     except ValueError:

@@ -8,10 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from gpubatch import explore
 from gpubatch.errors import ArgumentError
 from gpubatch.train import History
 
-__all__ = ["check_plot_file", "plot_training"]
+__all__ = [
+    "check_plot_file",
+    "plot_batch_sizes",
+    "plot_optimizers",
+    "plot_slice",
+    "plot_step_sizes",
+    "plot_strategies",
+    "plot_training",
+]
 
 RAW, SMOOTH, HELD_OUT, ACCURACY = "#c3cbd6", "#1f4e9e", "#d1603d", "#2b7a4b"
 
@@ -87,3 +96,195 @@ def _draw_cost(axes: Any, history: History, steps: np.ndarray, ends: np.ndarray)
         axes.set_yscale("log")
     axes.set_ylabel("cost")
     axes.legend(frameon=False, fontsize=9)
+
+
+# --- looking into training -----------------------------------------------------------------------------------------
+
+
+def plot_slice(found: explore.LossSlice, path: str | Path, title: str, trail: np.ndarray | None = None) -> None:
+    """A curve, or filled contours on a logarithmic scale; ``trail`` is the path of training in the slice."""
+    figure, (axes,) = _panels(path, title, [5])
+    if found.b is None:
+        axes.plot(found.a, _finite(found.losses), color=SMOOTH)
+        axes.axvline(0, color=HELD_OUT, linewidth=1, linestyle="--", label="the network")
+        axes.set_xlabel("a, in lengths of the direction W1")
+        axes.set_ylabel("loss L(W + a W1)")
+        axes.legend(frameon=False)
+        _save(figure, path)
+        return
+    values = _finite(found.losses).T
+    low, high = np.nanmin(values), np.nanmax(values)
+    logarithmic = low > 0 and high > 3 * low
+    levels = np.geomspace(low, high, 25) if logarithmic else np.linspace(low, high, 25)
+    # A little wider than the values, so that rounding leaves none out.
+    levels[[0, -1]] += np.array([-1e-6, 1e-6]) * max(abs(low), abs(high))
+    # Contours are placed by the logarithm and labelled by the loss, since a colour scale of its own is hard to read.
+    scale = np.log10 if logarithmic else np.asarray
+    filled = axes.contourf(found.a, found.b, scale(values), levels=scale(levels), cmap="viridis")
+    axes.contour(found.a, found.b, scale(values), levels=scale(levels), colors="white", linewidths=0.3, alpha=0.6)
+    colours = figure.colorbar(filled, ax=axes)
+    ticks = levels[:: max(1, len(levels) // 8)]
+    colours.set_ticks(scale(ticks), labels=[f"{tick:.3g}" for tick in ticks])
+    colours.set_label("loss L(W + a W1 + b W2)")
+    if trail is not None:
+        axes.plot(trail[:, 0], trail[:, 1], ".-", color="white", linewidth=1, markersize=4, label="path of training")
+        axes.plot(*trail[0], "s", color="white", markersize=7, markeredgecolor="black", label="start")
+    axes.plot(0, 0, "*", color=HELD_OUT, markersize=14, markeredgecolor="white", label="the network")
+    axes.legend(loc="upper right", fontsize=9, facecolor="#404040", labelcolor="white", framealpha=0.7)
+    axes.set_xlabel("a, in lengths of the direction W1")
+    axes.set_ylabel("b, in lengths of the direction W2")
+    axes.set_xlim(found.a.min(), found.a.max())
+    axes.set_ylim(found.b.min(), found.b.max())
+    axes.grid(visible=False)
+    _save(figure, path)
+
+
+def plot_step_sizes(one: explore.StepSizeSweep, test: explore.RangeTest, path: str | Path, title: str) -> None:
+    """The loss after one step by its size; the cost while the learning rate rises, with the suggestion."""
+    figure, (step, run) = _panels(path, title, [3, 3])
+    # Beyond these limits it explodes, and nothing else could be seen.
+    low = min(one.start, *one.losses)
+    limit = one.start + 2 * (one.start - low) if one.best is not None else 2 * one.start
+    step.axhline(one.start, color=RAW, linestyle="--", label=f"before the step: {one.start:.4g}")
+    step.plot(one.step_sizes, _finite(one.losses), "o-", color=SMOOTH, label="after one step")
+    if off := [size for size, loss in zip(one.step_sizes, one.losses, strict=True) if not loss <= limit]:
+        step.plot(
+            off, [limit] * len(off), "^", color=HELD_OUT, clip_on=False, label=f"above {limit:.3g}, off the scale"
+        )
+    step.set_ylim(low - 0.1 * (limit - low), limit)
+    if one.best is not None:
+        step.plot(one.best, min(one.losses), "*", color=HELD_OUT, markersize=13, label=f"lowest, at {one.best:g}")
+    step.set_xlabel("step size (one step of gradient descent on the whole set)")
+    step.set_ylabel("loss")
+    run.plot(test.rates, test.losses, color=RAW, linewidth=0.8, label="mini-batch cost")
+    run.plot(test.rates, test.smoothed, color=SMOOTH, label="smoothed")
+    if test.suggestion is not None:
+        run.axvline(test.suggestion, color=HELD_OUT, linestyle="--", label=f"suggested: {test.suggestion:g}")
+    run.set_xlabel("learning rate (one mini-batch step of SGD at each, rising)")
+    run.set_ylabel("cost")
+    run.set_ylim(0, 2 * test.losses[0])
+    for axes in (step, run):
+        axes.set_xscale("log")
+        axes.legend(frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def plot_batch_sizes(trials: list[explore.BatchSizeTrial], target: float, path: str | Path, title: str) -> None:
+    """Time of a sample, and time and epochs to the target, by batch size; powers of two are filled."""
+    figure, (each, whole, count) = _panels(path, title, [3, 3, 2])
+    panels: list[tuple[Any, str, str]] = [
+        (each, "seconds_per_sample", "time per sample (µs)"),
+        (whole, "seconds_to_target", f"time to loss {target:g} (s)"),
+        (count, "epochs_to_target", f"epochs to {target:g}"),
+    ]
+    for axes, name, words in panels:
+        factor = 1e6 if name == "seconds_per_sample" else 1
+        at = [(t.batch_size, factor * getattr(t, name)) for t in trials if getattr(t, name) is not None]
+        if at:
+            axes.plot(*zip(*at, strict=True), color=SMOOTH, linewidth=1)
+        else:
+            axes.text(0.5, 0.5, "not reached", transform=axes.transAxes, ha="center")
+        for power, face, label in ((True, SMOOTH, "powers of two"), (False, "white", "sizes between")):
+            some = [(n, value) for n, value in at if (n & (n - 1) == 0) is power]
+            if some:
+                axes.plot(*zip(*some, strict=True), "o", color=SMOOTH, markerfacecolor=face, label=label)
+        axes.set_ylabel(words)
+        if axes is count:
+            axes.set_ylim(bottom=0)
+        elif at:
+            _logarithmic(axes, "y")
+        axes.set_xscale("log", base=2)
+        ticks = [t.batch_size for t in trials if t.batch_size & (t.batch_size - 1) == 0]
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set_xlim(min(t.batch_size for t in trials) / 1.2, max(t.batch_size for t in trials) * 1.2)
+    each.legend(frameon=False, fontsize=9)
+    count.set_xlabel("batch size (samples)")
+    _save(figure, path)
+
+
+def plot_optimizers(trials: list[explore.OptimizerTrial], path: str | Path, title: str) -> None:
+    """The smoothed cost of each optimizer at its best rate, and the loss at the end by rate."""
+    figure, (cost, rate) = _panels(path, title, [3, 3])
+    for trial, color in zip(trials, _colors(len(trials)), strict=True):
+        smoothed = trial.history.smoothed(0.95)
+        label = f"{trial.name}, learning rate {trial.best_lr:g}"
+        cost.plot(np.arange(1, len(smoothed) + 1), smoothed, color=color, label=label)
+        rate.plot(trial.rates, _finite(trial.losses), "o-", color=color, markersize=4, label=trial.name)
+        rate.plot(trial.best_lr, trial.loss, "*", color=color, markersize=13, markeredgecolor="white")
+    cost.set_xlabel("step (mini-batches)")
+    cost.set_ylabel("cost, smoothed (β = 0.95)")
+    rate.set_xlabel("learning rate (the best of each has a star)")
+    rate.set_ylabel("loss at the end")
+    rate.set_xscale("log")
+    for axes in (cost, rate):
+        _logarithmic(axes, "y")
+        axes.legend(frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def plot_strategies(results: list[explore.StrategyResult], path: str | Path, title: str) -> None:
+    """The accuracy that each strategy reached, and how its loss fell."""
+    figure, (reached, falls) = _panels(path, title, [2, 3])
+    colors = _colors(len(results))
+    for k, (result, color) in enumerate(zip(results, colors, strict=True)):
+        percent = 100 * (result.test_accuracy or 0.0)
+        reached.barh(k, percent, color=color)
+        reached.annotate(
+            f"{percent:.1f} %, {result.seconds:.1f} s", (percent, k), (4, 0), textcoords="offset points", va="center"
+        )
+        done = np.arange(1, len(result.history) + 1) / len(result.history)
+        falls.plot(100 * done, _finite(result.history), color=color, label=result.name)
+    reached.set_yticks(range(len(results)), [result.name for result in results])
+    reached.invert_yaxis()
+    reached.set_xlim(0, 115)
+    reached.set_xticks(range(0, 101, 20))
+    reached.set_xlabel("test accuracy (%), and the time that it took")
+    falls.set_xlabel("part of the trials, or of the epochs, that are done (%)")
+    falls.set_ylabel("best loss so far, or cost")
+    _logarithmic(falls, "y")
+    falls.legend(frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+# --- pieces --------------------------------------------------------------------------------------------------------
+
+
+def _panels(path: str | Path, title: str, heights: list[float]) -> tuple[Any, list[Any]]:
+    """A figure 800 pixels wide with panels of these heights in inches, one above the other."""
+    check_plot_file(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, sum(heights) + 1), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=10)
+    panels = list(figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def _logarithmic(axes: Any, which: str) -> None:
+    """A logarithmic axis with plain numbers, at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set(**{f"{which}scale": "log"})
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    figure.savefig(path, dpi=100)
+
+
+def _finite(values: Any) -> np.ndarray:
+    """Values as an array with gaps where they are not finite."""
+    array = np.asarray(values, np.float64)
+    return np.where(np.isfinite(array), array, np.nan)
+
+
+def _colors(count: int) -> list[str]:
+    return [(SMOOTH, HELD_OUT, ACCURACY, "#8a5fbf", "#b8860b", "#4c9ab0")[k % 6] for k in range(count)]

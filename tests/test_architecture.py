@@ -32,9 +32,10 @@ MAY_IMPORT = {
     "sources": "backend sizing errors",
     "loader": "backend sizing errors sources",
     "train": "network optim loader schedules averages sizing backend errors",
+    "explore": "network layers losses loader optim train averages params backend errors",
     "datasets": "errors",
 }
-EDGES = {"plot", "cli", "__main__", "__init__"}
+EDGES = {"plot", "cli", "cli_explore", "__main__", "__init__"}
 
 
 def imported(source: str) -> set[str]:
@@ -101,6 +102,8 @@ def test_all_public_names_are_there() -> None:
         InverseTimeDecay ExponentialDecay SqrtDecay StepDecay Piecewise CosineDecay EWMA ewma
         Loader choose_batch_size BatchPlan
         Network Dense BatchNorm Dropout ReLU LeakyReLU Sigmoid Tanh GELU Step mlp fit datasets
+        numerical_gradient gradient_check GradientCheck random_search random_local_search loss_slice
+        step_size_sweep batch_size_sweep
     """.split()
     assert [name for name in contract if not hasattr(gpubatch, name)] == []
     assert [name for name in contract if name not in gpubatch.__all__] == []

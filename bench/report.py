@@ -1,0 +1,154 @@
+"""Turn the JSON of pytest-benchmark into tables and a picture.
+
+    pytest bench --benchmark-enable --benchmark-json run.json
+    python bench/report.py run.json --plot run.png
+
+Every benchmark function is one table: what is counted (batch size, parameters) in rows, backends and whatever else is
+compared in columns. Several files, of several machines say, stand side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Measurement(NamedTuple):
+    """One benchmark: its function, the number that its row stands for, its column, seconds (median and quartiles).
+
+    ``units`` is how many samples or parameters the time is for.
+    """
+
+    function: str
+    counted: str
+    row: int
+    column: str
+    units: int
+    median: float
+    low: float
+    high: float
+
+
+def read(path: Path) -> tuple[list[Measurement], str]:
+    """The measurements in a file, and the conditions under which they were made."""
+    data = json.loads(path.read_text())
+    if "benchmarks" not in data:
+        raise SystemExit(f"{path}: expected the JSON of pytest-benchmark, found no 'benchmarks'")
+    machine = data["machine_info"]
+    conditions = f"{path.name}: {machine['cpu'].get('brand_raw', machine['machine'])}, "
+    conditions += (
+        f"{machine['cpu'].get('count', '?')} CPUs, Python {machine['python_version']}, {data['datetime'][:10]}"
+    )
+    return [found for entry in data["benchmarks"] if (found := measurement(entry)) is not None], conditions
+
+
+def measurement(entry: dict[str, Any]) -> Measurement | None:
+    """What an entry says; None for a benchmark that counts nothing."""
+    params = dict(entry.get("params") or {})
+    counted = next((name for name, value in params.items() if isinstance(value, int)), None)
+    if counted is None:
+        return None
+    row = params.pop(counted)
+    stats = entry["stats"]
+    function = entry["name"].partition("[")[0].removeprefix("test_").replace("_", " ")
+    column = " ".join(str(value) for value in params.values()) or "time"
+    units = entry.get("extra_info", {}).get("samples", row)
+    return Measurement(function, counted, row, column, units, stats["median"], stats["q1"], stats["q3"])
+
+
+def tables(found: Iterable[Measurement]) -> Iterable[str]:
+    """Markdown, one table for each function; cells are medians, and time for one of what is counted."""
+    for function, group in itertools.groupby(sorted(found, key=lambda m: m.function), key=lambda m: m.function):
+        entries = list(group)
+        columns = list(dict.fromkeys(m.column for m in entries))
+        cells = {(m.row, m.column): m for m in entries}
+        one = per_one(entries[0])
+        lines = [
+            f"### {function}\n",
+            f"| {entries[0].counted} | " + " | ".join(f"{column} | per {one}" for column in columns) + " |",
+            "|--:|" + "--:|--:|" * len(columns),
+        ]
+        for row in sorted({m.row for m in entries}):
+            shown = []
+            for column in columns:
+                m = cells.get((row, column))
+                shown += ["", ""] if m is None else [seconds(m.median), seconds(m.median / m.units)]
+            lines.append(f"| {row:,} | " + " | ".join(shown) + " |")
+        yield "\n".join(lines) + "\n"
+
+
+def per_one(m: Measurement) -> str:
+    """What the second number of a cell is for."""
+    return {"batch": "sample", "size": "parameter"}.get(m.counted, m.counted)
+
+
+def seconds(value: float) -> str:
+    """A time with its unit, to three digits."""
+    for unit, factor in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e9:.3g} ns"
+
+
+def draw(found: list[Measurement], path: Path, conditions: list[str]) -> None:
+    """One panel for each function: time by what is counted, both logarithmic, quartiles shaded."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    functions = list(dict.fromkeys(m.function for m in found))
+    figure = Figure(figsize=(8, 3.5 * len(functions) + 0.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle("gpubatch benchmarks, medians and quartiles\n" + "\n".join(conditions), fontsize=10)
+    panels = figure.subplots(len(functions), 1, squeeze=False)[:, 0]
+    for axes, function in zip(panels, functions, strict=True):
+        entries = [m for m in found if m.function == function]
+        for column in dict.fromkeys(m.column for m in entries):
+            line = sorted((m for m in entries if m.column == column), key=lambda m: m.row)
+            rows = [m.row for m in line]
+            (curve,) = axes.plot(rows, [1e3 * m.median for m in line], "o-", markersize=4, label=column)
+            low, high = ([1e3 * getattr(m, end) for m in line] for end in ("low", "high"))
+            axes.fill_between(rows, low, high, color=curve.get_color(), alpha=0.2)
+        axes.set_title(function, fontsize=10, loc="left")
+        axes.set_xlabel({"batch": "batch size (samples)", "size": "parameters"}.get(entries[0].counted))
+        axes.set_ylabel("time (ms)")
+        axes.set_xscale("log", base=2 if entries[0].counted == "batch" else 10)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=100)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the tables, and draw them if asked to."""
+    parser = argparse.ArgumentParser(description="Tables and a picture from the JSON of pytest-benchmark.")
+    parser.add_argument("files", nargs="+", type=Path, help="written with --benchmark-json or --benchmark-save")
+    parser.add_argument("--plot", type=Path, help="a .png, .pdf or .svg")
+    options = parser.parse_args(arguments)
+    found: list[Measurement] = []
+    conditions = []
+    for path in options.files:
+        some, words = read(path)
+        if len(options.files) > 1:
+            some = [m._replace(column=f"{m.column} ({path.stem})") for m in some]
+        found += some
+        conditions.append(words)
+    if not found:
+        raise SystemExit("no benchmark in these files has a parameter that counts something")
+    sys.stdout.write("\n".join([*conditions, "", *tables(found)]))
+    if options.plot is not None:
+        draw(found, options.plot, conditions)
+
+
+if __name__ == "__main__":
+    main()

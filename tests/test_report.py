@@ -1,0 +1,65 @@
+"""The tables and the picture that bench/report.py makes of pytest-benchmark's JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPORT = Path(__file__).parent.parent / "bench" / "report.py"
+
+
+def entry(name: str, params: dict[str, Any], median: float, **extra: int) -> dict[str, Any]:
+    stats = {"median": median, "q1": 0.9 * median, "q3": 1.1 * median}
+    return {"name": f"{name}[...]", "params": params, "stats": stats, "extra_info": extra}
+
+
+def saved(folder: Path, name: str, *entries: dict[str, Any]) -> Path:
+    machine = {"cpu": {"brand_raw": "A CPU", "count": 2}, "machine": "x86_64", "python_version": "3.12.1"}
+    path = folder / name
+    path.write_text(json.dumps({"benchmarks": entries, "machine_info": machine, "datetime": "2026-01-02T03:04:05"}))
+    return path
+
+
+def report(*arguments: Any, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, REPORT, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_one_table_compares_sizes_and_backends(tmp_path: Path) -> None:
+    file = saved(
+        tmp_path,
+        "run.json",
+        entry("test_training_step", {"batch": 1024, "spec": "cpu"}, 2e-3),
+        entry("test_training_step", {"batch": 64, "spec": "cpu"}, 1.28e-4),
+        entry("test_training_step", {"batch": 64, "spec": "cuda"}, 6.4e-5),
+        entry("test_training_epoch", {"batch": 64, "spec": "cpu"}, 4.0, samples=8000),
+        entry("test_without_a_count", {"spec": "cpu"}, 1.0),
+    )
+    text = report(file).stdout
+    assert text.startswith("run.json: A CPU, 2 CPUs, Python 3.12.1, 2026-01-02\n")
+    assert "| batch | cpu | per sample | cuda | per sample |\n" in text
+    assert "| 64 | 128 µs | 2 µs | 64 µs | 1 µs |\n| 1,024 | 2 ms | 1.95 µs |  |  |\n" in text
+    assert "### training epoch\n\n| batch | cpu | per sample |\n|--:|--:|--:|\n| 64 | 4 s | 500 µs |\n" in text
+    assert "without" not in text
+
+
+def test_files_stand_side_by_side_and_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    steps = [entry("test_optimizer_step", {"size": n, "name": "adam", "spec": "cpu"}, 1e-9 * n) for n in (10, 100)]
+    files = [saved(tmp_path, name, *steps) for name in ("old.json", "new.json")]
+    text = report(*files, "--plot", tmp_path / "run.png").stdout
+    assert "| size | adam cpu (old) | per parameter | adam cpu (new) | per parameter |" in text
+    assert "| 100 | 100 ns | 1 ns | 100 ns | 1 ns |" in text
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_no_benchmark_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text("{}")
+    assert "expected the JSON of pytest-benchmark" in report(tmp_path / "other.json", code=1).stderr
+    assert "no benchmark in these files" in report(saved(tmp_path, "empty.json"), code=1).stderr
