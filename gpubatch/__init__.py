@@ -5,145 +5,136 @@ same code runs with ``backend="cuda"`` on a GPU and ``backend="cpu"`` in a test.
 """
 
 import importlib
-from typing import Any
-
-from gpubatch import losses, rules
-from gpubatch.averages import EWMA, ewma
-from gpubatch.backend import Backend, Memory, array_namespace, available_backends, get_backend
-from gpubatch.errors import (
-    ArgumentError,
-    BackendFallbackWarning,
-    BackendUnavailableError,
-    DataFormatError,
-    DeviceMismatchError,
-    DTypeError,
-    GpubatchError,
-    InsufficientMemoryError,
-    NonFiniteError,
-    ShapeError,
-    UnknownArgumentError,
-)
-from gpubatch.formula import rule
-from gpubatch.layers import GELU, BatchNorm, Dense, Dropout, Layer, LeakyReLU, ReLU, Sigmoid, Step, Tanh
-from gpubatch.loader import Loader
-from gpubatch.network import Network, mlp
-from gpubatch.optim import (
-    SGD,
-    Adagrad,
-    Adam,
-    AdamW,
-    HeavyBall,
-    Lion,
-    Momentum,
-    NAdam,
-    Optimizer,
-    RMSProp,
-    StepResult,
-    clip_by_global_norm,
-)
-from gpubatch.params import Parameters
-from gpubatch.schedules import CosineDecay, ExponentialDecay, InverseTimeDecay, Piecewise, SqrtDecay, StepDecay
-from gpubatch.sizing import BatchPlan, choose_batch_size
-from gpubatch.train import History, StopTraining, TrainingInterrupted, TrainingState, fit
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "EWMA",
-    "GELU",
-    "SGD",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "ArgumentError",
-    "Backend",
-    "BackendFallbackWarning",
-    "BackendUnavailableError",
-    "BatchNorm",
-    "BatchPlan",
-    "CosineDecay",
-    "DTypeError",
-    "DataFormatError",
-    "Dense",
-    "DeviceMismatchError",
-    "Dropout",
-    "ExponentialDecay",
-    "GpubatchError",
-    "GradientCheck",
-    "HeavyBall",
-    "History",
-    "InsufficientMemoryError",
-    "InverseTimeDecay",
-    "Layer",
-    "LeakyReLU",
-    "Lion",
-    "Loader",
-    "Memory",
-    "Momentum",
-    "NAdam",
-    "Network",
-    "NonFiniteError",
-    "Optimizer",
-    "Parameters",
-    "Piecewise",
-    "RMSProp",
-    "ReLU",
-    "ShapeError",
-    "Sigmoid",
-    "SqrtDecay",
-    "Step",
-    "StepDecay",
-    "StepResult",
-    "StopTraining",
-    "Tanh",
-    "TrainingInterrupted",
-    "TrainingState",
-    "UnknownArgumentError",
-    "array_namespace",
-    "available_backends",
-    "batch_size_sweep",
-    "choose_batch_size",
-    "clip_by_global_norm",
-    "datasets",
-    "ewma",
-    "explore",
-    "fit",
-    "get_backend",
-    "gradient_check",
-    "loss_slice",
-    "losses",
-    "mlp",
-    "numerical_gradient",
-    "random_local_search",
-    "random_search",
-    "rule",
-    "rules",
-    "step_size_sweep",
-]
-
-
-# Imported when they are first used: pathlib, which datasets needs, alone takes a tenth of NumPy's time to import.
-LAZY = {
-    "datasets": "datasets",
-    "explore": "explore",
-    **dict.fromkeys(
-        (
-            "GradientCheck",
-            "batch_size_sweep",
-            "gradient_check",
-            "loss_slice",
-            "numerical_gradient",
-            "random_local_search",
-            "random_search",
-            "step_size_sweep",
-        ),
-        "explore",
-    ),
+# Every public name and the module that has it, which is imported when the name is first used: so importing gpubatch
+# costs nothing worth mentioning, whatever it grows to.
+EXPORTS = {
+    "averages": "EWMA ewma",
+    "backend": "Backend Memory array_namespace available_backends get_backend",
+    "errors": """
+        ArgumentError BackendFallbackWarning BackendUnavailableError DTypeError DataFormatError
+        DeviceMismatchError GpubatchError InsufficientMemoryError NonFiniteError ShapeError
+        UnknownArgumentError
+    """,
+    "explore": """
+        GradientCheck batch_size_sweep gradient_check loss_slice numerical_gradient random_local_search
+        random_search step_size_sweep
+    """,
+    "formula": "rule",
+    "layers": "GELU BatchNorm Dense Dropout Layer LeakyReLU ReLU Sigmoid Step Tanh",
+    "loader": "Loader",
+    "network": "Network mlp",
+    "optim": """
+        SGD Adagrad Adam AdamW HeavyBall Lion Momentum NAdam Optimizer RMSProp StepResult
+        clip_by_global_norm
+    """,
+    "params": "Parameters",
+    "schedules": "CosineDecay ExponentialDecay InverseTimeDecay Piecewise SqrtDecay StepDecay",
+    "sizing": "BatchPlan choose_batch_size",
+    "train": "History StopTraining TrainingInterrupted TrainingState fit",
 }
+MODULES = tuple(
+    """
+    averages backend datasets errors explore formula launch layers loader losses network optim params
+    rules schedules sizing sources train
+    """.split()
+)
+HOMES = {name: module for module, names in EXPORTS.items() for name in names.split()}
+
+__all__ = [*HOMES, "datasets", "explore", "losses", "rules"]
+
+if TYPE_CHECKING:  # the same once more, for type checkers
+    from gpubatch import datasets as datasets, explore as explore, losses as losses, rules as rules
+    from gpubatch.averages import EWMA as EWMA, ewma as ewma
+    from gpubatch.backend import (
+        Backend as Backend,
+        Memory as Memory,
+        array_namespace as array_namespace,
+        available_backends as available_backends,
+        get_backend as get_backend,
+    )
+    from gpubatch.errors import (
+        ArgumentError as ArgumentError,
+        BackendFallbackWarning as BackendFallbackWarning,
+        BackendUnavailableError as BackendUnavailableError,
+        DataFormatError as DataFormatError,
+        DeviceMismatchError as DeviceMismatchError,
+        DTypeError as DTypeError,
+        GpubatchError as GpubatchError,
+        InsufficientMemoryError as InsufficientMemoryError,
+        NonFiniteError as NonFiniteError,
+        ShapeError as ShapeError,
+        UnknownArgumentError as UnknownArgumentError,
+    )
+    from gpubatch.explore import (
+        GradientCheck as GradientCheck,
+        batch_size_sweep as batch_size_sweep,
+        gradient_check as gradient_check,
+        loss_slice as loss_slice,
+        numerical_gradient as numerical_gradient,
+        random_local_search as random_local_search,
+        random_search as random_search,
+        step_size_sweep as step_size_sweep,
+    )
+    from gpubatch.formula import rule as rule
+    from gpubatch.layers import (
+        GELU as GELU,
+        BatchNorm as BatchNorm,
+        Dense as Dense,
+        Dropout as Dropout,
+        Layer as Layer,
+        LeakyReLU as LeakyReLU,
+        ReLU as ReLU,
+        Sigmoid as Sigmoid,
+        Step as Step,
+        Tanh as Tanh,
+    )
+    from gpubatch.loader import Loader as Loader
+    from gpubatch.network import Network as Network, mlp as mlp
+    from gpubatch.optim import (
+        SGD as SGD,
+        Adagrad as Adagrad,
+        Adam as Adam,
+        AdamW as AdamW,
+        HeavyBall as HeavyBall,
+        Lion as Lion,
+        Momentum as Momentum,
+        NAdam as NAdam,
+        Optimizer as Optimizer,
+        RMSProp as RMSProp,
+        StepResult as StepResult,
+        clip_by_global_norm as clip_by_global_norm,
+    )
+    from gpubatch.params import Parameters as Parameters
+    from gpubatch.schedules import (
+        CosineDecay as CosineDecay,
+        ExponentialDecay as ExponentialDecay,
+        InverseTimeDecay as InverseTimeDecay,
+        Piecewise as Piecewise,
+        SqrtDecay as SqrtDecay,
+        StepDecay as StepDecay,
+    )
+    from gpubatch.sizing import BatchPlan as BatchPlan, choose_batch_size as choose_batch_size
+    from gpubatch.train import (
+        History as History,
+        StopTraining as StopTraining,
+        TrainingInterrupted as TrainingInterrupted,
+        TrainingState as TrainingState,
+        fit as fit,
+    )
 
 
 def __getattr__(name: str) -> Any:
-    if name not in LAZY:
+    if name in MODULES:
+        return importlib.import_module(f"gpubatch.{name}")
+    if name not in HOMES:
         raise AttributeError(f"module 'gpubatch' has no attribute {name!r}")
-    module = importlib.import_module(f"gpubatch.{LAZY[name]}")
-    return module if name == LAZY[name] else getattr(module, name)
+    value = globals()[name] = getattr(importlib.import_module(f"gpubatch.{HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

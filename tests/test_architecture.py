@@ -109,8 +109,17 @@ def test_all_public_names_are_there() -> None:
     assert [name for name in contract if name not in gpubatch.__all__] == []
 
 
+def test_type_checkers_see_the_same_names() -> None:
+    tree = ast.parse(SOURCES["__init__"])
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    modules = dict.fromkeys(set(gpubatch.__all__) - set(gpubatch.HOMES), "gpubatch")
+    assert seen == {**modules, **{name: f"gpubatch.{home}" for name, home in gpubatch.HOMES.items()}}
+    assert set(gpubatch.__all__) <= set(dir(gpubatch))
+
+
 def test_importing_it_imports_nothing_heavy() -> None:
-    heavy = ["cupy", "matplotlib", "rich", "typer", "safetensors", "array_api_compat", "torch"]
+    heavy = ["numpy", "cupy", "matplotlib", "rich", "typer", "safetensors", "array_api_compat", "torch"]
     code = f"import sys, gpubatch; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

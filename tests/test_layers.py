@@ -8,8 +8,7 @@ import math
 import numpy as np
 import pytest
 from emulate import check_compiles, host_kernel
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from needs import peer
 
 from gpubatch import layers

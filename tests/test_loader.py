@@ -12,8 +12,7 @@ import traceback
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import gpubatch.loader
 import gpubatch.sources

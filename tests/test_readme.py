@@ -15,7 +15,8 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [text for kind, text in fenced if kind == language]
 
 
 def test_the_python_blocks_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,11 +45,14 @@ def test_every_option_that_is_shown_exists() -> None:
     pytest.importorskip("typer")
     from typer.main import get_command
 
-    from gpubatch.cli import app
+    from gpubatch.cli_explore import app
 
-    command = next(block for block in blocks("") if block.startswith("gpubatch train"))
-    known = {option for p in get_command(app).commands["train"].params for option in p.opts}
-    assert {word for word in shlex.split(command) if word.startswith("--")} <= known
+    lines = [line for block in blocks("") for line in block.splitlines() if line.startswith("gpubatch ")]
+    assert len(lines) > 5
+    for line in lines:
+        _, command, *words = shlex.split(line, comments=True)
+        known = {option for p in get_command(app).commands[command].params for option in p.opts}
+        assert {word for word in words if word.startswith("--")} <= known, line
 
 
 def test_every_name_that_is_shown_exists() -> None:

@@ -12,8 +12,7 @@ from dataclasses import FrozenInstanceError, is_dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from needs import peer
 
 from gpubatch import schedules

@@ -6,8 +6,7 @@ import re
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from gpubatch.backend import Memory, host_memory
 from gpubatch.errors import ArgumentError, DTypeError, InsufficientMemoryError
