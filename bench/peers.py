@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from first_run import processor
 
-ROOT = Path(__file__).resolve().parent.parent
 Step = Callable[[], Any]
 
 
@@ -178,14 +178,11 @@ def compare(work: str, rounds: int) -> dict[str, Any]:
 
 def conditions(threads: int, rounds: int) -> dict[str, Any]:
     """Machine and versions."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     versions = {"python": platform.python_version(), "numpy": np.__version__}
     versions |= {m: importlib.import_module(m).__version__ for m in ("gpubatch", "torch")}
-    processor = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
     return {
         "date": date.today().isoformat(),
-        "processor": processor,
+        "processor": f"{processor()}, {os.cpu_count()} cores",
         "versions": versions,
         "threads": threads,
         "rounds": rounds,

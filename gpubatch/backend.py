@@ -62,9 +62,13 @@ class Backend(ABC):
     """
 
     name: str
-    device: str
     spec: str
     reason: str
+
+    @property
+    @abstractmethod
+    def device(self) -> str:
+        """The device in words."""
 
     @property
     @abstractmethod
@@ -173,8 +177,12 @@ class CudaBackend(Backend):
     def __init__(self, cupy: Any, index: int, reason: str) -> None:
         self.cupy, self.index, self.reason = cupy, index, reason
         self.spec = f"cuda:{index}"
-        name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
-        self.device = f"cuda:{index} ({name})"
+
+    @property
+    def device(self) -> str:
+        """The spec and the name of the card; asked for when it is shown, since array_namespace makes backends often."""
+        name = self.cupy.cuda.runtime.getDeviceProperties(self.index)["name"].decode()
+        return f"{self.spec} ({name})"
 
     @property
     def xp(self) -> Any:

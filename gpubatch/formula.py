@@ -6,7 +6,7 @@ on array elements becomes one step per element; arithmetic on hyper-parameters a
 scalars that the host computes in double precision once a step, so ``1 - beta1**t`` costs nothing per element, and a
 division by it is a product. The recorded formula is so within a few roundings of the one that is called.
 
-The recorded text is valid in Python (for the scalars) and in C (for the elements); ``kernels/update.cuh`` has the
+The recorded text is valid in Python (for the scalars) and in C (for the elements); ``kernels/math.cuh`` has the
 functions that C lacks.
 """
 

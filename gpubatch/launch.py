@@ -26,7 +26,7 @@ from gpubatch.formula import Element, Op, Scalar, Trace
 __all__ = ["Update", "cuda_kernel", "kernel_source", "update_for", "update_source"]
 
 HOST_PIECE = 1 << 14  # elements of each array that compiled code handles as one row of its table
-WORTH_THREADS = 1 << 18  # elements from which a second thread gains more than the 30 µs that waking it takes
+WORTH_THREADS = 1 << 18  # elements from which a second thread gains more than the 60 µs that waking it takes
 BLOCK_BYTES = 1 << 16  # of each array and register; the four to ten of a formula stay in the second-level cache
 THREADS = 256
 PACKS = 4  # 16-byte packs of each array that one thread moves

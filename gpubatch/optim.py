@@ -222,9 +222,9 @@ class Optimizer:
         if callable(value):
             schedule: schedules.Schedule = value
             return schedule
-        low, high = RANGES.get(name, (-math.inf, math.inf)) if self._checked else (-math.inf, math.inf)
-        if name in ("lr", "weight_decay"):
-            low, high = RANGES[name]
+        # Of a user's rule only these two are known to mean what they mean here.
+        known = self._checked or name in ("lr", "weight_decay")
+        low, high = RANGES[name] if known and name in RANGES else (-math.inf, math.inf)
         return check_real(name, value, low, high, open_high=True)
 
     def _now(self, name: str) -> float:

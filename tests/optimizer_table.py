@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import gpubatch as gb
+from gpubatch.formula import Trace
 
 LR = 0.03  # of every case, so that a wrong learning rate shows
 
@@ -23,6 +24,12 @@ class Case:
     first: Callable[[np.ndarray], np.ndarray]
     torch: Callable[[Any, Any], Any] | None = None  # of torch.optim and parameters
     optax: Callable[[Any], Any] | None = None  # of optax
+
+
+def trace_of(case: Case) -> tuple[Trace, dict[str, float]]:
+    """The recorded formula of a case, with the values of its hyper-parameters."""
+    opt = case.make([np.zeros(1)])
+    return opt._trace, {name: opt.hyper[name] for name in opt._trace.hyper}
 
 
 def case(kind: Any, first: Any, torch: Any = None, optax: Any = None, **variant: Any) -> Case:

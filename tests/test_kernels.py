@@ -7,7 +7,7 @@ import ctypes
 import numpy as np
 import pytest
 from emulate import check_compiles, host_kernel
-from optimizer_table import CASES, Case
+from optimizer_table import CASES, Case, trace_of
 
 import gpubatch as gb
 from gpubatch.formula import Trace
@@ -15,13 +15,6 @@ from gpubatch.launch import HostUpdate, piece_table, update_source
 
 ARCHITECTURES = (70, 80, 90, 100)
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-
-
-def trace_of(case: Case) -> tuple[gb.Optimizer, Trace]:
-    opt = case.make([np.zeros(1)])
-    options = {k: v for k, v in opt.hyper.items() if k in opt.rule.options}
-    decay = "" if opt.hyper["weight_decay"] == 0 else "decoupled" if opt.hyper["decoupled"] else "coupled"
-    return opt, opt.rule.trace(decay, **options)
 
 
 def emulate(trace: Trace, groups: list[tuple[np.ndarray, ...]], scalars: tuple[float, ...], threads: int = 256) -> None:
@@ -38,15 +31,14 @@ def emulate(trace: Trace, groups: list[tuple[np.ndarray, ...]], scalars: tuple[f
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @every_case
 def test_it_compiles_for_real_architectures(case: Case, dtype: str) -> None:
-    source = update_source(trace_of(case)[1], dtype)
+    source = update_source(trace_of(case)[0], dtype)
     for architecture in ARCHITECTURES:
         check_compiles(source, architecture)
 
 
 @every_case
 def test_the_emulated_kernel_gives_the_bits_of_numpy(case: Case, dtype: np.dtype, rng: np.random.Generator) -> None:
-    opt, trace = trace_of(case)
-    hyper = {k: v for k, v in opt.hyper.items() if k in trace.hyper}
+    trace, hyper = trace_of(case)
     numpy_update = HostUpdate(trace, dtype)
     # Empty, one element, a tail, several blocks; then starts that are aligned alike and not alike.
     for size in (0, 1, 7, 4096, 10_001):
@@ -71,7 +63,7 @@ def test_the_emulated_kernel_gives_the_bits_of_numpy(case: Case, dtype: np.dtype
 
 
 def test_one_launch_serves_arrays_that_lie_apart(dtype: np.dtype, rng: np.random.Generator) -> None:
-    _, trace = trace_of(CASES["adam"])
+    trace, _ = trace_of(CASES["adam"])
     scalars = trace.evaluate(2, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8)
     sizes = [0, 1, 5, 4095, 4096, 4097, 20_000]
     groups = [tuple(np.abs(rng.standard_normal(n)).astype(dtype) for _ in range(4)) for n in sizes]
@@ -96,7 +88,7 @@ def test_the_pieces_cover_every_element_once() -> None:
 
 def test_a_wrong_formula_would_be_caught(rng: np.random.Generator) -> None:
     """The comparison has teeth: one sign changed in the source, and the bits differ."""
-    _, trace = trace_of(CASES["adam"])
+    trace, _ = trace_of(CASES["adam"])
     source = update_source(trace).replace("k[0] * m + k[1] * g", "k[0] * m - k[1] * g")
     kernel = host_kernel(source, "update_arrays", "const long long* table", "const T* scalars")
     arrays = [np.abs(rng.standard_normal(10)).astype(np.float32) for _ in range(4)]

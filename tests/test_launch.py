@@ -18,12 +18,11 @@ import numpy as np
 import pytest
 from emulate import host_kernel
 from needs import missing
-from optimizer_table import CASES, Case
+from optimizer_table import CASES, Case, trace_of
 
 import gpubatch as gb
 from gpubatch import launch
 from gpubatch.backend import CudaBackend
-from gpubatch.formula import Trace
 from gpubatch.launch import CudaUpdate, cuda_kernel
 
 
@@ -100,13 +99,6 @@ def library() -> Any:
     if isinstance(found, str):
         missing("compiler", f"the compiled formulas are not there: {found}")
     return found
-
-
-def trace_of(case: Case) -> tuple[Trace, dict[str, float]]:
-    opt = case.make([np.zeros(1)])
-    decay = "" if opt.hyper["weight_decay"] == 0 else "decoupled" if opt.hyper["decoupled"] else "coupled"
-    trace = opt.rule.trace(decay, **{k: v for k, v in opt.hyper.items() if k in opt.rule.options})
-    return trace, {k: v for k, v in opt.hyper.items() if k in trace.hyper}
 
 
 BUILT_IN = {name: case for name, case in CASES.items() if not name.startswith("custom")}
