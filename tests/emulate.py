@@ -1,63 +1,160 @@
-"""CUDA without a GPU: sources compiled by NVRTC for real architectures, and run on the host, thread after thread.
+"""CUDA without a GPU: sources compiled by NVRTC to machine code, and run on the host, thread after thread.
 
-The emulated grid has blocks and threads and nothing else: kernels that synchronise within a block cannot run on it.
+The emulated grid has shared memory, barriers, exchanges within a warp, and atomics: what a kernel of ours may use. What
+it cannot show: what the memory of a device orders differently, contraction of a*b + c, and speed. A kernel that spins
+until another thread writes would spin for ever. tests/test_emulate.py has the faults that are known to be caught.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
-import hashlib
+import os
+import re
 import shutil
+import struct
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from needs import missing
 
-PRELUDE = """
-#include <cmath>
-#include <cstddef>
-using std::sqrt; using std::exp; using std::log; using std::tanh; using std::fabs; using std::pow;
-#define __global__
-#define __device__
-struct Index { unsigned x, y, z; };
-static Index gridDim, blockDim, blockIdx, threadIdx;
-static inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
-    return (unsigned long long)(((unsigned __int128)a * b) >> 64);
-}
-"""
+HEADERS = Path(__file__).parent / "emulated"
+ARCHITECTURES = (70, 80, 90, 100, 120)  # Volta, Ampere, Hopper, Blackwell for data centres and for desktops
+ORDERS = ("forward", "reverse")  # in which the threads of a block, and the blocks, take turns
 
-DRIVER = """
-extern "C" void emulate({parameters}, unsigned blocks, unsigned threads) {{
-    gridDim = {{blocks, 1, 1}};
-    blockDim = {{threads, 1, 1}};
-    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
-        for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) {kernel}({arguments});
+# The source is in a namespace so that its inline functions, too, may have shared arrays.
+PROGRAM = """#include "{header}"
+namespace {{
+#line 1 "kernel.cu"
+{source}
+}}
+#line 1 "arguments"
+static void call_kernel() {{
+    {declarations}
+    {kernel}({names});
 }}
 """
 
 
 @functools.cache
-def host_kernel(source: str, kernel: str, *parameters: str) -> ctypes._CFuncPtr:
-    """``kernel`` of a CUDA source as a host function of ``parameters`` (C declarations), blocks and threads."""
-    compiler = shutil.which("g++") or shutil.which("clang++") or missing("compiler", "no C++ compiler is installed")
-    arguments = ", ".join(p.split()[-1].lstrip("*") for p in parameters)
-    text = PRELUDE + source + DRIVER.format(parameters=", ".join(parameters), kernel=kernel, arguments=arguments)
-    folder = Path(tempfile.mkdtemp(prefix="gpubatch-emulate-"))
-    name = hashlib.sha1(text.encode()).hexdigest()
-    (folder / f"{name}.cpp").write_text(text)
+def host_kernel(source: str, kernel: str, *parameters: str) -> Callable[..., None]:
+    """``kernel`` of a CUDA source on the CPU: ``run(*arguments, blocks, threads, order="forward")``.
+
+    ``parameters`` are C declarations. An argument is an array, a number or a ctypes object; ``blocks`` is a number or
+    (x, y). ``order="reverse"`` starts with the last thread and block: a result that depends on the order, for want of
+    a barrier, is wrong in one of the two. Threads that wait for each other in vain raise AssertionError.
+    """
+    with tempfile.TemporaryDirectory(prefix="gpubatch-emulate-") as folder:
+        _build(source, kernel, parameters, f"{folder}/kernel.so", "-shared", "-fPIC")
+        launch = ctypes.CDLL(f"{folder}/kernel.so").emulate
+    launch.restype = ctypes.c_char_p
+
+    def run(*arguments: Any, order: str = "forward") -> None:
+        *values, blocks, threads = arguments
+        assert len(values) == len(parameters), f"{len(values)} arguments for {kernel}({', '.join(parameters)})"
+        x, y = blocks if isinstance(blocks, tuple) else (blocks, 1)
+        packed = b"".join(_value(v) for v in values)
+        error = launch(packed, x, y, threads, ORDERS.index(order))
+        assert error is None, f"{kernel}: {error.decode()}"
+
+    return run
+
+
+@dataclass(frozen=True)
+class Table:
+    """For ``sanitized``: an int64 array with addresses within ``arrays``."""
+
+    words: np.ndarray
+    arrays: Sequence[np.ndarray]
+
+
+def sanitized(
+    source: str,
+    kernel: str,
+    parameters: Sequence[str],
+    arguments: Sequence[Any],
+    blocks: int | tuple[int, int],
+    threads: int,
+    order: str = "forward",
+) -> list[np.ndarray]:
+    """As ``host_kernel``, under the address and undefined-behaviour sanitizers, on copies of the arrays: these copies.
+
+    Arrays come as they stand in ``arguments``, those of a ``Table`` in its place. An access outside of an array, one
+    that is not aligned for its type and a signed overflow raise AssertionError with the sanitizer's report.
+    """
+    assert len(arguments) == len(parameters), f"{len(arguments)} arguments for {kernel}({', '.join(parameters)})"
+    arrays: list[np.ndarray] = []
+    tables = []
+    packed = b""
+    for argument in arguments:
+        members = [argument] if isinstance(argument, np.ndarray) else []
+        if isinstance(argument, Table):
+            tables.append(len(arrays))
+            members = [argument.words, *argument.arrays]
+        packed += _value(0 if members else argument) + struct.pack("q", len(arrays) if members else -1)
+        arrays += members
+    assert all(a.flags.c_contiguous for a in arrays)
+    x, y = blocks if isinstance(blocks, tuple) else (blocks, 1)
+    parts = [struct.pack("6Q", x, y, threads, ORDERS.index(order), len(arrays), len(arguments))]
+    for i, a in enumerate(arrays):
+        parts += [struct.pack("3Q", a.ctypes.data, a.nbytes, i in tables), a.tobytes()]
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    program = _sanitized_program(source, kernel, tuple(parameters))
+    done = subprocess.run(
+        [program], input=b"".join([*parts, packed]), capture_output=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, f"{kernel}: {done.stderr.decode()}"
+    at = iter(np.cumsum([0, *(a.nbytes for a in arrays)]))
+    copies = [np.frombuffer(done.stdout, a.dtype, a.size, next(at)).reshape(a.shape) for a in arrays]
+    return [a for i, a in enumerate(copies) if i not in tables]
+
+
+@functools.cache
+def _sanitized_program(source: str, kernel: str, parameters: Sequence[str]) -> str:
+    folder = tempfile.TemporaryDirectory(prefix="gpubatch-sanitized-")
+    atexit.register(folder.cleanup)
+    flags = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fsanitize-sections=shared"]
+    _build(source, kernel, parameters, f"{folder.name}/kernel", *flags, header="sanitized.h")
+    return f"{folder.name}/kernel"
+
+
+def _build(
+    source: str, kernel: str, parameters: Sequence[str], output: str, *flags: str, header: str = "grid.h"
+) -> None:
+    compiler = shutil.which("g++") or missing("compiler", "g++ is not installed")
+    text = PROGRAM.format(
+        header=header,
+        source=source,
+        kernel=kernel,
+        declarations="\n    ".join(f"{p} = emulated::values[{i}];" for i, p in enumerate(parameters)),
+        names=", ".join(p.split()[-1].lstrip("*") for p in parameters),
+    )
     # No contraction of a*b + c, as in NumPy; the kernels look at one buffer through two types, as CUDA allows.
-    flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC"]
-    command = [compiler, *flags, f"{folder}/{name}.cpp", "-o", f"{folder}/{name}.so"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Werror", *flags]
+    command += ["-Wno-unused-function", "-Wno-unknown-pragmas"]  # other kernels of the source, and #pragma unroll
+    if re.search(r"\b__sync|_sync\(", source):
+        command.append("-DSYNCHRONISES")
+    command += ["-x", "c++", "-", "-I", str(HEADERS), "-o", output]
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    library = ctypes.CDLL(f"{folder}/{name}.so")
-    shutil.rmtree(folder)
-    function = library.emulate
-    function.restype = None
-    return function
+
+
+def _value(argument: Any) -> bytes:
+    """An argument as ``emulated::Value``."""
+    if isinstance(argument, np.ndarray):
+        assert argument.flags.c_contiguous
+        argument = argument.ctypes.data
+    x = getattr(argument, "value", argument)
+    x = 0 if x is None else x  # a null pointer
+    return struct.pack("Qd", int(x) % 2**64 if np.isfinite(x) else 0, x)
 
 
 @functools.cache
@@ -70,18 +167,72 @@ def _nvrtc() -> ctypes.CDLL:
     return ctypes.CDLL(str(found[0].locate()))
 
 
-def check_compiles(source: str, architecture: int) -> None:
-    """Compile ``source`` for sm_``architecture`` as CuPy would; errors and warnings fail."""
+@dataclass(frozen=True)
+class KernelReport:
+    """What one kernel needs of a multiprocessor, as ptxas tells it."""
+
+    name: str
+    architecture: int
+    registers: int  # of a thread
+    shared_bytes: int  # of a block
+    stack_bytes: int  # of a thread, in local memory: spilled registers, and arrays that are indexed dynamically
+    spill_bytes: int  # stored and loaded
+
+    def __str__(self) -> str:
+        return (
+            f"sm_{self.architecture:<3} {self.registers:3} registers {self.shared_bytes:6} shared"
+            f" {self.stack_bytes:4} stack {self.spill_bytes:4} spilled  {self.name}"
+        )
+
+
+def check_compiles(source: str, architecture: int, stack: int = 0) -> tuple[KernelReport, ...]:
+    """Compile ``source`` for sm_``architecture`` as CuPy would, to machine code: a report on each kernel.
+
+    Errors and warnings fail, and so do spilled registers and a stack frame of more than ``stack`` bytes.
+    """
     nvrtc = _nvrtc()
     program = ctypes.c_void_p()
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None) == 0
-    options = [f"--gpu-architecture=sm_{architecture}".encode(), b"--std=c++17", b"--ftz=true"]
-    result = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    flags = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", "--ftz=true", "--ptxas-options=-v"]
+    result = nvrtc.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*map(str.encode, flags)))
     size = ctypes.c_size_t()
     nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
     log = ctypes.create_string_buffer(size.value)
     nvrtc.nvrtcGetProgramLog(program, log)
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    lines = log.value.decode().splitlines()
     # That NVRTC will drop an old architecture some day says nothing about the source.
-    text = "\n".join(line for line in log.value.decode().splitlines() if line and "are deprecated" not in line)
-    assert (result, text) == (0, ""), f"sm_{architecture}: {text}"
+    told = [
+        line for line in lines if line and "are deprecated" not in line and not re.match(r"ptxas (info|   ) ", line)
+    ]
+    assert (result, told) == (0, []), f"sm_{architecture}: " + "\n".join(told)
+    _, *kernels = "\n".join(lines).split("Compiling entry function ")
+    reports = tuple(_report(text, architecture) for text in kernels)
+    assert reports, f"sm_{architecture}: ptxas names no kernel: {lines}"
+    for report in reports:
+        assert (report.spill_bytes, max(report.stack_bytes, stack)) == (0, stack), f"local memory: {report}"
+    return reports
+
+
+def _report(text: str, architecture: int) -> KernelReport:
+    """The report in what ptxas says of one kernel, and of functions that it calls."""
+
+    def total(pattern: str) -> int:
+        return sum(int(n) for n in re.findall(rf"(\d+) {pattern}", text))
+
+    assert "Used" in text, text
+    assert "bytes spill loads" in text, text
+    return KernelReport(
+        name=text.split("'")[1],
+        architecture=architecture,
+        registers=total("registers"),
+        shared_bytes=total("bytes smem"),
+        stack_bytes=total("bytes stack frame"),
+        spill_bytes=total("bytes spill stores") + total("bytes spill loads"),
+    )
+
+
+def check_compiles_everywhere(source: str) -> list[tuple[KernelReport, ...]]:
+    """``check_compiles`` for each of ARCHITECTURES, at once: NVRTC compiles without Python's lock."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(functools.partial(check_compiles, source), ARCHITECTURES))
