@@ -433,13 +433,16 @@ def from_dlpack(x: Any) -> Array:
         raise DeviceMismatchError(f"cannot take {describe(x)} without a copy: {error}") from error
 
 
-def float_dtype(dtype: Any, name: str = "dtype") -> np.dtype[Any]:
-    """``dtype`` as NumPy knows it, if it is float32 or float64; ``name`` is what has it, for the message."""
-    known = {name: np.dtype(name) for name in ("float32", "float64")}
+def float_dtype(dtype: Any, name: str = "dtype", half: bool = False) -> np.dtype[Any]:
+    """``dtype`` as NumPy knows it, if it is float32 or float64, or with ``half`` float16.
+
+    ``name`` is what has it, for the message.
+    """
+    known = {name: np.dtype(name) for name in ("float32", "float64", *(["float16"] if half else []))}
     try:
         return known[np.dtype(dtype).name]
     except (TypeError, KeyError):
-        raise DTypeError(f"{name} must be float32 or float64, got {dtype!r}") from None
+        raise DTypeError(f"{name} must be {' or '.join(known)}, got {dtype!r}") from None
 
 
 # --- memory of the host --------------------------------------------------------------------------------------------

@@ -682,8 +682,8 @@ class _SideBySide:
         self.works = [self._work({**n.kept, **n.scratch}, self.points * self.rows) for n in net.needs]
         self.loss = losses.LOSSES[net.loss_name]
         work = self._work(self.loss.workspace(net.outputs), self.rows)
-        offsets = net.backend.asarray(np.arange(self.rows) * net.outputs)
-        self.context = losses.Context(net.backend, self.xp, work, offsets)
+        work["offsets"] = net.backend.asarray(np.arange(self.rows) * net.outputs)
+        self.context = losses.Context(net.backend, self.xp, net.ops, work, False)
 
         # Dense and BatchNorm are linear in their parameters; of one's own layers nobody knows.
         head = next(i for i, needs in enumerate(net.needs) if needs.parameters)
@@ -740,7 +740,7 @@ class _SideBySide:
         scores = x.reshape(n, self.rows, -1)  # type: ignore[union-attr]  # there is at least one layer
         found = self._empty((n,))
         for k in range(n):
-            self.loss.forward(scores[k], self.Y, self.context)
+            self.loss.run(scores[k], self.Y, self.context)
             found[k : k + 1] = self.context.work["loss"]
         return self.net.backend.to_numpy(found).astype(np.float64)
 
@@ -767,7 +767,7 @@ class _SideBySide:
         work = {name: array[: len(x)] if -1 in spaces[name][0] else array for name, array in self.works[i].items()}
         p = {name: parameters[names[name]] for name in needs.parameters}
         buffers = {name: net.buffers[names[name]] for name in needs.buffers}
-        net.layers[i].forward(x, y, Context(net.backend, self.xp, i, self.mode, p, {}, buffers, work))
+        net.layers[i].forward(x, y, Context(net.backend, self.xp, net.ops, i, self.mode, p, {}, buffers, work))
 
 
 def principal_directions(path: Any, count: int = 2) -> list[np.ndarray]:

@@ -7,14 +7,11 @@ built, if there was a compiler. A CUDA kernel is compiled when it is first neede
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 import importlib.util
-import itertools
 import os
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -25,8 +22,6 @@ from gpubatch.formula import Element, Op, Scalar, Trace
 
 __all__ = ["Update", "cuda_kernel", "kernel_source", "update_for", "update_source"]
 
-HOST_PIECE = 1 << 14  # elements of each array that compiled code handles as one row of its table
-WORTH_THREADS = 1 << 18  # elements from which a second thread gains more than the 60 µs that waking it takes
 BLOCK_BYTES = 1 << 16  # of each array and register; the four to ten of a formula stay in the second-level cache
 THREADS = 256
 PACKS = 4  # 16-byte packs of each array that one thread moves
@@ -38,20 +33,42 @@ class Update(Protocol):
 
     ``arrays`` is a list of (w, g, state ...) tuples, all of one shape within a tuple. Not to be shared by threads:
     each instance has its own registers.
+
+    ``control`` is an array of two numbers on the backend: what gradients are multiplied by, and, where it is not 0,
+    that nothing is to be done. A GPU reads it when it gets there, so the host need not wait for what wrote it.
     """
 
-    def __call__(self, arrays: Sequence[tuple[Array, ...]], scalars: Sequence[float]) -> None:
+    def __call__(
+        self, arrays: list[tuple[Array, ...]], scalars: tuple[float, ...], control: Array | None = None
+    ) -> None:
         """Change w and the state in place."""
 
 
-def update_for(trace: Trace, dtype: np.dtype[Any], backend: Backend) -> Update:
-    """The update that ``trace`` describes, on arrays of ``dtype`` on ``backend``."""
+def update_for(trace: Trace, storage: np.dtype[Any], backend: Backend, master: bool = False) -> Update:
+    """The update that ``trace`` describes, on ``backend``, for w and g of the dtype ``storage``.
+
+    State is of the same dtype, but of float32 where ``storage`` is float16; with ``master``, the last array of a group
+    is w in float32, which the formula works on, and w is its rounded copy.
+    """
+    dtype = compute_dtype(storage)
     if isinstance(backend, CudaBackend):
-        return CudaUpdate(trace, dtype, backend)
+        return CudaUpdate(trace, dtype, backend, storage, master)
+    if storage != dtype:
+        return HalfUpdate(cpu_update(trace, dtype), master)
+    return cpu_update(trace, dtype)
+
+
+def compute_dtype(storage: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype of the arithmetic on arrays of ``storage``: float32 for float16, else the same."""
+    return np.dtype(np.float32) if storage == np.float16 else storage
+
+
+def cpu_update(trace: Trace, dtype: np.dtype[Any]) -> HostUpdate | CompiledUpdate:
+    """The update on the CPU, compiled if the build had this formula."""
     library = host_library()
-    if isinstance(library, str) or not hasattr(library, symbol := host_symbol(trace, dtype.name)):
+    if isinstance(library, str) or not library.has(formula_digest(trace)):
         return HostUpdate(trace, dtype)
-    return CompiledUpdate(trace, dtype, getattr(library, symbol))
+    return CompiledUpdate(trace, dtype, library)
 
 
 # --- NumPy ---------------------------------------------------------------------------------------------------------
@@ -68,12 +85,21 @@ class HostUpdate:
         self.scalars = np.zeros(len(trace.scalars), dtype)
         self.scalar_slots = [self.scalars[i, ...] for i in range(len(trace.scalars))]
         self.scalar_slots += [np.array(x, dtype) for x in constants]
+        self.scaled: Array = None
 
-    def __call__(self, arrays: Sequence[tuple[Array, ...]], scalars: Sequence[float]) -> None:
+    def __call__(
+        self, arrays: list[tuple[Array, ...]], scalars: tuple[float, ...], control: Array | None = None
+    ) -> None:
+        if control is not None and control[1]:
+            return
         self.scalars[:] = scalars
+        scale = None if control is None or control[0] == 1 else control[0]
         for group in arrays:
-            for blocks in self.blocks(group):
+            for blocks in blocks_of(group, self.block):
                 n = blocks[0].size
+                if scale is not None:
+                    w, g, *state = blocks
+                    blocks = (w, self._scaled(g, scale), *state)
                 registers = self.registers if n == self.block else [r[:n] for r in self.registers]
                 slots = [*blocks, *registers, *self.scalar_slots]
                 for function, operands, out in self.steps:
@@ -81,17 +107,47 @@ class HostUpdate:
                 for target, source in self.copies:
                     slots[target][...] = slots[source]
 
-    def blocks(self, group: tuple[Array, ...]) -> Iterator[tuple[Array, ...]]:
-        """One-dimensional pieces of the arrays, at most a block long, for reading and writing."""
-        if all(a.flags.c_contiguous for a in group):
-            flat = [a.reshape(-1) for a in group]
-            for start in range(0, flat[0].size, self.block):
-                stop = start + self.block
-                yield tuple(a[start:stop] for a in flat)
-        elif group[0].size:
-            access: list[Any] = [["readonly"] if i == 1 else ["readwrite"] for i in range(len(group))]
-            with np.nditer(group, ["external_loop", "buffered"], access, buffersize=self.block) as pieces:
-                yield from pieces
+    def _scaled(self, g: Array, scale: Any) -> Array:
+        if self.scaled is None:
+            self.scaled = np.empty(self.block, self.scalars.dtype)
+        return np.multiply(g, scale, out=self.scaled[: g.size])
+
+
+class HalfUpdate:
+    """An update of float16 w and g, a block at a time, by one that works on float32."""
+
+    def __init__(self, update: HostUpdate | CompiledUpdate, master: bool) -> None:
+        self.update, self.master = update, master
+        self.w, self.g = (np.empty(BLOCK_BYTES // 4, np.float32) for _ in range(2))
+
+    def __call__(
+        self, arrays: list[tuple[Array, ...]], scalars: tuple[float, ...], control: Array | None = None
+    ) -> None:
+        if control is not None and control[1]:
+            return
+        for group in arrays:
+            for w, g, *state in blocks_of(group, self.w.size):
+                wide, gradient = self.w[: w.size], self.g[: w.size]
+                gradient[...] = g
+                if self.master:
+                    *state, wide = state
+                else:
+                    wide[...] = w
+                self.update([(wide, gradient, *state)], scalars, control)
+                with np.errstate(over="ignore"):  # beyond 65504 a weight is infinite, as arithmetic in float16 has it
+                    w[...] = wide
+
+
+def blocks_of(group: tuple[Array, ...], size: int) -> Iterator[tuple[Array, ...]]:
+    """One-dimensional pieces of the arrays (w, g, state ...) of at most ``size`` elements, for reading and writing."""
+    if all(a.flags.c_contiguous for a in group):
+        flat = [a.reshape(-1) for a in group]
+        for start in range(0, flat[0].size, size):
+            yield tuple(a[start : start + size] for a in flat)
+    elif group[0].size:
+        access: list[Any] = [["readonly"] if i == 1 else ["readwrite"] for i in range(len(group))]
+        with np.nditer(group, ["external_loop", "buffered"], access, buffersize=size) as pieces:
+            yield from pieces
 
 
 Allocation: TypeAlias = tuple[list[tuple[Any, tuple[int, ...], int]], list[tuple[int, int]], list[bool], list[float]]
@@ -164,81 +220,41 @@ def allocate(trace: Trace) -> Allocation:
 class CompiledUpdate:
     """The formula as machine code from the build; the bits are those of :class:`HostUpdate`.
 
-    Arrays that are not contiguous go to NumPy.
+    Arrays that are strided, of another byte order, or that the gradient lies across, go to NumPy.
     """
 
-    def __init__(self, trace: Trace, dtype: np.dtype[Any], function: Any) -> None:
-        self.trace, self.itemsize = trace, dtype.itemsize
-        self.scalars = np.zeros(max(1, len(trace.scalars)), dtype)
-        self.function = function
-        function.argtypes, function.restype = [ctypes.c_void_p] * 2 + [ctypes.c_longlong] * 2, None
-        self.seen: list[weakref.ref[np.ndarray]] = []
-        self.rows = self.elements = 0
-        self.run: Callable[[int, int], Any]
-        self.strided: list[tuple[Array, ...]] = []
+    def __init__(self, trace: Trace, dtype: np.dtype[Any], library: Any) -> None:
+        self.trace, self.dtype = trace, dtype
+        self.run = library.Update(formula_digest(trace), dtype.name, len(trace.arrays)).run
         self.numpy: HostUpdate | None = None
 
-    def __call__(self, arrays: Sequence[tuple[Array, ...]], scalars: Sequence[float]) -> None:
-        self.scalars[: len(scalars)] = scalars
-        flat = [a for group in arrays for a in group]
-        if len(flat) != len(self.seen) or any(ref() is not a for ref, a in zip(self.seen, flat, strict=True)):
-            self._lay_out(arrays, flat)
-        in_parallel(self.run, self.rows, self.elements)
-        if self.numpy is not None:
-            self.numpy(self.strided, scalars)
+    def at_once(
+        self, arrays: list[tuple[Array, ...]], scalars: tuple[float, ...], control: Array | None = None
+    ) -> bool:
+        """The update, if the compiled code finds nothing amiss with shapes and types; otherwise nothing is changed."""
+        if control is None:
+            return bool(self.run(arrays, (*scalars, 1.0)))
+        return bool(control[1] or self.run(arrays, (*scalars, float(control[0]))))
 
-    def _lay_out(self, arrays: Sequence[tuple[Array, ...]], flat: list[Array]) -> None:
-        contiguous = [group for group in arrays if all(a.flags.c_contiguous for a in group)]
-        addresses = [[*(a.ctypes.data for a in group), group[0].size] for group in contiguous]
-        # An array of no elements, or none that is contiguous, gives a table without rows.
-        shape = (len(contiguous), len(self.trace.arrays) + 1)
-        table = piece_table(np.array(addresses, np.int64).reshape(shape), self.itemsize, HOST_PIECE)
-        self.table = table  # kept alive for its address
-        self.run = functools.partial(self.function, table.ctypes.data, self.scalars.ctypes.data)
-        self.rows, self.elements = len(table), int(table[:, -1].sum())
-        self.strided = [group for group in arrays if not all(a.flags.c_contiguous for a in group)]
-        self.numpy = HostUpdate(self.trace, self.scalars.dtype) if self.strided else None
-        self.seen = [weakref.ref(a) for a in flat]
-
-
-def in_parallel(run: Callable[[int, int], Any], rows: int, elements: int) -> None:
-    """``run(first, last)`` over all rows, shared out to threads where that is worth it; they sleep when idle."""
-    workers = min(rows, cores()) if elements >= WORTH_THREADS else 1
-    if workers <= 1:
-        run(0, rows)
-        return
-    bounds = [rows * i // workers for i in range(workers + 1)]
-    others = [pool(os.getpid()).submit(run, a, b) for a, b in itertools.pairwise(bounds[1:])]
-    run(bounds[0], bounds[1])
-    for other in others:
-        other.result()
-
-
-@functools.cache
-def cores() -> int:
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@functools.cache
-def pool(process: int) -> Any:
-    """The threads of this process: a forked child has none of its parent's, and makes its own."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    return ThreadPoolExecutor(max(1, cores() - 1), thread_name_prefix="gpubatch")
+    def __call__(
+        self, arrays: list[tuple[Array, ...]], scalars: tuple[float, ...], control: Array | None = None
+    ) -> None:
+        for group in arrays:
+            if not self.at_once([group], scalars, control):
+                self.numpy = self.numpy or HostUpdate(self.trace, self.dtype)
+                self.numpy([group], scalars, control)
 
 
 @functools.cache
 def host_library() -> Any:
-    """The library of compiled formulas, or why there is none, in words."""
+    """The compiled kernels, or why there are none, in words."""
     if os.environ.get("GPUBATCH_HOST") == "0":
         return "switched off by GPUBATCH_HOST=0"
-    found = importlib.util.find_spec("gpubatch._host")
-    if found is None or found.origin is None:
+    if importlib.util.find_spec("gpubatch._host") is None:
         return "not built: no C++ compiler was found when gpubatch was installed"
     try:
-        return ctypes.CDLL(found.origin)
-    except OSError as error:
+        return importlib.import_module("gpubatch._host")
+    except ImportError as error:
         return f"cannot be loaded: {error}"
 
 
@@ -248,17 +264,22 @@ def host_library() -> Any:
 class CudaUpdate:
     """The formula as one kernel, launched once for all arrays; see ``kernels/update.cuh``."""
 
-    def __init__(self, trace: Trace, dtype: np.dtype[Any], backend: CudaBackend) -> None:
+    def __init__(
+        self, trace: Trace, dtype: np.dtype[Any], backend: CudaBackend, storage: np.dtype[Any], master: bool
+    ) -> None:
         self.backend = backend
-        self.itemsize = dtype.itemsize
-        self.kernel = cuda_kernel(backend, update_source(trace, dtype.name), "update_arrays")
+        # Bytes of an element: w and g as they are stored, then the state.
+        self.itemsizes = np.array([storage.itemsize] * 2 + [dtype.itemsize] * (len(trace.arrays) - 2 + master))
+        self.kernel = cuda_kernel(backend, update_source(trace, dtype.name, storage.name, master), "update_arrays")
         self.host_scalars = np.zeros(max(1, len(trace.scalars)), dtype)
         self.scalars = backend.zeros(self.host_scalars.shape, dtype)
         self.key: tuple[Any, ...] = ()
         self.table: Array = None
         self.rows = 0
 
-    def __call__(self, arrays: Sequence[tuple[Array, ...]], scalars: Sequence[float]) -> None:
+    def __call__(
+        self, arrays: list[tuple[Array, ...]], scalars: tuple[float, ...], control: Array | None = None
+    ) -> None:
         with self.backend.scope():
             key = tuple((*(a.data.ptr for a in group), group[0].size) for group in arrays)
             if key != self.key:
@@ -266,36 +287,45 @@ class CudaUpdate:
             if self.rows:
                 self.host_scalars[: len(scalars)] = scalars
                 self.scalars.set(self.host_scalars)
-                self.kernel((self.rows,), (THREADS,), (self.table, self.scalars))
+                arguments = (self.table, self.scalars, np.uint64(0) if control is None else control)
+                self.kernel((self.rows,), (THREADS,), arguments)
 
-    def _lay_out(self, arrays: Sequence[tuple[Array, ...]], key: tuple[Any, ...]) -> None:
+    def _lay_out(self, arrays: list[tuple[Array, ...]], key: tuple[Any, ...]) -> None:
         for group in arrays:
             if not all(a.flags.c_contiguous for a in group):
                 raise ShapeError("a CUDA update needs C-contiguous arrays, got a strided view; copy it first")
-        piece = THREADS * PACKS * (16 // self.itemsize)
-        table = piece_table(np.array(key, np.int64).reshape(len(arrays), -1), self.itemsize, piece)
+        piece = THREADS * PACKS * (16 // int(self.itemsizes[0]))
+        table = piece_table(np.array(key, np.int64).reshape(len(arrays), -1), self.itemsizes, piece)
         self.key, self.rows, self.table = key, len(table), self.backend.asarray(table)
 
 
-def piece_table(addresses: np.ndarray, itemsize: int, piece: int) -> np.ndarray:
+def piece_table(addresses: np.ndarray, itemsizes: np.ndarray, piece: int) -> np.ndarray:
     """Each row of ``addresses`` (one for each array, then a size) cut into rows of at most ``piece`` elements."""
     sizes = addresses[:, -1]
     pieces = -(-sizes // piece)
     row = np.repeat(np.arange(len(addresses)), pieces)
     number = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     table = addresses[row]
-    table[:, :-1] += (number * piece * itemsize)[:, None]
+    table[:, :-1] += (number * piece)[:, None] * itemsizes
     table[:, -1] = np.minimum(sizes[row] - number * piece, piece)
     return table
 
 
-def update_source(trace: Trace, dtype: str = "float32") -> str:
-    """The CUDA source of a formula, whole: the generated part, then the loop around it."""
+def update_source(trace: Trace, dtype: str = "float32", storage: str | None = None, master: bool = False) -> str:
+    """The CUDA source of a formula, whole: the generated part, then the loop around it.
+
+    ``storage`` is how w and g are stored: as ``dtype`` says, or as float16.
+    """
     names = ", ".join(f"{'const T ' if a == 'g' else 'T& '}{a} = element[{i}]" for i, a in enumerate(trace.arrays))
+    half = storage == "float16"
+    half_source = [kernel_source("half.cuh"), "__device__ inline void store(Half& to, float x) { to = Half::of(x); }"]
     return "\n".join(
         [
-            f"// {trace.name} on {dtype}, generated by gpubatch from one formula.",
+            f"// {trace.name} on {storage or dtype}, generated by gpubatch from one formula.",
+            *(half_source if half else []),
             f"typedef {C_TYPES[dtype]} T;",
+            f"typedef {'Half' if half else 'T'} S;",
+            f"constexpr bool MASTER = {str(master).lower()};",
             f"constexpr int ARRAYS = {len(trace.arrays)};   // {', '.join(trace.arrays)}",
             f"constexpr int SCALARS = {max(1, len(trace.scalars))};  // computed on the host in double, once a step:",
             *(f"//     k[{i}] = {text}" for text, i in trace.scalars.items()),
@@ -311,10 +341,10 @@ def update_source(trace: Trace, dtype: str = "float32") -> str:
     )
 
 
-def host_symbol(trace: Trace, dtype: str) -> str:
+def formula_digest(trace: Trace) -> str:
     """The name of a formula's compiled form: a digest of all that the form depends on."""
     text = "\n".join([*trace.arrays, trace.c, str(len(trace.scalars)), kernel_source("math.cuh")])
-    return f"update_{hashlib.sha256(text.encode()).hexdigest()[:16]}_{dtype}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @functools.cache

@@ -352,7 +352,7 @@ class _Column:
 
     def prepare(self, index: Array) -> Array:
         if self.backend.owns(self.source.array):
-            return self.source.gather(index, self.dtype, self.scale) if self.backend.name == "cpu" else index
+            return self._gather(index) if self.backend.name == "cpu" else index
         return self.source.take(index)  # stored values are smaller to copy to the device than converted ones
 
     def deliver(self, prepared: Array) -> Array:
@@ -361,8 +361,11 @@ class _Column:
         with self.backend.scope():
             on_device = self.backend.asarray(prepared)
             if self.backend.owns(self.source.array):
-                return self.source.gather(on_device, self.dtype, self.scale)
+                return self._gather(on_device)
             return convert(on_device, self.dtype, self.scale)
+
+    def _gather(self, index: Array) -> Array:
+        return self.source.gather(index, self.dtype, self.scale, self.backend)
 
 
 def _prepare_ahead(prepare: Callable[[int], list[Array]], starts: range, depth: int) -> Generator[list[Array]]:

@@ -15,6 +15,8 @@ import numpy as np
 
 from gpubatch.backend import Array, Backend, backend_of, describe
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError
+from gpubatch.host_ops import ops_for
+from gpubatch.ops import Ops, total
 
 __all__ = ["LOSSES", "Loss", "mse", "sigmoid_cross_entropy", "softmax_cross_entropy", "svm"]
 
@@ -23,18 +25,22 @@ Space: TypeAlias = tuple[tuple[int, ...], Any]  # shape, in which -1 is the batc
 
 @dataclass(frozen=True)
 class Context:
-    """What a loss has at hand in one call: its workspace by name, and ``offsets``, where each row of scores starts."""
+    """What a loss has at hand in one call: its workspace by name, and whether the ``gradient`` is wanted.
+
+    ``work["offsets"]`` is where each row of scores starts, in int64.
+    """
 
     backend: Backend
     xp: Any
+    ops: Ops
     work: Mapping[str, Array]
-    offsets: Array
+    gradient: bool
 
 
 class Loss(ABC):
-    """A loss: forward leaves its value in ``work["loss"]``, of one element, backward the gradient in ``work["dz"]``.
+    """A loss: :meth:`run` leaves its value in ``work["loss"]``, of one element, and its gradient in ``work["dz"]``.
 
-    Backward goes on from what forward left in ``dz``. The scores z are not changed.
+    Without ``gradient``, dz is scratch. The scores z are not changed.
     """
 
     least_outputs = 1
@@ -42,7 +48,7 @@ class Loss(ABC):
 
     @abstractmethod
     def workspace(self, outputs: int) -> Mapping[str, Space]:
-        """The arrays that forward and backward work in, with "loss" and "dz" among them."""
+        """The arrays that it works in, with "loss" and "dz" among them."""
 
     @abstractmethod
     def check(self, Y: Array, rows: int, outputs: int) -> None:
@@ -53,12 +59,8 @@ class Loss(ABC):
         """Raise if a value of Y is out of range; on a GPU this waits for the device."""
 
     @abstractmethod
-    def forward(self, z: Array, Y: Array, c: Context) -> None:
-        """Write the loss."""
-
-    @abstractmethod
-    def backward(self, z: Array, Y: Array, c: Context) -> None:
-        """Write the gradient."""
+    def run(self, z: Array, Y: Array, c: Context) -> None:
+        """Write the loss, and the gradient where it is wanted."""
 
     @abstractmethod
     def predict(self, z: Array) -> Array:
@@ -88,15 +90,12 @@ class MeanSquaredError(Loss):
     def check_values(self, Y: Array, outputs: int) -> None:
         """Any number will do; NaN shows in the loss."""
 
-    def forward(self, z: Array, Y: Array, c: Context) -> None:
-        """L = Σ (z - y)² / N."""
+    def run(self, z: Array, Y: Array, c: Context) -> None:
+        """L = Σ (z - y)² / N, dz = 2 (z - y) / N."""
         dz = c.xp.subtract(z, Y.reshape(z.shape), out=c.work["dz"])
         total(c.xp.multiply(dz, dz, out=c.work["t"]), c.work["loss"], 1 / z.size)
-
-    def backward(self, z: Array, Y: Array, c: Context) -> None:
-        """dz = 2 (z - y) / N."""
-        dz = c.work["dz"]
-        dz *= 2 / z.size
+        if c.gradient:
+            dz *= 2 / z.size
 
     def predict(self, z: Array) -> Array:
         """The scores themselves."""
@@ -130,18 +129,19 @@ class SigmoidCrossEntropy(Loss):
         if not (low >= 0 and high <= 1):
             raise ArgumentError(f"Y must be in [0, 1] for sigmoid_cross_entropy, got {high if low >= 0 else low}")
 
-    def forward(self, z: Array, Y: Array, c: Context) -> None:
-        """L = Σ max(z, 0) - z y + log(1 + exp(-|z|)) / N: no logarithm of zero, nothing that overflows."""
+    def run(self, z: Array, Y: Array, c: Context) -> None:
+        """L = Σ max(z, 0) - z y + log(1 + exp(-|z|)) / N, dz = (σ(z) - y) / N, σ(z) = exp(min(z, 0)) / (1 + exp(-|z|)).
+
+        So there is no logarithm of zero, and nothing that overflows.
+        """
         xp, dz, t = c.xp, c.work["dz"], c.work["t"]
         xp.maximum(z, 0, out=dz)
         dz -= xp.multiply(z, Y.reshape(z.shape), out=t)
         xp.exp(xp.negative(xp.abs(z, out=t), out=t), out=t)
         dz += xp.log1p(t, out=t)
         total(dz, c.work["loss"], 1 / z.size)
-
-    def backward(self, z: Array, Y: Array, c: Context) -> None:
-        """dz = (σ(z) - y) / N, with σ(z) = exp(min(z, 0)) / (1 + exp(-|z|))."""
-        xp, dz, t = c.xp, c.work["dz"], c.work["t"]
+        if not c.gradient:
+            return
         xp.exp(xp.negative(xp.abs(z, out=t), out=t), out=t)
         t += 1
         xp.exp(xp.minimum(z, 0, out=dz), out=dz)
@@ -188,24 +188,9 @@ class SVM(Loss):
         """Labels count from 0."""
         check_label_values(Y, outputs)
 
-    def forward(self, z: Array, Y: Array, c: Context) -> None:
+    def run(self, z: Array, Y: Array, c: Context) -> None:
         """L = Σ max(0, z_j - z_y + 1) / n, without j = y."""
-        xp, dz, row, index = c.xp, c.work["dz"], c.work["row"], c.work["index"]
-        places_of(Y, index, c)
-        take(z, index, row, c)
-        xp.subtract(z, row[:, None], out=dz)
-        dz += 1
-        xp.maximum(dz, 0, out=dz)
-        dz.reshape(-1)[index] = 0
-        total(dz, c.work["loss"], 1 / len(z))
-
-    def backward(self, z: Array, Y: Array, c: Context) -> None:
-        """dz_j = 1/n for a violated margin, dz_y = -(how many there are)/n."""
-        xp, dz, row, index = c.xp, c.work["dz"], c.work["row"], c.work["index"]
-        xp.sign(dz, out=dz)  # margins are not negative, so this is 1 where one is violated
-        dz.sum(axis=1, out=row)
-        dz.reshape(-1)[index] = xp.negative(row, out=row)
-        dz *= 1 / len(z)
+        c.ops.svm(z, Y, c.gradient, c.work)
 
     def predict(self, z: Array) -> Array:
         """The class of the highest score."""
@@ -248,38 +233,9 @@ class SoftmaxCrossEntropy(Loss):
         elif not (low := Y.min().item()) >= 0:
             raise ArgumentError(f"Y must hold probabilities, got {low}")
 
-    def forward(self, z: Array, Y: Array, c: Context) -> None:
-        """L = Σ log Σ_j exp(z_j - max z) - (z_y - max z) / n; the largest exponential is 1, so the log is finite."""
-        xp, dz, row, sums = c.xp, c.work["dz"], c.work["row"], c.work["sum"]
-        z.max(axis=1, out=row)
-        xp.subtract(z, row[:, None], out=dz)
-        if Y.ndim == 1:
-            places_of(Y, c.work["index"], c)
-            take(dz, c.work["index"], row, c)
-        else:
-            xp.multiply(dz, Y, out=c.work["t"]).sum(axis=1, out=row)
-        xp.exp(dz, out=dz)
-        dz.sum(axis=1, out=sums)
-        log = xp.log(sums, out=c.work["log"])
-        if Y.ndim == 2:
-            log *= Y.sum(axis=1, dtype=z.dtype, out=c.work["weight"])
-        total(xp.subtract(log, row, out=log), c.work["loss"], 1 / len(z))
-
-    def backward(self, z: Array, Y: Array, c: Context) -> None:
-        """dz = (softmax(z) Σ_j y_j - y) / n."""
-        xp, dz, t, row, sums = c.xp, c.work["dz"], c.work["t"], c.work["row"], c.work["sum"]
-        xp.divide(1 / len(z), sums, out=row)
-        if Y.ndim == 1:
-            dz *= row[:, None]
-            take(dz, c.work["index"], row, c)
-            row -= 1 / len(z)
-            dz.reshape(-1)[c.work["index"]] = row
-        else:
-            row *= c.work["weight"]
-            dz *= row[:, None]
-            t[...] = Y  # into the scores' dtype before anything is rounded
-            t *= 1 / len(z)
-            dz -= t
+    def run(self, z: Array, Y: Array, c: Context) -> None:
+        """L = Σ log Σ_j exp(z_j) - z_y / n, dz = (softmax(z) Σ_j y_j - y) / n."""
+        c.ops.softmax_cross_entropy(z, Y, c.gradient, c.work)
 
     def predict(self, z: Array) -> Array:
         """The class of the highest score."""
@@ -299,26 +255,6 @@ LOSSES: dict[str, Loss] = {
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
-
-
-def total(x: Array, out: Array, scale: float) -> None:
-    """Write scale * Σ x to ``out``, of one element."""
-    x.reshape(-1).sum(keepdims=True, out=out)
-    out *= scale
-
-
-def places_of(labels: Array, index: Array, c: Context) -> None:
-    """Write to ``index`` where the score of each row's label stands among all scores."""
-    index[...] = labels  # any integer type becomes int64 here
-    index += c.offsets
-
-
-def take(x: Array, index: Array, out: Array, c: Context) -> None:
-    """``out = x.reshape(-1)[index]``."""
-    if c.backend.name == "cpu":
-        x.reshape(-1).take(index, out=out, mode="clip")  # the other mode makes NumPy fill a copy of out first
-    else:
-        x.reshape(-1).take(index, out=out)  # CuPy has one mode only
 
 
 def check_labels(Y: Array, rows: int, takes: str) -> None:
@@ -391,7 +327,6 @@ def _alone(name: str, z: Array, Y: Array) -> tuple[float, Array]:
     }
     with backend.scope(), np.errstate(over="ignore", invalid="ignore"):
         loss.check_values(Y, outputs)
-        context = Context(backend, backend.xp, work, backend.asarray(np.arange(rows) * outputs))
-        loss.forward(z, Y, context)
-        loss.backward(z, Y, context)
+        work["offsets"] = backend.asarray(np.arange(rows) * outputs)
+        loss.run(z, Y, Context(backend, backend.xp, ops_for(backend, np.dtype(z.dtype)), work, True))
         return float(work["loss"].item()), work["dz"]

@@ -26,19 +26,22 @@ from gpubatch.errors import (
     check_int,
     check_real,
 )
+from gpubatch.host_ops import ops_for
 from gpubatch.layers import (
     ACTIVATIONS,
     BatchNorm,
     Context,
     Dense,
+    DenseActivation,
     Dropout,
+    Elementwise,
     Layer,
     Mode,
     Needs,
     Parameter,
     Shape,
-    philox_generator,
 )
+from gpubatch.ops import philox_generator
 from gpubatch.params import FlatViews, Parameters
 
 __all__ = ["Network", "mlp"]
@@ -81,6 +84,18 @@ class Layout:
     def branch(self) -> Layout:
         """A layout that goes on from here by itself."""
         return Layout(self.rows, self.dtype, self.end)
+
+
+class Stacked(NamedTuple):
+    """A layer as it is run: itself, or with the activation after it as one.
+
+    ``place`` is where the layer, the first of two, stands in what the user gave.
+    """
+
+    layer: Layer
+    place: int
+    inputs: int
+    needs: Needs
 
 
 class Stage(NamedTuple):
@@ -153,10 +168,12 @@ class Network:
             )
         self.backend = get_backend(backend)
         self._xp = self.backend.xp
+        self.ops = ops_for(self.backend, self.dtype)
         self._mode = Mode(self.seed)
         self._names = parameter_names(self.layers, self.needs)
         self._make_parameters()
-        self._first = next(i for i, needs in enumerate(self.needs) if needs.parameters)  # backward ends here
+        self._stack = stacked(self.layers, self.widths)
+        self._first = next(i for i, run in enumerate(self._stack) if run.needs.parameters)  # backward ends here
         self._weights = [self._names[i][name] for i, name, p in self._declared("parameters") if p.l2] if self.l2 else []
         self._training = Workspace(0, None, None)
         self._evaluation = Workspace(0, None, None)
@@ -204,7 +221,7 @@ class Network:
         with self.backend.scope(), quiet():
             run = self._forward(X, Y)
             loss = self._finite(run.loss.work["loss"].item(), X)
-            self._backward(run, X, Y)
+            self._backward(run, X)
         return loss, self.parameters.grads
 
     def step_loss(self, X: Array, Y: Array) -> Array:
@@ -215,7 +232,7 @@ class Network:
         self._check_batch(X, Y, values=self.backend.name == "cpu")
         with self.backend.scope(), quiet():
             run = self._forward(X, Y)
-            self._backward(run, X, Y)
+            self._backward(run, X)
         return run.loss.work["loss"]
 
     def rehearse(self, X: Array, Y: Array) -> None:
@@ -251,7 +268,7 @@ class Network:
             total = penalty = right = 0.0
             truth = self._loss.truth(Y, self.outputs) if self._loss.classifies else None
             for rows, run in self._evaluate(X):
-                self._loss.forward(run.scores, Y[rows], run.loss)
+                self._loss.run(run.scores, Y[rows], run.loss)
                 total += run.loss.work["loss"].item() * len(run.scores)
                 if truth is not None:
                     right += (self._loss.predict(run.scores) == truth[rows]).sum().item()
@@ -314,26 +331,26 @@ class Network:
         loss = layout.places({**self._loss.workspace(self.outputs), "squares": ((1, 1), None)})
         ys: list[Place] = []
         kept = []
-        for i, needs in enumerate(self.needs):
-            read = "x" in needs.reads or i == 0 or "y" in self.needs[i - 1].reads
-            ys.append(ys[-1] if needs.in_place and not read else layout.place((-1, needs.outputs)))
-            kept.append(layout.places(needs.kept))
+        for i, run in enumerate(self._stack):
+            read = "x" in run.needs.reads or i == 0 or "y" in self._stack[i - 1].needs.reads
+            ys.append(ys[-1] if run.needs.in_place and not read else layout.place((-1, run.needs.outputs)))
+            kept.append(layout.places(run.needs.kept))
 
-        dxs: list[Place | None] = [None] * len(self.layers)
-        below = range(len(self.layers) - 1, self._first, -1)  # the layers whose dx is wanted
-        widths = [self.widths[i] for i in below if not self.needs[i].in_place]
+        dxs: list[Place | None] = [None] * len(self._stack)
+        below = range(len(self._stack) - 1, self._first, -1)  # the layers whose dx is wanted
+        widths = [self._stack[i].inputs for i in below if not self._stack[i].needs.in_place]
         turns = [layout.place((-1, max(widths))) for _ in widths[:2]]
         dx = loss["dz"]
         for i in below:
-            if not self.needs[i].in_place:
+            if not self._stack[i].needs.in_place:
                 turns.reverse()
-                dx = turns[0]._replace(shape=(rows, self.widths[i]))
+                dx = turns[0]._replace(shape=(rows, self._stack[i].inputs))
             dxs[i] = dx
 
         stages, ends = [], [layout.end]
-        for i, needs in enumerate(self.needs):
+        for i, run in enumerate(self._stack):
             call = layout.branch()  # scratch lasts for one call, so every layer's begins in the same place
-            stages.append(Stage(ys[i], dxs[i], {**kept[i], **call.places(needs.scratch)}))
+            stages.append(Stage(ys[i], dxs[i], {**kept[i], **call.places(run.needs.scratch)}))
             ends.append(call.end)
         if self._weights:
             call = layout.branch()
@@ -347,12 +364,12 @@ class Network:
         loss = layout.places({**self._loss.workspace(self.outputs), "squares": ((1, 1), None)})
         turns = [layout.place((-1, max(self.widths[1:]))) for _ in range(2)]
         stages, ends = [], [layout.end]
-        for i, needs in enumerate(self.needs):
-            if not needs.in_place or i == 0:
+        for i, run in enumerate(self._stack):
+            if not run.needs.in_place or i == 0:
                 turns.reverse()
             call = layout.branch()
-            y = turns[0]._replace(shape=(rows, needs.outputs))
-            stages.append(Stage(y, None, call.places({**needs.kept, **needs.scratch})))
+            y = turns[0]._replace(shape=(rows, run.needs.outputs))
+            stages.append(Stage(y, None, call.places({**run.needs.kept, **run.needs.scratch})))
             ends.append(call.end)
         return Plan(stages, loss, max(ends))
 
@@ -426,29 +443,31 @@ class Network:
             return views[place]
 
         steps = []
-        for i, (layer, stage) in enumerate(zip(self.layers, plan.stages, strict=True)):
+        for (layer, place, _, needs), stage in zip(self._stack, plan.stages, strict=True):
+            names = self._names[place]
             context = Context(
-                *(self.backend, self._xp, i, self._mode),
-                p={name: self.parameters[self._names[i][name]] for name in self.needs[i].parameters},
-                g={name: self.parameters.grads[self._names[i][name]] for name in self.needs[i].parameters},
-                buffers={name: self.buffers[self._names[i][name]] for name in self.needs[i].buffers},
+                *(self.backend, self._xp, self.ops, place, self._mode),
+                p={name: self.parameters[names[name]] for name in needs.parameters},
+                g={name: self.parameters.grads[names[name]] for name in needs.parameters},
+                buffers={name: self.buffers[names[name]] for name in needs.buffers},
                 work={name: view(place) for name, place in stage.work.items()},
             )
             steps.append((layer, view(stage.y), stage.dx and view(stage.dx), context))
         work = {name: view(place) for name, place in plan.loss.items()}
-        loss = losses.Context(self.backend, self._xp, work, workspace.offsets[:rows])
+        work["offsets"] = workspace.offsets[:rows]
+        loss = losses.Context(self.backend, self._xp, self.ops, work, training)
         if len(workspace.passes) == SIZES_KEPT:
             del workspace.passes[next(iter(workspace.passes))]
         workspace.passes[rows] = Pass(steps, loss, steps[-1][1])
         return workspace.passes[rows]
 
     def _forward(self, X: Array, Y: Array) -> Pass:
-        """Scores, loss and l2 term of a training batch."""
+        """Scores, loss with its gradient by them, and l2 term of a training batch."""
         self.plan(len(X))
         self._mode.training = True
         run = self._bound(self._training, len(X), True)
         run_layers(run, X)
-        self._loss.forward(run.scores, Y, run.loss)
+        self._loss.run(run.scores, Y, run.loss)
         loss = run.loss.work["loss"]
         for name in self._weights:
             term = squares(self._xp, self.parameters[name], run.loss.work["squares"])[0]
@@ -456,9 +475,8 @@ class Network:
             loss += term
         return run
 
-    def _backward(self, run: Pass, X: Array, Y: Array) -> None:
+    def _backward(self, run: Pass, X: Array) -> None:
         """All gradients, from the last layer to the first that has parameters."""
-        self._loss.backward(run.scores, Y, run.loss)
         dy = run.loss.work["dz"]
         for i in range(len(run.steps) - 1, self._first - 1, -1):
             layer, y, dx, context = run.steps[i]
@@ -552,6 +570,21 @@ def chain_widths(layers: Sequence[Layer]) -> list[int]:
             )
         widths.append(layer.needs(widths[-1]).outputs)
     return widths
+
+
+def stacked(layers: Sequence[Layer], widths: Sequence[int]) -> list[Stacked]:
+    """The layers as they are run: a Dense layer with bias and the activation after it are one."""
+    found: list[Stacked] = []
+    for i, (layer, inputs) in enumerate(zip(layers, widths[:-1], strict=True)):
+        before = found[-1].layer if found else None
+        # By their very types: a subclass may do something else.
+        plain = type(layer) in ACTIVATIONS.values() and type(before) is Dense and before.bias
+        if plain and isinstance(layer, Elementwise) and isinstance(before, Dense):
+            whole = DenseActivation(before, layer)
+            found[-1] = Stacked(whole, i - 1, found[-1].inputs, whole.needs(found[-1].inputs))
+        else:
+            found.append(Stacked(layer, i, inputs, layer.needs(inputs)))
+    return found
 
 
 def describe_layer(layers: Sequence[Layer], i: int) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias, TypedDict, Unpack
+from typing import Any, NamedTuple, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from gpubatch.errors import (
     check_real,
 )
 from gpubatch.formula import Rule
-from gpubatch.launch import update_for
+from gpubatch.launch import compute_dtype, update_for
 from gpubatch.params import FlatViews, Parameters
 
 __all__ = [
@@ -43,6 +42,7 @@ __all__ = [
 ]
 
 Hyper: TypeAlias = float | schedules.Schedule
+MASTER = "master"  # the name of the float32 copy of float16 parameters, beside the formula's state
 
 # The range of every hyper-parameter that gpubatch's own rules have: from low, included, to high, excluded.
 RANGES: dict[str, tuple[float, float]] = {
@@ -59,8 +59,7 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-@dataclass(frozen=True)
-class StepResult:
+class StepResult(NamedTuple):
     """What a step did: whether the update was ``applied``, the step count ``t`` and the learning rate ``lr`` used."""
 
     applied: bool
@@ -72,10 +71,13 @@ class Optimizer:
     """``rule`` bound to ``params``, which it changes in place.
 
     ``params`` is a :class:`Parameters`, or a mapping or a sequence of arrays: NumPy, CuPy, or of any library that
-    speaks DLPack and lets them be written; all float32 or all float64, on one device. A hyper-parameter is a number
-    or a schedule: a callable (step, epoch) -> float, both counted from 0. ``weight_decay`` adds λw to the gradient,
-    or with ``decoupled=True`` shrinks w by lr·λ before the update (Loshchilov & Hutter 2019). ``backend`` may name
-    the device where the parameters are expected.
+    speaks DLPack and lets them be written; all float32, all float64 or all float16, on one device. A hyper-parameter
+    is a number or a schedule: a callable (step, epoch) -> float, both counted from 0. ``weight_decay`` adds λw to the
+    gradient, or with ``decoupled=True`` shrinks w by lr·λ before the update (Loshchilov & Hutter 2019). ``backend``
+    may name the device where the parameters are expected.
+
+    For float16 the arithmetic and the state are float32. ``master_weights`` keeps a float32 copy of the parameters
+    too, on which the steps work, so that small ones are not lost in rounding (Micikevicius et al., arXiv:1710.03740).
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Optimizer:
         weight_decay: Hyper = 0.0,
         decoupled: bool = False,
         backend: str | Backend | None = None,
+        master_weights: bool = False,
         **hyper: Any,
     ) -> None:
         if not isinstance(rule, Rule):
@@ -110,17 +113,34 @@ class Optimizer:
         self._dtype = self._common_dtype()
         shapes = {name: tuple(p.shape) for name, p in self._params.items()}
         size = sum(p.size for p in self._params.values())
-        self._state = {name: FlatViews(self.backend.zeros(size, self._dtype), shapes) for name in rule.state}
+        self._master = check_bool("master_weights", master_weights)
+        if self._master and self._dtype != np.float16:
+            raise ArgumentError(f"master_weights=True is for float16 parameters, these are {self._dtype}")
+        kept, dtype = (*rule.state, *([MASTER] if self._master else [])), compute_dtype(self._dtype)
+        self._state = {name: FlatViews(self.backend.zeros(size, dtype), shapes) for name in kept}
+        if self._master:
+            for name, p in self._params.items():
+                self._state[MASTER][name] = p
         self._bind()
 
-    def step(self, grads: Any = None) -> StepResult:
+    def step(self, grads: Any = None, control: Array | None = None) -> StepResult:
         """One update in place; ``grads`` as ``params`` were given, by default ``params.grads``.
 
-        Gradients must have the parameters' names, shapes, element type and device.
+        Gradients must have the parameters' names, shapes, element type and device. ``control`` is an array of two
+        numbers on their device, of the type of the state: what gradients are multiplied by, and, where it is not 0,
+        that the update is left out. On the CPU such a step is not counted, and ``applied`` is False. A GPU reads it
+        when it gets there: nobody waits, and the step is counted.
         """
         hyper = {name: self._now(name) for name in self._trace.hyper}
         scalars = self._trace.evaluate(self.t + 1, **hyper)
-        self._update(self._arrays(grads), scalars)
+        arrays = self._arrays(grads)
+        if control is not None:
+            self._check_control(control)
+        if not self._at_once(arrays, scalars, control):
+            checked = [(w, self._gradient(i, g, w), *state) for i, (w, g, *state) in enumerate(arrays)]
+            self._update(checked, scalars, control)
+        if control is not None and isinstance(control, np.ndarray) and control[1]:
+            return StepResult(False, self.t, hyper.get("lr"))
         self.t += 1
         return StepResult(True, self.t, hyper.get("lr"))
 
@@ -204,7 +224,7 @@ class Optimizer:
 
     def _take(self, given: dict[str, Any]) -> None:
         """Sort what was given into options and hyper-parameters; the rule's defaults fill the rest."""
-        common = ["weight_decay", "decoupled", "backend"]
+        common = ["weight_decay", "decoupled", "backend", "master_weights"]
         check_known(self.rule.name, given, [*self.rule.hyper, *self.rule.options, *common])
         for name, value in given.items():
             if name not in self.rule.options:
@@ -244,31 +264,29 @@ class Optimizer:
                     f"params must have one element type: {first!r} is {self._params[first].dtype}, "
                     f"{name!r} is {self._params[name].dtype}"
                 )
-        return float_dtype(self._params[first].dtype, f"params[{first!r}]")
+        return float_dtype(self._params[first].dtype, f"params[{first!r}]", half=True)
 
     def _bind(self) -> None:
         """Record the formula with its options, and with weight decay where there is any."""
         decay = "" if self._hyper["weight_decay"] == 0.0 else "decoupled" if self._decoupled else "coupled"
         self._trace = self.rule.trace(decay, **self._options)
-        self._update = update_for(self._trace, self._dtype, self.backend)
+        self._update = update_for(self._trace, self._dtype, self.backend, self._master)
+        self._at_once = getattr(self._update, "at_once", lambda arrays, scalars, control: False)
+        self._flat_state = [views.flat for views in self._state.values()]
+        self._apart = [(p, [views[name] for views in self._state.values()]) for name, p in self._params.items()]
 
     def _arrays(self, grads: Any) -> list[tuple[Array, ...]]:
-        """(w, g, state ...) tuples: one for a flat buffer, otherwise one for each parameter."""
+        """(w, g, state ...) tuples: one for a flat buffer, otherwise one for each parameter; g is yet unchecked."""
         if self._flat is not None:
             flat = self._flat_grads(grads, self._flat)
             if flat is not None:
-                g = self._gradient("grads", flat, self._flat.flat)
-                return [(self._flat.flat, g, *(views.flat for views in self._state.values()))]
+                return [(self._flat.flat, flat, *self._flat_state)]
         if grads is None:
             raise ArgumentError("grads must be given: only gpubatch.Parameters has .grads, separate arrays have none")
         found = named_arrays(grads, "grads")
         if found.keys() != self._params.keys():
             raise ArgumentError(f"grads must be for {', '.join(self._params)}; got {', '.join(found)}")
-        arrays = []
-        for name, p in self._params.items():
-            g = self._gradient(f"grads[{name!r}]", found[name], p)
-            arrays.append((p, g, *(views[name] for views in self._state.values())))
-        return arrays
+        return [(p, found[name], *state) for name, (p, state) in zip(self._params, self._apart, strict=True)]
 
     @staticmethod
     def _flat_grads(grads: Any, params: Parameters) -> Array | None:
@@ -279,8 +297,9 @@ class Optimizer:
             return grads.flat if grads.shapes == params.shapes else None
         return grads if getattr(grads, "shape", None) == params.flat.shape else None
 
-    def _gradient(self, label: str, g: Any, p: Array) -> Array:
-        """``g``, checked; a copy where it is the parameter itself, as the gradient of w²/2 may be."""
+    def _gradient(self, i: int, g: Any, p: Array) -> Array:
+        """Gradient i, checked; a copy where it is the parameter itself, as the gradient of w²/2 may be."""
+        label = "grads" if self._flat is not None and p is self._flat.flat else f"grads[{list(self._params)[i]!r}]"
         self.backend.check(label, g)
         if g.shape != p.shape:
             raise ShapeError(f"{label} has shape {g.shape}, the parameter has {p.shape}")
@@ -288,6 +307,12 @@ class Optimizer:
             raise DTypeError(f"{label} is {g.dtype}, the parameter is {p.dtype}; convert it with astype")
         shared = g is p or (isinstance(g, np.ndarray) and np.may_share_memory(g, p))
         return g.copy() if shared else g
+
+    def _check_control(self, control: Any) -> None:
+        self.backend.check("control", control)
+        dtype = compute_dtype(self._dtype)
+        if control.shape != (2,) or control.dtype != dtype:
+            raise ShapeError(f"control must be two numbers of {dtype}, got {describe(control)}")
 
     def _loaded(self, name: str, value: Any) -> Any:
         if isinstance(value, Mapping) and "schedule" in value:
@@ -333,6 +358,7 @@ class Common(TypedDict, total=False):
     weight_decay: Hyper
     decoupled: bool
     backend: str | Backend | None
+    master_weights: bool
 
 
 class SGD(Optimizer):
@@ -463,8 +489,9 @@ class AdamW(Optimizer):
         weight_decay: Hyper = 1e-2,
         decoupled: bool = True,
         backend: str | Backend | None = None,
+        master_weights: bool = False,
     ) -> None:
-        common = Common(weight_decay=weight_decay, decoupled=decoupled, backend=backend)
+        common = Common(weight_decay=weight_decay, decoupled=decoupled, backend=backend, master_weights=master_weights)
         Adam.__init__(self, params, lr, beta1, beta2, eps, eps_at, amsgrad, **common)  # type: ignore[arg-type]
 
 

@@ -91,7 +91,7 @@ class Parameters(FlatViews):
         if not shapes:
             raise ArgumentError("shapes must name at least one parameter, got none")
         self.backend = get_backend(backend)
-        dtype = float_dtype(dtype)
+        dtype = float_dtype(dtype, half=True)
         dimensions = {name: _shape(name, value) for name, value in shapes.items()}
         size = sum(map(math.prod, dimensions.values()))
         FlatViews.__init__(self, self.backend.zeros(size, dtype), dimensions)

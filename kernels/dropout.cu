@@ -1,43 +1,33 @@
-// Inverted dropout: y = x * mask, mask = scale where a uniform number is not below the rate, else 0.
-//
-// The uniform numbers are NumPy's, bit for bit: Generator(Philox(key=[seed, layer], counter=[0, step, 0, 0]))
-// .random(dtype=float32). Philox4x64-10 is of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
-// Element i needs block i / 8 alone, so any thread can make it: one block is four 64-bit words, eight floats.
-// The type T (float or double) is defined before this text.
-
-typedef unsigned long long u64;
-
-__device__ inline void philox(u64 counter[4], u64 key0, u64 key1) {
-    for (int round = 0; round < 10; ++round) {
-        const u64 low0 = 0xD2E7470EE14C6C93ull * counter[0];
-        const u64 high0 = __umul64hi(0xD2E7470EE14C6C93ull, counter[0]);
-        const u64 low1 = 0xCA5A826395121157ull * counter[2];
-        const u64 high1 = __umul64hi(0xCA5A826395121157ull, counter[2]);
-        counter[0] = high1 ^ counter[1] ^ key0;
-        counter[1] = low1;
-        counter[2] = high0 ^ counter[3] ^ key1;
-        counter[3] = low0;
-        key0 += 0x9E3779B97F4A7C15ull;
-        key1 += 0xBB67AE8584CAA73Bull;
-    }
-}
+// Inverted dropout: y = x * mask, mask = scale where a uniform number is not below the rate, else 0. The numbers are
+// those of philox.cuh; element i needs block i / 8 alone, so any thread can make it. x may be y.
 
 extern "C" __global__ void dropout(const T* x, T* y, T* mask, long long n, u64 seed, u64 layer, u64 step, float rate,
                                    T scale) {
+    const bool packed = aligned(x) && aligned(y) && aligned(mask);
     const long long stride = (long long)gridDim.x * blockDim.x;
     const long long blocks = (n + 7) / 8;
     for (long long block = (long long)blockIdx.x * blockDim.x + threadIdx.x; block < blocks; block += stride) {
-        // NumPy counts up before it makes a block, so the first has counter 1.
-        u64 word[4] = {(u64)block + 1, step, 0, 0};
-        philox(word, seed, layer);
-        for (int j = 0; j < 8; ++j) {
-            const long long i = 8 * block + j;
-            if (i < n) {
-                // The low half of a word comes first; a float takes the upper 24 bits of a half.
-                const unsigned int half = (unsigned int)(j % 2 == 0 ? word[j / 2] : word[j / 2] >> 32);
-                const T kept = (half >> 8) * (1.0f / 16777216.0f) >= rate ? scale : (T)0;
-                mask[i] = kept;
-                y[i] = x[i] * kept;
+        float uniform[8];
+        uniform_block((u64)block, seed, layer, step, uniform);
+        const long long start = 8 * block;
+        if (packed && start + 8 <= n) {
+            for (int j = 0; j < 8; j += WIDTH) {
+                Pack kept, value = pack(x + start + j);
+                for (int lane = 0; lane < WIDTH; ++lane) {
+                    kept.at[lane] = uniform[j + lane] >= rate ? scale : T(0);
+                    value.at[lane] *= kept.at[lane];
+                }
+                pack(mask + start + j) = kept;
+                pack(y + start + j) = value;
+            }
+        } else {
+            for (int j = 0; j < 8; ++j) {
+                const long long i = start + j;
+                if (i < n) {
+                    const T kept = uniform[j] >= rate ? scale : T(0);
+                    mask[i] = kept;
+                    y[i] = x[i] * kept;
+                }
             }
         }
     }

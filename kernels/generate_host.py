@@ -1,7 +1,8 @@
-"""Write the C++ source of every update rule for the CPU: ``python kernels/generate_host.py OUTPUT``, at build time.
+"""Write what the host kernels take from Python: ``python kernels/generate_host.py FOLDER``, at build time.
 
-One function for each formula as it was recorded, in float and double, found at run time by the formula's own text: a
+``formulas.h`` has a function for each update rule as it was recorded, found at run time by the formula's own text: a
 library that was built from another version of a formula does not have it, and NumPy runs it instead.
+``tail_float32.h`` and ``tail_float64.h`` have the normal tail of GELU.
 """
 
 from __future__ import annotations
@@ -15,20 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpubatch import rules
 from gpubatch.formula import Rule, Trace
-from gpubatch.launch import host_symbol, kernel_source
-
-HEAD = """
-#include <cmath>
-using std::sqrt; using std::exp; using std::log; using std::tanh; using std::fabs; using std::pow;
-#define __device__
-
-// One version for each width of SIMD, chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__gnu_linux__)
-#define EVERY_WIDTH __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define EVERY_WIDTH
-#endif
-"""
+from gpubatch.launch import formula_digest
+from gpubatch.ops import normal_tail_source
 
 
 def traces(rule: Rule) -> Iterator[Trace]:
@@ -39,27 +28,28 @@ def traces(rule: Rule) -> Iterator[Trace]:
             yield rule.trace(decay, **dict(zip(rule.options, values, strict=True)))
 
 
-def function(trace: Trace, dtype: str) -> str:
+def function(trace: Trace) -> str:
     """The loop over one formula, for rows ``first`` to ``last`` of a table of pieces."""
     kinds = {a: "const T" if a == "g" else "T" for a in trace.arrays}
-    width = len(trace.arrays) + 1  # of a row: addresses, then a size; see piece_table in gpubatch/launch.py
+    width = len(trace.arrays) + 1  # of a row: addresses, then a size
     pointers = [
         f"{kind}* __restrict__ {a}_at = reinterpret_cast<{kind}*>(row[{i}]);"
         for i, (a, kind) in enumerate(kinds.items())
     ]
+    # A gradient times 1 has the same bits.
     body = [
-        *(f"{kind} {a} = {a}_at[i];" for a, kind in kinds.items()),
+        *(f"{kind} {a} = {a}_at[i]{' * scale' if a == 'g' else ''};" for a, kind in kinds.items()),
         *trace.c.splitlines(),
         *(f"{a}_at[i] = {a};" for a in trace.targets),
     ]
     lines = [
-        f'extern "C" EVERY_WIDTH void {host_symbol(trace, dtype)}(',
-        "    const long long* table, const T* scalars, long long first, long long last) {",
+        f"static void update_{formula_digest(trace)}(const Int* table, const T* scalars, Int first, Int last) {{",
         f"    T k[{max(1, len(trace.scalars))}];",
         f"    for (int s = 0; s < {len(trace.scalars)}; ++s) k[s] = scalars[s];",
-        f"    for (const long long* row = table + {width} * first; row < table + {width} * last; row += {width}) {{",
+        f"    const T scale = scalars[{len(trace.scalars)}];",
+        f"    for (const Int* row = table + {width} * first; row < table + {width} * last; row += {width}) {{",
         *(f"        {line}" for line in pointers),
-        f"        for (long long i = 0; i < row[{width - 1}]; ++i) {{",
+        f"        for (Int i = 0; i < row[{width - 1}]; ++i) {{",
         *(f"            {line}" for line in body),
         "        }",
         "    }",
@@ -68,15 +58,16 @@ def function(trace: Trace, dtype: str) -> str:
     return "\n".join(lines)
 
 
-def source() -> str:
-    """The whole file."""
-    every = [trace for name in rules.__all__ for trace in traces(getattr(rules, name))]
-    parts = [HEAD]
-    for dtype, name in (("float32", "float"), ("float64", "double")):
-        functions = {host_symbol(trace, dtype): function(trace, dtype) for trace in every}
-        parts += [f"namespace {dtype} {{\ntypedef {name} T;\n{kernel_source('math.cuh')}", *functions.values(), "}"]
-    return "\n".join(parts) + "\n"
+def formulas() -> str:
+    """All rules in all their variants, for a type T, and a table of them."""
+    every = {formula_digest(trace): trace for name in rules.__all__ for trace in traces(getattr(rules, name))}
+    rows = ",\n".join(f'    {{"{digest}", update_{digest}}}' for digest in every)
+    table = f"static constexpr Formula<T> formulas[] = {{\n{rows},\n}};"
+    return "\n".join([*map(function, every.values()), table]) + "\n"
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(source())
+    folder = Path(sys.argv[1])
+    (folder / "formulas.h").write_text(formulas())
+    for dtype in ("float32", "float64"):
+        (folder / f"tail_{dtype}.h").write_text(normal_tail_source(dtype))

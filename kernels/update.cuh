@@ -1,57 +1,87 @@
 // The loop around every update rule. The generated part above this one defines
-//     T         the element type,
+//     T         the type of the arithmetic and of the state,
+//     S         the type in which w and g are stored: T, or Half,
+//     MASTER    whether w has a copy in T, the last array, that the rule works on,
 //     ARRAYS    how many arrays the rule touches: w, g and its state,
 //     SCALARS   how many scalars it needs,
 //     update()  the formula, on one element of each array.
-// A thread moves 16 bytes of every array at a time where all of them are aligned alike, one element otherwise.
+// A thread moves 16 bytes of w at a time, and as many elements of every other array, where all of them are aligned
+// alike; one element otherwise.
 
-constexpr int WIDTH = 16 / sizeof(T);
+constexpr int STORED = ARRAYS + MASTER;  // the arrays of a row of the table
+constexpr int WIDTH = 16 / sizeof(S);
 
+template <class E>
 struct alignas(16) Pack {
-    T at[WIDTH];
+    E at[WIDTH];
 };
 
-__device__ inline void update_one(T* const* arrays, const T* k, long long i) {
-    T x[ARRAYS];
-    for (int a = 0; a < ARRAYS; ++a) x[a] = arrays[a][i];
-    update(x, k);
-    for (int a = 0; a < ARRAYS; ++a)
-        if (a != 1) arrays[a][i] = x[a];  // all but g
-}
+__device__ inline void store(T& to, T x) { to = x; }
 
-__device__ inline void update_pack(T* const* arrays, const T* k, long long i) {
-    Pack packs[ARRAYS];
-    for (int a = 0; a < ARRAYS; ++a) packs[a] = *reinterpret_cast<const Pack*>(arrays[a] + i);
-    for (int lane = 0; lane < WIDTH; ++lane) {
-        T x[ARRAYS];
-        for (int a = 0; a < ARRAYS; ++a) x[a] = packs[a].at[lane];
-        update(x, k);
-        for (int a = 0; a < ARRAYS; ++a) packs[a].at[lane] = x[a];
+// The arrays of a row.
+struct Arrays {
+    S* w;
+    const S* g;
+    T* state[STORED];  // from 2 on
+
+    __device__ Arrays(const long long* row) : w(reinterpret_cast<S*>(row[0])), g(reinterpret_cast<const S*>(row[1])) {
+        for (int a = 2; a < STORED; ++a) state[a] = reinterpret_cast<T*>(row[a]);
     }
-    for (int a = 0; a < ARRAYS; ++a)
-        if (a != 1) *reinterpret_cast<Pack*>(arrays[a] + i) = packs[a];
-}
+
+    __device__ void update_one(const T* k, T scale, long long i) const {
+        T x[STORED];
+        for (int a = 2; a < STORED; ++a) x[a] = state[a][i];
+        x[0] = MASTER ? x[STORED - 1] : T(w[i]);
+        x[1] = T(g[i]) * scale;
+        update(x, k);
+        store(w[i], x[0]);
+        if (MASTER) x[STORED - 1] = x[0];
+        for (int a = 2; a < STORED; ++a) state[a][i] = x[a];
+    }
+
+    __device__ void update_pack(const T* k, T scale, long long i) const {
+        Pack<S> weights = *reinterpret_cast<const Pack<S>*>(w + i);
+        const Pack<S> gradients = *reinterpret_cast<const Pack<S>*>(g + i);
+        Pack<T> packs[STORED];
+        for (int a = 2; a < STORED; ++a) packs[a] = *reinterpret_cast<const Pack<T>*>(state[a] + i);
+        for (int lane = 0; lane < WIDTH; ++lane) {
+            T x[STORED];
+            for (int a = 2; a < STORED; ++a) x[a] = packs[a].at[lane];
+            x[0] = MASTER ? x[STORED - 1] : T(weights.at[lane]);
+            x[1] = T(gradients.at[lane]) * scale;
+            update(x, k);
+            store(weights.at[lane], x[0]);
+            if (MASTER) x[STORED - 1] = x[0];
+            for (int a = 2; a < STORED; ++a) packs[a].at[lane] = x[a];
+        }
+        *reinterpret_cast<Pack<S>*>(w + i) = weights;
+        for (int a = 2; a < STORED; ++a) *reinterpret_cast<Pack<T>*>(state[a] + i) = packs[a];
+    }
+};
 
 // One launch for any number of arrays, one block for each row of `table`: the address of the row's piece of every
 // array, then how many elements it has. A flat buffer is cut into such pieces too. `scalars` lie on the device, so
-// that a captured launch sees those of the step.
-extern "C" __global__ void update_arrays(const long long* table, const T* scalars) {
-    const long long* row = table + (long long)blockIdx.x * (ARRAYS + 1);
-    T* arrays[ARRAYS];
-    for (int a = 0; a < ARRAYS; ++a) arrays[a] = reinterpret_cast<T*>(row[a]);
-    const long long n = row[ARRAYS];
+// that a captured launch sees those of the step. `control`, or null, holds what gradients are multiplied by, and
+// whether (not 0) nothing is to be done: what wrote it need not have been waited for.
+extern "C" __global__ void update_arrays(const long long* table, const T* scalars, const T* control) {
+    const T scale = control ? control[0] : T(1);
+    if (control && control[1] != 0) return;
+    const long long* row = table + (long long)blockIdx.x * (STORED + 1);
+    const Arrays arrays(row);
+    const long long n = row[STORED];
     T k[SCALARS];  // in registers: a store to an array might change what `scalars` points to
     for (int s = 0; s < SCALARS; ++s) k[s] = scalars[s];
 
-    const long long offset = row[0] % 16;
-    bool alike = offset % sizeof(T) == 0;
-    for (int a = 1; a < ARRAYS; ++a) alike = alike && row[a] % 16 == offset;
-    long long head = alike ? (16 - offset) % 16 / (long long)sizeof(T) : n;  // elements before the first aligned one
-    if (head > n) head = n;
-    const long long tail = head + (n - head) / WIDTH * WIDTH;                // the first one after the last whole pack
+    // Elements before the first that is aligned to 16 bytes, in w and then in all the others.
+    const long long beyond = row[0] % 16;
+    long long head = (16 - beyond) % 16 / (long long)sizeof(S);
+    bool alike = beyond % sizeof(S) == 0 && (row[1] + head * (long long)sizeof(S)) % 16 == 0;
+    for (int a = 2; a < STORED; ++a) alike = alike && (row[a] + head * (long long)sizeof(T)) % 16 == 0;
+    if (!alike || head > n) head = n;
+    const long long tail = head + (n - head) / WIDTH * WIDTH;  // the first one after the last whole pack
 
-    for (long long i = threadIdx.x; i < head; i += blockDim.x) update_one(arrays, k, i);
+    for (long long i = threadIdx.x; i < head; i += blockDim.x) arrays.update_one(k, scale, i);
     for (long long i = head + (long long)threadIdx.x * WIDTH; i < tail; i += (long long)blockDim.x * WIDTH)
-        update_pack(arrays, k, i);
-    for (long long i = tail + threadIdx.x; i < n; i += blockDim.x) update_one(arrays, k, i);
+        arrays.update_pack(k, scale, i);
+    for (long long i = tail + threadIdx.x; i < n; i += blockDim.x) arrays.update_one(k, scale, i);
 }

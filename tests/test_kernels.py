@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
-import ctypes
+from typing import Any
 
 import numpy as np
 import pytest
-from emulate import check_compiles, host_kernel
+from emulate import ORDERS, Table, check_compiles_everywhere, host_kernel, sanitized
 from optimizer_table import CASES, Case, trace_of
 
 import gpubatch as gb
+from gpubatch import launch
 from gpubatch.formula import Trace
-from gpubatch.launch import HostUpdate, piece_table, update_source
+from gpubatch.launch import HostUpdate, compute_dtype, cpu_update, piece_table, update_for, update_source
 
-ARCHITECTURES = (70, 80, 90, 100)
+PARAMETERS = ("const long long* table", "const T* scalars", "const T* control")
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-def emulate(trace: Trace, groups: list[tuple[np.ndarray, ...]], scalars: tuple[float, ...], threads: int = 256) -> None:
-    dtype = groups[0][0].dtype
-    kernel = host_kernel(
-        update_source(trace, dtype.name), "update_arrays", "const long long* table", "const T* scalars"
-    )
+def table_of(groups: list[tuple[np.ndarray, ...]]) -> np.ndarray:
     addresses = np.array([[*(a.ctypes.data for a in group), group[0].size] for group in groups], np.int64)
-    table = piece_table(addresses, dtype.itemsize, 4096)
+    return piece_table(addresses, np.array([a.itemsize for a in groups[0]]), 4096)
+
+
+def emulate(
+    trace: Trace,
+    groups: list[tuple[np.ndarray, ...]],
+    scalars: tuple[float, ...],
+    threads: int = 256,
+    control: np.ndarray | None = None,
+) -> None:
+    storage, master = groups[0][0].dtype, len(groups[0]) > len(trace.arrays)
+    dtype = compute_dtype(storage)
+    source = update_source(trace, dtype.name, storage.name, master)
+    kernel = host_kernel(source, "update_arrays", *PARAMETERS)
+    table = table_of(groups)
     device_scalars = np.array([*scalars, 0.0], dtype)
-    kernel(table.ctypes.data_as(ctypes.c_void_p), device_scalars.ctypes.data_as(ctypes.c_void_p), len(table), threads)
+    if len(table):  # as CudaUpdate: a launch of no blocks is an error
+        kernel(table, device_scalars, control, len(table), threads)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @every_case
 def test_it_compiles_for_real_architectures(case: Case, dtype: str) -> None:
-    source = update_source(trace_of(case)[0], dtype)
-    for architecture in ARCHITECTURES:
-        check_compiles(source, architecture)
+    """Without local memory: the loops over the arrays are unrolled, or else these would lie there."""
+    for (report,) in check_compiles_everywhere(update_source(trace_of(case)[0], dtype)):
+        assert report.registers <= 128  # two blocks of 256 threads at the same time, on any device
 
 
 @every_case
@@ -75,6 +87,39 @@ def test_one_launch_serves_arrays_that_lie_apart(dtype: np.dtype, rng: np.random
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adam", "amsgrad"])  # two, four and five arrays
+@pytest.mark.parametrize("order", ORDERS)
+def test_it_stays_within_its_arrays(name: str, order: str, dtype: np.dtype, rng: np.random.Generator) -> None:
+    """Under the sanitizers: no access outside of an array, none that is not aligned for what is loaded."""
+    trace, hyper = trace_of(CASES[name])
+    scalars = trace.evaluate(3, **hyper)
+    count = len(trace.arrays)
+    groups = []
+    for size in (1, 3, 50, 4097):
+        for starts in ([0] * count, [1] * count, [*range(count)]):
+            groups.append(tuple(np.abs(rng.standard_normal(size + k)).astype(dtype)[k:] for k in starts))
+    arrays = [a for group in groups for a in group]
+    arguments = [Table(table := table_of(groups), arrays), np.array(scalars, dtype), None]
+    *ours, _ = sanitized(
+        update_source(trace, dtype.name), "update_arrays", PARAMETERS, arguments, len(table), 256, order
+    )
+    HostUpdate(trace, dtype)(groups, scalars)
+    for a, b in zip(ours, arrays, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_packs_that_are_not_aligned_would_be_caught() -> None:
+    source = update_source(trace_of(CASES["sgd"])[0])
+    check = "(row[1] + head * (long long)sizeof(S)) % 16 == 0"
+    assert source.count(check) == 1
+    arrays = np.ones(50, np.float32), np.ones(51, np.float32)[1:]
+    arguments = [Table(table_of([arrays]), arrays), np.array([0.5], np.float32), None]
+    w, _, _ = sanitized(source, "update_arrays", PARAMETERS, arguments, 1, 256)
+    np.testing.assert_array_equal(w, 0.5)
+    with pytest.raises(AssertionError, match="which requires 16 byte alignment"):
+        sanitized(source.replace(check, "true"), "update_arrays", PARAMETERS, arguments, 1, 256)
+
+
 def test_the_pieces_cover_every_element_once() -> None:
     sizes = np.array([0, 1, 4096, 4097, 100_000])
     addresses = np.stack([1_000_000 * np.arange(1, 6), 9_000_000 * np.arange(1, 6), sizes], axis=1)
@@ -90,15 +135,126 @@ def test_a_wrong_formula_would_be_caught(rng: np.random.Generator) -> None:
     """The comparison has teeth: one sign changed in the source, and the bits differ."""
     trace, _ = trace_of(CASES["adam"])
     source = update_source(trace).replace("k[0] * m + k[1] * g", "k[0] * m - k[1] * g")
-    kernel = host_kernel(source, "update_arrays", "const long long* table", "const T* scalars")
+    kernel = host_kernel(source, "update_arrays", *PARAMETERS)
     arrays = [np.abs(rng.standard_normal(10)).astype(np.float32) for _ in range(4)]
     expected = [a.copy() for a in arrays]
     scalars = trace.evaluate(2, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8)
-    table = piece_table(np.array([[*(a.ctypes.data for a in arrays), 10]], np.int64), 4, 4096)
-    k = np.array(scalars, np.float32)
-    kernel(table.ctypes.data_as(ctypes.c_void_p), k.ctypes.data_as(ctypes.c_void_p), 1, 256)
+    kernel(table_of([tuple(arrays)]), np.array(scalars, np.float32), None, 1, 256)
     HostUpdate(trace, np.dtype(np.float32))([tuple(expected)], scalars)
     assert np.abs(arrays[0] - expected[0]).max() > 1e-3
+
+
+# --- scale and skip, float16 ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25, 3.0])
+@pytest.mark.parametrize("size", [1, 5000])
+def test_the_gradient_is_scaled_on_the_device(
+    scale: float, size: int, dtype: np.dtype, rng: np.random.Generator
+) -> None:
+    trace, hyper = trace_of(CASES["adam"])
+    scalars = trace.evaluate(3, **hyper)
+    w, g, m, v = (np.abs(rng.standard_normal(size)).astype(dtype) for _ in range(4))
+    ours = tuple(a.copy() for a in (w, g, m, v))
+    HostUpdate(trace, dtype)([(w, g * dtype.type(scale), m, v)], scalars)
+    for update in (emulate_with(trace), HostUpdate(trace, dtype), cpu_update(trace, dtype)):
+        arrays = tuple(a.copy() for a in ours)
+        update([arrays], scalars, np.array([scale, 0], dtype))
+        for a, b in zip(arrays, (w, ours[1], m, v), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("storage", ["float16", "float32", "float64"])
+def test_a_step_that_is_to_be_skipped_changes_nothing(storage: str, rng: np.random.Generator) -> None:
+    trace, hyper = trace_of(CASES["adam"])
+    scalars, dtype = trace.evaluate(3, **hyper), compute_dtype(np.dtype(storage))
+    arrays = tuple(rng.standard_normal(5000).astype(storage if i < 2 else dtype) for i in range(4))
+    arrays[1][7] = np.nan
+    before = [a.copy() for a in arrays]
+    for update in (emulate_with(trace), update_for(trace, np.dtype(storage), gb.get_backend("cpu"))):
+        update([arrays], scalars, np.array([np.nan, 1], dtype))
+        for a, b in zip(arrays, before, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def emulate_with(trace: Trace) -> Any:
+    return lambda arrays, scalars, control: emulate(trace, arrays, scalars, control=control)
+
+
+@pytest.mark.parametrize("master", [False, True], ids=["rounded", "master"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "amsgrad"])
+def test_float16_is_computed_in_float32(name: str, master: bool, rng: np.random.Generator) -> None:
+    """The oracle: the same rule on float32 copies, and NumPy's own rounding to float16."""
+    trace, hyper = trace_of(CASES[name])
+    scalars = trace.evaluate(5, **hyper)
+    for size in (0, 1, 7, 4097, 20_001):
+        for start in (0, 1, 5):
+            arrays = [np.abs(rng.standard_normal(size + start))[start:] for _ in range(len(trace.arrays) + master)]
+            group = tuple(a.astype(np.float16 if i < 2 else np.float32) for i, a in enumerate(arrays))
+            if master:
+                group[0][...] = group[-1]
+            wide = tuple(a.astype(np.float32) for a in group[: len(trace.arrays)])
+            if master:
+                wide[0][...] = group[-1]
+            HostUpdate(trace, np.dtype(np.float32))([wide], scalars)
+            on_host = tuple(a.copy() for a in group)
+            emulate(trace, [group], scalars)
+            update_for(trace, np.dtype(np.float16), gb.get_backend("cpu"), master)([on_host], scalars)
+            for found in (group, on_host):
+                np.testing.assert_array_equal(found[0], wide[0].astype(np.float16))
+                for a, b in zip(found[2:], [*wide[2:], *([wide[0]] if master else [])], strict=True):
+                    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("master", [False, True], ids=["rounded", "master"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "amsgrad"])
+def test_float16_compiles_and_stays_within_its_arrays(name: str, master: bool, rng: np.random.Generator) -> None:
+    trace, hyper = trace_of(CASES[name])
+    source = update_source(trace, "float32", "float16", master)
+    for (report,) in check_compiles_everywhere(source):
+        assert report.registers <= 128
+    count = len(trace.arrays) + master
+    groups = []
+    for size in (1, 9, 50, 4097):
+        for starts in ([0] * count, [1] * count, [*range(count)]):
+            kinds = [np.float16] * 2 + [np.float32] * (count - 2)
+            numbers = (np.abs(rng.standard_normal(size + k)).astype(d)[k:] for k, d in zip(starts, kinds, strict=True))
+            groups.append(tuple(numbers))
+    words = np.concatenate([table_of([group]) for group in groups])
+    arrays = [a for group in groups for a in group]
+    arguments = [Table(words, arrays), np.array(trace.evaluate(3, **hyper), np.float32), None]
+    *ours, _ = sanitized(source, "update_arrays", PARAMETERS, arguments, len(words), 256)
+    update_for(trace, np.dtype(np.float16), gb.get_backend("cpu"), master)(groups, trace.evaluate(3, **hyper))
+    for a, b in zip(ours, arrays, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_float16_is_read_and_rounded_as_numpy_does() -> None:
+    """Every float16, and float32 numbers at, beside and halfway between all of them."""
+    source = (
+        launch.kernel_source("half.cuh")
+        + """
+extern "C" __global__ void convert(const unsigned short* bits, float* wide, const float* x, unsigned short* narrow,
+                                   long long n, long long m) {
+    for (long long i = threadIdx.x; i < n; i += blockDim.x) wide[i] = Half{bits[i]};
+    for (long long i = threadIdx.x; i < m; i += blockDim.x) narrow[i] = Half::of(x[i]).bits;
+}"""
+    )
+    every = np.arange(1 << 16, dtype=np.uint16)
+    finite = np.sort(every.view(np.float16)[np.isfinite(every.view(np.float16))]).astype(np.float32)
+    middle = (finite[1:] + finite[:-1]) / 2
+    points = np.concatenate([finite, middle, [65504, 65519.99, 65520, 1e30, np.inf, 1e-30]]).astype(np.float32)
+    x = np.concatenate(
+        [points, np.nextafter(points, np.float32(np.inf)), np.nextafter(points, np.float32(-np.inf)), -points]
+    )
+    wide, narrow = np.empty(every.size, np.float32), np.empty(x.size, np.uint16)
+    parameters = ("const unsigned short* bits", "float* wide", "const float* x", "unsigned short* narrow")
+    kernel = host_kernel(source, "convert", *parameters, "long long n", "long long m")
+    kernel(every, wide, x, narrow, every.size, x.size, 1, 32)
+    np.testing.assert_array_equal(wide, every.view(np.float16).astype(np.float32))
+    assert np.array_equal(np.signbit(wide), np.signbit(every.view(np.float16)))
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(narrow, x.astype(np.float16).view(np.uint16))
 
 
 @pytest.mark.gpu

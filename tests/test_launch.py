@@ -1,93 +1,33 @@
-"""How a formula is run: compiled for the CPU, and by CUDA: one compilation, one launch a step, a table of arrays.
-
-For CUDA there is a stand-in for CuPy whose arrays are NumPy's and whose kernels are the real sources on the emulated
-grid.
-"""
+"""How a formula is run: compiled for the CPU, and by CUDA: one compilation, one launch a step, a table of arrays."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import subprocess
 import sys
-import types
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from emulate import host_kernel
 from needs import missing
 from optimizer_table import CASES, Case, trace_of
+from stand_in import StandIn, stand_in_backend
 
 import gpubatch as gb
 from gpubatch import launch
 from gpubatch.backend import CudaBackend
-from gpubatch.launch import CudaUpdate, cuda_kernel
-
-
-class DeviceArray(np.ndarray):
-    """What gpubatch uses of a CuPy array."""
-
-    device = types.SimpleNamespace(id=0)
-
-    @property
-    def data(self) -> Any:
-        return types.SimpleNamespace(ptr=self.ctypes.data)
-
-    def get(self) -> np.ndarray:
-        return np.array(self)
-
-    def set(self, values: np.ndarray) -> None:
-        assert (type(values), values.dtype, values.shape) == (np.ndarray, self.dtype, self.shape)
-        self[...] = values
-
-
-DeviceArray.__name__, DeviceArray.__module__ = "ndarray", "cupy"
-
-
-class StandIn:
-    """As much of CuPy as optimizers need, with a record of what was compiled and launched."""
-
-    def __init__(self) -> None:
-        self.compiled: list[str] = []
-        self.launches: list[tuple[int, int]] = []
-        self.cuda = types.SimpleNamespace(
-            runtime=types.SimpleNamespace(getDeviceProperties=lambda index: {"name": b"stand-in"}),
-            Device=lambda index: contextlib.nullcontext(),
-        )
-
-    def empty(self, shape: Any, dtype: Any) -> np.ndarray:
-        return np.full(shape, 7, dtype).view(DeviceArray)  # memory of a device is not clean
-
-    def zeros(self, shape: Any, dtype: Any) -> np.ndarray:
-        return np.zeros(shape, dtype).view(DeviceArray)
-
-    def asarray(self, x: Any, dtype: Any = None) -> np.ndarray:
-        return x if isinstance(x, DeviceArray) and dtype in (None, x.dtype) else np.array(x, dtype).view(DeviceArray)
-
-    def RawModule(self, code: str, options: tuple[str, ...]) -> Any:  # noqa: N802  CuPy's name
-        self.compiled.append(code)
-        assert options == ("--std=c++17",)
-        run = host_kernel(code, "update_arrays", "const long long* table", "const T* scalars")
-
-        def kernel(grid: tuple[int], block: tuple[int], arguments: tuple[Any, ...]) -> None:
-            self.launches.append((grid[0], block[0]))
-            assert all(isinstance(a, DeviceArray) for a in arguments)
-            run(*(ctypes.c_void_p(a.ctypes.data) for a in arguments), grid[0], block[0])
-
-        return types.SimpleNamespace(get_function=lambda name: kernel)
+from gpubatch.launch import update_for
 
 
 @pytest.fixture
-def cupy() -> StandIn:
-    cuda_kernel.cache_clear()
-    return StandIn()
+def device() -> CudaBackend:
+    return stand_in_backend()
 
 
 @pytest.fixture
-def device(cupy: StandIn) -> CudaBackend:
-    return CudaBackend(cupy, 0, "a test")
+def cupy(device: CudaBackend) -> StandIn:
+    return device.cupy
 
 
 # --- compiled for the CPU ------------------------------------------------------------------------------------------
@@ -104,31 +44,40 @@ def library() -> Any:
 BUILT_IN = {name: case for name, case in CASES.items() if not name.startswith("custom")}
 
 
+@pytest.fixture
+def every_level(library: Any) -> Iterator[Iterator[str]]:
+    """Iterates over the widths of SIMD of this processor, each in use while it is there; two threads take part."""
+    threads, widest = library.threads(), library.level()
+    library.set_threads(2)
+    yield (library.use(level) or level for level in library.levels())
+    library.set_threads(threads)
+    library.use(widest)
+
+
 @pytest.mark.parametrize("case", BUILT_IN.values(), ids=BUILT_IN)
 def test_every_rule_is_compiled_and_gives_numpys_bits(
-    case: Case, library: Any, dtype: np.dtype, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    case: Case, every_level: Iterator[str], dtype: np.dtype, rng: np.random.Generator
 ) -> None:
-    monkeypatch.setattr(launch, "WORTH_THREADS", 20_000)  # so that threads take part
     trace, hyper = trace_of(case)
     compiled = launch.update_for(trace, dtype, gb.get_backend("cpu"))
     assert isinstance(compiled, launch.CompiledUpdate)
     plain = launch.HostUpdate(trace, dtype)
-    sizes = [0, 1, 17, 40_001]
+    sizes = [0, 1, 17, 80_001]  # the last one is worth two threads
     groups = [tuple(np.abs(rng.standard_normal(n)).astype(dtype) for _ in trace.arrays) for n in sizes]
     wide, tall = ([np.abs(rng.standard_normal((30, 10))).astype(dtype) for _ in trace.arrays] for _ in range(2))
     groups += [tuple(a[:, ::2] for a in wide), tuple(a[1:, :5].T for a in tall)]
     expected = [tuple(a.copy() for a in group) for group in groups]
-    for t in (1, 2, 50):
+    for t, level in enumerate(every_level, 1):
         scalars = trace.evaluate(t, **hyper)
         compiled(groups, scalars)
         plain(expected, scalars)
-    for ours, theirs in zip(groups, expected, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            np.testing.assert_array_equal(a, b)
+        for ours, theirs in zip(groups, expected, strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                np.testing.assert_array_equal(a, b, err_msg=level)
 
 
 def test_other_arrays_are_noticed(library: Any, rng: np.random.Generator) -> None:
-    """The table of addresses is kept while the arrays are the same objects; a new gradient every step must be seen."""
+    """Nothing of an array is remembered: a new gradient every step must be seen."""
     w, expected = np.zeros(5), np.zeros(5)
     opt = gb.SGD([w], 1.0)
     for _ in range(20):
@@ -182,7 +131,7 @@ def test_a_step_is_one_launch_and_gives_numpys_bits(
         assert len(cupy.launches) == step
         np.testing.assert_array_equal(on_device.flat.get(), on_host.flat)
     assert len(cupy.compiled) == 1
-    assert cupy.launches[0] == (-(-on_host.size // 4096), 256)
+    assert cupy.launches[0] == ("update_arrays", (-(-on_host.size // 4096),), (256,))
 
 
 def test_arrays_that_lie_apart_are_one_launch_too(cupy: StandIn, device: CudaBackend, rng: np.random.Generator) -> None:
@@ -195,7 +144,7 @@ def test_arrays_that_lie_apart_are_one_launch_too(cupy: StandIn, device: CudaBac
         b.step(grads)
         assert len(cupy.launches) == step
         np.testing.assert_array_equal(params.flat.get(), expected.flat)
-    assert cupy.launches == [(2 + 1 + 1 + 1, 256)] * 3
+    assert cupy.launches == [("update_arrays", (2 + 1 + 1 + 1,), (256,))] * 3
 
 
 def test_the_table_is_laid_out_again_only_for_other_arrays(
@@ -226,10 +175,10 @@ def test_two_optimizers_share_the_kernel_and_not_the_scalars(cupy: StandIn, devi
 
 
 def test_a_strided_array_is_refused(device: CudaBackend) -> None:
-    update = CudaUpdate(gb.rules.sgd.trace(), np.dtype("float32"), device)
+    update = update_for(gb.rules.sgd.trace(), np.dtype("float32"), device)
     strided = device.zeros((4, 8), "float32")[:, ::2]
     with pytest.raises(gb.ShapeError, match="needs C-contiguous arrays"):
-        update([(strided, strided)], (0.1,))
+        update([(strided, strided)], (0.1,), None)
 
 
 def test_a_missing_kernel_file_says_where_it_was_looked_for() -> None:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 
 import numpy as np
 import pytest
-from emulate import check_compiles, host_kernel
-from hypothesis import given, settings, strategies as st
 from needs import peer
 
 from gpubatch import layers
 from gpubatch.backend import Array, Backend, get_backend
 from gpubatch.errors import ArgumentError, DTypeError
-from gpubatch.launch import kernel_source
+from gpubatch.host_ops import ops_for
 from gpubatch.layers import (
     ACTIVATIONS,
     GELU,
     BatchNorm,
     Context,
     Dense,
+    DenseActivation,
     Dropout,
+    Elementwise,
     Layer,
     LeakyReLU,
     Mode,
@@ -43,6 +42,8 @@ CASES: dict[str, Layer] = {
     "GELU, tanh": GELU(approximate="tanh"),
     "Dense": Dense(FEATURES, 4),
     "Dense, no bias": Dense(FEATURES, 4, bias=False, init="xavier"),
+    "Dense and ReLU": DenseActivation(Dense(FEATURES, 4), ReLU()),
+    "Dense and GELU": DenseActivation(Dense(FEATURES, 4), GELU()),
     "BatchNorm": BatchNorm(FEATURES),
     "BatchNorm, large eps": BatchNorm(FEATURES, eps=0.5, unbiased_running=False),
     "Dropout": Dropout(0.4),
@@ -52,9 +53,9 @@ every_layer = pytest.mark.parametrize("layer", CASES.values(), ids=CASES)
 
 
 def test_the_table_is_complete() -> None:
-    leaves = {c for c in vars(layers).values() if isinstance(c, type) and issubclass(c, Layer)} - {Layer}
+    leaves = {c for c in vars(layers).values() if isinstance(c, type) and issubclass(c, Layer)} - {Layer, Elementwise}
     assert {type(layer) for layer in CASES.values()} == leaves
-    assert set(ACTIVATIONS.values()) == leaves - {Dense, BatchNorm, Dropout}
+    assert set(ACTIVATIONS.values()) == leaves - {Dense, DenseActivation, BatchNorm, Dropout}
 
 
 class Bench:
@@ -73,7 +74,7 @@ class Bench:
         self.y, self.dx = array((-1, self.needs.outputs)), array((-1, FEATURES))
         self.mode = Mode(seed=3, training=True, step=2)
         self.context = Context(
-            *(self.backend, self.backend.xp, 1, self.mode),
+            *(self.backend, self.backend.xp, ops_for(self.backend, np.dtype(dtype)), 1, self.mode),
             p={name: array(p.shape) for name, p in self.needs.parameters.items()},
             g={name: array(p.shape) for name, p in self.needs.parameters.items()},
             buffers={name: array(p.shape) for name, p in self.needs.buffers.items()},
@@ -330,46 +331,6 @@ def test_a_mask_is_a_function_of_seed_layer_step_and_place() -> None:
     np.testing.assert_array_equal(first[:30], mask_of(7, 2, 5, rows=30))
     for other in [(8, 2, 5), (7, 3, 5), (7, 2, 6), (2**64 - 1, 2, 5)]:
         assert 0.3 < (first == mask_of(*other)).mean() < 0.7
-
-
-def uniform(seed: int, layer: int, step: int, n: int) -> np.ndarray:
-    philox = np.random.Philox(key=np.array([seed, layer], "u8"), counter=np.array([0, step, 0, 0], "u8"))
-    return np.random.Generator(philox).random(n, dtype=np.float32)
-
-
-@pytest.mark.parametrize(("dtype", "element"), [("float32", "float"), ("float64", "double")])
-@settings(deadline=None)  # the first example waits for the compiler
-@given(
-    n=st.integers(1, 300),
-    seed=st.integers(0, 2**64 - 1),
-    layer=st.integers(0, 2**64 - 1),
-    step=st.integers(0, 2**64 - 1),
-    rate=st.floats(0, 0.96875, width=32),
-    grid=st.sampled_from([(1, 1), (3, 2), (2, 64)]),
-)
-def test_the_cuda_kernel_draws_the_numbers_of_numpy(dtype, element, n, seed, layer, step, rate, grid) -> None:
-    kernel = host_kernel(
-        f"typedef {element} T;\n{kernel_source('dropout.cu')}",
-        "dropout",
-        *("const T* x", "T* y", "T* mask", "long long n", "u64 seed", "u64 layer", "u64 step", "float rate", "T scale"),
-    )
-    x = np.random.default_rng(n).normal(size=n + 1).astype(dtype)
-    y, mask = np.full(n + 1, 9, dtype), np.full(n + 1, 9, dtype)
-    scale = x.dtype.type(1 / (1 - rate))
-    pointers = [ctypes.c_void_p(a.ctypes.data) for a in (x, y, mask)]
-    real = ctypes.c_float if dtype == "float32" else ctypes.c_double
-    words = [ctypes.c_ulonglong(word) for word in (seed, layer, step)]
-    kernel(*pointers, ctypes.c_longlong(n), *words, ctypes.c_float(rate), real(scale), *grid)
-    expected = np.where(uniform(seed, layer, step, n) >= np.float32(rate), scale, x.dtype.type(0))
-    np.testing.assert_array_equal(mask[:n], expected)
-    np.testing.assert_array_equal(y[:n], x[:n] * expected)
-    assert mask[n] == y[n] == 9, "written past the end"
-
-
-@pytest.mark.parametrize("element", ["float", "double"])
-@pytest.mark.parametrize("architecture", [70, 80, 90, 100])
-def test_the_cuda_kernel_compiles(element, architecture) -> None:
-    check_compiles(f"typedef {element} T;\n{kernel_source('dropout.cu')}", architecture)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

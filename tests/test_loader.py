@@ -361,7 +361,7 @@ def test_any_layout_gives_the_same_batches(layout, sample_axis, scale, rng):
 
 @pytest.mark.parametrize("shape", [(7, 3), (7,), (7, 2, 3), (7, 1)])
 def test_samples_may_have_any_shape(shape, threaded, monkeypatch, rng):
-    monkeypatch.setattr(gpubatch.sources, "BLOCK", 8)  # several blocks in each batch
+    monkeypatch.setattr(gpubatch.ops, "GATHER_BLOCK", 8)  # several blocks in each batch
     X = rng.integers(0, 256, shape).astype(np.uint8)
     got = np.concatenate(list(Loader(X, batch_size=5, shuffle=False, scale=0.25, backend="cpu")))
     assert np.array_equal(got, X.astype(np.float32) / 4)
@@ -484,10 +484,24 @@ class Device(Backend):
         pass
 
 
+class DeviceOps:
+    """The one kernel that a loader launches."""
+
+    @staticmethod
+    def gather(source, index, out, scale, shift):
+        assert all(isinstance(a, DeviceArray) for a in (source, index, out))
+        out.values[...] = source.values[index.values]
+        out.values *= scale
+        assert shift == 0
+
+
 @pytest.mark.parametrize("layout", ["C", "Fortran"])
 @pytest.mark.parametrize("sample_axis", [0, 1])
 @pytest.mark.parametrize("resident", ["XY", "X", "Y", ""])
-def test_device_does_the_device_s_part_in_the_caller(resident, sample_axis, layout, threaded, rng):
+def test_device_does_the_device_s_part_in_the_caller(resident, sample_axis, layout, threaded, rng, monkeypatch):
+    cpu = gpubatch.sources.ops_for
+    choose = lambda backend, dtype: DeviceOps if isinstance(backend, Device) else cpu(backend, dtype)  # noqa: E731
+    monkeypatch.setattr(gpubatch.sources, "ops_for", choose)
     X, Y = LAYOUTS[layout](rng.integers(0, 256, (30, 30)).astype(np.uint8)), rng.integers(0, 10, 30)
     device = Device()
     arguments = {"batch_size": 8, "sample_axis": sample_axis, "scale": 1 / 255, "seed": 4}

@@ -288,12 +288,12 @@ def test_no_call_writes_over_what_it_reads(stack, loss) -> None:
         of_loss = {name: view for name, view in run.loss.work.items() if name != "l2"}  # used when all else is done
         x = np.empty((rows, 5))
         for i, (_, y, _, context) in enumerate(run.steps):
-            same = net.needs[i].in_place and x is y
+            same = net._stack[i].needs.in_place and x is y
             assert_apart({"y": y, **({} if same else {"x": x}), **context.work, **of_loss})
             x = y
         dy = of_loss.pop("dz")
         for i in range(len(run.steps) - 1, net._first - 1, -1) if training else ():
-            (_, y, dx, context), needs = run.steps[i], net.needs[i]
+            (_, y, dx, context), needs = run.steps[i], net._stack[i].needs
             x = run.steps[i - 1][1] if i else np.empty((rows, 5))
             read = {name: array for name, array in (("x", x), ("y", y)) if name in needs.reads}
             same = dx is None or (needs.in_place and dx is dy)

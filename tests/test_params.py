@@ -90,7 +90,11 @@ ERRORS = {
         "shape of W must be an integer >= 0, got -1",
     ),
     "text": (lambda: gb.Parameters({"W": "23"}, "cpu"), TypeError, "shape of W must be a tuple of integers"),
-    "type": (lambda: gb.Parameters(SHAPES, "cpu", "int32"), TypeError, "dtype must be float32 or float64, got 'int32'"),
+    "type": (
+        lambda: gb.Parameters(SHAPES, "cpu", "int32"),
+        TypeError,
+        "dtype must be float32 or float64 or float16, got 'int32'",
+    ),
     "name": (lambda: gb.Parameters(SHAPES, "cpu")["W2"], KeyError, "no parameter 'W2'; there are W1, b1, scale"),
     "values": (
         lambda: gb.Parameters(SHAPES, "cpu").__setitem__("b1", np.zeros(4)),

@@ -1,0 +1,37 @@
+// An activation from activations.cuh, with the bias before it, and its gradient with that of the bias. `Activation` is
+// defined before this text.
+
+// y = f(x + b), and with KEEPS slope = f'(x + b); b may be null. x may be y.
+extern "C" __global__ void activate(const T* x, const T* b, T* y, T* slope, long long rows, long long features,
+                                    long long width, T p) {
+    const Tile tile(rows, features, width);
+    if (tile.column >= features) return;
+    const T bias = b ? b[tile.column] : -T(0);  // which leaves every number as it is
+    tile.each([&](long long row) { return x[tile.at(row)]; },
+              [&](long long row, T value) {
+                  T derivative = 0;
+                  y[tile.at(row)] = Activation::f(value + bias, p, derivative);
+                  if (Activation::KEEPS) slope[tile.at(row)] = derivative;
+              });
+}
+
+struct Pair {
+    T kept, dy;
+};
+
+// dx = dy f', by what forward kept, and its sums over a chunk of rows to a row of `partial`; either may be null.
+// dx may be dy.
+extern "C" __global__ void activation_gradient(const T* kept, const T* dy, T* dx, T* partial, long long rows,
+                                               long long features, long long width, T p) {
+    const Tile tile(rows, features, width);
+    T sum = 0;
+    tile.each([&](long long row) { return Pair{kept[tile.at(row)], dy[tile.at(row)]}; },
+              [&](long long row, Pair of) {
+                  const T d = Activation::gradient(of.dy, of.kept, p);
+                  if (dx) dx[tile.at(row)] = d;
+                  sum += d;
+              });
+    if (!partial) return;
+    sum = column_sum(sum, width);
+    if (tile.owner) partial[tile.at(blockIdx.y)] = sum;
+}

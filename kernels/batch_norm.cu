@@ -1,0 +1,73 @@
+// Batch norm: sums over the columns, to be finished by add_partial of columns.cu, and what is done with them.
+
+// The sums over a chunk of rows to a row of `partial`: of x, or where `mean` is given of (x - mean)².
+extern "C" __global__ void moment(const T* x, const T* mean, T* partial, long long rows, long long features,
+                                  long long width) {
+    const Tile tile(rows, features, width);
+    const T middle = mean && tile.column < features ? mean[tile.column] : T(0);
+    T sum = 0;
+    tile.each([&](long long row) { return x[tile.at(row)]; },
+              [&](long long, T value) {
+                  const T deviation = value - middle;
+                  sum += mean ? deviation * deviation : value;
+              });
+    sum = column_sum(sum, width);
+    if (tile.owner) partial[tile.at(blockIdx.y)] = sum;
+}
+
+// y = gamma n + beta, n = (x - mean)/sqrt(var + eps). For a gradient later, n and 1/sqrt(var + eps) are kept where
+// `normal` and `inverse` are not null. x may be y.
+extern "C" __global__ void normalise(const T* x, const T* mean, const T* var, const T* gamma, const T* beta, T* y,
+                                     T* normal, T* inverse, long long rows, long long features, long long width,
+                                     T eps) {
+    const Tile tile(rows, features, width);
+    if (tile.column >= features) return;
+    const T middle = mean[tile.column], factor = 1 / sqrt(var[tile.column] + eps);
+    const T scale = gamma[tile.column], shift = beta[tile.column];
+    tile.each([&](long long row) { return x[tile.at(row)]; },
+              [&](long long row, T value) {
+                  const T n = (value - middle) * factor;
+                  if (normal) normal[tile.at(row)] = n;
+                  y[tile.at(row)] = n * scale + shift;
+              });
+    if (inverse && tile.owner && blockIdx.y == 0) inverse[tile.column] = factor;
+}
+
+struct Pair {
+    T normal, dy;
+};
+
+// The sums of dy n and of dy over a chunk of rows, side by side in a row of `partial`, of 2 * features.
+extern "C" __global__ void gradient_sums(const T* normal, const T* dy, T* partial, long long rows, long long features,
+                                         long long width) {
+    const Tile tile(rows, features, width);
+    T products = 0, plain = 0;
+    tile.each([&](long long row) { return Pair{normal[tile.at(row)], dy[tile.at(row)]}; },
+              [&](long long, Pair of) {
+                  products += of.dy * of.normal;
+                  plain += of.dy;
+              });
+    products = column_sum(products, width);
+    plain = column_sum(plain, width);
+    if (!tile.owner) return;
+    partial[2 * blockIdx.y * features + tile.column] = products;
+    partial[(2 * blockIdx.y + 1) * features + tile.column] = plain;
+}
+
+// dx = gamma inverse (dy - dbeta share - n dgamma share), share = 1/rows. dx may be dy.
+extern "C" __global__ void gradient(const T* normal, const T* dy, const T* gamma, const T* inverse, const T* dgamma,
+                                    const T* dbeta, T* dx, long long rows, long long features, long long width,
+                                    T share) {
+    const Tile tile(rows, features, width);
+    if (tile.column >= features) return;
+    const T factor = gamma[tile.column] * inverse[tile.column];
+    const T products = dgamma[tile.column] * share, plain = dbeta[tile.column] * share;
+    tile.each([&](long long row) { return Pair{normal[tile.at(row)], dy[tile.at(row)]}; },
+              [&](long long row, Pair of) { dx[tile.at(row)] = (of.dy - plain - of.normal * products) * factor; });
+}
+
+// running = keep running + take fresh, elementwise.
+extern "C" __global__ void move(T* running, const T* fresh, long long n, T keep, T take) {
+    const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) running[i] = keep * running[i] + take * fresh[i];
+}

@@ -1,0 +1,13 @@
+// Samples by number, in the element type of the network. S, the type in which they are stored, is defined before this
+// text; that of float16 is Half.
+
+// out = scale * source[index] + shift, rows of `features` numbers. The index is in range.
+extern "C" __global__ void gather(const S* source, const long long* index, T* out, long long rows, long long features,
+                                  long long width, T scale, T shift) {
+    const Tile tile(rows, features, width);
+    tile.each([&](long long row) { return source[tile.at(index[row])]; },
+              [&](long long row, S value) {
+                  const T scaled = T(value) * scale;
+                  out[tile.at(row)] = shift == 0 ? scaled : scaled + shift;  // -0 stays -0
+              });
+}

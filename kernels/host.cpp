@@ -1,0 +1,522 @@
+// gpubatch._host: the core's kernels for the CPU. It takes NumPy arrays, shares the work out to threads without the
+// interpreter's lock, and says False where an array is not as the kernels need it (of another type, strided, of
+// another shape): NumPy does the work then.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+#define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
+#include <numpy/arrayobject.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "host_kernels.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+
+// --- which SIMD ---
+
+#if defined(__x86_64__)
+extern const Kernels kernels_v2, kernels_v3, kernels_v4;
+
+struct Level {
+    const char* name;
+    const Kernels* kernels;
+    bool usable;
+};
+
+static std::vector<Level> levels() {
+    __builtin_cpu_init();
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512vl");
+    return {{"x86-64-v2", &kernels_v2, true}, {"x86-64-v3", &kernels_v3, v3}, {"x86-64-v4", &kernels_v4, v4}};
+}
+#else
+extern const Kernels kernels_plain;
+
+struct Level {
+    const char* name;
+    const Kernels* kernels;
+    bool usable;
+};
+
+static std::vector<Level> levels() { return {{"plain", &kernels_plain, true}}; }
+#endif
+
+static Level level;
+
+static std::vector<std::string> usable_levels() {
+    std::vector<std::string> names;
+    for (const Level& one : levels())
+        if (one.usable) names.push_back(one.name);
+    return names;
+}
+
+static void use(const std::string& name) {
+    for (const Level& one : levels())
+        if (one.usable && name == one.name) {
+            level = one;
+            return;
+        }
+    throw nb::value_error(("no such SIMD level here: " + name).c_str());
+}
+
+template <class T>
+static const Table<T>& table();
+template <>
+const Table<float>& table<float>() { return level.kernels->of_float; }
+template <>
+const Table<double>& table<double>() { return level.kernels->of_double; }
+
+// --- threads ---
+
+static int most_threads = processors();
+constexpr Int WORTH = 1 << 15;  // elements for each thread, so that waking it costs less than it does
+
+// body(first, last) over pieces of [0, n); a row has `columns` elements. Sums do not depend on the pieces.
+template <class Body>
+static void in_pieces(Int n, Int columns, const Body& body) {
+    const Int elements = n * std::max<Int>(columns, 1);
+    const int workers = (int)std::min<Int>(most_threads, elements / WORTH);
+    const Int pieces = workers <= 1 ? 1 : std::min<Int>(n, 4 * workers);
+    pool().run(pieces, workers, [&](Int i) { body(n * i / pieces, n * (i + 1) / pieces); });
+}
+
+constexpr Int PARTS = 64;  // as in gpubatch/ops.py
+
+// How a reduction over n rows is cut: by n alone.
+static Int parts_of(Int n, Int least) { return std::max<Int>(1, std::min<Int>(PARTS, n / least)); }
+
+// body(part, first, last) over the parts of n rows.
+template <class Body>
+static void in_parts(Int n, Int columns, Int parts, const Body& body) {
+    const int workers = (int)std::min<Int>(most_threads, n * columns / WORTH);
+    pool().run(parts, workers, [&](Int i) { body(i, n * i / parts, n * (i + 1) / parts); });
+}
+
+// --- arrays ---
+
+template <class T>
+constexpr int TYPE = sizeof(T) == 4 ? NPY_FLOAT : NPY_DOUBLE;
+
+static PyArrayObject* array(nb::handle x) {
+    return PyArray_Check(x.ptr()) ? reinterpret_cast<PyArrayObject*>(x.ptr()) : nullptr;
+}
+
+// Whether x is a C-contiguous array of the given type, of native byte order, and of `size` elements.
+static bool fits(nb::handle x, int type, Int size) {
+    PyArrayObject* a = array(x);
+    return a && PyArray_TYPE(a) == type && PyArray_ISCARRAY_RO(a) && PyArray_SIZE(a) == size;
+}
+
+template <class T>
+static T* data(nb::handle x) {
+    return x.is_none() ? nullptr : static_cast<T*>(PyArray_DATA(reinterpret_cast<PyArrayObject*>(x.ptr())));
+}
+
+struct Matrix {
+    Int rows, columns;
+};
+
+// The shape of a matrix of float or double; nothing where x is not one.
+static std::optional<Matrix> matrix(nb::handle x) {
+    PyArrayObject* a = array(x);
+    if (!a || PyArray_NDIM(a) != 2 || !PyArray_ISCARRAY_RO(a)) return std::nullopt;
+    if (PyArray_TYPE(a) != NPY_FLOAT && PyArray_TYPE(a) != NPY_DOUBLE) return std::nullopt;
+    return Matrix{PyArray_DIM(a, 0), PyArray_DIM(a, 1)};
+}
+
+static bool is_float(nb::handle x) { return PyArray_TYPE(reinterpret_cast<PyArrayObject*>(x.ptr())) == NPY_FLOAT; }
+
+// f.template operator()<T>() with the type of x.
+template <class F>
+static bool with_type(nb::handle x, const F& f) {
+    return is_float(x) ? f(float()) : f(double());
+}
+
+typedef nb::handle Any;
+
+// --- update rules ---
+
+// The place of a formula in the tables, which is the same for every element type and width; -1 where there is none.
+static Int place_of(const std::string& digest) {
+    const Table<float>& t = table<float>();
+    for (Int i = 0; i < t.formula_count; ++i)
+        if (digest == t.formulas[i].name) return i;
+    return -1;
+}
+
+// A formula for arrays of one element type. They are looked at anew in every step: that takes nanoseconds, and so no
+// array can have moved or changed its shape unnoticed.
+class Update {
+  public:
+    Update(const std::string& digest, const std::string& dtype, int arrays)
+        : place(place_of(digest)), arrays(arrays), single(dtype == "float32") {
+        if (place < 0) throw nb::key_error(digest.c_str());
+    }
+
+    // groups: a list of tuples (w, g, state ...), each of arrays of one size, w and g of one shape; scalars: the formula's, then what g is
+    // multiplied by. Where it is False, nothing was changed.
+    bool run(nb::list groups, nb::tuple scalars) {
+        return single ? run_as<float>(groups, scalars) : run_as<double>(groups, scalars);
+    }
+
+  private:
+    template <class T>
+    bool run_as(nb::list groups, nb::tuple scalars) {
+        const Int width = arrays + 1;
+        Int elements = 0;
+        rows.clear();
+        for (nb::handle group : groups) {
+            if (!PyTuple_Check(group.ptr()) || PyTuple_GET_SIZE(group.ptr()) != arrays) return false;
+            if (arrays > MOST_ARRAYS) return false;
+            Int address[MOST_ARRAYS];
+            Int size = -1;
+            for (int i = 0; i < arrays; ++i) {
+                PyArrayObject* a = array(PyTuple_GET_ITEM(group.ptr(), i));
+                if (!a || PyArray_TYPE(a) != TYPE<T>) return false;
+                if (i == 1 ? !PyArray_ISCARRAY_RO(a) : !PyArray_ISCARRAY(a)) return false;
+                if (size < 0) size = PyArray_SIZE(a);
+                if (PyArray_SIZE(a) != size) return false;
+                if (i == 1 && !PyArray_SAMESHAPE(a, array(PyTuple_GET_ITEM(group.ptr(), 0)))) return false;
+                address[i] = reinterpret_cast<Int>(PyArray_DATA(a));
+            }
+            // A gradient that lies across the parameter must be copied first.
+            const Int bytes = size * (Int)sizeof(T);
+            if (address[1] < address[0] + bytes && address[0] < address[1] + bytes) return false;
+            for (Int start = 0; start < size; start += PIECE) {
+                for (int i = 0; i < arrays; ++i) rows.push_back(address[i] + start * (Int)sizeof(T));
+                rows.push_back(std::min(PIECE, size - start));
+            }
+            elements += size;
+        }
+        std::vector<T> k;
+        for (nb::handle scalar : scalars) k.push_back(nb::cast<T>(scalar));
+        const Formula<T>* formula = &table<T>().formulas[place];
+        const Int pieces = (Int)rows.size() / width;
+        nb::gil_scoped_release unlocked;
+        const int workers = (int)std::min<Int>(most_threads, elements / WORTH);
+        if (workers <= 1)
+            formula->run(rows.data(), k.data(), 0, pieces);
+        else
+            pool().run(pieces, workers, [&](Int i) { formula->run(rows.data(), k.data(), i, i + 1); });
+        return true;
+    }
+
+    static constexpr Int PIECE = 1 << 13;  // elements of each array that are one row of the table
+    static constexpr int MOST_ARRAYS = 16;
+    Int place;
+    int arrays;
+    bool single;
+    std::vector<Int> rows;
+};
+
+// --- activations and biases ---
+
+static bool activate(int kind, double p, Any x, Any b, Any y, Any kept) {
+    const auto shape = matrix(x);
+    if (!shape) return false;
+    return with_type(x, [&](auto zero) {
+        typedef decltype(zero) T;
+        const auto [rows, columns] = *shape;
+        if (!fits(y, TYPE<T>, rows * columns) || !(b.is_none() || fits(b, TYPE<T>, columns))) return false;
+        if (!(kept.is_none() || fits(kept, TYPE<T>, rows * columns))) return false;
+        T *to = data<T>(y), *slope = data<T>(kept);
+        const T *from = data<T>(x), *bias = data<T>(b);
+        nb::gil_scoped_release unlocked;
+        in_pieces(rows, columns, [&, columns = columns](Int first, Int last) {
+            table<T>().activate[kind](from, bias, to, slope, (T)p, columns, first, last);
+        });
+        return true;
+    });
+}
+
+static bool activation_gradient(int kind, double p, Any kept, Any dy, Any dx, Any db, Any partial) {
+    const auto shape = matrix(dy);
+    if (!shape) return false;
+    return with_type(dy, [&](auto zero) {
+        typedef decltype(zero) T;
+        const auto [rows, columns] = *shape;
+        if (!(dx.is_none() || (fits(dx, TYPE<T>, rows * columns) && fits(kept, TYPE<T>, rows * columns)))) return false;
+        if (!(db.is_none() || (fits(db, TYPE<T>, columns) && fits(partial, TYPE<T>, PARTS * columns)))) return false;
+        const T *from = data<T>(dy), *y = dx.is_none() ? nullptr : data<T>(kept);
+        T *to = data<T>(dx), *bias = data<T>(db), *sums = data<T>(partial);
+        const auto gradient = table<T>().activation_gradient[kind];
+        nb::gil_scoped_release unlocked;
+        if (!bias) {
+            in_pieces(rows, columns, [&, columns = columns](Int first, Int last) {
+                gradient(y, from, to, nullptr, (T)p, columns, first, last);
+            });
+            return true;
+        }
+        const Int parts = parts_of(rows, 16);
+        in_parts(rows, columns, parts, [&, columns = columns](Int part, Int first, Int last) {
+            gradient(y, from, to, parts == 1 ? bias : sums + part * columns, (T)p, columns, first, last);
+        });
+        if (parts > 1) table<T>().add_parts(sums, 1, bias, parts, columns);
+        return true;
+    });
+}
+
+// --- losses ---
+
+template <class T>
+static void mean_of(const T* losses, Int rows, T* loss) {
+    double total = 0;
+    for (Int row = 0; row < rows; ++row) total += losses[row];
+    *loss = (T)(total / (double)rows);
+}
+
+static bool softmax_cross_entropy(Any z, Any labels, Any targets, Any dz, Any losses, Any loss, bool gradient) {
+    const auto shape = matrix(z);
+    if (!shape) return false;
+    return with_type(z, [&](auto zero) {
+        typedef decltype(zero) T;
+        const auto [rows, columns] = *shape;
+        if (!fits(dz, TYPE<T>, rows * columns) || !fits(losses, TYPE<T>, rows) || !fits(loss, TYPE<T>, 1)) return false;
+        if (labels.is_none() ? !fits(targets, TYPE<T>, rows * columns) : !fits(labels, NPY_INT64, rows)) return false;
+        const T *scores = data<T>(z), *numbers = data<T>(targets);
+        const Int* places = data<Int>(labels);
+        T *to = data<T>(dz), *each = data<T>(losses), *mean = data<T>(loss);
+        nb::gil_scoped_release unlocked;
+        in_pieces(rows, 8 * columns, [&, rows = rows, columns = columns](Int first, Int last) {
+            table<T>().softmax(scores, places, numbers, to, each, (T)(1.0 / rows), gradient, columns, first, last);
+        });
+        mean_of(each, rows, mean);
+        return true;
+    });
+}
+
+static bool svm(Any z, Any labels, Any dz, Any losses, Any loss, bool gradient) {
+    const auto shape = matrix(z);
+    if (!shape) return false;
+    return with_type(z, [&](auto zero) {
+        typedef decltype(zero) T;
+        const auto [rows, columns] = *shape;
+        if (!fits(dz, TYPE<T>, rows * columns) || !fits(losses, TYPE<T>, rows) || !fits(loss, TYPE<T>, 1)) return false;
+        if (!fits(labels, NPY_INT64, rows)) return false;
+        const T* scores = data<T>(z);
+        const Int* places = data<Int>(labels);
+        T *to = data<T>(dz), *each = data<T>(losses), *mean = data<T>(loss);
+        nb::gil_scoped_release unlocked;
+        in_pieces(rows, 2 * columns, [&, rows = rows, columns = columns](Int first, Int last) {
+            table<T>().svm(scores, places, to, each, (T)(1.0 / rows), gradient, columns, first, last);
+        });
+        mean_of(each, rows, mean);
+        return true;
+    });
+}
+
+// --- batch norm ---
+
+template <class T>
+static void inverse_roots(const T* var, T eps, T* out, Int n) {
+    for (Int j = 0; j < n; ++j) out[j] = 1 / std::sqrt(var[j] + eps);
+}
+
+static bool normalise(Any x, Any mean, Any var, double eps, Any gamma, Any beta, Any y, Any inverse) {
+    const auto shape = matrix(x);
+    if (!shape) return false;
+    return with_type(x, [&](auto zero) {
+        typedef decltype(zero) T;
+        const auto [rows, columns] = *shape;
+        for (Any one : {mean, var, gamma, beta, inverse})
+            if (!fits(one, TYPE<T>, columns)) return false;
+        if (!fits(y, TYPE<T>, rows * columns)) return false;
+        const T *from = data<T>(x), *m = data<T>(mean), *v = data<T>(var), *g = data<T>(gamma), *b = data<T>(beta);
+        T *to = data<T>(y), *i = data<T>(inverse);
+        nb::gil_scoped_release unlocked;
+        inverse_roots(v, (T)eps, i, columns);
+        in_pieces(rows, columns, [&, columns = columns](Int first, Int last) {
+            table<T>().normalise(from, m, i, g, b, to, columns, first, last);
+        });
+        return true;
+    });
+}
+
+static bool batch_norm(Any x, double eps, Any gamma, Any beta, Any y, Any normal, Any mean, Any var, Any inverse,
+                       Any partial) {
+    const auto shape = matrix(x);
+    if (!shape) return false;
+    return with_type(x, [&](auto zero) {
+        typedef decltype(zero) T;
+        const auto [rows, columns] = *shape;
+        for (Any one : {mean, var, gamma, beta, inverse})
+            if (!fits(one, TYPE<T>, columns)) return false;
+        for (Any one : {y, normal})
+            if (!fits(one, TYPE<T>, rows * columns)) return false;
+        if (!fits(partial, TYPE<T>, 2 * PARTS * columns)) return false;
+        const T *from = data<T>(x), *g = data<T>(gamma), *b = data<T>(beta);
+        T *to = data<T>(y), *n = data<T>(normal), *m = data<T>(mean), *v = data<T>(var), *i = data<T>(inverse);
+        T* sums = data<T>(partial);
+        const Table<T>& t = table<T>();
+        nb::gil_scoped_release unlocked;
+        const Int parts = parts_of(rows, 16);
+        in_parts(rows, columns, parts, [&, columns = columns](Int part, Int first, Int last) {
+            t.activation_gradient[0](nullptr, from, nullptr, sums + part * columns, 0, columns, first, last);
+        });
+        t.add_parts(sums, (T)(1.0 / rows), m, parts, columns);
+        in_parts(rows, columns, parts, [&, columns = columns](Int part, Int first, Int last) {
+            t.deviations(from, m, n, sums + part * columns, columns, first, last);
+        });
+        t.add_parts(sums, (T)(1.0 / rows), v, parts, columns);
+        inverse_roots(v, (T)eps, i, columns);
+        in_pieces(rows, columns, [&, columns = columns](Int first, Int last) {
+            t.scale_and_shift(n, i, g, b, to, columns, first, last);
+        });
+        return true;
+    });
+}
+
+static bool batch_norm_gradient(Any dy, Any gamma, Any dgamma, Any dbeta, Any dx, Any normal, Any inverse, Any partial) {
+    const auto shape = matrix(dy);
+    if (!shape) return false;
+    return with_type(dy, [&](auto zero) {
+        typedef decltype(zero) T;
+        const auto [rows, columns] = *shape;
+        for (Any one : {gamma, dgamma, dbeta, inverse})
+            if (!fits(one, TYPE<T>, columns)) return false;
+        if (!fits(normal, TYPE<T>, rows * columns) || !fits(partial, TYPE<T>, 2 * PARTS * columns)) return false;
+        if (!(dx.is_none() || fits(dx, TYPE<T>, rows * columns))) return false;
+        const T *from = data<T>(dy), *n = data<T>(normal), *g = data<T>(gamma), *i = data<T>(inverse);
+        T *dg = data<T>(dgamma), *db = data<T>(dbeta), *to = data<T>(dx), *sums = data<T>(partial);
+        T* products = sums + PARTS * columns;
+        const Table<T>& t = table<T>();
+        nb::gil_scoped_release unlocked;
+        const Int parts = parts_of(rows, 16);
+        in_parts(rows, columns, parts, [&, columns = columns](Int part, Int first, Int last) {
+            t.batch_norm_sums(n, from, sums + part * columns, products + part * columns, columns, first, last);
+        });
+        t.add_parts(sums, 1, db, parts, columns);
+        t.add_parts(products, 1, dg, parts, columns);
+        if (!to) return true;
+        T *mean_dy = sums, *mean_product = sums + columns, *factor = products;  // the parts are added up
+        for (Int j = 0; j < columns; ++j) {
+            mean_dy[j] = db[j] / rows;
+            mean_product[j] = dg[j] / rows;
+            factor[j] = g[j] * i[j];
+        }
+        in_pieces(rows, columns, [&, columns = columns](Int first, Int last) {
+            t.batch_norm_gradient(n, from, factor, mean_dy, mean_product, to, columns, first, last);
+        });
+        return true;
+    });
+}
+
+// --- dropout ---
+
+static bool dropout(Any x, Any y, Any mask, Word seed, Word layer, Word step, double rate) {
+    const auto shape = matrix(x);
+    if (!shape) return false;
+    return with_type(x, [&](auto zero) {
+        typedef decltype(zero) T;
+        const Int n = shape->rows * shape->columns;
+        if (!fits(y, TYPE<T>, n) || !fits(mask, TYPE<T>, n)) return false;
+        const T* from = data<T>(x);
+        T *to = data<T>(y), *kept = data<T>(mask);
+        nb::gil_scoped_release unlocked;
+        in_pieces((n + 7) / 8, 8, [&](Int first, Int last) {
+            table<T>().dropout(from, to, kept, seed, layer, step, (float)rate, (T)(1 / (1 - rate)), n, first, last);
+        });
+        return true;
+    });
+}
+
+// --- samples ---
+
+static int stored_type(PyArrayObject* a) {
+    switch (PyArray_DESCR(a)->kind) {
+        case 'b':
+        case 'u':
+        case 'i': {
+            const Int size = PyArray_ITEMSIZE(a);
+            const int place = size == 1 ? 0 : size == 2 ? 2 : size == 4 ? 4 : 6;
+            return place + (PyArray_DESCR(a)->kind == 'i');
+        }
+        case 'f':
+            return PyArray_ITEMSIZE(a) == 2 ? 8 : PyArray_ITEMSIZE(a) == 4 ? 9 : PyArray_ITEMSIZE(a) == 8 ? 10 : -1;
+        default:
+            return -1;
+    }
+}
+
+static bool gather(Any source, Any index, Any out, double scale, double shift) {
+    PyArrayObject *s = array(source), *i = array(index), *o = array(out);
+    if (!s || !i || !o || !PyArray_ISCARRAY_RO(s) || !PyArray_ISCARRAY(o) || PyArray_NDIM(s) < 1) return false;
+    if (PyArray_TYPE(o) != NPY_FLOAT && PyArray_TYPE(o) != NPY_DOUBLE) return false;
+    const Int samples = PyArray_DIM(s, 0), rows = PyArray_SIZE(i);
+    const Int columns = samples ? PyArray_SIZE(s) / samples : 0;
+    const int type = stored_type(s);
+    if (type < 0 || !fits(index, NPY_INT64, rows) || PyArray_SIZE(o) != rows * columns) return false;
+    const Int* at = data<Int>(index);
+    for (Int row = 0; row < rows; ++row)
+        if (at[row] < 0 || at[row] >= samples) throw nb::index_error("gather: index out of range");
+    return with_type(out, [&](auto zero) {
+        typedef decltype(zero) T;
+        const void* from = PyArray_DATA(s);
+        T* to = data<T>(out);
+        nb::gil_scoped_release unlocked;
+        in_pieces(rows, columns, [&](Int first, Int last) {
+            table<T>().gather[type](from, at, to, (T)scale, (T)shift, columns, first, last);
+        });
+        return true;
+    });
+}
+
+static bool square_sum(Any x, Any out) {
+    PyArrayObject* a = array(x);
+    if (!a || !PyArray_ISCARRAY_RO(a) || !fits(out, NPY_DOUBLE, 2 + 2 * PARTS)) return false;
+    if (PyArray_TYPE(a) != NPY_FLOAT && PyArray_TYPE(a) != NPY_DOUBLE) return false;
+    return with_type(x, [&](auto zero) {
+        typedef decltype(zero) T;
+        const Int n = PyArray_SIZE(a), parts = parts_of(n, 1 << 14);
+        const T* from = data<T>(x);
+        double* found = data<double>(out);
+        nb::gil_scoped_release unlocked;
+        in_parts(n, 1, parts, [&](Int part, Int first, Int last) {
+            table<T>().square_sum(from, found + 2 + part, found + 2 + PARTS + part, first, last);
+        });
+        for (Int part = 0; part < parts; ++part) {
+            found[0] += found[2 + part];
+            found[1] += found[2 + PARTS + part];
+        }
+        return true;
+    });
+}
+
+// --- the module ---
+
+NB_MODULE(_host, m) {
+    if (_import_array() < 0) throw nb::python_error();
+    use(usable_levels().back());
+    m.def("levels", usable_levels, "The widths of SIMD that this processor has, of those that were built.");
+    m.def("level", [] { return std::string(level.name); }, "The width in use: at first the widest.");
+    m.def("use", use, "Use another width, for tests.");
+    m.def("threads", [] { return most_threads; }, "How many threads share a loop.");
+    m.def("set_threads", [](int n) { most_threads = std::max(1, n); }, "Share loops out to at most n threads.");
+    m.def("has", [](const std::string& digest) { return place_of(digest) >= 0; }, "Whether a formula is here.");
+    nb::class_<Update>(m, "Update")
+        .def(nb::init<const std::string&, const std::string&, int>())
+        .def("run", &Update::run);
+    m.def("activate", activate, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none());
+    m.def("activation_gradient", activation_gradient, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
+          nb::arg().none(), nb::arg().none(), nb::arg().none());
+    m.def("softmax_cross_entropy", softmax_cross_entropy, nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(),
+          nb::arg(), nb::arg(), nb::arg());
+    m.def("svm", svm);
+    m.def("normalise", normalise);
+    m.def("batch_norm", batch_norm);
+    m.def("batch_norm_gradient", batch_norm_gradient, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+          nb::arg(), nb::arg(), nb::arg());
+    m.def("dropout", dropout);
+    m.def("gather", gather);
+    m.def("square_sum", square_sum);
+}

@@ -1,0 +1,67 @@
+// The core's kernels for the CPU: loops that the compiler turns into SIMD. This file is compiled once for each width of
+// SIMD, with LEVEL as its name, and says in `kernels_LEVEL` what it has; host.cpp picks one when it is loaded.
+//
+// No function may be shared with another width, or the linker might keep the one that needs the wider machine: so all
+// of it is in namespaces of its own, and it includes nothing of the standard library. A kernel works on a range of rows
+// or elements, and host.cpp gives ranges to threads; what is summed up is cut into parts that do not depend on how many
+// threads there are.
+
+#include "host_kernels.h"
+
+#define JOINED(a, b) a##b
+#define NAMED(a, b) JOINED(a, b)
+#define __device__
+#define __constant__ static
+
+// No iteration reads what another one writes; so x and y may be the same array.
+#if defined(__clang__)
+#define EACH _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define EACH _Pragma("GCC ivdep")
+#endif
+
+// Bytes of a SIMD register.
+#if defined(__AVX512F__)
+#define REGISTER 64
+#elif defined(__AVX__)
+#define REGISTER 32
+#else
+#define REGISTER 16
+#endif
+
+namespace NAMED(common_, LEVEL) {
+
+static inline Word __umul64hi(Word a, Word b) { return (Word)(((unsigned __int128)a * b) >> 64); }
+#include "philox.cuh"
+
+static inline float __uint_as_float(unsigned bits) {
+    float x;
+    __builtin_memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static inline unsigned __float_as_uint(float x) {
+    unsigned bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+#include "half.cuh"
+
+}  // namespace
+
+namespace NAMED(float32_, LEVEL) {
+using namespace NAMED(common_, LEVEL);
+typedef float T;
+#include "tail_float32.h"
+#include "host_loops.h"
+}
+
+namespace NAMED(float64_, LEVEL) {
+using namespace NAMED(common_, LEVEL);
+typedef double T;
+#include "tail_float64.h"
+#include "host_loops.h"
+}
+
+extern const Kernels NAMED(kernels_, LEVEL);
+const Kernels NAMED(kernels_, LEVEL) = {NAMED(float32_, LEVEL)::table, NAMED(float64_, LEVEL)::table};

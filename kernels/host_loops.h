@@ -1,0 +1,314 @@
+// The loops of host_kernels.cpp for one element type T, in a namespace of its own.
+
+static inline float fabs(float x) { return __builtin_fabsf(x); }
+static inline double fabs(double x) { return __builtin_fabs(x); }
+static inline float sqrt(float x) { return __builtin_sqrtf(x); }
+static inline double sqrt(double x) { return __builtin_sqrt(x); }
+static inline float log(float x) { return __builtin_logf(x); }
+static inline double log(double x) { return __builtin_log(x); }
+
+#include "host_math.h"
+#include "math.cuh"
+#include "activations.cuh"
+#include "formulas.h"
+
+// --- activations and biases ---
+
+template <class F>
+static void activate(const T* x, const T* b, T* y, T* kept, T p, Int columns, Int first, Int last) {
+    if (!b) {
+        EACH for (Int i = first * columns; i < last * columns; ++i) {
+            T derivative = 0;
+            y[i] = F::f(x[i], p, derivative);
+            if (F::KEEPS) kept[i] = derivative;
+        }
+        return;
+    }
+    for (Int row = first; row < last; ++row) {
+        const Int start = row * columns;
+        EACH for (Int j = 0; j < columns; ++j) {
+            T derivative = 0;
+            y[start + j] = F::f(x[start + j] + b[j], p, derivative);
+            if (F::KEEPS) kept[start + j] = derivative;
+        }
+    }
+}
+
+template <class F>
+static void activation_gradient(const T* kept, const T* dy, T* dx, T* sums, T p, Int columns, Int first, Int last) {
+    if (!sums) {
+        EACH for (Int i = first * columns; i < last * columns; ++i) dx[i] = F::gradient(dy[i], kept[i], p);
+        return;
+    }
+    for (Int j = 0; j < columns; ++j) sums[j] = 0;
+    for (Int row = first; row < last; ++row) {
+        const Int start = row * columns;
+        if (dx) {
+            EACH for (Int j = 0; j < columns; ++j) {
+                const T d = F::gradient(dy[start + j], kept[start + j], p);
+                dx[start + j] = d;
+                sums[j] += d;
+            }
+        } else {
+            EACH for (Int j = 0; j < columns; ++j) sums[j] += dy[start + j];
+        }
+    }
+}
+
+static void add_parts(const T* sums, T factor, T* out, Int parts, Int columns) {
+    for (Int j = 0; j < columns; ++j) out[j] = 0;
+    for (Int part = 0; part < parts; ++part) {
+        EACH for (Int j = 0; j < columns; ++j) out[j] += sums[part * columns + j];
+    }
+    EACH for (Int j = 0; j < columns; ++j) out[j] *= factor;
+}
+
+// --- losses ---
+
+// A sum or maximum over a row in LANES strands, each a lane of a few SIMD registers; so it adds in the same order
+// whatever their width.
+constexpr int LANES = 16;
+typedef T Register __attribute__((vector_size(REGISTER)));
+constexpr int WIDE = REGISTER / sizeof(T), REGISTERS = LANES / WIDE;
+
+static inline Register load(const T* x) {
+    Register found;
+    __builtin_memcpy(&found, x, sizeof found);
+    return found;
+}
+
+static inline T largest(const T* x, Int n) {
+    T most = x[0];
+    Int i = 0;
+    if (n >= LANES) {
+        Register lanes[REGISTERS];
+        for (int r = 0; r < REGISTERS; ++r) lanes[r] = load(x + r * WIDE);
+        for (i = LANES; i + LANES <= n; i += LANES)
+            for (int r = 0; r < REGISTERS; ++r) {
+                const Register other = load(x + i + r * WIDE);
+                lanes[r] = (other > lanes[r]) | (other != other) ? other : lanes[r];
+            }
+        for (int l = 0; l < LANES; ++l) most = larger_of(lanes[l / WIDE][l % WIDE], most);
+    }
+    for (; i < n; ++i) most = larger_of(x[i], most);
+    return most;
+}
+
+static inline T sum(const T* x, Int n) {
+    Register lanes[REGISTERS] = {};
+    Int i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int r = 0; r < REGISTERS; ++r) lanes[r] += load(x + i + r * WIDE);
+    T total = 0;
+    if (i)
+        for (int l = 0; l < LANES; ++l) total += lanes[l / WIDE][l % WIDE];
+    for (; i < n; ++i) total += x[i];
+    return total;
+}
+
+static inline T dot(const T* x, const T* y, Int n) {
+    Register lanes[REGISTERS] = {};
+    Int i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int r = 0; r < REGISTERS; ++r) lanes[r] += load(x + i + r * WIDE) * load(y + i + r * WIDE);
+    T total = 0;
+    if (i)
+        for (int l = 0; l < LANES; ++l) total += lanes[l / WIDE][l % WIDE];
+    for (; i < n; ++i) total += x[i] * y[i];
+    return total;
+}
+
+static void softmax(const T* z, const Int* labels, const T* targets, T* dz, T* losses, T scale, bool gradient,
+                    Int columns, Int first, Int last) {
+    // As many rows at a time as stay in the first-level cache: exp is SIMD over all of them, however short they are.
+    const Int step = columns < 2048 ? 2048 / columns : 1;
+    for (Int start = first; start < last; start += step) {
+        const Int stop = start + step < last ? start + step : last;
+        for (Int row = start; row < stop; ++row) {
+            const T* x = z + row * columns;
+            T* d = dz + row * columns;
+            const T most = largest(x, columns);  // the largest exponential is 1, so the logarithm is finite
+            EACH for (Int j = 0; j < columns; ++j) d[j] = x[j] - most;
+            if (targets)
+                losses[row] = dot(d, targets + row * columns, columns);
+            else
+                losses[row] = labels[row] >= 0 && labels[row] < columns ? d[labels[row]] : T(__builtin_nan(""));
+        }
+        EACH for (Int i = start * columns; i < stop * columns; ++i) dz[i] = exp(dz[i]);
+        for (Int row = start; row < stop; ++row) {
+            T* d = dz + row * columns;
+            const T* y = targets + row * columns;
+            const T exponentials = sum(d, columns), weight = targets ? sum(y, columns) : T(1);
+            losses[row] = log(exponentials) * weight - losses[row];
+            if (!gradient) continue;
+            const bool number = losses[row] == losses[row];  // otherwise the label may be out of range
+            const T factor = number ? scale / exponentials * weight : losses[row];
+            if (targets) {
+                EACH for (Int j = 0; j < columns; ++j) d[j] = d[j] * factor - scale * y[j];
+            } else {
+                EACH for (Int j = 0; j < columns; ++j) d[j] *= factor;
+                if (number) d[labels[row]] -= scale;
+            }
+        }
+    }
+}
+
+static void svm(const T* z, const Int* labels, T* dz, T* losses, T scale, bool gradient, Int columns, Int first,
+                Int last) {
+    for (Int row = first; row < last; ++row) {
+        const T* x = z + row * columns;
+        T* d = dz + row * columns;
+        const Int label = labels[row];
+        if (label < 0 || label >= columns) {
+            for (Int j = 0; j < columns; ++j) d[j] = T(__builtin_nan(""));
+            losses[row] = d[0];
+            continue;
+        }
+        const T own = x[label];
+        EACH for (Int j = 0; j < columns; ++j) d[j] = larger_of(x[j] - own + 1, T(0));
+        d[label] = 0;
+        losses[row] = sum(d, columns);
+        if (!gradient) continue;
+        EACH for (Int j = 0; j < columns; ++j) d[j] = sign_of(d[j]);  // margins are not negative: 1 where one is violated
+        const T violated = sum(d, columns);
+        EACH for (Int j = 0; j < columns; ++j) d[j] *= scale;
+        d[label] = -violated * scale;
+    }
+}
+
+// --- batch norm ---
+
+static void normalise(const T* x, const T* mean, const T* inverse, const T* gamma, const T* beta, T* y, Int columns,
+                      Int first, Int last) {
+    for (Int row = first; row < last; ++row) {
+        const Int start = row * columns;
+        EACH for (Int j = 0; j < columns; ++j) y[start + j] = (x[start + j] - mean[j]) * inverse[j] * gamma[j] + beta[j];
+    }
+}
+
+static void deviations(const T* x, const T* mean, T* normal, T* sums, Int columns, Int first, Int last) {
+    for (Int j = 0; j < columns; ++j) sums[j] = 0;
+    for (Int row = first; row < last; ++row) {
+        const Int start = row * columns;
+        EACH for (Int j = 0; j < columns; ++j) {
+            const T deviation = x[start + j] - mean[j];
+            normal[start + j] = deviation;
+            sums[j] += deviation * deviation;
+        }
+    }
+}
+
+static void scale_and_shift(T* normal, const T* inverse, const T* gamma, const T* beta, T* y, Int columns, Int first,
+                            Int last) {
+    for (Int row = first; row < last; ++row) {
+        const Int start = row * columns;
+        EACH for (Int j = 0; j < columns; ++j) {
+            const T n = normal[start + j] * inverse[j];
+            normal[start + j] = n;
+            y[start + j] = n * gamma[j] + beta[j];
+        }
+    }
+}
+
+static void batch_norm_sums(const T* normal, const T* dy, T* sums, T* products, Int columns, Int first, Int last) {
+    for (Int j = 0; j < columns; ++j) sums[j] = products[j] = 0;
+    for (Int row = first; row < last; ++row) {
+        const Int start = row * columns;
+        EACH for (Int j = 0; j < columns; ++j) {
+            sums[j] += dy[start + j];
+            products[j] += dy[start + j] * normal[start + j];
+        }
+    }
+}
+
+static void batch_norm_gradient(const T* normal, const T* dy, const T* factor, const T* mean_dy, const T* mean_product,
+                                T* dx, Int columns, Int first, Int last) {
+    for (Int row = first; row < last; ++row) {
+        const Int start = row * columns;
+        EACH for (Int j = 0; j < columns; ++j)
+            dx[start + j] = (dy[start + j] - mean_dy[j] - normal[start + j] * mean_product[j]) * factor[j];
+    }
+}
+
+// --- dropout ---
+
+static void dropout(const T* x, T* y, T* mask, Word seed, Word layer, Word step, float rate, T scale, Int n, Int first,
+                    Int last) {
+    for (Int block = first; block < last; ++block) {
+        float uniform[8];
+        uniform_block((Word)block, seed, layer, step, uniform);
+        const Int start = 8 * block, count = n - start < 8 ? n - start : 8;
+        EACH for (Int j = 0; j < count; ++j) {
+            const T kept = uniform[j] >= rate ? scale : T(0);
+            mask[start + j] = kept;
+            y[start + j] = x[start + j] * kept;
+        }
+    }
+}
+
+// --- samples ---
+
+template <class S>
+static void gather(const void* source, const Int* index, T* out, T scale, T shift, Int columns, Int first, Int last) {
+    // Rows lie anywhere: they are asked for some rows ahead, since the processor foresees only what follows in order.
+    const Int bytes = columns * (Int)sizeof(S), ahead = bytes < 4096 ? 4096 / (bytes > 256 ? bytes : 256) : 1;
+    for (Int row = first; row < last; ++row) {
+        const S* from = (const S*)source + index[row] * columns;
+        if (row + ahead < last) {
+            const char* next = (const char*)source + index[row + ahead] * bytes;
+            for (Int byte = 0; byte < bytes && byte < 4096; byte += 64) __builtin_prefetch(next + byte);
+        }
+        T* to = out + row * columns;
+        if (shift == 0) {
+            EACH for (Int j = 0; j < columns; ++j) to[j] = (T)from[j] * scale;
+        } else {
+            EACH for (Int j = 0; j < columns; ++j) to[j] = (T)from[j] * scale + shift;
+        }
+    }
+}
+
+static void square_sum(const T* x, double* sum, double* not_finite, Int first, Int last) {
+    constexpr int WIDTH = REGISTER / sizeof(double), COUNT = LANES / WIDTH;
+    typedef T Narrow __attribute__((vector_size(WIDTH * sizeof(T))));
+    typedef double Double __attribute__((vector_size(REGISTER)));
+    typedef Int Mask __attribute__((vector_size(REGISTER)));
+    Double squares[COUNT] = {};
+    Mask odd[COUNT] = {};  // minus how many are not finite
+    Int i = first;
+    for (; i + LANES <= last; i += LANES)
+        for (int r = 0; r < COUNT; ++r) {
+            Narrow narrow;
+            __builtin_memcpy(&narrow, x + i + r * WIDTH, sizeof narrow);
+            const Double wide = __builtin_convertvector(narrow, Double);
+            squares[r] += wide * wide;
+            odd[r] += wide - wide != 0;
+        }
+    double total = 0;
+    Int count = 0;
+    for (int l = 0; l < LANES; ++l) total += squares[l / WIDTH][l % WIDTH], count -= odd[l / WIDTH][l % WIDTH];
+    for (; i < last; ++i) total += (double)x[i] * (double)x[i], count += x[i] - x[i] != 0;
+    *sum = total;
+    *not_finite = (double)count;
+}
+
+static constexpr Table<T> table = {
+    formulas,
+    sizeof(formulas) / sizeof(formulas[0]),
+    {activate<Identity>, activate<Step>, activate<ReLU>, activate<LeakyReLU>, activate<Sigmoid>, activate<Tanh>,
+     activate<GELU>, activate<GELUTanh>},
+    {activation_gradient<Identity>, activation_gradient<Step>, activation_gradient<ReLU>,
+     activation_gradient<LeakyReLU>, activation_gradient<Sigmoid>, activation_gradient<Tanh>, activation_gradient<GELU>,
+     activation_gradient<GELUTanh>},
+    add_parts,
+    softmax,
+    svm,
+    normalise,
+    deviations,
+    scale_and_shift,
+    batch_norm_sums,
+    batch_norm_gradient,
+    dropout,
+    {gather<unsigned char>, gather<signed char>, gather<unsigned short>, gather<short>, gather<unsigned int>,
+     gather<int>, gather<unsigned long long>, gather<long long>, gather<Half>, gather<float>, gather<double>},
+    square_sum,
+};

@@ -1,0 +1,123 @@
+// Threads that share out a loop, and sleep in between: beside the threads of NumPy's BLAS a thread that spins takes a
+// core from the matrix products.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#if defined(__linux__)
+#include <sched.h>
+#endif
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+// The processors that this process may use.
+inline int processors() {
+#if defined(__linux__)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+    const unsigned found = std::thread::hardware_concurrency();
+    return found ? (int)found : 1;
+}
+
+class Pool {
+  public:
+    // body(part) for every part from 0 to parts - 1, on up to `workers` threads, of which the caller is one. A second
+    // caller at the same time does its work alone.
+    template <class Body>
+    void run(long long parts, int workers, const Body& body) {
+        std::unique_lock<std::mutex> turn(one_at_a_time, std::try_to_lock);
+        if (parts <= 1 || workers <= 1 || !turn.owns_lock()) {
+            for (long long part = 0; part < parts; ++part) body(part);
+            return;
+        }
+        const int helpers = start(workers - 1);
+        int sleepers;
+        {
+            std::lock_guard<std::mutex> lock(state);
+            job = [](const void* f, long long part) { (*static_cast<const Body*>(f))(part); };
+            job_data = &body;
+            job_parts = parts;
+            next_part.store(0, std::memory_order_relaxed);
+            wanted = helpers;
+            busy = 0;
+            job_number.store(job_number + 1, std::memory_order_release);
+            sleepers = asleep;
+        }
+        if (sleepers) wake.notify_all();
+        work();
+        // Whoever has not begun by now need not: no part is left.
+        std::unique_lock<std::mutex> lock(state);
+        wanted = 0;
+        done.wait(lock, [this] { return busy == 0; });
+    }
+
+  private:
+    static constexpr std::chrono::microseconds AWAKE{20};
+
+    static void pause() {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+
+    void work() {
+        for (long long part; (part = next_part.fetch_add(1, std::memory_order_relaxed)) < job_parts;)
+            job(job_data, part);
+    }
+
+    int start(int count) {
+        while (started < count) {
+            std::thread([this] { loop(); }).detach();
+            ++started;
+        }
+        return count;
+    }
+
+    void loop() {
+        std::unique_lock<std::mutex> lock(state);
+        for (unsigned long long seen = 0;;) {
+            lock.unlock();
+            const auto until = std::chrono::steady_clock::now() + AWAKE;
+            while (job_number.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until) pause();
+            lock.lock();
+            ++asleep;
+            wake.wait(lock, [&] { return wanted > 0 && job_number != seen; });
+            --asleep;
+            seen = job_number;
+            --wanted;
+            ++busy;
+            lock.unlock();
+            work();
+            lock.lock();
+            if (--busy == 0) done.notify_one();
+        }
+    }
+
+    std::mutex one_at_a_time, state;
+    std::condition_variable wake, done;
+    void (*job)(const void*, long long) = nullptr;
+    const void* job_data = nullptr;
+    long long job_parts = 0;
+    std::atomic<long long> next_part{0};
+    std::atomic<unsigned long long> job_number{0};
+    int wanted = 0, busy = 0, started = 0, asleep = 0;
+};
+
+// The pool of this process, never destroyed: its threads may outlive main. A forked child has none of its parent's
+// threads, and makes its own.
+inline Pool& pool() {
+    static std::atomic<Pool*> current{nullptr};
+    static std::once_flag once;
+    std::call_once(once, [] {
+        current = new Pool;
+#if !defined(_WIN32)
+        pthread_atfork(nullptr, nullptr, [] { current = new Pool; });
+#endif
+    });
+    return *current;
+}
