@@ -1,81 +1,150 @@
-"""gpubatch beside other libraries on the same work: ``python bench/peers.py [--out FILE]``.
+"""gpubatch beside other libraries on the same work, CPU and float32: ``python bench/peers.py [--out FILE]``.
 
-Each contender runs in a process of its own, in turn, several rounds; compared are the medians over the rounds, and
-the ratio round by round. CPU, float32, as many threads for each as ``--threads`` says.
+Every contender runs in a process of its own, in turn, several rounds, all on the same ``--threads`` cores with as many
+threads. A line says what one of them takes and its ratio to gpubatch, round by round: above 1 gpubatch is faster. The
+lines of bounds ("copy loop", "matrix products", "conversion loop") do only the part that cannot be saved, so there the
+ratio is the share of the bound that gpubatch reaches. A library that is not installed is skipped with a note.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import importlib.metadata
 import importlib.util
+import itertools
 import json
+import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from first_run import processor
 
-Step = Callable[[], Any]
+Step = Callable[[], Any]  # what it returns must be what gpubatch's returns, see ``result_of``; None is not compared
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = ("numpy", "torch", "jax", "jaxlib", "optax", "scikit-learn")
+TOLERANCE = 1e-4  # relative, of what steps return
 
 
-def median_seconds(step: Step, budget: float = 0.7) -> float:
-    """The median time of a call, over as many as fit in ``budget`` seconds, after a warm-up."""
-    for _ in range(5):
-        step()
-    times: list[float] = []
-    end = time.perf_counter() + budget
-    while len(times) < 15 or time.perf_counter() < end:
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+class SkippedError(Exception):
+    """A contender that cannot run here, and why."""
 
 
 # --- optimizers ----------------------------------------------------------------------------------------------------
 
+LR, RHO, MU, EPS = 1e-3, 0.9, 0.9, 1e-8
+GRADIENT = 0.01
 
-def gpubatch_optimizer(name: str, sizes: list[int]) -> Step:
+
+def gpubatch_optimizer(name: str, sizes: Sequence[int]) -> Step:
     """A step of gpubatch: on one flat buffer, or on arrays that lie apart."""
     import gpubatch as gb
 
-    kind = {"adam": gb.Adam, "rmsprop": gb.RMSProp, "momentum": gb.Momentum}[name]
+    makers: dict[str, Callable[[Any], gb.Optimizer]] = {
+        "adam": lambda params: gb.Adam(params, lr=LR),
+        "rmsprop": lambda params: gb.RMSProp(params, lr=LR, rho=RHO, eps=EPS),
+        "momentum": lambda params: gb.HeavyBall(params, lr=LR, mu=MU),  # PyTorch's form of it
+    }
     if len(sizes) == 1:
         params = gb.Parameters({"w": (sizes[0],)}, "cpu")
-        params.grads.flat[...] = 0.01
-        return kind(params, lr=1e-3).step
-    arrays = [np.zeros(n, np.float32) for n in sizes]
-    grads = [np.full(n, 0.01, np.float32) for n in sizes]
-    opt = kind(arrays, lr=1e-3)
-    return lambda: opt.step(grads)
+        params.grads.flat[...] = GRADIENT
+        w, grads = params.flat, None
+        opt = makers[name](params)
+    else:
+        arrays = [np.zeros(n, np.float32) for n in sizes]
+        w, grads = arrays[-1], [np.full(n, GRADIENT, np.float32) for n in sizes]
+        opt = makers[name](arrays)
+
+    def step() -> Any:
+        opt.step(grads)
+        return w
+
+    return step
 
 
-def torch_optimizer(name: str, sizes: list[int]) -> Step:
-    """The same step of PyTorch, in its fastest form on a CPU."""
+def torch_optimizer(name: str, sizes: Sequence[int], **form: bool) -> Step:
+    """The same step of PyTorch; ``form`` is ``fused=True`` or ``foreach=True``."""
     import torch
 
     params = [torch.zeros(n, requires_grad=True) for n in sizes]
     for p in params:
-        p.grad = torch.full_like(p, 0.01)
+        p.grad = torch.full_like(p, GRADIENT)
     makers: dict[str, Callable[[], Any]] = {
-        "adam": lambda: torch.optim.Adam(params, lr=1e-3, fused=True),
-        "rmsprop": lambda: torch.optim.RMSprop(params, lr=1e-3, foreach=True),
-        "momentum": lambda: torch.optim.SGD(params, lr=1e-3, momentum=0.9, foreach=True),
+        "adam": lambda: torch.optim.Adam(params, lr=LR, **form),
+        "rmsprop": lambda: torch.optim.RMSprop(params, lr=LR, alpha=RHO, eps=EPS, **form),
+        "momentum": lambda: torch.optim.SGD(params, lr=LR, momentum=MU, **form),
     }
-    step: Step = makers[name]().step
+    opt, w = makers[name](), params[-1].detach()
+
+    def step() -> Any:
+        opt.step()
+        return w
+
+    return step
+
+
+def jax_adam(n: int) -> Step:
+    """Adam of optax, compiled, in the buffers that it is given."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    adam = optax.adam(LR)
+
+    def update(w: Any, state: Any, g: Any) -> Any:
+        updates, state = adam.update(g, state, w)
+        return optax.apply_updates(w, updates), state
+
+    compiled = jax.jit(update, donate_argnums=(0, 1))
+    w, g = jnp.zeros(n), jnp.full(n, GRADIENT)
+    state = adam.init(w)
+
+    def step() -> Any:
+        nonlocal w, state
+        w, state = jax.block_until_ready(compiled(w, state, g))
+        return w
+
+    return step
+
+
+def numpy_update(w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, t: int, lr: float) -> None:
+    """Adam as one writes it in NumPy, one pass over whole arrays after another."""
+    m *= 0.9
+    m += (1 - 0.9) * g
+    v *= 0.999
+    v += (1 - 0.999) * g * g
+    w -= lr * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + EPS)
+
+
+def numpy_adam(n: int) -> Step:
+    """Adam in plain NumPy."""
+    w, m, v = (np.zeros(n, np.float32) for _ in range(3))
+    g = np.full(n, GRADIENT, np.float32)
+    counter = itertools.count(1)
+
+    def step() -> Any:
+        numpy_update(w, g, m, v, next(counter), LR)
+        return w
+
     return step
 
 
 # --- training steps ------------------------------------------------------------------------------------------------
 
-SIZES = [784, 512, 256, 10]
+SIZES = (784, 512, 256, 10)
+TRAINING_LR = 1e-5  # so small that thousands of steps on one batch leave gradients of a usual size
 
 
 def batch_of(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -84,109 +153,467 @@ def batch_of(n: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.random((n, SIZES[0]), np.float32), rng.integers(0, SIZES[-1], n)
 
 
+def initial_layers() -> list[tuple[np.ndarray, np.ndarray]]:
+    """The weights and biases that every contender starts from."""
+    rng = np.random.default_rng(1)
+    return [
+        (rng.standard_normal((a, b), np.float32) * np.float32(math.sqrt(2 / a)), np.zeros(b, np.float32))
+        for a, b in itertools.pairwise(SIZES)
+    ]
+
+
 def gpubatch_training(n: int) -> Step:
     """Forward, backward and update of gpubatch."""
     import gpubatch as gb
 
     x, y = batch_of(n)
-    net = gb.mlp(SIZES, backend="cpu")
-    opt = gb.Adam(net.parameters, lr=1e-5)
+    net = gb.mlp(list(SIZES), backend="cpu")
+    for view, values in zip(net.parameters.values(), itertools.chain(*initial_layers()), strict=True):
+        view[...] = values
+    opt = gb.Adam(net.parameters, lr=TRAINING_LR)
 
-    def step() -> None:
-        net.step_loss(x, y)
+    def step() -> Any:
+        loss = net.step_loss(x, y)
         opt.step()
+        return loss
 
     return step
 
 
 def torch_training(n: int) -> Step:
     """The same of PyTorch, eager, with its fused Adam."""
-    import itertools
-
     import torch
 
     x, y = map(torch.tensor, batch_of(n))
     layers: list[Any] = []
-    for inputs, outputs in itertools.pairwise(SIZES):
-        layers += [torch.nn.Linear(inputs, outputs), torch.nn.ReLU()]
+    for W, b in initial_layers():
+        linear = torch.nn.Linear(*W.shape)
+        with torch.no_grad():
+            linear.weight.copy_(torch.tensor(W.T))
+            linear.bias.copy_(torch.tensor(b))
+        layers += [linear, torch.nn.ReLU()]
     net = torch.nn.Sequential(*layers[:-1])
-    opt = torch.optim.Adam(net.parameters(), lr=1e-5, fused=True)
+    opt = torch.optim.Adam(net.parameters(), lr=TRAINING_LR, fused=True)
 
-    def step() -> None:
+    def step() -> Any:
         opt.zero_grad(set_to_none=True)
-        torch.nn.functional.cross_entropy(net(x), y).backward()
+        loss = torch.nn.functional.cross_entropy(net(x), y)
+        loss.backward()
         opt.step()
+        return loss.detach()
 
     return step
 
 
+def jax_training(n: int) -> Step:
+    """The same of JAX and optax, the whole step compiled, parameters and state updated in their buffers."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    x, y = map(jnp.asarray, batch_of(n))
+    adam = optax.adam(TRAINING_LR)
+
+    def loss_at(layers: Any, x: Any, y: Any) -> Any:
+        *hidden, last = layers
+        for W, b in hidden:
+            x = jax.nn.relu(x @ W + b)
+        z = x @ last[0] + last[1]
+        return optax.softmax_cross_entropy_with_integer_labels(z, y).mean()
+
+    def update(layers: Any, state: Any, x: Any, y: Any) -> Any:
+        loss, grads = jax.value_and_grad(loss_at)(layers, x, y)
+        updates, state = adam.update(grads, state, layers)
+        return optax.apply_updates(layers, updates), state, loss
+
+    compiled = jax.jit(update, donate_argnums=(0, 1))
+    layers = jax.tree.map(jnp.asarray, initial_layers())
+    state = adam.init(layers)
+
+    def step() -> Any:
+        nonlocal layers, state
+        layers, state, loss = jax.block_until_ready(compiled(layers, state, x, y))
+        return loss
+
+    return step
+
+
+def sklearn_training(n: int) -> Step:
+    """``MLPClassifier.partial_fit`` of one batch: its Adam, no shuffling, no weight decay."""
+    from sklearn.neural_network import MLPClassifier
+
+    x, y = batch_of(n)
+    model = MLPClassifier(
+        SIZES[1:-1], solver="adam", alpha=0, batch_size=n, learning_rate_init=TRAINING_LR, shuffle=False, random_state=0
+    )
+    model.partial_fit(x, y, classes=np.arange(SIZES[-1]))  # makes layers and an optimizer, and a step
+    model.coefs_, model.intercepts_ = map(list, zip(*initial_layers(), strict=True))
+    del model._optimizer  # the next step makes another one, for these layers
+
+    def step() -> Any:
+        model.partial_fit(x, y)
+        return model.loss_
+
+    return step
+
+
+def numpy_training(n: int) -> Step:
+    """The same in plain NumPy, as one writes it."""
+    x, y = batch_of(n)
+    layers, rows = initial_layers(), np.arange(n)
+    states = [[(np.zeros_like(p), np.zeros_like(p)) for p in layer] for layer in layers]
+    counter = itertools.count(1)
+
+    def step() -> Any:
+        t = next(counter)
+        inputs = [x]
+        for W, b in layers[:-1]:
+            inputs.append(np.maximum(inputs[-1] @ W + b, 0))
+        z = inputs[-1] @ layers[-1][0] + layers[-1][1]
+        p = np.exp(z - z.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        loss = -np.log(p[rows, y]).mean()
+        p[rows, y] -= 1
+        dz = p / n
+        for i in reversed(range(len(layers))):
+            W, _ = layers[i]
+            grads = inputs[i].T @ dz, dz.sum(axis=0)
+            if i:
+                dz = (dz @ W.T) * (inputs[i] > 0)
+            for w, g, (m, v) in zip(layers[i], grads, states[i], strict=True):
+                numpy_update(w, g, m, v, t, TRAINING_LR)
+        return loss
+
+    return step
+
+
+def matrix_products(n: int) -> Step:
+    """The step's eight matrix products alone, through NumPy: a bound for whoever multiplies with its BLAS."""
+    rng = np.random.default_rng(0)
+    x = [rng.random((n, width), np.float32) for width in SIZES]
+    dx = [rng.random((n, width), np.float32) for width in SIZES]
+    W = [rng.random(shape, np.float32) for shape in itertools.pairwise(SIZES)]
+    dW = [np.empty_like(w) for w in W]
+
+    def step() -> None:
+        for i in range(len(W)):
+            np.matmul(x[i], W[i], out=x[i + 1])
+        for i in reversed(range(len(W))):
+            np.matmul(x[i].T, dx[i + 1], out=dW[i])
+            if i:
+                np.matmul(dx[i + 1], W[i].T, out=dx[i])
+
+    return step
+
+
+# --- an epoch of batches -------------------------------------------------------------------------------------------
+
+SAMPLES, FEATURES, BATCH = 60_000, 784, 256
+
+
+def images() -> tuple[np.ndarray, np.ndarray]:
+    """Bytes and labels of the shape of MNIST. Images are one image, shifted: the mean of a batch is always the same."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, FEATURES, np.uint8)
+    shifted = np.lib.stride_tricks.sliding_window_view(np.tile(image, 2), FEATURES)
+    return shifted[rng.integers(0, FEATURES, SAMPLES)], rng.integers(0, 10, SAMPLES)
+
+
+def gpubatch_epoch() -> Step:
+    """A shuffled epoch of gpubatch's loader."""
+    import gpubatch as gb
+
+    loader = gb.Loader(*images(), batch_size=BATCH, backend="cpu", dtype="float32", scale=1 / 255)
+
+    def epoch() -> Any:
+        for x, _ in loader:
+            last = x
+        return last.mean()
+
+    return epoch
+
+
+def torch_epoch(batched: bool) -> Step:
+    """The same of PyTorch: as its tutorials do it, or ``batched``, taking a batch out of the tensors by one index."""
+    import torch
+    from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+
+    torch.manual_seed(0)
+    dataset = TensorDataset(*map(torch.tensor, images()))
+    if batched:
+        sampler = BatchSampler(RandomSampler(dataset), BATCH, drop_last=False)
+        loader = DataLoader(dataset, sampler=sampler, batch_size=None)
+    else:
+        loader = DataLoader(dataset, batch_size=BATCH, shuffle=True)
+
+    def epoch() -> Any:
+        for x, _ in loader:
+            last = x.float().div_(255)
+        return last.mean()
+
+    return epoch
+
+
+def numpy_epoch() -> Step:
+    """The same in plain NumPy."""
+    X, Y = images()
+    rng = np.random.default_rng(0)
+
+    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        order = rng.permutation(SAMPLES)
+        for start in range(0, SAMPLES, BATCH):
+            index = order[start : start + BATCH]
+            yield X[index].astype(np.float32) * np.float32(1 / 255), Y[index]
+
+    def epoch() -> Any:
+        for x, _ in batches():
+            last = x
+        return last.mean()
+
+    return epoch
+
+
+# --- bounds --------------------------------------------------------------------------------------------------------
+
+BOUNDS = """
+#include <omp.h>
+
+// What a step of Adam reads and writes: four arrays in, three out.
+extern "C" void copy_loop(float* w, const float* g, float* m, float* v, long n) {
+#pragma omp parallel for simd schedule(static)
+    for (long i = 0; i < n; ++i) {
+        w[i] += g[i];
+        m[i] += 1;
+        v[i] += 1;
+    }
+}
+
+// Batch after batch in order, into a batch's buffer for each thread.
+extern "C" void conversion_loop(const unsigned char* x, float* buffers, long n, long batch, float scale) {
+#pragma omp parallel
+    {
+        float* out = buffers + omp_get_thread_num() * batch;
+#pragma omp for schedule(static)
+        for (long start = 0; start < n; start += batch) {
+            const long size = n - start < batch ? n - start : batch;
+#pragma omp simd
+            for (long i = 0; i < size; ++i) out[i] = x[start + i] * scale;
+        }
+    }
+}
+"""
+
+
+def compiled_bounds() -> ctypes.CDLL:
+    """The loops above, for this processor."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        raise SkippedError("no C++ compiler")
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "bounds.cpp"), Path(folder, "bounds.so")
+        source.write_text(BOUNDS)
+        flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+        done = subprocess.run([compiler, *flags, source, "-o", library], capture_output=True, text=True)
+        if done.returncode:
+            raise SkippedError(f"{compiler} failed: {done.stderr.strip().splitlines()[-1]}")
+        return ctypes.CDLL(str(library))
+
+
+def copy_loop(n: int) -> Step:
+    """The bound of memory for Adam: the same 28 bytes a parameter, hardly any arithmetic."""
+    loop = compiled_bounds().copy_loop
+    array = np.ctypeslib.ndpointer(np.float32)
+    loop.argtypes, loop.restype = [array, array, array, array, ctypes.c_long], None
+    w, m, v = (np.zeros(n, np.float32) for _ in range(3))
+    g = np.full(n, GRADIENT, np.float32)
+    return lambda: loop(w, g, m, v, n)
+
+
+def conversion_loop() -> Step:
+    """The bound of memory for an epoch: the same bytes converted in order, no labels."""
+    loop = compiled_bounds().conversion_loop
+    loop.argtypes = [np.ctypeslib.ndpointer(t) for t in (np.uint8, np.float32)] + [ctypes.c_long] * 2 + [ctypes.c_float]
+    loop.restype = None
+    X, _ = images()
+    buffers = np.empty((available_cores(), BATCH * FEATURES), np.float32)
+    return lambda: loop(X, buffers, X.size, BATCH * FEATURES, 1 / 255)
+
+
 # --- what is compared ----------------------------------------------------------------------------------------------
 
-MILLION = 10**6
-OPTIMIZERS = {
-    "adam, 10 thousand": ("adam", [10_000]),
-    "adam, 100 thousand": ("adam", [100_000]),
-    "adam, 1 million": ("adam", [MILLION]),
-    "adam, 10 million": ("adam", [10 * MILLION]),
-    "adam, 100 arrays of 10 thousand": ("adam", [10_000] * 100),
-    "rmsprop, 1 million": ("rmsprop", [MILLION]),
-    "rmsprop, 10 million": ("rmsprop", [10 * MILLION]),
-    "momentum, 1 million": ("momentum", [MILLION]),
-    "momentum, 10 million": ("momentum", [10 * MILLION]),
-}
-BATCHES = (32, 64, 128, 256, 512, 1024)
+THOUSAND, MILLION = 10**3, 10**6
+SIZE_NAMES = {10 * THOUSAND: "10 thousand", 100 * THOUSAND: "100 thousand"}
+SIZE_NAMES |= {n * MILLION: f"{n} million" for n in (1, 10, 50)}
+BATCHES = (32, 64, 128, 256, 512, 1024, 4096)
+
+
+def adam(n: int) -> dict[str, Callable[[], Step]]:
+    """Contenders for Adam on one flat array."""
+    found: dict[str, Callable[[], Step]] = {
+        "gpubatch": partial(gpubatch_optimizer, "adam", [n]),
+        "PyTorch fused": partial(torch_optimizer, "adam", [n], fused=True),
+        "JAX + optax": partial(jax_adam, n),
+        "NumPy": partial(numpy_adam, n),
+    }
+    return found | ({"copy loop": partial(copy_loop, n)} if n >= MILLION else {})
+
+
+def other_optimizer(name: str, n: int, *forms: str) -> dict[str, Callable[[], Step]]:
+    """Contenders for another optimizer on one flat array; ``forms`` are those that PyTorch has."""
+    return {"gpubatch": partial(gpubatch_optimizer, name, [n])} | {
+        f"PyTorch {form}": partial(torch_optimizer, name, [n], **{form: True}) for form in forms
+    }
+
+
+def training(n: int) -> dict[str, Callable[[], Step]]:
+    """Contenders for a training step of batch size n."""
+    return {
+        "gpubatch": partial(gpubatch_training, n),
+        "PyTorch fused": partial(torch_training, n),
+        "JAX + optax": partial(jax_training, n),
+        "scikit-learn": partial(sklearn_training, n),
+        "NumPy": partial(numpy_training, n),
+        "matrix products": partial(matrix_products, n),
+    }
+
+
 WORK: dict[str, dict[str, Callable[[], Step]]] = {
-    **{
-        f"step of {name}": {
-            "gpubatch": lambda a=a: gpubatch_optimizer(*a),
-            "PyTorch": lambda a=a: torch_optimizer(*a),
-        }
-        for name, a in OPTIMIZERS.items()
+    **{f"Adam, {name}": adam(n) for n, name in SIZE_NAMES.items()},
+    "Adam, 100 arrays of 10 thousand": {
+        "gpubatch": partial(gpubatch_optimizer, "adam", [10 * THOUSAND] * 100),
+        "PyTorch fused": partial(torch_optimizer, "adam", [10 * THOUSAND] * 100, fused=True),
     },
+    # PyTorch has no fused RMSProp.
+    **{f"RMSProp, {SIZE_NAMES[n]}": other_optimizer("rmsprop", n, "foreach") for n in (MILLION, 10 * MILLION)},
     **{
-        f"training step, 784-512-256-10, Adam, batch {n}": {
-            "gpubatch": lambda n=n: gpubatch_training(n),
-            "PyTorch": lambda n=n: torch_training(n),
-        }
-        for n in BATCHES
+        f"momentum, {SIZE_NAMES[n]}": other_optimizer("momentum", n, "foreach", "fused")
+        for n in (MILLION, 10 * MILLION)
+    },
+    **{f"training step, {'-'.join(map(str, SIZES))}, Adam, batch {n}": training(n) for n in BATCHES},
+    f"shuffled epoch, {SAMPLES:,} x {FEATURES} bytes, batch {BATCH}": {
+        "gpubatch": gpubatch_epoch,
+        "PyTorch": partial(torch_epoch, batched=False),
+        "PyTorch batched": partial(torch_epoch, batched=True),
+        "NumPy": numpy_epoch,
+        "conversion loop": conversion_loop,
     },
 }
 
 
-def one(work: str, contender: str) -> float:
-    """The time of one contender, in a process of its own."""
-    command = [sys.executable, __file__, "--one", work, contender]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+# --- measuring -----------------------------------------------------------------------------------------------------
 
 
-def compare(work: str, rounds: int) -> dict[str, Any]:
-    """Both contenders in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in WORK[work]}
+def available_cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def result_of(step: Step) -> float | None:
+    """A number by which contenders that do the same work can be told: the last one of what the third call returns."""
+    for _ in range(3):
+        value = step()
+    return None if value is None else float(np.asarray(value).reshape(-1)[-1])
+
+
+def median_seconds(step: Step, budget: float) -> float:
+    """The median time of a call, over as many as fit in ``budget`` seconds and at least three."""
+    times: list[float] = []
+    end = time.perf_counter() + budget
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def time_here(work: str, contender: str, budget: float) -> dict[str, Any]:
+    """Warm up and time one contender in this process: ``seconds`` and ``result``, or why it was ``skipped``."""
+    try:
+        step = WORK[work][contender]()
+    except ModuleNotFoundError as error:
+        return {"skipped": f"{error.name} is not installed"}
+    except SkippedError as error:
+        return {"skipped": str(error)}
+    result = result_of(step)  # the warm-up
+    return {"seconds": median_seconds(step, budget), "result": result}
+
+
+def time_apart(work: str, contender: str, budget: float) -> dict[str, Any]:
+    """:func:`time_here` in a process of its own."""
+    command = [sys.executable, __file__, "--one", work, contender, "--budget", str(budget)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{contender} failed at {work}:\n{done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def compare(work: str, peers: list[str], rounds: int, budget: float) -> list[dict[str, Any]]:
+    """gpubatch and ``peers`` in turn: a row for each of them."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("gpubatch", *peers)}
     for _ in range(rounds):
-        for name in seconds:
-            seconds[name].append(one(work, name))
-    ratios = [peer / ours for ours, peer in zip(seconds["gpubatch"], seconds["PyTorch"], strict=True)]
+        for name in list(runs):
+            found = time_apart(work, name, budget)
+            if "skipped" in found:
+                print(f"{work:52} {name:16} skipped: {found['skipped']}", flush=True)
+                del runs[name]
+            else:
+                runs[name].append(found)
+    ours = runs.pop("gpubatch")
+    return [row_of(work, peer, ours, theirs) for peer, theirs in runs.items()]
+
+
+def row_of(work: str, peer: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the rounds of a peer and of gpubatch give, printed and as it is stored."""
+    expected, result = ours[0]["result"], theirs[0]["result"]
+    if result is not None and not math.isclose(result, expected, rel_tol=TOLERANCE):
+        sys.exit(f"{peer} does other work than gpubatch at {work}: it returns {result}, gpubatch {expected}")
+    ratios = [b["seconds"] / a["seconds"] for a, b in zip(ours, theirs, strict=True)]
     row = {
         "work": work,
-        **{f"{name}_us": 1e6 * statistics.median(times) for name, times in seconds.items()},
+        "peer": peer,
+        "gpubatch_us": 1e6 * statistics.median(run["seconds"] for run in ours),
+        "peer_us": 1e6 * statistics.median(run["seconds"] for run in theirs),
         "ratio": statistics.median(ratios),
         "ratio_range": [min(ratios), max(ratios)],
     }
-    print(f"{work:55} {row['gpubatch_us']:10.1f} {row['PyTorch_us']:10.1f} µs  {row['ratio']:.2f}x", flush=True)
+    print(
+        f"{work:52} {peer:16} {row['gpubatch_us']:11,.1f} {row['peer_us']:11,.1f} {row['ratio']:8.2f} "
+        f"({min(ratios):.2f} to {max(ratios):.2f})",
+        flush=True,
+    )
     return row
 
 
 def conditions(threads: int, rounds: int) -> dict[str, Any]:
-    """Machine and versions."""
-    versions = {"python": platform.python_version(), "numpy": np.__version__}
-    versions |= {m: importlib.import_module(m).__version__ for m in ("gpubatch", "torch")}
+    """Machine, versions, and how it was measured."""
+    import gpubatch as gb
+
+    found = [name for name in LIBRARIES if any(importlib.metadata.distributions(name=name))]
+    versions = {"python": platform.python_version(), "gpubatch": gb.__version__}
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        commit = ""
     return {
         "date": date.today().isoformat(),
         "processor": f"{processor()}, {os.cpu_count()} cores",
-        "versions": versions,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "commit": commit or "unknown",
+        "versions": versions | {name: importlib.metadata.version(name) for name in found},
+        "compiled": not isinstance(gb.launch.host_library(), str),
         "threads": threads,
         "rounds": rounds,
     }
+
+
+def share_out(threads: int) -> None:
+    """Keep this process and those that it starts to ``threads`` cores, with as many threads of each library."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])  # XLA's threads follow this alone
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def main() -> None:
@@ -194,21 +621,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--budget", type=float, default=0.7, help="seconds of each contender in each round")
     parser.add_argument("--only", default="", help="only work whose name has this in it")
+    parser.add_argument("--peers", default="", help="only peers whose names begin so: PyTorch,JAX")
     parser.add_argument("--out", type=Path, help="file for the results, JSON")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        work, contender = arguments.one
-        print(median_seconds(WORK[work][contender]()))
+        print(json.dumps(time_here(*arguments.one, arguments.budget)))
         return
-    if importlib.util.find_spec("torch") is None:
-        sys.exit("bench/peers.py needs PyTorch: pip install 'gpubatch[peers]'")
-    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(arguments.threads))
-    rows = [compare(work, arguments.rounds) for work in WORK if arguments.only in work]
-    if arguments.out:
-        found = {**conditions(arguments.threads, arguments.rounds), "rows": rows}
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    if not 1 <= arguments.threads <= available_cores():
+        parser.error(f"--threads must be from 1 to {available_cores()}, the cores there are, got {arguments.threads}")
+    share_out(arguments.threads)
+    wanted = tuple(arguments.peers.split(","))
+    chosen = {
+        work: peers
+        for work, contenders in WORK.items()
+        if arguments.only in work and (peers := [p for p in contenders if p != "gpubatch" and p.startswith(wanted)])
+    }
+    found = conditions(arguments.threads, arguments.rounds)
+    print(f"{'work':52} {'peer':16} {'gpubatch µs':>11} {'peer µs':>11} {'ratio':>8}", flush=True)
+    rows: list[dict[str, Any]] = []
+    for number, (work, peers) in enumerate(chosen.items(), 1):
+        print(f"{number} of {len(chosen)}: {work}", file=sys.stderr, flush=True)
+        rows += compare(work, peers, arguments.rounds, arguments.budget)
+        if arguments.out:
+            arguments.out.write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
