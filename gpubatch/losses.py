@@ -58,6 +58,10 @@ class Loss(ABC):
     def check_values(self, Y: Array, outputs: int) -> None:
         """Raise if a value of Y is out of range; on a GPU this waits for the device."""
 
+    def shows(self, Y: Array) -> bool:
+        """Whether a value of Y that is out of range makes the loss NaN, so that it need not be looked for before."""
+        return False
+
     @abstractmethod
     def run(self, z: Array, Y: Array, c: Context) -> None:
         """Write the loss, and the gradient where it is wanted."""
@@ -188,6 +192,10 @@ class SVM(Loss):
         """Labels count from 0."""
         check_label_values(Y, outputs)
 
+    def shows(self, Y: Array) -> bool:
+        """Labels are compared with the number of classes where they are used."""
+        return True
+
     def run(self, z: Array, Y: Array, c: Context) -> None:
         """L = Σ max(0, z_j - z_y + 1) / n, without j = y."""
         c.ops.svm(z, Y, c.gradient, c.work)
@@ -232,6 +240,10 @@ class SoftmaxCrossEntropy(Loss):
             check_label_values(Y, outputs)
         elif not (low := Y.min().item()) >= 0:
             raise ArgumentError(f"Y must hold probabilities, got {low}")
+
+    def shows(self, Y: Array) -> bool:
+        """Labels are compared with the number of classes where they are used."""
+        return Y.ndim == 1
 
     def run(self, z: Array, Y: Array, c: Context) -> None:
         """L = Σ log Σ_j exp(z_j) - z_y / n, dz = (softmax(z) Σ_j y_j - y) / n."""

@@ -220,7 +220,7 @@ class Network:
         self._check_batch(X, Y, values=True)
         with self.backend.scope(), quiet():
             run = self._forward(X, Y)
-            loss = self._finite(run.loss.work["loss"].item(), X)
+            loss = self._finite(run.loss.work["loss"].item(), X, Y)
             self._backward(run, X)
         return loss, self.parameters.grads
 
@@ -232,6 +232,8 @@ class Network:
         self._check_batch(X, Y, values=self.backend.name == "cpu")
         with self.backend.scope(), quiet():
             run = self._forward(X, Y)
+            if self.backend.name == "cpu" and math.isnan(run.loss.work["loss"].item()):
+                self._loss.check_values(Y, self.outputs)
             self._backward(run, X)
         return run.loss.work["loss"]
 
@@ -256,7 +258,7 @@ class Network:
             return self.evaluate(X, Y)[0]
         self._check_batch(X, Y, values=True)
         with self.backend.scope(), quiet():
-            return self._finite(self._forward(X, Y).loss.work["loss"].item(), X)
+            return self._finite(self._forward(X, Y).loss.work["loss"].item(), X, Y)
 
     def evaluate(self, X: Array, Y: Array) -> tuple[float, float | None]:
         """:meth:`loss` and :meth:`accuracy` in one pass; no accuracy (None) where nothing is right or wrong, as in mse.
@@ -274,7 +276,7 @@ class Network:
                     right += (self._loss.predict(run.scores) == truth[rows]).sum().item()
             for name in self._weights:
                 penalty += self.l2 / 2 * squares(self._xp, self.parameters[name], run.loss.work["squares"]).item()
-            loss = self._finite(total / len(X) + penalty, X)
+            loss = self._finite(total / len(X) + penalty, X, Y)
         return loss, None if truth is None else right / truth.size
 
     def scores(self, X: Array) -> Array:
@@ -299,6 +301,7 @@ class Network:
         """The fraction of predictions that are right."""
         self._check_batch(X, Y, values=True)
         with self.backend.scope():
+            self._loss.check_values(Y, self.outputs)
             return float((self._loss.truth(Y, self.outputs) == self.predict(X)).mean())
 
     # --- memory ---
@@ -528,13 +531,14 @@ class Network:
         self._check_inputs(X)
         self.backend.check("Y", Y)
         self._loss.check(Y, len(X), self.outputs)
-        if values:
+        if values and not self._loss.shows(Y):
             with self.backend.scope():
                 self._loss.check_values(Y, self.outputs)
 
-    def _finite(self, loss: float, X: Array) -> float:
+    def _finite(self, loss: float, X: Array, Y: Array) -> float:
         if math.isfinite(loss):
             return loss
+        self._loss.check_values(Y, self.outputs)
         if not self._xp.isfinite(X).all().item():
             cause = "X holds NaN or infinity"
         elif not self._xp.isfinite(self.parameters.flat).all().item():

@@ -91,7 +91,8 @@ class Ops(ABC):
     def softmax_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """``work["loss"]`` = -Σ_j y_j log softmax(z)_j, mean over the batch, and its gradient in ``work["dz"]``.
 
-        Y are labels ``(batch,)`` of any integer type, or numbers of the shape of z.
+        Y are labels ``(batch,)`` of any integer type, or numbers of the shape of z. A label that is out of range makes
+        the loss NaN.
         """
 
     @abstractmethod
@@ -175,6 +176,8 @@ class NumpyOps(Ops):
     def softmax_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """See :class:`Ops`; the largest exponential is 1, so the logarithm is finite."""
         dz, row, sums, log, index = (work[name] for name in ("dz", "row", "sum", "log", "index"))
+        if Y.ndim == 1 and not labels_fit(Y, z, work):
+            return
         z.max(axis=1, out=row)
         np.subtract(z, row[:, None], out=dz)
         if Y.ndim == 1:
@@ -207,6 +210,8 @@ class NumpyOps(Ops):
     def svm(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """See :class:`Ops`: dz_j = 1/n for a violated margin, dz_y = -(how many there are)/n."""
         dz, row, index = work["dz"], work["row"], work["index"]
+        if not labels_fit(Y, z, work):
+            return
         places_of(Y, work)
         take(z, index, row)
         np.subtract(z, row[:, None], out=dz)
@@ -442,6 +447,15 @@ def total(x: Array, out: Array, scale: float) -> None:
     """Write scale * Σ x to ``out``, of one element."""
     x.reshape(-1).sum(keepdims=True, out=out)
     out *= scale
+
+
+def labels_fit(labels: Array, z: Array, work: Work) -> bool:
+    """Whether all labels are columns of z; the loss is NaN if not."""
+    if labels.min() >= 0 and labels.max() < z.shape[1]:
+        return True
+    work["loss"].fill(math.nan)
+    work["dz"].fill(math.nan)
+    return False
 
 
 def places_of(labels: Array, work: Work) -> None:

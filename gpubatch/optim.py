@@ -273,6 +273,7 @@ class Optimizer:
         self._update = update_for(self._trace, self._dtype, self.backend, self._master)
         self._at_once = getattr(self._update, "at_once", lambda arrays, scalars, control: False)
         self._flat_state = [views.flat for views in self._state.values()]
+        self._numbered = list(self._params) == [str(i) for i in range(len(self._params))]
         self._apart = [(p, [views[name] for views in self._state.values()]) for name, p in self._params.items()]
 
     def _arrays(self, grads: Any) -> list[tuple[Array, ...]]:
@@ -283,10 +284,14 @@ class Optimizer:
                 return [(self._flat.flat, flat, *self._flat_state)]
         if grads is None:
             raise ArgumentError("grads must be given: only gpubatch.Parameters has .grads, separate arrays have none")
-        found = named_arrays(grads, "grads")
-        if found.keys() != self._params.keys():
-            raise ArgumentError(f"grads must be for {', '.join(self._params)}; got {', '.join(found)}")
-        return [(p, found[name], *state) for name, (p, state) in zip(self._params, self._apart, strict=True)]
+        # The common case without a dictionary: many small arrays are a matter of microseconds.
+        plain = isinstance(grads, (list, tuple)) and len(grads) == len(self._apart) and self._numbered
+        if not plain or not all(type(g) is np.ndarray for g in grads):
+            found = named_arrays(grads, "grads")
+            if found.keys() != self._params.keys():
+                raise ArgumentError(f"grads must be for {', '.join(self._params)}; got {', '.join(found)}")
+            grads = [found[name] for name in self._params]
+        return [(p, g, *state) for (p, state), g in zip(self._apart, grads, strict=True)]
 
     @staticmethod
     def _flat_grads(grads: Any, params: Parameters) -> Array | None:

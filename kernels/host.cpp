@@ -117,6 +117,12 @@ static bool fits(nb::handle x, int type, Int size) {
     return a && PyArray_TYPE(a) == type && PyArray_ISCARRAY_RO(a) && PyArray_SIZE(a) == size;
 }
 
+// Whether x is scratch for at least `size` elements.
+static bool has_room(nb::handle x, int type, Int size) {
+    PyArrayObject* a = array(x);
+    return a && PyArray_SIZE(a) >= size && fits(x, type, PyArray_SIZE(a));
+}
+
 template <class T>
 static T* data(nb::handle x) {
     return x.is_none() ? nullptr : static_cast<T*>(PyArray_DATA(reinterpret_cast<PyArrayObject*>(x.ptr())));
@@ -246,7 +252,7 @@ static bool activation_gradient(int kind, double p, Any kept, Any dy, Any dx, An
         typedef decltype(zero) T;
         const auto [rows, columns] = *shape;
         if (!(dx.is_none() || (fits(dx, TYPE<T>, rows * columns) && fits(kept, TYPE<T>, rows * columns)))) return false;
-        if (!(db.is_none() || (fits(db, TYPE<T>, columns) && fits(partial, TYPE<T>, PARTS * columns)))) return false;
+        if (!(db.is_none() || (fits(db, TYPE<T>, columns) && has_room(partial, TYPE<T>, PARTS * columns)))) return false;
         const T *from = data<T>(dy), *y = dx.is_none() ? nullptr : data<T>(kept);
         T *to = data<T>(dx), *bias = data<T>(db), *sums = data<T>(partial);
         const auto gradient = table<T>().activation_gradient[kind];
@@ -353,7 +359,7 @@ static bool batch_norm(Any x, double eps, Any gamma, Any beta, Any y, Any normal
             if (!fits(one, TYPE<T>, columns)) return false;
         for (Any one : {y, normal})
             if (!fits(one, TYPE<T>, rows * columns)) return false;
-        if (!fits(partial, TYPE<T>, 2 * PARTS * columns)) return false;
+        if (!has_room(partial, TYPE<T>, 2 * PARTS * columns)) return false;
         const T *from = data<T>(x), *g = data<T>(gamma), *b = data<T>(beta);
         T *to = data<T>(y), *n = data<T>(normal), *m = data<T>(mean), *v = data<T>(var), *i = data<T>(inverse);
         T* sums = data<T>(partial);
@@ -384,7 +390,7 @@ static bool batch_norm_gradient(Any dy, Any gamma, Any dgamma, Any dbeta, Any dx
         const auto [rows, columns] = *shape;
         for (Any one : {gamma, dgamma, dbeta, inverse})
             if (!fits(one, TYPE<T>, columns)) return false;
-        if (!fits(normal, TYPE<T>, rows * columns) || !fits(partial, TYPE<T>, 2 * PARTS * columns)) return false;
+        if (!fits(normal, TYPE<T>, rows * columns) || !has_room(partial, TYPE<T>, 2 * PARTS * columns)) return false;
         if (!(dx.is_none() || fits(dx, TYPE<T>, rows * columns))) return false;
         const T *from = data<T>(dy), *n = data<T>(normal), *g = data<T>(gamma), *i = data<T>(inverse);
         T *dg = data<T>(dgamma), *db = data<T>(dbeta), *to = data<T>(dx), *sums = data<T>(partial);

@@ -41,15 +41,18 @@ class Pool {
             std::lock_guard<std::mutex> lock(state);
             job = [](const void* f, long long part) { (*static_cast<const Body*>(f))(part); };
             job_data = &body;
-            job_parts = parts;
-            next_part.store(0, std::memory_order_relaxed);
+            shares = helpers + 1;
+            for (int i = 0; i < shares; ++i) {
+                share[i].next.store(parts * i / shares, std::memory_order_relaxed);
+                share[i].end = parts * (i + 1) / shares;
+            }
             wanted = helpers;
             busy = 0;
             job_number.store(job_number + 1, std::memory_order_release);
             sleepers = asleep;
         }
         if (sleepers) wake.notify_all();
-        work();
+        work(0);
         // Whoever has not begun by now need not: no part is left.
         std::unique_lock<std::mutex> lock(state);
         wanted = 0;
@@ -65,20 +68,21 @@ class Pool {
 #endif
     }
 
-    void work() {
-        for (long long part; (part = next_part.fetch_add(1, std::memory_order_relaxed)) < job_parts;)
-            job(job_data, part);
+    // A thread's own share first: in the next call the same parts are in its cache. Then what others have not begun.
+    void work(int thread) {
+        for (int i = 0; i < shares; ++i) {
+            Share& s = share[(thread + i) % shares];
+            for (long long part; (part = s.next.fetch_add(1, std::memory_order_relaxed)) < s.end;) job(job_data, part);
+        }
     }
 
     int start(int count) {
-        while (started < count) {
-            std::thread([this] { loop(); }).detach();
-            ++started;
-        }
+        count = count < MOST ? count : MOST - 1;
+        for (; started < count; ++started) std::thread([this, thread = started + 1] { loop(thread); }).detach();
         return count;
     }
 
-    void loop() {
+    void loop(int thread) {
         std::unique_lock<std::mutex> lock(state);
         for (unsigned long long seen = 0;;) {
             lock.unlock();
@@ -92,7 +96,7 @@ class Pool {
             --wanted;
             ++busy;
             lock.unlock();
-            work();
+            work(thread);
             lock.lock();
             if (--busy == 0) done.notify_one();
         }
@@ -102,8 +106,13 @@ class Pool {
     std::condition_variable wake, done;
     void (*job)(const void*, long long) = nullptr;
     const void* job_data = nullptr;
-    long long job_parts = 0;
-    std::atomic<long long> next_part{0};
+    static constexpr int MOST = 256;
+    struct alignas(64) Share {
+        std::atomic<long long> next{0};
+        long long end = 0;
+    };
+    Share share[MOST];
+    int shares = 0;
     std::atomic<unsigned long long> job_number{0};
     int wanted = 0, busy = 0, started = 0, asleep = 0;
 };

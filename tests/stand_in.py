@@ -119,3 +119,9 @@ def stand_in_backend(order: str = "forward", sanitize: bool = False) -> CudaBack
     """A backend of its own; what others compiled is forgotten, so that its record is complete."""
     cuda_kernel.cache_clear()
     return CudaBackend(StandIn(order, sanitize), INDEX, "a test")
+
+
+class StandInBackend(CudaBackend):
+    """With NumPy for what is not a kernel of gpubatch's: matrix products, copies."""
+
+    xp = np

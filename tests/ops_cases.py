@@ -1,0 +1,298 @@
+"""Every kernel of the core on arrays that it draws, for each form of it: the same numbers, by whoever runs them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+import gpubatch as gb
+from gpubatch import cuda_ops
+from gpubatch.backend import Array, Backend
+from gpubatch.ops import KINDS, PARTS, SQUARE_SUM_SIZE, Activation, NumpyOps, Ops
+
+F = np.dtype(np.float32)
+SIZES = [(1, 1), (1, 3), (5, 10), (1030, 1), (301, 3), (67, 257), (7, 1000), (2100, 33)]
+CLASSES = [(1, 2), (40, 2), (301, 3), (33, 10), (9, 257), (3, 5000)]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a case runs: by whom, on what kind of arrays, and where its numbers come from.
+
+    Numbers are rounded to ``precision`` before they become ``dtype``: what is computed with is the same everywhere.
+    """
+
+    ops: Ops
+    backend: Backend
+    dtype: np.dtype
+    precision: np.dtype
+    rng: np.random.Generator
+    misaligned: bool = False
+
+    def real(self, *shape: int) -> Array:
+        return self.array(self.rng.standard_normal(shape).astype(self.precision))
+
+    def grid(self, *shape: int) -> Array:
+        """Multiples of 1/8: sums and differences have no rounding, and some are equal."""
+        return self.array(np.round(8 * self.rng.standard_normal(shape)) / 8)
+
+    def positive(self, *shape: int) -> Array:
+        return self.array(self.rng.uniform(0.1, 2, shape).astype(self.precision))
+
+    def labels(self, rows: int, classes: int, dtype: str = "int64") -> Array:
+        return self.backend.asarray(self.rng.integers(0, classes, rows).astype(dtype))
+
+    def array(self, values: np.ndarray) -> Array:
+        out = self.empty(*values.shape)
+        out[...] = self.backend.asarray(values.astype(self.dtype))
+        return out
+
+    def empty(self, *shape: int, dtype: Any = None) -> Array:
+        dtype = np.dtype(dtype or self.dtype)
+        if not self.misaligned or dtype != self.dtype:
+            return self.backend.empty(shape, dtype)
+        # One element after a 16-byte boundary; memory of a device begins at one, but that of NumPy may not.
+        wide = self.backend.empty(int(np.prod(shape)) + 32 // dtype.itemsize, dtype)
+        start = (-wide.ctypes.data % 16) // dtype.itemsize + 1 if isinstance(wide, np.ndarray) else 1
+        return wide[start : start + int(np.prod(shape))].reshape(shape)
+
+    def work(self, rows: int, features: int, **more: Array) -> dict[str, Array]:
+        """Everything that any of the methods works in, for NumPy and CUDA."""
+        full = {name: self.empty(rows, features) for name in ("slope", "t", "u", "dz", "normal", "mask")}
+        columns = {name: self.empty(features) for name in ("mean", "var", "inverse")}
+        lines = {name: self.empty(rows) for name in ("sum", "log", "weight")}
+        return {
+            **full,
+            **columns,
+            **lines,
+            "row": self.empty(features if more.pop("by_columns", None) else rows),
+            "loss": self.empty(1),
+            "partial": self.empty(2 * PARTS, features),
+            "index": self.empty(rows, dtype=np.int64),
+            "offsets": self.backend.asarray(np.arange(rows, dtype=np.int64) * features),
+            "uniform": self.empty(rows, features, dtype=np.float32),
+            "positive": self.empty(rows, features, dtype=bool),
+            **more,
+        }
+
+
+Results = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One use of a method. ``run`` returns what it wrote.
+
+    ``exact``: no number is rounded differently, so that NumPy gives the same bits in the same element type. ``grows``:
+    errors grow as the root of this many numbers that are added up, of (rows, features).
+    """
+
+    method: str
+    source: Callable[[str], str]
+    run: Callable[[Place, int, int], Results]
+    sizes: list[tuple[int, int]]
+    exact: bool = False
+    grows: Callable[[int, int], int] = lambda rows, features: 1
+
+
+# --- the cases -------------------------------------------------------------------------------------------------------
+
+
+def activate(kind: str, bias: bool, in_place: bool, p: Place, rows: int, features: int) -> Results:
+    x, b, work = p.real(rows, features), p.real(features), p.work(rows, features)
+    y = x if in_place else p.empty(rows, features)
+    f = Activation(kind, 0.1)
+    p.ops.activate(f, x, b if bias else None, y, work)
+    return {"y": y, **({"slope": work["slope"]} if f.keeps else {})}
+
+
+def activation_gradient(kind: str, dx: str, bias: bool, p: Place, rows: int, features: int) -> Results:
+    y, dy, work = p.real(rows, features), p.real(rows, features), p.work(rows, features)
+    work["slope"][...] = p.real(rows, features)
+    out = {"new": p.empty(rows, features), "in place": dy, "none": None}[dx]
+    db = p.empty(features) if bias else None
+    p.ops.activation_gradient(Activation(kind, 0.1), y, dy, out, db, work)
+    return {name: a for name, a in (("dx", out), ("db", db)) if a is not None}
+
+
+def softmax(truth: str, gradient: bool, p: Place, rows: int, classes: int) -> Results:
+    z, work = p.real(rows, classes), p.work(rows, classes)
+    z *= 5
+    if truth == "rows":
+        Y = p.positive(rows, classes)
+    elif truth == "one-hot":
+        Y = p.backend.asarray(np.eye(classes, dtype=np.uint8)[p.rng.integers(0, classes, rows)])
+    else:
+        Y = p.labels(rows, min(classes, 100), truth)
+    p.ops.softmax_cross_entropy(z, Y, gradient, work)
+    return {"loss": work["loss"], **({"dz": work["dz"]} if gradient else {})}
+
+
+def svm(labels: str, gradient: bool, p: Place, rows: int, classes: int) -> Results:
+    z, Y, work = p.grid(rows, classes), p.labels(rows, min(classes, 100), labels), p.work(rows, classes)
+    p.ops.svm(z, Y, gradient, work)
+    return {"loss": work["loss"], **({"dz": work["dz"]} if gradient else {})}
+
+
+def normalise(p: Place, rows: int, features: int) -> Results:
+    x, work = p.real(rows, features), p.work(rows, features)
+    mean, var, gamma, beta = p.real(features), p.positive(features), p.real(features), p.real(features)
+    p.ops.normalise(x, mean, var, 1e-5, gamma, beta, x, work)
+    return {"y": x}
+
+
+def batch_norm(in_place: bool, p: Place, rows: int, features: int) -> Results:
+    x, gamma, beta, work = p.real(rows, features), p.real(features), p.real(features), p.work(rows, features)
+    x += 3  # where E[x²] - mean² would lose digits
+    y = x if in_place else p.empty(rows, features)
+    p.ops.batch_norm(x, 1e-3, gamma, beta, y, work)
+    return {"y": y, **{name: work[name] for name in ("mean", "var", "normal", "inverse")}}
+
+
+def batch_norm_gradient(dx: str, p: Place, rows: int, features: int) -> Results:
+    dy, gamma, dgamma, dbeta = p.real(rows, features), p.real(features), p.empty(features), p.empty(features)
+    work = p.work(rows, features, by_columns=True)
+    work["normal"][...], work["inverse"][...] = p.real(rows, features), p.positive(features)
+    out = {"new": p.empty(rows, features), "in place": dy, "none": None}[dx]
+    p.ops.batch_norm_gradient(dy, gamma, dgamma, dbeta, out, work)
+    return {"dgamma": dgamma, "dbeta": dbeta, **({} if out is None else {"dx": out})}
+
+
+def move(p: Place, rows: int, features: int) -> Results:
+    running, new = p.real(features), p.real(features)
+    p.ops.move(running, new, 0.1, 1.25, p.work(rows, features, by_columns=True))
+    return {"running": running}
+
+
+def dropout(rate: float, p: Place, rows: int, features: int) -> Results:
+    x, y, work = p.real(rows, features), p.empty(rows, features), p.work(rows, features)
+    p.ops.dropout(x, y, rate, (2**63 + 11, 3), 2**40 + 1, work)
+    return {"y": y, "mask": work["mask"]}
+
+
+def square_sum(p: Place, rows: int, features: int) -> Results:
+    out = p.backend.zeros(SQUARE_SUM_SIZE, np.float64)
+    for _ in range(2):  # it adds to what is there
+        p.ops.square_sum(p.real(rows, features), out)
+    return {"sum": out[:2]}
+
+
+def gather(stored: str, scale: float, shift: float, p: Place, rows: int, features: int) -> Results:
+    samples, dtype = 2 * rows + 1, np.dtype(stored)
+    if dtype.kind == "f":
+        values = p.rng.standard_normal((samples, features)).astype(stored)
+    elif dtype.kind == "b":
+        values = p.rng.integers(0, 2, (samples, features)).astype(bool)
+    else:
+        values = p.rng.integers(np.iinfo(stored).min, np.iinfo(stored).max, (samples, features), stored, endpoint=True)
+    index = p.backend.asarray(p.rng.integers(0, samples, rows))
+    out = p.empty(rows, features)
+    p.ops.gather(p.backend.asarray(values), index, out, scale, shift)
+    return {"out": out}
+
+
+def file(name: str, *before: str) -> Callable[[str], str]:
+    return lambda dtype: cuda_ops.source_of(dtype, *before, name)
+
+
+CASES: dict[str, Case] = {}
+for kind in KINDS:
+    source = functools.partial(lambda kind, dtype: cuda_ops.activation_source(dtype, kind), kind)
+    sizes = SIZES if kind in ("identity", "gelu") else [(301, 3)]  # one says about sizes what all do
+    for bias, in_place in ((True, False), (False, True)):
+        CASES[f"activate {kind} {'with' if bias else 'without'} bias"] = Case(
+            "activate", source, functools.partial(activate, kind, bias, in_place), sizes
+        )
+    for dx, bias in (("new", True), ("in place", False)):
+        CASES[f"activation_gradient {kind} {dx}"] = Case(
+            "activation_gradient",
+            source,
+            functools.partial(activation_gradient, kind, dx, bias),
+            [*sizes, (0, 5)],
+            grows=lambda rows, features: rows,
+        )
+CASES["activation_gradient of biases alone"] = replace(
+    CASES["activation_gradient identity new"], run=functools.partial(activation_gradient, "identity", "none", True)
+)
+for truth in ("int64", "uint8", "int32", "rows", "one-hot"):
+    CASES[f"softmax {truth}"] = Case(
+        "softmax_cross_entropy", file("loss.cu"), functools.partial(softmax, truth, True), CLASSES
+    )
+    if truth in ("int64", "uint8"):
+        CASES[f"svm {truth}"] = Case("svm", file("loss.cu"), functools.partial(svm, truth, True), CLASSES)
+for truth in ("int64", "rows"):
+    CASES[f"softmax {truth}, loss alone"] = replace(
+        CASES[f"softmax {truth}"], run=functools.partial(softmax, truth, False)
+    )
+CASES["svm, loss alone"] = replace(CASES["svm int64"], run=functools.partial(svm, "int64", False))
+CASES["normalise"] = Case("normalise", file("batch_norm.cu"), normalise, SIZES)
+for in_place in (True, False):
+    CASES[f"batch_norm {'in place' if in_place else 'new'}"] = Case(
+        "batch_norm",
+        file("batch_norm.cu"),
+        functools.partial(batch_norm, in_place),
+        SIZES,
+        grows=lambda rows, features: rows,
+    )
+for dx in ("new", "in place", "none"):
+    CASES[f"batch_norm_gradient {dx}"] = Case(
+        "batch_norm_gradient",
+        file("batch_norm.cu"),
+        functools.partial(batch_norm_gradient, dx),
+        SIZES,
+        grows=lambda rows, features: rows,
+    )
+CASES["move"] = Case("move", file("batch_norm.cu"), move, SIZES)
+for rate in (0.0, 0.3):
+    CASES[f"dropout {rate}"] = Case(
+        "dropout", file("dropout.cu", "philox.cuh"), functools.partial(dropout, rate), SIZES, exact=True
+    )
+CASES["square_sum"] = Case(
+    "square_sum", file("square_sum.cu"), square_sum, [*SIZES, (0, 1), (150, 1000)], grows=lambda r, f: 0
+)
+for stored, c_type in cuda_ops.STORED.items():
+    source = functools.partial(
+        lambda c_type, dtype: cuda_ops.source_of(dtype, "half.cuh", "gather.cu", before=f"typedef {c_type} S;"), c_type
+    )
+    sizes = SIZES if stored == "uint8" else [(67, 257)]
+    CASES[f"gather {stored}"] = Case(
+        "gather", source, functools.partial(gather, stored, 1.0, 0.0), [*sizes, (0, 5)], exact=True
+    )
+CASES["gather scaled"] = replace(CASES["gather uint8"], run=functools.partial(gather, "uint8", 1 / 255, -0.5))
+
+
+# --- how they are compared -------------------------------------------------------------------------------------------
+
+
+def by_numpy(case: Case, size: tuple[int, int], dtype: np.dtype) -> Results:
+    """The results that are right: in float64, or in ``dtype`` where bits are compared."""
+    computed = dtype if case.exact else np.dtype(np.float64)
+    place = Place(NumpyOps(), gb.get_backend("cpu"), computed, dtype, np.random.default_rng(size))
+    return case.run(place, *size)
+
+
+def by_host(
+    case: Case, size: tuple[int, int], dtype: np.dtype, ops: Ops, misaligned: bool = False
+) -> dict[str, np.ndarray]:
+    """The results of ``ops`` in main memory, on the same numbers."""
+    return case.run(Place(ops, gb.get_backend("cpu"), dtype, dtype, np.random.default_rng(size), misaligned), *size)
+
+
+def compare(case: Case, size: tuple[int, int], ours: Results, right: Results, dtype: np.dtype) -> None:
+    """Within some roundings of the largest number; sums of many numbers within the root of how many times that."""
+    assert ours.keys() == right.keys()
+    eps = np.finfo(np.float64 if case.method == "square_sum" else dtype).eps
+    bound = 16 * eps * (1 + case.grows(*size)) ** 0.5
+    for name in ours:
+        largest = np.abs(right[name]).max(initial=1)
+        np.testing.assert_allclose(ours[name], right[name], rtol=bound, atol=bound * largest, err_msg=f"{name} {size}")
+
+
+def same(ours: Results, others: Results) -> None:
+    assert ours.keys() == others.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], others[name], err_msg=name)

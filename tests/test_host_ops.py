@@ -1,0 +1,182 @@
+"""The core's kernels compiled for the CPU: they agree with NumPy at every width of SIMD, with any number of threads."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from needs import missing
+from ops_cases import CASES, Case, F, Place, by_host, by_numpy, compare, same
+
+import gpubatch as gb
+from gpubatch.host_ops import HostOps, ops_for
+from gpubatch.launch import host_library
+from gpubatch.ops import SQUARE_SUM_SIZE, NumpyOps
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@pytest.fixture(scope="module")
+def library() -> Any:
+    found = host_library()
+    if isinstance(found, str):
+        missing("compiler", f"the compiled kernels are not there: {found}")
+    return found
+
+
+@pytest.fixture
+def restored(library: Any) -> Iterator[Any]:
+    """The library, whose threads and width of SIMD a test may change."""
+    threads, level = library.threads(), library.level()
+    yield library
+    library.set_threads(threads)
+    library.use(level)
+
+
+class Strict:
+    """The library where nothing is left to NumPy."""
+
+    def __init__(self, library: Any) -> None:
+        self.library = library
+
+    def __getattr__(self, name: str) -> Any:
+        def method(*arguments: Any) -> bool:
+            done = getattr(self.library, name)(*arguments)
+            assert done is True, f"{name} was declined"
+            return True
+
+        return method
+
+
+def test_the_form_of_this_machine(library: Any) -> None:
+    assert not inspect.isabstract(HostOps)
+    assert isinstance(ops_for(gb.get_backend("cpu"), F), HostOps)
+    assert library.level() == library.levels()[-1]
+    assert library.threads() >= 1
+    with pytest.raises(ValueError, match="no such SIMD level here: x86-64-v9"):
+        library.use("x86-64-v9")
+
+
+@every_case
+def test_it_agrees_with_numpy_at_every_width(case: Case, dtype: np.dtype, restored: Any) -> None:
+    for size in [*case.sizes, (300, 257)]:
+        right = by_numpy(case, size, dtype)
+        for level in restored.levels():
+            restored.use(level)
+            for misaligned in (False, True):
+                ours = by_host(case, size, dtype, HostOps(Strict(restored)), misaligned)
+                compare(case, size, ours, right, dtype)
+                if case.method == "dropout":
+                    np.testing.assert_array_equal(ours["mask"], right["mask"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_threads_change_no_bit(name: str, restored: Any) -> None:
+    case, size = CASES[name], (1000, 200)  # worth four threads or more
+    if case.method.startswith(("softmax", "svm")):
+        size = (5000, 50)
+    restored.set_threads(1)
+    alone = by_host(case, size, F, HostOps(Strict(restored)))
+    for threads in (2, 7):
+        restored.set_threads(threads)
+        same(by_host(case, size, F, HostOps(Strict(restored))), alone)
+
+
+@pytest.mark.parametrize("name", ["activation_gradient gelu new", "softmax rows", "svm uint8", "batch_norm new"])
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(size=st.tuples(st.integers(1, 90), st.integers(2, 70)), misaligned=st.booleans())
+def test_any_size(name: str, size: tuple[int, int], misaligned: bool, library: Any) -> None:
+    ours = by_host(CASES[name], size, F, HostOps(Strict(library)), misaligned)
+    compare(CASES[name], size, ours, by_numpy(CASES[name], size, F), F)
+
+
+@pytest.mark.parametrize("method", ["activate", "activation_gradient", "softmax_cross_entropy", "normalise", "gather"])
+def test_what_the_library_declines_goes_to_numpy(method: str, library: Any) -> None:
+    """Arrays that are strided, of another byte order or of another type; the results are NumPy's."""
+    found = []
+    for ops in (HostOps(library), NumpyOps()):
+        place = Place(ops, gb.get_backend("cpu"), F, F, np.random.default_rng(0))
+        x, work, row = place.real(6, 8)[:, ::2], place.work(6, 4), place.real(4)
+        y = place.empty(6, 4)
+        if method == "activate":
+            ops.activate(gb.Sigmoid().function, x, row, y, work)
+        elif method == "activation_gradient":
+            ops.activation_gradient(gb.Sigmoid().function, x, x, y, row, work)
+        elif method == "softmax_cross_entropy":
+            ops.softmax_cross_entropy(x, place.labels(6, 4), True, work)
+            y = work["dz"]
+        elif method == "normalise":
+            ops.normalise(x, row, place.positive(4), 1e-3, row, row, y, work)
+        else:
+            ops.gather(x.astype(">f8"), np.array([5, 0, 0, 3, 2, 1]), y, 0.5, 1.0)
+        found.append({"y": y, "row": row})
+    same(*found)
+
+
+def test_an_index_out_of_range_is_an_error(library: Any) -> None:
+    source, out = np.zeros((4, 3), np.uint8), np.zeros((2, 3), F)
+    for index in ([0, 4], [-1, 0], [2**40, 0]):
+        with pytest.raises(IndexError):
+            HostOps(library).gather(source, np.array(index), out, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("method", ["softmax_cross_entropy", "svm"])
+@pytest.mark.parametrize("label", [-1, 3, 2**40])
+def test_a_label_out_of_range_is_nan(method: str, label: int) -> None:
+    for ops in [NumpyOps()] + ([] if isinstance(host_library(), str) else [HostOps(host_library())]):
+        place = Place(ops, gb.get_backend("cpu"), F, F, np.random.default_rng(0))
+        z, work = place.real(4, 3), place.work(4, 3)
+        getattr(ops, method)(z, np.array([0, 1, label, 2]), True, work)
+        assert np.isnan(work["loss"]).all()
+        assert np.isnan(work["dz"][2]).all()
+
+
+def test_what_is_not_finite_is_counted(dtype: np.dtype, library: Any) -> None:
+    x = np.ones(100_000, dtype)
+    x[[0, 17, 99_999]] = np.nan, np.inf, -np.inf
+    for ops in (HostOps(library), NumpyOps()):
+        out = np.zeros(SQUARE_SUM_SIZE)
+        ops.square_sum(x, out)
+        assert (np.isnan(out[0]), out[1]) == (True, 3)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "tanh"])
+def test_exp_and_tanh_are_right_to_a_few_units(kind: str, dtype: np.dtype, restored: Any) -> None:
+    """Over the whole range, against the C library in more precision; at its ends, and for NaN."""
+    limit = 90 if dtype == np.float32 else 720
+    x = np.concatenate([np.linspace(-limit, limit, 40_001), np.logspace(-30, 0, 2001), -np.logspace(-30, 0, 2001)])
+    x = np.concatenate([x, [0.0, np.inf, -np.inf, np.nan, 1e30, -1e30]]).astype(dtype)[None]
+    wide = x.astype(np.longdouble)
+    with np.errstate(over="ignore"):
+        right = np.tanh(wide) if kind == "tanh" else 1 / (1 + np.exp(-wide))
+    for level in restored.levels():
+        restored.use(level)
+        y = np.empty_like(x)
+        function = (gb.Tanh() if kind == "tanh" else gb.Sigmoid()).function
+        HostOps(Strict(restored)).activate(function, x, None, y, {})
+        tiny = np.finfo(dtype).tiny
+        np.testing.assert_allclose(y, right.astype(dtype), rtol=5 * np.finfo(dtype).eps, atol=tiny)
+
+
+def test_callers_at_the_same_time_do_not_disturb_each_other(library: Any) -> None:
+    x = np.random.default_rng(0).standard_normal((2000, 300)).astype(F)
+    right, wrong = np.maximum(x, 0), []
+
+    def work() -> None:
+        y = np.empty_like(x)
+        for _ in range(50):
+            y.fill(7)
+            HostOps(library).activate(gb.ReLU().function, x, None, y, {})
+            wrong.append(int((y != right).sum()))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(wrong), sum(wrong)) == (200, 0)
