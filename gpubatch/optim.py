@@ -23,7 +23,9 @@ from gpubatch.errors import (
     check_real,
 )
 from gpubatch.formula import Rule
+from gpubatch.host_ops import ops_for
 from gpubatch.launch import compute_dtype, update_for
+from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.params import FlatViews, Parameters
 
 __all__ = [
@@ -575,20 +577,17 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> float:
     arrays = (
         [grads.flat] if isinstance(grads, FlatViews) else list(named_arrays(grads, "grads", writable=True).values())
     )
-    with backend_of(*arrays).scope():
-        norm = math.sqrt(sum(_square_sum(a) for a in arrays))
+    backend = backend_of(*arrays)
+    with backend.scope():
+        sums = backend.zeros(SQUARE_SUM_SIZE, np.float64)
+        for a in arrays:
+            dtype = compute_dtype(a.dtype)
+            plain = a.flags.c_contiguous and a.dtype == dtype
+            ops_for(backend, dtype).square_sum(a if plain else a.astype(dtype, order="C"), sums)
+        norm = math.sqrt(float(sums[0]))
         if not math.isfinite(norm):
             raise NonFiniteError(f"the global norm of grads is {norm}: a gradient is NaN or infinite")
         if norm > limit:
             for a in arrays:
                 a *= limit / norm
     return norm
-
-
-def _square_sum(x: Array) -> float:
-    """The sum of squares in double precision, of one cache-sized block after another on the CPU."""
-    if not isinstance(x, np.ndarray):
-        return float((x.astype(np.float64) ** 2).sum())
-    flags: Any = ["external_loop", "buffered", "zerosize_ok"]
-    with np.nditer([x], flags, [["readonly"]], [np.float64], casting="safe", buffersize=1 << 14) as blocks:
-        return sum(float(np.dot(block, block)) for block in blocks)

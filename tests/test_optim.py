@@ -573,3 +573,67 @@ def test_a_refused_state_changes_nothing() -> None:
     after = opt.state_dict()
     assert after["t"] == 1
     np.testing.assert_array_equal(after["state"]["m"]["0"], before["state"]["m"]["0"])
+
+
+# --- float16, scale and skip -----------------------------------------------------------------------------------------
+
+
+def test_master_weights_follow_float32(backend: gb.Backend, rng: np.random.Generator) -> None:
+    start = rng.standard_normal(1000).astype(np.float16)
+    halves, floats = (gb.Parameters({"w": start.astype(d)}, backend, d) for d in ("float16", "float32"))
+    a, b = gb.Adam(halves, lr=0.01, master_weights=True), gb.Adam(floats, lr=0.01)
+    for _ in range(5):
+        g = rng.standard_normal(1000).astype(np.float16)
+        halves.grads.flat[...] = backend.asarray(g)
+        floats.grads.flat[...] = backend.asarray(g.astype(np.float32))
+        a.step()
+        b.step()
+    on_host = backend.to_numpy(floats.flat)
+    np.testing.assert_array_equal(backend.to_numpy(a.state["master"]["w"]), on_host)
+    np.testing.assert_array_equal(backend.to_numpy(halves.flat), on_host.astype(np.float16))
+    assert {views.dtype for views in a.state.values()} == {np.dtype(np.float32)}
+    again = gb.Adam(halves, lr=0.01, master_weights=True)
+    again.load_state_dict(a.state_dict())
+    np.testing.assert_array_equal(backend.to_numpy(again.state["master"].flat), on_host)
+
+
+def test_small_steps_are_lost_without_master_weights() -> None:
+    """1 - 1e-4 is nearer to 1 than to the next float16; a hundred such steps are 0.99."""
+    for master, expected in ((False, 1.0), (True, 0.99)):
+        w = np.ones(3, np.float16)
+        opt = gb.SGD([w], 1e-4, master_weights=master)
+        for _ in range(100):
+            opt.step([np.ones(3, np.float16)])
+        np.testing.assert_allclose(w, expected, rtol=1e-3)
+
+
+def test_master_weights_are_for_float16() -> None:
+    with pytest.raises(gb.ArgumentError, match=r"master_weights=True is for float16 parameters, these are float32"):
+        gb.SGD([np.zeros(3, np.float32)], 0.1, master_weights=True)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_step_is_scaled_or_left_out(apart: bool, backend: gb.Backend) -> None:
+    params = gb.Parameters({"a": (3,), "b": (2,)}, backend)
+    params.grads.flat[...] = 8.0
+    opt = gb.SGD(dict(params) if apart else params, 0.5)
+    grads = dict(params.grads) if apart else None
+    control = backend.asarray(np.array([0.25, 0], np.float32))
+    assert opt.step(grads, control).applied
+    np.testing.assert_array_equal(backend.to_numpy(params.flat), -1.0)
+    control[1] = 1
+    result = opt.step(grads, control)
+    np.testing.assert_array_equal(backend.to_numpy(params.flat), -1.0)
+    if backend.name == "cpu":
+        assert (result.applied, result.t, opt.t) == (False, 1, 1)
+    for wrong in (np.zeros(3, np.float32), np.zeros(2)):
+        with pytest.raises(gb.ShapeError, match="control must be two numbers of float32"):
+            opt.step(grads, backend.asarray(wrong))
+
+
+def test_clipping_measures_any_array(rng: np.random.Generator) -> None:
+    g = rng.standard_normal((40, 30))
+    for given in (g, g.astype(np.float32), g.T.copy().T, g[:, ::2], g.astype(np.float16)):
+        copy = given.copy() if given.flags.c_contiguous else given
+        expected = np.linalg.norm(copy.astype(np.float64))
+        np.testing.assert_allclose(gb.clip_by_global_norm([copy], 1e9), expected, rtol=1e-6)
