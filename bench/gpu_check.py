@@ -65,6 +65,12 @@ def run_tests() -> dict[str, Any]:
     return {"passed": done.returncode == 0, "summary": lines[-1] if lines else done.stderr[-2000:]}
 
 
+def kernel_times(out: Path) -> None:
+    """Every kernel of the core on the device, as pytest-benchmark measures it, to ``out``; report.py shows it."""
+    command = [sys.executable, "-m", "pytest", "bench/bench_kernels.py", "-m", "gpu", "-q", "--benchmark-enable"]
+    subprocess.run([*command, "--benchmark-max-time=0.3", f"--benchmark-json={out}"], cwd=ROOT, check=False)
+
+
 def device_seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
     """The median time of ``work`` on the device, between two events; the work is larger than its caches."""
     cupy = gb.backend.load_cupy()
@@ -252,7 +258,8 @@ def main() -> None:
     name = f"gpu-{found['date']}-{found['commit'][:8] or 'unknown'}"
     (arguments.out / f"{name}.json").write_text(json.dumps({**found, "tests": tests, "rows": rows}, indent=1) + "\n")
     (arguments.out / f"{name}.md").write_text(f"{found['device']}, {found['date']}\n\n{table(rows)}\n")
-    print(table(rows))
+    print(table(rows), flush=True)
+    kernel_times(arguments.out / f"{name}-kernels.json")
     sys.exit(0 if tests["passed"] else 1)
 
 

@@ -9,9 +9,8 @@
 #include <numpy/arrayobject.h>
 
 #include <algorithm>
-#include <cstring>
+#include <cmath>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -33,11 +32,13 @@ struct Level {
 
 static std::vector<Level> levels() {
     __builtin_cpu_init();
-    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    const bool v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
+    const bool v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi2");
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
-    return {{"x86-64-v2", &kernels_v2, true}, {"x86-64-v3", &kernels_v3, v3}, {"x86-64-v4", &kernels_v4, v4}};
+    return {{"x86-64-v2", &kernels_v2, v2}, {"x86-64-v3", &kernels_v3, v3}, {"x86-64-v4", &kernels_v4, v4}};
 }
 #else
 extern const Kernels kernels_plain;
@@ -180,6 +181,7 @@ class Update {
     bool run_as(nb::list groups, nb::tuple scalars) {
         const Int width = arrays + 1;
         Int elements = 0;
+        std::vector<Int> rows = std::move(memory);  // a second caller at the same time takes memory of its own
         rows.clear();
         for (nb::handle group : groups) {
             if (!PyTuple_Check(group.ptr()) || PyTuple_GET_SIZE(group.ptr()) != arrays) return false;
@@ -208,12 +210,15 @@ class Update {
         for (nb::handle scalar : scalars) k.push_back(nb::cast<T>(scalar));
         const Formula<T>* formula = &table<T>().formulas[place];
         const Int pieces = (Int)rows.size() / width;
-        nb::gil_scoped_release unlocked;
         const int workers = (int)std::min<Int>(most_threads, elements / WORTH);
-        if (workers <= 1)
-            formula->run(rows.data(), k.data(), 0, pieces);
-        else
-            pool().run(pieces, workers, [&](Int i) { formula->run(rows.data(), k.data(), i, i + 1); });
+        {
+            nb::gil_scoped_release unlocked;
+            if (workers <= 1)
+                formula->run(rows.data(), k.data(), 0, pieces);
+            else
+                pool().run(pieces, workers, [&](Int i) { formula->run(rows.data(), k.data(), i, i + 1); });
+        }
+        memory = std::move(rows);
         return true;
     }
 
@@ -222,7 +227,7 @@ class Update {
     Int place;
     int arrays;
     bool single;
-    std::vector<Int> rows;
+    std::vector<Int> memory;  // of the table, kept from step to step
 };
 
 // --- activations and biases ---
@@ -502,6 +507,7 @@ static bool square_sum(Any x, Any out) {
 
 NB_MODULE(_host, m) {
     if (_import_array() < 0) throw nb::python_error();
+    if (usable_levels().empty()) throw nb::import_error("this processor has not even SSE 4.2");
     use(usable_levels().back());
     m.def("levels", usable_levels, "The widths of SIMD that this processor has, of those that were built.");
     m.def("level", [] { return std::string(level.name); }, "The width in use: at first the widest.");

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #if defined(__linux__)
 #include <sched.h>
@@ -60,6 +61,7 @@ class Pool {
     }
 
   private:
+    // How long a thread looks for the next job before it sleeps: less than waking it takes.
     static constexpr std::chrono::microseconds AWAKE{20};
 
     static void pause() {
@@ -78,7 +80,11 @@ class Pool {
 
     int start(int count) {
         count = count < MOST ? count : MOST - 1;
-        for (; started < count; ++started) std::thread([this, thread = started + 1] { loop(thread); }).detach();
+        try {
+            for (; started < count; ++started) std::thread([this, thread = started + 1] { loop(thread); }).detach();
+        } catch (const std::system_error&) {  // a limit of the system: fewer will do
+            return started;
+        }
         return count;
     }
 
@@ -87,7 +93,8 @@ class Pool {
         for (unsigned long long seen = 0;;) {
             lock.unlock();
             const auto until = std::chrono::steady_clock::now() + AWAKE;
-            while (job_number.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until) pause();
+            while (job_number.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until)
+                pause();
             lock.lock();
             ++asleep;
             wake.wait(lock, [&] { return wanted > 0 && job_number != seen; });
