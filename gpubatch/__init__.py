@@ -14,10 +14,11 @@ __version__ = "0.1.0"
 EXPORTS = {
     "averages": "EWMA ewma",
     "backend": "Backend Memory array_namespace available_backends get_backend",
+    "checkpoint": "Checkpoints",
     "errors": """
-        ArgumentError BackendFallbackWarning BackendUnavailableError DTypeError DataFormatError
-        DeviceMismatchError GpubatchError InsufficientMemoryError NonFiniteError ShapeError
-        UnknownArgumentError
+        ArgumentError BackendFallbackWarning BackendUnavailableError CheckpointError CheckpointWarning
+        DTypeError DataFormatError DeviceMismatchError GpubatchError InsufficientMemoryError
+        NonFiniteError ShapeError SkippedStepWarning UnknownArgumentError
     """,
     "explore": """
         GradientCheck batch_size_sweep gradient_check loss_slice numerical_gradient random_local_search
@@ -34,11 +35,11 @@ EXPORTS = {
     "params": "Parameters",
     "schedules": "CosineDecay ExponentialDecay InverseTimeDecay Piecewise SqrtDecay StepDecay",
     "sizing": "BatchPlan choose_batch_size",
-    "train": "History StopTraining TrainingInterrupted TrainingState fit",
+    "train": "History StopTraining TrainingInterrupted TrainingState TrainingTerminated fit",
 }
 MODULES = tuple(
     """
-    averages backend datasets errors explore formula launch layers loader losses network optim params
+    averages backend checkpoint datasets errors explore formula launch layers loader losses network optim params
     rules schedules sizing sources train
     """.split()
 )
@@ -56,10 +57,13 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         available_backends as available_backends,
         get_backend as get_backend,
     )
+    from gpubatch.checkpoint import Checkpoints as Checkpoints
     from gpubatch.errors import (
         ArgumentError as ArgumentError,
         BackendFallbackWarning as BackendFallbackWarning,
         BackendUnavailableError as BackendUnavailableError,
+        CheckpointError as CheckpointError,
+        CheckpointWarning as CheckpointWarning,
         DataFormatError as DataFormatError,
         DeviceMismatchError as DeviceMismatchError,
         DTypeError as DTypeError,
@@ -67,6 +71,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         InsufficientMemoryError as InsufficientMemoryError,
         NonFiniteError as NonFiniteError,
         ShapeError as ShapeError,
+        SkippedStepWarning as SkippedStepWarning,
         UnknownArgumentError as UnknownArgumentError,
     )
     from gpubatch.explore import (
@@ -123,6 +128,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         StopTraining as StopTraining,
         TrainingInterrupted as TrainingInterrupted,
         TrainingState as TrainingState,
+        TrainingTerminated as TrainingTerminated,
         fit as fit,
     )
 

@@ -24,6 +24,7 @@ from rich.table import Table
 import gpubatch
 from gpubatch import datasets, optim, plot, rules, schedules
 from gpubatch.backend import available_backends, float_dtype, get_backend, load_cupy
+from gpubatch.checkpoint import Checkpoints
 from gpubatch.errors import ArgumentError, BackendUnavailableError, check_choice
 from gpubatch.formula import Rule
 from gpubatch.launch import host_library, update_source
@@ -31,7 +32,7 @@ from gpubatch.layers import ACTIVATIONS
 from gpubatch.loader import Loader
 from gpubatch.network import mlp
 from gpubatch.sizing import format_bytes
-from gpubatch.train import TrainingInterrupted, fit
+from gpubatch.train import TrainingInterrupted, TrainingTerminated, fit
 
 __all__ = ["app"]
 
@@ -73,7 +74,8 @@ DECAYS: dict[str, Callable[[float, int], optim.Hyper]] = {
 
 @app.command(
     epilog="**Examples:** `gpubatch train` learns the bundled digits. `gpubatch train data/mnist --layers 1024,512 "
-    "--epochs 20 --plot curves.png` learns from the files in a folder and draws the curves."
+    "--epochs 20 --plot curves.png` learns from the files in a folder and draws the curves. "
+    "`gpubatch train --checkpoint run --resume` goes on where it was stopped or killed."
 )
 def train(
     folder: Annotated[
@@ -94,11 +96,17 @@ def train(
     seed: Annotated[int, typer.Option(help="Of split, first weights, order and dropout.")] = 0,
     backend: BackendOption = "auto",
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder to save the run in, so that it can go on.")] = None,
+    every: Annotated[int | None, typer.Option(help="Steps between checkpoints; by default an epoch.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the curves: a .png, .pdf or .svg.")] = None,
     as_json: JsonOption = False,
     progress: Annotated[bool, typer.Option(help="Show the progress on standard error.")] = True,
 ) -> None:
     """Train a network by mini-batches, and test it."""
+    if checkpoint is None and (resume or every is not None):
+        raise ArgumentError(f"{'--resume' if resume else '--every'} needs --checkpoint DIR, the folder of the run")
+    store = None if checkpoint is None else Checkpoints(checkpoint, every)
     if plot_file is not None:
         plot.check_plot_file(plot_file)
     make, usual_lr = OPTIMIZERS[check_choice("--optimizer", optimizer, OPTIMIZERS)]
@@ -128,10 +136,11 @@ def train(
     out.print(f"backend    {where.device}, {dtype}")
     started = time.perf_counter()
     try:
-        history = fit(net, loader, opt, epochs, validation=(X_test, Y_test), progress=progress)
-    except TrainingInterrupted as interrupt:
-        typer.echo(interrupt, err=True)
-        raise typer.Exit(130) from None  # what a shell reports for a program that Ctrl-C ended
+        history = fit(net, loader, opt, epochs, (X_test, Y_test), checkpoint=store, resume=resume, progress=progress)
+    except (TrainingInterrupted, TrainingTerminated) as end:
+        typer.echo(end, err=True)
+        # What a shell reports for a program that Ctrl-C or SIGTERM ended.
+        raise typer.Exit(130 if isinstance(end, TrainingInterrupted) else 143) from None
     seconds = time.perf_counter() - started
     out.print(f"batches    {loader.batch_size}: {loader.plan.reason}")
 

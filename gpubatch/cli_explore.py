@@ -244,7 +244,7 @@ def _train_and_watch(
 
     with bar("training", progress) as show:
         if epochs:
-            fit(net, loader, opt, epochs, callbacks=[Watch()], progress=False)
+            fit(net, loader, opt, epochs, callbacks=[Watch()], progress=False, max_skipped=0)
     return np.stack(path)
 
 

@@ -9,9 +9,12 @@
     ├── DeviceMismatchError (TypeError)      arrays of two devices, or of the wrong one
     ├── BackendUnavailableError (RuntimeError)   the device that was asked for cannot be used
     ├── InsufficientMemoryError (MemoryError)    not even one sample fits
+    ├── CheckpointError (OSError)            a checkpoint that cannot be written
     └── NonFiniteError (ArithmeticError)     NaN or infinity in data, loss or gradient
 
     BackendFallbackWarning (UserWarning)     the CPU stands in for a device that cannot be used
+    CheckpointWarning (UserWarning)          a checkpoint is passed over, or was not written and the run goes on
+    SkippedStepWarning (UserWarning)         a step is left out: its loss or its gradient is not finite
 
 Every one is also the built-in exception that a NumPy user would expect.
 """
@@ -27,6 +30,8 @@ __all__ = [
     "ArgumentError",
     "BackendFallbackWarning",
     "BackendUnavailableError",
+    "CheckpointError",
+    "CheckpointWarning",
     "DTypeError",
     "DataFormatError",
     "DeviceMismatchError",
@@ -34,6 +39,7 @@ __all__ = [
     "InsufficientMemoryError",
     "NonFiniteError",
     "ShapeError",
+    "SkippedStepWarning",
     "UnknownArgumentError",
 ]
 
@@ -80,12 +86,24 @@ class InsufficientMemoryError(GpubatchError, MemoryError):
     """Not even the smallest piece of work fits in memory."""
 
 
+class CheckpointError(GpubatchError, OSError):
+    """A checkpoint cannot be written; those before it are as they were."""
+
+
 class NonFiniteError(GpubatchError, ArithmeticError):
     """NaN or infinity where numbers are needed."""
 
 
 class BackendFallbackWarning(UserWarning):
     """The CPU is used in place of a device that cannot be used."""
+
+
+class CheckpointWarning(UserWarning):
+    """A torn or corrupt checkpoint is passed over, or one was not written and the training goes on."""
+
+
+class SkippedStepWarning(UserWarning):
+    """A training step is left out, since its loss or its gradient is not finite."""
 
 
 def check_real(

@@ -1147,7 +1147,7 @@ def _train(
 
     memory = net.memory(batch_size) + opt.memory()
     try:
-        fit(net, loader, opt, epochs, callbacks=[watch], progress=False)
+        fit(net, loader, opt, epochs, callbacks=[watch], progress=False, max_skipped=0)
         loss, accuracy = net.evaluate(X, Y)
     except NonFiniteError:
         return Run(history, False, None, None, memory)

@@ -243,7 +243,7 @@ class SoftmaxCrossEntropy(Loss):
 
     def shows(self, Y: Array) -> bool:
         """Labels are compared with the number of classes where they are used."""
-        return Y.ndim == 1
+        return bool(Y.ndim == 1)
 
     def run(self, z: Array, Y: Array, c: Context) -> None:
         """L = Σ log Σ_j exp(z_j) - z_y / n, dz = (softmax(z) Σ_j y_j - y) / n."""

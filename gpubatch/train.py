@@ -3,32 +3,53 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import math
+import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from gpubatch.averages import ewma
 from gpubatch.backend import Array
-from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, check_bool, check_int
+from gpubatch.checkpoint import Checkpoints
+from gpubatch.errors import (
+    ArgumentError,
+    CheckpointError,
+    DataFormatError,
+    DTypeError,
+    GpubatchError,
+    NonFiniteError,
+    SkippedStepWarning,
+    check_bool,
+    check_int,
+    check_real,
+)
 from gpubatch.loader import Loader
-from gpubatch.network import Network
-from gpubatch.optim import Optimizer
+from gpubatch.network import Network, quiet
+from gpubatch.ops import SQUARE_SUM_SIZE
+from gpubatch.optim import Optimizer, StepResult
+from gpubatch.params import FlatViews
 
-__all__ = ["History", "StopTraining", "TrainingInterrupted", "TrainingState", "fit"]
+__all__ = ["History", "StopTraining", "TrainingInterrupted", "TrainingState", "TrainingTerminated", "fit"]
 
 
 @dataclass
 class History:
     """What a run did: ``step_loss`` and ``step_lr`` have one number a step, the other lists one an epoch.
 
-    ``step_lr`` is empty where the rule has no learning rate.
+    ``step_lr`` is empty where the rule has no learning rate. ``skipped`` counts the steps that were left out, which are
+    in no list.
 
     ``loss`` is the mean of the epoch's mini-batch costs, weighted by their samples; ``seconds`` leaves the validation
     out. ``validation_accuracy`` is empty where the loss has no classes. ``execution`` says how the steps were run.
@@ -41,6 +62,7 @@ class History:
     validation_accuracy: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     batch_size: int = 0
+    skipped: int = 0
     execution: str = "eager"
 
     def smoothed(self, beta: float = 0.9) -> np.ndarray:
@@ -76,6 +98,17 @@ class TrainingInterrupted(KeyboardInterrupt):
         self.history = history
 
 
+class TrainingTerminated(SystemExit):
+    """SIGTERM during :func:`fit`, otherwise as :class:`TrainingInterrupted`; ends the program with exit code 143."""
+
+    def __init__(self, message: str, history: History) -> None:
+        SystemExit.__init__(self, 128 + signal.SIGTERM)
+        self.message, self.history = message, history
+
+    def __str__(self) -> str:
+        return self.message
+
+
 def fit(
     net: Network,
     loader: Loader,
@@ -83,7 +116,11 @@ def fit(
     epochs: int = 10,
     validation: tuple[Any, Any] | None = None,
     callbacks: Iterable[Any] = (),
+    checkpoint: str | os.PathLike[str] | Checkpoints | None = None,
+    resume: bool = False,
     progress: bool = True,
+    max_norm: float | None = None,
+    max_skipped: int = 10,
 ) -> History:
     """Train ``net`` on the batches of ``loader`` with ``opt``, which must be bound to ``net.parameters``.
 
@@ -92,63 +129,316 @@ def fit(
     ``on_epoch`` has these called instead. A loader with ``batch_size="auto"`` gets its final batch size here, where
     network and optimizer are known, and one step of that size is tried before the first epoch.
 
-    Raises :class:`NonFiniteError` when a loss is NaN or infinite; the parameters are those before that step. Ctrl-C
-    lets the step finish and raises :class:`TrainingInterrupted`, a KeyboardInterrupt that has the history.
+    ``checkpoint`` is a folder, or :class:`~gpubatch.checkpoint.Checkpoints` with one: the run is saved there after
+    every epoch or every so many steps, and at its end. ``resume=True`` goes on from the newest one, or from the start
+    where there is none yet, so that a run that was killed ends as if it had not been: the same parameters and the same
+    history, but for ``seconds``. ``epochs`` then counts from the run's first epoch, the hyper-parameters are those that
+    were saved, and callbacks begin anew. Another network, another optimizer or other batches are refused.
+
+    ``max_norm`` bounds the norm over all gradients. A step whose loss or gradient is not finite is left out: it leaves
+    parameters, running statistics and optimizer as they were, ``history.skipped`` counts it, and the first one gives a
+    :class:`SkippedStepWarning`. After ``max_skipped`` in a row the next one raises :class:`NonFiniteError`.
+
+    Ctrl-C and SIGTERM let the step finish, save the run if there is a ``checkpoint``, and raise
+    :class:`TrainingInterrupted`, a KeyboardInterrupt, or :class:`TrainingTerminated`, a SystemExit; both have the
+    history.
     """
     check_int("epochs", epochs, 0)
     check_bool("progress", progress)
     _check_parts(net, loader, opt)
+    guard = Guard(net, opt, max_norm, max_skipped)
     watchers = [_watcher(callback) for callback in callbacks]
     held_out = None if validation is None else _validation_arrays(net, loader, validation)
+    store = _opened(checkpoint, check_bool("resume", resume))
+    state = TrainingState(net, loader, opt, History(), loader.epoch, opt.t)
+    run = Run(state, Part(), guard, watchers, store)
+    if resume and store is not None and (found := store.newest()) is not None:
+        run.restore(*found)
     if loader.automatic:
         plan_batches(net, loader, opt)
-    history = History(batch_size=loader.batch_size)
-    state = TrainingState(net, loader, opt, history, loader.epoch, opt.t)
-    shown = display(progress, epochs, len(loader))
-    with interruptible() as interrupted, shown as show, contextlib.suppress(StopTraining):
-        for number in range(1, epochs + 1):
-            _run_epoch(state, watchers, show, interrupted)
-            if held_out is not None:
-                _validate(net, history, *held_out)
-            show.epoch(number, history)
-            for watcher in watchers:
-                watcher.on_epoch(state)
-            _heed(interrupted, state)
-    return history
+    state.history.batch_size = loader.batch_size
+    done = len(state.history.loss)
+    shown = display(progress, epochs, len(loader), done * len(loader) + run.part.batches)
+    with run.saved():
+        with interruptible() as run.noted, shown as run.show:
+            with contextlib.suppress(StopTraining):
+                for number in range(done + 1, epochs + 1):
+                    run.batches()
+                    run.close_epoch(number, held_out)
+            run.save()
+        run.heed()  # a signal that came after the last look
+    return state.history
 
 
-def _run_epoch(state: TrainingState, watchers: list[Watcher], show: Display, interrupted: list[int]) -> None:
-    net, opt, history = state.net, state.opt, state.history
-    state.epoch = opt.epoch = state.loader.epoch
-    started, total, samples = time.perf_counter(), 0.0, 0
-    with contextlib.closing(iter(state.loader)) as batches:  # its thread ends here, however this is left
-        for x, y in batches:
-            x, y = _rows(x, state.loader), _rows(y, state.loader)
+@dataclass
+class Part:
+    """The epoch that is running: what must be known of it to go on in its middle.
+
+    ``batches`` counts those that the loader gave, ``samples`` those that were learnt from, whose costs make ``total``.
+    """
+
+    epoch: int = 0
+    batches: int = 0
+    samples: int = 0
+    total: float = 0.0
+    seconds: float = 0.0
+
+
+class Run:
+    """A run of :func:`fit`: its state, the epoch that is running, and what watches, shows, saves and interrupts it."""
+
+    def __init__(
+        self, state: TrainingState, part: Part, guard: Guard, watchers: list[Watcher], store: Checkpoints | None
+    ) -> None:
+        self.state, self.part, self.guard, self.watchers, self.store = state, part, guard, watchers, store
+        self.show: Display = _Silent()
+        self.noted: list[int] = []  # signals
+        self._unsaved = False  # whether anything was done since the last checkpoint
+        self._saved_at = state.opt.t
+
+    # --- an epoch ---
+
+    def batches(self) -> None:
+        """Go through the batches of an epoch, or through those that remain of it."""
+        state, part, loader = self.state, self.part, self.state.loader
+        if part.batches == 0:
+            part.epoch = loader.epoch
+        state.epoch = state.opt.epoch = part.epoch
+        if part.batches and loader.state_dict()["batch"] == 0:
+            return  # saved after the last batch: the loader is at the next epoch already
+        before, started = part.seconds, time.perf_counter()
+        with contextlib.closing(iter(loader)) as batches:  # its thread ends here, however this is left
+            for x, y in batches:
+                x, y = _rows(x, loader), _rows(y, loader)
+                loss, result = self.guard.step(x, y, state)
+                self._unsaved = True
+                part.batches += 1
+                if result is not None:
+                    self._count(loss, result, len(x))
+                part.seconds = before + time.perf_counter() - started
+                self.show.step(loss)
+                if result is not None:
+                    for watcher in self.watchers:
+                        watcher.on_step(state)
+                if self.store is not None and self.store.every and state.step - self._saved_at >= self.store.every:
+                    self.save()
+                self.heed()
+
+    def _count(self, loss: float, result: StepResult, samples: int) -> None:
+        history = self.state.history
+        self.state.step = result.t
+        history.step_loss.append(loss)
+        if result.lr is not None:
+            history.step_lr.append(result.lr)
+        self.part.total += loss * samples
+        self.part.samples += samples
+
+    def close_epoch(self, number: int, held_out: tuple[Array, Array] | None) -> None:
+        """What comes after the last batch of epoch ``number``, counted from 1."""
+        history, part = self.state.history, self.part
+        history.loss.append(part.total / part.samples if part.samples else math.nan)
+        history.seconds.append(part.seconds)
+        self.part = Part()
+        self._unsaved = True
+        if held_out is not None:
+            _validate(self.state.net, history, *held_out)
+        self.show.epoch(number, history)
+        for watcher in self.watchers:
+            watcher.on_epoch(self.state)
+        if self.store is not None and self.store.every is None:
+            self.save()
+        self.heed()
+
+    # --- its checkpoints ---
+
+    def save(self) -> None:
+        """Save the run as it is now, if it is to be saved and anything was done since it last was."""
+        if self.store is None or not self._unsaved:
+            return
+        net, loader, opt = self.state.net, self.state.loader, self.state.opt
+        history = {
+            # Lists grow with the run: arrays hold them exactly, and in less space than text.
+            name: np.array(value, np.float64) if isinstance(value, list) else value
+            for name, value in vars(self.state.history).items()
+        }
+        saved = {
+            "network": net.state_dict(),
+            "optimizer": opt.state_dict(),
+            "loader": loader.state_dict(),
+            "description": describe_network(net),
+            "plan": dataclasses.asdict(loader.plan),
+            "history": history,
+            "part": dataclasses.asdict(self.part),
+            "skipped_in_a_row": self.guard.in_a_row,
+        }
+        self._saved_at = opt.t
+        self._unsaved = not self.store.save(saved)
+
+    def restore(self, path: Path, saved: Mapping[str, Any]) -> None:
+        """Go to where the checkpoint ``path`` was saved; all stays as it is if it is refused."""
+        net, loader, opt = self.state.net, self.state.loader, self.state.opt
+        before = net.state_dict()
+        try:
+            check_same_network(saved["description"], describe_network(net))
+            copy.copy(loader).load_state_dict(saved["loader"])  # whether it would
+            history = {
+                name: value.tolist() if isinstance(value, np.ndarray) else value
+                for name, value in saved["history"].items()
+            }
+            self.state.history, self.part = History(**history), Part(**saved["part"])
+            self.guard.in_a_row = saved["skipped_in_a_row"]
+            net.load_state_dict(saved["network"])
+            opt.load_state_dict(saved["optimizer"])
+            loader.load_state_dict(saved["loader"])
+        except Exception as error:
+            net.load_state_dict(before)
+            if isinstance(error, GpubatchError):
+                raise type(error)(f"{path} cannot be resumed here: {error}") from error
+            raise DataFormatError(f"{path} was not saved by fit: {error!r}") from error
+        self.state.step = self._saved_at = opt.t
+
+    @contextlib.contextmanager
+    def saved(self) -> Iterator[None]:
+        """In the end, let what is still being written be complete; an error that ends the run comes before its own."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(CheckpointError):
+                self._wait()
+            raise
+        self._wait()
+
+    def _wait(self) -> None:
+        if self.store is not None:
+            self.store.wait()
+
+    def heed(self) -> None:
+        """Act on a signal that was noted, now that the parameters are whole."""
+        if not self.noted:
+            return
+        number, state = self.noted[0], self.state
+        verb = "terminated" if number == signal.SIGTERM else "interrupted"
+        message = f"{verb} in epoch {state.epoch} after step {state.step}; the model holds this last complete step"
+        if self.store is not None:
             try:
-                loss, grads = net.loss_and_grad(x, y)
-            except NonFiniteError as error:
-                place = f"epoch {state.epoch}, step {opt.t}, learning rate {getattr(opt, 'lr', None)}"
-                raise NonFiniteError(f"{error} ({place})") from None
-            result = opt.step(grads)
-            state.step = result.t
-            history.step_loss.append(loss)
-            if result.lr is not None:
-                history.step_lr.append(result.lr)
-            total += loss * len(x)
-            samples += len(x)
-            show.step(loss)
-            for watcher in watchers:
-                watcher.on_step(state)
-            _heed(interrupted, state)
-    history.loss.append(total / samples)
-    history.seconds.append(time.perf_counter() - started)
+                self.save()
+                if self.store.wait() and not self._unsaved:
+                    message += f", and so does the newest checkpoint in {self.store.folder}"
+            except CheckpointError as error:
+                message += f"; {error}"
+        kind = TrainingTerminated if number == signal.SIGTERM else TrainingInterrupted
+        raise kind(message, state.history)
 
 
-def _heed(interrupted: list[int], state: TrainingState) -> None:
-    """Act on a Ctrl-C that was noted, now that the parameters are whole."""
-    if interrupted:
-        message = f"interrupted in epoch {state.epoch} after step {state.step}; the model holds this last complete step"
-        raise TrainingInterrupted(message, state.history)
+def _opened(checkpoint: Any, resume: bool) -> Checkpoints | None:
+    """Where to save, ready to be written to."""
+    if checkpoint is None:
+        if resume:
+            raise ArgumentError("resume=True needs checkpoint=, the folder that has what to go on from")
+        return None
+    store = checkpoint if isinstance(checkpoint, Checkpoints) else Checkpoints(checkpoint)
+    store.open()
+    if not resume and store.files():
+        # A new run would remove those of the old one, a few steps after another.
+        raise ArgumentError(
+            f"{store.folder} has checkpoints of another run: go on from them with resume=True, or take another folder"
+        )
+    return store
+
+
+def describe_network(net: Network) -> dict[str, Any]:
+    """What a network must share with another one to go on with its parameters, as JSON can hold it."""
+    layers = {
+        # The functions that a user's layer may hold are shown with an address, which is another one in every process.
+        f"layer {i + 1}": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(layer))
+        for i, layer in enumerate(net.layers)
+    }
+    common = {"dtype": net.dtype.name, "loss": net.loss_name, "l2": net.l2, "seed": net.seed}
+    return {**common, "number of layers": len(layers), **layers}
+
+
+def check_same_network(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """An error that names the first thing in which two networks differ."""
+    for name, value in own.items():
+        if saved[name] != value:
+            raise ArgumentError(f"it is of a network whose {name} is {saved[name]}, this one's is {value}")
+
+
+# --- a step --------------------------------------------------------------------------------------------------------
+
+
+class Guard:
+    """Makes the steps, and leaves out those whose loss or gradient is not finite.
+
+    One pass over the gradients tells their norm, for ``max_norm``, and whether all of them are finite.
+    """
+
+    def __init__(self, net: Network, opt: Optimizer, max_norm: float | None, max_skipped: int) -> None:
+        self.net, self.opt = net, opt
+        self.max_norm = None if max_norm is None else check_real("max_norm", max_norm, 0.0, open_low=True)
+        self.max_skipped = check_int("max_skipped", max_skipped, 0)
+        self.in_a_row = 0
+        self._squares = net.backend.zeros(SQUARE_SUM_SIZE, np.float64)
+        self._control = net.backend.zeros(2, net.dtype)
+        self._buffers = net.backend.zeros(net.buffers.size, net.dtype)
+
+    def step(self, x: Array, y: Array, state: TrainingState) -> tuple[float, StepResult | None]:
+        """The loss of a batch, and the step that was made; None for one that was left out."""
+        buffers = self.net.buffers.flat
+        with self.net.backend.scope():
+            self._buffers[...] = buffers
+        try:
+            loss, grads = self.net.loss_and_grad(x, y)
+        except NonFiniteError as error:
+            self._leave_out(str(error), state)
+            return math.nan, None
+        squares, not_finite = self._look_at(grads)
+        if not_finite or not math.isfinite(squares):
+            with self.net.backend.scope():
+                buffers[...] = self._buffers  # that the gradient is not finite was found after they had changed
+            self._leave_out(self._what_is_wrong(grads, not_finite), state)
+            return loss, None
+        self.in_a_row = 0
+        return loss, self.opt.step(grads, self._clipping(math.sqrt(squares)))
+
+    def _look_at(self, grads: FlatViews) -> tuple[float, int]:
+        """Σ g², and how many g are not finite."""
+        if self.max_norm is None and self.net.backend.name == "cpu":
+            # BLAS is the quickest to tell that all is well: nothing that is not finite has a finite sum of squares.
+            with quiet():
+                squares = float(np.dot(grads.flat, grads.flat))
+            if math.isfinite(squares):
+                return squares, 0
+        with self.net.backend.scope():
+            self._squares[:2] = 0
+            self.net.ops.square_sum(grads.flat, self._squares)
+            squares, not_finite = self.net.backend.to_numpy(self._squares[:2]).tolist()
+        return squares, int(not_finite)
+
+    def _clipping(self, norm: float) -> Array | None:
+        """What the optimizer multiplies the gradients by, where their norm is too large."""
+        if self.max_norm is None or norm <= self.max_norm:
+            return None
+        with self.net.backend.scope():
+            self._control[0] = self.max_norm / norm
+        return self._control
+
+    def _what_is_wrong(self, grads: FlatViews, not_finite: int) -> str:
+        if not not_finite:
+            return "the gradient is too large for its norm to be computed"
+        names = [name for name, g in grads.items() if not np.isfinite(self.net.backend.to_numpy(g)).all()]
+        return f"{not_finite} of {grads.size} numbers of the gradient are NaN or infinite, in {', '.join(names)}"
+
+    def _leave_out(self, what: str, state: TrainingState) -> None:
+        place = f"epoch {state.epoch}, step {self.opt.t}, learning rate {getattr(self.opt, 'lr', None)}"
+        if self.in_a_row == self.max_skipped:
+            before = f"; {self.in_a_row} steps in a row before it were left out" if self.in_a_row else ""
+            raise NonFiniteError(f"{what} ({place}){before}")
+        self.in_a_row += 1
+        state.history.skipped += 1
+        if state.history.skipped == 1:
+            text = f"{what} ({place}); this step is left out, and so will others be, up to {self.max_skipped} in a row"
+            warnings.warn(text, SkippedStepWarning, stacklevel=5)  # where fit was called
 
 
 def _validate(net: Network, history: History, X: Array, Y: Array) -> None:
@@ -224,26 +514,29 @@ def _ignore(state: TrainingState) -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Note the first Ctrl-C in the list instead of raising it anywhere; a second one raises as usual.
+    """Note the first Ctrl-C or SIGTERM in the list instead of acting on it anywhere; a second one acts as usual.
 
     Only where Python's own handler is in place, in the main thread: a program that has its own keeps it.
     """
     noted: list[int] = []
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     ours = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT) if ours else None
-    if before is not signal.default_int_handler:
-        yield noted
-        return
+    taken = {number: handler for number, handler in usual.items() if ours and signal.getsignal(number) is handler}
 
     def note(number: int, frame: Any) -> None:
         noted.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        give_back()
 
-    signal.signal(signal.SIGINT, note)
+    def give_back() -> None:
+        for number, handler in taken.items():
+            signal.signal(number, handler)
+
+    for number in taken:
+        signal.signal(number, note)
     try:
         yield noted
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        give_back()
 
 
 # --- progress ------------------------------------------------------------------------------------------------------
@@ -260,16 +553,16 @@ class Display(Protocol):
 
 
 @contextlib.contextmanager
-def display(progress: bool, epochs: int, steps: int) -> Iterator[Display]:
+def display(progress: bool, epochs: int, steps: int, done: int = 0) -> Iterator[Display]:
     """A live bar in a terminal (where rich is installed), plain lines elsewhere, nothing without ``progress``.
 
-    On standard error: standard output is for results.
+    ``done`` steps of ``epochs * steps`` are made already. On standard error: standard output is for results.
     """
     if not progress or epochs == 0:
         yield _Silent()
     elif (bar := _rich_progress()) is not None:
         with bar:
-            yield _Live(bar, epochs, steps)
+            yield _Live(bar, epochs, steps, done)
     else:
         yield _Lines(epochs)
 
@@ -309,10 +602,9 @@ class _Lines:
 class _Live:
     """One bar for the whole run, so that the time that remains is the run's; a line for each epoch above it."""
 
-    def __init__(self, bar: Any, epochs: int, steps: int) -> None:
-        self.bar, self.epochs, self.steps = bar, epochs, steps
-        self.done = 0
-        self.task = bar.add_task(self._title(), total=epochs * steps, loss="")
+    def __init__(self, bar: Any, epochs: int, steps: int, done: int) -> None:
+        self.bar, self.epochs, self.steps, self.done = bar, epochs, steps, done
+        self.task = bar.add_task(self._title(), total=epochs * steps, completed=done, loss="")
 
     def _title(self) -> str:
         return f"epoch {min(self.done // self.steps + 1, self.epochs):>3}/{self.epochs}"

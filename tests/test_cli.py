@@ -162,6 +162,9 @@ ERRORS = {
         r"error: the plot file must end in .png, .pdf or .svg, got 'curves.gif'",
     ),
     "plot folder": (["train", "--plot", "no/curves.png"], "error: the folder of the plot file must exist"),
+    "resume": (["train", "--resume"], "error: --resume needs --checkpoint DIR, the folder of the run"),
+    "every": (["train", "--every", "5"], "error: --every needs --checkpoint DIR"),
+    "every 0": (["train", "--checkpoint", "run", "--every", "0"], "error: every must be an integer >= 1, got 0"),
     "kernel": (["info", "--kernel", "adamm"], "error: --kernel must be one of .*; did you mean 'adam'?"),
 }
 
@@ -195,6 +198,54 @@ def test_ctrl_c_leaves_one_line() -> None:
     assert process.returncode == 130
     assert [line for line in rest if not line.startswith("epoch ")] == [rest[-1]]
     assert re.fullmatch(r"interrupted in epoch \d+ after step \d+; the model holds this last complete step", rest[-1])
+
+
+def killed_after_two_epochs(signal_number: int, *options: str) -> tuple[int, str]:
+    """``gpubatch train`` with a signal in its third epoch: its exit code, and the last line of standard error."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gpubatch", "train", "--epochs", "1000", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "GPUBATCH_BACKEND": "cpu"},
+    )
+    assert process.stderr is not None
+    for _ in range(2):
+        process.stderr.readline()
+    process.send_signal(signal_number)
+    lines = process.communicate(timeout=30)[1].splitlines()
+    return process.returncode, lines[-1] if lines else ""
+
+
+def test_a_run_that_was_killed_goes_on(mnist: Path, tmp_path: Path) -> None:
+    options = [str(mnist), "--layers", "16", "--batch-size", "32", "--json", "--no-progress", "--decay", "none"]
+    whole = json.loads(run("train", *options, "--epochs", "4").stdout)
+    saved = [*options, "--checkpoint", str(tmp_path / "run"), "--every", "3", "--resume"]
+    run("train", *saved, "--epochs", "2")  # with no checkpoint yet it starts from the start
+    for path in sorted((tmp_path / "run").iterdir())[1:]:
+        path.unlink()  # as if it had been killed before them: the one that is left lies in the middle of an epoch
+    resumed = json.loads(run("train", *saved, "--epochs", "4").stdout)
+    for result in (whole, resumed):
+        del result["history"]["seconds"]
+    assert resumed["history"] == whole["history"]
+    assert (resumed["test_loss"], resumed["test_accuracy"]) == (whole["test_loss"], whole["test_accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("number", "verb", "code"), [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)]
+)
+def test_a_signal_saves_the_run(number: int, verb: str, code: int, mnist: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = [str(mnist), "--layers", "16", "--batch-size", "32", "--checkpoint", str(folder)]
+    found, last = killed_after_two_epochs(number, *options)
+    assert found == code
+    assert re.fullmatch(
+        rf"{verb} in epoch \d+ after step \d+; the model holds this last complete step, and so does the newest "
+        rf"checkpoint in {folder}",
+        last,
+    )
+    epochs = int(last.split()[3]) + 2
+    assert "test accuracy" in run("train", *options, "--resume", "--epochs", str(epochs)).stdout
 
 
 def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:

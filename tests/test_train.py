@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import resource
 import signal
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from needs import peer
+from optimizer_table import CASES
 
 import gpubatch as gb
-from gpubatch.train import plan_batches
+from gpubatch.backend import Array
+from gpubatch.checkpoint import Checkpoints
+from gpubatch.errors import CheckpointError, CheckpointWarning, SkippedStepWarning
+from gpubatch.layers import Context, Needs
+from gpubatch.train import TrainingTerminated, plan_batches
 
 
 def blobs(n: int = 600, seed: int = 0, dtype: str = "float32") -> tuple[np.ndarray, np.ndarray]:
@@ -206,7 +217,7 @@ def test_a_callback_may_change_the_learning_rate() -> None:
     assert history.step_lr[::12] == [0.01, 0.005, 0.0025]
 
 
-# --- interruptions and bad numbers ---------------------------------------------------------------------------------
+# --- interruptions -------------------------------------------------------------------------------------------------
 
 
 def test_ctrl_c_lets_the_step_finish() -> None:
@@ -263,11 +274,502 @@ def test_it_runs_in_another_thread() -> None:
     assert len(histories[0].loss) == 1
 
 
-def test_a_loss_that_is_not_finite_ends_it_before_the_step() -> None:
+def test_sigterm_ends_the_program_as_is_usual() -> None:
+    net_loader_opt = parts()
+    with pytest.raises(SystemExit, match="terminated in epoch 0 after step 12; the model holds") as raised:
+        gb.fit(*net_loader_opt, 2, callbacks=[lambda s: os.kill(os.getpid(), signal.SIGTERM)], progress=False)
+    assert isinstance(raised.value, TrainingTerminated)
+    assert (raised.value.code, len(raised.value.history.loss)) == (143, 1)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+TERMINATED = """
+import os, signal, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+from test_train import gb, parts
+gb.fit(*parts(), 2, callbacks=[lambda s: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(int(sys.argv[2]))]])
+"""
+
+
+@pytest.mark.parametrize(("times", "code"), [(1, 143), (2, -signal.SIGTERM)])
+def test_a_second_sigterm_ends_it_at_once(times: int, code: int) -> None:
+    done = subprocess.run([sys.executable, "-c", TERMINATED, __file__, str(times)], capture_output=True, text=True)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+
+
+def test_a_signal_is_heeded_where_a_callback_ends_the_run_too() -> None:
+    def both(state: gb.TrainingState) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise gb.StopTraining
+
+    with pytest.raises(gb.TrainingInterrupted):
+        gb.fit(*parts(), callbacks=[both], progress=False)
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):  # noqa: N818  not an error: it is meant
+    """In place of what ends a process."""
+
+
+class Kill:
+    """A callback that ends the run at a step, as far as the run can tell without any warning."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, state: gb.TrainingState) -> None:
+        if state.step == self.step:
+            raise Killed
+
+
+def numbers(history: gb.History) -> dict[str, Any]:
+    """All that does not depend on the time of day."""
+    return {name: value for name, value in history.to_dict().items() if name != "seconds"}
+
+
+def everything(net: gb.Network, loader: gb.Loader, opt: gb.Optimizer) -> dict[str, Any]:
+    state = {name: views.flat.copy() for name, views in opt.state.items()}
+    return {
+        "parameters": net.parameters.flat.copy(),
+        "buffers": net.buffers.flat.copy(),
+        "dropout": net.dropout_step,
+        "loader": loader.state_dict(),
+        "optimizer": (opt.t, opt.epoch, opt.state_dict()["hyper"]),
+        **state,
+    }
+
+
+def resumed_is_as_if_never_stopped(
+    make: Callable[[], tuple[gb.Network, gb.Loader, gb.Optimizer]],
+    store: Checkpoints,
+    stops: list[int],
+    epochs: int = 3,
+    **options: Any,
+) -> None:
+    """Train in one go, and with a kill at each of the steps ``stops``; everything must be the same, to the last bit."""
+    whole = make()
+    expected = gb.fit(*whole, epochs, progress=False, **options)
+    for i, stop in enumerate(stops):
+        with pytest.raises(Killed):
+            gb.fit(*make(), epochs, callbacks=[Kill(stop)], checkpoint=store, resume=i > 0, progress=False, **options)
+    last = make()
+    history = gb.fit(*last, epochs, checkpoint=store, resume=True, progress=False, **options)
+    assert numbers(history) == numbers(expected)
+    assert len(history.seconds) == epochs
+    np.testing.assert_equal(everything(*last), everything(*whole))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_optimizer_goes_on_where_it_was(name: str, dtype: str, tmp_path: Path) -> None:
+    def make() -> tuple[gb.Network, gb.Loader, gb.Optimizer]:
+        net, loader, _ = parts(dtype=dtype, batch_norm=True, dropout=0.2)
+        return net, loader, CASES[name].make(net.parameters, lr=gb.CosineDecay(0.05, total=36, warmup=3))
+
+    resumed_is_as_if_never_stopped(make, Checkpoints(tmp_path, every=5), [8, 19])
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("every", [1, 7, 12, None])
+@pytest.mark.parametrize("order", [{"shuffle": True}, {"shuffle": False}, {"replacement": True}, {"drop_last": True}])
+def test_a_run_may_be_killed_anywhere(
+    order: dict[str, bool], every: int | None, background: bool, tmp_path: Path
+) -> None:
+    """At every step in turn, the first and last ones of epochs among them; with what an epoch's end does, too."""
+
+    def make() -> tuple[gb.Network, gb.Loader, gb.Optimizer]:
+        net = gb.mlp([4, 8, 3], backend="cpu", dropout=0.3, batch_norm=True, l2=1e-3)
+        loader = gb.Loader(*blobs(185), batch_size=16, backend="cpu", seed=3, **order)
+        return net, loader, gb.AdamW(net.parameters, gb.ExponentialDecay(0.03, 0.5))
+
+    steps = 2 * len(make()[1])
+    store = Checkpoints(tmp_path, every, background=background)
+    # A kill at a step after which nothing new was saved would come again and again.
+    stops = list(range(1, steps + 1)) if every == 1 else list(range(steps // 3, steps, steps // 3))
+    resumed_is_as_if_never_stopped(make, store, stops, 2, validation=blobs(60, seed=1), max_norm=0.5)
+
+
+def test_a_run_goes_on_on_either_device(backend: gb.Backend, tmp_path: Path) -> None:
+    """The file knows nothing of the device; the results are as close as those of two devices are."""
+    gb.fit(*parts(backend, batch_norm=True), 1, checkpoint=tmp_path, progress=False)
+    there, here = parts(backend, batch_norm=True), parts("cpu", batch_norm=True)
+    for net_loader_opt in (there, here):
+        gb.fit(*net_loader_opt, 2, checkpoint=Checkpoints(tmp_path, keep=9), resume=True, progress=False)
+        for path in Checkpoints(tmp_path).files()[1:]:
+            path.unlink()
+    weights = there[0].backend.to_numpy(there[0].parameters.flat)
+    np.testing.assert_allclose(here[0].parameters.flat, weights, rtol=1e-4, atol=1e-5)
+
+
+def test_the_epoch_that_was_cut_off_by_ctrl_c_goes_on(tmp_path: Path) -> None:
+    whole, stopped = parts(dropout=0.3), parts(dropout=0.3)
+    expected = gb.fit(*whole, 3, validation=blobs(seed=1), progress=False)
+
+    class Press:
+        def on_step(self, state: gb.TrainingState) -> None:
+            if state.step in (17, 24):  # 24 is the last one of an epoch
+                os.kill(os.getpid(), signal.SIGTERM if state.step == 24 else signal.SIGINT)
+
+    for step, kind in ((17, gb.TrainingInterrupted), (24, TrainingTerminated)):
+        with pytest.raises(kind, match=f"after step {step}; .* and so does the newest checkpoint in "):
+            gb.fit(*stopped, 3, blobs(seed=1), [Press()], checkpoint=tmp_path, resume=step > 17, progress=False)
+    history = gb.fit(*stopped, 3, validation=blobs(seed=1), checkpoint=tmp_path, resume=True, progress=False)
+    assert numbers(history) == numbers(expected)
+    np.testing.assert_array_equal(stopped[0].parameters.flat, whole[0].parameters.flat)
+
+
+def test_without_a_checkpoint_it_starts_from_the_start(tmp_path: Path) -> None:
+    a, b = parts(), parts()
+    first = gb.fit(*a, 2, progress=False)
+    second = gb.fit(*b, 2, checkpoint=tmp_path / "new" / "folder", resume=True, progress=False)
+    assert numbers(first) == numbers(second)
+    assert len(Checkpoints(tmp_path / "new" / "folder").files()) == 2
+
+
+def test_a_complete_run_is_not_trained_again_and_may_be_made_longer(tmp_path: Path) -> None:
+    expected = gb.fit(*parts(), 4, progress=False)
+    first = gb.fit(*parts(), 2, checkpoint=tmp_path, progress=False)
+    again = parts()
+    assert numbers(gb.fit(*again, 2, checkpoint=tmp_path, resume=True, progress=False)) == numbers(first)
+    assert again[2].t == 24
+    assert len(Checkpoints(tmp_path).files()) == 2
+    assert numbers(gb.fit(*parts(), 4, checkpoint=tmp_path, resume=True, progress=False)) == numbers(expected)
+
+
+def test_the_end_is_saved_whatever_the_steps_between_checkpoints(tmp_path: Path) -> None:
     net, loader, opt = parts()
+    gb.fit(net, loader, opt, 1, checkpoint=Checkpoints(tmp_path, every=5), progress=False)
+    found = Checkpoints(tmp_path).newest()
+    assert found is not None
+    assert found[1]["optimizer"]["t"] == 12
+    assert found[1]["plan"]["batch_size"] == 50
+    np.testing.assert_array_equal(found[1]["network"]["parameters"]["W1"], net.parameters["W1"])
+
+
+def test_a_run_that_a_callback_ended_may_go_on(tmp_path: Path) -> None:
+    class Stop:
+        def on_step(self, state: gb.TrainingState) -> None:
+            if state.step == 15:
+                raise gb.StopTraining
+
+    expected = gb.fit(*parts(), 2, progress=False)
+    assert len(gb.fit(*parts(), 2, callbacks=[Stop()], checkpoint=tmp_path, progress=False).step_loss) == 15
+    history = gb.fit(*parts(), 2, checkpoint=tmp_path, resume=True, progress=False)
+    assert numbers(history) == numbers(expected)
+
+
+def test_a_learning_rate_that_a_callback_changed_is_kept(tmp_path: Path) -> None:
+    def halve(state: gb.TrainingState) -> None:
+        state.opt.lr /= 2
+
+    expected = gb.fit(*parts(), 3, callbacks=[halve], progress=False)
+    gb.fit(*parts(), 1, callbacks=[halve], checkpoint=tmp_path, progress=False)
+    history = gb.fit(*parts(), 3, callbacks=[halve], checkpoint=tmp_path, resume=True, progress=False)
+    assert history.step_lr == expected.step_lr
+
+
+def test_an_automatic_batch_size_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where another one would be chosen now: another size would make other batches."""
+
+    def make() -> tuple[gb.Network, gb.Loader, gb.Optimizer]:
+        net = gb.mlp([4, 8, 3], backend="cpu")
+        return net, gb.Loader(*blobs(2500), backend="cpu", at_most=64), gb.Adam(net.parameters)
+
+    with pytest.raises(Killed):
+        gb.fit(*make(), 1, callbacks=[Kill(30)], checkpoint=Checkpoints(tmp_path, every=10), progress=False)
+    last = make()
+    room = last[0].memory(32) + last[2].memory()
+    monkeypatch.setattr(type(last[0].backend), "memory", lambda self: gb.Memory(10**12, 2 * room))
+    assert gb.fit(*last, 1, checkpoint=tmp_path, resume=True, progress=False).batch_size == 64
+    assert last[1].batch_size == 64
+
+
+def test_a_run_with_a_users_layer_and_schedule_goes_on(tmp_path: Path) -> None:
+    def make() -> tuple[gb.Network, gb.Loader, gb.Optimizer]:
+        layers = [gb.Dense(4, 8), Spoil("", lambda: 0), gb.ReLU(), gb.Dense(8, 3)]
+        net = gb.Network(layers, backend="cpu")
+        return (
+            net,
+            gb.Loader(*blobs(), batch_size=50, backend="cpu"),
+            gb.Adam(net.parameters, lambda t, e: 0.1 / (t + 1)),
+        )
+
+    resumed_is_as_if_never_stopped(make, Checkpoints(tmp_path, every=2), [5])
+
+
+REFUSED = {
+    "width": (
+        lambda: parts_of(gb.mlp([4, 17, 3], backend="cpu")),
+        r"layer 1 is Dense\(inputs=4, outputs=16.*outputs=17",
+    ),
+    "layers": (
+        lambda: parts_of(gb.mlp([4, 16, 3], backend="cpu", dropout=0.1)),
+        "number of layers is 3, this one's is 4",
+    ),
+    "loss": (lambda: parts(loss="svm"), "loss is softmax_cross_entropy, this one's is svm"),
+    "l2": (lambda: parts(l2=0.1), r"l2 is 0\.0, this one's is 0\.1"),
+    "seed": (lambda: parts(seed=1), "seed is 0, this one's is 1"),
+    "dtype": (lambda: parts(dtype="float64"), "dtype is float32, this one's is float64"),
+    "optimizer": (lambda: with_opt(gb.SGD, lr=0.1), "state_dict is of the rule 'adam', this optimizer's is 'sgd'"),
+    "variant": (lambda: with_opt(gb.Adam, eps_at="hat"), "state_dict has eps_at='outside', this optimizer .*'hat'"),
+    "batch size": (lambda: parts(batch_size=25), "state has batch_size=50, this loader batch_size=25"),
+}
+
+
+def parts_of(net: gb.Network) -> tuple[Any, Any, Any]:
+    return net, parts()[1], gb.Adam(net.parameters, lr=0.01)
+
+
+def with_opt(kind: Any, **hyper: Any) -> tuple[Any, Any, Any]:
+    net, loader, _ = parts()
+    return net, loader, kind(net.parameters, **hyper)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_checkpoint_of_something_else_is_refused(name: str, tmp_path: Path) -> None:
+    gb.fit(*parts(), 1, checkpoint=tmp_path, progress=False)
+    make, message = REFUSED[name]
+    other = make()
+    before = everything(*other)
+    with pytest.raises(gb.ArgumentError, match=f"checkpoint-000001.* cannot be resumed here: .*{message}"):
+        gb.fit(*other, 2, checkpoint=tmp_path, resume=True, progress=False)
+    np.testing.assert_equal(everything(*other), before)
+
+
+def test_a_file_that_fit_did_not_write_is_refused(tmp_path: Path) -> None:
+    Checkpoints(tmp_path).save({"mine": 3})
+    with pytest.raises(
+        gb.DataFormatError, match=r"checkpoint-000001.* was not saved by fit: KeyError\('description'\)"
+    ):
+        gb.fit(*parts(), 2, checkpoint=tmp_path, resume=True, progress=False)
+
+
+def test_a_new_run_does_not_replace_an_old_one(tmp_path: Path) -> None:
+    gb.fit(*parts(), 1, checkpoint=tmp_path, progress=False)
+    with pytest.raises(gb.ArgumentError, match="has checkpoints of another run: go on from them with resume=True, or"):
+        gb.fit(*parts(), 1, checkpoint=tmp_path, progress=False)
+    with pytest.raises(gb.ArgumentError, match="resume=True needs checkpoint=, the folder"):
+        gb.fit(*parts(), 1, resume=True, progress=False)
+
+
+def test_a_corrupt_newest_one_is_passed_over(tmp_path: Path) -> None:
+    whole = parts()
+    expected = gb.fit(*whole, 3, progress=False)
+    gb.fit(*parts(), 2, checkpoint=tmp_path, progress=False)
+    newest = Checkpoints(tmp_path).files()[-1]
+    newest.write_bytes(newest.read_bytes()[:-5])
+    last = parts()
+    with pytest.warns(CheckpointWarning, match="torn or corrupt"):
+        history = gb.fit(*last, 3, checkpoint=tmp_path, resume=True, progress=False)
+    assert numbers(history) == numbers(expected)
+    np.testing.assert_array_equal(last[0].parameters.flat, whole[0].parameters.flat)
+
+
+class FillDisk:
+    """A callback that lets no file grow beyond a few bytes after so many epochs."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch, self.before = epoch, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def __enter__(self) -> FillDisk:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+    def __call__(self, state: gb.TrainingState) -> None:
+        if state.epoch == self.epoch:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, self.before[1]))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_ends_the_run_and_the_checkpoint_before_is_there(background: bool, tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path, background=background)
+    # In the third epoch the checkpoint of the first is complete, in the background too: that of the second waited.
+    with FillDisk(2) as full, pytest.raises(CheckpointError, match="File too large; the newest one is checkpoint-0000"):
+        gb.fit(*parts(), 9, callbacks=[full], checkpoint=store, progress=False)
+    expected, last = gb.fit(*parts(), 3, progress=False), parts()
+    assert numbers(gb.fit(*last, 3, checkpoint=tmp_path, resume=True, progress=False)) == numbers(expected)
+
+
+def test_a_full_disk_does_not_end_a_run_that_shall_go_on(tmp_path: Path) -> None:
+    whole, last = parts(), parts()
+    expected = gb.fit(*whole, 3, progress=False)
+    with FillDisk(1) as full, pytest.warns(CheckpointWarning, match="File too large"):
+        history = gb.fit(
+            *last, 3, callbacks=[full], checkpoint=Checkpoints(tmp_path, on_failure="warn"), progress=False
+        )
+    assert numbers(history) == numbers(expected)
+    np.testing.assert_array_equal(last[0].parameters.flat, whole[0].parameters.flat)
+    assert len(Checkpoints(tmp_path).files()) == 1
+
+
+def test_ctrl_c_says_so_if_the_run_could_not_be_saved(tmp_path: Path) -> None:
+    def press(state: gb.TrainingState) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    store = Checkpoints(tmp_path, every=100)
+    with FillDisk(0) as full, pytest.raises(gb.TrainingInterrupted, match=r"step; no checkpoint could be .*too large"):
+        gb.fit(*parts(), 2, callbacks=[full, press], checkpoint=store, progress=False)
+
+
+# --- bad numbers ---------------------------------------------------------------------------------------------------
+
+
+class Spoil(gb.Layer):
+    """A layer that passes on what it gets, but for one number in the way "forward" or "backward" where ``now()``."""
+
+    def __init__(self, way: str, now: Callable[[], Any], value: float = math.nan) -> None:
+        self.way, self.now, self.value = way, now, value
+
+    def takes(self) -> None:
+        pass
+
+    def needs(self, features: int) -> Needs:
+        return Needs(features)
+
+    def forward(self, x: Array, y: Array, c: Context) -> None:
+        y[...] = x
+        if self.way == "forward" and c.mode.training and self.now():
+            y[0, 0] = self.value
+
+    def backward(self, x: Array, y: Array, dy: Array, dx: Array | None, c: Context) -> None:
+        if dx is not None:
+            dx[...] = dy
+            if self.way == "backward" and self.now():
+                dx[0, 0] = self.value
+
+
+def spoiled(
+    backend: Any, way: str, at: set[int], value: float = math.nan
+) -> tuple[tuple[gb.Network, gb.Loader, gb.Optimizer], list[int]]:
+    """A net whose batches number ``at``, from 1, are bad, and a list whose length is the number of the batch."""
+    seen: list[int] = []
+    spoil = Spoil(way, lambda: len(seen) in at, value)
+
+    class Counted(Spoil):
+        def forward(self, x: Array, y: Array, c: Context) -> None:
+            y[...] = x
+            if c.mode.training:
+                seen.append(len(x))
+
+    layers = [Counted("", lambda: False), gb.Dense(4, 8), gb.BatchNorm(8), spoil, gb.ReLU(), gb.Dense(8, 3)]
+    net = gb.Network(layers, backend=backend)
+    loader = gb.Loader(*blobs(), batch_size=50, backend=backend)
+    return (net, loader, gb.Adam(net.parameters, gb.ExponentialDecay(0.05, 0.9, per="step"))), seen
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_a_bad_step_is_left_out_and_leaves_no_trace(way: str, value: float, backend: gb.Backend) -> None:
+    bad = {3, 4, 12, 20}
+    run, _ = spoiled(backend, way, bad, value)
+    what = (
+        "loss is" if way == "forward" else r"\d+ of \d+ numbers of the gradient are NaN or infinite, in W1, b1, gamma1"
+    )
+    with pytest.warns(SkippedStepWarning, match=what) as raised:
+        history = gb.fit(*run, 2, progress=False)
+    assert len(raised) == 1
+    assert raised[0].filename == __file__
+    assert (history.skipped, len(history.step_loss), len(history.step_lr), run[2].t) == (4, 20, 20, 20)
+
+    (net, loader, opt), _ = spoiled(backend, way, set())
+    number, loss = 0, []
+    for epoch in range(2):
+        opt.epoch, total, samples = epoch, 0.0, 0
+        for x, y in loader:
+            number += 1
+            if number not in bad:
+                cost, grads = net.loss_and_grad(x, y)
+                opt.step(grads)
+                total, samples = total + cost * len(x), samples + len(x)
+        loss.append(total / samples)
+    assert history.loss == loss
+    for name in ("parameters", "buffers"):
+        np.testing.assert_array_equal(
+            net.backend.to_numpy(getattr(run[0], name).flat), net.backend.to_numpy(getattr(net, name).flat)
+        )
+    for name, views in opt.state.items():
+        np.testing.assert_array_equal(net.backend.to_numpy(run[2].state[name].flat), net.backend.to_numpy(views.flat))
+
+
+def test_too_many_bad_steps_in_a_row_end_it(tmp_path: Path) -> None:
+    bad = {2, *range(6, 30)}
+    run, seen = spoiled("cpu", "backward", bad)
+    message = r"in W1, b1, .* \(epoch 0, step 4, learning rate .*\); 3 steps in a row before it were left out"
+    with pytest.warns(SkippedStepWarning, match="up to 3 in a row"), pytest.raises(gb.NonFiniteError, match=message):
+        gb.fit(*run, 2, max_skipped=3, checkpoint=Checkpoints(tmp_path, every=1), progress=False)
+    assert (len(seen), run[2].t) == (9, 4)
+    found = Checkpoints(tmp_path).newest()
+    assert found is not None
+    assert found[1]["optimizer"]["t"] == 4
+    np.testing.assert_array_equal(found[1]["network"]["parameters"]["W1"], run[0].parameters["W1"])
+
+
+def test_the_first_bad_step_may_end_it() -> None:
+    net, loader, _ = parts()
     opt = gb.SGD(net.parameters, lr=1e30)
-    with pytest.raises(gb.NonFiniteError, match=r"loss is .*\(epoch 0, step \d+, learning rate 1e\+30\)"):
-        gb.fit(net, loader, opt, progress=False)
+    with pytest.raises(gb.NonFiniteError, match=r"loss is .*\(epoch 0, step \d+, learning rate 1e\+30\)$"):
+        gb.fit(net, loader, opt, max_skipped=0, progress=False)
+
+
+def test_bad_steps_in_a_row_are_counted_across_an_interruption(tmp_path: Path) -> None:
+    bad = set(range(5, 30))
+    run, seen = spoiled("cpu", "backward", bad)
+    run[0].layers[3].now = lambda: (len(seen) == 6 and os.kill(os.getpid(), signal.SIGINT)) or len(seen) in bad
+    with pytest.warns(SkippedStepWarning), pytest.raises(gb.TrainingInterrupted, match="after step 4"):
+        gb.fit(*run, 2, max_skipped=3, checkpoint=tmp_path, progress=False)
+    assert len(seen) == 6
+    with pytest.raises(gb.NonFiniteError, match="3 steps in a row before it were left out"):
+        gb.fit(*run, 2, max_skipped=3, checkpoint=tmp_path, resume=True, progress=False)
+    assert len(seen) == 8
+
+
+def test_an_epoch_without_a_good_step_has_no_mean() -> None:
+    run, _ = spoiled("cpu", "forward", set(range(1, 13)))
+    with pytest.warns(SkippedStepWarning):
+        history = gb.fit(*run, 2, max_skipped=12, progress=False)
+    assert (math.isnan(history.loss[0]), history.skipped, len(history.step_loss)) == (True, 12, 12)
+    assert math.isfinite(history.loss[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_norm_of_the_gradients_is_bounded(dtype: str, backend: gb.Backend) -> None:
+    net, loader, opt = parts(backend, dtype=dtype)
+    gb.fit(net, loader, opt, 1, max_norm=2.0, progress=False)
+    other, loader, opt = parts(backend, dtype=dtype)
+    norms = []
+    for x, y in loader:
+        norms.append(gb.clip_by_global_norm(other.loss_and_grad(x, y)[1], 2.0))
+        opt.step()
+    assert min(norms) < 2 < max(norms)  # both ways were gone
+    weights = [n.backend.to_numpy(n.parameters.flat) for n in (net, other)]
+    np.testing.assert_allclose(*weights, rtol=1e-5 if dtype == "float32" else 1e-12, atol=1e-7)
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_a_norm_beyond_float32_is_no_bad_number(max_norm: float | None) -> None:
+    """Its square is infinite in float32, while the gradient itself and the norm are not."""
+    X = blobs()[0]
+    net = gb.Network([gb.Dense(4, 2)], loss="mse", backend="cpu")
+    loader = gb.Loader(1e16 * X, np.full((600, 2), 1e4, np.float32), batch_size=600, backend="cpu")
+    for p in net.parameters.values():
+        p[...] = 0
+    history = gb.fit(net, loader, gb.SGD(net.parameters, 1e-30), 1, max_norm=max_norm, progress=False)
+    assert history.skipped == 0
+    assert np.square(net.parameters.grads.flat.astype(np.float64)).sum() > np.finfo(np.float32).max
+
+
+def test_a_gradient_too_large_for_its_norm_is_left_out() -> None:
+    net, _, opt = parts(dtype="float64", loss="mse")
+    X, _ = blobs(dtype="float64")
+    big = gb.Loader(X, np.full((600, 3), 1e200), batch_size=600, backend="cpu")
+    with pytest.warns(SkippedStepWarning, match="loss is inf|too large for its norm"):
+        assert gb.fit(net, big, opt, 1, progress=False).skipped == 1
 
 
 # --- errors --------------------------------------------------------------------------------------------------------
@@ -317,6 +819,10 @@ ERRORS = {
     ),
     "validation features": (lambda: other(validation=(X[:, :2], Y)), ValueError, r"validation\[0\] must have samples"),
     "callback": (lambda: other(callbacks=[3]), TypeError, "a callback must be callable"),
+    "max_norm": (lambda: other(max_norm=0), ValueError, r"max_norm must be finite and in \(0, inf\), got 0\.0"),
+    "max_skipped": (lambda: other(max_skipped=-1), ValueError, "max_skipped must be an integer >= 0, got -1"),
+    "checkpoint": (lambda: other(checkpoint=3), TypeError, "the folder of checkpoints must be a path, got 3"),
+    "resume": (lambda: other(resume=1), TypeError, "resume must be True or False, got 1"),
 }
 
 

@@ -1,0 +1,154 @@
+"""Runs that are killed at random moments and resumed, again and again. ``python bench/fault_runs.py --kills 200``.
+
+Every run trains the same small network, writing a checkpoint after every second step, so that many a kill (SIGKILL)
+meets a write. A run that is killed is resumed, killed again, and so on until it comes to its end; then its parameters,
+running statistics and history (``seconds`` apart) must be those of a run that nobody disturbed, to the last bit. A
+resume that fails, or passes over a checkpoint, is counted as failed. Every second run writes in the background. The
+result goes to ``--out`` as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import random
+import signal
+import tempfile
+import time
+import traceback
+import warnings
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import gpubatch as gb
+from gpubatch.checkpoint import Checkpoints
+
+EPOCHS, EVERY = 4, 2
+
+
+class Training:
+    """A run before its first step: processes that are forked from here have all modules, and do not share the rest."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        self.samples = rng.standard_normal((500, 20)).astype(np.float32), rng.integers(0, 3, 500)
+        self.net = gb.mlp([20, 32, 3], batch_norm=True, dropout=0.2, backend="cpu")
+        self.loader = gb.Loader(*self.samples, batch_size=32, backend="cpu")
+        self.opt = gb.Adam(self.net.parameters, gb.CosineDecay(0.01, total=EPOCHS * len(self.loader)))
+
+
+def train(run: Training, folder: Path, background: bool) -> str:
+    """Go through the run, from its start or from the newest checkpoint; the digest of all that it leaves."""
+    net, loader, opt = run.net, run.loader, run.opt
+    store = Checkpoints(folder, every=EVERY, background=background)
+    history = gb.fit(net, loader, opt, EPOCHS, run.samples, checkpoint=store, resume=True, progress=False)
+    numbers = {name: value for name, value in history.to_dict().items() if name != "seconds"}
+    digest = hashlib.sha256(json.dumps(numbers).encode())
+    digest.update(net.parameters.flat.tobytes())
+    digest.update(net.buffers.flat.tobytes())
+    return digest.hexdigest()
+
+
+def start(run: Training, folder: Path, result: Path, background: bool = False) -> int:
+    """A run in a process of its own, which writes its digest to ``result``."""
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        warnings.simplefilter("error")  # nothing but complete checkpoints may be there to be read
+        result.write_text(train(run, folder, background))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def ended(process: int, seconds: float) -> bool:
+    """Whether the run came to its end before it was killed, ``seconds`` from now; other ends are an error."""
+    until = time.perf_counter() + seconds
+    while True:
+        found, status = os.waitpid(process, os.WNOHANG)
+        if found == 0 and time.perf_counter() >= until:
+            os.kill(process, signal.SIGKILL)
+            _, status = os.waitpid(process, 0)
+            found = process
+        if found:
+            code = os.waitstatus_to_exitcode(status)
+            if code not in (0, -signal.SIGKILL):
+                raise RuntimeError(f"a run ended with {code}")
+            return code == 0
+        time.sleep(0.0002)
+
+
+def measure(kills: int, seed: int, base: Path) -> dict[str, Any]:
+    """Kill and resume until there were ``kills`` of them and the last run has come to its end."""
+    draw = random.Random(seed)
+    result, run = base / "result", Training()
+    started = time.perf_counter()
+    ended(start(run, base / "undisturbed", result), 60)
+    whole = time.perf_counter() - started
+    expected = result.read_text()
+
+    counts = dict.fromkeys(("kills", "kills_while_writing", "runs", "runs_that_differ", "failed_resumes"), 0)
+    before_the_first = 0
+    started = time.perf_counter()
+    while counts["kills"] < kills:
+        folder = base / str(counts["runs"])
+        background = counts["runs"] % 2 == 1
+        counts["runs"] += 1
+        while True:
+            seconds = draw.uniform(0, whole) if counts["kills"] < kills else 60
+            try:
+                if ended(start(run, folder, result, background), seconds):
+                    break
+            except RuntimeError:
+                counts["failed_resumes"] += 1
+                break
+            counts["kills"] += 1
+            left = list(folder.iterdir()) if folder.exists() else []
+            counts["kills_while_writing"] += any(path.suffix == ".unfinished" for path in left)
+            before_the_first += not any(path.suffix == ".safetensors" for path in left)
+        counts["runs_that_differ"] += result.read_text() != expected
+        result.write_text("")
+    return {
+        "steps": EPOCHS * len(run.loader),
+        **counts,
+        "kills_before_the_first_checkpoint": before_the_first,
+        "seconds_of_an_undisturbed_run": whole,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def main() -> None:
+    """Measure, print, and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--folder", type=Path, help="where the runs write; by default where temporary files go")
+    parser.add_argument("--out", type=Path, help="file for the results")
+    arguments = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        base = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=arguments.folder)))
+        results = {
+            "date": date.today().isoformat(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+            "steps_between_checkpoints": EVERY,
+            **measure(arguments.kills, arguments.seed, base),
+        }
+    text = json.dumps(results, indent=1)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

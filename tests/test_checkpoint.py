@@ -1,0 +1,452 @@
+"""Checkpoints: whole or not at all, whatever happens to the program, the disk or the file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+import gpubatch as gb
+from gpubatch import checkpoint
+from gpubatch.backend import Backend
+from gpubatch.checkpoint import DTYPES, HEADER_LIMIT, Checkpoints, read
+from gpubatch.errors import CheckpointError, CheckpointWarning
+
+FAULT_RUNS = Path(__file__).parent.parent / "bench" / "fault_runs.py"
+
+
+def state(number: int = 0) -> dict[str, Any]:
+    """Something of everything, and another one for every ``number``."""
+    rng = np.random.default_rng(number)
+    return {
+        "number": number,
+        "nested": {"float": 0.1 + number, "nothing": None, "yes": True, "list": [1, "two", {"three": 3.0}]},
+        "arrays": {name: (100 * rng.random((3, 5))).astype(kind) for name, kind in DTYPES.items()},
+        "empty": np.zeros((0, 4), np.float32),
+        "scalar": np.array(2.5),
+        "odd": [rng.random(7).astype(np.float32), rng.random(3)],
+    }
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def number_of_newest(store: Checkpoints) -> int:
+    """The ``number`` of the newest state, which is as it was saved."""
+    found = store.newest()
+    assert found is not None
+    assert same(found[1], state(found[1]["number"]))
+    return found[1]["number"]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Checkpoints:
+    store = Checkpoints(tmp_path / "run" / "checkpoints")
+    store.open()
+    return store
+
+
+# --- what is written is read ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_state_comes_back_as_it_was(background: bool, tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path, background=background)
+    store.open()
+    assert store.newest() is None
+    for number in range(3):
+        assert store.save(state(number))
+    assert store.wait()
+    assert number_of_newest(store) == 2
+
+
+def test_the_arrays_are_those_of_the_safetensors_library(store: Checkpoints) -> None:
+    safetensors = pytest.importorskip("safetensors.numpy")
+    store.save(state())
+    theirs = safetensors.load_file(store.files()[0])
+    assert len(theirs) == len(DTYPES) + 4
+    for name, array in state()["arrays"].items():
+        assert same(theirs[f"arrays.{name}"], array)
+    assert same(theirs["odd.0"], state()["odd"][0])
+
+
+def test_the_file_says_what_wrote_it(store: Checkpoints) -> None:
+    store.save(state())
+    content = store.files()[0].read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    versions = json.loads(header["__metadata__"]["versions"])
+    assert (versions["gpubatch"], versions["numpy"]) == (gb.__version__, np.__version__)
+    assert set(header["__metadata__"]) == {"format", "state", "versions"}
+
+
+def test_other_byte_orders_and_strides_are_stored_plainly(store: Checkpoints) -> None:
+    x = np.arange(12.0).reshape(3, 4)
+    store.save({"big": x.astype(">f8"), "transposed": x.T, "every other": x[:, ::2]})
+    found = store.newest()
+    assert found is not None
+    for name, expected in (("big", x), ("transposed", x.T), ("every other", x[:, ::2])):
+        assert found[1][name].dtype == np.float64
+        np.testing.assert_array_equal(found[1][name], expected)
+
+
+def test_the_name_has_the_checksum_and_the_last_ones_are_kept(store: Checkpoints) -> None:
+    for number in range(5):
+        store.save(state(number))
+    assert [path.name[:17] for path in store.files()] == ["checkpoint-000003", "checkpoint-000004", "checkpoint-000005"]
+    for path in store.files():
+        assert hashlib.sha256(path.read_bytes()).hexdigest()[:16] in path.name
+    assert sorted(store.folder.iterdir()) == store.files()
+
+
+def test_other_files_in_the_folder_are_let_be(store: Checkpoints) -> None:
+    names = ["notes.txt", "checkpoint-000009.safetensors", "checkpoint-000009-0123456789abcdef.safetensors.bak"]
+    for name in names:
+        (store.folder / name).write_text("mine")
+    for number in range(5):
+        store.save(state(number))
+    assert number_of_newest(store) == 4
+    assert all((store.folder / name).read_text() == "mine" for name in names)
+
+
+def test_device_arrays_are_saved(backend: Backend, store: Checkpoints) -> None:
+    x = np.arange(6, dtype=np.float32)
+    store.save({"x": backend.asarray(x)})
+    found = store.newest()
+    assert found is not None
+    assert same(found[1], {"x": x})
+
+
+# --- torn and corrupt files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left", [0, 1, 7, 8, 9, 100, -9, -8, -1])
+def test_a_truncated_newest_one_is_passed_over(left: int, store: Checkpoints) -> None:
+    for number in range(2):
+        store.save(state(number))
+    newest = store.files()[-1]
+    newest.write_bytes(newest.read_bytes()[:left])
+    with pytest.warns(CheckpointWarning, match=f"{re.escape(newest.name)} is torn or corrupt: .*passed over"):
+        assert number_of_newest(store) == 0
+    # The next one is newer than the bad one.
+    store.save(state(7))
+    assert number_of_newest(store) == 7
+
+
+def test_a_flipped_bit_anywhere_is_seen(store: Checkpoints, rng: np.random.Generator) -> None:
+    for number in range(2):
+        store.save(state(number))
+    newest = store.files()[-1]
+    content = newest.read_bytes()
+    for place in [0, 5, 8, 9, len(content) - 1, *rng.integers(len(content), size=60)]:
+        wrong = bytearray(content)
+        wrong[place] ^= 1 << int(rng.integers(8))
+        newest.write_bytes(wrong)
+        with pytest.warns(CheckpointWarning, match="torn or corrupt"):
+            assert number_of_newest(store) == 0
+
+
+def test_a_longer_file_is_seen(store: Checkpoints) -> None:
+    store.save(state())
+    with store.files()[0].open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(gb.DataFormatError, match="checksum"):
+        read(store.files()[0])
+
+
+def test_where_none_is_complete_it_says_so(store: Checkpoints) -> None:
+    for number in range(2):
+        store.save(state(number))
+    for path in store.files():
+        path.write_bytes(b"")
+    with (
+        pytest.warns(CheckpointWarning),
+        pytest.raises(gb.DataFormatError, match=r"has no complete checkpoint: .*000002.*000001"),
+    ):
+        store.newest()
+
+
+def signed(folder: Path, header: bytes, data: bytes = b"", length: int | None = None) -> Path:
+    """A file with a right checksum and any content."""
+    content = (len(header) if length is None else length).to_bytes(8, "little") + header + data
+    path = folder / f"checkpoint-000001-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2**40, HEADER_LIMIT + 1, 101])
+def test_an_absurd_header_is_refused_before_memory_is_asked_for(length: int, tmp_path: Path) -> None:
+    path = signed(tmp_path, b"{}" + 98 * b" ", length=length)
+    if length == HEADER_LIMIT + 1:
+        with path.open("r+b") as file:
+            file.truncate(2 * HEADER_LIMIT)
+    tracemalloc.start()
+    try:
+        with pytest.raises(gb.DataFormatError, match=f"a header of {length} bytes in a file of"):
+            read(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def header(**changed: Any) -> dict[str, Any]:
+    entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24], **changed}
+    return {"__metadata__": {"format": "1", "state": '{"x": {"__array__": "x"}}'}, "x": entry}
+
+
+STRANGE = {
+    "not JSON": b"{",
+    "not text": b"\xff\xfe",
+    "a list": b"[]",
+    "a deep list": 100_000 * b"[",
+    "no metadata": {"x": header()["x"]},
+    "another format": {**header(), "__metadata__": {"format": "2", "state": "{}"}},
+    "metadata of text": {"__metadata__": "format 1"},
+    "a state that is not JSON": {**header(), "__metadata__": {"format": "1", "state": "{"}},
+    "an array that is not there": {**header(), "y": header()["x"], "x": 3},
+    "an unknown dtype": header(dtype="F8"),
+    "a dtype that is a list": header(dtype=["F32"]),
+    "too many rows": header(shape=[2**40, 3]),
+    "negative rows": header(shape=[-2, -3]),
+    "true rows": header(shape=[True, 6]),
+    "rows of text": header(shape="23"),
+    "too many axes": header(shape=[2, 3, *([1] * 1000)]),
+    "no rows of 2**62": header(shape=[2**62, 0], data_offsets=[0, 0]),
+    "another shape": header(shape=[2, 2]),
+    "offsets outside": header(data_offsets=[0, 2**60]),
+    "offsets that overlap": {**header(), "y": header()["x"]},
+    "offsets the wrong way": header(data_offsets=[24, 0]),
+    "three offsets": header(data_offsets=[0, 12, 24]),
+    "offsets that leave a hole": header(data_offsets=[4, 24], shape=[5]),
+    "a number of 10,000 digits": b'{"__metadata__": ' + 10_000 * b"9" + b"}",
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_strange_header_is_refused(name: str, tmp_path: Path) -> None:
+    strange = STRANGE[name]
+    path = signed(tmp_path, strange if isinstance(strange, bytes) else json.dumps(strange).encode(), bytes(24))
+    with pytest.raises(gb.DataFormatError, match=re.escape(f"{path} is not a checkpoint: ")):
+        read(path)
+
+
+def test_the_header_that_the_strange_ones_differ_from_is_read(tmp_path: Path) -> None:
+    found = read(signed(tmp_path, json.dumps(header()).encode(), bytes(24)))
+    assert same(found, {"x": np.zeros((2, 3), np.float32)})
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None)
+@given(data=st.data())
+def test_whatever_stands_in_a_file_gives_a_state_or_the_documented_error(data: st.DataObject, tmp_path: Path) -> None:
+    """Real files, changed in a few places and given a right checksum again."""
+    text = bytearray(json.dumps(header()).encode())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(text)))
+        text[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    path = signed(tmp_path, bytes(text), bytes(data.draw(st.sampled_from([24, 0, 25]))))
+    try:
+        assert isinstance(read(path), (dict, list, str, int, float, type(None)))
+    except gb.DataFormatError:
+        pass
+    finally:
+        path.unlink()
+
+
+def test_a_file_of_another_name_is_not_read(store: Checkpoints) -> None:
+    store.save(state())
+    other = store.files()[0].rename(store.folder / "best.safetensors")
+    with pytest.raises(gb.DataFormatError, match=r"must be named checkpoint-NUMBER-CHECKSUM\.safetensors"):
+        read(other)
+
+
+# --- a disk that fails ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A disk that is full after ``size`` bytes of a file, as ``ulimit -f`` makes it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_leaves_the_checkpoint_before(background: bool, tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path, background=background)
+    store.open()
+    store.save(state(1))
+    store.wait()
+    with files_of_at_most(1000), pytest.raises(CheckpointError, match="File too large; the newest one is") as raised:
+        all([store.save(state(2)), store.wait()])  # in the background it is wait that raises
+    assert isinstance(raised.value, OSError)
+    assert sorted(tmp_path.iterdir()) == store.files()
+    assert number_of_newest(store) == 1
+    assert store.save(state(3))
+    assert store.wait()
+    assert number_of_newest(store) == 3
+
+
+def test_the_program_may_choose_to_go_on(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path, on_failure="warn")
+    store.open()
+    with files_of_at_most(1000), pytest.warns(CheckpointWarning, match="File too large; there is none before it"):
+        assert store.save(state()) is False
+    assert store.save(state())
+
+
+def test_a_folder_that_vanishes(store: Checkpoints) -> None:
+    store.save(state())
+    shutil.rmtree(store.folder)
+    with pytest.raises(CheckpointError, match=r"No such file or directory; the folder cannot be read any more"):
+        store.save(state())
+    assert not store.folder.exists()  # it is not made again: it may be a disk that is no longer mounted
+
+
+def test_a_folder_that_cannot_be_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/below"):
+        with pytest.raises(CheckpointError, match=r"checkpoints cannot be written to .*file"):
+            Checkpoints(tmp_path / place).open()
+
+
+def test_a_read_only_folder(store: Checkpoints) -> None:
+    store.save(state(1))
+    store.folder.chmod(0o500)
+    try:
+        if os.access(store.folder, os.W_OK):
+            pytest.skip("this user may write to any folder")
+        with pytest.raises(CheckpointError, match="Permission denied"):
+            store.open()
+        with pytest.raises(CheckpointError, match="Permission denied; the newest one is checkpoint-000001"):
+            store.save(state(2))
+        assert number_of_newest(store) == 1
+    finally:
+        store.folder.chmod(0o700)
+
+
+def test_other_errors_of_the_background_are_raised_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path) -> None:
+        raise MemoryError("no room")
+
+    store = Checkpoints(tmp_path, background=True)
+    store.open()
+    monkeypatch.setattr(checkpoint, "_sync_folder", fail)
+    store.save(state())
+    with pytest.raises(MemoryError, match="no room"):
+        store.save(state())
+
+
+CUT_OFF = """
+import os, signal, sys
+import numpy as np
+from gpubatch.checkpoint import Checkpoints
+store = Checkpoints(sys.argv[1])
+store.open()
+store.save({"number": 1, "x": np.zeros(1000)})
+die = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+setattr(os, sys.argv[2], die)
+store.save({"number": 2, "x": np.ones(1000)})
+"""
+
+
+@pytest.mark.parametrize(("call", "newest"), [("fsync", 1), ("replace", 1), ("open", 2)])
+def test_a_kill_while_writing(call: str, newest: int, tmp_path: Path) -> None:
+    """Between the snapshot and the rename, and (``os.open`` is that of the folder) between the rename and its sync."""
+    done = subprocess.run([sys.executable, "-c", CUT_OFF, str(tmp_path), call], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(list(tmp_path.glob("*.unfinished"))) == (newest == 1)
+    store = Checkpoints(tmp_path)
+    found = store.newest()
+    assert found is not None
+    assert found[1]["number"] == newest
+    store.open()
+    assert sorted(tmp_path.iterdir()) == store.files()
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+ERRORS = {
+    "folder": (lambda: Checkpoints(3), TypeError, "the folder of checkpoints must be a path, got 3"),
+    "every": (lambda: Checkpoints("x", every=0), ValueError, "every must be an integer >= 1, got 0"),
+    "keep": (lambda: Checkpoints("x", keep=0), ValueError, "keep must be an integer >= 1, got 0"),
+    "background": (lambda: Checkpoints("x", background=1), TypeError, "background must be True or False, got 1"),
+    "on_failure": (
+        lambda: Checkpoints("x", on_failure="stop"),
+        ValueError,
+        "on_failure must be one of 'raise', 'warn'",
+    ),
+    "object": (
+        lambda: Checkpoints("x").save({"a": {"b": object()}}),
+        TypeError,
+        r"a\.b must be made of arrays, .*object",
+    ),
+    "dtype": (
+        lambda: Checkpoints("x").save({"a": np.zeros(2, complex)}),
+        TypeError,
+        "a must hold real numbers.*complex",
+    ),
+    "one name": (
+        lambda: Checkpoints("x").save({"a": {"b": np.zeros(1)}, "a.b": np.ones(1)}),
+        ValueError,
+        r"two arrays of state would have one name, 'a\.b'",
+    ),
+    "header": (
+        lambda: Checkpoints("x").save({"a": "b" * (HEADER_LIMIT + 1)}),
+        ValueError,
+        f"state needs a header of .* bytes, more than {HEADER_LIMIT}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    call, kind, message = ERRORS[name]
+    with pytest.raises(kind, match=message) as raised:
+        call()
+    assert isinstance(raised.value, gb.GpubatchError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_one_sees() -> None:
+    assert repr(Checkpoints("runs/a", every=50)) == "<Checkpoints in 'runs/a', after every 50 steps, the last 3 kept>"
+    assert repr(Checkpoints("a", keep=1)) == "<Checkpoints in 'a', after every epoch, the last 1 kept>"
+
+
+# --- kills ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked here")
+def test_runs_that_are_killed_end_as_one_that_is_not(tmp_path: Path) -> None:
+    """20 of the kills of ``bench/fault_runs.py``, at random moments."""
+    command = [sys.executable, str(FAULT_RUNS), "--kills", "20", "--out", str(tmp_path / "result.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["kills"] == 20
+    assert result["runs_that_differ"] == 0
+    assert result["failed_resumes"] == 0
