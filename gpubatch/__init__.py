@@ -34,7 +34,7 @@ EXPORTS = {
     """,
     "params": "Parameters",
     "schedules": "CosineDecay ExponentialDecay InverseTimeDecay Piecewise SqrtDecay StepDecay",
-    "sizing": "BatchPlan choose_batch_size",
+    "sizing": "BatchPlan choose_batch_size find_batch_size",
     "train": "History StopTraining TrainingInterrupted TrainingState TrainingTerminated fit",
 }
 MODULES = tuple(
@@ -122,7 +122,11 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         SqrtDecay as SqrtDecay,
         StepDecay as StepDecay,
     )
-    from gpubatch.sizing import BatchPlan as BatchPlan, choose_batch_size as choose_batch_size
+    from gpubatch.sizing import (
+        BatchPlan as BatchPlan,
+        choose_batch_size as choose_batch_size,
+        find_batch_size as find_batch_size,
+    )
     from gpubatch.train import (
         History as History,
         StopTraining as StopTraining,

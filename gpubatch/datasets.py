@@ -18,7 +18,7 @@ import numpy as np
 
 from gpubatch.errors import DataFormatError, check_bool, check_int
 
-__all__ = ["cifar10", "mnist", "mnist_10k", "read_idx"]
+__all__ = ["cifar10", "mnist", "mnist_10k", "read_idx", "read_idx_header"]
 
 Samples: TypeAlias = tuple[np.ndarray, np.ndarray]
 
@@ -44,7 +44,7 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
         file.seek(0)
         read = _Gunzip(file).read if packed else file.read
         try:
-            dtype, shape = _read_header(path, read)
+            dtype, shape = read_idx_header(path, read)
             size = math.prod(shape) * dtype.itemsize
             promise = f"{path}: an IDX header of shape {shape} and dtype {dtype.name} needs {size} bytes of data"
             if not packed and (found := os.fstat(file.fileno()).st_size - file.tell()) != size:
@@ -59,7 +59,8 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     return np.frombuffer(data, dtype).astype(dtype.newbyteorder("="), copy=False).reshape(shape)
 
 
-def _read_header(path: Any, read: Callable[[int], bytes]) -> tuple[np.dtype[Any], tuple[int, ...]]:
+def read_idx_header(path: Any, read: Callable[[int], bytes]) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """Element type and shape of the array that follows, from ``read``, which gives the file's next bytes."""
     magic = _take(read, 4)
     if len(magic) < 4:
         raise DataFormatError(f"{path}: expected an IDX header of at least 8 bytes, found {len(magic)}")

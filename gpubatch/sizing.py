@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import logging
+import re
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Protocol
 
-from gpubatch.backend import Memory, host_memory
-from gpubatch.errors import InsufficientMemoryError, check_int
+from gpubatch.backend import Backend, CudaBackend, Memory, get_backend, host_memory
+from gpubatch.errors import ArgumentError, InsufficientMemoryError, check_int
 
-__all__ = ["BatchPlan", "choose_batch_size", "format_bytes"]
+__all__ = ["BatchPlan", "choose_batch_size", "find_batch_size", "format_bytes", "parse_bytes"]
+
+log = logging.getLogger(__name__)
 
 WHOLE_SET = 2000  # up to this many samples, one batch holds them all (deeplearning.ai, course 2, week 2)
+PROBES = (16, 4)  # the larger one first: what only the first step allocates then makes the model careful, not bold
+LEAP = 32  # a line is trusted up to so many times the largest size that was run
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -31,6 +44,19 @@ def format_bytes(n: int) -> str:
     """
     power = min(max(abs(n).bit_length() - 1, 0) // 10, len(UNITS) - 1)
     return f"{n / 1024**power:.1f} {UNITS[power]}" if power else f"{n} bytes"
+
+
+def parse_bytes(name: str, text: str) -> int:
+    """The number of bytes that ``text`` says, in binary or decimal units; ``name`` is what has it.
+
+    >>> parse_bytes("window", "1.5 MiB"), parse_bytes("window", "2 GB")
+    (1572864, 2000000000)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B", text.strip())
+    if found is None or (found[3] and not found[2]):
+        raise ArgumentError(f"{name}, if not a number, must be bytes such as '256 MiB' or '1.5 GB', got {text!r}")
+    power = " KMGT".index(found[2] or " ")
+    return int(Fraction(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def choose_batch_size(
@@ -95,3 +121,206 @@ def choose_batch_size(
 
 def _exact(n: int) -> str:
     return format_bytes(n) if n < 1024 else f"{format_bytes(n)} ({n} bytes)"
+
+
+# --- any function -------------------------------------------------------------------------------------------------
+
+
+def find_batch_size(
+    step: Callable[[int], Any], n_samples: int, at_most: int | None = None, backend: str | Backend = "auto"
+) -> BatchPlan:
+    """The batch size for ``step(batch_size)``, a whole step of any kind, found by running it.
+
+    Two small sizes are run and the memory that they need at their peak is measured: of this process, and on a CUDA
+    ``backend`` of CuPy's pool. A line through the peaks gives the largest power of two, or up to 2000 samples the whole
+    set, that needs at most 90 % of what is available, within ``n_samples`` and ``at_most``. It is run; a line through
+    this new peak may move the choice, and a ``MemoryError`` halves it, until the choice is a size that was run. The
+    trials are in the plan's reason and in the log. Raises ``InsufficientMemoryError`` where not even one sample fits.
+    """
+    n_samples = check_int("n_samples", n_samples, 1)
+    limit = n_samples if at_most is None else min(n_samples, check_int("at_most", at_most, 1))
+    sizes = [1 << power for power in range(limit.bit_length())]
+    if limit == n_samples <= WHOLE_SET and limit not in sizes:
+        sizes.append(limit)
+    largest, trials, peaks = sizes[-1], list[int](), dict[int, list[int]]()
+    with _meters(get_backend(backend)) as meters:
+
+        def run(size: int) -> None:
+            trials.append(size)
+            peak = _peaks(step, size, meters)
+            if peak is None:
+                sizes[:] = [smaller for smaller in sizes if smaller < size]
+            else:
+                peaks[size] = peak
+            log.info(
+                "batch size %d: %s", size, "out of memory" if peak is None else f"{format_bytes(max(peak))} needed"
+            )
+
+        for probe in dict.fromkeys(min(probe, largest) for probe in PROBES):
+            if probe <= sizes[-1]:
+                run(probe)
+                if not sizes:
+                    break
+        while sizes:
+            fitting = [size for size in sizes if _fits(size, peaks, meters)]
+            if not fitting:
+                break
+            if fitting[-1] in peaks:
+                return _found(fitting[-1], largest, n_samples, at_most, trials, peaks, meters)
+            run(fitting[-1])
+        needed, available = _tightest(1, peaks, meters) if peaks else (None, meters[0].available)
+    words = "out of memory at each of them" if needed is None else f"one sample needs {_exact(needed)}"
+    raise InsufficientMemoryError(
+        f"not even one sample fits in 90 % of the {_exact(available)} available: tried {_listed(trials)}, {words}"
+    )
+
+
+def _found(
+    size: int,
+    largest: int,
+    n_samples: int,
+    at_most: int | None,
+    trials: list[int],
+    peaks: dict[int, list[int]],
+    meters: list[Meter],
+) -> BatchPlan:
+    needed, available = max(zip(peaks[size], (m.available for m in meters), strict=True), key=_share)
+    if size == n_samples:
+        why = "the only sample is one batch" if size == 1 else f"all {n_samples} samples are one batch"
+    elif size < largest:
+        why = f"memory limits the batch to {size}"
+    else:
+        bound = f"n_samples={n_samples}" if at_most is None or at_most > n_samples else f"at_most={at_most}"
+        why = f"{size} is the largest power of two within {bound}"
+    number = f"{len(trials)} trial{'s' * (len(trials) > 1)} ({_listed(trials)})"
+    reason = f"{why}; it needed {_exact(needed)} of {_exact(available)} available when it was run; {number}"
+    log.info("batch size %d found in %s", size, number)
+    return BatchPlan(size, reason, needed, available)
+
+
+def _peaks(step: Callable[[int], Any], size: int, meters: list[Meter]) -> list[int] | None:
+    """The bytes that ``step(size)`` needed by each meter; None where there was no memory for it."""
+    gc.collect()
+    for meter in meters:
+        meter.reset()
+    failed = False
+    try:
+        step(size)
+    except MemoryError:
+        failed = True  # no more than this: the traceback keeps the step's arrays until the block is left
+    peaks = [meter.peak() for meter in meters]
+    gc.collect()
+    for meter in meters:
+        meter.reset()
+    return None if failed else peaks
+
+
+def _fits(size: int, peaks: dict[int, list[int]], meters: list[Meter]) -> bool:
+    if peaks and size > LEAP * max(peaks):
+        return False
+    return all(
+        10 * _line(size, {run: peak[i] for run, peak in peaks.items()}) <= 9 * meter.available
+        for i, meter in enumerate(meters)
+    )
+
+
+def _tightest(size: int, peaks: dict[int, list[int]], meters: list[Meter]) -> tuple[int, int]:
+    """(needed, available) of the meter that has least to spare."""
+    lines = [_line(size, {run: peak[i] for run, peak in peaks.items()}) for i in range(len(meters))]
+    return max(zip(lines, (meter.available for meter in meters), strict=True), key=_share)
+
+
+def _line(size: int, peaks: dict[int, int]) -> int:
+    """The bytes for ``size``, on the line through the smallest and the largest size that were run."""
+    if not peaks:
+        return 0
+    low, high = min(peaks), max(peaks)
+    slope = Fraction(max(0, peaks[high] - peaks[low]), max(1, high - low))
+    return max(0, round(max(peaks[high], peaks[low]) + slope * (size - high)))
+
+
+def _share(of: tuple[int, int]) -> float:
+    needed, available = of
+    return needed / max(1, available)
+
+
+def _listed(trials: list[int]) -> str:
+    return ", ".join(map(str, trials))
+
+
+class Meter(Protocol):
+    """Measures one kind of memory: the bytes available at first, and the peak above what was used then."""
+
+    available: int
+
+    def reset(self) -> None:
+        """Begin a new peak."""
+
+    def peak(self) -> int:
+        """The bytes at the peak since then, above what was used when the meter was made."""
+
+
+class _Host:
+    """Memory of this process: the larger of what Python and NumPy asked for and what became resident.
+
+    The first is exact even for small probes; the second sees what other libraries allocate.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+        self.available = host_memory().available
+        self._traced, self._resident = tracemalloc.get_traced_memory()[0], _resident("VmRSS")
+
+    def reset(self) -> None:
+        tracemalloc.reset_peak()
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")  # VmHWM falls to VmRSS
+
+    def peak(self) -> int:
+        return max(tracemalloc.get_traced_memory()[1] - self._traced, _resident("VmHWM") - self._resident, 0)
+
+
+def _resident(field: str) -> int:
+    """Resident bytes of this process, ``VmRSS`` now or ``VmHWM`` at most; outside Linux always the most."""
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+            found = re.search(rf"^{field}:\s+(\d+) kB", file.read(), re.MULTILINE)
+            return 1024 * int(found[1]) if found else 0
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows has none: what Python and NumPy ask for has to do
+        return 0
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+
+
+class _Pool:
+    """Memory of a device as CuPy's pool takes it: it gives nothing back by itself, so what it has is its peak."""
+
+    def __init__(self, backend: CudaBackend) -> None:
+        self._backend, self._pool = backend, backend.cupy.get_default_memory_pool()
+        self.reset()
+        self.available, self._before = backend.memory().available, int(self._pool.total_bytes())
+
+    def reset(self) -> None:
+        self._backend.synchronize()
+        with self._backend.scope():
+            self._pool.free_all_blocks()
+
+    def peak(self) -> int:
+        self._backend.synchronize()
+        with self._backend.scope():
+            return max(int(self._pool.total_bytes()) - self._before, 0)
+
+
+@contextlib.contextmanager
+def _meters(backend: Backend) -> Iterator[list[Meter]]:
+    ours = not tracemalloc.is_tracing()
+    if ours:
+        tracemalloc.start()
+    try:
+        yield [_Host(), *([_Pool(backend)] if isinstance(backend, CudaBackend) else [])]
+    finally:
+        if ours:
+            tracemalloc.stop()

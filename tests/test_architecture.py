@@ -32,12 +32,12 @@ MAY_IMPORT = {
     "layers": "host_ops ops backend errors params",
     "losses": "host_ops ops backend errors",
     "network": "layers losses host_ops ops params backend errors",
-    "sources": "host_ops backend sizing errors",
+    "datasets": "errors",
+    "sources": "datasets host_ops backend sizing errors",
     "loader": "backend sizing errors sources",
     "checkpoint": "backend errors",
     "train": "checkpoint network optim loader ops params schedules averages sizing backend errors",
     "explore": "network layers losses loader optim train averages params backend errors",
-    "datasets": "errors",
 }
 EDGES = {"plot", "cli", "cli_explore", "__main__", "__init__"}
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import threading
+import time
 import traceback
 
 import numpy as np
@@ -18,7 +19,7 @@ import gpubatch.loader
 import gpubatch.sources
 from gpubatch.backend import Backend, Memory, get_backend
 from gpubatch.errors import ArgumentError, DeviceMismatchError, DTypeError, NonFiniteError, ShapeError
-from gpubatch.loader import Loader, epoch_order
+from gpubatch.loader import Loader, WindowOrder, epoch_order
 
 
 def threads():
@@ -97,6 +98,22 @@ def test_order_sorts_the_samples_by_the_paper_s_words(n, seed, epoch):
     assert epoch_order(n, seed, epoch, shuffle=False).tolist() == list(range(n))
 
 
+def test_windows_are_drawn_by_the_paper_s_words():
+    n, seed, epoch, together, block = 100, 7, 3, 30, 8
+
+    def permutation(count, stream):
+        blocks = (philox((c, 0, 0, stream), (seed, epoch)) for c in itertools.count(1))
+        words = list(itertools.islice(itertools.chain.from_iterable(blocks), count))
+        bits = (count - 1).bit_length()
+        return sorted(range(count), key=lambda i: (words[i] >> bits, i))
+
+    expected, blocks = [], permutation(13, 0)
+    for window in range(5):  # three blocks each: 24 samples, or 20 where one is the last block, of 4
+        samples = [i for b in blocks[3 * window : 3 * window + 3] for i in range(b * block, min(b * block + block, n))]
+        expected += [samples[k] for k in permutation(len(samples), window + 1)]
+    assert WindowOrder(n, seed, epoch, together, block).indices(0, n).tolist() == expected
+
+
 @pytest.mark.parametrize("n", [1, 2, 1023, 1024, 1025, 100_000])
 def test_order_is_a_permutation_that_seed_and_epoch_decide(n):
     orders = [epoch_order(n, seed, epoch) for seed, epoch in [(0, 0), (0, 1), (1, 0), (2**64 - 1, 0)]]
@@ -130,6 +147,58 @@ def test_draws_with_replacement_are_uniform_and_repeat():
     loader = Loader(np.arange(100.0), batch_size=10, replacement=True, seed=3, backend="cpu")
     drawn = np.concatenate(list(loader))
     assert drawn.tolist() == epoch_order(100, 3, 0, replacement=True).tolist()
+
+
+# (n, seed, epoch, samples together, block) -> the order by windows: it must never change
+GOLDEN_WINDOWS = {
+    (14, 0, 0, 6, 3): [7, 2, 8, 0, 1, 6, 4, 13, 12, 3, 5, 9, 10, 11],
+    (14, 0, 1, 6, 3): [9, 10, 8, 7, 11, 6, 4, 5, 3, 12, 13, 1, 2, 0],
+    (14, 7, 0, 4, 2): [2, 9, 3, 8, 7, 6, 13, 12, 10, 4, 11, 5, 0, 1],
+}
+
+
+@pytest.mark.parametrize("case", GOLDEN_WINDOWS, ids=str)
+def test_golden_orders_by_windows(case):
+    assert WindowOrder(*case).indices(0, case[0]).tolist() == GOLDEN_WINDOWS[case]
+
+
+@given(
+    n=st.integers(1, 200),
+    together=st.integers(1, 60),
+    block=st.integers(1, 20),
+    seed=st.integers(0, 2**64 - 1),
+    world_size=st.integers(1, 7),
+)
+def test_windows_hold_whole_blocks_shuffled(n, together, block, seed, world_size):
+    order = WindowOrder(n, seed, 3, together, block)
+    whole = order.indices(0, n).tolist()
+    assert sorted(whole) == list(range(n))
+    at_most = max(block, together // block * block)
+    start, blocks = 0, []
+    for window in range(len(order)):
+        samples, use = order.part(window)
+        assert len(samples) <= at_most
+        assert samples[use].tolist() == whole[start : start + len(samples)]
+        start += len(samples)
+        blocks += [b for b, previous in zip(samples // block, [-1, *(samples // block)], strict=False) if b != previous]
+    assert start == n
+    assert sorted(blocks) == list(range(-(-n // block)))  # each is in one window only, in one piece
+    assert WindowOrder(n, seed, 3, together, block, shuffle=False).indices(0, n).tolist() == list(range(n))
+    for rank in range(min(world_size, n)):
+        mine = whole[rank::world_size]
+        part = WindowOrder(n, seed, 3, together, block, rank=rank, world_size=world_size)
+        assert part.indices(0, len(mine)).tolist() == mine
+        middle = len(mine) // 2
+        if middle:
+            assert part.indices(0, middle).tolist() + part.indices(middle, len(mine)).tolist() == mine
+
+
+def test_every_place_is_equally_likely_by_windows_too():
+    n, epochs = 8, 4000
+    counts = np.zeros((n, n))
+    for epoch in range(epochs):
+        counts[np.arange(n), WindowOrder(n, 5, epoch, 4, 2).indices(0, n)] += 1
+    assert 0.4 < chi_square(counts) < 1.9  # 49 degrees of freedom: 1 ± 0.2
 
 
 # --- the batches of an epoch ----------------------------------------------------------------------------------------
@@ -233,7 +302,7 @@ def test_resumed_is_as_if_never_stopped(case, data):
         assert (state["epoch"], state["batch"]) == divmod(stop, len(whole))
         assert set(state) == {
             "seed", "epoch", "batch", "batch_size", "n_samples",
-            "shuffle", "replacement", "drop_last", "rank", "world_size",
+            "shuffle", "replacement", "drop_last", "rank", "world_size", "window", "block",
         }  # fmt: skip
 
         resumed = make(**case)
@@ -242,6 +311,81 @@ def test_resumed_is_as_if_never_stopped(case, data):
         for _ in range(3 - resumed.epoch):
             done += labels(resumed)
         assert done == list(itertools.chain.from_iterable(expected))
+
+
+class Source:
+    """Samples (i, -i) and labels i, to be read."""
+
+    block = None
+
+    def __init__(self, n):
+        self.n, self.most = n, 0
+
+    def __len__(self):
+        return self.n
+
+    def read(self, indices):
+        self.most = max(self.most, len(indices))
+        return np.stack([indices, -indices], axis=1).astype(np.int16), indices.copy()
+
+
+@given(data=st.data())
+@settings(max_examples=1000)
+def test_any_epoch_of_any_ranks_with_any_resume(data):
+    n = data.draw(st.integers(1, 120), "n")
+    world_size = data.draw(st.integers(1, min(n, 6)), "world_size")
+    batch_size = data.draw(st.integers(1, n + 3), "batch_size")
+    epoch = data.draw(st.integers(0, 2**64 - 2), "epoch")
+    window = data.draw(st.none() | st.integers(2, 150), "window")
+    source = Source(n) if data.draw(st.booleans(), "read") else None
+    arguments = {"batch_size": batch_size, "window": window, "world_size": world_size, "prefetch": 0, "backend": "cpu"}
+    seen = []
+    for rank in range(world_size):
+
+        def make_one(rank=rank):
+            if source is not None:
+                return Loader(source, rank=rank, **arguments)
+            return make(n, 0, rank=rank, **{k: v for k, v in arguments.items() if k != "backend"})
+
+        whole = make_one()
+        whole.load_state_dict({**whole.state_dict(), "epoch": epoch})
+        expected = list(whole)
+        stop = data.draw(st.integers(0, len(whole) - 1), "stop")
+        begun = make_one()
+        begun.load_state_dict({**begun.state_dict(), "epoch": epoch})
+        done = list(itertools.islice(begun, stop))
+        resumed = make_one()
+        resumed.load_state_dict(json.loads(json.dumps(begun.state_dict())))
+        done += resumed
+        assert labels(done) == labels(expected)
+        for (x, y), (other, _) in zip(done, expected, strict=True):
+            assert x.dtype == np.float32
+            assert np.array_equal(x, other)
+            assert np.array_equal(x, np.stack([y, -y], axis=1))
+        assert whole.stats.samples == sum(len(y) for _, y in expected) == len(range(rank, n, world_size))
+        seen += itertools.chain.from_iterable(labels(expected))
+    assert sorted(seen) == list(range(n))
+
+
+def test_a_resumed_epoch_reads_no_more_than_its_window():
+    loader = Loader(Source(1000), batch_size=10, window=100, prefetch=0, backend="cpu")
+    loader.load_state_dict({**loader.state_dict(), "batch": 58})
+    next(iter(loader))
+    assert loader.stats.bytes_read <= (50 + 50) * (4 + 8)
+    with pytest.raises(ArgumentError, match="state has window=50, this loader window=40"):
+        Loader(Source(1000), batch_size=10, window=80, backend="cpu").load_state_dict(loader.state_dict())
+
+
+def test_a_window_is_a_number_or_bytes_and_counts_in_the_plan():
+    X = np.zeros((5000, 25), np.float32)
+    for window, half in [(640, 320), ("64 KB", 320), ("10 TiB", 5000), (2, 1), (10**9, 5000)]:
+        loader = Loader(X, batch_size=10, window=window, backend="cpu")
+        assert loader.window == half - half % loader.block + (
+            loader.block if half % loader.block and half == 5000 else 0
+        )
+    read = Loader(Source(5000), batch_size=10, window=640, backend="cpu")
+    assert read.plan.needed == 2 * 320 * 12 + 10 * (4 * 16 + 12)
+    assert "shuffled by blocks of 10, 320 together" in repr(read)
 
 
 def test_epoch_counts_and_an_abandoned_one_is_over(threaded):
@@ -524,6 +668,31 @@ def test_device_does_the_device_s_part_in_the_caller(resident, sample_axis, layo
     assert np.array_equal(on_device.to_batch(X).values, X * np.float32(1 / 255))
 
 
+@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("window", [None, 30])
+def test_what_is_read_reaches_the_device_as_it_is_stored(window, resident, monkeypatch):
+    cpu = gpubatch.sources.ops_for
+    choose = lambda backend, dtype: DeviceOps if isinstance(backend, Device) else cpu(backend, dtype)  # noqa: E731
+    monkeypatch.setattr(gpubatch.sources, "ops_for", choose)
+
+    class Samples(Source):
+        def read(self, indices):
+            return Source.read(self, indices)[0]
+
+    device, Y = Device(), np.arange(50, dtype=np.float32)
+    arguments = {"batch_size": 8, "window": window, "scale": 0.5}
+    here = Loader(Samples(50), Y, backend="cpu", **arguments)
+    there = Loader(Samples(50), DeviceArray(Y) if resident else Y, backend=device, **arguments)
+    for (x, y), (xd, yd) in zip(here, there, strict=True):
+        assert (xd.dtype, yd.dtype) == (x.dtype, y.dtype)
+        assert np.array_equal(xd.values, x)
+        assert np.array_equal(yd.values, y)
+    moved = [np.dtype(np.int16), np.dtype(np.int64 if resident else np.float32)]  # stored values, or indices
+    assert device.copied == [(threading.main_thread(), dtype) for _ in range(7) for dtype in moved]
+    assert there.plan.needed < here.plan.needed  # the window is in main memory
+    assert not threads()
+
+
 def test_device_values_that_are_not_finite():
     X = np.ones((4, 3), np.float32)
     X[2, 1] = np.inf
@@ -675,6 +844,73 @@ def test_bad_states(change, error, message):
         loader.load_state_dict([1])
     with pytest.raises(ArgumentError, match="missing or unknown: batch"):
         loader.load_state_dict({k: v for k, v in loader.state_dict().items() if k != "batch"})
+
+
+# --- a transform ----------------------------------------------------------------------------------------------------
+
+
+def test_a_transform_is_applied_to_whole_batches(backend, threaded, rng):
+    X, Y = rng.integers(0, 256, (50, 4)).astype(np.uint8), np.arange(50)
+    arguments = {"batch_size": 16, "seed": 2, "scale": 1 / 255, "backend": backend}
+    plain = list(Loader(X, Y, **arguments))
+    of_x = Loader(X, Y, transform=lambda x: x[:, ::-1] * 2, **arguments)
+    of_both = Loader(X, Y, transform=lambda x, y: (x + 1, y % 2), **arguments)
+    unlabelled = Loader(X, transform=lambda x, factor=3: x * factor, **arguments)
+    for (x, y), (x1, y1), (x2, y2), x3 in zip(plain, of_x, of_both, unlabelled, strict=True):
+        assert all(backend.owns(array) for array in (x1, y1, x2, y2, x3))
+        assert bool((x1 == x[:, ::-1] * 2).all() and (y1 == y).all())
+        assert bool((x2 == x + 1).all() and (y2 == y % 2).all())
+        assert bool((x3 == x * 3).all())
+    assert bool((of_both.peek()[0] == plain[0][0] + 1).all()) or of_both.epoch == 1
+    assert np.array_equal(backend.to_numpy(of_x.to_batch(X)), X * np.float32(1 / 255))
+
+
+def test_a_transform_of_a_device_s_batch_runs_in_the_caller(threaded, rng):
+    X, threads_of = rng.integers(0, 256, (30, 4)).astype(np.uint8), []
+
+    def note(x):
+        assert isinstance(x, DeviceArray)
+        threads_of.append(threading.current_thread())
+        return x
+
+    assert len(list(Loader(X, batch_size=8, transform=note, backend=Device()))) == 4
+    assert threads_of == [threading.main_thread()] * 4
+
+
+TRANSFORMS = [
+    (lambda x: x[1:], ShapeError, "transform must keep the 5 samples along axis 0, it made shape (4, 2) of (5, 2)"),
+    (lambda x, y: x, DTypeError, "transform must return a pair, as it takes x and y, got ndarray"),
+    (lambda x: None, DeviceMismatchError, "what transform returns must be an array on 'cpu', got a NoneType"),
+    (lambda x, y, z: x, ArgumentError, "transform must take x, or x and y; it takes 3 arguments"),
+    ("flip", DTypeError, "transform must be a function of x, or of x and y, got str"),
+]
+
+
+@pytest.mark.parametrize(("transform", "error", "message"), TRANSFORMS, ids=lambda v: v if isinstance(v, str) else "")
+def test_transforms_that_are_wrong(transform, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        list(Loader(X5, np.arange(5), transform=transform, backend="cpu"))
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+def test_statistics_tell_who_waits(threaded):
+    X = np.zeros((100, 6), np.uint8)
+    loader = Loader(X, np.arange(100), batch_size=16, backend="cpu", transform=lambda x: time.sleep(2e-3) or x)
+    assert loader.stats.batches == 0
+    began = time.perf_counter()
+    list(loader)
+    wall, stats = time.perf_counter() - began, loader.stats
+    assert (stats.batches, stats.samples, stats.bytes_read) == (7, 100, 100 * (6 + 8))
+    assert 2e-3 <= stats.wait_first <= wall - stats.seconds
+    assert 0.5 * stats.seconds < stats.waited <= stats.seconds < wall  # whoever consumes does nothing else
+    for _ in loader:
+        time.sleep(4e-3)
+    assert loader.stats is not stats
+    assert loader.stats.seconds >= 6 * 4e-3
+    if threaded:
+        assert loader.stats.waited < 0.5 * loader.stats.seconds  # prepared while the consumer slept
 
 
 # --- the thread -----------------------------------------------------------------------------------------------------

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
+import subprocess
+import sys
+import tracemalloc
+import types
+import weakref
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from gpubatch.backend import Memory, host_memory
+import gpubatch.sizing
+from gpubatch.backend import CudaBackend, Memory, host_memory
 from gpubatch.errors import ArgumentError, DTypeError, InsufficientMemoryError
-from gpubatch.sizing import BatchPlan, choose_batch_size, format_bytes
+from gpubatch.sizing import BatchPlan, choose_batch_size, find_batch_size, format_bytes, parse_bytes
 
 GIB = 2**30
 
@@ -128,3 +137,237 @@ def test_memory_may_be_a_backend_s_or_main_memory_as_it_is():
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=re.escape(message)):
         choose_batch_size(**{"n_samples": 10, "bytes_per_sample": 1, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("text", "n"),
+    [("7 B", 7), ("7B", 7), ("1 KB", 1000), ("1.5 MiB", 3 * 2**19), ("2 GB", 2 * 10**9), ("0.5 TiB", 2**39)],
+)
+def test_bytes_from_words(text, n):
+    assert parse_bytes("window", text) == n
+
+
+@pytest.mark.parametrize("text", ["", "7", "7 iB", "-1 MB", "1 MB/s", "many"])
+def test_words_that_are_no_bytes(text):
+    with pytest.raises(ArgumentError, match=re.escape(f"'256 MiB' or '1.5 GB', got {text!r}")):
+        parse_bytes("window", text)
+
+
+# --- any function -----------------------------------------------------------------------------------------------------
+
+MIB = 2**20
+
+
+def with_memory(monkeypatch, available):
+    monkeypatch.setattr(gpubatch.sizing, "host_memory", lambda: Memory(available, available))
+
+
+class Step:
+    """A step that needs a megabyte a sample, and raises where that is more than ``limit`` samples."""
+
+    def __init__(self, limit=10**9, bytes_per_sample=MIB):
+        self.limit, self.bytes_per_sample, self.run = limit, bytes_per_sample, []
+
+    def __call__(self, size):
+        assert isinstance(size, int)
+        self.run.append(size)
+        if size > self.limit:
+            raise MemoryError("not this word")
+        return np.ones(size * self.bytes_per_sample, np.uint8)
+
+
+def test_the_largest_size_that_fits_is_found_and_was_run(monkeypatch, caplog):
+    with_memory(monkeypatch, 100 * MIB)
+    step = Step()
+    with caplog.at_level(logging.INFO, "gpubatch"):
+        plan = find_batch_size(step, 60_000, backend="cpu")
+    assert plan.batch_size == 64
+    assert step.run == [16, 4, 64]
+    assert 64 * MIB <= plan.needed < 1.25 * 64 * MIB  # what else became resident meanwhile counts, too
+    assert plan.available == 100 * MIB
+    assert plan.reason.startswith("memory limits the batch to 64; it needed 6")
+    assert plan.reason.endswith("3 trials (16, 4, 64)")
+    assert [record.message for record in caplog.records][-1] == "batch size 64 found in 3 trials (16, 4, 64)"
+    assert len(caplog.records) == 4
+
+
+# (n_samples, at_most, what raises from where on) -> batch size, words of the reason
+FOUND = [
+    (60_000, 256, None, 256, "256 is the largest power of two within at_most=256"),
+    (60_000, 100, None, 64, "64 is the largest power of two within at_most=100"),
+    (3000, None, None, 2048, "2048 is the largest power of two within n_samples=3000"),
+    (3000, 5000, None, 2048, "2048 is the largest power of two within n_samples=3000"),
+    (1500, None, None, 1500, "all 1500 samples are one batch"),
+    (1500, 1000, None, 512, "within at_most=1000"),
+    (1, None, None, 1, "the only sample is one batch"),
+    (13, None, None, 13, "all 13 samples are one batch"),
+    (1500, None, 600, 512, "memory limits the batch to 512"),
+    (60_000, None, 100, 64, "memory limits the batch to 64"),
+    (60_000, None, 10, 8, "memory limits the batch to 8"),
+    (60_000, None, 3, 2, "memory limits the batch to 2"),
+    (60_000, None, 1, 1, "memory limits the batch to 1"),
+]
+
+
+@pytest.mark.parametrize(("n", "at_most", "limit", "size", "words"), FOUND)
+def test_found_within_the_bounds(n, at_most, limit, size, words):
+    step = Step(limit or 10**9, bytes_per_sample=10)
+    plan = find_batch_size(step, n, at_most, backend="cpu")
+    assert plan.batch_size == size
+    assert words in plan.reason
+    assert size in step.run
+    assert f"{len(step.run)} trial" in plan.reason
+    assert max(step.run) <= min(n, at_most or n)
+    assert len(step.run) == len(set(step.run))
+
+
+def test_nothing_fits(monkeypatch):
+    step = Step(limit=0)
+    with pytest.raises(InsufficientMemoryError, match="tried 16, 4, 2, 1, out of memory at each of them") as caught:
+        find_batch_size(step, 100, backend="cpu")
+    assert caught.value.__context__ is None
+    with_memory(monkeypatch, MIB)
+    with pytest.raises(InsufficientMemoryError, match=r"not even one sample fits in 90 % of the 1\.0 MiB"):
+        find_batch_size(Step(), 100, backend="cpu")
+
+
+@given(
+    n=st.integers(1, 5000),
+    at_most=st.none() | st.integers(1, 3000),
+    fixed=st.integers(0, 100_000),
+    per_sample=st.integers(0, 2000),
+    available=st.integers(0, 2_000_000),
+    first=st.integers(0, 50_000),
+    raises=st.none() | st.integers(0, 3000),
+)
+def test_no_better_size_exists_for_a_function(n, at_most, fixed, per_sample, available, first, raises):
+    run = []
+
+    class Counted:
+        def __init__(self):
+            self.available = available
+
+        def reset(self):
+            pass
+
+        def peak(self):
+            return fixed + per_sample * run[-1] + (first if len(run) == 1 else 0)
+
+    @contextlib.contextmanager
+    def meters(backend):
+        yield [Counted()]
+
+    def step(size):
+        run.append(size)
+        if raises is not None and size > raises:
+            raise MemoryError
+
+    def fits(size):
+        enough = Fraction(fixed + per_sample * size) <= Fraction(9, 10) * available
+        return enough and (raises is None or size <= raises)
+
+    cap = min(n, at_most or n)
+    candidates = [size for size in (2**k for k in range(13)) if size <= cap]
+    candidates += [n] if n <= 2000 and cap == n else []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpubatch.sizing, "_meters", meters)
+        patch.setattr(gpubatch.sizing, "gc", types.SimpleNamespace(collect=lambda: 0))  # slow, and nothing to collect
+        try:
+            plan = find_batch_size(step, n, at_most, backend="cpu")
+        except InsufficientMemoryError:
+            plan = None
+    assert len(run) == len(set(run)) <= 15
+    if plan is None:
+        assert not fits(1) or first > 0
+        return
+    assert plan.batch_size in run
+    assert fits(plan.batch_size)
+    if not first:  # what only the first run needs can make it smaller, never larger
+        assert plan.batch_size == max(size for size in candidates if fits(size))
+
+
+def test_nothing_is_remembered(monkeypatch):
+    with_memory(monkeypatch, 20 * MIB)
+    assert find_batch_size(Step(), 60_000, backend="cpu").batch_size == 16
+    with_memory(monkeypatch, 50 * MIB)
+    assert find_batch_size(Step(), 60_000, backend="cpu").batch_size == 32
+    assert not tracemalloc.is_tracing()
+    tracemalloc.start()
+    try:
+        assert find_batch_size(Step(), 60_000, at_most=8, backend="cpu").batch_size == 8
+        assert tracemalloc.is_tracing()
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_is_free_before_the_next_trial():
+    held = []
+
+    class Large:
+        pass
+
+    def step(size):
+        assert all(reference() is None for reference in held)
+        large = Large()
+        large.itself = large  # a cycle, as a frame and its traceback are
+        held.append(weakref.ref(large))
+        if size > 4:
+            raise MemoryError
+
+    assert find_batch_size(step, 100, backend="cpu").batch_size == 4
+
+
+def test_other_errors_are_the_caller_s():
+    def step(size):
+        raise RuntimeError("CUDA out of memory")  # told by type, not by words
+
+    with pytest.raises(RuntimeError):
+        find_batch_size(step, 100, backend="cpu")
+    assert not tracemalloc.is_tracing()
+    with pytest.raises(ArgumentError, match="n_samples must be an integer >= 1, got 0"):
+        find_batch_size(step, 0)
+    with pytest.raises(ArgumentError, match="at_most must be an integer >= 1, got 0"):
+        find_batch_size(step, 10, 0)
+
+
+class Pool:
+    """Stands for CuPy's pool: it keeps what it once had until it is told to free it."""
+
+    def __init__(self):
+        self.total = 5000  # somebody's, in use
+
+    def total_bytes(self):
+        return self.total
+
+    def free_all_blocks(self):
+        self.total = 5000
+
+
+def test_a_device_s_pool_is_measured(monkeypatch):
+    pool = Pool()
+    backend = CudaBackend(types.SimpleNamespace(get_default_memory_pool=lambda: pool), 0, "a test")
+    monkeypatch.setattr(CudaBackend, "memory", lambda self: Memory(10**6, 10**6))
+    monkeypatch.setattr(CudaBackend, "synchronize", lambda self: None)
+    monkeypatch.setattr(CudaBackend, "scope", lambda self: contextlib.nullcontext())
+
+    def step(size):
+        pool.total = max(pool.total, 5000 + 1000 + 3000 * size)
+
+    plan = find_batch_size(step, 60_000, backend=backend)
+    assert (plan.batch_size, plan.needed, plan.available) == (256, 1000 + 3000 * 256, 10**6)
+
+
+def test_a_limit_on_address_space_is_kept():
+    if not sys.platform.startswith("linux"):
+        pytest.skip("ulimit -v is Linux's")
+    code = """if True:
+        import resource, numpy as np
+        from gpubatch.sizing import find_batch_size
+        find_batch_size(lambda size: np.ones(size), 100, backend="cpu")
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 2**20,) * 2)
+        plan = find_batch_size(lambda size: np.ones(size << 20, np.uint8), 60_000, backend="cpu")
+        print(plan.batch_size, plan.available < 101 * 2**20)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["64", "True"], done.stderr

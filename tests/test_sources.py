@@ -1,0 +1,460 @@
+"""Files against the arrays that they hold, larger than memory too; what is wrong with one is named with its place."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from needs import missing
+
+from gpubatch import sources
+from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, NonFiniteError, ShapeError
+from gpubatch.loader import Loader
+
+N = 500
+
+
+def optional(module):
+    try:
+        return __import__(module, fromlist=["_"])
+    except ImportError:
+        missing("data", f"{module} is not installed (pip install 'gpubatch[data]')")
+
+
+@pytest.fixture
+def X(rng):  # noqa: N802
+    return rng.normal(size=(N, 6)).astype(np.float32)
+
+
+Y = np.arange(N)
+
+
+class Memory:
+    """The least that a source has to be."""
+
+    def __init__(self, *arrays):
+        self.arrays = arrays
+        self.asked = []
+
+    def __len__(self):
+        return len(self.arrays[0])
+
+    def read(self, indices):
+        self.asked.append(indices)
+        found = tuple(array[indices] for array in self.arrays)
+        return found if len(found) > 1 else found[0]
+
+
+# --- one table of all kinds -----------------------------------------------------------------------------------------
+
+
+def write_npy(folder, X):
+    np.save(folder / "x.npy", X)
+    np.save(folder / "y.npy", Y)
+    return sources.npy(folder / "x.npy"), sources.npy(folder / "y.npy")
+
+
+def write_raw(folder, X):
+    (folder / "x.bin").write_bytes(b"head" + X.astype(">f4").tobytes())
+    return sources.raw(folder / "x.bin", (6,), ">f4", offset=4), Y
+
+
+def write_idx(folder, X):
+    sizes = np.array(X.shape, ">u4").tobytes()
+    (folder / "x.idx").write_bytes(bytes([0, 0, 0x0D, 2]) + sizes + X.astype(">f4").tobytes())
+    return sources.idx(folder / "x.idx"), Y
+
+
+def table(X):
+    pa = optional("pyarrow")
+    columns = {f"c{i}": X[:, i] for i in range(X.shape[1])}
+    vectors = pa.FixedSizeListArray.from_arrays(X.reshape(-1), X.shape[1])
+    return pa.table({**columns, "vector": vectors, "list": pa.array(X.tolist(), pa.list_(pa.float32())), "y": Y})
+
+
+def parquet_file(folder, X, **changed):
+    path = folder / "t.parquet"
+    made = table(X)
+    for name, column in changed.items():
+        made = made.set_column(made.column_names.index(name), name, column)
+    optional("pyarrow.parquet").write_table(made, path, row_group_size=64)
+    return path
+
+
+def write_parquet(folder, X):
+    return sources.parquet(parquet_file(folder, X), [f"c{i}" for i in range(6)], "y"), None
+
+
+def write_vectors(folder, X):
+    return sources.parquet(parquet_file(folder, X), "vector", "y"), None
+
+
+def write_lists(folder, X):
+    return sources.parquet(parquet_file(folder, X), ["list"]), Y
+
+
+def write_arrow(folder, X):
+    pa = optional("pyarrow")
+    made = table(X)
+    with pa.OSFile(str(folder / "t.arrow"), "wb") as file, pa.ipc.new_file(file, made.schema) as writer:
+        writer.write_table(made, max_chunksize=50)
+    return sources.arrow(folder / "t.arrow", "list", label="y"), None
+
+
+def write_hdf5(folder, X):
+    with optional("h5py").File(folder / "t.h5", "w") as file:
+        file.create_dataset("x", data=X, chunks=(32, 6), compression="gzip")
+        file["labels/y"] = Y
+    return sources.hdf5(folder / "t.h5", "x", "labels/y"), None
+
+
+def write_map(folder, X):
+    X.tofile(folder / "x.map")
+    return np.memmap(folder / "x.map", np.float32, "r", shape=X.shape), Y
+
+
+def write_own(folder, X):
+    return Memory(X, Y), None
+
+
+KINDS = [write_npy, write_raw, write_idx, write_parquet, write_vectors, write_lists]
+KINDS += [write_arrow, write_hdf5, write_map, write_own]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"shuffle": False},
+        {"window": 100},
+        {"window": "3 KB", "prefetch": 0},
+        {"window": 10**6, "scale": 0.5},
+        {"window": 300, "shuffle": False, "rank": 1, "world_size": 3},
+        {"replacement": True},
+        {"dtype": "float64", "drop_last": True, "scale": 2.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_are_those_of_the_arrays(kind, arguments, tmp_path, X):
+    x, y = kind(tmp_path, X)
+    loader = Loader(x, y, batch_size=33, seed=5, backend="cpu", **arguments)
+    window = arguments.get("window", loader.window)
+    if kind in (write_npy, write_raw, write_idx, write_map, write_own):  # single samples are read as well
+        assert (loader.window > 0) == ("window" in arguments)
+        expected = list(Loader(X, Y, batch_size=33, seed=5, backend="cpu", **arguments))
+    else:  # the blocks are those of the file
+        assert (loader.window > 0) == ("replacement" not in arguments)
+        assert loader.window <= max(N + loader.block - 1, 1) if window else True
+        expected = None
+    for _ in range(2):
+        seen = []
+        for k, (batch, labels) in enumerate(loader):
+            assert batch.dtype == (arguments.get("dtype") or "float32")
+            assert batch.flags.c_contiguous
+            assert batch.flags.writeable
+            assert np.array_equal(batch, X[labels] * batch.dtype.type(arguments.get("scale", 1)))
+            if expected is not None and loader.epoch == 0:
+                assert np.array_equal(labels, expected[k][1])
+            batch[...] = 0  # it belongs to whoever took it
+            seen += labels.tolist()
+        if not arguments.get("replacement"):
+            assert len(set(seen)) == len(seen) == loader.stats.samples
+        if not arguments.get("shuffle", True):
+            assert seen == sorted(seen)
+    assert loader.stats.batches == len(loader)
+    assert loader.stats.bytes_read >= loader.stats.samples * (X.itemsize * 6 + Y.itemsize)
+    assert np.array_equal(loader.peek()[0], next(iter(loader))[0])
+
+
+def test_a_source_may_give_any_layout(X):
+    class Columns(Memory):
+        def read(self, indices):
+            return np.asfortranarray(Memory.read(self, indices))
+
+    for x in Loader(Columns(X), batch_size=33, shuffle=False, backend="cpu"):
+        assert x.flags.c_contiguous
+
+
+def test_row_groups_are_decoded_once(tmp_path, X):
+    path = parquet_file(tmp_path, X)
+    source = sources.parquet(path, "vector", "y")
+    decoded = []
+    original = source._decode
+    source._decode = lambda group: decoded.append(group) or original(group)
+    loader = Loader(source, batch_size=33, window=260, backend="cpu")
+    assert (loader.window, loader.block) == (128, 64)
+    decoded.clear()
+    source._group = -1  # the one that the loader looked at is still there
+    list(loader)
+    assert sorted(decoded) == list(range(8))
+
+
+def test_single_samples_are_read_alone_and_neighbours_together(tmp_path, X, monkeypatch):
+    source, _ = write_npy(tmp_path, X)
+    calls = []
+    original = source._read_at
+    monkeypatch.setattr(source, "_read_at", lambda view, offset: calls.append(len(view)) or original(view, offset))
+    assert np.array_equal(source.read(np.array([7, 8, 9, 3, 3, 499])), X[[7, 8, 9, 3, 3, 499]])
+    assert calls == [72, 24, 24, 24]
+
+
+def test_reading_is_spread_over_the_batches():
+    source = Memory(np.arange(4000.0)[:, None])
+    loader = Loader(source, batch_size=20, window=640, prefetch=0, backend="cpu")
+    source.asked.clear()
+    read = []
+    for _ in loader:
+        read.append(sum(map(len, source.asked)))
+        source.asked.clear()
+    assert read[0] == 340  # the first half, and of the second as much as was used of the first
+    assert set(read[1:176]) == {20}
+    assert sum(read) == 4000
+
+
+def test_a_slow_source_keeps_a_slower_consumer_busy():
+    class Slow(Memory):
+        def read(self, indices):
+            time.sleep(1.5e-3 * len(indices) / 64)
+            return Memory.read(self, indices)
+
+    loader = Loader(Slow(np.zeros((64 * 100, 4), np.float32)), batch_size=64, backend="cpu")
+    for _ in loader:
+        time.sleep(4e-3)
+    assert loader.stats.batches == 100
+    assert loader.stats.waited < 0.15 * loader.stats.seconds  # 5 % on a quiet machine
+
+
+def test_larger_than_memory(tmp_path):
+    """A file of 300 MB in an address space that has room for half of it."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("ulimit -v is Linux's")
+    rows, width = 300_000, 1000
+    with open(tmp_path / "x.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (rows, width)})
+        row = np.zeros((10_000, width), np.uint8)
+        for start in range(0, rows, 10_000):
+            row[:, :4] = np.arange(start, start + 10_000, dtype=np.uint32)[:, None].view(np.uint8)
+            row.tofile(file)
+    code = f"""if True:
+        import resource, numpy as np, gpubatch as gb
+        from gpubatch import sources
+        gb.Loader(np.zeros((4, 4), np.uint8), scale=0.5, backend="cpu", batch_size=2).peek()
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 150 * 2**20,) * 2)
+        for window in ("32 MiB", None):
+            loader = gb.Loader(sources.npy({os.fspath(tmp_path / "x.npy")!r}), batch_size=500, window=window,
+                               dtype="float32", backend="cpu")
+            seen = np.zeros({rows}, bool)
+            for x in loader:
+                number = x[:, :4].astype(np.uint32) @ (256 ** np.arange(4, dtype=np.uint32))
+                assert not seen[number].any()
+                seen[number] = True
+            assert seen.all()
+        print("complete", loader.stats.bytes_read)
+    """
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["complete", str(rows * width)], done.stderr
+
+
+# --- what is wrong is named with its file and its place -------------------------------------------------------------
+
+
+def consume(*arguments, **keywords):
+    list(Loader(*arguments, batch_size=33, backend="cpu", **keywords))
+
+
+def test_an_empty_source(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((0, 3)))
+    with pytest.raises(ShapeError, match=r"X must hold at least one sample, .*x\.npy has none"):
+        consume(sources.npy(tmp_path / "x.npy"))
+    with pytest.raises(ShapeError, match=r"X \(Memory\) has none"):
+        consume(Memory(np.zeros((0, 3))))
+    path = parquet_file(tmp_path, np.zeros((N, 6), np.float32))
+    pq = optional("pyarrow.parquet")
+    pq.write_table(pq.read_table(path)[:0], path)
+    with pytest.raises(ShapeError, match=r"t\.parquet has none"):
+        consume(sources.parquet(path, "c0"))
+
+
+def test_different_lengths(tmp_path, X):
+    x, _ = write_npy(tmp_path, X)
+    with pytest.raises(ShapeError, match=r"X of shape \(500, 6\) with 500 along axis 0 and Y of shape \(499,\)"):
+        consume(x, Y[1:])
+    with optional("h5py").File(tmp_path / "t.h5", "w") as file:
+        file["x"], file["y"] = X, Y[1:]
+    with pytest.raises(ShapeError, match=r"t\.h5: .* '/x' of shape \(500, 6\) and '/y' of shape \(499,\)"):
+        sources.hdf5(tmp_path / "t.h5", "x", "y")
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_file_that_shrinks_while_it_is_read(window, tmp_path, X):
+    x, y = write_npy(tmp_path, X)
+    loader = Loader(x, y, batch_size=33, shuffle=False, window=window, backend="cpu")
+    with pytest.raises(DataFormatError, match=r"x\.npy: expected 500 samples.* before sample 250 is complete"):  # noqa: PT012
+        for k, _ in enumerate(loader):
+            if k == 0:
+                os.truncate(tmp_path / "x.npy", 128 + 24 * 250 + 5)
+
+
+def test_a_file_that_is_too_short_when_it_is_opened(tmp_path, X):
+    write_npy(tmp_path, X)
+    os.truncate(tmp_path / "x.npy", 1000)
+    with pytest.raises(DataFormatError, match=r"x\.npy: expected 12128 bytes for float32 \(500, 6\), found 1000"):
+        sources.npy(tmp_path / "x.npy")
+
+
+def test_a_row_of_another_shape():
+    class Ragged(Memory):
+        def read(self, indices):
+            return np.ones((len(indices), 3 if 321 in indices else 2))
+
+    with pytest.raises(
+        DataFormatError, match=r"X \(Ragged\): expected float64 \(1, 2\) for sample 321, found float64 \(1, 3\)"
+    ):
+        consume(Ragged(np.zeros((N, 2))))
+
+
+def test_what_a_source_raises_says_where():
+    class Broken(Memory):
+        def read(self, indices):
+            if 321 in indices:
+                raise OSError("unreadable sector")
+            return Memory.read(self, indices)
+
+    with pytest.raises(OSError, match="unreadable sector") as caught:
+        consume(Broken(np.zeros((N, 2))), shuffle=False)
+    assert caught.value.__notes__ == ["while reading samples 297 to 329 of X (Broken)"]
+
+
+def test_a_list_of_another_length_in_a_parquet_file(tmp_path, X):
+    pa = optional("pyarrow")
+    lists = X.tolist()
+    lists[321].pop()
+    path = parquet_file(tmp_path, X, list=pa.array(lists, pa.list_(pa.float32())))
+    with pytest.raises(DataFormatError, match=r"t\.parquet: .*6 numbers in column 'list', found 5 in sample 321"):
+        consume(sources.parquet(path, "list"))
+
+
+def test_missing_values_in_a_parquet_file(tmp_path, X):
+    pa = optional("pyarrow")
+    path = parquet_file(tmp_path, X, c3=pa.array([None if i == 400 else 1.0 for i in range(N)]))
+    with pytest.raises(DataFormatError, match=r"t\.parquet: .* missing value in column 'c3', sample 400"):
+        consume(sources.parquet(path, ["c0", "c3"]))
+
+
+def test_a_corrupt_parquet_file(tmp_path, X):
+    path = parquet_file(tmp_path, X)
+    data = bytearray(path.read_bytes())
+    metadata = optional("pyarrow.parquet").ParquetFile(path).metadata
+    column = metadata.row_group(4).column(6)
+    start = column.dictionary_page_offset or column.data_page_offset
+    data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(data)
+    with pytest.raises(DataFormatError, match=r"t\.parquet: expected whole samples 256 to 319, found damage"):
+        consume(sources.parquet(path, "vector"))
+    path.write_bytes(data[:1000])
+    with pytest.raises(DataFormatError, match=r"t\.parquet: expected a Parquet file, found damage"):
+        sources.parquet(path, "vector")
+
+
+def test_a_corrupt_hdf5_file(tmp_path, X):
+    write_hdf5(tmp_path, X)
+    path = tmp_path / "t.h5"
+    with optional("h5py").File(path) as file:
+        chunk = file["x"].id.get_chunk_info(5)
+    data = bytearray(path.read_bytes())
+    data[chunk.byte_offset : chunk.byte_offset + chunk.size] = b"\xff" * chunk.size
+    path.write_bytes(data)
+    with pytest.raises(DataFormatError, match=r"t\.h5: expected samples 160 to 191 of '/x', found damage"):
+        consume(sources.hdf5(path, "x"), window=70, shuffle=False)
+    (tmp_path / "short.h5").write_bytes(data[:500])
+    with pytest.raises(DataFormatError, match=r"short\.h5: expected an HDF5 file, found damage"):
+        sources.hdf5(tmp_path / "short.h5", "x")
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite(value, window, tmp_path, X):
+    X[321, 4] = value
+    x, _ = write_npy(tmp_path, X)
+    message = re.escape(f"samples must be finite, but sample 321 has {value!r} at [4]")
+    with pytest.raises(NonFiniteError, match=rf"x\.npy: {message}"):
+        consume(x, window=window)
+
+
+def test_values_beyond_the_batches_range(tmp_path):
+    np.save(tmp_path / "x.npy", np.array([1.0, 1e300]))
+    consume(sources.npy(tmp_path / "x.npy"))
+    with pytest.raises(NonFiniteError, match=r"sample 1 has 1e\+300, beyond the range of the batches"):
+        consume(sources.npy(tmp_path / "x.npy"), dtype="float32")
+
+
+class Other(Memory):
+    def read(self, indices):
+        return [[1.0]] * len(indices)
+
+
+OPENING = [
+    (lambda f: sources.npy(f / "junk"), DataFormatError, "junk: expected an .npy file"),
+    (lambda f: sources.npy(f / "missing"), FileNotFoundError, "missing"),
+    (lambda f: sources.npy(f / "fortran.npy"), DataFormatError, "found Fortran order"),
+    (lambda f: sources.npy(f / "one.npy"), DataFormatError, "found a single number"),
+    (lambda f: sources.npy(f / "text.npy"), DTypeError, "text.npy must hold integers"),
+    (
+        lambda f: sources.raw(f / "junk", (7,), "f4"),
+        DataFormatError,
+        "junk: expected samples of 28 bytes, float32 (7,)",
+    ),
+    (lambda f: sources.raw(f / "junk", (7,), "f4", 10**6), DataFormatError, "found -"),
+    (lambda f: sources.idx(f / "junk"), DataFormatError, "junk: expected the magic number of IDX"),
+    (lambda f: sources.idx(f / "packed"), DataFormatError, "packed: expected an IDX file, found a gzip file"),
+    (lambda f: consume(sources.npy(f / "x.npy"), sample_axis=1), ArgumentError, "X is a source of rows"),
+    (lambda f: consume(np.zeros(3), Memory(Y[:3], Y[:3])), ArgumentError, "Y (Memory) alone gives 2 for Y"),
+    (lambda f: consume(Memory(Y, Y), Y), ArgumentError, "X (Memory) alone gives 2 for X"),
+    (lambda f: consume(Other(Y)), DTypeError, "X (Other): read must return NumPy arrays, got list"),
+    (lambda f: consume(Memory(Y[:3].astype(str))), DTypeError, "X (X (Memory)) must hold integers"),
+]
+
+
+@pytest.mark.parametrize(("make_it", "error", "message"), OPENING, ids=lambda v: v if isinstance(v, str) else "")
+def test_errors(make_it, error, message, tmp_path):
+    (tmp_path / "junk").write_bytes(b"not what it should be")
+    (tmp_path / "packed").write_bytes(b"\x1f\x8b and more")
+    np.save(tmp_path / "x.npy", np.zeros((4, 2)))
+    np.save(tmp_path / "fortran.npy", np.zeros((4, 2), order="F"))
+    np.save(tmp_path / "one.npy", np.float64(1))
+    np.save(tmp_path / "text.npy", np.array(["a"]))
+    with pytest.raises(error, match=re.escape(message)):
+        make_it(tmp_path)
+
+
+def test_columns_that_are_not_there_or_no_numbers(tmp_path, X):
+    pa = optional("pyarrow")
+    path = parquet_file(tmp_path, X, c1=pa.array(["a"] * N))
+    with pytest.raises(ArgumentError, match=r"t\.parquet has the columns c0, .*; got 'd'"):
+        sources.parquet(path, ["c0", "d"])
+    with pytest.raises(ArgumentError, match="columns must name at least one column"):
+        sources.parquet(path, [])
+    with pytest.raises(DTypeError, match=r"t\.parquet: column 'c1' must hold numbers.* got string"):
+        consume(sources.parquet(path, "c1"))
+    write_hdf5(tmp_path, X)
+    with pytest.raises(ArgumentError, match=r"t\.h5 has the datasets labels/y, x; got 'z'"):
+        sources.hdf5(tmp_path / "t.h5", "z")
+
+
+@pytest.mark.parametrize(
+    ("library", "open_it"),
+    [("pyarrow", lambda: sources.parquet("t", "c0")), ("h5py", lambda: sources.hdf5("t", "x"))],
+)
+def test_a_library_that_is_missing(library, open_it, monkeypatch):
+    for module in (library, f"{library}.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ArgumentError, match=rf"needs {library}.*pip install 'gpubatch\[data\]'"):
+        open_it()
