@@ -228,7 +228,8 @@ def info(
     if why_not:
         out.print(why_not, soft_wrap=True, markup=False)  # a remedy has square brackets
     compiled = host_library()
-    out.print(f"update rules compiled for the CPU: {compiled if isinstance(compiled, str) else 'yes'}.", soft_wrap=True)
+    words = compiled if isinstance(compiled, str) else f"for {compiled.level()}, on {compiled.threads()} threads"
+    out.print(f"kernels compiled for the CPU: {words}.", soft_wrap=True)
     extras = {"cli": "typer", "plot": "matplotlib", "cuda": "cupy"}
     lacking = [name for name, module in extras.items() if importlib.util.find_spec(module) is None]
     out.print(f"extras that are not installed: {', '.join(lacking) or 'none'}.")

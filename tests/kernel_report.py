@@ -1,4 +1,4 @@
-"""Registers, shared memory, stack and spills of every CUDA kernel: ``python tests/kernel_report.py [ARCHITECTURE ...]``.
+"""Registers, shared memory and spills of every CUDA kernel: ``python tests/kernel_report.py [ARCHITECTURE ...]``.
 
 NVRTC compiles them as CuPy would; no device is needed. A kernel that spills a register ends it with an error.
 """
