@@ -276,7 +276,9 @@ def _unpack(header: bytes, data: np.ndarray) -> dict[str, Any]:
         covered = end
     if covered != data.size:
         raise ValueError(f"its arrays end at {covered} of {data.size} bytes")
-    state: dict[str, Any] = _with_arrays(json.loads(metadata["state"]), arrays)
+    state = _with_arrays(json.loads(metadata["state"]), arrays)
+    if not isinstance(state, dict):
+        raise ValueError(f"its state is a {type(state).__name__}, not a mapping")
     return state
 
 

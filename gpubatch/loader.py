@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import functools
 import inspect
 import math
+import os
 import queue
 import threading
 import time
@@ -742,10 +744,23 @@ def _prepare_ahead(prepare: Callable[[int], list[Array]], starts: range, depth: 
         except BaseException as error:  # whatever it is, it belongs to the caller
             ready.put(([], error))
 
-    thread = threading.Thread(target=work, name="gpubatch-loader", daemon=True)
+    thread, process = threading.Thread(target=work, name="gpubatch-loader", daemon=True), os.getpid()
+
+    def end() -> None:
+        if os.getpid() != process:
+            return  # a forked child does not have the thread, and may have its locks for good
+        stop.set()
+        room.release()
+        if thread is not threading.current_thread():  # garbage collection may run this in any thread
+            thread.join()
+
+    # Python ends a daemon thread where it next waits for the interpreter's lock: in compiled code the process aborts.
+    atexit.register(end)
     thread.start()
     try:
         for _ in starts:
+            if os.getpid() != process:
+                raise ArgumentError("this iteration belongs to the process that began it; begin one in the child")
             parts, error = ready.get()
             room.release()
             if error is not None:
@@ -753,7 +768,5 @@ def _prepare_ahead(prepare: Callable[[int], list[Array]], starts: range, depth: 
             yield parts
             del parts  # before waiting for the next ones
     finally:
-        stop.set()
-        room.release()
-        if thread is not threading.current_thread():  # garbage collection may run this in any thread
-            thread.join()
+        atexit.unregister(end)
+        end()

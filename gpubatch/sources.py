@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import itertools
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ from gpubatch.errors import (
     DataFormatError,
     DeviceMismatchError,
     DTypeError,
+    GpubatchError,
+    InsufficientMemoryError,
     NonFiniteError,
     ShapeError,
     check_int,
@@ -50,6 +54,7 @@ __all__ = [
 ]
 
 BLOCK = 1 << 18  # elements that are looked at at a time
+NPY_START = 1 << 16  # bytes of an .npy file; NumPy refuses headers of more than 10,000
 
 
 class Source(Protocol):
@@ -254,7 +259,7 @@ class Reader:
 
     def _check_finite(self, index: Array, array: np.ndarray, limit: float) -> None:
         # The extremes tell it in one pass each, without a temporary array; both are NaN where any number is.
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):  # float16 cannot hold the limit
             if -limit <= float(array.min()) and float(array.max()) <= limit:
                 return
             first = tuple(int(i) for i in np.argwhere(~(abs(array) <= limit))[0])
@@ -298,15 +303,16 @@ class Part:
 def npy(path: str | os.PathLike[str]) -> Source:
     """The rows of an array that ``np.save`` wrote; read as they are asked for, not mapped."""
     with open(path, "rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = header(file)
-        except ValueError as error:
-            raise DataFormatError(
-                f"{os.fspath(path)}: expected an .npy file, found another or a damaged one ({error})"
-            ) from error
-        offset = file.tell()
+        start = io.BytesIO(file.read(NPY_START))  # else NumPy would ask for as much memory as the header claims to need
+    try:
+        version = np.lib.format.read_magic(start)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = header(start)
+    except Exception as error:  # NumPy parses the header as Python, so ValueError is not all that it raises
+        raise DataFormatError(
+            f"{os.fspath(path)}: expected an .npy file, found another or a damaged one ({error})"
+        ) from error
+    offset = start.tell()
     if fortran and len(shape) > 1:
         raise DataFormatError(
             f"{os.fspath(path)}: expected samples one after another (C order), found Fortran order; save "
@@ -352,6 +358,8 @@ class _Rows:
         check_kind(self.path, dtype)
         if not shape:
             raise DataFormatError(f"{self.path}: expected samples, found a single number")
+        if any(not 0 <= n <= sys.maxsize for n in shape):
+            raise DataFormatError(f"{self.path}: expected a shape that fits into memory, found {shape}")
         self._shape, self._dtype, self._offset = shape, dtype, offset
         self._row = math.prod(shape[1:]) * dtype.itemsize
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115  open as long as the source is used
@@ -553,12 +561,16 @@ def hdf5(path: str | os.PathLike[str], dataset: str, label: str | None = None) -
     for name in (dataset, *([] if label is None else [label])):
         with _telling(path, f"the dataset {name!r}"):
             found = file.get(name)
-        if not isinstance(found, h5py.Dataset) or not found.shape:
-            raise ArgumentError(
-                f"{os.fspath(path)} has the datasets {', '.join(_datasets(file)) or '(none)'}; got {name!r}"
-            )
-        check_kind(f"{os.fspath(path)}: {name!r}", found.dtype)
-        chosen.append(found)
+            if not isinstance(found, h5py.Dataset) or not found.shape:
+                raise ArgumentError(
+                    f"{os.fspath(path)} has the datasets {', '.join(_datasets(file)) or '(none)'}; got {name!r}"
+                )
+            if found.file != file or found.external or found.is_virtual:
+                raise DataFormatError(
+                    f"{os.fspath(path)}: expected samples in the file itself, found {name!r} to be kept in another file"
+                )
+            check_kind(f"{os.fspath(path)}: {name!r}", found.dtype)
+            chosen.append(found)
     if len({len(found) for found in chosen}) > 1:
         lengths = " and ".join(f"{found.name!r} of shape {found.shape}" for found in chosen)
         raise ShapeError(f"{os.fspath(path)}: datasets must have equal numbers of samples, got {lengths}")
@@ -607,7 +619,13 @@ def _telling(path: str | os.PathLike[str], expected: str) -> Iterator[None]:
     """Turn what pyarrow and h5py raise for a damaged file into an error that names the file and the place."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
+    except GpubatchError:
+        raise
+    except MemoryError as error:
+        raise InsufficientMemoryError(
+            f"{os.fspath(path)}: {expected} would need more memory than there is, or is damaged ({error})"
+        ) from error
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, EOFError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataFormatError(f"{os.fspath(path)}: expected {expected}, found damage ({first_line})") from error
 

@@ -1,0 +1,513 @@
+"""Damaged files for every reader of gpubatch, by the thousand. ``python bench/fuzz_readers.py --inputs 50000``.
+
+Small real files are made, and changed: bits flipped, bytes cut off, added, moved from one place or file to another,
+numbers of headers set to 0, -1, 2^31, 2^40, 2^63, words of JSON replaced. What comes of it is read to its end,
+through a loader where the reader gives a source. The checksum in the name of a checkpoint is that of the damaged bytes
+in one row of the table and the old one in the other. Each input is a function of its number and ``--seed`` alone, so
+``--reader npy --first 812 --inputs 1`` repeats one.
+
+A reader may read the file, or raise what is documented: an error of gpubatch (``GpubatchError``) or ``OSError``.
+Anything else, warnings included, is undocumented: it is counted, its traceback printed, and the exit status is 1. So
+is ``MemoryError``: on Linux the address space may grow by no more than ``BOUND`` above what reading the undamaged
+files takes, and a header that claims 2^40 rows has to be refused before memory is asked for. And so is opening a
+file outside of the folder of the input, as far as Python sees it, that is neither a module nor the system's account of
+memory.
+
+Every reader works in a process of its own, which a crash of a C library ends: that is counted as a crash, and the next
+input goes to a new process. What such a library reads or writes by itself is not watched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import functools
+import gzip
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import platform
+import random
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import gpubatch as gb
+from gpubatch import checkpoint, datasets, sources
+
+BOUND = 64 << 20  # bytes of address space
+DOCUMENTED = (gb.GpubatchError, OSError)
+NUMBERS = [0, 1, -1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1]
+WORDS = [b"null", b"true", b"[]", b"{}", b'""', b"1e999", b"NaN", b"[" * 2000, b"9" * 5000, b"0.5", b"(", b"'O'"]
+WORD = re.compile(
+    rb"\"[^\"]{0,40}\"|'[^']{0,40}'|-?\d+|\[[^\[\]]{0,40}\]|\([^()]{0,40}\)|\{[^{}]{0,40}\}|null|true|False"
+)
+
+
+# --- damage --------------------------------------------------------------------------------------------------------
+
+
+def damaged(seeds: list[bytes], draw: random.Random) -> tuple[bytes, bytes]:
+    """One of the files, and what one to four changes make of it."""
+    original = draw.choice(seeds)
+    data = bytearray(original)
+    for _ in range(draw.choice([1, 1, 1, 2, 3, 4])):
+        draw.choice(CHANGES)(data, draw, seeds)
+    return original, bytes(data)
+
+
+def place(data: bytearray, draw: random.Random) -> int:
+    """Somewhere in the file; in half of the cases near its start or its end, where the headers are."""
+    near = min(len(data), 128)
+    return draw.choice([draw.randrange(len(data) + 1), draw.randrange(near + 1), len(data) - draw.randrange(near + 1)])
+
+
+def flip(data: bytearray, draw: random.Random, seeds: list[bytes]) -> None:
+    for _ in range(draw.choice([1, 1, 2, 8])):
+        if (at := place(data, draw)) < len(data):
+            data[at] ^= 1 << draw.randrange(8)
+
+
+def cut(data: bytearray, draw: random.Random, seeds: list[bytes]) -> None:
+    del data[place(data, draw) :]
+
+
+def leave_out(data: bytearray, draw: random.Random, seeds: list[bytes]) -> None:
+    at = place(data, draw)
+    del data[at : at + draw.choice([1, 2, 4, 8, 64])]
+
+
+def grow(data: bytearray, draw: random.Random, seeds: list[bytes]) -> None:
+    at, size = draw.choice([len(data), place(data, draw)]), draw.choice([1, 4, 8, 100, 5000])
+    data[at:at] = draw.choice([bytes(size), draw.randbytes(size)])
+
+
+def splice(data: bytearray, draw: random.Random, seeds: list[bytes]) -> None:
+    other = draw.choice(seeds)
+    start, size = draw.randrange(len(other)), draw.choice([4, 16, 64, 512])
+    at = place(data, draw)
+    data[at : at + draw.choice([0, size])] = other[start : start + size]
+
+
+def number(data: bytearray, draw: random.Random, seeds: list[bytes]) -> None:
+    """A number of one to eight bytes in either order, at a place where a number may begin."""
+    width = draw.choice([1, 2, 4, 8])
+    at = place(data, draw) // draw.choice([1, width]) * draw.choice([1, width])
+    value = draw.choice(NUMBERS) % 2 ** (8 * width)
+    if at + width <= len(data):
+        data[at : at + width] = value.to_bytes(width, draw.choice(["little", "big"]))
+
+
+def word(data: bytearray, draw: random.Random, seeds: list[bytes]) -> None:
+    """A word of a header in text becomes a number, another word of the file, or one that has no place there."""
+    found = list(WORD.finditer(data, 0, 8192))
+    if not found:
+        return
+    old = draw.choice(found)
+    new = draw.choice([str(draw.choice([*NUMBERS, 10**30])).encode(), draw.choice(found)[0], draw.choice(WORDS)])
+    data[old.start() : old.end()] = new
+
+
+CHANGES = [flip, flip, cut, leave_out, grow, splice, number, number, word, word]
+
+
+def header_repaired(width: int, at: int) -> Callable[[bytes, bytes], bytes]:
+    """A function that adds to the header's length, ``width`` bytes at ``at``, what the file has grown by, mostly."""
+
+    def repaired(original: bytes, data: bytes) -> bytes:
+        if len(data) < at + width or zlib.crc32(data) % 4 == 0:
+            return data
+        length = int.from_bytes(data[at : at + width], "little") + len(data) - len(original)
+        return data[:at] + (length % 2 ** (8 * width)).to_bytes(width, "little") + data[at + width :]
+
+    return repaired
+
+
+# --- files and readers ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reader:
+    """``read`` puts the bytes into a file in a folder and reads it; it is given the undamaged bytes, too."""
+
+    seeds: Callable[[], list[bytes]]
+    read: Callable[[Path, bytes, bytes], Any]
+    repaired: Callable[[bytes, bytes], bytes] = lambda original, data: data
+    needs: str = "numpy"
+
+
+def put(path: Path, data: bytes) -> Path:
+    """A new file: HDF5 would take one that has been written to again for the one that it still has open."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def through_a_loader(source: Any) -> None:
+    for _ in gb.Loader(source, batch_size=5, backend="cpu", prefetch=0):
+        pass
+
+
+def idx_files() -> list[bytes]:
+    rng = np.random.default_rng(0)
+    files = []
+    for code, kind in datasets.IDX_TYPES.items():
+        for shape in ((12,), (7, 5), (6, 4, 3)):
+            array = (100 * rng.random(shape)).astype(f">{kind}")
+            files.append(struct.pack(f">BBBB{len(shape)}I", 0, 0, code, len(shape), *shape) + array.tobytes())
+    return files
+
+
+def idx_files_packed() -> list[bytes]:
+    plain = idx_files()
+    zeros = struct.pack(">BBBB2I", 0, 0, 8, 2, 1000, 1000) + bytes(10**6)
+    return [gzip.compress(data, mtime=0) for data in [*plain, zeros]] + [
+        gzip.compress(plain[0][:10], mtime=0) + gzip.compress(plain[0][10:], mtime=0)
+    ]
+
+
+def cifar_files() -> list[bytes]:
+    rng = np.random.default_rng(0)
+    records = rng.integers(0, 256, (3, 3073), dtype=np.uint8)
+    records[:, 0] %= 10
+    return [records[:n].tobytes() for n in (1, 2, 3)]
+
+
+def read_cifar(folder: Path, data: bytes, original: bytes) -> Any:
+    for stem in ("data_batch_1", "data_batch_2", "data_batch_4", "data_batch_5", "test_batch"):
+        if not (path := folder / f"{stem}.bin").exists():
+            put(path, original)
+    put(folder / "data_batch_3.bin", data)
+    return datasets.cifar10(folder, normalize=True)
+
+
+def npy_files() -> list[bytes]:
+    rng = np.random.default_rng(0)
+    files = []
+    for kind in ("u1", "<f4", ">f8", "?", "<f2"):
+        for shape in ((20,), (7, 5), (6, 4, 3)):
+            for version in ((1, 0), (2, 0)):
+                file = io.BytesIO()
+                np.lib.format.write_array(file, (100 * rng.random(shape)).astype(kind), version)
+                files.append(file.getvalue())
+    return files
+
+
+def repaired_npy(original: bytes, data: bytes) -> bytes:
+    return header_repaired(2 if data[6:7] == b"\1" else 4, 8)(original, data)
+
+
+def table() -> Any:
+    import pyarrow as pa
+
+    rng = np.random.default_rng(0)
+    lists = pa.array(rng.standard_normal((24, 3)).astype(np.float32).tolist(), pa.list_(pa.float32()))
+    fixed = pa.FixedSizeListArray.from_arrays(pa.array(rng.standard_normal(48)), 2)
+    numbers = {"a": rng.standard_normal(24).astype(np.float32), "b": rng.standard_normal(24).astype(np.float32)}
+    return pa.table({**numbers, "many": lists, "two": fixed, "y": rng.integers(0, 3, 24)})
+
+
+def parquet_files() -> list[bytes]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = []
+    for options in (
+        {"compression": "none"},
+        {"compression": "snappy"},
+        {"compression": "zstd", "use_dictionary": True},
+    ):
+        file = pa.BufferOutputStream()
+        pq.write_table(table(), file, row_group_size=10, **options)
+        files.append(file.getvalue().to_pybytes())
+    return files
+
+
+def arrow_files() -> list[bytes]:
+    import pyarrow as pa
+
+    files = []
+    for compression in (None, "lz4"):
+        file = pa.BufferOutputStream()
+        options = pa.ipc.IpcWriteOptions(compression=compression)
+        with pa.ipc.new_file(file, table().schema, options=options) as writer:
+            writer.write_table(table(), max_chunksize=10)
+        files.append(file.getvalue().to_pybytes())
+    return files
+
+
+def read_table(open_source: Callable[..., Any], folder: Path, data: bytes) -> None:
+    path = put(folder / "table", data)
+    for columns in (["a", "b"], "many", "two"):
+        through_a_loader(open_source(path, columns, label="y"))
+
+
+def hdf5_files() -> list[bytes]:
+    import h5py
+
+    files = []
+    for options in (
+        {},
+        {"chunks": (5, 3), "compression": "gzip", "shuffle": True},
+        {"chunks": (4, 3), "fletcher32": True},
+    ):
+        for version in ("earliest", "latest"):
+            with io.BytesIO() as memory:
+                with h5py.File(memory, "w", libver=version) as file:
+                    file.create_dataset("x", data=np.arange(60, dtype=np.float32).reshape(20, 3), **options)
+                    file["y"] = np.arange(20) % 3
+                files.append(memory.getvalue())
+    return files
+
+
+@functools.cache
+def checkpoint_files() -> list[bytes]:
+    rng = np.random.default_rng(0)
+    whole = {
+        "number": 3,
+        "nested": {"float": 0.5, "nothing": None, "list": [1, "two", {"three": 3.0}]},
+        "arrays": {name: (100 * rng.random((3, 5))).astype(kind) for name, kind in checkpoint.DTYPES.items()},
+        "empty": np.zeros((0, 4), np.float32),
+    }
+    files = []
+    with tempfile.TemporaryDirectory() as folder:
+        for state in (whole, {"w": np.ones(3)}, {}):
+            store = checkpoint.Checkpoints(folder)
+            store.save(state)
+            files.append(store.files()[-1].read_bytes())
+    return files
+
+
+def read_checkpoint(folder: Path, data: bytes, named_after: bytes) -> None:
+    path = put(folder / f"checkpoint-000001-{hashlib.sha256(named_after).hexdigest()[:16]}.safetensors", data)
+    try:
+        if not isinstance(state := checkpoint.read(path), dict):
+            raise TypeError(f"a state is a mapping, got {state!r}")
+    finally:
+        path.unlink()
+
+
+READERS = {
+    "IDX": Reader(idx_files, lambda folder, data, _: datasets.read_idx(put(folder / "a.idx", data))),
+    "IDX, gzip": Reader(idx_files_packed, lambda folder, data, _: datasets.read_idx(put(folder / "a.gz", data))),
+    "IDX, by place": Reader(
+        idx_files, lambda folder, data, _: through_a_loader(sources.idx(put(folder / "a.idx", data)))
+    ),
+    "CIFAR-10": Reader(cifar_files, read_cifar),
+    "npy": Reader(
+        npy_files, lambda folder, data, _: through_a_loader(sources.npy(put(folder / "a.npy", data))), repaired_npy
+    ),
+    "raw": Reader(
+        lambda: [bytes(range(240)), bytes(24)],
+        lambda folder, data, _: through_a_loader(sources.raw(put(folder / "a", data), (3, 2), "float32")),
+    ),
+    "checkpoint": Reader(checkpoint_files, lambda folder, data, original: read_checkpoint(folder, data, original)),
+    "checkpoint, checksum right": Reader(
+        checkpoint_files, lambda folder, data, _: read_checkpoint(folder, data, data), header_repaired(8, 0)
+    ),
+    "Parquet": Reader(
+        parquet_files, lambda folder, data, _: read_table(sources.parquet, folder, data), needs="pyarrow"
+    ),
+    "Arrow": Reader(arrow_files, lambda folder, data, _: read_table(sources.arrow, folder, data), needs="pyarrow"),
+    "HDF5": Reader(
+        hdf5_files,
+        lambda folder, data, _: through_a_loader(sources.hdf5(put(folder / "a.h5", data), "x", "y")),
+        needs="h5py",
+    ),
+}
+
+
+# --- one process ---------------------------------------------------------------------------------------------------
+
+
+class OutsideError(BaseException):
+    """A file outside of the folder is touched; nothing between here and there may catch this."""
+
+
+class Watch:
+    """While ``folder`` is set, an error for whoever touches a file outside of it."""
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        modules = [sys.prefix, sys.base_prefix, os.path.dirname(gb.__file__), *filter(None, sys.path)]
+        self.allowed = tuple(f"{path}{os.sep}" for path in ["/proc", "/sys", *modules])
+        sys.addaudithook(self.heard)
+
+    def heard(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.folder is None or not (event == "open" or event.startswith(("os.", "shutil."))):
+            return
+        # Event and path; the second path, of a renaming, is one too.
+        for path in arguments[: 1 if event == "open" else 2]:
+            if isinstance(path, (str, bytes, os.PathLike)):
+                name = os.path.realpath(os.fsdecode(path))
+                if not f"{name}{os.sep}".startswith((f"{self.folder}{os.sep}", *self.allowed)):
+                    raise OutsideError(f"{event} of {name}")
+
+
+def work(name: str, seed: int, first: int, last: int, folder: Path) -> None:
+    """Read inputs ``first`` to ``last``; a line to standard output for each, and its traceback to standard error."""
+    warnings.simplefilter("error")
+    reader, watch = READERS[name], Watch()
+    seeds = reader.seeds()
+    for data in seeds:
+        reader.read(folder, data, data)
+    limit_memory()
+    print("ready", flush=True)
+    for index in range(first, last):
+        original, data = damaged(seeds, random.Random(f"{seed} {name} {index}"))
+        data = reader.repaired(original, data)
+        started, kind = time.perf_counter(), "read"
+        try:
+            watch.folder = folder
+            reader.read(folder, data, original)
+        except DOCUMENTED as error:
+            kind = type(error).__name__
+        except (Exception, OutsideError) as error:
+            watch.folder = None
+            kind = f"! {type(error).__name__}"
+            print(f"\n--- {name}, input {index} of seed {seed}", file=sys.stderr)
+            traceback.print_exc()
+        watch.folder = None
+        print(f"{time.perf_counter() - started:.4f} {kind}", flush=True)
+    print(f"peak {peak()}", flush=True)
+
+
+def limit_memory() -> None:
+    with contextlib.suppress(ImportError, OSError):
+        import resource
+
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + BOUND, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def peak() -> int:
+    """The largest memory of this process in bytes, or 0 where that is not known."""
+    with contextlib.suppress(ImportError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0
+
+
+# --- all of them ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """What a reader made of its inputs: how many ended in which way, the slowest in seconds, the peak in bytes."""
+
+    inputs: int
+    kinds: collections.Counter[str]
+    slowest: float
+    peak: int
+    errors: str
+
+    @property
+    def undocumented(self) -> int:
+        return sum(count for kind, count in self.kinds.items() if kind.startswith("!"))
+
+
+def fuzz(name: str, inputs: int, seed: int = 0, first: int = 0) -> Found:
+    """``inputs`` inputs for a reader, in processes of their own."""
+    found = Found(inputs, collections.Counter(), 0.0, 0, "")
+    # One allocator and one thread: others reserve address space far beyond what they use.
+    alone = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
+    end = first + inputs
+    with tempfile.TemporaryDirectory() as folder:
+        while first < end:
+            command = [sys.executable, __file__, "--reader", name, "--seed", str(seed), "--work", folder]
+            command += ["--first", str(first), "--inputs", str(end - first)]
+            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **alone}, timeout=1200)
+            found.errors += done.stderr
+            ready, *lines = done.stdout.splitlines() or [""]
+            if ready != "ready":
+                raise RuntimeError(f"{name}: undamaged files could not be read\n{done.stderr}")
+            for line in lines:
+                value, kind = line.split(" ", 1)
+                if value == "peak":
+                    found.peak = max(found.peak, int(kind))
+                    continue
+                found.kinds[kind] += 1
+                found.slowest = max(found.slowest, float(value))
+                first += 1
+            if done.returncode:
+                found.kinds[f"! crash ({done.returncode})"] += 1
+                found.errors += f"\n--- {name}, input {first} of seed {seed}: ended with {done.returncode}\n"
+                first += 1
+    return found
+
+
+def missing(name: str) -> str | None:
+    """The library that a reader needs, if it is not installed."""
+    needs = READERS[name].needs
+    return needs if importlib.util.find_spec(needs) is None else None
+
+
+def main() -> int:
+    """Read, print, and write; 1 if anything undocumented was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=50_000, help="in all, shared out among the readers")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reader", choices=READERS, help="only this one")
+    parser.add_argument("--first", type=int, default=0, help="number of the first input")
+    parser.add_argument("--out", type=Path, help="file for the results")
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.work:
+        work(given.reader, given.seed, given.first, given.first + given.inputs, given.work.resolve())
+        return 0
+
+    chosen = [given.reader] if given.reader else [name for name in READERS if not missing(name)]
+    rows = {}
+    print(f"| {'reader':26} | inputs | undocumented | slowest, ms | peak, MiB | ends |\n|:--|--:|--:|--:|--:|:--|")
+    for number, name in enumerate(chosen):
+        share = given.inputs // len(chosen) + (number < given.inputs % len(chosen))
+        rows[name] = found = fuzz(name, share, given.seed, given.first)
+        ends = ", ".join(f"{kind} {count:,}" for kind, count in found.kinds.most_common())
+        slowest, most = f"{1e3 * found.slowest:.0f}", found.peak >> 20
+        print(f"| {name:26} | {share:,} | {found.undocumented} | {slowest} | {most} | {ends} |", flush=True)
+        print(found.errors[:5000], file=sys.stderr, end="")
+    total = sum(found.undocumented for found in rows.values())
+    print(f"\n{sum(found.inputs for found in rows.values()):,} inputs, {total} undocumented ends")
+    for name in READERS if not given.reader else ():
+        if library := missing(name):
+            print(f"{name} is left out: {library} is not installed")
+    if given.out:
+        results = {
+            "date": date.today().isoformat(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+            "seed": given.seed,
+            "bound_of_address_space": BOUND,
+            "readers": {
+                name: {
+                    "inputs": found.inputs,
+                    "undocumented": found.undocumented,
+                    "ends": dict(found.kinds.most_common()),
+                    "slowest_seconds": found.slowest,
+                    "peak_bytes": found.peak,
+                }
+                for name, found in rows.items()
+            },
+        }
+        given.out.write_text(json.dumps(results, indent=1) + "\n")
+    return int(total > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
