@@ -255,11 +255,8 @@ class Dense(Layer):
         }
         if self.bias:
             parameters["b"] = Parameter((self.outputs,))
-        return Needs(self.outputs, parameters, scratch=self.sums(), reads=("x",))
-
-    def sums(self) -> dict[str, Space]:
-        """Scratch for the gradient of b."""
-        return {"partial": ((PARTS, self.outputs), None)} if self.bias else {}
+        scratch: dict[str, Space] = {"partial": ((PARTS, self.outputs), None)} if self.bias else {}
+        return Needs(self.outputs, parameters, scratch=scratch, reads=("x",))
 
     def forward(self, x: Array, y: Array, c: Context) -> None:
         """y = x W + b."""
@@ -271,9 +268,7 @@ class Dense(Layer):
         """dW = xᵀ dy, db = Σ dy, dx = dy Wᵀ."""
         if self.bias:
             c.ops.activation_gradient(IDENTITY, y, dy, None, c.g["b"], c.work)
-        c.xp.matmul(x.T, dy, out=c.g["W"])
-        if dx is not None:
-            c.xp.matmul(dy, c.p["W"].T, out=dx)
+        multiply_back(x, dy, dx, c)
 
 
 class DenseActivation(Layer):
@@ -305,9 +300,14 @@ class DenseActivation(Layer):
     def backward(self, x: Array, y: Array, dy: Array, dx: Array | None, c: Context) -> None:
         """dW, db and dx from dy f'(x W + b)."""
         c.ops.activation_gradient(self.function, y, dy, dy, c.g["b"], c.work)
-        c.xp.matmul(x.T, dy, out=c.g["W"])
-        if dx is not None:
-            c.xp.matmul(dy, c.p["W"].T, out=dx)
+        multiply_back(x, dy, dx, c)
+
+
+def multiply_back(x: Array, dy: Array, dx: Array | None, c: Context) -> None:
+    """The gradients of the product x W: dW = xᵀ dy, dx = dy Wᵀ."""
+    c.xp.matmul(x.T, dy, out=c.g["W"])
+    if dx is not None:
+        c.xp.matmul(dy, c.p["W"].T, out=dx)
 
 
 class BatchNorm(Layer):

@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -129,24 +128,21 @@ static T* data(nb::handle x) {
     return x.is_none() ? nullptr : static_cast<T*>(PyArray_DATA(reinterpret_cast<PyArrayObject*>(x.ptr())));
 }
 
-struct Matrix {
-    Int rows, columns;
-};
-
-// The shape of a matrix of float or double; nothing where x is not one.
-static std::optional<Matrix> matrix(nb::handle x) {
-    PyArrayObject* a = array(x);
-    if (!a || PyArray_NDIM(a) != 2 || !PyArray_ISCARRAY_RO(a)) return std::nullopt;
-    if (PyArray_TYPE(a) != NPY_FLOAT && PyArray_TYPE(a) != NPY_DOUBLE) return std::nullopt;
-    return Matrix{PyArray_DIM(a, 0), PyArray_DIM(a, 1)};
-}
-
 static bool is_float(nb::handle x) { return PyArray_TYPE(reinterpret_cast<PyArrayObject*>(x.ptr())) == NPY_FLOAT; }
 
-// f.template operator()<T>() with the type of x.
+// f(zero of the type of x), which is float or double.
 template <class F>
 static bool with_type(nb::handle x, const F& f) {
     return is_float(x) ? f(float()) : f(double());
+}
+
+// f(zero of the type of x, rows, columns) where x is a matrix of float or double, else False.
+template <class F>
+static bool with_matrix(nb::handle x, const F& f) {
+    PyArrayObject* a = array(x);
+    if (!a || PyArray_NDIM(a) != 2 || !PyArray_ISCARRAY_RO(a)) return false;
+    if (PyArray_TYPE(a) != NPY_FLOAT && PyArray_TYPE(a) != NPY_DOUBLE) return false;
+    return with_type(x, [&](auto zero) { return f(zero, (Int)PyArray_DIM(a, 0), (Int)PyArray_DIM(a, 1)); });
 }
 
 typedef nb::handle Any;
@@ -233,17 +229,14 @@ class Update {
 // --- activations and biases ---
 
 static bool activate(int kind, double p, Any x, Any b, Any y, Any kept) {
-    const auto shape = matrix(x);
-    if (!shape) return false;
-    return with_type(x, [&](auto zero) {
+    return with_matrix(x, [&](auto zero, Int rows, Int columns) {
         typedef decltype(zero) T;
-        const auto [rows, columns] = *shape;
         if (!fits(y, TYPE<T>, rows * columns) || !(b.is_none() || fits(b, TYPE<T>, columns))) return false;
         if (!(kept.is_none() || fits(kept, TYPE<T>, rows * columns))) return false;
         T *to = data<T>(y), *slope = data<T>(kept);
         const T *from = data<T>(x), *bias = data<T>(b);
         nb::gil_scoped_release unlocked;
-        in_pieces(rows, columns, [&, columns = columns](Int first, Int last) {
+        in_pieces(rows, columns, [&](Int first, Int last) {
             table<T>().activate[kind](from, bias, to, slope, (T)p, columns, first, last);
         });
         return true;
@@ -251,11 +244,8 @@ static bool activate(int kind, double p, Any x, Any b, Any y, Any kept) {
 }
 
 static bool activation_gradient(int kind, double p, Any kept, Any dy, Any dx, Any db, Any partial) {
-    const auto shape = matrix(dy);
-    if (!shape) return false;
-    return with_type(dy, [&](auto zero) {
+    return with_matrix(dy, [&](auto zero, Int rows, Int columns) {
         typedef decltype(zero) T;
-        const auto [rows, columns] = *shape;
         if (!(dx.is_none() || (fits(dx, TYPE<T>, rows * columns) && fits(kept, TYPE<T>, rows * columns)))) return false;
         if (!(db.is_none() || (fits(db, TYPE<T>, columns) && has_room(partial, TYPE<T>, PARTS * columns)))) return false;
         const T *from = data<T>(dy), *y = dx.is_none() ? nullptr : data<T>(kept);
@@ -263,13 +253,13 @@ static bool activation_gradient(int kind, double p, Any kept, Any dy, Any dx, An
         const auto gradient = table<T>().activation_gradient[kind];
         nb::gil_scoped_release unlocked;
         if (!bias) {
-            in_pieces(rows, columns, [&, columns = columns](Int first, Int last) {
+            in_pieces(rows, columns, [&](Int first, Int last) {
                 gradient(y, from, to, nullptr, (T)p, columns, first, last);
             });
             return true;
         }
         const Int parts = parts_of(rows, 16);
-        in_parts(rows, columns, parts, [&, columns = columns](Int part, Int first, Int last) {
+        in_parts(rows, columns, parts, [&](Int part, Int first, Int last) {
             gradient(y, from, to, parts == 1 ? bias : sums + part * columns, (T)p, columns, first, last);
         });
         if (parts > 1) table<T>().add_parts(sums, 1, bias, parts, columns);
@@ -287,18 +277,15 @@ static void mean_of(const T* losses, Int rows, T* loss) {
 }
 
 static bool softmax_cross_entropy(Any z, Any labels, Any targets, Any dz, Any losses, Any loss, bool gradient) {
-    const auto shape = matrix(z);
-    if (!shape) return false;
-    return with_type(z, [&](auto zero) {
+    return with_matrix(z, [&](auto zero, Int rows, Int columns) {
         typedef decltype(zero) T;
-        const auto [rows, columns] = *shape;
         if (!fits(dz, TYPE<T>, rows * columns) || !fits(losses, TYPE<T>, rows) || !fits(loss, TYPE<T>, 1)) return false;
         if (labels.is_none() ? !fits(targets, TYPE<T>, rows * columns) : !fits(labels, NPY_INT64, rows)) return false;
         const T *scores = data<T>(z), *numbers = data<T>(targets);
         const Int* places = data<Int>(labels);
         T *to = data<T>(dz), *each = data<T>(losses), *mean = data<T>(loss);
         nb::gil_scoped_release unlocked;
-        in_pieces(rows, 8 * columns, [&, rows = rows, columns = columns](Int first, Int last) {
+        in_pieces(rows, 8 * columns, [&](Int first, Int last) {
             table<T>().softmax(scores, places, numbers, to, each, (T)(1.0 / rows), gradient, columns, first, last);
         });
         mean_of(each, rows, mean);
@@ -307,18 +294,15 @@ static bool softmax_cross_entropy(Any z, Any labels, Any targets, Any dz, Any lo
 }
 
 static bool svm(Any z, Any labels, Any dz, Any losses, Any loss, bool gradient) {
-    const auto shape = matrix(z);
-    if (!shape) return false;
-    return with_type(z, [&](auto zero) {
+    return with_matrix(z, [&](auto zero, Int rows, Int columns) {
         typedef decltype(zero) T;
-        const auto [rows, columns] = *shape;
         if (!fits(dz, TYPE<T>, rows * columns) || !fits(losses, TYPE<T>, rows) || !fits(loss, TYPE<T>, 1)) return false;
         if (!fits(labels, NPY_INT64, rows)) return false;
         const T* scores = data<T>(z);
         const Int* places = data<Int>(labels);
         T *to = data<T>(dz), *each = data<T>(losses), *mean = data<T>(loss);
         nb::gil_scoped_release unlocked;
-        in_pieces(rows, 2 * columns, [&, rows = rows, columns = columns](Int first, Int last) {
+        in_pieces(rows, 2 * columns, [&](Int first, Int last) {
             table<T>().svm(scores, places, to, each, (T)(1.0 / rows), gradient, columns, first, last);
         });
         mean_of(each, rows, mean);
@@ -334,11 +318,8 @@ static void inverse_roots(const T* var, T eps, T* out, Int n) {
 }
 
 static bool normalise(Any x, Any mean, Any var, double eps, Any gamma, Any beta, Any y, Any inverse) {
-    const auto shape = matrix(x);
-    if (!shape) return false;
-    return with_type(x, [&](auto zero) {
+    return with_matrix(x, [&](auto zero, Int rows, Int columns) {
         typedef decltype(zero) T;
-        const auto [rows, columns] = *shape;
         for (Any one : {mean, var, gamma, beta, inverse})
             if (!fits(one, TYPE<T>, columns)) return false;
         if (!fits(y, TYPE<T>, rows * columns)) return false;
@@ -346,7 +327,7 @@ static bool normalise(Any x, Any mean, Any var, double eps, Any gamma, Any beta,
         T *to = data<T>(y), *i = data<T>(inverse);
         nb::gil_scoped_release unlocked;
         inverse_roots(v, (T)eps, i, columns);
-        in_pieces(rows, columns, [&, columns = columns](Int first, Int last) {
+        in_pieces(rows, columns, [&](Int first, Int last) {
             table<T>().normalise(from, m, i, g, b, to, columns, first, last);
         });
         return true;
@@ -355,11 +336,8 @@ static bool normalise(Any x, Any mean, Any var, double eps, Any gamma, Any beta,
 
 static bool batch_norm(Any x, double eps, Any gamma, Any beta, Any y, Any normal, Any mean, Any var, Any inverse,
                        Any partial) {
-    const auto shape = matrix(x);
-    if (!shape) return false;
-    return with_type(x, [&](auto zero) {
+    return with_matrix(x, [&](auto zero, Int rows, Int columns) {
         typedef decltype(zero) T;
-        const auto [rows, columns] = *shape;
         for (Any one : {mean, var, gamma, beta, inverse})
             if (!fits(one, TYPE<T>, columns)) return false;
         for (Any one : {y, normal})
@@ -371,16 +349,16 @@ static bool batch_norm(Any x, double eps, Any gamma, Any beta, Any y, Any normal
         const Table<T>& t = table<T>();
         nb::gil_scoped_release unlocked;
         const Int parts = parts_of(rows, 16);
-        in_parts(rows, columns, parts, [&, columns = columns](Int part, Int first, Int last) {
+        in_parts(rows, columns, parts, [&](Int part, Int first, Int last) {
             t.activation_gradient[0](nullptr, from, nullptr, sums + part * columns, 0, columns, first, last);
         });
         t.add_parts(sums, (T)(1.0 / rows), m, parts, columns);
-        in_parts(rows, columns, parts, [&, columns = columns](Int part, Int first, Int last) {
+        in_parts(rows, columns, parts, [&](Int part, Int first, Int last) {
             t.deviations(from, m, n, sums + part * columns, columns, first, last);
         });
         t.add_parts(sums, (T)(1.0 / rows), v, parts, columns);
         inverse_roots(v, (T)eps, i, columns);
-        in_pieces(rows, columns, [&, columns = columns](Int first, Int last) {
+        in_pieces(rows, columns, [&](Int first, Int last) {
             t.scale_and_shift(n, i, g, b, to, columns, first, last);
         });
         return true;
@@ -388,11 +366,8 @@ static bool batch_norm(Any x, double eps, Any gamma, Any beta, Any y, Any normal
 }
 
 static bool batch_norm_gradient(Any dy, Any gamma, Any dgamma, Any dbeta, Any dx, Any normal, Any inverse, Any partial) {
-    const auto shape = matrix(dy);
-    if (!shape) return false;
-    return with_type(dy, [&](auto zero) {
+    return with_matrix(dy, [&](auto zero, Int rows, Int columns) {
         typedef decltype(zero) T;
-        const auto [rows, columns] = *shape;
         for (Any one : {gamma, dgamma, dbeta, inverse})
             if (!fits(one, TYPE<T>, columns)) return false;
         if (!fits(normal, TYPE<T>, rows * columns) || !has_room(partial, TYPE<T>, 2 * PARTS * columns)) return false;
@@ -403,7 +378,7 @@ static bool batch_norm_gradient(Any dy, Any gamma, Any dgamma, Any dbeta, Any dx
         const Table<T>& t = table<T>();
         nb::gil_scoped_release unlocked;
         const Int parts = parts_of(rows, 16);
-        in_parts(rows, columns, parts, [&, columns = columns](Int part, Int first, Int last) {
+        in_parts(rows, columns, parts, [&](Int part, Int first, Int last) {
             t.batch_norm_sums(n, from, sums + part * columns, products + part * columns, columns, first, last);
         });
         t.add_parts(sums, 1, db, parts, columns);
@@ -415,7 +390,7 @@ static bool batch_norm_gradient(Any dy, Any gamma, Any dgamma, Any dbeta, Any dx
             mean_product[j] = dg[j] / rows;
             factor[j] = g[j] * i[j];
         }
-        in_pieces(rows, columns, [&, columns = columns](Int first, Int last) {
+        in_pieces(rows, columns, [&](Int first, Int last) {
             t.batch_norm_gradient(n, from, factor, mean_dy, mean_product, to, columns, first, last);
         });
         return true;
@@ -425,11 +400,9 @@ static bool batch_norm_gradient(Any dy, Any gamma, Any dgamma, Any dbeta, Any dx
 // --- dropout ---
 
 static bool dropout(Any x, Any y, Any mask, Word seed, Word layer, Word step, double rate) {
-    const auto shape = matrix(x);
-    if (!shape) return false;
-    return with_type(x, [&](auto zero) {
+    return with_matrix(x, [&](auto zero, Int rows, Int columns) {
         typedef decltype(zero) T;
-        const Int n = shape->rows * shape->columns;
+        const Int n = rows * columns;
         if (!fits(y, TYPE<T>, n) || !fits(mask, TYPE<T>, n)) return false;
         const T* from = data<T>(x);
         T *to = data<T>(y), *kept = data<T>(mask);
