@@ -479,6 +479,7 @@ static bool square_sum(Any x, Any out) {
 // --- the module ---
 
 NB_MODULE(_host, m) {
+    nb::set_leak_warnings(false);  // what a traceback still holds at exit is no leak that a user should read about
     if (_import_array() < 0) throw nb::python_error();
     if (usable_levels().empty()) throw nb::import_error("this processor has not even SSE 4.2");
     use(usable_levels().back());

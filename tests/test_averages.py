@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from fractions import Fraction
 
 import numpy as np
@@ -117,18 +116,15 @@ def test_the_curve_is_the_recursion(series, beta, bias_correction):
 
 
 @betas
-def test_a_long_curve_is_the_recursion_and_is_fast(beta, rng):
+def test_a_long_curve_is_the_recursion(beta, rng):
     series = rng.standard_normal(10**6)
-    start = time.perf_counter()
     curve = ewma(series, beta)
-    seconds = time.perf_counter() - start
     v, tail = 0.0, []
     for t, x in enumerate(series.tolist(), 1):
         v = beta * v + (1 - beta) * x
         if t > 10**6 - 1000:
             tail.append(v / -math.expm1(t * math.log(beta)) if beta else v)
     np.testing.assert_allclose(curve[-1000:], tail, rtol=0, atol=1e-12)
-    assert seconds < 1.0  # measured: 0.04 s on two cores
 
 
 @corrections

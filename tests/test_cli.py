@@ -194,7 +194,7 @@ def test_ctrl_c_leaves_one_line() -> None:
     process.stderr.readline()  # the first epoch is done, the second is running
     time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=30)[1].splitlines()
+    rest = process.communicate(timeout=120)[1].splitlines()
     assert process.returncode == 130
     assert [line for line in rest if not line.startswith("epoch ")] == [rest[-1]]
     assert re.fullmatch(r"interrupted in epoch \d+ after step \d+; the model holds this last complete step", rest[-1])
@@ -213,7 +213,7 @@ def killed_after_two_epochs(signal_number: int, *options: str) -> tuple[int, str
     for _ in range(2):
         process.stderr.readline()
     process.send_signal(signal_number)
-    lines = process.communicate(timeout=30)[1].splitlines()
+    lines = process.communicate(timeout=120)[1].splitlines()
     return process.returncode, lines[-1] if lines else ""
 
 

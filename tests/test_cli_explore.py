@@ -193,6 +193,6 @@ def test_there_is_a_bar_in_a_terminal() -> None:
                 shown += piece
         except OSError:  # Linux: the other end was closed
             pass
-    assert done.wait(timeout=30) == 0
+    assert done.wait(timeout=120) == 0
     assert b"gradients" in shown
     assert b"%" in shown

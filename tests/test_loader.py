@@ -8,7 +8,6 @@ import itertools
 import json
 import re
 import threading
-import time
 import traceback
 
 import numpy as np
@@ -19,7 +18,7 @@ import gpubatch.loader
 import gpubatch.sources
 from gpubatch.backend import Backend, Memory, get_backend
 from gpubatch.errors import ArgumentError, DeviceMismatchError, DTypeError, NonFiniteError, ShapeError
-from gpubatch.loader import Loader, WindowOrder, epoch_order
+from gpubatch.loader import Loader, LoaderStats, WindowOrder, epoch_order
 
 
 def threads():
@@ -895,22 +894,47 @@ def test_transforms_that_are_wrong(transform, error, message):
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 
-def test_statistics_tell_who_waits(threaded):
+class Clock:
+    """A clock that stands still until somebody says that time has passed."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def pass_by(self, seconds):
+        self.now += seconds
+
+
+def test_statistics_tell_who_waits(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(gpubatch.loader, "time", clock)
     X = np.zeros((100, 6), np.uint8)
-    loader = Loader(X, np.arange(100), batch_size=16, backend="cpu", transform=lambda x: time.sleep(2e-3) or x)
-    assert loader.stats.batches == 0
-    began = time.perf_counter()
+    loader = Loader(X, np.arange(100), batch_size=16, backend="cpu", transform=lambda x: clock.pass_by(2) or x)
+    assert loader.stats == LoaderStats()
     list(loader)
-    wall, stats = time.perf_counter() - began, loader.stats
-    assert (stats.batches, stats.samples, stats.bytes_read) == (7, 100, 100 * (6 + 8))
-    assert 2e-3 <= stats.wait_first <= wall - stats.seconds
-    assert 0.5 * stats.seconds < stats.waited <= stats.seconds < wall  # whoever consumes does nothing else
+    stats = loader.stats
+    assert stats == LoaderStats(7, 100, 100 * (6 + 8), wait_first=2, waited=6 * 2, seconds=6 * 2)
     for _ in loader:
-        time.sleep(4e-3)
+        clock.pass_by(4)
     assert loader.stats is not stats
-    assert loader.stats.seconds >= 6 * 4e-3
-    if threaded:
-        assert loader.stats.waited < 0.5 * loader.stats.seconds  # prepared while the consumer slept
+    assert loader.stats == LoaderStats(7, 100, 100 * (6 + 8), wait_first=2, waited=6 * 2, seconds=6 * (2 + 4))
+
+
+def test_nobody_waits_for_what_was_prepared_while_the_consumer_worked(monkeypatch):
+    monkeypatch.setattr(gpubatch.loader, "WORTH_A_THREAD", 0)
+    clock, prepared = Clock(), threading.Semaphore(0)
+    monkeypatch.setattr(gpubatch.loader, "time", clock)
+    loader = Loader(
+        np.zeros((96, 6), np.uint8), batch_size=16, backend="cpu", transform=lambda x: prepared.release() or x
+    )
+    for number, _ in enumerate(loader):
+        if number < 5:  # the next batch comes without being asked for
+            assert prepared.acquire(timeout=60)
+        clock.pass_by(4)
+    assert loader.stats.seconds == 5 * 4
+    assert loader.stats.waited == 0
 
 
 # --- the thread -----------------------------------------------------------------------------------------------------
@@ -967,7 +991,7 @@ def test_thread_prepares_no_more_than_asked(monkeypatch):
     iteration = iter(loader)
     next(iteration)
     for _ in range(2 * (1 + 3)):  # x and y: one batch taken, three ahead
-        assert enough.acquire(timeout=10)
+        assert enough.acquire(timeout=60)
     assert not enough.acquire(timeout=0.05)
     assert len(prepared) == 8
     iteration.close()

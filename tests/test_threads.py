@@ -38,7 +38,7 @@ def at_once(work: list[Callable[[], Any]]) -> list[Any]:
     barrier = threading.Barrier(len(work))
 
     def begin(one: Callable[[], Any]) -> Any:
-        barrier.wait(timeout=60)
+        barrier.wait(timeout=300)
         return one()
 
     with ThreadPoolExecutor(len(work)) as pool:
@@ -360,7 +360,7 @@ def test_a_process_ends_with_an_iteration_left_open() -> None:
         "next(iteration)\n"
         "print('there')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert (done.stdout, done.stderr) == ("there\n", "")
 
 
