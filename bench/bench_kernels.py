@@ -239,7 +239,7 @@ def test_dropout(benchmark: Any, batch: int, form: str) -> None:
     (x,) = normal((batch, FEATURES))
 
     def call(ops: Ops, a: Arrays) -> None:
-        ops.dropout(a["x"], a["y"], 0.2, (0, 1), 3, a)
+        ops.dropout(a["x"], a["y"], 0.2, (0, 1), 3, 0, a)
 
     measure(benchmark, form, call, {"x": x, **empty("y", "mask", "uniform", shape=x.shape)}, "y mask")
 

@@ -679,7 +679,7 @@ class _SideBySide:
         self.points = min(most, max(1, SLICE_ELEMENTS[net.backend.name] // (self.rows * max(net.widths))))
         self.names = parameter_names(net.layers, net.needs)
         self.outputs = [self._empty((self.points * self.rows, width)) for width in net.widths[1:]]
-        self.works = [self._work({**n.kept, **n.scratch}, self.points * self.rows) for n in net.needs]
+        self.works = [self._work({**n.kept, **n.scratch, **n.plain}, self.points * self.rows) for n in net.needs]
         self.loss = losses.LOSSES[net.loss_name]
         work = self._work(self.loss.workspace(net.outputs), self.rows)
         work["offsets"] = net.backend.asarray(np.arange(self.rows) * net.outputs)
@@ -763,7 +763,7 @@ class _SideBySide:
     def _run(self, i: int, x: Array, y: Array, parameters: FlatViews) -> None:
         """Layer i on any number of rows up to those of its workspace."""
         net, names, needs = self.net, self.names[i], self.net.needs[i]
-        spaces = {**needs.kept, **needs.scratch}
+        spaces = {**needs.kept, **needs.scratch, **needs.plain}
         work = {name: array[: len(x)] if -1 in spaces[name][0] else array for name, array in self.works[i].items()}
         p = {name: parameters[names[name]] for name in needs.parameters}
         buffers = {name: net.buffers[names[name]] for name in needs.buffers}

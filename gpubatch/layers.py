@@ -43,6 +43,16 @@ Space: TypeAlias = tuple[Shape, Any]  # shape, in which -1 is the batch size, an
 
 
 @dataclass(frozen=True)
+class Normal:
+    """Normal numbers around zero: the rows that one call after another draws are those that a single one would."""
+
+    std: float
+
+    def __call__(self, draw: np.random.Generator, shape: Shape) -> np.ndarray:
+        return draw.normal(0, self.std, shape)
+
+
+@dataclass(frozen=True)
 class Parameter:
     """An array that the network keeps for a layer: its shape, and its first values, a number or what ``init`` draws.
 
@@ -59,9 +69,10 @@ class Needs:
     """What a layer asks of its network.
 
     ``outputs`` is how many features it gives. ``parameters`` are trained; ``buffers`` are kept beside them, as running
-    statistics are. ``kept`` is workspace that lasts from forward to backward, ``scratch`` lasts for one call.
+    statistics are. ``kept`` is workspace that lasts from forward to backward, ``scratch`` lasts for one call, ``plain``
+    likewise where NumPy does the work of the kernels.
     ``reads`` names what backward looks at again, of "x" and "y". A layer with ``in_place=True`` may be given the same
-    array as x and y, and as dy and dx.
+    array as x and y, and as dy and dx. A training batch must have ``least_rows``.
     """
 
     outputs: int
@@ -69,17 +80,23 @@ class Needs:
     buffers: Mapping[str, Parameter] = field(default_factory=dict)
     kept: Mapping[str, Space] = field(default_factory=dict)
     scratch: Mapping[str, Space] = field(default_factory=dict)
+    plain: Mapping[str, Space] = field(default_factory=dict)
     reads: tuple[str, ...] = ("x", "y")
     in_place: bool = False
+    least_rows: int = 1
 
 
 @dataclass
 class Mode:
-    """How a network runs at the moment: ``training`` or evaluating, and at which training ``step`` from 0."""
+    """How a network runs at the moment: ``training`` or evaluating, and at which training ``step`` from 0.
+
+    ``row`` is the place in the batch of the first row at hand: not 0 in a later micro-batch.
+    """
 
     seed: int
     training: bool = False
     step: int = 0
+    row: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,9 +159,9 @@ class Elementwise(Layer):
         """As many outputs as inputs."""
         full = (-1, features)
         kept: dict[str, Space] = {"slope": (full, None)} if self.function.keeps else {}
-        scratch: dict[str, Space] = {name: (full, dtype) for name, dtype in self.function.scratch.items()}
+        plain: dict[str, Space] = {name: (full, dtype) for name, dtype in self.function.scratch.items()}
         reads = ("y",) if self.function.reads_y else ()
-        return Needs(features, kept=kept, scratch=scratch, reads=reads, in_place=True)
+        return Needs(features, kept=kept, plain=plain, reads=reads, in_place=True)
 
     def forward(self, x: Array, y: Array, c: Context) -> None:
         """y = f(x)."""
@@ -250,9 +267,7 @@ class Dense(Layer):
             "zeros": 0.0,
         }
         std = named[self.init] if isinstance(self.init, str) else self.init
-        parameters = {
-            "W": Parameter((self.inputs, self.outputs), lambda draw, shape: draw.normal(0, std, shape), l2=True)
-        }
+        parameters = {"W": Parameter((self.inputs, self.outputs), Normal(std), l2=True)}
         if self.bias:
             parameters["b"] = Parameter((self.outputs,))
         scratch: dict[str, Space] = {"partial": ((PARTS, self.outputs), None)} if self.bias else {}
@@ -288,9 +303,14 @@ class DenseActivation(Layer):
     def needs(self, features: int) -> Needs:
         """What both need."""
         dense = self.dense.needs(features)
-        scratch = {**self.own.scratch, **dense.scratch}
-        reads = (*dense.reads, *self.own.reads)
-        return Needs(dense.outputs, dense.parameters, kept=self.own.kept, scratch=scratch, reads=reads)
+        return Needs(
+            dense.outputs,
+            dense.parameters,
+            kept=self.own.kept,
+            scratch=dense.scratch,
+            plain=self.own.plain,
+            reads=(*dense.reads, *self.own.reads),
+        )
 
     def forward(self, x: Array, y: Array, c: Context) -> None:
         """y = f(x W + b)."""
@@ -336,9 +356,11 @@ class BatchNorm(Layer):
             parameters={"gamma": Parameter((features,), 1.0), "beta": Parameter((features,))},
             buffers={"running_mean": Parameter((features,)), "running_var": Parameter((features,), 1.0)},
             kept={"normal": full, "mean": one, "var": one, "inverse": one},
-            scratch={"t": full, "row": one, "partial": ((2 * PARTS, features), None)},
+            scratch={"row": one, "partial": ((2 * PARTS, features), None)},
+            plain={"t": full},
             reads=(),
             in_place=True,
+            least_rows=2,
         )
 
     def forward(self, x: Array, y: Array, c: Context) -> None:
@@ -368,8 +390,9 @@ class BatchNorm(Layer):
 class Dropout(Layer):
     """In training, zero with probability ``rate`` and otherwise x/(1 - rate); in evaluation x (Srivastava et al. 2014).
 
-    The mask is a function of the network's seed, the layer's place, the training step and the element's place, the
-    same on CPU and GPU: uniform float32 numbers of Philox4x64-10 with key (seed, layer) and counter (0, step, 0, 0).
+    The mask is a function of the network's seed, the layer's place, the training step and the element's place in the
+    batch, the same on CPU and GPU: uniform float32 numbers of Philox4x64-10 with key (seed, layer) and counter (0,
+    step, 0, 0).
     """
 
     def __init__(self, rate: float) -> None:
@@ -382,13 +405,14 @@ class Dropout(Layer):
         """As many outputs as inputs, and the mask."""
         full = (-1, features)
         return Needs(
-            features, kept={"mask": (full, None)}, scratch={"uniform": (full, np.float32)}, reads=(), in_place=True
+            features, kept={"mask": (full, None)}, plain={"uniform": (full, np.float32)}, reads=(), in_place=True
         )
 
     def forward(self, x: Array, y: Array, c: Context) -> None:
         """y = x mask; mask is 1/(1 - rate) where a uniform number is not below the rate, else 0."""
         if c.mode.training and self.rate > 0:
-            c.ops.dropout(x, y, self.rate, (c.mode.seed, c.index), c.mode.step, c.work)
+            first = c.mode.row * x.shape[1]
+            c.ops.dropout(x, y, self.rate, (c.mode.seed, c.index), c.mode.step, first, c.work)
         elif y is not x:
             y[...] = x
 

@@ -131,10 +131,11 @@ class Ops(ABC):
     # --- dropout ---
 
     @abstractmethod
-    def dropout(self, x: Array, y: Array, rate: float, key: tuple[int, int], step: int, work: Work) -> None:
+    def dropout(self, x: Array, y: Array, rate: float, key: tuple[int, int], step: int, first: int, work: Work) -> None:
         """y = x mask, ``work["mask"]`` = 1/(1 - rate) where a uniform number is not below the rate, else 0.
 
-        The numbers are float32 of Philox4x64-10 with the key (seed, layer) and the counter (0, step, 0, 0). x may be y.
+        The numbers are float32 of Philox4x64-10 with the key (seed, layer) and the counter (0, step, 0, 0), from number
+        ``first`` on. x may be y.
         """
 
     # --- over everything ---
@@ -264,10 +265,12 @@ class NumpyOps(Ops):
         running *= 1 - weight
         running += np.multiply(new, weight * factor, out=work["row"])
 
-    def dropout(self, x: Array, y: Array, rate: float, key: tuple[int, int], step: int, work: Work) -> None:
+    def dropout(self, x: Array, y: Array, rate: float, key: tuple[int, int], step: int, first: int, work: Work) -> None:
         """See :class:`Ops`."""
         uniform, mask = work["uniform"], work["mask"]
-        philox_generator(*key, np.array([0, step, 0, 0], np.uint64)).random(out=uniform, dtype=np.float32)
+        generator = philox_generator(*key, np.array([first // 8, step, 0, 0], np.uint64))  # eight to a counter
+        generator.random(first % 8, np.float32)
+        generator.random(out=uniform, dtype=np.float32)
         np.greater_equal(uniform, rate, out=mask)
         mask *= 1 / (1 - rate)
         np.multiply(x, mask, out=y)

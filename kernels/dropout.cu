@@ -1,15 +1,17 @@
 // Inverted dropout: y = x * mask, mask = scale where a uniform number is not below the rate, else 0. The numbers are
-// those of philox.cuh; element i needs block i / 8 alone, so any thread can make it. x may be y.
+// those of philox.cuh, from `number` on: element i needs block (number + i) / 8 alone, so any thread can make it. x may
+// be y.
 
-extern "C" __global__ void dropout(const T* x, T* y, T* mask, long long n, u64 seed, u64 layer, u64 step, float rate,
-                                   T scale) {
-    const bool packed = aligned(x) && aligned(y) && aligned(mask);
+extern "C" __global__ void dropout(const T* x, T* y, T* mask, long long n, u64 seed, u64 layer, u64 step, u64 number,
+                                   float rate, T scale) {
+    const int lead = (int)(number % 8);
+    const bool packed = lead == 0 && aligned(x) && aligned(y) && aligned(mask);
     const long long stride = (long long)gridDim.x * blockDim.x;
-    const long long blocks = (n + 7) / 8;
+    const long long blocks = (lead + n + 7) / 8;
     for (long long block = (long long)blockIdx.x * blockDim.x + threadIdx.x; block < blocks; block += stride) {
         float uniform[8];
-        uniform_block((u64)block, seed, layer, step, uniform);
-        const long long start = 8 * block;
+        uniform_block(number / 8 + (u64)block, seed, layer, step, uniform);
+        const long long start = 8 * block - lead;
         if (packed && start + 8 <= n) {
             for (int j = 0; j < 8; j += WIDTH) {
                 Pack kept, value = pack(x + start + j);
@@ -23,7 +25,7 @@ extern "C" __global__ void dropout(const T* x, T* y, T* mask, long long n, u64 s
         } else {
             for (int j = 0; j < 8; ++j) {
                 const long long i = start + j;
-                if (i < n) {
+                if (0 <= i && i < n) {
                     const T kept = uniform[j] >= rate ? scale : T(0);
                     mask[i] = kept;
                     y[i] = x[i] * kept;

@@ -399,7 +399,7 @@ static bool batch_norm_gradient(Any dy, Any gamma, Any dgamma, Any dbeta, Any dx
 
 // --- dropout ---
 
-static bool dropout(Any x, Any y, Any mask, Word seed, Word layer, Word step, double rate) {
+static bool dropout(Any x, Any y, Any mask, Word seed, Word layer, Word step, Word number, double rate) {
     return with_matrix(x, [&](auto zero, Int rows, Int columns) {
         typedef decltype(zero) T;
         const Int n = rows * columns;
@@ -407,8 +407,9 @@ static bool dropout(Any x, Any y, Any mask, Word seed, Word layer, Word step, do
         const T* from = data<T>(x);
         T *to = data<T>(y), *kept = data<T>(mask);
         nb::gil_scoped_release unlocked;
-        in_pieces((n + 7) / 8, 8, [&](Int first, Int last) {
-            table<T>().dropout(from, to, kept, seed, layer, step, (float)rate, (T)(1 / (1 - rate)), n, first, last);
+        in_pieces(((Int)(number % 8) + n + 7) / 8, 8, [&](Int first, Int last) {
+            table<T>().dropout(from, to, kept, seed, layer, step, number, (float)rate, (T)(1 / (1 - rate)), n, first,
+                               last);
         });
         return true;
     });

@@ -54,9 +54,9 @@ struct Table {
     void (*batch_norm_gradient)(const T* normal, const T* dy, const T* factor, const T* mean_dy, const T* mean_product,
                                 T* dx, Int columns, Int first, Int last);
 
-    // The blocks of eight elements from first to last, of n elements in all.
-    void (*dropout)(const T* x, T* y, T* mask, Word seed, Word layer, Word step, float rate, T scale, Int n, Int first,
-                    Int last);
+    // The blocks of eight random numbers from first to last; the first of n elements takes the given number.
+    void (*dropout)(const T* x, T* y, T* mask, Word seed, Word layer, Word step, Word number, float rate, T scale,
+                    Int n, Int first, Int last);
 
     // out = scale * source[index] + shift, rows of `columns`.
     void (*gather[STORED])(const void* source, const Int* index, T* out, T scale, T shift, Int columns, Int first,

@@ -232,13 +232,14 @@ static void batch_norm_gradient(const T* normal, const T* dy, const T* factor, c
 
 // --- dropout ---
 
-static void dropout(const T* x, T* y, T* mask, Word seed, Word layer, Word step, float rate, T scale, Int n, Int first,
-                    Int last) {
+static void dropout(const T* x, T* y, T* mask, Word seed, Word layer, Word step, Word number, float rate, T scale, Int n,
+                    Int first, Int last) {
     for (Int block = first; block < last; ++block) {
         float uniform[8];
-        uniform_block((Word)block, seed, layer, step, uniform);
-        const Int start = 8 * block, count = n - start < 8 ? n - start : 8;
-        EACH for (Int j = 0; j < count; ++j) {
+        uniform_block(number / 8 + (Word)block, seed, layer, step, uniform);
+        const Int start = 8 * block - (Int)(number % 8), begin = start < 0 ? -start : 0;
+        const Int end = n - start < 8 ? n - start : 8;
+        EACH for (Int j = begin; j < end; ++j) {
             const T kept = uniform[j] >= rate ? scale : T(0);
             mask[start + j] = kept;
             y[start + j] = x[start + j] * kept;

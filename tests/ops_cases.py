@@ -168,9 +168,9 @@ def move(p: Place, rows: int, features: int) -> Results:
     return {"running": running}
 
 
-def dropout(rate: float, p: Place, rows: int, features: int) -> Results:
+def dropout(rate: float, first: int, p: Place, rows: int, features: int) -> Results:
     x, y, work = p.real(rows, features), p.empty(rows, features), p.work(rows, features)
-    p.ops.dropout(x, y, rate, (2**63 + 11, 3), 2**40 + 1, work)
+    p.ops.dropout(x, y, rate, (2**63 + 11, 3), 2**40 + 1, first, work)
     return {"y": y, "mask": work["mask"]}
 
 
@@ -247,9 +247,9 @@ for dx in ("new", "in place", "none"):
         grows=lambda rows, features: rows,
     )
 CASES["move"] = Case("move", file("batch_norm.cu"), move, SIZES)
-for rate in (0.0, 0.3):
-    CASES[f"dropout {rate}"] = Case(
-        "dropout", file("dropout.cu", "philox.cuh"), functools.partial(dropout, rate), SIZES, exact=True
+for rate, first in ((0.0, 0), (0.3, 0), (0.3, 13), (0.3, 2**40)):
+    CASES[f"dropout {rate} from {first}"] = Case(
+        "dropout", file("dropout.cu", "philox.cuh"), functools.partial(dropout, rate, first), SIZES, exact=True
     )
 CASES["square_sum"] = Case(
     "square_sum", file("square_sum.cu"), square_sum, [*SIZES, (0, 1), (150, 1000)], grows=lambda r, f: 0

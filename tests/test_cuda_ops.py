@@ -99,7 +99,7 @@ OF_ANY_SIZE = [
     "svm uint8",
     "batch_norm new",
     "square_sum",
-    "dropout 0.3",
+    "dropout 0.3 from 13",
 ]
 
 
@@ -301,7 +301,7 @@ FAULTS = {
     "rows are left out": ("gridDim.y * lanes;", "gridDim.y * lanes + 1;", "activation_gradient relu new"),
     "a bias of another column": ("b[tile.column]", "b[0]", "activate relu with bias"),
     "a moment that is not central": ("value - middle;", "value;", "batch_norm new"),
-    "another number": ("uniform[j + lane] >= rate", "uniform[j] >= rate", "dropout 0.3"),
+    "another number": ("uniform[j + lane] >= rate", "uniform[j] >= rate", "dropout 0.3 from 0"),
     "the last pack goes too far": ("packed && i + WIDTH <= n", "packed", "square_sum"),
 }
 

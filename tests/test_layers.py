@@ -78,7 +78,11 @@ class Bench:
             p={name: array(p.shape) for name, p in self.needs.parameters.items()},
             g={name: array(p.shape) for name, p in self.needs.parameters.items()},
             buffers={name: array(p.shape) for name, p in self.needs.buffers.items()},
-            work={name: array(*space) for name, space in (*self.needs.kept.items(), *self.needs.scratch.items())},
+            work={
+                name: array(*space)
+                for spaces in (self.needs.kept, self.needs.scratch, self.needs.plain)
+                for name, space in spaces.items()
+            },
         )
 
     def forward(self, x: Array) -> Array:
@@ -145,7 +149,7 @@ def test_backward_reads_only_what_it_says(layer) -> None:
         poor.x[...] = np.nan
     if "y" not in poor.needs.reads:
         poor.y[...] = np.nan
-    for name in poor.needs.scratch:  # scratch lasts for one call
+    for name in (*poor.needs.scratch, *poor.needs.plain):  # scratch lasts for one call
         poor.context.work[name][...] = 1
         whole.context.work[name][...] = 0
     np.testing.assert_array_equal(poor.backward(poor.x, poor.dy), whole.backward(whole.x, whole.dy))
