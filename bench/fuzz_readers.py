@@ -189,12 +189,16 @@ def cifar_files() -> list[bytes]:
     return [records[:n].tobytes() for n in (1, 2, 3)]
 
 
-def read_cifar(folder: Path, data: bytes, original: bytes) -> Any:
+def cifar_folder(folder: Path, data: bytes, original: bytes) -> Path:
     for stem in ("data_batch_1", "data_batch_2", "data_batch_4", "data_batch_5", "test_batch"):
         if not (path := folder / f"{stem}.bin").exists():
             put(path, original)
     put(folder / "data_batch_3.bin", data)
-    return datasets.cifar10(folder, normalize=True)
+    return folder
+
+
+def read_cifar(folder: Path, data: bytes, original: bytes) -> Any:
+    return datasets.cifar10(cifar_folder(folder, data, original), normalize=True)
 
 
 def npy_files() -> list[bytes]:
@@ -310,6 +314,10 @@ READERS = {
         idx_files, lambda folder, data, _: through_a_loader(sources.idx(put(folder / "a.idx", data)))
     ),
     "CIFAR-10": Reader(cifar_files, read_cifar),
+    "CIFAR-10, by place": Reader(
+        cifar_files,
+        lambda folder, data, original: through_a_loader(sources.cifar10(cifar_folder(folder, data, original))),
+    ),
     "npy": Reader(
         npy_files, lambda folder, data, _: through_a_loader(sources.npy(put(folder / "a.npy", data))), repaired_npy
     ),

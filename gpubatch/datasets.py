@@ -18,7 +18,7 @@ import numpy as np
 
 from gpubatch.errors import DataFormatError, check_bool, check_int
 
-__all__ = ["cifar10", "mnist", "mnist_10k", "read_idx", "read_idx_header"]
+__all__ = ["check_labels", "cifar10", "cifar10_records", "mnist", "mnist_10k", "read_idx", "read_idx_header"]
 
 Samples: TypeAlias = tuple[np.ndarray, np.ndarray]
 
@@ -27,6 +27,9 @@ MAX_DIMENSIONS = 64  # of a NumPy array
 GZIP_MAGIC = b"\x1f\x8b"
 CHUNK = 1 << 20
 CLASSES = 10
+CIFAR_IMAGE = (3, 32, 32)
+CIFAR_RECORD = 1 + math.prod(CIFAR_IMAGE)  # bytes: a label, and the image
+CIFAR_PARTS = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
 BUNDLED = Path(__file__).parent / "data" / "mnist10k"
 
 
@@ -166,10 +169,20 @@ def cifar10(
     X is (50000, 3072) and (10000, 3072), red, green, blue plane after plane, or (samples, 3, 32, 32). The Python
     version is refused: to read a pickle is to run what is in it. Format: https://www.cs.toronto.edu/~kriz/cifar.html.
     """
+    *train, test = (_cifar_batch(path) for path, _ in cifar10_records(folder, "train", "test"))
+    images, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))
+    return _prepare(images, labels, normalize, one_hot, flatten), _prepare(*test, normalize, one_hot, flatten)
+
+
+def cifar10_records(folder: str | os.PathLike[str], *parts: str) -> list[tuple[Path, int]]:
+    """The files of ``parts`` of CIFAR-10's binary version, and how many records each has; none is read.
+
+    ``folder`` is as for :func:`cifar10`.
+    """
     home = _existing(folder)
     inner = home / "cifar-10-batches-bin"
     home = inner if inner.is_dir() else home
-    paths = [home / f"{stem}.bin" for stem in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")]
+    paths = [home / name for part in parts for name in CIFAR_PARTS[part]]
     if absent := [path.name for path in paths if not path.is_file()]:
         for pickled in (home / "data_batch_1", home / "cifar-10-batches-py" / "data_batch_1"):
             if pickled.is_file():
@@ -178,9 +191,7 @@ def cifar10(
                     "unpickling runs code from the file, so it is not read; take cifar-10-binary.tar.gz instead"
                 )
         raise FileNotFoundError(f"no {', '.join(absent)} in {home}; they come in cifar-10-binary.tar.gz")
-    batches = [_cifar_batch(path) for path in paths]
-    images, labels = (np.concatenate(parts) for parts in zip(*batches[:5], strict=True))
-    return _prepare(images, labels, normalize, one_hot, flatten), _prepare(*batches[5], normalize, one_hot, flatten)
+    return [(path, _whole_records(path, path.stat().st_size)) for path in paths]
 
 
 def _mnist_part(home: Path, part: str) -> Samples:
@@ -195,7 +206,7 @@ def _mnist_part(home: Path, part: str) -> Samples:
             f"{label_path}: expected {len(images)} uint8 labels, one for each image of {image_path.name}, "
             f"found {labels.dtype} {labels.shape}"
         )
-    _check_labels(label_path, labels)
+    check_labels(label_path, labels)
     return images, labels
 
 
@@ -208,21 +219,26 @@ def _find(home: Path, stem: str, ending: str) -> Path:
 
 
 def _cifar_batch(path: Path) -> Samples:
-    record = 1 + 3 * 32 * 32
     data = np.fromfile(path, np.uint8)
-    if data.size == 0 or data.size % record:
+    records = data.reshape(_whole_records(path, data.size), CIFAR_RECORD)
+    check_labels(path, records[:, 0])
+    return records[:, 1:].reshape(-1, *CIFAR_IMAGE), records[:, 0]
+
+
+def _whole_records(path: Path, size: int) -> int:
+    if size == 0 or size % CIFAR_RECORD:
         raise DataFormatError(
-            f"{path}: expected records of {record} bytes, a label and an image, found {data.size} bytes"
+            f"{path}: expected records of {CIFAR_RECORD} bytes, a label and an image, found {size} bytes"
         )
-    records = data.reshape(-1, record)
-    _check_labels(path, records[:, 0])
-    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
+    return size // CIFAR_RECORD
 
 
-def _check_labels(path: Path, labels: np.ndarray) -> None:
+def check_labels(path: Any, labels: np.ndarray, places: np.ndarray | None = None) -> None:
+    """Raise ``DataFormatError`` for the first label that is no class, at its place in the file, or in ``places``."""
     wrong = np.flatnonzero(labels >= CLASSES)
     if wrong.size:
-        raise DataFormatError(f"{path}: expected labels 0 to {CLASSES - 1}, found {labels[wrong[0]]} at {wrong[0]}")
+        place = wrong[0] if places is None else places[wrong[0]]
+        raise DataFormatError(f"{path}: expected labels 0 to {CLASSES - 1}, found {labels[wrong[0]]} at {place}")
 
 
 def _existing(folder: str | os.PathLike[str]) -> Path:

@@ -249,17 +249,21 @@ static void dropout(const T* x, T* y, T* mask, Word seed, Word layer, Word step,
 
 // --- samples ---
 
+// Ask for a row, to come into the second-level cache.
+static inline void ask_for(const char* row, Int bytes) {
+    for (Int byte = 0; byte < bytes && byte < 4096; byte += 64) __builtin_prefetch(row + byte, 0, 1);
+}
+
 template <class S>
 static void gather(const void* source, const Int* index, T* out, T scale, T shift, Int columns, Int first, Int last) {
-    // Rows lie anywhere, and the processor foresees only what follows in order: so they are asked for some rows ahead,
-    // into the second-level cache. 60,000 rows of 784 bytes take 6 ms instead of 23, and 11 into the first-level one.
+    // Rows lie anywhere, and the processor foresees only what follows in order: so they are asked for some rows ahead.
+    // 60,000 rows of 784 bytes take 6 ms instead of 23; if they came into the first-level cache, 11.
     const Int bytes = columns * (Int)sizeof(S), ahead = bytes < 8192 ? 8192 / (bytes > 256 ? bytes : 256) : 1;
+    const char* rows = (const char*)source;
+    for (Int row = first; row < last && row < first + ahead; ++row) ask_for(rows + index[row] * bytes, bytes);
     for (Int row = first; row < last; ++row) {
         const S* from = (const S*)source + index[row] * columns;
-        if (row + ahead < last) {
-            const char* next = (const char*)source + index[row + ahead] * bytes;
-            for (Int byte = 0; byte < bytes && byte < 4096; byte += 64) __builtin_prefetch(next + byte, 0, 1);
-        }
+        if (row + ahead < last) ask_for(rows + index[row + ahead] * bytes, bytes);
         T* to = out + row * columns;
         if (shift == 0) {
             EACH for (Int j = 0; j < columns; ++j) to[j] = (T)from[j] * scale;

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 import re
 import subprocess
 import sys
 import threading
+import tracemalloc
+from collections import deque
+from pathlib import Path
 
 import numpy as np
 import pytest
 from needs import missing
 
-from gpubatch import sources
+from gpubatch import datasets, sources
 from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, NonFiniteError, ShapeError
 from gpubatch.loader import Loader
 
@@ -70,6 +75,21 @@ def write_idx(folder, X):
     return sources.idx(folder / "x.idx"), Y
 
 
+def cifar_records():
+    """N records; the number of an image is ten times its first byte and its label."""
+    records = np.random.default_rng(0).integers(0, 256, (N, 3073), np.uint8)
+    records[:, 0] = np.arange(N) % 10
+    records[:, 1] = np.arange(N) // 10
+    return records
+
+
+def write_cifar(folder, X):
+    for i, part in enumerate(np.split(cifar_records(), [100, 107, 307, 308]), 1):
+        part.tofile(folder / f"data_batch_{i}.bin")
+    cifar_records()[7:10].tofile(folder / "test_batch.bin")
+    return sources.cifar10(folder), None
+
+
 def table(X):
     pa = optional("pyarrow")
     columns = {f"c{i}": X[:, i] for i in range(X.shape[1])}
@@ -122,8 +142,16 @@ def write_own(folder, X):
     return Memory(X, Y), None
 
 
-KINDS = [write_npy, write_raw, write_idx, write_parquet, write_vectors, write_lists]
-KINDS += [write_arrow, write_hdf5, write_map, write_own]
+SINGLE = [write_npy, write_raw, write_idx, write_cifar, write_map, write_own]  # single samples are read as well
+KINDS = [*SINGLE, write_parquet, write_vectors, write_lists, write_arrow, write_hdf5]
+
+
+def test_every_kind_of_file_is_in_the_table():
+    functions = {name: getattr(sources, name) for name in sources.__all__ if inspect.isfunction(getattr(sources, name))}
+    opened = {name for name, function in functions.items() if function.__annotations__["return"] == "Source"}
+    assert opened == {"npy", "raw", "idx", "cifar10", "parquet", "arrow", "hdf5"}
+    text = "".join(map(inspect.getsource, KINDS))
+    assert all(f"sources.{name}(" in text for name in opened)
 
 
 @pytest.mark.parametrize(
@@ -144,10 +172,14 @@ KINDS += [write_arrow, write_hdf5, write_map, write_own]
 def test_batches_are_those_of_the_arrays(kind, arguments, tmp_path, X):
     x, y = kind(tmp_path, X)
     loader = Loader(x, y, batch_size=33, seed=5, backend="cpu", **arguments)
-    window = arguments.get("window", loader.window)
-    if kind in (write_npy, write_raw, write_idx, write_map, write_own):  # single samples are read as well
+    window, scale = arguments.get("window", loader.window), arguments.get("scale", 1)
+    truth, labels_of_all, number = X, Y, lambda x, y: y
+    if kind is write_cifar:
+        truth, labels_of_all = cifar_records()[:, 1:], cifar_records()[:, 0].astype(np.int64)
+        number = lambda x, y: y + 10 * (x[:, 0] / scale).astype(int)  # noqa: E731
+    if kind in SINGLE:
         assert (loader.window > 0) == ("window" in arguments)
-        expected = list(Loader(X, Y, batch_size=33, seed=5, backend="cpu", **arguments))
+        expected = list(Loader(truth, labels_of_all, batch_size=33, seed=5, backend="cpu", **arguments))
     else:  # the blocks are those of the file
         assert (loader.window > 0) == ("replacement" not in arguments)
         assert loader.window <= max(N + loader.block - 1, 1) if window else True
@@ -158,18 +190,31 @@ def test_batches_are_those_of_the_arrays(kind, arguments, tmp_path, X):
             assert batch.dtype == (arguments.get("dtype") or "float32")
             assert batch.flags.c_contiguous
             assert batch.flags.writeable
-            assert np.array_equal(batch, X[labels] * batch.dtype.type(arguments.get("scale", 1)))
+            numbers = number(batch, labels)
+            assert np.array_equal(batch, truth[numbers] * batch.dtype.type(scale))
+            assert np.array_equal(labels, labels_of_all[numbers])
+            assert labels.dtype == np.int64
             if expected is not None and loader.epoch == 0:
                 assert np.array_equal(labels, expected[k][1])
             batch[...] = 0  # it belongs to whoever took it
-            seen += labels.tolist()
+            seen += numbers.tolist()
         if not arguments.get("replacement"):
             assert len(set(seen)) == len(seen) == loader.stats.samples
         if not arguments.get("shuffle", True):
             assert seen == sorted(seen)
     assert loader.stats.batches == len(loader)
-    assert loader.stats.bytes_read >= loader.stats.samples * (X.itemsize * 6 + Y.itemsize)
+    assert loader.stats.bytes_read >= loader.stats.samples * (truth[0].nbytes + Y.itemsize)
     assert np.array_equal(loader.peek()[0], next(iter(loader))[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("window", [None, 100])
+def test_what_is_not_converted_keeps_its_bits(window, dtype, X):
+    x = X.astype(dtype)
+    x[:, 0] = [(-0.0, np.finfo(dtype).smallest_subnormal, np.finfo(dtype).max)[i % 3] for i in range(N)]
+    for source in (x, Memory(x)):
+        for batch, labels in Loader(source, Y, batch_size=33, window=window, backend="cpu"):
+            assert batch.tobytes() == x[labels].tobytes()
 
 
 def test_a_source_may_give_any_layout(X):
@@ -215,6 +260,73 @@ def test_reading_is_spread_over_the_batches():
     assert read[0] == 340  # the first half, and of the second as much as was used of the first
     assert set(read[1:176]) == {20}
     assert sum(read) == 4000
+
+
+class Filling(Memory):
+    """A source that writes what is read where it should be, and hears what will be read."""
+
+    def __init__(self, *arrays):
+        super().__init__(*arrays)
+        self.told = []
+
+    def read_into(self, indices, out):
+        self.asked.append(indices)
+        for place, array in zip(out if isinstance(out, tuple) else (out,), self.arrays, strict=True):
+            assert place.flags.c_contiguous
+            np.take(array, indices, axis=0, out=place, mode="clip")
+
+    def expect(self, indices):
+        self.told.append(indices)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_source_that_fills_what_it_is_given_hears_of_blocks_before_it_reads_them(world_size, X):
+    arguments = {"batch_size": 33, "window": 100, "seed": 4, "rank": world_size - 1, "world_size": world_size}
+    arguments |= {"prefetch": 0, "backend": "cpu"}
+    source = Filling(X, Y)
+    loader = Loader(source, **arguments)
+    source.asked.clear()
+    for (x, y), (expected, labels) in zip(loader, Loader(Memory(X, Y), **arguments), strict=True):
+        assert np.array_equal(x, expected)
+        assert np.array_equal(y, labels)
+        read, told = sum(map(len, source.asked)), sum(map(len, source.told))
+        assert read <= told <= read + 2 * 2 * loader.block  # two blocks ahead, in this window and the next
+    assert np.array_equal(np.concatenate(source.told), np.concatenate(source.asked))
+    assert loader.stats.bytes_read == len(np.concatenate(source.asked)) * (X.itemsize * 6 + Y.itemsize)
+    X[321, 2] = np.nan
+    with pytest.raises(NonFiniteError, match=r"sample 321 has nan at \[2\]"):
+        list(Loader(source, window=100, backend="cpu"))
+
+
+@pytest.mark.parametrize("kind", [Memory, Filling])
+@pytest.mark.parametrize("features", [2, 400])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"window": 40_000},
+        {"window": 40_000, "shuffle": False},
+        {"window": 200_000},  # two halves are all
+        {"window": 10**6},
+        {"window": 40_000, "rank": 1, "world_size": 3},
+        {"window": 640},  # the list of blocks is the largest part
+    ],
+    ids=str,
+)
+def test_the_plan_has_what_is_held_of_a_window_and_of_its_order(kind, features, arguments):
+    n = 200_000
+    source = kind(np.zeros((n, features), np.uint8 if features > 2 else np.float32), np.zeros(n, np.int64))
+    loader = Loader(source, batch_size=100, prefetch=0, backend="cpu", **arguments)
+    loader.peek()
+    source.asked = source.told = deque(maxlen=0)
+    tracemalloc.start()
+    try:
+        deque(loader, maxlen=0)  # which keeps no batch while it asks for the next
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    plan, few = loader.plan, 60_000  # what is left of Python's own objects
+    absent = plan.needed - plan.parts["window"]  # batches may not be there when the window's peak is
+    assert 0.995 * peak - few < plan.needed < 1.005 * peak + few + absent
 
 
 def test_a_source_is_read_while_the_consumer_computes():
@@ -270,6 +382,27 @@ def test_larger_than_memory(tmp_path):
     assert done.stdout.split() == ["complete", str(rows * width)], done.stderr
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a limit on address space is Linux's")
+def test_the_script_that_measures_files_checks_what_it_reads(tmp_path):
+    script = Path(__file__).parent.parent / "bench" / "files.py"
+    small = ["--gigabytes", "0.005", "--window", "1 MiB", "--rounds", "1", "--folder", tmp_path]
+    command = [sys.executable, script, *small, "--out", tmp_path / "out.json"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files = json.loads((tmp_path / "out.json").read_text())["files"]
+    assert files.keys() == {"uint8", "float32"}
+    for found in files.values():
+        assert found["samples"] == 5_000_000 // 1024
+        assert found["peak_resident_bytes"] < found["peak_bytes"] < 10**9
+        assert found["block_bytes"] == 2**20 // 64
+        for rows in found["states"].values():
+            assert [row["contender"] for row in rows] == ["shuffled", "in order", "in order, no window", "blocks"]
+            assert rows[0]["shuffled_ratio"] == 1
+    refused = subprocess.run([*map(str, command), "--limit", "10 MB"], capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "shuffled failed" in refused.stderr
+
+
 # --- what is wrong is named with its file and its place -------------------------------------------------------------
 
 
@@ -315,6 +448,41 @@ def test_a_file_that_is_too_short_when_it_is_opened(tmp_path, X):
     os.truncate(tmp_path / "x.npy", 1000)
     with pytest.raises(DataFormatError, match=r"x\.npy: expected 12128 bytes for float32 \(500, 6\), found 1000"):
         sources.npy(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_label_that_is_none(window, tmp_path, X):
+    source, _ = write_cifar(tmp_path, X)
+    with open(tmp_path / "data_batch_3.bin", "r+b") as file:
+        file.seek(3073 * 123)
+        file.write(b"\x0c")
+    with pytest.raises(DataFormatError, match=r"data_batch_3\.bin: expected labels 0 to 9, found 12 at 123\n"):
+        consume(source, window=window)
+
+
+def test_cifar_10_that_is_damaged_or_not_there(tmp_path, X):
+    with pytest.raises(FileNotFoundError, match=r"no data_batch_1\.bin, .*, data_batch_5\.bin in"):
+        sources.cifar10(tmp_path)
+    source, _ = write_cifar(tmp_path, X)
+    with pytest.raises(ArgumentError, match="part must be one of 'train', 'test', got 'valid'"):
+        sources.cifar10(tmp_path, "valid")
+    os.truncate(tmp_path / "data_batch_3.bin", 3073 * 150 + 7)
+    with pytest.raises(DataFormatError, match=r"data_batch_3\.bin: .* it ends before sample 150 is complete"):
+        consume(source, shuffle=False)
+    with pytest.raises(
+        DataFormatError, match=r"data_batch_3\.bin: expected records of 3073 bytes.* found 460957 bytes"
+    ):
+        sources.cifar10(tmp_path)
+    assert len(sources.cifar10(tmp_path, "test")) == 3  # which needs no other file
+
+
+def test_cifar_10_is_that_of_datasets(tmp_path, X):
+    write_cifar(tmp_path, X)
+    for part, (images, labels) in zip(["train", "test"], datasets.cifar10(tmp_path, flatten=False), strict=True):
+        x, y = sources.cifar10(tmp_path, part, flatten=False).read(np.arange(len(images)))
+        assert (x.dtype, y.dtype, x.shape[1:]) == (images.dtype, labels.dtype, (3, 32, 32))
+        assert np.array_equal(x, images)
+        assert np.array_equal(y, labels)
 
 
 def test_a_row_of_another_shape():
