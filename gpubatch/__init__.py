@@ -18,7 +18,7 @@ EXPORTS = {
     "errors": """
         ArgumentError BackendFallbackWarning BackendUnavailableError CheckpointError CheckpointWarning
         DTypeError DataFormatError DeviceMismatchError GpubatchError InsufficientMemoryError
-        NonFiniteError ShapeError SkippedStepWarning UnknownArgumentError
+        MicroBatchWarning NonFiniteError ShapeError SkippedStepWarning UnknownArgumentError
     """,
     "explore": """
         GradientCheck batch_size_sweep gradient_check loss_slice numerical_gradient random_local_search
@@ -69,6 +69,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         DTypeError as DTypeError,
         GpubatchError as GpubatchError,
         InsufficientMemoryError as InsufficientMemoryError,
+        MicroBatchWarning as MicroBatchWarning,
         NonFiniteError as NonFiniteError,
         ShapeError as ShapeError,
         SkippedStepWarning as SkippedStepWarning,

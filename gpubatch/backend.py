@@ -104,6 +104,10 @@ class Backend(ABC):
         """Wait until everything that was started on the device is done."""
 
     @abstractmethod
+    def free_unused(self) -> None:
+        """Give memory back to the device that is kept only for arrays to come."""
+
+    @abstractmethod
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """Make this the current device inside a ``with``."""
 
@@ -165,6 +169,9 @@ class CpuBackend(Backend):
     def synchronize(self) -> None:
         """Nothing to wait for: NumPy returns when the work is done."""
 
+    def free_unused(self) -> None:
+        """Nothing is kept: NumPy gives large arrays back at once."""
+
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
@@ -225,10 +232,35 @@ class CudaBackend(Backend):
         with self.scope():
             self.cupy.cuda.runtime.deviceSynchronize()
 
+    def free_unused(self) -> None:
+        self.synchronize()
+        with self.scope():
+            self.cupy.get_default_memory_pool().free_all_blocks()
+
     def compile(self, source: str, name: str) -> Any:
         """The kernel ``name`` of a CUDA source, for this device; CuPy keeps what it compiled on disk."""
         with self.scope():
             return self.cupy.RawModule(code=source, options=("--std=c++17",)).get_function(name)
+
+    def stream(self) -> Any:
+        """A new CUDA stream, which the default stream neither waits for nor holds up."""
+        with self.scope():
+            return self.cupy.cuda.Stream(non_blocking=True)
+
+    def current_stream(self) -> Any:
+        """The CUDA stream on which the caller's work is done; each thread has its own."""
+        with self.scope():
+            return self.cupy.cuda.get_current_stream()
+
+    def event(self) -> Any:
+        """A new CUDA event; a thread that waits for it sleeps."""
+        with self.scope():
+            return self.cupy.cuda.Event(block=True, disable_timing=True)
+
+    def pinned(self, size: int, dtype: np.dtype[Any]) -> np.ndarray:
+        """An array of ``size`` elements in pinned memory of the host, from CuPy's pool; its values are not set."""
+        with self.scope():
+            return np.frombuffer(self.cupy.cuda.alloc_pinned_memory(size * dtype.itemsize), dtype, size)
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         device: contextlib.AbstractContextManager[Any] = self.cupy.cuda.Device(self.index)

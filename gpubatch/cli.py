@@ -1,6 +1,6 @@
 """The command line. Results go to standard output, progress and errors to standard error.
 
-:mod:`gpubatch.cli_explore` adds the commands that look into training.
+:mod:`gpubatch.cli_explore` adds the commands that look into training, :mod:`gpubatch.cli_sizing` the plan of memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gpubatch.formula import Rule
 from gpubatch.launch import host_library, update_source
 from gpubatch.layers import ACTIVATIONS
 from gpubatch.loader import Loader
-from gpubatch.network import mlp
+from gpubatch.network import Network, mlp
 from gpubatch.sizing import format_bytes
 from gpubatch.train import TrainingInterrupted, TrainingTerminated, fit
 
@@ -46,6 +46,17 @@ app = typer.Typer(
 
 BackendOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+FolderArgument = Annotated[
+    Path | None,
+    typer.Argument(help="MNIST (IDX files) or CIFAR-10 (binary version). By default the bundled 10,000 digits."),
+]
+LayersOption = Annotated[str, typer.Option(help="Widths of the hidden layers, by comma; '' for none.")]
+ActivationOption = Annotated[str, typer.Option(help=f"One of {', '.join(ACTIVATIONS)}.")]
+BatchSizeOption = Annotated[str, typer.Option(help="Samples in a batch; auto: the most that fit.")]
+AtMostOption = Annotated[int, typer.Option(help="What auto does not exceed, if there are more than 2000 samples.")]
+DropoutOption = Annotated[float, typer.Option(help="Fraction of the hidden activations that a step leaves out.")]
+BatchNormOption = Annotated[bool, typer.Option(help="Normalise the hidden layers over each batch.")]
+DtypeOption = Annotated[str, typer.Option(help="float32 or float64.")]
 
 # By name on the command line: the optimizer at a learning rate, and the rate that it usually wants here.
 OPTIMIZERS: dict[str, tuple[Callable[..., optim.Optimizer], float]] = {
@@ -60,6 +71,7 @@ OPTIMIZERS: dict[str, tuple[Callable[..., optim.Optimizer], float]] = {
     "nadam": (optim.NAdam, 0.003),
     "lion": (optim.Lion, 0.0005),
 }
+OptimizerOption = Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")]
 
 # The decays of the learning rate by name, each from epoch to epoch, for a run of so many.
 DECAYS: dict[str, Callable[[float, int], optim.Hyper]] = {
@@ -78,24 +90,21 @@ DECAYS: dict[str, Callable[[float, int], optim.Hyper]] = {
     "`gpubatch train --checkpoint run --resume` goes on where it was stopped or killed."
 )
 def train(
-    folder: Annotated[
-        Path | None,
-        typer.Argument(help="MNIST (IDX files) or CIFAR-10 (binary version). By default the bundled 10,000 digits."),
-    ] = None,
-    layers: Annotated[str, typer.Option(help="Widths of the hidden layers, by comma; '' for none.")] = "512,512",
-    activation: Annotated[str, typer.Option(help=f"One of {', '.join(ACTIVATIONS)}.")] = "gelu",
-    optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = "adam",
+    folder: FolderArgument = None,
+    layers: LayersOption = "512,512",
+    activation: ActivationOption = "gelu",
+    optimizer: OptimizerOption = "adam",
     lr: Annotated[float | None, typer.Option(help="Learning rate; by default one that suits the optimizer.")] = None,
     decay: Annotated[str, typer.Option(help=f"Of the learning rate: {', '.join(DECAYS)}.")] = "cosine",
-    batch_size: Annotated[str, typer.Option(help="Samples in a batch; auto: the most that fit.")] = "auto",
-    at_most: Annotated[int, typer.Option(help="What auto does not exceed, if there are more than 2000 samples.")] = 64,
+    batch_size: BatchSizeOption = "auto",
+    at_most: AtMostOption = 64,
     epochs: Annotated[int, typer.Option(min=1, help="How often every sample is seen.")] = 10,
     l2: Annotated[float, typer.Option(help="Weight of l2/2 * Σ W² in the cost.")] = 0.0,
-    dropout: Annotated[float, typer.Option(help="Fraction of the hidden activations that a step leaves out.")] = 0.3,
-    batch_norm: Annotated[bool, typer.Option(help="Normalise the hidden layers over each batch.")] = True,
+    dropout: DropoutOption = 0.3,
+    batch_norm: BatchNormOption = True,
     seed: Annotated[int, typer.Option(help="Of split, first weights, order and dropout.")] = 0,
     backend: BackendOption = "auto",
-    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    dtype: DtypeOption = "float32",
     checkpoint: Annotated[Path | None, typer.Option(help="Folder to save the run in, so that it can go on.")] = None,
     every: Annotated[int | None, typer.Option(help="Steps between checkpoints; by default an epoch.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
@@ -111,21 +120,12 @@ def train(
         plot.check_plot_file(plot_file)
     make, usual_lr = OPTIMIZERS[check_choice("--optimizer", optimizer, OPTIMIZERS)]
     schedule = DECAYS[check_choice("--decay", decay, DECAYS)]
-    hidden = [integer("--layers", width) for width in layers.split(",") if layers]
+    hidden = widths(layers)
     where = get_backend(backend)
     name, (X, Y), (X_test, Y_test) = load(folder, seed)
     sizes = [X.shape[1], *hidden, int(Y.max()) + 1]
     net = mlp(sizes, activation, batch_norm, dropout, l2=l2, backend=where, dtype=dtype, seed=seed)
-    loader = Loader(
-        X,
-        Y,
-        batch_size=batch_size if batch_size == "auto" else integer("--batch-size", batch_size),
-        at_most=at_most,
-        seed=seed,
-        backend=where,
-        dtype=dtype,
-        scale=1 / 255,
-    )
+    loader = loader_of_pixels(X, Y, batch_size, at_most, seed, net)
     rate = usual_lr if lr is None else lr
     opt = make(net.parameters, schedule(rate, epochs))
 
@@ -195,6 +195,25 @@ def load(folder: Path | None, seed: int) -> tuple[str, datasets.Samples, dataset
         return (f"CIFAR-10 in {folder}", *datasets.cifar10(folder))
     raise ArgumentError(
         f"FOLDER has neither MNIST (train-images-idx3-ubyte ...) nor CIFAR-10 (data_batch_1.bin ...): {folder}"
+    )
+
+
+def widths(layers: str) -> list[int]:
+    """The widths that the option --layers names."""
+    return [integer("--layers", width) for width in layers.split(",") if layers]
+
+
+def loader_of_pixels(X: np.ndarray, Y: np.ndarray, batch_size: str, at_most: int, seed: int, net: Network) -> Loader:
+    """Batches of images for ``net``, their pixels from 0 to 1."""
+    return Loader(
+        X,
+        Y,
+        batch_size=batch_size if batch_size == "auto" else integer("--batch-size", batch_size),
+        at_most=at_most,
+        seed=seed,
+        backend=net.backend,
+        dtype=net.dtype,
+        scale=1 / 255,
     )
 
 

@@ -17,7 +17,22 @@ from rich.table import Table
 
 from gpubatch import explore, layers, losses, plot
 from gpubatch.backend import Array, Backend, get_backend
-from gpubatch.cli import DECAYS, OPTIMIZERS, BackendOption, JsonOption, app, integer, load, print_json, versions
+from gpubatch.cli import (
+    DECAYS,
+    OPTIMIZERS,
+    BackendOption,
+    DtypeOption,
+    FolderArgument,
+    JsonOption,
+    LayersOption,
+    OptimizerOption,
+    app,
+    integer,
+    load,
+    print_json,
+    versions,
+    widths,
+)
 from gpubatch.errors import ArgumentError, check_choice
 from gpubatch.loader import Loader
 from gpubatch.network import Network, mlp
@@ -26,15 +41,9 @@ from gpubatch.train import TrainingState, fit
 
 __all__ = ["app"]
 
-FolderArgument = Annotated[
-    Path | None,
-    typer.Argument(help="MNIST (IDX files) or CIFAR-10 (binary version). By default the bundled 10,000 digits."),
-]
-LayersOption = Annotated[str, typer.Option(help="Widths of the hidden layers, by comma; '' for none.")]
 LossOption = Annotated[str, typer.Option(help="softmax_cross_entropy or svm.")]
 SeedOption = Annotated[int, typer.Option(help="Of split, first weights, order and random directions.")]
 PlotOption = Annotated[Path | None, typer.Option("--plot", help="Draw it: a .png, .pdf or .svg.")]
-DtypeOption = Annotated[str, typer.Option(help="float32 or float64.")]
 ProgressOption = Annotated[bool, typer.Option(help="Show a bar on standard error, if that is a terminal.")]
 
 
@@ -144,7 +153,7 @@ def landscape(
     folder: FolderArgument = None,
     layers: LayersOption = "256",
     loss: LossOption = "softmax_cross_entropy",
-    optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = "adam",
+    optimizer: OptimizerOption = "adam",
     lr: Annotated[float | None, typer.Option(help="Learning rate; by default one that suits the optimizer.")] = None,
     epochs: Annotated[int, typer.Option(min=0, help="Of training, before the loss is looked at.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in a batch.")] = 128,
@@ -428,10 +437,10 @@ class Data:
         samples: int | None = None,
     ) -> None:
         check_choice("--loss", loss, ["softmax_cross_entropy", "svm"])
-        widths = [integer("--layers", width) for width in hidden.split(",") if width]
+        between = widths(hidden)
         where = get_backend(backend)
         name, train, test = load(folder, seed)
-        sizes = [train[0].shape[1], *widths, int(train[1].max()) + 1]
+        sizes = [train[0].shape[1], *between, int(train[1].max()) + 1]
         self.seed = seed
         self.net = mlp(sizes, loss=loss, backend=where, dtype=dtype, seed=seed)
         self.X, self.Y = self._ready(*train, samples)

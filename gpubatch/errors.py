@@ -14,6 +14,7 @@
 
     BackendFallbackWarning (UserWarning)     the CPU stands in for a device that cannot be used
     CheckpointWarning (UserWarning)          a checkpoint is passed over, or was not written and the run goes on
+    MicroBatchWarning (UserWarning)          memory ran out: batches are computed in parts from here on
     SkippedStepWarning (UserWarning)         a step is left out: its loss or its gradient is not finite
 
 Every one is also the built-in exception that a NumPy user would expect.
@@ -37,6 +38,7 @@ __all__ = [
     "DeviceMismatchError",
     "GpubatchError",
     "InsufficientMemoryError",
+    "MicroBatchWarning",
     "NonFiniteError",
     "ShapeError",
     "SkippedStepWarning",
@@ -100,6 +102,10 @@ class BackendFallbackWarning(UserWarning):
 
 class CheckpointWarning(UserWarning):
     """A torn or corrupt checkpoint is passed over, or one was not written and the training goes on."""
+
+
+class MicroBatchWarning(UserWarning):
+    """Memory ran out in a training step: batches are computed in parts from here on, their gradients added up."""
 
 
 class SkippedStepWarning(UserWarning):

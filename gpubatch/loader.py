@@ -12,19 +12,23 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
+from concurrent.futures import Executor
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from gpubatch.backend import Array, Backend, float_dtype, get_backend
+from gpubatch.backend import Array, Backend, CudaBackend, float_dtype, get_backend
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_bool, check_choice, check_int, check_real
-from gpubatch.sizing import BatchPlan, choose_batch_size, format_bytes, parse_bytes
+from gpubatch.feeding import DeviceOrder, Form, Ring, Slot, moved, native, on_device, take_into
+from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, parse_bytes, plan_batch_size
 from gpubatch.sources import ArraySource, Part, Reader, array_source, check_finite, convert
 
 __all__ = ["Loader", "LoaderStats", "WindowOrder", "epoch_order"]
 
 Indices: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
+# What prepares the samples from one position to another, and what makes arrays on the backend of what it gives.
+Feed: TypeAlias = tuple[Callable[[int, int], Any], Callable[[Any], list[Array]]]
 
 # From so many elements a batch on, preparing it is worth a thread. Handing a batch over costs 10 to 25 µs; gathering
 # takes 0.2 to 0.3 ns an element. Measured on two cores: a thread made bare iteration over batches of 256 x 784 up to
@@ -36,6 +40,9 @@ WORD = 2**64 - 1  # the largest seed and the largest epoch: together they are th
 
 DEFAULT_WINDOW = "256 MiB"  # for sources that read neighbours together
 BLOCKS = 32  # in what is shuffled together: so many places of the set meet in a batch
+PIECE = 1 << 20  # bytes of a window that are read at once: what is read is then looked at, and should be in the cache
+
+ORDER_PEAK = 26  # bytes a sample in the making of an order: words, their upper bits, places, and the words there
 
 
 # --- the order of an epoch ----------------------------------------------------------------------------------------
@@ -54,10 +61,12 @@ def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True, replacement
         return np.arange(n, dtype=np.int64)
     # The raw words of the counter-based Philox4x64-10 (Salmon et al., 2011) are fixed for good; what NumPy makes of
     # them in shuffle() or permutation() may change from one version to the next.
-    words = np.random.Philox(key=key).random_raw(n)
+    draw = np.random.Philox(key=key).random_raw
     if check_bool("replacement", replacement):
-        return (words % np.uint64(n)).astype(np.int64)
-    return _permutation(words)
+        words = draw(n)
+        words %= np.uint64(n)
+        return words.view(np.int64)
+    return _permutation(draw(n))
 
 
 def _permutation(words: np.ndarray[Any, np.dtype[np.uint64]]) -> Indices:
@@ -70,10 +79,11 @@ def _permutation(words: np.ndarray[Any, np.dtype[np.uint64]]) -> Indices:
     words |= np.arange(n, dtype=np.uint64)
     # A radix sort by the upper 16 bits leaves little to the second pass, which goes through what is nearly in order:
     # 60,000 keys in 0.5 ms, sorted at once 2.1 ms.
-    words = words[(words >> np.uint64(48)).astype(np.uint16).argsort(kind="stable")]
+    keys = (words >> np.uint64(48)).astype(np.uint16)
+    words = words[keys.argsort(kind="stable")]
     words.sort(kind="stable")
     words &= mask
-    return words.astype(np.int64)
+    return words.view(np.int64)
 
 
 class WindowOrder:
@@ -99,10 +109,12 @@ class WindowOrder:
         self._key = np.array([seed, epoch], np.uint64)
         count = -(-n // block)
         self._blocks = self._shuffled(count, 0)
-        lengths = np.full(count, block)
-        lengths[self._blocks == count - 1] = n - (count - 1) * block
         self._step = max(1, together // block)
-        self._starts = np.cumsum([0, *np.add.reduceat(lengths, np.arange(0, count, self._step))])
+        self._starts = np.arange(-(-count // self._step) + 1, dtype=np.int64)
+        self._starts *= self._step * block
+        self._starts[-1] = count * block
+        short = int(np.flatnonzero(self._blocks == count - 1)[0]) // self._step  # the window of the last block
+        self._starts[short + 1 :] -= count * block - n
         # The window's first position among this rank's: as many as there are of its positions before it.
         self._first = (self._starts - rank + world_size - 1) // world_size
         self._last: tuple[int, tuple[Indices, Indices]] | None = None
@@ -134,10 +146,10 @@ class WindowOrder:
 
     def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Positions ``start`` to ``stop`` as (window, from, to), counted in the window."""
-        first, last = np.searchsorted(self._first, [start, stop - 1], side="right") - 1
+        first, end = self._first.searchsorted((start, stop - 1), side="right").tolist()
         return [
             (window, max(start - low, 0), min(stop, high) - low)
-            for window in range(int(first), int(last) + 1)
+            for window in range(first - 1, end)
             for low, high in [(int(self._first[window]), int(self._first[window + 1]))]
             if low < high
         ]
@@ -159,7 +171,8 @@ class LoaderStats:
     """What the epoch that is running, or the last one, has done so far.
 
     ``wait_first`` is how many seconds the consumer waited for the first batch, ``waited`` for all the others;
-    ``seconds`` is the time from the first batch to the last one so far. ``bytes_read`` is what the sources gave.
+    ``seconds`` is the time from the first batch to the last one so far. ``bytes_read`` is what the sources gave,
+    ``bytes_copied`` what went from the host to a CUDA device: nothing on the CPU.
     """
 
     batches: int = 0
@@ -168,6 +181,7 @@ class LoaderStats:
     wait_first: float = 0.0
     waited: float = 0.0
     seconds: float = 0.0
+    bytes_copied: int = 0
 
 
 class Loader:
@@ -180,8 +194,8 @@ class Loader:
     reason in words.
 
     Instead of an array, X may be any :class:`~gpubatch.sources.Source`: ``gpubatch.sources`` opens ``.npy``, raw, IDX,
-    Parquet, Arrow and HDF5 files that may be larger than memory. One that gives pairs has the labels, too; otherwise Y
-    is an array or another source. Samples are its rows. Its values are checked as they are read.
+    CIFAR-10, Parquet, Arrow and HDF5 files that may be larger than memory. One that gives pairs has the labels, too;
+    otherwise Y is an array or another source. Samples are its rows. Its values are checked as they are read.
 
     x has ``dtype`` float32 or float64: by default X's own if it is one of these, else float32; ``scale`` multiplies
     after the conversion. Y keeps its element type. X and floating Y must be finite. ``transform`` is then called with
@@ -202,6 +216,14 @@ class Loader:
     source decodes at once where that is more). Where the set is sorted, by class or by time, make the window large
     enough for a fair mixture, or shuffle the file once. Sources that read single samples at a cost have a window of 256
     MiB by default. ``shuffle=False`` keeps the order of the set.
+
+    ``feed`` is how batches get to a CUDA device. ``"device"``: arrays of the host are copied there, at the first
+    iteration, and batches are gathered there; what is changed in the arrays later is not seen. ``"host"``: batches go
+    there as they are stored, through pinned memory, while the device works on those before. ``"auto"`` copies the
+    arrays where, with their order and the rest of ``plan``, they need at most 90 % of the memory that is available, or
+    of half of it as long as the plan counts no model (``replan``, which fit calls); what is read always goes through
+    pinned memory. ``feeding`` says in words what was decided. Batches belong to the stream that is current when they
+    are asked for.
 
     ``stats`` has what the running epoch, or the last one, did so far, and how long its consumer waited.
     ``epoch`` is the epoch that is running, or the next one. An iteration that was left early ends its epoch: the next
@@ -232,6 +254,7 @@ class Loader:
         at_most: int = 512,
         window: int | str | None = None,
         transform: Callable[..., Any] | None = None,
+        feed: str = "auto",
     ) -> None:
         self.shuffle = check_bool("shuffle", shuffle)
         self.replacement = check_bool("replacement", replacement)
@@ -280,6 +303,12 @@ class Loader:
         self.window, self.block = self._window(window)
         self.transform, self._both = transform, transform is not None and self._takes_both(transform)
         self.stats = LoaderStats()
+        self.feed = check_choice("feed", feed, ["auto", "device", "host"])
+        for reader in self._limits:
+            if feed == "device":
+                raise ArgumentError(f"feed='device' needs arrays, that can be moved there; {reader.where} is read")
+        self._placed: list[_Column] | None = None  # those on the device, none where arrays stay on the host
+        self.feeding = "in main memory" if self.backend.name == "cpu" else "not decided before the first iteration"
 
         if self.n_samples < self.world_size:
             raise ArgumentError(f"world_size must be at most the {self.n_samples} samples, got {self.world_size}")
@@ -287,14 +316,15 @@ class Loader:
         self._epoch = self._batch = 0  # the position: batches of this epoch that were yielded
         self._run: object | None = None  # the iteration that is running
         self._left = False  # whether the iteration before was left in the middle
+        self._why = f"batch_size={batch_size} was given"
         if isinstance(batch_size, str):
-            self.plan = self._choose(0, 0)
+            self.plan = self._choose(_nothing)
         elif self.drop_last and batch_size > self._share:
             raise ArgumentError(
                 f"drop_last=True leaves no batch: batch_size={batch_size} is more than the {self._share} samples"
             )
         else:
-            self.plan = self._given(min(batch_size, self._share), f"batch_size={batch_size} was given")
+            self.plan = self._given(min(batch_size, self._share), _nothing)
 
     def _inputs(self, X: Any, Y: Any) -> list[ArraySource | Part]:
         """The sources of x and of the labels."""
@@ -369,48 +399,128 @@ class Loader:
         """Batches in an epoch of this rank."""
         return self._share // self.batch_size if self.drop_last else -(-self._share // self.batch_size)
 
-    def replan(self, bytes_per_sample: int, fixed_bytes: int) -> BatchPlan:
-        """Choose the batch size again, with a model's ``bytes_per_sample`` and ``fixed_bytes`` beside the loader's own.
+    @property
+    def last_size(self) -> int:
+        """Samples in the last batch of an epoch."""
+        return self.batch_size if self.drop_last else self._share - (len(self) - 1) * self.batch_size
 
-        Only for ``batch_size="auto"``, and not in the middle of an epoch.
+    @property
+    def at_once(self) -> int:
+        """Batches that are there at a time: the one in use, and those in main memory that are prepared ahead."""
+        return 1 + (self._ahead(self.batch_size) if self.backend.name == "cpu" else 0)
+
+    def replan(
+        self,
+        parts_of: Callable[[int], ByPart],
+        held: int = 0,
+        available: int | None = None,
+        most: int | None = None,
+    ) -> BatchPlan:
+        """Make the plan again with a model, which needs the bytes ``parts_of(batch_size)`` beside the loader's own.
+
+        ``available`` is a number of bytes, by default what the backend has now and ``held``, which the model has
+        already. An automatic batch size is chosen again, which must not be in the middle of an epoch; one that is
+        decided stays. ``most`` is taken after a step of the size that was chosen found no memory.
         """
         if not self.automatic:
-            raise ArgumentError(f"replan needs batch_size='auto', this loader's is decided: {self.batch_size}")
+            self.plan = self._given(self.batch_size, parts_of, held, available)
+            return self.plan
         if self._run is not None:
             raise ArgumentError(f"replan must come between epochs, epoch {self._epoch} is at batch {self._batch}")
-        plan = self._choose(check_int("bytes_per_sample", bytes_per_sample, 0), fixed_bytes)
+        if most is None:
+            plan = self._choose(parts_of, held, available)
+        else:
+            self._why = f"a step of {self.batch_size} samples was tried and memory ran out, so the batch is {most}"
+            plan = self._given(most, parts_of, held, available)
         self._epoch, self._batch, self._left = self.epoch, 0, False
         self.plan = plan
         return plan
 
-    def _choose(self, bytes_per_sample: int, fixed_bytes: int) -> BatchPlan:
+    def _choose(self, parts_of: Callable[[int], ByPart], held: int = 0, available: int | None = None) -> BatchPlan:
         # By the largest rank's share, so that every rank of equal devices decides alike.
         share = -(-self.n_samples // self.world_size)
-        per_sample = bytes_per_sample + self._bytes_per_sample()
-        fixed_bytes += self._window_bytes()
-        plan = choose_batch_size(share, per_sample, fixed_bytes, self.backend.memory(), self.at_most)
+        available = self._available() + held if available is None else available
+        plan = plan_batch_size(share, lambda n: {**parts_of(n), **self.memory_parts(n)}, available, self.at_most)
         return dataclasses.replace(plan, batch_size=min(plan.batch_size, self._share))
 
-    def _given(self, batch_size: int, reason: str) -> BatchPlan:
-        needed = batch_size * self._bytes_per_sample() + self._window_bytes()
-        reason += "" if batch_size < self._share else f", and all {self._share} samples are one batch"
-        return BatchPlan(
-            batch_size, f"{reason}; its batches need {format_bytes(needed)}", needed, self.backend.memory().available
-        )
+    def _given(
+        self, batch_size: int, parts_of: Callable[[int], ByPart], held: int = 0, available: int | None = None
+    ) -> BatchPlan:
+        parts = {**parts_of(batch_size), **self.memory_parts(batch_size)}
+        available = self._available() + held if available is None else available
+        needed = sum(parts.values())
+        reason = self._why + ("" if batch_size < self._share else f", and all {self._share} samples are one batch")
+        reason += f"; it needs {format_bytes(needed)} of {format_bytes(available)} available"
+        reason += "" if fits(needed, available) else ", more than 90 % of that"
+        return BatchPlan(batch_size, reason, needed, available, parts)
 
-    def _bytes_per_sample(self) -> int:
-        """The loader's buffers on the device: the batch in use, the one that replaces it, and those prepared ahead."""
-        ahead = self.prefetch if self.backend.name == "cpu" else 0  # what waits for a GPU waits in main memory
-        converted = sum(column.source.bytes_per_sample(column.dtype) for column in self._columns)
-        stored = sum(column.source.bytes_per_sample(column.source.dtype) for column in self._columns)
-        return (2 + ahead) * converted + stored
+    def _available(self) -> int:
+        """Bytes for what the plan counts: what is free now, and what samples that were moved to the device take."""
+        there = zip(self._placed, self._columns, strict=True) if self._placed else ()
+        moved = [placed.source for placed, column in there if placed.source is not column.source]
+        return self.backend.memory().available + sum(source.array.nbytes for source in moved)  # type: ignore[union-attr]
+
+    def memory_parts(self, batch_size: int) -> dict[str, int]:
+        """What the loader needs on the device when it needs most: while it makes a batch, or the order of an epoch."""
+        converted = batch_size * sum(column.source.bytes_per_sample(column.dtype) for column in self._columns)
+        stored = sum(self._beside(column, batch_size) for column in self._columns)
+        beside = max(stored, converted if self.transform else 0)  # one is gone before the other is made
+        if self.backend.name != "cpu":
+            return {**self._parts_to_feed(batch_size), "batches": converted, "conversion of a batch": beside}
+        making = 0 if self.window or self.replacement or not self.shuffle else ORDER_PEAK * self.n_samples
+        order = 0 if self.window else 8 * self.n_samples
+        # The batch in use, and those prepared ahead; a loop that keeps it while it asks for the next has one more.
+        batches = (1 + self._ahead(batch_size)) * converted
+        if self.window and self._limits:
+            beside = max(beside, converted)  # a batch of two windows is put together from its parts
+        window = {"window": self._window_bytes()} if self.window else {}
+        if making > order + batches + beside:
+            return {"making of an epoch's order": making, **window}
+        return {"order of an epoch": order, "batches": batches, "conversion of a batch": beside, **window}
+
+    def _parts_to_feed(self, batch_size: int) -> dict[str, int]:
+        """What is on a GPU for the batches to be made from: the data and the order, or buffers for batches."""
+        sources = [column.source for column in self._columns]
+        apart = [s for s in sources if not (isinstance(s, ArraySource) and self.backend.owns(s.array))]
+        if apart and not self._placed:
+            stored = batch_size * sum(source.bytes_per_sample(source.dtype) for source in sources)
+            return {"buffers of batches": (1 + max(self._ahead(batch_size), 1)) * stored + 8 * batch_size}
+        data = sum(source.n_samples * source.bytes_per_sample(source.dtype) for source in apart)
+        return {"data": data, "order of an epoch": 8 * self._share}
+
+    def _ahead(self, batch_size: int) -> int:
+        """How many batches a thread prepares ahead."""
+        on_host = sum(math.prod(column.source.sample_shape) for column in self._columns if column.source.on_host)
+        return self.prefetch if self._limits or batch_size * on_host >= WORTH_A_THREAD else 0
+
+    def _beside(self, column: _Column, batch_size: int) -> int:
+        """Bytes of samples as they are stored that stand beside a batch while it is made from them."""
+        source = column.source
+        if isinstance(source, ArraySource) and self.backend.owns(source.array):
+            return source.beside(batch_size, column.dtype, column.scale, self.backend)
+        if self.backend.name != "cpu" or self.window or (column.dtype == source.dtype and column.scale is None):
+            return 0  # it is made from the buffers, from the window, or not made at all
+        return batch_size * source.bytes_per_sample(source.dtype)
 
     def _window_bytes(self) -> int:
-        """What is held of a window on the device: both of its halves, and where a batch leaves one, never more."""
+        """What is held of a window on the device when that is most: its halves and their order, and what is read."""
         if self.backend.name != "cpu":
             return 0  # in main memory
-        per_sample = sum(part.bytes_per_sample(part.dtype) for reader in self._limits for part in reader.parts)
-        return 2 * per_sample * -(-self.window // self.world_size)
+        blocks, windows = -(-self.n_samples // self.block), -(-self.n_samples // self.window)
+        n = min(self.window, self.n_samples)
+        share, peak = -(-n // self.world_size), ORDER_PEAK if self.shuffle else 9  # 9: which samples there are
+        rows, order, making = share * sum(r.row_bytes for r in self._limits), 16 * share, (8 + peak) * n
+        read = 0
+        if self._limits:
+            at_once = _read_at_once(self._limits, self.block)
+            read = at_once * sum(reader.row_bytes for reader in self._limits if not reader.reads_into)
+        if windows == 1:
+            held = max(making, rows + order + read)
+        elif windows == 2:  # there is room for the second one's rows when its order has been made
+            held = max(rows + order + making, 2 * (rows + order) + read)
+        else:
+            held = 2 * rows + max(order + making, 2 * order + read)
+        return max(peak * blocks, 8 * blocks + 16 * windows + held)
 
     # --- one epoch ----------------------------------------------------------------------------------------------
 
@@ -431,9 +541,10 @@ class Loader:
             size = self.batch_size
             asked = time.perf_counter()
             starts = range(self._batch * size, len(self) * size, size)
-            with contextlib.closing(self._prepared(starts)) as prepared:
-                for parts in prepared:
-                    batch = self._deliver(parts)
+            with contextlib.ExitStack() as stack:
+                prepared, deliver = self._fed(starts, stats, stack)
+                for part in prepared:
+                    batch = self._finished(deliver(part))
                     self._batch += 1
                     now = time.perf_counter()
                     if stats.batches:
@@ -446,7 +557,7 @@ class Loader:
                     stats.bytes_read = self._bytes_read(stats.samples, read)
                     yield batch
                     asked = time.perf_counter()
-                    del parts, batch  # so that they can be freed before the next ones are made
+                    del part, batch  # so that they can be freed before the next ones are made
                     if self._run is not run:
                         raise ArgumentError("this iteration was ended by a newer one, or by load_state_dict")
             self._epoch, self._batch = self._epoch + 1, 0
@@ -476,21 +587,112 @@ class Loader:
         mine = order[self.rank :: self.world_size]
         return lambda start, stop: mine[start:stop]
 
-    def _prepared(self, starts: range) -> Generator[list[Array]]:
-        size, share = self.batch_size, self._share
-        if self.window and self._limits:
-            make = _Windows(self._windows(self._epoch), self._columns, self._limits, self.window).prepare
+    def _fed(
+        self, starts: range, stats: LoaderStats, stack: contextlib.ExitStack
+    ) -> tuple[Generator[Any], Callable[[Any], list[Array]]]:
+        """What is prepared for the batches that begin at ``starts``, and what makes arrays on the backend of each.
+
+        The first is the work of a thread where that is worth it, the second that of the caller. ``stack`` ends both.
+        """
+        size, share, ahead = self.batch_size, self._share, self._ahead(self.batch_size)
+        if not isinstance(self.backend, CudaBackend):
+            prepare, deliver = self._in_main_memory()
+        elif (columns := self._on_device(self.backend, stats)) is not None:
+            prepare, deliver, ahead = *self._from_the_device(self.backend, columns, starts.start, stats, stack), 0
         else:
+            prepare, deliver = self._through_pinned_memory(self.backend, 1 + max(ahead, 1), stats, stack)
+        one: Callable[[int], Any] = lambda start: prepare(start, min(start + size, share))  # noqa: E731
+        prepared = _prepare_ahead(one, starts, ahead) if ahead else (one(start) for start in starts)
+        return stack.enter_context(contextlib.closing(prepared)), deliver
+
+    def _in_main_memory(self) -> Feed:
+        make = self._by_windows()
+        if make is None:
             indices = self._indices(self._epoch)
             make = lambda start, stop: self._at(indices(start, stop))  # noqa: E731
+        return lambda start, stop: self._transformed(make(start, stop), "cpu"), self._delivered
 
-        def prepare(start: int) -> list[Array]:
-            return self._transformed(make(start, min(start + size, share)), "cpu")
+    def _from_the_device(
+        self, backend: CudaBackend, columns: list[_Column], first: int, stats: LoaderStats, stack: contextlib.ExitStack
+    ) -> Feed:
+        """Batches of arrays on the device, where the order from position ``first`` on is, too: none copies anything."""
+        order = DeviceOrder(backend, self._indices(self._epoch)(first, self._share))
+        stack.enter_context(contextlib.closing(order))
+        stats.bytes_copied += order.nbytes
 
-        on_host = sum(math.prod(column.source.sample_shape) for column in self._columns if column.source.on_host)
-        if self.prefetch and (self._limits or size * on_host >= WORTH_A_THREAD):
-            return _prepare_ahead(prepare, starts, self.prefetch)
-        return (prepare(start) for start in starts)
+        def deliver(part: tuple[int, int]) -> list[Array]:
+            index = order.part(*part)
+            return [column.gather(index) for column in columns]
+
+        return lambda start, stop: (start - first, stop - first), deliver
+
+    def _through_pinned_memory(
+        self, backend: CudaBackend, slots: int, stats: LoaderStats, stack: contextlib.ExitStack
+    ) -> Feed:
+        """Batches that go to the device as they are stored, while it works on others."""
+        ring = Ring(backend, [column.form(self.batch_size) for column in self._columns], slots)
+        stack.enter_context(contextlib.closing(ring))
+        fill: Callable[[int, int, list[np.ndarray]], None]
+        if (make := self._by_windows()) is not None:
+            fill = lambda start, stop, places: _copy(make(start, stop), places)  # noqa: E731
+        else:
+            indices = self._indices(self._epoch)
+            fill = lambda start, stop, places: self._store(indices(start, stop), places, ring.helpers)  # noqa: E731
+
+        def prepare(start: int, stop: int) -> Slot:
+            slot = ring.acquire([column.form(stop - start)[0] for column in self._columns])
+            fill(start, stop, slot.on_host())
+            ring.send(slot)
+            return slot
+
+        def deliver(slot: Slot) -> list[Array]:
+            stats.bytes_copied += slot.nbytes
+            with ring.received(slot) as arrays:
+                return [column.made_of(array, ring.rows) for column, array in zip(self._columns, arrays, strict=True)]
+
+        return prepare, deliver
+
+    def _store(self, index: Indices, places: list[np.ndarray], helpers: Executor) -> None:
+        """Write what goes to a device of the samples at ``index``."""
+        of = dict[Reader, list[np.ndarray]]()
+        for column, place in zip(self._columns, places, strict=True):
+            if isinstance(column.source, ArraySource):
+                column.store(index, place, helpers)
+            else:
+                of.setdefault(column.source.reader, []).append(place)
+        for reader, of_reader in of.items():
+            if all(part.dtype == place.dtype for part, place in zip(reader.parts, of_reader, strict=True)):
+                reader.read_into(index, of_reader, self._limits[reader])
+            else:  # of another byte order
+                _copy(reader.read(index, self._limits[reader]), of_reader)
+
+    def _by_windows(self) -> Callable[[int, int], list[Array]] | None:
+        """What prepares samples that are read by windows, if they are."""
+        if not (self.window and self._limits):
+            return None
+        return _Windows(self._windows(self._epoch), self._columns, self._limits, self.window).prepare
+
+    def _on_device(self, backend: CudaBackend, stats: LoaderStats) -> list[_Column] | None:
+        """The columns with their arrays on the device, or None where these stay on the host; decided once."""
+        if self._placed is None:
+            of_a_model = set(self.plan.parts) - set(self.memory_parts(self.batch_size))
+            sources = [column.source for column in self._columns]
+            there, self.feeding = on_device(sources, self.feed, self._share, self.plan, bool(of_a_model), backend)
+            placed: list[_Column] = []
+            try:
+                for column in self._columns if there else []:
+                    source = column.source
+                    if isinstance(source, ArraySource) and not backend.owns(source.array):
+                        source = moved(source, backend)
+                        stats.bytes_copied += source.array.nbytes
+                    placed.append(dataclasses.replace(column, source=source))
+            except MemoryError:  # what is free is not in one piece, or others took it meanwhile
+                if self.feed == "device":
+                    raise
+                placed = []
+                self.feeding = f"batches go to {backend.spec} through pinned memory, since a copy of the data failed"
+            self._placed = placed
+        return self._placed or None
 
     def _at(self, index: Indices) -> list[Array]:
         """The samples at ``index``, prepared."""
@@ -500,8 +702,12 @@ class Loader:
             for column in self._columns
         ]
 
-    def _deliver(self, prepared: list[Array]) -> Any:
-        arrays = [column.deliver(part) for column, part in zip(self._columns, prepared, strict=True)]
+    def _delivered(self, prepared: list[Array]) -> list[Array]:
+        if self.backend.name == "cpu":
+            return prepared
+        return [column.deliver(part) for column, part in zip(self._columns, prepared, strict=True)]
+
+    def _finished(self, arrays: list[Array]) -> Any:
         arrays = self._transformed(arrays, "cuda")
         return tuple(arrays) if len(arrays) > 1 else arrays[0]
 
@@ -526,7 +732,7 @@ class Loader:
     def peek(self) -> Any:
         """The first batch of epoch ``epoch``, as an iteration would yield it; the position stays as it is."""
         index = self._indices(self.epoch)(0, min(self.batch_size, self._share))
-        return self._deliver(self._transformed(self._at(index), "cpu"))
+        return self._finished(self._delivered(self._transformed(self._at(index), "cpu")))
 
     def to_batch(self, X: Any, name: str = "X") -> Array:
         """``X``, samples of the same shape, as the loader would yield them; what fit does to the validation set.
@@ -591,7 +797,8 @@ class Loader:
         batches = self._share // batch_size if self.drop_last else -(-self._share // batch_size)
         batch = check_int("state['batch']", state["batch"], 0, batches - 1)
         if batch_size != self.batch_size:
-            self.plan = self._given(batch_size, f"batch_size={batch_size} was taken from a saved state")
+            self._why = f"batch_size={batch_size} was taken from a saved state"
+            self.plan = self._given(batch_size, _nothing)
         self.automatic = False  # it is decided: another size would make other batches of the epoch
         self._epoch, self._batch, self._run, self._left = epoch, batch, None, False
 
@@ -606,6 +813,16 @@ class Loader:
             f"<Loader of {self.n_samples} samples {x.sample_shape} {conversion}{labels}: {len(self)} batches of "
             f"{self.batch_size} an epoch, {order}, on {self.backend.spec}{shard}>"
         )
+
+
+def _copy(arrays: list[np.ndarray], places: list[np.ndarray]) -> None:
+    for array, place in zip(arrays, places, strict=True):
+        place[...] = array
+
+
+def _nothing(batch_size: int) -> ByPart:
+    """The bytes of no model at all."""
+    return {}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -631,7 +848,7 @@ class _Column:
     def prepare(self, index: Array) -> Array:
         assert isinstance(self.source, ArraySource)
         if self.backend.owns(self.source.array):
-            return self._gather(index) if self.backend.name == "cpu" else index
+            return self.gather(index) if self.backend.name == "cpu" else index
         return self.source.take(index)  # stored values are smaller to copy to the device than converted ones
 
     def prepare_rows(self, rows: Mapping[Reader, list[np.ndarray]]) -> Array:
@@ -645,27 +862,61 @@ class _Column:
         return held.gather(use, self.dtype, self.scale, self.backend) if self.backend.name == "cpu" else held.take(use)
 
     def deliver(self, prepared: Array) -> Array:
-        if self.backend.name == "cpu":
-            return prepared
         with self.backend.scope():
-            on_device = self.backend.asarray(prepared)
-            if isinstance(self.source, ArraySource) and self.backend.owns(self.source.array):
-                return self._gather(on_device)
-            return convert(on_device, self.dtype, self.scale)
+            there = self.backend.asarray(prepared)
+            return self.gather(there) if self._there else convert(there, self.dtype, self.scale)
 
-    def _gather(self, index: Array) -> Array:
+    # Through pinned memory: ``store`` writes what goes to the device, of the ``form`` of so many samples, in another
+    # thread; ``made_of`` makes the batch of it there, which does not share memory with it.
+
+    def form(self, samples: int) -> Form:
+        if self._there:
+            return (samples,), np.dtype(np.int64)
+        shape, axis = self.source.sample_shape, self.source.axis
+        return (*shape[:axis], samples, *shape[axis:]), native(self.source.dtype)
+
+    def store(self, index: Indices, out: np.ndarray, helpers: Executor) -> None:
         assert isinstance(self.source, ArraySource)
-        return self.source.gather(index, self.dtype, self.scale, self.backend)
+        if self._there:
+            out[...] = index
+        else:
+            take_into(self.source, index, out, helpers)
+
+    def made_of(self, there: Array, rows: Array) -> Array:
+        if self._there:
+            return self.gather(there)
+        if there.dtype == self.dtype and self.scale is None:
+            return there.copy()
+        # All rows in their order are gathered and converted in one pass; on columns it does the same.
+        stored = ArraySource("", there, 0)
+        return stored.gather(rows[: len(there)], self.dtype, self.scale, self.backend)
+
+    def gather(self, index: Array) -> Array:
+        assert isinstance(self.source, ArraySource)
+        with self.backend.scope():
+            return self.source.gather(index, self.dtype, self.scale, self.backend)
+
+    @property
+    def _there(self) -> bool:
+        """Whether the source is on the device already, where it is gathered from by number."""
+        return isinstance(self.source, ArraySource) and self.backend.owns(self.source.array)
 
 
 @dataclasses.dataclass(eq=False)
 class _Held:
-    """A window's samples as they are read and used, and the rows of the first ``count`` of them."""
+    """A window's samples as they are read and used, and the rows of the first ``count``; ``told`` are announced."""
 
     samples: Indices
     use: Indices
     rows: dict[Reader, list[np.ndarray]]
     count: int = 0
+    told: int = 0
+
+
+def _read_at_once(readers: Collection[Reader], block: int) -> int:
+    """How many samples of a window are read in a piece: at least what any of its sources decodes at once."""
+    piece = PIECE // max(reader.row_bytes for reader in readers)
+    return max(min(piece, block), *(reader.block or 1 for reader in readers))
 
 
 class _Windows:
@@ -678,8 +929,8 @@ class _Windows:
         self, order: WindowOrder, columns: list[_Column], limits: dict[Reader, list[float]], capacity: int
     ) -> None:
         self._order, self._columns, self._limits = order, columns, limits
-        self._capacity = -(-capacity // order.world_size)
-        self._at_once = max((reader.block or 1) for reader in limits)
+        self._capacity = -(-min(capacity, order.n) // order.world_size)
+        self._at_once = _read_at_once(limits, order.block)
         self._held: dict[int, _Held] = {}
         self._spare: list[dict[Reader, list[np.ndarray]]] = []
 
@@ -689,10 +940,12 @@ class _Windows:
             for past in [w for w in self._held if w < window]:
                 self._spare.append(self._held.pop(past).rows)
             held = self._read(window, 1, 1)
-            rows, index, use = held.rows, held.samples[held.use[a:b]], held.use[a:b]
+            use = held.use[a:b]
             found.append(
                 [
-                    column.prepare(index) if isinstance(column.source, ArraySource) else column.prepare_held(rows, use)
+                    column.prepare(held.samples[use])
+                    if isinstance(column.source, ArraySource)
+                    else column.prepare_held(held.rows, use)
                     for column in self._columns
                 ]
             )
@@ -710,13 +963,20 @@ class _Windows:
         wanted = -(-part * len(held.samples) // whole)
         wanted = min(-(-wanted // at_once) * at_once, len(held.samples))
         while held.count < wanted:
-            stop = min(wanted, held.count + max(at_once, self._order.block))
+            self._announce(held)
+            start, stop = held.count, min(wanted, held.count + at_once)
             for reader, limits in self._limits.items():
-                read = reader.read(held.samples[held.count : stop], limits)
-                for array, rows in zip(held.rows[reader], read, strict=True):
-                    array[held.count : stop] = rows
+                reader.read_into(held.samples[start:stop], [rows[start:stop] for rows in held.rows[reader]], limits)
             held.count = stop
         return held
+
+    def _announce(self, held: _Held) -> None:
+        """Tell the sources of the two blocks that come next, which lie anywhere in a file, while others are used."""
+        block = self._order.block
+        while held.told < min(held.count + 2 * block, len(held.samples)):
+            for reader in self._limits:
+                reader.expect(held.samples[held.told : held.told + block])
+            held.told += block
 
     def _empty(self) -> dict[Reader, list[np.ndarray]]:
         return {

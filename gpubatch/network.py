@@ -38,10 +38,11 @@ from gpubatch.layers import (
     Layer,
     Mode,
     Needs,
+    Normal,
     Parameter,
     Shape,
 )
-from gpubatch.ops import philox_generator
+from gpubatch.ops import NumpyOps, philox_generator
 from gpubatch.params import FlatViews, Parameters
 
 __all__ = ["Network", "mlp"]
@@ -49,6 +50,8 @@ __all__ = ["Network", "mlp"]
 EVALUATION_ROWS = 1024  # rows that are evaluated at a time: large enough for full speed, and a bound on memory
 ALIGNMENT = 256  # bytes; what GPU memory accesses like, and a multiple of every CPU's cache line
 SIZES_KEPT = 8  # batch sizes whose views are kept; a run has two or three
+COMPARED = 1 << 15  # scores that are compared with labels at a time, since predictions are new arrays
+DRAWN = 1 << 16  # elements of first values that are drawn at a time: in double precision all would be the largest array
 L2_BLOCK = 1 << 15  # elements that the l2 gradient takes at a time on the CPU, small enough for the cache
 
 
@@ -84,6 +87,12 @@ class Layout:
     def branch(self) -> Layout:
         """A layout that goes on from here by itself."""
         return Layout(self.rows, self.dtype, self.end)
+
+
+def in_turns(layout: Layout, widths: Sequence[int]) -> list[Place]:
+    """Places for arrays of rows of these widths, of which only neighbours are needed at a time: two, taken in turns."""
+    both = [layout.place((-1, max(widths[turn::2]))) for turn in range(min(2, len(widths)))]
+    return [both[i % 2]._replace(shape=(layout.rows, width)) for i, width in enumerate(widths)]
 
 
 class Stacked(NamedTuple):
@@ -175,8 +184,9 @@ class Network:
         self._stack = stacked(self.layers, self.widths)
         self._first = next(i for i, run in enumerate(self._stack) if run.needs.parameters)  # backward ends here
         self._weights = [self._names[i][name] for i, name, p in self._declared("parameters") if p.l2] if self.l2 else []
-        self._training = Workspace(0, None, None)
-        self._evaluation = Workspace(0, None, None)
+        self._remembered = self.backend.empty(self.buffers.size, self.dtype), 0
+        self._sums: Array = None  # of the gradients of micro-batches
+        self._training = self._evaluation = Workspace(0, None, None)
 
     @property
     def inputs(self) -> int:
@@ -212,17 +222,52 @@ class Network:
 
     # --- training ---
 
-    def loss_and_grad(self, X: Array, Y: Array) -> tuple[float, FlatViews]:
+    def loss_and_grad(self, X: Array, Y: Array, micro_batch_size: int | None = None) -> tuple[float, FlatViews]:
         """The loss of a training step, as a float, and its gradients, which overwrite ``parameters.grads``.
+
+        ``micro_batch_size`` is how many rows are computed at a time, by default all: a workspace of that size will do,
+        and the gradients of the micro-batches are added up. To rounding the result is the same, with the same dropout;
+        but BatchNorm takes the statistics of each micro-batch, of no fewer than two rows.
 
         Raises NonFiniteError where the loss is NaN or infinite; running statistics and dropout are then as before.
         """
         self._check_batch(X, Y, values=True)
         with self.backend.scope(), quiet():
-            run = self._forward(X, Y)
-            loss = self._finite(run.loss.work["loss"].item(), X, Y)
-            self._backward(run, X)
+            if micro_batch_size is None or len(X) <= check_int("micro_batch_size", micro_batch_size, 1):
+                return self._micro_batch(X, Y), self.parameters.grads
+            self.remember()
+            try:
+                loss = self._micro_batches(X, Y, micro_batch_size)
+            except BaseException:
+                self.recall()
+                raise
         return loss, self.parameters.grads
+
+    def _micro_batch(self, X: Array, Y: Array) -> float:
+        """The loss of these rows; their gradients are in ``parameters.grads``."""
+        run = self._forward(X, Y)
+        loss = self._finite(run.loss.work["loss"].item(), X, Y)
+        self._backward(run, X)
+        return loss
+
+    def _micro_batches(self, X: Array, Y: Array, rows: int) -> float:
+        """The loss of a batch from parts of at most ``rows`` rows, as equal as can be."""
+        if self._sums is None:
+            self._sums = self.backend.empty(self.parameters.flat.shape, self.dtype)
+        grads, total, step = self.parameters.grads.flat, 0.0, self._mode.step
+        self._sums.fill(0)
+        for part in evenly(len(X), rows, self.least_rows):
+            self._mode.step, self._mode.row = step, part.start
+            try:
+                loss = self._micro_batch(X[part], Y[part])
+            finally:
+                self._mode.row = 0
+            share = (part.stop - part.start) / len(X)
+            total += share * loss
+            grads *= share
+            self._sums += grads
+        grads[...] = self._sums
+        return total
 
     def step_loss(self, X: Array, Y: Array) -> Array:
         """:meth:`loss_and_grad` without waiting for the device: the loss as an array of one element.
@@ -239,12 +284,23 @@ class Network:
 
     def rehearse(self, X: Array, Y: Array) -> None:
         """A training step that leaves nothing but its workspace and ``parameters.grads``: proof that the batch fits."""
-        step, statistics = self._mode.step, self.buffers.flat.copy()
+        self.remember()
         try:
             self.step_loss(X, Y)
             self.backend.synchronize()
         finally:
-            self._mode.step, self.buffers.flat[...] = step, statistics
+            self.recall()
+
+    def remember(self) -> None:
+        """Note what a training step changes beside the gradients: running statistics, and the step of dropout."""
+        with self.backend.scope():
+            self._remembered[0][...] = self.buffers.flat
+        self._remembered = self._remembered[0], self._mode.step
+
+    def recall(self) -> None:
+        """Go back to what was noted last, since the step was not completed or is not wanted."""
+        with self.backend.scope():
+            self.buffers.flat[...], self._mode.step = self._remembered
 
     # --- evaluation ---
 
@@ -260,32 +316,36 @@ class Network:
         with self.backend.scope(), quiet():
             return self._finite(self._forward(X, Y).loss.work["loss"].item(), X, Y)
 
-    def evaluate(self, X: Array, Y: Array) -> tuple[float, float | None]:
+    def evaluate(self, X: Array, Y: Array, rows: int = EVALUATION_ROWS) -> tuple[float, float | None]:
         """:meth:`loss` and :meth:`accuracy` in one pass; no accuracy (None) where nothing is right or wrong, as in mse.
 
-        Raises NonFiniteError where the loss is NaN or infinite.
+        At most ``rows`` rows are computed at a time. Raises NonFiniteError where the loss is NaN or infinite.
         """
+        check_int("rows", rows, 1)
         self._check_batch(X, Y, values=True)
         with self.backend.scope(), quiet():
-            total = penalty = right = 0.0
-            truth = self._loss.truth(Y, self.outputs) if self._loss.classifies else None
-            for rows, run in self._evaluate(X):
-                self._loss.run(run.scores, Y[rows], run.loss)
+            total = penalty = 0.0
+            right = compared = 0
+            for part, run in self._evaluate(X, rows):
+                self._loss.run(run.scores, Y[part], run.loss)
                 total += run.loss.work["loss"].item() * len(run.scores)
-                if truth is not None:
-                    right += (self._loss.predict(run.scores) == truth[rows]).sum().item()
+                at_once = max(1, COMPARED // self.outputs) if self._loss.classifies else 0
+                for some in evenly(len(run.scores), at_once) if at_once else ():
+                    truth = self._loss.truth(Y[part][some], self.outputs)
+                    right += (self._loss.predict(run.scores[some]) == truth).sum().item()
+                    compared += truth.size
             for name in self._weights:
                 penalty += self.l2 / 2 * squares(self._xp, self.parameters[name], run.loss.work["squares"]).item()
             loss = self._finite(total / len(X) + penalty, X, Y)
-        return loss, None if truth is None else right / truth.size
+        return loss, right / compared if self._loss.classifies else None
 
     def scores(self, X: Array) -> Array:
         """What the last layer gives, ``(batch, outputs)``, as a new array."""
         self._check_inputs(X)
         result = self.backend.empty((len(X), self.outputs), self.dtype)
         with self.backend.scope(), quiet():
-            for rows, run in self._evaluate(X):
-                result[rows] = run.scores
+            for part, run in self._evaluate(X):
+                result[part] = run.scores
         return result
 
     def predict(self, X: Array) -> Array:
@@ -307,15 +367,20 @@ class Network:
     # --- memory ---
 
     def memory(self, batch_size: int) -> int:
-        """Bytes that training with this batch size and evaluation take, X and Y apart; nothing is allocated.
+        """Bytes that training with this batch size and evaluation take, X and Y apart; nothing is allocated."""
+        return sum(self.memory_parts(batch_size).values())
 
-        Parameters, gradients, running statistics, the workspace of a step, and that of an evaluation of 1024 rows.
-        """
+    def memory_parts(self, batch_size: int, evaluated: int = EVALUATION_ROWS) -> dict[str, int]:
+        """:meth:`memory` by what it is for; ``evaluated`` is how many rows are evaluated, of which 1024 at a time."""
         rows = check_int("batch_size", batch_size, 1)
-        index = 8 * (rows + EVALUATION_ROWS)
-        workspaces = self.lay_out(rows, True).size + self.lay_out(EVALUATION_ROWS, False).size
-        held = 2 * self.parameters.flat.nbytes + self.buffers.flat.nbytes
-        return int(held + workspaces + index)
+        at_once = min(check_int("evaluated", evaluated, 0), EVALUATION_ROWS)
+        return {
+            "parameters": int(self.parameters.flat.nbytes),
+            "gradients": int(self.parameters.grads.flat.nbytes),
+            "running statistics": 2 * int(self.buffers.flat.nbytes),  # and what they were before a step
+            "workspace of a step": self._workspace_bytes(rows, True),
+            "workspace of evaluation": self._workspace_bytes(at_once, False) if at_once else 0,
+        }
 
     def plan(self, batch_size: int) -> None:
         """Allocate the workspace for steps of up to ``batch_size`` rows, where there is no such workspace yet."""
@@ -323,6 +388,15 @@ class Network:
         if rows > self._training.rows:
             self._training = Workspace(0, None, None)  # give the old one back before the new one is asked for
             self._training = self._allocate(rows, True)
+
+    def release(self) -> None:
+        """Give the workspaces back; the next step or evaluation allocates its own."""
+        self._training = self._evaluation = Workspace(0, None, None)
+
+    @property
+    def least_rows(self) -> int:
+        """The smallest training batch: two rows where there is batch normalisation, else one."""
+        return max(needs.least_rows for needs in self.needs)
 
     def lay_out(self, rows: int, training: bool) -> Plan:
         """Where every array of a pass over ``rows`` rows lies."""
@@ -341,19 +415,16 @@ class Network:
 
         dxs: list[Place | None] = [None] * len(self._stack)
         below = range(len(self._stack) - 1, self._first, -1)  # the layers whose dx is wanted
-        widths = [self._stack[i].inputs for i in below if not self._stack[i].needs.in_place]
-        turns = [layout.place((-1, max(widths))) for _ in widths[:2]]
+        apart = [i for i in below if not self._stack[i].needs.in_place]
+        turns = dict(zip(apart, in_turns(layout, [self._stack[i].inputs for i in apart]), strict=True))
         dx = loss["dz"]
         for i in below:
-            if not self._stack[i].needs.in_place:
-                turns.reverse()
-                dx = turns[0]._replace(shape=(rows, self._stack[i].inputs))
-            dxs[i] = dx
+            dxs[i] = dx = turns.get(i, dx)
 
         stages, ends = [], [layout.end]
-        for i, run in enumerate(self._stack):
+        for i in range(len(self._stack)):
             call = layout.branch()  # scratch lasts for one call, so every layer's begins in the same place
-            stages.append(Stage(ys[i], dxs[i], {**kept[i], **call.places(run.needs.scratch)}))
+            stages.append(Stage(ys[i], dxs[i], {**kept[i], **call.places(self._scratch(i))}))
             ends.append(call.end)
         if self._weights:
             call = layout.branch()
@@ -365,16 +436,21 @@ class Network:
         """Nothing outlasts the next layer: outputs take turns in two places, all the rest shares one."""
         layout = Layout(rows, self.dtype)
         loss = layout.places({**self._loss.workspace(self.outputs), "squares": ((1, 1), None)})
-        turns = [layout.place((-1, max(self.widths[1:]))) for _ in range(2)]
-        stages, ends = [], [layout.end]
+        apart = [i for i, run in enumerate(self._stack) if not run.needs.in_place or i == 0]
+        turns = dict(zip(apart, in_turns(layout, [self._stack[i].needs.outputs for i in apart]), strict=True))
+        y, stages, ends = turns[0], [], [layout.end]
         for i, run in enumerate(self._stack):
-            if not run.needs.in_place or i == 0:
-                turns.reverse()
             call = layout.branch()
-            y = turns[0]._replace(shape=(rows, run.needs.outputs))
-            stages.append(Stage(y, None, call.places({**run.needs.kept, **run.needs.scratch})))
+            y = turns.get(i, y)
+            stages.append(Stage(y, None, call.places({**run.needs.kept, **self._scratch(i)})))
             ends.append(call.end)
         return Plan(stages, loss, max(ends))
+
+    def _scratch(self, i: int) -> Mapping[str, tuple[Shape, Any]]:
+        """The scratch of stage i, with NumPy's where that works: without kernels, or on X, which may be strided."""
+        needs = self._stack[i].needs
+        numpy = isinstance(self.ops, NumpyOps) or (self.backend.name == "cpu" and i == 0 and needs.in_place)
+        return {**needs.scratch, **needs.plain} if numpy else needs.scratch
 
     # --- state ---
 
@@ -423,9 +499,18 @@ class Network:
             draw = philox_generator(self.seed, i)
             for own, wanted in ((self.parameters, needs.parameters), (self.buffers, needs.buffers)):
                 for name, p in wanted.items():
-                    values = p.init(draw, p.shape) if callable(p.init) else np.full(p.shape, p.init)
+                    view = own[self._names[i][name]]
                     with self.backend.scope():
-                        own[self._names[i][name]] = self.backend.asarray(values, self.dtype)
+                        if not callable(p.init):
+                            view.fill(p.init)
+                            continue
+                        rows = max(1, DRAWN // math.prod(p.shape[1:])) if isinstance(p.init, Normal) else p.shape[0]
+                        for part in evenly(p.shape[0], rows):
+                            values = p.init(draw, (part.stop - part.start, *p.shape[1:]))
+                            view[part] = self.backend.asarray(values, self.dtype)
+
+    def _workspace_bytes(self, rows: int, training: bool) -> int:
+        return self.lay_out(rows, training).size + 8 * rows  # and the offsets
 
     def _allocate(self, rows: int, training: bool) -> Workspace:
         block = self.backend.empty(self.lay_out(rows, training).size, np.uint8)
@@ -489,18 +574,18 @@ class Network:
             add_scaled(self._xp, self.parameters.grads[name], self.parameters[name], self.l2, run.loss.work["l2"])
         self._mode.step += 1
 
-    def _evaluate(self, X: Array) -> Iterator[tuple[slice, Pass]]:
-        """Scores of X, a bounded number of rows at a time, in a workspace of their own."""
-        most = min(len(X), EVALUATION_ROWS)
+    def _evaluate(self, X: Array, rows: int = EVALUATION_ROWS) -> Iterator[tuple[slice, Pass]]:
+        """Scores of X, at most ``rows`` rows at a time, in a workspace of their own."""
+        most = min(len(X), rows)
         if most > self._evaluation.rows:
             self._evaluation = Workspace(0, None, None)
             self._evaluation = self._allocate(most, False)
         for start in range(0, len(X), most):
-            rows = slice(start, min(start + most, len(X)))
+            part = slice(start, min(start + most, len(X)))
             self._mode.training = False
-            run = self._bound(self._evaluation, rows.stop - start, False)
-            run_layers(run, X[rows])
-            yield rows, run
+            run = self._bound(self._evaluation, part.stop - start, False)
+            run_layers(run, X[part])
+            yield part, run
 
     def _l2_block(self) -> int:
         largest = max(int(self.parameters[name].size) for name in self._weights)
@@ -627,6 +712,16 @@ def run_layers(run: Pass, x: Array) -> None:
     for layer, y, _, context in run.steps:
         layer.forward(x, y, context)
         x = y
+
+
+def evenly(n: int, most: int, least: int = 1) -> Iterator[slice]:
+    """``n`` rows in as few parts of at most ``most`` as there can be, as equal as can be.
+
+    Where that would leave one below ``least``, parts are larger instead.
+    """
+    count = max(1, min(-(-n // most), n // least))
+    for i in range(count):
+        yield slice(n * i // count, n * (i + 1) // count)
 
 
 def squares(xp: Any, w: Array, out: Array) -> Array:

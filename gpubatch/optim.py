@@ -146,6 +146,19 @@ class Optimizer:
         self.t += 1
         return StepResult(True, self.t, hyper.get("lr"))
 
+    def rehearse(self, grads: Any = None) -> None:
+        """All that a step needs, without a step: its code is compiled, and the memory of the state is there.
+
+        ``grads`` as for :meth:`step`; their values do not matter.
+        """
+        control, t = self.backend.zeros(2, compute_dtype(self._dtype)), self.t
+        with self.backend.scope():
+            control.fill(1)  # the second one leaves the step out
+            for views in self._state.values():
+                views.flat *= 1  # zeros are given by the system only when they are first written to
+        self.step(grads, control)
+        self.t = t
+
     @property
     def lr(self) -> float:
         """The learning rate of the next step; assign a number or a schedule at any time."""
@@ -176,7 +189,11 @@ class Optimizer:
 
     def memory(self) -> int:
         """Bytes of the optimizer's own arrays."""
-        return sum(views.flat.nbytes for views in self._state.values())
+        return sum(self.memory_parts().values())
+
+    def memory_parts(self) -> dict[str, int]:
+        """:meth:`memory` by the names of the state."""
+        return {f"optimizer state {name}": int(views.flat.nbytes) for name, views in self._state.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: {"rule", "t", "epoch", "hyper", "state"}; arrays are copies."""

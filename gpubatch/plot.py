@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import numpy as np
 
 from gpubatch import explore
 from gpubatch.errors import ArgumentError
+from gpubatch.sizing import BatchPlan, ByPart, format_bytes
 from gpubatch.train import History
 
 __all__ = [
     "check_plot_file",
     "plot_batch_sizes",
+    "plot_memory",
     "plot_optimizers",
     "plot_slice",
     "plot_step_sizes",
@@ -243,6 +246,59 @@ def plot_strategies(results: list[explore.StrategyResult], path: str | Path, tit
     falls.set_ylabel("best loss so far, or cost")
     _logarithmic(falls, "y")
     falls.legend(frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+# What the parts of a plan belong to, by the first word of their names; all others are the model's.
+GROUPS = {
+    "workspace": "workspaces",
+    **dict.fromkeys(("order", "making", "batches", "buffers", "conversion", "window", "data"), "loader"),
+}
+MODEL = "model, optimizer, validation set"
+
+
+def plot_memory(plan: BatchPlan, parts: Mapping[int, ByPart], path: str | Path, title: str) -> None:
+    """Bytes by batch size, in all and by group of parts, with what is available and the size that was chosen."""
+    figure, (axes,) = _panels(path, title, [5])
+    sizes, whole = list(parts), [sum(of_size.values()) for of_size in parts.values()]
+    lines = {name: np.zeros(len(sizes)) for name in (MODEL, "workspaces", "loader")}
+    for k, of_size in enumerate(parts.values()):
+        for name, n in of_size.items():
+            lines[GROUPS.get(name.partition(" ")[0], MODEL)][k] += n
+    top = 1.5 * max(*whole, plan.available)
+    axes.axhspan(0.9 * plan.available, top, color=HELD_OUT, alpha=0.08, linewidth=0)
+    axes.axhline(plan.available, color=HELD_OUT, label=f"available: {format_bytes(plan.available)}")
+    axes.axhline(0.9 * plan.available, color=HELD_OUT, linewidth=1, linestyle="--", label="90 %, what may be used")
+    for (name, line), color in zip(lines.items(), (ACCURACY, "#8a5fbf", "#b8860b"), strict=True):
+        axes.plot(sizes, line, color=color, linewidth=1.2, label=name)
+    axes.plot(sizes, whole, "o-", color=SMOOTH, linewidth=2.2, markersize=4, label="needed in all")
+    axes.plot(plan.batch_size, plan.needed, "*", color=HELD_OUT, markersize=17, markeredgecolor="white", zorder=5)
+    axes.annotate(
+        f"{plan.batch_size}: {format_bytes(plan.needed)}",
+        (plan.batch_size, plan.needed),
+        (-7, 9),
+        textcoords="offset points",
+        ha="right",
+        fontweight="bold",
+        bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"},
+        zorder=4,
+    )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xlim(sizes[0] / 1.2, sizes[-1] * 1.2)
+    axes.set_ylim(min(whole) / 32, top)
+    ticks = [n for n in sizes if n & (n - 1) == 0]
+    ticks += [sizes[-1]] if sizes[-1] > 1.4 * ticks[-1] else []
+    axes.set_xticks(ticks, [str(n) for n in ticks], rotation=45 if len(ticks) > 14 else 0)
+    low, high = (int(np.log2(max(1.0, limit))) for limit in axes.get_ylim())
+    marks = [2**power for power in range(low + 1, high + 1, max(1, (high - low) // 8))]
+    axes.set_yticks(marks, [format_bytes(n).replace(".0 ", " ") for n in marks])
+    axes.minorticks_off()
+    axes.set_xlabel("batch size (samples)")
+    axes.set_ylabel("memory")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     _save(figure, path)
 
 

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import re
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from gpubatch.backend import Backend, CudaBackend, Memory, get_backend, host_memory
 from gpubatch.errors import ArgumentError, InsufficientMemoryError, check_int
 
-__all__ = ["BatchPlan", "choose_batch_size", "find_batch_size", "format_bytes", "parse_bytes"]
+__all__ = [
+    "BatchPlan",
+    "ByPart",
+    "choose_batch_size",
+    "find_batch_size",
+    "fits",
+    "format_bytes",
+    "parse_bytes",
+    "plan_batch_size",
+]
+
+ByPart: TypeAlias = Mapping[str, int]  # bytes by what they are for
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +40,23 @@ UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """A batch size, why it is this one, and the bytes that it needs out of those that were available."""
+    """A batch size, why it is this one, and the bytes that it needs out of those that were available.
+
+    ``parts`` says what the bytes that are needed are for, where that is known; printed, a plan is a table of them.
+    """
 
     batch_size: int
     reason: str
     needed: int
     available: int
+    parts: ByPart = field(default_factory=dict, compare=False)
+
+    def __str__(self) -> str:
+        rows = {**{f"  {name}": n for name, n in self.parts.items() if n}, "needed": self.needed}
+        cells = {name: format_bytes(n) for name, n in {**rows, "available": self.available}.items()}
+        left, right = max(map(len, cells)), max(map(len, cells.values()))
+        table = (f"{name:{left}}  {text:>{right}}" for name, text in cells.items())
+        return "\n".join([f"batch size {self.batch_size}: {self.reason}", *table])
 
 
 def format_bytes(n: int) -> str:
@@ -73,50 +96,67 @@ def choose_batch_size(
     available: ``memory`` of a device, a number of bytes, or by default main memory as it is now.
     Raises ``InsufficientMemoryError`` where not even one sample fits.
     """
-    n_samples = check_int("n_samples", n_samples, 1)
     bytes_per_sample = check_int("bytes_per_sample", bytes_per_sample, 0)
     fixed_bytes = check_int("fixed_bytes", fixed_bytes, 0)
-    at_most = check_int("at_most", at_most, 1)
     memory = host_memory() if memory is None else memory
     available = memory.available if isinstance(memory, Memory) else check_int("memory", memory, 0)
+    return plan_batch_size(
+        n_samples,
+        lambda batch: {"for any batch size": fixed_bytes, "samples of the batch": batch * bytes_per_sample},
+        available,
+        at_most,
+    )
+
+
+def plan_batch_size(n_samples: int, parts_of: Callable[[int], ByPart], available: int, at_most: int = 512) -> BatchPlan:
+    """:func:`choose_batch_size` where the bytes that a batch needs are what ``parts_of(batch_size)`` adds up to."""
+    n_samples = check_int("n_samples", n_samples, 1)
+    at_most = check_int("at_most", at_most, 1)
+    found = functools.cache(parts_of)
 
     def needed(batch: int) -> int:
-        return fixed_bytes + batch * bytes_per_sample
+        return sum(found(batch).values())
 
-    def fits(batch: int) -> bool:
-        return 10 * needed(batch) <= 9 * available
+    def plan(batch: int, reason: str) -> BatchPlan:
+        return BatchPlan(batch, reason, needed(batch), available, dict(found(batch)))
 
-    if n_samples <= WHOLE_SET and fits(n_samples):
+    if n_samples <= WHOLE_SET and fits(needed(n_samples), available):
         samples = "the only sample is" if n_samples == 1 else f"all {n_samples} samples are"
-        reason = (
+        return plan(
+            n_samples,
             f"{samples} one batch, since the set has at most {WHOLE_SET} (at_most does not apply); "
-            f"it needs {_exact(needed(n_samples))} of {_exact(available)} available"
+            f"it needs {_exact(needed(n_samples))} of {_exact(available)} available",
         )
-        return BatchPlan(n_samples, reason, needed(n_samples), available)
 
     largest = 1 << (min(at_most, n_samples).bit_length() - 1)
     batch = largest
-    while batch > 1 and not fits(batch):
+    while batch > 1 and not fits(needed(batch), available):
         batch //= 2
-    if not fits(batch):
+    if not fits(needed(batch), available):
+        parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in found(1).items() if n)
         raise InsufficientMemoryError(
-            f"not even one sample fits in memory: it needs {_exact(needed(1))}, {_exact(fixed_bytes)} of that for any "
-            f"batch size, and 90 % of the {_exact(available)} available may be used"
+            f"not even one sample fits in memory: it needs {_exact(needed(1))}, and 90 % of the {_exact(available)} "
+            f"available may be used; {parts}"
         )
 
     if batch == largest and n_samples > WHOLE_SET:
         bound = f"at_most={at_most}" if at_most <= n_samples else f"n_samples={n_samples}"
-        reason = (
+        return plan(
+            batch,
             f"{batch} is the largest power of two within {bound}; "
-            f"it needs {_exact(needed(batch))} of {_exact(available)} available"
+            f"it needs {_exact(needed(batch))} of {_exact(available)} available",
         )
-    else:
-        larger = 2 * batch if batch < largest else n_samples
-        reason = (
-            f"memory limits the batch to {batch}: {larger} samples would need {_exact(needed(larger))}, "
-            f"more than 90 % of the {_exact(available)} available"
-        )
-    return BatchPlan(batch, reason, needed(batch), available)
+    larger = 2 * batch if batch < largest else n_samples
+    return plan(
+        batch,
+        f"memory limits the batch to {batch}: {larger} samples would need {_exact(needed(larger))}, "
+        f"more than 90 % of the {_exact(available)} available",
+    )
+
+
+def fits(needed: int, available: int) -> bool:
+    """Whether ``needed`` bytes are at most 90 % of those available, exactly."""
+    return 10 * needed <= 9 * available
 
 
 def _exact(n: int) -> str:
@@ -219,7 +259,7 @@ def _fits(size: int, peaks: dict[int, list[int]], meters: list[Meter]) -> bool:
     if peaks and size > LEAP * max(peaks):
         return False
     return all(
-        10 * _line(size, {run: peak[i] for run, peak in peaks.items()}) <= 9 * meter.available
+        fits(_line(size, {run: peak[i] for run, peak in peaks.items()}), meter.available)
         for i, meter in enumerate(meters)
     )
 

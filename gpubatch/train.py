@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import gc
 import math
 import os
 import re
@@ -16,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -29,6 +30,8 @@ from gpubatch.errors import (
     DataFormatError,
     DTypeError,
     GpubatchError,
+    InsufficientMemoryError,
+    MicroBatchWarning,
     NonFiniteError,
     SkippedStepWarning,
     check_bool,
@@ -36,7 +39,7 @@ from gpubatch.errors import (
     check_real,
 )
 from gpubatch.loader import Loader
-from gpubatch.network import Network, quiet
+from gpubatch.network import EVALUATION_ROWS, Network, quiet
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import Optimizer, StepResult
 from gpubatch.params import FlatViews
@@ -53,6 +56,7 @@ class History:
 
     ``loss`` is the mean of the epoch's mini-batch costs, weighted by their samples; ``seconds`` leaves the validation
     out. ``validation_accuracy`` is empty where the loss has no classes. ``execution`` says how the steps were run.
+    ``micro_batch_size`` is how many samples of a batch are computed at a time since memory ran out, None if it did not.
     """
 
     step_loss: list[float] = field(default_factory=list)
@@ -62,6 +66,7 @@ class History:
     validation_accuracy: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     batch_size: int = 0
+    micro_batch_size: int | None = None
     skipped: int = 0
     execution: str = "eager"
 
@@ -133,11 +138,17 @@ def fit(
     every epoch or every so many steps, and at its end. ``resume=True`` goes on from the newest one, or from the start
     where there is none yet, so that a run that was killed ends as if it had not been: the same parameters and the same
     history, but for ``seconds``. ``epochs`` then counts from the run's first epoch, the hyper-parameters are those that
-    were saved, and callbacks begin anew. Another network, another optimizer or other batches are refused.
+    were saved. Callbacks with ``state_dict`` and ``load_state_dict`` are saved too; others begin anew. Another network,
+    another optimizer or other batches are refused.
 
     ``max_norm`` bounds the norm over all gradients. A step whose loss or gradient is not finite is left out: it leaves
     parameters, running statistics and optimizer as they were, ``history.skipped`` counts it, and the first one gives a
     :class:`SkippedStepWarning`. After ``max_skipped`` in a row the next one raises :class:`NonFiniteError`.
+
+    Where memory runs out, what can be is given back, and from that batch on half as many samples are computed at a time
+    (``micro_batch_size`` of :meth:`Network.loss_and_grad`), as often as it takes: batches and updates stay the same, no
+    sample is lost, and a :class:`MicroBatchWarning` says so. Where not even one sample can be computed at a time, it
+    raises :class:`InsufficientMemoryError`.
 
     Ctrl-C and SIGTERM let the step finish, save the run if there is a ``checkpoint``, and raise
     :class:`TrainingInterrupted`, a KeyboardInterrupt, or :class:`TrainingTerminated`, a SystemExit; both have the
@@ -154,8 +165,7 @@ def fit(
     run = Run(state, Part(), guard, watchers, store)
     if resume and store is not None and (found := store.newest()) is not None:
         run.restore(*found)
-    if loader.automatic:
-        plan_batches(net, loader, opt)
+    settle_batches(net, loader, opt, held_out)
     state.history.batch_size = loader.batch_size
     done = len(state.history.loss)
     shown = display(progress, epochs, len(loader), done * len(loader) + run.part.batches)
@@ -206,16 +216,35 @@ class Run:
         state.epoch = state.opt.epoch = part.epoch
         if part.batches and loader.state_dict()["batch"] == 0:
             return  # saved after the last batch: the loader is at the next epoch already
+        while (failure := self._until_memory_ends()) is not None:
+            self.guard.halve(failure, state)
+            loader.load_state_dict({**loader.state_dict(), "epoch": part.epoch, "batch": part.batches})
+
+    def _until_memory_ends(self) -> str | None:
+        """Go through the batches; None at the end of the epoch, or for what there was no memory, in words.
+
+        No array of the batch that failed is held any more then: a traceback would.
+        """
+        state, part, loader = self.state, self.part, self.state.loader
         before, started = part.seconds, time.perf_counter()
         with contextlib.closing(iter(loader)) as batches:  # its thread ends here, however this is left
-            for x, y in batches:
-                x, y = _rows(x, loader), _rows(y, loader)
-                loss, result = self.guard.step(x, y, state)
+            while True:
+                try:
+                    batch = next(batches, None)
+                    if batch is None:
+                        return None
+                    x, y = (_rows(array, loader) for array in batch)
+                    loss, result = self.guard.step(x, y, state)
+                except InsufficientMemoryError:
+                    raise  # smaller parts would not help
+                except MemoryError as error:
+                    return str(error) or "out of memory"
                 self._unsaved = True
                 part.batches += 1
                 if result is not None:
                     self._count(loss, result, len(x))
                 part.seconds = before + time.perf_counter() - started
+                del batch, x, y  # before the next one is waited for
                 self.show.step(loss)
                 if result is not None:
                     for watcher in self.watchers:
@@ -233,7 +262,7 @@ class Run:
         self.part.total += loss * samples
         self.part.samples += samples
 
-    def close_epoch(self, number: int, held_out: tuple[Array, Array] | None) -> None:
+    def close_epoch(self, number: int, held_out: HeldOut | None) -> None:
         """What comes after the last batch of epoch ``number``, counted from 1."""
         history, part = self.state.history, self.part
         history.loss.append(part.total / part.samples if part.samples else math.nan)
@@ -241,7 +270,7 @@ class Run:
         self.part = Part()
         self._unsaved = True
         if held_out is not None:
-            _validate(self.state.net, history, *held_out)
+            self.guard.validate(held_out.X, held_out.Y, self.state)
         self.show.epoch(number, history)
         for watcher in self.watchers:
             watcher.on_epoch(self.state)
@@ -270,9 +299,14 @@ class Run:
             "history": history,
             "part": dataclasses.asdict(self.part),
             "skipped_in_a_row": self.guard.in_a_row,
+            "callbacks": [callback.state_dict() for callback in self._stateful()],
         }
         self._saved_at = opt.t
         self._unsaved = not self.store.save(saved)
+
+    def _stateful(self) -> list[Any]:
+        callbacks = (watcher.callback for watcher in self.watchers)
+        return [c for c in callbacks if hasattr(c, "state_dict") and hasattr(c, "load_state_dict")]
 
     def restore(self, path: Path, saved: Mapping[str, Any]) -> None:
         """Go to where the checkpoint ``path`` was saved; all stays as it is if it is refused."""
@@ -287,9 +321,17 @@ class Run:
             }
             self.state.history, self.part = History(**history), Part(**saved["part"])
             self.guard.in_a_row = saved["skipped_in_a_row"]
+            callbacks = self._stateful()
+            if len(saved["callbacks"]) != len(callbacks):
+                raise ArgumentError(
+                    f"it has the state of {len(saved['callbacks'])} callbacks, of those given now {len(callbacks)} "
+                    "have state_dict and load_state_dict"
+                )
             net.load_state_dict(saved["network"])
             opt.load_state_dict(saved["optimizer"])
             loader.load_state_dict(saved["loader"])
+            for callback, state in zip(callbacks, saved["callbacks"], strict=True):
+                callback.load_state_dict(state)
         except Exception as error:
             net.load_state_dict(before)
             if isinstance(error, GpubatchError):
@@ -380,26 +422,89 @@ class Guard:
         self.in_a_row = 0
         self._squares = net.backend.zeros(SQUARE_SUM_SIZE, np.float64)
         self._control = net.backend.zeros(2, net.dtype)
-        self._buffers = net.backend.zeros(net.buffers.size, net.dtype)
+        self._halved = ""  # why, until it is known that it was enough
 
     def step(self, x: Array, y: Array, state: TrainingState) -> tuple[float, StepResult | None]:
         """The loss of a batch, and the step that was made; None for one that was left out."""
-        buffers = self.net.buffers.flat
-        with self.net.backend.scope():
-            self._buffers[...] = buffers
+        self.net.remember()
         try:
-            loss, grads = self.net.loss_and_grad(x, y)
+            found = self._step(x, y, state)
+        except MemoryError:
+            self.net.recall()  # it will be made again
+            raise
+        self._warn_of_halves(state)
+        return found
+
+    def _step(self, x: Array, y: Array, state: TrainingState) -> tuple[float, StepResult | None]:
+        try:
+            loss, grads = self.net.loss_and_grad(x, y, state.history.micro_batch_size)
         except NonFiniteError as error:
             self._leave_out(str(error), state)
             return math.nan, None
         squares, not_finite = self._look_at(grads)
         if not_finite or not math.isfinite(squares):
-            with self.net.backend.scope():
-                buffers[...] = self._buffers  # that the gradient is not finite was found after they had changed
+            self.net.recall()  # that the gradient is not finite was found after they had changed
             self._leave_out(self._what_is_wrong(grads, not_finite), state)
             return loss, None
-        self.in_a_row = 0
-        return loss, self.opt.step(grads, self._clipping(math.sqrt(squares)))
+        control = self._clipping(math.sqrt(squares))
+        if control is None and squares > float(np.finfo(self.net.dtype).max):
+            result = self._step_if_finite(grads, state)
+        else:
+            result = self.opt.step(grads, control)
+        self.in_a_row = 0 if result is not None else self.in_a_row
+        return loss, result
+
+    def _step_if_finite(self, grads: FlatViews, state: TrainingState) -> StepResult | None:
+        """A step on gradients whose squares may overflow, as Adam's would; taken back if something is infinite then."""
+        xp, t = self.net.backend.xp, self.opt.t
+        arrays = [self.net.parameters.flat, *(views.flat for views in self.opt.state.values())]
+        with self.net.backend.scope(), quiet():
+            before = [array.copy() for array in arrays]
+            result = self.opt.step(grads)
+            if all(xp.isfinite(array).all().item() for array in arrays):
+                return result
+            for array, values in zip(arrays, before, strict=True):
+                array[...] = values
+        self.net.recall()
+        self.opt.t = t
+        self._leave_out(f"the gradient is so large that {self.opt.rule.name} overflows {self.net.dtype}", state)
+        return None
+
+    def validate(self, X: Array, Y: Array, state: TrainingState) -> None:
+        """Loss and accuracy on the validation set, into the history."""
+        while isinstance(found := self._evaluate(X, Y, state.history.micro_batch_size or EVALUATION_ROWS), str):
+            self.halve(found, state)
+        self._warn_of_halves(state)
+        loss, accuracy = found
+        state.history.validation_loss.append(loss)
+        if accuracy is not None:
+            state.history.validation_accuracy.append(accuracy)
+
+    def _evaluate(self, X: Array, Y: Array, rows: int) -> tuple[float, float | None] | str:
+        """Loss and accuracy, or for what there was no memory, in words."""
+        try:
+            return self.net.evaluate(X, Y, min(rows, EVALUATION_ROWS))
+        except MemoryError as error:
+            return str(error) or "out of memory"
+
+    def halve(self, failure: str, state: TrainingState) -> None:
+        """Compute fewer samples at a time, after there was no memory for ``failure``."""
+        size = state.history.micro_batch_size or state.loader.batch_size
+        if size <= self.net.least_rows:
+            rows = "one sample" if size == 1 else f"{size} samples"
+            raise InsufficientMemoryError(
+                f"not even {rows} at a time can be computed in the memory there is: {failure}"
+            )
+        state.history.micro_batch_size = power_below(size)
+        self._halved = self._halved or f"out of memory in epoch {state.epoch}, step {self.opt.t}: {failure}"
+        release(self.net)
+
+    def _warn_of_halves(self, state: TrainingState) -> None:
+        if self._halved:
+            size, rows = state.loader.batch_size, state.history.micro_batch_size
+            text = f"{self._halved}; batches of {size} are computed {rows} samples at a time, gradients added up"
+            self._halved = ""
+            warn_caller(text, MicroBatchWarning)
 
     def _look_at(self, grads: FlatViews) -> tuple[float, int]:
         """Σ g², and how many g are not finite."""
@@ -438,22 +543,77 @@ class Guard:
         state.history.skipped += 1
         if state.history.skipped == 1:
             text = f"{what} ({place}); this step is left out, and so will others be, up to {self.max_skipped} in a row"
-            warnings.warn(text, SkippedStepWarning, stacklevel=5)  # where fit was called
+            warn_caller(text, SkippedStepWarning)
 
 
-def _validate(net: Network, history: History, X: Array, Y: Array) -> None:
-    loss, accuracy = net.evaluate(X, Y)
-    history.validation_loss.append(loss)
-    if accuracy is not None:
-        history.validation_accuracy.append(accuracy)
+def warn_caller(text: str, category: type[Warning]) -> None:
+    """Warn of the line that called :func:`fit`."""
+    level, frame = 1, sys._getframe()
+    while frame.f_code.co_filename == __file__ and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, category, stacklevel=level)
 
 
-def plan_batches(net: Network, loader: Loader, opt: Optimizer) -> None:
-    """Choose the batch size of an automatic loader with network and optimizer counted, and try a step of that size."""
-    per_sample = -(-(net.memory(4097) - net.memory(1)) // 4096)  # the mean, since places are rounded up
-    loader.replan(per_sample, net.memory(1) - per_sample + opt.memory())
-    x, y = loader.peek()
-    net.rehearse(_rows(x, loader), _rows(y, loader))
+def memory_parts(net: Network, opt: Optimizer, batch_size: int, evaluated: int = 0, copied: int = 0) -> dict[str, int]:
+    """The bytes that training needs beside those of the loader, by what they are for; nothing is allocated.
+
+    ``evaluated`` is how many samples are evaluated after an epoch, ``copied`` how many bytes of them were made for it.
+    """
+    norm = 8 * SQUARE_SUM_SIZE + 2 * net.dtype.itemsize
+    of_net = net.memory_parts(batch_size, evaluated)
+    return {**of_net, **opt.memory_parts(), "norm of the gradient": norm, "validation set": copied}
+
+
+def plan_batches(
+    net: Network, loader: Loader, opt: Optimizer, evaluated: int = 0, copied: int = 0, most: int | None = None
+) -> None:
+    """Make the loader's plan with :func:`memory_parts` counted; ``most`` is the largest batch size to choose."""
+    held = memory_parts(net, opt, 1, 0, copied)
+    if net.backend.name == "cpu" and opt.t == 0:  # main memory is taken when it is first written to
+        held = {name: held[name] for name in ("parameters", "running statistics", "validation set")}
+    allocated = sum(n for name, n in held.items() if not name.startswith("workspace"))
+    loader.replan(lambda rows: memory_parts(net, opt, rows, evaluated, copied), allocated, most=most)
+
+
+def settle_batches(net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | None) -> None:
+    """Make the loader's plan; a batch size that it chose is tried, and a smaller one where memory runs out."""
+    evaluated, copied = (0, 0) if held_out is None else (len(held_out.X), held_out.copied)
+    plan_batches(net, loader, opt, evaluated, copied)
+    while loader.automatic and (failure := rehearse(net, loader, opt, held_out)) is not None:
+        release(net)
+        if loader.batch_size <= net.least_rows:
+            raise InsufficientMemoryError(f"there is no memory for a step of {loader.batch_size} samples: {failure}")
+        plan_batches(net, loader, opt, evaluated, copied, power_below(loader.batch_size))
+
+
+def rehearse(net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | None) -> str | None:
+    """A whole step that leaves no trace, the last batch and validation too; for what there was no memory, in words."""
+    try:
+        held = [loader.peek()]
+        held += [[array.copy() for array in held[0]] for _ in range(1, loader.at_once)]  # those prepared ahead
+        x, y = (_rows(array, loader) for array in held[0])
+        net.rehearse(x, y)
+        if loader.last_size < len(x):
+            net.rehearse(x[: loader.last_size], y[: loader.last_size])
+        opt.rehearse(net.parameters.grads)
+        if held_out is not None:
+            with contextlib.suppress(NonFiniteError):  # what the numbers are is not the question here
+                net.evaluate(held_out.X[:EVALUATION_ROWS], held_out.Y[:EVALUATION_ROWS])
+    except MemoryError as error:
+        return str(error) or "out of memory"
+    return None
+
+
+def release(net: Network) -> None:
+    """Give back all memory that can be had again."""
+    net.release()
+    gc.collect()
+    net.backend.free_unused()
+
+
+def power_below(n: int) -> int:
+    """The largest power of two below ``n``."""
+    return 1 << ((n - 1).bit_length() - 1)
 
 
 # --- checks --------------------------------------------------------------------------------------------------------
@@ -480,12 +640,21 @@ def _rows(array: Array, loader: Loader) -> Array:
     return array.T if loader.sample_axis == 1 and array.ndim == 2 else array
 
 
-def _validation_arrays(net: Network, loader: Loader, validation: Any) -> tuple[Array, Array]:
+class HeldOut(NamedTuple):
+    """The validation set as a network takes it, and how many bytes of it were newly made."""
+
+    X: Array
+    Y: Array
+    copied: int
+
+
+def _validation_arrays(net: Network, loader: Loader, validation: Any) -> HeldOut:
     if not isinstance(validation, (tuple, list)) or len(validation) != 2:
         raise DTypeError(f"validation must be a pair (X, Y), got {type(validation).__name__}")
     X = loader.to_batch(validation[0], "validation[0]")
     Y = net.backend.asarray(validation[1])
-    return _rows(X, loader), _rows(Y, loader)
+    copied = sum(new.nbytes for new, given in zip((X, Y), validation, strict=True) if new is not given)
+    return HeldOut(_rows(X, loader), _rows(Y, loader), copied)
 
 
 # --- callbacks, Ctrl-C ---------------------------------------------------------------------------------------------
@@ -493,8 +662,9 @@ def _validation_arrays(net: Network, loader: Loader, validation: Any) -> tuple[A
 
 @dataclass
 class Watcher:
-    """A callback's two ends, each a function of the :class:`TrainingState`."""
+    """A callback and its two ends, each a function of the :class:`TrainingState`."""
 
+    callback: Any
     on_step: Callable[[TrainingState], Any]
     on_epoch: Callable[[TrainingState], Any]
 
@@ -505,7 +675,7 @@ def _watcher(callback: Any) -> Watcher:
         if not callable(callback):
             raise DTypeError(f"a callback must be callable or have on_step or on_epoch, got {callback!r}")
         on_epoch = callback
-    return Watcher(on_step or _ignore, on_epoch or _ignore)
+    return Watcher(callback, on_step or _ignore, on_epoch or _ignore)
 
 
 def _ignore(state: TrainingState) -> None:

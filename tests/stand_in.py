@@ -1,10 +1,20 @@
-"""A stand-in for CuPy: its arrays are NumPy's, its kernels the real sources on the emulated grid."""
+"""A stand-in for CuPy: its arrays are NumPy's, its kernels the real sources on the emulated grid.
+
+``StandIn`` does all at once, which is one order of many that a device may choose. ``QueuedStandIn`` has streams that
+choose badly: as late as events and waiting permit, or as early.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
+import threading
 import types
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +22,7 @@ from emulate import host_kernel, sanitized
 
 from gpubatch.backend import CudaBackend
 from gpubatch.cuda_ops import STORED
+from gpubatch.host_ops import ops_for
 from gpubatch.launch import C_TYPES, cuda_kernel
 
 INDEX = 99  # of the device: no kernel of a real one is found in a cache
@@ -64,6 +75,9 @@ class StandIn:
     def asarray(self, x: Any, dtype: Any = None) -> np.ndarray:
         return x if isinstance(x, DeviceArray) and dtype in (None, x.dtype) else np.array(x, dtype).view(DeviceArray)
 
+    def start(self, work: Callable[[], None]) -> None:
+        work()
+
     def RawModule(self, code: str, options: tuple[str, ...]) -> Any:  # noqa: N802  CuPy's name
         self.compiled.append(code)
         assert options == ("--std=c++17",)
@@ -77,7 +91,8 @@ class StandIn:
                     check_argument(code, parameter, argument)
                 blocks, threads = grid if len(grid) > 1 else grid[0], block[0]
                 if not self.sanitize:
-                    host_kernel(code, name, *parameters)(*arguments, blocks, threads, order=self.order)
+                    run, plain = host_kernel(code, name, *parameters), [in_memory(a) for a in arguments]
+                    self.start(lambda: run(*plain, blocks, threads, order=self.order))
                     return
                 copies = sanitized(code, name, parameters, arguments, blocks, threads, self.order)
                 for array, copy in zip((a for a in arguments if isinstance(a, DeviceArray)), copies, strict=True):
@@ -125,3 +140,340 @@ class StandInBackend(CudaBackend):
     """With NumPy for what is not a kernel of gpubatch's: matrix products, copies."""
 
     xp = np
+
+
+# --- streams ------------------------------------------------------------------------------------------------------
+
+POISON = 0xFF  # every byte of memory that is not anybody's: as a floating number NaN
+
+# Whether the default stream is eager, and whether the others are. An eager stream does its work as soon as the events
+# that it waits for have passed, any other when somebody waits for it, and no more of it than that.
+TIMINGS = {
+    "late": (False, False),
+    "early": (True, True),
+    "copies early": (False, True),
+    "work early": (True, False),
+}
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A place in the work of a stream."""
+
+    stream: Stream
+    place: int
+
+    @property
+    def reached(self) -> bool:
+        return self.stream.done >= self.place
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stream has to do, and the pinned memory that it reads."""
+
+    run: Callable[[], None]
+    reads: np.ndarray | None = None
+
+
+class Stream:
+    """A queue of work. What is in it has not happened."""
+
+    def __init__(self, cupy: QueuedStandIn, eager: bool) -> None:
+        self.cupy, self.eager = cupy, eager
+        self.queue: deque[Work | Ticket] = deque()
+        self.done = self.given = 0
+        self.busy = False
+
+    def __enter__(self) -> Stream:
+        self.cupy.current.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cupy.current.pop()
+
+    def enqueue(self, work: Work | Ticket) -> None:
+        with self.cupy.lock:
+            self.queue.append(work)
+            self.given += 1
+            self.cupy.settle()
+
+    def record(self, event: Event) -> None:
+        with self.cupy.lock:
+            event.ticket = Ticket(self, self.given)
+
+    def wait_event(self, event: Event) -> None:
+        if event.ticket is not None:
+            self.enqueue(event.ticket)
+
+    def synchronize(self) -> None:
+        with self.cupy.lock:
+            self.do(self.given)
+            self.cupy.settle()
+
+    def advance(self) -> bool:
+        """Do what waits for nothing; whether there was any."""
+        before = self.done
+        while self.queue and not self.busy and not (isinstance(self.queue[0], Ticket) and not self.queue[0].reached):
+            self.step()
+        return self.done > before
+
+    def do(self, place: int) -> None:
+        """Work until ``place`` and no further, and let others do what it waits for."""
+        while self.done < place:
+            if isinstance(first := self.queue[0], Ticket):
+                first.stream.do(first.place)
+            self.step()
+
+    def step(self) -> None:
+        work = self.queue.popleft()
+        self.busy = True  # a finaliser may enqueue while it runs
+        try:
+            if isinstance(work, Work):
+                with np.errstate(all="ignore"):
+                    work.run()
+        finally:
+            self.busy = False
+            self.done += 1
+
+
+class Event:
+    """A place in the work of the stream that recorded it last."""
+
+    def __init__(self, cupy: QueuedStandIn) -> None:
+        self.cupy = cupy
+        self.ticket: Ticket | None = None
+
+    def synchronize(self) -> None:
+        with self.cupy.lock:
+            if self.ticket is not None:
+                self.ticket.stream.do(self.ticket.place)
+                self.cupy.settle()
+
+
+def handle_of(memory: np.ndarray, end: Callable[..., None], *arguments: Any) -> Any:
+    """A buffer of ``memory``, with ``end`` called when nobody has it any more; work in a queue has only the memory."""
+    handle = (ctypes.c_ubyte * memory.nbytes).from_buffer(memory)
+    weakref.finalize(handle, end, memory, *arguments)
+    return handle
+
+
+class QueuedArray(DeviceArray):
+    """An array whose values are made by a stream."""
+
+    cupy: Any = None
+    memory: Any = None  # its memory, without the handle
+
+    def __array_finalize__(self, x: Any) -> None:
+        self.cupy, self.memory = getattr(x, "cupy", None), getattr(x, "memory", None)
+
+    def get(self) -> np.ndarray:
+        self.cupy.get_current_stream().synchronize()
+        return np.array(in_memory(self))
+
+    def set(self, values: np.ndarray, stream: Stream | None = None) -> None:
+        assert (type(values), values.dtype, values.shape) == (np.ndarray, self.dtype, self.shape)
+        assert self.flags.c_contiguous
+        assert values.flags.c_contiguous
+        self.cupy.copies.append(values.nbytes)
+        target, pinned = in_memory(self), self.cupy.pinned_memory_of(values)
+        # Of memory that is not pinned the driver makes a copy before it returns.
+        source = values.copy() if pinned is None else at_the_same_place(values, pinned)
+        work = Work(lambda: np.copyto(target, source), pinned)
+        (stream or self.cupy.get_current_stream()).enqueue(work)
+
+    def later(self, make: Callable[..., Any], *arguments: Any) -> QueuedArray:
+        """What ``make`` will make of the arguments."""
+        plain = [in_memory(a) for a in arguments]
+        with np.errstate(all="ignore"):
+            form = make(*plain)
+        out = self.cupy.empty(form.shape, form.dtype)
+        target = in_memory(out)
+        self.cupy.start(lambda: np.copyto(target, make(*plain)))
+        return out
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **kwargs: Any) -> Any:
+        call = getattr(ufunc, method)
+        assert all(isinstance(x, (QueuedArray, int, float, bool)) for x in inputs), "an array of the host"
+        if out is None:
+            return self.later(lambda *plain: np.asarray(call(*plain, **kwargs)), *inputs)
+        plain, target = [in_memory(x) for x in inputs], in_memory(out[0])
+        self.cupy.start(lambda: call(*plain, out=target, **kwargs))
+        return out[0]
+
+    def __array_function__(self, function: Any, _: Any, arguments: Any, kwargs: Any) -> Any:
+        if function is np.may_share_memory:  # asks for no values
+            return function(*map(in_memory, arguments), **kwargs)
+        raise TypeError(f"{function.__name__} of an array of the device")
+
+    def astype(self, dtype: Any, order: str = "K") -> QueuedArray:
+        return self.later(lambda x: x.astype(dtype, order=order), self)
+
+    def copy(self) -> QueuedArray:
+        return self.later(lambda x: x.copy(), self)
+
+    def fill(self, value: Any) -> None:
+        target = in_memory(self)
+        self.cupy.start(lambda: target.fill(value))
+
+    def argmax(self, axis: int | None = None) -> QueuedArray:
+        return self.later(lambda x: np.asarray(x.argmax(axis)), self)
+
+    def take(self, index: QueuedArray, axis: int) -> QueuedArray:
+        assert isinstance(index, QueuedArray)
+        return self.later(lambda x, i: x.take(i, axis=axis, mode="wrap"), self, index)
+
+    def __getitem__(self, key: Any) -> Any:
+        parts = key if isinstance(key, tuple) else (key,)
+        if not any(isinstance(part, np.ndarray) for part in parts):
+            return np.ndarray.__getitem__(self, key)
+        assert all(isinstance(part, (QueuedArray, slice)) for part in parts)
+        # CuPy, too, takes what is out of range as it comes.
+        wrapped = lambda x, *p: x[tuple(i % n if isinstance(i, np.ndarray) else i for i, n in zip(p, x.shape))]  # noqa: E731, B905
+        return self.later(wrapped, self, *parts)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        assert not isinstance(value, np.ndarray) or isinstance(value, QueuedArray), "an array of the host"
+        target, plain = np.ndarray.__getitem__(in_memory(self), key), in_memory(value)
+        self.cupy.start(lambda: np.copyto(target, plain, casting="unsafe"))
+
+    def item(self) -> Any:
+        return self.get().item()
+
+    def __bool__(self) -> bool:
+        return bool(self.item())
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+
+QueuedArray.__name__, QueuedArray.__module__ = "ndarray", "cupy"
+
+
+class QueuedStandIn(StandIn):
+    """A stand-in with streams, events and pools of memory, for ``timing``, a key of TIMINGS.
+
+    Memory of a device that is given back belongs to the next work of the stream on which it was taken, which here
+    poisons it, and whoever takes memory finds it poisoned by such work. Pinned memory is poisoned at once. ``copies``
+    are the sizes of those from the host, ``faults`` what was found to be wrong.
+    """
+
+    def __init__(self, timing: str, available: int = 1 << 30) -> None:
+        StandIn.__init__(self)
+        self.lock = threading.RLock()
+        self.streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+        self.events: weakref.WeakSet[Event] = weakref.WeakSet()
+        self.pinned: dict[int, np.ndarray] = {}
+        self.copies: list[int] = []
+        self.faults: list[str] = []
+        self.used, self.available = 0, available
+        self.eager = TIMINGS[timing]
+        self.null = Stream(self, self.eager[0])
+        self.streams.add(self.null)
+        self.local = threading.local()
+        self.cuda.runtime.memGetInfo = lambda: (self.available - self.used, self.available)
+        self.cuda.runtime.deviceSynchronize = self.synchronize
+        self.cuda.Stream, self.cuda.Event = self.new_stream, self.new_event
+        self.cuda.get_current_stream, self.cuda.alloc_pinned_memory = self.get_current_stream, self.alloc_pinned_memory
+
+    @property
+    def current(self) -> list[Stream]:
+        if not hasattr(self.local, "streams"):
+            self.local.streams = [self.null]
+        return self.local.streams
+
+    def get_current_stream(self) -> Stream:
+        return self.current[-1]
+
+    def new_stream(self, non_blocking: bool) -> Stream:
+        assert non_blocking  # any other stream and the default one wait for each other
+        self.streams.add(stream := Stream(self, self.eager[1]))
+        return stream
+
+    def new_event(self, block: bool, disable_timing: bool) -> Event:
+        assert disable_timing
+        self.events.add(event := Event(self))
+        return event
+
+    def get_default_memory_pool(self) -> Any:
+        return types.SimpleNamespace(
+            free_bytes=lambda: 0, used_bytes=lambda: self.used, get_limit=lambda: 0, free_all_blocks=lambda: None
+        )
+
+    def synchronize(self) -> None:
+        for stream in list(self.streams):
+            stream.synchronize()
+
+    def settle(self) -> None:
+        """Let eager streams do what they can."""
+        while any(stream.advance() for stream in list(self.streams) if stream.eager):
+            pass
+
+    def start(self, work: Callable[[], None]) -> None:
+        self.get_current_stream().enqueue(Work(work))
+
+    def empty(self, shape: Any, dtype: Any) -> QueuedArray:
+        form = np.empty(shape, dtype)
+        memory, stream = np.full(max(1, form.nbytes), POISON, np.uint8), self.get_current_stream()
+        self.used += memory.nbytes
+        stream.enqueue(Work(lambda: memory.fill(POISON)))  # whoever had it before may not have done with it
+        handle = handle_of(memory, self.given_back, stream)
+        out = np.frombuffer(handle, form.dtype, form.size).reshape(form.shape).view(QueuedArray)
+        out.cupy, out.memory = self, memory
+        return out
+
+    def given_back(self, memory: np.ndarray, stream: Stream) -> None:
+        with self.lock:
+            self.used -= memory.nbytes
+            stream.queue.append(Work(lambda: memory.fill(POISON)))  # not enqueue: this may run anywhere
+            stream.given += 1
+
+    def zeros(self, shape: Any, dtype: Any) -> QueuedArray:
+        out = self.empty(shape, dtype)
+        target = in_memory(out)
+        self.start(lambda: target.fill(0))
+        return out
+
+    def asarray(self, x: Any, dtype: Any = None) -> QueuedArray:
+        if isinstance(x, QueuedArray):
+            return x if dtype in (None, x.dtype) else x.astype(dtype)
+        x = np.array(x, dtype)
+        out = self.empty(x.shape, x.dtype.newbyteorder("="))
+        out.set(np.ascontiguousarray(x, out.dtype))
+        return out
+
+    def alloc_pinned_memory(self, size: int) -> Any:
+        memory = np.full(-(-size // 512) * 512, POISON, np.uint8)
+        self.pinned[memory.ctypes.data] = memory
+        return handle_of(memory, self.unpinned)
+
+    def unpinned(self, memory: np.ndarray) -> None:
+        with self.lock:
+            del self.pinned[memory.ctypes.data]
+            queued = [work for stream in list(self.streams) for work in stream.queue if isinstance(work, Work)]
+            if any(work.reads is memory for work in queued):
+                self.faults.append("pinned memory was given back before a copy from it")
+            memory.fill(POISON)
+
+    def pinned_memory_of(self, x: np.ndarray) -> np.ndarray | None:
+        found = (m for at, m in self.pinned.items() if 0 <= x.ctypes.data - at < m.nbytes)
+        return next(found, None)
+
+
+def in_memory(x: Any) -> Any:
+    """``x``, an array of the device, as the device sees it: such a reference does not keep its memory."""
+    return at_the_same_place(x, x.memory) if isinstance(x, QueuedArray) else x
+
+
+def at_the_same_place(x: np.ndarray, memory: np.ndarray) -> np.ndarray:
+    return np.ndarray(x.shape, x.dtype, memory, x.ctypes.data - memory.ctypes.data, x.strides)
+
+
+def queued_backend(timing: str, available: int = 1 << 30) -> StandInBackend:
+    """A backend of its own, as ``stand_in_backend``."""
+    cuda_kernel.cache_clear()
+    ops_for.cache_clear()
+    return StandInBackend(QueuedStandIn(timing, available), INDEX, "a test")

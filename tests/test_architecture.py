@@ -33,13 +33,14 @@ MAY_IMPORT = {
     "losses": "host_ops ops backend errors",
     "network": "layers losses host_ops ops params backend errors",
     "datasets": "errors",
-    "sources": "datasets host_ops backend sizing errors",
-    "loader": "backend sizing errors sources",
+    "sources": "datasets host_ops ops backend sizing errors",
+    "feeding": "backend sizing errors sources",
+    "loader": "backend sizing errors sources feeding",
     "checkpoint": "backend errors",
     "train": "checkpoint network optim loader ops params schedules averages sizing backend errors",
     "explore": "network layers losses loader optim train averages params backend errors",
 }
-EDGES = {"plot", "cli", "cli_explore", "__main__", "__init__"}
+EDGES = {"plot", "cli", "cli_explore", "cli_sizing", "__main__", "__init__"}
 
 
 def imported(source: str) -> set[str]:

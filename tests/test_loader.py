@@ -16,7 +16,7 @@ from hypothesis import given, settings, strategies as st
 
 import gpubatch.loader
 import gpubatch.sources
-from gpubatch.backend import Backend, Memory, get_backend
+from gpubatch.backend import Memory, get_backend
 from gpubatch.errors import ArgumentError, DeviceMismatchError, DTypeError, NonFiniteError, ShapeError
 from gpubatch.loader import Loader, LoaderStats, WindowOrder, epoch_order
 
@@ -383,7 +383,10 @@ def test_a_window_is_a_number_or_bytes_and_counts_in_the_plan():
             loader.block if half % loader.block and half == 5000 else 0
         )
     read = Loader(Source(5000), batch_size=10, window=640, backend="cpu")
-    assert read.plan.needed == 2 * 320 * 12 + 10 * (4 * 16 + 12)
+    halves = 2 * 320 * 12
+    order = 8 * 500 + 16 * 16 + (16 + 34) * 320  # blocks, windows; one half's order, and the other's as it is made
+    assert read.plan.parts["window"] == halves + order
+    assert read.plan.needed == halves + order + 10 * 4 * 16  # two ahead, and a batch of two windows
     assert "shuffled by blocks of 10, 320 together" in repr(read)
 
 
@@ -540,165 +543,6 @@ def test_device_arrays_stay_on_their_device(backend, rng):
             assert a.dtype == b.dtype
 
 
-class DeviceArray:
-    """Stands for a CuPy array: what the loader needs of one, and no way to NumPy but through the backend."""
-
-    shape, dtype, ndim, size, flags = (
-        property(lambda self, name=name: getattr(self.values, name))
-        for name in ("shape", "dtype", "ndim", "size", "flags")
-    )
-
-    def __init__(self, values):
-        self.values = values
-
-    def __array__(self, *_, **__):
-        raise TypeError("implicit conversion to a NumPy array")
-
-    def __len__(self):
-        return len(self.values)
-
-    def __getitem__(self, key):
-        key = tuple(k.values if isinstance(k, DeviceArray) else k for k in (key if isinstance(key, tuple) else (key,)))
-        return DeviceArray(self.values[key])
-
-    def __imul__(self, factor):
-        assert isinstance(factor, float)
-        self.values *= factor
-        return self
-
-    def __abs__(self):
-        return DeviceArray(abs(self.values))
-
-    def __lt__(self, limit):
-        return DeviceArray(self.values < limit)
-
-    def __bool__(self):
-        return bool(self.values)
-
-    def __float__(self):
-        return float(self.values)
-
-    def all(self):
-        return DeviceArray(self.values.all())
-
-    def copy(self):
-        return DeviceArray(self.values.copy())
-
-    def astype(self, dtype, order):
-        return DeviceArray(self.values.astype(dtype, order=order))
-
-    def take(self, index, axis):
-        assert isinstance(index, DeviceArray)
-        return DeviceArray(self.values.take(index.values, axis=axis))
-
-
-class Device(Backend):
-    """Stands for the CUDA backend, and notes in which thread and with what it is called."""
-
-    name, spec, device, xp = "cuda", "cuda:0", "a double", None
-
-    def __init__(self):
-        self.copied = []
-
-    def asarray(self, x, dtype=None):
-        if not isinstance(x, DeviceArray):
-            self.copied.append((threading.current_thread(), x.dtype))
-        return x if isinstance(x, DeviceArray) else DeviceArray(np.array(x, dtype))
-
-    def to_numpy(self, x):
-        return x.values
-
-    def owns(self, x):
-        return isinstance(x, DeviceArray)
-
-    def memory(self):
-        return Memory(10**9, 10**9)
-
-    def scope(self):
-        return contextlib.nullcontext()
-
-    def empty(self, shape, dtype):
-        return DeviceArray(np.empty(shape, dtype))
-
-    def zeros(self, shape, dtype):
-        return DeviceArray(np.zeros(shape, dtype))
-
-    def synchronize(self):
-        pass
-
-
-class DeviceOps:
-    """The one kernel that a loader launches."""
-
-    @staticmethod
-    def gather(source, index, out, scale, shift):
-        assert all(isinstance(a, DeviceArray) for a in (source, index, out))
-        out.values[...] = source.values[index.values]
-        out.values *= scale
-        assert shift == 0
-
-
-@pytest.mark.parametrize("layout", ["C", "Fortran"])
-@pytest.mark.parametrize("sample_axis", [0, 1])
-@pytest.mark.parametrize("resident", ["XY", "X", "Y", ""])
-def test_device_does_the_device_s_part_in_the_caller(resident, sample_axis, layout, threaded, rng, monkeypatch):
-    cpu = gpubatch.sources.ops_for
-    choose = lambda backend, dtype: DeviceOps if isinstance(backend, Device) else cpu(backend, dtype)  # noqa: E731
-    monkeypatch.setattr(gpubatch.sources, "ops_for", choose)
-    X, Y = LAYOUTS[layout](rng.integers(0, 256, (30, 30)).astype(np.uint8)), rng.integers(0, 10, 30)
-    device = Device()
-    arguments = {"batch_size": 8, "sample_axis": sample_axis, "scale": 1 / 255, "seed": 4}
-    on_device = Loader(
-        DeviceArray(X) if "X" in resident else X,
-        DeviceArray(Y) if "Y" in resident else Y,
-        backend=device,
-        **arguments,
-    )
-    for (x, y), (xd, yd) in zip(Loader(X, Y, backend="cpu", **arguments), on_device, strict=True):
-        for host, there in [(x, xd), (y, yd)]:
-            assert device.owns(there)
-            assert there.dtype == host.dtype
-            assert there.flags.c_contiguous
-            assert np.array_equal(there.values, host)
-            assert not np.shares_memory(there.values, X)
-    moved = [np.dtype(np.int64) if "X" in resident else X.dtype, np.dtype(np.int64)]  # indices, or stored values
-    assert device.copied == [(threading.main_thread(), dtype) for _ in range(4) for dtype in moved]
-    assert np.array_equal(on_device.to_batch(DeviceArray(X)).values, X * np.float32(1 / 255))
-    assert np.array_equal(on_device.to_batch(X).values, X * np.float32(1 / 255))
-
-
-@pytest.mark.parametrize("resident", [False, True])
-@pytest.mark.parametrize("window", [None, 30])
-def test_what_is_read_reaches_the_device_as_it_is_stored(window, resident, monkeypatch):
-    cpu = gpubatch.sources.ops_for
-    choose = lambda backend, dtype: DeviceOps if isinstance(backend, Device) else cpu(backend, dtype)  # noqa: E731
-    monkeypatch.setattr(gpubatch.sources, "ops_for", choose)
-
-    class Samples(Source):
-        def read(self, indices):
-            return Source.read(self, indices)[0]
-
-    device, Y = Device(), np.arange(50, dtype=np.float32)
-    arguments = {"batch_size": 8, "window": window, "scale": 0.5}
-    here = Loader(Samples(50), Y, backend="cpu", **arguments)
-    there = Loader(Samples(50), DeviceArray(Y) if resident else Y, backend=device, **arguments)
-    for (x, y), (xd, yd) in zip(here, there, strict=True):
-        assert (xd.dtype, yd.dtype) == (x.dtype, y.dtype)
-        assert np.array_equal(xd.values, x)
-        assert np.array_equal(yd.values, y)
-    moved = [np.dtype(np.int16), np.dtype(np.int64 if resident else np.float32)]  # stored values, or indices
-    assert device.copied == [(threading.main_thread(), dtype) for _ in range(7) for dtype in moved]
-    assert there.plan.needed < here.plan.needed  # the window is in main memory
-    assert not threads()
-
-
-def test_device_values_that_are_not_finite():
-    X = np.ones((4, 3), np.float32)
-    X[2, 1] = np.inf
-    with pytest.raises(NonFiniteError, match=r"X\[2, 1\] is inf"):
-        Loader(DeviceArray(X), backend=Device())
-
-
 @pytest.mark.parametrize("backend", [pytest.param("cuda:0", marks=pytest.mark.gpu)], indirect=True)
 def test_device_array_needs_its_own_backend(backend):
     with pytest.raises(DeviceMismatchError, match="X must be"):
@@ -746,38 +590,60 @@ def test_automatic_batch_size_follows_the_rule(monkeypatch):
     assert Loader(np.zeros((2000, 3)), backend="cpu").batch_size == 2000
     large = Loader(np.zeros((2001, 3)), backend="cpu")
     assert (large.batch_size, large.automatic, len(large)) == (512, True, 4)
-    # 100 float32 features from bytes and a 64-bit label: the batch in use, its successor and two ahead, and the bytes
+    # 100 float32 features from bytes and a 64-bit label, and the place of every sample in the epoch
     X, Y = np.zeros((2001, 100), np.uint8), np.zeros(2001, np.int64)
-    per_sample = 4 * (400 + 8) + 100 + 8
-    small = cpu_with(monkeypatch, 32 * per_sample * 10 // 9 + 9)
+    needed = 128 * (400 + 8) + 8 * 2001
+    small = cpu_with(monkeypatch, needed * 10 // 9 + 9)
     loader = Loader(X, Y, backend=small)
-    assert (loader.batch_size, loader.plan.needed) == (32, 32 * per_sample)
-    assert "memory limits the batch to 32" in loader.plan.reason
-    assert "batch_size=7 was given" in Loader(X, Y, batch_size=7, backend=small).plan.reason
+    assert (loader.batch_size, loader.plan.needed) == (128, needed)
+    assert "memory limits the batch to 128" in loader.plan.reason
+    given = Loader(X, Y, batch_size=7, backend=small).plan
+    assert given.reason == "batch_size=7 was given; it needs 50.8 KiB of 74.0 KiB available"
+    assert given.parts == {"making of an epoch's order": 26 * 2001} != loader.plan.parts
+    large = Loader(X, Y, batch_size=1000, backend=small).plan
+    assert large.reason == "batch_size=1000 was given; it needs 414.1 KiB of 74.0 KiB available, more than 90 % of that"
 
 
 def test_replan_counts_the_model_too(monkeypatch):
     X = np.zeros((5000, 10), np.float32)
-    per_sample = 4 * 40 + 40
     backend = cpu_with(monkeypatch, 10**6)
-    loader = Loader(X, backend=backend)
+    loader = Loader(X, shuffle=False, backend=backend)
     assert loader.batch_size == 512
-    plan = loader.replan(10_000 - per_sample, 100_000)  # (900,000 - 100,000) / 10,000 = 80
+    model = lambda n: {"steady": 60_000, "a step": 9_960 * n + n // 65}  # noqa: E731
+    plan = loader.replan(model)  # (900,000 - 60,000 - 8 * 5,000) / 10,000 = 80
     assert plan is loader.plan
     assert (loader.batch_size, plan.needed, plan.available) == (64, 740_000, 10**6)
+    assert sum(plan.parts.values()) == plan.needed
+    assert plan.parts == {**model(64), "order of an epoch": 40_000, "batches": 40 * 64, "conversion of a batch": 0}
+    assert str(plan).splitlines()[1:] == [
+        "  steady              58.6 KiB",
+        "  a step             622.5 KiB",
+        "  order of an epoch   39.1 KiB",
+        "  batches              2.5 KiB",
+        "needed               722.7 KiB",
+        "available            976.6 KiB",
+    ]
+    # What the model has already is not to be found a second time; what is available may be told.
+    assert loader.replan(model, held=533_335).batch_size == 128
+    assert loader.plan.available == 1_533_335
+    assert loader.replan(model, held=533_334).batch_size == 64  # 1,380,001 bytes, not a mean, are more than 90 %
+    assert loader.replan(model, available=400_000).batch_size == 16
+    loader.replan(model)
     assert len(loader) == len(list(loader)) == 79
     assert Loader(X, batch_size="auto", backend="cpu", at_most=128).batch_size == 128
     for _ in loader:
         with pytest.raises(ArgumentError, match="replan must come between epochs, epoch 1"):
-            loader.replan(0, 0)
+            loader.replan(lambda n: {})
         break
-    loader.replan(0, 0)
+    loader.replan(lambda n: {})
     assert (loader.epoch, loader.state_dict()["batch"]) == (2, 0)
     loader.load_state_dict({**loader.state_dict(), "batch": 3})
     # What is loaded decides the size; the same words as for a size that was given.
     for decided in (loader, Loader(X, batch_size=512, backend="cpu")):
-        with pytest.raises(ArgumentError, match=r"replan needs batch_size='auto', this loader's is decided: 512"):
-            decided.replan(0, 0)
+        before = decided.state_dict()
+        assert decided.replan(lambda n: {"model": 10**5 * n}).batch_size == 512
+        assert decided.plan.parts["model"] == 512 * 10**5
+        assert decided.state_dict() == before
 
 
 def test_peek_shows_the_next_epochs_first_batch_and_moves_nothing():
@@ -862,18 +728,6 @@ def test_a_transform_is_applied_to_whole_batches(backend, threaded, rng):
         assert bool((x3 == x * 3).all())
     assert bool((of_both.peek()[0] == plain[0][0] + 1).all()) or of_both.epoch == 1
     assert np.array_equal(backend.to_numpy(of_x.to_batch(X)), X * np.float32(1 / 255))
-
-
-def test_a_transform_of_a_device_s_batch_runs_in_the_caller(threaded, rng):
-    X, threads_of = rng.integers(0, 256, (30, 4)).astype(np.uint8), []
-
-    def note(x):
-        assert isinstance(x, DeviceArray)
-        threads_of.append(threading.current_thread())
-        return x
-
-    assert len(list(Loader(X, batch_size=8, transform=note, backend=Device()))) == 4
-    assert threads_of == [threading.main_thread()] * 4
 
 
 TRANSFORMS = [

@@ -322,6 +322,71 @@ def test_memory_is_known_before_it_is_allocated(dtype, rng) -> None:
     assert taken == foretold
 
 
+def test_memory_is_told_by_part() -> None:
+    net = Network(everything(64), l2=0.1, backend="cpu")
+    parts = net.memory_parts(200)
+    assert net.memory(200) == sum(parts.values())
+    assert parts["parameters"] == parts["gradients"] == 4 * net.parameters.size
+    assert parts["running statistics"] == 2 * 4 * net.buffers.size
+    fewer = net.memory_parts(200, evaluated=300)
+    assert {name for name in parts if parts[name] != fewer[name]} == {"workspace of evaluation"}
+    net.loss(np.zeros((300, 64), np.float32), np.zeros(300, int))
+    held = net._evaluation.block.nbytes + net._evaluation.offsets.nbytes
+    assert fewer["workspace of evaluation"] == held < parts["workspace of evaluation"]
+    assert net.memory_parts(200, 0)["workspace of evaluation"] == 0
+    assert net.memory_parts(200, 10**9) == parts
+
+
+def test_a_narrow_layer_takes_no_wide_place() -> None:
+    net = mlp([8, 1000, 8, 1000, 8], backend="cpu")
+    wide, narrow = 4 * 1000 * 500, 4 * 8 * 500
+    more = wide // 4 + 6 * narrow + 64 * 1000 * 4  # where NumPy notes what is positive, and sums in parts
+    kept = 2 * (wide + narrow)  # the outputs; the gradient of each in its turn
+    assert kept + wide + narrow <= net.lay_out(500, True).size <= kept + wide + more
+    assert wide + narrow <= net.lay_out(500, False).size <= wide + more
+
+
+def test_a_network_is_made_in_little_more_than_its_parameters() -> None:
+    tracemalloc.start()
+    try:
+        net = Network([Dense(3000, 700)], backend="cpu", seed=9)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2.2 * net.parameters.flat.nbytes  # with the gradients
+    draw = np.random.Generator(np.random.Philox(key=np.array([9, 0], np.uint64)))
+    expected = draw.normal(0, math.sqrt(2 / 3000), (3000, 700))
+    np.testing.assert_array_equal(net.parameters["W1"], expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("first", [kind.__name__ for kind in (*ACTIVATIONS.values(), BatchNorm, Dropout)])
+def test_the_first_layer_takes_x_by_columns(first, dtype, rng) -> None:
+    """Compiled kernels decline arrays that are not contiguous: NumPy then needs room to work in."""
+    layers = {"BatchNorm": [BatchNorm(7)], "Dropout": [Dropout(0.3)]}
+    layer = layers.get(first) or [kind() for kind in ACTIVATIONS.values() if kind.__name__ == first]
+    X, Y = rng.normal(size=(40, 7)).astype(dtype), rng.integers(0, 3, 40)
+    found = []
+    for x in (X, np.asfortranarray(X)):
+        net = Network([*layer, Dense(7, 3)], backend="cpu", dtype=dtype)
+        loss, grads = net.loss_and_grad(x, Y)
+        found.append(np.array([loss, net.loss(x, Y), *grads.flat]))
+    np.testing.assert_allclose(found[0], found[1], rtol=64 * np.finfo(dtype).eps, atol=64 * np.finfo(dtype).eps)
+
+
+def test_many_outputs_are_compared_in_pieces(rng) -> None:
+    net = mlp([6, 1000], loss="sigmoid_cross_entropy", backend="cpu")
+    X, Y = rng.normal(size=(1500, 6)).astype(np.float32), rng.integers(0, 2, (1500, 1000)).astype(np.float32)
+    net.loss(X, Y)
+    tracemalloc.start()
+    try:
+        accuracy = net.evaluate(X, Y)[1]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert accuracy == ((net.scores(X) > 0) == (Y > 0.5)).mean()
+    assert peak < 1e6  # one number of a byte for each output of 1024 rows
+
+
 def test_memory_grows_with_the_batch_by_what_a_row_takes() -> None:
     net = mlp([784, 512, 256, 10], backend="cpu")
     a_row = (net.memory(4096) - net.memory(2048)) / 2048

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
+import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -636,3 +639,36 @@ def test_clipping_measures_any_array(rng: np.random.Generator) -> None:
     for grad in (g, g.astype(np.float32), g.T.copy().T, g[:, ::2], g.astype(np.float16)):
         expected = np.linalg.norm(grad.astype(np.float64))
         np.testing.assert_allclose(gb.clip_by_global_norm([grad], 1e9), expected, rtol=1e-6)
+
+
+# --- without a step -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["adam", "momentum"])
+def test_a_rehearsal_leaves_no_trace(name: str, backend: gb.Backend, dtype: np.dtype) -> None:
+    params = gb.Parameters({"a": (7, 3), "b": (5,)}, backend, dtype)
+    opt = {"adam": gb.Adam, "momentum": gb.HeavyBall}[name](params, lr=0.1)
+    params.grads.flat[...] = -0.5
+    opt.step()
+    opt.state["v"].flat[0] = -0.0
+    arrays = [params.flat, *(views.flat for views in opt.state.values())]
+    before = [backend.to_numpy(array).tobytes() for array in arrays]
+    params.grads.flat[...] = np.inf
+    opt.rehearse()
+    assert [backend.to_numpy(array).tobytes() for array in arrays] == before
+    assert opt.t == 1
+
+
+def test_a_rehearsal_writes_to_the_memory_of_the_state() -> None:
+    """Zeros cost no memory until then: a step may be the first to find out that there is none."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("/proc is Linux's")
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    params = gb.Parameters({"w": (1 << 24,)}, "cpu")
+    opt = gb.Adam(params)
+    before = resident()
+    opt.rehearse()
+    assert resident() - before > 0.9 * 2 * (1 << 26)

@@ -19,7 +19,14 @@ from hypothesis import given, strategies as st
 import gpubatch.sizing
 from gpubatch.backend import CudaBackend, Memory, host_memory
 from gpubatch.errors import ArgumentError, DTypeError, InsufficientMemoryError
-from gpubatch.sizing import BatchPlan, choose_batch_size, find_batch_size, format_bytes, parse_bytes
+from gpubatch.sizing import (
+    BatchPlan,
+    choose_batch_size,
+    find_batch_size,
+    format_bytes,
+    parse_bytes,
+    plan_batch_size,
+)
 
 GIB = 2**30
 
@@ -68,6 +75,42 @@ def test_the_rule(arguments, batch, words):
     assert plan.needed == fixed + batch * per_sample
     assert plan.available == available
     assert ("memory" in plan.reason) == ("memory" in words)
+
+
+def test_a_plan_is_printed_by_part():
+    plan = choose_batch_size(60_000, 1000, 90_000, 200_000)
+    assert plan.parts == {"for any batch size": 90_000, "samples of the batch": 64_000}
+    assert str(plan) == "\n".join(
+        [
+            f"batch size 64: {plan.reason}",
+            "  for any batch size     87.9 KiB",
+            "  samples of the batch   62.5 KiB",
+            "needed                  150.4 KiB",
+            "available               195.3 KiB",
+        ]
+    )
+    assert plan == BatchPlan(64, plan.reason, plan.needed, plan.available)  # parts are an explanation
+    assert str(BatchPlan(3, "so", 0, 1024)).splitlines() == [
+        "batch size 3: so",
+        "needed     0 bytes",
+        "available  1.0 KiB",
+    ]
+
+
+def test_every_candidate_is_weighed_exactly():
+    """Bytes in steps, as places are rounded: no line through two sizes tells what a third one needs."""
+    asked = []
+
+    def parts_of(batch):
+        asked.append(batch)
+        return {"rounded": -(-batch // 100) * 1000, "steady": 0}
+
+    assert plan_batch_size(5000, parts_of, 6000, 512).batch_size == 256  # 3,000 bytes; 512 need 6,000
+    assert sorted(asked) == [256, 512]
+    with pytest.raises(InsufficientMemoryError, match=r"rounded 1000 bytes$") as caught:
+        plan_batch_size(5000, parts_of, 1111, 512)
+    assert "needs 1000 bytes, and 90 % of the 1.1 KiB (1111 bytes) available may be used" in str(caught.value)
+    assert plan_batch_size(5000, parts_of, 1112, 512).batch_size == 64
 
 
 def test_ninety_percent_is_exact():

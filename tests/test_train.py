@@ -24,7 +24,7 @@ from gpubatch.backend import Array
 from gpubatch.checkpoint import Checkpoints
 from gpubatch.errors import CheckpointError, CheckpointWarning, SkippedStepWarning
 from gpubatch.layers import Context, Needs
-from gpubatch.train import TrainingTerminated, plan_batches
+from gpubatch.train import TrainingState, TrainingTerminated, settle_batches
 
 
 def blobs(n: int = 600, seed: int = 0, dtype: str = "float32") -> tuple[np.ndarray, np.ndarray]:
@@ -155,14 +155,16 @@ def test_an_automatic_loader_counts_network_and_optimizer(monkeypatch: pytest.Mo
     opt = gb.Adam(net.parameters)
     loader = gb.Loader(X, Y, backend="cpu")
     assert loader.batch_size == 512
-    # Room for more than 128 samples, and not for 256.
-    needed, more = (net.memory(n) + opt.memory() for n in (128, 256))
+    # Room for more than 128 samples, and not for 256; what is written to already is in use.
+    needed, more = (sum(net.memory_parts(n, 0).values()) + opt.memory() for n in (128, 256))
     available = int((0.6 * needed + 0.4 * more) / 0.9)
-    monkeypatch.setattr(type(loader.backend), "memory", lambda self: gb.Memory(10**12, available))
+    held = net.parameters.flat.nbytes + 2 * net.buffers.flat.nbytes
+    monkeypatch.setattr(type(loader.backend), "memory", lambda self: gb.Memory(10**12, available - held))
     before = net.parameters.flat.copy(), net.buffers.flat.copy(), net.dropout_step
-    plan_batches(net, loader, opt)
+    settle_batches(net, loader, opt, None)
     assert loader.batch_size == 128
-    assert needed <= loader.plan.needed <= 1.02 * needed
+    assert loader.plan.available == available
+    assert needed <= loader.plan.needed <= 1.05 * needed
     # The trial step left no trace.
     np.testing.assert_array_equal(net.parameters.flat, before[0])
     np.testing.assert_array_equal(net.buffers.flat, before[1])
@@ -185,7 +187,7 @@ def test_callbacks_see_the_state() -> None:
             self.steps += 1
             assert state.step == state.opt.t == len(state.history.step_loss)
 
-        def on_epoch(self, state: gb.TrainingState) -> None:
+        def on_epoch(self, state: TrainingState) -> None:
             seen.append((state.epoch, state.step, len(state.history.validation_loss)))
 
     watch, net_loader_opt = Watch(), parts()
@@ -764,12 +766,62 @@ def test_a_norm_beyond_float32_is_no_bad_number(max_norm: float | None) -> None:
     assert np.square(net.parameters.grads.flat.astype(np.float64)).sum() > np.finfo(np.float32).max
 
 
+def test_a_gradient_whose_square_the_state_cannot_hold_is_left_out(backend: gb.Backend) -> None:
+    """Adam's second moment would be infinite, and so stay: no weight would ever move again."""
+    net, loader, opt = parts(backend, batch_size=600)
+    gb.fit(net, loader, opt, 2, progress=False)
+    kept = [backend.to_numpy(a).copy() for a in (net.parameters.flat, *(s.flat for s in opt.state.values()))]
+    original = net.loss_and_grad
+
+    def large(*arguments: Any) -> Any:
+        loss, grads = original(*arguments)
+        grads.flat[3] = 3e19
+        return loss, grads
+
+    net.loss_and_grad = large
+    with pytest.warns(SkippedStepWarning, match="the gradient is so large that adam overflows float32"):
+        history = gb.fit(net, loader, opt, 1, progress=False)
+    assert (history.skipped, history.step_loss, opt.t) == (1, [], 2)
+    for before, now in zip(kept, (net.parameters, *opt.state.values()), strict=True):
+        np.testing.assert_array_equal(backend.to_numpy(now.flat), before)
+    history = gb.fit(net, loader, opt, 1, max_norm=1.0, progress=False)  # scaled before it is squared
+    assert (history.skipped, opt.t) == (0, 3)
+
+
 def test_a_gradient_too_large_for_its_norm_is_left_out() -> None:
     net, _, opt = parts(dtype="float64", loss="mse")
     X, _ = blobs(dtype="float64")
     big = gb.Loader(X, np.full((600, 3), 1e200), batch_size=600, backend="cpu")
     with pytest.warns(SkippedStepWarning, match="loss is inf|too large for its norm"):
         assert gb.fit(net, big, opt, 1, progress=False).skipped == 1
+
+
+# --- callbacks that are saved ----------------------------------------------------------------------------------------
+
+
+class Patience:
+    """Counts the epochs, as one that stops early would."""
+
+    def __init__(self) -> None:
+        self.epochs = 0
+
+    def on_epoch(self, state: TrainingState) -> None:
+        self.epochs += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.epochs = state["epochs"]
+
+
+def test_a_callback_with_a_state_goes_on_with_it(tmp_path: Path) -> None:
+    first, again, plain = Patience(), Patience(), []
+    gb.fit(*parts(), 2, callbacks=[first], checkpoint=tmp_path, progress=False)
+    gb.fit(*parts(), 5, callbacks=[plain.append, again], checkpoint=tmp_path, resume=True, progress=False)
+    assert (first.epochs, again.epochs, len(plain)) == (2, 5, 3)
+    with pytest.raises(gb.ArgumentError, match="it has the state of 1 callbacks, of those given now 0 have state_dict"):
+        gb.fit(*parts(), 6, callbacks=[print], checkpoint=tmp_path, resume=True, progress=False)
 
 
 # --- errors --------------------------------------------------------------------------------------------------------

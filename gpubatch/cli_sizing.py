@@ -1,0 +1,143 @@
+"""The command that plans memory: batch-size. ``app`` has it beside those of cli and cli_explore."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from gpubatch import plot
+from gpubatch.backend import get_backend
+from gpubatch.cli import (
+    OPTIMIZERS,
+    ActivationOption,
+    AtMostOption,
+    BackendOption,
+    BatchNormOption,
+    BatchSizeOption,
+    DropoutOption,
+    DtypeOption,
+    FolderArgument,
+    JsonOption,
+    LayersOption,
+    OptimizerOption,
+    load,
+    loader_of_pixels,
+    print_json,
+    versions,
+    widths,
+)
+from gpubatch.cli_explore import PlotOption, app
+from gpubatch.errors import check_choice, check_int
+from gpubatch.network import mlp
+from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, parse_bytes
+from gpubatch.train import memory_parts
+
+__all__ = ["app"]
+
+AROUND = 5  # powers of two on each side of the chosen size that the table of sizes has
+
+
+@app.command(
+    "batch-size",
+    epilog="**Examples:** `gpubatch batch-size` plans the network that `gpubatch train` trains. `gpubatch batch-size "
+    "data/mnist --layers 4096,4096 --memory '1 GB' --plot memory.png` plans for a machine with that much to spare.",
+)
+def plan_memory(
+    folder: FolderArgument = None,
+    layers: LayersOption = "512,512",
+    activation: ActivationOption = "gelu",
+    optimizer: OptimizerOption = "adam",
+    batch_size: BatchSizeOption = "auto",
+    at_most: AtMostOption = 512,
+    samples: Annotated[int | None, typer.Option(min=1, help="Of the training set; by default all.")] = None,
+    dropout: DropoutOption = 0.3,
+    batch_norm: BatchNormOption = True,
+    memory: Annotated[str | None, typer.Option(help="To plan with, such as '2 GB'; by default what is there.")] = None,
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "float32",
+    plot_file: PlotOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Plan the memory of training: the batch size that fits, and what every part of it needs.
+
+    The parts are those of the moment at which most is in use. Nothing is trained; the data itself is not counted.
+    """
+    if plot_file is not None:
+        plot.check_plot_file(plot_file)
+    hidden, available = widths(layers), None if memory is None else _bytes("--memory", memory)
+    make, rate = OPTIMIZERS[check_choice("--optimizer", optimizer, OPTIMIZERS)]
+    where = get_backend(backend)
+    name, (X, Y), (X_test, _) = load(folder, 0)
+    X, Y = X[:samples], Y[:samples]
+    sizes = [X.shape[1], *hidden, int(Y.max()) + 1]
+    net = mlp(sizes, activation, batch_norm, dropout, backend=where, dtype=dtype)
+    opt, loader = make(net.parameters, rate), loader_of_pixels(X, Y, batch_size, at_most, 0, net)
+
+    def parts_of(rows: int) -> ByPart:
+        return memory_parts(net, opt, rows, len(X_test), X_test.size * net.dtype.itemsize)
+
+    plan = loader.replan(parts_of, available=available)
+    curve = {n: {**parts_of(n), **loader.memory_parts(n)} for n in _sizes(plan, len(X))}
+    needed = {n: sum(parts.values()) for n, parts in curve.items()}
+    words = f"{'-'.join(map(str, sizes))}, {activation}, {optimizer}, {name}, {dtype}, {where.spec}"
+    title = f"gpubatch batch-size, {len(X):,} samples\n{words}"
+    if plot_file is not None:
+        plot.plot_memory(plan, curve, plot_file, title)
+    if as_json:
+        print_json(
+            plan=plan,
+            needed_by_size=needed,
+            parameters=net.parameters.size,
+            samples=len(X),
+            network=words,
+            device=where.device,
+            versions=versions(),
+        )
+        return
+    out = Console(highlight=False, soft_wrap=True)
+    out.print(title)
+    out.print(_by_part(plan))
+    out.print(_by_size(plan, needed))
+    out.print(f"batch size {plan.batch_size}: {plan.reason}")
+    if plot_file is not None:
+        out.print(f"drawn in {plot_file}")
+
+
+def _by_part(plan: BatchPlan) -> Table:
+    table = Table("part", box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
+    table.columns[0].footer = f"needed by batches of {plan.batch_size}"
+    table.add_column("memory", format_bytes(plan.needed), justify="right")
+    table.add_column("share", "100.0 %", justify="right")
+    for name, n in sorted(plan.parts.items(), key=lambda part: -part[1]):
+        if n:
+            table.add_row(name, format_bytes(n), f"{100 * n / plan.needed:.1f} %")
+    return table
+
+
+def _by_size(plan: BatchPlan, needed: dict[int, int]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in ("batch size", "memory", "of available"):
+        table.add_column(header, justify="right")
+    table.add_column()
+    for n, whole in needed.items():
+        chosen = n == plan.batch_size
+        if not chosen and not plan.batch_size >> AROUND <= n <= plan.batch_size << AROUND:
+            continue
+        notes = ["chosen"] if chosen else []
+        notes += [] if fits(whole, plan.available) else ["more than 90 %"]
+        share = f"{100 * whole / plan.available:.1f} %" if plan.available else "–"
+        table.add_row(f"{n}", format_bytes(whole), share, ", ".join(notes), style="bold" if chosen else None)
+    return table
+
+
+def _sizes(plan: BatchPlan, n_samples: int) -> list[int]:
+    """Powers of two up to the whole set, the set itself, and the size of the plan."""
+    return sorted({*(1 << power for power in range(n_samples.bit_length())), n_samples, plan.batch_size})
+
+
+def _bytes(option: str, text: str) -> int:
+    return check_int(option, int(text), 1) if text.isdecimal() else parse_bytes(option, text)
