@@ -566,7 +566,8 @@ class Loader:
                 self._run, self._left = None, self._batch > 0
 
     def _bytes_read(self, samples: int, before: int) -> int:
-        return sum(reader.bytes_read for reader in self._limits) - before + samples * self._array_bytes
+        read = sum(reader.bytes_read for reader in self._limits) - before if self._limits else 0
+        return read + samples * self._array_bytes
 
     @functools.cached_property
     def _array_bytes(self) -> int:
@@ -696,6 +697,8 @@ class Loader:
 
     def _at(self, index: Indices) -> list[Array]:
         """The samples at ``index``, prepared."""
+        if not self._limits:
+            return [column.prepare(index) for column in self._columns]
         rows = {reader: reader.read(index, limits) for reader, limits in self._limits.items()}
         return [
             column.prepare(index) if isinstance(column.source, ArraySource) else column.prepare_rows(rows)
@@ -820,6 +823,11 @@ def _copy(arrays: list[np.ndarray], places: list[np.ndarray]) -> None:
         place[...] = array
 
 
+def _in_scope(backend: Backend, work: Callable[[Array], Array], x: Array) -> Array:
+    with backend.scope():
+        return work(x)
+
+
 def _nothing(batch_size: int) -> ByPart:
     """The bytes of no model at all."""
     return {}
@@ -847,9 +855,10 @@ class _Column:
 
     def prepare(self, index: Array) -> Array:
         assert isinstance(self.source, ArraySource)
-        if self.backend.owns(self.source.array):
-            return self.gather(index) if self.backend.name == "cpu" else index
-        return self.source.take(index)  # stored values are smaller to copy to the device than converted ones
+        if self.backend.name == "cpu":
+            return self.gather(index)
+        # Stored values are smaller to copy to the device than converted ones.
+        return index if self._there else self.source.take(index)
 
     def prepare_rows(self, rows: Mapping[Reader, list[np.ndarray]]) -> Array:
         assert isinstance(self.source, Part)
@@ -891,12 +900,14 @@ class _Column:
         stored = ArraySource("", there, 0)
         return stored.gather(rows[: len(there)], self.dtype, self.scale, self.backend)
 
-    def gather(self, index: Array) -> Array:
+    @functools.cached_property
+    def gather(self) -> Callable[[Array], Array]:
+        """What makes batches where the source lives."""
         assert isinstance(self.source, ArraySource)
-        with self.backend.scope():
-            return self.source.gather(index, self.dtype, self.scale, self.backend)
+        gather = self.source.gatherer(self.dtype, self.scale, self.backend)
+        return gather if self.backend.name == "cpu" else functools.partial(_in_scope, self.backend, gather)
 
-    @property
+    @functools.cached_property
     def _there(self) -> bool:
         """Whether the source is on the device already, where it is gathered from by number."""
         return isinstance(self.source, ArraySource) and self.backend.owns(self.source.array)

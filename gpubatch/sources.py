@@ -144,17 +144,29 @@ class ArraySource:
 
         ``backend`` is where the source lives.
         """
+        return self.gatherer(dtype, scale, backend)(index)
+
+    def gatherer(self, dtype: np.dtype[Any], scale: float | None, backend: Backend) -> Callable[[Array], Array]:
+        """:meth:`gather` as a function of the index, which looks nothing up any more."""
+        array, shape, empty = self.array, self.sample_shape, backend.empty
         taken = dtype == self.dtype and scale is None
         # The compiled kernel asks for rows before it needs them: it copies in 0.65 of the time that take needs.
         if taken and backend.name == "cpu" and dtype.kind == "f":
             taken = not isinstance(ops_for(backend, dtype), HostOps)
-        if taken or self.axis != 0 or not self.array.flags.c_contiguous:
-            return convert(self.take(index), dtype, scale)
-        # A new array each time: into one that is kept a batch of 256 x 784 float32 takes 0.6 µs less of 60, since the
-        # allocator gives the same memory back anyway.
-        out = backend.empty((len(index), *self.sample_shape), dtype)
-        ops_for(backend, dtype).gather(self.array, index, out, 1.0 if scale is None else scale, 0.0)
-        return out
+        if self.axis != 0 or not array.flags.c_contiguous:
+            return lambda index: convert(self.take(index), dtype, scale)
+        if taken:
+            return lambda index: array.take(index, axis=0)
+        fill, factor = ops_for(backend, dtype).gather, 1.0 if scale is None else scale
+
+        def gathered(index: Array) -> Array:
+            # A new array each time: into one that is kept a batch of 256 x 784 float32 takes 0.6 µs less of 60, since
+            # the allocator gives the same memory back anyway.
+            out = empty((len(index), *shape), dtype)
+            fill(array, index, out, factor, 0.0)
+            return out
+
+        return gathered
 
     def beside(self, rows: int, dtype: np.dtype[Any], scale: float | None, backend: Backend) -> int:
         """Bytes of samples as they are stored that :meth:`gather` has beside its result of ``rows`` samples."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -141,6 +142,14 @@ def told() -> Iterator[list[warnings.WarningMessage]]:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         yield found
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """Each halving collects garbage: let it not go through all that the tests before have left."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
