@@ -2,8 +2,9 @@
 
 Every contender runs in a process of its own, in turn, several rounds, all on the same ``--threads`` cores with as many
 threads. A line says what one of them takes and its ratio to gpubatch, round by round: above 1 gpubatch is faster. The
-lines of bounds ("copy loop", "matrix products", "conversion loop") do only the part that cannot be saved, so there the
-ratio is the share of the bound that gpubatch reaches. A library that is not installed is skipped with a note.
+lines of bounds ("copy loop", "matrix products", "conversion loop", "plain copy") do only the part that cannot be
+saved, so there the ratio is the share of the bound that gpubatch reaches. A library that is not installed is skipped
+with a note.
 """
 
 from __future__ import annotations
@@ -429,6 +430,19 @@ def copy_loop(n: int) -> Step:
     return lambda: loop(w, g, m, v, n)
 
 
+def plain_copy() -> Step:
+    """The same batches as new arrays, in order, from one that is converted already."""
+    X, Y = images()
+    converted = X.astype(np.float32)
+
+    def epoch() -> None:
+        for start in range(0, SAMPLES, BATCH):
+            x, y = converted[start : start + BATCH].copy(), Y[start : start + BATCH].copy()
+        del x, y
+
+    return epoch
+
+
 def conversion_loop() -> Step:
     """The bound of memory for an epoch: the same bytes converted in order, no labels."""
     loop = compiled_bounds().conversion_loop
@@ -496,6 +510,7 @@ WORK: dict[str, dict[str, Callable[[], Step]]] = {
         "PyTorch batched": partial(torch_epoch, batched=True),
         "NumPy": numpy_epoch,
         "conversion loop": conversion_loop,
+        "plain copy": plain_copy,
     },
 }
 
