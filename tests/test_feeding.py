@@ -297,6 +297,34 @@ def test_a_training_run_follows_the_cpu(feed, device):
         np.testing.assert_allclose(histories[1][name], histories[0][name], rtol=1e-5)
 
 
+@pytest.mark.parametrize("first_on", ["cpu", "the device"])
+def test_a_run_goes_on_from_a_checkpoint_of_the_other_backend(first_on, device, tmp_path):
+    """In the middle of an epoch, with dropout and running statistics: as the run that stayed on the CPU."""
+
+    def run(backend, epochs, **options):
+        net = gb.mlp([7, 16, 10], batch_norm=True, dropout=0.2, backend=backend, dtype="float64", seed=1)
+        loader = Loader(X8, Y, batch_size=8, scale=1 / 255, backend=backend, dtype="float64")
+        opt = gb.Adam(net.parameters, gb.ExponentialDecay(0.01, 0.9, per="step"))
+        history = gb.fit(net, loader, opt, epochs, progress=False, **options)
+        return history, [backend.to_numpy(views.flat) for views in (net.parameters, net.buffers, *opt.state.values())]
+
+    def leave(state):
+        if state.step == len(state.loader) + 3:
+            raise gb.StopTraining
+
+    class Leave:
+        on_step = staticmethod(leave)
+
+    cpu = get_backend("cpu")
+    first, second = (cpu, device) if first_on == "cpu" else (device, cpu)
+    expected, arrays = run(cpu, 3)
+    run(first, 3, checkpoint=tmp_path, callbacks=[Leave()])
+    history, found = run(second, 3, checkpoint=tmp_path, resume=True)
+    np.testing.assert_allclose(history.step_loss, expected.step_loss, rtol=1e-9)
+    for array, values in zip(found, arrays, strict=True):
+        np.testing.assert_allclose(array, values, rtol=1e-6, atol=1e-9)
+
+
 def test_data_that_was_moved_on_one_stream_is_there_for_every_stream(device):
     on_cpu, there = (Loader(X32, Y, batch_size=8, backend=backend, feed="device") for backend in ("cpu", device))
     for loader in (on_cpu, there):
