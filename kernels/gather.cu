@@ -7,7 +7,7 @@ extern "C" __global__ void gather(const S* source, const long long* index, T* ou
     const Tile tile(rows, features, width);
     tile.each([&](long long row) { return source[tile.at(index[row])]; },
               [&](long long row, S value) {
-                  const T scaled = T(value) * scale;
+                  const T scaled = scale == 1 ? T(value) : T(value) * scale;  // a product may flush denormals to 0
                   out[tile.at(row)] = shift == 0 ? scaled : scaled + shift;  // -0 stays -0
               });
 }

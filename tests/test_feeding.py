@@ -160,6 +160,16 @@ def test_arrays_that_are_there_already(there, feed, device, threaded):
     assert agree(device, on_cpu, mixed)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_numbers_that_are_there_as_they_are_wanted_are_gathered_by_the_kernel(dtype):
+    device, X = queued_backend("late"), RNG.standard_normal((40, 3)).astype(dtype)
+    X[0] = np.finfo(dtype).smallest_subnormal, -0.0, np.finfo(dtype).max
+    there, here = (Loader(x, batch_size=8, backend=b) for x, b in ((device.asarray(X), device), (X, "cpu")))
+    for x, expected in zip(there, here, strict=True):
+        assert device.to_numpy(x).tobytes() == expected.tobytes()
+    assert [name for name, *_ in device.cupy.launches] == ["gather"] * 5
+
+
 def test_labels_that_are_there_already_of_samples_that_are_read(device):
     x = Samples(X8, Y, labelled=False)
     there = Loader(x, device.asarray(Y), batch_size=8, backend=device)
