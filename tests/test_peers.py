@@ -42,7 +42,7 @@ def made(maker: Callable[[], peers.Step]) -> peers.Step:
 def test_contenders_do_the_same_work(work: str, contender: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "SAMPLES", 1000)
     result = peers.result_of(made(SMALL[work][contender]))
-    if contender in ("matrix products", "conversion loop"):
+    if contender in ("matrix products", "conversion loop", "plain copy"):
         assert result is None
     else:
         assert result == pytest.approx(peers.result_of(SMALL[work]["gpubatch"]()), rel=peers.TOLERANCE)
