@@ -353,7 +353,10 @@ CHILD = """
 import resource, warnings
 import numpy as np
 import gpubatch as gb
+from gpubatch.launch import host_library
 
+if not isinstance(host_library(), str):
+    host_library().set_threads(1)  # the stacks of threads are address space, too
 X, Y = np.random.default_rng(0).random((1 << 15, 8), np.float32), np.arange(1 << 15) % 3
 net = gb.mlp([8, 1 << 10, 3], backend="cpu")
 loader = gb.Loader(X, Y, batch_size=1 << 14, backend="cpu", prefetch=0)
