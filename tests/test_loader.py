@@ -590,8 +590,8 @@ def test_automatic_batch_size_follows_the_rule(monkeypatch):
     assert Loader(np.zeros((2000, 3)), backend="cpu").batch_size == 2000
     large = Loader(np.zeros((2001, 3)), backend="cpu")
     assert (large.batch_size, large.automatic, len(large)) == (512, True, 4)
-    # 100 float32 features from bytes and a 64-bit label, and the place of every sample in the epoch
-    X, Y = np.zeros((2001, 100), np.uint8), np.zeros(2001, np.int64)
+    # 100 float32 features, taken as they are, and a 64-bit label, and the place of every sample in the epoch
+    X, Y = np.zeros((2001, 100), np.float32), np.zeros(2001, np.int64)
     needed = 128 * (400 + 8) + 8 * 2001
     small = cpu_with(monkeypatch, needed * 10 // 9 + 9)
     loader = Loader(X, Y, backend=small)
