@@ -9,7 +9,6 @@ run, its last checkpoint complete, to that of the run without in the same round,
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from first_run import processor
+from first_run import processor, record
 
 import gpubatch as gb
 from gpubatch.checkpoint import Checkpoints
@@ -111,10 +110,7 @@ def main() -> None:
         "runs": {name: cost(name, given.rounds, given.folder) for name in RUNS},
         "large": speed(given.gigabytes, given.rounds, given.folder),
     }
-    text = json.dumps(results, indent=1)
-    print(text)
-    if given.out:
-        given.out.write_text(text + "\n")
+    record(results, given.out)
 
 
 if __name__ == "__main__":

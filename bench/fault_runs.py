@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import random
 import signal
 import tempfile
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from first_run import machine, record
 
 import gpubatch as gb
 from gpubatch.checkpoint import Checkpoints
@@ -140,14 +140,11 @@ def main() -> None:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=arguments.folder)))
         results = {
             "date": date.today().isoformat(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+            "machine": machine(),
             "steps_between_checkpoints": EVERY,
             **measure(arguments.kills, arguments.seed, base),
         }
-    text = json.dumps(results, indent=1)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+    record(results, arguments.out)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,6 @@ is at the same time (90 %), and the bandwidth, read and written, of batches gath
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -22,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from first_run import machine, record
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the checkout that this file belongs to, installed or not
@@ -195,7 +193,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results = {
         "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "machine": machine(),
         "source_ms_per_batch": 1e3 * SOURCE_SECONDS,
         "consumer_ms_per_batch": 1e3 * CONSUMER_SECONDS,
         "batches": arguments.batches,
@@ -203,10 +201,7 @@ def main() -> None:
     }
     if "cuda:0" in gb.available_backends():
         results |= {"device": gb.get_backend("cuda").device, "gpu": on_gpu()}
-    text = json.dumps(results, indent=1)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+    record(results, arguments.out)
 
 
 if __name__ == "__main__":

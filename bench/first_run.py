@@ -63,6 +63,19 @@ def processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def machine() -> str:
+    """Architecture, cores and Python, in words."""
+    return f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def record(results: dict[str, Any], out: Path | None) -> None:
+    """Print ``results`` as JSON, and write it to the file ``out`` if one is given."""
+    text = json.dumps(results, indent=1)
+    print(text)
+    if out is not None:
+        out.write_text(text + "\n")
+
+
 def main() -> None:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,10 +88,7 @@ def main() -> None:
         "import": imports(arguments.repeats),
         "train": training(3),
     }
-    text = json.dumps(results, indent=1)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+    record(results, arguments.out)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ import importlib.util
 import io
 import json
 import os
-import platform
 import random
 import re
 import struct
@@ -47,6 +46,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from first_run import machine
 
 import gpubatch as gb
 from gpubatch import checkpoint, datasets, sources
@@ -499,7 +499,7 @@ def main() -> int:
     if given.out:
         results = {
             "date": date.today().isoformat(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+            "machine": machine(),
             "seed": given.seed,
             "bound_of_address_space": BOUND,
             "readers": {

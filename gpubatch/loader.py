@@ -484,7 +484,7 @@ class Loader:
         apart = [s for s in sources if not (isinstance(s, ArraySource) and self.backend.owns(s.array))]
         if apart and not self._placed:
             stored = batch_size * sum(source.bytes_per_sample(source.dtype) for source in sources)
-            return {"buffers of batches": (1 + max(self._ahead(batch_size), 1)) * stored + 8 * batch_size}
+            return {"buffers of batches": self._slots(batch_size) * stored + 8 * batch_size}
         data = sum(source.n_samples * source.bytes_per_sample(source.dtype) for source in apart)
         return {"data": data, "order of an epoch": 8 * self._share}
 
@@ -492,6 +492,10 @@ class Loader:
         """How many batches a thread prepares ahead."""
         on_host = sum(math.prod(column.source.sample_shape) for column in self._columns if column.source.on_host)
         return self.prefetch if self._limits or batch_size * on_host >= WORTH_A_THREAD else 0
+
+    def _slots(self, batch_size: int) -> int:
+        """How many batches are on their way to a GPU at most: the one in use, and those that are filled and copied."""
+        return 1 + max(self._ahead(batch_size), 1)
 
     def _beside(self, column: _Column, batch_size: int) -> int:
         """Bytes of samples as they are stored that stand beside a batch while it is made from them."""
@@ -601,7 +605,7 @@ class Loader:
         elif (columns := self._on_device(self.backend, stats)) is not None:
             prepare, deliver, ahead = *self._from_the_device(self.backend, columns, starts.start, stats, stack), 0
         else:
-            prepare, deliver = self._through_pinned_memory(self.backend, 1 + max(ahead, 1), stats, stack)
+            prepare, deliver = self._through_pinned_memory(self.backend, self._slots(size), stats, stack)
         one: Callable[[int], Any] = lambda start: prepare(start, min(start + size, share))  # noqa: E731
         prepared = _prepare_ahead(one, starts, ahead) if ahead else (one(start) for start in starts)
         return stack.enter_context(contextlib.closing(prepared)), deliver

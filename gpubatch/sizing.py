@@ -344,9 +344,7 @@ class _Pool:
         self.available, self._before = backend.memory().available, int(self._pool.total_bytes())
 
     def reset(self) -> None:
-        self._backend.synchronize()
-        with self._backend.scope():
-            self._pool.free_all_blocks()
+        self._backend.free_unused()
 
     def peak(self) -> int:
         self._backend.synchronize()

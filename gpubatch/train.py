@@ -238,7 +238,7 @@ class Run:
                 except InsufficientMemoryError:
                     raise  # smaller parts would not help
                 except MemoryError as error:
-                    return str(error) or "out of memory"
+                    return lack(error)
                 self._unsaved = True
                 part.batches += 1
                 if result is not None:
@@ -485,7 +485,7 @@ class Guard:
         try:
             return self.net.evaluate(X, Y, min(rows, EVALUATION_ROWS))
         except MemoryError as error:
-            return str(error) or "out of memory"
+            return lack(error)
 
     def halve(self, failure: str, state: TrainingState) -> None:
         """Compute fewer samples at a time, after there was no memory for ``failure``."""
@@ -600,8 +600,13 @@ def rehearse(net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | N
             with contextlib.suppress(NonFiniteError):  # what the numbers are is not the question here
                 net.evaluate(held_out.X[:EVALUATION_ROWS], held_out.Y[:EVALUATION_ROWS])
     except MemoryError as error:
-        return str(error) or "out of memory"
+        return lack(error)
     return None
+
+
+def lack(error: MemoryError) -> str:
+    """For what there was no memory, in words; the error itself would keep the arrays of its traceback."""
+    return str(error) or "out of memory"
 
 
 def release(net: Network) -> None:
