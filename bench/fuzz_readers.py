@@ -29,6 +29,7 @@ import importlib.util
 import io
 import json
 import os
+import platform
 import random
 import re
 import struct
@@ -46,7 +47,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from first_run import machine
 
 import gpubatch as gb
 from gpubatch import checkpoint, datasets, sources
@@ -499,7 +499,7 @@ def main() -> int:
     if given.out:
         results = {
             "date": date.today().isoformat(),
-            "machine": machine(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
             "seed": given.seed,
             "bound_of_address_space": BOUND,
             "readers": {
