@@ -135,15 +135,31 @@ class CudaOps(Ops):
 
     def gather(self, source: Array, index: Array, out: Array, scale: float, shift: float) -> None:
         """See :class:`Ops`; one launch."""
+        self.gather_batch(source, index, None, out, scale, shift)
+
+    def gather_batch(
+        self, source: Array, order: Array, batch: Array | None, out: Array, scale: float, shift: float, size: int = 0
+    ) -> None:
+        """out = scale * source[index] + shift for one of the batches of ``size`` of which ``order`` is the index.
+
+        Which one, the kernel finds in ``batch``, an int64 on the device; without it the first.
+        """
         for name, x in (("source", source), ("out", out)):
             if not x.flags.c_contiguous:
                 raise ShapeError(f"{name} must be C-contiguous to gather on a GPU, got a strided view; copy it first")
         if source.dtype.name not in STORED:
             raise DTypeError(f"source must have one of the dtypes {', '.join(STORED)}, got {describe(source)}")
-        shape = (len(index), math.prod(source.shape[1:]))
+        shape = (len(out), math.prod(source.shape[1:]))
         stored = f"typedef {STORED[source.dtype.name]} S;"
         text = source_of(self.dtype.name, "half.cuh", "gather.cu", before=stored)
-        self._on_tiles(text, "gather", shape, (source, index, out), (scale, shift))
+        self._on_tiles(text, "gather", shape, (source, order, batch, out), (size, scale, shift))
+
+    def take_batch(self, source: Array, order: Array, batch: Array, out: Array, size: int) -> None:
+        """As :meth:`gather_batch`, but elements stay as they are stored, or become int64 where out is; one launch."""
+        shape = (len(out), math.prod(source.shape[1:]))
+        types = f"typedef {STORED[source.dtype.name]} S;\ntypedef {STORED[out.dtype.name]} O;"
+        text = source_of(self.dtype.name, "half.cuh", "take.cu", before=types)
+        self._on_tiles(text, "take", shape, (source, order, batch, out), (size,))
 
     def _add_partial(self, partial: Array, parts: int, factor: float, out: Array, second: Array | None = None) -> None:
         """``out`` = factor times the sums in ``parts`` rows of ``partial``; those of ``second`` stand beside them."""

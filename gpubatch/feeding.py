@@ -22,11 +22,13 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from gpubatch.backend import Array, CudaBackend
+from gpubatch.cuda_ops import CudaOps
 from gpubatch.errors import InsufficientMemoryError
+from gpubatch.host_ops import ops_for
 from gpubatch.sizing import BatchPlan, fits, format_bytes
 from gpubatch.sources import ArraySource, Part
 
-__all__ = ["DeviceOrder", "Form", "Ring", "Slot", "moved", "native", "on_device", "take_into"]
+__all__ = ["DeviceFeed", "DeviceOrder", "Form", "Ring", "Slot", "moved", "native", "on_device", "take_into"]
 
 Form: TypeAlias = tuple[tuple[int, ...], np.dtype[Any]]  # shape and element type
 
@@ -140,6 +142,45 @@ class DeviceOrder:
                 stream.record(used)
                 self._home.wait_event(used)
         self._others.clear()
+
+
+class DeviceFeed:
+    """Batches that captured steps gather by themselves: data, order and batch lie on the device and stay where they are.
+
+    ``columns`` are the arrays on the device, with the element type and the scale of what is made of their rows.
+    """
+
+    def __init__(
+        self,
+        backend: CudaBackend,
+        columns: Sequence[tuple[Array, np.dtype[Any], float | None]],
+        share: int,
+        batch_size: int,
+    ) -> None:
+        self._backend, self._columns, self.batch_size = backend, columns, batch_size
+        self._order = backend.empty(share, np.int64)
+        self._batch = [backend.empty((batch_size, *array.shape[1:]), dtype) for array, dtype, _ in columns]
+
+    def begin(self, order: np.ndarray) -> None:
+        """The order of the epoch to come."""
+        with self._backend.scope():
+            self._order.set(np.ascontiguousarray(order))
+
+    def arrays(self, rows: int) -> list[Array]:
+        """The arrays in which a batch of ``rows`` samples is made."""
+        return [array[:rows] for array in self._batch]
+
+    def enqueue(self, rows: int, batch: Array) -> None:
+        """Make the batch whose number ``batch``, an int64 on the device, holds when it comes to that."""
+        for (source, dtype, scale), out in zip(self._columns, self.arrays(rows), strict=True):
+            ops = ops_for(self._backend, dtype if dtype.kind == "f" else np.dtype(np.float32))
+            assert isinstance(ops, CudaOps)
+            if dtype.kind == "f":
+                ops.gather_batch(
+                    source, self._order, batch, out, 1.0 if scale is None else scale, 0.0, self.batch_size
+                )
+            else:
+                ops.take_batch(source, self._order, batch, out, self.batch_size)
 
 
 @dataclasses.dataclass(eq=False)

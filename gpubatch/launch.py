@@ -281,14 +281,21 @@ class CudaUpdate:
         self, arrays: list[tuple[Array, ...]], scalars: tuple[float, ...], control: Array | None = None
     ) -> None:
         with self.backend.scope():
-            key = tuple((*(a.data.ptr for a in group), group[0].size) for group in arrays)
-            if key != self.key:
-                self._lay_out(arrays, key)
-            if self.rows:
-                self.host_scalars[: len(scalars)] = scalars
-                self.scalars.set(self.host_scalars)
-                arguments = (self.table, self.scalars, np.uint64(0) if control is None else control)
-                self.kernel((self.rows,), (THREADS,), arguments)
+            self.host_scalars[: len(scalars)] = scalars
+            self.scalars.set(self.host_scalars)
+            self.launch(arrays, self.scalars, None, control)
+
+    def launch(
+        self, arrays: list[tuple[Array, ...]], scalars: Array, step: Array | None, control: Array | None
+    ) -> None:
+        """The update by ``scalars`` that are on the device, in rows of which ``step``, an int64 there, says which one."""
+        key = tuple((*(a.data.ptr for a in group), group[0].size) for group in arrays)
+        if key != self.key:
+            self._lay_out(arrays, key)
+        if self.rows:
+            null = np.uint64(0)
+            at = null if step is None else step
+            self.kernel((self.rows,), (THREADS,), (self.table, scalars, at, null if control is None else control))
 
     def _lay_out(self, arrays: list[tuple[Array, ...]], key: tuple[Any, ...]) -> None:
         for group in arrays:

@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from concurrent.futures import Executor
 from typing import Any, TypeAlias
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from gpubatch.backend import Array, Backend, CudaBackend, float_dtype, get_backend
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_bool, check_choice, check_int, check_real
-from gpubatch.feeding import DeviceOrder, Form, Ring, Slot, moved, native, on_device, take_into
+from gpubatch.feeding import DeviceFeed, DeviceOrder, Form, Ring, Slot, moved, native, on_device, take_into
 from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, parse_bytes, plan_batch_size
 from gpubatch.sources import ArraySource, Part, Reader, array_source, check_finite, convert
 
@@ -533,11 +533,15 @@ class Loader:
         """The number of the epoch that is running, or else of the next one, counted from 0."""
         return self._epoch + self._left
 
-    def __iter__(self) -> Generator[Any]:
+    def _go_on(self) -> None:
+        """To the next epoch, where the one before was left in the middle."""
         if self._left or (self._run is not None and self._batch):
             self._epoch, self._batch = self._epoch + 1, 0
-        run = self._run = object()
         self._left = False
+
+    def __iter__(self) -> Generator[Any]:
+        self._go_on()
+        run = self._run = object()
         stats, first = LoaderStats(), 0.0
         self.stats = stats
         read = sum(reader.bytes_read for reader in self._limits)
@@ -569,6 +573,51 @@ class Loader:
             if self._run is run:
                 self._run, self._left = None, self._batch > 0
 
+    def device_feed(self) -> DeviceFeed | str:
+        """What gathers whole batches on the device without the host, or why that cannot be, in words."""
+        if not isinstance(self.backend, CudaBackend):
+            return "the loader is not on a GPU"
+        if self.transform is not None:
+            return "the loader has a transform"
+        columns = self._on_device(self.backend, self.stats)
+        if columns is None:
+            return self.feeding
+        arrays = [column.source.array for column in columns if isinstance(column.source, ArraySource)]
+        if self.sample_axis or not all(array.flags.c_contiguous for array in arrays):
+            return "the samples are not C-contiguous rows"
+        # Labels are needed as int64, whatever they are stored as.
+        made = [
+            np.dtype(np.int64) if array.ndim == 1 and column.dtype.kind in "iu" else column.dtype
+            for array, column in zip(arrays, columns, strict=True)
+        ]
+        scales = [column.scale for column in columns]
+        return DeviceFeed(self.backend, list(zip(arrays, made, scales, strict=True)), self._share, self.batch_size)
+
+    @contextlib.contextmanager
+    def fed_by(self, feed: DeviceFeed) -> Iterator[Callable[[int], None]]:
+        """An epoch, or what remains of it, whose batches ``feed`` makes; yields what is told how many more were used."""
+        self._go_on()
+        run = self._run = object()
+        stats, first = LoaderStats(bytes_copied=8 * self._share), self._batch
+        self.stats = stats
+        feed.begin(self._order_of(self._epoch))
+
+        def used(batches: int) -> None:
+            if self._run is not run:
+                raise ArgumentError("this iteration was ended by a newer one, or by load_state_dict")
+            self._batch += batches
+            stats.batches += batches
+            stats.samples = min(self._batch * self.batch_size, self._share) - first * self.batch_size
+            stats.bytes_read = stats.samples * self._array_bytes
+
+        try:
+            yield used
+            if self._batch == len(self):
+                self._epoch, self._batch = self._epoch + 1, 0
+        finally:
+            if self._run is run:
+                self._run, self._left = None, self._batch > 0
+
     def _bytes_read(self, samples: int, before: int) -> int:
         read = sum(reader.bytes_read for reader in self._limits) - before if self._limits else 0
         return read + samples * self._array_bytes
@@ -588,9 +637,15 @@ class Loader:
         """A function of two positions of this rank: the samples from one to the other."""
         if self.window:
             return self._windows(epoch).indices
-        order = epoch_order(self.n_samples, self.seed, epoch, self.shuffle, self.replacement)
-        mine = order[self.rank :: self.world_size]
+        mine = self._order_of(epoch)
         return lambda start, stop: mine[start:stop]
+
+    def _order_of(self, epoch: int) -> Indices:
+        """The samples of this rank in the order of an epoch."""
+        if self.window:
+            return self._windows(epoch).indices(0, self._share)
+        order = epoch_order(self.n_samples, self.seed, epoch, self.shuffle, self.replacement)
+        return order[self.rank :: self.world_size]
 
     def _fed(
         self, starts: range, stats: LoaderStats, stack: contextlib.ExitStack

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -232,15 +232,23 @@ class Network:
         Raises NonFiniteError where the loss is NaN or infinite; running statistics and dropout are then as before.
         """
         self._check_batch(X, Y, values=True)
+        loss = 0.0
+
+        def add(x: Array, y: Array, share: float) -> None:
+            nonlocal loss
+            loss += share * self._micro_batch(x, y)
+
         with self.backend.scope(), quiet():
             if micro_batch_size is None or len(X) <= check_int("micro_batch_size", micro_batch_size, 1):
-                return self._micro_batch(X, Y), self.parameters.grads
-            self.remember()
-            try:
-                loss = self._micro_batches(X, Y, micro_batch_size)
-            except BaseException:
-                self.recall()
-                raise
+                loss = self._micro_batch(X, Y)
+            else:
+                self.remember()
+                try:
+                    self._micro_batches(X, Y, micro_batch_size, add)
+                except BaseException:
+                    self.recall()
+                    raise
+        self._mode.step += 1
         return loss, self.parameters.grads
 
     def _micro_batch(self, X: Array, Y: Array) -> float:
@@ -250,24 +258,22 @@ class Network:
         self._backward(run, X)
         return loss
 
-    def _micro_batches(self, X: Array, Y: Array, rows: int) -> float:
-        """The loss of a batch from parts of at most ``rows`` rows, as equal as can be."""
+    def _micro_batches(self, X: Array, Y: Array, rows: int, one: Callable[[Array, Array, float], None]) -> None:
+        """The gradients of a batch from parts of at most ``rows`` rows, as equal as can be; ``one`` makes those of each."""
         if self._sums is None:
             self._sums = self.backend.empty(self.parameters.flat.shape, self.dtype)
-        grads, total, step = self.parameters.grads.flat, 0.0, self._mode.step
+        grads = self.parameters.grads.flat
         self._sums.fill(0)
         for part in evenly(len(X), rows, self.least_rows):
-            self._mode.step, self._mode.row = step, part.start
+            share = (part.stop - part.start) / len(X)
+            self._mode.row = part.start
             try:
-                loss = self._micro_batch(X[part], Y[part])
+                one(X[part], Y[part], share)
             finally:
                 self._mode.row = 0
-            share = (part.stop - part.start) / len(X)
-            total += share * loss
             grads *= share
             self._sums += grads
         grads[...] = self._sums
-        return total
 
     def step_loss(self, X: Array, Y: Array) -> Array:
         """:meth:`loss_and_grad` without waiting for the device: the loss as an array of one element.
@@ -280,7 +286,37 @@ class Network:
             if self.backend.name == "cpu" and math.isnan(run.loss.work["loss"].item()):
                 self._loss.check_values(Y, self.outputs)
             self._backward(run, X)
+        self._mode.step += 1
         return run.loss.work["loss"]
+
+    def enqueue(
+        self, X: Array, Y: Array, step: Array, micro_batch_size: int, add: Callable[[Array, float], None]
+    ) -> Any:
+        """What :meth:`loss_and_grad` starts on a GPU, and nothing else, so that it can be captured in a CUDA graph.
+
+        Nothing is checked. ``step``, an int64 on the device, is that of dropout. ``add(loss, share)`` is called with the
+        loss of each micro-batch, an array of one element, and its share of the batch. Returns what has the memory that
+        is worked in: to be kept as long as the graph.
+        """
+
+        def one(x: Array, y: Array, share: float) -> None:
+            run = self._forward(x, y)
+            add(run.loss.work["loss"], share)
+            self._backward(run, x)
+
+        own, self._mode.step = self._mode.step, step.view(np.uint64)
+        try:
+            if len(X) <= micro_batch_size:
+                one(X, Y, 1.0)
+            else:
+                self._micro_batches(X, Y, micro_batch_size, one)
+        finally:
+            self._mode.step = own
+        return self._training, self._sums
+
+    def passed(self, steps: int) -> None:
+        """Count training steps that were made by :meth:`enqueue`."""
+        self._mode.step += steps
 
     def rehearse(self, X: Array, Y: Array) -> None:
         """A training step that leaves nothing but its workspace and ``parameters.grads``: proof that the batch fits."""
@@ -572,7 +608,6 @@ class Network:
             dy = dx
         for name in self._weights:
             add_scaled(self._xp, self.parameters.grads[name], self.parameters[name], self.l2, run.loss.work["l2"])
-        self._mode.step += 1
 
     def _evaluate(self, X: Array, rows: int = EVALUATION_ROWS) -> Iterator[tuple[slice, Pass]]:
         """Scores of X, at most ``rows`` rows at a time, in a workspace of their own."""
@@ -592,6 +627,10 @@ class Network:
         return min(largest, L2_BLOCK) if self.backend.name == "cpu" else largest
 
     # --- checks ---
+
+    def check_batch(self, X: Any, Y: Any) -> None:
+        """Raise unless X and Y can be a batch, by shape, element type and device; their values are not looked at."""
+        self._check_batch(X, Y, values=False)
 
     def _check_inputs(self, X: Any) -> None:
         self.backend.check("X", X)

@@ -24,7 +24,7 @@ from gpubatch.errors import (
 )
 from gpubatch.formula import Rule
 from gpubatch.host_ops import ops_for
-from gpubatch.launch import compute_dtype, update_for
+from gpubatch.launch import CudaUpdate, compute_dtype, update_for
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.params import FlatViews, Parameters
 
@@ -159,6 +159,43 @@ class Optimizer:
         self.step(grads, control)
         self.t = t
 
+    def ahead(self, count: int, least: int = 1) -> tuple[np.ndarray, list[float | None]]:
+        """The formula's scalars for each of the next ``count`` steps, in rows, and the learning rates.
+
+        They are what :meth:`step` would compute while hyper-parameters and ``epoch`` stay. Where a schedule fails for one
+        of them there are only those before it, since it may never come, but no fewer than ``least``: then it raises.
+        """
+        fixed = {name: self._now(name) for name in self._trace.hyper if not callable(self._hyper[name])}
+        moving = [name for name in self._trace.hyper if name not in fixed]
+        rows, rates = list[tuple[float, ...]](), list[float | None]()
+        for t in range(self.t, self.t + count):
+            try:
+                hyper = fixed | {name: self._at(name, t) for name in moving} if moving else fixed
+                rows.append(self._trace.evaluate(t + 1, **hyper))
+            except Exception:
+                if len(rows) < least:
+                    raise
+                break
+            rates.append(hyper.get("lr"))
+        scalars = np.zeros((len(rows), max(1, len(self._trace.scalars))), compute_dtype(self._dtype))
+        if self._trace.scalars:
+            scalars[...] = rows
+        return scalars, rates
+
+    def enqueue(self, scalars: Array, row: Array, control: Array) -> None:
+        """What :meth:`step` starts on a GPU for ``params.grads``, and nothing else, so that it can be captured.
+
+        ``scalars`` are rows of :meth:`ahead` on the device, ``row``, an int64 there, says which one. Nothing is counted.
+        """
+        assert isinstance(self._update, CudaUpdate)
+        with self.backend.scope():
+            self._update.launch(self._arrays(None), scalars, row, control)
+
+    @property
+    def plan(self) -> tuple[Any, ...]:
+        """What :meth:`ahead` and :meth:`enqueue` depend on: while it is the same, so are they."""
+        return self._update, self.t, self.epoch, *self._hyper.values()
+
     @property
     def lr(self) -> float:
         """The learning rate of the next step; assign a number or a schedule at any time."""
@@ -267,11 +304,15 @@ class Optimizer:
         return check_real(name, value, low, high, open_high=True)
 
     def _now(self, name: str) -> float:
-        """The value of a hyper-parameter for the next step, always a Python float: float32 stays float32."""
+        """The value of a hyper-parameter for the next step."""
+        return self._at(name, self.t)
+
+    def _at(self, name: str, t: int) -> float:
+        """Its value for step ``t`` from 0, always a Python float: float32 stays float32."""
         value = self._hyper[name]
         if not callable(value):
             return value
-        number = self._value(name, value(self.t, self.epoch))
+        number = self._value(name, value(t, self.epoch))
         assert isinstance(number, float)
         return number
 

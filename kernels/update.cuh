@@ -61,14 +61,17 @@ struct Arrays {
 
 // One launch for any number of arrays, one block for each row of `table`: the address of the row's piece of every
 // array, then how many elements it has. A flat buffer is cut into such pieces too. `scalars` lie on the device, so
-// that a captured launch sees those of the step. `control`, or null, holds what gradients are multiplied by, and
-// whether (not 0) nothing is to be done: what wrote it need not have been waited for.
-extern "C" __global__ void update_arrays(const long long* table, const T* scalars, const T* control) {
+// that a captured launch sees those of the step: rows of them, of which `step` says which one, or null for the first.
+// `control`, or null, holds what gradients are multiplied by, and whether (not 0) nothing is to be done: what wrote it
+// need not have been waited for.
+extern "C" __global__ void update_arrays(const long long* table, const T* scalars, const long long* step,
+                                         const T* control) {
     const T scale = control ? control[0] : T(1);
     if (control && control[1] != 0) return;
     const long long* row = table + (long long)blockIdx.x * (STORED + 1);
     const Arrays arrays(row);
     const long long n = row[STORED];
+    if (step) scalars += *step * SCALARS;
     T k[SCALARS];  // in registers: a store to an array might change what `scalars` points to
     for (int s = 0; s < SCALARS; ++s) k[s] = scalars[s];
 

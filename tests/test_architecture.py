@@ -34,10 +34,11 @@ MAY_IMPORT = {
     "network": "layers losses host_ops ops params backend errors",
     "datasets": "errors",
     "sources": "datasets host_ops ops backend sizing errors",
-    "feeding": "backend sizing errors sources",
+    "feeding": "host_ops cuda_ops backend sizing errors sources",
     "loader": "backend sizing errors sources feeding",
     "checkpoint": "backend errors",
-    "train": "checkpoint network optim loader ops params schedules averages sizing backend errors",
+    "capture": "network optim feeding cuda_ops launch ops layers backend errors",
+    "train": "capture checkpoint network optim loader ops params schedules averages sizing backend errors",
     "explore": "network layers losses loader optim train averages params backend errors",
 }
 EDGES = {"plot", "cli", "cli_explore", "cli_sizing", "__main__", "__init__"}
