@@ -16,7 +16,7 @@ EXPORTS = {
     "backend": "Backend Memory array_namespace available_backends get_backend",
     "checkpoint": "Checkpoints",
     "errors": """
-        ArgumentError BackendFallbackWarning BackendUnavailableError CheckpointError CheckpointWarning
+        ArgumentError BackendFallbackWarning BackendUnavailableError CaptureError CheckpointError CheckpointWarning
         DTypeError DataFormatError DeviceMismatchError GpubatchError InsufficientMemoryError
         MicroBatchWarning NonFiniteError ShapeError SkippedStepWarning UnknownArgumentError
     """,
@@ -62,6 +62,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         ArgumentError as ArgumentError,
         BackendFallbackWarning as BackendFallbackWarning,
         BackendUnavailableError as BackendUnavailableError,
+        CaptureError as CaptureError,
         CheckpointError as CheckpointError,
         CheckpointWarning as CheckpointWarning,
         DataFormatError as DataFormatError,

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib.util
 import os
 import re
 import sys
+import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -24,6 +26,7 @@ from gpubatch.errors import (
     ArgumentError,
     BackendFallbackWarning,
     BackendUnavailableError,
+    CaptureError,
     DeviceMismatchError,
     DTypeError,
     check_choice,
@@ -111,6 +114,14 @@ class Backend(ABC):
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """Make this the current device inside a ``with``."""
 
+    @abstractmethod
+    def own_stream(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside a ``with``, work on this device goes to a stream that no other thread or library uses.
+
+        It comes after what was given to the caller's stream before, and before what is given to that afterwards. The
+        stream is the thread's: the next ``with`` finds it again, and one inside the other changes nothing.
+        """
+
     def check(self, name: str, x: Any) -> Array:
         """``x``, if it is an array on this device; otherwise an error that names the argument and the remedy."""
         if self.owns(x):
@@ -173,6 +184,9 @@ class CpuBackend(Backend):
         """Nothing is kept: NumPy gives large arrays back at once."""
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def own_stream(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
 
@@ -257,6 +271,28 @@ class CudaBackend(Backend):
         with self.scope():
             return self.cupy.cuda.Event(block=True, disable_timing=True)
 
+    def capture(self, work: Callable[[], None]) -> Any:
+        """What ``work`` gives to the current stream, as a CUDA graph: nothing is done before its ``launch()``.
+
+        The graph works in the arrays that ``work`` used: whoever keeps it keeps them, and they stay where they are.
+        ``work`` allocates no memory (:class:`CaptureError`), waits for nothing, copies nothing from or to the host, and
+        its kernels were launched before, since a module cannot be loaded meanwhile; of what else CUDA refuses the error
+        is CuPy's. Whatever ``work`` raises ends the capture, and the stream goes on as if it had not begun. The default
+        stream cannot capture: see :meth:`own_stream`.
+        """
+        with self.scope(), _without_collections():
+            stream = self.current_stream()
+            # Not for other threads: those of a loader may allocate memory meanwhile.
+            stream.begin_capture(self.cupy.cuda.runtime.streamCaptureModeThreadLocal)
+            try:
+                with self.cupy.cuda.using_allocator(_refuse_memory):
+                    work()
+            except BaseException:
+                with contextlib.suppress(Exception):  # a capture that was broken says so again
+                    stream.end_capture()
+                raise
+            return stream.end_capture()
+
     def pinned(self, size: int, dtype: np.dtype[Any]) -> np.ndarray:
         """An array of ``size`` elements in pinned memory of the host, from CuPy's pool; its values are not set."""
         with self.scope():
@@ -265,6 +301,55 @@ class CudaBackend(Backend):
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         device: contextlib.AbstractContextManager[Any] = self.cupy.cuda.Device(self.index)
         return device
+
+    @contextlib.contextmanager
+    def own_stream(self) -> Iterator[None]:
+        with self.scope():
+            streams = _own_streams(self.cupy, self.index)
+            if not hasattr(streams, "own"):
+                streams.own = self.stream()
+            own, caller = streams.own, self.current_stream()
+            if own == caller:
+                yield
+                return
+            self._let_wait(own, caller)
+            try:
+                with own:
+                    yield
+            finally:
+                self._let_wait(caller, own)
+
+    def _let_wait(self, stream: Any, other: Any) -> None:
+        """What is given to ``stream`` from now on comes after what ``other`` has to do by now."""
+        event = self.event()
+        other.record(event)
+        stream.wait_event(event)
+
+
+@functools.cache
+def _own_streams(cupy: Any, index: int) -> threading.local:
+    """The stream of each thread for work on a device, its ``own``; there is none before it is needed.
+
+    Kept: CuPy gives memory that was taken on a stream to work of this stream alone.
+    """
+    return threading.local()
+
+
+def _refuse_memory(size: int) -> Any:
+    """An allocator for a capture: the pool would give what it took there to others while the graph works in it."""
+    raise CaptureError(f"{size} bytes of memory were asked for during a capture; allocate before it")
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """No cyclic garbage is collected inside: finalisers of anybody's arrays may call what a capture forbids."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 # --- choosing -----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@
     ├── BackendUnavailableError (RuntimeError)   the device that was asked for cannot be used
     ├── InsufficientMemoryError (MemoryError)    not even one sample fits
     ├── CheckpointError (OSError)            a checkpoint that cannot be written
+    ├── CaptureError (RuntimeError)          work that cannot be captured as a CUDA graph
     └── NonFiniteError (ArithmeticError)     NaN or infinity in data, loss or gradient
 
     BackendFallbackWarning (UserWarning)     the CPU stands in for a device that cannot be used
@@ -31,6 +32,7 @@ __all__ = [
     "ArgumentError",
     "BackendFallbackWarning",
     "BackendUnavailableError",
+    "CaptureError",
     "CheckpointError",
     "CheckpointWarning",
     "DTypeError",
@@ -90,6 +92,10 @@ class InsufficientMemoryError(GpubatchError, MemoryError):
 
 class CheckpointError(GpubatchError, OSError):
     """A checkpoint cannot be written; those before it are as they were."""
+
+
+class CaptureError(GpubatchError, RuntimeError):
+    """Work does what a CUDA graph cannot hold."""
 
 
 class NonFiniteError(GpubatchError, ArithmeticError):

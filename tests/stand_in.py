@@ -13,9 +13,9 @@ import threading
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from emulate import host_kernel, sanitized
@@ -176,14 +176,58 @@ class Work:
     reads: np.ndarray | None = None
 
 
+class CUDARuntimeError(RuntimeError):
+    """What CUDA says of a call that it refuses."""
+
+
+class Graph:
+    """Work that was captured: done, all of it, whenever it is launched."""
+
+    def __init__(self, cupy: QueuedStandIn, work: list[Work]) -> None:
+        self.cupy, self.work = cupy, work
+
+    def launch(self, stream: Stream | None = None) -> None:
+        self.cupy.graph_launches += 1
+        (stream or self.cupy.get_current_stream()).enqueue(Work(lambda: [work.run() for work in self.work]))
+
+
 class Stream:
-    """A queue of work. What is in it has not happened."""
+    """A queue of work. What is in it has not happened.
+
+    While the stream is captured its work is recorded, and not done. What CUDA refuses then breaks the capture.
+    """
 
     def __init__(self, cupy: QueuedStandIn, eager: bool) -> None:
         self.cupy, self.eager = cupy, eager
         self.queue: deque[Work | Ticket] = deque()
         self.done = self.given = 0
         self.busy = False
+        self.captured: list[Work] | None = None
+        self.broken = False
+
+    def begin_capture(self, mode: int) -> None:
+        assert mode == self.cupy.cuda.runtime.streamCaptureModeThreadLocal
+        if self is self.cupy.null:
+            raise RuntimeError("cannot capture on the default (legacy) stream")
+        if self.captured is not None:
+            raise CUDARuntimeError("cudaErrorIllegalState: the stream is being captured already")
+        self.captured, self.broken = [], False
+        self.cupy.local.captures = self
+
+    def end_capture(self) -> Graph:
+        if self.captured is None or self.cupy.capturing is not self:
+            raise CUDARuntimeError("cudaErrorIllegalState: no capture was begun on this stream in this thread")
+        work, self.captured, self.cupy.local.captures = self.captured, None, None
+        if self.broken:
+            raise CUDARuntimeError("cudaErrorStreamCaptureInvalidated")
+        return Graph(self.cupy, work)
+
+    def is_capturing(self) -> bool:
+        return self.captured is not None
+
+    def refuse(self, what: str) -> NoReturn:
+        self.broken = True
+        raise CUDARuntimeError(f"cudaErrorStreamCaptureUnsupported: {what} while a stream is being captured")
 
     def __enter__(self) -> Stream:
         self.cupy.current.append(self)
@@ -194,12 +238,19 @@ class Stream:
 
     def enqueue(self, work: Work | Ticket) -> None:
         with self.cupy.lock:
+            if self.captured is not None:
+                if isinstance(work, Ticket):
+                    self.refuse("a wait for an event")
+                self.captured.append(work)
+                return
             self.queue.append(work)
             self.given += 1
             self.cupy.settle()
 
     def record(self, event: Event) -> None:
         with self.cupy.lock:
+            if self.captured is not None:
+                self.refuse("an event")
             event.ticket = Ticket(self, self.given)
 
     def wait_event(self, event: Event) -> None:
@@ -207,7 +258,10 @@ class Stream:
             self.enqueue(event.ticket)
 
     def synchronize(self) -> None:
+        self.cupy.waits()
         with self.cupy.lock:
+            if self.captured is not None:
+                self.refuse("another thread waits for it")
             self.do(self.given)
             self.cupy.settle()
 
@@ -245,6 +299,7 @@ class Event:
         self.ticket: Ticket | None = None
 
     def synchronize(self) -> None:
+        self.cupy.waits()
         with self.cupy.lock:
             if self.ticket is not None:
                 self.ticket.stream.do(self.ticket.place)
@@ -279,8 +334,10 @@ class QueuedArray(DeviceArray):
         target, pinned = in_memory(self), self.cupy.pinned_memory_of(values)
         # Of memory that is not pinned the driver makes a copy before it returns.
         source = values.copy() if pinned is None else at_the_same_place(values, pinned)
-        work = Work(lambda: np.copyto(target, source), pinned)
-        (stream or self.cupy.get_current_stream()).enqueue(work)
+        work, stream = Work(lambda: np.copyto(target, source), pinned), stream or self.cupy.get_current_stream()
+        if stream.captured is not None:
+            stream.refuse("a copy from the host")
+        stream.enqueue(work)
 
     def later(self, make: Callable[..., Any], *arguments: Any) -> QueuedArray:
         """What ``make`` will make of the arguments."""
@@ -326,7 +383,8 @@ class QueuedArray(DeviceArray):
     def __getitem__(self, key: Any) -> Any:
         parts = key if isinstance(key, tuple) else (key,)
         if not any(isinstance(part, np.ndarray) for part in parts):
-            return np.ndarray.__getitem__(self, key)
+            # With an ellipsis one element, too, is an array of the device.
+            return np.ndarray.__getitem__(self, key if Ellipsis in parts else (*parts, ...))
         assert all(isinstance(part, (QueuedArray, slice)) for part in parts)
         # CuPy, too, takes what is out of range as it comes.
         wrapped = lambda x, *p: x[tuple(i % n if isinstance(i, np.ndarray) else i for i, n in zip(p, x.shape))]  # noqa: E731, B905
@@ -358,7 +416,8 @@ class QueuedStandIn(StandIn):
 
     Memory of a device that is given back belongs to the next work of the stream on which it was taken, which here
     poisons it, and whoever takes memory finds it poisoned by such work. Pinned memory is poisoned at once. ``copies``
-    are the sizes of those from the host, ``faults`` what was found to be wrong.
+    are the sizes of those from the host, ``faults`` what was found to be wrong; ``allocations``, ``synchronisations``
+    (waits of the host, also for a copy to it) and ``graph_launches`` are counts.
     """
 
     def __init__(self, timing: str, available: int = 1 << 30) -> None:
@@ -369,6 +428,7 @@ class QueuedStandIn(StandIn):
         self.pinned: dict[int, np.ndarray] = {}
         self.copies: list[int] = []
         self.faults: list[str] = []
+        self.allocations = self.synchronisations = self.graph_launches = 0
         self.used, self.available = 0, available
         self.eager = TIMINGS[timing]
         self.null = Stream(self, self.eager[0])
@@ -376,6 +436,9 @@ class QueuedStandIn(StandIn):
         self.local = threading.local()
         self.cuda.runtime.memGetInfo = lambda: (self.available - self.used, self.available)
         self.cuda.runtime.deviceSynchronize = self.synchronize
+        self.cuda.runtime.streamCaptureModeThreadLocal = 1
+        self.cuda.runtime.CUDARuntimeError = CUDARuntimeError
+        self.cuda.using_allocator = self.using_allocator
         self.cuda.Stream, self.cuda.Event = self.new_stream, self.new_event
         self.cuda.get_current_stream, self.cuda.alloc_pinned_memory = self.get_current_stream, self.alloc_pinned_memory
 
@@ -387,6 +450,27 @@ class QueuedStandIn(StandIn):
 
     def get_current_stream(self) -> Stream:
         return self.current[-1]
+
+    @property
+    def capturing(self) -> Stream | None:
+        """The stream that this thread captures."""
+        return getattr(self.local, "captures", None)
+
+    def waits(self) -> None:
+        """The host waits for the device."""
+        if self.capturing is not None:
+            self.capturing.refuse("the host waits")
+        self.synchronisations += 1
+
+    @contextlib.contextmanager
+    def using_allocator(self, allocator: Callable[[int], Any]) -> Iterator[None]:
+        """Only for what refuses memory: what it returns is not looked at."""
+        before = getattr(self.local, "allocator", None)
+        self.local.allocator = allocator
+        try:
+            yield
+        finally:
+            self.local.allocator = before
 
     def new_stream(self, non_blocking: bool) -> Stream:
         assert non_blocking  # any other stream and the default one wait for each other
@@ -404,8 +488,11 @@ class QueuedStandIn(StandIn):
         )
 
     def synchronize(self) -> None:
-        for stream in list(self.streams):
-            stream.synchronize()
+        self.waits()
+        with self.lock:
+            for stream in list(self.streams):
+                stream.do(stream.given)
+            self.settle()
 
     def settle(self) -> None:
         """Let eager streams do what they can."""
@@ -417,6 +504,11 @@ class QueuedStandIn(StandIn):
 
     def empty(self, shape: Any, dtype: Any) -> QueuedArray:
         form = np.empty(shape, dtype)
+        if (allocator := getattr(self.local, "allocator", None)) is not None:
+            allocator(form.nbytes)
+        if self.capturing is not None:
+            self.capturing.refuse("memory is taken")
+        self.allocations += 1
         memory, stream = np.full(max(1, form.nbytes), POISON, np.uint8), self.get_current_stream()
         self.used += memory.nbytes
         stream.enqueue(Work(lambda: memory.fill(POISON)))  # whoever had it before may not have done with it

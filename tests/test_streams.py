@@ -1,0 +1,220 @@
+"""The order of work on streams, and work that is captured, on a device whose streams choose badly."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from stand_in import TIMINGS, CUDARuntimeError, Event, StandInBackend, Stream, queued_backend
+
+import gpubatch as gb
+
+
+@pytest.fixture(params=TIMINGS)
+def device(request: pytest.FixtureRequest) -> StandInBackend:
+    return queued_backend(request.param)
+
+
+# --- a stream of its own --------------------------------------------------------------------------------------------
+
+
+def handed_over(device: StandInBackend, leave: type[BaseException] | None = None, caller: Any = None) -> bool:
+    """Whether own and caller's stream see each other's work, before and after, twice; ``leave`` is raised inside."""
+    caller, seen = caller or device.current_stream(), []
+    with caller:
+        for _ in range(2):
+            x, y = device.zeros(4, np.float32), device.zeros(4, np.float32)
+            x += 1
+            try:
+                with device.own_stream():
+                    assert device.current_stream() is not caller
+                    y += x
+                    y *= 3
+                    if leave is not None:
+                        raise leave
+            except BaseException as error:
+                assert type(error) is leave  # noqa: PT017
+            assert device.current_stream() is caller
+            y += 1
+            seen.append(device.to_numpy(y).tolist() == [4] * 4)
+    return all(seen)
+
+
+@pytest.mark.parametrize("leave", [None, ValueError, KeyboardInterrupt])
+def test_work_on_the_own_stream_is_between_that_of_the_caller(
+    leave: type[BaseException] | None, device: StandInBackend
+) -> None:
+    assert handed_over(device, leave)
+    assert handed_over(device, leave, device.stream())
+
+
+@pytest.mark.parametrize("who", ["the own stream", "the caller's"])
+def test_each_of_the_two_must_wait(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without either wait the result is wrong for some order of the streams' work."""
+
+    def wait(self: Stream, event: Event) -> None:
+        if (self is self.cupy.get_current_stream()) != (who == "the caller's"):
+            original(self, event)
+
+    assert all(handed_over(queued_backend(timing)) for timing in TIMINGS)
+    original = Stream.wait_event
+    monkeypatch.setattr(Stream, "wait_event", wait)
+    assert not all(handed_over(queued_backend(timing)) for timing in TIMINGS)
+
+
+def test_the_own_stream_is_kept_and_one_inside_the_other_changes_nothing(device: StandInBackend) -> None:
+    seen = []
+    for _ in range(2):
+        with device.own_stream():
+            seen.append(device.current_stream())
+            events = len(device.cupy.events)
+            with gb.get_backend(device).own_stream():
+                seen.append(device.current_stream())
+            assert len(device.cupy.events) == events
+    assert seen == [seen[0]] * 4
+    assert seen[0] is not device.cupy.null
+    assert device.current_stream() is device.cupy.null
+
+
+def test_each_thread_has_its_own(device: StandInBackend) -> None:
+    seen: list[Any] = []
+
+    def run() -> None:
+        with device.own_stream():
+            seen.append(device.current_stream())
+
+    run()
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen[0] is not seen[1]
+
+
+def test_the_cpu_has_no_streams() -> None:
+    with gb.get_backend("cpu").own_stream():
+        pass
+
+
+# --- captured work --------------------------------------------------------------------------------------------------
+
+
+def test_captured_work_is_done_at_each_launch_as_one(device: StandInBackend) -> None:
+    x, y = device.zeros(4, np.float32), device.zeros(4, np.float32)
+
+    def work() -> None:
+        nonlocal x
+        x += 1
+        np.multiply(x, x, out=y)
+
+    with device.own_stream():
+        graph = device.capture(work)
+        assert not device.current_stream().is_capturing()
+        assert device.to_numpy(x).tolist() == [0] * 4  # not done
+        before = device.cupy.allocations, device.cupy.synchronisations, len(device.cupy.copies)
+        for _ in range(3):
+            graph.launch()
+        assert (device.cupy.allocations, device.cupy.synchronisations, len(device.cupy.copies)) == before
+    assert device.cupy.graph_launches == 3
+    assert device.to_numpy(x).tolist() == [3] * 4
+    assert device.to_numpy(y).tolist() == [9] * 4
+    with device.stream() as other:
+        other.synchronize()
+        graph.launch(other)
+        other.synchronize()
+    assert device.to_numpy(y).tolist() == [16] * 4
+
+
+def test_the_default_stream_is_not_captured(device: StandInBackend) -> None:
+    with pytest.raises(RuntimeError, match="cannot capture on the default"):
+        device.capture(lambda: None)
+
+
+REFUSED = {
+    "memory": (lambda device, x: device.zeros(3, np.float32), gb.CaptureError, "12 bytes of memory were asked for"),
+    "a temporary": (lambda device, x: x + 1, gb.CaptureError, "16 bytes of memory were asked for"),
+    "a value": (lambda device, x: x[0].item(), CUDARuntimeError, "the host waits"),
+    "a copy to the host": (lambda device, x: device.to_numpy(x), CUDARuntimeError, "the host waits"),
+    "a copy from the host": (lambda device, x: x.set(np.ones(4, np.float32)), CUDARuntimeError, "a copy from the host"),
+    "the end of all": (lambda device, x: device.synchronize(), CUDARuntimeError, "the host waits"),
+    "the end of a stream": (lambda d, x: d.current_stream().synchronize(), CUDARuntimeError, "the host waits"),
+    "the own stream's end": (lambda d, x: d.cupy.null.synchronize(), CUDARuntimeError, "the host waits"),
+    "an event": (lambda device, x: device.current_stream().record(device.event()), CUDARuntimeError, "an event"),
+    "an error": (lambda device, x: {}["no such key"], KeyError, "no such key"),
+    "an interrupt": (lambda device, x: (_ for _ in ()).throw(KeyboardInterrupt("now")), KeyboardInterrupt, "now"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_captured_is_told_and_nothing_is_left_of_it(case: str, device: StandInBackend) -> None:
+    work, kind, message = REFUSED[case]
+    x = device.zeros(4, np.float32)
+
+    def step() -> None:
+        nonlocal x
+        x += 1
+        work(device, x)
+
+    with device.own_stream():
+        with pytest.raises(kind, match=message):
+            device.capture(step)
+        assert not device.current_stream().is_capturing()
+        assert device.to_numpy(x).tolist() == [0] * 4
+        x += 2
+        y = device.zeros(4, np.float32)
+        graph = device.capture(lambda: np.add(x, x, out=y))
+        graph.launch()
+    assert device.to_numpy(y).tolist() == [4] * 4
+
+
+def test_what_broke_a_capture_is_not_lost(device: StandInBackend) -> None:
+    """Work that goes on after a refusal gives no graph."""
+
+    def step() -> None:
+        with pytest.raises(CUDARuntimeError):
+            device.synchronize()
+
+    with device.own_stream(), pytest.raises(CUDARuntimeError, match="Invalidated"):
+        device.capture(step)
+
+
+def test_memory_that_a_graph_uses_is_not_its_own(device: StandInBackend) -> None:
+    """Of arrays that are gone the stand-in gives NaN, so that a test can tell."""
+    x, y = device.zeros(4, np.float32), device.zeros(4, np.float32)
+    with device.own_stream():
+        graph = device.capture(lambda z=x: np.add(z, 1, out=y))
+        graph.launch()
+        assert device.to_numpy(y).tolist() == [1] * 4
+        del x
+        device.synchronize()  # the next work of its stream
+        graph.launch()
+        assert np.isnan(device.to_numpy(y)).all()
+
+
+def test_another_thread_may_allocate_during_a_capture(device: StandInBackend) -> None:
+    x = device.zeros(4, np.float32)
+
+    def step() -> None:
+        nonlocal x
+        x += 1
+        thread = threading.Thread(target=lambda: others.append(device.zeros(4, np.float32)))
+        thread.start()
+        thread.join()
+
+    others: list[Any] = []
+    with device.own_stream():
+        device.capture(step).launch()
+    assert len(others) == 1
+    assert device.to_numpy(x).tolist() == [1] * 4
+
+
+def test_garbage_waits_for_the_end_of_a_capture(device: StandInBackend) -> None:
+    seen = []
+    with device.own_stream():
+        device.capture(lambda: seen.append(gc.isenabled()))
+        with pytest.raises(KeyError):
+            device.capture(lambda: {}[0])
+    assert seen == [False]
+    assert gc.isenabled()
