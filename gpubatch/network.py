@@ -422,12 +422,12 @@ class Network:
         """Allocate the workspace for steps of up to ``batch_size`` rows, where there is no such workspace yet."""
         rows = check_int("batch_size", batch_size, 1)
         if rows > self._training.rows:
-            self._training = Workspace(0, None, None)  # give the old one back before the new one is asked for
+            self._training = self._without(self._training)
             self._training = self._allocate(rows, True)
 
     def release(self) -> None:
         """Give the workspaces back; the next step or evaluation allocates its own."""
-        self._training = self._evaluation = Workspace(0, None, None)
+        self._training, self._evaluation = self._without(self._training), self._without(self._evaluation)
 
     @property
     def least_rows(self) -> int:
@@ -552,6 +552,13 @@ class Network:
         block = self.backend.empty(self.lay_out(rows, training).size, np.uint8)
         return Workspace(rows, block, self.backend.asarray(np.arange(rows) * self.outputs))
 
+    def _without(self, old: Workspace) -> Workspace:
+        """What stands for ``old`` until a new one is asked for, so that its memory can be given back before."""
+        if old.rows:
+            # It goes to the next work of the stream on which it was taken, which need not be the one that works in it.
+            self.backend.synchronize()
+        return Workspace(0, None, None)
+
     def _bound(self, workspace: Workspace, rows: int, training: bool) -> Pass:
         """The views for a batch of ``rows``, made when the size is first seen."""
         if (found := workspace.passes.get(rows)) is not None:
@@ -613,7 +620,7 @@ class Network:
         """Scores of X, at most ``rows`` rows at a time, in a workspace of their own."""
         most = min(len(X), rows)
         if most > self._evaluation.rows:
-            self._evaluation = Workspace(0, None, None)
+            self._evaluation = self._without(self._evaluation)
             self._evaluation = self._allocate(most, False)
         for start in range(0, len(X), most):
             part = slice(start, min(start + most, len(X)))

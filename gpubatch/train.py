@@ -157,26 +157,28 @@ def fit(
     check_int("epochs", epochs, 0)
     check_bool("progress", progress)
     _check_parts(net, loader, opt)
-    guard = Guard(net, opt, max_norm, max_skipped)
-    watchers = [_watcher(callback) for callback in callbacks]
-    held_out = None if validation is None else _validation_arrays(net, loader, validation)
-    store = _opened(checkpoint, check_bool("resume", resume))
-    state = TrainingState(net, loader, opt, History(), loader.epoch, opt.t)
-    run = Run(state, Part(), guard, watchers, store)
-    if resume and store is not None and (found := store.newest()) is not None:
-        run.restore(*found)
-    settle_batches(net, loader, opt, held_out)
-    state.history.batch_size = loader.batch_size
-    done = len(state.history.loss)
-    shown = display(progress, epochs, len(loader), done * len(loader) + run.part.batches)
-    with run.saved():
-        with interruptible() as run.noted, shown as run.show:
-            with contextlib.suppress(StopTraining):
-                for number in range(done + 1, epochs + 1):
-                    run.batches()
-                    run.close_epoch(number, held_out)
-            run.save()
-        run.heed()  # a signal that came after the last look
+    # What outlives the run, like the parameters, may be used on the caller's stream afterwards.
+    with net.backend.own_stream():
+        guard = Guard(net, opt, max_norm, max_skipped)
+        watchers = [_watcher(callback) for callback in callbacks]
+        held_out = None if validation is None else _validation_arrays(net, loader, validation)
+        store = _opened(checkpoint, check_bool("resume", resume))
+        state = TrainingState(net, loader, opt, History(), loader.epoch, opt.t)
+        run = Run(state, Part(), guard, watchers, store)
+        if resume and store is not None and (found := store.newest()) is not None:
+            run.restore(*found)
+        settle_batches(net, loader, opt, held_out)
+        state.history.batch_size = loader.batch_size
+        done = len(state.history.loss)
+        shown = display(progress, epochs, len(loader), done * len(loader) + run.part.batches)
+        with run.saved():
+            with interruptible() as run.noted, shown as run.show:
+                with contextlib.suppress(StopTraining):
+                    for number in range(done + 1, epochs + 1):
+                        run.batches()
+                        run.close_epoch(number, held_out)
+                run.save()
+            run.heed()  # a signal that came after the last look
     return state.history
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stand_in import TIMINGS, CUDARuntimeError, Event, StandInBackend, Stream, queued_backend
+from stand_in import TIMINGS, CUDARuntimeError, Event, QueuedStandIn, StandInBackend, Stream, queued_backend
 
 import gpubatch as gb
 
@@ -96,6 +96,135 @@ def test_each_thread_has_its_own(device: StandInBackend) -> None:
 def test_the_cpu_has_no_streams() -> None:
     with gb.get_backend("cpu").own_stream():
         pass
+
+
+# --- a training run -------------------------------------------------------------------------------------------------
+
+RNG = np.random.default_rng(3)
+X, Y = RNG.integers(0, 256, (40, 7)).astype(np.uint8), RNG.integers(0, 5, 40)
+
+
+def trained(backend: Any, **options: Any) -> tuple[list[float], np.ndarray]:
+    """The costs of a run between two changes of the parameters on the caller's stream, and the parameters."""
+    net = gb.mlp([7, 9, 5], backend=backend, seed=1)
+    net.parameters.flat *= 2
+    loader = gb.Loader(X, Y, batch_size=8, scale=1 / 255, backend=backend)
+    history = gb.fit(net, loader, gb.Adam(net.parameters, 0.01), 2, progress=False, **options)
+    net.parameters.flat *= 3
+    return history.step_loss + history.validation_loss, net.backend.to_numpy(net.parameters.flat)
+
+
+def follows_the_cpu(device: StandInBackend, **options: Any) -> bool:
+    """Whether it has the same run, and no fault in it."""
+    expected, found = trained("cpu", **options), trained(device, **options)
+    return not device.cupy.faults and all(map(close, found, expected))
+
+
+def close(a: Any, b: Any) -> bool:
+    return np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_fit_works_on_its_own_stream_and_on_nothing_else(device: StandInBackend) -> None:
+    seen = []
+
+    class Look:
+        def on_step(self, state: Any) -> None:
+            seen.append(device.current_stream())
+
+        def on_epoch(self, state: Any) -> None:
+            seen.append(device.current_stream())
+            if len(seen) == 6:
+                trained(device)  # one inside the other
+                seen.append(device.current_stream())
+
+    trained(device, callbacks=[Look()])
+    assert len(seen) == 13
+    assert seen[0] is not device.cupy.null
+    assert set(seen) == {seen[0]}
+    assert device.current_stream() is device.cupy.null
+
+
+def test_fit_waits_for_the_caller_and_the_caller_for_fit(device: StandInBackend) -> None:
+    assert follows_the_cpu(device)
+    assert follows_the_cpu(device, validation=(X[:9], Y[:9]))
+
+
+@pytest.mark.filterwarnings("ignore::gpubatch.SkippedStepWarning")
+@pytest.mark.parametrize("who", ["the own stream", "the caller's"])
+def test_without_either_wait_a_run_is_wrong(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(self: Stream, event: Event) -> None:
+        assert event.ticket is not None
+        waiting = self if who == "the caller's" else event.ticket.stream
+        if waiting is not self.cupy.null:
+            original(self, event)
+
+    original = Stream.wait_event
+    monkeypatch.setattr(Stream, "wait_event", wait)
+    assert not all(follows_the_cpu(queued_backend(timing)) for timing in TIMINGS)
+
+
+def test_an_interrupted_run_can_be_looked_at(device: StandInBackend) -> None:
+    net = gb.mlp([7, 9, 5], backend=device, seed=1)
+    loader = gb.Loader(X, Y, batch_size=8, scale=1 / 255, backend=device)
+
+    class Interrupt:
+        def on_step(self, state: Any) -> None:
+            if state.step == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gb.fit(net, loader, gb.Adam(net.parameters, 0.01), 2, callbacks=[Interrupt()], progress=False)
+    assert device.current_stream() is device.cupy.null
+    on_cpu = gb.mlp([7, 9, 5], backend="cpu", seed=1)
+    opt, batches = gb.Adam(on_cpu.parameters, 0.01), iter(gb.Loader(X, Y, batch_size=8, scale=1 / 255, backend="cpu"))
+    for _ in range(3):
+        opt.step(on_cpu.loss_and_grad(*next(batches))[1])
+    assert close(device.to_numpy(net.parameters.flat), on_cpu.parameters.flat)
+
+
+GIVEN_BACK = {
+    "a larger batch": lambda net, x, y: net.plan(len(x)),
+    "a larger evaluation": lambda net, x, y: net.scores(x),
+    "all of it": lambda net, x, y: net.release(),
+}
+
+
+@pytest.mark.parametrize("how", GIVEN_BACK)
+def test_a_workspace_that_is_given_back_is_not_in_use(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread could take it on the default stream, at once, while the own stream works in it."""
+    watched, seen = list[Stream](), []
+
+    def given_back(self: QueuedStandIn, memory: np.ndarray, stream: Stream) -> None:
+        if stream is self.null:
+            seen.extend(len(other.queue) for other in watched)
+        original(self, memory, stream)
+
+    original = QueuedStandIn.given_back
+    monkeypatch.setattr(QueuedStandIn, "given_back", given_back)
+    device = queued_backend("late")
+    net = gb.mlp([7, 9, 5], backend=device, seed=1)
+    x, y = device.asarray(X / np.float32(255), np.float32), device.asarray(Y)
+    net.loss_and_grad(x[:4], y[:4])
+    net.scores(x[:4])
+    with device.own_stream():
+        net.scores(x[4:8])
+        net.step_loss(x[4:8], y[4:8])
+        watched.append(device.current_stream())
+        assert watched[0].queue
+        GIVEN_BACK[how](net, x, y)
+        gc.collect()
+    assert len(seen) == (4 if how == "all of it" else 2)
+    assert not any(seen)
+
+
+def test_two_threads_train_at_once(device: StandInBackend) -> None:
+    good: list[bool] = []
+    threads = [threading.Thread(target=lambda: good.append(follows_the_cpu(device))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert good == [True, True]
 
 
 # --- captured work --------------------------------------------------------------------------------------------------
