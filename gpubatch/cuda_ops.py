@@ -15,12 +15,13 @@ import numpy as np
 from gpubatch.backend import Array, CudaBackend, describe
 from gpubatch.errors import DTypeError, ShapeError
 from gpubatch.launch import C_TYPES, cuda_kernel, kernel_source
-from gpubatch.ops import IDENTITY, KINDS, PARTS, Activation, Ops, Work, labels_or_rows, normal_tail_source
+from gpubatch.ops import IDENTITY, KINDS, PARTS, SUM_PARTS, Activation, Ops, Work, labels_or_rows, normal_tail_source
 
 __all__ = ["CudaOps"]
 
 THREADS = 256
 MOST_THREADS = 1024
+SUM_THREADS = 512  # of kernels/total.cuh; exp and log1p in double precision need more registers than 1024 would have
 WARP = 32
 AT_ONCE = 4  # of kernels/block.cuh
 WIDEST = 32  # columns of a tile: what a warp reads of a row is then one 128-byte line
@@ -80,6 +81,24 @@ class CudaOps(Ops):
     def svm(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """See :class:`Ops`; a label out of range makes NaN of the loss and of its row of the gradient."""
         self._over_rows("svm", z, labels_or_rows(Y, self.dtype, work)[:1], gradient, work)
+
+    def sigmoid_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
+        """See :class:`Ops`; one launch, and one more where there are many scores."""
+        self._over_scores("sigmoid_cross_entropy", z, Y, gradient, work)
+
+    def mse(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
+        """See :class:`Ops`; one launch, and one more where there are many scores."""
+        self._over_scores("mse", z, Y, gradient, work)
+
+    def l2_loss(self, w: Array, spans: Array, factor: float, loss: Array, work: Work) -> None:
+        """See :class:`Ops`; one launch for all parts, and one more where w is large."""
+        source = source_of(self.dtype.name, "total.cuh", "l2.cu")
+        self._total(source, "l2_loss", w.size, (w, spans, len(spans)), work["parts"], loss, factor, add=True)
+
+    def l2_gradient(self, w: Array, spans: Array, factor: float, g: Array, work: Work) -> None:
+        """See :class:`Ops`; one launch for all parts."""
+        source = source_of(self.dtype.name, "total.cuh", "l2.cu")
+        self._launch(source, "l2_gradient", (blocks_for(w.size),), THREADS, w, spans, len(spans), g, factor)
 
     def normalise(
         self, x: Array, mean: Array, var: Array, eps: float, gamma: Array, beta: Array, y: Array, work: Work
@@ -178,6 +197,32 @@ class CudaOps(Ops):
         self._launch(source, name, (blocks,), threads, z, *truth, dz, losses, rows, classes, team, 1 / rows)
         self._launch(source, "mean", (1,), MOST_THREADS, losses, work["loss"], rows)
 
+    def _over_scores(self, name: str, z: Array, Y: Array, gradient: bool, work: Work) -> None:
+        """A kernel of score_loss.cu, which reads targets of any dtype where they are."""
+        if not Y.flags.c_contiguous:
+            work["t"][...] = Y.reshape(z.shape)
+            Y = work["t"]
+        source = score_source(self.dtype.name, Y.dtype.name)
+        arrays = (z, Y, work["dz"] if gradient else None, z.size)
+        self._total(source, name, z.size, arrays, work["parts"], work["loss"], 1 / z.size)
+
+    def _total(
+        self,
+        source: str,
+        name: str,
+        n: int,
+        arguments: tuple[Any, ...],
+        parts: Array,
+        out: Array,
+        share: float,
+        add: bool = False,
+    ) -> None:
+        """A kernel that ends as total.cuh has it: ``out`` = share times a sum over n numbers, or with ``add`` +=."""
+        blocks = max(1, min(-(-n // (SUM_THREADS * AT_ONCE)), SUM_PARTS))
+        self._launch(source, name, (blocks,), SUM_THREADS, *arguments, parts, out, share)
+        if blocks > 1:
+            self._launch(source, "add_parts", (1,), SUM_PARTS, parts, out, blocks, share, add)
+
     def _on_tiles(
         self,
         source: str,
@@ -204,6 +249,11 @@ class CudaOps(Ops):
         return self.dtype.type(x) if isinstance(x, float) else x
 
 
+def blocks_for(n: int) -> int:
+    """Blocks for n elements: so many that each thread has its loads once."""
+    return max(1, min(-(-n // (THREADS * AT_ONCE)), MOST_BLOCKS))
+
+
 def tiles(shape: tuple[int, ...], most: int) -> tuple[int, tuple[int, int]]:
     """(columns of a tile, grid) for a matrix: see Tile in kernels/block.cuh. At most ``most`` blocks share the rows."""
     rows, features = shape
@@ -218,6 +268,13 @@ def source_of(dtype: str, *files: str, before: str = "") -> str:
     """The CUDA source of files of ``kernels/`` for one element type, with ``before`` in front of the last one."""
     shared = [kernel_source(name) for name in ("math.cuh", "block.cuh", *files[:-1])]
     return "\n".join([f"typedef {C_TYPES[dtype]} T;", *shared, before, kernel_source(files[-1])])
+
+
+@functools.cache
+def score_source(dtype: str, target: str) -> str:
+    """The CUDA source of the losses over scores, with targets of dtype ``target``."""
+    before = f"typedef {STORED[target]} Target;"
+    return source_of(dtype, "half.cuh", "total.cuh", "score_loss.cu", before=before)
 
 
 @functools.cache

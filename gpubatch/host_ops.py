@@ -57,6 +57,22 @@ class HostOps(Ops):
         if not self.library.svm(z, labels, work["dz"], work["row"], work["loss"], gradient):
             self.numpy.svm(z, Y, gradient, work)
 
+    def sigmoid_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
+        """See :class:`Ops`; NumPy does it."""
+        self.numpy.sigmoid_cross_entropy(z, Y, gradient, work)
+
+    def mse(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
+        """See :class:`Ops`; NumPy does it."""
+        self.numpy.mse(z, Y, gradient, work)
+
+    def l2_loss(self, w: Array, spans: Array, factor: float, loss: Array, work: Work) -> None:
+        """See :class:`Ops`; BLAS does it."""
+        self.numpy.l2_loss(w, spans, factor, loss, work)
+
+    def l2_gradient(self, w: Array, spans: Array, factor: float, g: Array, work: Work) -> None:
+        """See :class:`Ops`; NumPy does it, in the cache."""
+        self.numpy.l2_gradient(w, spans, factor, g, work)
+
     def normalise(
         self, x: Array, mean: Array, var: Array, eps: float, gamma: Array, beta: Array, y: Array, work: Work
     ) -> None:

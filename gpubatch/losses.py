@@ -16,7 +16,7 @@ import numpy as np
 from gpubatch.backend import Array, Backend, backend_of, describe
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError
 from gpubatch.host_ops import ops_for
-from gpubatch.ops import Ops, total
+from gpubatch.ops import SUM_PARTS, Ops
 
 __all__ = ["LOSSES", "Loss", "mse", "sigmoid_cross_entropy", "softmax_cross_entropy", "svm"]
 
@@ -84,8 +84,8 @@ class MeanSquaredError(Loss):
     classifies = False
 
     def workspace(self, outputs: int) -> Mapping[str, Space]:
-        """The gradient, and the squares."""
-        return {"loss": ((1,), None), "dz": ((-1, outputs), None), "t": ((-1, outputs), None)}
+        """As :func:`over_scores` says."""
+        return over_scores(outputs)
 
     def check(self, Y: Array, rows: int, outputs: int) -> None:
         """Y must be real numbers, one for each score."""
@@ -96,10 +96,7 @@ class MeanSquaredError(Loss):
 
     def run(self, z: Array, Y: Array, c: Context) -> None:
         """L = Σ (z - y)² / N, dz = 2 (z - y) / N."""
-        dz = c.xp.subtract(z, Y.reshape(z.shape), out=c.work["dz"])
-        total(c.xp.multiply(dz, dz, out=c.work["t"]), c.work["loss"], 1 / z.size)
-        if c.gradient:
-            dz *= 2 / z.size
+        c.ops.mse(z, Y, c.gradient, c.work)
 
     def predict(self, z: Array) -> Array:
         """The scores themselves."""
@@ -120,8 +117,8 @@ class SigmoidCrossEntropy(Loss):
     """
 
     def workspace(self, outputs: int) -> Mapping[str, Space]:
-        """The gradient, and one array of its size."""
-        return {"loss": ((1,), None), "dz": ((-1, outputs), None), "t": ((-1, outputs), None)}
+        """As :func:`over_scores` says."""
+        return over_scores(outputs)
 
     def check(self, Y: Array, rows: int, outputs: int) -> None:
         """Y must be real numbers, one for each score."""
@@ -134,24 +131,8 @@ class SigmoidCrossEntropy(Loss):
             raise ArgumentError(f"Y must be in [0, 1] for sigmoid_cross_entropy, got {high if low >= 0 else low}")
 
     def run(self, z: Array, Y: Array, c: Context) -> None:
-        """L = Σ max(z, 0) - z y + log(1 + exp(-|z|)) / N, dz = (σ(z) - y) / N, σ(z) = exp(min(z, 0)) / (1 + exp(-|z|)).
-
-        So there is no logarithm of zero, and nothing that overflows.
-        """
-        xp, dz, t = c.xp, c.work["dz"], c.work["t"]
-        xp.maximum(z, 0, out=dz)
-        dz -= xp.multiply(z, Y.reshape(z.shape), out=t)
-        xp.exp(xp.negative(xp.abs(z, out=t), out=t), out=t)
-        dz += xp.log1p(t, out=t)
-        total(dz, c.work["loss"], 1 / z.size)
-        if not c.gradient:
-            return
-        xp.exp(xp.negative(xp.abs(z, out=t), out=t), out=t)
-        t += 1
-        xp.exp(xp.minimum(z, 0, out=dz), out=dz)
-        dz /= t
-        dz -= Y.reshape(z.shape)
-        dz *= 1 / z.size
+        """L = Σ -y log σ(z) - (1 - y) log(1 - σ(z)) / N, dz = (σ(z) - y) / N."""
+        c.ops.sigmoid_cross_entropy(z, Y, c.gradient, c.work)
 
     def predict(self, z: Array) -> Array:
         """1 where the score is above 0, else 0; ``(batch,)`` where there is one output."""
@@ -267,6 +248,12 @@ LOSSES: dict[str, Loss] = {
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def over_scores(outputs: int) -> Mapping[str, Space]:
+    """The workspace where every score counts for itself: the gradient, one array of its size, and partial sums."""
+    full = ((-1, outputs), None)
+    return {"loss": ((1,), None), "dz": full, "t": full, "parts": ((SUM_PARTS,), np.float64)}
 
 
 def check_labels(Y: Array, rows: int, takes: str) -> None:

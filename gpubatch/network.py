@@ -42,7 +42,7 @@ from gpubatch.layers import (
     Parameter,
     Shape,
 )
-from gpubatch.ops import NumpyOps, philox_generator
+from gpubatch.ops import SUM_PARTS, NumpyOps, philox_generator
 from gpubatch.params import FlatViews, Parameters
 
 __all__ = ["Network", "mlp"]
@@ -184,6 +184,8 @@ class Network:
         self._stack = stacked(self.layers, self.widths)
         self._first = next(i for i, run in enumerate(self._stack) if run.needs.parameters)  # backward ends here
         self._weights = [self._names[i][name] for i, name, p in self._declared("parameters") if p.l2] if self.l2 else []
+        spans = [self.parameters.spans[name] for name in self._weights]
+        self._spans = self.backend.asarray(np.array(spans, np.int64).reshape(-1, 2))  # where l2 acts
         self._remembered = self.backend.empty(self.buffers.size, self.dtype), 0
         self._sums: Array = None  # of the gradients of micro-batches
         self._training = self._evaluation = Workspace(0, None, None)
@@ -360,7 +362,7 @@ class Network:
         check_int("rows", rows, 1)
         self._check_batch(X, Y, values=True)
         with self.backend.scope(), quiet():
-            total = penalty = 0.0
+            total = 0.0
             right = compared = 0
             for part, run in self._evaluate(X, rows):
                 self._loss.run(run.scores, Y[part], run.loss)
@@ -370,9 +372,13 @@ class Network:
                     truth = self._loss.truth(Y[part][some], self.outputs)
                     right += (self._loss.predict(run.scores[some]) == truth).sum().item()
                     compared += truth.size
-            for name in self._weights:
-                penalty += self.l2 / 2 * squares(self._xp, self.parameters[name], run.loss.work["squares"]).item()
-            loss = self._finite(total / len(X) + penalty, X, Y)
+            loss = total / len(X)
+            if self._weights:
+                penalty = run.loss.work["loss"]
+                penalty.fill(0)
+                self._add_l2(penalty, run.loss.work)
+                loss += penalty.item()
+            self._finite(loss, X, Y)
         return loss, right / compared if self._loss.classifies else None
 
     def scores(self, X: Array) -> Array:
@@ -414,7 +420,7 @@ class Network:
             "parameters": int(self.parameters.flat.nbytes),
             "gradients": int(self.parameters.grads.flat.nbytes),
             "running statistics": 2 * int(self.buffers.flat.nbytes),  # and what they were before a step
-            "workspace of a step": self._workspace_bytes(rows, True),
+            "workspace of a step": self._workspace_bytes(rows, True) + int(self._spans.nbytes),
             "workspace of evaluation": self._workspace_bytes(at_once, False) if at_once else 0,
         }
 
@@ -441,7 +447,7 @@ class Network:
     def _lay_out_training(self, rows: int) -> Plan:
         """Outputs and what a layer keeps last until backward; gradients take turns in two places."""
         layout = Layout(rows, self.dtype)
-        loss = layout.places({**self._loss.workspace(self.outputs), "squares": ((1, 1), None)})
+        loss = layout.places(self._loss_spaces())
         ys: list[Place] = []
         kept = []
         for i, run in enumerate(self._stack):
@@ -462,16 +468,17 @@ class Network:
             call = layout.branch()  # scratch lasts for one call, so every layer's begins in the same place
             stages.append(Stage(ys[i], dxs[i], {**kept[i], **call.places(self._scratch(i))}))
             ends.append(call.end)
-        if self._weights:
+        if self._weights and self.backend.name == "cpu":
             call = layout.branch()
-            loss["l2"] = call.place((self._l2_block(),))
+            largest = max(int(self.parameters[name].size) for name in self._weights)
+            loss["l2"] = call.place((min(largest, L2_BLOCK),))
             ends.append(call.end)
         return Plan(stages, loss, max(ends))
 
     def _lay_out_evaluation(self, rows: int) -> Plan:
         """Nothing outlasts the next layer: outputs take turns in two places, all the rest shares one."""
         layout = Layout(rows, self.dtype)
-        loss = layout.places({**self._loss.workspace(self.outputs), "squares": ((1, 1), None)})
+        loss = layout.places(self._loss_spaces())
         apart = [i for i, run in enumerate(self._stack) if not run.needs.in_place or i == 0]
         turns = dict(zip(apart, in_turns(layout, [self._stack[i].needs.outputs for i in apart]), strict=True))
         y, stages, ends = turns[0], [], [layout.end]
@@ -481,6 +488,11 @@ class Network:
             stages.append(Stage(y, None, call.places({**run.needs.kept, **self._scratch(i)})))
             ends.append(call.end)
         return Plan(stages, loss, max(ends))
+
+    def _loss_spaces(self) -> Mapping[str, losses.Space]:
+        """What the loss and the l2 term work in: NumPy's square, and the partial sums of a GPU."""
+        l2: dict[str, losses.Space] = {"squares": ((1, 1), None), "parts": ((SUM_PARTS,), np.float64)}
+        return {**self._loss.workspace(self.outputs), **(l2 if self._weights else {})}
 
     def _scratch(self, i: int) -> Mapping[str, tuple[Shape, Any]]:
         """The scratch of stage i, with NumPy's where that works: without kernels, or on X, which may be strided."""
@@ -599,11 +611,8 @@ class Network:
         run = self._bound(self._training, len(X), True)
         run_layers(run, X)
         self._loss.run(run.scores, Y, run.loss)
-        loss = run.loss.work["loss"]
-        for name in self._weights:
-            term = squares(self._xp, self.parameters[name], run.loss.work["squares"])[0]
-            term *= self.l2 / 2
-            loss += term
+        if self._weights:
+            self._add_l2(run.loss.work["loss"], run.loss.work)
         return run
 
     def _backward(self, run: Pass, X: Array) -> None:
@@ -613,8 +622,9 @@ class Network:
             layer, y, dx, context = run.steps[i]
             layer.backward(run.steps[i - 1][1] if i else X, y, dy, dx, context)
             dy = dx
-        for name in self._weights:
-            add_scaled(self._xp, self.parameters.grads[name], self.parameters[name], self.l2, run.loss.work["l2"])
+        if self._weights:
+            weights, grads = self.parameters.flat, self.parameters.grads.flat
+            self.ops.l2_gradient(weights, self._spans, self.l2, grads, run.loss.work)
 
     def _evaluate(self, X: Array, rows: int = EVALUATION_ROWS) -> Iterator[tuple[slice, Pass]]:
         """Scores of X, at most ``rows`` rows at a time, in a workspace of their own."""
@@ -629,9 +639,8 @@ class Network:
             run_layers(run, X[part])
             yield part, run
 
-    def _l2_block(self) -> int:
-        largest = max(int(self.parameters[name].size) for name in self._weights)
-        return min(largest, L2_BLOCK) if self.backend.name == "cpu" else largest
+    def _add_l2(self, loss: Array, work: Mapping[str, Array]) -> None:
+        self.ops.l2_loss(self.parameters.flat, self._spans, self.l2 / 2, loss, work)
 
     # --- checks ---
 
@@ -768,20 +777,6 @@ def evenly(n: int, most: int, least: int = 1) -> Iterator[slice]:
     count = max(1, min(-(-n // most), n // least))
     for i in range(count):
         yield slice(n * i // count, n * (i + 1) // count)
-
-
-def squares(xp: Any, w: Array, out: Array) -> Array:
-    """Write Σ w² to ``out``, of shape (1, 1)."""
-    return xp.matmul(w.reshape(1, -1), w.reshape(-1, 1), out=out)
-
-
-def add_scaled(xp: Any, target: Array, source: Array, scale: float, block: Array) -> None:
-    """``target += scale * source``, a block at a time."""
-    target, source = target.reshape(-1), source.reshape(-1)
-    for start in range(0, target.size, block.size):
-        stop = min(start + block.size, target.size)
-        piece = target[start:stop]
-        piece += xp.multiply(source[start:stop], scale, out=block[: stop - start])
 
 
 # --- the usual stack -------------------------------------------------------------------------------------------------

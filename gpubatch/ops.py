@@ -18,11 +18,12 @@ import numpy as np
 
 from gpubatch.backend import Array
 
-__all__ = ["PARTS", "SQUARE_SUM_SIZE", "Activation", "NumpyOps", "Ops", "normal_tail"]
+__all__ = ["PARTS", "SQUARE_SUM_SIZE", "SUM_PARTS", "Activation", "NumpyOps", "Ops", "normal_tail"]
 
 Work: TypeAlias = Mapping[str, Array]
 
 PARTS = 64  # partial results of a reduction: a fixed number, so that sums do not depend on how many threads there are
+SUM_PARTS = 256  # likewise for a single number, on a GPU: so many blocks keep its memory busy
 GATHER_BLOCK = 1 << 18  # elements that NumPy gathers, casts and scales at a time
 SQUARE_SUM_SIZE = 2 + 2 * PARTS  # float64: the sum, how many elements are not finite, and the partial results
 
@@ -98,6 +99,28 @@ class Ops(ABC):
     @abstractmethod
     def svm(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """``work["loss"]`` = Σ_{j≠y} max(0, z_j - z_y + 1), mean over the batch, and its gradient in ``work["dz"]``."""
+
+    @abstractmethod
+    def sigmoid_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
+        """``work["loss"]`` = -y log σ(z) - (1 - y) log(1 - σ(z)), mean over all elements; ``work["dz"]`` its gradient.
+
+        Y are numbers of any real dtype, as many as there are in z; here and in :meth:`mse` they may be strided.
+        """
+
+    @abstractmethod
+    def mse(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
+        """``work["loss"]`` = (z - y)², mean over all elements, and its gradient in ``work["dz"]``."""
+
+    @abstractmethod
+    def l2_loss(self, w: Array, spans: Array, factor: float, loss: Array, work: Work) -> None:
+        """loss += factor Σ w² over parts of the flat buffer w.
+
+        spans is int64, (parts, 2): where each begins and where it ends. loss is of one element.
+        """
+
+    @abstractmethod
+    def l2_gradient(self, w: Array, spans: Array, factor: float, g: Array, work: Work) -> None:
+        """g += factor w on the same parts of both."""
 
     # --- batch norm ---
 
@@ -225,6 +248,49 @@ class NumpyOps(Ops):
             dz.sum(axis=1, out=row)
             dz.reshape(-1)[index] = np.negative(row, out=row)
             dz *= 1 / len(z)
+
+    def sigmoid_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
+        """See :class:`Ops`: L = Σ max(z, 0) - z y + log(1 + exp(-|z|)) / N, σ(z) = exp(min(z, 0)) / (1 + exp(-|z|)).
+
+        So there is no logarithm of zero, and nothing that overflows.
+        """
+        dz, t, Y = work["dz"], work["t"], Y.reshape(z.shape)
+        np.maximum(z, 0, out=dz)
+        dz -= np.multiply(z, Y, out=t)
+        np.exp(np.negative(np.abs(z, out=t), out=t), out=t)
+        dz += np.log1p(t, out=t)
+        total(dz, work["loss"], 1 / z.size)
+        if gradient:
+            np.exp(np.negative(np.abs(z, out=t), out=t), out=t)
+            t += 1
+            np.exp(np.minimum(z, 0, out=dz), out=dz)
+            dz /= t
+            dz -= Y
+            dz *= 1 / z.size
+
+    def mse(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
+        """See :class:`Ops`: dz = 2 (z - y) / N."""
+        dz = np.subtract(z, Y.reshape(z.shape), out=work["dz"])
+        total(np.multiply(dz, dz, out=work["t"]), work["loss"], 1 / z.size)
+        if gradient:
+            dz *= 2 / z.size
+
+    def l2_loss(self, w: Array, spans: Array, factor: float, loss: Array, work: Work) -> None:
+        """See :class:`Ops`; BLAS does the sums."""
+        for start, stop in spans.tolist():
+            part = w[start:stop]
+            term = np.matmul(part[None], part[:, None], out=work["squares"])[0]
+            term *= factor
+            loss += term
+
+    def l2_gradient(self, w: Array, spans: Array, factor: float, g: Array, work: Work) -> None:
+        """See :class:`Ops`; as much at a time as ``work["l2"]`` has room for."""
+        block = work["l2"]
+        for first, last in spans.tolist():
+            for start in range(first, last, block.size):
+                stop = min(start + block.size, last)
+                piece = g[start:stop]
+                piece += np.multiply(w[start:stop], factor, out=block[: stop - start])
 
     def normalise(
         self, x: Array, mean: Array, var: Array, eps: float, gamma: Array, beta: Array, y: Array, work: Work

@@ -18,15 +18,18 @@ class FlatViews(Mapping[str, Array]):
     """A contiguous one-dimensional array ``flat`` and the views into it, by name.
 
     ``views[name]`` is the view itself: change it in place, or write ``views[name] = values``, which copies.
+    ``spans[name]`` is where it begins and ends in ``flat``.
     """
 
     def __init__(self, flat: Array, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.flat = flat
         self._views: dict[str, Array] = {}
+        self.spans: dict[str, tuple[int, int]] = {}
         start = 0
         for name, shape in shapes.items():
             stop = start + math.prod(shape)
             self._views[name] = flat[start:stop].reshape(shape)
+            self.spans[name] = start, stop
             start = stop
         if start != flat.size:
             raise ShapeError(f"shapes hold {start} elements, flat has {flat.size}")

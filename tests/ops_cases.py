@@ -12,7 +12,7 @@ import numpy as np
 import gpubatch as gb
 from gpubatch import cuda_ops
 from gpubatch.backend import Array, Backend
-from gpubatch.ops import KINDS, PARTS, SQUARE_SUM_SIZE, Activation, NumpyOps, Ops
+from gpubatch.ops import KINDS, PARTS, SQUARE_SUM_SIZE, SUM_PARTS, Activation, NumpyOps, Ops
 
 F = np.dtype(np.float32)
 SIZES = [(1, 1), (1, 3), (5, 10), (1030, 1), (301, 3), (67, 257), (7, 1000), (2100, 33)]
@@ -72,6 +72,9 @@ class Place:
             "row": self.empty(features if more.pop("by_columns", None) else rows),
             "loss": self.empty(1),
             "partial": self.empty(2 * PARTS, features),
+            "parts": self.empty(SUM_PARTS, dtype=np.float64),
+            "squares": self.empty(1, 1),
+            "l2": self.empty(100),
             "index": self.empty(rows, dtype=np.int64),
             "offsets": self.backend.asarray(np.arange(rows, dtype=np.int64) * features),
             "uniform": self.empty(rows, features, dtype=np.float32),
@@ -136,6 +139,36 @@ def svm(labels: str, gradient: bool, p: Place, rows: int, classes: int) -> Resul
     z, Y, work = p.grid(rows, classes), p.labels(rows, min(classes, 100), labels), p.work(rows, classes)
     p.ops.svm(z, Y, gradient, work)
     return {"loss": work["loss"], **({"dz": work["dz"]} if gradient else {})}
+
+
+def over_scores(method: str, stored: str, gradient: bool, p: Place, rows: int, features: int) -> Results:
+    """Targets are numbers from 0 to 1, in rows, or alone where there is one score; "strided" are between others."""
+    strided = stored == "strided"
+    z, work, dtype = p.real(rows, features), p.work(rows, features), p.precision if strided else np.dtype(stored)
+    z *= 5
+    values = p.rng.uniform(0, 1, (rows, 2 * features if strided else features))
+    Y = p.backend.asarray((values if dtype.kind == "f" else np.round(values)).astype(dtype))
+    Y = Y[:, ::2] if strided else Y.reshape(-1) if features == 1 else Y
+    getattr(p.ops, method)(z, Y, gradient, work)
+    return {"loss": work["loss"], **({"dz": work["dz"]} if gradient else {})}
+
+
+def l2(p: Place, rows: int, features: int) -> tuple[Array, Array]:
+    """A flat buffer, and three parts of it, one of which is empty."""
+    w, n = p.real(rows, features).reshape(-1), rows * features
+    return w, p.backend.asarray(np.array([[n // 2, n], [n // 3, n // 3], [0, n // 4]]))
+
+
+def l2_loss(p: Place, rows: int, features: int) -> Results:
+    (w, spans), loss = l2(p, rows, features), p.array(np.array([3.0]))
+    p.ops.l2_loss(w, spans, 0.25 / w.size, loss, p.work(rows, features))
+    return {"loss": loss}
+
+
+def l2_gradient(p: Place, rows: int, features: int) -> Results:
+    (w, spans), g = l2(p, rows, features), p.real(rows * features)
+    p.ops.l2_gradient(w, spans, 0.25, g, p.work(rows, features))
+    return {"g": g}
 
 
 def normalise(p: Place, rows: int, features: int) -> Results:
@@ -229,6 +262,21 @@ for truth in ("int64", "rows"):
         CASES[f"softmax {truth}"], run=functools.partial(softmax, truth, False)
     )
 CASES["svm, loss alone"] = replace(CASES["svm int64"], run=functools.partial(svm, "int64", False))
+for method, targets in (
+    ("mse", ("float32", "float64", "float16", "strided")),
+    ("sigmoid_cross_entropy", ("uint8", "float32", "bool", "int64", "strided")),
+):
+    for stored in targets:
+        source = functools.partial(
+            lambda stored, dtype: cuda_ops.score_source(dtype, dtype if stored == "strided" else stored), stored
+        )
+        sizes = SIZES if stored == targets[0] else [(67, 257), (67, 1)]
+        CASES[f"{method} {stored}"] = Case(method, source, functools.partial(over_scores, method, stored, True), sizes)
+    CASES[f"{method}, loss alone"] = replace(
+        CASES[f"{method} {targets[0]}"], run=functools.partial(over_scores, method, targets[0], False)
+    )
+CASES["l2_loss"] = Case("l2_loss", file("l2.cu", "total.cuh"), l2_loss, SIZES)
+CASES["l2_gradient"] = Case("l2_gradient", file("l2.cu", "total.cuh"), l2_gradient, SIZES)
 CASES["normalise"] = Case("normalise", file("batch_norm.cu"), normalise, SIZES)
 for in_place in (True, False):
     CASES[f"batch_norm {'in place' if in_place else 'new'}"] = Case(

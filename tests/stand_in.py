@@ -105,7 +105,7 @@ class StandIn:
 
 def parameters_of(source: str, kernel: str) -> tuple[str, ...]:
     """The C declarations of a kernel's parameters."""
-    found = re.search(rf'extern "C" __global__ void {kernel}\(([^)]*)\)', source)
+    found = re.search(rf'extern "C" __global__ void (?:__launch_bounds__\(\w+\)\s+)?{kernel}\(([^)]*)\)', source)
     assert found is not None, f"no kernel {kernel}"
     return tuple(" ".join(p.split()) for p in found[1].split(","))
 
@@ -113,8 +113,8 @@ def parameters_of(source: str, kernel: str) -> tuple[str, ...]:
 def check_argument(source: str, parameter: str, argument: Any) -> None:
     """What CuPy does not look at: an argument has the type of its parameter; an address is an array or null."""
     element = {f"typedef {c} T;": np.dtype(name).type for name, c in C_TYPES.items()}
-    stored = {f"typedef {c} S;": np.dtype(name).type for name, c in STORED.items()}
-    of = {**NUMBERS, "T": found_in(source, element), "S": found_in(source, stored)}
+    stored = {t: {f"typedef {c} {t};": np.dtype(name).type for name, c in STORED.items()} for t in ("S", "Target")}
+    of = {**NUMBERS, "T": found_in(source, element), **{t: found_in(source, of_t) for t, of_t in stored.items()}}
     c_type, name = parameter.removeprefix("const ").rsplit(" ", 1)
     if not c_type.endswith("*"):
         assert type(argument) is of[c_type], f"{parameter} got a {type(argument)}"

@@ -83,6 +83,9 @@ LARGE = {
     "activation_gradient relu new": (40, 30_000),
     "batch_norm new": (40, 9_000),
     "square_sum": (1, 2_000_003),
+    "mse float32": (3, 100_000),
+    "l2_loss": (1, 2_000_003),
+    "l2_gradient": (1, 2_000_003),
 }
 
 
@@ -97,6 +100,8 @@ OF_ANY_SIZE = [
     "activation_gradient gelu new",
     "softmax rows",
     "svm uint8",
+    "sigmoid_cross_entropy uint8",
+    "l2_loss",
     "batch_norm new",
     "square_sum",
     "dropout 0.3 from 13",
@@ -319,6 +324,7 @@ def test_a_planted_fault_is_noticed(fault: str, device: CudaBackend, monkeypatch
     monkeypatch.setattr(cuda_ops, "kernel_source", planted)
     monkeypatch.setattr(cuda_ops, "source_of", cuda_ops.source_of.__wrapped__)
     monkeypatch.setattr(cuda_ops, "activation_source", cuda_ops.activation_source.__wrapped__)
+    monkeypatch.setattr(cuda_ops, "score_source", cuda_ops.score_source.__wrapped__)
     with pytest.raises(AssertionError):
         test_it_agrees_with_numpy(CASES[name], F, device)
     assert len(set(hits)) == 1

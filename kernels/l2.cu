@@ -1,0 +1,27 @@
+// What l2 adds to the loss and to the gradients, for all weights at once: w and g are flat buffers, row i of `spans` says
+// where the weights number i begin and end in both.
+
+// loss += factor Σ w²
+extern "C" __global__ void __launch_bounds__(SUM_THREADS)
+    l2_loss(const T* w, const long long* spans, long long count, double* parts, T* loss, T factor) {
+    const long long index = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    double sum = 0;
+    for (long long span = 0; span < count; ++span)
+        in_batches(spans[2 * span] + index, spans[2 * span + 1], (long long)gridDim.x * blockDim.x,
+                   [&](long long i) { return w[i]; },
+                   [&](long long, T value) { sum += (double)value * (double)value; });
+    leave_sum(sum, parts, loss, factor, true);
+}
+
+struct Pair {
+    T w, g;
+};
+
+// g += factor w
+extern "C" __global__ void l2_gradient(const T* w, const long long* spans, long long count, T* g, T factor) {
+    const long long index = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    for (long long span = 0; span < count; ++span)
+        in_batches(spans[2 * span] + index, spans[2 * span + 1], (long long)gridDim.x * blockDim.x,
+                   [&](long long i) { return Pair{w[i], g[i]}; },
+                   [&](long long i, Pair of) { g[i] = of.g + factor * of.w; });
+}
