@@ -135,14 +135,22 @@ class CudaOps(Ops):
         blocks = max(1, -(-running.size // THREADS))
         self._launch(source, "move", (blocks,), THREADS, running, new, running.size, 1 - weight, weight * factor)
 
-    def dropout(self, x: Array, y: Array, rate: float, key: tuple[int, int], step: int, first: int, work: Work) -> None:
+    def dropout(
+        self, x: Array, y: Array, rate: float, key: tuple[int, int], step: int | Array, first: int, work: Work
+    ) -> None:
         """See :class:`Ops`; one launch, and no uniform numbers in memory."""
         source = source_of(self.dtype.name, "philox.cuh", "dropout.cu")
         numbers = first % 8 + x.size  # a thread makes eight numbers at a time, the first ones maybe for nobody
         blocks = max(1, min(-(-numbers // (8 * THREADS)), MOST_BLOCKS))
-        philox = (np.uint64(key[0]), np.uint64(key[1]), np.uint64(step), np.uint64(first))
+        steps = (np.uint64(step), None) if isinstance(step, int) else (np.uint64(0), step)
+        philox = (np.uint64(key[0]), np.uint64(key[1]), *steps, np.uint64(first))
         arguments = (x, y, work["mask"], x.size, *philox, np.float32(rate), 1 / (1 - rate))
         self._launch(source, "dropout", (blocks,), THREADS, *arguments)
+
+    def dropout_gradient(self, dy: Array, dx: Array, work: Work) -> None:
+        """See :class:`Ops`; one launch."""
+        source = source_of(self.dtype.name, "philox.cuh", "dropout.cu")
+        self._launch(source, "dropout_gradient", (blocks_for(dy.size),), THREADS, dy, work["mask"], dx, dy.size)
 
     def square_sum(self, x: Array, out: Array) -> None:
         """See :class:`Ops`; two launches."""

@@ -98,10 +98,16 @@ class HostOps(Ops):
         """See :class:`Ops`; one number for each feature, which NumPy does as well."""
         self.numpy.move(running, new, weight, factor, work)
 
-    def dropout(self, x: Array, y: Array, rate: float, key: tuple[int, int], step: int, first: int, work: Work) -> None:
+    def dropout(
+        self, x: Array, y: Array, rate: float, key: tuple[int, int], step: int | Array, first: int, work: Work
+    ) -> None:
         """See :class:`Ops`."""
         if not self.library.dropout(x, y, work["mask"], *key, step, first, rate):
             self.numpy.dropout(x, y, rate, key, step, first, work)
+
+    def dropout_gradient(self, dy: Array, dx: Array, work: Work) -> None:
+        """See :class:`Ops`; a product, which NumPy does as well."""
+        self.numpy.dropout_gradient(dy, dx, work)
 
     def square_sum(self, x: Array, out: Array) -> None:
         """See :class:`Ops`."""

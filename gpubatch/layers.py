@@ -419,6 +419,6 @@ class Dropout(Layer):
     def backward(self, x: Array, y: Array, dy: Array, dx: Array | None, c: Context) -> None:
         """dx = dy mask."""
         if dx is not None and self.rate > 0:
-            c.xp.multiply(dy, c.work["mask"], out=dx)
+            c.ops.dropout_gradient(dy, dx, c.work)
         elif dx is not None and dx is not dy:
             dx[...] = dy

@@ -154,12 +154,18 @@ class Ops(ABC):
     # --- dropout ---
 
     @abstractmethod
-    def dropout(self, x: Array, y: Array, rate: float, key: tuple[int, int], step: int, first: int, work: Work) -> None:
+    def dropout(
+        self, x: Array, y: Array, rate: float, key: tuple[int, int], step: int | Array, first: int, work: Work
+    ) -> None:
         """y = x mask, ``work["mask"]`` = 1/(1 - rate) where a uniform number is not below the rate, else 0.
 
         The numbers are float32 of Philox4x64-10 with the key (seed, layer) and the counter (0, step, 0, 0), from number
-        ``first`` on. x may be y.
+        ``first`` on. x may be y. On a GPU the step may be one uint64 there, read when the kernel runs.
         """
+
+    @abstractmethod
+    def dropout_gradient(self, dy: Array, dx: Array, work: Work) -> None:
+        """dx = dy ``work["mask"]``. dx may be dy."""
 
     # --- over everything ---
 
@@ -331,7 +337,9 @@ class NumpyOps(Ops):
         running *= 1 - weight
         running += np.multiply(new, weight * factor, out=work["row"])
 
-    def dropout(self, x: Array, y: Array, rate: float, key: tuple[int, int], step: int, first: int, work: Work) -> None:
+    def dropout(
+        self, x: Array, y: Array, rate: float, key: tuple[int, int], step: int | Array, first: int, work: Work
+    ) -> None:
         """See :class:`Ops`."""
         uniform, mask = work["uniform"], work["mask"]
         generator = philox_generator(*key, np.array([first // 8, step, 0, 0], np.uint64))  # eight to a counter
@@ -340,6 +348,10 @@ class NumpyOps(Ops):
         np.greater_equal(uniform, rate, out=mask)
         mask *= 1 / (1 - rate)
         np.multiply(x, mask, out=y)
+
+    def dropout_gradient(self, dy: Array, dx: Array, work: Work) -> None:
+        """See :class:`Ops`."""
+        np.multiply(dy, work["mask"], out=dx)
 
     def square_sum(self, x: Array, out: Array) -> None:
         """See :class:`Ops`; a cache-sized block after another."""

@@ -1,9 +1,10 @@
 // Inverted dropout: y = x * mask, mask = scale where a uniform number is not below the rate, else 0. The numbers are
-// those of philox.cuh, from `number` on: element i needs block (number + i) / 8 alone, so any thread can make it. x may
-// be y.
+// those of philox.cuh, from `number` on: element i needs block (number + i) / 8 alone, so any thread can make it. Where
+// `step_at` is not null, the step is what stands there when the kernel runs. x may be y.
 
-extern "C" __global__ void dropout(const T* x, T* y, T* mask, long long n, u64 seed, u64 layer, u64 step, u64 number,
-                                   float rate, T scale) {
+extern "C" __global__ void dropout(const T* x, T* y, T* mask, long long n, u64 seed, u64 layer, u64 step,
+                                   const u64* step_at, u64 number, float rate, T scale) {
+    if (step_at) step = *step_at;
     const int lead = (int)(number % 8);
     const bool packed = lead == 0 && aligned(x) && aligned(y) && aligned(mask);
     const long long stride = (long long)gridDim.x * blockDim.x;
@@ -33,4 +34,10 @@ extern "C" __global__ void dropout(const T* x, T* y, T* mask, long long n, u64 s
             }
         }
     }
+}
+
+// dx = dy * mask. dx may be dy.
+extern "C" __global__ void dropout_gradient(const T* dy, const T* mask, T* dx, long long n) {
+    in_batches((long long)blockIdx.x * blockDim.x + threadIdx.x, n, (long long)gridDim.x * blockDim.x,
+               [&](long long i) { return dy[i] * mask[i]; }, [&](long long i, T value) { dx[i] = value; });
 }

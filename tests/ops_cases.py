@@ -201,10 +201,19 @@ def move(p: Place, rows: int, features: int) -> Results:
     return {"running": running}
 
 
-def dropout(rate: float, first: int, p: Place, rows: int, features: int) -> Results:
-    x, y, work = p.real(rows, features), p.empty(rows, features), p.work(rows, features)
-    p.ops.dropout(x, y, rate, (2**63 + 11, 3), 2**40 + 1, first, work)
+def dropout(rate: float, first: int, at: bool, p: Place, rows: int, features: int) -> Results:
+    x, y, work, step = p.real(rows, features), p.empty(rows, features), p.work(rows, features), 2**40 + 1
+    in_memory = at and p.backend.name == "cuda"
+    where = p.backend.asarray(np.array([step], np.uint64)) if in_memory else step
+    p.ops.dropout(x, y, rate, (2**63 + 11, 3), where, first, work)
     return {"y": y, "mask": work["mask"]}
+
+
+def dropout_gradient(in_place: bool, p: Place, rows: int, features: int) -> Results:
+    dy, work = p.real(rows, features), p.work(rows, features, mask=p.real(rows, features))
+    dx = dy if in_place else p.empty(rows, features)
+    p.ops.dropout_gradient(dy, dx, work)
+    return {"dx": dx}
 
 
 def square_sum(p: Place, rows: int, features: int) -> Results:
@@ -297,7 +306,18 @@ for dx in ("new", "in place", "none"):
 CASES["move"] = Case("move", file("batch_norm.cu"), move, SIZES)
 for rate, first in ((0.0, 0), (0.3, 0), (0.3, 13), (0.3, 2**40)):
     CASES[f"dropout {rate} from {first}"] = Case(
-        "dropout", file("dropout.cu", "philox.cuh"), functools.partial(dropout, rate, first), SIZES, exact=True
+        "dropout", file("dropout.cu", "philox.cuh"), functools.partial(dropout, rate, first, False), SIZES, exact=True
+    )
+CASES["dropout, its step in memory"] = replace(
+    CASES["dropout 0.3 from 0"], run=functools.partial(dropout, 0.3, 0, True), sizes=[(301, 3)]
+)
+for in_place in (True, False):
+    CASES[f"dropout_gradient {'in place' if in_place else 'new'}"] = Case(
+        "dropout_gradient",
+        file("dropout.cu", "philox.cuh"),
+        functools.partial(dropout_gradient, in_place),
+        SIZES,
+        exact=True,
     )
 CASES["square_sum"] = Case(
     "square_sum", file("square_sum.cu"), square_sum, [*SIZES, (0, 1), (150, 1000)], grows=lambda r, f: 0

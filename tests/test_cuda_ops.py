@@ -307,6 +307,13 @@ FAULTS = {
     "a bias of another column": ("b[tile.column]", "b[0]", "activate relu with bias"),
     "a moment that is not central": ("value - middle;", "value;", "batch_norm new"),
     "another number": ("uniform[j + lane] >= rate", "uniform[j] >= rate", "dropout 0.3 from 0"),
+    "another step": ("if (step_at) step = *step_at;", "", "dropout, its step in memory"),
+    "a mask of another element": ("dy[i] * mask[i]", "dy[i] * mask[0]", "dropout_gradient new"),
+    "a target of another score": ("T(y[i])", "T(y[0])", "mse float32"),
+    "an exponential that overflows": ("exp(-fabs(score))", "exp(-score)", "sigmoid_cross_entropy uint8"),
+    "one place for all parts": ("parts[blockIdx.x] = sum", "parts[0] = sum", "mse float32"),
+    "the loss is lost": ("(add ? double(*out) : 0.0)", "0.0", "l2_loss"),
+    "a part that begins elsewhere": ("spans[2 * span] + index", "spans[0] + index", "l2_gradient"),
     "the last pack goes too far": ("packed && i + WIDTH <= n", "packed", "square_sum"),
 }
 
