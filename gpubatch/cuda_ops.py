@@ -184,7 +184,7 @@ class CudaOps(Ops):
     def take_batch(self, source: Array, order: Array, batch: Array, out: Array, size: int) -> None:
         """As :meth:`gather_batch`, but elements stay as they are stored, or become int64 where out is; one launch."""
         shape = (len(out), math.prod(source.shape[1:]))
-        types = f"typedef {STORED[source.dtype.name]} S;\ntypedef {STORED[out.dtype.name]} O;"
+        types = f"typedef {STORED[source.dtype.name]} S;\ntypedef {STORED[out.dtype.name]} Target;"
         text = source_of(self.dtype.name, "half.cuh", "take.cu", before=types)
         self._on_tiles(text, "take", shape, (source, order, batch, out), (size,))
 

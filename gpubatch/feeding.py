@@ -158,7 +158,7 @@ class DeviceFeed:
         batch_size: int,
     ) -> None:
         self._backend, self._columns, self.batch_size = backend, columns, batch_size
-        self._order = backend.empty(share, np.int64)
+        self._order = backend.zeros(share, np.int64)  # of samples that there are, whatever comes first
         self._batch = [backend.empty((batch_size, *array.shape[1:]), dtype) for array, dtype, _ in columns]
 
     def begin(self, order: np.ndarray) -> None:

@@ -404,6 +404,10 @@ class Loader:
         """Samples in the last batch of an epoch."""
         return self.batch_size if self.drop_last else self._share - (len(self) - 1) * self.batch_size
 
+    def size_of(self, batch: int) -> int:
+        """Samples in the batch of this number, counted from 0."""
+        return self.batch_size if batch < len(self) - 1 else self.last_size
+
     @property
     def at_once(self) -> int:
         """Batches that are there at a time: the one in use, and those in main memory that are prepared ahead."""

@@ -141,7 +141,7 @@ class Optimizer:
         if not self._at_once(arrays, scalars, control):
             checked = [(w, self._gradient(i, g, w), *state) for i, (w, g, *state) in enumerate(arrays)]
             self._update(checked, scalars, control)
-        if control is not None and isinstance(control, np.ndarray) and control[1]:
+        if control is not None and self.backend.name == "cpu" and control[1]:
             return StepResult(False, self.t, hyper.get("lr"))
         self.t += 1
         return StepResult(True, self.t, hyper.get("lr"))
@@ -159,16 +159,17 @@ class Optimizer:
         self.step(grads, control)
         self.t = t
 
-    def ahead(self, count: int, least: int = 1) -> tuple[np.ndarray, list[float | None]]:
-        """The formula's scalars for each of the next ``count`` steps, in rows, and the learning rates.
+    def ahead(self, start: int, count: int, least: int = 1) -> tuple[np.ndarray, list[float | None]]:
+        """The formula's scalars for each of ``count`` steps from ``start`` on, in rows, and the learning rates.
 
-        They are what :meth:`step` would compute while hyper-parameters and ``epoch`` stay. Where a schedule fails for one
-        of them there are only those before it, since it may never come, but no fewer than ``least``: then it raises.
+        They are what :meth:`step` would compute at ``t`` while hyper-parameters and ``epoch`` stay. Where a schedule fails
+        for one of them there are only those before it, since it may never come, but no fewer than ``least``: then it
+        raises.
         """
-        fixed = {name: self._now(name) for name in self._trace.hyper if not callable(self._hyper[name])}
+        fixed = {name: self._at(name, start) for name in self._trace.hyper if not callable(self._hyper[name])}
         moving = [name for name in self._trace.hyper if name not in fixed]
         rows, rates = list[tuple[float, ...]](), list[float | None]()
-        for t in range(self.t, self.t + count):
+        for t in range(start, start + count):
             try:
                 hyper = fixed | {name: self._at(name, t) for name in moving} if moving else fixed
                 rows.append(self._trace.evaluate(t + 1, **hyper))

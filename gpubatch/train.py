@@ -23,6 +23,7 @@ import numpy as np
 
 from gpubatch.averages import ewma
 from gpubatch.backend import Array
+from gpubatch.capture import CapturedSteps, Made, Queue, why_eager
 from gpubatch.checkpoint import Checkpoints
 from gpubatch.errors import (
     ArgumentError,
@@ -35,6 +36,7 @@ from gpubatch.errors import (
     NonFiniteError,
     SkippedStepWarning,
     check_bool,
+    check_choice,
     check_int,
     check_real,
 )
@@ -55,7 +57,8 @@ class History:
     in no list.
 
     ``loss`` is the mean of the epoch's mini-batch costs, weighted by their samples; ``seconds`` leaves the validation
-    out. ``validation_accuracy`` is empty where the loss has no classes. ``execution`` says how the steps were run.
+    out. ``validation_accuracy`` is empty where the loss has no classes. ``execution`` says how the last epoch's steps were
+    run: "captured", or "eager" and on a GPU why.
     ``micro_batch_size`` is how many samples of a batch are computed at a time since memory ran out, None if it did not.
     """
 
@@ -126,6 +129,7 @@ def fit(
     progress: bool = True,
     max_norm: float | None = None,
     max_skipped: int = 10,
+    execution: str = "auto",
 ) -> History:
     """Train ``net`` on the batches of ``loader`` with ``opt``, which must be bound to ``net.parameters``.
 
@@ -150,12 +154,18 @@ def fit(
     sample is lost, and a :class:`MicroBatchWarning` says so. Where not even one sample can be computed at a time, it
     raises :class:`InsufficientMemoryError`.
 
+    On a GPU, steps are captured as CUDA graphs and replayed (:mod:`gpubatch.capture`) where that can be: the data are
+    gathered on the device, the layers are gpubatch's, no callback looks at every step. The host then reads losses a few
+    dozen steps later; whatever happens in a step happens as in an eager one, and the numbers are the same.
+    ``execution="eager"`` makes no graphs, ``"captured"`` raises ArgumentError where there can be none.
+
     Ctrl-C and SIGTERM let the step finish, save the run if there is a ``checkpoint``, and raise
     :class:`TrainingInterrupted`, a KeyboardInterrupt, or :class:`TrainingTerminated`, a SystemExit; both have the
     history.
     """
     check_int("epochs", epochs, 0)
     check_bool("progress", progress)
+    check_choice("execution", execution, ["auto", "eager", "captured"])
     _check_parts(net, loader, opt)
     # What outlives the run, like the parameters, may be used on the caller's stream afterwards.
     with net.backend.own_stream():
@@ -164,7 +174,7 @@ def fit(
         held_out = None if validation is None else _validation_arrays(net, loader, validation)
         store = _opened(checkpoint, check_bool("resume", resume))
         state = TrainingState(net, loader, opt, History(), loader.epoch, opt.t)
-        run = Run(state, Part(), guard, watchers, store)
+        run = Run(state, Part(), guard, watchers, store, execution)
         if resume and store is not None and (found := store.newest()) is not None:
             run.restore(*found)
         settle_batches(net, loader, opt, held_out)
@@ -200,11 +210,19 @@ class Run:
     """A run of :func:`fit`: its state, the epoch that is running, and what watches, shows, saves and interrupts it."""
 
     def __init__(
-        self, state: TrainingState, part: Part, guard: Guard, watchers: list[Watcher], store: Checkpoints | None
+        self,
+        state: TrainingState,
+        part: Part,
+        guard: Guard,
+        watchers: list[Watcher],
+        store: Checkpoints | None,
+        execution: str = "auto",
     ) -> None:
         self.state, self.part, self.guard, self.watchers, self.store = state, part, guard, watchers, store
+        self.execution = execution
         self.show: Display = _Silent()
         self.noted: list[int] = []  # signals
+        self._seconds: Callable[[], float] = lambda: 0.0  # of the epoch so far
         self._unsaved = False  # whether anything was done since the last checkpoint
         self._saved_at = state.opt.t
 
@@ -223,37 +241,110 @@ class Run:
             loader.load_state_dict({**loader.state_dict(), "epoch": part.epoch, "batch": part.batches})
 
     def _until_memory_ends(self) -> str | None:
-        """Go through the batches; None at the end of the epoch, or for what there was no memory, in words.
+        """Go through the batches; None at the end of the epoch, or for what there was no memory, in words."""
+        before, started = self.part.seconds, time.perf_counter()
+        self._seconds = lambda: before + time.perf_counter() - started
+        try:
+            steps = self._captured_steps()
+            return self._eagerly() if steps is None else self._replayed(steps)
+        except InsufficientMemoryError:
+            raise  # smaller parts would not help
+        except MemoryError as error:
+            # No array of the batch that failed is held any more when this is left: the traceback would.
+            return lack(error)
 
-        No array of the batch that failed is held any more then: a traceback would.
-        """
-        state, part, loader = self.state, self.part, self.state.loader
-        before, started = part.seconds, time.perf_counter()
+    def _eagerly(self) -> None:
+        """Step by step, each looked at before the next one."""
+        loader = self.state.loader
         with contextlib.closing(iter(loader)) as batches:  # its thread ends here, however this is left
-            while True:
-                try:
-                    batch = next(batches, None)
-                    if batch is None:
-                        return None
-                    x, y = (_rows(array, loader) for array in batch)
-                    loss, result = self.guard.step(x, y, state)
-                except InsufficientMemoryError:
-                    raise  # smaller parts would not help
-                except MemoryError as error:
-                    return lack(error)
-                self._unsaved = True
-                part.batches += 1
-                if result is not None:
-                    self._count(loss, result, len(x))
-                part.seconds = before + time.perf_counter() - started
+            while (batch := next(batches, None)) is not None:
+                x, y = (_rows(array, loader) for array in batch)
+                rows, (loss, result) = len(x), self.guard.step(x, y, self.state)
                 del batch, x, y  # before the next one is waited for
-                self.show.step(loss)
+                self._note(loss, result, rows)
                 if result is not None:
                     for watcher in self.watchers:
-                        watcher.on_step(state)
-                if self.store is not None and self.store.every and state.step - self._saved_at >= self.store.every:
-                    self.save()
-                self.heed()
+                        watcher.on_step(self.state)
+                self._look_up()
+
+    def _replayed(self, steps: CapturedSteps) -> None:
+        """By graphs, and looked at later. A step that halts is made again, eagerly, which tells what is wrong with it."""
+        part, loader = self.part, self.state.loader
+        with loader.fed_by(steps.feed) as used:
+            queue = Queue(steps, part.batches, len(loader), loader.size_of, self.state.history.micro_batch_size)
+            try:
+                while part.batches < len(loader):
+                    if not self.noted:
+                        queue.fill(self._until_saved())
+                    self._note_all(queue.read(), used)
+                    if queue.halted:
+                        x, y = queue.batch()
+                        found = self.guard.step(x, y, self.state)
+                        self._note(*found, len(x))
+                        used(1)
+                        queue.go_on(part.batches)
+                    if not queue.in_flight:
+                        self._look_up()
+            finally:
+                while queue.in_flight:  # parameters have learnt from them, or will have
+                    self._note_all(queue.read(), used)
+
+    def _captured_steps(self) -> CapturedSteps | None:
+        """The steps as graphs, those of the epoch before if there are any; None where they are run eagerly."""
+        net, loader, opt, guard = self.state.net, self.state.loader, self.state.opt, self.guard
+        if self.execution == "eager" or (self.execution == "auto" and net.backend.name == "cpu"):
+            return None
+        if guard.captured is not None and not guard.captured.fits(opt):
+            guard.captured = None
+        looking = next((watcher.callback for watcher in self.watchers if watcher.on_step is not _ignore), None)
+        why: Any = why_eager(net) if looking is None else f"callback {looking!r} looks at every step"
+        if not why and guard.captured is None:
+            why = feed = loader.device_feed()
+            if not isinstance(feed, str):
+                guard.captured, why = CapturedSteps(net, opt, feed, guard.max_norm), ""
+        if not why:
+            captured, most = guard.captured, self.state.history.micro_batch_size
+            assert captured is not None
+            try:
+                captured.prepare(loader.batch_size, most, len(loader))
+                captured.prepare(loader.last_size, most, 1)
+                self.state.history.execution = "captured"
+                return captured
+            except RuntimeError as error:  # also of CuPy: what CUDA refuses to capture
+                guard.captured, why = None, f"the capture failed: {error}"
+        if self.execution == "captured":
+            raise ArgumentError(f"execution must be 'auto' or 'eager' here, got 'captured': {why}")
+        self.state.history.execution = f"eager, since {why}"
+        return None
+
+    def _note_all(self, made: list[Made], used: Callable[[int], None]) -> None:
+        t = self.state.opt.t - len(made)
+        for number, (loss, lr, rows) in enumerate(made, 1):
+            self._note(loss, StepResult(True, t + number, lr), rows)
+        if made:
+            used(len(made))
+            self.guard.in_a_row = 0
+
+    def _note(self, loss: float, result: StepResult | None, rows: int) -> None:
+        """What became of a batch of so many samples."""
+        self._unsaved = True
+        self.part.batches += 1
+        if result is not None:
+            self._count(loss, result, rows)
+        self.part.seconds = self._seconds()
+        self.show.step(loss)
+
+    def _until_saved(self) -> int:
+        """Steps until the run is to be saved, as far as this epoch goes."""
+        every = None if self.store is None else self.store.every
+        left = len(self.state.loader) - self.part.batches
+        return left if every is None else min(left, max(1, every - (self.state.step - self._saved_at)))
+
+    def _look_up(self) -> None:
+        """Between two steps: is the run to be saved, or to end?"""
+        if self.store is not None and self.store.every and self.state.step - self._saved_at >= self.store.every:
+            self.save()
+        self.heed()
 
     def _count(self, loss: float, result: StepResult, samples: int) -> None:
         history = self.state.history
@@ -425,6 +516,7 @@ class Guard:
         self._squares = net.backend.zeros(SQUARE_SUM_SIZE, np.float64)
         self._control = net.backend.zeros(2, net.dtype)
         self._halved = ""  # why, until it is known that it was enough
+        self.captured: CapturedSteps | None = None
 
     def step(self, x: Array, y: Array, state: TrainingState) -> tuple[float, StepResult | None]:
         """The loss of a batch, and the step that was made; None for one that was left out."""
@@ -499,6 +591,7 @@ class Guard:
             )
         state.history.micro_batch_size = power_below(size)
         self._halved = self._halved or f"out of memory in epoch {state.epoch}, step {self.opt.t}: {failure}"
+        self.captured = None  # graphs keep the memory that they work in
         release(self.net)
 
     def _warn_of_halves(self, state: TrainingState) -> None:

@@ -39,7 +39,7 @@ extern "C" __global__ void judge(const T* loss, double* total, double* squares, 
 }
 
 // One block, the last of a step: on to the next one, or back to the n running statistics from before it.
-extern "C" __global__ void advance(long long* progress, T* running, const T* before, long long n) {
+extern "C" __global__ void go_on(long long* progress, T* running, const T* before, long long n) {
     if (progress[HALTED]) {
         for (long long i = threadIdx.x; i < n; i += blockDim.x) running[i] = before[i];
     } else if (threadIdx.x == 0) {

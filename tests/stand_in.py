@@ -322,9 +322,23 @@ class QueuedArray(DeviceArray):
     def __array_finalize__(self, x: Any) -> None:
         self.cupy, self.memory = getattr(x, "cupy", None), getattr(x, "memory", None)
 
-    def get(self) -> np.ndarray:
-        self.cupy.get_current_stream().synchronize()
-        return np.array(in_memory(self))
+    def get(self, out: np.ndarray | None = None, blocking: bool = True) -> np.ndarray:
+        stream = self.cupy.get_current_stream()
+        if blocking:
+            assert out is None
+            stream.synchronize()
+            return np.array(in_memory(self))
+        assert out is not None
+        assert (type(out), out.dtype, out.shape) == (np.ndarray, self.dtype, self.shape)
+        assert self.flags.c_contiguous
+        assert out.flags.c_contiguous
+        pinned = self.cupy.pinned_memory_of(out)
+        assert pinned is not None, "a copy that is not waited for needs pinned memory"
+        if stream.captured is not None:
+            stream.refuse("a copy to the host")
+        source, target = in_memory(self), at_the_same_place(out, pinned)
+        stream.enqueue(Work(lambda: np.copyto(target, source), pinned))
+        return out
 
     def set(self, values: np.ndarray, stream: Stream | None = None) -> None:
         assert (type(values), values.dtype, values.shape) == (np.ndarray, self.dtype, self.shape)
@@ -392,7 +406,9 @@ class QueuedArray(DeviceArray):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         assert not isinstance(value, np.ndarray) or isinstance(value, QueuedArray), "an array of the host"
-        target, plain = np.ndarray.__getitem__(in_memory(self), key), in_memory(value)
+        parts = key if isinstance(key, tuple) else (key,)
+        place = key if Ellipsis in parts else (*parts, ...)  # one element, too, is an array
+        target, plain = np.ndarray.__getitem__(in_memory(self), place), in_memory(value)
         self.cupy.start(lambda: np.copyto(target, plain, casting="unsafe"))
 
     def item(self) -> Any:

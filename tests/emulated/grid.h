@@ -320,6 +320,8 @@ V __ldg(const V* at) {
 inline emulated::u64 __umul64hi(emulated::u64 a, emulated::u64 b) {
     return (emulated::u64)(((unsigned __int128)a * b) >> 64);
 }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline unsigned __float_as_uint(float x) {
     unsigned bits;

@@ -1,0 +1,396 @@
+"""Whole training steps as CUDA graphs: captured once for each shape of a batch, then replayed with one launch.
+
+A graph is launched with the same arguments every time, so what differs from step to step lies on the device, in a
+:class:`Ledger`: the scalars of the update for the steps to come, computed on the host in double precision, and how far
+the steps have come. They leave their losses there, and the host reads them when it likes. A replayed step is the eager
+one bit for bit: the same kernels on the same arrays.
+
+A step that finds a loss or a gradient that is not finite halts: it and all that are queued behind it change nothing. So
+the host, which looks later, can deal with it as if it had looked at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from gpubatch import layers
+from gpubatch.backend import Array, CudaBackend
+from gpubatch.cuda_ops import source_of
+from gpubatch.errors import ArgumentError, check_int
+from gpubatch.launch import compute_dtype, cuda_kernel
+from gpubatch.network import Network
+from gpubatch.ops import SQUARE_SUM_SIZE
+from gpubatch.optim import Optimizer
+
+__all__ = ["CapturedStep", "CapturedSteps", "Made", "Queue", "why_eager"]
+
+CHUNK = 64  # steps whose scalars go to the device, and whose losses come back, in one copy
+AHEAD = 2  # chunks that are queued while the host waits for the one before
+UNROLLED = 8  # steps in a graph, where there are so many: a launch costs the host as much as a few kernels the device
+STAGES = 2 * (AHEAD + 2)  # copies between host and device that may be under way
+
+WORDS = 4  # of kernels/step.cu, in this order
+SLOT, HALTED, BATCH, STEP = range(WORDS)
+
+
+def why_eager(net: Network) -> str:
+    """Why the steps of ``net`` cannot be captured, in words; empty where they can."""
+    if not isinstance(net.backend, CudaBackend):
+        return f"graphs are for a GPU, the network is on {net.backend.spec!r}"
+    if not net.products.capturable:
+        return net.products.reason
+    for i, layer in enumerate(net.layers):
+        if type(layer).__module__ != layers.__name__:
+            return f"layer {i + 1} ({type(layer).__name__}) is not one of gpubatch's, so it may do what a graph cannot"
+    return ""
+
+
+# --- what lies on the device ---------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Stage:
+    """Pinned memory for a copy between host and device, and the event after the last one."""
+
+    memory: np.ndarray
+    over: Any
+
+
+class Report:
+    """How far the steps had come at one point of the stream; ``read`` waits for it."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def read(self) -> tuple[list[float], bool]:
+        """The losses of the steps that were applied since the ledger was written, and whether one halted."""
+        self._stage.over.synchronize()
+        words = self._stage.memory[: 8 * WORDS].view(np.int64)
+        losses = self._stage.memory[8 * WORDS :].view(np.float64)
+        return losses[: words[SLOT]].tolist(), bool(words[HALTED])
+
+
+class Ledger:
+    """What the host and the captured steps tell each other, in one block on the device.
+
+    First the scalars of CHUNK steps, in ``rows``; then the words of kernels/step.cu, ``progress``; then the ``losses``
+    of as many steps. So what the host writes is in one piece, and what it reads in another; the slot is in both.
+    """
+
+    def __init__(self, backend: CudaBackend, scalars: int, dtype: np.dtype[Any]) -> None:
+        self._backend = backend
+        self._start = -(-CHUNK * scalars * dtype.itemsize // 8) * 8  # of the words
+        size = self._start + 8 * WORDS + 8 * CHUNK
+        with backend.scope():
+            self._block = backend.zeros(size, np.uint8)
+            self.rows = self._block[: CHUNK * scalars * dtype.itemsize].view(dtype).reshape(CHUNK, scalars)
+            self.progress = self._block[self._start : self._start + 8 * WORDS].view(np.int64)
+            self.losses = self._block[self._start + 8 * WORDS :].view(np.float64)
+            self.control = backend.zeros(2, dtype)  # of the update
+            self._stages = deque(Stage(backend.pinned(size, np.dtype(np.uint8)), backend.event()) for _ in range(STAGES))
+
+    def word(self, number: int) -> Array:
+        """One of the words, where kernels find it."""
+        return self.progress[number : number + 1]
+
+    def write(self, rows: np.ndarray) -> None:
+        """The scalars of the steps to come, for those that are given to the stream after this."""
+        stage = self._next_stage()
+        table = stage.memory[: rows.nbytes]
+        table[...] = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+        stage.memory[self._start : self._start + 8].view(np.int64)[0] = 0
+        self._send(stage, 0, self._start + 8)
+
+    def restart(self, batch: int, step: int) -> None:
+        """Go on with these, after whatever halted."""
+        stage = self._next_stage()
+        start, stop = self._start + 8 * HALTED, self._start + 8 * WORDS
+        stage.memory[start:stop].view(np.int64)[:] = 0, batch, step
+        self._send(stage, start, stop)
+
+    def report(self) -> Report:
+        """Have the words and the losses copied when the steps given so far are over; nothing is waited for."""
+        stage = self._next_stage()
+        report = Stage(stage.memory[: self._block.size - self._start], stage.over)
+        with self._backend.scope():
+            self._block[self._start :].get(out=report.memory, blocking=False)
+            self._backend.current_stream().record(stage.over)
+        return Report(report)
+
+    def _send(self, stage: Stage, start: int, stop: int) -> None:
+        with self._backend.scope():
+            stream = self._backend.current_stream()
+            self._block[start:stop].set(stage.memory[start:stop], stream=stream)
+            stream.record(stage.over)
+
+    def _next_stage(self) -> Stage:
+        """The one that was used longest ago, when its copy is over; it has been by then, but for hasty callers."""
+        stage = self._stages.popleft()
+        self._stages.append(stage)
+        stage.over.synchronize()
+        return stage
+
+
+# --- the steps ----------------------------------------------------------------------------------------------------
+
+
+class Feed(Protocol):
+    """Where the batches of captured steps come from."""
+
+    def arrays(self, rows: int) -> list[Array]:
+        """The arrays x and y of a batch of ``rows`` samples: always the same."""
+
+    def enqueue(self, rows: int, batch: Array) -> None:
+        """Start what makes the batch whose number ``batch``, an int64 on the device, holds when it comes to that."""
+
+
+class GivenArrays:
+    """Batches that are written to arrays which stay where they are."""
+
+    def __init__(self, *arrays: Array) -> None:
+        self._arrays = arrays
+
+    def arrays(self, rows: int) -> list[Array]:
+        """Their first rows."""
+        return [array[:rows] for array in self._arrays]
+
+    def put(self, *arrays: Array) -> None:
+        """The batch of the next step."""
+        for place, array in zip(self.arrays(len(arrays[0])), arrays, strict=True):
+            place[...] = array
+
+    def enqueue(self, rows: int, batch: Array) -> None:
+        """The batch is there already."""
+
+
+class Form(NamedTuple):
+    """What a graph is for: batches of ``rows`` samples, of which so many at a time, and ``steps`` of them."""
+
+    rows: int
+    micro_batch_size: int
+    steps: int
+
+
+class CapturedSteps:
+    """The steps of ``net`` and ``opt`` on the batches of ``feed``, queued on the current stream and not waited for.
+
+    With ``guarded``, steps whose loss or gradient is not finite halt, and ``max_norm`` bounds the gradient's norm. All
+    memory is taken when a form of batch is prepared.
+    """
+
+    def __init__(
+        self, net: Network, opt: Optimizer, feed: Feed, max_norm: float | None = None, guarded: bool = True
+    ) -> None:
+        assert isinstance(net.backend, CudaBackend)
+        self.net, self.opt, self.feed, self._backend = net, opt, feed, net.backend
+        self._guarded, self._max_norm = guarded, max_norm or 0.0
+        self._update = opt.plan[0]  # what the graphs launch, kept with its tables
+        rows, _ = opt.ahead(opt.t, 1)
+        self.ledger = Ledger(net.backend, rows.shape[1], rows.dtype)
+        with net.backend.scope():
+            self._squares = net.backend.zeros(SQUARE_SUM_SIZE, np.float64)
+            self._total = net.backend.zeros(1, np.float64)
+            self._before = net.backend.empty(net.buffers.size, net.buffers.dtype)  # of the step, running statistics
+        self._graphs = dict[Form, Any]()
+        self._kept = list[Any]()  # what has the memory that graphs work in
+        self.loss: Array = None  # of the step that was made last
+
+    def fits(self, opt: Optimizer) -> bool:
+        """Whether the graphs are still those of the optimizer, whose formula may have become another one."""
+        return self._update is opt.plan[0]
+
+    def prepare(self, rows: int, micro_batch_size: int | None, steps: int) -> None:
+        """Capture what :meth:`enqueue` needs for ``steps`` batches of this form."""
+        for size in (UNROLLED, 1) if steps >= UNROLLED else (1,):
+            self._graph(Form(rows, micro_batch_size or rows, size))
+
+    def enqueue(self, rows: int, micro_batch_size: int | None, steps: int) -> None:
+        """``steps`` steps on the next batches, of ``rows`` samples each; the ledger must have their scalars."""
+        for size in (UNROLLED, 1) if steps >= UNROLLED else (1,):
+            while steps >= size:
+                self.launch(Form(rows, micro_batch_size or rows, size))
+                steps -= size
+
+    def launch(self, form: Form) -> None:
+        """The graph of a form, captured if it has not been."""
+        self._graph(form).launch()
+
+    def _graph(self, form: Form) -> Any:
+        if form not in self._graphs:
+            step = functools.partial(self._step, form.rows, form.micro_batch_size)
+            with self._backend.scope():
+                self._rehearse(step)
+                self._graphs[form] = self._backend.capture(lambda: [step() for _ in range(form.steps)] and None)
+        return self._graphs[form]
+
+    def _rehearse(self, step: Callable[[], None]) -> None:
+        """A step that halts before it begins: memory is taken and kernels are loaded, which a capture forbids."""
+        now = self.ledger.progress.copy()
+        self.ledger.word(HALTED).fill(1)
+        step()
+        self.ledger.progress[...] = now
+
+    def _step(self, rows: int, micro_batch_size: int) -> None:
+        """What is captured."""
+        net, ledger = self.net, self.ledger
+        x, y = self.feed.arrays(rows)
+        grads = net.parameters.grads.flat
+        losses: list[Array] = []
+
+        def add(loss: Array, share: float) -> None:
+            if rows > micro_batch_size:
+                self._launch("add_loss", 1, loss, self._total, np.float64(share))
+            losses.append(loss)
+
+        if self._before.size:
+            self._before[...] = net.buffers.flat
+        self.feed.enqueue(rows, ledger.word(BATCH))
+        self._kept.append(net.enqueue(x, y, ledger.word(STEP), micro_batch_size, add))
+        loss = self.loss = losses[0] if rows <= micro_batch_size else None
+        if self._guarded:
+            net.ops.square_sum(grads, self._squares)
+        squares = self._squares if self._guarded else None
+        numbers = np.float64(self._max_norm), np.float64(np.finfo(compute_dtype(net.dtype)).max)
+        state = ledger.progress, ledger.losses, ledger.control
+        self._launch("judge", 1, loss, self._total, squares, *state, *numbers)
+        self.opt.enqueue(ledger.rows, ledger.word(SLOT), ledger.control)
+        running = net.buffers.flat if self._before.size else None
+        before = self._before if self._before.size else None
+        self._launch("go_on", 1024, ledger.progress, running, before, np.int64(self._before.size))
+
+    def _launch(self, name: str, threads: int, *arguments: Any) -> None:
+        kernel = cuda_kernel(self._backend, source_of(self.ledger.control.dtype.name, "step.cu"), name)
+        kernel((1,), (threads,), tuple(np.uint64(0) if x is None else x for x in arguments))
+
+
+class Made(NamedTuple):
+    """A step that was applied: its loss, its learning rate, and how many samples it learnt from."""
+
+    loss: float
+    lr: float | None
+    rows: int
+
+
+class Chunk(NamedTuple):
+    """Steps that are queued."""
+
+    report: Report
+    rates: list[float | None]
+    rows: list[int]
+
+
+class Queue:
+    """The steps of an epoch, from ``batch`` on: queued some chunks ahead of what is read.
+
+    ``rows_of`` tells the samples of a batch. What is read is counted by optimizer and network. After a step that
+    ``halted``, nothing is in flight until :meth:`go_on`.
+    """
+
+    def __init__(
+        self,
+        steps: CapturedSteps,
+        batch: int,
+        batches: int,
+        rows_of: Callable[[int], int],
+        micro_batch_size: int | None,
+    ) -> None:
+        self._steps, self._batches, self._rows_of, self._most = steps, batches, rows_of, micro_batch_size
+        self._chunks = deque[Chunk]()
+        self.go_on(batch)
+
+    @property
+    def in_flight(self) -> int:
+        """Steps that are queued and have not been read."""
+        return sum(len(chunk.rows) for chunk in self._chunks)
+
+    def go_on(self, batch: int) -> None:
+        """Begin at a batch, with the optimizer and the network as they are."""
+        self.halted, self._batch = False, batch
+        self._steps.ledger.restart(batch, self._steps.net.dropout_step)
+
+    def fill(self, room: int) -> None:
+        """Queue what comes next, at most ``room`` steps beyond what was read."""
+        opt, ledger = self._steps.opt, self._steps.ledger
+        while len(self._chunks) <= AHEAD and (count := min(room - self.in_flight, CHUNK)) > 0:
+            first = self._batch + self.in_flight
+            # A schedule that fails does so when everything before is over, as if it had not been asked ahead of time.
+            scalars, rates = opt.ahead(opt.t + self.in_flight, count, 0 if self._chunks else 1)
+            rows = [self._rows_of(first + i) for i in range(len(rates))]
+            if not rows:
+                return
+            ledger.write(scalars)
+            for size, alike in itertools.groupby(rows):
+                self._steps.enqueue(size, self._most, len(list(alike)))
+            self._chunks.append(Chunk(ledger.report(), rates, rows))
+
+    def read(self) -> list[Made]:
+        """Wait for the chunk that was queued first; the steps of it that were applied."""
+        if not self._chunks:
+            return []
+        report, rates, rows = self._chunks.popleft()
+        losses, self.halted = report.read()
+        if self.halted:
+            self._chunks.clear()  # they change nothing
+        self._batch += len(losses)
+        self._steps.opt.t += len(losses)
+        self._steps.net.passed(len(losses))
+        return [Made(*made) for made in zip(losses, rates, rows, strict=False)]
+
+    def batch(self) -> list[Array]:
+        """The batch of the step that halted."""
+        steps, rows = self._steps, self._rows_of(self._batch)
+        steps.feed.enqueue(rows, steps.ledger.word(BATCH))
+        return steps.feed.arrays(rows)
+
+
+# --- one by one ----------------------------------------------------------------------------------------------------
+
+
+class CapturedStep:
+    """``net.step_loss(X, Y)`` and ``opt.step()`` as one launch, for loops of your own.
+
+    X and Y are arrays on the device, as for :meth:`Network.step_loss`. A call makes ``steps`` steps, at most 64, on what
+    is in them then, so the next batch is written there: ``X[...] = batch``. It returns the loss of the last one, an array
+    of one element that the next call overwrites, and waits for nothing; whether loss and gradients are finite is not
+    looked at. A new learning rate, ``opt.lr = ...``, takes effect at the next call. All of it happens on the stream that
+    is current, which cannot be the default one: use ``with backend.own_stream():`` around the loop.
+
+    Raises ArgumentError where the steps cannot be captured, and says why.
+    """
+
+    def __init__(self, net: Network, opt: Optimizer, X: Array, Y: Array, steps: int = 1) -> None:
+        if reason := why_eager(net):
+            raise ArgumentError(f"net cannot be captured: {reason}")
+        self.net, self.opt, self.steps = net, opt, check_int("steps", steps, 1, CHUNK)
+        if any(opt.params.get(name) is not p for name, p in net.parameters.items()):
+            raise ArgumentError("opt must be bound to net.parameters, this one is bound to other arrays")
+        net.check_batch(X, Y)
+        self._feed = GivenArrays(X, Y)
+        self._form = Form(len(X), len(X), self.steps)
+        self._captured: CapturedSteps | None = None
+        self._left = 0  # steps whose scalars are on the device
+        self._expected: tuple[Any, ...] = ()  # the state of optimizer and network that they are for
+
+    def __call__(self) -> Array:
+        """Queue the steps; the loss of the last one."""
+        if self._captured is None or not self._captured.fits(self.opt):
+            self._captured, self._expected = CapturedSteps(self.net, self.opt, self._feed, guarded=False), ()
+        captured = self._captured
+        if self._left < self.steps or self._expected != (*self.opt.plan, self.net.dropout_step):
+            scalars, _ = self.opt.ahead(self.opt.t, CHUNK, self.steps)
+            captured.ledger.write(scalars)
+            captured.ledger.restart(0, self.net.dropout_step)
+            self._left = len(scalars)
+        captured.launch(self._form)
+        self.opt.t += self.steps
+        self.net.passed(self.steps)
+        self._left -= self.steps
+        self._expected = (*self.opt.plan, self.net.dropout_step)
+        return captured.loss
