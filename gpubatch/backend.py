@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import importlib
 import importlib.util
 import os
 import re
@@ -297,6 +298,16 @@ class CudaBackend(Backend):
         """An array of ``size`` elements in pinned memory of the host, from CuPy's pool; its values are not set."""
         with self.scope():
             return np.frombuffer(self.cupy.cuda.alloc_pinned_memory(size * dtype.itemsize), dtype, size)
+
+    @property
+    def capability(self) -> int:
+        """The generation of the device, the first number of its compute capability: 8 is Ampere, 9 is Hopper."""
+        runtime = self.cupy.cuda.runtime
+        return int(runtime.deviceGetAttribute(runtime.cudaDevAttrComputeCapabilityMajor, self.index))
+
+    def library(self, name: str) -> Any:
+        """A Python module beside CuPy that works on this device; imported when it is first asked for."""
+        return importlib.import_module(name)
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         device: contextlib.AbstractContextManager[Any] = self.cupy.cuda.Device(self.index)

@@ -767,7 +767,8 @@ class _SideBySide:
         work = {name: array[: len(x)] if -1 in spaces[name][0] else array for name, array in self.works[i].items()}
         p = {name: parameters[names[name]] for name in needs.parameters}
         buffers = {name: net.buffers[names[name]] for name in needs.buffers}
-        net.layers[i].forward(x, y, Context(net.backend, self.xp, net.ops, i, self.mode, p, {}, buffers, work))
+        context = Context(net.backend, self.xp, net.ops, i, self.mode, p, {}, buffers, work, net.products)
+        net.layers[i].forward(x, y, context)
 
 
 def principal_directions(path: Any, count: int = 2) -> list[np.ndarray]:

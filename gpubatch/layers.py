@@ -18,6 +18,7 @@ import numpy as np
 from gpubatch.backend import Array, Backend
 from gpubatch.errors import ArgumentError, check_bool, check_choice, check_int, check_real
 from gpubatch.ops import IDENTITY, PARTS, Activation, Ops
+from gpubatch.products import Products
 
 __all__ = [
     "ACTIVATIONS",
@@ -104,7 +105,8 @@ class Context:
     """What a layer has at hand in one call, by the names that its :class:`Needs` gave.
 
     ``p`` parameters, ``g`` their gradients (to be overwritten), ``buffers``, ``work`` the workspace; ``xp`` is the
-    namespace of the arrays, ``ops`` the fused kernels for them, ``index`` the layer's place in the network from 0.
+    namespace of the arrays, ``ops`` the fused kernels for them, ``products`` their matrix products, ``index`` the
+    layer's place in the network from 0.
     """
 
     backend: Backend
@@ -116,6 +118,7 @@ class Context:
     g: Mapping[str, Array]
     buffers: Mapping[str, Array]
     work: Mapping[str, Array]
+    products: Products
 
 
 class Layer(ABC):
@@ -275,15 +278,19 @@ class Dense(Layer):
 
     def forward(self, x: Array, y: Array, c: Context) -> None:
         """y = x W + b."""
-        c.xp.matmul(x, c.p["W"], out=y)
         if self.bias:
-            c.ops.activate(IDENTITY, y, c.p["b"], y, c.work)
+            multiply_and_activate(IDENTITY, x, y, c)
+        else:
+            c.products.multiply(x, c.p["W"], y)
 
     def backward(self, x: Array, y: Array, dy: Array, dx: Array | None, c: Context) -> None:
         """dW = xᵀ dy, db = Σ dy, dx = dy Wᵀ."""
-        if self.bias:
-            c.ops.activation_gradient(IDENTITY, y, dy, None, c.g["b"], c.work)
-        multiply_back(x, dy, dx, c)
+        if not (self.bias and c.products.weight_gradient(x, dy, c.g["W"], c.g["b"])):
+            if self.bias:
+                c.ops.activation_gradient(IDENTITY, y, dy, None, c.g["b"], c.work)
+            c.products.multiply(x.T, dy, c.g["W"])
+        if dx is not None:
+            c.products.multiply(dy, c.p["W"].T, dx)
 
 
 class DenseActivation(Layer):
@@ -314,20 +321,22 @@ class DenseActivation(Layer):
 
     def forward(self, x: Array, y: Array, c: Context) -> None:
         """y = f(x W + b)."""
-        c.xp.matmul(x, c.p["W"], out=y)
-        c.ops.activate(self.function, y, c.p["b"], y, c.work)
+        multiply_and_activate(self.function, x, y, c)
 
     def backward(self, x: Array, y: Array, dy: Array, dx: Array | None, c: Context) -> None:
         """dW, db and dx from dy f'(x W + b)."""
+        # The pass that there is over dy sums it too, so the product need not.
         c.ops.activation_gradient(self.function, y, dy, dy, c.g["b"], c.work)
-        multiply_back(x, dy, dx, c)
+        c.products.multiply(x.T, dy, c.g["W"])
+        if dx is not None:
+            c.products.multiply(dy, c.p["W"].T, dx)
 
 
-def multiply_back(x: Array, dy: Array, dx: Array | None, c: Context) -> None:
-    """The gradients of the product x W: dW = xᵀ dy, dx = dy Wᵀ."""
-    c.xp.matmul(x.T, dy, out=c.g["W"])
-    if dx is not None:
-        c.xp.matmul(dy, c.p["W"].T, out=dx)
+def multiply_and_activate(f: Activation, x: Array, y: Array, c: Context) -> None:
+    """y = f(x W + b), in one launch where there is one."""
+    if not c.products.affine(f, x, c.p["W"], c.p["b"], y):
+        c.products.multiply(x, c.p["W"], y)
+        c.ops.activate(f, y, c.p["b"], y, c.work)
 
 
 class BatchNorm(Layer):

@@ -44,6 +44,7 @@ from gpubatch.layers import (
 )
 from gpubatch.ops import SUM_PARTS, NumpyOps, philox_generator
 from gpubatch.params import FlatViews, Parameters
+from gpubatch.products import PRECISIONS, products_for
 
 __all__ = ["Network", "mlp"]
 
@@ -148,6 +149,10 @@ class Network:
     ``l2`` adds l2/2 * Σ W² over the weights of Dense layers (not biases, gamma and beta) to the loss. ``seed``, an
     integer of 64 bits, decides the first weights and the dropout masks, the same on CPU and GPU.
 
+    ``precision="fast"`` lets a GPU multiply float32 matrices as TF32: their elements are rounded to 10 bits of mantissa
+    and not 23, a relative error of up to 5e-4 in each, and the products are added up in float32. It takes
+    nvmath-python. On the CPU, and with float64, it computes as "full" does.
+
     ``parameters`` holds those of the k-th layer of a kind under the number k: W1, b1, gamma1, beta1, W2, ...;
     ``buffers`` likewise holds running_mean1, running_var1, ... A network is not to be used by two threads at a time,
     since they would share its workspace.
@@ -161,11 +166,13 @@ class Network:
         backend: str | Backend = "auto",
         dtype: Any = "float32",
         seed: int = 0,
+        precision: str = "full",
     ) -> None:
         self.layers = tuple(layers)
         self.loss_name = check_choice("loss", loss, losses.LOSSES)
         self.l2 = check_real("l2", l2, 0)
         self.dtype = float_dtype(dtype)
+        self.precision = check_choice("precision", precision, PRECISIONS)
         self.seed = check_int("seed", seed, 0, 2**64 - 1)
         self.widths = chain_widths(self.layers)
         self.needs = [layer.needs(n) for layer, n in zip(self.layers, self.widths[:-1], strict=True)]
@@ -178,6 +185,7 @@ class Network:
         self.backend = get_backend(backend)
         self._xp = self.backend.xp
         self.ops = ops_for(self.backend, self.dtype)
+        self.products = products_for(self.backend, self.dtype, self.precision)
         self._mode = Mode(self.seed)
         self._names = parameter_names(self.layers, self.needs)
         self._make_parameters()
@@ -211,7 +219,7 @@ class Network:
         return self._training.rows
 
     def __deepcopy__(self, memo: Any) -> Network:
-        twin = Network(self.layers, self.loss_name, self.l2, self.backend, self.dtype, self.seed)
+        twin = Network(self.layers, self.loss_name, self.l2, self.backend, self.dtype, self.seed, self.precision)
         twin.load_state_dict(self.state_dict())
         return twin
 
@@ -420,6 +428,7 @@ class Network:
             "parameters": int(self.parameters.flat.nbytes),
             "gradients": int(self.parameters.grads.flat.nbytes),
             "running statistics": 2 * int(self.buffers.flat.nbytes),  # and what they were before a step
+            **self.products.memory_parts(),
             "workspace of a step": self._workspace_bytes(rows, True) + int(self._spans.nbytes),
             "workspace of evaluation": self._workspace_bytes(at_once, False) if at_once else 0,
         }
@@ -594,6 +603,7 @@ class Network:
                 g={name: self.parameters.grads[names[name]] for name in needs.parameters},
                 buffers={name: self.buffers[names[name]] for name in needs.buffers},
                 work={name: view(place) for name, place in stage.work.items()},
+                products=self.products,
             )
             steps.append((layer, view(stage.y), stage.dx and view(stage.dx), context))
         work = {name: view(place) for name, place in plan.loss.items()}
@@ -792,6 +802,7 @@ def mlp(
     backend: str | Backend = "auto",
     dtype: Any = "float32",
     seed: int = 0,
+    precision: str = "full",
 ) -> Network:
     """A network of Dense layers of the given sizes, the inputs first and the outputs last.
 
@@ -812,4 +823,4 @@ def mlp(
         layers.append(kind())
         layers += [Dropout(dropout)] if dropout else []
     layers.append(Dense(last, outputs, init="xavier"))
-    return Network(layers, loss, l2, backend, dtype, seed)
+    return Network(layers, loss, l2, backend, dtype, seed, precision)

@@ -488,12 +488,13 @@ def describe_network(net: Network) -> dict[str, Any]:
         f"layer {i + 1}": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(layer))
         for i, layer in enumerate(net.layers)
     }
-    common = {"dtype": net.dtype.name, "loss": net.loss_name, "l2": net.l2, "seed": net.seed}
-    return {**common, "number of layers": len(layers), **layers}
+    common = {"dtype": net.dtype.name, "precision": net.precision, "loss": net.loss_name, "l2": net.l2}
+    return {**common, "seed": net.seed, "number of layers": len(layers), **layers}
 
 
 def check_same_network(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """An error that names the first thing in which two networks differ."""
+    saved = {"precision": "full", **saved}  # in checkpoints of a time when there was no other
     for name, value in own.items():
         if saved[name] != value:
             raise ArgumentError(f"it is of a network whose {name} is {saved[name]}, this one's is {value}")

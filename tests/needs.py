@@ -1,6 +1,7 @@
 """What a test may need beyond Python and NumPy: skipped where it is missing, an error where expected.
 
-``GPUBATCH_EXPECT=peers,compiler,nvrtc,data,gpu`` names what a machine must have; there, a missing one fails the test.
+``GPUBATCH_EXPECT=peers,compiler,nvrtc,nvmath,data,gpu`` names what a machine must have; there, a missing one fails the
+test.
 """
 
 from __future__ import annotations

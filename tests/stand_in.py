@@ -57,12 +57,19 @@ class StandIn:
     ``order`` is that of the threads; with ``sanitize`` kernels run under the sanitizers.
     """
 
+    nvmath: Any = None  # a stand-in of cuBLASLt
+
     def __init__(self, order: str = "forward", sanitize: bool = False) -> None:
         self.order, self.sanitize = order, sanitize
         self.compiled: list[str] = []
         self.launches: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
         self.cuda = types.SimpleNamespace(
-            runtime=types.SimpleNamespace(getDeviceProperties=lambda index: {"name": b"stand-in"}),
+            runtime=types.SimpleNamespace(
+                getDeviceProperties=lambda index: {"name": b"stand-in"},
+                cudaDevAttrComputeCapabilityMajor=75,
+                deviceGetAttribute=lambda attribute, index: {75: 9}[attribute],
+            ),
+            get_current_stream=lambda: types.SimpleNamespace(ptr=0),
             Device=lambda index: contextlib.nullcontext(),
         )
 
@@ -77,6 +84,10 @@ class StandIn:
 
     def start(self, work: Callable[[], None]) -> None:
         work()
+
+    def memory_at(self, address: int) -> np.ndarray | None:
+        """The block of memory around an address; None if no record is kept."""
+        return None
 
     def RawModule(self, code: str, options: tuple[str, ...]) -> Any:  # noqa: N802  CuPy's name
         self.compiled.append(code)
@@ -137,9 +148,14 @@ def stand_in_backend(order: str = "forward", sanitize: bool = False) -> CudaBack
 
 
 class StandInBackend(CudaBackend):
-    """With NumPy for what is not a kernel of gpubatch's: matrix products, copies."""
+    """With NumPy for what is not a kernel of gpubatch's: copies, and matrix products without ``cupy.nvmath``."""
 
     xp = np
+
+    def library(self, name: str) -> Any:
+        if self.cupy.nvmath is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name="nvmath")
+        return self.cupy.nvmath
 
 
 # --- streams ------------------------------------------------------------------------------------------------------
@@ -204,6 +220,7 @@ class Stream:
         self.busy = False
         self.captured: list[Work] | None = None
         self.broken = False
+        self.ptr = id(self)
 
     def begin_capture(self, mode: int) -> None:
         assert mode == self.cupy.cuda.runtime.streamCaptureModeThreadLocal
@@ -442,6 +459,7 @@ class QueuedStandIn(StandIn):
         self.streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self.events: weakref.WeakSet[Event] = weakref.WeakSet()
         self.pinned: dict[int, np.ndarray] = {}
+        self.blocks: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
         self.copies: list[int] = []
         self.faults: list[str] = []
         self.allocations = self.synchronisations = self.graph_launches = 0
@@ -526,6 +544,7 @@ class QueuedStandIn(StandIn):
             self.capturing.refuse("memory is taken")
         self.allocations += 1
         memory, stream = np.full(max(1, form.nbytes), POISON, np.uint8), self.get_current_stream()
+        self.blocks[memory.ctypes.data] = memory
         self.used += memory.nbytes
         stream.enqueue(Work(lambda: memory.fill(POISON)))  # whoever had it before may not have done with it
         handle = handle_of(memory, self.given_back, stream)
@@ -565,6 +584,11 @@ class QueuedStandIn(StandIn):
             if any(work.reads is memory for work in queued):
                 self.faults.append("pinned memory was given back before a copy from it")
             memory.fill(POISON)
+
+    def memory_at(self, address: int) -> np.ndarray | None:
+        found = [m for at, m in list(self.blocks.items()) if 0 <= address - at < m.nbytes]
+        assert found, "no memory of the device"
+        return found[0]
 
     def pinned_memory_of(self, x: np.ndarray) -> np.ndarray | None:
         found = (m for at, m in self.pinned.items() if 0 <= x.ctypes.data - at < m.nbytes)

@@ -29,9 +29,10 @@ MAY_IMPORT = {
     "cuda_ops": "ops launch backend errors",
     "host_ops": "cuda_ops ops launch backend errors",
     "optim": "rules formula launch host_ops ops params schedules errors backend",
-    "layers": "host_ops ops backend errors params",
+    "products": "ops backend errors",
+    "layers": "products host_ops ops backend errors params",
     "losses": "host_ops ops backend errors",
-    "network": "layers losses host_ops ops params backend errors",
+    "network": "layers losses products host_ops ops params backend errors",
     "datasets": "errors",
     "sources": "datasets host_ops ops backend sizing errors",
     "feeding": "host_ops cuda_ops backend sizing errors sources",
@@ -87,6 +88,10 @@ def test_cupy_is_named_in_backend_alone() -> None:
         names = {n.id for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name)}
         modules = {a.name for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import) for a in n.names}
         assert name == "backend" or not {"cupy", "cp"} & (names | modules), name
+
+
+def test_nvmath_is_named_in_products_alone() -> None:
+    assert [name for name, source in SOURCES.items() if "nvmath.bindings" in source] == ["products"]
 
 
 def test_no_pickle_no_global_random_state_no_super() -> None:

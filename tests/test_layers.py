@@ -29,6 +29,7 @@ from gpubatch.layers import (
     Step,
     Tanh,
 )
+from gpubatch.products import products_for
 
 FEATURES = 6
 CASES: dict[str, Layer] = {
@@ -83,6 +84,7 @@ class Bench:
                 for spaces in (self.needs.kept, self.needs.scratch, self.needs.plain)
                 for name, space in spaces.items()
             },
+            products=products_for(self.backend, np.dtype(dtype), "full"),
         )
 
     def forward(self, x: Array) -> Array:
