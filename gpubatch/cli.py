@@ -11,7 +11,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +23,7 @@ from rich.table import Table
 
 import gpubatch
 from gpubatch import datasets, optim, plot, rules, schedules
-from gpubatch.backend import available_backends, float_dtype, get_backend, load_cupy
+from gpubatch.backend import Backend, available_backends, float_dtype, get_backend, load_cupy
 from gpubatch.checkpoint import Checkpoints
 from gpubatch.errors import ArgumentError, BackendUnavailableError, check_choice
 from gpubatch.formula import Rule
@@ -31,6 +31,7 @@ from gpubatch.launch import host_library, update_source
 from gpubatch.layers import ACTIVATIONS
 from gpubatch.loader import Loader
 from gpubatch.network import Network, mlp
+from gpubatch.products import products_for
 from gpubatch.sizing import format_bytes
 from gpubatch.train import TrainingInterrupted, TrainingTerminated, fit
 
@@ -233,7 +234,8 @@ def info(
     why_not = _why_no_cuda()
     if as_json:
         backends = {be.spec: {"device": be.device, "memory": dataclasses.asdict(be.memory())} for be in found}
-        print_json(backends=backends, cuda=why_not or "available", auto=get_backend().spec, versions=versions())
+        cuda = {"cuda": why_not or "available", "matrix_products": _how_cuda_multiplies(found)}
+        print_json(backends=backends, **cuda, auto=get_backend().spec, versions=versions())
         return
     out = Console(highlight=False)
     out.print(", ".join(f"{name} {version}" for name, version in versions().items()))
@@ -246,6 +248,8 @@ def info(
     out.print(f'"auto" is {auto.spec}: {auto.reason}.', soft_wrap=True)
     if why_not:
         out.print(why_not, soft_wrap=True, markup=False)  # a remedy has square brackets
+    for spec, how in _how_cuda_multiplies(found).items():
+        out.print(f"matrix products of a captured step on {spec}: {how}.", soft_wrap=True, markup=False)
     compiled = host_library()
     words = compiled if isinstance(compiled, str) else f"for {compiled.level()}, on {compiled.threads()} threads"
     out.print(f"kernels compiled for the CPU: {words}.", soft_wrap=True)
@@ -260,6 +264,12 @@ def _why_no_cuda() -> str | None:
     except BackendUnavailableError as error:
         return str(error)
     return None
+
+
+def _how_cuda_multiplies(backends: Sequence[Backend]) -> dict[str, str]:
+    """By spec, what multiplies the matrices of a captured step, or why steps cannot be captured."""
+    made = {be.spec: products_for(be, np.dtype(np.float32), "full") for be in backends if be.name == "cuda"}
+    return {spec: p.reason if p.capturable else f"none, {p.reason}" for spec, p in made.items()}
 
 
 def versions() -> dict[str, str]:

@@ -322,7 +322,7 @@ class Network:
                 self._micro_batches(X, Y, micro_batch_size, one)
         finally:
             self._mode.step = own
-        return self._training, self._sums
+        return self._training, self._sums, self.products
 
     def passed(self, steps: int) -> None:
         """Count training steps that were made by :meth:`enqueue`."""

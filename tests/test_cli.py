@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stand_in import queued_backend
+from stand_in_lt import StandInLt
 
 import gpubatch
 from gpubatch import rules
@@ -129,6 +131,25 @@ def test_info_shows_backends_and_why_there_is_no_cuda() -> None:
     if "cuda:0" not in result["backends"]:
         assert result["cuda"] in text
         assert "Remedy: " in text
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_info_shows_what_multiplies_in_a_captured_step(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from gpubatch import cli
+
+    device = queued_backend("late")
+    device.cupy.nvmath = StandInLt(device.cupy) if there else None
+    backends = {"cpu": gpubatch.get_backend("cpu"), device.spec: device}
+    monkeypatch.setattr(cli, "available_backends", lambda: tuple(backends))
+    monkeypatch.setattr(cli, "get_backend", lambda spec="cpu": backends[spec])
+    words = "cuBLASLt 12.9.3" if there else "none, nvmath-python is not installed: pip install 'gpubatch[cuda13]' (CUDA"
+    lines = CliRunner().invoke(cli.app, ["info"]).stdout.splitlines()
+    (row,) = (line for line in lines if "products" in line)
+    assert row.startswith(f"matrix products of a captured step on cuda:99: {words}")
+    result = json.loads(CliRunner().invoke(cli.app, ["info", "--json"]).stdout)
+    assert result["matrix_products"]["cuda:99"].startswith(words)
 
 
 @pytest.mark.parametrize("name", rules.__all__)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from needs import missing
-from stand_in import INDEX, DeviceArray, StandIn, StandInBackend, queued_backend
+from stand_in import INDEX, TIMINGS, DeviceArray, StandIn, StandInBackend, queued_backend
 from stand_in_lt import (
     ComputeType,
     CudaDataType,
@@ -605,6 +605,35 @@ def test_the_descriptors_of_the_real_library_read_back(tmp_path: Path) -> None:
 
 
 # --- captured --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_the_products_of_a_step_are_captured_with_it(timing: str, rng: np.random.Generator) -> None:
+    device = queued_backend(timing)
+    lt = device.cupy.nvmath = StandInLt(device.cupy)
+    net = gb.mlp([12, 16, 8, 5], backend=device, l2=0.01)
+    batches = [(rng.standard_normal((20, 12)).astype(np.float32), rng.integers(0, 5, 20)) for _ in range(2)]
+    x, y = map(device.asarray, batches[0])
+    step = device.zeros((), np.int64)
+
+    def work() -> None:
+        kept.append(net.enqueue(x, y, step, 20, lambda loss, share: None))
+
+    kept: list[Any] = []
+    eager = [device.to_numpy(net.loss_and_grad(*map(device.asarray, batch))[1].flat) for batch in batches]
+    with device.own_stream():
+        work()
+        before = dict(lt.calls), device.cupy.allocations
+        graph = device.capture(work)
+        assert (dict(lt.calls), device.cupy.allocations) == before
+        launched = len(lt.launches)
+        for batch, right in zip(batches, eager, strict=True):
+            x[...], y[...] = map(device.asarray, batch)
+            net.parameters.grads.flat.fill(0)
+            graph.launch()
+            assert device.to_numpy(net.parameters.grads.flat).tobytes() == right.tobytes()
+    assert len(lt.launches) == launched  # what is replayed is the work, not the calls
+    assert net.products in kept[-1]  # whose workspace the graph works in
 
 
 @pytest.mark.gpu
