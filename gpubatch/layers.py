@@ -423,11 +423,11 @@ class Dropout(Layer):
             first = c.mode.row * x.shape[1]
             c.ops.dropout(x, y, self.rate, (c.mode.seed, c.index), c.mode.step, first, c.work)
         elif y is not x:
-            y[...] = x
+            c.ops.activate(IDENTITY, x, None, y, c.work)
 
     def backward(self, x: Array, y: Array, dy: Array, dx: Array | None, c: Context) -> None:
         """dx = dy mask."""
         if dx is not None and self.rate > 0:
             c.ops.dropout_gradient(dy, dx, c.work)
         elif dx is not None and dx is not dy:
-            dx[...] = dy
+            c.ops.activation_gradient(IDENTITY, y, dy, dx, None, c.work)

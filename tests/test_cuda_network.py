@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def device() -> StandInBackend:
     return StandInBackend(StandIn(), INDEX, "a test")
 
 
-@pytest.mark.parametrize("loss", ["softmax_cross_entropy", "svm", "mse"])
+@pytest.mark.parametrize("loss", ["softmax_cross_entropy", "svm", "mse", "sigmoid_cross_entropy"])
 @pytest.mark.parametrize("stack", STACKS)
 def test_a_training_run_follows_the_cpu(
     stack: str, loss: str, device: StandInBackend, rng: np.random.Generator
@@ -38,7 +39,9 @@ def test_a_training_run_follows_the_cpu(
     optimizers = [gb.Adam(net.parameters, lr=0.01) for net in nets]
     for rows in (33, 33, 7):
         X = rng.standard_normal((rows, 12)).astype(np.float32)
-        Y = rng.standard_normal((rows, 5)).astype(np.float32) if loss == "mse" else rng.integers(0, 5, rows)
+        Y = rng.integers(0, 5, rows)
+        if loss in ("mse", "sigmoid_cross_entropy"):
+            Y = rng.uniform(0, 1, (rows, 5)).astype(np.float32)
         losses = []
         for net, opt in zip(nets, optimizers, strict=True):
             value, grads = net.loss_and_grad(net.backend.asarray(X), net.backend.asarray(Y))
@@ -54,20 +57,64 @@ def test_a_training_run_follows_the_cpu(
     )
 
 
-def test_the_launches_of_a_step(device: StandInBackend, rng: np.random.Generator) -> None:
-    """Besides five matrix products: three biases with their activations, the loss and its mean, three gradients."""
-    net = gb.mlp([12, 16, 8, 5], backend=device)
+TARGETS = {
+    "softmax_cross_entropy": lambda rng: rng.integers(0, 5, 20),
+    "svm": lambda rng: rng.integers(0, 5, 20),
+    "sigmoid_cross_entropy": lambda rng: rng.integers(0, 2, (20, 5)).astype(np.uint8),
+    "mse": lambda rng: rng.standard_normal((20, 5)).astype(np.float32),
+}
+
+
+def batch(device: StandInBackend, loss: str, rng: np.random.Generator) -> tuple[DeviceArray, DeviceArray]:
+    return device.asarray(rng.standard_normal((20, 12)).astype(np.float32)), device.asarray(TARGETS[loss](rng))
+
+
+@pytest.mark.parametrize("loss", TARGETS)
+def test_the_launches_of_a_step(loss: str, device: StandInBackend, rng: np.random.Generator) -> None:
+    """Besides five matrix products: three biases with their activations, the loss, three gradients; and l2's two."""
+    net = gb.mlp([12, 16, 8, 5], loss=loss, l2=0.1, backend=device)
     opt = gb.Adam(net.parameters)
-    X, Y = device.asarray(rng.standard_normal((20, 12)).astype(np.float32)), device.asarray(rng.integers(0, 5, 20))
     for _ in range(2):
+        X, Y = batch(device, loss, rng)
         device.cupy.launches.clear()
         net.step_loss(X, Y)
         opt.step()
     names = Counter(name for name, _, _ in device.cupy.launches)
     assert names == {
         "activate": 3,
-        "softmax_cross_entropy": 1,
-        "mean": 1,
+        loss: 1,
+        **({"mean": 1} if loss in ("softmax_cross_entropy", "svm") else {}),
+        "l2_loss": 1,
         "activation_gradient": 3,
+        "l2_gradient": 1,
         "update_arrays": 1,
     }
+
+
+@pytest.mark.parametrize("loss", TARGETS)
+def test_a_step_is_kernels_and_matrix_products(
+    loss: str, device: StandInBackend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else can be in a graph: no reduction of CuPy's, nothing allocated, copied or read."""
+    first = [gb.Dropout(0.0), gb.Dense(12, 16), gb.ReLU(), gb.Dropout(0.2), gb.Dense(16, 8, bias=False)]
+    then = [gb.BatchNorm(8), gb.GELU(), gb.Dropout(0.2), gb.Dropout(0.0), gb.Dense(8, 5)]
+    net = gb.Network(first + then, loss, l2=0.1, backend=device)
+    batches = [batch(device, loss, rng) for _ in range(2)]
+    net.step_loss(*batches[0])  # plans the workspace
+
+    def only_products(self: DeviceArray, ufunc: np.ufunc, method: str, *inputs: Any, out: Any, **kwargs: Any) -> Any:
+        assert (ufunc, method, kwargs) == (np.matmul, "__call__", {}), f"{ufunc} of an array of the device"
+        np.matmul(*(np.asarray(x) for x in inputs), out=np.asarray(out[0]))
+        return out[0]
+
+    monkeypatch.setattr(DeviceArray, "__array_ufunc__", only_products)
+    refused = ("__setitem__", "__array_function__", "fill", "sum", "min", "max", "argmax", "dot", "take", "copy")
+    for name in (*refused, "astype", "get", "set", "item", "tolist", "__float__", "__int__", "__bool__"):
+        monkeypatch.setattr(DeviceArray, name, None)
+    for name in ("empty", "zeros", "asarray"):
+        monkeypatch.setattr(StandIn, name, None)
+    device.cupy.launches.clear()
+    loss_of_step = np.asarray(net.step_loss(*batches[1]))
+    monkeypatch.undo()
+    assert np.isfinite(loss_of_step).all()
+    assert {name for name, _, _ in device.cupy.launches} >= {loss, "l2_loss", "l2_gradient", "dropout_gradient"}

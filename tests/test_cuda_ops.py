@@ -20,7 +20,7 @@ from gpubatch import cuda_ops
 from gpubatch.backend import Array, Backend, CudaBackend
 from gpubatch.cuda_ops import CudaOps
 from gpubatch.launch import kernel_source
-from gpubatch.ops import SQUARE_SUM_SIZE, NumpyOps, Ops
+from gpubatch.ops import SQUARE_SUM_SIZE, SUM_PARTS, NumpyOps, Ops
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -216,6 +216,58 @@ def test_equal_scores(classes: int, dtype: np.dtype, device: CudaBackend) -> Non
     place.ops.svm(z, Y, True, work)
     np.testing.assert_array_equal(work["loss"].get(), classes - 1)
     np.testing.assert_allclose(work["dz"].get(), right * classes / 3, rtol=tolerance)
+
+
+def test_scores_that_count_for_themselves(dtype: np.dtype, device: CudaBackend) -> None:
+    """The closed forms: 3² and its slope; log 2 without a slope; no loss where all is clear, or all of the distance."""
+    place = Place(CudaOps(device, dtype), device, dtype, dtype, np.random.default_rng(0))
+    work = place.work(1, 4)
+    place.ops.mse(place.array(np.array([[4.0, -4, 1, 0]])), place.array(np.array([[1.0, -1, 1, 0]])), True, work)
+    assert (work["loss"].get(), work["dz"].get().tolist()) == (18 / 4, [[6 / 4, -6 / 4, 0, 0]])
+    z, Y = place.array(np.array([[0, 1000, -1000, 200]])), place.array(np.array([[0.5, 1, 0, 0]]))
+    place.ops.sigmoid_cross_entropy(z, Y, True, work)
+    np.testing.assert_allclose(work["loss"].get(), (np.log(2) + 200) / 4, rtol=4 * np.finfo(dtype).eps)
+    np.testing.assert_array_equal(work["dz"].get(), [[0, 0, 0, 1 / 4]])
+
+
+def test_how_targets_are_stored_changes_no_bit(dtype: np.dtype, device: CudaBackend) -> None:
+    place = Place(CudaOps(device, dtype), device, dtype, dtype, np.random.default_rng(0))
+    z, truth = place.real(300, 9), place.rng.integers(0, 2, (300, 9))
+    for method in ("mse", "sigmoid_cross_entropy"):
+        found = []
+        for stored in ("bool", "uint16", "int64", "float16", "float64"):
+            work = place.work(300, 9)
+            getattr(place.ops, method)(z, device.asarray(truth.astype(stored)), True, work)
+            found.append({name: work[name].get() for name in ("loss", "dz")})
+        for others in found[1:]:
+            same(others, found[0])
+
+
+@pytest.mark.parametrize("count", [1, 7, 3000])
+def test_the_l2_term(count: int, dtype: np.dtype, device: CudaBackend) -> None:
+    """The sum of 1² to count², and a share of each number; what lies between the parts is left alone."""
+    ops, numbers = CudaOps(device, dtype), np.arange(1, count + 1)
+    w = device.asarray(np.concatenate([[np.nan], numbers, [np.nan, np.nan], numbers, [np.nan]]).astype(dtype))
+    spans = device.asarray(np.array([[1, count + 1], [count + 3, 2 * count + 3]]))
+    loss, g, parts = device.zeros(1, dtype), device.zeros(w.shape, dtype), device.empty(SUM_PARTS, np.float64)
+    loss.fill(5)
+    ops.l2_loss(w, spans, 0.25, loss, {"parts": parts})
+    ops.l2_gradient(w, spans, 0.5, g, {})
+    right = 5 + 0.5 * count * (count + 1) * (2 * count + 1) / 6
+    np.testing.assert_allclose(loss.get(), right, rtol=np.finfo(dtype).eps)
+    np.testing.assert_array_equal(g.get(), np.concatenate([[0], numbers / 2, [0, 0], numbers / 2, [0]]))
+
+
+def test_the_step_of_dropout_is_read_when_the_kernel_runs(device: CudaBackend) -> None:
+    place = Place(CudaOps(device, F), device, F, F, np.random.default_rng(0))
+    x, y, work, step = place.real(9, 40), place.empty(9, 40), place.work(9, 40), device.zeros(1, np.uint64)
+    for n in (0, 2**63 + 5):
+        step.fill(n)
+        masks = []
+        for given_as in (step, n):
+            place.ops.dropout(x, y, 0.5, (1, 2), given_as, 0, work)
+            masks.append(work["mask"].get())
+        np.testing.assert_array_equal(*masks)
 
 
 @pytest.mark.parametrize("missing_classes", [0, 30])
