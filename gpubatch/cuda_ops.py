@@ -54,6 +54,7 @@ class CudaOps(Ops):
 
     def activate(self, f: Activation, x: Array, b: Array | None, y: Array, work: Work) -> None:
         """See :class:`Ops`; one launch."""
+        check_contiguous("x", x)
         slope = work["slope"] if f.keeps else None
         self._on_tiles(activation_source(self.dtype.name, f.kind), "activate", x.shape, (x, b, y, slope), (f.p,))
 
@@ -104,11 +105,13 @@ class CudaOps(Ops):
         self, x: Array, mean: Array, var: Array, eps: float, gamma: Array, beta: Array, y: Array, work: Work
     ) -> None:
         """See :class:`Ops`; one launch."""
+        check_contiguous("x", x)
         source = source_of(self.dtype.name, "batch_norm.cu")
         self._on_tiles(source, "normalise", x.shape, (x, mean, var, gamma, beta, y, None, None), (eps,))
 
     def batch_norm(self, x: Array, eps: float, gamma: Array, beta: Array, y: Array, work: Work) -> None:
         """See :class:`Ops`; two launches for the mean, two for the deviations from it, and one to normalise."""
+        check_contiguous("x", x)
         source = source_of(self.dtype.name, "batch_norm.cu")
         mean, var, partial = work["mean"], work["var"], work["partial"]
         for middle, out in ((None, mean), (mean, var)):
@@ -139,6 +142,7 @@ class CudaOps(Ops):
         self, x: Array, y: Array, rate: float, key: tuple[int, int], step: int | Array, first: int, work: Work
     ) -> None:
         """See :class:`Ops`; one launch, and no uniform numbers in memory."""
+        check_contiguous("x", x)
         source = source_of(self.dtype.name, "philox.cuh", "dropout.cu")
         numbers = first % 8 + x.size  # a thread makes eight numbers at a time, the first ones maybe for nobody
         blocks = max(1, min(-(-numbers // (8 * THREADS)), MOST_BLOCKS))
@@ -171,9 +175,8 @@ class CudaOps(Ops):
 
         Which one, the kernel finds in ``batch``, an int64 on the device; without it the first.
         """
-        for name, x in (("source", source), ("out", out)):
-            if not x.flags.c_contiguous:
-                raise ShapeError(f"{name} must be C-contiguous to gather on a GPU, got a strided view; copy it first")
+        check_contiguous("source", source)
+        check_contiguous("out", out)
         if source.dtype.name not in STORED:
             raise DTypeError(f"source must have one of the dtypes {', '.join(STORED)}, got {describe(source)}")
         shape = (len(out), math.prod(source.shape[1:]))
@@ -255,6 +258,12 @@ class CudaOps(Ops):
         if isinstance(x, int):
             return np.int64(x)
         return self.dtype.type(x) if isinstance(x, float) else x
+
+
+def check_contiguous(name: str, x: Array) -> None:
+    """Where an array may be the user's own: a kernel takes no strides, and would read other numbers."""
+    if not x.flags.c_contiguous:
+        raise ShapeError(f"{name} must be C-contiguous on a GPU, got a strided view of shape {x.shape}; copy it first")
 
 
 def blocks_for(n: int) -> int:

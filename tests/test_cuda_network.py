@@ -118,3 +118,16 @@ def test_a_step_is_kernels_and_matrix_products(
     monkeypatch.undo()
     assert np.isfinite(loss_of_step).all()
     assert {name for name, _, _ in device.cupy.launches} >= {loss, "l2_loss", "l2_gradient", "dropout_gradient"}
+
+
+@pytest.mark.parametrize("first", [gb.ReLU(), gb.BatchNorm(12), gb.Dropout(0.2), gb.Dropout(0.0)], ids=repr)
+def test_a_first_layer_that_takes_no_strides_says_so(first: Any, device: StandInBackend) -> None:
+    net, Y = gb.Network([first, gb.Dense(12, 5)], backend=device), device.zeros(4, np.int64)
+    wide = device.zeros((4, 24), np.float32)
+    net.step_loss(wide[:, :12].copy(), Y)
+    for X in (wide[:, ::2], wide[:, :12]):
+        with pytest.raises(gb.ShapeError, match=r"x must be C-contiguous on a GPU, got .* of shape \(4, 12\); copy it"):
+            net.step_loss(X, Y)
+    if isinstance(first, gb.BatchNorm):
+        with pytest.raises(gb.ShapeError, match="x must be C-contiguous"):
+            net.scores(wide[:, ::2])

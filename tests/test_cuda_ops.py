@@ -316,9 +316,9 @@ def test_samples_of_more_dimensions_are_gathered(device: CudaBackend, rng: np.ra
 def test_what_cannot_be_gathered(device: CudaBackend) -> None:
     ops, index = CudaOps(device, F), device.zeros(2, np.int64)
     source, out = device.zeros((4, 6), F), device.zeros((2, 6), F)
-    with pytest.raises(gb.ShapeError, match="source must be C-contiguous to gather on a GPU"):
+    with pytest.raises(gb.ShapeError, match="source must be C-contiguous on a GPU"):
         ops.gather(device.zeros((4, 12), F)[:, ::2], index, out, 1.0, 0.0)
-    with pytest.raises(gb.ShapeError, match="out must be C-contiguous to gather on a GPU"):
+    with pytest.raises(gb.ShapeError, match="out must be C-contiguous on a GPU"):
         ops.gather(source, index, device.zeros((6, 2), F).T, 1.0, 0.0)
     with pytest.raises(gb.DTypeError, match=r"source must have one of the dtypes bool, int8, .*, got .* complex64"):
         ops.gather(device.zeros((4, 6), np.complex64), index, out, 1.0, 0.0)
