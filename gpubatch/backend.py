@@ -213,23 +213,35 @@ class CudaBackend(Backend):
         return xp
 
     def asarray(self, x: Any, dtype: Any = None) -> Array:
-        with self.scope():
-            if is_cupy(x):
-                return self.cupy.asarray(self.check("x", x), dtype=dtype)
-            if not isinstance(x, np.ndarray) and hasattr(x, "__dlpack__"):
+        if is_cupy(x):
+            self.check("x", x)
+        elif not isinstance(x, np.ndarray) and hasattr(x, "__dlpack__"):
+            with self.scope():
                 x = from_dlpack(x)
-            return self.cupy.asarray(x, dtype=dtype)
+        return self._made(lambda: self.cupy.asarray(x, dtype=dtype))
 
     def to_numpy(self, x: Array) -> np.ndarray:
         return x.get() if is_cupy(x) else np.asarray(x)
 
     def empty(self, shape: int | Shape, dtype: Any) -> Array:
-        with self.scope():
-            return self.cupy.empty(shape, dtype)
+        return self._made(lambda: self.cupy.empty(shape, dtype))
 
     def zeros(self, shape: int | Shape, dtype: Any) -> Array:
+        return self._made(lambda: self.cupy.zeros(shape, dtype))
+
+    def _made(self, make: Callable[[], Array]) -> Array:
+        """What ``make`` makes; where the pool's limit refuses memory, once more after what is unused is given back.
+
+        CuPy does so itself where the device is full, but not for a limit; and a stream finds what others left unused.
+        """
         with self.scope():
-            return self.cupy.zeros(shape, dtype)
+            try:
+                return make()
+            except MemoryError:
+                if not self._limit():
+                    raise
+            self.free_unused()
+            return make()
 
     def owns(self, x: Any) -> bool:
         return is_cupy(x) and x.device.id == self.index
@@ -237,11 +249,38 @@ class CudaBackend(Backend):
     def memory(self) -> Memory:
         with self.scope():
             free, total = self.cupy.cuda.runtime.memGetInfo()
-            pool = self.cupy.get_default_memory_pool()
-            available = free + pool.free_bytes()
-            if limit := pool.get_limit():
+            pool = self.pool()
+            available = free if pool is None else free + pool.free_bytes()
+            if limit := self._limit():
                 available = min(available, limit - pool.used_bytes())
             return Memory(total, max(available, 0))
+
+    def pool(self) -> Any:
+        """The pool that CuPy takes memory from now, None where the allocator that was set is no pool's.
+
+        CuPy's default pool knows nothing of what another allocator gives, and that nothing of what is unused there.
+        """
+        pool = getattr(self.cupy.cuda.get_allocator(), "__self__", None)
+        return pool if hasattr(pool, "free_all_blocks") else None
+
+    def _limit(self) -> int:
+        """The most that the pool may hold of this device, the current one, in bytes; 0 for all.
+
+        An asynchronous pool has none: what it calls its limit is how much it keeps.
+        """
+        pool = self.pool()
+        return int(pool.get_limit()) if isinstance(pool, self.cupy.cuda.MemoryPool) else 0
+
+    @contextlib.contextmanager
+    def pooled(self) -> Iterator[Any]:
+        """Inside, this thread's memory comes from a pool that tells its size: the one in use, else CuPy's default."""
+        pool = self.pool()
+        if isinstance(pool, self.cupy.cuda.MemoryPool):
+            yield pool
+            return
+        pool = self.cupy.get_default_memory_pool()
+        with self.cupy.cuda.using_allocator(pool.malloc):
+            yield pool
 
     def synchronize(self) -> None:
         with self.scope():
@@ -250,7 +289,9 @@ class CudaBackend(Backend):
     def free_unused(self) -> None:
         self.synchronize()
         with self.scope():
-            self.cupy.get_default_memory_pool().free_all_blocks()
+            pool, default = self.pool(), self.cupy.get_default_memory_pool()
+            for each in (default,) if pool in (None, default) else (default, pool):
+                each.free_all_blocks()
 
     def compile(self, source: str, name: str) -> Any:
         """The kernel ``name`` of a CUDA source, for this device; CuPy keeps what it compiled on disk."""

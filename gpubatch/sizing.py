@@ -338,8 +338,8 @@ def _resident(field: str) -> int:
 class _Pool:
     """Memory of a device as CuPy's pool takes it: it gives nothing back by itself, so what it has is its peak."""
 
-    def __init__(self, backend: CudaBackend) -> None:
-        self._backend, self._pool = backend, backend.cupy.get_default_memory_pool()
+    def __init__(self, backend: CudaBackend, pool: Any) -> None:
+        self._backend, self._pool = backend, pool
         self.reset()
         self.available, self._before = backend.memory().available, int(self._pool.total_bytes())
 
@@ -358,7 +358,11 @@ def _meters(backend: Backend) -> Iterator[list[Meter]]:
     if ours:
         tracemalloc.start()
     try:
-        yield [_Host(), *([_Pool(backend)] if isinstance(backend, CudaBackend) else [])]
+        if isinstance(backend, CudaBackend):
+            with backend.pooled() as pool:
+                yield [_Host(), _Pool(backend, pool)]
+        else:
+            yield [_Host()]
     finally:
         if ours:
             tracemalloc.stop()

@@ -444,6 +444,46 @@ class QueuedArray(DeviceArray):
 QueuedArray.__name__, QueuedArray.__module__ = "ndarray", "cupy"
 
 
+class OutOfMemoryError(MemoryError):
+    """What a pool says."""
+
+
+class Pool:
+    """The size of CuPy's pool: what is given back is kept, for the stream on which it was taken.
+
+    Only the bytes are counted; they are of any shape.
+    """
+
+    def __init__(self, cupy: QueuedStandIn) -> None:
+        self.cupy, self.limit = cupy, 0
+        self.kept: dict[Stream, int] = {}
+
+    def malloc(self, size: int) -> None:
+        if self.cupy.capturing is not None:
+            self.cupy.capturing.refuse("memory is taken")
+        with self.cupy.lock:
+            stream = self.cupy.get_current_stream()
+            again = min(size, self.kept.get(stream, 0))
+            if self.limit and self.total_bytes() + size - again > self.limit:
+                raise OutOfMemoryError(f"Out of memory allocating {size} bytes")
+            self.kept[stream] = self.kept.get(stream, 0) - again
+
+    def used_bytes(self) -> int:
+        return self.cupy.used
+
+    def free_bytes(self) -> int:
+        return sum(self.kept.values())
+
+    def total_bytes(self) -> int:
+        return self.used_bytes() + self.free_bytes()
+
+    def get_limit(self) -> int:
+        return self.limit
+
+    def free_all_blocks(self) -> None:
+        self.kept.clear()
+
+
 class QueuedStandIn(StandIn):
     """A stand-in with streams, events and pools of memory, for ``timing``, a key of TIMINGS.
 
@@ -464,15 +504,18 @@ class QueuedStandIn(StandIn):
         self.faults: list[str] = []
         self.allocations = self.synchronisations = self.graph_launches = 0
         self.used, self.available = 0, available
+        self.pool = Pool(self)
+        self.allocator = self.pool.malloc
         self.eager = TIMINGS[timing]
         self.null = Stream(self, self.eager[0])
         self.streams.add(self.null)
         self.local = threading.local()
-        self.cuda.runtime.memGetInfo = lambda: (self.available - self.used, self.available)
+        self.cuda.runtime.memGetInfo = lambda: (self.available - self.used - self.pool.free_bytes(), self.available)
         self.cuda.runtime.deviceSynchronize = self.synchronize
         self.cuda.runtime.streamCaptureModeThreadLocal = 1
         self.cuda.runtime.CUDARuntimeError = CUDARuntimeError
-        self.cuda.using_allocator = self.using_allocator
+        self.cuda.using_allocator, self.cuda.get_allocator = self.using_allocator, self.get_allocator
+        self.cuda.MemoryPool, self.cuda.OutOfMemoryError = Pool, OutOfMemoryError
         self.cuda.Stream, self.cuda.Event = self.new_stream, self.new_event
         self.cuda.get_current_stream, self.cuda.alloc_pinned_memory = self.get_current_stream, self.alloc_pinned_memory
 
@@ -498,7 +541,7 @@ class QueuedStandIn(StandIn):
 
     @contextlib.contextmanager
     def using_allocator(self, allocator: Callable[[int], Any]) -> Iterator[None]:
-        """Only for what refuses memory: what it returns is not looked at."""
+        """It may refuse memory; what it returns is not looked at."""
         before = getattr(self.local, "allocator", None)
         self.local.allocator = allocator
         try:
@@ -516,10 +559,11 @@ class QueuedStandIn(StandIn):
         self.events.add(event := Event(self))
         return event
 
-    def get_default_memory_pool(self) -> Any:
-        return types.SimpleNamespace(
-            free_bytes=lambda: 0, used_bytes=lambda: self.used, get_limit=lambda: 0, free_all_blocks=lambda: None
-        )
+    def get_default_memory_pool(self) -> Pool:
+        return self.pool
+
+    def get_allocator(self) -> Callable[[int], Any]:
+        return getattr(self.local, "allocator", None) or self.allocator
 
     def synchronize(self) -> None:
         self.waits()
@@ -538,10 +582,7 @@ class QueuedStandIn(StandIn):
 
     def empty(self, shape: Any, dtype: Any) -> QueuedArray:
         form = np.empty(shape, dtype)
-        if (allocator := getattr(self.local, "allocator", None)) is not None:
-            allocator(form.nbytes)
-        if self.capturing is not None:
-            self.capturing.refuse("memory is taken")
+        self.get_allocator()(max(1, form.nbytes))
         self.allocations += 1
         memory, stream = np.full(max(1, form.nbytes), POISON, np.uint8), self.get_current_stream()
         self.blocks[memory.ctypes.data] = memory
@@ -555,6 +596,7 @@ class QueuedStandIn(StandIn):
     def given_back(self, memory: np.ndarray, stream: Stream) -> None:
         with self.lock:
             self.used -= memory.nbytes
+            self.pool.kept[stream] = self.pool.kept.get(stream, 0) + memory.nbytes
             stream.queue.append(Work(lambda: memory.fill(POISON)))  # not enqueue: this may run anywhere
             stream.given += 1
 

@@ -378,6 +378,9 @@ def test_other_errors_are_the_caller_s():
 class Pool:
     """Stands for CuPy's pool: it keeps what it once had until it is told to free it."""
 
+    def malloc(self, size):
+        raise AssertionError
+
     def __init__(self):
         self.total = 5000  # somebody's, in use
 
@@ -388,9 +391,19 @@ class Pool:
         self.total = 5000
 
 
-def test_a_device_s_pool_is_measured(monkeypatch):
-    pool = Pool()
-    backend = CudaBackend(types.SimpleNamespace(get_default_memory_pool=lambda: pool), 0, "a test")
+@pytest.mark.parametrize("default", [True, False])
+def test_a_device_s_pool_is_measured(default, monkeypatch):
+    """Also where CuPy has another allocator, of which nobody knows what it took."""
+    pool, used = Pool(), []
+
+    @contextlib.contextmanager
+    def using_allocator(allocator):
+        used.append(allocator)
+        yield
+
+    allocator = types.MethodType(lambda *_: None, pool) if default else print
+    cuda = types.SimpleNamespace(get_allocator=lambda: allocator, MemoryPool=Pool, using_allocator=using_allocator)
+    backend = CudaBackend(types.SimpleNamespace(get_default_memory_pool=lambda: pool, cuda=cuda), 0, "a test")
     monkeypatch.setattr(CudaBackend, "memory", lambda self: Memory(10**6, 10**6))
     monkeypatch.setattr(CudaBackend, "synchronize", lambda self: None)
     monkeypatch.setattr(CudaBackend, "scope", lambda self: contextlib.nullcontext())
@@ -400,6 +413,7 @@ def test_a_device_s_pool_is_measured(monkeypatch):
 
     plan = find_batch_size(step, 60_000, backend=backend)
     assert (plan.batch_size, plan.needed, plan.available) == (256, 1000 + 3000 * 256, 10**6)
+    assert used == ([] if default else [pool.malloc])
 
 
 def test_a_limit_on_address_space_is_kept():

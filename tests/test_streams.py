@@ -227,6 +227,81 @@ def test_two_threads_train_at_once(device: StandInBackend) -> None:
     assert good == [True, True]
 
 
+# --- pools of memory ------------------------------------------------------------------------------------------------
+
+KIB = 1024
+
+
+def test_memory_that_is_kept_for_another_stream_counts_and_can_be_had(device: StandInBackend) -> None:
+    """Under a limit CuPy's pool gives nothing back by itself."""
+    device.cupy.pool.limit = 100 * KIB
+    held = device.zeros(30 * KIB, np.uint8)
+    kept = device.zeros(60 * KIB, np.uint8)
+    del kept
+    assert device.memory() == gb.Memory(1 << 30, 70 * KIB)
+    for make in (device.empty, device.zeros):
+        with device.own_stream():
+            x = make(70 * KIB, np.uint8)
+            assert device.memory().available == 0
+            del x
+        assert device.memory().available == 70 * KIB
+    with device.own_stream():
+        x = device.asarray(np.ones(70 * KIB, np.uint8))
+        with pytest.raises(MemoryError, match="Out of memory allocating 1024 bytes"):
+            device.zeros(KIB, np.uint8)
+    assert device.to_numpy(x).sum() == 70 * KIB
+    assert device.to_numpy(held).sum() == 0
+
+
+def test_a_batch_size_is_chosen_within_the_limit_of_the_pool() -> None:
+    many, plans = (np.tile(X, (100, 1)), np.tile(Y, 100)), []
+    for share in (None, 0.7):
+        device = queued_backend("late")
+        device.cupy.pool.limit = int(share * plans[0].needed) if share else 0
+        net = gb.mlp([7, 9, 5], backend=device, seed=1)
+        loader = gb.Loader(*many, scale=1 / 255, backend=device)
+        gb.fit(net, loader, gb.SGD(net.parameters, 0.1), 1, progress=False)
+        plans.append(loader.plan)
+    assert plans[0].batch_size == 512
+    assert plans[1].batch_size < 512
+    assert plans[1].needed <= plans[1].available <= device.cupy.pool.limit
+
+
+class AsyncPool:
+    """What memory() may ask of CuPy's MemoryAsyncPool, of which the limit is none."""
+
+    freed = 0
+
+    def malloc(self, size: int) -> None:
+        pass
+
+    def free_bytes(self) -> int:
+        return 5 * KIB
+
+    def get_limit(self) -> int:
+        return 1
+
+    def free_all_blocks(self) -> None:
+        self.freed += 1
+
+
+def test_memory_with_another_allocator_is_that_of_its_pool_or_of_the_device() -> None:
+    device, pool = queued_backend("late"), AsyncPool()
+    cupy, total = device.cupy, 1 << 30
+    kept = device.zeros(60 * KIB, np.uint8)
+    del kept
+    assert device.memory() == gb.Memory(total, total)
+    cupy.allocator = pool.malloc
+    assert device.memory() == gb.Memory(total, total - 60 * KIB + 5 * KIB)  # the default pool keeps its own
+    cupy.allocator = lambda size: None
+    assert device.memory() == gb.Memory(total, total - 60 * KIB)
+    device.free_unused()
+    assert device.memory() == gb.Memory(total, total)
+    cupy.allocator = pool.malloc
+    device.free_unused()
+    assert pool.freed == 1
+
+
 # --- captured work --------------------------------------------------------------------------------------------------
 
 
