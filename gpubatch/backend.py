@@ -164,7 +164,7 @@ class CpuBackend(Backend):
         return np.asarray(x, dtype=dtype)
 
     def to_numpy(self, x: Array) -> np.ndarray:
-        return x.get() if is_cupy(x) else np.asarray(x)
+        return to_numpy(x)
 
     def empty(self, shape: int | Shape, dtype: Any) -> Array:
         return np.empty(shape, dtype)
@@ -221,7 +221,7 @@ class CudaBackend(Backend):
         return self._made(lambda: self.cupy.asarray(x, dtype=dtype))
 
     def to_numpy(self, x: Array) -> np.ndarray:
-        return x.get() if is_cupy(x) else np.asarray(x)
+        return to_numpy(x)
 
     def empty(self, shape: int | Shape, dtype: Any) -> Array:
         return self._made(lambda: self.cupy.empty(shape, dtype))
@@ -582,6 +582,14 @@ def _home(x: Any) -> str:
     if is_cupy(x):
         return f"cuda:{x.device.id}"
     raise DTypeError(f"expected a NumPy or CuPy array, got {describe(x)}; convert it with Backend.asarray")
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    """``x`` as a NumPy array, copied where it is on a device, after the work of the stream that is current there."""
+    if not is_cupy(x):
+        return np.asarray(x)
+    with x.device:
+        return x.get()  # type: ignore[no-any-return]
 
 
 def describe(x: Any) -> str:

@@ -235,15 +235,17 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: {"rule", "t", "epoch", "hyper", "state"}; arrays are copies."""
+        with self.backend.scope():
+            state = {
+                name: {parameter: view.copy() for parameter, view in views.items()}
+                for name, views in self._state.items()
+            }
         return {
             "rule": self.rule.name,
             "t": self.t,
             "epoch": self.epoch,
             "hyper": {name: _saved(value) for name, value in self.hyper.items()},
-            "state": {
-                name: {parameter: view.copy() for parameter, view in views.items()}
-                for name, views in self._state.items()
-            },
+            "state": state,
         }
 
     def load_state_dict(self, d: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gpubatch.backend import Array, Backend, float_dtype, get_backend
+from gpubatch.backend import Array, Backend, backend_of, float_dtype, get_backend
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_int
 
 __all__ = ["FlatViews", "Parameters"]
@@ -60,7 +60,8 @@ class FlatViews(Mapping[str, Array]):
         view = self[name]
         if getattr(values, "shape", view.shape) not in (view.shape, ()):
             raise ShapeError(f"{name} has shape {view.shape}, the values have {values.shape}")
-        view[...] = values
+        with backend_of(view).scope():
+            view[...] = values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._views)
@@ -69,7 +70,8 @@ class FlatViews(Mapping[str, Array]):
         return len(self._views)
 
     def __deepcopy__(self, memo: Any) -> FlatViews:
-        return FlatViews(self.flat.copy(), self.shapes)  # array by array, the views would be views no more
+        with backend_of(self.flat).scope():
+            return FlatViews(self.flat.copy(), self.shapes)  # array by array, the views would be views no more
 
     def __reduce__(self) -> Any:
         raise DTypeError(f"{type(self).__name__} cannot be pickled: its views would no longer share memory; save .flat")
@@ -105,7 +107,8 @@ class Parameters(FlatViews):
 
     def __deepcopy__(self, memo: Any) -> Parameters:
         twin = Parameters(dict(self), self.backend, self.dtype)
-        twin.grads.flat[...] = self.grads.flat
+        with self.backend.scope():
+            twin.grads.flat[...] = self.grads.flat
         return twin
 
 

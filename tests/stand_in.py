@@ -34,7 +34,12 @@ NUMBERS = {"long long": np.int64, "u64": np.uint64, "float": np.float32, "double
 class DeviceArray(np.ndarray):
     """What gpubatch uses of a CuPy array."""
 
-    device = types.SimpleNamespace(id=INDEX)
+    @property
+    def device(self) -> Any:
+        """The device, which is the current one."""
+        here = contextlib.nullcontext()
+        here.id = INDEX  # type: ignore[attr-defined]
+        return here
 
     @property
     def data(self) -> Any:
@@ -247,6 +252,7 @@ class Stream:
         raise CUDARuntimeError(f"cudaErrorStreamCaptureUnsupported: {what} while a stream is being captured")
 
     def __enter__(self) -> Stream:
+        self.cupy.needs_device("a stream becomes current")
         self.cupy.current.append(self)
         return self
 
@@ -335,6 +341,10 @@ class QueuedArray(DeviceArray):
 
     cupy: Any = None
     memory: Any = None  # its memory, without the handle
+
+    @property
+    def device(self) -> Device:
+        return Device(self.cupy, INDEX)
 
     def __array_finalize__(self, x: Any) -> None:
         self.cupy, self.memory = getattr(x, "cupy", None), getattr(x, "memory", None)
@@ -444,6 +454,20 @@ class QueuedArray(DeviceArray):
 QueuedArray.__name__, QueuedArray.__module__ = "ndarray", "cupy"
 
 
+class Device:
+    """A device, which is the current one inside a ``with``."""
+
+    def __init__(self, cupy: QueuedStandIn, index: int) -> None:
+        self.cupy, self.id = cupy, index
+
+    def __enter__(self) -> Device:
+        self.cupy.devices.append(self.id)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cupy.devices.pop()
+
+
 class OutOfMemoryError(MemoryError):
     """What a pool says."""
 
@@ -490,11 +514,14 @@ class QueuedStandIn(StandIn):
     Memory of a device that is given back belongs to the next work of the stream on which it was taken, which here
     poisons it, and whoever takes memory finds it poisoned by such work. Pinned memory is poisoned at once. ``copies``
     are the sizes of those from the host, ``faults`` what was found to be wrong; ``allocations``, ``synchronisations``
-    (waits of the host, also for a copy to it) and ``graph_launches`` are counts.
+    (waits of the host, also for a copy to it) and ``graph_launches`` are counts. ``current_device`` is the number of
+    the device that is current in a thread at first; what is done while it is not the stand-in's is a failure.
     """
 
-    def __init__(self, timing: str, available: int = 1 << 30) -> None:
+    def __init__(self, timing: str, available: int = 1 << 30, current_device: int = INDEX) -> None:
         StandIn.__init__(self)
+        self.current_device = current_device
+        self.cuda.Device = lambda index: Device(self, index)
         self.lock = threading.RLock()
         self.streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self.events: weakref.WeakSet[Event] = weakref.WeakSet()
@@ -526,7 +553,18 @@ class QueuedStandIn(StandIn):
         return self.local.streams
 
     def get_current_stream(self) -> Stream:
+        self.needs_device("the current stream is asked for")
         return self.current[-1]
+
+    @property
+    def devices(self) -> list[int]:
+        if not hasattr(self.local, "devices"):
+            self.local.devices = [self.current_device]
+        return self.local.devices
+
+    def needs_device(self, what: str) -> None:
+        """A failure where another device is the current one."""
+        assert self.devices[-1] == INDEX, f"{what} while device {self.devices[-1]} is current"
 
     @property
     def capturing(self) -> Stream | None:
@@ -550,11 +588,13 @@ class QueuedStandIn(StandIn):
             self.local.allocator = before
 
     def new_stream(self, non_blocking: bool) -> Stream:
+        self.needs_device("a stream is made")
         assert non_blocking  # any other stream and the default one wait for each other
         self.streams.add(stream := Stream(self, self.eager[1]))
         return stream
 
     def new_event(self, block: bool, disable_timing: bool) -> Event:
+        self.needs_device("an event is made")
         assert disable_timing
         self.events.add(event := Event(self))
         return event
@@ -566,6 +606,7 @@ class QueuedStandIn(StandIn):
         return getattr(self.local, "allocator", None) or self.allocator
 
     def synchronize(self) -> None:
+        self.needs_device("the host waits for all")
         self.waits()
         with self.lock:
             for stream in list(self.streams):
@@ -615,6 +656,7 @@ class QueuedStandIn(StandIn):
         return out
 
     def alloc_pinned_memory(self, size: int) -> Any:
+        self.needs_device("pinned memory is taken")
         memory = np.full(-(-size // 512) * 512, POISON, np.uint8)
         self.pinned[memory.ctypes.data] = memory
         return handle_of(memory, self.unpinned)
@@ -646,8 +688,8 @@ def at_the_same_place(x: np.ndarray, memory: np.ndarray) -> np.ndarray:
     return np.ndarray(x.shape, x.dtype, memory, x.ctypes.data - memory.ctypes.data, x.strides)
 
 
-def queued_backend(timing: str, available: int = 1 << 30) -> StandInBackend:
+def queued_backend(timing: str, available: int = 1 << 30, current_device: int = INDEX) -> StandInBackend:
     """A backend of its own, as ``stand_in_backend``."""
     cuda_kernel.cache_clear()
     ops_for.cache_clear()
-    return StandInBackend(QueuedStandIn(timing, available), INDEX, "a test")
+    return StandInBackend(QueuedStandIn(timing, available, current_device), INDEX, "a test")
