@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 EXPORTS = {
     "averages": "EWMA ewma",
     "backend": "Backend Memory array_namespace available_backends get_backend",
+    "capture": "CapturedStep",
     "checkpoint": "Checkpoints",
     "errors": """
         ArgumentError BackendFallbackWarning BackendUnavailableError CaptureError CheckpointError CheckpointWarning
@@ -39,7 +40,7 @@ EXPORTS = {
 }
 MODULES = tuple(
     """
-    averages backend checkpoint datasets errors explore formula launch layers loader losses network optim params
+    averages backend capture checkpoint datasets errors explore formula launch layers loader losses network optim params
     rules schedules sizing sources train
     """.split()
 )
@@ -57,6 +58,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         available_backends as available_backends,
         get_backend as get_backend,
     )
+    from gpubatch.capture import CapturedStep as CapturedStep
     from gpubatch.checkpoint import Checkpoints as Checkpoints
     from gpubatch.errors import (
         ArgumentError as ArgumentError,

@@ -94,7 +94,9 @@ class Ledger:
             self.progress = self._block[self._start : self._start + 8 * WORDS].view(np.int64)
             self.losses = self._block[self._start + 8 * WORDS :].view(np.float64)
             self.control = backend.zeros(2, dtype)  # of the update
-            self._stages = deque(Stage(backend.pinned(size, np.dtype(np.uint8)), backend.event()) for _ in range(STAGES))
+            self._stages = deque(
+                Stage(backend.pinned(size, np.dtype(np.uint8)), backend.event()) for _ in range(STAGES)
+            )
 
     def word(self, number: int) -> Array:
         """One of the words, where kernels find it."""
@@ -225,9 +227,14 @@ class CapturedSteps:
     def _graph(self, form: Form) -> Any:
         if form not in self._graphs:
             step = functools.partial(self._step, form.rows, form.micro_batch_size)
+
+            def steps() -> None:
+                for _ in range(form.steps):
+                    step()
+
             with self._backend.scope():
                 self._rehearse(step)
-                self._graphs[form] = self._backend.capture(lambda: [step() for _ in range(form.steps)] and None)
+                self._graphs[form] = self._backend.capture(steps)
         return self._graphs[form]
 
     def _rehearse(self, step: Callable[[], None]) -> None:
@@ -356,11 +363,11 @@ class Queue:
 class CapturedStep:
     """``net.step_loss(X, Y)`` and ``opt.step()`` as one launch, for loops of your own.
 
-    X and Y are arrays on the device, as for :meth:`Network.step_loss`. A call makes ``steps`` steps, at most 64, on what
-    is in them then, so the next batch is written there: ``X[...] = batch``. It returns the loss of the last one, an array
-    of one element that the next call overwrites, and waits for nothing; whether loss and gradients are finite is not
-    looked at. A new learning rate, ``opt.lr = ...``, takes effect at the next call. All of it happens on the stream that
-    is current, which cannot be the default one: use ``with backend.own_stream():`` around the loop.
+    X and Y are arrays on the device, as for :meth:`Network.step_loss`. A call makes ``steps`` steps, at most 64, on
+    what is in them then, so the next batch is written there: ``X[...] = batch``. It returns the loss of the last one,
+    an array of one element that the next call overwrites, and waits for nothing; whether loss and gradients are finite
+    is not looked at. A new learning rate, ``opt.lr = ...``, takes effect at the next call. All of it happens on the
+    stream that is current, which cannot be the default one: use ``with backend.own_stream():`` around the loop.
 
     Raises ArgumentError where the steps cannot be captured, and says why.
     """

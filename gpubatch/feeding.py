@@ -145,7 +145,7 @@ class DeviceOrder:
 
 
 class DeviceFeed:
-    """Batches that captured steps gather by themselves: data, order and batch lie on the device and stay where they are.
+    """Batches that captured steps gather by themselves: data, order and batch lie on the device and stay in place.
 
     ``columns`` are the arrays on the device, with the element type and the scale of what is made of their rows.
     """
@@ -176,9 +176,7 @@ class DeviceFeed:
             ops = ops_for(self._backend, dtype if dtype.kind == "f" else np.dtype(np.float32))
             assert isinstance(ops, CudaOps)
             if dtype.kind == "f":
-                ops.gather_batch(
-                    source, self._order, batch, out, 1.0 if scale is None else scale, 0.0, self.batch_size
-                )
+                ops.gather_batch(source, self._order, batch, out, 1.0 if scale is None else scale, 0.0, self.batch_size)
             else:
                 ops.take_batch(source, self._order, batch, out, self.batch_size)
 

@@ -288,7 +288,7 @@ class CudaUpdate:
     def launch(
         self, arrays: list[tuple[Array, ...]], scalars: Array, step: Array | None, control: Array | None
     ) -> None:
-        """The update by ``scalars`` that are on the device, in rows of which ``step``, an int64 there, says which one."""
+        """The update by ``scalars`` on the device, in rows of which ``step``, an int64 there, says which one."""
         key = tuple((*(a.data.ptr for a in group), group[0].size) for group in arrays)
         if key != self.key:
             self._lay_out(arrays, key)

@@ -599,7 +599,7 @@ class Loader:
 
     @contextlib.contextmanager
     def fed_by(self, feed: DeviceFeed) -> Iterator[Callable[[int], None]]:
-        """An epoch, or what remains of it, whose batches ``feed`` makes; yields what is told how many more were used."""
+        """An epoch, or its rest, whose batches ``feed`` makes; yields what is told how many more of them were used."""
         self._go_on()
         run = self._run = object()
         stats, first = LoaderStats(bytes_copied=8 * self._share), self._batch

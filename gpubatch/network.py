@@ -269,7 +269,7 @@ class Network:
         return loss
 
     def _micro_batches(self, X: Array, Y: Array, rows: int, one: Callable[[Array, Array, float], None]) -> None:
-        """The gradients of a batch from parts of at most ``rows`` rows, as equal as can be; ``one`` makes those of each."""
+        """The gradients of a batch from parts of at most ``rows`` rows, about equal; ``one`` makes those of each."""
         if self._sums is None:
             self._sums = self.backend.empty(self.parameters.flat.shape, self.dtype)
         grads = self.parameters.grads.flat
@@ -304,9 +304,9 @@ class Network:
     ) -> Any:
         """What :meth:`loss_and_grad` starts on a GPU, and nothing else, so that it can be captured in a CUDA graph.
 
-        Nothing is checked. ``step``, an int64 on the device, is that of dropout. ``add(loss, share)`` is called with the
-        loss of each micro-batch, an array of one element, and its share of the batch. Returns what has the memory that
-        is worked in: to be kept as long as the graph.
+        Nothing is checked. ``step``, an int64 on the device, is that of dropout. ``add(loss, share)`` is called with
+        the loss of each micro-batch, an array of one element, and its share of the batch. Returns what has the memory
+        that is worked in: to be kept as long as the graph.
         """
 
         def one(x: Array, y: Array, share: float) -> None:

@@ -162,8 +162,8 @@ class Optimizer:
     def ahead(self, start: int, count: int, least: int = 1) -> tuple[np.ndarray, list[float | None]]:
         """The formula's scalars for each of ``count`` steps from ``start`` on, in rows, and the learning rates.
 
-        They are what :meth:`step` would compute at ``t`` while hyper-parameters and ``epoch`` stay. Where a schedule fails
-        for one of them there are only those before it, since it may never come, but no fewer than ``least``: then it
+        They are what :meth:`step` would compute while hyper-parameters and ``epoch`` stay. Where a schedule fails for
+        one of them there are only those before it, since it may never come, but no fewer than ``least``: then it
         raises.
         """
         fixed = {name: self._at(name, start) for name in self._trace.hyper if not callable(self._hyper[name])}
@@ -186,7 +186,7 @@ class Optimizer:
     def enqueue(self, scalars: Array, row: Array, control: Array) -> None:
         """What :meth:`step` starts on a GPU for ``params.grads``, and nothing else, so that it can be captured.
 
-        ``scalars`` are rows of :meth:`ahead` on the device, ``row``, an int64 there, says which one. Nothing is counted.
+        ``scalars`` are rows of :meth:`ahead` on the device, ``row``, an int64 there, says which one. ``t`` stays.
         """
         assert isinstance(self._update, CudaUpdate)
         with self.backend.scope():

@@ -40,6 +40,7 @@ from gpubatch.errors import (
     check_int,
     check_real,
 )
+from gpubatch.feeding import DeviceFeed
 from gpubatch.loader import Loader
 from gpubatch.network import EVALUATION_ROWS, Network, quiet
 from gpubatch.ops import SQUARE_SUM_SIZE
@@ -57,8 +58,8 @@ class History:
     in no list.
 
     ``loss`` is the mean of the epoch's mini-batch costs, weighted by their samples; ``seconds`` leaves the validation
-    out. ``validation_accuracy`` is empty where the loss has no classes. ``execution`` says how the last epoch's steps were
-    run: "captured", or "eager" and on a GPU why.
+    out. ``validation_accuracy`` is empty where the loss has no classes. ``execution`` says how the steps of the last
+    epoch were run: "captured", or "eager" and on a GPU why.
     ``micro_batch_size`` is how many samples of a batch are computed at a time since memory ran out, None if it did not.
     """
 
@@ -246,7 +247,11 @@ class Run:
         self._seconds = lambda: before + time.perf_counter() - started
         try:
             steps = self._captured_steps()
-            return self._eagerly() if steps is None else self._replayed(steps)
+            if steps is None:
+                self._eagerly()
+            else:
+                self._replayed(steps)
+            return None
         except InsufficientMemoryError:
             raise  # smaller parts would not help
         except MemoryError as error:
@@ -268,8 +273,9 @@ class Run:
                 self._look_up()
 
     def _replayed(self, steps: CapturedSteps) -> None:
-        """By graphs, and looked at later. A step that halts is made again, eagerly, which tells what is wrong with it."""
+        """By graphs, and looked at later. A step that halts is made again, eagerly, which tells what is wrong."""
         part, loader = self.part, self.state.loader
+        assert isinstance(steps.feed, DeviceFeed)
         with loader.fed_by(steps.feed) as used:
             queue = Queue(steps, part.batches, len(loader), loader.size_of, self.state.history.micro_batch_size)
             try:

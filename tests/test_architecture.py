@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "loader": "backend sizing errors sources feeding",
     "checkpoint": "backend errors",
     "capture": "network optim feeding cuda_ops launch ops layers backend errors",
-    "train": "capture checkpoint network optim loader ops params schedules averages sizing backend errors",
+    "train": "capture feeding checkpoint network optim loader ops params schedules averages sizing backend errors",
     "explore": "network layers losses loader optim train averages params backend errors",
 }
 EDGES = {"plot", "cli", "cli_explore", "cli_sizing", "__main__", "__init__"}
