@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -29,10 +29,10 @@ from gpubatch.network import Network
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import Optimizer
 
-__all__ = ["CapturedStep", "CapturedSteps", "Made", "Queue", "why_eager"]
+__all__ = ["AHEAD", "CapturedStep", "CapturedSteps", "GivenArrays", "Made", "Queue", "like", "why_eager"]
 
 CHUNK = 64  # steps whose scalars go to the device, and whose losses come back, in one copy
-AHEAD = 2  # chunks that are queued while the host waits for the one before
+AHEAD = 2  # chunks that are queued beyond the one that the host waits for, or batches that are kept
 UNROLLED = 8  # steps in a graph, where there are so many: a launch costs the host as much as a few kernels the device
 STAGES = 2 * (AHEAD + 2)  # copies between host and device that may be under way
 
@@ -154,7 +154,7 @@ class Feed(Protocol):
 
 
 class GivenArrays:
-    """Batches that are written to arrays which stay where they are."""
+    """Batches that somebody writes to arrays which stay where they are."""
 
     def __init__(self, *arrays: Array) -> None:
         self._arrays = arrays
@@ -163,13 +163,14 @@ class GivenArrays:
         """Their first rows."""
         return [array[:rows] for array in self._arrays]
 
-    def put(self, *arrays: Array) -> None:
-        """The batch of the next step."""
-        for place, array in zip(self.arrays(len(arrays[0])), arrays, strict=True):
-            place[...] = array
-
     def enqueue(self, rows: int, batch: Array) -> None:
         """The batch is there already."""
+
+
+def like(batch: Sequence[Array]) -> list[Array]:
+    """New arrays for such batches; labels become int64, as which losses need them."""
+    integers = [array.ndim == 1 and array.dtype.kind in "iu" for array in batch]
+    return [array.astype(np.int64) if labels else array for array, labels in zip(batch, integers, strict=True)]
 
 
 class Form(NamedTuple):
@@ -304,11 +305,10 @@ class Queue:
         self,
         steps: CapturedSteps,
         batch: int,
-        batches: int,
         rows_of: Callable[[int], int],
         micro_batch_size: int | None,
     ) -> None:
-        self._steps, self._batches, self._rows_of, self._most = steps, batches, rows_of, micro_batch_size
+        self._steps, self._rows_of, self._most = steps, rows_of, micro_batch_size
         self._chunks = deque[Chunk]()
         self.go_on(batch)
 
@@ -324,18 +324,28 @@ class Queue:
 
     def fill(self, room: int) -> None:
         """Queue what comes next, at most ``room`` steps beyond what was read."""
-        opt, ledger = self._steps.opt, self._steps.ledger
         while len(self._chunks) <= AHEAD and (count := min(room - self.in_flight, CHUNK)) > 0:
-            first = self._batch + self.in_flight
-            # A schedule that fails does so when everything before is over, as if it had not been asked ahead of time.
-            scalars, rates = opt.ahead(opt.t + self.in_flight, count, 0 if self._chunks else 1)
-            rows = [self._rows_of(first + i) for i in range(len(rates))]
-            if not rows:
+            if not self._add(count):
                 return
+
+    def hand(self, x: Array, y: Array) -> bool:
+        """Queue the step on this batch, which is copied; False where that must wait for those in flight."""
+        for place, array in zip(self._steps.feed.arrays(len(x)), (x, y), strict=True):
+            place[...] = array
+        return self._add(1)
+
+    def _add(self, count: int) -> bool:
+        opt, ledger = self._steps.opt, self._steps.ledger
+        first = self._batch + self.in_flight
+        # A schedule that fails does so when everything before is over, as if it had not been asked ahead of time.
+        scalars, rates = opt.ahead(opt.t + self.in_flight, count, 0 if self._chunks else 1)
+        rows = [self._rows_of(first + i) for i in range(len(rates))]
+        if rows:
             ledger.write(scalars)
             for size, alike in itertools.groupby(rows):
                 self._steps.enqueue(size, self._most, len(list(alike)))
             self._chunks.append(Chunk(ledger.report(), rates, rows))
+        return bool(rows)
 
     def read(self) -> list[Made]:
         """Wait for the chunk that was queued first; the steps of it that were applied."""

@@ -577,18 +577,14 @@ class Loader:
             if self._run is run:
                 self._run, self._left = None, self._batch > 0
 
-    def device_feed(self) -> DeviceFeed | str:
-        """What gathers whole batches on the device without the host, or why that cannot be, in words."""
-        if not isinstance(self.backend, CudaBackend):
-            return "the loader is not on a GPU"
-        if self.transform is not None:
-            return "the loader has a transform"
+    def device_feed(self) -> DeviceFeed | None:
+        """What gathers whole batches on the device without the host, where that can be."""
+        if not isinstance(self.backend, CudaBackend) or self.transform is not None or self.sample_axis:
+            return None
         columns = self._on_device(self.backend, self.stats)
-        if columns is None:
-            return self.feeding
-        arrays = [column.source.array for column in columns if isinstance(column.source, ArraySource)]
-        if self.sample_axis or not all(array.flags.c_contiguous for array in arrays):
-            return "the samples are not C-contiguous rows"
+        arrays = [column.source.array for column in columns or () if isinstance(column.source, ArraySource)]
+        if columns is None or not all(array.flags.c_contiguous for array in arrays):
+            return None
         # Labels are needed as int64, whatever they are stored as.
         made = [
             np.dtype(np.int64) if array.ndim == 1 and column.dtype.kind in "iu" else column.dtype

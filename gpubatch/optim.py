@@ -179,7 +179,7 @@ class Optimizer:
                 break
             rates.append(hyper.get("lr"))
         scalars = np.zeros((len(rows), max(1, len(self._trace.scalars))), compute_dtype(self._dtype))
-        if self._trace.scalars:
+        if rows and self._trace.scalars:
             scalars[...] = rows
         return scalars, rates
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 
 from gpubatch.averages import ewma
 from gpubatch.backend import Array
-from gpubatch.capture import CapturedSteps, Made, Queue, why_eager
+from gpubatch.capture import AHEAD, CapturedSteps, GivenArrays, Queue, like, why_eager
 from gpubatch.checkpoint import Checkpoints
 from gpubatch.errors import (
     ArgumentError,
@@ -155,10 +156,11 @@ def fit(
     sample is lost, and a :class:`MicroBatchWarning` says so. Where not even one sample can be computed at a time, it
     raises :class:`InsufficientMemoryError`.
 
-    On a GPU, steps are captured as CUDA graphs and replayed (:mod:`gpubatch.capture`) where that can be: the data are
-    gathered on the device, the layers are gpubatch's, no callback looks at every step. The host then reads losses a few
-    dozen steps later; whatever happens in a step happens as in an eager one, and the numbers are the same.
-    ``execution="eager"`` makes no graphs, ``"captured"`` raises ArgumentError where there can be none.
+    On a GPU, steps are captured as CUDA graphs and replayed (:mod:`gpubatch.capture`) where that can be: nvmath-python
+    is there, samples are rows, the layers are gpubatch's own, and no callback looks at every step. The host then reads
+    the losses some steps later. The numbers are those of eager steps, and what is not finite, memory that runs out and
+    checkpoints are dealt with alike. ``execution="eager"`` makes no graphs, ``"captured"`` raises ArgumentError where
+    there can be none.
 
     Ctrl-C and SIGTERM let the step finish, save the run if there is a ``checkpoint``, and raise
     :class:`TrainingInterrupted`, a KeyboardInterrupt, or :class:`TrainingTerminated`, a SystemExit; both have the
@@ -249,8 +251,10 @@ class Run:
             steps = self._captured_steps()
             if steps is None:
                 self._eagerly()
+            elif isinstance(steps.feed, DeviceFeed):
+                self._replayed(steps, steps.feed)
             else:
-                self._replayed(steps)
+                self._handed_over(steps)
             return None
         except InsufficientMemoryError:
             raise  # smaller parts would not help
@@ -272,28 +276,65 @@ class Run:
                         watcher.on_step(self.state)
                 self._look_up()
 
-    def _replayed(self, steps: CapturedSteps) -> None:
-        """By graphs, and looked at later. A step that halts is made again, eagerly, which tells what is wrong."""
+    def _replayed(self, steps: CapturedSteps, feed: DeviceFeed) -> None:
+        """By graphs that gather their batches, and looked at later."""
         part, loader = self.part, self.state.loader
-        assert isinstance(steps.feed, DeviceFeed)
-        with loader.fed_by(steps.feed) as used:
-            queue = Queue(steps, part.batches, len(loader), loader.size_of, self.state.history.micro_batch_size)
-            try:
-                while part.batches < len(loader):
-                    if not self.noted:
-                        queue.fill(self._until_saved())
-                    self._note_all(queue.read(), used)
-                    if queue.halted:
-                        x, y = queue.batch()
-                        found = self.guard.step(x, y, self.state)
-                        self._note(*found, len(x))
-                        used(1)
-                        queue.go_on(part.batches)
-                    if not queue.in_flight:
-                        self._look_up()
-            finally:
-                while queue.in_flight:  # parameters have learnt from them, or will have
-                    self._note_all(queue.read(), used)
+        with loader.fed_by(feed) as used, self._queue(steps) as queue:
+            while part.batches < len(loader):
+                if not self.noted:
+                    queue.fill(min(len(loader) - part.batches, self._until_saved()))
+                used(self._read(queue))
+                if queue.halted:
+                    self._again(queue, *queue.batch())
+                    used(1)
+                if not queue.in_flight:
+                    self._look_up()
+
+    def _handed_over(self, steps: CapturedSteps) -> None:
+        """By graphs on batches of the loader, which are kept until their steps are known to have been applied."""
+        part, loader = self.part, self.state.loader
+        kept = deque[list[Array]]()
+        with contextlib.closing(iter(loader)) as batches, self._queue(steps) as queue:
+            while part.batches < len(loader):
+                while not self.noted and len(kept) < min(AHEAD, self._until_saved()):
+                    if (batch := next(batches, None)) is None:
+                        break
+                    kept.append(batch)
+                    del batch
+                while queue.in_flight < len(kept) and queue.hand(*kept[queue.in_flight]):
+                    pass
+                for _ in range(self._read(queue)):
+                    kept.popleft()
+                if queue.halted:
+                    self._again(queue, *kept.popleft())
+                if not kept:
+                    self._look_up()
+            next(batches, None)  # which takes the loader to its next epoch
+
+    @contextlib.contextmanager
+    def _queue(self, steps: CapturedSteps) -> Iterator[Queue]:
+        """The steps of the epoch. However it is left, all that were applied are noted."""
+        loader = self.state.loader
+        queue = Queue(steps, self.part.batches, loader.size_of, self.state.history.micro_batch_size)
+        try:
+            yield queue
+        finally:
+            while queue.in_flight:
+                self._read(queue)
+
+    def _read(self, queue: Queue) -> int:
+        """Note the steps that were queued first, when they are over; how many were applied."""
+        made = queue.read()
+        for step in made:
+            self._note(step.loss, StepResult(True, self.state.step + 1, step.lr), step.rows)
+        if made:
+            self.guard.in_a_row = 0
+        return len(made)
+
+    def _again(self, queue: Queue, x: Array, y: Array) -> None:
+        """The step that halted, eagerly: that tells what is wrong with it."""
+        self._note(*self.guard.step(x, y, self.state), len(x))
+        queue.go_on(self.part.batches)
 
     def _captured_steps(self) -> CapturedSteps | None:
         """The steps as graphs, those of the epoch before if there are any; None where they are run eagerly."""
@@ -303,16 +344,16 @@ class Run:
         if guard.captured is not None and not guard.captured.fits(opt):
             guard.captured = None
         looking = next((watcher.callback for watcher in self.watchers if watcher.on_step is not _ignore), None)
-        why: Any = why_eager(net) if looking is None else f"callback {looking!r} looks at every step"
-        if not why and guard.captured is None:
-            why = feed = loader.device_feed()
-            if not isinstance(feed, str):
-                guard.captured, why = CapturedSteps(net, opt, feed, guard.max_norm), ""
+        why = why_eager(net) if looking is None else f"callback {looking!r} looks at every step"
+        if loader.sample_axis:
+            why = why or "samples are columns"
         if not why:
+            if guard.captured is None:
+                feed = loader.device_feed() or GivenArrays(*like(loader.peek()))
+                guard.captured = CapturedSteps(net, opt, feed, guard.max_norm)
             captured, most = guard.captured, self.state.history.micro_batch_size
-            assert captured is not None
             try:
-                captured.prepare(loader.batch_size, most, len(loader))
+                captured.prepare(loader.batch_size, most, len(loader) if isinstance(captured.feed, DeviceFeed) else 1)
                 captured.prepare(loader.last_size, most, 1)
                 self.state.history.execution = "captured"
                 return captured
@@ -322,14 +363,6 @@ class Run:
             raise ArgumentError(f"execution must be 'auto' or 'eager' here, got 'captured': {why}")
         self.state.history.execution = f"eager, since {why}"
         return None
-
-    def _note_all(self, made: list[Made], used: Callable[[int], None]) -> None:
-        t = self.state.opt.t - len(made)
-        for number, (loss, lr, rows) in enumerate(made, 1):
-            self._note(loss, StepResult(True, t + number, lr), rows)
-        if made:
-            used(len(made))
-            self.guard.in_a_row = 0
 
     def _note(self, loss: float, result: StepResult | None, rows: int) -> None:
         """What became of a batch of so many samples."""
@@ -341,10 +374,9 @@ class Run:
         self.show.step(loss)
 
     def _until_saved(self) -> int:
-        """Steps until the run is to be saved, as far as this epoch goes."""
+        """Steps until the run is to be saved, if it is to be saved in the epoch."""
         every = None if self.store is None else self.store.every
-        left = len(self.state.loader) - self.part.batches
-        return left if every is None else min(left, max(1, every - (self.state.step - self._saved_at)))
+        return len(self.state.loader) if every is None else max(1, every - (self.state.step - self._saved_at))
 
     def _look_up(self) -> None:
         """Between two steps: is the run to be saved, or to end?"""
@@ -674,7 +706,15 @@ def plan_batches(
     if net.backend.name == "cpu" and opt.t == 0:  # main memory is taken when it is first written to
         held = {name: held[name] for name in ("parameters", "running statistics", "validation set")}
     allocated = sum(n for name, n in held.items() if not name.startswith("workspace"))
-    loader.replan(lambda rows: memory_parts(net, opt, rows, evaluated, copied), allocated, most=most)
+
+    def parts(rows: int) -> dict[str, int]:
+        kept = 0 if why_eager(net) else AHEAD * loader.memory_parts(rows)["batches"]
+        return {
+            **memory_parts(net, opt, rows, evaluated, copied),
+            **({"batches of captured steps": kept} if kept else {}),
+        }
+
+    loader.replan(parts, allocated, most=most)
 
 
 def settle_batches(net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | None) -> None:

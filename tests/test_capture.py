@@ -1,0 +1,523 @@
+"""Captured steps: replayed they are the eager ones bit for bit, whatever happens in them, on streams that choose badly."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import signal
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from needs import missing
+from stand_in import TIMINGS, QueuedStandIn, queued_backend
+from stand_in_lt import StandInLt
+
+import gpubatch as gb
+from gpubatch import capture
+from gpubatch.backend import CudaBackend
+from gpubatch.products import products_for
+
+N, FEATURES, CLASSES = 38, 12, 5
+
+
+def stand_in(timing: str) -> CudaBackend:
+    device = queued_backend(timing)
+    device.cupy.nvmath = StandInLt(device.cupy)
+    return device
+
+
+def gpu() -> CudaBackend:
+    if "cuda:0" not in gb.available_backends():
+        missing("gpu", "no CUDA device can be used here")
+    device = gb.get_backend("cuda:0")
+    assert isinstance(device, CudaBackend)
+    if not (found := products_for(device, np.dtype("float32"), "full")).capturable:
+        missing("gpu", found.reason)
+    return device
+
+
+@pytest.fixture(autouse=True)
+def few_steps_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An epoch here has five; by all of them and by one is how a replay goes."""
+    monkeypatch.setattr(capture, "UNROLLED", 3)
+
+
+@pytest.fixture(params=["stand-in", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Callable[[], CudaBackend]:
+    """Makes a device: each run has its own, so that one does not find what another left."""
+    return (lambda: stand_in("late")) if request.param == "stand-in" else gpu
+
+
+@dataclasses.dataclass
+class Case:
+    """A training to be run eagerly and captured."""
+
+    layers: Callable[[], list[gb.Layer]]
+    loss: str = "softmax_cross_entropy"
+    optimizer: Callable[[Any], gb.Optimizer] = gb.Adam
+    l2: float = 0.0
+    dtype: str = "float32"
+    loader: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fit: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def plain() -> list[gb.Layer]:
+    return [gb.Dense(FEATURES, 16), gb.ReLU(), gb.Dense(16, CLASSES)]
+
+
+def everything() -> list[gb.Layer]:
+    return [gb.Dense(FEATURES, 16), gb.BatchNorm(16), gb.GELU(), gb.Dropout(0.3), gb.Dense(16, CLASSES)]
+
+
+def falling(kind: Any, lr: float, **hyper: Any) -> Callable[[Any], gb.Optimizer]:
+    return lambda params: kind(params, lr=gb.ExponentialDecay(lr, 0.9, per="step"), **hyper)
+
+
+CASES = {
+    "plain": Case(plain),
+    "norm, dropout, l2, schedule": Case(everything, optimizer=falling(gb.Adam, 0.01), l2=0.01, fit={"max_norm": 0.5}),
+    "float64, amsgrad": Case(everything, dtype="float64", optimizer=lambda p: gb.Adam(p, amsgrad=True)),
+    "mse, momentum, decay": Case(plain, "mse", lambda p: gb.HeavyBall(p, lr=0.01, weight_decay=0.1)),
+    "sigmoid, adamw by epoch": Case(
+        plain, "sigmoid_cross_entropy", lambda p: gb.AdamW(p, lr=gb.InverseTimeDecay(0.01, 0.5))
+    ),
+    "svm, sgd, every batch whole": Case(plain, "svm", lambda p: gb.SGD(p, lr=0.1), loader={"drop_last": True}),
+    "one batch": Case(plain, loader={"batch_size": N}),
+    "with replacement, in order of the host": Case(everything, loader={"replacement": True, "feed": "host"}),
+    "through pinned memory, norm": Case(everything, loader={"feed": "host"}, fit={"max_norm": 0.5}),
+    "transformed": Case(plain, loader={"transform": lambda x: x * 2}),
+    "a window and a rank": Case(plain, loader={"window": 20, "rank": 1, "world_size": 2}),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def data(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(5)
+    Y: np.ndarray = rng.integers(0, CLASSES, N).astype(np.uint8)
+    if case.loss in ("mse", "sigmoid_cross_entropy"):
+        Y = rng.random((N, CLASSES)).astype(np.float32)
+    return rng.integers(0, 256, (N, FEATURES), np.uint8), Y
+
+
+class Training:
+    """One run of a case; what can be compared is in ``result``."""
+
+    def __init__(self, case: Case, device: CudaBackend, X: np.ndarray | None = None) -> None:
+        self.device, self.options = device, dict(case.fit)
+        self.net = gb.Network(case.layers(), case.loss, case.l2, device, case.dtype, seed=3)
+        images, Y = data(case)
+        options = {"batch_size": 8, "seed": 1, "dtype": case.dtype, "scale": 1 / 255, **case.loader}
+        if X is not None:
+            images, options["scale"] = X, None
+        self.loader = gb.Loader(images, Y, backend=device, **options)
+        self.opt = case.optimizer(self.net.parameters)
+        self.history = gb.History()
+
+    def fit(self, execution: str, epochs: int = 2, **options: Any) -> Training:
+        self.history = gb.fit(
+            self.net, self.loader, self.opt, epochs, progress=False, execution=execution, **self.options, **options
+        )
+        return self
+
+    def result(self) -> dict[str, Any]:
+        arrays = {"parameters": self.net.parameters, "buffers": self.net.buffers, **self.opt.state}
+        return {
+            **{name: self.device.to_numpy(views.flat).tobytes() for name, views in arrays.items()},
+            **{k: v for k, v in self.history.to_dict().items() if k not in ("seconds", "execution")},
+            "counts": (self.opt.t, self.opt.epoch, self.net.dropout_step, self.loader.state_dict()),
+        }
+
+
+def assert_no_faults(*trainings: Training) -> None:
+    for training in trainings:
+        assert not getattr(training.device.cupy, "faults", None)
+
+
+# --- as eager steps --------------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_replay_is_eager_bit_for_bit(case: Case, device: Callable[[], CudaBackend]) -> None:
+    eager, captured = Training(case, device()).fit("eager"), Training(case, device()).fit("captured")
+    assert (eager.history.execution, captured.history.execution) == ("eager", "captured")
+    assert captured.result() == eager.result()
+    assert len(captured.history.step_loss) == 2 * len(captured.loader)
+    assert_no_faults(captured)
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+@pytest.mark.parametrize("feed", ["device", "host"])
+def test_in_whatever_order_streams_do_their_work(feed: str, timing: str) -> None:
+    case = dataclasses.replace(CASES["norm, dropout, l2, schedule"], loader={"feed": feed})
+    captured = Training(case, stand_in(timing)).fit("captured")
+    assert captured.result() == Training(case, stand_in("early")).fit("eager").result()
+    assert_no_faults(captured)
+
+
+def test_more_steps_than_a_chunk_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of five, graphs of two steps: every boundary comes in the middle of something else."""
+    monkeypatch.setattr(capture, "CHUNK", 5)
+    monkeypatch.setattr(capture, "UNROLLED", 2)
+    case = dataclasses.replace(CASES["norm, dropout, l2, schedule"], loader={"batch_size": 4})
+    captured = Training(case, stand_in("late")).fit("captured")
+    assert captured.result() == Training(case, stand_in("late")).fit("eager").result()
+    assert_no_faults(captured)
+
+
+def test_auto_is_captured_on_a_gpu_and_eager_on_the_cpu(device: Callable[[], CudaBackend]) -> None:
+    assert Training(CASES["plain"], device()).fit("auto", 1).history.execution == "captured"
+    net = gb.mlp([FEATURES, CLASSES], backend="cpu")
+    loader = gb.Loader(*data(CASES["plain"]), batch_size=8, backend="cpu")
+    assert gb.fit(net, loader, gb.Adam(net.parameters), 1, progress=False).execution == "eager"
+
+
+# --- what a replay does not do ---------------------------------------------------------------------------------------
+
+
+def test_nothing_is_allocated_and_nobody_waits_but_for_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second epoch: an order, a restart and the scalars of each chunk go to the device, and losses come back."""
+    seen: list[tuple[int, ...]] = []
+    case = dataclasses.replace(CASES["norm, dropout, l2, schedule"], loader={"batch_size": 2})
+    device = stand_in("late")
+    assert isinstance(device.cupy, QueuedStandIn)
+
+    def count(state: gb.TrainingState) -> None:
+        cupy = device.cupy
+        seen.append((cupy.allocations, len(cupy.copies), cupy.synchronisations, cupy.graph_launches))
+
+    monkeypatch.setattr(capture, "CHUNK", 8)
+    training = Training(case, device).fit("captured", 3, callbacks=[count])
+    chunks, batches = -(-N // 2 // 8), N // 2
+    launches = batches // capture.UNROLLED + batches % capture.UNROLLED
+    for before, after in itertools.pairwise(seen):
+        allocations, copies, waits, launched = np.subtract(after, before).tolist()
+        assert (allocations, copies) == (0, 1 + 1 + chunks)
+        assert launched <= launches + chunks * (capture.UNROLLED - 1)
+        # One for each report, one for each piece of pinned memory that is used again.
+        assert waits <= 2 * chunks + 1 + chunks
+    assert training.history.execution == "captured"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_is_allocated_in_a_replay() -> None:
+    device, used = gpu(), list[int]()
+    pool = device.cupy.get_default_memory_pool()
+    Training(CASES["plain"], device).fit("captured", 4, callbacks=[lambda state: used.append(pool.total_bytes())])
+    assert len(set(used[1:])) == 1
+
+
+# --- what can happen in a step ---------------------------------------------------------------------------------------
+
+
+def with_a_sample_that_is_too_large() -> np.ndarray:
+    X = np.random.default_rng(2).standard_normal((N, FEATURES)).astype(np.float32)
+    X[[17, 30]] = 3e38  # finite, but no product with it is
+    return X
+
+
+@pytest.mark.parametrize("feed", ["device", "host"])
+def test_a_step_that_is_not_finite_is_left_out(feed: str, device: Callable[[], CudaBackend]) -> None:
+    case = dataclasses.replace(CASES["norm, dropout, l2, schedule"], loader={"feed": feed})
+    results, texts = [], []
+    for execution in ("eager", "captured"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            training = Training(case, device(), with_a_sample_that_is_too_large()).fit(execution)
+        results.append(training.result())
+        texts.append([str(w.message) for w in caught if w.category is gb.SkippedStepWarning])
+        assert training.history.skipped == 4  # one batch for each sample and epoch, here
+    assert results[0] == results[1]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 1
+
+
+def test_too_many_in_a_row_raise_after_the_last_whole_step(device: Callable[[], CudaBackend]) -> None:
+    results, errors = [], []
+    for execution in ("eager", "captured"):
+        training = Training(CASES["plain"], device(), with_a_sample_that_is_too_large())
+        with pytest.raises(gb.NonFiniteError) as caught:
+            training.fit(execution, max_skipped=0)
+        errors.append(str(caught.value))
+        # The loader may have prepared batches that nobody saw; the steps are the same.
+        results.append({k: v for k, v in training.result().items() if k != "counts"} | {"t": training.opt.t})
+    assert results[0] == results[1]
+    assert errors[0] == errors[1]
+
+
+def test_a_gradient_that_overflows_the_optimizer_is_left_out(device: Callable[[], CudaBackend]) -> None:
+    """Its norm is 1e20: the square of that is not a float32, so Adam's state would be infinite."""
+    case = Case(lambda: [gb.Dense(FEATURES, 1)], "mse", gb.Adam)
+
+    def training() -> Training:
+        made = Training(dataclasses.replace(case, loss="mse"), device())
+        made.loader = gb.Loader(
+            np.full((N, FEATURES), 1e10, np.float32), np.full(N, 1e10, np.float32), batch_size=8, backend=made.device
+        )
+        return made
+
+    runs = []
+    for execution in ("eager", "captured"):
+        run = training()
+        with pytest.warns(gb.SkippedStepWarning, match="so large that adam overflows"):
+            run.fit(execution, 1)
+        runs.append(run.result())
+    assert runs[0] == runs[1]
+
+
+def test_a_schedule_that_fails_does_so_at_its_step(device: Callable[[], CudaBackend]) -> None:
+    def rate(step: int, epoch: int) -> float:
+        if step == 7:
+            raise ValueError("no rate for step 7")
+        return 0.01
+
+    results = []
+    for execution in ("eager", "captured"):
+        case = dataclasses.replace(CASES["plain"], optimizer=lambda p: gb.SGD(p, lr=rate))
+        training = Training(case, device())
+        with pytest.raises(ValueError, match="no rate for step 7"):
+            training.fit(execution)
+        assert training.opt.t == 7
+        results.append(training.device.to_numpy(training.net.parameters.flat).tobytes())
+    assert results[0] == results[1]
+
+
+def test_a_rate_that_is_changed_by_hand_counts_from_the_next_step(device: Callable[[], CudaBackend]) -> None:
+    def slower(state: gb.TrainingState) -> None:
+        state.opt.lr = 0.5 * state.opt.lr
+
+    runs = [Training(CASES["plain"], device()).fit(how, 3, callbacks=[slower]) for how in ("eager", "captured")]
+    assert runs[0].result() == runs[1].result()
+    assert sorted(set(runs[1].history.step_lr), reverse=True) == [1e-3, 5e-4, 2.5e-4]
+
+
+def test_an_optimizer_that_is_loaded_between_epochs_is_captured_anew(device: Callable[[], CudaBackend]) -> None:
+    """What it loads may be another formula: weight decay makes it one."""
+
+    def load(state: gb.TrainingState) -> None:
+        saved = state.opt.state_dict()
+        saved["hyper"]["weight_decay"] = 0.1
+        state.opt.load_state_dict(saved)
+
+    runs = [Training(CASES["plain"], device()).fit(how, 3, callbacks=[load]) for how in ("eager", "captured")]
+    assert runs[0].result() == runs[1].result()
+    assert runs[1].history.execution == "captured"
+
+
+@pytest.mark.parametrize("case", ["plain", "norm, dropout, l2, schedule", "through pinned memory, norm"])
+def test_after_memory_ran_out_parts_are_captured(
+    case: str, device: Callable[[], CudaBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the validation after the first epoch: the graphs go, and later ones make the batch in parts."""
+    runs = []
+    for execution in ("eager", "captured"):
+        run = Training(CASES[case], device())
+        evaluate, failed = run.net.evaluate, []
+
+        def fails_once(*arguments: Any, evaluate: Any = evaluate, failed: list[int] = failed) -> Any:
+            if not failed:
+                failed.append(1)
+                raise MemoryError("no memory for this")
+            return evaluate(*arguments)
+
+        monkeypatch.setattr(run.net, "evaluate", fails_once)
+        with pytest.warns(gb.MicroBatchWarning, match="computed 4 samples at a time"):
+            run.fit(execution, 3, validation=data(CASES[case]))
+        assert run.history.micro_batch_size == 4
+        runs.append(run.result())
+    assert runs[0] == runs[1]
+
+
+# --- saved, interrupted ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["norm, dropout, l2, schedule", "through pinned memory, norm"])
+def test_a_run_is_saved_and_resumed_in_the_middle_of_an_epoch(
+    case: str, device: Callable[[], CudaBackend], tmp_path: Path
+) -> None:
+    whole = Training(CASES[case], device()).fit("eager", 3)
+    saves = []
+
+    def fails(state: gb.TrainingState) -> None:
+        if state.epoch == 1:
+            raise RuntimeError("the power goes")
+
+    for execution in ("eager", "captured"):
+        store = gb.Checkpoints(tmp_path / execution, every=3, keep=100)
+        with pytest.raises(RuntimeError, match="the power goes"):
+            Training(CASES[case], device()).fit(execution, 3, checkpoint=store, callbacks=[fails])
+        saves.append([path.name.split("-")[1] for path in store.files()])  # the rest is random
+    assert saves[0] == saves[1]
+    for execution in ("eager", "captured"):  # one goes on from where the other was
+        other = {"eager": "captured", "captured": "eager"}[execution]
+        resumed = Training(CASES[case], device()).fit(execution, 3, checkpoint=tmp_path / other, resume=True)
+        assert resumed.result() == whole.result()
+
+
+@pytest.mark.parametrize("case", ["plain", "through pinned memory, norm"])
+def test_a_signal_ends_between_steps(case: str, device: Callable[[], CudaBackend], tmp_path: Path) -> None:
+    def rate(step: int, epoch: int) -> float:
+        if step == 7 and not interrupted:
+            interrupted.append(1)
+            os.kill(os.getpid(), signal.SIGINT)
+        return 0.01
+
+    interrupted: list[int] = [1]
+    changed = dataclasses.replace(CASES[case], optimizer=lambda p: gb.SGD(p, lr=rate))
+    whole = Training(changed, device()).fit("eager", 3)
+    interrupted.clear()
+    training = Training(changed, device())
+    with pytest.raises(gb.TrainingInterrupted) as caught:
+        training.fit("captured", 3, checkpoint=tmp_path)
+    assert 0 < len(caught.value.history.step_loss) == training.opt.t < 15
+    resumed = Training(changed, device()).fit("captured", 3, checkpoint=tmp_path, resume=True)
+    assert resumed.result() == whole.result()
+
+
+# --- what cannot be captured -----------------------------------------------------------------------------------------
+
+
+class Own(gb.ReLU):
+    """A user's layer."""
+
+
+class Looks:
+    def on_step(self, state: gb.TrainingState) -> None:
+        """At every step."""
+
+    def __repr__(self) -> str:
+        return "Looks()"
+
+
+REASONS: dict[str, tuple[Case, dict[str, Any], str]] = {
+    "layer": (
+        Case(lambda: [gb.Dense(FEATURES, 16), Own(), gb.Dense(16, CLASSES)]),
+        {},
+        "layer 2 (Own) is not one of gpubatch's, so it may do what a graph cannot",
+    ),
+    "callback": (CASES["plain"], {"callbacks": [Looks()]}, "callback Looks() looks at every step"),
+}
+
+
+@pytest.mark.parametrize(("case", "options", "reason"), REASONS.values(), ids=REASONS)
+def test_what_cannot_be_captured_is_eager_and_says_why(
+    case: Case, options: dict[str, Any], reason: str, device: Callable[[], CudaBackend]
+) -> None:
+    assert Training(case, device()).fit("auto", 1, **options).history.execution == f"eager, since {reason}"
+    with pytest.raises(gb.ArgumentError) as caught:
+        Training(case, device()).fit("captured", 1, **options)
+    assert str(caught.value) == f"execution must be 'auto' or 'eager' here, got 'captured': {reason}"
+
+
+def test_without_nvmath_steps_are_eager() -> None:
+    training = Training(CASES["plain"], queued_backend("late")).fit("auto", 1)
+    assert training.history.execution.startswith("eager, since nvmath-python is not installed")
+
+
+def test_a_capture_that_fails_leaves_eager_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a driver refuses, the numbers are those of eager steps."""
+
+    def refuse(self: CudaBackend, work: Callable[[], None]) -> None:
+        raise gb.CaptureError("not today")
+
+    whole = Training(CASES["norm, dropout, l2, schedule"], stand_in("late")).fit("eager")
+    monkeypatch.setattr(CudaBackend, "capture", refuse)
+    training = Training(CASES["norm, dropout, l2, schedule"], stand_in("late")).fit("auto")
+    assert training.history.execution == "eager, since the capture failed: not today"
+    assert training.result() == whole.result()
+
+
+def test_execution_is_checked() -> None:
+    with pytest.raises(gb.ArgumentError, match="execution must be one of 'auto', 'eager', 'captured', got 'graph'"):
+        Training(CASES["plain"], stand_in("late")).fit("graph")
+    net = gb.mlp([FEATURES, CLASSES], backend="cpu")
+    loader = gb.Loader(*data(CASES["plain"]), batch_size=8, backend="cpu")
+    with pytest.raises(gb.ArgumentError, match="graphs are for a GPU, the network is on 'cpu'"):
+        gb.fit(net, loader, gb.Adam(net.parameters), 1, progress=False, execution="captured")
+
+
+# --- in loops of one's own -------------------------------------------------------------------------------------------
+
+
+def by_hand(
+    device: CudaBackend, captured: bool, steps: int, optimizer: Callable[[Any], gb.Optimizer], calls: int = 5
+) -> list[bytes]:
+    """A loop with batches of its own, a new learning rate at the fourth call, and an eager step between two calls."""
+    net = gb.Network(everything(), l2=0.01, backend=device, seed=3)
+    opt = optimizer(net.parameters)
+    rng, losses = np.random.default_rng(4), []
+    with device.own_stream():
+        X, Y = device.empty((8, FEATURES), "float32"), device.empty(8, "int64")
+
+        def eager() -> Any:
+            for _ in range(steps):
+                loss = net.step_loss(X, Y)
+                opt.step()
+            return loss
+
+        step = gb.CapturedStep(net, opt, X, Y, steps) if captured else eager
+        for call in range(calls):
+            X[...] = device.asarray(rng.standard_normal((8, FEATURES)).astype(np.float32))
+            Y[...] = device.asarray(rng.integers(0, CLASSES, 8))
+            if call == 3:
+                opt.lr = 0.5
+            if call == 2:
+                eager()
+            losses.append(device.to_numpy(step()).tobytes())
+        arrays = [net.parameters, net.buffers, *opt.state.values()]
+        found = [*losses, *(device.to_numpy(views.flat).tobytes() for views in arrays)]
+    return [*found, bytes([opt.t, net.dropout_step])]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_captured_step_is_step_loss_and_step(steps: int, device: Callable[[], CudaBackend]) -> None:
+    for optimizer in (gb.Adam, falling(gb.Momentum, 0.1)):
+        assert by_hand(device(), True, steps, optimizer) == by_hand(device(), False, steps, optimizer)
+
+
+def test_scalars_go_to_the_device_again_when_they_are_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "CHUNK", 4)
+    for steps in (1, 3):
+        ours = by_hand(stand_in("late"), True, steps, gb.Adam, calls=11)
+        assert ours == by_hand(stand_in("late"), False, steps, gb.Adam, calls=11)
+
+
+def test_a_captured_step_takes_nothing_and_waits_for_nothing() -> None:
+    device = stand_in("late")
+    net = gb.Network(plain(), backend=device)
+    opt = gb.Adam(net.parameters)
+    with device.own_stream():
+        step = gb.CapturedStep(net, opt, device.zeros((8, FEATURES), "float32"), device.zeros(8, "int64"))
+        step()
+        cupy = device.cupy
+        assert isinstance(cupy, QueuedStandIn)
+        before = cupy.allocations, len(cupy.copies), cupy.synchronisations
+        for _ in range(10):
+            step()
+        assert (cupy.allocations, len(cupy.copies), cupy.synchronisations) == before
+        assert cupy.graph_launches == 11
+
+
+def test_what_a_captured_step_refuses(device: Callable[[], CudaBackend]) -> None:
+    made = device()
+    net, other = (gb.Network(plain(), backend=made) for _ in range(2))
+    X, Y = made.zeros((8, FEATURES), "float32"), made.zeros(8, "int64")
+    opt = gb.Adam(net.parameters)
+    with pytest.raises(gb.ArgumentError, match=r"opt must be bound to net\.parameters"):
+        gb.CapturedStep(net, gb.Adam(other.parameters), X, Y)
+    with pytest.raises(gb.ArgumentError, match="steps must be an integer between 1 and 64, got 65"):
+        gb.CapturedStep(net, opt, X, Y, 65)
+    with pytest.raises(gb.ShapeError, match="X has 3 features"):
+        gb.CapturedStep(net, opt, X[:, :3].copy(), Y)
+    with pytest.raises(RuntimeError, match="default"):
+        gb.CapturedStep(net, opt, X, Y)()
+    own = gb.Network([gb.Dense(FEATURES, CLASSES), Own()], backend=made)
+    with pytest.raises(gb.ArgumentError, match=r"net cannot be captured: layer 2 \(Own\)"):
+        gb.CapturedStep(own, gb.Adam(own.parameters), X, Y)
+    cpu = gb.mlp([FEATURES, CLASSES], backend="cpu")
+    with pytest.raises(gb.ArgumentError, match="net cannot be captured: graphs are for a GPU"):
+        gb.CapturedStep(cpu, gb.Adam(cpu.parameters), np.zeros((8, FEATURES), "float32"), np.zeros(8, int))
