@@ -181,6 +181,7 @@ class LtProducts(Products):
         at = b.data.ptr, a.data.ptr, out.data.ptr, 0 if vector is None else vector.data.ptr
         key = (
             *(epilogue, a.shape, a.strides, a.dtype, b.shape, b.strides, b.dtype, out.shape, out.strides, out.dtype),
+            None if vector is None else (vector.shape, vector.strides, vector.dtype),
             *(at[0] % ALIGNMENT, at[1] % ALIGNMENT, at[2] % ALIGNMENT, at[3] % ALIGNMENT),
         )
         try:

@@ -94,15 +94,39 @@ def assert_close(found: Any, a: np.ndarray, b: np.ndarray, right: np.ndarray, dt
 
 # --- what is multiplied ----------------------------------------------------------------------------------------------
 
+LIKE = st.sampled_from(["C", "F", "wide", "offset"])
+
 
 @settings(max_examples=150, deadline=None)
 @given(
     shape=st.tuples(*[st.integers(1, 9)] * 3),
-    orders=st.tuples(*[st.sampled_from(["C", "F", "wide", "offset"])] * 2),
+    orders=st.tuples(LIKE, LIKE),
     dtype=st.sampled_from(DTYPES),
 )
 def test_products_of_all_shapes_and_orders(shape: tuple[int, int, int], orders: tuple[str, str], dtype: str) -> None:
     check_multiply(stand_in(), shape, orders, dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(LIKE, LIKE, st.integers(0, 3), st.integers(0, 3), st.booleans()), min_size=2, max_size=6),
+    st.sampled_from(DTYPES),
+)
+def test_a_plan_serves_what_it_was_made_for(calls: list[Any], dtype: str) -> None:
+    """Arrays of the same shapes and other strides, or that lie otherwise, one after another."""
+    backend = stand_in()
+    made = lt_products(backend, dtype)
+    vectors, outs = numbers(backend, (7,), dtype), backend.empty((3 + 5 * 4,), dtype)
+    for like_a, like_b, place_of_vector, place_of_out, biased in calls:
+        a, b = numbers(backend, (5, 3), dtype, like_a), numbers(backend, (3, 4), dtype, like_b)
+        vector = vectors[place_of_vector:][:4]
+        out = outs[place_of_out:][:20].reshape(5, 4)
+        if biased:
+            assert made.affine(IDENTITY, a, b, vector, out)
+        else:
+            made.multiply(a, b, out)
+        assert_close(out, exact(a), exact(b), exact(a) @ exact(b) + (exact(vector) if biased else 0), dtype)
+    assert len(made.library.lt.launches) == len(calls)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -233,11 +257,20 @@ def test_what_the_library_lacks_is_asked_for_once_and_declined() -> None:
     assert made.library.lt.alive == 1  # the handle
 
 
+def in_records(x: Any, record: np.dtype) -> Any:
+    """The same numbers, in rows whose distance is no multiple of an element."""
+    records = np.zeros(len(x), record)
+    records["row"] = x
+    return records["row"].view(DeviceArray)
+
+
 STRANGE = {
     "every other column": lambda x: x[:, ::2],
     "upside down": lambda x: x[::-1],
     "one row for all": lambda x: np.broadcast_to(x[:1], x.shape).view(DeviceArray),
     "of another dtype": lambda x: x.astype(np.float64),
+    "integers": lambda x: x.astype(np.int32),
+    "in records": lambda x: in_records(x, np.dtype([("row", np.float32, x.shape[1]), ("more", np.uint8, 2)])),
 }
 
 
@@ -247,26 +280,39 @@ def test_arrays_that_the_library_cannot_read_go_to_the_namespace(strange: str) -
     made = lt_products(backend)
     a = STRANGE[strange](numbers(backend, (6, 8), "float32"))
     b = numbers(backend, (a.shape[1], 3), "float32")
-    out = backend.empty((6, 3), "float32" if a.dtype == b.dtype else "float64")
+    out = backend.empty((6, 3), "float64" if a.dtype == "float64" else "float32")
     made.multiply(a, b, out)
-    np.testing.assert_allclose(out, a @ b, rtol=1e-6)
+    np.testing.assert_allclose(out, a @ b, rtol=1e-5)
     assert made.library.lt.launches == []
 
 
-def test_arrays_that_do_not_fit_are_not_launched() -> None:
+def test_a_product_by_columns_goes_to_the_namespace() -> None:
+    backend = stand_in()
+    made = lt_products(backend)
+    a, b = numbers(backend, (6, 8), "float32"), numbers(backend, (8, 6), "float32")
+    out = numbers(backend, (6, 6), "float32", "F")
+    made.multiply(a, b, out)
+    np.testing.assert_allclose(out, a @ b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_arrays_that_do_not_fit_are_not_launched(first: bool) -> None:
+    """Neither where they come first, nor after others that do."""
     backend = stand_in()
     made = lt_products(backend)
     x, W, b, y = (numbers(backend, shape, "float32") for shape in ((4, 3), (3, 5), (5,), (4, 5)))
-    for arrays in [
-        (x, x, b, y),
-        (x, W, b[:4], y),
-        (x, W, b, y[:3]),
-        (x, W, np.zeros(10, "f4").view(DeviceArray)[::2], y),
-    ]:
+    if not first:
+        assert made.affine(IDENTITY, x, W, b, y)
+    before = made.library.lt.launches.copy()
+    poor = b[:4], numbers(backend, (10,), "float32")[::2], b.astype(np.int32)
+    for arrays in [(x, x, b, y), (x, W, b, y[:3]), *((x, W, vector, y) for vector in poor)]:
         assert not made.affine(IDENTITY, *arrays)
+    assert made.library.lt.launches == before
+    assert made.affine(IDENTITY, x, W, b, y)
+    before = made.library.lt.launches.copy()
     with pytest.raises(ValueError, match="mismatch"):
         made.multiply(x, x, y)
-    assert made.library.lt.launches == []
+    assert made.library.lt.launches == before
 
 
 @settings(max_examples=200, deadline=None)
