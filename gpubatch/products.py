@@ -202,18 +202,18 @@ class LtProducts(Products):
             fit = fit and (vector.shape, vector.dtype) == (b.shape[1:], self.dtype) and vector.flags.c_contiguous
         # A C-contiguous array, read by columns as cuBLASLt reads, is its transpose: so outᵀ = bᵀ aᵀ is asked for.
         A, B, D = (by_columns(x, self.dtype) if fit else None for x in (b, a, out))
-        if A is None or B is None or D is None or D.transposed:
+        if A is None or B is None or D is None or D.transposed or D.stride != D.rows:
             return None
         plan = Plan(self, epilogue, (A, B, D), at)
-        if plan.algorithm == 0 or (epilogue == "RELU_BIAS" and not self._keeps_nan(plan, out, at)):
+        if plan.algorithm == 0 or (epilogue in BIASED.values() and not self._shows_nan(plan, out, at)):
             return None
         return plan
 
-    def _keeps_nan(self, plan: Plan, out: Array, at: Addresses) -> bool:
-        """Whether this ReLU is NaN for NaN, as all others here are; writes over ``out``, and waits for it.
+    def _shows_nan(self, plan: Plan, out: Array, at: Addresses) -> bool:
+        """Whether a bias of NaN makes NaN of all; writes over ``out``, and waits for it.
 
-        It is not documented, and for some instructions the larger of NaN and 0 is 0. That would hide a network that has
-        gone wrong.
+        That ReLU is NaN for NaN, as it is here, is not documented: for some instructions the larger of NaN and 0 is 0,
+        which would hide a network that has gone wrong. And there were versions that left out the bias of some elements.
         """
         nan = self.backend.asarray(np.full(out.shape[1], np.nan, self.dtype))
         plan.launch(at[0], at[1], at[2], nan.data.ptr, self._stream().ptr)

@@ -91,15 +91,18 @@ class StandInLt:
     """The modules ``nvmath``, ``nvmath.bindings.cublas`` and ``nvmath.bindings.cublasLt`` as one.
 
     ``lacks`` are epilogues for which the heuristic finds nothing; with ``relu_of_nan=False`` the larger of 0 and NaN is
-    0. ``calls`` counts them by name, ``launches`` has the epilogue of each.
+    0; without ``whole_bias`` the last column goes without. ``calls`` counts them by name, ``launches`` has the epilogue
+    of each.
     """
 
     ComputeType, CudaDataType, Epilogue = ComputeType, CudaDataType, Epilogue
     MatmulDescAttribute, MatmulPreferenceAttribute = MatmulDescAttribute, MatmulPreferenceAttribute
     cuBLASLtError = cuBLASLtError  # noqa: N815
 
-    def __init__(self, cupy: StandIn, lacks: tuple[str, ...] = (), relu_of_nan: bool = True) -> None:
-        self.cupy, self.lacks, self.relu_of_nan = cupy, lacks, relu_of_nan
+    def __init__(
+        self, cupy: StandIn, lacks: tuple[str, ...] = (), relu_of_nan: bool = True, whole_bias: bool = True
+    ) -> None:
+        self.cupy, self.lacks, self.relu_of_nan, self.whole_bias = cupy, lacks, relu_of_nan, whole_bias
         self.numbers = itertools.count(1000)
         self.handles: set[int] = set()
         self.operations: dict[int, Operation] = {}
@@ -243,7 +246,8 @@ class StandInLt:
             if scales[1]:
                 total = total + scales[1] * C
             if epilogue & Epilogue.BIAS:
-                total = total + vectors.astype(total.dtype)[:, None]
+                whole = slice(None if self.whole_bias else n - 1)
+                total[:, whole] += vectors.astype(total.dtype)[:, None]
             if epilogue & Epilogue.RELU:
                 total = (np.maximum if self.relu_of_nan else np.fmax)(total, 0)
             if epilogue & Epilogue.BGRADA:
