@@ -159,7 +159,7 @@ class CpuBackend(Backend):
     def asarray(self, x: Any, dtype: Any = None) -> Array:
         if is_cupy(x):
             raise DeviceMismatchError(f"{describe(x)} is on a GPU; copy it with Backend.to_numpy(...) first")
-        if not isinstance(x, np.ndarray) and hasattr(x, "__dlpack__"):
+        if is_foreign(x):
             x = self.check("x", from_dlpack(x))
         return np.asarray(x, dtype=dtype)
 
@@ -213,11 +213,11 @@ class CudaBackend(Backend):
         return xp
 
     def asarray(self, x: Any, dtype: Any = None) -> Array:
-        if is_cupy(x):
-            self.check("x", x)
-        elif not isinstance(x, np.ndarray) and hasattr(x, "__dlpack__"):
+        if is_foreign(x):
             with self.scope():
                 x = from_dlpack(x)
+        if is_cupy(x):
+            self.check("x", x)
         return self._made(lambda: self.cupy.asarray(x, dtype=dtype))
 
     def to_numpy(self, x: Array) -> np.ndarray:
@@ -601,9 +601,22 @@ def describe(x: Any) -> str:
     return f"a {type(x).__module__}.{type(x).__qualname__}".replace("a builtins.", "a ")
 
 
+def is_foreign(x: Any) -> bool:
+    """Whether ``x`` is an array of another library that speaks DLPack."""
+    return not isinstance(x, np.ndarray) and not is_cupy(x) and hasattr(x, "__dlpack__")
+
+
+def is_immutable(x: Any) -> bool:
+    """Whether ``x`` is JAX's: its capsule does not say that nobody may write to it, and CuPy would not ask."""
+    return type(x).__module__.partition(".")[0] in ("jax", "jaxlib")
+
+
 def from_dlpack(x: Any) -> Array:
-    """``x``, an array of another library, seen through DLPack without a copy: by CuPy on a GPU, otherwise by NumPy."""
-    on_gpu = x.__dlpack_device__()[0] == 2  # kDLCUDA
+    """``x``, an array of another library, seen through DLPack without a copy: by CuPy on a GPU, otherwise by NumPy.
+
+    On a GPU the stream that is current there waits for what makes the values.
+    """
+    on_gpu = x.__dlpack_device__()[0] in (2, 13)  # kDLCUDA, kDLCUDAManaged
     try:
         return load_cupy().from_dlpack(x) if on_gpu else np.from_dlpack(x)
     except Exception as error:  # every library raises its own: BufferError, TypeError, RuntimeError

@@ -9,7 +9,18 @@ from typing import Any, NamedTuple, TypeAlias, TypedDict, Unpack
 import numpy as np
 
 from gpubatch import rules, schedules
-from gpubatch.backend import Array, Backend, backend_of, describe, float_dtype, from_dlpack, get_backend, is_cupy
+from gpubatch.backend import (
+    Array,
+    Backend,
+    backend_of,
+    describe,
+    float_dtype,
+    from_dlpack,
+    get_backend,
+    is_cupy,
+    is_foreign,
+    is_immutable,
+)
 from gpubatch.errors import (
     ArgumentError,
     DeviceMismatchError,
@@ -616,11 +627,12 @@ def named_arrays(arrays: Any, argument: str, *, writable: bool = False) -> dict[
         label = f"{argument}[{name!r}]"
         if not isinstance(name, str):
             raise DTypeError(f"the names in {argument} must be strings, got {name!r}")
-        if not isinstance(array, np.ndarray) and not is_cupy(array):
-            if not hasattr(array, "__dlpack__"):
-                raise DTypeError(f"{label} must be a NumPy or CuPy array, or speak DLPack, got {describe(array)}")
+        frozen = is_immutable(array)
+        if is_foreign(array):
             array = from_dlpack(array)
-        if writable and not getattr(array.flags, "writeable", True):
+        elif not isinstance(array, np.ndarray) and not is_cupy(array):
+            raise DTypeError(f"{label} must be a NumPy or CuPy array, or speak DLPack, got {describe(array)}")
+        if writable and (frozen or not getattr(array.flags, "writeable", True)):
             raise ArgumentError(f"{label} is read-only: an optimizer changes it in place, give it a writable array")
         found[name] = array
     if writable and len({id(array) for array in given.values()}) < len(given):

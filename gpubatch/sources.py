@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gpubatch.backend import Array, Backend, get_backend
+from gpubatch.backend import Array, Backend, from_dlpack, get_backend, is_foreign
 from gpubatch.datasets import (
     CIFAR_IMAGE,
     CIFAR_PARTS,
@@ -192,12 +192,14 @@ def convert(x: Array, dtype: np.dtype[Any], scale: float | None) -> Array:
 
 
 def array_source(name: str, x: Any, sample_axis: int, backend: Backend) -> ArraySource:
-    """The source of ``x``: an array on ``backend``, or a NumPy array or nested list on the host.
+    """The source of ``x``: an array on ``backend``, or an array or nested list on the host; DLPack copies nothing.
 
     A one-dimensional ``x`` has its samples on axis 0.
     """
     try:
-        array = backend.asarray(x) if backend.owns(x) else get_backend("cpu").asarray(x)
+        with backend.scope():
+            x = from_dlpack(x) if is_foreign(x) else x
+        array = x if backend.owns(x) else get_backend("cpu").asarray(x)
     except DeviceMismatchError as error:
         raise DeviceMismatchError(f"{name} must be a NumPy array or an array on {backend.spec!r}: {error}") from error
     except ValueError as error:
