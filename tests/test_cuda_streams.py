@@ -1,0 +1,217 @@
+"""Streams, captures, the pool's limit and several devices, on real devices; test_streams has the stand-in's tests."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from needs import missing
+
+import gpubatch as gb
+from gpubatch.backend import CudaBackend, available_backends, get_backend
+from gpubatch.loader import Loader
+from gpubatch.ops import SQUARE_SUM_SIZE
+
+pytestmark = pytest.mark.gpu
+
+LARGE = 1 << 26  # elements: work on them takes longer than it takes to give the next one
+
+
+def cuda(spec: str) -> CudaBackend:
+    if spec not in available_backends():
+        missing("gpu", f"{spec} cannot be used here")
+    found = get_backend(spec)
+    assert isinstance(found, CudaBackend)
+    return found
+
+
+@pytest.fixture
+def device() -> CudaBackend:
+    return cuda("cuda:0")
+
+
+@pytest.fixture(params=["default", "another"])
+def caller(request: pytest.FixtureRequest, device: CudaBackend) -> Iterator[Any]:
+    """The stream that is current: the default one, or one that nothing waits for by itself."""
+    if request.param == "default":
+        yield device.current_stream()
+        return
+    with device.stream() as stream:
+        yield stream
+
+
+def test_own_stream_and_caller_s_wait_for_each_other(device: CudaBackend, caller: Any) -> None:
+    x, y = device.zeros(LARGE, "float32"), device.zeros(LARGE, "float32")
+    for _ in range(20):
+        x += 1
+    with device.own_stream():
+        assert device.current_stream() != caller
+        assert device.current_stream().is_non_blocking
+        for _ in range(20):
+            y += x
+    y *= 2
+    assert device.current_stream() == caller
+    assert float(y.min()) == float(y.max()) == 800
+
+
+def test_the_own_stream_is_kept_for_a_thread(device: CudaBackend) -> None:
+    seen: list[int] = []
+
+    def run() -> None:
+        for _ in range(2):
+            with device.own_stream(), get_backend("cuda:0").own_stream():  # type: ignore[attr-defined]
+                seen.append(device.current_stream().ptr)
+
+    run()
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+
+
+def trained(backend: gb.Backend, **options: Any) -> tuple[list[float], np.ndarray]:
+    draw = np.random.default_rng(0)
+    X, Y = draw.integers(0, 256, (512, 64)).astype(np.uint8), draw.integers(0, 10, 512)
+    net = gb.mlp([64, 128, 10], backend=backend, seed=1)
+    with backend.scope():
+        net.parameters.flat *= 2
+    loader = Loader(X, Y, batch_size=64, scale=1 / 255, backend=backend)
+    history = gb.fit(net, loader, gb.Adam(net.parameters), 3, progress=False, **options)
+    with backend.scope():
+        net.parameters.flat *= 3
+    return history.step_loss, backend.to_numpy(net.parameters.flat)
+
+
+def assert_alike(found: tuple[list[float], np.ndarray], expected: tuple[list[float], np.ndarray]) -> None:
+    """Where a gradient is near zero, Adam's step may have either sign."""
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-3)
+    assert np.quantile(np.abs(found[1] - expected[1]), 0.98) < 1e-3
+
+
+def test_a_run_comes_after_and_before_work_on_the_caller_s_stream(device: CudaBackend, caller: Any) -> None:
+    assert_alike(trained(device), trained(get_backend("cpu")))
+
+
+def test_threads_train_at_once(device: CudaBackend) -> None:
+    expected = trained(device)
+    found: list[tuple[list[float], np.ndarray]] = []
+    threads = [threading.Thread(target=lambda: found.append(trained(device))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3
+    for each in found:
+        assert_alike(each, expected)
+
+
+def test_a_kernel_is_captured_and_replayed(device: CudaBackend) -> None:
+    from gpubatch.host_ops import ops_for
+
+    ops = ops_for(device, np.dtype(np.float32))
+    x, sums = device.asarray(np.ones(1000, np.float32)), device.zeros(SQUARE_SUM_SIZE, "float64")
+
+    def work() -> None:
+        nonlocal x
+        x += 1
+        ops.square_sum(x, sums)
+
+    with device.own_stream():
+        work()  # loads what it launches
+        graph = device.capture(work)
+        assert not device.current_stream().is_capturing()
+        assert float(x[0]) == 2
+        pool = device.pool()
+        before = pool.used_bytes(), pool.total_bytes()
+        for _ in range(3):
+            graph.launch()
+        assert (pool.used_bytes(), pool.total_bytes()) == before
+    assert float(x[0]) == 5
+    assert float(device.to_numpy(sums)[0]) == 1000 * sum(n * n for n in (2, 3, 4, 5))
+
+
+REFUSED = {
+    "memory": (lambda device, x: device.zeros(3, "float32"), gb.CaptureError, "bytes of memory were asked for"),
+    "a temporary": (lambda device, x: x + 1, gb.CaptureError, "bytes of memory were asked for"),
+    "an error": (lambda device, x: {}["no such key"], KeyError, "no such key"),
+    "the end of the stream": (lambda d, x: d.current_stream().synchronize(), RuntimeError, "[Cc]aptur"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_captured_leaves_a_stream_that_works(case: str, device: CudaBackend) -> None:
+    work, kind, message = REFUSED[case]
+    x = device.zeros(8, "float32")
+    with device.own_stream():
+        x += 0
+
+        def step() -> None:
+            nonlocal x
+            x += 1
+            work(device, x)
+
+        with pytest.raises(kind, match=message):
+            device.capture(step)
+        assert not device.current_stream().is_capturing()
+        x += 2
+    assert device.to_numpy(x).tolist() == [2] * 8
+    with pytest.raises(RuntimeError, match="default"):
+        device.capture(lambda: None)
+
+
+def test_the_limit_of_the_pool_is_kept_and_reached(device: CudaBackend) -> None:
+    """Memory that another stream left unused counts as available, and can be had."""
+    device.free_unused()
+    with device.scope():
+        pool = device.cupy.get_default_memory_pool()
+        limit = pool.get_limit()
+        pool.set_limit(size=pool.used_bytes() + (64 << 20))
+    try:
+        assert device.memory().available == 64 << 20
+        kept = device.zeros(48 << 20, "uint8")
+        assert device.memory().available == 16 << 20
+        del kept
+        with device.own_stream():
+            x = device.zeros(52 << 20, "uint8")  # pieces of others' blocks may be in the way of a little more
+            assert device.memory().available == 12 << 20
+            with pytest.raises(MemoryError):
+                device.empty(24 << 20, "uint8")
+            del x
+    finally:
+        with device.scope():
+            pool.set_limit(size=limit)
+    device.free_unused()
+
+
+def test_memory_of_an_asynchronous_pool(device: CudaBackend) -> None:
+    """What it keeps is available, and what it calls a limit is none."""
+    with pytest.warns(FutureWarning):  # experimental, says CuPy
+        pool = device.cupy.cuda.MemoryAsyncPool()
+    with device.cupy.cuda.using_allocator(pool.malloc):
+        before = device.memory()
+        x = device.zeros(64 << 20, "uint8")
+        after = device.memory()
+        del x
+        device.free_unused()
+    assert after.total == before.total
+    assert before.available > 1 << 20
+    assert before.available - after.available > 32 << 20
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_another_device_than_the_current_one(current: int, device: CudaBackend) -> None:
+    if "cuda:1" not in available_backends():
+        pytest.skip("there is one device")
+    other = cuda(f"cuda:{1 - current}")
+    with cuda(f"cuda:{current}").scope():
+        found = trained(other)
+        net = gb.mlp([4, 3], backend=other)
+        assert all(a.device.id == other.index for a in net.state_dict()["parameters"].values())
+        opt = gb.Adam(net.parameters)
+        opt.load_state_dict(opt.state_dict())
+        opt.step()
+        assert device.cupy.cuda.Device().id == current
+    assert_alike(found, trained(get_backend("cpu")))
