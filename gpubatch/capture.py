@@ -223,7 +223,8 @@ class CapturedSteps:
 
     def launch(self, form: Form) -> None:
         """The graph of a form, captured if it has not been."""
-        self._graph(form).launch()
+        with self._backend.scope():
+            self._graph(form).launch()
 
     def _graph(self, form: Form) -> Any:
         if form not in self._graphs:

@@ -15,6 +15,7 @@ from stand_in import StandInBackend, queued_backend
 import gpubatch as gb
 import gpubatch.backend
 from gpubatch.loader import Loader
+from gpubatch.products import ArrayProducts
 
 RNG = np.random.default_rng(7)
 X, Y = RNG.standard_normal((24, 6)).astype(np.float32), RNG.integers(0, 4, 24)
@@ -35,11 +36,12 @@ def network(device: StandInBackend) -> tuple[gb.Network, Any, Any]:
     return net, device.asarray(X), device.asarray(Y)
 
 
-def fit(device: StandInBackend, **options: Any) -> None:
+def fit(device: StandInBackend, **options: Any) -> gb.History:
     net = network(device)[0]
     feed = options.pop("feed", "auto")
     loader = Loader(X, Y, batch_size=8, backend=device, feed=feed)
-    gb.fit(net, loader, gb.Adam(net.parameters), 2, validation=(X, Y), progress=False, max_norm=0.01, **options)
+    opt = gb.Adam(net.parameters)
+    return gb.fit(net, loader, opt, 2, validation=(X, Y), progress=False, max_norm=0.01, **options)
 
 
 def fit_with_checkpoint(device: StandInBackend, folder: Path) -> None:
@@ -63,6 +65,18 @@ def step(device: StandInBackend, make: Callable[[Any], gb.Optimizer]) -> None:
     opt.rehearse([device.asarray(X), device.asarray(Y.astype(np.float32))])
     state = opt.state_dict()
     make(arrays).load_state_dict(state)
+
+
+def captured(device: StandInBackend) -> None:
+    """Products of NumPy's may be captured here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ArrayProducts, "capturable", True)
+        assert fit(device).execution == "captured"
+        net, x, y = network(device)
+        step = gb.CapturedStep(net, gb.Adam(net.parameters), x[:8], y[:8])
+        with device.own_stream():
+            step()
+        device.to_numpy(step())
 
 
 def of_network(use: Callable[[gb.Network, Any, Any], Any]) -> Callable[[StandInBackend, Path], Any]:
@@ -102,6 +116,7 @@ USES: dict[str, Callable[[StandInBackend, Path], Any]] = {
     "fit": lambda d, _: fit(d),
     "fit from the host": lambda d, _: fit(d, feed="host"),
     "fit that calls back": lambda d, _: fit(d, callbacks=[lambda s: s.net.parameters.flat.copy()]),
+    "captured steps": lambda d, _: captured(d),
     "fit with a checkpoint": fit_with_checkpoint,
     "a sweep of steps": of_network(lambda net, x, y: gb.step_size_sweep(net, x, y, [0.1, 1.0])),
 }
