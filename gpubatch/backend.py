@@ -40,6 +40,7 @@ __all__ = [
     "array_namespace",
     "available_backends",
     "backend_of",
+    "compute_dtype",
     "float_dtype",
     "get_backend",
 ]
@@ -633,6 +634,11 @@ def float_dtype(dtype: Any, name: str = "dtype", half: bool = False) -> np.dtype
         return known[np.dtype(dtype).name]
     except (TypeError, KeyError):
         raise DTypeError(f"{name} must be {' or '.join(known)}, got {dtype!r}") from None
+
+
+def compute_dtype(storage: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype of the arithmetic on arrays of ``storage``: float32 for float16, else the same."""
+    return np.dtype(np.float32) if storage == np.float16 else storage
 
 
 # --- memory of the host --------------------------------------------------------------------------------------------

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from gpubatch import layers
-from gpubatch.backend import Array, CudaBackend
+from gpubatch.backend import Array, CudaBackend, compute_dtype
 from gpubatch.cuda_ops import source_of
 from gpubatch.errors import ArgumentError, check_int
-from gpubatch.launch import compute_dtype, cuda_kernel
+from gpubatch.launch import cuda_kernel
 from gpubatch.network import Network
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import Optimizer

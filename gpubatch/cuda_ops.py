@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gpubatch.backend import Array, CudaBackend, describe
+from gpubatch.backend import Array, CudaBackend, compute_dtype, describe
 from gpubatch.errors import DTypeError, ShapeError
 from gpubatch.launch import C_TYPES, cuda_kernel, kernel_source
 from gpubatch.ops import IDENTITY, KINDS, PARTS, SUM_PARTS, Activation, Ops, Work, labels_or_rows, normal_tail_source
@@ -29,7 +29,7 @@ MOST_BLOCKS = 1 << 14  # far more than run at a time on any device
 WARP_CLASSES = 256  # up to which a warp has a row of scores for itself
 BLOCK_CLASSES = 4096  # from which a block of the most threads has it
 
-# The C type of every element type that samples are stored in.
+# The C type of every element type in which samples may lie in their source.
 STORED = {
     "bool": "bool",
     "int8": "signed char",
@@ -50,7 +50,7 @@ class CudaOps(Ops):
     """Launches on the current stream of ``backend``, whose scope the caller has entered."""
 
     def __init__(self, backend: CudaBackend, dtype: np.dtype[Any]) -> None:
-        self.backend, self.dtype = backend, dtype
+        self.backend, self.dtype, self.compute = backend, dtype, compute_dtype(dtype)
 
     def activate(self, f: Activation, x: Array, b: Array | None, y: Array, work: Work) -> None:
         """See :class:`Ops`; one launch."""
@@ -67,21 +67,22 @@ class CudaOps(Ops):
         source = activation_source(self.dtype.name, f.kind)
         kept = work["slope"] if f.keeps else y
         if db is None:
-            self._on_tiles(source, "activation_gradient", dy.shape, (kept, dy, dx, None), (f.p,))
+            self._on_tiles(source, "activation_gradient", dy.shape, (kept, dy, dx, None, None), (f.p,))
             return
         alone = tiles(dy.shape, PARTS)[1][1] == 1  # one part is the sum itself
-        partial = db if alone else work["partial"]
-        parts = self._on_tiles(source, "activation_gradient", dy.shape, (kept, dy, dx, partial), (f.p,), PARTS)
+        partial = None if alone else work["partial"]
+        arrays = (kept, dy, dx, partial, db if alone else None)
+        parts = self._on_tiles(source, "activation_gradient", dy.shape, arrays, (f.p,), PARTS)
         if not alone:
             self._add_partial(partial, parts, 1.0, db)
 
     def softmax_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """See :class:`Ops`; a label out of range makes NaN of the loss and of its row of the gradient."""
-        self._over_rows("softmax_cross_entropy", z, labels_or_rows(Y, self.dtype, work), gradient, work)
+        self._over_rows("softmax_cross_entropy", z, labels_or_rows(Y, self.compute, work), gradient, work)
 
     def svm(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """See :class:`Ops`; a label out of range makes NaN of the loss and of its row of the gradient."""
-        self._over_rows("svm", z, labels_or_rows(Y, self.dtype, work)[:1], gradient, work)
+        self._over_rows("svm", z, labels_or_rows(Y, self.compute, work)[:1], gradient, work)
 
     def sigmoid_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """See :class:`Ops`; one launch, and one more where there are many scores."""
@@ -99,7 +100,8 @@ class CudaOps(Ops):
     def l2_gradient(self, w: Array, spans: Array, factor: float, g: Array, work: Work) -> None:
         """See :class:`Ops`; one launch for all parts."""
         source = source_of(self.dtype.name, "total.cuh", "l2.cu")
-        self._launch(source, "l2_gradient", (blocks_for(w.size),), THREADS, w, spans, len(spans), g, factor)
+        arguments = (w, spans, len(spans), g, work.get("factor"), factor)
+        self._launch(source, "l2_gradient", (blocks_for(w.size),), THREADS, *arguments)
 
     def normalise(
         self, x: Array, mean: Array, var: Array, eps: float, gamma: Array, beta: Array, y: Array, work: Work
@@ -180,20 +182,19 @@ class CudaOps(Ops):
         if source.dtype.name not in STORED:
             raise DTypeError(f"source must have one of the dtypes {', '.join(STORED)}, got {describe(source)}")
         shape = (len(out), math.prod(source.shape[1:]))
-        stored = f"typedef {STORED[source.dtype.name]} S;"
-        text = source_of(self.dtype.name, "half.cuh", "gather.cu", before=stored)
+        text = gather_source(self.dtype.name, source.dtype.name)
         self._on_tiles(text, "gather", shape, (source, order, batch, out), (size, scale, shift))
 
     def take_batch(self, source: Array, order: Array, batch: Array, out: Array, size: int) -> None:
         """As :meth:`gather_batch`, but elements stay as they are stored, or become int64 where out is; one launch."""
         shape = (len(out), math.prod(source.shape[1:]))
-        types = f"typedef {STORED[source.dtype.name]} S;\ntypedef {STORED[out.dtype.name]} Target;"
-        text = source_of(self.dtype.name, "half.cuh", "take.cu", before=types)
+        types = f"typedef {STORED[source.dtype.name]} Sample;\ntypedef {STORED[out.dtype.name]} Target;"
+        text = source_of(self.dtype.name, "take.cu", before=types)
         self._on_tiles(text, "take", shape, (source, order, batch, out), (size,))
 
     def _add_partial(self, partial: Array, parts: int, factor: float, out: Array, second: Array | None = None) -> None:
         """``out`` = factor times the sums in ``parts`` rows of ``partial``; those of ``second`` stand beside them."""
-        source, features = source_of(self.dtype.name, "columns.cu"), out.size
+        source, features = source_of(out.dtype.name, "columns.cu"), out.size
         shape = (parts, features if second is None else 2 * features)
         self._on_tiles(source, "add_partial", shape, (partial, out, second), (features, factor), 1)
 
@@ -205,7 +206,8 @@ class CudaOps(Ops):
         team = WARP if classes <= WARP_CLASSES else threads
         blocks = min(-(-rows * team // threads), MOST_BLOCKS)
         dz = work["dz"] if gradient else None
-        self._launch(source, name, (blocks,), threads, z, *truth, dz, losses, rows, classes, team, 1 / rows)
+        arrays = (z, *truth, dz, losses, work.get("factor"))
+        self._launch(source, name, (blocks,), threads, *arrays, rows, classes, team, 1 / rows)
         self._launch(source, "mean", (1,), MOST_THREADS, losses, work["loss"], rows)
 
     def _over_scores(self, name: str, z: Array, Y: Array, gradient: bool, work: Work) -> None:
@@ -214,7 +216,7 @@ class CudaOps(Ops):
             work["t"][...] = Y.reshape(z.shape)
             Y = work["t"]
         source = score_source(self.dtype.name, Y.dtype.name)
-        arrays = (z, Y, work["dz"] if gradient else None, z.size)
+        arrays = (z, Y, work["dz"] if gradient else None, work.get("factor"), z.size)
         self._total(source, name, z.size, arrays, work["parts"], work["loss"], 1 / z.size)
 
     def _total(
@@ -252,12 +254,12 @@ class CudaOps(Ops):
         cuda_kernel(self.backend, source, name)(grid, (threads,), tuple(map(self._argument, arguments)))
 
     def _argument(self, x: Any) -> Any:
-        """``x`` as a kernel takes it: None is a null pointer, an int is 64-bit, a float is of the element type."""
+        """``x`` as a kernel takes it: None is a null pointer, an int is 64-bit, a float is of the arithmetic's type."""
         if x is None:
             return np.uint64(0)
         if isinstance(x, int):
             return np.int64(x)
-        return self.dtype.type(x) if isinstance(x, float) else x
+        return self.compute.type(x) if isinstance(x, float) else x
 
 
 def check_contiguous(name: str, x: Array) -> None:
@@ -282,20 +284,28 @@ def tiles(shape: tuple[int, ...], most: int) -> tuple[int, tuple[int, int]]:
 
 @functools.cache
 def source_of(dtype: str, *files: str, before: str = "") -> str:
-    """The CUDA source of files of ``kernels/`` for one element type, with ``before`` in front of the last one."""
+    """The CUDA source of files of ``kernels/`` for arrays of ``dtype``, with ``before`` in front of the last one."""
+    types = [f"typedef {C_TYPES[compute_dtype(np.dtype(dtype)).name]} T;", f"typedef {STORED[dtype]} S;"]
     shared = [kernel_source(name) for name in ("math.cuh", "block.cuh", *files[:-1])]
-    return "\n".join([f"typedef {C_TYPES[dtype]} T;", *shared, before, kernel_source(files[-1])])
+    return "\n".join([kernel_source("half.cuh"), *types, *shared, before, kernel_source(files[-1])])
 
 
 @functools.cache
 def score_source(dtype: str, target: str) -> str:
     """The CUDA source of the losses over scores, with targets of dtype ``target``."""
     before = f"typedef {STORED[target]} Target;"
-    return source_of(dtype, "half.cuh", "total.cuh", "score_loss.cu", before=before)
+    return source_of(dtype, "total.cuh", "score_loss.cu", before=before)
 
 
 @functools.cache
 def activation_source(dtype: str, kind: str) -> str:
     """The CUDA source of one activation, a key of :data:`gpubatch.ops.KINDS`."""
-    before = f"{normal_tail_source(dtype)}\n{kernel_source('activations.cuh')}\ntypedef {KINDS[kind]} Activation;"
+    tail = normal_tail_source(compute_dtype(np.dtype(dtype)).name)
+    before = f"{tail}\n{kernel_source('activations.cuh')}\ntypedef {KINDS[kind]} Activation;"
     return source_of(dtype, "activation.cu", before=before)
+
+
+@functools.cache
+def gather_source(dtype: str, stored: str) -> str:
+    """The CUDA source of gathering samples of the element type ``stored`` into arrays of ``dtype``."""
+    return source_of(dtype, "gather.cu", before=f"typedef {STORED[stored]} Sample;")

@@ -33,6 +33,7 @@ from gpubatch.errors import (
 from gpubatch.layers import BatchNorm, Context, Dense, Mode
 from gpubatch.loader import Loader
 from gpubatch.network import Network, parameter_names
+from gpubatch.ops import workspace_dtype
 from gpubatch.optim import SGD, Adam, Momentum, Optimizer, RMSProp
 from gpubatch.params import FlatViews, Parameters
 from gpubatch.train import History, StopTraining, TrainingState, fit
@@ -704,7 +705,7 @@ class _SideBySide:
         }
 
     def _empty(self, shape: tuple[int, ...], dtype: Any = None) -> Array:
-        return self.net.backend.empty(shape, dtype or self.net.dtype)
+        return self.net.backend.empty(shape, workspace_dtype(dtype, self.net.dtype))
 
     def _work(self, spaces: Mapping[str, tuple[tuple[int, ...], Any]], rows: int) -> dict[str, Array]:
         return {

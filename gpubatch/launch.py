@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from gpubatch.backend import Array, Backend, CudaBackend
+from gpubatch.backend import Array, Backend, CudaBackend, compute_dtype
 from gpubatch.errors import ShapeError
 from gpubatch.formula import Element, Op, Scalar, Trace
 
@@ -56,11 +56,6 @@ def update_for(trace: Trace, storage: np.dtype[Any], backend: Backend, master: b
     if storage != dtype:
         return HalfUpdate(cpu_update(trace, dtype), master)
     return cpu_update(trace, dtype)
-
-
-def compute_dtype(storage: np.dtype[Any]) -> np.dtype[Any]:
-    """The dtype of the arithmetic on arrays of ``storage``: float32 for float16, else the same."""
-    return np.dtype(np.float32) if storage == np.float16 else storage
 
 
 def cpu_update(trace: Trace, dtype: np.dtype[Any]) -> HostUpdate | CompiledUpdate:

@@ -17,7 +17,7 @@ import numpy as np
 
 from gpubatch.backend import Array, Backend
 from gpubatch.errors import ArgumentError, check_bool, check_choice, check_int, check_real
-from gpubatch.ops import IDENTITY, PARTS, Activation, Ops
+from gpubatch.ops import COMPUTE, IDENTITY, PARTS, Activation, Ops
 from gpubatch.products import Products
 
 __all__ = [
@@ -40,7 +40,9 @@ __all__ = [
 
 Shape: TypeAlias = tuple[int, ...]
 Initializer: TypeAlias = "Callable[[np.random.Generator, Shape], np.ndarray]"  # in quotes: NumPy loads random late
-Space: TypeAlias = tuple[Shape, Any]  # shape, in which -1 is the batch size, and dtype; None is the network's dtype
+# Shape, in which -1 is the batch size, and dtype: None is that of the network, in which batches are stored, and COMPUTE
+# that of the arithmetic; they differ where that is float32 and batches are float16.
+Space: TypeAlias = tuple[Shape, Any]
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,7 @@ class Dense(Layer):
         parameters = {"W": Parameter((self.inputs, self.outputs), Normal(std), l2=True)}
         if self.bias:
             parameters["b"] = Parameter((self.outputs,))
-        scratch: dict[str, Space] = {"partial": ((PARTS, self.outputs), None)} if self.bias else {}
+        scratch: dict[str, Space] = {"partial": ((PARTS, self.outputs), COMPUTE)} if self.bias else {}
         return Needs(self.outputs, parameters, scratch=scratch, reads=("x",))
 
     def forward(self, x: Array, y: Array, c: Context) -> None:
@@ -359,14 +361,14 @@ class BatchNorm(Layer):
 
     def needs(self, features: int) -> Needs:
         """gamma, beta, and the running statistics."""
-        full, one = ((-1, features), None), ((features,), None)
+        full, one = ((-1, features), None), ((features,), COMPUTE)
         return Needs(
             features,
             parameters={"gamma": Parameter((features,), 1.0), "beta": Parameter((features,))},
             buffers={"running_mean": Parameter((features,)), "running_var": Parameter((features,), 1.0)},
             kept={"normal": full, "mean": one, "var": one, "inverse": one},
-            scratch={"row": one, "partial": ((2 * PARTS, features), None)},
-            plain={"t": full},
+            scratch={"row": one, "partial": ((2 * PARTS, features), COMPUTE)},
+            plain={"t": ((-1, features), COMPUTE)},
             reads=(),
             in_place=True,
             least_rows=2,

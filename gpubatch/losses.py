@@ -16,11 +16,11 @@ import numpy as np
 from gpubatch.backend import Array, Backend, backend_of, describe
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError
 from gpubatch.host_ops import ops_for
-from gpubatch.ops import SUM_PARTS, Ops
+from gpubatch.ops import COMPUTE, SUM_PARTS, Ops, workspace_dtype
 
 __all__ = ["LOSSES", "Loss", "mse", "sigmoid_cross_entropy", "softmax_cross_entropy", "svm"]
 
-Space: TypeAlias = tuple[tuple[int, ...], Any]  # shape, in which -1 is the batch size, and dtype; None is the scores'
+Space: TypeAlias = tuple[tuple[int, ...], Any]  # shape, in which -1 is the batch size, and dtype, as of a layer's Space
 
 
 @dataclass(frozen=True)
@@ -159,9 +159,9 @@ class SVM(Loss):
     def workspace(self, outputs: int) -> Mapping[str, Space]:
         """The margins, and what belongs to the labels."""
         return {
-            "loss": ((1,), None),
+            "loss": ((1,), COMPUTE),
             "dz": ((-1, outputs), None),
-            "row": ((-1,), None),
+            "row": ((-1,), COMPUTE),
             "index": ((-1,), np.int64),
         }
 
@@ -201,10 +201,10 @@ class SoftmaxCrossEntropy(Loss):
     def workspace(self, outputs: int) -> Mapping[str, Space]:
         """The exponentials, what belongs to a row, and one array for targets in rows."""
         return {
-            "loss": ((1,), None),
+            "loss": ((1,), COMPUTE),
             "dz": ((-1, outputs), None),
-            "t": ((-1, outputs), None),
-            **dict.fromkeys(("row", "sum", "log", "weight"), ((-1,), None)),
+            "t": ((-1, outputs), COMPUTE),
+            **dict.fromkeys(("row", "sum", "log", "weight"), ((-1,), COMPUTE)),
             "index": ((-1,), np.int64),
         }
 
@@ -252,8 +252,13 @@ LOSSES: dict[str, Loss] = {
 
 def over_scores(outputs: int) -> Mapping[str, Space]:
     """The workspace where every score counts for itself: the gradient, one array of its size, and partial sums."""
-    full = ((-1, outputs), None)
-    return {"loss": ((1,), None), "dz": full, "t": full, "parts": ((SUM_PARTS,), np.float64)}
+    full = (-1, outputs)
+    return {
+        "loss": ((1,), COMPUTE),
+        "dz": (full, None),
+        "t": (full, COMPUTE),
+        "parts": ((SUM_PARTS,), np.float64),
+    }
 
 
 def check_labels(Y: Array, rows: int, takes: str) -> None:
@@ -321,7 +326,7 @@ def _alone(name: str, z: Array, Y: Array) -> tuple[float, Array]:
     rows, outputs = z.shape
     loss.check(Y, rows, outputs)
     work = {
-        name: backend.empty(tuple(rows if n == -1 else n for n in shape), dtype or z.dtype)
+        name: backend.empty(tuple(rows if n == -1 else n for n in shape), workspace_dtype(dtype, z.dtype))
         for name, (shape, dtype) in loss.workspace(outputs).items()
     }
     with backend.scope(), np.errstate(over="ignore", invalid="ignore"):

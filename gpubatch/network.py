@@ -42,7 +42,7 @@ from gpubatch.layers import (
     Parameter,
     Shape,
 )
-from gpubatch.ops import SUM_PARTS, NumpyOps, philox_generator
+from gpubatch.ops import COMPUTE, SUM_PARTS, philox_generator, workspace_dtype
 from gpubatch.params import FlatViews, Parameters
 from gpubatch.products import PRECISIONS, products_for
 
@@ -76,7 +76,7 @@ class Layout:
     def place(self, shape: Shape, dtype: Any = None) -> Place:
         """A place for an array; -1 in ``shape`` is the batch size."""
         shape = tuple(self.rows if n == -1 else n for n in shape)
-        place = Place(self.end, shape, np.dtype(dtype or self.dtype))
+        place = Place(self.end, shape, workspace_dtype(dtype, self.dtype))
         size = math.prod(shape) * place.dtype.itemsize
         self.end += -(-size // ALIGNMENT) * ALIGNMENT
         return place
@@ -480,7 +480,7 @@ class Network:
         if self._weights and self.backend.name == "cpu":
             call = layout.branch()
             largest = max(int(self.parameters[name].size) for name in self._weights)
-            loss["l2"] = call.place((min(largest, L2_BLOCK),))
+            loss["l2"] = call.place((min(largest, L2_BLOCK),), COMPUTE)
             ends.append(call.end)
         return Plan(stages, loss, max(ends))
 
@@ -500,13 +500,13 @@ class Network:
 
     def _loss_spaces(self) -> Mapping[str, losses.Space]:
         """What the loss and the l2 term work in: NumPy's square, and the partial sums of a GPU."""
-        l2: dict[str, losses.Space] = {"squares": ((1, 1), None), "parts": ((SUM_PARTS,), np.float64)}
+        l2: dict[str, losses.Space] = {"squares": ((1, 1), COMPUTE), "parts": ((SUM_PARTS,), np.float64)}
         return {**self._loss.workspace(self.outputs), **(l2 if self._weights else {})}
 
     def _scratch(self, i: int) -> Mapping[str, tuple[Shape, Any]]:
         """The scratch of stage i, with NumPy's where that works: without kernels, or on X, which may be strided."""
         needs = self._stack[i].needs
-        numpy = isinstance(self.ops, NumpyOps) or (self.backend.name == "cpu" and i == 0 and needs.in_place)
+        numpy = self.ops.plain or (self.backend.name == "cpu" and i == 0 and needs.in_place)
         return {**needs.scratch, **needs.plain} if numpy else needs.scratch
 
     # --- state ---

@@ -1,8 +1,9 @@
 """The core's kernels: what a step does besides matrix products, for NumPy, compiled for the CPU, and for CUDA.
 
-:class:`Ops` says what each computes; :func:`ops_for` chooses the form once, for a backend and an element type. All
-arrays are C-contiguous, and of that element type where nothing else is said; nothing is allocated. ``work`` is
-workspace by the names that the ``*_WORK`` tables give.
+:class:`Ops` says what each computes; :func:`ops_for` chooses the form once, for a backend and an element type, in which
+batches, parameters and their gradients are stored. All arrays are C-contiguous; nothing is allocated. ``work`` is
+workspace by the names that layers and losses give. For float16 the arithmetic is float32, and so are means, variances,
+the loss and scratch: what layers ask for as :data:`COMPUTE`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from gpubatch.backend import Array
+from gpubatch.backend import Array, compute_dtype
 
-__all__ = ["PARTS", "SQUARE_SUM_SIZE", "SUM_PARTS", "Activation", "NumpyOps", "Ops", "normal_tail"]
+__all__ = ["COMPUTE", "PARTS", "SQUARE_SUM_SIZE", "SUM_PARTS", "Activation", "NumpyOps", "Ops", "normal_tail"]
 
 Work: TypeAlias = Mapping[str, Array]
 
+COMPUTE = "compute"  # as the dtype of an array of workspace: that of the arithmetic, float32 for float16
 PARTS = 64  # partial results of a reduction: a fixed number, so that sums do not depend on how many threads there are
 SUM_PARTS = 256  # likewise for a single number, on a GPU: so many blocks keep its memory busy
 GATHER_BLOCK = 1 << 18  # elements that NumPy gathers, casts and scales at a time
@@ -47,10 +49,10 @@ class Activation:
 
     @property
     def scratch(self) -> dict[str, Any]:
-        """The names of the arrays that NumPy works in, and their dtype, None for that of x."""
+        """The names of the arrays that NumPy works in, and their dtype."""
         if self.kind in ("step", "relu"):
             return {"positive": bool}
-        return dict.fromkeys({"gelu": "tu", "gelu_tanh": "tu", "identity": ""}.get(self.kind, "t"))
+        return dict.fromkeys({"gelu": "tu", "gelu_tanh": "tu", "identity": ""}.get(self.kind, "t"), COMPUTE)
 
 
 IDENTITY = Activation("identity")
@@ -71,6 +73,8 @@ KINDS = {
 class Ops(ABC):
     """The kernels of one backend and element type. x, y, dx, dy are ``(batch, features)``."""
 
+    plain = False  # whether NumPy does the work, in what layers ask for as plain
+
     # --- activations and biases ---
 
     @abstractmethod
@@ -86,7 +90,7 @@ class Ops(ABC):
         dx may be dy; with the identity it may be None. ``work["partial"]`` is scratch, (PARTS, features).
         """
 
-    # --- losses ---
+    # --- losses: with ``work["factor"]``, of one element, the gradient is multiplied by it before it is stored ---
 
     @abstractmethod
     def softmax_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
@@ -187,6 +191,8 @@ class Ops(ABC):
 class NumpyOps(Ops):
     """The reference: the formulas as NumPy calls, one pass each."""
 
+    plain = True
+
     def activate(self, f: Activation, x: Array, b: Array | None, y: Array, work: Work) -> None:
         """See :class:`Ops`."""
         if b is not None:
@@ -236,6 +242,7 @@ class NumpyOps(Ops):
             t[...] = Y  # into the scores' dtype before anything is rounded
             t *= 1 / len(z)
             dz -= t
+        scale_gradient(work)
 
     def svm(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """See :class:`Ops`: dz_j = 1/n for a violated margin, dz_y = -(how many there are)/n."""
@@ -254,6 +261,7 @@ class NumpyOps(Ops):
             dz.sum(axis=1, out=row)
             dz.reshape(-1)[index] = np.negative(row, out=row)
             dz *= 1 / len(z)
+            scale_gradient(work)
 
     def sigmoid_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """See :class:`Ops`: L = Σ max(z, 0) - z y + log(1 + exp(-|z|)) / N, σ(z) = exp(min(z, 0)) / (1 + exp(-|z|)).
@@ -273,6 +281,7 @@ class NumpyOps(Ops):
             dz /= t
             dz -= Y
             dz *= 1 / z.size
+            scale_gradient(work)
 
     def mse(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """See :class:`Ops`: dz = 2 (z - y) / N."""
@@ -280,6 +289,7 @@ class NumpyOps(Ops):
         total(np.multiply(dz, dz, out=work["t"]), work["loss"], 1 / z.size)
         if gradient:
             dz *= 2 / z.size
+            scale_gradient(work)
 
     def l2_loss(self, w: Array, spans: Array, factor: float, loss: Array, work: Work) -> None:
         """See :class:`Ops`; BLAS does the sums."""
@@ -291,7 +301,7 @@ class NumpyOps(Ops):
 
     def l2_gradient(self, w: Array, spans: Array, factor: float, g: Array, work: Work) -> None:
         """See :class:`Ops`; as much at a time as ``work["l2"]`` has room for."""
-        block = work["l2"]
+        block, factor = work["l2"], factor * work["factor"].item() if "factor" in work else factor
         for first, last in spans.tolist():
             for start in range(first, last, block.size):
                 stop = min(start + block.size, last)
@@ -513,6 +523,13 @@ BACKWARD: dict[str, Callable[[float, Array, Array, Array, Work], None]] = {
 }
 
 
+def workspace_dtype(wanted: Any, storage: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype of an array of workspace, where None asks for ``storage`` and :data:`COMPUTE` for its arithmetic's."""
+    if wanted is None:
+        return storage
+    return compute_dtype(storage) if isinstance(wanted, str) and wanted == COMPUTE else np.dtype(wanted)
+
+
 def labels_or_rows(Y: Array, dtype: np.dtype[Any], work: Work) -> tuple[Array, Array]:
     """Y as kernels take it, (labels, None) or (None, rows): itself, or copied to where work has room for it."""
     if Y.ndim == 1 and Y.dtype == np.int64 and Y.flags.c_contiguous:
@@ -522,6 +539,13 @@ def labels_or_rows(Y: Array, dtype: np.dtype[Any], work: Work) -> tuple[Array, A
     copy = work["index" if Y.ndim == 1 else "t"]
     copy[...] = Y
     return (copy, None) if Y.ndim == 1 else (None, copy)
+
+
+def scale_gradient(work: Work) -> None:
+    """Multiply the gradient of a loss by ``work["factor"]``, if there is one."""
+    if "factor" in work:
+        dz = work["dz"]
+        dz *= work["factor"]
 
 
 def total(x: Array, out: Array, scale: float) -> None:

@@ -13,6 +13,7 @@ from gpubatch.backend import (
     Array,
     Backend,
     backend_of,
+    compute_dtype,
     describe,
     float_dtype,
     from_dlpack,
@@ -35,7 +36,7 @@ from gpubatch.errors import (
 )
 from gpubatch.formula import Rule
 from gpubatch.host_ops import ops_for
-from gpubatch.launch import CudaUpdate, compute_dtype, update_for
+from gpubatch.launch import CudaUpdate, update_for
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.params import FlatViews, Parameters
 

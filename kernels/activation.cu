@@ -2,11 +2,11 @@
 // defined before this text.
 
 // y = f(x + b), and with KEEPS slope = f'(x + b); b may be null. x may be y.
-extern "C" __global__ void activate(const T* x, const T* b, T* y, T* slope, long long rows, long long features,
+extern "C" __global__ void activate(const S* x, const S* b, S* y, S* slope, long long rows, long long features,
                                     long long width, T p) {
     const Tile tile(rows, features, width);
     if (tile.column >= features) return;
-    const T bias = b ? b[tile.column] : -T(0);  // which leaves every number as it is
+    const T bias = b ? T(b[tile.column]) : -T(0);  // which leaves every number as it is
     tile.each([&](long long row) { return x[tile.at(row)]; },
               [&](long long row, T value) {
                   T derivative = 0;
@@ -19,9 +19,9 @@ struct Pair {
     T kept, dy;
 };
 
-// dx = dy f', by what forward kept, and its sums over a chunk of rows to a row of `partial`; either may be null.
-// dx may be dy.
-extern "C" __global__ void activation_gradient(const T* kept, const T* dy, T* dx, T* partial, long long rows,
+// dx = dy f', by what forward kept, and its sums over a chunk of rows to a row of `partial`, or where there is but one
+// chunk to db; any of the three may be null. dx may be dy.
+extern "C" __global__ void activation_gradient(const S* kept, const S* dy, S* dx, T* partial, S* db, long long rows,
                                                long long features, long long width, T p) {
     const Tile tile(rows, features, width);
     T sum = 0;
@@ -31,7 +31,8 @@ extern "C" __global__ void activation_gradient(const T* kept, const T* dy, T* dx
                   if (dx) dx[tile.at(row)] = d;
                   sum += d;
               });
-    if (!partial) return;
+    if (!partial && !db) return;
     sum = column_sum(sum, width);
-    if (tile.owner) partial[tile.at(blockIdx.y)] = sum;
+    if (tile.owner && partial) partial[tile.at(blockIdx.y)] = sum;
+    if (tile.owner && db) db[tile.column] = sum;
 }

@@ -1,7 +1,7 @@
 // Batch norm: sums over the columns, to be finished by add_partial of columns.cu, and what is done with them.
 
 // The sums over a chunk of rows to a row of `partial`: of x, or where `mean` is given of (x - mean)².
-extern "C" __global__ void moment(const T* x, const T* mean, T* partial, long long rows, long long features,
+extern "C" __global__ void moment(const S* x, const T* mean, T* partial, long long rows, long long features,
                                   long long width) {
     const Tile tile(rows, features, width);
     const T middle = mean && tile.column < features ? mean[tile.column] : T(0);
@@ -17,8 +17,8 @@ extern "C" __global__ void moment(const T* x, const T* mean, T* partial, long lo
 
 // y = gamma n + beta, n = (x - mean)/sqrt(var + eps). For a gradient later, n and 1/sqrt(var + eps) are kept where
 // `normal` and `inverse` are not null. x may be y.
-extern "C" __global__ void normalise(const T* x, const T* mean, const T* var, const T* gamma, const T* beta, T* y,
-                                     T* normal, T* inverse, long long rows, long long features, long long width,
+extern "C" __global__ void normalise(const S* x, const T* mean, const T* var, const S* gamma, const S* beta, S* y,
+                                     S* normal, T* inverse, long long rows, long long features, long long width,
                                      T eps) {
     const Tile tile(rows, features, width);
     if (tile.column >= features) return;
@@ -38,7 +38,7 @@ struct Pair {
 };
 
 // The sums of dy n and of dy over a chunk of rows, side by side in a row of `partial`, of 2 * features.
-extern "C" __global__ void gradient_sums(const T* normal, const T* dy, T* partial, long long rows, long long features,
+extern "C" __global__ void gradient_sums(const S* normal, const S* dy, T* partial, long long rows, long long features,
                                          long long width) {
     const Tile tile(rows, features, width);
     T products = 0, plain = 0;
@@ -55,8 +55,8 @@ extern "C" __global__ void gradient_sums(const T* normal, const T* dy, T* partia
 }
 
 // dx = gamma inverse (dy - dbeta share - n dgamma share), share = 1/rows. dx may be dy.
-extern "C" __global__ void gradient(const T* normal, const T* dy, const T* gamma, const T* inverse, const T* dgamma,
-                                    const T* dbeta, T* dx, long long rows, long long features, long long width,
+extern "C" __global__ void gradient(const S* normal, const S* dy, const S* gamma, const T* inverse, const S* dgamma,
+                                    const S* dbeta, S* dx, long long rows, long long features, long long width,
                                     T share) {
     const Tile tile(rows, features, width);
     if (tile.column >= features) return;

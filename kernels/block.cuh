@@ -1,22 +1,27 @@
 // What kernels share: which thread has which elements, and sums over a block that always have the same bits.
-// T is float or double, defined before this text.
+// T is the type of arithmetic, float or double, and S that in which batches, parameters and their gradients are stored:
+// T, or Half. Both are defined before this text.
 
 enum {
     WARP = 32,
     MOST_THREADS = 1024,
     AT_ONCE = 4,             // loads that a thread has under way before it uses the first
-    WIDTH = 16 / sizeof(T),  // elements in sixteen bytes
+    WIDTH = 16 / sizeof(S),  // elements in sixteen bytes
 };
 
 // --- sixteen bytes ---
 
 struct alignas(16) Pack {
-    T at[WIDTH];
+    S at[WIDTH];
 };
 
-__device__ inline bool aligned(const T* at) { return (unsigned long long)at % sizeof(Pack) == 0; }
-__device__ inline Pack& pack(T* at) { return *reinterpret_cast<Pack*>(at); }
-__device__ inline const Pack& pack(const T* at) { return *reinterpret_cast<const Pack*>(at); }
+__device__ inline bool aligned(const S* at) { return (unsigned long long)at % sizeof(Pack) == 0; }
+__device__ inline Pack& pack(S* at) { return *reinterpret_cast<Pack*>(at); }
+__device__ inline const Pack& pack(const S* at) { return *reinterpret_cast<const Pack*>(at); }
+
+// --- numbers that the device has ---
+
+__device__ inline T value_at(const T* at, T otherwise) { return at ? *at : otherwise; }
 
 // --- loops ---
 

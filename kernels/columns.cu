@@ -1,8 +1,8 @@
 // Sums of columns in two steps, so that they always have the same bits: kernels write a row of partial sums for each
-// chunk of rows, and this adds them up.
+// chunk of rows, and this adds them up: to gradients, which are of S, or to statistics, for which S is T.
 
 // first = factor * the sums of the columns of `partial`, (parts, features); those from column `split` on go to second.
-extern "C" __global__ void add_partial(const T* partial, T* first, T* second, long long parts, long long features,
+extern "C" __global__ void add_partial(const T* partial, S* first, S* second, long long parts, long long features,
                                        long long width, long long split, T factor) {
     const Tile tile(parts, features, width);
     T sum = 0;

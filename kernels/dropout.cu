@@ -2,7 +2,7 @@
 // those of philox.cuh, from `number` on: element i needs block (number + i) / 8 alone, so any thread can make it. Where
 // `step_at` is not null, the step is what stands there when the kernel runs. x may be y.
 
-extern "C" __global__ void dropout(const T* x, T* y, T* mask, long long n, u64 seed, u64 layer, u64 step,
+extern "C" __global__ void dropout(const S* x, S* y, S* mask, long long n, u64 seed, u64 layer, u64 step,
                                    const u64* step_at, u64 number, float rate, T scale) {
     if (step_at) step = *step_at;
     const int lead = (int)(number % 8);
@@ -18,7 +18,7 @@ extern "C" __global__ void dropout(const T* x, T* y, T* mask, long long n, u64 s
                 Pack kept, value = pack(x + start + j);
                 for (int lane = 0; lane < WIDTH; ++lane) {
                     kept.at[lane] = uniform[j + lane] >= rate ? scale : T(0);
-                    value.at[lane] *= kept.at[lane];
+                    value.at[lane] = value.at[lane] * kept.at[lane];
                 }
                 pack(mask + start + j) = kept;
                 pack(y + start + j) = value;
@@ -27,7 +27,8 @@ extern "C" __global__ void dropout(const T* x, T* y, T* mask, long long n, u64 s
             for (int j = 0; j < 8; ++j) {
                 const long long i = start + j;
                 if (0 <= i && i < n) {
-                    const T kept = uniform[j] >= rate ? scale : T(0);
+                    S kept;
+                    kept = uniform[j] >= rate ? scale : T(0);
                     mask[i] = kept;
                     y[i] = x[i] * kept;
                 }
@@ -37,7 +38,7 @@ extern "C" __global__ void dropout(const T* x, T* y, T* mask, long long n, u64 s
 }
 
 // dx = dy * mask. dx may be dy.
-extern "C" __global__ void dropout_gradient(const T* dy, const T* mask, T* dx, long long n) {
+extern "C" __global__ void dropout_gradient(const S* dy, const S* mask, S* dx, long long n) {
     in_batches((long long)blockIdx.x * blockDim.x + threadIdx.x, n, (long long)gridDim.x * blockDim.x,
                [&](long long i) { return dy[i] * mask[i]; }, [&](long long i, T value) { dx[i] = value; });
 }

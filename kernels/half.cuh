@@ -1,9 +1,25 @@
 // float16 as it is stored, on the GPU and the CPU alike: arithmetic is float32's. Rounding is to the nearest, ties to
-// even; subnormal numbers, infinities and NaN are kept.
+// even; subnormal numbers, infinities and NaN are kept. A GPU has instructions for it, without which kernels that are
+// bound by memory would be bound by integer arithmetic; for the CPU the same is spelled out.
 
 struct Half {
     unsigned short bits;
 
+    __device__ Half& operator=(float x) { return *this = of(x); }
+
+#ifdef __CUDA_ARCH__
+    __device__ operator float() const {
+        float x;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+        return x;
+    }
+
+    __device__ static Half of(float x) {
+        Half half;
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half.bits) : "f"(x));
+        return half;
+    }
+#else
     __device__ operator float() const {
         const unsigned exponent = bits >> 10 & 31, mantissa = bits & 1023;
         const float subnormal = mantissa * (1.0f / 16777216.0f);  // exact; as a number of its own it needs no bits
@@ -21,4 +37,5 @@ struct Half {
         const unsigned found = size >= 0x47800000 ? special : size < 0x38800000 ? subnormal : rounded;
         return {(unsigned short)(found | (word >> 16 & 0x8000))};
     }
+#endif
 };

@@ -3,7 +3,7 @@
 
 // loss += factor Σ w²
 extern "C" __global__ void __launch_bounds__(SUM_THREADS)
-    l2_loss(const T* w, const long long* spans, long long count, double* parts, T* loss, T factor) {
+    l2_loss(const S* w, const long long* spans, long long count, double* parts, T* loss, T factor) {
     const long long index = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     double sum = 0;
     for (long long span = 0; span < count; ++span)
@@ -17,11 +17,13 @@ struct Pair {
     T w, g;
 };
 
-// g += factor w
-extern "C" __global__ void l2_gradient(const T* w, const long long* spans, long long count, T* g, T factor) {
+// g += factor w, times what `scale` points to, if it is not null
+extern "C" __global__ void l2_gradient(const S* w, const long long* spans, long long count, S* g,
+                                       const T* scale, T factor) {
+    const T unit = factor * value_at(scale, 1);
     const long long index = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     for (long long span = 0; span < count; ++span)
         in_batches(spans[2 * span] + index, spans[2 * span + 1], (long long)gridDim.x * blockDim.x,
                    [&](long long i) { return Pair{w[i], g[i]}; },
-                   [&](long long i, Pair of) { g[i] = of.g + factor * of.w; });
+                   [&](long long i, Pair of) { g[i] = of.g + unit * of.w; });
 }

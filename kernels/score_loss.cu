@@ -1,6 +1,6 @@
 // Losses in which every score counts for itself: their mean and the gradient by the scores in one pass. `share` is one
 // over the number of scores. Target, the type in which targets are stored, is defined before this text. Without a
-// gradient, dz is null.
+// gradient, dz is null. `scale` points to what the gradient is multiplied by before it is stored; null is 1.
 
 struct Pair {
     T z, y;
@@ -11,7 +11,7 @@ struct Term {
 };
 
 template <class F>
-__device__ inline void over_scores(const T* z, const Target* y, T* dz, long long n, double* parts, T* loss, T share,
+__device__ inline void over_scores(const S* z, const Target* y, S* dz, long long n, double* parts, T* loss, T share,
                                    F term) {
     double sum = 0;
     in_batches((long long)blockIdx.x * blockDim.x + threadIdx.x, n, (long long)gridDim.x * blockDim.x,
@@ -26,18 +26,21 @@ __device__ inline void over_scores(const T* z, const Target* y, T* dz, long long
 
 // (z - y)²
 extern "C" __global__ void __launch_bounds__(SUM_THREADS)
-    mse(const T* z, const Target* y, T* dz, long long n, double* parts, T* loss, T share) {
+    mse(const S* z, const Target* y, S* dz, const T* scale, long long n, double* parts, T* loss, T share) {
+    const T unit = 2 * share * value_at(scale, 1);
     over_scores(z, y, dz, n, parts, loss, share, [&](T score, T target) {
         const T difference = score - target;
-        return Term{difference * difference, difference * (2 * share)};
+        return Term{difference * difference, difference * unit};
     });
 }
 
 // max(z, 0) - z y + log(1 + exp(-|z|)), of which the gradient is σ(z) - y: nothing overflows, no logarithm of zero.
 extern "C" __global__ void __launch_bounds__(SUM_THREADS)
-    sigmoid_cross_entropy(const T* z, const Target* y, T* dz, long long n, double* parts, T* loss, T share) {
+    sigmoid_cross_entropy(const S* z, const Target* y, S* dz, const T* scale, long long n, double* parts, T* loss,
+                          T share) {
+    const T unit = share * value_at(scale, 1);
     over_scores(z, y, dz, n, parts, loss, share, [&](T score, T target) {
         const T small = exp(-fabs(score)), sigmoid = (score > 0 ? T(1) : small) / (1 + small);
-        return Term{larger_of(score, T(0)) - score * target + log1p(small), (sigmoid - target) * share};
+        return Term{larger_of(score, T(0)) - score * target + log1p(small), (sigmoid - target) * unit};
     });
 }

@@ -3,7 +3,7 @@
 // buffer begins.
 
 // `out` holds the two results, then a sum for each block, then a count for each.
-extern "C" __global__ void square_sum(const T* x, double* out, long long n) {
+extern "C" __global__ void square_sum(const S* x, double* out, long long n) {
     const bool packed = aligned(x);
     const long long first = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * WIDTH;
     double sum = 0;
@@ -13,7 +13,7 @@ extern "C" __global__ void square_sum(const T* x, double* out, long long n) {
         [&](long long i) {
             if (packed && i + WIDTH <= n) return pack(x + i);
             Pack values;
-            for (int lane = 0; lane < WIDTH; ++lane) values.at[lane] = i + lane < n ? x[i + lane] : T(0);
+            for (int lane = 0; lane < WIDTH; ++lane) values.at[lane] = i + lane < n ? x[i + lane] : S();
             return values;
         },
         [&](long long, Pack values) {

@@ -1,10 +1,10 @@
-// Samples by number as they are stored, S, or as integers of 64 bits: Target. Both types are defined before this text.
+// Samples by number as they are stored, Sample, or as integers of 64 bits: Target. Both are defined before this text.
 
 // out = source[index], rows of `features` elements, for batch *batch of `size` samples each.
-extern "C" __global__ void take(const S* source, const long long* index, const long long* batch, Target* out,
+extern "C" __global__ void take(const Sample* source, const long long* index, const long long* batch, Target* out,
                                 long long rows, long long features, long long width, long long size) {
     const Tile tile(rows, features, width);
     index += *batch * size;
     tile.each([&](long long row) { return source[tile.at(index[row])]; },
-              [&](long long row, S value) { out[tile.at(row)] = Target(value); });
+              [&](long long row, Sample value) { out[tile.at(row)] = Target(value); });
 }

@@ -11,10 +11,12 @@ import numpy as np
 
 import gpubatch as gb
 from gpubatch import cuda_ops
-from gpubatch.backend import Array, Backend
+from gpubatch.backend import Array, Backend, compute_dtype
+from gpubatch.host_ops import HalfOps
 from gpubatch.ops import KINDS, PARTS, SQUARE_SUM_SIZE, SUM_PARTS, Activation, NumpyOps, Ops
 
 F = np.dtype(np.float32)
+HALF = 2.0**-11  # what rounding to float16 changes a number by, at most, but where it is subnormal
 SIZES = [(1, 1), (1, 3), (5, 10), (1030, 1), (301, 3), (67, 257), (7, 1000), (2100, 33)]
 CLASSES = [(1, 2), (40, 2), (301, 3), (33, 10), (9, 257), (3, 5000)]
 
@@ -24,6 +26,7 @@ class Place:
     """Where a case runs: by whom, on what kind of arrays, and where its numbers come from.
 
     Numbers are rounded to ``precision`` before they become ``dtype``: what is computed with is the same everywhere.
+    Statistics and scratch are of the dtype of the arithmetic.
     """
 
     ops: Ops
@@ -33,22 +36,26 @@ class Place:
     rng: np.random.Generator
     misaligned: bool = False
 
-    def real(self, *shape: int) -> Array:
-        return self.array(self.rng.standard_normal(shape).astype(self.precision))
+    @property
+    def compute(self) -> np.dtype:
+        return compute_dtype(self.dtype)
+
+    def real(self, *shape: int, times: float = 1, plus: float = 0, dtype: Any = None) -> Array:
+        return self.array((times * self.rng.standard_normal(shape) + plus).astype(self.precision), dtype)
 
     def grid(self, *shape: int) -> Array:
         """Multiples of 1/8: sums and differences have no rounding, and some are equal."""
         return self.array(np.round(8 * self.rng.standard_normal(shape)) / 8)
 
-    def positive(self, *shape: int) -> Array:
-        return self.array(self.rng.uniform(0.1, 2, shape).astype(self.precision))
+    def positive(self, *shape: int, dtype: Any = None) -> Array:
+        return self.array(self.rng.uniform(0.1, 2, shape).astype(self.precision), dtype)
 
     def labels(self, rows: int, classes: int, dtype: str = "int64") -> Array:
         return self.backend.asarray(self.rng.integers(0, classes, rows).astype(dtype))
 
-    def array(self, values: np.ndarray) -> Array:
-        out = self.empty(*values.shape)
-        out[...] = self.backend.asarray(values.astype(self.dtype))
+    def array(self, values: np.ndarray, dtype: Any = None) -> Array:
+        out = self.empty(*values.shape, dtype=dtype)
+        out[...] = self.backend.asarray(values.astype(out.dtype))
         return out
 
     def empty(self, *shape: int, dtype: Any = None) -> Array:
@@ -62,19 +69,21 @@ class Place:
 
     def work(self, rows: int, features: int, **more: Array) -> dict[str, Array]:
         """Everything that any of the methods works in, for NumPy and CUDA."""
-        full = {name: self.empty(rows, features) for name in ("slope", "t", "u", "dz", "normal", "mask")}
-        columns = {name: self.empty(features) for name in ("mean", "var", "inverse")}
-        lines = {name: self.empty(rows) for name in ("sum", "log", "weight")}
+        full = {name: self.empty(rows, features) for name in ("slope", "dz", "normal", "mask")}
+        scratch = {name: self.empty(rows, features, dtype=self.compute) for name in "tu"}
+        columns = {name: self.empty(features, dtype=self.compute) for name in ("mean", "var", "inverse")}
+        lines = {name: self.empty(rows, dtype=self.compute) for name in ("sum", "log", "weight")}
         return {
             **full,
+            **scratch,
             **columns,
             **lines,
-            "row": self.empty(features if more.pop("by_columns", None) else rows),
-            "loss": self.empty(1),
-            "partial": self.empty(2 * PARTS, features),
+            "row": self.empty(features if more.pop("by_columns", None) else rows, dtype=self.compute),
+            "loss": self.empty(1, dtype=self.compute),
+            "partial": self.empty(2 * PARTS, features, dtype=self.compute),
             "parts": self.empty(SUM_PARTS, dtype=np.float64),
-            "squares": self.empty(1, 1),
-            "l2": self.empty(100),
+            "squares": self.empty(1, 1, dtype=self.compute),
+            "l2": self.empty(100, dtype=self.compute),
             "index": self.empty(rows, dtype=np.int64),
             "offsets": self.backend.asarray(np.arange(rows, dtype=np.int64) * features),
             "uniform": self.empty(rows, features, dtype=np.float32),
@@ -91,7 +100,8 @@ class Case:
     """One use of a method. ``run`` returns what it wrote.
 
     ``exact``: no number is rounded differently, so that NumPy gives the same bits in the same element type. ``grows``:
-    errors grow as the root of this many numbers that are added up, of (rows, features).
+    errors grow as the root of this many numbers that are added up, of (rows, features). ``rounded_inside``:
+    how many numbers that were rounded to float16 a result is computed from.
     """
 
     method: str
@@ -100,6 +110,7 @@ class Case:
     sizes: list[tuple[int, int]]
     exact: bool = False
     grows: Callable[[int, int], int] = lambda rows, features: 1
+    rounded_inside: int = 0
 
 
 # --- the cases -------------------------------------------------------------------------------------------------------
@@ -122,9 +133,12 @@ def activation_gradient(kind: str, dx: str, bias: bool, p: Place, rows: int, fea
     return {name: a for name, a in (("dx", out), ("db", db)) if a is not None}
 
 
-def softmax(truth: str, gradient: bool, p: Place, rows: int, classes: int) -> Results:
-    z, work = p.real(rows, classes), p.work(rows, classes)
-    z *= 5
+def of_factor(p: Place, factor: float) -> dict[str, Array]:
+    return {} if factor == 1 else {"factor": p.array(np.full(1, factor), p.compute)}
+
+
+def softmax(truth: str, gradient: bool, factor: float, p: Place, rows: int, classes: int) -> Results:
+    z, work = p.real(rows, classes, times=5), p.work(rows, classes, **of_factor(p, factor))
     if truth == "rows":
         Y = p.positive(rows, classes)
     elif truth == "one-hot":
@@ -135,17 +149,18 @@ def softmax(truth: str, gradient: bool, p: Place, rows: int, classes: int) -> Re
     return {"loss": work["loss"], **({"dz": work["dz"]} if gradient else {})}
 
 
-def svm(labels: str, gradient: bool, p: Place, rows: int, classes: int) -> Results:
+def svm(labels: str, gradient: bool, factor: float, p: Place, rows: int, classes: int) -> Results:
     z, Y, work = p.grid(rows, classes), p.labels(rows, min(classes, 100), labels), p.work(rows, classes)
+    work.update(of_factor(p, factor))
     p.ops.svm(z, Y, gradient, work)
     return {"loss": work["loss"], **({"dz": work["dz"]} if gradient else {})}
 
 
-def over_scores(method: str, stored: str, gradient: bool, p: Place, rows: int, features: int) -> Results:
+def over_scores(method: str, stored: str, gradient: bool, factor: float, p: Place, rows: int, features: int) -> Results:
     """Targets are numbers from 0 to 1, in rows, or alone where there is one score; "strided" are between others."""
     strided = stored == "strided"
-    z, work, dtype = p.real(rows, features), p.work(rows, features), p.precision if strided else np.dtype(stored)
-    z *= 5
+    z, work = p.real(rows, features, times=5), p.work(rows, features, **of_factor(p, factor))
+    dtype = p.precision if strided else np.dtype(stored)
     values = p.rng.uniform(0, 1, (rows, 2 * features if strided else features))
     Y = p.backend.asarray((values if dtype.kind == "f" else np.round(values)).astype(dtype))
     Y = Y[:, ::2] if strided else Y.reshape(-1) if features == 1 else Y
@@ -160,27 +175,28 @@ def l2(p: Place, rows: int, features: int) -> tuple[Array, Array]:
 
 
 def l2_loss(p: Place, rows: int, features: int) -> Results:
-    (w, spans), loss = l2(p, rows, features), p.array(np.array([3.0]))
+    (w, spans), loss = l2(p, rows, features), p.array(np.array([3.0]), p.compute)
     p.ops.l2_loss(w, spans, 0.25 / w.size, loss, p.work(rows, features))
     return {"loss": loss}
 
 
-def l2_gradient(p: Place, rows: int, features: int) -> Results:
+def l2_gradient(factor: float, p: Place, rows: int, features: int) -> Results:
     (w, spans), g = l2(p, rows, features), p.real(rows * features)
-    p.ops.l2_gradient(w, spans, 0.25, g, p.work(rows, features))
+    p.ops.l2_gradient(w, spans, 0.25, g, p.work(rows, features, **of_factor(p, factor)))
     return {"g": g}
 
 
 def normalise(p: Place, rows: int, features: int) -> Results:
     x, work = p.real(rows, features), p.work(rows, features)
-    mean, var, gamma, beta = p.real(features), p.positive(features), p.real(features), p.real(features)
+    mean, var = p.real(features, dtype=p.compute), p.positive(features, dtype=p.compute)
+    gamma, beta = p.real(features), p.real(features)
     p.ops.normalise(x, mean, var, 1e-5, gamma, beta, x, work)
     return {"y": x}
 
 
 def batch_norm(in_place: bool, p: Place, rows: int, features: int) -> Results:
-    x, gamma, beta, work = p.real(rows, features), p.real(features), p.real(features), p.work(rows, features)
-    x += 3  # where E[x²] - mean² would lose digits
+    x = p.real(rows, features, plus=3)  # where E[x²] - mean² would lose digits
+    gamma, beta, work = p.real(features), p.real(features), p.work(rows, features)
     y = x if in_place else p.empty(rows, features)
     p.ops.batch_norm(x, 1e-3, gamma, beta, y, work)
     return {"y": y, **{name: work[name] for name in ("mean", "var", "normal", "inverse")}}
@@ -189,14 +205,14 @@ def batch_norm(in_place: bool, p: Place, rows: int, features: int) -> Results:
 def batch_norm_gradient(dx: str, p: Place, rows: int, features: int) -> Results:
     dy, gamma, dgamma, dbeta = p.real(rows, features), p.real(features), p.empty(features), p.empty(features)
     work = p.work(rows, features, by_columns=True)
-    work["normal"][...], work["inverse"][...] = p.real(rows, features), p.positive(features)
+    work["normal"][...], work["inverse"][...] = p.real(rows, features), p.positive(features, dtype=p.compute)
     out = {"new": p.empty(rows, features), "in place": dy, "none": None}[dx]
     p.ops.batch_norm_gradient(dy, gamma, dgamma, dbeta, out, work)
     return {"dgamma": dgamma, "dbeta": dbeta, **({} if out is None else {"dx": out})}
 
 
 def move(p: Place, rows: int, features: int) -> Results:
-    running, new = p.real(features), p.real(features)
+    running, new = p.real(features, dtype=p.compute), p.real(features, dtype=p.compute)
     p.ops.move(running, new, 0.1, 1.25, p.work(rows, features, by_columns=True))
     return {"running": running}
 
@@ -262,30 +278,40 @@ CASES["activation_gradient of biases alone"] = replace(
 )
 for truth in ("int64", "uint8", "int32", "rows", "one-hot"):
     CASES[f"softmax {truth}"] = Case(
-        "softmax_cross_entropy", file("loss.cu"), functools.partial(softmax, truth, True), CLASSES
+        "softmax_cross_entropy", file("loss.cu"), functools.partial(softmax, truth, True, 1), CLASSES
     )
     if truth in ("int64", "uint8"):
-        CASES[f"svm {truth}"] = Case("svm", file("loss.cu"), functools.partial(svm, truth, True), CLASSES)
+        CASES[f"svm {truth}"] = Case("svm", file("loss.cu"), functools.partial(svm, truth, True, 1), CLASSES)
 for truth in ("int64", "rows"):
     CASES[f"softmax {truth}, loss alone"] = replace(
-        CASES[f"softmax {truth}"], run=functools.partial(softmax, truth, False)
+        CASES[f"softmax {truth}"], run=functools.partial(softmax, truth, False, 1)
     )
-CASES["svm, loss alone"] = replace(CASES["svm int64"], run=functools.partial(svm, "int64", False))
+CASES["svm, loss alone"] = replace(CASES["svm int64"], run=functools.partial(svm, "int64", False, 1))
+for truth in ("int64", "rows"):
+    CASES[f"softmax {truth}, scaled"] = replace(
+        CASES[f"softmax {truth}"], run=functools.partial(softmax, truth, True, 8)
+    )
+CASES["svm, scaled"] = replace(CASES["svm int64"], run=functools.partial(svm, "int64", True, 8))
 for method, targets in (
     ("mse", ("float32", "float64", "float16", "strided")),
     ("sigmoid_cross_entropy", ("uint8", "float32", "bool", "int64", "strided")),
 ):
     for stored in targets:
         source = functools.partial(
-            lambda stored, dtype: cuda_ops.score_source(dtype, dtype if stored == "strided" else stored), stored
+            lambda stored, dtype: cuda_ops.score_source(
+                dtype, compute_dtype(np.dtype(dtype)).name if stored == "strided" else stored
+            ),
+            stored,
         )
         sizes = SIZES if stored == targets[0] else [(67, 257), (67, 1)]
-        CASES[f"{method} {stored}"] = Case(method, source, functools.partial(over_scores, method, stored, True), sizes)
-    CASES[f"{method}, loss alone"] = replace(
-        CASES[f"{method} {targets[0]}"], run=functools.partial(over_scores, method, targets[0], False)
-    )
+        run = functools.partial(over_scores, method, stored, True, 1)
+        CASES[f"{method} {stored}"] = Case(method, source, run, sizes)
+    case = CASES[f"{method} {targets[0]}"]
+    CASES[f"{method}, loss alone"] = replace(case, run=functools.partial(over_scores, method, targets[0], False, 1))
+    CASES[f"{method}, scaled"] = replace(case, run=functools.partial(over_scores, method, targets[0], True, 8))
 CASES["l2_loss"] = Case("l2_loss", file("l2.cu", "total.cuh"), l2_loss, SIZES)
-CASES["l2_gradient"] = Case("l2_gradient", file("l2.cu", "total.cuh"), l2_gradient, SIZES)
+CASES["l2_gradient"] = Case("l2_gradient", file("l2.cu", "total.cuh"), functools.partial(l2_gradient, 1), SIZES)
+CASES["l2_gradient, scaled"] = replace(CASES["l2_gradient"], run=functools.partial(l2_gradient, 8))
 CASES["normalise"] = Case("normalise", file("batch_norm.cu"), normalise, SIZES)
 for in_place in (True, False):
     CASES[f"batch_norm {'in place' if in_place else 'new'}"] = Case(
@@ -302,6 +328,7 @@ for dx in ("new", "in place", "none"):
         functools.partial(batch_norm_gradient, dx),
         SIZES,
         grows=lambda rows, features: rows,
+        rounded_inside=2,
     )
 CASES["move"] = Case("move", file("batch_norm.cu"), move, SIZES)
 for rate, first in ((0.0, 0), (0.3, 0), (0.3, 13), (0.3, 2**40)):
@@ -322,10 +349,8 @@ for in_place in (True, False):
 CASES["square_sum"] = Case(
     "square_sum", file("square_sum.cu"), square_sum, [*SIZES, (0, 1), (150, 1000)], grows=lambda r, f: 0
 )
-for stored, c_type in cuda_ops.STORED.items():
-    source = functools.partial(
-        lambda c_type, dtype: cuda_ops.source_of(dtype, "half.cuh", "gather.cu", before=f"typedef {c_type} S;"), c_type
-    )
+for stored in cuda_ops.STORED:
+    source = functools.partial(lambda stored, dtype: cuda_ops.gather_source(dtype, stored), stored)
     sizes = SIZES if stored == "uint8" else [(67, 257)]
     CASES[f"gather {stored}"] = Case(
         "gather", source, functools.partial(gather, stored, 1.0, 0.0), [*sizes, (0, 5)], exact=True
@@ -339,7 +364,8 @@ CASES["gather scaled"] = replace(CASES["gather uint8"], run=functools.partial(ga
 def by_numpy(case: Case, size: tuple[int, int], dtype: np.dtype) -> Results:
     """The results that are right: in float64, or in ``dtype`` where bits are compared."""
     computed = dtype if case.exact else np.dtype(np.float64)
-    place = Place(NumpyOps(), gb.get_backend("cpu"), computed, dtype, np.random.default_rng(size))
+    ops = HalfOps(NumpyOps()) if computed == np.float16 else NumpyOps()
+    place = Place(ops, gb.get_backend("cpu"), computed, dtype, np.random.default_rng(size))
     return case.run(place, *size)
 
 
@@ -351,13 +377,19 @@ def by_host(
 
 
 def compare(case: Case, size: tuple[int, int], ours: Results, right: Results, dtype: np.dtype) -> None:
-    """Within some roundings of the largest number; sums of many numbers within the root of how many times that."""
+    """Within some roundings of the largest number; sums of many numbers within the root of how many times that.
+
+    What is float16 is rounded once more, when it is stored.
+    """
     assert ours.keys() == right.keys()
-    eps = np.finfo(np.float64 if case.method == "square_sum" else dtype).eps
+    eps = np.finfo(np.float64 if case.method == "square_sum" else compute_dtype(dtype)).eps
     bound = 16 * eps * (1 + case.grows(*size)) ** 0.5
     for name in ours:
         largest = np.abs(right[name]).max(initial=1)
-        np.testing.assert_allclose(ours[name], right[name], rtol=bound, atol=bound * largest, err_msg=f"{name} {size}")
+        rtol, atol = bound, bound * largest
+        if ours[name].dtype == np.float16:
+            rtol, atol = rtol + HALF, atol + 2.0**-25 + case.rounded_inside * HALF * largest
+        np.testing.assert_allclose(ours[name], right[name], rtol=rtol, atol=atol, err_msg=f"{name} {size}")
 
 
 def same(ours: Results, others: Results) -> None:

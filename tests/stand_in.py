@@ -23,7 +23,7 @@ from emulate import host_kernel, sanitized
 from gpubatch.backend import CudaBackend
 from gpubatch.cuda_ops import STORED
 from gpubatch.host_ops import ops_for
-from gpubatch.launch import C_TYPES, cuda_kernel
+from gpubatch.launch import cuda_kernel
 
 INDEX = 99  # of the device: no kernel of a real one is found in a cache
 
@@ -128,9 +128,9 @@ def parameters_of(source: str, kernel: str) -> tuple[str, ...]:
 
 def check_argument(source: str, parameter: str, argument: Any) -> None:
     """What CuPy does not look at: an argument has the type of its parameter; an address is an array or null."""
-    element = {f"typedef {c} T;": np.dtype(name).type for name, c in C_TYPES.items()}
-    stored = {t: {f"typedef {c} {t};": np.dtype(name).type for name, c in STORED.items()} for t in ("S", "Target")}
-    of = {**NUMBERS, "T": found_in(source, element), **{t: found_in(source, of_t) for t, of_t in stored.items()}}
+    of = dict(NUMBERS)
+    for name in ("T", "S", "Sample", "Target"):
+        of[name] = found_in(source, {f"typedef {c} {name};": np.dtype(dtype).type for dtype, c in STORED.items()})
     c_type, name = parameter.removeprefix("const ").rsplit(" ", 1)
     if not c_type.endswith("*"):
         assert type(argument) is of[c_type], f"{parameter} got a {type(argument)}"

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "checkpoint": "backend errors",
     "capture": "network optim feeding cuda_ops launch ops layers backend errors",
     "train": "capture feeding checkpoint network optim loader ops params schedules averages sizing backend errors",
-    "explore": "network layers losses loader optim train averages params backend errors",
+    "explore": "network layers losses ops loader optim train averages params backend errors",
 }
 EDGES = {"plot", "cli", "cli_explore", "cli_sizing", "__main__", "__init__"}
 

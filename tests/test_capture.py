@@ -1,4 +1,4 @@
-"""Captured steps: replayed they are the eager ones bit for bit, whatever happens in them, on streams that choose badly."""
+"""Captured steps: replayed they are the eager ones bit for bit, whatever happens, on streams that choose badly."""
 
 from __future__ import annotations
 

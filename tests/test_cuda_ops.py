@@ -19,6 +19,7 @@ import gpubatch as gb
 from gpubatch import cuda_ops
 from gpubatch.backend import Array, Backend, CudaBackend
 from gpubatch.cuda_ops import CudaOps
+from gpubatch.host_ops import HalfOps
 from gpubatch.launch import kernel_source
 from gpubatch.ops import SQUARE_SUM_SIZE, SUM_PARTS, NumpyOps, Ops
 
@@ -37,6 +38,12 @@ def by_cuda(
 @pytest.fixture
 def device() -> CudaBackend:
     return stand_in_backend()
+
+
+@pytest.fixture(params=["float32", "float64", "float16"])
+def dtype(request: pytest.FixtureRequest) -> np.dtype:
+    """In which batches are stored."""
+    return np.dtype(request.param)
 
 
 # --- the tests -------------------------------------------------------------------------------------------------------
@@ -168,15 +175,18 @@ def test_nan_and_infinity_go_through_as_in_numpy(dtype: np.dtype, device: CudaBa
             continue
 
         class Special(Place):
-            def real(self, *shape: int) -> Array:
-                return self.array(special if shape == special.shape else np.full(shape, 0.5))
+            def real(self, *shape: int, dtype: Any = None, **_: Any) -> Array:
+                return self.array(special if shape == special.shape else np.full(shape, 0.5), dtype)
 
             grid = real
 
         with np.errstate(all="ignore"):
             right, ours = (
                 case.run(Special(ops, where, dtype, dtype, np.random.default_rng(0)), *special.shape)
-                for ops, where in ((NumpyOps(), gb.get_backend("cpu")), (CudaOps(device, dtype), device))
+                for ops, where in (
+                    (HalfOps(NumpyOps()) if dtype == np.float16 else NumpyOps(), gb.get_backend("cpu")),
+                    (CudaOps(device, dtype), device),
+                )
             )
         for key in right:
             np.testing.assert_allclose(ours[key], right[key], rtol=1e-4, atol=1e-6, err_msg=f"{name}: {key}")
@@ -354,6 +364,7 @@ FAULTS = {
         "batch_norm_gradient new",
     ),
     "a sum is not scaled down": ("sum *= exp(top - of.z);", "", "softmax int64"),
+    "the gradient is not scaled": ("share * value_at(scale, 1)", "share", "softmax int64, scaled"),
     "the label counts as a margin": ("if (j == label) return;", "", "svm int64"),
     "rows are left out": ("gridDim.y * lanes;", "gridDim.y * lanes + 1;", "activation_gradient relu new"),
     "a bias of another column": ("b[tile.column]", "b[0]", "activate relu with bias"),

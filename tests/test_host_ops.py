@@ -14,7 +14,7 @@ from needs import missing
 from ops_cases import CASES, Case, F, Place, by_host, by_numpy, compare, same
 
 import gpubatch as gb
-from gpubatch.host_ops import HostOps, ops_for
+from gpubatch.host_ops import HalfOps, HostOps, ops_for
 from gpubatch.launch import host_library
 from gpubatch.ops import SQUARE_SUM_SIZE, NumpyOps
 
@@ -73,6 +73,29 @@ def test_it_agrees_with_numpy_at_every_width(case: Case, dtype: np.dtype, restor
                 compare(case, size, ours, right, dtype)
                 if case.method == "dropout":
                     np.testing.assert_array_equal(ours["mask"], right["mask"])
+
+
+@every_case
+def test_float16_is_computed_in_float32(case: Case) -> None:
+    """By NumPy, and by the compiled kernels where they are there."""
+    half, inner = np.dtype(np.float16), ops_for(gb.get_backend("cpu"), F)
+    for size in case.sizes:
+        right = by_numpy(case, size, half)
+        for ops in {type(ops): ops for ops in (NumpyOps(), inner)}.values():
+            ours = by_host(case, size, half, HalfOps(ops))
+            if case.exact:
+                same(ours, right)
+            else:
+                compare(case, size, ours, right, half)
+
+
+def test_dropout_of_float16_keeps_the_mask_that_it_multiplied_by() -> None:
+    """Or else the gradient would be another function's: 1/(1 - rate) is rounded."""
+    case, size, half = CASES["dropout 0.3 from 0"], (301, 33), np.dtype(np.float16)
+    x = Place(NumpyOps(), gb.get_backend("cpu"), half, half, np.random.default_rng(size)).real(*size)
+    ours = by_host(case, size, half, HalfOps(NumpyOps()))
+    np.testing.assert_array_equal(ours["mask"], by_numpy(case, size, F)["mask"].astype(half))
+    np.testing.assert_array_equal(ours["y"], (x.astype(F) * ours["mask"].astype(F)).astype(half))
 
 
 @pytest.mark.parametrize("name", CASES)

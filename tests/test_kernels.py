@@ -11,8 +11,9 @@ from optimizer_table import CASES, Case, trace_of
 
 import gpubatch as gb
 from gpubatch import launch
+from gpubatch.backend import compute_dtype
 from gpubatch.formula import Trace
-from gpubatch.launch import HostUpdate, compute_dtype, cpu_update, piece_table, update_for, update_source
+from gpubatch.launch import HostUpdate, cpu_update, piece_table, update_for, update_source
 
 PARAMETERS = ("const long long* table", "const T* scalars", "const long long* step", "const T* control")
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

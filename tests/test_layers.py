@@ -29,6 +29,7 @@ from gpubatch.layers import (
     Step,
     Tanh,
 )
+from gpubatch.ops import workspace_dtype
 from gpubatch.products import products_for
 
 FEATURES = 6
@@ -69,7 +70,7 @@ class Bench:
 
         def array(shape: tuple[int, ...], kind: object = None) -> Array:
             shape = tuple(rows if n == -1 else n for n in shape)
-            return self.backend.asarray(draw.normal(1, 0.2, shape), kind or dtype)
+            return self.backend.asarray(draw.normal(1, 0.2, shape), workspace_dtype(kind, np.dtype(dtype)))
 
         self.x, self.dy = array((-1, FEATURES)), array((-1, self.needs.outputs))
         self.y, self.dx = array((-1, self.needs.outputs)), array((-1, FEATURES))
