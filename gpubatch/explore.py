@@ -1162,6 +1162,11 @@ def _train(
 def _check_net(net: Any) -> None:
     if not isinstance(net, Network):
         raise DTypeError(f"net must be a gpubatch.Network, got {type(net).__name__}")
+    if net.dtype == np.float16:
+        raise ArgumentError(
+            "net must not have precision='mixed' here: what is looked for is lost in the rounding of float16; make one "
+            "with precision='full' and give it this one's state_dict()"
+        )
 
 
 @contextlib.contextmanager

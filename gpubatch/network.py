@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpubatch import losses
-from gpubatch.backend import Array, Backend, float_dtype, get_backend
+from gpubatch.backend import Array, Backend, compute_dtype, float_dtype, get_backend
 from gpubatch.errors import (
     ArgumentError,
     DTypeError,
@@ -53,6 +53,7 @@ ALIGNMENT = 256  # bytes; what GPU memory accesses like, and a multiple of every
 SIZES_KEPT = 8  # batch sizes whose views are kept; a run has two or three
 COMPARED = 1 << 15  # scores that are compared with labels at a time, since predictions are new arrays
 DRAWN = 1 << 16  # elements of first values that are drawn at a time: in double precision all would be the largest array
+MIXED = "mixed"  # the precision beside those of products
 L2_BLOCK = 1 << 15  # elements that the l2 gradient takes at a time on the CPU, small enough for the cache
 
 
@@ -153,6 +154,14 @@ class Network:
     and not 23, a relative error of up to 5e-4 in each, and the products are added up in float32. It takes
     nvmath-python. On the CPU, and with float64, it computes as "full" does.
 
+    ``precision="mixed"`` stores parameters, batches, activations and all gradients as float16, half the memory and
+    half the traffic, and computes in float32: matrix products are added up in it, and the loss, means, variances and
+    running statistics are of ``compute_dtype`` (Micikevicius et al., arXiv:1710.03740). X is float16 then, which
+    ``Loader(dtype="float16")`` makes; scores are float32. Gradients below 6e-8 are zero in float16, so they are those of
+    the loss times ``loss_scale``, an array of one number on the device: 1 at first, and while :func:`~gpubatch.train.fit`
+    trains what a :class:`~gpubatch.train.LossScale` says. The optimizer needs ``master_weights=True``. On the CPU it is
+    for trying things out: every operation makes float32 copies of its arrays, which no plan counts.
+
     ``parameters`` holds those of the k-th layer of a kind under the number k: W1, b1, gamma1, beta1, W2, ...;
     ``buffers`` likewise holds running_mean1, running_var1, ... A network is not to be used by two threads at a time,
     since they would share its workspace.
@@ -171,8 +180,13 @@ class Network:
         self.layers = tuple(layers)
         self.loss_name = check_choice("loss", loss, losses.LOSSES)
         self.l2 = check_real("l2", l2, 0)
+        self.precision = check_choice("precision", precision, [*PRECISIONS, MIXED])
         self.dtype = float_dtype(dtype)
-        self.precision = check_choice("precision", precision, PRECISIONS)
+        if precision == MIXED and self.dtype != np.float32:
+            raise ArgumentError(f"dtype must be float32 with precision='mixed', which computes in it, got {dtype!r}")
+        if precision == MIXED:
+            self.dtype = np.dtype(np.float16)
+        self.compute_dtype = compute_dtype(self.dtype)
         self.seed = check_int("seed", seed, 0, 2**64 - 1)
         self.widths = chain_widths(self.layers)
         self.needs = [layer.needs(n) for layer, n in zip(self.layers, self.widths[:-1], strict=True)]
@@ -185,7 +199,7 @@ class Network:
         self.backend = get_backend(backend)
         self._xp = self.backend.xp
         self.ops = ops_for(self.backend, self.dtype)
-        self.products = products_for(self.backend, self.dtype, self.precision)
+        self.products = products_for(self.backend, self.dtype, "full" if precision == MIXED else precision)
         self._mode = Mode(self.seed)
         self._names = parameter_names(self.layers, self.needs)
         self._make_parameters()
@@ -194,7 +208,10 @@ class Network:
         self._weights = [self._names[i][name] for i, name, p in self._declared("parameters") if p.l2] if self.l2 else []
         spans = [self.parameters.spans[name] for name in self._weights]
         self._spans = self.backend.asarray(np.array(spans, np.int64).reshape(-1, 2))  # where l2 acts
-        self._remembered = self.backend.empty(self.buffers.size, self.dtype), 0
+        self._remembered = self.backend.empty(self.buffers.size, self.compute_dtype), 0
+        self.loss_scale: Array | None = None
+        if precision == MIXED:
+            self.loss_scale = self.backend.asarray(np.ones(1, self.compute_dtype))
         self._sums: Array = None  # of the gradients of micro-batches
         self._training = self._evaluation = Workspace(0, None, None)
 
@@ -219,7 +236,8 @@ class Network:
         return self._training.rows
 
     def __deepcopy__(self, memo: Any) -> Network:
-        twin = Network(self.layers, self.loss_name, self.l2, self.backend, self.dtype, self.seed, self.precision)
+        common = self.backend, self.compute_dtype, self.seed, self.precision
+        twin = Network(self.layers, self.loss_name, self.l2, *common)
         twin.load_state_dict(self.state_dict())
         return twin
 
@@ -228,7 +246,9 @@ class Network:
 
     def __repr__(self) -> str:
         layers = ", ".join(map(repr, self.layers))
-        return f"Network([{layers}], loss={self.loss_name!r}, l2={self.l2}, dtype={self.dtype.name!r})"
+        precision = "" if self.precision == "full" else f", precision={self.precision!r}"
+        dtype = self.compute_dtype.name
+        return f"Network([{layers}], loss={self.loss_name!r}, l2={self.l2}, dtype={dtype!r}{precision})"
 
     # --- training ---
 
@@ -271,7 +291,7 @@ class Network:
     def _micro_batches(self, X: Array, Y: Array, rows: int, one: Callable[[Array, Array, float], None]) -> None:
         """The gradients of a batch from parts of at most ``rows`` rows, about equal; ``one`` makes those of each."""
         if self._sums is None:
-            self._sums = self.backend.empty(self.parameters.flat.shape, self.dtype)
+            self._sums = self.backend.empty(self.parameters.flat.shape, self.compute_dtype)
         grads = self.parameters.grads.flat
         self._sums.fill(0)
         for part in evenly(len(X), rows, self.least_rows):
@@ -281,8 +301,10 @@ class Network:
                 one(X[part], Y[part], share)
             finally:
                 self._mode.row = 0
-            grads *= share
+            # sums += share * grads, without an array for the product, and without rounding it to float16.
+            self._sums /= share
             self._sums += grads
+            self._sums *= share
         grads[...] = self._sums
 
     def step_loss(self, X: Array, Y: Array) -> Array:
@@ -390,9 +412,9 @@ class Network:
         return loss, right / compared if self._loss.classifies else None
 
     def scores(self, X: Array) -> Array:
-        """What the last layer gives, ``(batch, outputs)``, as a new array."""
+        """What the last layer gives, ``(batch, outputs)``, as a new array of ``compute_dtype``."""
         self._check_inputs(X)
-        result = self.backend.empty((len(X), self.outputs), self.dtype)
+        result = self.backend.empty((len(X), self.outputs), self.compute_dtype)
         with self.backend.scope(), quiet():
             for part, run in self._evaluate(X):
                 result[part] = run.scores
@@ -528,7 +550,7 @@ class Network:
         for kind, own in (("parameters", self.parameters), ("buffers", self.buffers)):
             check_names(kind, state[kind], own)
             for name, view in own.items():
-                value = self.backend.asarray(state[kind][name], self.dtype)
+                value = self.backend.asarray(state[kind][name], own.dtype)
                 if value.shape != view.shape:
                     raise ShapeError(f"{name} has shape {view.shape}, the state's has {value.shape}")
                 found[kind, name] = value
@@ -551,7 +573,7 @@ class Network:
             raise ArgumentError("layers must hold at least one layer with parameters, such as Dense")
         self.parameters = Parameters(shapes, self.backend, self.dtype)
         kept = {self._names[i][name]: p.shape for i, name, p in self._declared("buffers")}
-        self.buffers = FlatViews(self.backend.zeros(sum(map(math.prod, kept.values())), self.dtype), kept)
+        self.buffers = FlatViews(self.backend.zeros(sum(map(math.prod, kept.values())), self.compute_dtype), kept)
         for i, needs in enumerate(self.needs):
             draw = philox_generator(self.seed, i)
             for own, wanted in ((self.parameters, needs.parameters), (self.buffers, needs.buffers)):
@@ -564,7 +586,7 @@ class Network:
                         rows = max(1, DRAWN // math.prod(p.shape[1:])) if isinstance(p.init, Normal) else p.shape[0]
                         for part in evenly(p.shape[0], rows):
                             values = p.init(draw, (part.stop - part.start, *p.shape[1:]))
-                            view[part] = self.backend.asarray(values, self.dtype)
+                            view[part] = self.backend.asarray(values, own.dtype)
 
     def _workspace_bytes(self, rows: int, training: bool) -> int:
         return self.lay_out(rows, training).size + 8 * rows  # and the offsets
@@ -608,6 +630,8 @@ class Network:
             steps.append((layer, view(stage.y), stage.dx and view(stage.dx), context))
         work = {name: view(place) for name, place in plan.loss.items()}
         work["offsets"] = workspace.offsets[:rows]
+        if self.loss_scale is not None:
+            work["factor"] = self.loss_scale
         loss = losses.Context(self.backend, self._xp, self.ops, work, training)
         if len(workspace.passes) == SIZES_KEPT:
             del workspace.passes[next(iter(workspace.passes))]
@@ -673,7 +697,8 @@ class Network:
             raise ShapeError(f"X must have at least one row, got shape {X.shape}")
         if X.dtype != self.dtype:
             raise DTypeError(
-                f"X has dtype {X.dtype}, the network computes in {self.dtype}; convert it with "
+                f"X has dtype {X.dtype}, the network {'stores' if self.loss_scale is not None else 'computes in'} "
+                f"{self.dtype}; convert it with "
                 f"X.astype('{self.dtype}'), or let Loader do it (dtype=, and scale=1/255 for images of uint8)"
             )
 

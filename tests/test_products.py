@@ -462,7 +462,7 @@ def test_without_the_library_products_are_cupys_and_say_why(case: str, monkeypat
 
 def test_precision_is_checked_and_kept() -> None:
     with pytest.raises(
-        ArgumentError, match=r"precision must be one of 'full', 'fast', got 'fats'; did you mean 'fast'\?$"
+        ArgumentError, match=r"precision must be one of 'full', 'fast', 'mixed', got 'fats'; did you mean 'fast'\?$"
     ):
         gb.mlp([5, 3], backend="cpu", precision="fats")
     net = gb.mlp([5, 3], backend="cpu", precision="fast")
