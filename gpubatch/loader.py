@@ -18,11 +18,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from gpubatch.backend import Array, Backend, CudaBackend, float_dtype, get_backend
+from gpubatch.backend import Array, Backend, CudaBackend, compute_dtype, float_dtype, get_backend
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_bool, check_choice, check_int, check_real
 from gpubatch.feeding import DeviceFeed, DeviceOrder, Form, Ring, Slot, moved, native, on_device, take_into
 from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, parse_bytes, plan_batch_size
-from gpubatch.sources import ArraySource, Part, Reader, array_source, check_finite, convert
+from gpubatch.sources import ArraySource, Part, Reader, array_source, check_finite, convert, largest_stored
 
 __all__ = ["Loader", "LoaderStats", "WindowOrder", "epoch_order"]
 
@@ -198,9 +198,10 @@ class Loader:
     otherwise Y is an array or another source. Samples are its rows. Its values are checked as they are read.
 
     x has ``dtype`` float32 or float64: by default X's own if it is one of these, else float32; ``scale`` multiplies
-    after the conversion. Y keeps its element type. X and floating Y must be finite. ``transform`` is then called with
-    each batch, x or, where it takes two arguments, x and y, and what it returns takes their place: whole arrays on the
-    backend, one entry a sample; on the CPU in the thread that prepares. ``to_batch`` leaves it out.
+    after the conversion. ``dtype="float16"``, for a network with ``precision="mixed"``, is converted and multiplied in
+    float32 before it is rounded. Y keeps its element type. X and floating Y must be finite. ``transform`` is then
+    called with each batch, x or, where it takes two arguments, x and y, and what it returns takes their place: whole
+    arrays on the backend, one entry a sample; on the CPU in the thread that prepares. ``to_batch`` leaves it out.
 
     The order is :func:`epoch_order` of ``seed`` and ``epoch``, the same on every device and after a resume. ``rank``
     takes its positions rank, rank + world_size, ...: together the ranks see each sample once, and their numbers of
@@ -278,12 +279,13 @@ class Loader:
         x = inputs[0]
         self.source_dtype, self.n_samples = x.dtype, x.n_samples
         if dtype is not None:
-            self.dtype = float_dtype(dtype)
+            self.dtype = float_dtype(dtype, half=True)
         else:
             self.dtype = np.dtype(np.float64 if x.dtype.kind == "f" and x.dtype.itemsize == 8 else np.float32)
-        limit = float(np.finfo(self.dtype).max)
+        arithmetic = compute_dtype(self.dtype)
+        limit = float(np.finfo(arithmetic).max)
         self.scale = None if scale is None else check_real("scale", scale, -limit, limit)
-        factor = None if self.scale is None else float(self.dtype.type(self.scale))  # a Python float promotes nothing
+        factor = None if self.scale is None else float(arithmetic.type(self.scale))  # a Python float promotes nothing
 
         self._columns = [_Column(x, self.dtype, factor, self.backend)]
         for y in inputs[1:]:
@@ -908,9 +910,7 @@ class _Column:
     @property
     def limit(self) -> float:
         """The largest stored number that the batches can hold."""
-        return (
-            float(np.finfo(self.dtype).max) / max(1.0, abs(self.scale or 1.0)) if self.dtype.kind == "f" else math.inf
-        )
+        return largest_stored(self.dtype, self.scale)
 
     def prepare(self, index: Array) -> Array:
         assert isinstance(self.source, ArraySource)

@@ -157,10 +157,10 @@ class Network:
     ``precision="mixed"`` stores parameters, batches, activations and all gradients as float16, half the memory and
     half the traffic, and computes in float32: matrix products are added up in it, and the loss, means, variances and
     running statistics are of ``compute_dtype`` (Micikevicius et al., arXiv:1710.03740). X is float16 then, which
-    ``Loader(dtype="float16")`` makes; scores are float32. Gradients below 6e-8 are zero in float16, so they are those of
-    the loss times ``loss_scale``, an array of one number on the device: 1 at first, and while :func:`~gpubatch.train.fit`
-    trains what a :class:`~gpubatch.train.LossScale` says. The optimizer needs ``master_weights=True``. On the CPU it is
-    for trying things out: every operation makes float32 copies of its arrays, which no plan counts.
+    ``Loader(dtype="float16")`` makes; scores are float32. Gradients below 6e-8 are zero in float16, so they are those
+    of the loss times ``loss_scale``, an array of one number on the device: 1 at first, and while ``fit`` trains what a
+    :class:`~gpubatch.loss_scale.LossScale` says. The optimizer needs ``master_weights=True``. On the CPU it is for
+    trying things out: every operation makes float32 copies of its arrays, which no plan counts.
 
     ``parameters`` holds those of the k-th layer of a kind under the number k: W1, b1, gamma1, beta1, W2, ...;
     ``buffers`` likewise holds running_mean1, running_var1, ... A network is not to be used by two threads at a time,

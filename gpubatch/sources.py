@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gpubatch.backend import Array, Backend, from_dlpack, get_backend, is_foreign
+from gpubatch.backend import Array, Backend, compute_dtype, from_dlpack, get_backend, is_foreign
 from gpubatch.datasets import (
     CIFAR_IMAGE,
     CIFAR_PARTS,
@@ -183,13 +183,16 @@ class ArraySource:
 
 
 def convert(x: Array, dtype: np.dtype[Any], scale: float | None) -> Array:
-    """``x`` as a C-contiguous array of ``dtype``, multiplied by ``scale``; ``x`` itself where nothing is to be done."""
+    """``x`` as a C-contiguous array of ``dtype``, multiplied by ``scale``; ``x`` itself where nothing is to be done.
+
+    For float16 the product is one of float32.
+    """
     if dtype == x.dtype and scale is None:
         return x
-    out = x.astype(dtype, order="C")
+    out = x.astype(compute_dtype(dtype), order="C")
     if scale is not None:
         out *= scale
-    return out
+    return out.astype(dtype, copy=False)
 
 
 def array_source(name: str, x: Any, sample_axis: int, backend: Backend) -> ArraySource:
@@ -213,7 +216,7 @@ def array_source(name: str, x: Any, sample_axis: int, backend: Backend) -> Array
 
 def check_finite(source: ArraySource, dtype: np.dtype[Any], scale: float | None, backend: Backend) -> None:
     """Raise ``NonFiniteError`` for the first value that is NaN or infinite, or becomes so in the batches."""
-    if source.dtype.kind != "f":
+    if holds_all(source.dtype, largest_stored(dtype, scale)):
         return
     array = source.array
     step = max(1, BLOCK // math.prod(array.shape[1:]))
@@ -228,6 +231,19 @@ def check_finite(source: ArraySource, dtype: np.dtype[Any], scale: float | None,
             where = f"{source.name}[{', '.join(map(str, first))}]"
             beyond = f", beyond the range of {dtype}" if math.isfinite(value) else ""
             raise NonFiniteError(f"{source.name} must be finite, but {where} is {value!r}{beyond}")
+
+
+def largest_stored(dtype: np.dtype[Any], scale: float | None) -> float:
+    """The largest stored number that is one of ``dtype``, too, when it is multiplied by ``scale``."""
+    if dtype.kind != "f":
+        return math.inf
+    largest, factor = float(np.finfo(dtype).max), abs(scale or 1.0)
+    return largest / (factor if dtype == np.float16 else max(1.0, factor))  # float16 is made of a float32 product
+
+
+def holds_all(stored: np.dtype[Any], limit: float) -> bool:
+    """Whether no element of the type ``stored`` is NaN or beyond ``limit``."""
+    return stored.kind != "f" and (stored.kind == "b" or np.iinfo(stored).max <= limit)
 
 
 def check_kind(name: str, dtype: np.dtype[Any]) -> None:
@@ -330,7 +346,7 @@ class Reader:
     def _check(self, index: Array, arrays: Sequence[np.ndarray], limits: Sequence[float]) -> None:
         for array, limit in zip(arrays, limits, strict=True):
             self.bytes_read += array.nbytes
-            if array.dtype.kind == "f":
+            if not holds_all(array.dtype, limit):
                 self._check_finite(index, array, limit)
 
     def _check_finite(self, index: Array, array: np.ndarray, limit: float) -> None:
@@ -338,7 +354,7 @@ class Reader:
         with np.errstate(invalid="ignore", over="ignore"):  # float16 cannot hold the limit
             if -limit <= float(array.min()) and float(array.max()) <= limit:
                 return
-            first = tuple(int(i) for i in np.argwhere(~(abs(array) <= limit))[0])
+            first = tuple(int(i) for i in np.argwhere(~((-limit <= array) & (array <= limit)))[0])
         value = float(array[first])
         inside = f" at {list(first[1:])}" if len(first) > 1 else ""
         beyond = ", beyond the range of the batches" if math.isfinite(value) else ""

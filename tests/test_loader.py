@@ -889,7 +889,7 @@ ERRORS = [
     (lambda: Loader(np.array([None, 1])), DTypeError, "got dtype object"),
     (lambda: Loader(X5.astype(np.longdouble)), DTypeError, "got dtype"),
     (lambda: Loader(X5, np.array(list("abcde"))), DTypeError, "Y must hold integers"),
-    (lambda: Loader(X5, dtype="float16"), DTypeError, "dtype must be float32 or float64, got 'float16'"),
+    (lambda: Loader(X5, dtype="int32"), DTypeError, "dtype must be float32 or float64 or float16, got 'int32'"),
     (lambda: Loader(X5, sample_axis=2), ArgumentError, "sample_axis must be an integer between 0 and 1, got 2"),
     (lambda: Loader(X5, batch_size=0), ArgumentError, "batch_size must be an integer >= 1, got 0"),
     (lambda: Loader(X5, batch_size=2.5), DTypeError, "batch_size must be an integer >= 1, got 2.5"),
