@@ -280,6 +280,13 @@ class CudaUpdate:
             self.scalars.set(self.host_scalars)
             self.launch(arrays, self.scalars, None, control)
 
+    def again(self, scalars: tuple[float, ...], control: Array | None) -> None:
+        """The update of the arrays of the launch before."""
+        with self.backend.scope():
+            self.host_scalars[: len(scalars)] = scalars
+            self.scalars.set(self.host_scalars)
+            self._launch(self.scalars, None, control)
+
     def launch(
         self, arrays: list[tuple[Array, ...]], scalars: Array, step: Array | None, control: Array | None
     ) -> None:
@@ -287,6 +294,9 @@ class CudaUpdate:
         key = tuple((*(a.data.ptr for a in group), group[0].size) for group in arrays)
         if key != self.key:
             self._lay_out(arrays, key)
+        self._launch(scalars, step, control)
+
+    def _launch(self, scalars: Array, step: Array | None, control: Array | None) -> None:
         if self.rows:
             null = np.uint64(0)
             at = null if step is None else step

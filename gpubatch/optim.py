@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias, TypedDict, Unpack
 
@@ -81,6 +82,36 @@ class StepResult(NamedTuple):
     lr: float | None
 
 
+class Gradients(NamedTuple):
+    """Arrays of a device that were found to be in order, and the names that they came under.
+
+    To look at each of many small arrays takes longer than the update of all of them.
+    """
+
+    names: list[str] | None
+    arrays: list[weakref.ref[Array]]  # nobody's memory is kept
+
+    @staticmethod
+    def of(grads: Any, used: list[Array]) -> Gradients | None:
+        """What was given, if it is what was ``used``; None where it cannot be known again."""
+        if type(grads) not in (dict, list, tuple):
+            return None
+        given = list(grads.values()) if isinstance(grads, dict) else list(grads)
+        if {id(g) for g in given} != {id(g) for g in used}:
+            return None
+        return Gradients(list(grads) if isinstance(grads, dict) else None, [weakref.ref(g) for g in given])
+
+    def same(self, grads: Any) -> bool:
+        """Whether ``grads`` are these very arrays in the same order."""
+        if type(grads) is dict:
+            if self.names is None or list(grads) != self.names:
+                return False
+            grads = grads.values()
+        elif self.names is not None or type(grads) not in (list, tuple):
+            return False
+        return len(grads) == len(self.arrays) and all(g is known() for g, known in zip(grads, self.arrays, strict=True))
+
+
 class Optimizer:
     """``rule`` bound to ``params``, which it changes in place.
 
@@ -135,6 +166,7 @@ class Optimizer:
         if self._master:
             for name, p in self._params.items():
                 self._state[MASTER][name] = p
+        self._last: Gradients | None = None  # of many arrays on a GPU, in the step before
         self._bind()
 
     def step(self, grads: Any = None, control: Array | None = None) -> StepResult:
@@ -147,16 +179,26 @@ class Optimizer:
         """
         hyper = {name: self._now(name) for name in self._trace.hyper}
         scalars = self._trace.evaluate(self.t + 1, **hyper)
-        arrays = self._arrays(grads)
         if control is not None:
             self._check_control(control)
-        if not self._at_once(arrays, scalars, control):
-            checked = [(w, self._gradient(i, g, w), *state) for i, (w, g, *state) in enumerate(arrays)]
-            self._update(checked, scalars, control)
+        if isinstance(self._update, CudaUpdate) and self._last is not None and self._last.same(grads):
+            self._update.again(scalars, control)
+        else:
+            self._first(grads, scalars, control)
         if control is not None and self.backend.name == "cpu" and control[1]:
             return StepResult(False, self.t, hyper.get("lr"))
         self.t += 1
         return StepResult(True, self.t, hyper.get("lr"))
+
+    def _first(self, grads: Any, scalars: tuple[float, ...], control: Array | None) -> None:
+        """The update by gradients that have not been looked at."""
+        self._last = None
+        arrays = self._arrays(grads)
+        if not self._at_once(arrays, scalars, control):
+            checked = [(w, self._gradient(i, g, w), *state) for i, (w, g, *state) in enumerate(arrays)]
+            self._update(checked, scalars, control)
+            if len(arrays) > 1 and isinstance(self._update, CudaUpdate):
+                self._last = Gradients.of(grads, [g for _, g, *_ in checked])
 
     def rehearse(self, grads: Any = None) -> None:
         """All that a step needs, without a step: its code is compiled, and the memory of the state is there.
@@ -348,6 +390,7 @@ class Optimizer:
         self._update = update_for(self._trace, self._dtype, self.backend, self._master)
         self._at_once = getattr(self._update, "at_once", lambda arrays, scalars, control: False)
         self._flat_state = [views.flat for views in self._state.values()]
+        self._last = None
         self._numbered = list(self._params) == [str(i) for i in range(len(self._params))]
         self._apart = [(p, [views[name] for views in self._state.values()]) for name, p in self._params.items()]
 
@@ -379,14 +422,14 @@ class Optimizer:
 
     def _gradient(self, i: int, g: Any, p: Array) -> Array:
         """Gradient i, checked; a copy where it is the parameter itself, as the gradient of w²/2 may be."""
+        if self.backend.owns(g) and g.shape == p.shape and g.dtype == p.dtype:
+            shared = g is p or (isinstance(g, np.ndarray) and np.may_share_memory(g, p))
+            return g.copy() if shared else g
         label = "grads" if self._flat is not None and p is self._flat.flat else f"grads[{list(self._params)[i]!r}]"
         self.backend.check(label, g)
         if g.shape != p.shape:
             raise ShapeError(f"{label} has shape {g.shape}, the parameter has {p.shape}")
-        if g.dtype != p.dtype:
-            raise DTypeError(f"{label} is {g.dtype}, the parameter is {p.dtype}; convert it with astype")
-        shared = g is p or (isinstance(g, np.ndarray) and np.may_share_memory(g, p))
-        return g.copy() if shared else g
+        raise DTypeError(f"{label} is {g.dtype}, the parameter is {p.dtype}; convert it with astype")
 
     def _check_control(self, control: Any) -> None:
         self.backend.check("control", control)

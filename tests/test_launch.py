@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -160,6 +162,42 @@ def test_the_table_is_laid_out_again_only_for_other_arrays(
     assert len(made) == 1
     opt.step(device.zeros(10, "float32"))
     assert len(made) == 2
+
+
+@pytest.mark.parametrize("form", [dict, list])
+def test_gradients_that_were_looked_at_are_not_looked_at_again(
+    form: type, device: CudaBackend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    original = gb.Optimizer._gradient
+    monkeypatch.setattr(gb.Optimizer, "_gradient", lambda *a: looked.append("") or original(*a))
+    start = {str(i): rng.standard_normal(n).astype(np.float32) for i, n in enumerate([50, 3, 17])}
+    params, expected = gb.Parameters(start, device), gb.Parameters(start, "cpu")
+    a, b = gb.Adam(params), gb.Adam(expected)
+
+    def step(grads: dict[str, np.ndarray], looks: bool) -> None:
+        for g in grads.values():
+            g[...] = rng.standard_normal(g.shape)
+        looked.clear()
+        a.step(grads if form is dict else list(grads.values()))
+        assert len(looked) == 3 * looks
+        b.step({name: g.get() for name, g in grads.items()})
+        np.testing.assert_array_equal(params.flat.get(), expected.flat)
+
+    grads = {name: device.zeros(w.shape, "float32") for name, w in start.items()}
+    step(grads, True)
+    step(grads, False)
+    step(dict(grads), False)
+    step({**grads, "1": device.zeros(3, "float32")}, True)
+    step(grads, True)
+    if form is dict:  # the same arrays in another order come under other names
+        step({name: grads[name] for name in reversed(grads)}, True)
+    a.load_state_dict(a.state_dict())
+    step(grads, True)
+    kept = weakref.ref(grads["0"])
+    grads.clear()
+    gc.collect()
+    assert kept() is None
 
 
 def test_two_optimizers_share_the_kernel_and_not_the_scalars(cupy: StandIn, device: CudaBackend) -> None:
