@@ -32,6 +32,7 @@ from gpubatch.host_ops import ops_for
 from gpubatch.launch import cuda_kernel
 from gpubatch.ops import IDENTITY, Activation
 from gpubatch.products import PRECISIONS, ArrayProducts, LtProducts, by_columns, products_for
+from gpubatch.train import check_same_network
 
 RELU = Activation("relu")
 DTYPES = ["float64", "float32", "float16"]
@@ -62,7 +63,7 @@ def gpu() -> CudaBackend:
         missing("gpu", "no CUDA device can be used here")
     backend = get_backend("cuda:0")
     if not (found := products_for(backend, np.dtype("float32"), "full")).capturable:
-        missing("gpu", found.reason)
+        missing("nvmath", found.reason)
     return backend
 
 
@@ -289,13 +290,16 @@ def test_arrays_that_the_library_cannot_read_go_to_the_namespace(strange: str) -
     assert made.library.lt.launches == []
 
 
-def test_a_product_by_columns_goes_to_the_namespace() -> None:
+@pytest.mark.parametrize("order", ["F", "wide"])
+def test_a_product_that_is_not_in_one_piece_goes_to_the_namespace(order: str) -> None:
     backend = stand_in()
     made = lt_products(backend)
     a, b = numbers(backend, (6, 8), "float32"), numbers(backend, (8, 6), "float32")
-    out = numbers(backend, (6, 6), "float32", "F")
+    out, vector = numbers(backend, (6, 6), "float32", order), numbers(backend, (6,), "float32")
     made.multiply(a, b, out)
-    np.testing.assert_allclose(out, a @ b, rtol=1e-6)
+    np.testing.assert_allclose(out, a @ b, rtol=1e-5)
+    assert not made.affine(IDENTITY, a, b, vector, out)
+    assert made.library.lt.launches == []
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -469,6 +473,12 @@ def test_precision_is_checked_and_kept() -> None:
     assert (net.precision, copy.deepcopy(net).precision) == ("fast", "fast")
     assert gb.Network([gb.Dense(5, 3)], backend="cpu").precision == "full"
     assert net.state_dict().keys() == gb.mlp([5, 3], backend="cpu").state_dict().keys()
+
+
+def test_checkpoints_from_before_there_was_a_choice_are_in_full() -> None:
+    check_same_network({"seed": 1}, {"seed": 1, "precision": "full"})
+    with pytest.raises(ArgumentError, match="whose precision is full, this one's is fast"):
+        check_same_network({"seed": 1}, {"seed": 1, "precision": "fast"})
 
 
 def test_a_run_is_not_resumed_in_another_precision(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -685,35 +695,39 @@ def test_the_products_of_a_step_are_captured_with_it(timing: str, rng: np.random
     assert net.products in kept[-1]  # whose workspace the graph works in
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["stand-in", pytest.param("cuda:0", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_captured_product_is_the_eager_one_bit_for_bit(precision: str) -> None:
-    backend = gpu()
-    cupy, made = backend.cupy, lt_products(backend, "float32", precision)
-    x, W, b = (numbers(backend, shape, "float32") for shape in ((128, 784), (784, 512), (512,)))
-    ys = [backend.empty((128, 512), "float32") for _ in range(2)]
-    dWs = [backend.empty((784, 512), "float32") for _ in range(2)]
+def test_a_captured_product_is_the_eager_one_bit_for_bit(precision: str, where: str) -> None:
+    backend = gpu() if where == "cuda:0" else queued_backend("late")
+    if where == "stand-in":
+        backend.cupy.nvmath = StandInLt(backend.cupy)
+    made = lt_products(backend, "float32", precision)
+    x, W, b, dy = (numbers(backend, shape, "float32") for shape in ((128, 784), (784, 512), (512,), (128, 512)))
+    outs = [
+        [backend.empty(shape, "float32") for shape in ((128, 512), (784, 512), (784, 512), (512,))] for _ in range(2)
+    ]
 
-    def work(y: Any, dW: Any) -> None:
+    def work(y: Any, dW: Any, other: Any, db: Any) -> None:
         if not made.affine(RELU, x, W, b, y):
             made.multiply(x, W, y)
         made.multiply(x.T, y, dW)
+        if not made.weight_gradient(x, dy, other, db):
+            made.multiply(x.T, dy, other)
 
-    with backend.scope(), cupy.cuda.Stream(non_blocking=True) as stream:
-        work(ys[0], dWs[0])
-        work(ys[1], dWs[1])
-        stream.begin_capture()
-        work(ys[1], dWs[1])
-        graph = stream.end_capture()
-        ys[1].fill(0)
-        dWs[1].fill(0)
+    def bits(number: int) -> list[bytes]:
+        return [backend.to_numpy(out).tobytes() for out in outs[number][:3]]
+
+    with backend.scope(), backend.own_stream():
+        for out in outs:
+            work(*out)
+        graph = backend.capture(lambda: work(*outs[1]))
+        for out in outs[1]:
+            out.fill(0)
         graph.launch()
-        stream.synchronize()
-        assert ys[0].get().tobytes() == ys[1].get().tobytes()
-        assert dWs[0].get().tobytes() == dWs[1].get().tobytes()
-        # What it reads is what lies there when it is launched.
-        x *= 2
+        assert bits(0) == bits(1)
+        x *= 2  # what is read is what lies there when it is launched
+        before = bits(1)
         graph.launch()
-        work(ys[0], dWs[0])
-        stream.synchronize()
-        assert ys[0].get().tobytes() == ys[1].get().tobytes()
+        work(*outs[0])
+        assert bits(0) == bits(1)
+        assert bits(1) != before
