@@ -479,6 +479,8 @@ def test_checkpoints_from_before_there_was_a_choice_are_in_full() -> None:
     check_same_network({"seed": 1}, {"seed": 1, "precision": "full"})
     with pytest.raises(ArgumentError, match="whose precision is full, this one's is fast"):
         check_same_network({"seed": 1}, {"seed": 1, "precision": "fast"})
+    with pytest.raises(ArgumentError, match="whose precision is fast, this one's is full"):
+        check_same_network({"seed": 1, "precision": "fast"}, {"seed": 1, "precision": "full"})
 
 
 def test_a_run_is_not_resumed_in_another_precision(tmp_path: Path, rng: np.random.Generator) -> None:
