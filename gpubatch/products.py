@@ -62,11 +62,11 @@ class Products(ABC):
 
     @abstractmethod
     def affine(self, f: Activation, x: Array, W: Array, b: Array, y: Array) -> bool:
-        """y = f(x W + b) in one launch; False, and nothing done, where there is no such launch."""
+        """y = f(x W + b) in one launch; False, and y of no value, where there is no such launch."""
 
     @abstractmethod
     def weight_gradient(self, x: Array, dy: Array, dW: Array, db: Array) -> bool:
-        """dW = xᵀ dy and db = Σ dy in one launch; False, and nothing done, where there is no such launch."""
+        """dW = xᵀ dy and db = Σ dy in one launch; False, with nothing done, where there is no such launch."""
 
     @abstractmethod
     def memory_parts(self) -> dict[str, int]:
