@@ -326,7 +326,10 @@ class CudaBackend(Backend):
         with self.scope(), _without_collections():
             stream = self.current_stream()
             # Not for other threads: those of a loader may allocate memory meanwhile.
-            stream.begin_capture(self.cupy.cuda.runtime.streamCaptureModeThreadLocal)
+            try:
+                stream.begin_capture(self.cupy.cuda.runtime.streamCaptureModeThreadLocal)
+            except RuntimeError as error:  # also of CUDA
+                raise CaptureError(f"{error}; capture inside of 'with backend.own_stream():'") from error
             try:
                 with self.cupy.cuda.using_allocator(_refuse_memory):
                     work()

@@ -404,7 +404,9 @@ class QueuedArray(DeviceArray):
             return function(*map(in_memory, arguments), **kwargs)
         raise TypeError(f"{function.__name__} of an array of the device")
 
-    def astype(self, dtype: Any, order: str = "K") -> QueuedArray:
+    def astype(self, dtype: Any, order: str = "K", copy: bool = True) -> QueuedArray:
+        if not copy and dtype == self.dtype:
+            return self
         return self.later(lambda x: x.astype(dtype, order=order), self)
 
     def copy(self) -> QueuedArray:
