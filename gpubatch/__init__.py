@@ -28,6 +28,7 @@ EXPORTS = {
     "formula": "rule",
     "layers": "GELU BatchNorm Dense Dropout Layer LeakyReLU ReLU Sigmoid Step Tanh",
     "loader": "Loader",
+    "loss_scale": "LossScale",
     "network": "Network mlp",
     "optim": """
         SGD Adagrad Adam AdamW HeavyBall Lion Momentum NAdam Optimizer RMSProp StepResult
@@ -40,8 +41,8 @@ EXPORTS = {
 }
 MODULES = tuple(
     """
-    averages backend capture checkpoint datasets errors explore formula launch layers loader losses network optim params
-    rules schedules sizing sources train
+    averages backend capture checkpoint datasets errors explore formula launch layers loader loss_scale losses network
+    optim params rules schedules sizing sources train
     """.split()
 )
 HOMES = {name: module for module, names in EXPORTS.items() for name in names.split()}
@@ -102,6 +103,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         Tanh as Tanh,
     )
     from gpubatch.loader import Loader as Loader
+    from gpubatch.loss_scale import LossScale as LossScale
     from gpubatch.network import Network as Network, mlp as mlp
     from gpubatch.optim import (
         SGD as SGD,

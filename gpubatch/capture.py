@@ -46,6 +46,8 @@ def why_eager(net: Network) -> str:
         return f"graphs are for a GPU, the network is on {net.backend.spec!r}"
     if not net.products.capturable:
         return net.products.reason
+    if net.loss_scale is not None:
+        return "the loss scale of a mixed network is looked at after every step"
     for i, layer in enumerate(net.layers):
         if type(layer).__module__ != layers.__name__:
             return f"layer {i + 1} ({type(layer).__name__}) is not one of gpubatch's, so it may do what a graph cannot"

@@ -209,7 +209,7 @@ class Network:
         spans = [self.parameters.spans[name] for name in self._weights]
         self._spans = self.backend.asarray(np.array(spans, np.int64).reshape(-1, 2))  # where l2 acts
         self._remembered = self.backend.empty(self.buffers.size, self.compute_dtype), 0
-        self.loss_scale: Array | None = None
+        self.loss_scale: Array = None
         if precision == MIXED:
             self.loss_scale = self.backend.asarray(np.ones(1, self.compute_dtype))
         self._sums: Array = None  # of the gradients of micro-batches

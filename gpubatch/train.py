@@ -43,9 +43,10 @@ from gpubatch.errors import (
 )
 from gpubatch.feeding import DeviceFeed
 from gpubatch.loader import Loader
+from gpubatch.loss_scale import LossScale
 from gpubatch.network import EVALUATION_ROWS, Network, quiet
 from gpubatch.ops import SQUARE_SUM_SIZE
-from gpubatch.optim import Optimizer, StepResult
+from gpubatch.optim import MASTER, Optimizer, StepResult
 from gpubatch.params import FlatViews
 
 __all__ = ["History", "StopTraining", "TrainingInterrupted", "TrainingState", "TrainingTerminated", "fit"]
@@ -56,7 +57,8 @@ class History:
     """What a run did: ``step_loss`` and ``step_lr`` have one number a step, the other lists one an epoch.
 
     ``step_lr`` is empty where the rule has no learning rate. ``skipped`` counts the steps that were left out, which are
-    in no list.
+    in no list; nor are ``overflows``, those that a loss scale left out to find its size. ``loss_scale`` is what it was
+    at the end of each epoch, empty where the network has none.
 
     ``loss`` is the mean of the epoch's mini-batch costs, weighted by their samples; ``seconds`` leaves the validation
     out. ``validation_accuracy`` is empty where the loss has no classes. ``execution`` says how the steps of the last
@@ -70,9 +72,11 @@ class History:
     validation_loss: list[float] = field(default_factory=list)
     validation_accuracy: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    loss_scale: list[float] = field(default_factory=list)
     batch_size: int = 0
     micro_batch_size: int | None = None
     skipped: int = 0
+    overflows: int = 0
     execution: str = "eager"
 
     def smoothed(self, beta: float = 0.9) -> np.ndarray:
@@ -132,6 +136,7 @@ def fit(
     max_norm: float | None = None,
     max_skipped: int = 10,
     execution: str = "auto",
+    loss_scale: LossScale | None = None,
 ) -> History:
     """Train ``net`` on the batches of ``loader`` with ``opt``, which must be bound to ``net.parameters``.
 
@@ -150,6 +155,11 @@ def fit(
     ``max_norm`` bounds the norm over all gradients. A step whose loss or gradient is not finite is left out: it leaves
     parameters, running statistics and optimizer as they were, ``history.skipped`` counts it, and the first one gives a
     :class:`SkippedStepWarning`. After ``max_skipped`` in a row the next one raises :class:`NonFiniteError`.
+
+    A network with ``precision="mixed"`` takes a loader with ``dtype="float16"`` and an optimizer with
+    ``master_weights=True``. Its gradients are those of the loss times ``loss_scale``, by default
+    :class:`~gpubatch.loss_scale.LossScale` as it comes; ``max_norm`` is for them without it. A step whose gradient
+    overflows at a scale above 1 is left out like others, but only lowers the scale: ``history.overflows`` counts it.
 
     Where memory runs out, what can be is given back, and from that batch on half as many samples are computed at a time
     (``micro_batch_size`` of :meth:`Network.loss_and_grad`), as often as it takes: batches and updates stay the same, no
@@ -172,7 +182,7 @@ def fit(
     _check_parts(net, loader, opt)
     # What outlives the run, like the parameters, may be used on the caller's stream afterwards.
     with net.backend.own_stream():
-        guard = Guard(net, opt, max_norm, max_skipped)
+        guard = Guard(net, opt, max_norm, max_skipped, loss_scale)
         watchers = [_watcher(callback) for callback in callbacks]
         held_out = None if validation is None else _validation_arrays(net, loader, validation)
         store = _opened(checkpoint, check_bool("resume", resume))
@@ -184,7 +194,7 @@ def fit(
         state.history.batch_size = loader.batch_size
         done = len(state.history.loss)
         shown = display(progress, epochs, len(loader), done * len(loader) + run.part.batches)
-        with run.saved():
+        with run.saved(), guard.scaling():
             with interruptible() as run.noted, shown as run.show:
                 with contextlib.suppress(StopTraining):
                     for number in range(done + 1, epochs + 1):
@@ -328,7 +338,7 @@ class Run:
         for step in made:
             self._note(step.loss, StepResult(True, self.state.step + 1, step.lr), step.rows)
         if made:
-            self.guard.in_a_row = 0
+            self.guard.applied(len(made))
         return len(made)
 
     def _again(self, queue: Queue, x: Array, y: Array) -> None:
@@ -398,6 +408,8 @@ class Run:
         history, part = self.state.history, self.part
         history.loss.append(part.total / part.samples if part.samples else math.nan)
         history.seconds.append(part.seconds)
+        if self.guard.scale is not None:
+            history.loss_scale.append(self.guard.scale.value)
         self.part = Part()
         self._unsaved = True
         if held_out is not None:
@@ -430,6 +442,7 @@ class Run:
             "history": history,
             "part": dataclasses.asdict(self.part),
             "skipped_in_a_row": self.guard.in_a_row,
+            "loss_scale": None if self.guard.scale is None else self.guard.scale.state_dict(),
             "callbacks": [callback.state_dict() for callback in self._stateful()],
         }
         self._saved_at = opt.t
@@ -461,6 +474,8 @@ class Run:
             net.load_state_dict(saved["network"])
             opt.load_state_dict(saved["optimizer"])
             loader.load_state_dict(saved["loader"])
+            if self.guard.scale is not None:
+                self.guard.scale.load_state_dict(saved["loss_scale"])
             for callback, state in zip(callbacks, saved["callbacks"], strict=True):
                 callback.load_state_dict(state)
         except Exception as error:
@@ -544,16 +559,31 @@ def check_same_network(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None
 class Guard:
     """Makes the steps, and leaves out those whose loss or gradient is not finite.
 
-    One pass over the gradients tells their norm, for ``max_norm``, and whether all of them are finite.
+    One pass over the gradients tells their norm, for ``max_norm``, and whether all of them are finite. Those of a mixed
+    network are multiplied by ``scale``, which is lowered before anything else is said to be wrong with them.
     """
 
-    def __init__(self, net: Network, opt: Optimizer, max_norm: float | None, max_skipped: int) -> None:
+    def __init__(
+        self,
+        net: Network,
+        opt: Optimizer,
+        max_norm: float | None,
+        max_skipped: int,
+        loss_scale: LossScale | None = None,
+    ) -> None:
         self.net, self.opt = net, opt
         self.max_norm = None if max_norm is None else check_real("max_norm", max_norm, 0.0, open_low=True)
         self.max_skipped = check_int("max_skipped", max_skipped, 0)
         self.in_a_row = 0
         self._squares = net.backend.zeros(SQUARE_SUM_SIZE, np.float64)
-        self._control = net.backend.zeros(2, net.dtype)
+        self._control = net.backend.zeros(2, net.compute_dtype)
+        self.scale: LossScale | None = None
+        if loss_scale is not None and not isinstance(loss_scale, LossScale):
+            raise DTypeError(f"loss_scale must be a gpubatch.LossScale, got {type(loss_scale).__name__}")
+        if net.loss_scale is not None:
+            self.scale = loss_scale or LossScale()
+        elif loss_scale is not None:
+            raise ArgumentError(f"loss_scale is for a network with precision='mixed', this one has {net.precision!r}")
         self._halved = ""  # why, until it is known that it was enough
         self.captured: CapturedSteps | None = None
 
@@ -577,15 +607,44 @@ class Guard:
         squares, not_finite = self._look_at(grads)
         if not_finite or not math.isfinite(squares):
             self.net.recall()  # that the gradient is not finite was found after they had changed
-            self._leave_out(self._what_is_wrong(grads, not_finite), state)
+            if self.scale is not None and self.scale.overflow():
+                self._write_scale(self.scale.value)
+                state.history.overflows += 1
+            else:
+                self._leave_out(self._what_is_wrong(grads, not_finite), state)
             return loss, None
         control = self._clipping(math.sqrt(squares))
         if control is None and squares > float(np.finfo(self.net.dtype).max):
             result = self._step_if_finite(grads, state)
         else:
             result = self.opt.step(grads, control)
-        self.in_a_row = 0 if result is not None else self.in_a_row
+        if result is not None:
+            self.applied()
         return loss, result
+
+    def applied(self, steps: int = 1) -> None:
+        """Count steps that were made."""
+        self.in_a_row = 0
+        if self.scale is not None:
+            before = self.scale.value
+            self.scale.good(steps)
+            if self.scale.value != before:
+                self._write_scale(self.scale.value)
+
+    @contextlib.contextmanager
+    def scaling(self) -> Iterator[None]:
+        """While it lasts, the network's gradients are scaled; those that a caller computes afterwards are not."""
+        if self.scale is not None:
+            self._write_scale(self.scale.value)
+        try:
+            yield
+        finally:
+            if self.scale is not None:
+                self._write_scale(1.0)
+
+    def _write_scale(self, value: float) -> None:
+        with self.net.backend.scope():
+            self.net.loss_scale.fill(value)
 
     def _step_if_finite(self, grads: FlatViews, state: TrainingState) -> StepResult | None:
         """A step on gradients whose squares may overflow, as Adam's would; taken back if something is infinite then."""
@@ -642,7 +701,7 @@ class Guard:
 
     def _look_at(self, grads: FlatViews) -> tuple[float, int]:
         """Σ g², and how many g are not finite."""
-        if self.max_norm is None and self.net.backend.name == "cpu":
+        if self.max_norm is None and self.net.backend.name == "cpu" and self.scale is None:
             # BLAS is the quickest to tell that all is well: nothing that is not finite has a finite sum of squares.
             with quiet():
                 squares = float(np.dot(grads.flat, grads.flat))
@@ -655,11 +714,15 @@ class Guard:
         return squares, int(not_finite)
 
     def _clipping(self, norm: float) -> Array | None:
-        """What the optimizer multiplies the gradients by, where their norm is too large."""
-        if self.max_norm is None or norm <= self.max_norm:
+        """What the optimizer multiplies the gradients by, where they are scaled, or their norm is too large."""
+        scale = 1.0 if self.scale is None else self.scale.value
+        factor = 1 / scale
+        if self.max_norm is not None and norm / scale > self.max_norm:
+            factor = self.max_norm / norm
+        if factor == 1:
             return None
         with self.net.backend.scope():
-            self._control[0] = self.max_norm / norm
+            self._control[0] = factor
         return self._control
 
     def _what_is_wrong(self, grads: FlatViews, not_finite: int) -> str:
@@ -693,7 +756,7 @@ def memory_parts(net: Network, opt: Optimizer, batch_size: int, evaluated: int =
 
     ``evaluated`` is how many samples are evaluated after an epoch, ``copied`` how many bytes of them were made for it.
     """
-    norm = 8 * SQUARE_SUM_SIZE + 2 * net.dtype.itemsize
+    norm = 8 * SQUARE_SUM_SIZE + 2 * net.compute_dtype.itemsize
     of_net = net.memory_parts(batch_size, evaluated)
     return {**of_net, **opt.memory_parts(), "norm of the gradient": norm, "validation set": copied}
 
@@ -775,11 +838,19 @@ def _check_parts(net: Network, loader: Loader, opt: Optimizer) -> None:
             f"loader is on {loader.backend.spec!r}, net on {net.backend.spec!r}; give both one backend="
         )
     if loader.dtype != net.dtype:
-        raise ArgumentError(f"loader makes {loader.dtype} batches, net computes in {net.dtype}; give the loader dtype=")
+        verb = "computes in" if net.loss_scale is None else "stores"
+        raise ArgumentError(
+            f"loader makes {loader.dtype} batches, net {verb} {net.dtype}; give the loader dtype={net.dtype.name!r}"
+        )
     if not loader.labelled:
         raise ArgumentError("loader must have labels: Loader(X, Y), this one has X alone")
     if any(opt.params.get(name) is not p for name, p in net.parameters.items()):
         raise ArgumentError("opt must be bound to net.parameters, this one is bound to other arrays")
+    if net.dtype == np.float16 and MASTER not in opt.state:
+        raise ArgumentError(
+            "opt must keep the float16 parameters in float32, too, where small steps are not lost in rounding: make it "
+            "with master_weights=True"
+        )
 
 
 def _rows(array: Array, loader: Loader) -> Array:

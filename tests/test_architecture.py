@@ -38,8 +38,10 @@ MAY_IMPORT = {
     "feeding": "host_ops cuda_ops backend sizing errors sources",
     "loader": "backend sizing errors sources feeding",
     "checkpoint": "backend errors",
+    "loss_scale": "errors",
     "capture": "network optim feeding cuda_ops launch ops layers backend errors",
-    "train": "capture feeding checkpoint network optim loader ops params schedules averages sizing backend errors",
+    "train": "capture feeding checkpoint loss_scale network optim loader ops params schedules averages sizing backend"
+    " errors",
     "explore": "network layers losses ops loader optim train averages params backend errors",
 }
 EDGES = {"plot", "cli", "cli_explore", "cli_sizing", "__main__", "__init__"}
