@@ -698,9 +698,7 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> float:
     with backend.scope():
         sums = backend.zeros(SQUARE_SUM_SIZE, np.float64)
         for a in arrays:
-            dtype = compute_dtype(a.dtype)
-            plain = a.flags.c_contiguous and a.dtype == dtype
-            ops_for(backend, dtype).square_sum(a if plain else a.astype(dtype, order="C"), sums)
+            ops_for(backend, a.dtype).square_sum(a if a.flags.c_contiguous else a.astype(a.dtype, order="C"), sums)
         norm = math.sqrt(float(sums[0]))
         if not math.isfinite(norm):
             raise NonFiniteError(f"the global norm of grads is {norm}: a gradient is NaN or infinite")

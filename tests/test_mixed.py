@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from needs import peer
 from stand_in import INDEX, StandIn, StandInBackend
+from stand_in_lt import StandInLt
 
 import gpubatch as gb
 from gpubatch.backend import Array, Backend
@@ -19,6 +20,7 @@ from gpubatch.host_ops import ops_for
 from gpubatch.launch import cuda_kernel
 from gpubatch.layers import Context, Layer, Needs, Parameter
 from gpubatch.loss_scale import LARGEST
+from gpubatch.products import LtProducts
 from gpubatch.train import Guard, TrainingState
 
 HALF = np.dtype(np.float16)
@@ -62,10 +64,13 @@ def distance(found: Any, right: Any) -> float:
     return float(np.linalg.norm(found - right) / np.linalg.norm(right))
 
 
-def stand_in() -> StandInBackend:
+def stand_in(products: str = "CuPy") -> StandInBackend:
     for kept in (cuda_kernel, ops_for):  # by the number of the device
         kept.cache_clear()
-    return StandInBackend(StandIn(), INDEX, "a test")
+    backend = StandInBackend(StandIn(), INDEX, "a test")
+    if products == "cuBLASLt":
+        backend.cupy.nvmath = StandInLt(backend.cupy)
+    return backend
 
 
 # --- the network -----------------------------------------------------------------------------------------------------
@@ -111,12 +116,17 @@ def test_loss_and_gradients_are_those_of_float32(
 
 @every_stack
 @every_loss
-def test_cuda_and_cpu_agree_to_the_rounding_of_float16(stack: str, loss: str, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("products", ["CuPy", "cuBLASLt"])
+def test_cuda_and_cpu_agree_to_the_rounding_of_float16(
+    products: str, stack: str, loss: str, rng: np.random.Generator
+) -> None:
     """The real kernels, on the emulated grid."""
     X, Y = data(rng, loss)
     nets = [
-        gb.Network(STACKS[stack](), loss, 0.01, backend, seed=3, precision="mixed") for backend in ("cpu", stand_in())
+        gb.Network(STACKS[stack](), loss, 0.01, backend, seed=3, precision="mixed")
+        for backend in ("cpu", stand_in(products))
     ]
+    assert isinstance(nets[1].products, LtProducts) == (products == "cuBLASLt")
     found = []
     for net in nets:
         net.loss_scale.fill(64)
@@ -283,13 +293,13 @@ def everything(net: gb.Network, opt: gb.Optimizer) -> list[Any]:
     return [state["t"], kept["dropout_step"], *(net.backend.to_numpy(a).tobytes() for a in arrays)]
 
 
-def test_a_run_learns_as_one_in_float32() -> None:
+def test_a_run_learns_as_one_in_float32(backend: Backend) -> None:
     (X, Y), held_out = gb.datasets.mnist_10k()
     accuracy = {}
     for precision in ("full", "mixed"):
-        net = gb.mlp([784, 32, 10], batch_norm=True, dropout=0.1, l2=1e-4, backend="cpu", precision=precision, seed=1)
+        net = gb.mlp([784, 32, 10], batch_norm=True, dropout=0.1, l2=1e-4, backend=backend, precision=precision, seed=1)
         opt = gb.Adam(net.parameters, master_weights=precision == "mixed")
-        loader = gb.Loader(X, Y, batch_size=64, backend="cpu", dtype=net.dtype, scale=1 / 255)
+        loader = gb.Loader(X, Y, batch_size=64, backend=backend, dtype=net.dtype, scale=1 / 255)
         history = gb.fit(net, loader, opt, 2, held_out, progress=False)
         accuracy[precision] = history.validation_accuracy[-1]
         assert history.skipped == 0
