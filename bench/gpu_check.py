@@ -1,22 +1,29 @@
 """What a GPU does with gpubatch, in one command: ``python bench/gpu_check.py [--out DIR]``, under eight minutes.
 
-Runs the tests that need a device, among them every kernel against NumPy in float64, and then times gpubatch beside
+Runs the tests that need a device, those of every kernel against NumPy in float64 first, and then times gpubatch beside
 PyTorch and JAX, where they are installed, and beside plain copies. Every section has a process of its own with a limit
-of time, so that one that fails costs no other. Contenders run in turn, after a warm-up, between device events (JAX, and
-everything on a CPU, by the clock); figures are medians, with quartiles. Writes JSON and a Markdown table. It changes no
-setting of the card. ``--rehearse`` runs all of it on the CPU with small sizes: that shows that it works, nothing else.
+of time, so that one that fails costs no other. Contenders run in turn, after a warm-up, between events of the stream
+that does their work (JAX, and everything on a CPU, by the clock); figures are medians, with quartiles. gpubatch works
+on a stream of its own, its training steps as CUDA graphs unless the row says "eager". float32 products are in full
+precision for all, where the row does not say otherwise. Writes JSON and a Markdown table after every section. It
+changes no setting of the card. ``--rehearse`` runs all of it on the CPU with small sizes, where no step can be
+captured: that shows that it works, nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
 import os
 import platform
+import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +42,21 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the checkout that this file belongs to, installed or not
 
 import feeding  # noqa: E402  beside this file
+import to_accuracy  # noqa: E402
 
 import gpubatch as gb  # noqa: E402
+from gpubatch.capture import why_eager  # noqa: E402
+from gpubatch.products import PRECISIONS, products_for  # noqa: E402
 
 ROUNDS = 5  # in which every contender has its turn
+WARM = 4  # calls before the first round; torch.compile records its graphs in the second and third
+EPOCHS = 5  # in a run
+AT_ONCE = 50  # steps in a launch, where there are several
+TESTS, KERNEL_TIMES = 100, 30  # limits in seconds
+PARITY = {  # every kernel against NumPy in float64
+    "update rules": "tests/test_kernels.py::test_on_a_gpu_the_kernel_follows_numpy",
+    "kernels of the core": "tests/test_cuda_ops.py::test_on_a_gpu_it_agrees_with_numpy",
+}
 SIZES = [784, 512, 256, 10]
 BYTES_PER_PARAMETER = {"adam": 28, "rmsprop": 20, "momentum": 20}  # what a step must read and write, float32
 ASKED = {"adam": 1.0, "rmsprop": 2.0, "momentum": 1.0}  # times as fast as PyTorch
@@ -62,11 +81,15 @@ class Place:
 
 @dataclass
 class Contender:
-    """One of those who do the same work: ``steps`` of it in a call of ``work``; ``library`` has its clock."""
+    """One of those who do the same work: ``steps`` of it in a call of ``work``; ``library`` has its clock.
+
+    ``execution`` is how gpubatch does it.
+    """
 
     work: Work
     library: str = OURS
     steps: int = 1
+    execution: str = ""
     seconds: list[float] = field(default_factory=list)
 
 
@@ -113,28 +136,104 @@ def clock(place: Place, library: str) -> tuple[Callable[[], Any], Callable[[Any,
     return time.perf_counter, lambda start, stop: stop - start
 
 
-def measure(place: Place, contenders: dict[str, Contender], budget: float = 0.3) -> dict[str, dict[str, float]]:
-    """Seconds a step of each: its median and quartiles over rounds of about ``budget`` seconds."""
-    for contender in contenders.values():
-        for _ in range(3):
-            contender.work()
+def measure(
+    place: Place, contenders: dict[str, Contender], budget: float = 0.15, samples: int = 5, cold: bool = False
+) -> dict[str, dict[str, float]]:
+    """Seconds a step of each: its median and quartiles over rounds of about ``budget`` seconds.
+
+    With ``cold`` the L2 cache is written over before every call, and waited for: the time is then that from the call
+    to the end of its work, with what the host needs for it. ``host`` is how long a call keeps the host.
+    """
+    flush = flusher(place) if cold else None
     for _ in range(1 if not place.on_gpu else ROUNDS):
         for contender in contenders.values():
             mark, between = clock(place, contender.library)
+            place.backend.synchronize()
             start = mark()
             contender.work()
             one = max(between(start, mark()), 1e-7)
-            calls = max(1, min(int(budget / one / 5), 1000)) if place.on_gpu else 1
-            for _ in range(5):
+            calls = max(1, min(int(budget / one / samples), 1000)) if place.on_gpu and not cold else 1
+            for _ in range(4 * samples if cold else samples):
+                if flush:
+                    flush()
                 start = mark()
                 for _ in range(calls):
                     contender.work()
                 contender.seconds.append(between(start, mark()) / calls / contender.steps)
-    found = {}
+    return {name: {**spread(of.seconds), "host": on_host(place, of)} for name, of in contenders.items()}
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else 3 * seconds
+    return {"median": middle, "low": low, "high": high}
+
+
+def flusher(place: Place) -> Work:
+    """What fills the L2 cache with something else: a write of four times its size, waited for."""
+    size = 1 << 20
+    if place.on_gpu:
+        runtime = gb.backend.load_cupy().cuda.runtime
+        size = 4 * max(runtime.getDeviceProperties(0)["l2CacheSize"], 16 << 20)
+    block = place.backend.zeros(size, "uint8")
+
+    def flush() -> None:
+        block[...] = 1
+        place.backend.synchronize()
+
+    return flush
+
+
+def on_host(place: Place, contender: Contender) -> float:
+    """Seconds a step until the call is back, of so few calls that the device's queue takes them all."""
+    calls = 20 if place.on_gpu else 1
+    place.backend.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        contender.work()
+    seconds = (time.perf_counter() - start) / calls / contender.steps
+    place.backend.synchronize()
+    return seconds
+
+
+def race(
+    place: Place, work: str, entries: dict[str, Callable[[], Contender]], asked: dict[str, float], **how: Any
+) -> dict[str, Any]:
+    """A row of the table. Whoever cannot start is noted as failed, and costs the others nothing.
+
+    Whoever returns a loss must return one that is finite.
+    """
+    contenders, failed = dict[str, Contender](), dict[str, str]()
+    for name, make in entries.items():
+        try:
+            contender = make()
+            for _ in range(WARM if place.on_gpu else 1):
+                contender.work()
+            place.backend.synchronize()
+            contenders[name] = contender
+        except Exception as error:
+            failed[name] = in_a_line(error)
+    seconds = measure(place, contenders, **how)
+    losses, execution = {}, {}
     for name, contender in contenders.items():
-        low, middle, high = statistics.quantiles(contender.seconds, n=4)
-        found[name] = {"median": middle, "low": low, "high": high}
-    return found
+        value = contender.work()
+        if isinstance(value, gb.History):
+            losses[name], execution[name] = value.loss[-1], value.execution
+        elif hasattr(value, "item"):
+            losses[name] = float(value.item())
+        if contender.execution:
+            execution[name] = contender.execution
+        if not math.isfinite(losses.get(name, 0.0)):
+            failed[name] = f"the loss is {losses.pop(name)}"
+            del seconds[name]
+    row = {"work": work, "seconds": seconds, "asked": {peer: ratio for peer, ratio in asked.items() if peer in seconds}}
+    more = {"failed": failed, "loss": losses, "execution": execution}
+    return row | {name: found for name, found in more.items() if found}
+
+
+def in_a_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
 
 def has(*libraries: str) -> bool:
@@ -153,46 +252,50 @@ def optimizers(place: Place) -> Iterator[dict[str, Any]]:
         "momentum": lambda params: gb.HeavyBall(params, lr=1e-3),
     }
     for name, kind in kinds.items():
-        contenders = {OURS: Contender(our_update(place, kind, n)), "copy": Contender(copy(place, n))}
+        form = "foreach" if name == "rmsprop" else "fused"
+        peer = f"torch {form}"
+        entries = {OURS: partial(our_update, place, kind, n), "copy": partial(copy, place, n)}
         if has("torch"):
-            form = "foreach" if name == "rmsprop" else "fused"
-            contenders[f"torch {form}"] = Contender(torch_update(place, name, [n], **{form: True}), "torch")
-        found = measure(place, contenders, 1.0)
-        bandwidth = {"share": BYTES_PER_PARAMETER[name] / 8 * found["copy"]["median"] / found[OURS]["median"]}
-        peers = {peer: ASKED[name] for peer in found if peer.startswith("torch")}
-        yield {
-            "work": f"{name}, {n:,} float32 parameters",
-            "seconds": found,
-            "asked": {**peers, "share": 0.92},
-        } | bandwidth
-        contenders.clear()
+            entries[peer] = partial(torch_update, place, name, [n], **{form: True})
+        row = race(place, f"{name}, {n:,} float32 parameters", entries, {peer: ASKED[name]}, budget=0.4)
+        seconds = row["seconds"]
+        if OURS in seconds and "copy" in seconds:
+            row["share"] = BYTES_PER_PARAMETER[name] / 8 * seconds["copy"]["median"] / seconds[OURS]["median"]
+            row["asked"]["share"] = 0.92
+        yield row
         give_back(place)
+    for cold in (True, False):
+        entries = {OURS: partial(our_many, place)}
+        if has("torch"):
+            entries["torch fused"] = partial(torch_update, place, "adam", [10_000] * 500, fused=True)
+        work = f"adam, 500 arrays of 10,000, {'cold L2' if cold else 'one after another'}"
+        yield race(place, work, entries, {"torch fused": 3.0}, cold=cold)
+
+
+def our_update(place: Place, kind: Callable[[Any], gb.Optimizer], n: int) -> Contender:
+    params = gb.Parameters({"w": (n,)}, place.backend)
+    params.grads.flat[...] = 0.01
+    return Contender(kind(params).step)
+
+
+def our_many(place: Place) -> Contender:
     arrays = {str(i): place.backend.zeros(10_000, "float32") for i in range(500)}
     grads = {name: a + np.float32(0.01) for name, a in arrays.items()}
     opt = gb.Adam(arrays)
-    contenders = {OURS: Contender(lambda: opt.step(grads))}
-    if has("torch"):
-        contenders["torch fused"] = Contender(torch_update(place, "adam", [10_000] * 500, fused=True), "torch")
-    yield {"work": "adam, 500 arrays of 10,000", "seconds": measure(place, contenders), "asked": {"torch fused": 3.0}}
+    return Contender(lambda: opt.step(grads))
 
 
-def our_update(place: Place, kind: Callable[[Any], gb.Optimizer], n: int) -> Work:
-    params = gb.Parameters({"w": (n,)}, place.backend)
-    params.grads.flat[...] = 0.01
-    return kind(params).step
-
-
-def copy(place: Place, n: int) -> Work:
+def copy(place: Place, n: int) -> Contender:
     """Eight bytes an element: four are read, four are written."""
     source, target = (place.backend.zeros(n, "float32") for _ in range(2))
 
     def work() -> None:
         target[...] = source
 
-    return work
+    return Contender(work)
 
 
-def torch_update(place: Place, name: str, sizes: list[int], **form: bool) -> Work:
+def torch_update(place: Place, name: str, sizes: list[int], **form: bool) -> Contender:
     import torch
 
     params = [torch.zeros(n, device=place.torch, requires_grad=True) for n in sizes]
@@ -203,7 +306,7 @@ def torch_update(place: Place, name: str, sizes: list[int], **form: bool) -> Wor
         "rmsprop": lambda p: torch.optim.RMSprop(p, **form),
         "momentum": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, **form),
     }
-    return makers[name](params).step  # type: ignore[no-any-return]
+    return Contender(makers[name](params).step, "torch")
 
 
 def give_back(place: Place) -> None:
@@ -217,46 +320,116 @@ def give_back(place: Place) -> None:
 
 
 def steps(place: Place) -> Iterator[dict[str, Any]]:
-    """A whole training step of a small network, by batch size."""
-    for batch in (32, 128, 512, 4096):
-        yield training_step(
-            place, batch, {"torch eager": 5.0, "torch compiled": 1.3, "jax scan": 1.2} if batch == 128 else {}
-        )
+    """A whole training step of a small network, by batch size: one a launch, and many a launch."""
+    batches = (128, 32, 512, 4096) if place.on_gpu else (32,)  # what is asked first, should time run out
+    for batch in batches:
+        x, y = samples(batch)
+        entries = {
+            OURS: partial(our_step, place, x, y),
+            "gpubatch eager": partial(our_step, place, x, y, captured=False),
+        }
+        several = {
+            OURS: partial(our_step, place, x, y, AT_ONCE),
+            "gpubatch, 8 in a launch": partial(our_step, place, x, y, 8),
+        }
+        if has("torch"):
+            entries["torch eager"] = partial(torch_step, place, x, y)
+            if place.on_gpu:
+                entries["torch graph"] = partial(torch_step, place, x, y, "graph")
+                if has("triton"):
+                    entries["torch compiled"] = partial(torch_step, place, x, y, "compiled")
+        if has("jax", "optax"):
+            several["jax scan"] = partial(jax_steps, place, x, y, AT_ONCE)
+        asked = batch == batches[0]
+        yield race(place, step_of(batch), entries, {"torch eager": 5.0, "torch compiled": 1.3} if asked else {})
+        work = f"{step_of(batch)}, {AT_ONCE} in a launch"
+        yield race(place, work, several, {"jax scan": 1.2} if asked else {})
 
 
-def steps_in_tf32(place: Place) -> Iterator[dict[str, Any]]:
-    """A large batch, with matrix products in TF32 for all: CuPy reads ``CUPY_TF32`` when it is imported."""
-    if has("torch"):
-        import torch
+def large_batch(place: Place) -> Iterator[dict[str, Any]]:
+    """A batch so large that matrix products are most of the work, in each precision that there is."""
+    batch = 16384 if place.on_gpu else 64
+    x, y = samples(batch)
+    words = {"full": "", "fast": " in TF32", "mixed": " in mixed precision"}
+    for precision in PRECISIONS:
+        entries = {OURS: partial(our_step, place, x, y, precision=precision)}
+        if has("torch") and (place.on_gpu or precision != "mixed"):  # GradScaler is for a GPU
+            entries["torch eager"] = partial(torch_step, place, x, y, precision=precision)
+        asked = {"torch eager": 1.2} if precision == "fast" else {}
+        yield race(place, step_of(batch) + words[precision], entries, asked)
 
-        torch.backends.cuda.matmul.allow_tf32 = True
-    yield training_step(place, 16384 if place.on_gpu else 64, {"torch eager": 1.2}, " in TF32")
+
+def step_of(batch: int) -> str:
+    return f"training step, {'-'.join(map(str, SIZES))}, Adam, batch {batch:,}"
 
 
-def training_step(place: Place, batch: int, asked: dict[str, float], how: str = "") -> dict[str, Any]:
+def samples(batch: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
-    x, y = rng.random((batch, SIZES[0]), np.float32), rng.integers(0, SIZES[-1], batch)
-    contenders = {OURS: Contender(our_step(place, x, y))}
-    if has("torch"):
-        contenders["torch eager"] = Contender(torch_step(place, x, y), "torch")
-        if "torch compiled" in asked and place.on_gpu and has("triton"):
-            contenders["torch compiled"] = Contender(torch_step(place, x, y, compiled=True), "torch")
-    if "jax scan" in asked and has("jax", "optax"):
-        contenders["jax scan"] = Contender(jax_steps(x, y, 50), "jax", 50)
-    work = f"training step, {'-'.join(map(str, SIZES))}, Adam, batch {batch}{how}"
-    return {"work": work, "seconds": measure(place, contenders), "asked": asked}
+    return rng.random((batch, SIZES[0]), np.float32), rng.integers(0, SIZES[-1], batch)
 
 
-def our_step(place: Place, x: np.ndarray, y: np.ndarray) -> Work:
-    net = gb.mlp(SIZES, backend=place.backend)
-    opt = gb.Adam(net.parameters)
-    X, Y = place.backend.asarray(x), place.backend.asarray(y)
+def our_step(
+    place: Place, x: np.ndarray, y: np.ndarray, steps: int = 1, precision: str = "full", captured: bool = True
+) -> Contender:
+    """As one launch; where it cannot be captured, or with ``captured=False``, eager."""
 
-    def step() -> None:
-        net.step_loss(X, Y)
-        opt.step()
+    def parts() -> tuple[gb.Network, gb.Optimizer, Any, Any]:
+        net = gb.mlp(SIZES, backend=place.backend, precision=precision)
+        own = {"master_weights": True} if precision == "mixed" else {}
+        opt = gb.Adam(net.parameters, **own)
+        return net, opt, place.backend.asarray(x, net.dtype), place.backend.asarray(y)
 
-    return step
+    net, opt, X, Y = parts()
+    execution = "eager"
+    if captured and (why := why_eager(net)):
+        execution = f"eager, since {why}"
+    elif captured:
+        try:
+            with counted(place.backend) as nodes:
+                step = gb.CapturedStep(net, opt, X, Y, steps)
+                step()
+                return Contender(step, steps=steps, execution=f"captured, nodes in the graph: {nodes or 'not known'}")
+        except RuntimeError as error:  # of CuPy: what CUDA refuses to capture
+            execution = f"eager, since the capture failed: {in_a_line(error)}"
+            net, opt, X, Y = parts()
+
+    def step_by_step() -> Any:
+        for _ in range(steps):
+            loss = net.step_loss(X, Y)
+            opt.step()
+        return loss
+
+    return Contender(step_by_step, steps=steps, execution=execution)
+
+
+@contextlib.contextmanager
+def counted(backend: Any) -> Iterator[list[int]]:
+    """How many nodes the graphs have that are captured inside; nothing where the driver does not tell.
+
+    CuPy keeps no graph once it can be launched, so the driver is asked at the end of the capture.
+    """
+    found: list[int] = []
+    original = backend.capture
+
+    def capture(work: Callable[[], None]) -> Any:
+        def work_and_count() -> None:
+            work()
+            with contextlib.suppress(OSError, AttributeError):  # no such library, no such function
+                driver = ctypes.CDLL("libcuda.so.1")
+                status, number, graph, nodes = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p(), ctypes.c_size_t()
+                state = ctypes.byref(status), ctypes.byref(number), ctypes.byref(graph), None, None
+                stream = ctypes.c_void_p(backend.current_stream().ptr)
+                known = driver.cuStreamGetCaptureInfo_v2(stream, *state) == 0 and graph
+                if known and driver.cuGraphGetNodes(graph, None, ctypes.byref(nodes)) == 0:
+                    found.append(nodes.value)
+
+        return original(work_and_count)
+
+    backend.capture = capture
+    try:
+        yield found
+    finally:
+        del backend.capture  # the class has its own
 
 
 def torch_network(place: Place) -> Any:
@@ -268,30 +441,62 @@ def torch_network(place: Place) -> Any:
     return torch.nn.Sequential(*layers[:-1]).to(place.torch)
 
 
-def torch_step(place: Place, x: np.ndarray, y: np.ndarray, compiled: bool = False) -> Work:
+def torch_step(place: Place, x: np.ndarray, y: np.ndarray, form: str = "eager", precision: str = "full") -> Contender:
+    """A step of PyTorch: "eager", "compiled" (``reduce-overhead``), or all of it as a CUDA "graph"."""
     import torch
 
+    torch.set_float32_matmul_precision("high" if precision == "fast" else "highest")
     net = torch_network(place)
-    opt = torch.optim.Adam(net.parameters(), fused=True)
+    opt = torch.optim.Adam(net.parameters(), fused=True, capturable=form == "graph")
     X, Y = torch.tensor(x, device=place.torch), torch.tensor(y, device=place.torch)
+    mixed = precision == "mixed"
+    scaler = torch.amp.GradScaler(place.torch, enabled=mixed)
 
-    def loss_and_gradients() -> None:
-        torch.nn.functional.cross_entropy(net(X), Y).backward()
+    def loss_and_gradients() -> Any:
+        with torch.autocast(place.torch, torch.float16, enabled=mixed):
+            loss = torch.nn.functional.cross_entropy(net(X), Y)
+        (scaler.scale(loss) if mixed else loss).backward()
+        return loss
 
-    run = torch.compile(loss_and_gradients, mode="reduce-overhead") if compiled else loss_and_gradients
+    run = torch.compile(loss_and_gradients, mode="reduce-overhead") if form == "compiled" else loss_and_gradients
 
-    def step() -> None:
+    def step() -> Any:
         opt.zero_grad(set_to_none=True)
-        run()
-        opt.step()
+        loss = run()
+        if mixed:
+            scaler.step(opt)
+            scaler.update()
+        else:
+            opt.step()
+        return loss.detach()
 
-    return step
+    if form != "graph":
+        return Contender(step, "torch")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+
+    def replay() -> Any:
+        graph.replay()
+        return loss
+
+    return Contender(replay, "torch")
 
 
-def jax_steps(x: np.ndarray, y: np.ndarray, count: int) -> Work:
+def jax_steps(place: Place, x: np.ndarray, y: np.ndarray, count: int) -> Contender:
     """``count`` steps in one compiled loop, on parameters that are handed on."""
     import jax
     import optax
+
+    if place.on_gpu and jax.default_backend() != "gpu":
+        raise RuntimeError("JAX sees no GPU")
+    jax.config.update("jax_default_matmul_precision", "highest")  # its default may be TF32
 
     rng = np.random.default_rng(0)
     weights = [
@@ -317,49 +522,84 @@ def jax_steps(x: np.ndarray, y: np.ndarray, count: int) -> Work:
     run = jax.jit(lambda carry: jax.lax.scan(one, carry, None, length=count), donate_argnums=0)
     carry = jax.tree.map(jax.numpy.asarray, (weights, opt.init(weights)))
 
-    def work() -> None:
+    def work() -> Any:
         nonlocal carry
         carry, values = run(carry)
-        values.block_until_ready()
+        return values.block_until_ready()[-1]
 
-    return work
+    return Contender(work, "jax", count)
 
 
 # --- an epoch -----------------------------------------------------------------------------------------------------
 
 
 def epochs(place: Place) -> Iterator[dict[str, Any]]:
-    """An epoch of training on bytes that are on the device, batch 128."""
+    """An epoch of training on bytes that are on the device, batch 128: one of several in a run."""
     rng = np.random.default_rng(0)
     X = rng.integers(0, 256, (place.samples, SIZES[0]), np.uint8)
     Y = rng.integers(0, SIZES[-1], place.samples)
+    peer = "torch, data on the device"
+    entries = {
+        OURS: partial(our_epochs, place, X, Y, "auto"),
+        "gpubatch eager": partial(our_epochs, place, X, Y, "eager"),
+    }
+    if has("torch"):
+        entries[peer] = partial(torch_epochs, place, X, Y)
+    work = f"epoch of {place.samples:,} x {SIZES[0]} uint8, batch 128, on the device"
+    yield race(place, work, entries, {peer: 5.0}, samples=2)
+
+
+def our_epochs(place: Place, X: np.ndarray, Y: np.ndarray, execution: str) -> Contender:
     net = gb.mlp(SIZES, backend=place.backend)
     loader = gb.Loader(X, Y, batch_size=128, scale=1 / 255, backend=place.backend)
     opt = gb.Adam(net.parameters)
-    contenders = {OURS: Contender(lambda: gb.fit(net, loader, opt, 1, progress=False))}
-    if has("torch"):
-        contenders["torch, data on the device"] = Contender(torch_epoch(place, X, Y), "torch")
-    work = f"epoch of {place.samples:,} x {SIZES[0]} uint8, batch 128, on the device"
-    yield {"work": work, "seconds": measure(place, contenders, 3.0), "asked": {"torch, data on the device": 5.0}}
+    return Contender(lambda: gb.fit(net, loader, opt, EPOCHS, progress=False, execution=execution), steps=EPOCHS)
 
 
-def torch_epoch(place: Place, X: np.ndarray, Y: np.ndarray) -> Work:
+def torch_epochs(place: Place, X: np.ndarray, Y: np.ndarray) -> Contender:
     import torch
 
     net = torch_network(place)
     opt = torch.optim.Adam(net.parameters(), fused=True)
     data, labels = torch.tensor(X, device=place.torch), torch.tensor(Y, device=place.torch)
 
-    def epoch() -> None:
-        order = torch.randperm(len(data), device=place.torch)
-        for start in range(0, len(data), 128):
-            index = order[start : start + 128]
-            x = data.index_select(0, index).float().mul_(1 / 255)
-            opt.zero_grad(set_to_none=True)
-            torch.nn.functional.cross_entropy(net(x), labels.index_select(0, index)).backward()
-            opt.step()
+    def run() -> Any:
+        for _ in range(EPOCHS):
+            order = torch.randperm(len(data), device=place.torch)
+            for start in range(0, len(data), 128):
+                index = order[start : start + 128]
+                x = data.index_select(0, index).float().mul_(1 / 255)
+                opt.zero_grad(set_to_none=True)
+                loss = torch.nn.functional.cross_entropy(net(x), labels.index_select(0, index))
+                loss.backward()
+                opt.step()
+        return loss.detach()
 
-    return epoch
+    return Contender(run, "torch", EPOCHS)
+
+
+def accuracy(place: Place) -> Iterator[dict[str, Any]]:
+    """From the start of a process to an accuracy, each in processes of its own, in turn."""
+    libraries = [OURS, *(["torch"] if has("torch") else [])]
+    runs, target = (3, 0.98) if place.on_gpu else (1, 0.5)
+    with tempfile.TemporaryDirectory() as folder:
+        to_accuracy.write_digits(Path(folder), place.samples, place.samples // 6)
+        if place.on_gpu:  # kernels are compiled once for a machine, and files are read for the first time
+            first = {name: to_accuracy.seconds_to(target, name, Path(folder), place.torch) for name in libraries}
+        else:
+            first = {}
+        found = {name: list[to_accuracy.Run]() for name in libraries}
+        for _ in range(runs):
+            for name in libraries:
+                found[name].append(to_accuracy.seconds_to(target, name, Path(folder), place.torch))
+    yield {
+        "work": f"from process start to {100 * target:g} %, {place.samples:,} digits of {SIZES[0]}, batch 128",
+        "seconds": {name: spread([run.seconds for run in some]) for name, some in found.items()},
+        "asked": dict.fromkeys(libraries[1:], 2.0),
+        "epochs": {name: [run.epochs for run in some] for name, some in found.items()},
+        "seconds of the first": {name: run.seconds for name, run in first.items()},
+        "execution": {OURS: found[OURS][-1].execution},
+    }
 
 
 def feeds(place: Place) -> Iterator[dict[str, Any]]:
@@ -371,11 +611,12 @@ def feeds(place: Place) -> Iterator[dict[str, Any]]:
 # --- all of it ----------------------------------------------------------------------------------------------------
 
 SECTIONS: dict[str, tuple[Callable[[Place], Iterator[dict[str, Any]]], int]] = {  # with a limit in seconds
-    "optimizers": (optimizers, 60),
-    "steps": (steps, 75),
-    "steps in TF32": (steps_in_tf32, 25),
-    "epochs": (epochs, 45),
-    "feeding": (feeds, 45),
+    "optimizers": (optimizers, 50),
+    "steps": (steps, 115),
+    "large batch": (large_batch, 35),
+    "epochs": (epochs, 35),
+    "accuracy": (accuracy, 65),
+    "feeding": (feeds, 40),
 }
 
 
@@ -383,7 +624,8 @@ def environment(place: Place) -> dict[str, Any]:
     """Device, driver, versions, date and commit."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     versions = {"python": platform.python_version()}
-    for name in ("gpubatch", "numpy", "cupy-cuda12x", "cupy-cuda13x", "cupy", "nvmath-python", "torch", "jax", "optax"):
+    ours = ("gpubatch", "numpy", "cupy-cuda12x", "cupy-cuda13x", "cupy", "nvmath-python", "nvidia-cublas")
+    for name in (*ours, "nvidia-cublas-cu12", "torch", "triton", "jax", "jaxlib", "optax"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -392,85 +634,128 @@ def environment(place: Place) -> dict[str, Any]:
     if place.on_gpu:
         runtime = gb.backend.load_cupy().cuda.runtime
         found |= {"driver serves CUDA": runtime.driverGetVersion(), "CUDA runtime": runtime.runtimeGetVersion()}
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        with contextlib.suppress(FileNotFoundError):
-            found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        details = runtime.getDeviceProperties(0)
+        names = ("major", "minor", "multiProcessorCount", "l2CacheSize", "totalGlobalMem")
+        found["properties"] = {name: details[name] for name in names if name in details}
+        found["matrix products"] = products_for(place.backend, np.dtype("float32"), "full").reason
+        found["card before"] = card()
     return found
 
 
-def tests(seconds: int) -> dict[str, Any]:
-    """``pytest -m gpu``: its last line, and whether it passed."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--no-header", "-p", "no:cacheprovider", "tests"]
+def card() -> dict[str, str]:
+    """What nvidia-smi says of driver, clocks, power and temperature now; nothing is set."""
+    names = ["driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit"]
+    where = f"--id={gb.backend.load_cupy().cuda.runtime.deviceGetPCIBusId(0)}"
+    query = ["nvidia-smi", where, f"--query-gpu={','.join([*names, 'temperature.gpu'])}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired as error:
-        return {"passed": False, "summary": f"not done after {seconds} s", "end": text_of(error.stdout)[-4000:]}
-    lines = done.stdout.strip().splitlines()
-    print("\n".join(lines[-40:]), flush=True)
-    summary = lines[-1] if lines else done.stderr[-2000:]
-    return {"passed": done.returncode == 0, "summary": summary, "failed": [x for x in lines if x.startswith("FAILED")]}
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values = [value.strip() for value in done.stdout.strip().split(",")]
+    return dict(zip([*names, "temperature.gpu"], values, strict=True)) if done.returncode == 0 else {}
+
+
+def tests(seconds: int) -> dict[str, Any]:
+    """``pytest -m gpu``: what passed, failed and was skipped, in all and of the kernels, as far as it came."""
+    files = list(dict.fromkeys(test.partition("::")[0] for test in PARITY.values()))
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--no-header", "-p", "no:cacheprovider"]
+    output, wrong = run_within([*command, *files, "tests"], seconds, ROOT)
+    print("\n".join(output.splitlines()[-40:]), flush=True)
+    return judged(output, wrong)
+
+
+def judged(output: str, wrong: str) -> dict[str, Any]:
+    """What the lines of ``pytest -v`` say; ``wrong`` is empty if it ended well."""
+    form = r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)( |$)"  # a test's parameters may have spaces
+    outcomes = {test: outcome.lower() for test, outcome, _ in re.findall(form, output, re.MULTILINE)}
+    of_parity = {
+        what: count([outcome for name, outcome in outcomes.items() if name.startswith(test)])
+        for what, test in PARITY.items()
+    }
+    result = {
+        "passed": not wrong and "passed" in outcomes.values(),
+        "outcomes": count(list(outcomes.values())),
+        "parity against float64": of_parity,
+        "failed": [name for name, outcome in outcomes.items() if outcome in ("failed", "error")],
+    }
+    return {**result, "wrong": wrong, "end": output[-4000:]} if wrong else result
+
+
+def count(outcomes: list[str]) -> dict[str, int]:
+    return {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
+
+
+def run_within(command: list[str], seconds: int, folder: Path | None = None) -> tuple[str, str]:
+    """What a command printed within its time, and what went wrong with its last words; it leaves no processes."""
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        where = {"stdout": out, "stderr": errors, "cwd": folder, "env": environment, "start_new_session": True}
+        process = subprocess.Popen(command, **where)
+        try:
+            code = process.wait(seconds)
+            wrong = f"exit code {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            wrong = f"not done after {seconds} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # torch.compile has workers, and they may be left
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        out.seek(0)
+        errors.seek(0)
+        return out.read(), f"{wrong}: {errors.read()[-2000:].strip()}" if wrong else ""
 
 
 def section(name: str, rehearse: bool) -> tuple[list[dict[str, Any]], str]:
     """The rows of a section, as many as came within its time, and what went wrong."""
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    if name == "steps in TF32":
-        environment["CUPY_TF32"] = "1"
     command = [sys.executable, __file__, "--section", name, *(["--rehearse"] if rehearse else [])]
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        try:
-            code = subprocess.run(
-                command, stdout=out, stderr=errors, env=environment, timeout=SECTIONS[name][1]
-            ).returncode
-            wrong = f"exit code {code}" if code else ""
-        except subprocess.TimeoutExpired:
-            wrong = f"not done after {SECTIONS[name][1]} s"
-        out.seek(0)
-        errors.seek(0)
-        rows = [json.loads(line) for line in out if line.startswith("{") and line.endswith("}\n")]
-        return rows, f"{wrong}: {errors.read()[-2000:]}" if wrong else ""
+    output, wrong = run_within(command, SECTIONS[name][1])
+    lines = output.splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")], wrong
 
 
 def kernel_times(out: Path) -> None:
     """Every kernel of the core on the device, as pytest-benchmark measures it, to ``out``; report.py shows it."""
     command = [sys.executable, "-m", "pytest", "bench/bench_kernels.py", "-m", "gpu", "-q", "--benchmark-enable"]
     limited = [*command, "--benchmark-max-time=0.2", f"--benchmark-json={out}"]
-    try:
-        subprocess.run(limited, cwd=ROOT, check=False, timeout=60)
-    except subprocess.TimeoutExpired:
-        print("the times of single kernels were not done after 60 s", file=sys.stderr)
+    _, wrong = run_within(limited, KERNEL_TIMES, ROOT)
+    if wrong:
+        print("the times of single kernels:", wrong, file=sys.stderr)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: each row beside its peers, with what is asked."""
+    """Markdown: each row beside its peers, with what is asked and whether it is met."""
     lines = ["| work | gpubatch | beside | ratio | asked |", "|:--|--:|:--|--:|--:|"]
     for row in rows:
-        ours, work = row["seconds"][OURS]["median"], row["work"]
-        mine = f"{1e3 * ours:.4g} ms"
-        for peer, seconds in row["seconds"].items():
+        seconds, work = row["seconds"], row["work"]
+        ours = seconds[OURS]["median"] if OURS in seconds else None
+        mine = in_ms(ours) if ours else "failed"
+        how = row.get("execution", {}).get(OURS, "")
+        if how.startswith("eager"):
+            work = f"{work} ({how})"
+        found = []
+        for peer in seconds:
             if peer not in (OURS, "copy"):
-                asked = row["asked"].get(peer)
-                ratio = f"{seconds['median'] / ours:.2f}x"
-                lines.append(
-                    cells(work, mine, f"{peer}: {1e3 * seconds['median']:.4g} ms", ratio, asked and f"{asked}x")
-                )
-                work = mine = ""
+                ratio = seconds[peer]["median"] / ours if ours else math.nan
+                beside = f"{peer}: {in_ms(seconds[peer]['median'])}"
+                found.append((beside, f"{ratio:.2f}x", verdict(ratio, row["asked"].get(peer), "{}x")))
         if "share" in row:
-            share = f"{100 * row['share']:.1f} %"
-            lines.append(
-                cells(work, mine, row.get("of", "a copy's bandwidth"), share, f"{100 * row['asked']['share']:.0f} %")
-            )
-        elif len(row["seconds"]) == 1:
-            lines.append(cells(work, mine, "", "", ""))
+            share, asked = 100 * row["share"], 100 * row["asked"]["share"]
+            found.append((row.get("of", "a copy's bandwidth"), f"{share:.1f} %", verdict(share, asked, "{:.0f} %")))
+        found += [(f"{name}: failed, {why}", "", "") for name, why in row.get("failed", {}).items()]
+        for place, texts in enumerate(found or [("", "", "")]):
+            first = ("", "") if place else (work, mine)
+            lines.append(f"| {' | '.join(text.replace('|', '/') for text in (*first, *texts))} |")
     return "\n".join(lines)
 
 
-def cells(*texts: str | None) -> str:
-    return f"| {' | '.join(text or '' for text in texts)} |"
+def in_ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.4g} ms"
 
 
-def text_of(output: Any) -> str:
-    return output.decode() if isinstance(output, bytes) else output or ""
+def verdict(found: float, asked: float | None, form: str) -> str:
+    if asked is None:
+        return ""
+    return form.format(asked) + ("" if found >= asked else ", **not met**")
 
 
 def main() -> int:
@@ -487,27 +772,34 @@ def main() -> int:
         print(error)
         return 0 if given.allow_missing else 1
     if given.section:
-        for row in SECTIONS[given.section][0](place):
-            print(json.dumps(row), flush=True)
+        with place.backend.own_stream():
+            for row in SECTIONS[given.section][0](place):
+                print(json.dumps(row), flush=True)
         return 0
-    found = environment(place)
-    print(json.dumps(found, indent=1), flush=True)
-    tested = {"passed": True, "summary": "not run"} if given.rehearse else tests(120)
-    rows, wrong = [], {}
-    for name in SECTIONS:
-        some, error = section(name, given.rehearse)
-        rows += some
-        if error:
-            wrong[name] = error
-        print(table(some), error, sep="\n", flush=True)
-    if not given.rehearse:
-        given.out.mkdir(parents=True, exist_ok=True)
-        name = f"gpu-{found['date']}-{found['commit'][:8] or 'unknown'}"
-        result = {**found, "tests": tested, "rows": rows, "wrong": wrong}
-        (given.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        (given.out / f"{name}.md").write_text(f"{found['device']}, {found['date']}\n\n{table(rows)}\n")
+    result: dict[str, Any] = environment(place)
+    print(json.dumps(result, indent=1), flush=True)
+    name = f"gpu-{result['date']}-{result['commit'][:8] or 'unknown'}"
+
+    def write() -> None:
+        if not given.rehearse:
+            given.out.mkdir(parents=True, exist_ok=True)
+            (given.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+            (given.out / f"{name}.md").write_text(f"{result['device']}, {result['date']}\n\n{table(result['rows'])}\n")
+
+    result |= {"tests": {"passed": True} if given.rehearse else tests(TESTS), "rows": [], "wrong": {}}
+    for part in SECTIONS:
+        rows, wrong = section(part, given.rehearse)
+        result["rows"] += rows
+        if wrong:
+            result["wrong"][part] = wrong
+        print(table(rows), wrong, sep="\n", flush=True)
+        write()
+    if place.on_gpu:
+        result["card after"] = card()
+        write()
         kernel_times(given.out / f"{name}-kernels.json")
-    return int(bool(wrong) or not tested["passed"])
+    failed = any(row.get("failed") for row in result["rows"])
+    return int(bool(result["wrong"]) or failed or not result["tests"]["passed"])
 
 
 if __name__ == "__main__":

@@ -2,31 +2,65 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import gpubatch as gb
+from gpubatch.products import PRECISIONS
 
-SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "gpu_check.py"
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+SCRIPT = BENCH / "gpu_check.py"
+
+sys.path.insert(0, str(BENCH))
+import gpu_check  # noqa: E402
+import to_accuracy  # noqa: E402
+
+sys.path.remove(str(BENCH))
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize(("name", "rows"), [("optimizers", 4), ("steps", 4), ("steps in TF32", 1), ("epochs", 1)])
+ROWS = {"optimizers": 5, "steps": 2, "large batch": len(PRECISIONS), "epochs": 1, "accuracy": 1, "feeding": 0}
+
+
+def test_all_sections_are_rehearsed_and_there_is_time_for_them() -> None:
+    assert ROWS.keys() == gpu_check.SECTIONS.keys()
+    limits = sum(limit for _, limit in gpu_check.SECTIONS.values())
+    assert limits + gpu_check.TESTS + gpu_check.KERNEL_TIMES < 8 * 60
+
+
+@pytest.mark.parametrize(("name", "rows"), [item for item in ROWS.items() if item[1]])
 def test_a_section_is_rehearsed(name: str, rows: int) -> None:
     done = run("--rehearse", "--section", name)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == rows
     for row in found:
+        assert "failed" not in row
+        assert "gpubatch" in row["seconds"]
         assert all(0 < of["low"] <= of["median"] <= of["high"] for of in row["seconds"].values())
         assert ("share" in row) == ("share" in row["asked"])
+        if name not in ("optimizers", "accuracy"):
+            assert row["execution"]["gpubatch"].startswith("eager")
+            assert 0 < row["loss"]["gpubatch"] < 3
+
+
+@pytest.mark.parametrize("test", gpu_check.PARITY.values())
+def test_the_tests_of_parity_are_there(test: str) -> None:
+    file, _, name = test.partition("::")
+    assert "@pytest.mark.gpu\n" in (text := (BENCH.parent / file).read_text())
+    assert f"def {name}(" in text
 
 
 def test_without_a_gpu_it_says_so() -> None:
@@ -37,18 +71,111 @@ def test_without_a_gpu_it_says_so() -> None:
     assert run("--allow-missing").returncode == 0
 
 
-def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import gpu_check
+def seconds(median: float) -> dict[str, float]:
+    return {"median": median, "low": median, "high": median}
 
-    def seconds(median: float) -> dict[str, float]:
-        return {"median": median, "low": median, "high": median}
 
-    rows = [
+def test_the_table() -> None:
+    rows: list[dict[str, Any]] = [
         {"work": "a", "seconds": {"gpubatch": seconds(1e-3), "peer": seconds(3e-3)}, "asked": {"peer": 2.0}},
         {"work": "b", "seconds": {"gpubatch": seconds(2e-3)}, "share": 0.5, "asked": {"share": 0.9}},
+        {
+            "work": "c",
+            "seconds": {"gpubatch": seconds(2e-3), "x": seconds(2e-3), "y": seconds(4e-3)},
+            "asked": {"x": 1.2},
+            "execution": {"gpubatch": "eager, since it rains"},
+            "failed": {"z": "ValueError: a|b"},
+        },
+        {"work": "d", "seconds": {"x": seconds(2e-3)}, "asked": {"x": 1.2}, "failed": {"gpubatch": "no"}},
+        {"work": "e", "seconds": {"gpubatch": seconds(2e-3)}, "asked": {}},
     ]
     assert gpu_check.table(rows).splitlines()[2:] == [
         "| a | 1 ms | peer: 3 ms | 3.00x | 2.0x |",
-        "| b | 2 ms | a copy's bandwidth | 50.0 % | 90 % |",
+        "| b | 2 ms | a copy's bandwidth | 50.0 % | 90 %, **not met** |",
+        "| c (eager, since it rains) | 2 ms | x: 2 ms | 1.00x | 1.2x, **not met** |",
+        "|  |  | y: 4 ms | 2.00x |  |",
+        "|  |  | z: failed, ValueError: a/b |  |  |",
+        "| d | failed | x: 2 ms | nanx | 1.2x, **not met** |",
+        "|  |  | gpubatch: failed, no |  |  |",
+        "| e | 2 ms |  |  |  |",
     ]
+
+
+def test_whoever_cannot_start_or_has_no_finite_loss_is_noted_and_costs_the_others_nothing() -> None:
+    def absent() -> gpu_check.Contender:
+        raise OSError("no such thing\nat all")
+
+    row = gpu_check.race(
+        gpu_check.here(rehearse=True),
+        "work",
+        {
+            "absent": absent,
+            "gpubatch": lambda: gpu_check.Contender(lambda: np.float32(0.5), execution="captured"),
+            "diverged": lambda: gpu_check.Contender(lambda: np.float32(np.nan)),
+        },
+        {"absent": 2.0},
+    )
+    assert row["failed"] == {"absent": "OSError: no such thing", "diverged": "the loss is nan"}
+    assert list(row["seconds"]) == ["gpubatch"]
+    assert (row["asked"], row["loss"], row["execution"]) == ({}, {"gpubatch": 0.5}, {"gpubatch": "captured"})
+
+
+def test_the_outcome_of_the_tests_is_told_as_far_as_they_came() -> None:
+    first, second = gpu_check.PARITY.values()
+    lines = [
+        "collecting ... collected 4 items",
+        f"{first}[adam-float32] PASSED [ 25%]",
+        f"{first}[adam - float64] FAILED [ 50%]",
+        f"{second}[softmax] PASSED [ 75%]",
+        "tests/test_x.py::test_y SKIPPED (no device) [100%]",
+        f"FAILED {first}[adam - float64] - assert 1 == 2",
+    ]
+    found = gpu_check.judged("\n".join(lines), "exit code 1: ")
+    assert not found["passed"]
+    assert found["outcomes"] == {"failed": 1, "passed": 2, "skipped": 1}
+    assert found["parity against float64"] == {
+        "update rules": {"failed": 1, "passed": 1},
+        "kernels of the core": {"passed": 1},
+    }
+    assert found["failed"] == [f"{first}[adam - float64]"]
+    assert found["wrong"] == "exit code 1: "
+    assert gpu_check.judged("\n".join(lines[1:2]), "")["passed"]
+    assert not gpu_check.judged("\n".join(lines[4:5]), "")["passed"]  # nothing but skipped tests
+
+
+def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    inner = f"import fcntl, time; f = open({str(lock)!r}, 'w'); fcntl.flock(f, 2); print('held', flush=True); "
+    command = [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"]
+    command[2] = command[2].replace("flush=True); ", "flush=True); time.sleep(300)")
+    output, wrong = gpu_check.run_within(command, 5)
+    assert output == "held\n"
+    assert wrong.startswith("not done after 5 s")
+    with lock.open("w") as file:
+        for _ in range(1000):  # the one who would hold it for five minutes is on its way out
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(0.01)
+    pytest.fail("the lock is still held")
+
+
+def test_the_digits_are_all_different_and_the_parts_apart(tmp_path: Path) -> None:
+    to_accuracy.write_digits(tmp_path, 300, 100)
+    X, Y, X_test, Y_test = (np.load(tmp_path / f"{name}.npy") for name in ("train_x", "train_y", "test_x", "test_y"))
+    assert [(a.shape, a.dtype) for a in (X, X_test)] == [((300, 784), np.uint8), ((100, 784), np.uint8)]
+    assert len(np.unique(np.concatenate([X, X_test]), axis=0)) == 400
+    (digits, labels), (more, of_more) = gb.datasets.mnist_10k()
+    images = np.concatenate([digits, more]).reshape(-1, 28, 28)
+    known = np.concatenate([labels, of_more])
+    for x, y in [(X[0], Y[0]), (X[299], Y[299]), (X_test[99], Y_test[99])]:
+        wide = np.pad(x.reshape(28, 28), 2)
+        whole = [
+            image
+            for down in range(5)
+            for across in range(5)
+            for image in np.flatnonzero(
+                (images[:, 2:-2, 2:-2] == wide[down : down + 28, across : across + 28][2:-2, 2:-2]).all((1, 2))
+            )
+        ]
+        assert y in known[whole]
