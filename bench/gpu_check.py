@@ -46,10 +46,11 @@ import to_accuracy  # noqa: E402
 
 import gpubatch as gb  # noqa: E402
 from gpubatch.capture import why_eager  # noqa: E402
-from gpubatch.products import PRECISIONS, products_for  # noqa: E402
+from gpubatch.products import products_for  # noqa: E402
 
 ROUNDS = 5  # in which every contender has its turn
 WARM = 4  # calls before the first round; torch.compile records its graphs in the second and third
+PRECISIONS = {"full": "", "fast": " in TF32", "mixed": " in mixed precision"}
 EPOCHS = 5  # in a run
 AT_ONCE = 50  # steps in a launch, where there are several
 TESTS, KERNEL_TIMES = 100, 30  # limits in seconds
@@ -347,16 +348,18 @@ def steps(place: Place) -> Iterator[dict[str, Any]]:
 
 
 def large_batch(place: Place) -> Iterator[dict[str, Any]]:
-    """A batch so large that matrix products are most of the work, in each precision that there is."""
+    """A batch so large that matrix products are most of the work, in each precision that there is.
+
+    In mixed precision PyTorch's GradScaler looks at every gradient, and gpubatch, outside of ``fit``, does not.
+    """
     batch = 16384 if place.on_gpu else 64
     x, y = samples(batch)
-    words = {"full": "", "fast": " in TF32", "mixed": " in mixed precision"}
-    for precision in PRECISIONS:
+    for precision, words in PRECISIONS.items():
         entries = {OURS: partial(our_step, place, x, y, precision=precision)}
         if has("torch") and (place.on_gpu or precision != "mixed"):  # GradScaler is for a GPU
             entries["torch eager"] = partial(torch_step, place, x, y, precision=precision)
         asked = {"torch eager": 1.2} if precision == "fast" else {}
-        yield race(place, step_of(batch) + words[precision], entries, asked)
+        yield race(place, step_of(batch) + words, entries, asked)
 
 
 def step_of(batch: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import subprocess
@@ -13,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from stand_in import queued_backend
+from stand_in_lt import StandInLt
 
 import gpubatch as gb
-from gpubatch.products import PRECISIONS
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 SCRIPT = BENCH / "gpu_check.py"
@@ -31,7 +33,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=300)
 
 
-ROWS = {"optimizers": 5, "steps": 2, "large batch": len(PRECISIONS), "epochs": 1, "accuracy": 1, "feeding": 0}
+def stand_in() -> Any:
+    device = queued_backend("late")
+    device.cupy.nvmath = StandInLt(device.cupy)
+    return device
+
+
+ROWS = {"optimizers": 5, "steps": 2, "large batch": len(gpu_check.PRECISIONS), "epochs": 1, "accuracy": 1, "feeding": 0}
 
 
 def test_all_sections_are_rehearsed_and_there_is_time_for_them() -> None:
@@ -99,6 +107,68 @@ def test_the_table() -> None:
         "|  |  | gpubatch: failed, no |  |  |",
         "| e | 2 ms |  |  |  |",
     ]
+
+
+class Driver:
+    """Of CUDA, as far as it is asked what is being captured."""
+
+    asked_for = 0  # a stream
+
+    def cuStreamGetCaptureInfo_v2(self, stream: Any, *found: Any) -> int:  # noqa: N802
+        self.asked_for = stream.value
+        found[2]._obj.value = 4711
+        return 0
+
+    def cuGraphGetNodes(self, graph: Any, nodes: None, number: Any) -> int:  # noqa: N802
+        assert graph.value == 4711
+        number._obj.value = 17
+        return 0
+
+
+@pytest.mark.parametrize("precision", gpu_check.PRECISIONS)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_our_steps_are_captured_on_a_device(steps: int, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, driver = stand_in(), Driver()
+    monkeypatch.setattr(gpu_check, "SIZES", [12, 16, 5])
+    load = ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, *how: driver if name == "libcuda.so.1" else load(name, *how))
+    place = gpu_check.Place(device, "cuda", 1 << 14, 512)
+    x, y = np.ones((8, 12), np.float32), np.arange(8) % 5
+    with device.own_stream():
+        captured = gpu_check.our_step(place, x, y, steps, precision)
+        eager = gpu_check.our_step(place, x, y, steps, precision, captured=False)
+        assert captured.execution == "captured, nodes in the graph: [17]"
+        assert driver.asked_for == device.current_stream().ptr
+        assert (eager.execution, eager.steps, captured.steps) == ("eager", steps, steps)
+        eager.work()  # a captured one has been called once
+        for _ in range(2):
+            losses = captured.work(), eager.work()
+            assert device.to_numpy(losses[0]).tobytes() == device.to_numpy(losses[1]).tobytes()
+    assert "capture" not in vars(device)
+
+
+def test_a_capture_that_fails_is_told_and_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = stand_in()
+    monkeypatch.setattr(gpu_check, "SIZES", [12, 16, 5])
+
+    def capture(work: Any) -> Any:
+        raise RuntimeError("cannot\nbe")
+
+    monkeypatch.setattr(type(device), "capture", lambda self, work: capture(work))
+    place = gpu_check.Place(device, "cuda", 1 << 14, 512)
+    with device.own_stream():
+        ours = gpu_check.our_step(place, np.ones((8, 12), np.float32), np.arange(8) % 5)
+        assert np.isfinite(device.to_numpy(ours.work())).all()
+    assert ours.execution == "eager, since the capture failed: RuntimeError: cannot"
+
+
+def test_epochs_are_captured_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = stand_in()
+    monkeypatch.setattr(gpu_check, "SIZES", [12, 16, 5])
+    place = gpu_check.Place(device, "cuda", 1 << 14, 512)
+    X, Y = np.ones((130, 12), np.uint8), np.arange(130) % 5
+    for execution, found in [("auto", "captured"), ("eager", "eager")]:
+        assert gpu_check.our_epochs(place, X, Y, execution).work().execution == found
 
 
 def test_whoever_cannot_start_or_has_no_finite_loss_is_noted_and_costs_the_others_nothing() -> None:
