@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,8 +48,6 @@ def why_eager(net: Network) -> str:
         return f"graphs are for a GPU, the network is on {net.backend.spec!r}"
     if not net.products.capturable:
         return net.products.reason
-    if net.loss_scale is not None:
-        return "the loss scale of a mixed network is looked at after every step"
     for i, layer in enumerate(net.layers):
         if type(layer).__module__ != layers.__name__:
             return f"layer {i + 1} ({type(layer).__name__}) is not one of gpubatch's, so it may do what a graph cannot"
@@ -63,6 +63,19 @@ class Stage:
 
     memory: np.ndarray
     over: Any
+
+
+def wait_at_the_end(owner: Any, events: Sequence[Any]) -> None:
+    """When nobody has ``owner`` any more, wait for events before its memory is somebody else's."""
+    # Not at the end of the process, when all goes at once.
+    weakref.finalize(owner, wait_for, events, os.getpid()).atexit = False
+
+
+def wait_for(events: Sequence[Any], process: int) -> None:
+    """Wait for events, but not in a forked child, which cannot use the device."""
+    if os.getpid() == process:
+        for event in events:
+            event.synchronize()
 
 
 class Report:
@@ -96,9 +109,9 @@ class Ledger:
             self.progress = self._block[self._start : self._start + 8 * WORDS].view(np.int64)
             self.losses = self._block[self._start + 8 * WORDS :].view(np.float64)
             self.control = backend.zeros(2, dtype)  # of the update
-            self._stages = deque(
-                Stage(backend.pinned(size, np.dtype(np.uint8)), backend.event()) for _ in range(STAGES)
-            )
+            stages = [Stage(backend.pinned(size, np.dtype(np.uint8)), backend.event()) for _ in range(STAGES)]
+        self._stages = deque(stages)
+        wait_at_the_end(self, [stage.over for stage in stages])
 
     def word(self, number: int) -> Array:
         """One of the words, where kernels find it."""
@@ -186,8 +199,8 @@ class Form(NamedTuple):
 class CapturedSteps:
     """The steps of ``net`` and ``opt`` on the batches of ``feed``, queued on the current stream and not waited for.
 
-    With ``guarded``, steps whose loss or gradient is not finite halt, and ``max_norm`` bounds the gradient's norm. All
-    memory is taken when a form of batch is prepared.
+    With ``guarded``, steps whose loss or gradient is not finite halt, ``max_norm`` bounds the gradient's norm, and
+    gradients are divided by the network's loss scale. All memory is taken when a form of batch is prepared.
     """
 
     def __init__(
@@ -206,6 +219,8 @@ class CapturedSteps:
         self._graphs = dict[Form, Any]()
         self._kept = list[Any]()  # what has the memory that graphs work in
         self.loss: Array = None  # of the step that was made last
+        self._over = net.backend.event()  # of the last graph
+        wait_at_the_end(self, [self._over])
 
     def fits(self, opt: Optimizer) -> bool:
         """Whether the graphs are still those of the optimizer, whose formula may have become another one."""
@@ -227,6 +242,7 @@ class CapturedSteps:
         """The graph of a form, captured if it has not been."""
         with self._backend.scope():
             self._graph(form).launch()
+            self._backend.current_stream().record(self._over)
 
     def _graph(self, form: Form) -> Any:
         if form not in self._graphs:
@@ -267,10 +283,10 @@ class CapturedSteps:
         loss = self.loss = losses[0] if rows <= micro_batch_size else None
         if self._guarded:
             net.ops.square_sum(grads, self._squares)
-        squares = self._squares if self._guarded else None
+        checked = (self._squares, net.loss_scale) if self._guarded else (None, None)
         numbers = np.float64(self._max_norm), np.float64(np.finfo(compute_dtype(net.dtype)).max)
         state = ledger.progress, ledger.losses, ledger.control
-        self._launch("judge", 1, loss, self._total, squares, *state, *numbers)
+        self._launch("judge", 1, loss, self._total, *checked, *state, *numbers)
         self.opt.enqueue(ledger.rows, ledger.word(SLOT), ledger.control)
         running = net.buffers.flat if self._before.size else None
         before = self._before if self._before.size else None

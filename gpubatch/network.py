@@ -301,10 +301,13 @@ class Network:
                 one(X[part], Y[part], share)
             finally:
                 self._mode.row = 0
-            # sums += share * grads, without an array for the product, and without rounding it to float16.
-            self._sums /= share
-            self._sums += grads
-            self._sums *= share
+            if self._sums.dtype == grads.dtype:
+                grads *= share
+                self._sums += grads
+            else:  # neither is the product rounded to float16, nor is there an array for it
+                self._sums /= share
+                self._sums += grads
+                self._sums *= share
         grads[...] = self._sums
 
     def step_loss(self, X: Array, Y: Array) -> Array:

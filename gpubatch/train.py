@@ -292,7 +292,7 @@ class Run:
         with loader.fed_by(feed) as used, self._queue(steps) as queue:
             while part.batches < len(loader):
                 if not self.noted:
-                    queue.fill(min(len(loader) - part.batches, self._until_saved()))
+                    queue.fill(self._room())
                 used(self._read(queue))
                 if queue.halted:
                     self._again(queue, *queue.batch())
@@ -306,7 +306,7 @@ class Run:
         kept = deque[list[Array]]()
         with contextlib.closing(iter(loader)) as batches, self._queue(steps) as queue:
             while part.batches < len(loader):
-                while not self.noted and len(kept) < min(AHEAD, self._until_saved()):
+                while not self.noted and len(kept) < min(AHEAD, self._room()):
                     if (batch := next(batches, None)) is None:
                         break
                     kept.append(batch)
@@ -383,10 +383,12 @@ class Run:
         self.part.seconds = self._seconds()
         self.show.step(loss)
 
-    def _until_saved(self) -> int:
-        """Steps until the run is to be saved, if it is to be saved in the epoch."""
-        every = None if self.store is None else self.store.every
-        return len(self.state.loader) if every is None else max(1, every - (self.state.step - self._saved_at))
+    def _room(self) -> int:
+        """Steps that may be queued: until the end of the epoch, or until the run is saved or the loss scale changes."""
+        room = len(self.state.loader) - self.part.batches
+        if self.store is not None and self.store.every is not None:
+            room = min(room, max(1, self.store.every - (self.state.step - self._saved_at)))
+        return room if self.guard.scale is None else min(room, self.guard.scale.room)
 
     def _look_up(self) -> None:
         """Between two steps: is the run to be saved, or to end?"""
@@ -614,7 +616,7 @@ class Guard:
                 self._leave_out(self._what_is_wrong(grads, not_finite), state)
             return loss, None
         control = self._clipping(math.sqrt(squares))
-        if control is None and squares > float(np.finfo(self.net.dtype).max):
+        if control is None and squares > float(np.finfo(self.net.compute_dtype).max):
             result = self._step_if_finite(grads, state)
         else:
             result = self.opt.step(grads, control)
@@ -659,7 +661,7 @@ class Guard:
                 array[...] = values
         self.net.recall()
         self.opt.t = t
-        self._leave_out(f"the gradient is so large that {self.opt.rule.name} overflows {self.net.dtype}", state)
+        self._leave_out(f"the gradient is so large that {self.opt.rule.name} overflows {self.net.compute_dtype}", state)
         return None
 
     def validate(self, X: Array, Y: Array, state: TrainingState) -> None:

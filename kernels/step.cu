@@ -17,19 +17,20 @@ extern "C" __global__ void add_loss(const T* loss, double* total, double share) 
 // One thread: whether the step is applied. `control` is what update_arrays reads: what the gradients are multiplied by,
 // so that their norm is `max_norm` at most (0: whatever it is), and whether nothing is to be done. The loss is *loss, or
 // where that is null *total. `squares` are those of square_sum, or null: then nothing is looked at. They and the total
-// are zero again afterwards. A sum of squares beyond `largest` may overflow in the update.
-extern "C" __global__ void judge(const T* loss, double* total, double* squares, long long* progress, double* losses,
-                                 T* control, double max_norm, double largest) {
+// are zero again afterwards. The gradients are *factor times what they should be, or where that is null once. A sum of
+// squares beyond `largest` may overflow in the update.
+extern "C" __global__ void judge(const T* loss, double* total, double* squares, const T* factor, long long* progress,
+                                 double* losses, T* control, double max_norm, double largest) {
     const double cost = loss ? (double)*loss : *total;
     if (total) *total = 0;
-    double scale = 1;
+    const double times = factor ? (double)*factor : 1;
+    double scale = 1 / times;
     bool fine = true;
     if (squares) {
-        const double sum = squares[0];
+        const double sum = squares[0], norm = sqrt(sum);
         fine = cost - cost == 0 && sum - sum == 0 && squares[1] == 0;
-        const double norm = sqrt(sum);
-        if (max_norm > 0 && norm > max_norm) scale = max_norm / norm;
-        else fine = fine && sum <= largest;
+        if (max_norm > 0 && norm / times > max_norm) scale = max_norm / norm;
+        else if (times == 1) fine = fine && sum <= largest;
         squares[0] = squares[1] = 0;
     }
     if (!fine) progress[HALTED] = 1;

@@ -62,6 +62,7 @@ class Case:
     optimizer: Callable[[Any], gb.Optimizer] = gb.Adam
     l2: float = 0.0
     dtype: str = "float32"
+    precision: str = "full"
     loader: dict[str, Any] = dataclasses.field(default_factory=dict)
     fit: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -78,6 +79,10 @@ def falling(kind: Any, lr: float, **hyper: Any) -> Callable[[Any], gb.Optimizer]
     return lambda params: kind(params, lr=gb.ExponentialDecay(lr, 0.9, per="step"), **hyper)
 
 
+def mixed(params: Any) -> gb.Optimizer:
+    return gb.Adam(params, lr=0.01, master_weights=True)
+
+
 CASES = {
     "plain": Case(plain),
     "norm, dropout, l2, schedule": Case(everything, optimizer=falling(gb.Adam, 0.01), l2=0.01, fit={"max_norm": 0.5}),
@@ -91,6 +96,15 @@ CASES = {
     "with replacement, in order of the host": Case(everything, loader={"replacement": True, "feed": "host"}),
     "through pinned memory, norm": Case(everything, loader={"feed": "host"}, fit={"max_norm": 0.5}),
     "transformed": Case(plain, loader={"transform": lambda x: x * 2}),
+    # Interval and first scale are such that it grows in the middle of what is queued, and overflows.
+    "mixed": Case(everything, precision="mixed", optimizer=mixed, l2=0.01, fit={"loss_scale": (2.0**17, 3)}),
+    "mixed, host, norm": Case(
+        plain,
+        precision="mixed",
+        optimizer=mixed,
+        loader={"feed": "host"},
+        fit={"loss_scale": (2.0**17, 3), "max_norm": 0.1},
+    ),
     "a window and a rank": Case(plain, loader={"window": 20, "rank": 1, "world_size": 2}),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -109,9 +123,12 @@ class Training:
 
     def __init__(self, case: Case, device: CudaBackend, X: np.ndarray | None = None) -> None:
         self.device, self.options = device, dict(case.fit)
-        self.net = gb.Network(case.layers(), case.loss, case.l2, device, case.dtype, seed=3)
+        if "loss_scale" in self.options:
+            self.options["loss_scale"] = gb.LossScale(*self.options["loss_scale"])
+        self.net = gb.Network(case.layers(), case.loss, case.l2, device, case.dtype, 3, case.precision)
         images, Y = data(case)
-        options = {"batch_size": 8, "seed": 1, "dtype": case.dtype, "scale": 1 / 255, **case.loader}
+        dtype = "float16" if case.precision == "mixed" else case.dtype
+        options = {"batch_size": 8, "seed": 1, "dtype": dtype, "scale": 1 / 255, **case.loader}
         if X is not None:
             images, options["scale"] = X, None
         self.loader = gb.Loader(images, Y, backend=device, **options)
@@ -146,7 +163,12 @@ def test_replay_is_eager_bit_for_bit(case: Case, device: Callable[[], CudaBacken
     eager, captured = Training(case, device()).fit("eager"), Training(case, device()).fit("captured")
     assert (eager.history.execution, captured.history.execution) == ("eager", "captured")
     assert captured.result() == eager.result()
-    assert len(captured.history.step_loss) == 2 * len(captured.loader)
+    history = captured.history
+    assert len(history.step_loss) + history.overflows == 2 * len(captured.loader)
+    if case.precision == "mixed":
+        _, interval = case.fit["loss_scale"]
+        assert history.overflows
+        assert len(history.step_loss) > interval
     assert_no_faults(captured)
 
 
@@ -355,7 +377,7 @@ def test_after_memory_ran_out_parts_are_captured(
 # --- saved, interrupted ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["norm, dropout, l2, schedule", "through pinned memory, norm"])
+@pytest.mark.parametrize("case", ["norm, dropout, l2, schedule", "through pinned memory, norm", "mixed"])
 def test_a_run_is_saved_and_resumed_in_the_middle_of_an_epoch(
     case: str, device: Callable[[], CudaBackend], tmp_path: Path
 ) -> None:

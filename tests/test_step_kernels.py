@@ -39,32 +39,38 @@ def test_taking_compiles_for_all_that_can_be_stored(stored: str) -> None:
 
 # --- may it be applied? ----------------------------------------------------------------------------------------------
 
-# loss, sum of squares, how many are not finite, largest norm, largest sum of squares; is it fine, what is the scale
+# loss, sum of squares, how many are not finite, largest norm, loss scale; is it fine, what are gradients multiplied by
 JUDGED = {
-    "all is well": (0.5, 4.0, 0, 0.0, LARGEST, True, 1.0),
-    "below the largest norm": (0.5, 4.0, 0, 2.0, LARGEST, True, 1.0),
-    "above it": (0.5, 9.0, 0, 0.75, LARGEST, True, 0.25),
-    "no gradient": (0.5, 0.0, 0, 1.0, LARGEST, True, 1.0),
-    "the loss is NaN": (math.nan, 4.0, 0, 1.0, LARGEST, False, None),
-    "the loss is infinite": (-math.inf, 4.0, 0, 0.0, LARGEST, False, None),
-    "a gradient is NaN": (0.5, math.nan, 1, 1.0, LARGEST, False, None),
-    "a gradient is infinite": (0.5, math.inf, 2, 1.0, LARGEST, False, None),
-    "its square is beyond double": (0.5, math.inf, 0, 1.0, LARGEST, False, None),
-    "squares would overflow": (0.5, 1e39, 0, 0.0, LARGEST, False, None),
-    "squares would overflow if it were not for the norm": (0.5, 1e40, 0, 1.0, LARGEST, True, 1e-20),
+    "all is well": (0.5, 4.0, 0, 0.0, None, True, 1.0),
+    "below the largest norm": (0.5, 4.0, 0, 2.0, None, True, 1.0),
+    "above it": (0.5, 9.0, 0, 0.75, None, True, 0.25),
+    "no gradient": (0.5, 0.0, 0, 1.0, None, True, 1.0),
+    "the loss is NaN": (math.nan, 4.0, 0, 1.0, None, False, None),
+    "the loss is infinite": (-math.inf, 4.0, 0, 0.0, None, False, None),
+    "a gradient is NaN": (0.5, math.nan, 1, 1.0, None, False, None),
+    "a gradient is infinite": (0.5, math.inf, 2, 1.0, None, False, None),
+    "its square is beyond double": (0.5, math.inf, 0, 1.0, None, False, None),
+    "squares would overflow": (0.5, 1e39, 0, 0.0, None, False, None),
+    "squares would overflow if it were not for the norm": (0.5, 1e40, 0, 1.0, None, True, 1e-20),
+    "a loss scale": (0.5, 2.0**80, 0, 0.0, 2.0**30, True, 2.0**-30),
+    "a loss scale below the largest norm": (0.5, 2.0**20, 0, 1.0, 2.0**10, True, 2.0**-10),
+    "a loss scale above it": (0.5, 2.0**20, 0, 0.25, 2.0**8, True, 2.0**-12),
+    "a loss scale of one, and squares that would overflow": (0.5, 1e39, 0, 0.0, 1.0, False, None),
+    "a loss scale that is too large": (0.5, math.inf, 3, 0.0, 2.0**24, False, None),
 }
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["loss", "total of parts"])
 @pytest.mark.parametrize("case", JUDGED.values(), ids=JUDGED)
 def test_judge(case: tuple[Any, ...], whole: bool, dtype: np.dtype) -> None:
-    loss, sum_of_squares, odd, most, largest, fine, scale = case
+    loss, sum_of_squares, odd, most, times, fine, scale = case
     progress, losses = np.array([2, 0, 7, 9]), np.full(4, -1.0)
     squares = np.full(SQUARE_SUM_SIZE, 3.0)
     squares[:2] = sum_of_squares, odd
     total, control = np.array([8.0 if whole else loss]), np.full(2, 7, dtype)
     given = np.array([loss], dtype) if whole else None
-    launch("judge", dtype.name, given, total, squares, progress, losses, control, most, largest)
+    factor = None if times is None else np.array([times], dtype)
+    launch("judge", dtype.name, given, total, squares, factor, progress, losses, control, most, LARGEST)
     assert progress.tolist() == [2, int(not fine), 7, 9]
     assert control[1] == (not fine)
     assert (total[0], squares[0], squares[1]) == (0, 0, 0)
@@ -76,14 +82,15 @@ def test_judge(case: tuple[Any, ...], whole: bool, dtype: np.dtype) -> None:
 def test_what_comes_after_a_halt_is_not_applied_and_leaves_no_loss() -> None:
     progress, losses, control = np.array([0, 1, 7, 9]), np.full(4, -1.0), np.full(2, 7, np.float32)
     squares = np.zeros(SQUARE_SUM_SIZE)
-    launch("judge", "float32", np.ones(1, np.float32), np.zeros(1), squares, progress, losses, control, 0.0, LARGEST)
+    one = np.ones(1, np.float32)
+    launch("judge", "float32", one, np.zeros(1), squares, None, progress, losses, control, 0.0, LARGEST)
     assert (progress.tolist(), losses.tolist(), control.tolist()) == ([0, 1, 7, 9], [-1.0] * 4, [1, 1])
 
 
 def test_without_squares_nothing_is_looked_at() -> None:
     progress, losses, control = np.zeros(4, int), np.full(4, -1.0), np.full(2, 7, np.float32)
     nan = np.full(1, np.nan, np.float32)
-    launch("judge", "float32", nan, np.zeros(1), None, progress, losses, control, 0.0, LARGEST)
+    launch("judge", "float32", nan, np.zeros(1), None, None, progress, losses, control, 0.0, LARGEST)
     assert (progress.tolist(), control.tolist(), math.isnan(losses[0])) == ([0] * 4, [1, 0], True)
 
 
