@@ -16,8 +16,6 @@ struct alignas(16) Pack {
     E at[WIDTH];
 };
 
-__device__ inline void store(T& to, T x) { to = x; }
-
 // The arrays of a row.
 struct Arrays {
     S* w;
@@ -34,7 +32,7 @@ struct Arrays {
         x[0] = MASTER ? x[STORED - 1] : T(w[i]);
         x[1] = T(g[i]) * scale;
         update(x, k);
-        store(w[i], x[0]);
+        w[i] = x[0];
         if (MASTER) x[STORED - 1] = x[0];
         for (int a = 2; a < STORED; ++a) state[a][i] = x[a];
     }
@@ -50,7 +48,7 @@ struct Arrays {
             x[0] = MASTER ? x[STORED - 1] : T(weights.at[lane]);
             x[1] = T(gradients.at[lane]) * scale;
             update(x, k);
-            store(weights.at[lane], x[0]);
+            weights.at[lane] = x[0];
             if (MASTER) x[STORED - 1] = x[0];
             for (int a = 2; a < STORED; ++a) packs[a].at[lane] = x[a];
         }

@@ -365,7 +365,11 @@ def test_the_scale_does_not_change_what_is_learnt(rng: np.random.Generator) -> N
 
 def test_max_norm_is_for_the_gradient_of_the_loss_itself(rng: np.random.Generator) -> None:
     X, Y = data(rng, "softmax_cross_entropy", 20)
-    for max_norm, scale in ((0.01, 2.0**10), (0.01, 1.0), (1e6, 2.0**10)):
+    for max_norm, scale in (
+        (0.01, 2.0**10),
+        (0.01, 1.0),
+        (50.0, 2.0**10),
+    ):  # the last one: only what is scaled is longer
         net = gb.Network(STACKS["plain"](), backend="cpu", precision="mixed", seed=2)
         opt = gb.SGD(net.parameters, 1.0, master_weights=True)
         loader = gb.Loader(X, Y, batch_size=20, backend="cpu", dtype="float16", shuffle=False)
