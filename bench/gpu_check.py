@@ -691,6 +691,7 @@ def count(outcomes: list[str]) -> dict[str, int]:
 def run_within(command: list[str], seconds: int, folder: Path | None = None) -> tuple[str, str]:
     """What a command printed within its time, and what went wrong with its last words; it leaves no processes."""
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
+    environment["GPUBATCH_EXPECT"] = "gpu"  # a test that skips for want of it fails
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         where = {"stdout": out, "stderr": errors, "cwd": folder, "env": environment, "start_new_session": True}
         process = subprocess.Popen(command, **where)

@@ -31,9 +31,9 @@ from gpubatch.launch import host_library, update_source
 from gpubatch.layers import ACTIVATIONS
 from gpubatch.loader import Loader
 from gpubatch.network import Network, mlp
-from gpubatch.products import products_for
+from gpubatch.products import PRECISIONS, products_for
 from gpubatch.sizing import format_bytes
-from gpubatch.train import TrainingInterrupted, TrainingTerminated, fit
+from gpubatch.train import EXECUTIONS, TrainingInterrupted, TrainingTerminated, fit
 
 __all__ = ["app"]
 
@@ -106,6 +106,10 @@ def train(
     seed: Annotated[int, typer.Option(help="Of split, first weights, order and dropout.")] = 0,
     backend: BackendOption = "auto",
     dtype: DtypeOption = "float32",
+    precision: Annotated[str, typer.Option(help="full; fast: a GPU multiplies float32 matrices as TF32.")] = "full",
+    execution: Annotated[
+        str, typer.Option(help="Of steps: captured as CUDA graphs, eager one by one, or auto: captured where possible.")
+    ] = "auto",
     checkpoint: Annotated[Path | None, typer.Option(help="Folder to save the run in, so that it can go on.")] = None,
     every: Annotated[int | None, typer.Option(help="Steps between checkpoints; by default an epoch.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
@@ -121,11 +125,13 @@ def train(
         plot.check_plot_file(plot_file)
     make, usual_lr = OPTIMIZERS[check_choice("--optimizer", optimizer, OPTIMIZERS)]
     schedule = DECAYS[check_choice("--decay", decay, DECAYS)]
+    check_choice("--precision", precision, PRECISIONS)
+    check_choice("--execution", execution, EXECUTIONS)
     hidden = widths(layers)
     where = get_backend(backend)
     name, (X, Y), (X_test, Y_test) = load(folder, seed)
     sizes = [X.shape[1], *hidden, int(Y.max()) + 1]
-    net = mlp(sizes, activation, batch_norm, dropout, l2=l2, backend=where, dtype=dtype, seed=seed)
+    net = mlp(sizes, activation, batch_norm, dropout, l2=l2, backend=where, dtype=dtype, seed=seed, precision=precision)
     loader = loader_of_pixels(X, Y, batch_size, at_most, seed, net)
     rate = usual_lr if lr is None else lr
     opt = make(net.parameters, schedule(rate, epochs))
@@ -134,16 +140,23 @@ def train(
     out.print(f"data       {name}: {len(X):,} to train on, {len(X_test):,} to test")
     out.print(f"network    {' - '.join(map(str, sizes))}, {activation}, {net.parameters.size:,} parameters")
     out.print(f"optimizer  {optimizer}, learning rate {rate:g}, decay {decay}")
-    out.print(f"backend    {where.device}, {dtype}")
+    out.print(f"backend    {where.device}, {dtype}, precision {precision}")
     started = time.perf_counter()
     try:
-        history = fit(net, loader, opt, epochs, (X_test, Y_test), checkpoint=store, resume=resume, progress=progress)
+        history = fit(
+            *(net, loader, opt, epochs, (X_test, Y_test)),
+            checkpoint=store,
+            resume=resume,
+            progress=progress,
+            execution=execution,
+        )
     except (TrainingInterrupted, TrainingTerminated) as end:
         typer.echo(end, err=True)
         # What a shell reports for a program that Ctrl-C or SIGTERM ended.
         raise typer.Exit(130 if isinstance(end, TrainingInterrupted) else 143) from None
     seconds = time.perf_counter() - started
     out.print(f"batches    {loader.batch_size}: {loader.plan.reason}")
+    out.print(f"steps      {history.execution}")
 
     if plot_file is not None:
         title = f"gpubatch train on {name}: {optimizer}, batch size {loader.batch_size}, {dtype}, {where.spec}"
@@ -178,6 +191,8 @@ def train(
                 "seed": seed,
                 "backend": where.spec,
                 "dtype": dtype,
+                "precision": precision,
+                "execution": execution,
             },
             versions=versions(),
         )

@@ -49,7 +49,9 @@ from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import MASTER, Optimizer, StepResult
 from gpubatch.params import FlatViews
 
-__all__ = ["History", "StopTraining", "TrainingInterrupted", "TrainingState", "TrainingTerminated", "fit"]
+__all__ = ["EXECUTIONS", "History", "StopTraining", "TrainingInterrupted", "TrainingState", "TrainingTerminated", "fit"]
+
+EXECUTIONS = ("auto", "eager", "captured")
 
 
 @dataclass
@@ -178,7 +180,7 @@ def fit(
     """
     check_int("epochs", epochs, 0)
     check_bool("progress", progress)
-    check_choice("execution", execution, ["auto", "eager", "captured"])
+    check_choice("execution", execution, EXECUTIONS)
     _check_parts(net, loader, opt)
     # What outlives the run, like the parameters, may be used on the caller's stream afterwards.
     with net.backend.own_stream():
@@ -350,6 +352,7 @@ class Run:
         """The steps as graphs, those of the epoch before if there are any; None where they are run eagerly."""
         net, loader, opt, guard = self.state.net, self.state.loader, self.state.opt, self.guard
         if self.execution == "eager" or (self.execution == "auto" and net.backend.name == "cpu"):
+            self.state.history.execution = "eager"  # a run that is resumed may have been captured
             return None
         if guard.captured is not None and not guard.captured.fits(opt):
             guard.captured = None

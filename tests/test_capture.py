@@ -398,6 +398,7 @@ def test_a_run_is_saved_and_resumed_in_the_middle_of_an_epoch(
         other = {"eager": "captured", "captured": "eager"}[execution]
         resumed = Training(CASES[case], device()).fit(execution, 3, checkpoint=tmp_path / other, resume=True)
         assert resumed.result() == whole.result()
+        assert resumed.history.execution == execution
 
 
 @pytest.mark.parametrize("case", ["plain", "through pinned memory, norm"])

@@ -152,6 +152,27 @@ def test_info_shows_what_multiplies_in_a_captured_step(there: bool, monkeypatch:
     assert result["matrix_products"]["cuda:99"].startswith(words)
 
 
+@pytest.mark.parametrize(("execution", "found"), [("auto", "captured"), ("captured", "captured"), ("eager", "eager")])
+def test_train_says_how_its_steps_were_run(
+    execution: str, found: str, mnist: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from gpubatch import cli
+
+    device = queued_backend("late")
+    device.cupy.nvmath = StandInLt(device.cupy)
+    monkeypatch.setattr(cli, "get_backend", lambda spec: device)
+    options = ["train", str(mnist), *SMALL, "--batch-size", "100", "--precision", "fast", "--no-progress"]
+    options += [] if execution == "auto" else ["--execution", execution]
+    text = CliRunner().invoke(cli.app, options, catch_exceptions=False).stdout
+    assert f"\nsteps      {found}\n" in text
+    assert ", float32, precision fast\n" in text
+    result = json.loads(CliRunner().invoke(cli.app, [*options, "--json"]).stdout)
+    assert result["history"]["execution"] == found
+    assert (result["arguments"]["execution"], result["arguments"]["precision"]) == (execution, "fast")
+
+
 @pytest.mark.parametrize("name", rules.__all__)
 def test_info_prints_every_kernel(name: str) -> None:
     from gpubatch.launch import update_source
@@ -176,6 +197,12 @@ ERRORS = {
     "batch": (["train", "--batch-size", "0"], "error: batch_size must be an integer >= 1, got 0"),
     "dtype": (["train", "--dtype", "float16"], "error: dtype must be float32 or float64, got 'float16'"),
     "backend": (["train", "--backend", "gpu"], "error: backend must be 'auto', 'cpu', 'cuda', 'cuda:N'.* got 'gpu'"),
+    "precision": (["train", "--precision", "ful"], "error: --precision must be one of .*; did you mean 'full'?"),
+    "execution": (["train", "--execution", "graph"], "error: --execution must be one of 'auto', .* got 'graph'"),
+    "no graphs": (
+        ["train", "--execution", "captured", "--no-progress"],
+        "error: execution must be 'auto' or 'eager' here, got 'captured': graphs are for a GPU",
+    ),
     "no folder": (["train", "nowhere"], "error: FOLDER must be a folder with MNIST or CIFAR-10 files, got 'nowhere'"),
     "empty folder": (["train", "."], r"error: FOLDER has neither MNIST"),
     "plot": (
