@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import os
 import signal
@@ -543,6 +544,35 @@ def test_a_captured_step_takes_nothing_and_waits_for_nothing() -> None:
             step()
         assert (cupy.allocations, len(cupy.copies), cupy.synchronisations) == before
         assert cupy.graph_launches == 11
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_what_was_captured_is_given_back_when_it_is_over(timing: str) -> None:
+    """Step, workspace and batch go while their work is queued; then others take memory on another stream."""
+    found = []
+    for captured in (True, False):
+        device = stand_in(timing)
+        net = gb.Network(everything(), backend=device, seed=3)
+        opt = gb.Adam(net.parameters)
+        with device.own_stream():
+            X, Y = device.empty((8, FEATURES), "float32"), device.zeros(8, "int64")
+            X.fill(0.5)
+            step: Any = gb.CapturedStep(net, opt, X, Y) if captured else None
+            for _ in range(3):
+                if captured:
+                    step()
+                else:
+                    net.step_loss(X, Y)
+                    opt.step()
+            del step, X, Y
+            gc.collect()
+        net.release()
+        with device.stream():
+            taken = [device.empty(1 << 12, np.uint8) for _ in range(20)]
+        found.append(device.to_numpy(net.parameters.flat).tobytes())
+        assert not getattr(device.cupy, "faults", None)
+        del taken
+    assert found[0] == found[1]
 
 
 def test_what_a_captured_step_refuses(device: Callable[[], CudaBackend]) -> None:
