@@ -558,7 +558,8 @@ def test_what_was_captured_is_given_back_when_it_is_over(timing: str) -> None:
             X, Y = device.empty((8, FEATURES), "float32"), device.zeros(8, "int64")
             X.fill(0.5)
             step: Any = gb.CapturedStep(net, opt, X, Y) if captured else None
-            for _ in range(3):
+            for rate in (1e-3, 1e-3, 1e-2):
+                opt.lr = rate  # another one is copied to the device
                 if captured:
                     step()
                 else:
