@@ -318,6 +318,7 @@ class Loader:
         self._epoch = self._batch = 0  # the position: batches of this epoch that were yielded
         self._run: object | None = None  # the iteration that is running
         self._left = False  # whether the iteration before was left in the middle
+        self._foreseen: tuple[int, Indices] | None = None  # the order of an epoch to come
         self._why = f"batch_size={batch_size} was given"
         if isinstance(batch_size, str):
             self.plan = self._choose(_nothing)
@@ -642,8 +643,16 @@ class Loader:
         mine = self._order_of(epoch)
         return lambda start, stop: mine[start:stop]
 
+    def foresee(self) -> None:
+        """Make the order of the next epoch now, while a device works on this one."""
+        if self._foreseen is None or self._foreseen[0] != self._epoch + 1:
+            self._foreseen = self._epoch + 1, self._order_of(self._epoch + 1)
+
     def _order_of(self, epoch: int) -> Indices:
         """The samples of this rank in the order of an epoch."""
+        foreseen, self._foreseen = self._foreseen, None
+        if foreseen is not None and foreseen[0] == epoch:
+            return foreseen[1]
         if self.window:
             return self._windows(epoch).indices(0, self._share)
         order = epoch_order(self.n_samples, self.seed, epoch, self.shuffle, self.replacement)

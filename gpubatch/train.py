@@ -295,6 +295,8 @@ class Run:
             while part.batches < len(loader):
                 if not self.noted:
                     queue.fill(self._room())
+                if part.batches + queue.in_flight == len(loader):
+                    loader.foresee()
                 used(self._read(queue))
                 if queue.halted:
                     self._again(queue, *queue.batch())

@@ -952,3 +952,19 @@ def test_repr_is_readable():
     sharded = Loader(np.zeros(6), batch_size=2, shuffle=False, rank=1, world_size=2, backend="cpu")
     assert "in order, on cpu, rank 1 of 2" in repr(sharded)
     assert "drawn with replacement" in repr(Loader(np.zeros(6), replacement=True, backend="cpu"))
+
+
+def test_an_order_that_was_foreseen_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    X = np.arange(20, dtype=np.float32).reshape(20, 1)
+    plain, loader = (Loader(X, batch_size=8, backend="cpu", world_size=2, rank=1) for _ in range(2))
+    made: list[int] = []
+    original = gpubatch.loader.epoch_order
+    monkeypatch.setattr(gpubatch.loader, "epoch_order", lambda *a: made.append(a[2]) or original(*a))
+    for _ in range(3):
+        for x, expected in zip(loader, plain, strict=True):
+            loader.foresee()
+            np.testing.assert_array_equal(x, expected)
+    assert sorted(made) == [0, 0, 1, 1, 2, 2, 3]  # by each of the two once, and one that was not used
+    loader.load_state_dict({**loader.state_dict(), "epoch": 7})
+    next(iter(loader))
+    assert made[-1] == 7
