@@ -106,7 +106,8 @@ class Mode:
 class Context:
     """What a layer has at hand in one call, by the names that its :class:`Needs` gave.
 
-    ``p`` parameters, ``g`` their gradients (to be overwritten), ``buffers``, ``work`` the workspace; ``xp`` is the
+    ``p`` parameters, ``g`` their gradients (to be overwritten), ``buffers``, ``work`` the workspace: with
+    ``precision="mixed"`` all float16, but for buffers and what was asked for as "compute", float32. ``xp`` is the
     namespace of the arrays, ``ops`` the fused kernels for them, ``products`` their matrix products, ``index`` the
     layer's place in the network from 0.
     """

@@ -65,17 +65,19 @@ TARGETS = {
 }
 
 
-def batch(device: StandInBackend, loss: str, rng: np.random.Generator) -> tuple[DeviceArray, DeviceArray]:
-    return device.asarray(rng.standard_normal((20, 12)).astype(np.float32)), device.asarray(TARGETS[loss](rng))
+def batch(net: gb.Network, rng: np.random.Generator) -> tuple[DeviceArray, DeviceArray]:
+    X, Y = rng.standard_normal((20, 12)).astype(net.dtype), TARGETS[net.loss_name](rng)
+    return net.backend.asarray(X), net.backend.asarray(Y)
 
 
+@pytest.mark.parametrize("precision", ["full", "mixed"])
 @pytest.mark.parametrize("loss", TARGETS)
-def test_the_launches_of_a_step(loss: str, device: StandInBackend, rng: np.random.Generator) -> None:
+def test_the_launches_of_a_step(loss: str, precision: str, device: StandInBackend, rng: np.random.Generator) -> None:
     """Besides five matrix products: three biases with their activations, the loss, three gradients; and l2's two."""
-    net = gb.mlp([12, 16, 8, 5], loss=loss, l2=0.1, backend=device)
-    opt = gb.Adam(net.parameters)
+    net = gb.mlp([12, 16, 8, 5], loss=loss, l2=0.1, backend=device, precision=precision)
+    opt = gb.Adam(net.parameters, master_weights=precision == "mixed")
     for _ in range(2):
-        X, Y = batch(device, loss, rng)
+        X, Y = batch(net, rng)
         device.cupy.launches.clear()
         net.step_loss(X, Y)
         opt.step()
@@ -91,15 +93,16 @@ def test_the_launches_of_a_step(loss: str, device: StandInBackend, rng: np.rando
     }
 
 
+@pytest.mark.parametrize("precision", ["full", "mixed"])
 @pytest.mark.parametrize("loss", TARGETS)
 def test_a_step_is_kernels_and_matrix_products(
-    loss: str, device: StandInBackend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    loss: str, precision: str, device: StandInBackend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing else can be in a graph: no reduction of CuPy's, nothing allocated, copied or read."""
     first = [gb.Dropout(0.0), gb.Dense(12, 16), gb.ReLU(), gb.Dropout(0.2), gb.Dense(16, 8, bias=False)]
     then = [gb.BatchNorm(8), gb.GELU(), gb.Dropout(0.2), gb.Dropout(0.0), gb.Dense(8, 5)]
-    net = gb.Network(first + then, loss, l2=0.1, backend=device)
-    batches = [batch(device, loss, rng) for _ in range(2)]
+    net = gb.Network(first + then, loss, l2=0.1, backend=device, precision=precision)
+    batches = [batch(net, rng) for _ in range(2)]
     net.step_loss(*batches[0])  # plans the workspace
 
     def only_products(self: DeviceArray, ufunc: np.ufunc, method: str, *inputs: Any, out: Any, **kwargs: Any) -> Any:
