@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -31,7 +32,7 @@ from gpubatch.launch import host_library, update_source
 from gpubatch.layers import ACTIVATIONS
 from gpubatch.loader import Loader
 from gpubatch.network import Network, mlp
-from gpubatch.products import PRECISIONS, products_for
+from gpubatch.products import products_for
 from gpubatch.sizing import format_bytes
 from gpubatch.train import EXECUTIONS, TrainingInterrupted, TrainingTerminated, fit
 
@@ -58,13 +59,16 @@ AtMostOption = Annotated[int, typer.Option(help="What auto does not exceed, if t
 DropoutOption = Annotated[float, typer.Option(help="Fraction of the hidden activations that a step leaves out.")]
 BatchNormOption = Annotated[bool, typer.Option(help="Normalise the hidden layers over each batch.")]
 DtypeOption = Annotated[str, typer.Option(help="float32 or float64.")]
+PrecisionOption = Annotated[
+    str, typer.Option(help="full; fast: a GPU multiplies float32 matrices as TF32; mixed: float16 is stored.")
+]
 
 # By name on the command line: the optimizer at a learning rate, and the rate that it usually wants here.
 OPTIMIZERS: dict[str, tuple[Callable[..., optim.Optimizer], float]] = {
     "sgd": (optim.SGD, 0.2),
     "momentum": (optim.Momentum, 0.2),
     "heavy-ball": (optim.HeavyBall, 0.02),
-    "nesterov": (lambda p, lr: optim.HeavyBall(p, lr, nesterov=True), 0.02),
+    "nesterov": (functools.partial(optim.HeavyBall, nesterov=True), 0.02),
     "adagrad": (optim.Adagrad, 0.01),
     "rmsprop": (optim.RMSProp, 0.002),
     "adam": (optim.Adam, 0.003),
@@ -106,7 +110,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of split, first weights, order and dropout.")] = 0,
     backend: BackendOption = "auto",
     dtype: DtypeOption = "float32",
-    precision: Annotated[str, typer.Option(help="full; fast: a GPU multiplies float32 matrices as TF32.")] = "full",
+    precision: PrecisionOption = "full",
     execution: Annotated[
         str, typer.Option(help="Of steps: captured as CUDA graphs, eager one by one, or auto: captured where possible.")
     ] = "auto",
@@ -125,7 +129,6 @@ def train(
         plot.check_plot_file(plot_file)
     make, usual_lr = OPTIMIZERS[check_choice("--optimizer", optimizer, OPTIMIZERS)]
     schedule = DECAYS[check_choice("--decay", decay, DECAYS)]
-    check_choice("--precision", precision, PRECISIONS)
     check_choice("--execution", execution, EXECUTIONS)
     hidden = widths(layers)
     where = get_backend(backend)
@@ -134,7 +137,7 @@ def train(
     net = mlp(sizes, activation, batch_norm, dropout, l2=l2, backend=where, dtype=dtype, seed=seed, precision=precision)
     loader = loader_of_pixels(X, Y, batch_size, at_most, seed, net)
     rate = usual_lr if lr is None else lr
-    opt = make(net.parameters, schedule(rate, epochs))
+    opt = make(net.parameters, schedule(rate, epochs), master_weights=precision == "mixed")
 
     out = Console(quiet=as_json, highlight=False, soft_wrap=True, markup=False, emoji=False)
     out.print(f"data       {name}: {len(X):,} to train on, {len(X_test):,} to test")

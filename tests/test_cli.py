@@ -173,6 +173,13 @@ def test_train_says_how_its_steps_were_run(
     assert (result["arguments"]["execution"], result["arguments"]["precision"]) == (execution, "fast")
 
 
+def test_train_in_mixed_precision(mnist: Path) -> None:
+    result = json.loads(run("train", str(mnist), "--layers", "16", "--precision", "mixed", "--json").stdout)
+    assert result["test_accuracy"] > 0.5
+    assert result["history"]["loss_scale"][-1] > 1
+    assert result["history"]["execution"] == "eager"
+
+
 @pytest.mark.parametrize("name", rules.__all__)
 def test_info_prints_every_kernel(name: str) -> None:
     from gpubatch.launch import update_source
@@ -197,7 +204,7 @@ ERRORS = {
     "batch": (["train", "--batch-size", "0"], "error: batch_size must be an integer >= 1, got 0"),
     "dtype": (["train", "--dtype", "float16"], "error: dtype must be float32 or float64, got 'float16'"),
     "backend": (["train", "--backend", "gpu"], "error: backend must be 'auto', 'cpu', 'cuda', 'cuda:N'.* got 'gpu'"),
-    "precision": (["train", "--precision", "ful"], "error: --precision must be one of .*; did you mean 'full'?"),
+    "precision": (["train", "--precision", "ful"], "error: precision must be .*; did you mean 'full'?"),
     "execution": (["train", "--execution", "graph"], "error: --execution must be one of 'auto', .* got 'graph'"),
     "no graphs": (
         ["train", "--execution", "captured", "--no-progress"],

@@ -7,6 +7,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+from stand_in import queued_backend
+from stand_in_lt import StandInLt
 
 import gpubatch
 from gpubatch import rules
@@ -27,6 +29,21 @@ def test_the_python_blocks_run(capsys: pytest.CaptureFixture[str], monkeypatch: 
     first, second = capsys.readouterr().out.splitlines()
     assert float(first) >= 0.95
     assert second.startswith("128 ")
+
+
+def test_the_block_for_a_gpu_runs_on_a_stand_in(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (block,) = blocks("py")
+    device = queued_backend("late")
+    device.cupy.nvmath = StandInLt(device.cupy)
+    monkeypatch.setattr(gpubatch, "get_backend", lambda spec: {"cuda": device}[spec])
+    (X, Y), _ = gpubatch.datasets.mnist_10k()
+    # The first network's sizes, and so few samples: an emulated grid is slow.
+    exec(block.replace("256", "16").replace("128", "32"), {"gb": gpubatch, "X": X[:100], "Y": Y[:100]})
+    (loss,) = re.findall(r"[\d.]+", capsys.readouterr().out)
+    assert 0 < float(loss) < 5
+    assert (device.cupy.graph_launches, device.cupy.faults) == (3, [])
 
 
 def test_the_first_two_shell_blocks_are_the_ones_that_are_run_by_machines() -> None:
