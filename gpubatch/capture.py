@@ -261,8 +261,10 @@ class CapturedSteps:
         """A step that halts before it begins: memory is taken and kernels are loaded, which a capture forbids."""
         now = self.ledger.progress.copy()
         self.ledger.word(HALTED).fill(1)
-        step()
-        self.ledger.progress[...] = now
+        try:
+            step()
+        finally:
+            self.ledger.progress[...] = now
 
     def _step(self, rows: int, micro_batch_size: int) -> None:
         """What is captured."""
@@ -279,7 +281,7 @@ class CapturedSteps:
         if self._before.size:
             self._before[...] = net.buffers.flat
         self.feed.enqueue(rows, ledger.word(BATCH))
-        self._kept.append(net.enqueue(x, y, ledger.word(STEP), micro_batch_size, add))
+        kept = net.enqueue(x, y, ledger.word(STEP), micro_batch_size, add)
         loss = self.loss = losses[0] if rows <= micro_batch_size else None
         if self._guarded:
             net.ops.square_sum(grads, self._squares)
@@ -287,7 +289,8 @@ class CapturedSteps:
         numbers = np.float64(self._max_norm), np.float64(np.finfo(compute_dtype(net.dtype)).max)
         state = ledger.progress, ledger.losses, ledger.control
         self._launch("judge", 1, loss, self._total, *checked, *state, *numbers)
-        self.opt.enqueue(ledger.rows, ledger.word(SLOT), ledger.control)
+        table = self.opt.enqueue(ledger.rows, ledger.word(SLOT), ledger.control)
+        self._kept.append((kept, table))
         running = net.buffers.flat if self._before.size else None
         before = self._before if self._before.size else None
         self._launch("go_on", 1024, ledger.progress, running, before, np.int64(self._before.size))

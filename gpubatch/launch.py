@@ -289,12 +289,16 @@ class CudaUpdate:
 
     def launch(
         self, arrays: list[tuple[Array, ...]], scalars: Array, step: Array | None, control: Array | None
-    ) -> None:
-        """The update by ``scalars`` on the device, in rows of which ``step``, an int64 there, says which one."""
+    ) -> Array:
+        """The update by ``scalars`` on the device, in rows of which ``step``, an int64 there, says which one.
+
+        Returns the table that the kernel reads, which is another one after an update of other arrays.
+        """
         key = tuple((*(a.data.ptr for a in group), group[0].size) for group in arrays)
         if key != self.key:
             self._lay_out(arrays, key)
         self._launch(scalars, step, control)
+        return self.table
 
     def _launch(self, scalars: Array, step: Array | None, control: Array | None) -> None:
         if self.rows:

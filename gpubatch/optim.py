@@ -237,14 +237,15 @@ class Optimizer:
             scalars[...] = rows
         return scalars, rates
 
-    def enqueue(self, scalars: Array, row: Array, control: Array) -> None:
+    def enqueue(self, scalars: Array, row: Array, control: Array) -> Any:
         """What :meth:`step` starts on a GPU for ``params.grads``, and nothing else, so that it can be captured.
 
         ``scalars`` are rows of :meth:`ahead` on the device, ``row``, an int64 there, says which one. ``t`` stays.
+        Returns what is to be kept as long as the graph.
         """
         assert isinstance(self._update, CudaUpdate)
         with self.backend.scope():
-            self._update.launch(self._arrays(None), scalars, row, control)
+            return self._update.launch(self._arrays(None), scalars, row, control)
 
     @property
     def plan(self) -> tuple[Any, ...]:

@@ -490,7 +490,7 @@ def test_execution_is_checked() -> None:
 def by_hand(
     device: CudaBackend, captured: bool, steps: int, optimizer: Callable[[Any], gb.Optimizer], calls: int = 5
 ) -> list[bytes]:
-    """A loop with batches of its own, a new learning rate at the fourth call, and an eager step between two calls."""
+    """A loop with batches of its own, a new learning rate at the fourth call, and eager steps between two calls."""
     net = gb.Network(everything(), l2=0.01, backend=device, seed=3)
     opt = optimizer(net.parameters)
     rng, losses = np.random.default_rng(4), []
@@ -511,6 +511,8 @@ def by_hand(
                 opt.lr = 0.5
             if call == 2:
                 eager()
+            if call == 4:  # other arrays than those of the graph
+                opt.step(device.asarray(np.full(net.parameters.size, 0.1, np.float32)))
             losses.append(device.to_numpy(step()).tobytes())
         arrays = [net.parameters, net.buffers, *opt.state.values()]
         found = [*losses, *(device.to_numpy(views.flat).tobytes() for views in arrays)]
@@ -544,6 +546,28 @@ def test_a_captured_step_takes_nothing_and_waits_for_nothing() -> None:
             step()
         assert (cupy.allocations, len(cupy.copies), cupy.synchronisations) == before
         assert cupy.graph_launches == 11
+
+
+def test_a_step_that_finds_no_memory_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = stand_in("late")
+    net = gb.Network(plain(), backend=device)
+    opt = gb.SGD(net.parameters, lr=0.1)
+    with device.own_stream():
+        X, Y = device.empty((8, FEATURES), "float32"), device.zeros(8, "int64")
+        X.fill(0.5)
+        step = gb.CapturedStep(net, opt, X, Y)
+        with monkeypatch.context() as patch:
+
+            def fails(*_: Any) -> None:
+                raise MemoryError
+
+            patch.setattr(net, "plan", fails)
+            with pytest.raises(MemoryError):
+                step()
+        before = device.to_numpy(net.parameters.flat)
+        step()
+        assert (device.to_numpy(net.parameters.flat) != before).any()
+        assert opt.t == 1
 
 
 @pytest.mark.parametrize("timing", TIMINGS)
