@@ -196,6 +196,15 @@ class Form(NamedTuple):
     steps: int
 
 
+def launches(rows: Sequence[int], unrolled: int) -> list[tuple[int, int]]:
+    """The graphs for batches of so many ``rows`` each, in their order: (rows, steps), steps 1 or ``unrolled``."""
+    found = list[tuple[int, int]]()
+    for size, alike in itertools.groupby(rows):
+        several, rest = divmod(len(list(alike)), unrolled)
+        found += [(size, unrolled)] * several + [(size, 1)] * rest
+    return found
+
+
 class CapturedSteps:
     """The steps of ``net`` and ``opt`` on the batches of ``feed``, queued on the current stream and not waited for.
 
@@ -227,16 +236,14 @@ class CapturedSteps:
         return self._update is opt.plan[0]
 
     def prepare(self, rows: int, micro_batch_size: int | None, steps: int) -> None:
-        """Capture what :meth:`enqueue` needs for ``steps`` batches of this form."""
+        """Capture what :meth:`enqueue` may need for ``steps`` batches of ``rows`` samples."""
         for size in (UNROLLED, 1) if steps >= UNROLLED else (1,):
             self._graph(Form(rows, micro_batch_size or rows, size))
 
-    def enqueue(self, rows: int, micro_batch_size: int | None, steps: int) -> None:
-        """``steps`` steps on the next batches, of ``rows`` samples each; the ledger must have their scalars."""
-        for size in (UNROLLED, 1) if steps >= UNROLLED else (1,):
-            while steps >= size:
-                self.launch(Form(rows, micro_batch_size or rows, size))
-                steps -= size
+    def enqueue(self, rows: Sequence[int], micro_batch_size: int | None) -> None:
+        """The steps on the next batches, of so many ``rows`` each; the ledger must have their scalars."""
+        for size, steps in launches(rows, UNROLLED):
+            self.launch(Form(size, micro_batch_size or size, steps))
 
     def launch(self, form: Form) -> None:
         """The graph of a form, captured if it has not been."""
@@ -364,8 +371,7 @@ class Queue:
         rows = [self._rows_of(first + i) for i in range(len(rates))]
         if rows:
             ledger.write(scalars)
-            for size, alike in itertools.groupby(rows):
-                self._steps.enqueue(size, self._most, len(list(alike)))
+            self._steps.enqueue(rows, self._most)
             self._chunks.append(Chunk(ledger.report(), rates, rows))
         return bool(rows)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
 from needs import missing
 from stand_in import TIMINGS, QueuedStandIn, queued_backend
 from stand_in_lt import StandInLt
@@ -154,6 +155,23 @@ class Training:
 def assert_no_faults(*trainings: Training) -> None:
     for training in trainings:
         assert not getattr(training.device.cupy, "faults", None)
+
+
+# --- which graphs ----------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 3), max_size=40), st.integers(2, 9))
+def test_the_launches_of_batches(rows: list[int], unrolled: int) -> None:
+    planned = capture.launches(rows, unrolled)
+    assert [size for size, steps in planned for _ in range(steps)] == rows
+    assert {steps for _, steps in planned} <= {1, unrolled}
+    for first in range(len(planned) - unrolled + 1):  # so many single steps alike would be one launch
+        some = planned[first : first + unrolled]
+        assert len(set(some)) > 1 or some[0][1] == unrolled
+
+
+def test_the_launches_of_an_epoch() -> None:
+    assert capture.launches([128] * 468 + [96], 8) == [(128, 8)] * 58 + [(128, 1)] * 4 + [(96, 1)]
 
 
 # --- as eager steps --------------------------------------------------------------------------------------------------
