@@ -203,7 +203,7 @@ def array_source(name: str, x: Any, sample_axis: int, backend: Backend) -> Array
     try:
         with backend.scope():
             x = from_dlpack(x) if is_foreign(x) else x
-        array = x if backend.owns(x) else get_backend("cpu").asarray(x)
+        array = backend.asarray(x) if backend.owns(x) else get_backend("cpu").asarray(x)
     except DeviceMismatchError as error:
         raise DeviceMismatchError(f"{name} must be a NumPy array or an array on {backend.spec!r}: {error}") from error
     except ValueError as error:
