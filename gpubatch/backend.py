@@ -120,8 +120,9 @@ class Backend(ABC):
     def own_stream(self) -> contextlib.AbstractContextManager[Any]:
         """Inside a ``with``, work on this device goes to a stream that no other thread or library uses.
 
-        It comes after what was given to the caller's stream before, and before what is given to that afterwards. The
-        stream is the thread's: the next ``with`` finds it again, and one inside the other changes nothing.
+        That work begins when all that the caller's stream was given before is done, and what the caller's stream is
+        given afterwards begins when that work is done; the host waits for neither. Each thread has one such stream: the
+        next ``with`` finds it again, and one inside the other changes nothing.
         """
 
     def check(self, name: str, x: Any) -> Array:

@@ -2,8 +2,8 @@
 
 A graph is launched with the same arguments every time, so what differs from step to step lies on the device, in a
 :class:`Ledger`: the scalars of the update for the steps to come, computed on the host in double precision, and how far
-the steps have come. They leave their losses there, and the host reads them when it likes. A replayed step is the eager
-one bit for bit: the same kernels on the same arrays.
+the steps have come. The steps leave their losses there, and the host reads them when it likes. A replayed step is the
+eager one bit for bit: the same kernels on the same arrays.
 
 A step that finds a loss or a gradient that is not finite halts: it and all that are queued behind it change nothing. So
 the host, which looks later, can deal with it as if it had looked at once.
@@ -401,11 +401,12 @@ class Queue:
 class CapturedStep:
     """``net.step_loss(X, Y)`` and ``opt.step()`` as one launch, for loops of your own.
 
-    X and Y are arrays on the device, as for :meth:`Network.step_loss`. A call makes ``steps`` steps, at most 64, on
-    what is in them then, so the next batch is written there: ``X[...] = batch``. It returns the loss of the last one,
-    an array of one element that the next call overwrites, and waits for nothing; whether loss and gradients are finite
-    is not looked at. A new learning rate, ``opt.lr = ...``, takes effect at the next call. All of it happens on the
-    stream that is current, which cannot be the default one: use ``with backend.own_stream():`` around the loop.
+    X and Y are arrays on the device, as for :meth:`Network.step_loss`. The first call captures, which takes memory and
+    time. A call queues ``steps`` steps, from 1 to 64, all on what X and Y hold when it comes to that, and waits for
+    nothing; the next batch is written into them afterwards: ``X[...] = batch``. It returns the loss of the last step,
+    an array of one element on the device, which the next call overwrites. Whether loss and gradients are finite is not
+    looked at. A new learning rate, ``opt.lr = ...``, takes effect at the next call. All of it happens on the stream
+    that is current, and CUDA's default stream cannot be captured: use ``with backend.own_stream():`` around the loop.
 
     Raises ArgumentError where the steps cannot be captured, and says why.
     """

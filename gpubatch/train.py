@@ -64,7 +64,7 @@ class History:
 
     ``loss`` is the mean of the epoch's mini-batch costs, weighted by their samples; ``seconds`` leaves the validation
     out. ``validation_accuracy`` is empty where the loss has no classes. ``execution`` says how the steps of the last
-    epoch were run: "captured", or "eager" and on a GPU why.
+    epoch were run: "captured"; "eager", on a CPU or because that was asked for; or "eager, since ..." and why.
     ``micro_batch_size`` is how many samples of a batch are computed at a time since memory ran out, None if it did not.
     """
 

@@ -137,15 +137,10 @@ def test_our_steps_are_captured_on_a_device(steps: int, precision: str, monkeypa
     with device.own_stream():
         captured = gpu_check.our_step(place, x, y, steps, precision)
         eager = gpu_check.our_step(place, x, y, steps, precision, captured=False)
-        if precision == "mixed":
-            assert captured.execution == "eager, since the loss scale of a mixed network is looked at after every step"
-            eager, captured = captured, eager
-        else:
-            assert captured.execution == "captured, nodes in the graph: [17]"
-            assert driver.asked_for == device.current_stream().ptr
-        assert eager.steps == captured.steps == steps
-        if captured.execution != "eager":
-            eager.work()  # a captured one has been called once
+        assert captured.execution == "captured, nodes in the graph: [17]"
+        assert driver.asked_for == device.current_stream().ptr
+        assert (eager.execution, eager.steps, captured.steps) == ("eager", steps, steps)
+        eager.work()  # a captured one has been called once
         for _ in range(2):
             losses = captured.work(), eager.work()
             assert device.to_numpy(losses[0]).tobytes() == device.to_numpy(losses[1]).tobytes()
