@@ -80,7 +80,7 @@ def test_without_a_gpu_it_says_so() -> None:
 
 
 def seconds(median: float) -> dict[str, float]:
-    return {"median": median, "low": median, "high": median}
+    return {"median": median, "low": median * 0.9, "high": median * 1.2}
 
 
 def test_the_table() -> None:
@@ -98,14 +98,14 @@ def test_the_table() -> None:
         {"work": "e", "seconds": {"gpubatch": seconds(2e-3)}, "asked": {}},
     ]
     assert gpu_check.table(rows).splitlines()[2:] == [
-        "| a | 1 ms | peer: 3 ms | 3.00x | 2.0x |",
-        "| b | 2 ms | a copy's bandwidth | 50.0 % | 90 %, **not met** |",
-        "| c (eager, since it rains) | 2 ms | x: 2 ms | 1.00x | 1.2x, **not met** |",
-        "|  |  | y: 4 ms | 2.00x |  |",
+        "| a | 1 ms (0.9 to 1.2) | peer: 3 ms (2.7 to 3.6) | 3.00x | 2.0x |",
+        "| b | 2 ms (1.8 to 2.4) | a copy's bandwidth | 50.0 % | 90 %, **not met** |",
+        "| c (eager, since it rains) | 2 ms (1.8 to 2.4) | x: 2 ms (1.8 to 2.4) | 1.00x | 1.2x, **not met** |",
+        "|  |  | y: 4 ms (3.6 to 4.8) | 2.00x |  |",
         "|  |  | z: failed, ValueError: a/b |  |  |",
-        "| d | failed | x: 2 ms | nanx | 1.2x, **not met** |",
+        "| d | failed | x: 2 ms (1.8 to 2.4) | nanx | 1.2x, **not met** |",
         "|  |  | gpubatch: failed, no |  |  |",
-        "| e | 2 ms |  |  |  |",
+        "| e | 2 ms (1.8 to 2.4) |  |  |  |",
     ]
 
 
