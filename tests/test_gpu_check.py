@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,39 @@ def test_epochs_are_captured_on_a_device(monkeypatch: pytest.MonkeyPatch) -> Non
     X, Y = np.ones((130, 12), np.uint8), np.arange(130) % 5
     for execution, found in [("auto", "captured"), ("eager", "eager")]:
         assert gpu_check.our_epochs(place, X, Y, execution).work().execution == found
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_time_is_taken_on_the_stream_that_works(cold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, seen = stand_in(), list[Any]()
+
+    class Event:
+        def record(self) -> None:
+            seen.append(device.current_stream())
+
+        def synchronize(self) -> None:
+            seen.append("over")
+
+    runtime = types.SimpleNamespace(getDeviceProperties=lambda index: {"l2CacheSize": 50 << 20})
+    cuda = types.SimpleNamespace(Event=Event, get_elapsed_time=lambda start, stop: 250.0, runtime=runtime)
+    monkeypatch.setattr(gb.backend, "load_cupy", lambda: types.SimpleNamespace(cuda=cuda))
+    written = []
+
+    def zeros(size: int, dtype: str) -> Any:
+        written.append(size)
+        return np.zeros(1, dtype)
+
+    monkeypatch.setattr(device, "zeros", zeros)
+    place = gpu_check.Place(device, "cuda", 1 << 14, 512)
+    with device.own_stream():
+        own = device.current_stream()
+        contender = gpu_check.Contender(lambda: seen.append("work"), steps=2)
+        found = gpu_check.measure(place, {"gpubatch": contender}, samples=1, cold=cold)
+    timed = (4 if cold else 1) * gpu_check.ROUNDS
+    assert (found["gpubatch"]["median"], len(contender.seconds)) == (0.125, timed)
+    assert seen[:-1] == [own, "work", own, "over"] * (timed + gpu_check.ROUNDS)
+    assert seen[-1] == "work"  # for the time of the host
+    assert written == [200 << 20] * cold
 
 
 def test_whoever_cannot_start_or_has_no_finite_loss_is_noted_and_costs_the_others_nothing() -> None:
