@@ -471,7 +471,7 @@ def torch_step(place: Place, x: np.ndarray, y: np.ndarray, form: str = "eager", 
         with torch.autocast(place.torch, torch.float16, enabled=mixed):
             return torch.nn.functional.cross_entropy(net(X), Y)
 
-    forward = torch.compile(cost, mode="reduce-overhead") if form == "compiled" else cost
+    forward = torch.compile(cost, mode="reduce-overhead", dynamic=False) if form == "compiled" else cost
 
     def step() -> Any:
         opt.zero_grad(set_to_none=True)
