@@ -17,9 +17,10 @@ EXPORTS = {
     "capture": "CapturedStep",
     "checkpoint": "Checkpoints",
     "errors": """
-        ArgumentError BackendFallbackWarning BackendUnavailableError CaptureError CheckpointError CheckpointWarning
-        DTypeError DataFormatError DeviceMismatchError GpubatchError InsufficientMemoryError
-        MicroBatchWarning NonFiniteError ShapeError SkippedStepWarning UnknownArgumentError
+        ArgumentError BackendFallbackWarning BackendUnavailableError CaptureError CaptureWarning
+        CheckpointError CheckpointWarning DTypeError DataFormatError DeviceMismatchError GpubatchError
+        InsufficientMemoryError MicroBatchWarning NonFiniteError ShapeError SkippedStepWarning
+        UnknownArgumentError
     """,
     "explore": """
         GradientCheck batch_size_sweep gradient_check loss_slice numerical_gradient random_local_search
@@ -66,6 +67,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         BackendFallbackWarning as BackendFallbackWarning,
         BackendUnavailableError as BackendUnavailableError,
         CaptureError as CaptureError,
+        CaptureWarning as CaptureWarning,
         CheckpointError as CheckpointError,
         CheckpointWarning as CheckpointWarning,
         DataFormatError as DataFormatError,

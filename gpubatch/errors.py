@@ -14,6 +14,7 @@
     └── NonFiniteError (ArithmeticError)     NaN or infinity in data, loss or gradient
 
     BackendFallbackWarning (UserWarning)     the CPU stands in for a device that cannot be used
+    CaptureWarning (UserWarning)             captured steps do not agree with eager ones, and are not used any more
     CheckpointWarning (UserWarning)          a checkpoint is passed over, or was not written and the run goes on
     MicroBatchWarning (UserWarning)          memory ran out: batches are computed in parts from here on
     SkippedStepWarning (UserWarning)         a step is left out: its loss or its gradient is not finite
@@ -33,6 +34,7 @@ __all__ = [
     "BackendFallbackWarning",
     "BackendUnavailableError",
     "CaptureError",
+    "CaptureWarning",
     "CheckpointError",
     "CheckpointWarning",
     "DTypeError",
@@ -104,6 +106,10 @@ class NonFiniteError(GpubatchError, ArithmeticError):
 
 class BackendFallbackWarning(UserWarning):
     """The CPU is used in place of a device that cannot be used."""
+
+
+class CaptureWarning(UserWarning):
+    """Captured steps do not agree with eager ones; the run goes on with eager ones."""
 
 
 class CheckpointWarning(UserWarning):

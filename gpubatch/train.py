@@ -28,6 +28,7 @@ from gpubatch.capture import AHEAD, CapturedSteps, GivenArrays, Queue, like, why
 from gpubatch.checkpoint import Checkpoints
 from gpubatch.errors import (
     ArgumentError,
+    CaptureWarning,
     CheckpointError,
     DataFormatError,
     DTypeError,
@@ -238,6 +239,7 @@ class Run:
         self.show: Display = _Silent()
         self.noted: list[int] = []  # signals
         self._seconds: Callable[[], float] = lambda: 0.0  # of the epoch so far
+        self._disagreed = ""  # how captured steps did not agree with eager ones
         self._unsaved = False  # whether anything was done since the last checkpoint
         self._saved_at = state.opt.t
 
@@ -253,7 +255,12 @@ class Run:
             return  # saved after the last batch: the loader is at the next epoch already
         while (failure := self._until_memory_ends()) is not None:
             self.guard.halve(failure, state)
-            loader.load_state_dict({**loader.state_dict(), "epoch": part.epoch, "batch": part.batches})
+            self._go_back()
+
+    def _go_back(self) -> None:
+        """Have the loader begin with the batch after those that were learnt from."""
+        part, loader = self.part, self.state.loader
+        loader.load_state_dict({**loader.state_dict(), "epoch": part.epoch, "batch": part.batches})
 
     def _until_memory_ends(self) -> str | None:
         """Go through the batches; None at the end of the epoch, or for what there was no memory, in words."""
@@ -267,6 +274,10 @@ class Run:
                 self._replayed(steps, steps.feed)
             else:
                 self._handed_over(steps)
+            if self._disagreed and self.part.batches < len(self.state.loader):
+                self._go_back()
+                self._captured_steps()  # which there are none of any more
+                self._eagerly()
             return None
         except InsufficientMemoryError:
             raise  # smaller parts would not help
@@ -292,7 +303,7 @@ class Run:
         """By graphs that gather their batches, and looked at later."""
         part, loader = self.part, self.state.loader
         with loader.fed_by(feed) as used, self._queue(steps) as queue:
-            while part.batches < len(loader):
+            while part.batches < len(loader) and not self._disagreed:
                 if not self.noted:
                     queue.fill(self._room())
                 if part.batches + queue.in_flight == len(loader):
@@ -309,7 +320,7 @@ class Run:
         part, loader = self.part, self.state.loader
         kept = deque[list[Array]]()
         with contextlib.closing(iter(loader)) as batches, self._queue(steps) as queue:
-            while part.batches < len(loader):
+            while part.batches < len(loader) and not self._disagreed:
                 while not self.noted and len(kept) < min(AHEAD, self._room()):
                     if (batch := next(batches, None)) is None:
                         break
@@ -323,7 +334,8 @@ class Run:
                     self._again(queue, *kept.popleft())
                 if not kept:
                     self._look_up()
-            next(batches, None)  # which takes the loader to its next epoch
+            if part.batches == len(loader):
+                next(batches, None)  # which takes the loader to its next epoch
 
     @contextlib.contextmanager
     def _queue(self, steps: CapturedSteps) -> Iterator[Queue]:
@@ -347,8 +359,15 @@ class Run:
 
     def _again(self, queue: Queue, x: Array, y: Array) -> None:
         """The step that halted, eagerly: that tells what is wrong with it."""
-        self._note(*self.guard.step(x, y, self.state), len(x))
-        queue.go_on(self.part.batches)
+        loss, result = self.guard.step(x, y, self.state)
+        self._note(loss, result, len(x))
+        if result is None or self.guard.careful:
+            queue.go_on(self.part.batches)
+            return
+        self.guard.captured = None
+        self._disagreed = "a captured step was not finite, and the same step made eagerly was"
+        text = f"{self._disagreed} (epoch {self.state.epoch}, step {result.t}); the run goes on with eager steps"
+        warn_caller(text, CaptureWarning)
 
     def _captured_steps(self) -> CapturedSteps | None:
         """The steps as graphs, those of the epoch before if there are any; None where they are run eagerly."""
@@ -358,10 +377,12 @@ class Run:
             return None
         if guard.captured is not None and not guard.captured.fits(opt):
             guard.captured = None
+        why = self._disagreed or why_eager(net)
         looking = next((watcher.callback for watcher in self.watchers if watcher.on_step is not _ignore), None)
-        why = why_eager(net) if looking is None else f"callback {looking!r} looks at every step"
-        if loader.sample_axis:
-            why = why or "samples are columns"
+        if not why and looking is not None:
+            why = f"callback {looking!r} looks at every step"
+        if not why and loader.sample_axis:
+            why = "samples are columns"
         if not why:
             if guard.captured is None:
                 feed = loader.device_feed() or GivenArrays(*like(loader.peek()))
@@ -593,6 +614,7 @@ class Guard:
             raise ArgumentError(f"loss_scale is for a network with precision='mixed', this one has {net.precision!r}")
         self._halved = ""  # why, until it is known that it was enough
         self.captured: CapturedSteps | None = None
+        self.careful = False  # whether the last step was looked at afterwards
 
     def step(self, x: Array, y: Array, state: TrainingState) -> tuple[float, StepResult | None]:
         """The loss of a batch, and the step that was made; None for one that was left out."""
@@ -621,10 +643,8 @@ class Guard:
                 self._leave_out(self._what_is_wrong(grads, not_finite), state)
             return loss, None
         control = self._clipping(math.sqrt(squares))
-        if control is None and squares > float(np.finfo(self.net.compute_dtype).max):
-            result = self._step_if_finite(grads, state)
-        else:
-            result = self.opt.step(grads, control)
+        self.careful = control is None and squares > float(np.finfo(self.net.compute_dtype).max)
+        result = self._step_if_finite(grads, state) if self.careful else self.opt.step(grads, control)
         if result is not None:
             self.applied()
         return loss, result
