@@ -33,8 +33,8 @@ def test_they_compile_for_real_architectures(dtype: np.dtype) -> None:
 @pytest.mark.parametrize("stored", STORED)
 def test_taking_compiles_for_all_that_can_be_stored(stored: str) -> None:
     for target in {stored, "int64"} - ({"int64"} if stored.startswith("float") else set()):
-        types = f"typedef {STORED[stored]} S;\ntypedef {STORED[target]} Target;"
-        check_compiles_everywhere(source_of("float32", "half.cuh", "take.cu", before=types))
+        types = f"typedef {STORED[stored]} Sample;\ntypedef {STORED[target]} Target;"
+        check_compiles_everywhere(source_of("float32", "take.cu", before=types))
 
 
 # --- may it be applied? ----------------------------------------------------------------------------------------------
