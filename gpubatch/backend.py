@@ -347,9 +347,8 @@ class CudaBackend(Backend):
 
     @property
     def capability(self) -> int:
-        """The generation of the device, the first number of its compute capability: 8 is Ampere, 9 is Hopper."""
-        runtime = self.cupy.cuda.runtime
-        return int(runtime.deviceGetAttribute(runtime.cudaDevAttrComputeCapabilityMajor, self.index))
+        """The generation of the device, the first number of its compute capability: 9 is Hopper, 10 Blackwell."""
+        return int(self.cupy.cuda.Device(self.index).compute_capability[:-1])
 
     def library(self, name: str) -> Any:
         """A Python module beside CuPy that works on this device; imported when it is first asked for."""

@@ -31,15 +31,21 @@ INDEX = 99  # of the device: no kernel of a real one is found in a cache
 NUMBERS = {"long long": np.int64, "u64": np.uint64, "float": np.float32, "double": np.float64}
 
 
+class AnyDevice(contextlib.nullcontext[None]):
+    """A device that it makes no difference to be on."""
+
+    def __init__(self, index: int, compute_capability: str = "90") -> None:
+        contextlib.nullcontext.__init__(self)
+        self.id, self.compute_capability = index, compute_capability
+
+
 class DeviceArray(np.ndarray):
     """What gpubatch uses of a CuPy array."""
 
     @property
     def device(self) -> Any:
         """The device, which is the current one."""
-        here = contextlib.nullcontext()
-        here.id = INDEX  # type: ignore[attr-defined]
-        return here
+        return AnyDevice(INDEX)
 
     @property
     def data(self) -> Any:
@@ -69,13 +75,9 @@ class StandIn:
         self.compiled: list[str] = []
         self.launches: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
         self.cuda = types.SimpleNamespace(
-            runtime=types.SimpleNamespace(
-                getDeviceProperties=lambda index: {"name": b"stand-in"},
-                cudaDevAttrComputeCapabilityMajor=75,
-                deviceGetAttribute=lambda attribute, index: {75: 9}[attribute],
-            ),
+            runtime=types.SimpleNamespace(getDeviceProperties=lambda index: {"name": b"stand-in"}),
             get_current_stream=lambda: types.SimpleNamespace(ptr=0),
-            Device=lambda index: contextlib.nullcontext(),
+            Device=AnyDevice,
         )
 
     def empty(self, shape: Any, dtype: Any) -> np.ndarray:
@@ -458,6 +460,8 @@ QueuedArray.__name__, QueuedArray.__module__ = "ndarray", "cupy"
 
 class Device:
     """A device, which is the current one inside a ``with``."""
+
+    compute_capability = "90"
 
     def __init__(self, cupy: QueuedStandIn, index: int) -> None:
         self.cupy, self.id = cupy, index

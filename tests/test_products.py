@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from needs import missing
-from stand_in import INDEX, TIMINGS, DeviceArray, StandIn, StandInBackend, queued_backend
+from stand_in import INDEX, TIMINGS, AnyDevice, DeviceArray, StandIn, StandInBackend, queued_backend
 from stand_in_lt import (
     ComputeType,
     CudaDataType,
@@ -400,10 +400,12 @@ def test_plans_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.cupy.nvmath.alive == 1 + 3 * 5
 
 
-@pytest.mark.parametrize(("generation", "size"), [(7, 4 << 20), (8, 4 << 20), (9, 32 << 20), (12, 32 << 20)])
-def test_the_workspace_is_in_the_plan(generation: int, size: int) -> None:
+@pytest.mark.parametrize(
+    ("capability", "size"), [("75", 4 << 20), ("89", 4 << 20), ("90", 32 << 20), ("120", 32 << 20)]
+)
+def test_the_workspace_is_in_the_plan(capability: str, size: int) -> None:
     backend = stand_in()
-    backend.cupy.cuda.runtime.deviceGetAttribute = lambda attribute, index: generation
+    backend.cupy.cuda.Device = lambda index: AnyDevice(index, capability)
     net = gb.mlp([5, 4, 3], backend=backend)
     assert net.memory_parts(8)["matrix products"] == size
     assert net.memory(8) == sum(net.memory_parts(8).values())
