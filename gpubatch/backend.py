@@ -501,9 +501,13 @@ def _probe_cupy() -> Any:
     try:
         if runtime.getDeviceCount() == 0:
             return _no_device(driver, needed, None)
-        probe = cupy.arange(4, dtype=cupy.float32)
-        if float((probe @ probe) + 1) != 15.0:
-            raise RuntimeError("the product of two small arrays came out wrong")
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "default"
+            )  # where warnings are errors, one of a library's loader is not a library less
+            probe = cupy.arange(4, dtype=cupy.float32)
+            if float((probe @ probe) + 1) != 15.0:
+                raise RuntimeError("the product of two small arrays came out wrong")
     except runtime.CUDARuntimeError as error:
         return _no_device(driver, needed, error)
     except Exception as error:

@@ -6,6 +6,7 @@ import importlib.machinery
 import subprocess
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,17 @@ def test_a_usable_device_is_chosen_by_auto(monkeypatch: pytest.MonkeyPatch) -> N
     assert gb.get_backend("cuda:1").device == "cuda:1 (Fake GPU)"
     with pytest.raises(gb.BackendUnavailableError, match="no device of that number, this machine has 2"):
         gb.get_backend("cuda:2")
+
+
+def test_where_warnings_are_errors_one_of_cuda_s_loader_hides_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy = fake_cupy()
+    arange = cupy.arange
+    cupy.arange = lambda *of, **how: warnings.warn("which NVRTC?", stacklevel=1) or arange(*of, **how)
+    install(monkeypatch, cupy)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("error")
+        assert gb.get_backend("cuda").spec == "cuda:0"
+    assert [str(warning.message) for warning in told] == ["which NVRTC?"]
 
 
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
