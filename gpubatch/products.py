@@ -213,6 +213,8 @@ class LtProducts(Products):
         plan = Plan(self, epilogue, (A, B, D), at)
         if plan.algorithm == 0 or (epilogue in BIASED.values() and not self._shows_nan(plan, out, at)):
             return None
+        if epilogue == "BGRADA" and not self._adds_all(plan, b, vector, at):
+            return None
         return plan
 
     def _shows_nan(self, plan: Plan, out: Array, at: Addresses) -> bool:
@@ -224,6 +226,16 @@ class LtProducts(Products):
         nan = self.backend.asarray(np.full(out.shape[1], np.nan, self.dtype))
         plan.launch(at[0], at[1], at[2], nan.data.ptr, self._stream().ptr)
         return bool(np.isnan(self.backend.to_numpy(out)).all())
+
+    def _adds_all(self, plan: Plan, dy: Array, db: Array, at: Addresses) -> bool:
+        """Whether ones add up to how many there are; writes over the results, and waits for them."""
+        if not (dy.flags.c_contiguous or dy.flags.f_contiguous):
+            return False
+        ones = self.backend.empty(dy.shape, self.dtype)
+        ones.fill(1)
+        plan.launch(ones.data.ptr, at[1], at[2], at[3], self._stream().ptr)
+        with np.errstate(over="ignore"):  # float16 goes to 65504
+            return bool((self.backend.to_numpy(db) == np.array(len(dy)).astype(self.dtype)).all())
 
 
 class Matrix(NamedTuple):

@@ -91,8 +91,8 @@ class StandInLt:
     """The modules ``nvmath``, ``nvmath.bindings.cublas`` and ``nvmath.bindings.cublasLt`` as one.
 
     ``lacks`` are epilogues for which the heuristic finds nothing; with ``relu_of_nan=False`` the larger of 0 and NaN is
-    0; without ``whole_bias`` the last column goes without. ``calls`` counts them by name, ``launches`` has the epilogue
-    of each.
+    0; without ``whole_bias`` the last column goes without, without ``whole_sums`` the last row is not in its sum.
+    ``calls`` counts them by name, ``launches`` has the epilogue of each.
     """
 
     ComputeType, CudaDataType, Epilogue = ComputeType, CudaDataType, Epilogue
@@ -100,9 +100,15 @@ class StandInLt:
     cuBLASLtError = cuBLASLtError  # noqa: N815
 
     def __init__(
-        self, cupy: StandIn, lacks: tuple[str, ...] = (), relu_of_nan: bool = True, whole_bias: bool = True
+        self,
+        cupy: StandIn,
+        lacks: tuple[str, ...] = (),
+        relu_of_nan: bool = True,
+        whole_bias: bool = True,
+        whole_sums: bool = True,
     ) -> None:
-        self.cupy, self.lacks, self.relu_of_nan, self.whole_bias = cupy, lacks, relu_of_nan, whole_bias
+        self.cupy, self.lacks, self.relu_of_nan = cupy, lacks, relu_of_nan
+        self.whole_bias, self.whole_sums = whole_bias, whole_sums
         self.numbers = itertools.count(1000)
         self.handles: set[int] = set()
         self.operations: dict[int, Operation] = {}
@@ -252,7 +258,7 @@ class StandInLt:
                 total = (np.maximum if self.relu_of_nan else np.fmax)(total, 0)
             if epilogue & Epilogue.BGRADA:
                 exact = A.T if turned[0] else A
-                vectors[...] = exact.sum(axis=1, dtype=op.scale)
+                vectors[...] = exact[:, : None if self.whole_sums else -1].sum(axis=1, dtype=op.scale)
             D[...] = total
 
         self.cupy.start(run)

@@ -190,7 +190,7 @@ def test_the_gradient_of_the_bias_with_the_product(
     assert_close(dW, exact(x).T, exact(dy), exact(x).T @ exact(dy), dtype)
     assert_close(db, np.ones((1, m)), exact(dy), exact(dy).sum(axis=0), dtype)
     if isinstance(made.library.lt, StandInLt):
-        assert made.library.lt.launches == ["BGRADA"]
+        assert made.library.lt.launches == ["BGRADA"] * 2  # the first is a trial
 
 
 def test_fast_is_tf32(device: CudaBackend) -> None:
@@ -239,6 +239,22 @@ def test_an_epilogue_that_hides_nan_is_tried_once_and_not_used(fault: dict[str, 
         for _ in range(3):
             assert made.affine(f, x, W, b, y) is (f in used)
         assert launches == [epilogue] * (1 + 3 * (f in used))
+
+
+@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_that_leave_something_out_are_tried_once_and_not_used(used: bool, dtype: str) -> None:
+    backend = stand_in(whole_sums=used)
+    made = lt_products(backend, dtype)
+    launches = made.library.lt.launches
+    for rows in (4, 3001):  # which is 3000 in float16
+        x, dy, dW, db = (numbers(backend, shape, dtype) for shape in ((rows, 3), (rows, 5), (3, 5), (5,)))
+        launches.clear()
+        for _ in range(3):
+            assert made.weight_gradient(x, dy, dW, db) is (used or (rows, dtype) == (3001, "float16"))
+        assert launches == ["BGRADA"] * (4 if used or (rows, dtype) == (3001, "float16") else 1)
+    strided = numbers(backend, (4, 10), dtype)[:, :5]
+    assert not made.weight_gradient(numbers(backend, (4, 3), dtype), strided, dW, db)
 
 
 # --- what is not -----------------------------------------------------------------------------------------------------
