@@ -26,12 +26,13 @@ from gpubatch import layers
 from gpubatch.backend import Array, CudaBackend, compute_dtype
 from gpubatch.cuda_ops import source_of
 from gpubatch.errors import ArgumentError, check_int
+from gpubatch.feeding import needed
 from gpubatch.launch import cuda_kernel
 from gpubatch.network import Network
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import Optimizer
 
-__all__ = ["AHEAD", "CapturedStep", "CapturedSteps", "GivenArrays", "Made", "Queue", "like", "why_eager"]
+__all__ = ["AHEAD", "CapturedStep", "CapturedSteps", "GivenArrays", "Made", "Queue", "check_bound", "like", "why_eager"]
 
 CHUNK = 64  # steps whose scalars go to the device, and whose losses come back, in one copy
 AHEAD = 2  # chunks that are queued beyond the one that the host waits for, or batches that are kept
@@ -52,6 +53,12 @@ def why_eager(net: Network) -> str:
         if type(layer).__module__ != layers.__name__:
             return f"layer {i + 1} ({type(layer).__name__}) is not one of gpubatch's, so it may do what a graph cannot"
     return ""
+
+
+def check_bound(net: Network, opt: Optimizer) -> None:
+    """Raise unless ``opt`` changes the parameters of ``net``."""
+    if any(opt.params.get(name) is not p for name, p in net.parameters.items()):
+        raise ArgumentError("opt must be bound to net.parameters, this one is bound to other arrays")
 
 
 # --- what lies on the device ---------------------------------------------------------------------------------------
@@ -184,8 +191,7 @@ class GivenArrays:
 
 def like(batch: Sequence[Array]) -> list[Array]:
     """New arrays for such batches; labels become int64, as which losses need them."""
-    integers = [array.ndim == 1 and array.dtype.kind in "iu" for array in batch]
-    return [array.astype(np.int64) if labels else array for array, labels in zip(batch, integers, strict=True)]
+    return [array.astype(needed(array.dtype, array.ndim), copy=False) for array in batch]
 
 
 class Form(NamedTuple):
@@ -415,8 +421,7 @@ class CapturedStep:
         if reason := why_eager(net):
             raise ArgumentError(f"net cannot be captured: {reason}")
         self.net, self.opt, self.steps = net, opt, check_int("steps", steps, 1, CHUNK)
-        if any(opt.params.get(name) is not p for name, p in net.parameters.items()):
-            raise ArgumentError("opt must be bound to net.parameters, this one is bound to other arrays")
+        check_bound(net, opt)
         net.check_batch(X, Y)
         self._feed = GivenArrays(X, Y)
         self._form = Form(len(X), len(X), self.steps)

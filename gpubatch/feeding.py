@@ -28,7 +28,7 @@ from gpubatch.host_ops import ops_for
 from gpubatch.sizing import BatchPlan, fits, format_bytes
 from gpubatch.sources import ArraySource, Part
 
-__all__ = ["DeviceFeed", "DeviceOrder", "Form", "Ring", "Slot", "moved", "native", "on_device", "take_into"]
+__all__ = ["DeviceFeed", "DeviceOrder", "Form", "Ring", "Slot", "moved", "native", "needed", "on_device", "take_into"]
 
 Form: TypeAlias = tuple[tuple[int, ...], np.dtype[Any]]  # shape and element type
 
@@ -42,6 +42,11 @@ PART = 1 << 21
 def native(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """``dtype`` in the byte order of this machine, which is that of the device."""
     return dtype.newbyteorder("=")
+
+
+def needed(dtype: np.dtype[Any], dimensions: int) -> np.dtype[Any]:
+    """In which a captured step needs an array of ``dtype``: labels are int64 to losses, whatever they were."""
+    return np.dtype(np.int64) if dimensions == 1 and dtype.kind in "iu" else dtype
 
 
 def moved(source: ArraySource, backend: CudaBackend) -> ArraySource:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -156,23 +156,23 @@ class HalfOps(Ops):
 
     def softmax_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """See :class:`Ops`."""
-        with Widened(work, work["dz"]) as wide:
-            self.ops.softmax_cross_entropy(wide(z), Y, gradient, wide)
+        self._loss(self.ops.softmax_cross_entropy, z, Y, gradient, work)
 
     def svm(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """See :class:`Ops`."""
-        with Widened(work, work["dz"]) as wide:
-            self.ops.svm(wide(z), Y, gradient, wide)
+        self._loss(self.ops.svm, z, Y, gradient, work)
 
     def sigmoid_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """See :class:`Ops`."""
-        with Widened(work, work["dz"]) as wide:
-            self.ops.sigmoid_cross_entropy(wide(z), Y, gradient, wide)
+        self._loss(self.ops.sigmoid_cross_entropy, z, Y, gradient, work)
 
     def mse(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """See :class:`Ops`."""
+        self._loss(self.ops.mse, z, Y, gradient, work)
+
+    def _loss(self, loss: Callable[..., None], z: Array, Y: Array, gradient: bool, work: Work) -> None:
         with Widened(work, work["dz"]) as wide:
-            self.ops.mse(wide(z), Y, gradient, wide)
+            loss(wide(z), Y, gradient, wide)
 
     def l2_loss(self, w: Array, spans: Array, factor: float, loss: Array, work: Work) -> None:
         """See :class:`Ops`."""

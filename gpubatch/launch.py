@@ -276,16 +276,18 @@ class CudaUpdate:
         self, arrays: list[tuple[Array, ...]], scalars: tuple[float, ...], control: Array | None = None
     ) -> None:
         with self.backend.scope():
-            self.host_scalars[: len(scalars)] = scalars
-            self.scalars.set(self.host_scalars)
+            self._upload(scalars)
             self.launch(arrays, self.scalars, None, control)
 
     def again(self, scalars: tuple[float, ...], control: Array | None) -> None:
         """The update of the arrays of the launch before."""
         with self.backend.scope():
-            self.host_scalars[: len(scalars)] = scalars
-            self.scalars.set(self.host_scalars)
+            self._upload(scalars)
             self._launch(self.scalars, None, control)
+
+    def _upload(self, scalars: tuple[float, ...]) -> None:
+        self.host_scalars[: len(scalars)] = scalars
+        self.scalars.set(self.host_scalars)
 
     def launch(
         self, arrays: list[tuple[Array, ...]], scalars: Array, step: Array | None, control: Array | None

@@ -20,7 +20,7 @@ import numpy as np
 
 from gpubatch.backend import Array, Backend, CudaBackend, compute_dtype, float_dtype, get_backend
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_bool, check_choice, check_int, check_real
-from gpubatch.feeding import DeviceFeed, DeviceOrder, Form, Ring, Slot, moved, native, on_device, take_into
+from gpubatch.feeding import DeviceFeed, DeviceOrder, Form, Ring, Slot, moved, native, needed, on_device, take_into
 from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, parse_bytes, plan_batch_size
 from gpubatch.sources import ArraySource, Part, Reader, array_source, check_finite, convert, largest_stored
 
@@ -540,45 +540,51 @@ class Loader:
         """The number of the epoch that is running, or else of the next one, counted from 0."""
         return self._epoch + self._left
 
-    def _go_on(self) -> None:
-        """To the next epoch, where the one before was left in the middle."""
+    @contextlib.contextmanager
+    def _iteration(self) -> Iterator[Callable[[], None]]:
+        """One iteration, until its epoch ends or it is left; yields what raises when there is a newer one."""
         if self._left or (self._run is not None and self._batch):
             self._epoch, self._batch = self._epoch + 1, 0
         self._left = False
-
-    def __iter__(self) -> Generator[Any]:
-        self._go_on()
         run = self._run = object()
-        stats, first = LoaderStats(), 0.0
-        self.stats = stats
-        read = sum(reader.bytes_read for reader in self._limits)
+
+        def check() -> None:
+            if self._run is not run:
+                raise ArgumentError("this iteration was ended by a newer one, or by load_state_dict")
+
         try:
-            size = self.batch_size
-            asked = time.perf_counter()
-            starts = range(self._batch * size, len(self) * size, size)
-            with contextlib.ExitStack() as stack:
-                prepared, deliver = self._fed(starts, stats, stack)
-                for part in prepared:
-                    batch = self._finished(deliver(part))
-                    self._batch += 1
-                    now = time.perf_counter()
-                    if stats.batches:
-                        stats.waited += now - asked
-                        stats.seconds = now - first
-                    else:
-                        stats.wait_first, first = now - asked, now
-                    stats.batches += 1
-                    stats.samples = min(self._batch * size, self._share) - starts.start
-                    stats.bytes_read = self._bytes_read(stats.samples, read)
-                    yield batch
-                    asked = time.perf_counter()
-                    del part, batch  # so that they can be freed before the next ones are made
-                    if self._run is not run:
-                        raise ArgumentError("this iteration was ended by a newer one, or by load_state_dict")
-            self._epoch, self._batch = self._epoch + 1, 0
+            yield check
+            if self._batch == len(self):
+                self._epoch, self._batch = self._epoch + 1, 0
         finally:
             if self._run is run:
                 self._run, self._left = None, self._batch > 0
+
+    def __iter__(self) -> Generator[Any]:
+        with self._iteration() as check, contextlib.ExitStack() as stack:
+            stats, first = LoaderStats(), 0.0
+            self.stats = stats
+            read = sum(reader.bytes_read for reader in self._limits)
+            size = self.batch_size
+            asked = time.perf_counter()
+            starts = range(self._batch * size, len(self) * size, size)
+            prepared, deliver = self._fed(starts, stats, stack)
+            for part in prepared:
+                batch = self._finished(deliver(part))
+                self._batch += 1
+                now = time.perf_counter()
+                if stats.batches:
+                    stats.waited += now - asked
+                    stats.seconds = now - first
+                else:
+                    stats.wait_first, first = now - asked, now
+                stats.batches += 1
+                stats.samples = min(self._batch * size, self._share) - starts.start
+                stats.bytes_read = self._bytes_read(stats.samples, read)
+                yield batch
+                asked = time.perf_counter()
+                del part, batch  # so that they can be freed before the next ones are made
+                check()
 
     def device_feed(self) -> DeviceFeed | None:
         """What gathers whole batches on the device without the host, where that can be."""
@@ -588,38 +594,26 @@ class Loader:
         arrays = [column.source.array for column in columns or () if isinstance(column.source, ArraySource)]
         if columns is None or not all(array.flags.c_contiguous for array in arrays):
             return None
-        # Labels are needed as int64, whatever they are stored as.
-        made = [
-            np.dtype(np.int64) if array.ndim == 1 and column.dtype.kind in "iu" else column.dtype
-            for array, column in zip(arrays, columns, strict=True)
-        ]
+        made = [needed(column.dtype, array.ndim) for array, column in zip(arrays, columns, strict=True)]
         scales = [column.scale for column in columns]
         return DeviceFeed(self.backend, list(zip(arrays, made, scales, strict=True)), self._share, self.batch_size)
 
     @contextlib.contextmanager
     def fed_by(self, feed: DeviceFeed) -> Iterator[Callable[[int], None]]:
         """An epoch, or its rest, whose batches ``feed`` makes; yields what is told how many more of them were used."""
-        self._go_on()
-        run = self._run = object()
-        stats, first = LoaderStats(bytes_copied=8 * self._share), self._batch
-        self.stats = stats
-        feed.begin(self._order_of(self._epoch))
+        with self._iteration() as check:
+            stats, first = LoaderStats(bytes_copied=8 * self._share), self._batch
+            self.stats = stats
+            feed.begin(self._order_of(self._epoch))
 
-        def used(batches: int) -> None:
-            if self._run is not run:
-                raise ArgumentError("this iteration was ended by a newer one, or by load_state_dict")
-            self._batch += batches
-            stats.batches += batches
-            stats.samples = min(self._batch * self.batch_size, self._share) - first * self.batch_size
-            stats.bytes_read = stats.samples * self._array_bytes
+            def used(batches: int) -> None:
+                check()
+                self._batch += batches
+                stats.batches += batches
+                stats.samples = min(self._batch * self.batch_size, self._share) - first * self.batch_size
+                stats.bytes_read = stats.samples * self._array_bytes
 
-        try:
             yield used
-            if self._batch == len(self):
-                self._epoch, self._batch = self._epoch + 1, 0
-        finally:
-            if self._run is run:
-                self._run, self._left = None, self._batch > 0
 
     def _bytes_read(self, samples: int, before: int) -> int:
         read = sum(reader.bytes_read for reader in self._limits) - before if self._limits else 0

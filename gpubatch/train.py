@@ -24,7 +24,7 @@ import numpy as np
 
 from gpubatch.averages import ewma
 from gpubatch.backend import Array
-from gpubatch.capture import AHEAD, CapturedSteps, GivenArrays, Queue, like, why_eager
+from gpubatch.capture import AHEAD, CapturedSteps, GivenArrays, Queue, check_bound, like, why_eager
 from gpubatch.checkpoint import Checkpoints
 from gpubatch.errors import (
     ArgumentError,
@@ -322,10 +322,7 @@ class Run:
         with contextlib.closing(iter(loader)) as batches, self._queue(steps) as queue:
             while part.batches < len(loader) and not self._disagreed:
                 while not self.noted and len(kept) < min(AHEAD, self._room()):
-                    if (batch := next(batches, None)) is None:
-                        break
-                    kept.append(batch)
-                    del batch
+                    kept.append(next(batches))
                 while queue.in_flight < len(kept) and queue.hand(*kept[queue.in_flight]):
                     pass
                 for _ in range(self._read(queue)):
@@ -871,8 +868,7 @@ def _check_parts(net: Network, loader: Loader, opt: Optimizer) -> None:
         )
     if not loader.labelled:
         raise ArgumentError("loader must have labels: Loader(X, Y), this one has X alone")
-    if any(opt.params.get(name) is not p for name, p in net.parameters.items()):
-        raise ArgumentError("opt must be bound to net.parameters, this one is bound to other arrays")
+    check_bound(net, opt)
     if net.dtype == np.float16 and MASTER not in opt.state:
         raise ArgumentError(
             "opt must keep the float16 parameters in float32, too, where small steps are not lost in rounding: make it "
