@@ -56,12 +56,11 @@ def test_every_method_has_a_case() -> None:
 
 @pytest.mark.parametrize("special", [np.inf, -np.inf, np.nan])
 def test_what_is_not_finite_hides_no_difference(special: float) -> None:
-    right = np.array([special, 1, 2], np.float16)
-    compare(CASES["gather int32"], (3, 1), {"out": right.copy()}, {"out": right}, np.dtype(np.float16))
+    case, right = CASES["gather int32"], np.array([special, 1, 2], np.float16)
+    compare(case, (3, 1), {"out": right.copy()}, {"out": right}, right.dtype)
     for wrong in ([special, 1, 2.01], [1, 1, 2], [special, special, 2], [-special, -special, 2]):
         with pytest.raises(AssertionError):
-            ours = {"out": np.array(wrong, np.float16)}
-            compare(CASES["gather int32"], (3, 1), ours, {"out": right}, np.dtype(np.float16))
+            compare(case, (3, 1), {"out": np.array(wrong, np.float16)}, {"out": right}, right.dtype)
 
 
 @functools.cache  # cases share sources

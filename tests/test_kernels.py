@@ -278,7 +278,7 @@ def test_on_a_gpu_the_kernel_follows_numpy(case: Case, dtype: np.dtype, rng: np.
     """As far as roundings allow: the device contracts a*b + c, and divides and takes roots in its own way.
 
     How many roundings a formula loses on these numbers is a property of the formula, not of the dtype; NumPy in
-    float32 against float64 shows it. The device and NumPy lose that many each, and the rest is for quotients and powers.
+    float32 against float64 shows it. The device and NumPy lose that many each; the rest is for quotients and powers.
     """
     if "cuda:0" not in gb.available_backends():
         missing("gpu", "no CUDA device can be used here")
