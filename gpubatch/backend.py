@@ -16,6 +16,7 @@ import re
 import sys
 import threading
 import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -106,7 +107,11 @@ class Backend(ABC):
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Wait until everything that was started on the device is done."""
+        """Wait until all is done that this process started on the device through gpubatch, from any thread.
+
+        So is what the current and the default stream were given by anybody. Streams of other libraries are not waited
+        for, nor is a capture in another thread, which goes on undisturbed: what it records has not been started.
+        """
 
     @abstractmethod
     def free_unused(self) -> None:
@@ -285,8 +290,12 @@ class CudaBackend(Backend):
             yield pool
 
     def synchronize(self) -> None:
+        # Stream by stream: CUDA refuses to wait for a device while anybody captures a stream of it, in whatever mode,
+        # and breaks that capture. No stream that is captured is among these, see capture.
         with self.scope():
-            self.cupy.cuda.runtime.deviceSynchronize()
+            streams = [self.current_stream(), self.cupy.cuda.Stream.null, *_streams(self.cupy, self.index).made()]
+            for stream in dict.fromkeys(streams):
+                stream.synchronize()
 
     def free_unused(self) -> None:
         self.synchronize()
@@ -303,7 +312,7 @@ class CudaBackend(Backend):
     def stream(self) -> Any:
         """A new CUDA stream, which the default stream neither waits for nor holds up."""
         with self.scope():
-            return self.cupy.cuda.Stream(non_blocking=True)
+            return _streams(self.cupy, self.index).note(self.cupy.cuda.Stream(non_blocking=True))
 
     def current_stream(self) -> Any:
         """The CUDA stream on which the caller's work is done; each thread has its own."""
@@ -321,24 +330,24 @@ class CudaBackend(Backend):
         The graph works in the arrays that ``work`` used: whoever keeps it keeps them, and they stay where they are.
         ``work`` allocates no memory (:class:`CaptureError`), waits for nothing, copies nothing from or to the host, and
         its kernels were launched before, since a module cannot be loaded meanwhile; of what else CUDA refuses the error
-        is CuPy's. Whatever ``work`` raises ends the capture, and the stream goes on as if it had not begun. The default
-        stream cannot capture: see :meth:`own_stream`.
+        is CuPy's. Whatever ``work`` raises ends the capture, and nothing is left of it. Meanwhile other threads may use
+        the device, and capture too.
         """
-        with self.scope(), _without_collections():
-            stream = self.current_stream()
-            # Not for other threads: those of a loader may allocate memory meanwhile.
-            try:
+        with self.scope(), _no_collections:
+            # A stream that nobody else has: what others wait for, record events on or give work to is never captured,
+            # nor is it held up; and the default stream, which is part of no capture, does not wait for it.
+            stream = self.cupy.cuda.Stream(non_blocking=True)
+            with _streams(self.cupy, self.index).as_own(stream), stream:
+                # Other threads may do meanwhile what this one may not, such as allocate memory or give it back.
                 stream.begin_capture(self.cupy.cuda.runtime.streamCaptureModeThreadLocal)
-            except RuntimeError as error:  # also of CUDA
-                raise CaptureError(f"{error}; capture inside of 'with backend.own_stream():'") from error
-            try:
-                with self.cupy.cuda.using_allocator(_refuse_memory):
-                    work()
-            except BaseException:
-                with contextlib.suppress(Exception):  # a capture that was broken says so again
-                    stream.end_capture()
-                raise
-            return stream.end_capture()
+                try:
+                    with self.cupy.cuda.using_allocator(_refuse_memory):
+                        work()
+                except BaseException:
+                    with contextlib.suppress(Exception):  # a capture that was broken says so again
+                        stream.end_capture()
+                    raise
+                return stream.end_capture()
 
     def pinned(self, size: int, dtype: np.dtype[Any]) -> np.ndarray:
         """An array of ``size`` elements in pinned memory of the host, from CuPy's pool; its values are not set."""
@@ -361,10 +370,7 @@ class CudaBackend(Backend):
     @contextlib.contextmanager
     def own_stream(self) -> Iterator[None]:
         with self.scope():
-            streams = _own_streams(self.cupy, self.index)
-            if not hasattr(streams, "own"):
-                streams.own = self.stream()
-            own, caller = streams.own, self.current_stream()
+            own, caller = _streams(self.cupy, self.index).own(self.stream), self.current_stream()
             if own == caller:
                 yield
                 return
@@ -382,13 +388,52 @@ class CudaBackend(Backend):
         stream.wait_event(event)
 
 
-@functools.cache
-def _own_streams(cupy: Any, index: int) -> threading.local:
-    """The stream of each thread for work on a device, its ``own``; there is none before it is needed.
+class _Streams:
+    """The streams that were made for a device, and which of them is each thread's own."""
 
-    Kept: CuPy gives memory that was taken on a stream to work of this stream alone.
-    """
-    return threading.local()
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a finaliser may make a stream while another one is noted
+        self._made: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._thread = threading.local()
+
+    def note(self, stream: Any) -> Any:
+        """``stream``, one more of those that were made."""
+        with self._lock:
+            self._made.add(stream)
+        return stream
+
+    def made(self) -> list[Any]:
+        """Those that somebody still has."""
+        with self._lock:
+            return list(self._made)
+
+    def own(self, make: Callable[[], Any]) -> Any:
+        """This thread's own, made when it is first needed.
+
+        Kept: CuPy gives memory that was taken on a stream to work of this stream alone.
+        """
+        if not hasattr(self._thread, "own"):
+            self._thread.own = make()
+        return self._thread.own
+
+    @contextlib.contextmanager
+    def as_own(self, stream: Any) -> Iterator[None]:
+        """Inside, ``stream`` is this thread's own."""
+        before = vars(self._thread).get("own")
+        self._thread.own = stream
+        try:
+            yield
+        finally:
+            if before is None:
+                del self._thread.own
+            else:
+                self._thread.own = before
+
+
+@functools.cache
+def _streams(cupy: Any, index: int) -> _Streams:
+    """The streams of a device; there is none before it is needed."""
+    return _Streams()
 
 
 def _refuse_memory(size: int) -> Any:
@@ -396,16 +441,30 @@ def _refuse_memory(size: int) -> Any:
     raise CaptureError(f"{size} bytes of memory were asked for during a capture; allocate before it")
 
 
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """No cyclic garbage is collected inside: finalisers of anybody's arrays may call what a capture forbids."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+class _NoCollections:
+    """No cyclic garbage is collected inside a ``with``: finalisers of anybody's arrays may call what a capture forbids.
+
+    The collector is the whole process's: it is as before when the last of the threads that are inside leaves.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._enabled = threading.RLock(), 0, False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._enabled = gc.isenabled()
+                gc.disable()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._enabled:
+                gc.enable()
+
+
+_no_collections = _NoCollections()
 
 
 # --- choosing -----------------------------------------------------------------------------------------------------

@@ -412,7 +412,7 @@ class CapturedStep:
     nothing; the next batch is written into them afterwards: ``X[...] = batch``. It returns the loss of the last step,
     an array of one element on the device, which the next call overwrites. Whether loss and gradients are finite is not
     looked at. A new learning rate, ``opt.lr = ...``, takes effect at the next call. All of it happens on the stream
-    that is current, and CUDA's default stream cannot be captured: use ``with backend.own_stream():`` around the loop.
+    that is current.
 
     Raises ArgumentError where the steps cannot be captured, and says why.
     """

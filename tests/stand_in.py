@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import re
 import threading
 import types
@@ -231,8 +232,7 @@ class Stream:
 
     def begin_capture(self, mode: int) -> None:
         assert mode == self.cupy.cuda.runtime.streamCaptureModeThreadLocal
-        if self is self.cupy.null:
-            raise RuntimeError("cannot capture on the default (legacy) stream")
+        assert self is not self.cupy.null, "the default stream cannot be captured"
         if self.captured is not None:
             raise CUDARuntimeError("cudaErrorIllegalState: the stream is being captured already")
         self.captured, self.broken = [], False
@@ -549,7 +549,8 @@ class QueuedStandIn(StandIn):
         self.cuda.runtime.CUDARuntimeError = CUDARuntimeError
         self.cuda.using_allocator, self.cuda.get_allocator = self.using_allocator, self.get_allocator
         self.cuda.MemoryPool, self.cuda.OutOfMemoryError = Pool, OutOfMemoryError
-        self.cuda.Stream, self.cuda.Event = self.new_stream, self.new_event
+        self.cuda.Stream, self.cuda.Event = functools.partial(self.new_stream), self.new_event
+        self.cuda.Stream.null = self.null
         self.cuda.get_current_stream, self.cuda.alloc_pinned_memory = self.get_current_stream, self.alloc_pinned_memory
 
     @property
@@ -612,9 +613,14 @@ class QueuedStandIn(StandIn):
         return getattr(self.local, "allocator", None) or self.allocator
 
     def synchronize(self) -> None:
+        """Wait for the whole device, which nobody may while anything on it is captured, whoever does that."""
         self.needs_device("the host waits for all")
         self.waits()
         with self.lock:
+            for stream in (captured := [s for s in list(self.streams) if s.captured is not None]):
+                stream.broken = True
+            if captured:
+                raise CUDARuntimeError("cudaErrorStreamCaptureUnsupported: the host waits for a device that captures")
             for stream in list(self.streams):
                 stream.do(stream.given)
             self.settle()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from stand_in import TIMINGS, CUDARuntimeError, Event, QueuedStandIn, StandInBackend, Stream, queued_backend
+from stand_in_lt import StandInLt
 
 import gpubatch as gb
 
@@ -104,11 +107,11 @@ RNG = np.random.default_rng(3)
 X, Y = RNG.integers(0, 256, (40, 7)).astype(np.uint8), RNG.integers(0, 5, 40)
 
 
-def trained(backend: Any, **options: Any) -> tuple[list[float], np.ndarray]:
+def trained(backend: Any, batch_size: int | str = 8, **options: Any) -> tuple[list[float], np.ndarray]:
     """The costs of a run between two changes of the parameters on the caller's stream, and the parameters."""
     net = gb.mlp([7, 9, 5], backend=backend, seed=1)
     net.parameters.flat *= 2
-    loader = gb.Loader(X, Y, batch_size=8, scale=1 / 255, backend=backend)
+    loader = gb.Loader(X, Y, batch_size=batch_size, scale=1 / 255, backend=backend)
     history = gb.fit(net, loader, gb.Adam(net.parameters, 0.01), 2, progress=False, **options)
     net.parameters.flat *= 3
     return history.step_loss + history.validation_loss, net.backend.to_numpy(net.parameters.flat)
@@ -331,9 +334,29 @@ def test_captured_work_is_done_at_each_launch_as_one(device: StandInBackend) -> 
     assert device.to_numpy(y).tolist() == [16] * 4
 
 
-def test_the_default_stream_is_not_captured(device: StandInBackend) -> None:
-    with pytest.raises(RuntimeError, match="cannot capture on the default"):
-        device.capture(lambda: None)
+@pytest.mark.parametrize("current", ["default", "own", "another"])
+def test_any_stream_may_be_current(current: str, device: StandInBackend) -> None:
+    """It is not the one that is captured, and the graph may be launched on another one."""
+    of = {"default": contextlib.nullcontext, "own": device.own_stream, "another": device.stream}
+    with of[current]():
+        x = device.zeros(4, np.float32)
+        before = device.current_stream()
+        inside: list[Stream] = []
+
+        def work() -> None:
+            nonlocal x
+            inside.append(device.current_stream())
+            with device.own_stream():  # changes nothing
+                inside.append(device.current_stream())
+                x += 1
+
+        graph = device.capture(work)
+        assert device.current_stream() is before
+        assert inside[0] is inside[1] is not before
+        with device.own_stream():
+            assert device.current_stream() not in inside
+            graph.launch()
+        assert device.to_numpy(x).tolist() == [1] * 4
 
 
 REFUSED = {
@@ -397,21 +420,119 @@ def test_memory_that_a_graph_uses_is_not_its_own(device: StandInBackend) -> None
         assert np.isnan(device.to_numpy(y)).all()
 
 
-def test_another_thread_may_allocate_during_a_capture(device: StandInBackend) -> None:
-    x = device.zeros(4, np.float32)
+# What another thread may do while one captures; no module of the first one is needed before.
+MEANWHILE: dict[str, Callable[[StandInBackend], object]] = {
+    "memory": lambda device: device.to_numpy(device.zeros(4, np.float32)),
+    "the end of all": lambda device: device.synchronize(),
+    "the end of all on the own stream": lambda device: in_own_stream(device, device.synchronize),
+    "memory given back": lambda device: device.free_unused(),
+    "a capture": lambda device: in_own_stream(device, lambda: device.capture(lambda: None).launch()),
+    "a run": follows_the_cpu,
+    "a run whose batch size is found": lambda device: trained(device, "auto"),
+    "a workspace given back": lambda device: of_a_network(device, lambda net: net.release()),
+    "a step that leaves no trace": lambda device: of_a_network(device, lambda net: None),
+    "a batch size for any function": lambda device: gb.find_batch_size(
+        lambda n: device.zeros(n, "u1"), 9, None, device
+    ),
+}
 
-    def step() -> None:
+
+def in_own_stream(device: StandInBackend, work: Callable[[], object]) -> None:
+    with device.own_stream():
+        work()
+
+
+def of_a_network(device: StandInBackend, work: Callable[[gb.Network], object]) -> None:
+    net = gb.mlp([7, 9, 5], backend=device)
+    net.rehearse(device.asarray(X / np.float32(255), np.float32), device.asarray(Y))
+    work(net)
+
+
+def while_captured(device: StandInBackend, do: Callable[[], object]) -> list[float]:
+    """Do something in another thread, from its beginning to its end within a capture; what the graph then makes."""
+    x, started, ended = device.zeros(4, np.float32), threading.Event(), threading.Event()
+    failures: list[BaseException] = []
+
+    def meanwhile() -> None:
+        assert started.wait(60)
+        try:
+            do()
+        except BaseException as error:
+            failures.append(error)
+        ended.set()
+
+    def work() -> None:
         nonlocal x
         x += 1
-        thread = threading.Thread(target=lambda: others.append(device.zeros(4, np.float32)))
-        thread.start()
-        thread.join()
+        started.set()
+        assert ended.wait(60), "the other thread waits for the capture"
+        x += 1
 
-    others: list[Any] = []
+    thread = threading.Thread(target=meanwhile, daemon=True)
+    thread.start()
+    graph = device.capture(work)
+    thread.join()
+    if failures:
+        raise failures[0]
+    assert device.to_numpy(x).tolist() == [0] * 4
+    graph.launch()
+    return device.to_numpy(x).tolist()
+
+
+@pytest.mark.parametrize("what", MEANWHILE)
+def test_a_capture_and_what_another_thread_does_do_not_disturb_each_other(what: str, device: StandInBackend) -> None:
+    device.cupy.nvmath = StandInLt(device.cupy)  # so that runs are captured too
     with device.own_stream():
-        device.capture(step).launch()
-    assert len(others) == 1
-    assert device.to_numpy(x).tolist() == [1] * 4
+        assert while_captured(device, lambda: MEANWHILE[what](device)) == [2] * 4
+    assert not device.cupy.faults
+
+
+def test_nobody_may_wait_for_the_whole_device_while_anything_is_captured() -> None:
+    """Why gpubatch waits for streams: both threads would fail."""
+    device = queued_backend("late")
+    seen: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            with device.scope():
+                device.cupy.cuda.runtime.deviceSynchronize()
+        except CUDARuntimeError as error:
+            seen.append(error)
+
+    with pytest.raises(CUDARuntimeError, match="Invalidated"):
+        while_captured(device, wait)
+    assert "Unsupported" in str(seen[0])
+
+
+def test_all_is_done_after_it_was_waited_for() -> None:
+    """On the default stream, the current one, and those of gpubatch in whatever thread; the last is not waited for."""
+    device = queued_backend("late")
+    threads = device.stream(), device.stream()
+    users = device.cupy.new_stream(non_blocking=True)
+    ended, left = threading.Event(), threading.Event()
+    queues = [device.cupy.null, *threads, users]
+
+    def elsewhere() -> None:
+        with device.own_stream():
+            queues.append(device.current_stream())
+            device.zeros(4, np.float32)
+            ended.set()
+            assert left.wait(60)
+
+    for stream in queues:
+        with stream:
+            device.zeros(4, np.float32)
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    assert ended.wait(60)
+    assert all(stream.done < stream.given for stream in queues)
+    device.synchronize()
+    assert [stream.done == stream.given for stream in queues] == [True, True, True, False, True]
+    with users:
+        device.synchronize()
+    assert users.done == users.given
+    left.set()
+    thread.join()
 
 
 def test_garbage_waits_for_the_end_of_a_capture(device: StandInBackend) -> None:
@@ -422,3 +543,31 @@ def test_garbage_waits_for_the_end_of_a_capture(device: StandInBackend) -> None:
             device.capture(lambda: {}[0])
     assert seen == [False]
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_waits_for_the_last_of_two_captures(enabled: bool) -> None:
+    """The collector is the process's: who leaves first must not end what protects the other."""
+    device = queued_backend("late")
+    inside, left, seen = threading.Event(), threading.Event(), list[bool]()
+
+    def second() -> None:
+        seen.append(gc.isenabled())
+        inside.set()
+        assert left.wait(60)
+        seen.append(gc.isenabled())
+
+    def first() -> None:
+        thread.start()
+        assert inside.wait(60)
+
+    thread = threading.Thread(target=lambda: device.capture(second))
+    (gc.enable if enabled else gc.disable)()
+    try:
+        device.capture(first)
+        left.set()
+        thread.join()
+        assert seen == [False, False]
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
