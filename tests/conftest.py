@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from needs import missing
 
+from gpubatch import products
 from gpubatch.backend import Backend, available_backends, get_backend
 
 
@@ -32,3 +33,10 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 def tolerance(dtype: np.dtype) -> dict[str, float]:
     """For results of a few hundred roundings; a GPU contracts a*b + c and flushes denormals."""
     return {"rtol": 64 * float(np.finfo(dtype).eps), "atol": 64 * float(np.finfo(dtype).eps)}
+
+
+@pytest.fixture(autouse=True)
+def small_workspace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in for cuBLASLt writes over all of its workspace in every product; each of its devices has one."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(products, "WORKSPACE", {False: 1 << 14, True: 1 << 15})

@@ -139,6 +139,7 @@ def _build(
     )
     # No contraction of a*b + c, as in NumPy; the kernels look at one buffer through two types, as CUDA allows.
     command = [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Werror", *flags]
+    command.append("-U_FORTIFY_SOURCE")  # which takes a jump to another stack for a fault
     command += ["-Wno-unused-function", "-Wno-unknown-pragmas"]  # other kernels of the source, and #pragma unroll
     if re.search(r"\b__sync|_sync\(", source):
         command.append("-DSYNCHRONISES")

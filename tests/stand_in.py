@@ -131,9 +131,7 @@ def parameters_of(source: str, kernel: str) -> tuple[str, ...]:
 
 def check_argument(source: str, parameter: str, argument: Any) -> None:
     """What CuPy does not look at: an argument has the type of its parameter; an address is an array or null."""
-    of = dict(NUMBERS)
-    for name in ("T", "S", "Sample", "Target"):
-        of[name] = found_in(source, {f"typedef {c} {name};": np.dtype(dtype).type for dtype, c in STORED.items()})
+    of = types_of(source)
     c_type, name = parameter.removeprefix("const ").rsplit(" ", 1)
     if not c_type.endswith("*"):
         assert type(argument) is of[c_type], f"{parameter} got a {type(argument)}"
@@ -145,8 +143,14 @@ def check_argument(source: str, parameter: str, argument: Any) -> None:
         assert argument == 0, name
 
 
-def found_in(source: str, choices: dict[str, Any]) -> Any:
-    return next((value for text, value in choices.items() if text in source), None)
+@functools.cache
+def types_of(source: str) -> dict[str, Any]:
+    """The NumPy type of each C type of a source's parameters; None for those that it does not define."""
+    of: dict[str, Any] = dict(NUMBERS)
+    for name in ("T", "S", "Sample", "Target"):
+        defined = (np.dtype(dtype).type for dtype, c in STORED.items() if f"typedef {c} {name};" in source)
+        of[name] = next(defined, None)
+    return of
 
 
 def stand_in_backend(order: str = "forward", sanitize: bool = False) -> CudaBackend:

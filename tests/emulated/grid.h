@@ -3,6 +3,7 @@
 // The blocks run one after another. So do the threads of a block, each on a stack of its own, from one barrier to the
 // next: what one thread wrote, another sees only if a barrier, or the order of the threads by chance, put it first.
 #include <cmath>
+#include <csetjmp>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -73,8 +74,15 @@ UNSANITIZED inline void spoil_shared_memory() {
 
 enum State { READY, AT_BARRIER, AT_WARP, DONE };
 
-struct Thread {
+// Where a thread begins, and where it goes on: by a jump, since swapcontext sets the mask of signals, a call of the
+// system that costs more than what a thread does between two barriers.
+struct Place {
     ucontext_t context;
+    jmp_buf at;
+    bool begun;
+};
+
+struct Thread {
     State state;
     int line;          // of the barrier or exchange that it waits at
     unsigned mask;     // of an exchange: the lanes that take part, as this one says;
@@ -83,35 +91,46 @@ struct Thread {
 };
 
 static Thread threads[MOST_THREADS];
+static Place places[MOST_THREADS];
 static Thread* current;
-static ucontext_t scheduler;
+static Place scheduler;
 static const void* scheduler_stack;
 static size_t scheduler_size;
 
 // Its frame stays on the stack of a thread that has finished: no red zones in it.
-UNSANITIZED inline void change(ucontext_t& from, ucontext_t& to, const void* stack, size_t size) {
+UNSANITIZED inline void change(Place& from, Place& to, const void* stack, size_t size) {
     void* frames = nullptr;
     __sanitizer_start_switch_fiber(&frames, stack, size);
-    swapcontext(&from, &to);
+#ifdef __SANITIZE_ADDRESS__  // which takes a jump for one that leaves frames
+    swapcontext(&from.context, &to.context);
+#else
+    if (!_setjmp(from.at)) {
+        if (to.begun) _longjmp(to.at, 1);
+        to.begun = true;
+        setcontext(&to.context);
+    }
+#endif
     __sanitizer_finish_switch_fiber(frames, nullptr, nullptr);
 }
 
 inline void wait(State state, int line) {
     current->state = state;
     current->line = line;
-    change(current->context, scheduler, scheduler_stack, scheduler_size);
+    change(places[threadIdx.x], scheduler, scheduler_stack, scheduler_size);
 }
 
 inline void fiber() {
     __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size);
-    call_kernel();
-    wait(DONE, 0);
+    for (;;) {  // once for every block
+        call_kernel();
+        wait(DONE, 0);
+    }
 }
 
 inline void run(unsigned thread) {
     current = &threads[thread];
     threadIdx = {thread, 0, 0};
-    change(scheduler, current->context, stacks + thread * STACK, STACK);
+    change(scheduler, places[thread], stacks + thread * STACK, STACK);
 }
 
 // The exchange that `lane` waits for, once all of its lanes have come that will. A lane that has finished, or never
@@ -165,15 +184,20 @@ inline bool release() {
     return true;
 }
 
-inline void run_block(bool reverse) {
+inline void make_threads() {
     for (unsigned i = 0; i < blockDim.x; ++i) {
-        Thread& thread = threads[i];
-        getcontext(&thread.context);
-        thread.context.uc_stack.ss_sp = stacks + i * STACK;
-        thread.context.uc_stack.ss_size = STACK;
-        makecontext(&thread.context, fiber, 0);
-        thread.state = READY;
+        Place& place = places[i];
+        getcontext(&place.context);
+        place.context.uc_stack.ss_sp = stacks + i * STACK;
+        place.context.uc_stack.ss_size = STACK;
+        makecontext(&place.context, fiber, 0);
+        place.begun = false;
     }
+    scheduler.begun = true;
+}
+
+inline void run_block(bool reverse) {
+    for (unsigned i = 0; i < blockDim.x; ++i) threads[i].state = READY;
     do {
         for (unsigned i = 0; i < blockDim.x && !*error; ++i) {
             const unsigned thread = reverse ? blockDim.x - 1 - i : i;
@@ -208,6 +232,8 @@ V shuffle(unsigned mask, V value, unsigned source, int line) {
 
 #else  // a kernel without barriers: its threads are plain calls
 
+inline void make_threads() {}
+
 inline void run_block(bool reverse) {
     for (unsigned i = 0; i < blockDim.x; ++i) {
         threadIdx = {reverse ? blockDim.x - 1 - i : i, 0, 0};
@@ -239,6 +265,7 @@ extern "C" const char* emulate(const Value* arguments, unsigned blocks_x, unsign
     blockDim = {n, 1, 1};
     *error = 0;
     stacks = (char*)malloc(n * STACK);
+    make_threads();
     const u64 blocks = (u64)blocks_x * blocks_y;
     for (u64 i = 0; i < blocks && !*error; ++i) {
         const u64 block = reverse ? blocks - 1 - i : i;
