@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from gpubatch import layers
+from gpubatch import layers, losses
 from gpubatch.backend import Array, CudaBackend, compute_dtype
 from gpubatch.cuda_ops import source_of
 from gpubatch.errors import ArgumentError, check_int
@@ -31,6 +31,7 @@ from gpubatch.launch import cuda_kernel
 from gpubatch.network import Network
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import Optimizer
+from gpubatch.own import changed
 
 __all__ = ["AHEAD", "CapturedStep", "CapturedSteps", "GivenArrays", "Made", "Queue", "check_bound", "like", "why_eager"]
 
@@ -43,8 +44,20 @@ WORDS = 4  # of kernels/step.cu, in this order
 SLOT, HALTED, BATCH, STEP = range(WORDS)
 
 
-def why_eager(net: Network) -> str:
-    """Why the steps of ``net`` cannot be captured, in words; empty where they can."""
+# Captured steps stand for all that the classes of network, optimizer, loader, loss and layers define, but for what no
+# step calls. What else of it a user has written is to be run as often as on a CPU, so the steps are eager then.
+APART = frozenset(
+    "__deepcopy__ __init__ __init_subclass__ __reduce__ __repr__ accuracy evaluate hyper load_state_dict memory "
+    "memory_parts predict release replan scores state_dict to_batch _choose _common_dtype _evaluate _given _inputs "
+    "_lay_out_evaluation _loaded _loaded_state _make_parameters _take _takes_both _window".split()
+)
+
+
+def why_eager(net: Network, *others: Any) -> str:
+    """Why the steps of ``net`` cannot be captured, in words; empty where they can.
+
+    ``others`` are what else takes part in the steps, such as optimizer and loader.
+    """
     if not isinstance(net.backend, CudaBackend):
         return f"graphs are for a GPU, the network is on {net.backend.spec!r}"
     if not net.products.capturable:
@@ -52,7 +65,12 @@ def why_eager(net: Network) -> str:
     for i, layer in enumerate(net.layers):
         if type(layer).__module__ != layers.__name__:
             return f"layer {i + 1} ({type(layer).__name__}) is not one of gpubatch's, so it may do what a graph cannot"
-    return ""
+    if type(net.loss_function).__module__ != losses.__name__:
+        return (
+            f"the loss ({type(net.loss_function).__name__}) is not one of gpubatch's, so it may do what a graph cannot"
+        )
+    found = (changed(x, APART) for x in (net, *net.layers, net.loss_function, *others))
+    return next((f"{name} is not gpubatch's own" for name in found if name), "")
 
 
 def check_bound(net: Network, opt: Optimizer) -> None:
@@ -418,8 +436,9 @@ class CapturedStep:
     """
 
     def __init__(self, net: Network, opt: Optimizer, X: Array, Y: Array, steps: int = 1) -> None:
-        if reason := why_eager(net):
-            raise ArgumentError(f"net cannot be captured: {reason}")
+        for name, reason in {"net": why_eager(net), "opt": why_eager(net, opt)}.items():
+            if reason:
+                raise ArgumentError(f"{name} cannot be captured: {reason}")
         self.net, self.opt, self.steps = net, opt, check_int("steps", steps, 1, CHUNK)
         check_bound(net, opt)
         net.check_batch(X, Y)

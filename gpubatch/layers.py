@@ -18,6 +18,7 @@ import numpy as np
 from gpubatch.backend import Array, Backend
 from gpubatch.errors import ArgumentError, check_bool, check_choice, check_int, check_real
 from gpubatch.ops import COMPUTE, IDENTITY, PARTS, Activation, Ops
+from gpubatch.own import as_written
 from gpubatch.products import Products
 
 __all__ = [
@@ -124,8 +125,12 @@ class Context:
     products: Products
 
 
+@as_written
 class Layer(ABC):
     """One layer. Subclass it for your own: four methods, and nothing else is asked."""
+
+    def __init_subclass__(cls) -> None:
+        as_written(cls)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"

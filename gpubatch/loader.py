@@ -21,6 +21,7 @@ import numpy as np
 from gpubatch.backend import Array, Backend, CudaBackend, compute_dtype, float_dtype, get_backend
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_bool, check_choice, check_int, check_real
 from gpubatch.feeding import DeviceFeed, DeviceOrder, Form, Ring, Slot, moved, native, needed, on_device, take_into
+from gpubatch.own import as_written
 from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, parse_bytes, plan_batch_size
 from gpubatch.sources import ArraySource, Part, Reader, array_source, check_finite, convert, largest_stored
 
@@ -184,6 +185,7 @@ class LoaderStats:
     bytes_copied: int = 0
 
 
+@as_written
 class Loader:
     """Mini-batches on a backend: ``for x, y in loader`` is one epoch; ``for x in loader`` where there is no Y.
 

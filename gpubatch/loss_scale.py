@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gpubatch.errors import ArgumentError, check_int, check_real
+from gpubatch.own import as_written
 
 __all__ = ["LossScale"]
 
@@ -15,6 +16,7 @@ __all__ = ["LossScale"]
 LARGEST = 2.0**24
 
 
+@as_written
 class LossScale:
     """What the loss of a mixed network is multiplied by for its gradients: ``value``, adjusted step by step.
 

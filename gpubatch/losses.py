@@ -17,6 +17,7 @@ from gpubatch.backend import Array, Backend, backend_of, describe
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError
 from gpubatch.host_ops import ops_for
 from gpubatch.ops import COMPUTE, SUM_PARTS, Ops, workspace_dtype
+from gpubatch.own import as_written
 
 __all__ = ["LOSSES", "Loss", "mse", "sigmoid_cross_entropy", "softmax_cross_entropy", "svm"]
 
@@ -37,6 +38,7 @@ class Context:
     gradient: bool
 
 
+@as_written
 class Loss(ABC):
     """A loss: :meth:`run` leaves its value in ``work["loss"]``, of one element, and its gradient in ``work["dz"]``.
 
@@ -45,6 +47,9 @@ class Loss(ABC):
 
     least_outputs = 1
     classifies = True  # whether predictions are right or wrong
+
+    def __init_subclass__(cls) -> None:
+        as_written(cls)
 
     @abstractmethod
     def workspace(self, outputs: int) -> Mapping[str, Space]:

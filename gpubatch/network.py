@@ -43,6 +43,7 @@ from gpubatch.layers import (
     Shape,
 )
 from gpubatch.ops import COMPUTE, SUM_PARTS, philox_generator, workspace_dtype
+from gpubatch.own import as_written, changed
 from gpubatch.params import FlatViews, Parameters
 from gpubatch.products import PRECISIONS, products_for
 
@@ -144,6 +145,7 @@ class Workspace:
 # --- the network -----------------------------------------------------------------------------------------------------
 
 
+@as_written
 class Network:
     """Layers, one after another, and a loss.
 
@@ -224,6 +226,11 @@ class Network:
     def outputs(self) -> int:
         """Numbers in a row of scores."""
         return self.widths[-1]
+
+    @property
+    def loss_function(self) -> losses.Loss:
+        """The loss that ``loss`` named."""
+        return self._loss
 
     @property
     def dropout_step(self) -> int:
@@ -759,9 +766,14 @@ def stacked(layers: Sequence[Layer], widths: Sequence[int]) -> list[Stacked]:
     found: list[Stacked] = []
     for i, (layer, inputs) in enumerate(zip(layers, widths[:-1], strict=True)):
         before = found[-1].layer if found else None
-        # By their very types: a subclass may do something else.
+        # By their very types: a subclass may do something else, and so may a method that was put in place of another.
         plain = type(layer) in ACTIVATIONS.values() and type(before) is Dense and before.bias
-        if plain and isinstance(layer, Elementwise) and isinstance(before, Dense):
+        if (
+            plain
+            and not (changed(layer) or changed(before))
+            and isinstance(layer, Elementwise)
+            and isinstance(before, Dense)
+        ):
             whole = DenseActivation(before, layer)
             found[-1] = Stacked(whole, i - 1, found[-1].inputs, whole.needs(found[-1].inputs))
         else:

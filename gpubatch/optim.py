@@ -39,6 +39,7 @@ from gpubatch.formula import Rule
 from gpubatch.host_ops import ops_for
 from gpubatch.launch import CudaUpdate, update_for
 from gpubatch.ops import SQUARE_SUM_SIZE
+from gpubatch.own import as_written
 from gpubatch.params import FlatViews, Parameters
 
 __all__ = [
@@ -112,6 +113,7 @@ class Gradients(NamedTuple):
         return len(grads) == len(self.arrays) and all(g is known() for g, known in zip(grads, self.arrays, strict=True))
 
 
+@as_written
 class Optimizer:
     """``rule`` bound to ``params``, which it changes in place.
 

@@ -170,10 +170,11 @@ def fit(
     raises :class:`InsufficientMemoryError`.
 
     On a GPU, steps are captured as CUDA graphs and replayed (:mod:`gpubatch.capture`) where that can be: nvmath-python
-    is there, samples are rows, the layers are gpubatch's own, and no callback looks at every step. The host then reads
-    the losses some steps later. The numbers are those of eager steps, and what is not finite, memory that runs out and
-    checkpoints are dealt with alike. ``execution="eager"`` makes no graphs, ``"captured"`` raises ArgumentError where
-    there can be none.
+    is there, samples are rows, no callback looks at every step, and all that a step may call is gpubatch's own: no
+    layer is yours, no method of network, optimizer, loader or loss scale was overridden or replaced. The host then
+    reads the losses some steps later. The numbers are those of eager steps, and what is not finite, memory that runs
+    out and checkpoints are dealt with alike. ``execution="eager"`` makes no graphs, ``"captured"`` raises ArgumentError
+    where there can be none.
 
     Ctrl-C and SIGTERM let the step finish, save the run if there is a ``checkpoint``, and raise
     :class:`TrainingInterrupted`, a KeyboardInterrupt, or :class:`TrainingTerminated`, a SystemExit; both have the
@@ -374,7 +375,8 @@ class Run:
             return None
         if guard.captured is not None and not guard.captured.fits(opt):
             guard.captured = None
-        why = self._disagreed or why_eager(net)
+        scale = [] if guard.scale is None else [guard.scale]
+        why = self._disagreed or why_eager(net, opt, loader, *scale)
         looking = next((watcher.callback for watcher in self.watchers if watcher.on_step is not _ignore), None)
         if not why and looking is not None:
             why = f"callback {looking!r} looks at every step"
@@ -391,7 +393,8 @@ class Run:
                 self.state.history.execution = "captured"
                 return captured
             except RuntimeError as error:  # also of CuPy: what CUDA refuses to capture
-                guard.captured, why = None, f"the capture failed: {error}"
+                why = f"the capture failed: {error}"
+        guard.captured = None
         if self.execution == "captured":
             raise ArgumentError(f"execution must be 'auto' or 'eager' here, got 'captured': {why}")
         self.state.history.execution = f"eager, since {why}"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import inspect
 import itertools
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +22,11 @@ from stand_in import TIMINGS, QueuedStandIn, queued_backend
 from stand_in_lt import StandInLt
 
 import gpubatch as gb
-from gpubatch import capture
+from gpubatch import capture, losses, own
 from gpubatch.backend import CudaBackend
+from gpubatch.own import changed
 from gpubatch.products import products_for
+from gpubatch.train import Guard
 
 N, FEATURES, CLASSES = 38, 12, 5
 
@@ -474,6 +478,231 @@ def test_what_cannot_be_captured_is_eager_and_says_why(
     with pytest.raises(gb.ArgumentError) as caught:
         Training(case, device()).fit("captured", 1, **options)
     assert str(caught.value) == f"execution must be 'auto' or 'eager' here, got 'captured': {reason}"
+
+
+# --- what the user wrote ---------------------------------------------------------------------------------------------
+
+
+class Calls:
+    """Calls of the methods that a user wrote, each of which goes on with gpubatch's."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def counted(self, method: Any) -> Any:
+        def method_of_a_user(*arguments: Any, **named: Any) -> Any:
+            self.count += 1
+            return method(*arguments, **named)
+
+        return method_of_a_user
+
+    def overridden(self, x: Any, name: str) -> None:
+        """``x`` as of a subclass that overrides a method."""
+        kind = type(x)
+        x.__class__ = type(f"My{kind.__name__}", (kind,), {name: self.counted(inspect.getattr_static(kind, name))})
+
+    def replaced(self, x: Any, name: str) -> None:
+        """Another function is put in place of a method, in the object."""
+        vars(x)[name] = self.counted(getattr(x, name))
+
+
+PARTS: dict[str, Callable[[Training], Any]] = {
+    "net": lambda training: training.net,
+    "opt": lambda training: training.opt,
+    "loader": lambda training: training.loader,
+    "loss_scale": lambda training: training.options["loss_scale"],
+    "loss": lambda training: training.net.loss_function,
+    "layer": lambda training: training.net.layers[1],
+}
+WRITTEN = [
+    ("net", "loss_and_grad", "Network.loss_and_grad"),
+    ("net", "_backward", "Network._backward"),
+    ("net", "enqueue", "Network.enqueue"),
+    ("opt", "step", "Adam.step"),
+    ("opt", "_at", "Adam._at"),
+    ("opt", "ahead", "Adam.ahead"),
+    ("loader", "__iter__", "Loader.__iter__"),
+    ("loader", "_order_of", "Loader._order_of"),
+    ("loss_scale", "good", "LossScale.good"),
+]
+
+
+@pytest.mark.parametrize("how", ["overridden", "replaced"])
+@pytest.mark.parametrize(("part", "method", "name"), WRITTEN, ids=[name for _, _, name in WRITTEN])
+def test_what_the_user_wrote_is_called_as_often_as_on_a_cpu(
+    part: str, method: str, name: str, how: str, device: Callable[[], CudaBackend]
+) -> None:
+    if (how, method) == ("replaced", "__iter__"):
+        pytest.skip("Python looks it up in the class")
+    case, counts = CASES["mixed" if part == "loss_scale" else "plain"], []
+    for backend in (device(), gb.get_backend("cpu")):
+        calls, training = Calls(), Training(case, backend)
+        getattr(calls, how)(PARTS[part](training), method)
+        training.fit("auto")
+        counts.append(calls.count)
+        if backend.name == "cuda":
+            mine = name if how == "replaced" else f"My{name}"
+            assert training.history.execution == f"eager, since {mine} is not gpubatch's own"
+            with pytest.raises(gb.ArgumentError, match=f"got 'captured': {mine} is not gpubatch's own"):
+                training.fit("captured")
+            calls.count = 0
+    # Whether a step of mixed precision is counted by the scale depends on rounding.
+    assert counts[0] == counts[1] or part == "loss_scale"
+    assert (counts[0] > 0) == (method not in ("enqueue", "ahead"))
+
+
+def test_functions_that_are_put_into_classes_are_called(
+    device: Callable[[], CudaBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patches = [
+        (gb.Network, "step_loss", "Network.step_loss"),
+        (gb.Network, "loss_and_grad", "Network.loss_and_grad"),
+        (gb.Optimizer, "step", "Adam.step"),
+        (gb.Dense, "forward", "Dense.forward"),
+        (gb.ReLU, "backward", "ReLU.backward"),
+        (type(losses.LOSSES["softmax_cross_entropy"]), "run", "SoftmaxCrossEntropy.run"),
+    ]
+    for kind, method, name in patches:
+        counts = []
+        with monkeypatch.context() as patch:
+            calls = Calls()
+            patch.setattr(kind, method, calls.counted(getattr(kind, method)))
+            for backend in (device(), gb.get_backend("cpu")):
+                calls.count = 0
+                training = Training(CASES["plain"], backend).fit("auto")
+                counts.append(calls.count)
+                if backend.name == "cuda":
+                    assert training.history.execution == f"eager, since {name} is not gpubatch's own"
+        assert counts[0] == counts[1]
+        assert (counts[0] > 0) == (method != "step_loss")
+    assert Training(CASES["plain"], device()).fit("auto").history.execution == "captured"
+
+
+def test_a_layer_or_a_loss_that_was_changed_is_not_passed_over(device: Callable[[], CudaBackend]) -> None:
+    """Also not by the one pass of a Dense layer and its activation, on whatever device."""
+    for backend in (device(), gb.get_backend("cpu")):
+        calls, layers = Calls(), plain()
+        calls.replaced(layers[1], "forward")
+        training = Training(dataclasses.replace(CASES["plain"], layers=lambda layers=layers: layers), backend)
+        training.fit("auto", 1)
+        assert calls.count == len(training.loader)
+        if backend.name == "cuda":
+            assert training.history.execution == "eager, since ReLU.forward is not gpubatch's own"
+
+
+class OwnLoss(type(losses.LOSSES["mse"])):  # type: ignore[misc]
+    """A user's loss."""
+
+
+def test_a_loss_of_the_user_s_is_eager(device: Callable[[], CudaBackend], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(losses.LOSSES, "own", OwnLoss())
+    training = Training(CASES["mse, momentum, decay"], device())
+    training.net = gb.Network(plain(), "own", backend=training.device)
+    training.opt = gb.Adam(training.net.parameters)
+    training.fit("auto", 1)
+    reason = "the loss (OwnLoss) is not one of gpubatch's, so it may do what a graph cannot"
+    assert training.history.execution == f"eager, since {reason}"
+
+
+def test_subclasses_that_change_no_step_are_captured(device: Callable[[], CudaBackend]) -> None:
+    class MyNetwork(gb.Network):
+        def __init__(self, *arguments: Any) -> None:
+            gb.Network.__init__(self, *arguments)
+            self.notes = ["mine"]
+
+        def evaluate(self, *arguments: Any) -> Any:
+            self.notes.append("evaluated")
+            return gb.Network.evaluate(self, *arguments)
+
+        def norm(self) -> float:
+            return 1.0
+
+    training = Training(CASES["plain"], device())
+    training.net = MyNetwork(plain(), "softmax_cross_entropy", 0.0, training.device, "float32", 3)
+    training.opt = type("MyAdam", (gb.Adam,), {})(training.net.parameters)
+    training.fit("captured", validation=data(CASES["plain"]))
+    assert training.net.notes == ["mine", "evaluated", "evaluated"]
+    assert (
+        training.result()
+        == Training(CASES["plain"], device()).fit("captured", validation=data(CASES["plain"])).result()
+    )
+
+
+def test_every_method_that_a_step_calls_is_looked_at() -> None:
+    """Of eager steps of all kinds on both devices, what is called is not among what no step calls."""
+    called = dict[tuple[type, str], int]()
+    kinds = (gb.Network, gb.Optimizer, gb.Loader, gb.LossScale, gb.Layer, losses.Loss)
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        x = frame.f_locals.get("self")
+        if event == "call" and isinstance(x, kinds):
+            name = frame.f_code.co_name
+            owner = next((k for k in type(x).__mro__ if name in vars(k)), None)
+            if owner is not None:
+                called[owner, name] = called.get((owner, name), 0) + 1
+
+    cases = [(case, gb.get_backend("cpu")) for case in CASES.values()]
+    slow = ("norm, dropout, l2, schedule", "mixed, host, norm", "transformed")
+    for case, backend in [*cases, *((CASES[name], stand_in("early")) for name in slow)]:
+        training = Training(dataclasses.replace(case, loader={"batch_size": 19, **case.loader}), backend)
+        guard = Guard(training.net, training.opt, case.fit.get("max_norm"), 10, training.options.get("loss_scale"))
+        state = gb.TrainingState(training.net, training.loader, training.opt, gb.History(), 0, 0)
+        for most in (None, 3):
+            state.history.micro_batch_size = most
+            next(iter(training.loader))  # what is done once is no step's
+            with warnings.catch_warnings(), guard.scaling():
+                warnings.simplefilter("ignore")
+                sys.setprofile(note)
+                try:
+                    for x, y in training.loader:
+                        guard.step(x, y, state)
+                        training.net.step_loss(x, y)
+                        training.opt.step()
+                finally:
+                    sys.setprofile(None)
+    names = {name for _, name in called}
+    assert {
+        "loss_and_grad",
+        "step",
+        "_first",
+        "_micro_batches",
+        "forward",
+        "run",
+        "good",
+        "overflow",
+        "_order_of",
+    } <= names
+    assert names & capture.APART == set()
+    for kind, name in called:
+        assert name in vars(kind)[own.WRITTEN], f"{kind.__name__}.{name} was not remembered"
+    for kind in kinds[:4]:  # and there is nothing in the list that is not there
+        assert changed(type("Mine", (kind,), {})) == ""
+    known = set().union(*(vars(kind)[own.WRITTEN] for kind in kinds[:4]))
+    assert capture.APART - {"__init_subclass__"} <= known
+
+
+@pytest.mark.parametrize("kind", [gb.Network, gb.Optimizer, gb.Loader, gb.LossScale])
+def test_whatever_of_it_a_subclass_overrides_is_found(kind: type) -> None:
+    names = set(vars(kind)[own.WRITTEN])
+    assert {
+        name for name, value in vars(kind).items() if inspect.isfunction(value) or isinstance(value, property)
+    } <= names
+    for name in names:
+        mine = object.__new__(type("Mine", (kind,), {name: vars(kind)[name] if name in capture.APART else None}))
+        assert own.changed(mine, capture.APART) == ("" if name in capture.APART else f"Mine.{name}")
+
+
+def test_a_captured_step_of_what_the_user_wrote_is_refused(device: Callable[[], CudaBackend]) -> None:
+    backend = device()
+    X, Y = backend.zeros((8, FEATURES), "float32"), backend.zeros(8, "int64")
+    for part, method, name in (("net", "step_loss", "Network.step_loss"), ("opt", "step", "Adam.step")):
+        training = Training(CASES["plain"], backend)
+        Calls().overridden(PARTS[part](training), method)
+        with pytest.raises(gb.ArgumentError, match=f"{part} cannot be captured: My{name} is not gpubatch's own"):
+            gb.CapturedStep(training.net, training.opt, X, Y)
+
+
+# --- what a device refuses -------------------------------------------------------------------------------------------
 
 
 def test_without_nvmath_steps_are_eager() -> None:
