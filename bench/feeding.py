@@ -178,11 +178,13 @@ def row(work: str, times: list[float], batches: int, share: float, of: str, aske
     return {"work": work, "seconds": {"gpubatch": ours}, "share": share, "of": of, "asked": {"share": asked}}
 
 
-def on_gpu() -> list[dict[str, Any]]:
-    """What a GPU does with batches."""
+def on_gpu(small: bool = False) -> list[dict[str, Any]]:
+    """What a GPU does with batches; ``small`` shows that it works, nothing else."""
     backend = gb.get_backend("cuda")
-    resident = (gathered_on_the_device(backend, dtype) for dtype in ("uint8", "float32"))
-    return [*through_pinned_memory(backend), *resident]
+    pinned = {"samples": 128, "features": 64, "burden": 1 << 10} if small else {}
+    resident = {"samples": 256, "features": 64} if small else {}
+    gathered = (gathered_on_the_device(backend, dtype, **resident) for dtype in ("uint8", "float32"))
+    return [*through_pinned_memory(backend, **pinned), *gathered]
 
 
 def main() -> None:

@@ -1,13 +1,18 @@
 """What a GPU does with gpubatch, in one command: ``python bench/gpu_check.py [--out DIR]``, under eight minutes.
 
-Runs the tests that need a device, those of every kernel against NumPy in float64 first, and then times gpubatch beside
-PyTorch and JAX, where they are installed, and beside plain copies. Every section has a process of its own with a limit
-of time, so that one that fails costs no other. Contenders run in turn, after a warm-up, between events of the stream
-that does their work (JAX, and everything on a CPU, by the clock); figures are medians, with quartiles. gpubatch works
-on a stream of its own, its training steps as CUDA graphs unless the row says "eager". float32 products are in full
-precision for all, where the row does not say otherwise. Writes JSON and a Markdown table after every section. It
-changes no setting of the card. ``--rehearse`` runs all of it on the CPU with small sizes, where no step can be
-captured: that shows that it works, nothing else.
+All sources are compiled first, many at a time, so that no time limit pays for an empty cache of kernels. Then come the
+tests of every kernel against NumPy in float64; gpubatch timed beside PyTorch and JAX, where they are installed and see
+the device, and beside plain copies; single kernels; and all tests that need a device, as far as the time reaches. Every
+part has a process of its own with a limit of time, so that one that fails costs no other, and its result is written as
+it ends: a run that is cut short leaves what was measured.
+
+Contenders run in turn, after a warm-up, between events of the stream that does their work (JAX, and everything on a
+CPU, by the clock); figures are medians, with quartiles. gpubatch works on a stream of its own, its training steps as
+CUDA graphs unless the row says "eager". float32 products are in full precision for all, where the row does not say
+otherwise. Writes JSON and a Markdown table. It changes no setting of the card.
+
+``--rehearse`` runs all of it with small sizes, on the device or without one on the CPU, where no step can be captured:
+that shows that it works, nothing else.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import itertools
@@ -30,6 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
@@ -53,7 +60,8 @@ WARM = 4  # calls before the first round; torch.compile records its graphs in th
 PRECISIONS = {"full": "", "fast": " in TF32", "mixed": " in mixed precision"}
 EPOCHS = 5  # in a run
 AT_ONCE = 50  # steps in a launch, where there are several
-TESTS, KERNEL_TIMES = 95, 30  # limits in seconds
+WHOLE = 460  # seconds that all of it may take
+PEERS, SOURCES, PARITY_TESTS, KERNEL_TIMES = 20, 45, 55, 30  # limits in seconds; all tests have what is left at the end
 PARITY = {  # every kernel against NumPy in float64
     "update rules": "tests/test_kernels.py::test_on_a_gpu_the_kernel_follows_numpy",
     "kernels of the core": "tests/test_cuda_ops.py::test_on_a_gpu_it_agrees_with_numpy",
@@ -62,6 +70,7 @@ SIZES = [784, 512, 256, 10]
 BYTES_PER_PARAMETER = {"adam": 28, "rmsprop": 20, "momentum": 20}  # what a step must read and write, float32
 ASKED = {"adam": 1.0, "rmsprop": 2.0, "momentum": 1.0}  # times as fast as PyTorch
 OURS = "gpubatch"
+KERNEL = re.compile(r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(")
 
 Work = Callable[[], Any]
 
@@ -74,6 +83,7 @@ class Place:
     torch: str
     parameters: int
     samples: int
+    small: bool = False  # a rehearsal
 
     @property
     def on_gpu(self) -> bool:
@@ -95,10 +105,10 @@ class Contender:
 
 
 def here(rehearse: bool) -> Place:
-    """The GPU, with sizes that fit it; or the CPU."""
+    """The GPU, with sizes that fit it; or, for a rehearsal, small ones on whatever there is."""
+    backend = gb.get_backend("auto" if rehearse else "cuda")
     if rehearse:
-        return Place(gb.get_backend("cpu"), "cpu", 1 << 14, 512)
-    backend = gb.get_backend("cuda")
+        return Place(backend, "cuda" if backend.name == "cuda" else "cpu", 1 << 14, 512, small=True)
     largest = backend.memory().available // (2 * 5 * 4)  # two contenders, five arrays each at most
     return Place(backend, "cuda", min(256 * 2**20, 1 << (largest.bit_length() - 1)), 60_000)
 
@@ -146,14 +156,14 @@ def measure(
     to the end of its work, with what the host needs for it. ``host`` is how long a call keeps the host.
     """
     flush = flusher(place) if cold else None
-    for _ in range(1 if not place.on_gpu else ROUNDS):
+    for _ in range(1 if place.small else ROUNDS):
         for contender in contenders.values():
             mark, between = clock(place, contender.library)
             place.backend.synchronize()
             start = mark()
             contender.work()
             one = max(between(start, mark()), 1e-7)
-            calls = max(1, min(int(budget / one / samples), 1000)) if place.on_gpu and not cold else 1
+            calls = max(1, min(int(budget / one / samples), 1000)) if not (place.small or cold) else 1
             for _ in range(4 * samples if cold else samples):
                 if flush:
                     flush()
@@ -190,7 +200,7 @@ def flusher(place: Place) -> Work:
 
 def on_host(place: Place, contender: Contender, seconds: float) -> float:
     """Seconds a step until the call is back, of so few calls that the device's queue takes them all."""
-    calls = max(1, min(20, int(0.2 / seconds / contender.steps)))
+    calls = 1 if place.small else max(1, min(20, int(0.2 / seconds / contender.steps)))
     place.backend.synchronize()
     start = time.perf_counter()
     for _ in range(calls):
@@ -216,7 +226,7 @@ def race(
     for name, make in entries.items():
         try:
             contender = make()
-            for _ in range(warm if place.on_gpu else 1):
+            for _ in range(1 if place.small else warm):
                 contender.work()
             place.backend.synchronize()
             contenders[name] = contender
@@ -245,8 +255,24 @@ def in_a_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
 
-def has(*libraries: str) -> bool:
-    return all(importlib.util.find_spec(library) for library in libraries)
+@functools.cache
+def why_not(library: str, on_gpu: bool) -> str:
+    """Why a peer has no part in this: it is not installed, or does not see the device. Empty if it has."""
+    try:
+        if library == "torch":
+            import torch
+
+            return "" if not on_gpu or torch.cuda.is_available() else "it sees no GPU"
+        import jax
+        import optax  # noqa: F401  which is to have a part
+
+        return "" if not on_gpu or jax.default_backend() == "gpu" else "it sees no GPU"
+    except Exception as error:  # of whatever kind a broken installation has
+        return in_a_line(error)
+
+
+def has(place: Place, library: str) -> bool:
+    return not why_not(library, place.on_gpu)
 
 
 # --- update rules -------------------------------------------------------------------------------------------------
@@ -264,7 +290,7 @@ def optimizers(place: Place) -> Iterator[dict[str, Any]]:
         form = "foreach" if name == "rmsprop" else "fused"
         peer = f"torch {form}"
         entries = {OURS: partial(our_update, place, kind, n), "copy": partial(copy, place, n)}
-        if has("torch"):
+        if has(place, "torch"):
             entries[peer] = partial(torch_update, place, name, [n], **{form: True})
         row = race(place, f"{name}, {n:,} float32 parameters", entries, {peer: ASKED[name]}, budget=0.4)
         seconds = row["seconds"]
@@ -273,11 +299,12 @@ def optimizers(place: Place) -> Iterator[dict[str, Any]]:
             row["asked"]["share"] = 0.92
         yield row
         give_back(place)
+    count = 5 if place.small else 500
     for cold in (True, False):
-        entries = {OURS: partial(our_many, place)}
-        if has("torch"):
-            entries["torch fused"] = partial(torch_update, place, "adam", [10_000] * 500, fused=True)
-        work = f"adam, 500 arrays of 10,000, {'cold L2' if cold else 'one after another'}"
+        entries = {OURS: partial(our_many, place, count)}
+        if has(place, "torch"):
+            entries["torch fused"] = partial(torch_update, place, "adam", [10_000] * count, fused=True)
+        work = f"adam, {count} arrays of 10,000, {'cold L2' if cold else 'one after another'}"
         yield race(place, work, entries, {"torch fused": 3.0}, cold=cold)
 
 
@@ -287,8 +314,8 @@ def our_update(place: Place, kind: Callable[[Any], gb.Optimizer], n: int) -> Con
     return Contender(kind(params).step)
 
 
-def our_many(place: Place) -> Contender:
-    arrays = {str(i): place.backend.zeros(10_000, "float32") for i in range(500)}
+def our_many(place: Place, count: int) -> Contender:
+    arrays = {str(i): place.backend.zeros(10_000, "float32") for i in range(count)}
     grads = {name: a + np.float32(0.01) for name, a in arrays.items()}
     opt = gb.Adam(arrays)
     return Contender(lambda: opt.step(grads))
@@ -330,7 +357,8 @@ def give_back(place: Place) -> None:
 
 def steps(place: Place) -> Iterator[dict[str, Any]]:
     """A whole training step of a small network, by batch size: one a launch, and many a launch."""
-    batches = (128, 32, 512, 4096) if place.on_gpu else (32,)  # what is asked first, should time run out
+    batches = (32,) if place.small else (128, 32, 512, 4096)  # what is asked first, should time run out
+    at_once = 2 if place.small else AT_ONCE
     for batch in batches:
         x, y = samples(batch)
         entries = {
@@ -338,21 +366,21 @@ def steps(place: Place) -> Iterator[dict[str, Any]]:
             "gpubatch eager": partial(our_step, place, x, y, captured=False),
         }
         several = {
-            OURS: partial(our_step, place, x, y, AT_ONCE),
-            "gpubatch, 8 in a launch": partial(our_step, place, x, y, 8),
+            OURS: partial(our_step, place, x, y, at_once),
+            "gpubatch, 8 in a launch": partial(our_step, place, x, y, min(8, at_once)),
         }
-        if has("torch"):
+        if has(place, "torch"):
             entries["torch eager"] = partial(torch_step, place, x, y)
             if place.on_gpu:
                 entries["torch graph"] = partial(torch_step, place, x, y, "graph")
-                if has("triton"):
+                if importlib.util.find_spec("triton"):
                     entries["torch compiled"] = partial(torch_step, place, x, y, "compiled")
-        if has("jax", "optax"):
-            several["jax scan"] = partial(jax_steps, place, x, y, AT_ONCE)
+        if has(place, "jax"):
+            several["jax scan"] = partial(jax_steps, place, x, y, at_once)
         asked = batch == batches[0]
         one = race(place, step_of(batch), entries, {"torch eager": 5.0, "torch compiled": 1.3} if asked else {})
         yield one
-        work = f"{step_of(batch)}, {AT_ONCE} in a launch"
+        work = f"{step_of(batch)}, {at_once} in a launch"
         row = race(place, work, several, {"jax scan": 1.2} if asked else {})
         if OURS in one["seconds"] and OURS in row["seconds"]:
             row["between launches"] = one["seconds"][OURS]["median"] - row["seconds"][OURS]["median"]
@@ -364,11 +392,11 @@ def large_batch(place: Place) -> Iterator[dict[str, Any]]:
 
     In mixed precision PyTorch's GradScaler looks at every gradient, and gpubatch, outside of ``fit``, does not.
     """
-    batch = 16384 if place.on_gpu else 64
+    batch = 64 if place.small else 16384
     x, y = samples(batch)
     for precision, words in PRECISIONS.items():
         entries = {OURS: partial(our_step, place, x, y, precision=precision)}
-        if has("torch") and (place.on_gpu or precision != "mixed"):  # GradScaler is for a GPU
+        if has(place, "torch") and (place.on_gpu or precision != "mixed"):  # GradScaler is for a GPU
             entries["torch eager"] = partial(torch_step, place, x, y, precision=precision)
         asked = {"torch eager": 1.2} if precision == "fast" else {}
         yield race(place, step_of(batch) + words, entries, asked)
@@ -421,7 +449,7 @@ def our_step(
 def counted(backend: Any) -> Iterator[list[int]]:
     """How many nodes the graphs have that are captured inside; nothing where the driver does not tell.
 
-    CuPy keeps no graph once it can be launched, so the driver is asked at the end of the capture.
+    The driver is asked at the end of the capture: not every CuPy keeps the graph once it can be launched.
     """
     found: list[int] = []
     original = backend.capture
@@ -558,7 +586,7 @@ def epochs(place: Place) -> Iterator[dict[str, Any]]:
         OURS: partial(our_epochs, place, X, Y, "auto"),
         "gpubatch eager": partial(our_epochs, place, X, Y, "eager"),
     }
-    if has("torch"):
+    if has(place, "torch"):
         entries[peer] = partial(torch_epochs, place, X, Y)
     work = f"epoch of {place.samples:,} x {SIZES[0]} uint8, batch 128, on the device"
     yield race(place, work, entries, {peer: 5.0}, warm=1, samples=1)
@@ -595,11 +623,11 @@ def torch_epochs(place: Place, X: np.ndarray, Y: np.ndarray) -> Contender:
 
 def accuracy(place: Place) -> Iterator[dict[str, Any]]:
     """From the start of a process to an accuracy, each in processes of its own, in turn."""
-    libraries = [OURS, *(["torch"] if has("torch") else [])]
-    runs, target = (3, 0.98) if place.on_gpu else (1, 0.5)
+    libraries = [OURS, *(["torch"] if has(place, "torch") else [])]
+    runs, target = (1, 0.1) if place.small else (3, 0.98)
     with tempfile.TemporaryDirectory() as folder:
         to_accuracy.write_digits(Path(folder), place.samples, place.samples // 6)
-        if place.on_gpu:  # kernels are compiled once for a machine, and files are read for the first time
+        if not place.small:  # files are read for the first time
             first = {name: to_accuracy.seconds_to(target, name, Path(folder), place.torch) for name in libraries}
         else:
             first = {}
@@ -620,18 +648,18 @@ def accuracy(place: Place) -> Iterator[dict[str, Any]]:
 def feeds(place: Place) -> Iterator[dict[str, Any]]:
     """Batches that go to the device while it computes, and those that are gathered there."""
     if place.on_gpu:
-        yield from feeding.on_gpu()
+        yield from feeding.on_gpu(place.small)
 
 
 # --- all of it ----------------------------------------------------------------------------------------------------
 
 SECTIONS: dict[str, tuple[Callable[[Place], Iterator[dict[str, Any]]], int]] = {  # with a limit in seconds
-    "optimizers": (optimizers, 50),
-    "steps": (steps, 115),
-    "large batch": (large_batch, 35),
-    "epochs": (epochs, 40),
-    "accuracy": (accuracy, 65),
-    "feeding": (feeds, 40),
+    "optimizers": (optimizers, 45),
+    "steps": (steps, 90),
+    "large batch": (large_batch, 30),
+    "epochs": (epochs, 35),
+    "accuracy": (accuracy, 55),
+    "feeding": (feeds, 35),
 }
 
 
@@ -670,11 +698,58 @@ def card() -> dict[str, str]:
     return dict(zip([*names, "temperature.gpu"], values, strict=True)) if done.returncode == 0 else {}
 
 
-def tests(seconds: int) -> dict[str, Any]:
-    """``pytest -m gpu``: what passed, failed and was skipped, in all and of the kernels, as far as it came."""
-    files = list(dict.fromkeys(test.partition("::")[0] for test in PARITY.values()))
+def sources() -> list[str]:
+    """Every CUDA source that the tables of the tests have: those of gpubatch, and all that the benchmarks need."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import ops_cases
+    import optimizer_table
+
+    from gpubatch.cuda_ops import STORED, source_of
+    from gpubatch.launch import update_source
+
+    found = [case.source(dtype) for case in ops_cases.CASES.values() for dtype in ("float32", "float64", "float16")]
+    found += [source_of(dtype, "columns.cu") for dtype in ("float32", "float64", "float16")]
+    found += [source_of(dtype, "step.cu") for dtype in ("float32", "float64")]
+    for sample in ("uint8", "float32", "float64", "float16"):
+        for target in (sample, "int64", "uint8"):
+            types = f"typedef {STORED[sample]} Sample;\ntypedef {STORED[target]} Target;"
+            found.append(source_of("float32", "take.cu", before=types))
+    for case in optimizer_table.CASES.values():
+        trace = optimizer_table.trace_of(case)[0]
+        found += [update_source(trace, dtype) for dtype in ("float32", "float64")]
+        found += [update_source(trace, "float32", "float16", master) for master in (False, True)]
+    return list(dict.fromkeys(found))
+
+
+def compiled(place: Place) -> Iterator[dict[str, Any]]:
+    """The sources, compiled by CuPy into its cache: NVRTC needs no lock of Python, so as many at a time as CPUs."""
+    texts = sources()[:: 40 if place.small else 1]
+    start = time.perf_counter()
+
+    def one(text: str) -> str:
+        try:
+            place.backend.compile(text, KERNEL.search(text)[1])
+        except Exception as error:  # what CuPy says of a source; the tests will say more
+            return in_a_line(error)
+        return ""
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        failed = [error for error in pool.map(one, texts) if error]
+    yield {"sources": len(texts), "failed": failed, "compiled in": time.perf_counter() - start}
+
+
+def peers(place: Place) -> Iterator[dict[str, str]]:
+    """Which peers have no part in this, and why: in a process of its own, since JAX takes the device."""
+    yield {name: why for name in ("torch", "jax") if (why := why_not(name, place.on_gpu))}
+
+
+BEFORE = {"peers": peers, "sources": compiled}
+
+
+def tests(seconds: float, *which: str) -> dict[str, Any]:
+    """``pytest -m gpu`` of what ``which`` names: what passed, failed and was skipped, as far as it came."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--no-header", "-p", "no:cacheprovider"]
-    output, wrong = run_within([*command, *files, "tests"], seconds, ROOT)
+    output, wrong = run_within([*command, *which], seconds, ROOT)
     print("\n".join(output.splitlines()[-40:]), flush=True)
     return judged(output, wrong)
 
@@ -700,7 +775,7 @@ def count(outcomes: list[str]) -> dict[str, int]:
     return {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
 
 
-def run_within(command: list[str], seconds: int, folder: Path | None = None) -> tuple[str, str]:
+def run_within(command: list[str], seconds: float, folder: Path | None = None) -> tuple[str, str]:
     """What a command printed within its time, and what went wrong with its last words; it leaves no processes."""
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
     environment["GPUBATCH_EXPECT"] = "gpu"  # a test that skips for want of it fails
@@ -711,7 +786,7 @@ def run_within(command: list[str], seconds: int, folder: Path | None = None) -> 
             code = process.wait(seconds)
             wrong = f"exit code {code}" if code else ""
         except subprocess.TimeoutExpired:
-            wrong = f"not done after {seconds} s"
+            wrong = f"not done after {seconds:.0f} s"
         finally:
             with contextlib.suppress(ProcessLookupError):  # torch.compile has workers, and they may be left
                 os.killpg(process.pid, signal.SIGKILL)
@@ -721,21 +796,20 @@ def run_within(command: list[str], seconds: int, folder: Path | None = None) -> 
         return out.read(), f"{wrong}: {errors.read()[-2000:].strip()}" if wrong else ""
 
 
-def section(name: str, rehearse: bool) -> tuple[list[dict[str, Any]], str]:
+def section(name: str, rehearse: bool, seconds: float) -> tuple[list[dict[str, Any]], str]:
     """The rows of a section, as many as came within its time, and what went wrong."""
     command = [sys.executable, __file__, "--section", name, *(["--rehearse"] if rehearse else [])]
-    output, wrong = run_within(command, SECTIONS[name][1])
+    output, wrong = run_within(command, seconds)
     lines = output.splitlines()
     return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")], wrong
 
 
-def kernel_times(out: Path) -> None:
+def kernel_times(out: Path, rehearse: bool, seconds: float) -> str:
     """Every kernel of the core on the device, as pytest-benchmark measures it, to ``out``; report.py shows it."""
     command = [sys.executable, "-m", "pytest", "bench/bench_kernels.py", "-m", "gpu", "-q", "--benchmark-enable"]
     limited = [*command, "--benchmark-max-time=0.2", f"--benchmark-json={out}"]
-    _, wrong = run_within(limited, KERNEL_TIMES, ROOT)
-    if wrong:
-        print("the times of single kernels:", wrong, file=sys.stderr)
+    _, wrong = run_within([*limited, "-k", "move"] if rehearse else limited, seconds, ROOT)
+    return wrong
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -776,48 +850,99 @@ def verdict(found: float, asked: float | None, form: str) -> str:
     return form.format(asked) + ("" if found >= asked else ", **not met**")
 
 
+class Results:
+    """What is known so far, in files that are whole at every moment."""
+
+    def __init__(self, about: dict[str, Any], folder: Path) -> None:
+        self.found: dict[str, Any] = {**about, "complete": False, "parts": {}, "rows": [], "wrong": {}}
+        self.started, self.folder = time.monotonic(), folder
+        self.name = f"gpu-{about['date']}-{about['commit'][:8] or 'unknown'}"
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def left(self, limit: float = math.inf) -> float:
+        """Seconds for a part that may take ``limit``."""
+        return max(1.0, min(limit, WHOLE - (time.monotonic() - self.started)))
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[dict[str, Any]]:
+        """A part of it; what it puts into the dictionary is written as it ends."""
+        start, result = time.monotonic(), dict[str, Any]()
+        yield result
+        if result.get("wrong"):
+            self.found["wrong"][name] = result["wrong"]
+        self.found["parts"][name] = {**result, "seconds": round(time.monotonic() - start, 1)}
+        self.write()
+
+    def write(self) -> None:
+        text = f"{self.found['device']}, {self.found['date']}\n\n{table(self.found['rows'])}\n"
+        for end, content in (("json", json.dumps(self.found, indent=1) + "\n"), ("md", text)):
+            aside = self.folder / f".{self.name}.{end}.{os.getpid()}"
+            aside.write_text(content)
+            aside.replace(self.folder / f"{self.name}.{end}")
+
+    @property
+    def good(self) -> bool:
+        """Nothing of gpubatch failed; that a peer did is told in the table."""
+        ours = any(OURS in contender for row in self.found["rows"] for contender in row.get("failed", {}))
+        tests = all(part.get("passed", True) for part in self.found["parts"].values())
+        return not self.found["wrong"] and not ours and tests
+
+
+def run(place: Place, results: Results, rehearse: bool) -> None:
+    """All parts: what is compiled, parity, speed, and the rest of the tests with what is left of the time."""
+    few = ["-k", "float32 and (sgd or l2_gradient)"] if rehearse else []
+    if place.on_gpu:
+        with results.part("peers") as part:
+            rows, part["wrong"] = section("peers", rehearse, results.left(PEERS))
+            part["have no part"] = rows[0] if rows else {}
+        with results.part("sources") as part:
+            rows, wrong = section("sources", rehearse, results.left(SOURCES))
+            part |= {**(rows[0] if rows else {}), "wrong": wrong or (rows[0]["failed"] if rows else "")}
+        with results.part("parity") as part:
+            part |= tests(results.left(PARITY_TESTS), *PARITY.values(), *few)
+    for name in SECTIONS:
+        with results.part(name) as part:
+            rows, wrong = section(name, rehearse, results.left(SECTIONS[name][1]))
+            results.found["rows"] += rows
+            part |= {"rows": len(rows), "wrong": wrong}
+            print(table(rows), wrong, sep="\n", flush=True)
+    if place.on_gpu:
+        results.found["card after"] = card()
+        with results.part("single kernels") as part:
+            file = results.folder / f"{results.name}-kernels.json"
+            part["wrong"] = kernel_times(file, rehearse, results.left(KERNEL_TIMES))
+        with results.part("tests") as part:
+            part |= tests(results.left(), *(["tests/test_cuda_streams.py", "-k", "own"] if rehearse else ["tests"]))
+    results.found["complete"] = True
+    results.write()
+
+
 def main() -> int:
     """Run everything; exit code 1 if a test or a section failed or there is no device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the results")
     parser.add_argument("--allow-missing", action="store_true", help="exit with 0 where there is no GPU")
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, small, nothing is written")
-    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--rehearse", action="store_true", help="small, on the device or the CPU; needs --out")
+    parser.add_argument("--section", choices=[*SECTIONS, *BEFORE], help=argparse.SUPPRESS)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end what was started
     try:
         place = here(given.rehearse)
     except gb.BackendUnavailableError as error:
         print(error)
         return 0 if given.allow_missing else 1
     if given.section:
+        work = BEFORE.get(given.section) or SECTIONS[given.section][0]
         with place.backend.own_stream():
-            for row in SECTIONS[given.section][0](place):
+            for row in work(place):
                 print(json.dumps(row), flush=True)
         return 0
-    result: dict[str, Any] = environment(place)
-    print(json.dumps(result, indent=1), flush=True)
-    name = f"gpu-{result['date']}-{result['commit'][:8] or 'unknown'}"
-
-    def write() -> None:
-        if not given.rehearse:
-            given.out.mkdir(parents=True, exist_ok=True)
-            (given.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-            (given.out / f"{name}.md").write_text(f"{result['device']}, {result['date']}\n\n{table(result['rows'])}\n")
-
-    result |= {"tests": {"passed": True} if given.rehearse else tests(TESTS), "rows": [], "wrong": {}}
-    for part in SECTIONS:
-        rows, wrong = section(part, given.rehearse)
-        result["rows"] += rows
-        if wrong:
-            result["wrong"][part] = wrong
-        print(table(rows), wrong, sep="\n", flush=True)
-        write()
-    if place.on_gpu:
-        result["card after"] = card()
-        write()
-        kernel_times(given.out / f"{name}-kernels.json")
-    failed = any(row.get("failed") for row in result["rows"])
-    return int(bool(result["wrong"]) or failed or not result["tests"]["passed"])
+    if given.rehearse and given.out == parser.get_default("out"):
+        parser.error("--rehearse measures nothing that is to be kept: say where to with --out")
+    results = Results(environment(place), given.out)
+    print(json.dumps(results.found, indent=1), flush=True)
+    run(place, results, given.rehearse)
+    return int(not results.good)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from families import first_of_each
 
 import gpubatch as gb
 from gpubatch import cuda_ops
@@ -356,6 +357,23 @@ for stored in cuda_ops.STORED:
         "gather", source, functools.partial(gather, stored, 1.0, 0.0), [*sizes, (0, 5)], exact=True
     )
 CASES["gather scaled"] = replace(CASES["gather uint8"], run=functools.partial(gather, "uint8", 1 / 255, -0.5))
+
+
+# One of each method, and what runs through other lines of it.
+FAST = {
+    *first_of_each({name: case.method for name, case in CASES.items()}),
+    "activate gelu without bias",
+    "activation_gradient gelu in place",
+    "activation_gradient of biases alone",
+    "softmax rows",
+    "softmax int64, scaled",
+    "batch_norm new",
+    "batch_norm_gradient none",
+    "dropout 0.3 from 13",
+    "dropout, its step in memory",
+    "gather uint8",
+    "gather scaled",
+}
 
 
 # --- how they are compared -------------------------------------------------------------------------------------------

@@ -175,3 +175,18 @@ CASES: dict[str, Case] = {
         lambda g: -LR * 0.5 * np.sign(g) * 0.2 * np.minimum(np.abs(g), 0.5),
     ),
 }
+
+# One of each rule; the variants of a rule are lines of the same formula.
+FAST = {
+    "sgd",
+    "momentum",
+    "heavy ball nesterov",
+    "adagrad",
+    "rmsprop centered momentum inside",
+    "adam",
+    "amsgrad hat",
+    "adamw",
+    "nadam scheduled",
+    "lion decoupled",
+    "custom",
+}

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from families import every
 from hypothesis import given, strategies as st
 from needs import missing
 from stand_in import TIMINGS, QueuedStandIn, queued_backend
@@ -113,7 +114,7 @@ CASES = {
     ),
     "a window and a rank": Case(plain, loader={"window": 20, "rank": 1, "world_size": 2}),
 }
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every_case = every("case", CASES, ["norm, dropout, l2, schedule", "transformed", "mixed, host, norm"])
 
 
 def data(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -195,7 +196,7 @@ def test_replay_is_eager_bit_for_bit(case: Case, device: Callable[[], CudaBacken
     assert_no_faults(captured)
 
 
-@pytest.mark.parametrize("timing", TIMINGS)
+@every("timing", [*TIMINGS], ["late"])
 @pytest.mark.parametrize("feed", ["device", "host"])
 def test_in_whatever_order_streams_do_their_work(feed: str, timing: str) -> None:
     case = dataclasses.replace(CASES["norm, dropout, l2, schedule"], loader={"feed": feed})
@@ -374,7 +375,7 @@ def test_an_optimizer_that_is_loaded_between_epochs_is_captured_anew(device: Cal
     assert runs[1].history.execution == "captured"
 
 
-@pytest.mark.parametrize("case", ["plain", "norm, dropout, l2, schedule", "through pinned memory, norm"])
+@every("case", ["plain", "norm, dropout, l2, schedule", "through pinned memory, norm"], ["plain"])
 def test_after_memory_ran_out_parts_are_captured(
     case: str, device: Callable[[], CudaBackend], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,7 +402,7 @@ def test_after_memory_ran_out_parts_are_captured(
 # --- saved, interrupted ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["norm, dropout, l2, schedule", "through pinned memory, norm", "mixed"])
+@every("case", ["norm, dropout, l2, schedule", "through pinned memory, norm", "mixed"], ["mixed"])
 def test_a_run_is_saved_and_resumed_in_the_middle_of_an_epoch(
     case: str, device: Callable[[], CudaBackend], tmp_path: Path
 ) -> None:
@@ -425,7 +426,7 @@ def test_a_run_is_saved_and_resumed_in_the_middle_of_an_epoch(
         assert resumed.history.execution == execution
 
 
-@pytest.mark.parametrize("case", ["plain", "through pinned memory, norm"])
+@every("case", ["plain", "through pinned memory, norm"], ["through pinned memory, norm"])
 def test_a_signal_ends_between_steps(case: str, device: Callable[[], CudaBackend], tmp_path: Path) -> None:
     def rate(step: int, epoch: int) -> float:
         if step == 7 and not interrupted:
@@ -723,8 +724,8 @@ def test_a_capture_that_fails_leaves_eager_steps(monkeypatch: pytest.MonkeyPatch
     assert training.result() == whole.result()
 
 
-@pytest.mark.parametrize("batch", [2, 4])
-@pytest.mark.parametrize("feed", ["device", "host"])
+@every("batch", {"2": 2, "4": 4}, ["4"])
+@every("feed", ["device", "host"], ["device"])
 def test_steps_that_do_not_agree_are_not_trusted(feed: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Should a graph find something that is not there, the run goes on without graphs, and says so."""
     case = dataclasses.replace(CASES["norm, dropout, l2, schedule"], loader={"feed": feed})
@@ -791,7 +792,7 @@ def by_hand(
     return [*found, bytes([opt.t, net.dropout_step])]
 
 
-@pytest.mark.parametrize("steps", [1, 3])
+@every("steps", {"1": 1, "3": 3}, ["3"])
 def test_a_captured_step_is_step_loss_and_step(steps: int, device: Callable[[], CudaBackend]) -> None:
     for optimizer in (gb.Adam, falling(gb.Momentum, 0.1)):
         assert by_hand(device(), True, steps, optimizer) == by_hand(device(), False, steps, optimizer)
@@ -864,7 +865,7 @@ def test_a_step_that_finds_no_memory_can_be_tried_again(monkeypatch: pytest.Monk
         assert opt.t == 1
 
 
-@pytest.mark.parametrize("timing", TIMINGS)
+@every("timing", [*TIMINGS], ["late"])
 def test_what_was_captured_is_given_back_when_it_is_over(timing: str) -> None:
     """Step, workspace and batch go while their work is queued; then others take memory on another stream."""
     found = []

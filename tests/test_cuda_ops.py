@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import pytest
 from emulate import ARCHITECTURES, check_compiles
+from families import every, first_of_each, marks
 from hypothesis import given, settings, strategies as st
 from needs import missing
-from ops_cases import CASES, Case, F, Place, by_numpy, compare, same
+from ops_cases import CASES, FAST, Case, F, Place, by_numpy, compare, same
 from stand_in import DeviceArray, StandIn, stand_in_backend
 
 import gpubatch as gb
@@ -23,7 +24,25 @@ from gpubatch.host_ops import HalfOps
 from gpubatch.launch import kernel_source
 from gpubatch.ops import SQUARE_SUM_SIZE, SUM_PARTS, NumpyOps, Ops
 
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+DTYPES = ("float32", "float64", "float16")  # in which batches are stored
+FIRST = first_of_each({name: case.method for name, case in CASES.items()})  # of each method: fast in every dtype
+every_case = every("case", CASES, FAST)
+
+
+def forms(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Each case in each dtype; fast are those of ``FAST`` in float32, and the first of a method in the others."""
+    cases = [(name, dtype) for name in names for dtype in DTYPES]
+    fast = [name in (FAST if dtype == "float32" else FIRST) for name, dtype in cases]
+    return pytest.mark.parametrize(
+        ("case", "dtype"),
+        [
+            pytest.param(CASES[name], np.dtype(dtype), id=f"{dtype}-{name}", marks=marks(is_fast))
+            for (name, dtype), is_fast in zip(cases, fast, strict=True)
+        ],
+    )
+
+
+every_form = forms(CASES)
 
 
 def by_cuda(
@@ -40,7 +59,7 @@ def device() -> CudaBackend:
     return stand_in_backend()
 
 
-@pytest.fixture(params=["float32", "float64", "float16"])
+@pytest.fixture(params=["float32", pytest.param("float64", marks=pytest.mark.exhaustive), "float16"])
 def dtype(request: pytest.FixtureRequest) -> np.dtype:
     """In which batches are stored."""
     return np.dtype(request.param)
@@ -51,6 +70,7 @@ def dtype(request: pytest.FixtureRequest) -> np.dtype:
 
 def test_every_method_has_a_case() -> None:
     assert {case.method for case in CASES.values()} == Ops.__abstractmethods__
+    assert {CASES[name].method for name in FAST} == Ops.__abstractmethods__
     assert not inspect.isabstract(CudaOps)
 
 
@@ -68,13 +88,13 @@ def compiled(source: str, architecture: int) -> None:
     check_compiles(source, architecture)
 
 
-@every_case
+@every_form
 def test_it_compiles_for_real_architectures(case: Case, dtype: np.dtype) -> None:
     for architecture in ARCHITECTURES:
         compiled(case.source(dtype.name), architecture)
 
 
-@every_case
+@every_form
 def test_it_agrees_with_numpy(case: Case, dtype: np.dtype, device: CudaBackend) -> None:
     """And has the same bits when the threads run in another order, and on arrays that begin elsewhere."""
     for size in case.sizes:
@@ -105,7 +125,7 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("name", LARGE)
+@every("name", [*LARGE], ["softmax int64", "activation_gradient relu new"])
 def test_large_sizes(name: str, device: CudaBackend) -> None:
     dtype = np.dtype(np.float32)
     right = by_numpy(CASES[name], LARGE[name], dtype)
@@ -124,8 +144,8 @@ OF_ANY_SIZE = [
 ]
 
 
-@pytest.mark.parametrize("stored", ["float32", "float16"])
-@pytest.mark.parametrize("name", OF_ANY_SIZE)
+@every("stored", ["float32", "float16"], ["float32"])
+@every("name", OF_ANY_SIZE, ["softmax rows", "activation_gradient gelu new"])
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(size=st.tuples(st.integers(1, 90), st.integers(2, 70)), misaligned=st.booleans())
 def test_any_size(name: str, stored: str, size: tuple[int, int], misaligned: bool) -> None:
@@ -144,7 +164,13 @@ SANITIZED = [name for name in CASES if "activat" not in name or "gelu " in name]
 PACKED = ["dropout 0.3 from 0", "dropout 0.3 from 13", "square_sum"]
 
 
-@pytest.mark.parametrize(("name", "stored"), [*((n, "float32") for n in SANITIZED), *((n, "float16") for n in PACKED)])
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [
+        *(pytest.param(name, "float32", marks=marks(name in FIRST)) for name in SANITIZED),
+        *(pytest.param(name, "float16", marks=marks(name == PACKED[0])) for name in PACKED),
+    ],
+)
 def test_nothing_beyond_an_array_is_touched(name: str, stored: str) -> None:
     dtype, backend, case = np.dtype(stored), stand_in_backend(sanitize=True), CASES[name]
     for size in [(37, 5), (3, 301)]:
@@ -184,29 +210,30 @@ def test_nothing_is_allocated_or_read_back(case: Case, device: CudaBackend, monk
 # --- what a table of sizes does not show -----------------------------------------------------------------------------
 
 
-def test_nan_and_infinity_go_through_as_in_numpy(dtype: np.dtype, device: CudaBackend) -> None:
+@forms(
+    name
+    for name, case in CASES.items()
+    if case.method not in ("move", "square_sum", "gather", "dropout") and "step" not in name
+)
+def test_nan_and_infinity_go_through_as_in_numpy(case: Case, dtype: np.dtype, device: CudaBackend) -> None:
     special = np.array([[np.nan, 1, -1], [np.inf, 1, 2], [-np.inf, 0, 3], [-np.inf, -np.inf, -np.inf], [0, -0.0, 1]])
-    for name in CASES:
-        case = CASES[name]
-        if case.method in ("move", "square_sum", "gather", "dropout") or "step" in name:
-            continue
 
-        class Special(Place):
-            def real(self, *shape: int, dtype: Any = None, **_: Any) -> Array:
-                return self.array(special if shape == special.shape else np.full(shape, 0.5), dtype)
+    class Special(Place):
+        def real(self, *shape: int, dtype: Any = None, **_: Any) -> Array:
+            return self.array(special if shape == special.shape else np.full(shape, 0.5), dtype)
 
-            grid = real
+        grid = real
 
-        with np.errstate(all="ignore"):
-            right, ours = (
-                case.run(Special(ops, where, dtype, dtype, np.random.default_rng(0)), *special.shape)
-                for ops, where in (
-                    (HalfOps(NumpyOps()) if dtype == np.float16 else NumpyOps(), gb.get_backend("cpu")),
-                    (CudaOps(device, dtype), device),
-                )
+    with np.errstate(all="ignore"):
+        right, ours = (
+            case.run(Special(ops, where, dtype, dtype, np.random.default_rng(0)), *special.shape)
+            for ops, where in (
+                (HalfOps(NumpyOps()) if dtype == np.float16 else NumpyOps(), gb.get_backend("cpu")),
+                (CudaOps(device, dtype), device),
             )
-        for key in right:
-            np.testing.assert_allclose(ours[key], right[key], rtol=1e-4, atol=1e-6, err_msg=f"{name}: {key}")
+        )
+    for key in right:
+        np.testing.assert_allclose(ours[key], right[key], rtol=1e-4, atol=1e-6, err_msg=key)
 
 
 @pytest.mark.parametrize("method", ["softmax_cross_entropy", "svm"])
@@ -399,7 +426,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@every("fault", [*FAULTS], [*FAULTS][:2])
 def test_a_planted_fault_is_noticed(fault: str, device: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new, name = FAULTS[fault]
     hits: list[str] = []
@@ -429,7 +456,7 @@ def cuda() -> Backend:
 
 
 @pytest.mark.gpu
-@every_case
+@every_form
 def test_on_a_gpu_it_agrees_with_numpy(case: Case, dtype: np.dtype, cuda: CudaBackend) -> None:
     """A GPU contracts a*b + c and flushes denormals: no bits are compared with NumPy's but those of the mask."""
     for size in [*case.sizes, (4096, 512)]:

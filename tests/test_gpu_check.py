@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import fcntl
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from families import every
+from needs import missing
 from stand_in import queued_backend
 from stand_in_lt import StandInLt
 
@@ -45,12 +49,14 @@ ROWS = {"optimizers": 5, "steps": 2, "large batch": len(gpu_check.PRECISIONS), "
 
 def test_all_sections_are_rehearsed_and_there_is_time_for_them() -> None:
     assert ROWS.keys() == gpu_check.SECTIONS.keys()
-    limits = sum(limit for _, limit in gpu_check.SECTIONS.values())
-    assert limits + gpu_check.TESTS + gpu_check.KERNEL_TIMES < 8 * 60
+    limits = [limit for _, limit in gpu_check.SECTIONS.values()]
+    before = gpu_check.PEERS + gpu_check.SOURCES + gpu_check.PARITY_TESTS + gpu_check.KERNEL_TIMES
+    assert before + sum(limits) < gpu_check.WHOLE < 8 * 60
 
 
-@pytest.mark.parametrize(("name", "rows"), [item for item in ROWS.items() if item[1]])
-def test_a_section_is_rehearsed(name: str, rows: int) -> None:
+@every("name", [name for name, rows in ROWS.items() if rows], ["steps"])
+def test_a_section_is_rehearsed(name: str) -> None:
+    rows = ROWS[name]
     done = run("--rehearse", "--section", name)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
@@ -61,8 +67,98 @@ def test_a_section_is_rehearsed(name: str, rows: int) -> None:
         assert all(0 < of["low"] <= of["median"] <= of["high"] for of in row["seconds"].values())
         assert ("share" in row) == ("share" in row["asked"])
         if name not in ("optimizers", "accuracy"):
-            assert row["execution"]["gpubatch"].startswith("eager")
+            assert row["execution"]["gpubatch"].startswith(("eager", "captured"))
             assert 0 < row["loss"]["gpubatch"] < 3
+
+
+ABOUT = {"device": "none", "date": "2026-11-29", "commit": "0123456789abcdef"}
+
+
+def test_every_part_is_written_as_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = gpu_check.Results(ABOUT, tmp_path / "new")
+    file = tmp_path / "new" / "gpu-2026-11-29-01234567.json"
+    with results.part("first") as part:
+        part["number"] = 5
+        assert not file.exists()
+    with pytest.raises(KeyboardInterrupt), results.part("second"):
+        raise KeyboardInterrupt
+    found = json.loads(file.read_text())
+    assert (found["device"], found["complete"], [*found["parts"]]) == ("none", False, ["first"])
+    assert found["parts"]["first"]["number"] == 5
+    # What is there stays whole while it is written anew.
+    results.found["rows"] = [{"work": "a", "seconds": {"gpubatch": seconds(1e-3)}, "asked": {}}]
+    monkeypatch.setattr(Path, "replace", lambda *_: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception, match="killed"):
+        results.write()
+    assert json.loads(file.read_text()) == found
+
+
+def test_no_part_has_more_time_than_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    results = gpu_check.Results(ABOUT, tmp_path)
+    assert (results.left(60), results.left()) == (60, gpu_check.WHOLE)
+    now += gpu_check.WHOLE - 10
+    assert (results.left(60), results.left()) == (10, 10)
+    now += 100
+    assert results.left(60) == 1  # which is enough to say that there was none
+
+
+def test_a_peer_that_fails_is_no_failure_of_ours(tmp_path: Path) -> None:
+    results = gpu_check.Results(ABOUT, tmp_path)
+    results.found["rows"] = [{"work": "a", "failed": {"torch eager": "no"}}]
+    assert results.good
+    for wrong in ({"rows": [{"work": "a", "failed": {"gpubatch eager": "no"}}]}, {"wrong": {"steps": "late"}}):
+        other = gpu_check.Results(ABOUT, tmp_path)
+        other.found |= wrong
+        assert not other.good
+    results.found["parts"]["tests"] = {"passed": False}
+    assert not results.good
+
+
+def test_a_peer_that_is_broken_or_sees_no_device_has_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "why_not", gpu_check.why_not.__wrapped__)
+    blind = types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: False))
+    monkeypatch.setitem(sys.modules, "torch", blind)
+    assert gpu_check.why_not("torch", on_gpu=True) == "it sees no GPU"
+    assert gpu_check.why_not("torch", on_gpu=False) == ""
+    monkeypatch.setitem(sys.modules, "jax", None)
+    assert gpu_check.why_not("jax", on_gpu=True).startswith("ModuleNotFoundError")
+
+
+def test_every_source_is_compiled_before() -> None:
+    files = [*(BENCH.parent / "kernels").glob("*.cu"), *(BENCH.parent / "kernels").glob("*.cuh")]
+    there, found = (
+        {*gpu_check.KERNEL.findall("\n".join(texts))} for texts in (map(Path.read_text, files), gpu_check.sources())
+    )
+    assert there == found
+
+
+@pytest.mark.gpu
+def test_all_of_it_on_a_device_and_what_a_kill_leaves(tmp_path: Path) -> None:
+    if len(gb.available_backends()) < 2:
+        missing("gpu", "no CUDA device can be used here")
+    done = run("--rehearse", "--out", str(tmp_path / "whole"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = (tmp_path / "whole").glob("gpu-*[!s].json")
+    found = json.loads(file.read_text())
+    assert found["complete"]
+    assert [*found["parts"]] == ["peers", "sources", "parity", *gpu_check.SECTIONS, "single kernels", "tests"]
+    assert {"device", "driver serves CUDA", "versions", "date", "commit"} <= found.keys()
+    assert (found["wrong"], found["parts"]["sources"]["failed"]) == ({}, [])
+    for name in ("parity", "tests"):
+        assert found["parts"][name]["passed"], found["parts"][name]
+    assert all(of["passed"] for of in found["parts"]["parity"]["parity against float64"].values())
+    assert len(found["rows"]) >= sum(ROWS.values())
+    command = [sys.executable, SCRIPT, "--rehearse", "--out", tmp_path / "cut"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        until = time.monotonic() + 300
+        while not (files := [*(tmp_path / "cut").glob("gpu-*.json")]) and time.monotonic() < until:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+    cut = json.loads(files[0].read_text())
+    assert not cut["complete"]
+    assert [*found["parts"]][: len(cut["parts"])] == [*cut["parts"]]
 
 
 @pytest.mark.parametrize("test", gpu_check.PARITY.values())
@@ -113,10 +209,13 @@ def test_the_table() -> None:
 class Driver:
     """Of CUDA, as far as it is asked what is being captured."""
 
-    asked_for = 0  # a stream
+    def __init__(self, device: Any) -> None:
+        self.device, self.asked = device, 0
 
     def cuStreamGetCaptureInfo_v2(self, stream: Any, *found: Any) -> int:  # noqa: N802
-        self.asked_for = stream.value
+        assert stream.value == self.device.current_stream().ptr
+        assert self.device.current_stream().captured is not None
+        self.asked += 1
         found[2]._obj.value = 4711
         return 0
 
@@ -126,10 +225,11 @@ class Driver:
         return 0
 
 
-@pytest.mark.parametrize("precision", gpu_check.PRECISIONS)
-@pytest.mark.parametrize("steps", [1, 3])
+@every("precision", [*gpu_check.PRECISIONS], ["full", "mixed"])
+@every("steps", {"1": 1, "3": 3}, ["3"])
 def test_our_steps_are_captured_on_a_device(steps: int, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    device, driver = stand_in(), Driver()
+    device = stand_in()
+    driver = Driver(device)
     monkeypatch.setattr(gpu_check, "SIZES", [12, 16, 5])
     load = ctypes.CDLL
     monkeypatch.setattr(ctypes, "CDLL", lambda name, *how: driver if name == "libcuda.so.1" else load(name, *how))
@@ -139,7 +239,7 @@ def test_our_steps_are_captured_on_a_device(steps: int, precision: str, monkeypa
         captured = gpu_check.our_step(place, x, y, steps, precision)
         eager = gpu_check.our_step(place, x, y, steps, precision, captured=False)
         assert captured.execution == "captured, nodes in the graph: [17]"
-        assert driver.asked_for == device.current_stream().ptr
+        assert driver.asked == 1
         assert (eager.execution, eager.steps, captured.steps) == ("eager", steps, steps)
         eager.work()  # a captured one has been called once
         for _ in range(2):

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 from emulate import ORDERS, Table, check_compiles_everywhere, host_kernel, sanitized
+from families import every
 from needs import missing
-from optimizer_table import CASES, Case, trace_of
+from optimizer_table import CASES, FAST, Case, trace_of
 
 import gpubatch as gb
 from gpubatch import launch
@@ -17,7 +18,10 @@ from gpubatch.formula import Trace
 from gpubatch.launch import HostUpdate, cpu_update, piece_table, update_for, update_source
 
 PARAMETERS = ("const long long* table", "const T* scalars", "const long long* step", "const T* control")
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every_case = every("case", CASES, FAST)
+
+
+COUNTS = ("sgd", "adam", "amsgrad")  # two, four and five arrays
 
 
 def table_of(groups: list[tuple[np.ndarray, ...]]) -> np.ndarray:
@@ -102,8 +106,8 @@ def test_one_launch_serves_arrays_that_lie_apart(dtype: np.dtype, rng: np.random
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "amsgrad"])  # two, four and five arrays
-@pytest.mark.parametrize("order", ORDERS)
+@every("name", COUNTS, ["adam"])
+@every("order", ORDERS, ["forward"])
 def test_it_stays_within_its_arrays(name: str, order: str, dtype: np.dtype, rng: np.random.Generator) -> None:
     """Under the sanitizers: no access outside of an array, none that is not aligned for what is loaded."""
     trace, hyper = trace_of(CASES[name])
@@ -222,7 +226,7 @@ def test_float16_is_computed_in_float32(name: str, master: bool, rng: np.random.
 
 
 @pytest.mark.parametrize("master", [False, True], ids=["rounded", "master"])
-@pytest.mark.parametrize("name", ["sgd", "adam", "amsgrad"])
+@every("name", COUNTS, ["adam"])
 def test_float16_compiles_and_stays_within_its_arrays(name: str, master: bool, rng: np.random.Generator) -> None:
     trace, hyper = trace_of(CASES[name])
     source = update_source(trace, "float32", "float16", master)

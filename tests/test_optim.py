@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from needs import peer
-from optimizer_table import CASES, LR, Case
+from optimizer_table import CASES, FAST, LR, Case
 
 import gpubatch as gb
 from gpubatch import optim, rules
@@ -32,6 +32,8 @@ def test_the_table_is_complete() -> None:
     kinds = {type(opt) for opt in made}
     assert kinds == {getattr(optim, name) for name in optim.__all__} - {gb.StepResult, gb.clip_by_global_norm}
     assert {opt.rule for opt in made} >= {getattr(rules, name) for name in rules.__all__}
+    fast = [CASES[name].make([np.zeros(2)]) for name in FAST]
+    assert ({type(opt) for opt in fast}, {opt.rule for opt in fast} >= {opt.rule for opt in made}) == (kinds, True)
     # Every value of every option of every rule is there.
     tried = {
         (opt.rule.name, name, value) for opt in made for name, value in opt.hyper.items() if name in opt.rule.options
