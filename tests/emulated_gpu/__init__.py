@@ -1,0 +1,1 @@
+"""A CUDA device in main memory, on which the real CuPy runs."""
