@@ -1,0 +1,100 @@
+"""cuBLAS and cuBLASLt of the emulated device, and libraries that stand for the others that CuPy links.
+
+The dynamic loader takes a library that is loaded already for one of the same SONAME, and nvmath-python takes a function
+from what is loaded before it looks for a library. So ours are loaded first. What CuPy or nvmath-python has the name of
+and is not emulated is there too, and says its name when it is called.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import re
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+from emulated_gpu.build import HERE, build
+
+# CuPy's modules that are linked with a library of CUDA's; NVRTC is the real one.
+CUPY = (
+    "cupy_backends/cuda/libs/cublas",
+    "cupy_backends/cuda/libs/curand",
+    "cupy_backends/cuda/libs/cusolver",
+    "cupy_backends/cuda/libs/cusparse",
+    "cupy/cuda/cufft",
+)
+# nvmath-python's modules that look functions up by their names.
+NVMATH = {"cublas": "nvmath/bindings/_internal/cublas", "cublasLt": "nvmath/bindings/_internal/cublasLt"}
+EMULATED = {"cublas": "blas.cpp", "cublasLt": "blas_lt.cpp"}
+
+# The status of each library for what it does not support; cuRAND has none, and says that its launch failed.
+NOT_SUPPORTED = {"cublas": 15, "cublasLt": 15, "curand": 201, "cusolver": 9, "cusparse": 10, "cufft": 16, "nvJitLink": 1}
+
+STUBS = """
+#include "device.h"
+#include <string>
+static int missing(const char* name) {
+    emulated_fault((std::string(name) + " is not emulated").c_str());
+    return STATUS;
+}
+"""
+STUB = 'extern "C" __attribute__((weak)) int NAME() { return missing("NAME"); }\n'
+STUB_OF_TEXT = 'extern "C" __attribute__((weak)) const char* NAME() { return missing("NAME"), "not emulated"; }\n'
+
+
+def load(cuda_major: int) -> dict[str, ctypes.CDLL]:
+    """Load all of them for a CuPy of CUDA ``cuda_major``, after the library of the device; by name without "lib"."""
+    loaded = {}
+    for soname, names in functions(cuda_major).items():
+        library = soname.removeprefix("lib").partition(".")[0]
+        stubs = STUBS.replace("STATUS", str(NOT_SUPPORTED[library]))
+        for name in sorted(names):
+            stubs += (STUB_OF_TEXT if name.endswith(("String", "Name")) else STUB).replace("NAME", name)
+        sources: list[Path | str] = [stubs]
+        if library in EMULATED:
+            sources.append(HERE / EMULATED[library])
+        # The symbols' version is the SONAME, as CuPy's modules ask for it.
+        named = (f"-Wl,-soname,{soname}", "-Wl,--default-symver", "-Wl,-Bsymbolic")
+        path = build(soname, sources, (*fast(), f"-DCUDA_MAJOR={cuda_major}", *named))
+        loaded[library] = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    return loaded
+
+
+def functions(cuda_major: int) -> dict[str, set[str]]:
+    """What is asked of each library, by its SONAME."""
+    asked: dict[str, set[str]] = defaultdict(set)
+    for module in CUPY:
+        symbols = run("nm", "-D", "--undefined-only", str(module_file(module)))
+        for name, soname in re.findall(r" U (cu\w+)@(lib\w+\.so\.\d+)$", symbols, re.MULTILINE):
+            asked[soname].add(name)
+    if f"libcublas.so.{cuda_major}" not in asked:
+        raise RuntimeError(f"emulated GPU: the installed CuPy asks for {', '.join(sorted(asked))}, not for CUDA {cuda_major}")
+    for library, module in NVMATH.items():
+        if importlib.util.find_spec("nvmath"):
+            names = re.findall(rb"\0(%s[A-Z]\w+)(?=\0)" % library.encode(), module_file(module).read_bytes())
+            asked[f"lib{library}.so.{cuda_major}"] |= {name.decode() for name in names}
+    # CuPy's loader of cuSOLVER insists that this one be there; nobody calls it.
+    return {**asked, f"libnvJitLink.so.{cuda_major}": set()}
+
+
+def module_file(module: str) -> Path:
+    """The file of an extension module, found without importing its package."""
+    package, _, rest = module.partition("/")
+    spec = importlib.util.find_spec(package)
+    for root in spec.submodule_search_locations or () if spec else ():
+        for path in Path(root).parent.glob(f"{module}.cpython-*.so"):
+            return path
+    raise RuntimeError(f"emulated GPU: {package} has no {rest}; CuPy 14.2 and nvmath-python 1.0 are known")
+
+
+@functools.cache
+def fast() -> tuple[str, ...]:
+    """Flags for loops: a GPU's products fuse multiplication and addition, and this machine's do where it can."""
+    avx = "avx2" in Path("/proc/cpuinfo").read_text()
+    return ("-O3", "-ffp-contract=fast", *(("-march=x86-64-v3",) if avx else ()))
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
