@@ -8,8 +8,8 @@ extern "C" {
 // many times or never. Returns a cudaError_t.
 int emulated_enqueue(void* stream, void (*work)(void*), void* context);
 
-// Releases the context of work given to emulated_enqueue_owned, once it can run no more.
-int emulated_enqueue_owned(void* stream, void (*work)(void*), void* context, void (*release)(void*), const char* name);
+// The same; `release` is called with the context once the work cannot run any more.
+int emulated_enqueue_owned(void* stream, void (*work)(void*), void* context, void (*release)(void*));
 
 // The allocation that the current device's kernels may use and that holds the address: [first, last). 0 if none.
 int emulated_range(uint64_t address, uint64_t* first, uint64_t* last);
@@ -17,3 +17,9 @@ int emulated_range(uint64_t address, uint64_t* first, uint64_t* last);
 // Notes a fault of the tested program: printed on stderr after "emulated GPU: ", and kept for emulated_gpu.faults().
 void emulated_fault(const char* sentence);
 }
+
+// What a kernel's library needs of the device that it is launched on (block.cpp).
+struct Hooks {
+    int (*range)(uint64_t address, uint64_t* first, uint64_t* last);  // as emulated_range
+    int reverse;  // whether blocks and threads take turns from the last to the first: shows a barrier that is missing
+};
