@@ -30,7 +30,15 @@ NVMATH = {"cublas": "nvmath/bindings/_internal/cublas", "cublasLt": "nvmath/bind
 EMULATED = {"cublas": "blas.cpp", "cublasLt": "blas_lt.cpp"}
 
 # The status of each library for what it does not support; cuRAND has none, and says that its launch failed.
-NOT_SUPPORTED = {"cublas": 15, "cublasLt": 15, "curand": 201, "cusolver": 9, "cusparse": 10, "cufft": 16, "nvJitLink": 1}
+NOT_SUPPORTED = {
+    "cublas": 15,
+    "cublasLt": 15,
+    "curand": 201,
+    "cusolver": 9,
+    "cusparse": 10,
+    "cufft": 16,
+    "nvJitLink": 1,
+}
 
 STUBS = """
 #include "device.h"
@@ -70,7 +78,9 @@ def functions(cuda_major: int) -> dict[str, set[str]]:
         for name, soname in re.findall(r" U (cu\w+)@(lib\w+\.so\.\d+)$", symbols, re.MULTILINE):
             asked[soname].add(name)
     if f"libcublas.so.{cuda_major}" not in asked:
-        raise RuntimeError(f"emulated GPU: the installed CuPy asks for {', '.join(sorted(asked))}, not for CUDA {cuda_major}")
+        raise RuntimeError(
+            f"emulated GPU: the installed CuPy asks for {', '.join(sorted(asked))}, not for CUDA {cuda_major}"
+        )
     for library, module in NVMATH.items():
         if importlib.util.find_spec("nvmath"):
             names = re.findall(rb"\0(%s[A-Z]\w+)(?=\0)" % library.encode(), module_file(module).read_bytes())
