@@ -20,7 +20,7 @@
 namespace {
 
 constexpr u32 WARP = 32, MOST_THREADS = 1024, BARRIERS = 16;
-constexpr size_t STACK = 1 << 17, GUARD = 1 << 12;  // of each fiber; pages that are never touched cost nothing
+constexpr size_t PAGE = 1 << 12, STACK = 33 * PAGE;  // of each fiber; pages that are never touched cost nothing
 
 // --- fibers ----------------------------------------------------------------------------------------------------------
 
@@ -44,7 +44,8 @@ emulated_switch:
     popq %r12
     popq %rbx
     popq %rbp
-    ret
+    popq %rcx
+    jmp *%rcx  # not ret: the processor would foretell where that goes from the calls, and be wrong each time
 )");
 
 // Stacks with a page below each that may not be touched, kept for the next launch of this host thread.
@@ -53,7 +54,8 @@ class Stacks {
     // What emulated_switch goes on at to begin `entry` on stack `i`.
     void* fresh(u32 i, void (*entry)()) {
         if (!memory_) reserve();
-        void** top = reinterpret_cast<void**>(memory_ + (i + 1) * STACK);
+        // Not all at one place modulo a power of two: they would push each other out of the processor's caches.
+        void** top = reinterpret_cast<void**>(memory_ + (i + 1) * STACK - i / 16 % 32 * 64);
         *--top = nullptr;  // where entry would return to; and a call leaves the stack 8 bytes off 16
         *--top = reinterpret_cast<void*>(entry);
         for (int kept = 0; kept < 6; kept++) *--top = nullptr;
@@ -75,7 +77,7 @@ class Stacks {
             abort();
         }
         memory_ = static_cast<char*>(memory);
-        for (u32 i = 0; i < MOST_THREADS; i++) mprotect(memory_ + i * STACK, GUARD, PROT_NONE);
+        for (u32 i = 0; i < MOST_THREADS; i++) mprotect(memory_ + i * STACK, PAGE, PROT_NONE);
     }
 };
 
@@ -86,6 +88,7 @@ thread_local Stacks stacks;
 enum State { READY, AT_BARRIER, IN_EXCHANGE, EXITED };
 
 struct Fiber : Thread {
+    class Run* run;
     void* stack_pointer;
     State state;
     u32 at;         // the instruction that it waits at
@@ -121,6 +124,7 @@ class Run {
     std::vector<char> shared_, local_;
     std::vector<Fiber> fibers_;
     Waiting barriers_[BARRIERS];
+    u32 exited_ = 0;  // threads of the block
     u64 given_[MOST_THREADS], seen_[MOST_THREADS];  // in exchanges, by each thread; what an exchange shows
     void* scheduler_ = nullptr;
     bool wrong_ = false;
@@ -139,8 +143,7 @@ class Run {
     static void all_threads();
 };
 
-thread_local Run* current;
-thread_local Fiber* running;
+thread_local Fiber* running;  // that begins
 thread_local char error[1024];
 
 Index place(u64 i, Index size) {
@@ -154,6 +157,7 @@ const char* Run::run() {
     char* local = local_.data() + (16 - reinterpret_cast<u64>(local_.data()) % 16);
     for (size_t i = 0; i < fibers_.size(); i++) {
         static_cast<Thread&>(fibers_[i]) = {};
+        fibers_[i].run = this;
         fibers_[i].launch = &launch_;
         fibers_[i].shared = shared;
         fibers_[i].shared_bytes = launch_.dynamic_shared
@@ -163,8 +167,6 @@ const char* Run::run() {
         fibers_[i].local_end = fibers_[i].local + launch_.local_bytes;
         fibers_[i].ranges = ranges_.data();
     }
-    Run* before = current;
-    current = this;
     if (!launch_.waits) {
         running = &fibers_[0];
         emulated_switch(&scheduler_, stacks.fresh(0, all_threads));
@@ -172,7 +174,6 @@ const char* Run::run() {
         const u64 blocks = u64(launch_.grid.x) * launch_.grid.y * launch_.grid.z;
         for (u64 i = 0; i < blocks && !wrong_; i++) run_block(block(i));
     }
-    current = before;
     return wrong_ ? error : nullptr;
 }
 
@@ -191,8 +192,9 @@ void Run::begin(Fiber& me, u32 number) {
 // --- threads that do not wait ----------------------------------------------------------------------------------------
 
 void Run::all_threads() {
-    current->run_plainly();
-    emulated_switch(&running->stack_pointer, current->scheduler_);
+    Fiber& me = *running;
+    me.run->run_plainly();
+    emulated_switch(&me.stack_pointer, me.run->scheduler_);
 }
 
 void Run::run_plainly() {
@@ -214,12 +216,14 @@ void Run::thread() {
     Fiber& me = *running;
     me.launch->run(me);
     me.state = EXITED;
-    emulated_switch(&me.stack_pointer, current->scheduler_);
+    me.run->exited_++;
+    emulated_switch(&me.stack_pointer, me.run->scheduler_);
 }
 
 void Run::run_block(Index block) {
     memset(fibers_[0].shared, 0xFF, fibers_[0].shared_bytes);
     memset(barriers_, 0, sizeof barriers_);
+    exited_ = 0;
     for (u32 i = 0; i < threads_; i++) {
         begin(fibers_[i], i);
         fibers_[i].ctaid = block;
@@ -233,7 +237,7 @@ void Run::run_block(Index block) {
             moved |= run_warp(WARP * (launch_.hooks->reverse ? warps - 1 - i : i));
         if (wrong_) return;
         moved |= finish_barriers();
-        if (wrong_ || std::all_of(fibers_.begin(), fibers_.end(), [](Fiber& f) { return f.state == EXITED; })) return;
+        if (wrong_ || exited_ == threads_) return;
         if (!moved) return in_vain();
     }
 }
@@ -242,12 +246,13 @@ void Run::run_block(Index block) {
 bool Run::run_warp(u32 first) {
     const u32 lanes = std::min(WARP, threads_ - first);
     bool moved = false;
+    Fiber*& now = running;
     do {
         for (u32 i = 0; i < lanes; i++) {
             Fiber& fiber = fibers_[first + (launch_.hooks->reverse ? lanes - 1 - i : i)];
             if (fiber.state != READY) continue;
             moved = true;
-            running = &fiber;
+            now = &fiber;
             emulated_switch(&scheduler_, fiber.stack_pointer);
             if (wrong_) return true;
         }
@@ -315,9 +320,7 @@ bool Run::finish_barriers() {
     bool finished = false;
     for (u32 id = 0; id < BARRIERS; id++) {
         Waiting& barrier = barriers_[id];
-        const u32 exited =
-            std::count_if(fibers_.begin(), fibers_.end(), [](Fiber& f) { return f.state == EXITED; });
-        if (!barrier.arrived || barrier.arrived < (barrier.expected ? barrier.expected : threads_ - exited)) continue;
+        if (!barrier.arrived || barrier.arrived < (barrier.expected ? barrier.expected : threads_ - exited_)) continue;
         finished = true;
         for (Fiber& fiber : fibers_) {
             if (fiber.state != AT_BARRIER || fiber.id != id) continue;
@@ -353,7 +356,7 @@ void Run::trap(Thread& me, u32 at, const char* sentence) {
     snprintf(error, sizeof error, "%s: thread (%u, %u, %u) of block (%u, %u, %u) at %s: %s", launch_.kernel, me.tid.x,
              me.tid.y, me.tid.z, me.ctaid.x, me.ctaid.y, me.ctaid.z, launch_.instructions[at], sentence);
     wrong_ = true;
-    emulated_switch(&running->stack_pointer, scheduler_);  // and never comes back
+    emulated_switch(&static_cast<Fiber&>(me).stack_pointer, scheduler_);  // and never comes back
     abort();
 }
 
@@ -374,7 +377,7 @@ void emulated_trap(Thread& me, u32 at, const char* format, ...) {
     va_start(values, format);
     vsnprintf(sentence, sizeof sentence, format, values);
     va_end(values);
-    current->trap(me, at, sentence);
+    static_cast<Fiber&>(me).run->trap(me, at, sentence);
 }
 
 void emulated_find_range(Thread& me, u32 at, u64 address, u32 bytes) {
@@ -396,10 +399,12 @@ void emulated_find_range(Thread& me, u32 at, u64 address, u32 bytes) {
 }
 
 Exchange emulated_exchange(Thread& me, u32 at, u32 mask, u64 value) {
-    return current->exchange(static_cast<Fiber&>(me), at, mask, value);
+    Fiber& fiber = static_cast<Fiber&>(me);
+    return fiber.run->exchange(fiber, at, mask, value);
 }
 
 u32 emulated_barrier(Thread& me, u32 at, Barrier kind, bool aligned, u32 id, u32 count, bool predicate) {
-    return current->arrive(static_cast<Fiber&>(me), at, kind, aligned, id, count, predicate);
+    Fiber& fiber = static_cast<Fiber&>(me);
+    return fiber.run->arrive(fiber, at, kind, aligned, id, count, predicate);
 }
 }
