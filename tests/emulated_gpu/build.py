@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,10 +32,10 @@ def cache() -> Path:
 def build(name: str, sources: Sequence[Path | str], flags: Sequence[str] = (), key: str = "") -> Path:
     """The shared library compiled of ``sources``: files (``Path``) or C++ text (``str``).
 
-    It is compiled anew where a source, a header of this folder, a flag, ``key`` or the compiler is another.
+    It is compiled anew where a source, a header of this folder that it includes, a flag, ``key`` or the compiler is another.
     """
     digest = hashlib.sha256()
-    for part in (compiler(), headers(), *FLAGS, *flags, key, *(read(source) for source in sources)):
+    for part in (compiler(), *FLAGS, *flags, key, *(with_headers(read(source)) for source in sources)):
         digest.update(part.encode() + b"\0")
     library = cache() / f"{name}-{digest.hexdigest()[:24]}.so"
     if library.exists():
@@ -78,10 +79,16 @@ def read(source: Path | str) -> str:
     return source.read_text() if isinstance(source, Path) else source
 
 
-@functools.cache
-def headers() -> str:
-    """The text of this folder's headers, any of which a source may include."""
-    return "\0".join(path.read_text() for path in sorted(HERE.glob("*.h")))
+def with_headers(text: str) -> str:
+    """C++ text with that of the headers of this folder that it includes."""
+    seen: dict[str, str] = {}
+    left = [text]
+    while left:
+        for name in re.findall(r'^#include "([\w/.]+)"', left.pop(), re.MULTILINE):
+            if name not in seen and (HERE / name).exists():
+                seen[name] = (HERE / name).read_text()
+                left.append(seen[name])
+    return "\0".join([text, *seen.values()])
 
 
 @functools.cache
@@ -93,14 +100,12 @@ def compiler() -> str:
         raise RuntimeError(f"emulated GPU: needs g++, which cannot be started ({error})") from error
 
 
-@functools.cache
-def cuda_include() -> Path:
-    """The folder of NVIDIA's headers, from the wheel of CUDA's runtime that belongs to the installed CuPy."""
+def nvidia(cuda: int, part: str, path: str) -> Path:
+    """A file of NVIDIA's wheel of ``part`` ("cuda_runtime", "cuda_nvrtc") for CUDA ``cuda``."""
     spec = importlib.util.find_spec("nvidia")
     for root in spec.submodule_search_locations or () if spec else ():
-        for folder in (Path(root, "cuda_runtime", "include"), *sorted(Path(root).glob("cu[0-9]*/include"))):
-            if (folder / "cuda_runtime_api.h").exists():
-                return folder
-    raise RuntimeError(
-        "emulated GPU: CUDA's headers are missing; install nvidia-cuda-runtime-cu12 (CUDA 12) or nvidia-cuda-runtime"
-    )
+        file = Path(root, part if cuda == 12 else f"cu{cuda}", path)
+        if file.exists():
+            return file
+    wheel = f"nvidia-{part.replace('_', '-')}" + ("-cu12" if cuda == 12 else "")
+    raise RuntimeError(f"emulated GPU: {path} is missing; install {wheel}")

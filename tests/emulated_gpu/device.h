@@ -8,8 +8,8 @@ extern "C" {
 // many times or never. Returns a cudaError_t.
 int emulated_enqueue(void* stream, void (*work)(void*), void* context);
 
-// The same; `release` is called with the context once the work cannot run any more.
-int emulated_enqueue_owned(void* stream, void (*work)(void*), void* context, void (*release)(void*));
+// The same; `release` is called with the context once the work cannot run any more. `name` is that of the graph's node.
+int emulated_enqueue_owned(void* stream, void (*work)(void*), void* context, void (*release)(void*), const char* name);
 
 // The allocation that the current device's kernels may use and that holds the address: [first, last). 0 if none.
 int emulated_range(uint64_t address, uint64_t* first, uint64_t* last);

@@ -1,0 +1,122 @@
+"""The library of the emulated device in this process: loaded, configured, and served with modules."""
+
+from __future__ import annotations
+
+import ctypes
+import traceback
+from pathlib import Path
+from typing import Any
+
+from emulated_gpu import blas, modules, overlay
+from emulated_gpu.build import HERE, build, nvidia
+from emulated_gpu.options import TIMINGS, Options
+from emulated_gpu.registers import registers, text_of
+
+SOURCES = ("device.cpp", "memory.cpp", "streams.cpp", "graphs.cpp", "launch.cpp")
+INVALID_IMAGE, INVALID_PTX = 200, 218  # of CUresult
+
+LOAD = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)
+REGISTERS = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)
+
+
+class Loaded:
+    """What must live as long as CuPy may call it."""
+
+    def __init__(self, library: ctypes.CDLL, options: Options) -> None:
+        self.library, self.options = library, options
+        self.texts: dict[int, str] = {}  # PTX, by module
+        self.modules: dict[int, Any] = {}
+        self.hooks = LOAD(self.load_module), REGISTERS(self.registers)
+        library.emulated_set_hooks(*self.hooks)
+
+    def load_module(self, handle: int, image: bytes) -> int:
+        """Compile the PTX of a module and tell the library its kernels; 0, or a CUresult."""
+        if image.startswith(b"\x7fELF"):
+            self.fault("a module of machine code, where PTX is emulated: CUPY_COMPILE_WITH_PTX must be 1")
+            return INVALID_IMAGE
+        try:
+            text = text_of(image)
+            module = modules.build(text)
+            self.texts[handle], self.modules[handle] = text, module
+            self.add(handle, module)
+        except Exception:
+            self.fault(f"cannot load a module: {traceback.format_exc()}")
+            return INVALID_PTX
+        return 0
+
+    def add(self, handle: int, module: Any) -> None:
+        pointer = ctypes.c_void_p
+        for name, kernel in module.kernels.items():
+            count = len(kernel.parameters)
+            offsets, sizes = ((ctypes.c_size_t * count)(*numbers) for numbers in zip(*kernel.parameters, strict=True)) if count else (None, None)
+            launch = ctypes.cast(getattr(module.library, kernel.symbol), pointer)
+            size = ctypes.c_size_t
+            self.library.emulated_add_kernel(
+                pointer(handle), name.encode(), launch, count, offsets, sizes, size(kernel.parameter_bytes),
+                kernel.max_threads, size(kernel.shared_bytes),
+            )  # fmt: skip
+        for name, (symbol, size_of) in module.variables.items():
+            address = ctypes.addressof(ctypes.c_char.in_dll(module.library, symbol))
+            self.library.emulated_add_variable(pointer(handle), name.encode(), pointer(address), ctypes.c_size_t(size_of))
+
+    def registers(self, handle: int, name: bytes) -> int:
+        """Of a kernel; -1 if they cannot be found."""
+        try:
+            return registers(self.texts[handle], self.options.capability)[name.decode()]
+        except Exception:
+            self.fault(f"cannot count the registers of {name.decode()}: {traceback.format_exc()}")
+            return -1
+
+    def fault(self, sentence: str) -> None:
+        self.library.emulated_fault(sentence.encode())
+
+
+_loaded: list[Loaded] = []
+
+
+def load(options: Options) -> None:
+    """Build and load the device's libraries, before CuPy looks for NVIDIA's."""
+    if _loaded:
+        return
+    _, _, cuda = overlay.cupy_wheel()
+    library = build_library(cuda)
+    memory = options.memory_of_each()
+    library.emulated_configure(
+        options.devices,
+        (ctypes.c_uint64 * len(memory))(*memory),
+        TIMINGS.index(options.timing),
+        options.pageable == "late",
+        options.capability,
+    )
+    blas.load(cuda)
+    # The real one, from where it must be: what is loaded is not looked for.
+    ctypes.CDLL(str(nvidia(cuda, "cuda_nvrtc", f"lib/libnvrtc.so.{cuda}")))
+    _loaded.append(Loaded(library, options))
+
+
+def build_library(cuda: int) -> ctypes.CDLL:
+    """The device's library for CUDA ``cuda``, under the name of the driver, so that whoever asks for that gets ours."""
+    headers = nvidia(cuda, "cuda_runtime", "include/cuda_runtime_api.h").parent
+    flags = ("-Wl,-soname,libcuda.so.1", f"-I{HERE / 'include'}", f"-I{headers}")
+    return ctypes.CDLL(str(build("libcuda", [HERE / name for name in SOURCES], flags)), mode=ctypes.RTLD_GLOBAL)
+
+
+def lay_over(module: Path) -> None:
+    """Replace CUDA's runtime in CuPy's module."""
+    overlay.lay_over(module, _loaded[0].library)
+
+
+def faults() -> list[str]:
+    """See :func:`emulated_gpu.faults`."""
+    found = []
+    text = ctypes.create_string_buffer(8192)
+    while _loaded and _loaded[0].library.emulated_take_fault(text, ctypes.c_size_t(len(text))):
+        found.append(text.value.decode(errors="replace"))
+    return found
+
+
+def mend() -> None:
+    """See :func:`emulated_gpu.mend`."""
+    if _loaded:
+        _loaded[0].library.emulated_mend()
+
