@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import emulated_gpu
 import numpy as np
 import pytest
 from emulated_gpu.blas import EMULATED, STUB, STUBS, fast
@@ -576,3 +578,19 @@ def test_faults_that_a_library_may_have(device: Device) -> None:
         assert sums.tolist() == [5, 5]
     finally:
         switches[...] = before
+
+
+# --- under CuPy ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_cupy_finds_its_libraries_and_what_is_not_emulated_says_so() -> None:
+    if emulated_gpu.installed() is None:
+        pytest.skip("the libraries are not the emulated ones")
+    for module in ("cublas", "curand", "cusolver", "cusparse"):
+        importlib.import_module(f"cupy_backends.cuda.libs.{module}")
+    importlib.import_module("cupy.cuda.cufft")
+    cusparse = importlib.import_module("cupy_backends.cuda.libs.cusparse")
+    with pytest.raises(cusparse.CuSparseError):
+        cusparse.create()
+    assert emulated_gpu.faults()[0] == "cusparseCreate is not emulated"

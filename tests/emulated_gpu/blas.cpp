@@ -58,7 +58,8 @@ int multiply(const char* call, Handle* handle, Sizes sizes, const void* alpha, O
 }
 
 // A sum of products of two vectors, that is put into device memory.
-template <class T> int dot(const char* call, Handle* handle, int n, const T* x, int x_step, const T* y, int y_step, T* to) {
+template <class T>
+int dot(const char* call, Handle* handle, int n, const T* x, int x_step, const T* y, int y_step, T* to) {
     struct Work {
         const char* call;
         const T *x, *y;

@@ -172,7 +172,8 @@ struct Product {
                (!(beta_at || beta != 0) || is("C", C.at, C.bytes())) &&
                (!(epilogue & (BIAS | BGRAD | BGRADA | BGRADB)) ||
                 is("the vector of the epilogue", vector, vector_length() * bytes_of(D.type))) &&
-               (!(epilogue & AUX) || is("the mask of the epilogue", mask, ((D.columns - 1) * mask_stride + D.rows + 7) / 8)) &&
+               (!(epilogue & AUX) ||
+                is("the mask of the epilogue", mask, ((D.columns - 1) * mask_stride + D.rows + 7) / 8)) &&
                (!workspace_bytes || is("the workspace", workspace, workspace_bytes));
     }
 

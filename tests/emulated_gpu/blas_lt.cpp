@@ -25,9 +25,11 @@ constexpr int COUNT = sizeof ALGORITHMS / sizeof *ALGORITHMS;
 // For tests: what this library is to do wrong, and how slow its algorithms are.
 extern "C" {
 struct {
-    uint32_t lacks[8];                        // epilogues for which the heuristic finds nothing
-    int relu_of_nan, whole_bias, whole_sums;  // 0: ReLU hides NaN; the last column has no bias; the last term is left out
-    int microseconds[COUNT];                  // that an algorithm takes at least
+    uint32_t lacks[8];        // epilogues for which the heuristic finds nothing
+    int relu_of_nan;          // 0: ReLU hides NaN
+    int whole_bias;           // 0: the last column goes without
+    int whole_sums;           // 0: the last term of a gradient of a bias is left out
+    int microseconds[COUNT];  // that an algorithm takes at least
     int version;
 } emulated_lt = {{}, 1, 1, 1, {}, CUDA_MAJOR * 10000 + 903};
 }
@@ -145,8 +147,8 @@ int describe(const char* call, Handle* handle, const Problem& problem, Product& 
         product.C.columns != D.columns)
         return INVALID_VALUE;
     if (product.epilogue & AUX && (product.mask_stride % 128 || product.mask_stride < D.rows))
-        return fault(INVALID_VALUE, "%s: the mask's rows are %ld bits apart for %ld rows; must be a multiple of 128", call,
-                     product.mask_stride, D.rows);
+        return fault(INVALID_VALUE, "%s: the mask's columns of %ld bits are %ld apart, which must be a multiple of 128",
+                     call, D.rows, product.mask_stride);
     switch (product.epilogue) {
         case DEFAULT: case RELU: case BIAS: case RELU | BIAS: case RELU | AUX: case RELU | AUX | BIAS:
         case DRELU | AUX: case DRELU | AUX | BGRAD: case BGRADA: case BGRADB: return SUCCESS;
@@ -174,7 +176,8 @@ static_assert(sizeof(Result) == 96);
 uint64_t digest(const Product& p) {
     uint64_t sum = 14695981039346656037u;
     for (const Matrix* x : {&p.A, &p.B, &p.C, &p.D})
-        for (long n : {long(x->type), x->rows, x->columns, x->stride, long(x->turned)}) sum = (sum ^ n) * 1099511628211u;
+        for (long n : {long(x->type), x->rows, x->columns, x->stride, long(x->turned)})
+            sum = (sum ^ n) * 1099511628211u;
     for (long n : {long(p.compute), long(p.epilogue), p.mask_stride}) sum = (sum ^ n) * 1099511628211u;
     return sum;
 }
@@ -338,8 +341,8 @@ int cublasLtMatmul(Handle* handle, Operation* operation, const void* alpha, cons
             return fault(INVALID_VALUE, "%s: %s at %p is not aligned to %d bytes, which was promised", call, names[i],
                          pointers[i], choice->alignment[i]);
     if (workspace_bytes < algorithm->workspace || reinterpret_cast<uint64_t>(workspace) % 16)
-        return fault(INVALID_VALUE, "%s: a workspace of %zu bytes at %p, for an algorithm that takes %zu, aligned to 16",
-                     call, workspace_bytes, workspace, algorithm->workspace);
+        return fault(INVALID_VALUE, "%s: a workspace of %zu bytes at %p, where %zu are taken, aligned to 16", call,
+                     workspace_bytes, workspace, algorithm->workspace);
     for (const Matrix* x : {&product.A, &product.B}) {
         const char *first = static_cast<char*>(x->at), *out = static_cast<char*>(d);
         if (first < out + product.D.bytes() && out < first + x->bytes())
