@@ -113,7 +113,7 @@ class Run {
           fibers_(launch.waits ? threads_ : 1) {}
 
     const char* run();
-    [[noreturn]] void trap(Thread& me, u32 at, const char* sentence);
+    [[noreturn]] void trap(Fiber& me, u32 at, const char* sentence);
     Exchange exchange(Fiber& me, u32 at, u32 mask, u64 value);
     u32 arrive(Fiber& me, u32 at, Barrier kind, bool aligned, u32 id, u32 count, bool predicate);
 
@@ -135,8 +135,8 @@ class Run {
     void run_block(Index block);
     bool run_warp(u32 first);
     bool finish_exchanges(u32 first);
-    bool finish_barriers();
-    void wait(Fiber& me, u32 at, State state);
+    bool finish_barrier(u32 id);
+    void note(const Fiber& fiber, u32 at, const char* sentence);
     void in_vain();
 
     static void thread();
@@ -236,7 +236,7 @@ void Run::run_block(Index block) {
         for (u32 i = 0; i < warps && !wrong_; i++)
             moved |= run_warp(WARP * (launch_.hooks->reverse ? warps - 1 - i : i));
         if (wrong_) return;
-        moved |= finish_barriers();
+        for (u32 id = 0; id < BARRIERS; id++) moved |= finish_barrier(id);  // threads that exit are waited for no more
         if (wrong_ || exited_ == threads_) return;
         if (!moved) return in_vain();
     }
@@ -260,17 +260,13 @@ bool Run::run_warp(u32 first) {
     return moved;
 }
 
-void Run::wait(Fiber& me, u32 at, State state) {
-    me.at = at;
-    me.state = state;
-    emulated_switch(&me.stack_pointer, scheduler_);
-}
-
 Exchange Run::exchange(Fiber& me, u32 at, u32 mask, u64 value) {
     if (!(mask >> me.lane & 1)) emulated_trap(me, at, "lane %u is not in its mask %#x", me.lane, mask);
+    me.at = at;
     me.mask = mask;
+    me.state = IN_EXCHANGE;
     given_[me.number] = value;
-    wait(me, at, IN_EXCHANGE);
+    emulated_switch(&me.stack_pointer, scheduler_);
     return {me.mask, seen_ + me.number / WARP * WARP};
 }
 
@@ -311,32 +307,28 @@ u32 Run::arrive(Fiber& me, u32 at, Barrier kind, bool aligned, u32 id, u32 count
     barrier.trues += predicate;
     barrier.aligned |= aligned;
     barrier.lanes[me.number / WARP] |= 1u << me.lane;
+    me.at = at;
     me.id = id;
-    if (kind == SYNC) wait(me, at, AT_BARRIER);
+    if (kind == SYNC) me.state = AT_BARRIER;
+    finish_barrier(id);
+    if (me.state != READY || wrong_) emulated_switch(&me.stack_pointer, scheduler_);
     return me.trues;
 }
 
-bool Run::finish_barriers() {
-    bool finished = false;
-    for (u32 id = 0; id < BARRIERS; id++) {
-        Waiting& barrier = barriers_[id];
-        if (!barrier.arrived || barrier.arrived < (barrier.expected ? barrier.expected : threads_ - exited_)) continue;
-        finished = true;
-        for (Fiber& fiber : fibers_) {
-            if (fiber.state != AT_BARRIER || fiber.id != id) continue;
-            fiber.state = READY;
-            fiber.trues = barrier.trues;
-            const u32 first = fiber.number / WARP * WARP, lanes = std::min(WARP, threads_ - first);
-            if (barrier.aligned && barrier.lanes[first / WARP] != (lanes == WARP ? ~0u : (1u << lanes) - 1)) {
-                snprintf(error, sizeof error, "%s: %s, which a part of a warp does not reach", launch_.kernel,
-                         launch_.instructions[fiber.at]);
-                wrong_ = true;
-                return true;
-            }
-        }
-        barrier = {};
+// Lets those go on who wait at a barrier, if no more are to come.
+bool Run::finish_barrier(u32 id) {
+    Waiting& barrier = barriers_[id];
+    if (!barrier.arrived || barrier.arrived < (barrier.expected ? barrier.expected : threads_ - exited_)) return false;
+    for (Fiber& fiber : fibers_) {
+        if (fiber.state != AT_BARRIER || fiber.id != id) continue;
+        fiber.state = READY;
+        fiber.trues = barrier.trues;
+        const u32 first = fiber.number / WARP * WARP, lanes = std::min(WARP, threads_ - first);
+        if (barrier.aligned && barrier.lanes[first / WARP] != (lanes == WARP ? ~0u : (1u << lanes) - 1))
+            note(fiber, fiber.at, "other threads of its warp are not here");
     }
-    return finished;
+    barrier = {};
+    return true;
 }
 
 // Says which threads wait, and where: of each instruction, the first thread.
@@ -352,11 +344,16 @@ void Run::in_vain() {
     wrong_ = true;
 }
 
-void Run::trap(Thread& me, u32 at, const char* sentence) {
-    snprintf(error, sizeof error, "%s: thread (%u, %u, %u) of block (%u, %u, %u) at %s: %s", launch_.kernel, me.tid.x,
-             me.tid.y, me.tid.z, me.ctaid.x, me.ctaid.y, me.ctaid.z, launch_.instructions[at], sentence);
+void Run::note(const Fiber& fiber, u32 at, const char* sentence) {
+    if (wrong_) return;
+    snprintf(error, sizeof error, "%s: thread (%u, %u, %u) of block (%u, %u, %u) at %s: %s", launch_.kernel, fiber.tid.x,
+             fiber.tid.y, fiber.tid.z, fiber.ctaid.x, fiber.ctaid.y, fiber.ctaid.z, launch_.instructions[at], sentence);
     wrong_ = true;
-    emulated_switch(&static_cast<Fiber&>(me).stack_pointer, scheduler_);  // and never comes back
+}
+
+void Run::trap(Fiber& me, u32 at, const char* sentence) {
+    note(me, at, sentence);
+    emulated_switch(&me.stack_pointer, scheduler_);  // and never comes back
     abort();
 }
 
@@ -377,7 +374,8 @@ void emulated_trap(Thread& me, u32 at, const char* format, ...) {
     va_start(values, format);
     vsnprintf(sentence, sizeof sentence, format, values);
     va_end(values);
-    static_cast<Fiber&>(me).run->trap(me, at, sentence);
+    Fiber& fiber = static_cast<Fiber&>(me);
+    fiber.run->trap(fiber, at, sentence);
 }
 
 void emulated_find_range(Thread& me, u32 at, u64 address, u32 bytes) {

@@ -216,7 +216,8 @@ template <class T> INLINE T add(T a, T b) { return static_cast<T>(a + b); }
 template <class T> INLINE T sub(T a, T b) { return static_cast<T>(a - b); }
 template <class T> INLINE T mul(T a, T b) { return static_cast<T>(a * b); }
 template <class T> INLINE T div(T a, T b) { return a / b; }
-template <class T> INLINE T sqrt(T a) { return sizeof(T) == 4 ? __builtin_sqrtf(a) : __builtin_sqrt(a); }
+INLINE f32 sqrt(f32 a) { return __builtin_sqrtf(a); }
+INLINE f64 sqrt(f64 a) { return __builtin_sqrt(a); }
 template <class T> INLINE T rcp(T a) { return T(1) / a; }
 INLINE f32 fma(f32 a, f32 b, f32 c) { return __builtin_fmaf(a, b, c); }
 INLINE f64 fma(f64 a, f64 b, f64 c) { return __builtin_fma(a, b, c); }
@@ -279,10 +280,10 @@ INLINE f32 tanh(f32 x) { return static_cast<f32>(__builtin_tanh(x)); }
 // --- conversions (9.7.9.22) ------------------------------------------------------------------------------------------
 
 // A number without fraction to an integer: clamped; NaN to 0, or to the upper bit where 64 bits are involved.
-template <class I, class F> INLINE I to_integer(F x) {
-    if (x != x) return sizeof(F) == 8 || sizeof(I) == 8 ? I(I(1) << (width<I> - 1)) : I(0);
-    if (x < static_cast<F>(lowest<I>)) return lowest<I>;
-    if (x >= static_cast<F>(I(1) << (width<I> - 2)) * (is_signed<I> ? 2 : 4)) return highest<I>;
+template <class I> INLINE I to_integer(f64 x, bool from_f64) {
+    if (x != x) return from_f64 || sizeof(I) == 8 ? I(I(1) << (width<I> - 1)) : I(0);
+    if (x < static_cast<f64>(lowest<I>)) return lowest<I>;
+    if (x >= static_cast<f64>(I(1) << (width<I> - 2)) * (is_signed<I> ? 2 : 4)) return highest<I>;
     return static_cast<I>(x);
 }
 
@@ -366,11 +367,9 @@ template <class T> INLINE T bfe(T x, u32 start, u32 length) {
 template <class T> INLINE T bfi(T field, T x, u32 start, u32 length) {
     start &= 255;
     length &= 255;
-    for (u32 i = 0; i < length && start + i < width<T>; i++) {
-        const T bit = T(1) << (start + i);
-        x = field >> i & 1 ? x | bit : x & ~bit;
-    }
-    return x;
+    if (start >= width<T>) return x;
+    const T ones = length < width<T> ? T(T(1) << length) - 1 : ~T(0);
+    return (x & ~(ones << start)) | ((field & ones) << start);
 }
 
 INLINE u32 prmt(u32 a, u32 b, u32 selection) {
@@ -391,7 +390,7 @@ template <class T> INLINE T lop3(T a, T b, T c, u32 table) {
     return result;
 }
 
-// Sum, difference with the carry bit; `width` bits of T (9.7.2).
+// Sum, difference with the carry bit (9.7.2).
 template <class T> INLINE T add_carry(T a, T b, u32 in, u32& out) {
     const u128 sum = u128(a) + b + in;
     out = static_cast<u32>(sum >> width<T>) & 1;

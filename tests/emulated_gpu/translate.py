@@ -125,6 +125,9 @@ class _Module:
         self.shared: dict[str, int] = {}  # offsets of the variables that belong to no function
         self.shared_bytes = _place(self.shared, [v for v in program.variables if v.space == "shared" and v.count])
         self.dynamic = {v.name for v in program.variables if v.space == "shared" and not v.count}
+        if any(v.align > 16 for f in program.functions for v in (*program.variables, *f.variables)):
+            raise UnknownPTX("a variable that is aligned to more than 16 bytes")
+        self.shared_everywhere = any(self.shared.keys() & names_of(f) for f in program.functions if not f.entry)
         self.sites = ["a call"]  # texts of instructions, as Launch has them
         self.bodies: dict[str, _Body] = {}
 
@@ -140,10 +143,7 @@ class _Module:
         offsets: dict[str, int] = {}
         size = _place(offsets, function.parameters)
         parameters = tuple((offsets[p.name], p.size) for p in function.parameters)
-        body = self.bodies[function.name]
-        shared = body.static_shared
-        if any(self.bodies[name].uses_module_shared for name in self.reached(function.name) if name in self.bodies):
-            shared = max(shared, self.shared_bytes)
+        shared = self.bodies[function.name].static_shared
         return Kernel(f"launch_{function.name}", parameters, size, function.max_threads, shared)
 
     def launcher(self, function: Function) -> str:
@@ -182,6 +182,12 @@ def _place(offsets: dict[str, int], variables: list[Variable] | tuple[Variable, 
     return start
 
 
+def names_of(function: Function) -> set[str]:
+    """All that the instructions of a function name."""
+    texts = (i.text for i in function.body or () if isinstance(i, Instruction))
+    return {name for text in texts for name in re.findall(r"[\w$%]+", text)}
+
+
 def _parameters(function: Function) -> str:
     """Of a function that is not a kernel: the memory of what it returns and takes, which belongs to the caller."""
     return ", ".join(["Thread& me", *(f"char* {cpp(v.name)}" for v in (*function.returns, *function.parameters))])
@@ -194,7 +200,7 @@ class _Body:
         self.module, self.function = module, function
         module.bodies[function.name] = self
         self.calls: set[str] = set()
-        self.waits = self.uses_module_shared = False
+        self.waits = False
         self.used: set[str] = set()  # registers
         self.offsets: dict[str, int] = {}  # of shared and local variables, and of a kernel's parameters
         if function.entry:
@@ -202,16 +208,12 @@ class _Body:
         own = [v for v in function.variables if v.space == "shared"]
         if own and not function.entry:
             raise UnknownPTX(f"shared memory of {function.name}, which is no kernel")
-        uses_module = any(name in self.module.shared for name in self.names())
-        self.static_shared = _place(self.offsets, own, module.shared_bytes if uses_module else 0)
+        behind = module.shared_everywhere or module.shared.keys() & names_of(function)
+        self.static_shared = _place(self.offsets, own, module.shared_bytes if behind else 0)
         local = [v for v in function.variables if v.space == "local"]
         self.local_bytes = -(-_place(self.offsets, local) // 16) * 16
         self.spaces = {v.name: v for v in (*function.variables, *function.parameters, *function.returns)}
         self.spaces |= {v.name: v for v in module.memory}
-
-    def names(self) -> set[str]:
-        texts = (i.text for i in self.function.body or () if isinstance(i, Instruction))
-        return {name for text in texts for name in re.findall(r"[\w$%]+", text)}
 
     def text(self) -> str:
         function, lines = self.function, []
@@ -247,7 +249,6 @@ class _Body:
         if name in self.module.dynamic:
             return "shared", "((me.launch->static_shared + 15) & ~15ull)"
         if name in self.module.shared:
-            self.uses_module_shared = True
             return "shared", f"{self.module.shared[name]}u"
         variable = self.spaces.get(name)
         if variable is None:
@@ -334,7 +335,7 @@ class Operation:
 
     def value_of(self, text: str, type_: str) -> str:
         if type_ == "pred":
-            return self.predicate(text) if "%" in text or text[0] == "!" else str(int(text != "0"))
+            return {"0": "false", "1": "true", "-1": "true"}.get(text) or self.predicate(text)
         if text in SPECIAL:
             return f"as<{cpp_type(type_)}>({SPECIAL[text]})"
         if text in self.body.function.registers:
@@ -385,7 +386,7 @@ class Operation:
                 return f"{address} + {offset}"
             if found != space:
                 raise UnknownPTX(f"{base}, which is in .{found}")
-        return f"in_{space}(me, {self.site()}, {address} + u64({offset:#x}ull), {size})".replace("0x-", "-0x")
+        return f"in_{space}(me, {self.site()}, {address} + {offset % 2**64:#x}ull, {size})"
 
     def space(self) -> str:
         """The state space of a memory instruction; without one the address is generic."""
@@ -453,7 +454,7 @@ def mul(op: Operation) -> str:
     part = op.choice(None, "lo", "hi", "wide")
     values = f"{op.value(1, type_)}, {op.value(2, type_)}"
     result = type_ if part != "wide" else f"{type_[0]}{2 * BITS[type_]}"
-    product = {"lo": f"{cpp_type(type_)}(product({values}))", "hi": f"high({values})", "wide": f"product({values})"}[part]
+    product = {"lo": f"mul({values})", "hi": f"high({values})", "wide": f"product({values})"}[part]
     if op.opcode == "mul":
         return op.assign(0, product, result)
     sets = op.flag("cc")
@@ -699,25 +700,26 @@ def mov(op: Operation) -> str:
 
 @translates("cvt")
 def cvt(op: Operation) -> str:
-    """9.7.9.22."""
+    """9.7.9.22. .ftz concerns what is f32."""
     source, target = op.type(), op.type()
     rounding = op.choice("", "rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi")
-    op.flush = op.flag("ftz")
+    ftz = op.flag("ftz")
     saturated = op.flag("sat")
+    op.flush = ftz and source == "f32"
     value = op.value(1, source)
     if target not in FLOATS and source not in FLOATS:
         return op.assign(0, f"clamp<{target}>({value})" if saturated else f"{cpp_type(target)}({value})", target)
-    whole = f"whole_{rounding[:2]}" if rounding.endswith("i") else ""
-    if target not in FLOATS:  # the value without fraction is exact in f64; the function asks for the source's type
-        return op.assign(0, f"to_integer<{target}>({source}({whole}({value})))", target)
-    if whole:
-        value = f"{source}({whole}({value}))"
+    if source in FLOATS and rounding.endswith("i"):
+        value = f"whole_{rounding[:2]}({value})"  # in f64, exactly
+    if target not in FLOATS:
+        return op.assign(0, f"to_integer<{target}>({value}, {str(source == 'f64').lower()})", target)
     if rounding in ("rz", "rm", "rp"):
         if target == "f16":
             raise UnknownPTX(f"the rounding .{rounding} to f16")
         value = f"rounded<{rounding.upper()}>([]({source} x) {{ return {target}(x); }}, {value})"
-    if target != "f32" and source != "f32":
-        op.flush = False
+    elif target == "f16":
+        value = f"f64({value})"  # a detour by f32 would round twice
+    op.flush = ftz and target == "f32"
     return op.result(f"{target}({value})", target, saturated)
 
 
@@ -811,11 +813,10 @@ def atom(op: Operation) -> str:
         raise UnknownPTX("an atomic operation on f16 without .noftz")
     first = 1 if op.opcode == "atom" else 0
     address = op.memory(first, space, BITS[type_] // 8)
-    op.flush = type_ == "f32" and space == "global" and name == "add"
     value = op.value(first + 1, type_)
-    old = "flush(old)" if op.flush else "old"
+    flushing = "is_shared(me, address) ? add(old, value) : flush(add(flush(old), flush(value)))"
     changed = {
-        "add": f"add({old}, value)",
+        "add": flushing if type_ == "f32" else "add(old, value)",
         "min": "min(old, value)",
         "max": "max(old, value)",
         "and": "old & value",
@@ -827,11 +828,11 @@ def atom(op: Operation) -> str:
         "dec": "old == 0 || old > value ? value : old - 1",
     }[name]
     c = cpp_type(type_)
-    if op.flush:
-        changed = f"flush({changed})"
-    other = f"const {c} other = {op.value(first + 2, type_)}; " if name == "cas" else ""
-    call = f"atomic<{c}>({address}, [&]({c} old) {{ return {changed}; }})"
-    return f"const {c} value = {value}; {other}{op.assign(0, call, type_) if first else call + ';'}"
+    known = f"const u64 address = {address}; const {c} value = {value};"
+    if name == "cas":
+        known += f" const {c} other = {op.value(first + 2, type_)};"
+    call = f"atomic<{c}>(address, [&]({c} old) -> {c} {{ return {changed}; }})"
+    return f"{known} {op.assign(0, call, type_) if first else call + ';'}"
 
 
 @translates("prefetch", "prefetchu", "membar", "fence", "nanosleep")
