@@ -32,7 +32,7 @@ def cache() -> Path:
 def build(name: str, sources: Sequence[Path | str], flags: Sequence[str] = (), key: str = "") -> Path:
     """The shared library compiled of ``sources``: files (``Path``) or C++ text (``str``).
 
-    It is compiled anew where a source, a header of this folder that it includes, a flag, ``key`` or the compiler is another.
+    It is compiled anew where a source, a header that it includes, a flag, ``key`` or the compiler is another.
     """
     digest = hashlib.sha256()
     for part in (compiler(), *FLAGS, *flags, key, *(with_headers(read(source)) for source in sources)):

@@ -48,7 +48,11 @@ class Loaded:
         pointer = ctypes.c_void_p
         for name, kernel in module.kernels.items():
             count = len(kernel.parameters)
-            offsets, sizes = ((ctypes.c_size_t * count)(*numbers) for numbers in zip(*kernel.parameters, strict=True)) if count else (None, None)
+            offsets, sizes = (
+                ((ctypes.c_size_t * count)(*numbers) for numbers in zip(*kernel.parameters, strict=True))
+                if count
+                else (None, None)
+            )
             launch = ctypes.cast(getattr(module.library, kernel.symbol), pointer)
             size = ctypes.c_size_t
             self.library.emulated_add_kernel(
@@ -57,7 +61,9 @@ class Loaded:
             )  # fmt: skip
         for name, (symbol, size_of) in module.variables.items():
             address = ctypes.addressof(ctypes.c_char.in_dll(module.library, symbol))
-            self.library.emulated_add_variable(pointer(handle), name.encode(), pointer(address), ctypes.c_size_t(size_of))
+            self.library.emulated_add_variable(
+                pointer(handle), name.encode(), pointer(address), ctypes.c_size_t(size_of)
+            )
 
     def registers(self, handle: int, name: bytes) -> int:
         """Of a kernel; -1 if they cannot be found."""
@@ -119,4 +125,3 @@ def mend() -> None:
     """See :func:`emulated_gpu.mend`."""
     if _loaded:
         _loaded[0].library.emulated_mend()
-

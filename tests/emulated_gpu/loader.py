@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from emulated_gpu import VARIABLE
 from emulated_gpu.build import HERE, cache
@@ -39,7 +39,7 @@ def install(options: Options) -> None:
 class Finder(importlib.abc.MetaPathFinder):
     """Finds the modules of CuPy that something is to be done about, as Python would."""
 
-    STEPS = {  # noqa: RUF012
+    STEPS: ClassVar[dict[str, str]] = {
         "cupy_backends": "before_cupy",
         "cupy_backends.cuda.api.runtime": "after_loading_the_runtime",
         "cupy.cuda.compiler": "after_the_compiler",

@@ -15,6 +15,7 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 VERSION = "14.2"
 WHEELS = {"cupy-cuda12x": 12, "cupy-cuda13x": 13}
@@ -50,7 +51,9 @@ def lay_over(module: Path, library: ctypes.CDLL) -> None:
         if name in KEPT:
             continue
         if size < JUMP:
-            raise RuntimeError(f"emulated GPU: {name} in {module.name} has {size} bytes, less than the {JUMP} of a jump")
+            raise RuntimeError(
+                f"emulated GPU: {name} in {module.name} has {size} bytes, less than the {JUMP} of a jump"
+            )
         write_jump(base + offset, address_of(library, name) if name in ours else unknown.add(name))
 
 
@@ -102,7 +105,7 @@ class Stubs:
 
     SIZE = 32
     ROOM = 1 << 16
-    KEPT: list[object] = []
+    KEPT: ClassVar[list[object]] = []
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._code = mmap.mmap(-1, self.ROOM, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
