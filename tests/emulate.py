@@ -8,6 +8,7 @@ until another thread writes would spin for ever. tests/test_emulate.py has the f
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import os
@@ -159,13 +160,42 @@ def _value(argument: Any) -> bytes:
 
 
 @functools.cache
-def _nvrtc() -> ctypes.CDLL:
-    try:
-        files = distribution("nvidia-cuda-nvrtc-cu12").files or []
-    except PackageNotFoundError:
-        missing("nvrtc", "NVRTC is not installed (pip install nvidia-cuda-nvrtc-cu12)")
-    found = [f for f in files if f.name.startswith("libnvrtc.so")]
-    return ctypes.CDLL(str(found[0].locate()))
+def _nvrtc(*packages: str) -> ctypes.CDLL:
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found = [f for f in distribution(package).files or [] if f.name.startswith("libnvrtc.so")]
+            return ctypes.CDLL(str(found[0].locate()))
+    missing("nvrtc", f"NVRTC is not installed (pip install {packages[0]})")
+
+
+def _compile(nvrtc: ctypes.CDLL, source: str, flags: Sequence[str]) -> tuple[int, str, str]:
+    """(status, log, PTX) of a source."""
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+
+    def text(size_of: Callable[..., int], get: Callable[..., int]) -> str:
+        size_of(program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        get(program, buffer)
+        return buffer.value.decode()
+
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None) == 0
+    status = nvrtc.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*map(str.encode, flags)))
+    log = text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
+    ptx = "" if status else text(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return status, log, ptx
+
+
+def ptx_of(source: str, architecture: int, *flags: str) -> str:
+    """``source`` compiled to PTX, as CuPy would; NVRTC of CUDA 13 begins at compute_75."""
+    nvrtc = _nvrtc("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc")
+    version = [ctypes.c_int(), ctypes.c_int()]
+    nvrtc.nvrtcVersion(*map(ctypes.byref, version))
+    oldest = 50 if version[0].value < 13 else 75
+    virtual = f"--gpu-architecture=compute_{max(architecture, oldest)}"
+    status, log, ptx = _compile(nvrtc, source, [virtual, "--std=c++17", *(flags or ["--ftz=true"])])
+    assert status == 0, log
+    return ptx
 
 
 @dataclass(frozen=True)
@@ -191,17 +221,9 @@ def check_compiles(source: str, architecture: int, stack: int = 0) -> tuple[Kern
 
     Errors and warnings fail, and so do spilled registers and a stack frame of more than ``stack`` bytes.
     """
-    nvrtc = _nvrtc()
-    program = ctypes.c_void_p()
-    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None) == 0
     flags = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", "--ftz=true", "--ptxas-options=-v"]
-    result = nvrtc.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*map(str.encode, flags)))
-    size = ctypes.c_size_t()
-    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-    log = ctypes.create_string_buffer(size.value)
-    nvrtc.nvrtcGetProgramLog(program, log)
-    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    lines = log.value.decode().splitlines()
+    result, log, _ = _compile(_nvrtc("nvidia-cuda-nvrtc-cu12"), source, flags)
+    lines = log.splitlines()
     # That NVRTC will drop an old architecture some day says nothing about the source.
     told = [
         line for line in lines if line and "are deprecated" not in line and not re.match(r"ptxas (info|   ) ", line)

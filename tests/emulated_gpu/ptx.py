@@ -16,7 +16,7 @@ SPACES = ("global", "const", "shared", "local", "param")
 NAME = re.compile(r"(?<![\w$%.])[%$A-Za-z_][\w$]*")
 
 
-class UnknownPTX(Exception):
+class UnknownPTX(Exception):  # noqa: N818 - it is no error of the program
     """PTX that the emulated GPU does not know."""
 
 
@@ -154,9 +154,7 @@ def _function(head: str) -> Function:
 
 
 def _variable(text: str) -> Variable:
-    match = re.fullmatch(
-        r"((?:\.\w+\s+(?:\d+\s+)?)+)([\w$%]+)\s*((?:\[\d*\])*)\s*(?:=\s*(.*))?", text.strip(), re.S
-    )
+    match = re.fullmatch(r"((?:\.\w+\s+(?:\d+\s+)?)+)([\w$%]+)\s*((?:\[\d*\])*)\s*(?:=\s*(.*))?", text.strip(), re.S)
     if not match:
         raise UnknownPTX(f"the declaration {text!r}")
     words, name, dimensions, values = match.groups()

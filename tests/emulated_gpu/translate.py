@@ -122,22 +122,23 @@ class _Module:
     def __init__(self, program: Program) -> None:
         self.functions = {f.name: f for f in program.functions}
         self.memory = [v for v in program.variables if v.space in ("global", "const")]
-        self.shared: dict[str, int] = {}  # offsets of the variables that belong to no function
-        self.shared_bytes = _place(self.shared, [v for v in program.variables if v.space == "shared" and v.count])
-        self.dynamic = {v.name for v in program.variables if v.space == "shared" and not v.count}
-        if any(v.align > 16 for f in program.functions for v in (*program.variables, *f.variables)):
+        inner = [v for f in program.functions if not f.entry for v in f.variables]
+        shared = [v for v in (*program.variables, *inner) if v.space == "shared"]
+        if any(v.align > 16 for f in program.functions for v in (*shared, *f.variables)):
             raise UnknownPTX("a variable that is aligned to more than 16 bytes")
-        self.shared_everywhere = any(self.shared.keys() & names_of(f) for f in program.functions if not f.entry)
+        self.shared: dict[str, int] = {}  # offsets of those that belong to no kernel
+        self.shared_bytes = _place(self.shared, [v for v in shared if v.count])
+        self.dynamic = {v.name for v in shared if not v.count}
         self.sites = ["a call"]  # texts of instructions, as Launch has them
         self.bodies: dict[str, _Body] = {}
 
-    def reached(self, name: str) -> set[str]:
-        """The functions that run when ``name`` does."""
-        found, new = set(), {name}
+    def reached(self, function: Function) -> list[Function]:
+        """A function and all that it calls."""
+        found, new = {function.name}, {function.name}
         while new:
+            new = {name for f in new for name in names_of(self.functions[f]) & self.functions.keys()} - found
             found |= new
-            new = {call for n in new if n in self.bodies for call in self.bodies[n].calls} - found
-        return found
+        return [self.functions[name] for name in sorted(found)]
 
     def kernel(self, function: Function) -> Kernel:
         offsets: dict[str, int] = {}
@@ -148,7 +149,7 @@ class _Module:
 
     def launcher(self, function: Function) -> str:
         kernel = self.kernel(function)
-        reached = [self.bodies[name] for name in sorted(self.reached(function.name)) if name in self.bodies]
+        reached = [self.bodies[f.name] for f in self.reached(function) if f.name in self.bodies]
         values = {
             "kernel": _quoted(function.name),
             "run": cpp(function.name),
@@ -199,16 +200,13 @@ class _Body:
     def __init__(self, module: _Module, function: Function) -> None:
         self.module, self.function = module, function
         module.bodies[function.name] = self
-        self.calls: set[str] = set()
         self.waits = False
         self.used: set[str] = set()  # registers
         self.offsets: dict[str, int] = {}  # of shared and local variables, and of a kernel's parameters
         if function.entry:
             _place(self.offsets, function.parameters)
-        own = [v for v in function.variables if v.space == "shared"]
-        if own and not function.entry:
-            raise UnknownPTX(f"shared memory of {function.name}, which is no kernel")
-        behind = module.shared_everywhere or module.shared.keys() & names_of(function)
+        own = [v for v in function.variables if v.space == "shared" and function.entry]
+        behind = any(module.shared.keys() & names_of(f) for f in module.reached(function))
         self.static_shared = _place(self.offsets, own, module.shared_bytes if behind else 0)
         local = [v for v in function.variables if v.space == "local"]
         self.local_bytes = -(-_place(self.offsets, local) // 16) * 16
@@ -428,7 +426,9 @@ def add(op: Operation) -> str:
     if op.flag("sat"):
         if type_ != "s32":
             raise UnknownPTX("saturation of a type that is not s32")
-        return op.assign(0, f"clamp<s32>(s64({op.value(1, type_)}) {'+-'[op.opcode == 'sub']} {op.value(2, type_)})", type_)
+        return op.assign(
+            0, f"clamp<s32>(s64({op.value(1, type_)}) {'+-'[op.opcode == 'sub']} {op.value(2, type_)})", type_
+        )
     return op.assign(0, f"{op.opcode}({op.value(1, type_)}, {op.value(2, type_)})", type_)
 
 
@@ -587,7 +587,8 @@ def setp(op: Operation) -> str:
     result = comparison(op, type_)
     if not second:
         return op.assign_to(first.strip(), result, "pred")
-    return f"const bool p = {result}; {op.assign_to(first.strip(), 'p', 'pred')} {op.assign_to(second.strip(), '!p', 'pred')}"
+    both = op.assign_to(first.strip(), "p", "pred"), op.assign_to(second.strip(), "!p", "pred")
+    return f"const bool p = {result}; {' '.join(both)}"
 
 
 @translates("set")
@@ -620,7 +621,9 @@ def slct(op: Operation) -> str:
 def logic(op: Operation) -> str:
     """9.7.8.1 to 9.7.8.3."""
     type_ = op.type()
-    return op.assign(0, f"{op.value(1, type_)} {'&|^'[('and', 'or', 'xor').index(op.opcode)]} {op.value(2, type_)}", type_)
+    return op.assign(
+        0, f"{op.value(1, type_)} {'&|^'[('and', 'or', 'xor').index(op.opcode)]} {op.value(2, type_)}", type_
+    )
 
 
 @translates("not", "cnot")
@@ -900,7 +903,6 @@ def call(op: Operation) -> str:
         raise UnknownPTX(f"a call of {name}")
     if (len(returns), len(arguments)) != (len(called.returns), len(called.parameters)):
         raise UnknownPTX(f"a call of {name} with other parameters than it has")
-    op.body.calls.add(name)
     places = [op.body.symbol(text) for text in (*returns, *arguments)]
     if any(space != "param" for space, _ in places):
         raise UnknownPTX("an argument that is not in .param")
