@@ -193,9 +193,12 @@ def test_large_batches_are_gathered_by_several(device, threaded, monkeypatch):
     assert not threads()
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_any_batches(data):
+@pytest.mark.parametrize("examples", [15, pytest.param(60, marks=pytest.mark.exhaustive)])
+def test_any_batches(examples):
+    settings(max_examples=examples, deadline=None)(given(st.data())(any_batches))()
+
+
+def any_batches(data):
     draw = data.draw
     n = draw(st.integers(1, 90), "n")
     world_size = draw(st.integers(1, min(n, 4)), "world_size")
