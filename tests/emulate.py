@@ -165,7 +165,7 @@ def _nvrtc(*packages: str) -> ctypes.CDLL:
         with contextlib.suppress(PackageNotFoundError):
             found = [f for f in distribution(package).files or [] if f.name.startswith("libnvrtc.so")]
             return ctypes.CDLL(str(found[0].locate()))
-    missing("nvrtc", f"NVRTC is not installed (pip install {packages[0]})")
+    return missing("nvrtc", f"NVRTC is not installed (pip install {packages[0]})")
 
 
 def _compile(nvrtc: ctypes.CDLL, source: str, flags: Sequence[str]) -> tuple[int, str, str]:

@@ -321,10 +321,19 @@ INTEGERS = {
     "bfind.u64 r, d0;": [(1 << 40, 40)],
     "brev.b32 r, r0;": [(1, TOP32), (0b1011, 0b1101 << 28)],
     "brev.b64 d, d0;": [(1, TOP64)],
-    "bfe.u32 r, r0, r1, r2;": [(0xABCD1234, 8, 8, 0x12), (M32, 4, 0, 0), (TOP32, 31, 8, 1), (M32, 40, 4, 0), (M32, 0, 99, M32)],
-    "bfe.s32 r, r0, r1, r2;": [(0x800, 8, 4, M32 - 7), (0x700, 8, 4, 7), (TOP32, 31, 8, M32), (TOP32, 40, 4, M32), (M32, 4, 0, 0)],
+    "bfe.u32 r, r0, r1, r2;": [
+        (0xABCD1234, 8, 8, 0x12), (M32, 4, 0, 0), (TOP32, 31, 8, 1), (M32, 40, 4, 0),
+        (M32, 0, 99, M32),
+    ],
+    "bfe.s32 r, r0, r1, r2;": [
+        (0x800, 8, 4, M32 - 7), (0x700, 8, 4, 7), (TOP32, 31, 8, M32),
+        (TOP32, 40, 4, M32), (M32, 4, 0, 0),
+    ],
     "bfe.u64 d, d0, r1, r2;": [(0xAB << 40, 40, 8, 0xAB)],
-    "bfi.b32 r, r0, r1, r2, r3;": [(0xF, 0, 4, 4, 0xF0), (0, M32, 4, 4, M32 - 0xF0), (5, 6, 4, 0, 6), (5, 6, 32, 4, 6), (5, 6, 0, 99, 5)],
+    "bfi.b32 r, r0, r1, r2, r3;": [
+        (0xF, 0, 4, 4, 0xF0), (0, M32, 4, 4, M32 - 0xF0), (5, 6, 4, 0, 6),
+        (5, 6, 32, 4, 6), (5, 6, 0, 99, 5),
+    ],
     "bfi.b64 d, d0, d1, r2, r3;": [(1, 0, 63, 1, TOP64), (M64, 0, 60, 9, 0xF << 60)],
     "prmt.b32 r, r0, r1, r2;": [(0x33221100, 0x77665544, 0x7531, 0x77553311), (0x80000000, 0, 0x000B, 0x000000FF)],
     "lop3.b32 r, r0, r1, r2, 0x80;": [(0b1100, 0b1010, 0b1000, 0b1000)],
@@ -364,7 +373,10 @@ CONVERSIONS = {
     "cvt.f64.f16 d, h0;": [(1, f64(2.0**-24))],
     "cvt.f64.f32 d, r0;": [(f32(TINY), f64(TINY)), (f32(1.5), f64(1.5))],
     "cvt.ftz.f64.f32 d, r0;": [(f32(-TINY), f64(-0.0))],
-    "cvt.rn.f32.f64 r, d0;": [(f64(1 + 2.0**-24), f32(1)), (f64(1 + 2.0**-24 + 2.0**-50), f32(1 + ULP)), (f64(2.0**128), f32(INF))],
+    "cvt.rn.f32.f64 r, d0;": [
+        (f64(1 + 2.0**-24), f32(1)), (f64(1 + 2.0**-24 + 2.0**-50), f32(1 + ULP)),
+        (f64(2.0**128), f32(INF)),
+    ],
     "cvt.rz.f32.f64 r, d0;": [(f64(1 + 2.0**-24 + 2.0**-50), f32(1)), (f64(-1 - 1e-9), f32(-1))],
     "cvt.rm.f32.f64 r, d0;": [(f64(-1 - 1e-9), f32(-1 - ULP))],
     "cvt.rn.ftz.f32.f64 r, d0;": [(f64(2.0**-140), 0), (f64(-(2.0**-140)), TOP32), (f64(2.0**-126), f32(SMALL))],
@@ -446,9 +458,8 @@ MEMORY = {
     ],
     "{ .shared .b32 a; .shared .b32 b; st.shared.b32 [b], r0; mov.u32 r1, b; ld.shared.b32 r, [r1]; }": [(7, 7)],
     "{ .shared .b64 cell; cvta.shared.u64 d1, cell; st.b64 [d1], d0; ld.shared.b64 d, [cell]; }": [(7, 7)],
-    "{ .shared .b64 cell; cvta.shared.u64 d1, cell; cvta.to.shared.u64 d1, d1; st.shared.b64 [d1], d0; ld.shared.b64 d, [cell]; }": [
-        (7, 7)
-    ],
+    "{ .shared .b64 cell; cvta.shared.u64 d1, cell; cvta.to.shared.u64 d1, d1; "
+    "st.shared.b64 [d1], d0; ld.shared.b64 d, [cell]; }": [(7, 7)],
     "{ .local .align 8 .b8 mine[16]; mov.u64 d1, mine; st.local.b64 [d1+8], d0; ld.local.b64 d, [mine+8]; }": [(7, 7)],
     "{ .local .b64 mine; cvta.local.u64 d1, mine; st.b64 [d1], d0; ld.local.b64 d, [mine]; }": [(7, 7)],
     "isspacep.global p, in;": [(0, 1)],
@@ -547,7 +558,8 @@ def kernel(name: str, text: str) -> str:
     return f""".visible .entry {name}(.param .u64 ins, .param .u64 outs) {{
     .reg .pred p, p<4>; .reg .b16 h, h<4>; .reg .b32 r, r<4>; .reg .b64 d, d<4>, in, out, at; .reg .b32 flag;
     ld.param.u64 in, [ins]; ld.param.u64 out, [outs];
-    mov.u32 flag, %tid.x; mul.wide.u32 at, flag, 32; add.u64 in, in, at; mul.wide.u32 at, flag, 16; add.u64 out, out, at;
+    mov.u32 flag, %tid.x; mul.wide.u32 at, flag, 32; add.u64 in, in, at;
+    mul.wide.u32 at, flag, 16; add.u64 out, out, at;
     {loads} mov.b16 h, 0; mov.b32 r, 0; mov.b64 d, 0; mov.pred p, 0;
     {text}
     selp.b32 flag, 1, 0, p; st.global.b32 [out+8], flag;
@@ -758,8 +770,14 @@ def test_a_fault_is_told(name: str) -> None:
 
 
 SOUND = {
-    "shared memory to its end": "__shared__ float s[64]; s[threadIdx.x] = 1; __syncthreads(); out[threadIdx.x] = s[63 - threadIdx.x];",
-    "dynamic shared memory": "extern __shared__ float s[]; if (threadIdx.x < 16) s[threadIdx.x] = 1; __syncthreads(); out[0] = s[15];",
+    "shared memory to its end": (
+        "__shared__ float s[64]; s[threadIdx.x] = 1; __syncthreads(); "
+        "out[threadIdx.x] = s[63 - threadIdx.x];"
+    ),
+    "dynamic shared memory": (
+        "extern __shared__ float s[]; if (threadIdx.x < 16) s[threadIdx.x] = 1; __syncthreads(); "
+        "out[0] = s[15];"
+    ),
     "a vector": "if (threadIdx.x % 4 == 0) *(float4*)(out + threadIdx.x) = make_float4(1, 1, 1, 1);",
     "half a warp": "if (threadIdx.x % 32 < 16) out[0] = __shfl_xor_sync(0xFFFF, in[0], 8) + 1;",
     "a barrier of some warps": 'if (threadIdx.x < 32) asm volatile("bar.sync 1, 32;" ::: "memory"); out[0] = 1;',
@@ -891,7 +909,7 @@ def test_flushing_and_contraction_are_as_nvrtc_was_told() -> None:
 
 
 def test_the_mathematics_of_cuda() -> None:
-    """Which NVRTC makes of many instructions: within the errors that CUDA's documentation has, in units of the last place."""
+    """Which NVRTC makes of many instructions: within the errors in units of the last place that CUDA documents."""
     functions = {"expf": 2, "logf": 1, "tanhf": 2, "log1pf": 2, "erff": 2, "sinf": 2, "powf": 4}
     calls = " ".join(
         f"y[{i} * 4096 + k] = {f}({'x[k], 1.5f' if f == 'powf' else 'x[k]'});" for i, f in enumerate(functions)
