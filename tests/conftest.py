@@ -7,12 +7,16 @@ import zlib
 import numpy as np
 import pytest
 from emulated_gpu.plugin import pytest_addoption, pytest_configure
+from hypothesis import settings
 from needs import missing
 
 from gpubatch import products
 from gpubatch.backend import Backend, available_backends, get_backend
 
 __all__ = ["backend", "dtype", "pytest_addoption", "pytest_configure", "rng", "tolerance"]
+
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])

@@ -5,10 +5,11 @@ The fast set is what ``pytest`` runs, with one of each kind; ``pytest -m exhaust
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
 
 
 def every(argument: str, table: Mapping[str, Any] | Iterable[str], fast: Collection[str]) -> pytest.MarkDecorator:
@@ -31,3 +32,16 @@ def first_of_each(kinds: Mapping[str, Any]) -> list[str]:
     for name, kind in kinds.items():
         first.setdefault(kind, name)
     return [*first.values()]
+
+
+def drawn(fast: int, exhaustive: int, **strategies: Any) -> Callable[[Callable[..., None]], Callable[[int], None]]:
+    """A test on so many examples of what is drawn: few in the fast set, many in the exhaustive one."""
+
+    def decorate(test: Callable[..., None]) -> Callable[[int], None]:
+        @pytest.mark.parametrize("examples", [fast, pytest.param(exhaustive, marks=pytest.mark.exhaustive)])
+        def on_examples(examples: int) -> None:
+            settings(max_examples=examples, deadline=None)(given(**strategies)(test))()
+
+        return on_examples
+
+    return decorate

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from families import drawn, marks
+from hypothesis import strategies as st
 from needs import missing
 from stand_in import TIMINGS, Event, QueuedStandIn, Stream, queued_backend
 
@@ -36,7 +37,12 @@ def threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("gpubatch")]
 
 
-@pytest.fixture(params=[*TIMINGS, pytest.param("cuda:0", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    params=[
+        *(pytest.param(timing, marks=marks(timing in ("late", "early"))) for timing in TIMINGS),
+        pytest.param("cuda:0", marks=pytest.mark.gpu),
+    ]
+)
 def device(request):
     """A device that is adverse in one way or another, or a real one."""
     if request.param in TIMINGS:
@@ -193,12 +199,8 @@ def test_large_batches_are_gathered_by_several(device, threaded, monkeypatch):
     assert not threads()
 
 
-@pytest.mark.parametrize("examples", [15, pytest.param(60, marks=pytest.mark.exhaustive)])
-def test_any_batches(examples):
-    settings(max_examples=examples, deadline=None)(given(st.data())(any_batches))()
-
-
-def any_batches(data):
+@drawn(15, 60, data=st.data())
+def test_any_batches(data):
     draw = data.draw
     n = draw(st.integers(1, 90), "n")
     world_size = draw(st.integers(1, min(n, 4)), "world_size")

@@ -12,6 +12,7 @@ import traceback
 
 import numpy as np
 import pytest
+from families import drawn
 from hypothesis import given, settings, strategies as st
 
 import gpubatch.loader
@@ -328,8 +329,7 @@ class Source:
         return np.stack([indices, -indices], axis=1).astype(np.int16), indices.copy()
 
 
-@given(data=st.data())
-@settings(max_examples=1000)
+@drawn(100, 1000, data=st.data())
 def test_any_epoch_of_any_ranks_with_any_resume(data):
     n = data.draw(st.integers(1, 120), "n")
     world_size = data.draw(st.integers(1, min(n, 6)), "world_size")

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from families import marks
 from stand_in import TIMINGS, CUDARuntimeError, Event, QueuedStandIn, StandInBackend, Stream, queued_backend
 from stand_in_lt import StandInLt
 
 import gpubatch as gb
 
 
-@pytest.fixture(params=TIMINGS)
+@pytest.fixture(params=[pytest.param(timing, marks=marks(timing in ("late", "early"))) for timing in TIMINGS])
 def device(request: pytest.FixtureRequest) -> StandInBackend:
     return queued_backend(request.param)
 
