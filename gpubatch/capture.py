@@ -13,11 +13,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -32,6 +29,7 @@ from gpubatch.network import Network
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import Optimizer
 from gpubatch.own import changed
+from gpubatch.staging import Stage, Stages, wait_at_the_end
 
 __all__ = ["AHEAD", "CapturedStep", "CapturedSteps", "GivenArrays", "Made", "Queue", "check_bound", "like", "why_eager"]
 
@@ -82,27 +80,6 @@ def check_bound(net: Network, opt: Optimizer) -> None:
 # --- what lies on the device ---------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
-class Stage:
-    """Pinned memory for a copy between host and device, and the event after the last one."""
-
-    memory: np.ndarray
-    over: Any
-
-
-def wait_at_the_end(owner: Any, events: Sequence[Any]) -> None:
-    """When nobody has ``owner`` any more, wait for events before its memory is somebody else's."""
-    # Not at the end of the process, when all goes at once.
-    weakref.finalize(owner, wait_for, events, os.getpid()).atexit = False
-
-
-def wait_for(events: Sequence[Any], process: int) -> None:
-    """Wait for events, but not in a forked child, which cannot use the device."""
-    if os.getpid() == process:
-        for event in events:
-            event.synchronize()
-
-
 class Report:
     """How far the steps had come at one point of the stream; ``read`` waits for it."""
 
@@ -134,9 +111,7 @@ class Ledger:
             self.progress = self._block[self._start : self._start + 8 * WORDS].view(np.int64)
             self.losses = self._block[self._start + 8 * WORDS :].view(np.float64)
             self.control = backend.zeros(2, dtype)  # of the update
-            stages = [Stage(backend.pinned(size, np.dtype(np.uint8)), backend.event()) for _ in range(STAGES)]
-        self._stages = deque(stages)
-        wait_at_the_end(self, [stage.over for stage in stages])
+        self._stages = Stages(backend, size, STAGES)
 
     def word(self, number: int) -> Array:
         """One of the words, where kernels find it."""
@@ -144,7 +119,7 @@ class Ledger:
 
     def write(self, rows: np.ndarray) -> None:
         """The scalars of the steps to come, for those that are given to the stream after this."""
-        stage = self._next_stage()
+        stage = self._stages.next()
         table = stage.memory[: rows.nbytes]
         table[...] = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
         stage.memory[self._start : self._start + 8].view(np.int64)[0] = 0
@@ -152,14 +127,14 @@ class Ledger:
 
     def restart(self, batch: int, step: int) -> None:
         """Go on with these, after whatever halted."""
-        stage = self._next_stage()
+        stage = self._stages.next()
         start, stop = self._start + 8 * HALTED, self._start + 8 * WORDS
         stage.memory[start:stop].view(np.int64)[:] = 0, batch, step
         self._send(stage, start, stop)
 
     def report(self) -> Report:
         """Have the words and the losses copied when the steps given so far are over; nothing is waited for."""
-        stage = self._next_stage()
+        stage = self._stages.next()
         report = Stage(stage.memory[: self._block.size - self._start], stage.over)
         with self._backend.scope():
             self._block[self._start :].get(out=report.memory, blocking=False)
@@ -167,17 +142,7 @@ class Ledger:
         return Report(report)
 
     def _send(self, stage: Stage, start: int, stop: int) -> None:
-        with self._backend.scope():
-            stream = self._backend.current_stream()
-            self._block[start:stop].set(stage.memory[start:stop], stream=stream)
-            stream.record(stage.over)
-
-    def _next_stage(self) -> Stage:
-        """The one that was used longest ago, when its copy is over; it has been by then, but for hasty callers."""
-        stage = self._stages.popleft()
-        self._stages.append(stage)
-        stage.over.synchronize()
-        return stage
+        self._stages.send(stage, stage.memory[start:stop], self._block[start:stop])
 
 
 # --- the steps ----------------------------------------------------------------------------------------------------

@@ -27,12 +27,11 @@ from gpubatch.errors import InsufficientMemoryError
 from gpubatch.host_ops import ops_for
 from gpubatch.sizing import BatchPlan, fits, format_bytes
 from gpubatch.sources import ArraySource, Part
+from gpubatch.staging import stages_for
 
 __all__ = ["DeviceFeed", "DeviceOrder", "Form", "Ring", "Slot", "moved", "native", "needed", "on_device", "take_into"]
 
 Form: TypeAlias = tuple[tuple[int, ...], np.dtype[Any]]  # shape and element type
-
-PIECE = 1 << 26  # bytes of an array that are made contiguous at a time on their way to the device
 
 # One core gathers about 10 GB/s, a bus of today copies 25 to 55. A part is large beside what handing it over costs.
 HELPERS = min(8, os.cpu_count() or 1)
@@ -54,9 +53,7 @@ def moved(source: ArraySource, backend: CudaBackend) -> ArraySource:
     array = source.array
     with backend.scope():
         copy = backend.empty(array.shape, native(array.dtype))
-        rows = max(1, PIECE // max(1, array[:1].nbytes))
-        for start in range(0, len(array), rows):
-            copy[start : start + rows].set(np.ascontiguousarray(array[start : start + rows], copy.dtype))
+        stages_for(backend, copy).copy(array, copy)
         backend.current_stream().synchronize()
     return dataclasses.replace(source, array=copy)
 
@@ -125,7 +122,8 @@ class DeviceOrder:
         with backend.scope():
             self._order = backend.empty(order.shape, order.dtype)
             # Not asarray, for which CuPy's pool would keep as much pinned memory for good.
-            self._order.set(np.ascontiguousarray(order))
+            self._stages = stages_for(backend, self._order)
+            self._stages.copy(order, self._order)
             self._home.record(self._ready)
         self._others = list[Any]()  # streams that have used it
 
@@ -164,12 +162,12 @@ class DeviceFeed:
     ) -> None:
         self._backend, self._columns, self.batch_size = backend, columns, batch_size
         self._order = backend.zeros(share, np.int64)  # of samples that there are, whatever comes first
+        self._stages = stages_for(backend, self._order)
         self._batch = [backend.empty((batch_size, *array.shape[1:]), dtype) for array, dtype, _ in columns]
 
     def begin(self, order: np.ndarray) -> None:
         """The order of the epoch to come."""
-        with self._backend.scope():
-            self._order.set(np.ascontiguousarray(order))
+        self._stages.copy(order, self._order)
 
     def arrays(self, rows: int) -> list[Array]:
         """The arrays in which a batch of ``rows`` samples is made."""

@@ -19,11 +19,13 @@ import numpy as np
 from gpubatch.backend import Array, Backend, CudaBackend, compute_dtype
 from gpubatch.errors import ShapeError
 from gpubatch.formula import Element, Op, Scalar, Trace
+from gpubatch.staging import Stages
 
 __all__ = ["Update", "cuda_kernel", "kernel_source", "update_for", "update_source"]
 
 BLOCK_BYTES = 1 << 16  # of each array and register; the four to ten of a formula stay in the second-level cache
 THREADS = 256
+UPLOADS = 64  # copies of scalars that may be under way, hence steps that the host may be ahead of the device
 PACKS = 4  # 16-byte packs of each array that one thread moves
 C_TYPES = {"float32": "float", "float64": "double"}
 
@@ -266,8 +268,8 @@ class CudaUpdate:
         # Bytes of an element: w and g as they are stored, then the state.
         self.itemsizes = np.array([storage.itemsize] * 2 + [dtype.itemsize] * (len(trace.arrays) - 2 + master))
         self.kernel = cuda_kernel(backend, update_source(trace, dtype.name, storage.name, master), "update_arrays")
-        self.host_scalars = np.zeros(max(1, len(trace.scalars)), dtype)
-        self.scalars = backend.zeros(self.host_scalars.shape, dtype)
+        self.scalars = backend.zeros(max(1, len(trace.scalars)), dtype)
+        self.stages: Stages | None = None  # of the scalars
         self.key: tuple[Any, ...] = ()
         self.table: Array = None
         self.rows = 0
@@ -286,8 +288,10 @@ class CudaUpdate:
             self._launch(self.scalars, None, control)
 
     def _upload(self, scalars: tuple[float, ...]) -> None:
-        self.host_scalars[: len(scalars)] = scalars
-        self.scalars.set(self.host_scalars)
+        if scalars:
+            if self.stages is None:
+                self.stages = Stages(self.backend, self.scalars.nbytes, UPLOADS)
+            self.stages.copy(np.array(scalars, self.scalars.dtype), self.scalars)
 
     def launch(
         self, arrays: list[tuple[Array, ...]], scalars: Array, step: Array | None, control: Array | None

@@ -55,7 +55,7 @@ class DeviceArray(np.ndarray):
     def get(self) -> np.ndarray:
         return np.array(self)
 
-    def set(self, values: np.ndarray) -> None:
+    def set(self, values: np.ndarray, stream: Any = None) -> None:
         assert (type(values), values.dtype, values.shape) == (np.ndarray, self.dtype, self.shape)
         self[...] = values
 
@@ -77,7 +77,9 @@ class StandIn:
         self.launches: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
         self.cuda = types.SimpleNamespace(
             runtime=types.SimpleNamespace(getDeviceProperties=lambda index: {"name": b"stand-in"}),
-            get_current_stream=lambda: types.SimpleNamespace(ptr=0),
+            get_current_stream=lambda: types.SimpleNamespace(ptr=0, record=lambda event: None),
+            Event=lambda block, disable_timing: types.SimpleNamespace(synchronize=lambda: None),
+            alloc_pinned_memory=bytearray,
             Device=AnyDevice,
         )
 
@@ -377,14 +379,18 @@ class QueuedArray(DeviceArray):
         assert (type(values), values.dtype, values.shape) == (np.ndarray, self.dtype, self.shape)
         assert self.flags.c_contiguous
         assert values.flags.c_contiguous
-        self.cupy.copies.append(values.nbytes)
-        target, pinned = in_memory(self), self.cupy.pinned_memory_of(values)
-        # Of memory that is not pinned the driver makes a copy before it returns.
-        source = values.copy() if pinned is None else at_the_same_place(values, pinned)
-        work, stream = Work(lambda: np.copyto(target, source), pinned), stream or self.cupy.get_current_stream()
+        pinned = self.cupy.pinned_memory_of(values)
+        if pinned is None:  # a driver may copy it before it returns, or leave that to a device which can read it
+            self.cupy.faults.append("memory was copied that is not pinned, so it may change before it is read")
+        self.send(values if pinned is None else at_the_same_place(values, pinned), pinned, stream)
+
+    def send(self, source: np.ndarray, pinned: np.ndarray | None, stream: Stream | None = None) -> None:
+        """Start a copy of what ``source`` holds when it comes to that."""
+        self.cupy.copies.append(source.nbytes)
+        target, stream = in_memory(self), stream or self.cupy.get_current_stream()
         if stream.captured is not None:
             stream.refuse("a copy from the host")
-        stream.enqueue(work)
+        stream.enqueue(Work(lambda: np.copyto(target, source), pinned))
 
     def later(self, make: Callable[..., Any], *arguments: Any) -> QueuedArray:
         """What ``make`` will make of the arguments."""
@@ -668,7 +674,7 @@ class QueuedStandIn(StandIn):
             return x if dtype in (None, x.dtype) else x.astype(dtype)
         x = np.array(x, dtype)
         out = self.empty(x.shape, x.dtype.newbyteorder("="))
-        out.set(np.ascontiguousarray(x, out.dtype))
+        out.send(np.array(x, out.dtype, order="C"), None)  # by pinned memory that CuPy keeps until it is copied
         return out
 
     def alloc_pinned_memory(self, size: int) -> Any:

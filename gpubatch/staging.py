@@ -1,0 +1,87 @@
+"""Pinned memory for copies between host and device that nobody waits for.
+
+A copy reads memory of the host until its stream has come so far: also ordinary memory, where the GPU reads that by
+itself and the driver does not copy it first. So what the host changes or gives back is copied from here, where a piece
+is written again only when the copy before is over.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpubatch.backend import Array, CudaBackend
+
+__all__ = ["Stage", "Stages", "stages_for", "wait_at_the_end"]
+
+PIECE = 1 << 22  # bytes of a large array that are copied at a time: far more than the start of a copy costs
+ALIGNMENT = 64  # bytes
+
+
+@dataclass(eq=False)
+class Stage:
+    """Pinned memory for a copy between host and device, and the event after the last one."""
+
+    memory: np.ndarray
+    over: Any
+
+
+class Stages:
+    """``count`` pieces of ``size`` bytes of pinned memory, used in turn; to be used on one stream at a time."""
+
+    def __init__(self, backend: CudaBackend, size: int, count: int) -> None:
+        self._backend, self._size = backend, size
+        stride = -(-size // ALIGNMENT) * ALIGNMENT
+        with backend.scope():
+            block = backend.pinned(stride * count, np.dtype(np.uint8))
+            starts = range(0, stride * count, stride)
+            self._stages = deque(Stage(block[start : start + size], backend.event()) for start in starts)
+        wait_at_the_end(self, [stage.over for stage in self._stages])
+
+    def next(self) -> Stage:
+        """The piece that was used longest ago, when its copy is over; it has been by then, but for hasty callers."""
+        stage = self._stages.popleft()
+        self._stages.append(stage)
+        stage.over.synchronize()
+        return stage
+
+    def send(self, stage: Stage, source: np.ndarray, out: Array) -> None:
+        """Start the copy of ``source``, memory of the piece, to ``out`` on the current stream."""
+        with self._backend.scope():
+            stream = self._backend.current_stream()
+            out.set(source, stream=stream)
+            stream.record(stage.over)
+
+    def copy(self, values: np.ndarray, out: Array) -> None:
+        """Start the copy of ``values`` to ``out``, of the same shape; they may be changed when this returns."""
+        rows = max(1, self._size // max(1, out[:1].nbytes))
+        for start in range(0, len(values), rows):
+            part = out[start : start + rows]
+            stage = self.next()
+            place = stage.memory[: part.nbytes].view(part.dtype).reshape(part.shape)
+            place[...] = values[start : start + rows]
+            self.send(stage, place, part)
+
+
+def stages_for(backend: CudaBackend, out: Array) -> Stages:
+    """Two pieces through which an array of the form of ``out`` is copied, whatever its size."""
+    return Stages(backend, min(out.nbytes, max(PIECE, out[:1].nbytes)), 2)
+
+
+def wait_at_the_end(owner: Any, events: Sequence[Any]) -> None:
+    """When nobody has ``owner`` any more, wait for events before its memory is somebody else's."""
+    # Not at the end of the process, when all goes at once.
+    weakref.finalize(owner, wait_for, events, os.getpid()).atexit = False
+
+
+def wait_for(events: Sequence[Any], process: int) -> None:
+    """Wait for events, but not in a forked child, which cannot use the device."""
+    if os.getpid() == process:
+        for event in events:
+            event.synchronize()
