@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from families import drawn, marks
+from families import drawn, every, marks
 from hypothesis import strategies as st
 from needs import missing
 from stand_in import TIMINGS, Event, QueuedStandIn, Stream, queued_backend
@@ -386,7 +386,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@every("fault", [*FAULTS], [*FAULTS][:2])
 def test_every_wait_is_needed(fault, monkeypatch):
     owner, method, when, use = FAULTS[fault]
     assert all(use(queued_backend(timing)) for timing in TIMINGS)
@@ -602,7 +602,7 @@ LEAVES = [
 
 
 @pytest.mark.parametrize("feed", ["host", "device"])
-@pytest.mark.parametrize("leave", LEAVES)
+@every("leave", {leave.__name__: leave for leave in LEAVES}, ["leave_by_break", "leave_to_the_garbage_collector"])
 def test_nothing_is_left(leave, feed, device, threaded):
     loader = Loader(X8, Y, batch_size=4, backend=device, feed=feed)
     for _ in range(2):
@@ -717,6 +717,7 @@ def test_the_bench_of_the_cpu_runs(tmp_path):
     assert all(0 < row["waited"] < 1 for row in rows)
 
 
+@pytest.mark.exhaustive
 def test_the_bench_of_a_gpu_runs(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH.parent))  # as where it is run as a script
     bench = runpy.run_path(str(BENCH))

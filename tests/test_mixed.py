@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from families import every
 from needs import peer
 from stand_in import INDEX, StandIn, StandInBackend
 from stand_in_lt import StandInLt
@@ -114,7 +115,7 @@ def test_loss_and_gradients_are_those_of_float32(
         np.testing.assert_allclose(backend.to_numpy(net.buffers[name]), value, rtol=2e-3, atol=1e-4)
 
 
-@every_stack
+@every("stack", [*STACKS], ["norm and dropout"])
 @every_loss
 @pytest.mark.parametrize("products", ["CuPy", "cuBLASLt"])
 def test_cuda_and_cpu_agree_to_the_rounding_of_float16(
