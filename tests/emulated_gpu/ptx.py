@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 BITS = {f"{kind}{bits}": bits for kind in "bus" for bits in (8, 16, 32, 64)}
-BITS |= {"f16": 16, "f32": 32, "f64": 64, "b128": 128, "pred": 1}
+BITS |= {"f16": 16, "f32": 32, "f64": 64, "b128": 128, "u128": 128, "pred": 1}
 SPACES = ("global", "const", "shared", "local", "param")
 NAME = re.compile(r"(?<![\w$%.])[%$A-Za-z_][\w$]*")
 

@@ -1,7 +1,7 @@
 // What one thread does: the semantics of PTX instructions, for the C++ that translate.py writes.
 //
 // A register is an unsigned integer (a predicate is a bool). An instruction takes its operands out of registers with
-// as<type> and puts its result back with bits. Sections are those of the PTX ISA.
+// as<type> and puts its result back with bits. Functions are named as the instructions that call them.
 #pragma once
 #include "device.h"
 
@@ -102,7 +102,7 @@ template <class T, class Register> INLINE T as(Register x) {
     return __builtin_bit_cast(T, static_cast<typename Bits<T>::type>(x));
 }
 
-// The bits of a value. Integers stay what they are, so that a wider register gets them sign- or zero-extended (9.4).
+// The bits of a value. Integers stay what they are, so that a wider register gets them sign- or zero-extended.
 template <class T> INLINE typename Bits<T>::type bits(T x) { return __builtin_bit_cast(typename Bits<T>::type, x); }
 
 template <class T> constexpr bool is_signed = T(-1) < T(0);
@@ -142,13 +142,15 @@ INLINE u64 in_shared(Thread& me, u32 at, u64 address, u32 bytes) {
     return reinterpret_cast<u64>(me.shared) + offset;
 }
 
+INLINE u32 threads_of(Thread& me) { return me.launch->block.x * me.launch->block.y * me.launch->block.z; }
+
 INLINE bool is_shared(Thread& me, u64 address) { return address - reinterpret_cast<u64>(me.shared) < me.shared_bytes; }
 
 INLINE bool is_local(Thread& me, u64 address) {
     return address - reinterpret_cast<u64>(me.local) < static_cast<u64>(me.local_end - me.local);
 }
 
-INLINE bool is_parameter(Thread& me, u64 address) {
+INLINE bool is_param(Thread& me, u64 address) {
     return address - reinterpret_cast<u64>(me.launch->parameters) < me.launch->parameter_bytes;
 }
 
@@ -161,7 +163,7 @@ INLINE u64 in_local(Thread& me, u32 at, u64 address, u32 bytes) {
 
 INLINE u64 in_param(Thread& me, u32 at, u64 address, u32 bytes) {
     const u64 end = reinterpret_cast<u64>(me.launch->parameters) + me.launch->parameter_bytes;
-    if (!is_parameter(me, address) || end - address < bytes)
+    if (!is_param(me, address) || end - address < bytes)
         emulated_trap(me, at, "%u bytes at %#lx are not in the kernel's parameters", bytes, address);
     return address;
 }
@@ -169,7 +171,7 @@ INLINE u64 in_param(Thread& me, u32 at, u64 address, u32 bytes) {
 inline u64 in_generic(Thread& me, u32 at, u64 address, u32 bytes) {
     if (is_shared(me, address)) return in_shared(me, at, address - reinterpret_cast<u64>(me.shared), bytes);
     if (is_local(me, address)) return in_local(me, at, address, bytes);
-    if (is_parameter(me, address)) return in_param(me, at, address, bytes);
+    if (is_param(me, address)) return in_param(me, at, address, bytes);
     return in_global(me, at, address, bytes);
 }
 
@@ -186,7 +188,7 @@ struct Frame {
     u64 operator+(u64 offset) const { return reinterpret_cast<u64>(start) + offset; }
 };
 
-// Reads, changes and writes without another host thread in between (9.7.13.5).
+// Reads, changes and writes without another host thread in between.
 template <class T, class Change> INLINE T atomic(u64 address, Change change) {
     typedef typename Bits<T>::type B;
     B* place = reinterpret_cast<B*>(address);
@@ -199,12 +201,12 @@ template <class T, class Change> INLINE T atomic(u64 address, Change change) {
 
 // --- floating point --------------------------------------------------------------------------------------------------
 
-// NaN has no payload but in double precision (9.7.3): it is canonical.
+// NaN has no payload but in double precision: it is canonical.
 INLINE f32 canonical(f32 x) { return __builtin_expect(x != x, false) ? as<f32>(0x7fffffffu) : x; }
 INLINE f16 canonical(f16 x) { return (bits(x) & 0x7fff) > 0x7c00 ? as<f16>(0x7fffu) : x; }
 INLINE f64 canonical(f64 x) { return x; }
 
-// .ftz: subnormal numbers become zero with their sign (9.7.3).
+// .ftz: subnormal numbers become zero with their sign.
 INLINE f32 flush(f32 x) { return __builtin_fabsf(x) < 0x1p-126f ? __builtin_copysignf(0.0f, x) : x; }
 INLINE f64 flush(f64 x) { return __builtin_fabs(x) < 0x1p-1022 ? __builtin_copysign(0.0, x) : x; }
 INLINE f16 flush(f16 x) { return (bits(x) & 0x7c00) ? x : as<f16>(bits(x) & 0x8000u); }
@@ -232,7 +234,7 @@ inline f16 fma(f16 a, f16 b, f16 c) {
     return static_cast<f16>(as<f64>(odd));
 }
 
-// The rounding of an instruction that is not to the nearest (9.7.3): of the processor, for this one operation.
+// The rounding of an instruction that is not to the nearest: of the processor, for this one operation.
 enum Rounding : u32 { RN = 0, RM = 0x2000, RP = 0x4000, RZ = 0x6000 };  // as in MXCSR
 
 template <Rounding ROUNDING, class Operation, class... Operands>
@@ -246,7 +248,7 @@ inline auto rounded(Operation operation, Operands... operands) {
     return result;
 }
 
-// The smaller and the larger; -0 is less than +0, a number is taken before a NaN (9.7.3.11).
+// The smaller and the larger; -0 is less than +0, a number is taken before a NaN.
 template <class T> INLINE T min(T a, T b) {
     if constexpr (!is_integer<T>) {
         if (a != a) return canonical(b);
@@ -267,7 +269,7 @@ template <class T> INLINE T max(T a, T b) {
 // .NaN: of a NaN and a number, NaN.
 template <class T> INLINE T or_nan(T a, T b, T result) { return a != a || b != b ? canonical(static_cast<T>(a + b)) : result; }
 
-// Approximations: here the exact value, rounded (9.7.3.14 to 9.7.3.22). Those of f64 keep the upper 32 bits.
+// Approximations: here the exact value, rounded. Those of f64 keep the upper 32 bits.
 INLINE f32 rsqrt(f32 x) { return static_cast<f32>(1 / __builtin_sqrt(x)); }
 INLINE f64 rsqrt(f64 x) { return 1 / __builtin_sqrt(x); }
 INLINE f64 upper_half(f64 x) { return as<f64>(bits(x) & 0xffffffff00000000u); }
@@ -277,7 +279,7 @@ INLINE f32 sin(f32 x) { return static_cast<f32>(__builtin_sin(x)); }
 INLINE f32 cos(f32 x) { return static_cast<f32>(__builtin_cos(x)); }
 INLINE f32 tanh(f32 x) { return static_cast<f32>(__builtin_tanh(x)); }
 
-// --- conversions (9.7.9.22) ------------------------------------------------------------------------------------------
+// --- conversions ------------------------------------------------------------------------------------------
 
 // A number without fraction to an integer: clamped; NaN to 0, or to the upper bit where 64 bits are involved.
 template <class I> INLINE I to_integer(f64 x, bool from_f64) {
@@ -298,7 +300,7 @@ INLINE f64 whole_rz(f64 x) { return __builtin_trunc(x); }
 INLINE f64 whole_rm(f64 x) { return __builtin_floor(x); }
 INLINE f64 whole_rp(f64 x) { return __builtin_ceil(x); }
 
-// --- integers (9.7.1, 9.7.8) -----------------------------------------------------------------------------------------
+// --- integers -----------------------------------------------------------------------------------------
 
 // The value of a division by zero is unspecified; GPUs give ones, and the dividend as remainder.
 template <class T> INLINE T quotient(T a, T b) {
@@ -390,7 +392,7 @@ template <class T> INLINE T lop3(T a, T b, T c, u32 table) {
     return result;
 }
 
-// Sum, difference with the carry bit (9.7.2).
+// Sum, difference with the carry bit.
 template <class T> INLINE T add_carry(T a, T b, u32 in, u32& out) {
     const u128 sum = u128(a) + b + in;
     out = static_cast<u32>(sum >> width<T>) & 1;
@@ -401,7 +403,7 @@ template <class T> INLINE T sub_carry(T a, T b, u32 in, u32& out) {
     return static_cast<T>(a - b - in);
 }
 
-// --- the lanes of a warp (9.7.9.6, 9.7.13.7 ...) ---------------------------------------------------------------------
+// --- the lanes of a warp ---------------------------------------------------------------------
 
 enum Mode { UP, DOWN, BFLY, IDX };
 
