@@ -85,26 +85,26 @@ def load(options: Options) -> None:
     if _loaded:
         return
     _, _, cuda = overlay.cupy_wheel()
-    library = build_library(cuda)
-    memory = options.memory_of_each()
-    library.emulated_configure(
-        options.devices,
-        (ctypes.c_uint64 * len(memory))(*memory),
-        TIMINGS.index(options.timing),
-        options.pageable == "late",
-        options.capability,
-    )
+    library = ctypes.CDLL(str(build_library(cuda)), mode=ctypes.RTLD_GLOBAL)
+    configure(library, options)
     blas.load(cuda)
     # The real one, from where it must be: what is loaded is not looked for.
     ctypes.CDLL(str(nvidia(cuda, "cuda_nvrtc", f"lib/libnvrtc.so.{cuda}")))
     _loaded.append(Loaded(library, options))
 
 
-def build_library(cuda: int) -> ctypes.CDLL:
+def build_library(cuda: int) -> Path:
     """The device's library for CUDA ``cuda``, under the name of the driver, so that whoever asks for that gets ours."""
     headers = nvidia(cuda, "cuda_runtime", "include/cuda_runtime_api.h").parent
     flags = ("-Wl,-soname,libcuda.so.1", f"-I{HERE / 'include'}", f"-I{headers}")
-    return ctypes.CDLL(str(build("libcuda", [HERE / name for name in SOURCES], flags)), mode=ctypes.RTLD_GLOBAL)
+    return build("libcuda", [HERE / name for name in SOURCES], flags)
+
+
+def configure(library: ctypes.CDLL, options: Options) -> None:
+    """Make the devices."""
+    memory = (ctypes.c_uint64 * options.devices)(*options.memory_of_each())
+    timing, late = TIMINGS.index(options.timing), options.pageable == "late"
+    library.emulated_configure(options.devices, memory, timing, late, options.capability)
 
 
 def lay_over(module: Path) -> None:

@@ -96,10 +96,11 @@ void check_launch(Lock& lock, Kernel& kernel, const uint32_t grid[3], const uint
     }
 }
 
-// What CUDA would call a kernel's end with this sentence.
+// What CUDA would call a kernel's end with this sentence (block.cpp, thread.h).
 cudaError_t error_of(const std::string& sentence) {
-    if (sentence.find("misaligned") != std::string::npos) return cudaErrorMisalignedAddress;
-    if (sentence.find("outside") != std::string::npos) return cudaErrorIllegalAddress;
+    auto has = [&](const char* words) { return sentence.find(words) != std::string::npos; };
+    if (has(": misaligned")) return cudaErrorMisalignedAddress;
+    if (has(" are in no allocation") || has(" are not within ") || has(" are not in ")) return cudaErrorIllegalAddress;
     return cudaErrorLaunchFailure;
 }
 
@@ -162,7 +163,8 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
 
 CUresult cuModuleUnload(CUmodule module) {
     return driver_call(__func__, [&](Lock&) {
-        for (auto& [name, kernel] : modules.remove(module)->kernels) kernels.remove(kernel);
+        auto gone = modules.remove(module);
+        for (auto& [name, kernel] : gone->kernels) kernels.remove(kernel);
     });
 }
 
@@ -244,8 +246,7 @@ CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned 
             const Hooks hooks = {emulated_range, settings.timing == Timing::late || settings.timing == Timing::work};
             const char* wrong = kernel->launch(size.grid, size.block, dynamic_shared, parameters.data(), &hooks);
             if (!wrong) return;
-            std::string sentence = "kernel " + kernel->name + ": " + wrong;
-            emulated_fault(sentence.c_str());
+            emulated_fault(wrong);
             throw Failure{error_of(wrong)};
         }, kernel->name.c_str());
     });

@@ -1,7 +1,7 @@
 // Memory: allocations with poison and guard pages, pools, and copies.
 //
-// All of it lies in one range of addresses that is reserved at the start. An address is never given out twice, and what
-// is freed cannot be read any more: whoever uses memory after its end is noticed, however late.
+// An address is never given out twice, and what is freed cannot be read any more: whoever uses memory after its end is
+// noticed, however late.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -16,14 +16,14 @@ namespace emulated {
 namespace {
 
 constexpr size_t page = 4096;
-constexpr size_t reserved = size_t{1} << 43;  // addresses, not memory
 constexpr size_t poison_size = size_t{4} << 20;
 
 std::mutex table_lock;  // of its own, since kernels look allocations up while they run
 std::map<uint64_t, Allocation> table;  // by the first address
 
-char* next_address = nullptr;
-char* end_address = nullptr;
+// Addresses that nothing else uses; whatever does is stepped over.
+constexpr uintptr_t first_address = uintptr_t{1} << 45, last_address = uintptr_t{3} << 45, step = uintptr_t{1} << 36;
+uintptr_t next_address = first_address;
 
 thread_local int running_device = -1;  // of the work that this thread runs
 
@@ -43,23 +43,28 @@ int poison_file() {
 
 size_t whole_pages(size_t size) { return (size + page - 1) / page * page; }
 
+bool was_given_out(const void* pointer) {
+    return pointer >= reinterpret_cast<void*>(first_address) && pointer < reinterpret_cast<void*>(next_address);
+}
+
+// A page before and one after it are guards.
 char* map_poisoned(size_t size) {
-    if (!next_address) {
-        void* start = mmap(nullptr, reserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (start == MAP_FAILED) fail(cudaErrorMemoryAllocation, "no range of addresses for the device's memory");
-        next_address = static_cast<char*>(start);
-        end_address = next_address + reserved;
+    size_t length = whole_pages(size), whole = length + 2 * page;
+    for (;; next_address += step) {
+        if (next_address + whole > last_address)
+            fail(cudaErrorMemoryAllocation, "all addresses for the device's memory were given out once");
+        void* wanted = reinterpret_cast<void*>(next_address);
+        void* got = mmap(wanted, whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0);
+        if (got == wanted) break;
+        if (got != MAP_FAILED) munmap(got, whole);  // a kernel that does not know the flag
     }
-    size_t length = whole_pages(size);
-    if (length + 2 * page > static_cast<size_t>(end_address - next_address))
-        fail(cudaErrorMemoryAllocation, "all addresses of this process's device memory were given out once");
-    char* first = next_address + page;  // the page before it is a guard
+    char* first = reinterpret_cast<char*>(next_address) + page;
     for (size_t at = 0; at < length; at += poison_size) {
         size_t part = std::min(poison_size, length - at);
         void* got = mmap(first + at, part, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, poison_file(), 0);
         if (got == MAP_FAILED) fail(cudaErrorMemoryAllocation, "the host has no memory for the device's");
     }
-    next_address = first + length;
+    next_address += whole;
     return first;
 }
 
@@ -425,7 +430,10 @@ struct End {
 
 End end_of(const void* pointer) {
     Allocation found;
-    if (!find_allocation(reinterpret_cast<uint64_t>(pointer), &found)) return {};
+    if (!find_allocation(reinterpret_cast<uint64_t>(pointer), &found)) {
+        if (was_given_out(pointer)) fail(cudaErrorInvalidValue, "a copy or cudaMemset uses memory that was freed");
+        return {};
+    }
     bool managed = found.place == Place::managed;
     bool host = found.place == Place::pinned || found.place == Place::registered;
     return {!host, host || managed, found.device};
