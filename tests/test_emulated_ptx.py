@@ -728,7 +728,7 @@ FAULTS = {
         "wait for each other in vain: thread \\(0, 0, 0\\) .* at bar.*sync.*0; thread \\(32, 0, 0\\) .* at bar.sync 2;",
     ),
     "a barrier that half a warp skips": (
-        "if (threadIdx.x % 32 < 16) __syncthreads();",
+        'if (threadIdx.x % 32 < 16) asm volatile("bar.sync 1, 32;" ::: "memory"); __syncthreads();',
         "bar.*sync.*other threads of its warp are not here",
     ),
     "a barrier of too few": (

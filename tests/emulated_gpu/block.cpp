@@ -136,6 +136,7 @@ class Run {
     bool run_warp(u32 first);
     bool finish_exchanges(u32 first);
     bool finish_barrier(u32 id);
+    bool whole_warp(u32 warp, u32 lanes) const;
     void note(const Fiber& fiber, u32 at, const char* sentence);
     void in_vain();
 
@@ -315,6 +316,13 @@ u32 Run::arrive(Fiber& me, u32 at, Barrier kind, bool aligned, u32 id, u32 count
     return me.trues;
 }
 
+// Whether these are all lanes of a warp but those that have left the kernel: since Volta these need not come.
+bool Run::whole_warp(u32 warp, u32 lanes) const {
+    for (u32 i = warp * WARP; i < std::min(threads_, (warp + 1) * WARP); i++)
+        if (fibers_[i].state != EXITED && !(lanes >> fibers_[i].lane & 1)) return false;
+    return true;
+}
+
 // Lets those go on who wait at a barrier, if no more are to come.
 bool Run::finish_barrier(u32 id) {
     Waiting& barrier = barriers_[id];
@@ -323,8 +331,7 @@ bool Run::finish_barrier(u32 id) {
         if (fiber.state != AT_BARRIER || fiber.id != id) continue;
         fiber.state = READY;
         fiber.trues = barrier.trues;
-        const u32 first = fiber.number / WARP * WARP, lanes = std::min(WARP, threads_ - first);
-        if (barrier.aligned && barrier.lanes[first / WARP] != (lanes == WARP ? ~0u : (1u << lanes) - 1))
+        if (barrier.aligned && !whole_warp(fiber.number / WARP, barrier.lanes[fiber.number / WARP]))
             note(fiber, fiber.at, "other threads of its warp are not here");
     }
     barrier = {};
