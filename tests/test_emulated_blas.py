@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import emulated_gpu
 import numpy as np
 import pytest
-from emulated_gpu.blas import EMULATED, STUB, STUBS, fast
+from emulated_gpu.blas import EMULATED, STUB, STUBS, fast, switches
 from emulated_gpu.build import HERE, build
 from hypothesis import given, settings, strategies as st
 from needs import missing
@@ -557,27 +558,37 @@ def test_a_product_is_put_into_its_stream(device: Device) -> None:
 
 def test_faults_that_a_library_may_have(device: Device) -> None:
     """Which gpubatch tries for: they can be switched on."""
-    switches = np.frombuffer((ctypes.c_int32 * 11).in_dll(device.library, "emulated_lt"), np.int32)
-    before = switches.copy()
+    set_to = switches(device.library)
+    before = set_to.copy()
     try:
-        switches[0] = RELU
+        set_to["lacks"][0] = RELU
         assert len(small(device, epilogue=RELU).choices()) == 0
-        switches[0] = 0
-        switches[8] = 0
+        set_to["lacks"][0] = 0
+        set_to["relu_of_nan"] = 0
         a, b = device.array([[np.nan, 1]]), device.array([[1]])
         assert Matmul(device, a, b, epilogue=RELU).result().ravel().tolist() == [0, 1]
-        switches[9] = 0
+        set_to["whole_bias"] = 0
         bias = device.array(np.full(3, np.nan))
         found = small(device, epilogue=BIAS, vector=bias).result()
         np.testing.assert_array_equal(np.isnan(found).all(axis=0), [True, True, True, False])
-        switches[10] = 0
+        set_to["whole_sums"] = 0
         sums = device.array(np.zeros(2))
-        Matmul(
-            device, device.array(np.ones((6, 2))), device.array(np.ones((1, 6))), epilogue=BGRADA, vector=sums
-        ).result()
+        ones = device.array(np.ones((6, 2))), device.array(np.ones((1, 6)))
+        Matmul(device, *ones, epilogue=BGRADA, vector=sums).result()
         assert sums.tolist() == [5, 5]
+        product = small(device)
+        choice = product.choices()[0]
+        set_to["version"] += 1
+        assert product.launch(choice) == NOT_SUPPORTED
+        assert "of another version" in device.faults
+        set_to["version"] -= 1
+        set_to["microseconds"][0] = 20_000
+        start = time.perf_counter()
+        product.result(choice)
+        assert time.perf_counter() - start > 0.02
     finally:
-        switches[...] = before
+        for name in before.dtype.names:
+            set_to[name] = before[name]
 
 
 # --- under CuPy ------------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ import subprocess
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
+
 from emulated_gpu.build import HERE, build
 
 # CuPy's modules that are linked with a library of CUDA's; NVRTC is the real one.
@@ -39,6 +41,18 @@ NOT_SUPPORTED = {
     "cufft": 16,
     "nvJitLink": 1,
 }
+
+# emulated_lt of blas_lt.cpp.
+SWITCHES = np.dtype(
+    [
+        ("lacks", "u4", 8),
+        ("relu_of_nan", "i4"),
+        ("whole_bias", "i4"),
+        ("whole_sums", "i4"),
+        ("microseconds", "i4", 9),
+        ("version", "i4"),
+    ]
+)
 
 STUBS = """
 #include "device.h"
@@ -68,6 +82,13 @@ def load(cuda_major: int) -> dict[str, ctypes.CDLL]:
         path = build(soname, sources, (*fast(), f"-DCUDA_MAJOR={cuda_major}", *named))
         loaded[library] = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     return loaded
+
+
+def switches(library: ctypes.CDLL | None = None) -> np.ndarray:
+    """What cuBLASLt is to do wrong, and how slow its algorithms are: blas_lt.cpp. By default of what is loaded."""
+    library = ctypes.CDLL(None) if library is None else library
+    memory = (ctypes.c_ubyte * SWITCHES.itemsize).in_dll(library, "emulated_lt")
+    return np.frombuffer(memory, SWITCHES)[0]
 
 
 def functions(cuda_major: int) -> dict[str, set[str]]:
