@@ -20,7 +20,7 @@ EXPORTS = {
         ArgumentError BackendFallbackWarning BackendUnavailableError CaptureError CaptureWarning
         CheckpointError CheckpointWarning DTypeError DataFormatError DeviceMismatchError GpubatchError
         InsufficientMemoryError MicroBatchWarning NonFiniteError ShapeError SkippedStepWarning
-        UnknownArgumentError
+        TuningWarning UnknownArgumentError
     """,
     "explore": """
         GradientCheck batch_size_sweep gradient_check loss_slice numerical_gradient random_local_search
@@ -79,6 +79,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         NonFiniteError as NonFiniteError,
         ShapeError as ShapeError,
         SkippedStepWarning as SkippedStepWarning,
+        TuningWarning as TuningWarning,
         UnknownArgumentError as UnknownArgumentError,
     )
     from gpubatch.explore import (

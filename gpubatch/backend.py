@@ -349,6 +349,17 @@ class CudaBackend(Backend):
                     raise
                 return stream.end_capture()
 
+    def milliseconds(self, work: Callable[[], Any]) -> float:
+        """How long the current stream takes over what ``work`` gives to it; waits for that."""
+        with self.scope():
+            stream = self.current_stream()
+            start, end = (self.cupy.cuda.Event(block=True, disable_timing=False) for _ in range(2))
+            stream.record(start)
+            work()
+            stream.record(end)
+            end.synchronize()
+            return float(self.cupy.cuda.get_elapsed_time(start, end))
+
     def pinned(self, size: int, dtype: np.dtype[Any]) -> np.ndarray:
         """An array of ``size`` elements in pinned memory of the host, from CuPy's pool; its values are not set."""
         with self.scope():

@@ -18,6 +18,7 @@
     CheckpointWarning (UserWarning)          a checkpoint is passed over, or was not written and the run goes on
     MicroBatchWarning (UserWarning)          memory ran out: batches are computed in parts from here on
     SkippedStepWarning (UserWarning)         a step is left out: its loss or its gradient is not finite
+    TuningWarning (UserWarning)              algorithms that were chosen for matrix products cannot be used here
 
 Every one is also the built-in exception that a NumPy user would expect.
 """
@@ -46,6 +47,7 @@ __all__ = [
     "NonFiniteError",
     "ShapeError",
     "SkippedStepWarning",
+    "TuningWarning",
     "UnknownArgumentError",
 ]
 
@@ -122,6 +124,10 @@ class MicroBatchWarning(UserWarning):
 
 class SkippedStepWarning(UserWarning):
     """A training step is left out, since its loss or its gradient is not finite."""
+
+
+class TuningWarning(UserWarning):
+    """Algorithms that were chosen for matrix products, and saved, cannot be used: the last bits may be others."""
 
 
 def check_real(

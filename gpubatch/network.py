@@ -45,7 +45,7 @@ from gpubatch.layers import (
 from gpubatch.ops import COMPUTE, SUM_PARTS, philox_generator, workspace_dtype
 from gpubatch.own import as_written, changed
 from gpubatch.params import FlatViews, Parameters
-from gpubatch.products import PRECISIONS, products_for
+from gpubatch.products import PRECISIONS, check_choices, products_for
 
 __all__ = ["Network", "mlp"]
 
@@ -164,6 +164,12 @@ class Network:
     :class:`~gpubatch.loss_scale.LossScale` says. The optimizer needs ``master_weights=True``. On the CPU it is for
     trying things out: every operation makes float32 copies of its arrays, which no plan counts.
 
+    ``tune=True`` has a GPU time the algorithms that cuBLASLt has for each matrix product, when it is first seen, and
+    use the fastest; it takes nvmath-python, and a second or so. Otherwise the algorithm is the one that cuBLASLt
+    foretells to be the fastest. What was chosen is part of :meth:`state_dict`, and so of a checkpoint, since another
+    algorithm rounds otherwise: a run that is resumed with the same cuBLASLt on such a GPU has the same bits, and a
+    :class:`TuningWarning` says where it has not. On the CPU there is nothing to choose.
+
     ``parameters`` holds those of the k-th layer of a kind under the number k: W1, b1, gamma1, beta1, W2, ...;
     ``buffers`` likewise holds running_mean1, running_var1, ... A network is not to be used by two threads at a time,
     since they would share its workspace.
@@ -178,11 +184,13 @@ class Network:
         dtype: Any = "float32",
         seed: int = 0,
         precision: str = "full",
+        tune: bool = False,
     ) -> None:
         self.layers = tuple(layers)
         self.loss_name = check_choice("loss", loss, losses.LOSSES)
         self.l2 = check_real("l2", l2, 0)
         self.precision = check_choice("precision", precision, [*PRECISIONS, MIXED])
+        self.tune = check_bool("tune", tune)
         self.dtype = float_dtype(dtype)
         if precision == MIXED and self.dtype != np.float32:
             raise ArgumentError(f"dtype must be float32 with precision='mixed', which computes in it, got {dtype!r}")
@@ -201,7 +209,9 @@ class Network:
         self.backend = get_backend(backend)
         self._xp = self.backend.xp
         self.ops = ops_for(self.backend, self.dtype)
-        self.products = products_for(self.backend, self.dtype, "full" if precision == MIXED else precision)
+        of_products = "full" if precision == MIXED else precision
+        largest = max((math.prod(p.shape) for needs in self.needs for p in needs.parameters.values()), default=0)
+        self.products = products_for(self.backend, self.dtype, of_products, tune, largest)
         self._mode = Mode(self.seed)
         self._names = parameter_names(self.layers, self.needs)
         self._make_parameters()
@@ -243,7 +253,7 @@ class Network:
         return self._training.rows
 
     def __deepcopy__(self, memo: Any) -> Network:
-        common = self.backend, self.compute_dtype, self.seed, self.precision
+        common = self.backend, self.compute_dtype, self.seed, self.precision, self.tune
         twin = Network(self.layers, self.loss_name, self.l2, *common)
         twin.load_state_dict(self.state_dict())
         return twin
@@ -253,9 +263,10 @@ class Network:
 
     def __repr__(self) -> str:
         layers = ", ".join(map(repr, self.layers))
-        precision = "" if self.precision == "full" else f", precision={self.precision!r}"
+        options = "" if self.precision == "full" else f", precision={self.precision!r}"
+        options += ", tune=True" if self.tune else ""
         dtype = self.compute_dtype.name
-        return f"Network([{layers}], loss={self.loss_name!r}, l2={self.l2}, dtype={dtype!r}{precision})"
+        return f"Network([{layers}], loss={self.loss_name!r}, l2={self.l2}, dtype={dtype!r}{options})"
 
     # --- training ---
 
@@ -544,17 +555,24 @@ class Network:
     # --- state ---
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of all parameters and buffers by name, and the step of dropout."""
+        """Copies of all parameters and buffers by name, and the step of dropout.
+
+        Where algorithms of matrix products were chosen, also these: ``products``.
+        """
         with self.backend.scope():
+            chosen = self.products.choices()
             return {
                 "parameters": {name: value.copy() for name, value in self.parameters.items()},
                 "buffers": {name: value.copy() for name, value in self.buffers.items()},
                 "dropout_step": self._mode.step,
+                **({"products": chosen} if chosen else {}),
             }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; NumPy arrays will do on any backend. All is checked before."""
-        check_names("state", state, ["parameters", "buffers", "dropout_step"])
+        check_names("state", state, ["parameters", "buffers", "dropout_step"], ["products"])
+        if "products" in state:
+            check_choices(state["products"])
         step = check_int("dropout_step", state["dropout_step"], 0, 2**64 - 1)
         found = {}
         for kind, own in (("parameters", self.parameters), ("buffers", self.buffers)):
@@ -567,6 +585,8 @@ class Network:
         with self.backend.scope():
             for (kind, name), value in found.items():
                 (self.parameters if kind == "parameters" else self.buffers)[name] = value
+            if "products" in state:
+                self.products.take_choices(state["products"])
         self._mode.step = step
 
     # --- inside ---
@@ -803,11 +823,11 @@ def parameter_names(layers: Sequence[Layer], needs: Sequence[Needs]) -> list[dic
     return names
 
 
-def check_names(what: str, found: Any, known: Any) -> None:
-    """``found`` must be a mapping with the names of ``known`` and no other."""
+def check_names(what: str, found: Any, known: Any, optional: Sequence[str] = ()) -> None:
+    """``found`` must be a mapping with the names of ``known``, perhaps some of ``optional``, and no other."""
     if not isinstance(found, Mapping):
         raise DTypeError(f"{what} must be a mapping, got {type(found).__name__}")
-    missing, extra = [n for n in known if n not in found], [n for n in found if n not in known]
+    missing, extra = [n for n in known if n not in found], [n for n in found if n not in (*known, *optional)]
     if missing or extra:
         raise ArgumentError(f"{what} must hold {', '.join(known) or 'nothing'}; missing {missing}, unknown {extra}")
 
@@ -843,6 +863,7 @@ def mlp(
     dtype: Any = "float32",
     seed: int = 0,
     precision: str = "full",
+    tune: bool = False,
 ) -> Network:
     """A network of Dense layers of the given sizes, the inputs first and the outputs last.
 
@@ -863,4 +884,4 @@ def mlp(
         layers.append(kind())
         layers += [Dropout(dropout)] if dropout else []
     layers.append(Dense(last, outputs, init="xavier"))
-    return Network(layers, loss, l2, backend, dtype, seed, precision)
+    return Network(layers, loss, l2, backend, dtype, seed, precision, tune)

@@ -2,22 +2,32 @@
 
 CuPy refuses its matrix products while a stream is captured. cuBLASLt's are plain launches in a workspace that is given
 to it, so they may be captured; and it adds a bias, or sums one's gradient, in the same launch.
+
+It has several algorithms for a product, and its heuristic foretells which is the fastest. With ``tune`` they are timed
+instead, when a product is first seen. What was chosen is kept with the network's state: another algorithm, other last
+bits.
 """
 
 from __future__ import annotations
 
+import functools
+import re
+import statistics
+import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from gpubatch.backend import INSTALL_CUPY, Array, Backend, CudaBackend
-from gpubatch.errors import BackendUnavailableError
+from gpubatch.cuda_ops import source_of
+from gpubatch.errors import ArgumentError, BackendUnavailableError, DTypeError, TuningWarning
+from gpubatch.launch import cuda_kernel
 from gpubatch.ops import Activation
 
-__all__ = ["PRECISIONS", "ArrayProducts", "LtProducts", "Products", "products_for"]
+__all__ = ["PRECISIONS", "ArrayProducts", "LtProducts", "Products", "check_choices", "products_for"]
 
 Addresses: TypeAlias = tuple[int, int, int, int]  # of A, B, D and the vector of the epilogue, 0 if it has none
 
@@ -39,6 +49,18 @@ WORKSPACE = {False: 4 << 20, True: 32 << 20}  # bytes, from Hopper on the larger
 # on where in memory a batch happens to lie.
 ALIGNMENT = 16
 PLANS_KEPT = 512  # a run has a dozen for each of its two or three batch sizes
+
+HOPPER = 9  # its instruction for TF32 reads both factors along the dimension that is summed, and in no other order
+
+CANDIDATES = 8  # algorithms that tuning asks for
+LAUNCHES = 8  # of a product in the graph that is timed: one alone is over before its event is
+ROUNDS = 7  # in which every graph is timed once
+MARGIN = 1.03  # by which another algorithm must be faster than what the heuristic foretold: noise changes nothing
+THREADS, TILE = 256, 32  # of kernels/transpose.cu
+
+# An algorithm, whose 64 bytes may be kept for the same version of cuBLASLt, and whether it reads a copy.
+COPY = "copy "
+CHOICE = re.compile(f"(?:{COPY})?[0-9a-f]{{128}}")
 
 # cublasLtMatmulHeuristicResult_t of cublasLt.h: the algorithm stands first.
 RESULT = np.dtype(
@@ -72,9 +94,25 @@ class Products(ABC):
     def memory_parts(self) -> dict[str, int]:
         """The bytes that they hold on the device, by what they are for."""
 
+    @abstractmethod
+    def choices(self) -> dict[str, Any]:
+        """The algorithms that were chosen by their time, as JSON can hold them; empty where none was."""
 
-def products_for(backend: Backend, dtype: np.dtype[Any], precision: str) -> Products:
-    """The products of a network on ``backend``; without cuBLASLt those of CuPy, of which "fast" is an error."""
+    @abstractmethod
+    def take_choices(self, saved: Mapping[str, Any]) -> None:
+        """Use algorithms that :meth:`choices` gave, where that was the same library on such a device.
+
+        Otherwise a :class:`TuningWarning` says so. They must have passed :func:`check_choices`.
+        """
+
+
+def products_for(
+    backend: Backend, dtype: np.dtype[Any], precision: str, tune: bool = False, largest: int = 0
+) -> Products:
+    """The products of a network on ``backend``; without cuBLASLt those of CuPy, of which "fast" is an error.
+
+    So is ``tune``. ``largest`` is how many elements the largest matrix of weights has.
+    """
     if not isinstance(backend, CudaBackend):
         matmul = multiply_in_float32 if dtype == np.float16 else backend.xp.matmul
         return ArrayProducts(matmul, "the CPU has no graphs to capture")
@@ -85,13 +123,28 @@ def products_for(backend: Backend, dtype: np.dtype[Any], precision: str) -> Prod
         absent = isinstance(error, ModuleNotFoundError) and error.name == "nvmath"
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         why = "nvmath-python is not installed" if absent else f"cuBLASLt cannot be loaded ({first_line})"
-        if precision == "fast":
+        if precision == "fast" or tune:
+            asked = "precision='fast'" if precision == "fast" else "tune=True"
             cause = "not installed" if absent else "libraries missing"
             raise BackendUnavailableError(
-                f"precision='fast' cannot be had on {backend.spec!r}: {why}.", cause, INSTALL_CUPY
+                f"{asked} cannot be had on {backend.spec!r}: {why}.", cause, INSTALL_CUPY
             ) from error
         return ArrayProducts(backend.xp.matmul, f"{why}: {INSTALL_CUPY.removesuffix('.')}")
-    return LtProducts(backend, dtype, precision, library, handle)
+    return LtProducts(backend, dtype, precision, library, handle, tune, largest)
+
+
+def check_choices(saved: Any) -> None:
+    """Raise unless ``saved`` can be what :meth:`Products.choices` gave."""
+    if not isinstance(saved, Mapping):
+        raise DTypeError(f"products must be a mapping, got {type(saved).__name__}")
+    wanted = {"library": str, "device": str, "algorithms": Mapping}
+    if saved.keys() != wanted.keys() or any(not isinstance(saved[name], kind) for name, kind in wanted.items()):
+        raise ArgumentError(f"products must hold {', '.join(wanted)}, got {saved!r}")
+    for name, choice in saved["algorithms"].items():
+        if not isinstance(choice, str) or CHOICE.fullmatch(choice) is None:
+            raise ArgumentError(
+                f"products must hold algorithms of 64 bytes as hexadecimal digits, {name} is {choice!r}"
+            )
 
 
 class ArrayProducts(Products):
@@ -118,6 +171,14 @@ class ArrayProducts(Products):
     def memory_parts(self) -> dict[str, int]:
         """Nothing is held."""
         return {}
+
+    def choices(self) -> dict[str, Any]:
+        """There is nothing to choose."""
+        return {}
+
+    def take_choices(self, saved: Mapping[str, Any]) -> None:
+        """See :class:`Products`; never."""
+        warn_of_others(saved, "this network's products are not cuBLASLt's")
 
 
 def multiply_in_float32(a: Array, b: Array, out: Array) -> None:
@@ -149,18 +210,32 @@ class LtProducts(Products):
     What it takes to launch a product is made for its shapes and strides when they are first seen, which is not to be in
     a capture; after that a product takes no memory and waits for nothing. ``library`` and ``handle`` are what
     :func:`open_library` gives.
+
+    With ``tune`` and TF32 on Hopper one of the choices for x W is to multiply by a transposed copy of W, made in every
+    launch, since W as it lies is not in the order that the fast instruction reads.
     """
 
     capturable = True
 
     def __init__(
-        self, backend: CudaBackend, dtype: np.dtype[Any], precision: str, library: Library, handle: int
+        self,
+        backend: CudaBackend,
+        dtype: np.dtype[Any],
+        precision: str,
+        library: Library,
+        handle: int,
+        tune: bool = False,
+        largest: int = 0,
     ) -> None:
         self.backend, self.dtype, self.precision = backend, dtype, precision
         self.library, self.handle = library, owned(self, handle, library.lt.destroy)
         number = int(library.lt.get_version())
         self.reason = f"cuBLASLt {number // 10000}.{number // 100 % 100}.{number % 100}"
-        self.workspace = backend.empty(WORKSPACE[backend.capability >= 9], np.uint8)
+        self.workspace = backend.empty(WORKSPACE[backend.capability >= HOPPER], np.uint8)
+        one_order = backend.capability == HOPPER and COMPUTE[dtype.name, precision] == "COMPUTE_32F_FAST_TF32"
+        self._tune, self._largest = tune, largest if one_order else 0
+        self._copies = backend.empty(self._largest if tune else 0, dtype)
+        self._choices: dict[str, str] = {}  # by the product's name
         self._plans: dict[tuple[Any, ...], Plan | None] = {}
         self._stream: Callable[[], Any] = backend.cupy.cuda.get_current_stream
         self._plain = ArrayProducts(backend.xp.matmul, "")
@@ -179,8 +254,30 @@ class LtProducts(Products):
         return self._launch("BGRADA", x.T, dy, dW, db)  # dWᵀ = dyᵀ x: its A is dyᵀ, whose rows are summed
 
     def memory_parts(self) -> dict[str, int]:
-        """The workspace that cuBLASLt is given."""
-        return {"matrix products": int(self.workspace.nbytes)}
+        """The workspace that cuBLASLt is given, and the copy of weights."""
+        return {"matrix products": int(self.workspace.nbytes + self._copies.nbytes)}
+
+    def choices(self) -> dict[str, Any]:
+        """See :class:`Products`."""
+        return {**self._where(), "algorithms": dict(self._choices)} if self._choices else {}
+
+    def take_choices(self, saved: Mapping[str, Any]) -> None:
+        """See :class:`Products`."""
+        here = self._where()
+        if any(saved[name] != value for name, value in here.items()):
+            warn_of_others(saved, f"this is {here['library']} on {here['device']}")
+            return
+        self._choices.update(saved["algorithms"])
+        if any(choice.startswith(COPY) for choice in self._choices.values()) and not self._copies.size:
+            self._copies = self.backend.empty(self._largest, self.dtype)
+        for key, plan in list(self._plans.items()):
+            if plan is not None and plan.choice != self._choices.get(plan.name, plan.choice):
+                del self._plans[key]
+
+    def _where(self) -> dict[str, str]:
+        """What an algorithm is for: a version of the library and a kind of device."""
+        properties = self.backend.cupy.cuda.runtime.getDeviceProperties(self.backend.index)
+        return {"library": self.reason, "device": properties["name"].decode()}
 
     def _launch(self, epilogue: str, a: Array, b: Array, out: Array, vector: Array | None) -> bool:
         """out = a b, and what comes after it and reads or writes ``vector``; False where there is no kernel for it."""
@@ -210,11 +307,97 @@ class LtProducts(Products):
         A, B, D = (by_columns(x, self.dtype) if fit else None for x in (b, a, out))
         if A is None or B is None or D is None or D.transposed or D.stride != D.rows:
             return None
-        plan = Plan(self, epilogue, (A, B, D), at)
-        if plan.algorithm == 0 or (epilogue in BIASED.values() and not self._shows_nan(plan, out, at)):
+
+        def sound(plan: Plan) -> bool:
+            """Whether it can be launched, and its epilogue does what it should."""
+            try:
+                if epilogue in BIASED.values():
+                    return self._shows_nan(plan, out, at)
+                if epilogue == "BGRADA":
+                    return self._adds_all(plan, b, vector, at)
+                if self._tune:  # what is captured must have been launched before
+                    plan.launch(*at, self._stream().ptr)
+            except self.library.lt.cuBLASLtError:
+                if not self._tune:
+                    raise
+                return False
+            return True
+
+        forms = self._forms(epilogue, (A, B, D), at)
+        if forms[0].name in self._choices:
+            if (plan := self._saved_plan(forms, sound)) is not None:
+                return plan
+            forms = self._forms(epilogue, (A, B, D), at)  # anew: these may have what was saved
+        return self._new_plan(forms, sound, at)
+
+    def _forms(self, epilogue: str, matrices: tuple[Matrix, Matrix, Matrix], at: Addresses) -> list[Plan]:
+        """How the product may be asked for: as it is, and by a copy of what is read in an order that is slow."""
+        A, B, _ = matrices
+        wanted = CANDIDATES if self._tune else 1
+        forms = [Plan(self, epilogue, matrices, at, wanted)]
+        if not A.transposed and not B.transposed and A.rows * A.columns <= self._copies.size:
+            forms.append(Plan(self, epilogue, matrices, at, wanted, self._copies))
+        return forms
+
+    def _saved_plan(self, forms: Sequence[Plan], sound: Callable[[Plan], bool]) -> Plan | None:
+        """The plan by the algorithm that was chosen before; None, and a warning, where it cannot be used any more."""
+        name = forms[0].name
+        saved = self._choices.pop(name)
+        plan = next((form for form in forms if form.take(saved)), None)
+        if plan is not None and sound(plan):
+            self._choices[name] = saved
+            return plan
+        warnings.warn(
+            f"the algorithm that was chosen for the matrix product {name} cannot be used any more, so the last bits of "
+            "results may be others",
+            TuningWarning,
+            stacklevel=2,
+        )
+        return None
+
+    def _new_plan(self, forms: Sequence[Plan], sound: Callable[[Plan], bool], at: Addresses) -> Plan | None:
+        """The plan by the heuristic's algorithm, or by one that is chosen and noted; None where there is none."""
+        if not self._tune:
+            return forms[0] if forms[0].algorithm and sound(forms[0]) else None
+        found = []
+        for form in forms:
+            for number in range(len(form.found)):
+                form.choose(number)
+                if sound(form):
+                    found.append((form, number))
+        if not found:
             return None
-        if epilogue == "BGRADA" and not self._adds_all(plan, b, vector, at):
-            return None
+        plan = self._fastest(found, at)
+        self._choices[plan.name] = plan.choice
+        return plan
+
+    def _fastest(self, candidates: Sequence[tuple[Plan, int]], at: Addresses) -> Plan:
+        """Of plans, each with the number of an algorithm, the one that takes the least time, set to its algorithm.
+
+        Each is launched some times in a graph, as in a step, where the host is not waited for. Before each launch the
+        workspace is overwritten, so that not all of its data are found in the cache; what that takes is subtracted.
+        """
+        if len(candidates) == 1:
+            return candidates[0][0]
+
+        def launches(plan: Plan | None) -> None:
+            for _ in range(LAUNCHES):
+                self.workspace.fill(0)
+                if plan is not None:
+                    plan.launch(*at, self._stream().ptr)
+
+        graphs = [self.backend.capture(lambda: launches(None))]
+        for plan, number in candidates:
+            plan.choose(number)
+            graphs.append(self.backend.capture(functools.partial(launches, plan)))
+        rounds = [[self.backend.milliseconds(graph.launch) for graph in graphs] for _ in range(ROUNDS)]
+        nothing, *medians = (statistics.median(times) for times in zip(*rounds, strict=True))
+        times = [median - nothing for median in medians]
+        best = min(range(len(times)), key=times.__getitem__)
+        if times[0] <= MARGIN * times[best]:
+            best = 0
+        plan, number = candidates[best]
+        plan.choose(number)
         return plan
 
     def _shows_nan(self, plan: Plan, out: Array, at: Addresses) -> bool:
@@ -265,21 +448,55 @@ def by_columns(x: Array, dtype: np.dtype[Any]) -> Matrix | None:
     return None
 
 
-class Plan:
-    """D = op(A) op(B), and what comes after it, as cuBLASLt is asked for it, by the algorithm that its heuristic finds.
+def product_name(compute: str, epilogue: str, matrices: Sequence[Matrix], at: Addresses) -> str:
+    """All that the choice of an algorithm depends on, in words."""
+    shapes = (f"{m.rows}x{m.columns}/{m.stride}{'T' if m.transposed else 'N'}" for m in matrices)
+    return " ".join([compute, epilogue, *shapes, *map(str, alignments(at))])
 
-    The addresses ``at`` stand for all that are as well aligned. ``algorithm`` is the address of what the heuristic
-    found, 0 if that is nothing.
+
+def alignments(at: Addresses) -> list[int]:
+    """How the addresses are aligned, in bytes."""
+    return [min(ALIGNMENT, address & -address) if address else ALIGNMENT for address in at]
+
+
+def warn_of_others(saved: Mapping[str, Any], why: str) -> None:
+    """Warn that choices are for others, if there are any."""
+    if saved["algorithms"]:
+        warnings.warn(
+            f"the algorithms of matrix products were chosen with {saved['library']} on {saved['device']}, and {why}: "
+            "they are not used, so the last bits of results may be others",
+            TuningWarning,
+            stacklevel=4,
+        )
+
+
+class Plan:
+    """D = op(A) op(B), and what comes after it, as cuBLASLt is asked for it, by an algorithm that its heuristic finds.
+
+    The addresses ``at`` stand for all that are as well aligned. ``algorithm`` is the address of the algorithm, the
+    first of up to ``wanted``, 0 if there is none. With ``copies``, an array of the device's, A is read from a
+    transposed copy that is put there before.
     """
 
     def __init__(
-        self, products: LtProducts, epilogue: str, matrices: tuple[Matrix, Matrix, Matrix], at: Addresses
+        self,
+        products: LtProducts,
+        epilogue: str,
+        matrices: tuple[Matrix, Matrix, Matrix],
+        at: Addresses,
+        wanted: int = 1,
+        copies: Array = None,
     ) -> None:
         (lt, compute_types, data_types), dtype = products.library, products.dtype
         compute = COMPUTE[dtype.name, products.precision]
         scale = np.dtype(np.float64 if compute == "COMPUTE_64F" else np.float32)  # the type of alpha and beta
         compute_type = getattr(compute_types, compute)
         scale_type, stored = (getattr(data_types, STORED[kind.name]) for kind in (scale, dtype))
+        self.name = product_name(compute, epilogue, matrices, at)
+        self.transpose: Transpose | None = None
+        if copies is not None:
+            self.transpose = Transpose(products.backend, matrices[0], copies)
+            matrices, at = (self.transpose.to, *matrices[1:]), (copies.data.ptr, *at[1:])
 
         self.operation = owned(self, lt.matmul_desc_create(compute_type, scale_type), lt.matmul_desc_destroy)
         self.layouts = [
@@ -288,47 +505,98 @@ class Plan:
         ]
         preference = owned(self, lt.matmul_preference_create(), lt.matmul_preference_destroy)
         of_operation, of_preference = lt.MatmulDescAttribute, lt.MatmulPreferenceAttribute
-        wanted = {
+        attributes = {
             of_operation.TRANSA: matrices[0].transposed,  # CUBLAS_OP_N is 0, CUBLAS_OP_T is 1
             of_operation.TRANSB: matrices[1].transposed,
             of_operation.EPILOGUE: getattr(lt.Epilogue, epilogue),
             of_operation.BIAS_POINTER: at[3],
         }
-        set_all(lt.matmul_desc_set_attribute, self.operation, wanted, lt.get_matmul_desc_attribute_dtype)
-        a, b, d, vector = (min(ALIGNMENT, address & -address) if address else ALIGNMENT for address in at)
-        wanted = {
+        set_all(lt.matmul_desc_set_attribute, self.operation, attributes, lt.get_matmul_desc_attribute_dtype)
+        a, b, d, vector = alignments(at)
+        attributes = {
             of_preference.MAX_WORKSPACE_BYTES: products.workspace.nbytes,
             of_preference.MIN_ALIGNMENT_A_BYTES: a,
             of_preference.MIN_ALIGNMENT_B_BYTES: b,
             of_preference.MIN_ALIGNMENT_C_BYTES: d,
             of_preference.MIN_ALIGNMENT_D_BYTES: min(d, vector),  # the vector has no attribute of its own
         }
-        set_all(lt.matmul_preference_set_attribute, preference, wanted, lt.get_matmul_preference_attribute_dtype)
-        self.found, count = np.zeros(1, RESULT), np.zeros(1, np.int32)
-        question = (products.handle, self.operation, *self.layouts, self.layouts[2], preference, 1)
+        set_all(lt.matmul_preference_set_attribute, preference, attributes, lt.get_matmul_preference_attribute_dtype)
+        self.found, count = np.zeros(wanted, RESULT), np.zeros(1, np.int32)
+        self.question = (products.handle, self.operation, *self.layouts, self.layouts[2])
+        places = int(self.found.ctypes.data), int(count.ctypes.data)
         try:
-            lt.matmul_algo_get_heuristic(*question, self.found.ctypes.data, count.ctypes.data)
+            lt.matmul_algo_get_heuristic(*self.question, preference, wanted, *places)
         except lt.cuBLASLtError:  # it has no other way to say that there is none
             count[0] = 0
-        self.algorithm = int(self.found.ctypes.data) if count[0] and self.found["state"][0] == 0 else 0
+        self.found = self.found[: count[0]][self.found["state"][: count[0]] == 0]
+        self.number = self.algorithm = 0
+        if len(self.found):
+            self.choose(0)
 
         self.numbers = np.array([1, 0], scale)  # alpha and beta
         self.vector, self.vector_at = np.zeros(1, np.int64), at[3]
         alpha, work = int(self.numbers.ctypes.data), (products.workspace.data.ptr, products.workspace.nbytes)
-        self.matmul, self.set_attribute = lt.matmul, lt.matmul_desc_set_attribute
+        self.lt, self.matmul, self.set_attribute = lt, lt.matmul, lt.matmul_desc_set_attribute
         self.bias_pointer, self.vector_place = of_operation.BIAS_POINTER, int(self.vector.ctypes.data)
         self.before, self.between, self.after = (products.handle, self.operation, alpha), alpha + scale.itemsize, work
 
+    @property
+    def choice(self) -> str:
+        """The algorithm in words: :data:`CHOICE`."""
+        algorithm: bytes = self.found["algorithm"][self.number].tobytes()
+        return (COPY if self.transpose else "") + algorithm.hex()
+
+    def choose(self, number: int) -> None:
+        """Launch the algorithm that was found as this one from now on."""
+        self.number = number
+        self.algorithm = int(self.found.ctypes.data) + number * RESULT.itemsize
+
+    def take(self, choice: str) -> bool:
+        """Launch this algorithm from now on; False where it is not for such a plan, or cuBLASLt does not have it."""
+        algorithm = choice.removeprefix(COPY)
+        if (algorithm != choice) is not (self.transpose is not None):
+            return False
+        found, checked = np.zeros(1, RESULT), np.zeros(1, RESULT)
+        found["algorithm"][0] = np.frombuffer(bytes.fromhex(algorithm), np.uint64)
+        try:
+            self.lt.matmul_algo_check(*self.question, found.ctypes.data, checked.ctypes.data)
+        except self.lt.cuBLASLtError:
+            return False
+        if checked["state"][0] != 0 or checked["workspace"][0] > self.after[1]:
+            return False
+        self.found = found
+        self.choose(0)
+        return True
+
     def launch(self, a_at: int, b_at: int, d_at: int, vector_at: int, stream: int) -> None:
-        """Start it on a stream; what lies at the addresses is as it was when the plan was made."""
+        """Start it on a stream, the current one; what lies at the addresses is as it was when the plan was made."""
         if vector_at != self.vector_at:
             self.vector[0] = self.vector_at = vector_at
             self.set_attribute(self.operation, self.bias_pointer, self.vector_place, 8)
+        if self.transpose is not None:
+            a_at = self.transpose(a_at)
         a, b, d = self.layouts
         self.matmul(
             *(*self.before, a_at, a, b_at, b, self.between),
             *(d_at, d, d_at, d, self.algorithm, *self.after, stream),
         )
+
+
+class Transpose:
+    """Puts the transpose of a matrix, as cuBLASLt sees it and not transposed, into the array ``out``; it is ``to``."""
+
+    def __init__(self, backend: CudaBackend, matrix: Matrix, out: Array) -> None:
+        self.to = Matrix(matrix.columns, matrix.rows, matrix.columns, True)
+        self.kernel = cuda_kernel(backend, source_of(out.dtype.name, "transpose.cu"), "transpose")
+        tiles = -(-matrix.rows // TILE) * -(-matrix.columns // TILE)
+        self.grid, self.at, self.out = (tiles,), int(out.data.ptr), out
+        # As the kernel sees it, by rows.
+        self.shape = np.int64(matrix.columns), np.int64(matrix.rows), np.int64(matrix.stride)
+
+    def __call__(self, at: int) -> int:
+        """Start it on the current stream; the address of the copy."""
+        self.kernel(self.grid, (THREADS,), (np.uint64(at), self.out, *self.shape))
+        return self.at
 
 
 def owned(owner: Any, descriptor: int, destroy: Callable[[int], None]) -> int:

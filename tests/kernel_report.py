@@ -11,6 +11,7 @@ from emulate import ARCHITECTURES, check_compiles
 from ops_cases import CASES
 from optimizer_table import CASES as RULES, trace_of
 
+from gpubatch.cuda_ops import source_of
 from gpubatch.launch import update_source
 
 
@@ -19,7 +20,8 @@ def sources() -> dict[str, str]:
     named = {source: name for name, case in reversed(CASES.items()) for source in [case.source("float32")]}
     rules = {f"update {name}": update_source(trace_of(case)[0]) for name, case in RULES.items()}
     half = {"update adam, float16, master": update_source(trace_of(RULES["adam"])[0], "float32", "float16", True)}
-    return {name: source for source, name in reversed(named.items())} | rules | half
+    others = {"transpose": source_of("float32", "transpose.cu")}
+    return {name: source for source, name in reversed(named.items())} | rules | half | others
 
 
 def main(architectures: list[int]) -> None:

@@ -70,6 +70,7 @@ class StandIn:
     """
 
     nvmath: Any = None  # a stand-in of cuBLASLt
+    clock = 0.0  # milliseconds; only what cuBLASLt does takes any
 
     def __init__(self, order: str = "forward", sanitize: bool = False) -> None:
         self.order, self.sanitize = order, sanitize
@@ -142,7 +143,7 @@ def check_argument(source: str, parameter: str, argument: Any) -> None:
         assert argument.flags.c_contiguous, f"{parameter} got a strided array"
     else:
         assert type(argument) is np.uint64, f"{parameter} got a {type(argument)}"
-        assert argument == 0, name
+        assert argument == 0 or name == "x", name  # or a matrix of cuBLASLt's, known by its address
 
 
 @functools.cache
@@ -282,6 +283,8 @@ class Stream:
         with self.cupy.lock:
             if self.captured is not None:
                 self.refuse("an event")
+            if event.timed:
+                self.enqueue(Work(lambda: setattr(event, "time", self.cupy.clock)))
             event.ticket = Ticket(self, self.given)
 
     def wait_event(self, event: Event) -> None:
@@ -325,9 +328,10 @@ class Stream:
 class Event:
     """A place in the work of the stream that recorded it last."""
 
-    def __init__(self, cupy: QueuedStandIn) -> None:
-        self.cupy = cupy
+    def __init__(self, cupy: QueuedStandIn, timed: bool) -> None:
+        self.cupy, self.timed = cupy, timed
         self.ticket: Ticket | None = None
+        self.time: float | None = None
 
     def synchronize(self) -> None:
         self.cupy.waits()
@@ -561,6 +565,7 @@ class QueuedStandIn(StandIn):
         self.cuda.MemoryPool, self.cuda.OutOfMemoryError = Pool, OutOfMemoryError
         self.cuda.Stream, self.cuda.Event = functools.partial(self.new_stream), self.new_event
         self.cuda.Stream.null = self.null
+        self.cuda.get_elapsed_time = self.get_elapsed_time
         self.cuda.get_current_stream, self.cuda.alloc_pinned_memory = self.get_current_stream, self.alloc_pinned_memory
 
     @property
@@ -612,9 +617,13 @@ class QueuedStandIn(StandIn):
 
     def new_event(self, block: bool, disable_timing: bool) -> Event:
         self.needs_device("an event is made")
-        assert disable_timing
-        self.events.add(event := Event(self))
+        self.events.add(event := Event(self, timed=not disable_timing))
         return event
+
+    def get_elapsed_time(self, start: Event, end: Event) -> float:
+        assert start.time is not None
+        assert end.time is not None
+        return end.time - start.time
 
     def get_default_memory_pool(self) -> Pool:
         return self.pool

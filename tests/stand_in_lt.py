@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import itertools
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,7 +93,8 @@ class StandInLt:
 
     ``lacks`` are epilogues for which the heuristic finds nothing; with ``relu_of_nan=False`` the larger of 0 and NaN is
     0; without ``whole_bias`` the last column goes without, without ``whole_sums`` the last row is not in its sum.
-    ``calls`` counts them by name, ``launches`` has the epilogue of each.
+    ``calls`` counts them by name, ``launches`` has the epilogue of each. For a product it has as many algorithms as
+    ``costs``, the milliseconds that each takes; the n-th, from 0, rounds its sum to n bits less than float32 has.
     """
 
     ComputeType, CudaDataType, Epilogue = ComputeType, CudaDataType, Epilogue
@@ -106,7 +108,9 @@ class StandInLt:
         relu_of_nan: bool = True,
         whole_bias: bool = True,
         whole_sums: bool = True,
+        costs: tuple[float, ...] = (1.0,),
     ) -> None:
+        self.costs = costs
         self.cupy, self.lacks, self.relu_of_nan = cupy, lacks, relu_of_nan
         self.whole_bias, self.whole_sums = whole_bias, whole_sums
         self.numbers = itertools.count(1000)
@@ -189,10 +193,10 @@ class StandInLt:
         found: int,
         n: int,
     ) -> None:
-        """An algorithm that asks for all the workspace that there is, and remembers what it was chosen for."""
+        """Algorithms that ask for all the workspace that there is, and remember what they were chosen for."""
         self.calls["heuristic"] += 1
         assert handle in self.handles
-        assert most == 1
+        assert most >= 1
         op, matrices = self.operations[operation], [self.layouts[x] for x in (a, b, c, d)]
         if Epilogue(op.attributes[Desc.EPILOGUE]).name in self.lacks:
             raise cuBLASLtError("CUBLAS_STATUS_NOT_SUPPORTED")
@@ -200,13 +204,28 @@ class StandInLt:
             raise cuBLASLtError("CUBLAS_STATUS_NOT_SUPPORTED")
         self.shapes(op, *matrices)
         wanted = dict(self.preferences[preference])
-        number = next(self.numbers)
-        self.answers[number] = (op.attributes[Desc.EPILOGUE], op.compute, matrices, wanted)
+        problem = (op.attributes[Desc.EPILOGUE], op.compute, matrices)
+        count = min(most, len(self.costs))
         # cublasLtMatmulHeuristicResult_t: 64 bytes of algorithm, workspace, state, waves, 16 bytes
-        answer = np.zeros(12, np.uint64)
-        answer[0], answer[8] = number, wanted[Preference.MAX_WORKSPACE_BYTES]
-        ctypes.memmove(found, answer.ctypes.data, 96)
-        ctypes.memmove(n, np.ones(1, np.int32).ctypes.data, 4)
+        answer = np.zeros((count, 12), np.uint64)
+        for which in range(count):
+            number = zlib.crc32(repr((problem, sorted(wanted.items()), which)).encode())  # the same in every process
+            self.answers[number] = (*problem, wanted, which)
+            answer[which, 0], answer[which, 8] = number, wanted[Preference.MAX_WORKSPACE_BYTES]
+        ctypes.memmove(found, answer.ctypes.data, answer.nbytes)
+        ctypes.memmove(n, np.array([count], np.int32).ctypes.data, 4)
+
+    def matmul_algo_check(
+        self, handle: int, operation: int, a: int, b: int, c: int, d: int, algorithm: int, result: int
+    ) -> None:
+        """Whether it was found for such a product."""
+        op, matrices = self.operations[operation], [self.layouts[x] for x in (a, b, c, d)]
+        chosen = self.answers.get(int(read(algorithm, 8, np.dtype(np.uint64))))
+        if chosen is None or chosen[:3] != (op.attributes[Desc.EPILOGUE], op.compute, matrices):
+            raise cuBLASLtError("CUBLAS_STATUS_INVALID_VALUE")
+        checked = np.zeros(12, np.uint64)
+        checked[8] = chosen[3][Preference.MAX_WORKSPACE_BYTES]
+        ctypes.memmove(result, checked.ctypes.data, 96)
 
     def shapes(self, op: Operation, a: Layout, b: Layout, c: Layout, d: Layout) -> tuple[int, int, int]:
         """(m, n, k), if the matrices fit."""
@@ -227,7 +246,7 @@ class StandInLt:
         epilogue, vector = Epilogue(op.attributes[Desc.EPILOGUE]), op.attributes[Desc.BIAS_POINTER]
         chosen = self.answers[int(read(algorithm, 8, np.dtype(np.uint64)))]
         assert chosen[:3] == (epilogue, op.compute, matrices), "an algorithm for another product"
-        wanted = chosen[3]
+        wanted, which = chosen[3:]
         assert size >= wanted[Preference.MAX_WORKSPACE_BYTES]
         self.most_workspace = max(self.most_workspace, size)
         for name, address in {"A": a, "B": b, "C": c, "D": d}.items():
@@ -249,6 +268,10 @@ class StandInLt:
             first, second = (self.rounded(x.T if t else x, op) for x, t in zip((A, B), turned, strict=True))
             assert (first.shape, second.shape) == ((m, k), (k, n))
             total = scales[0] * (first @ second)
+            if which:
+                mantissa, exponent = np.frexp(total)
+                total = np.ldexp(np.round(mantissa * 2.0 ** (24 - which)) / 2.0 ** (24 - which), exponent)
+            self.cupy.clock += self.costs[which]
             if scales[1]:
                 total = total + scales[1] * C
             if epilogue & Epilogue.BIAS:

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "cuda_ops": "ops launch backend errors",
     "host_ops": "cuda_ops ops launch backend errors",
     "optim": "rules formula launch host_ops ops params schedules errors backend own",
-    "products": "ops backend errors",
+    "products": "cuda_ops launch ops backend errors",
     "layers": "products host_ops ops backend errors params own",
     "losses": "host_ops ops backend errors own",
     "network": "layers losses products host_ops ops params backend errors own",
