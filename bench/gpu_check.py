@@ -53,7 +53,7 @@ import to_accuracy  # noqa: E402
 
 import gpubatch as gb  # noqa: E402
 from gpubatch.capture import why_eager  # noqa: E402
-from gpubatch.products import products_for  # noqa: E402
+from gpubatch.products import COPY, products_for  # noqa: E402
 
 ROUNDS = 5  # in which every contender has its turn
 WARM = 4  # calls before the first round; torch.compile records its graphs in the second and third
@@ -365,6 +365,8 @@ def steps(place: Place) -> Iterator[dict[str, Any]]:
             OURS: partial(our_step, place, x, y),
             "gpubatch eager": partial(our_step, place, x, y, captured=False),
         }
+        if place.on_gpu:
+            entries["gpubatch tuned"] = partial(our_step, place, x, y, tune=True)
         several = {
             OURS: partial(our_step, place, x, y, at_once),
             "gpubatch, 8 in a launch": partial(our_step, place, x, y, min(8, at_once)),
@@ -396,6 +398,8 @@ def large_batch(place: Place) -> Iterator[dict[str, Any]]:
     x, y = samples(batch)
     for precision, words in PRECISIONS.items():
         entries = {OURS: partial(our_step, place, x, y, precision=precision)}
+        if place.on_gpu:
+            entries["gpubatch tuned"] = partial(our_step, place, x, y, precision=precision, tune=True)
         if has(place, "torch") and (place.on_gpu or precision != "mixed"):  # GradScaler is for a GPU
             entries["torch eager"] = partial(torch_step, place, x, y, precision=precision)
         asked = {"torch eager": 1.2} if precision == "fast" else {}
@@ -412,12 +416,18 @@ def samples(batch: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def our_step(
-    place: Place, x: np.ndarray, y: np.ndarray, steps: int = 1, precision: str = "full", captured: bool = True
+    place: Place,
+    x: np.ndarray,
+    y: np.ndarray,
+    steps: int = 1,
+    precision: str = "full",
+    captured: bool = True,
+    tune: bool = False,
 ) -> Contender:
     """As one launch; where it cannot be captured, or with ``captured=False``, eager."""
 
     def parts() -> tuple[gb.Network, gb.Optimizer, Any, Any]:
-        net = gb.mlp(SIZES, backend=place.backend, precision=precision)
+        net = gb.mlp(SIZES, backend=place.backend, precision=precision, tune=tune)
         own = {"master_weights": True} if precision == "mixed" else {}
         opt = gb.Adam(net.parameters, **own)
         return net, opt, place.backend.asarray(x, net.dtype), place.backend.asarray(y)
@@ -431,7 +441,8 @@ def our_step(
             with counted(place.backend) as nodes:
                 step = gb.CapturedStep(net, opt, X, Y, steps)
                 step()
-                return Contender(step, steps=steps, execution=f"captured, nodes in the graph: {nodes or 'not known'}")
+                how = f"captured, nodes in the graph: {nodes[-1:] or 'not known'}"  # after those that tuning timed
+                return Contender(step, steps=steps, execution=how + tuned(net))
         except RuntimeError as error:  # of CuPy: what CUDA refuses to capture
             execution = f"eager, since the capture failed: {in_a_line(error)}"
             net, opt, X, Y = parts()
@@ -442,7 +453,14 @@ def our_step(
             opt.step()
         return loss
 
-    return Contender(step_by_step, steps=steps, execution=execution)
+    return Contender(step_by_step, steps=steps, execution=execution + tuned(net))
+
+
+def tuned(net: gb.Network) -> str:
+    """What was chosen for its matrix products, in words."""
+    chosen = net.products.choices().get("algorithms", {}).values()
+    copies = sum(choice.startswith(COPY) for choice in chosen)
+    return f"; {len(chosen)} matrix products tuned, {copies} with a copy of the weights" if chosen else ""
 
 
 @contextlib.contextmanager
@@ -709,6 +727,7 @@ def sources() -> list[str]:
 
     found = [case.source(dtype) for case in ops_cases.CASES.values() for dtype in ("float32", "float64", "float16")]
     found += [source_of(dtype, "columns.cu") for dtype in ("float32", "float64", "float16")]
+    found.append(source_of("float32", "transpose.cu"))
     found += [source_of(dtype, "step.cu") for dtype in ("float32", "float64")]
     for sample in ("uint8", "float32", "float64", "float16"):
         for target in (sample, "int64", "uint8"):
