@@ -18,6 +18,8 @@ from emulated_gpu.build import HERE, build
 from hypothesis import given, settings, strategies as st
 from needs import missing
 
+pytestmark = pytest.mark.exhaustive  # what they say is of the emulated device alone
+
 # A device that has what device.h asks for: memory with a record of it, and one stream that runs when it is told to.
 DEVICE = """
 #include "device.h"

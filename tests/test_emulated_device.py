@@ -26,6 +26,8 @@ from emulated_gpu.overlay import cupy_wheel
 from emulated_gpu.registers import registers_in
 from needs import missing
 
+pytestmark = pytest.mark.exhaustive  # what they say is of the emulated device alone
+
 TESTS = Path(__file__).parent
 
 # cudaError_t

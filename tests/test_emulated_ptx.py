@@ -30,6 +30,7 @@ from optimizer_table import CASES as RULES, trace_of
 from gpubatch.cuda_ops import STORED, source_of
 from gpubatch.launch import update_source
 
+pytestmark = pytest.mark.exhaustive  # what they say is of the emulated device alone
 RANGE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, *[ctypes.POINTER(ctypes.c_uint64)] * 2)
 
 

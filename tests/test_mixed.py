@@ -294,6 +294,7 @@ def everything(net: gb.Network, opt: gb.Optimizer) -> list[Any]:
     return [state["t"], kept["dropout_step"], *(net.backend.to_numpy(a).tobytes() for a in arrays)]
 
 
+@pytest.mark.exhaustive
 def test_a_run_learns_as_one_in_float32(backend: Backend) -> None:
     (X, Y), held_out = gb.datasets.mnist_10k()
     accuracy = {}

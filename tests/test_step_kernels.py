@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from emulate import check_compiles_everywhere, host_kernel, sanitized
+from families import every
 from stand_in import DeviceArray, parameters_of, stand_in_backend
 
 from gpubatch.backend import CudaBackend
@@ -118,7 +119,7 @@ def test_on_to_the_next_step_or_back_to_the_statistics_before(halted: int, n: in
 # --- its batch -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stored", STORED)
+@every("stored", [*STORED], ["bool", "uint8", "int64", "float16", "float32"])
 @pytest.mark.parametrize("shape", [(), (37,), (3, 4)], ids=str)
 def test_a_batch_by_its_number(stored: str, shape: tuple[int, ...], rng: np.random.Generator) -> None:
     device, size = stand_in_backend(), 8
