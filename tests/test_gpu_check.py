@@ -150,6 +150,9 @@ def test_all_of_it_on_a_device_and_what_a_kill_leaves(tmp_path: Path) -> None:
         assert found["parts"][name]["passed"], found["parts"][name]
     assert all(of["passed"] for of in found["parts"]["parity"]["parity against float64"].values())
     assert len(found["rows"]) >= sum(ROWS.values())
+    for row in found["rows"]:
+        if "execution" in row:
+            assert row["execution"]["gpubatch"].startswith("captured")
     command = [sys.executable, SCRIPT, "--rehearse", "--out", tmp_path / "cut"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
         until = time.monotonic() + 1000
