@@ -1074,6 +1074,33 @@ print(emulated_gpu.faults())
     assert on_cupy(code, "capability=75,timing=late") == expected
 
 
+def test_memory_of_cupys_pool_is_not_a_number_when_it_changes_hands() -> None:
+    """And a capture, in which the pool makes no call of CUDA, does not notice."""
+    code = """
+x = cupy.ones(4)
+pointer = x.data.ptr
+old = cupy.ndarray(4, memptr=cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(pointer, 32, None), 0))
+print(old)
+del x
+print(old)
+y = cupy.empty(4)
+print(y, y.data.ptr == pointer)
+for stream in (cupy.cuda.Stream(), cupy.cuda.Stream(non_blocking=True)):
+    del y
+    with stream:
+        y = cupy.empty(4)
+        y[:] = 1
+        stream.begin_capture()
+        cupy.empty(4)
+    cupy.empty(4)
+    stream.end_capture()
+    stream.synchronize()
+    print(y)
+"""
+    nan = "[nan nan nan nan]"
+    assert on_cupy(code, "timing=late").splitlines() == ["[1. 1. 1. 1.]", nan, f"{nan} True", *["[1. 1. 1. 1.]"] * 2]
+
+
 def test_registers_are_those_that_the_compiler_reports() -> None:
     """Of a kernel that needs many: what a cubin's sections have is what NVRTC says."""
     code = r"""

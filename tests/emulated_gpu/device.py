@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from emulated_gpu import blas, modules, overlay
+from emulated_gpu import blas, modules, overlay, pool
 from emulated_gpu.build import HERE, build, nvidia
 from emulated_gpu.options import TIMINGS, Options
 from emulated_gpu.registers import registers, text_of
@@ -110,6 +110,11 @@ def configure(library: ctypes.CDLL, options: Options) -> None:
 def lay_over(module: Path) -> None:
     """Replace CUDA's runtime in CuPy's module."""
     overlay.lay_over(module, _loaded[0].library)
+
+
+def poison_the_pool(cupy: Any) -> None:
+    """Overwrite what CuPy's pool hands out and takes back."""
+    pool.poison_the_pool(cupy, _loaded[0].library)
 
 
 def faults() -> list[str]:

@@ -43,6 +43,7 @@ class Finder(importlib.abc.MetaPathFinder):
         "cupy_backends": "before_cupy",
         "cupy_backends.cuda.api.runtime": "after_loading_the_runtime",
         "cupy.cuda.compiler": "after_the_compiler",
+        "cupy": "after_cupy",
     }
 
     def find_spec(
@@ -81,3 +82,7 @@ class Loader(importlib.abc.Loader):
             from emulated_gpu.registers import record_sources
 
             record_sources(module)
+        elif self._step == "after_cupy":
+            from emulated_gpu import device
+
+            device.poison_the_pool(module)

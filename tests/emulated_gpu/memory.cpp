@@ -156,6 +156,23 @@ int emulated_range(uint64_t address, uint64_t* first, uint64_t* last) {
     return 1;
 }
 
+// Overwrites memory that a pool keeps, in the order of a stream, with what fresh memory has. CUDA knows nothing of it: where
+// a call of CUDA's would be refused, or end a capture, nothing is done.
+void emulated_poison(void* pointer, size_t size, void* handle) {
+    if (in_host_function || getpid() != settings.process) return;
+    call(__func__, [&](Lock& lock) {
+        auto stream = stream_of(handle);
+        if (stream->capture) return;
+        for (auto& other : streams_of(stream->device))
+            if (stream->legacy && other->blocking && other->capture) return;
+        enqueue(lock, stream, Kind::fill, [=] {
+            Allocation found;
+            uint64_t address = reinterpret_cast<uint64_t>(pointer);
+            if (find_allocation(address, &found) && address + size <= found.last) std::memset(pointer, 0xFF, size);
+        });
+    });
+}
+
 // --- allocations ----------------------------------------------------------------------------------------------------
 
 cudaError_t cudaMalloc(void** pointer, size_t size) {
