@@ -1,4 +1,4 @@
-"""Settings of the emulated device, in the words of ``pytest --emulate-gpu=timing=late,devices=2``."""
+"""Settings of the emulated device, in the words of ``pytest --emulate-gpu=timing=late,devices=1``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Options:
     ``memory`` is that of each device, in bytes; the last one holds for all devices that follow.
     """
 
-    devices: int = 1
+    devices: int = 2
     timing: str = "early"
     pageable: str = "early"
     capability: int = 90
