@@ -14,7 +14,7 @@ import pytest
 import gpubatch as gb
 from gpubatch.host_ops import HostOps, ops_for
 from gpubatch.launch import host_library
-from gpubatch.ops import KINDS, PARTS, SQUARE_SUM_SIZE, Activation, NumpyOps, Ops
+from gpubatch.ops import KINDS, PARTS, SQUARE_SUM_SIZE, SUM_PARTS, Activation, NumpyOps, Ops
 
 Arrays: TypeAlias = dict[str, Any]
 
@@ -138,6 +138,8 @@ def scores(batch: int, outputs: str) -> Arrays:
         **empty("row", "sum", "log", "weight", shape=(batch,)),
         **empty("index", shape=(batch,), dtype=np.int64),
         **empty("loss", shape=(1,)),
+        **empty("parts", shape=(SUM_PARTS,), dtype=np.float64),
+        "ticket": np.zeros(1, np.uint32),
     }
 
 
@@ -255,9 +257,8 @@ def test_square_sum(benchmark: Any, size: int, form: str) -> None:
         ops.square_sum(a["x"], a["out"])
         a["found"][...] = a["out"][:2]
 
-    out = empty("out", shape=(SQUARE_SUM_SIZE,), dtype=np.float64)
     found = empty("found", shape=(2,), dtype=np.float64)
-    measure(benchmark, form, call, {"x": x, **out, **found}, "found")
+    measure(benchmark, form, call, {"x": x, "out": np.zeros(SQUARE_SUM_SIZE), **found}, "found")
 
 
 @FORMS

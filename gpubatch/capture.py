@@ -21,7 +21,7 @@ import numpy as np
 
 from gpubatch import layers, losses
 from gpubatch.backend import Array, CudaBackend, compute_dtype
-from gpubatch.cuda_ops import source_of
+from gpubatch.cuda_ops import MOST_THREADS, source_of, square_grid
 from gpubatch.errors import ArgumentError, check_int
 from gpubatch.feeding import needed
 from gpubatch.launch import cuda_kernel
@@ -38,8 +38,8 @@ AHEAD = 2  # chunks that are queued beyond the one that the host waits for, or b
 UNROLLED = 8  # steps in a graph, where there are so many: a launch costs the host as much as a few kernels the device
 STAGES = 2 * (AHEAD + 2)  # copies between host and device that may be under way
 
-WORDS = 4  # of kernels/step.cu, in this order
-SLOT, HALTED, BATCH, STEP = range(WORDS)
+WORDS = 5  # of kernels/step.cuh, in this order
+SLOT, HALTED, BATCH, STEP, TICKET = range(WORDS)
 
 
 # Captured steps stand for all that the classes of network, optimizer, loader, loss and layers define, but for what no
@@ -97,7 +97,7 @@ class Report:
 class Ledger:
     """What the host and the captured steps tell each other, in one block on the device.
 
-    First the scalars of CHUNK steps, in ``rows``; then the words of kernels/step.cu, ``progress``; then the ``losses``
+    First the scalars of CHUNK steps, in ``rows``; then the words of kernels/step.cuh, ``progress``; then the ``losses``
     of as many steps. So what the host writes is in one piece, and what it reads in another; the slot is in both.
     """
 
@@ -128,7 +128,7 @@ class Ledger:
     def restart(self, batch: int, step: int) -> None:
         """Go on with these, after whatever halted."""
         stage = self._stages.next()
-        start, stop = self._start + 8 * HALTED, self._start + 8 * WORDS
+        start, stop = self._start + 8 * HALTED, self._start + 8 * TICKET
         stage.memory[start:stop].view(np.int64)[:] = 0, batch, step
         self._send(stage, start, stop)
 
@@ -271,7 +271,7 @@ class CapturedSteps:
 
         def add(loss: Array, share: float) -> None:
             if rows > micro_batch_size:
-                self._launch("add_loss", 1, loss, self._total, np.float64(share))
+                self._launch("add_loss", (1,), 1, loss, self._total, np.float64(share))
             losses.append(loss)
 
         if self._before.size:
@@ -279,21 +279,25 @@ class CapturedSteps:
         self.feed.enqueue(rows, ledger.word(BATCH))
         kept = net.enqueue(x, y, ledger.word(STEP), micro_batch_size, add)
         loss = self.loss = losses[0] if rows <= micro_batch_size else None
+        control = ledger.control if self._guarded else None
         if self._guarded:
-            net.ops.square_sum(grads, self._squares)
-        checked = (self._squares, net.loss_scale) if self._guarded else (None, None)
-        numbers = np.float64(self._max_norm), np.float64(np.finfo(compute_dtype(net.dtype)).max)
-        state = ledger.progress, ledger.losses, ledger.control
-        self._launch("judge", 1, loss, self._total, *checked, *state, *numbers)
-        table = self.opt.enqueue(ledger.rows, ledger.word(SLOT), ledger.control)
+            numbers = np.float64(self._max_norm), np.float64(np.finfo(compute_dtype(net.dtype)).max)
+            of_gradient = grads, np.int64(grads.size), self._squares
+            state = ledger.progress, ledger.losses, control
+            arguments = (*of_gradient, loss, self._total, net.loss_scale, *state, *numbers)
+            self._launch("judge", square_grid(grads), MOST_THREADS, *arguments)
+        running = (net.buffers.flat, self._before) if self._before.size else None
+        table = self.opt.enqueue(ledger.rows, control, ledger.progress, running)
         self._kept.append((kept, table))
-        running = net.buffers.flat if self._before.size else None
-        before = self._before if self._before.size else None
-        self._launch("go_on", 1024, ledger.progress, running, before, np.int64(self._before.size))
 
-    def _launch(self, name: str, threads: int, *arguments: Any) -> None:
-        kernel = cuda_kernel(self._backend, source_of(self.ledger.control.dtype.name, "step.cu"), name)
-        kernel((1,), (threads,), tuple(np.uint64(0) if x is None else x for x in arguments))
+    def _launch(self, name: str, grid: tuple[int], threads: int, *arguments: Any) -> None:
+        kernel = cuda_kernel(self._backend, step_source(self.net.dtype.name), name)
+        kernel(grid, (threads,), tuple(np.uint64(0) if x is None else x for x in arguments))
+
+
+def step_source(dtype: str) -> str:
+    """The CUDA source of what looks at the steps of a network that stores ``dtype``."""
+    return source_of(dtype, "square_sum.cuh", "step.cuh", "step.cu")
 
 
 class Made(NamedTuple):

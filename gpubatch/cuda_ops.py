@@ -15,19 +15,31 @@ import numpy as np
 from gpubatch.backend import Array, CudaBackend, compute_dtype, describe
 from gpubatch.errors import DTypeError, ShapeError
 from gpubatch.launch import C_TYPES, cuda_kernel, kernel_source
-from gpubatch.ops import IDENTITY, KINDS, PARTS, SUM_PARTS, Activation, Ops, Work, labels_or_rows, normal_tail_source
+from gpubatch.ops import (
+    IDENTITY,
+    KINDS,
+    PARTS,
+    SQUARE_PARTS,
+    SUM_PARTS,
+    Activation,
+    Ops,
+    Work,
+    labels_or_rows,
+    normal_tail_source,
+)
 
 __all__ = ["CudaOps"]
 
-THREADS = 256
-MOST_THREADS = 1024
-SUM_THREADS = 512  # of kernels/total.cuh; exp and log1p in double precision need more registers than 1024 would have
+THREADS = 256  # of a block, but where the bounds of a kernel are others
+MOST_THREADS = 1024  # of kernels/last_block.cuh
+SUM_THREADS = 512  # of kernels/total.cuh
 WARP = 32
 AT_ONCE = 4  # of kernels/block.cuh
 WIDEST = 32  # columns of a tile: what a warp reads of a row is then one 128-byte line
 MOST_BLOCKS = 1 << 14  # far more than run at a time on any device
 WARP_CLASSES = 256  # up to which a warp has a row of scores for itself
 BLOCK_CLASSES = 4096  # from which a block of the most threads has it
+BLOCK_ROWS = 512  # up to which one block sums a column: another launch would take longer than the block needs
 
 # The C type of every element type in which samples may lie in their source.
 STORED = {
@@ -61,7 +73,7 @@ class CudaOps(Ops):
     def activation_gradient(
         self, f: Activation, y: Array, dy: Array, dx: Array | None, db: Array | None, work: Work
     ) -> None:
-        """See :class:`Ops`; one pass over dy, and one more launch where there are many rows to sum."""
+        """See :class:`Ops`; one launch, and one more where there are many rows to sum."""
         if dx is None:
             f = IDENTITY
         source = activation_source(self.dtype.name, f.kind)
@@ -69,11 +81,10 @@ class CudaOps(Ops):
         if db is None:
             self._on_tiles(source, "activation_gradient", dy.shape, (kept, dy, dx, None, None), (f.p,))
             return
-        alone = tiles(dy.shape, PARTS)[1][1] == 1  # one part is the sum itself
-        partial = None if alone else work["partial"]
-        arrays = (kept, dy, dx, partial, db if alone else None)
-        parts = self._on_tiles(source, "activation_gradient", dy.shape, arrays, (f.p,), PARTS)
-        if not alone:
+        parts, partial = parts_of(dy.shape), work["partial"]
+        sums = (None, db) if parts == 1 else (partial, None)
+        self._sum(source, "activation_gradient", dy.shape, (kept, dy, dx, *sums), (f.p,))
+        if parts > 1:
             self._add_partial(partial, parts, 1.0, db)
 
     def softmax_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
@@ -85,17 +96,18 @@ class CudaOps(Ops):
         self._over_rows("svm", z, labels_or_rows(Y, self.compute, work)[:1], gradient, work)
 
     def sigmoid_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
-        """See :class:`Ops`; one launch, and one more where there are many scores."""
+        """See :class:`Ops`; one launch."""
         self._over_scores("sigmoid_cross_entropy", z, Y, gradient, work)
 
     def mse(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
-        """See :class:`Ops`; one launch, and one more where there are many scores."""
+        """See :class:`Ops`; one launch."""
         self._over_scores("mse", z, Y, gradient, work)
 
     def l2_loss(self, w: Array, spans: Array, factor: float, loss: Array, work: Work) -> None:
-        """See :class:`Ops`; one launch for all parts, and one more where w is large."""
+        """See :class:`Ops`; one launch for all parts."""
         source = source_of(self.dtype.name, "total.cuh", "l2.cu")
-        self._total(source, "l2_loss", w.size, (w, spans, len(spans)), work["parts"], loss, factor, add=True)
+        arguments = (w, spans, len(spans), factor, work["parts"], work["ticket"], loss)
+        self._launch(source, "l2_loss", total_grid(w.size), SUM_THREADS, *arguments)
 
     def l2_gradient(self, w: Array, spans: Array, factor: float, g: Array, work: Work) -> None:
         """See :class:`Ops`; one launch for all parts."""
@@ -112,24 +124,29 @@ class CudaOps(Ops):
         self._on_tiles(source, "normalise", x.shape, (x, mean, var, gamma, beta, y, None, None), (eps,))
 
     def batch_norm(self, x: Array, eps: float, gamma: Array, beta: Array, y: Array, work: Work) -> None:
-        """See :class:`Ops`; two launches for the mean, two for the deviations from it, and one to normalise."""
+        """See :class:`Ops`; three launches, for the mean, the deviations and y, and two more where rows are many."""
         check_contiguous("x", x)
         source = source_of(self.dtype.name, "batch_norm.cu")
-        mean, var, partial = work["mean"], work["var"], work["partial"]
+        mean, var, parts = work["mean"], work["var"], parts_of(x.shape)
         for middle, out in ((None, mean), (mean, var)):
-            parts = self._on_tiles(source, "moment", x.shape, (x, middle, partial), (), PARTS)
-            self._add_partial(partial, parts, 1 / len(x), out)
+            if parts == 1:
+                self._sum(source, "moment", x.shape, (x, middle, out), (1 / len(x),))
+            else:
+                self._sum(source, "moment", x.shape, (x, middle, work["partial"]), (1.0,))
+                self._add_partial(work["partial"], parts, 1 / len(x), out)
         arrays = (x, mean, var, gamma, beta, y, work["normal"], work["inverse"])
         self._on_tiles(source, "normalise", x.shape, arrays, (eps,))
 
     def batch_norm_gradient(
         self, dy: Array, gamma: Array, dgamma: Array, dbeta: Array, dx: Array | None, work: Work
     ) -> None:
-        """See :class:`Ops`; two launches for both sums, and one for dx."""
+        """See :class:`Ops`; one launch for both sums, or two where there are many rows, and one for dx."""
         source = source_of(self.dtype.name, "batch_norm.cu")
-        normal, partial = work["normal"], work["partial"]
-        parts = self._on_tiles(source, "gradient_sums", dy.shape, (normal, dy, partial), (), PARTS)
-        self._add_partial(partial, parts, 1.0, dgamma, dbeta)
+        normal, parts, partial = work["normal"], parts_of(dy.shape), work["partial"]
+        sums = (None, dgamma, dbeta) if parts == 1 else (partial, None, None)
+        self._sum(source, "gradient_sums", dy.shape, (normal, dy, *sums), ())
+        if parts > 1:
+            self._add_partial(partial, parts, 1.0, dgamma, dbeta)
         if dx is not None:
             arrays = (normal, dy, gamma, work["inverse"], dgamma, dbeta, dx)
             self._on_tiles(source, "gradient", dy.shape, arrays, (1 / len(dy),))
@@ -159,12 +176,9 @@ class CudaOps(Ops):
         self._launch(source, "dropout_gradient", (blocks_for(dy.size),), THREADS, dy, work["mask"], dx, dy.size)
 
     def square_sum(self, x: Array, out: Array) -> None:
-        """See :class:`Ops`; two launches."""
-        source = source_of(self.dtype.name, "square_sum.cu")
-        piece = MOST_THREADS * AT_ONCE * (16 // self.dtype.itemsize)
-        blocks = max(1, min(-(-x.size // piece), PARTS))
-        self._launch(source, "square_sum", (blocks,), MOST_THREADS, x, out, x.size)
-        self._launch(source, "add_to_square_sum", (1,), PARTS, out, blocks)
+        """See :class:`Ops`; one launch."""
+        source = source_of(self.dtype.name, "square_sum.cuh", "square_sum.cu")
+        self._launch(source, "square_sum", square_grid(x), MOST_THREADS, x, x.size, out)
 
     def gather(self, source: Array, index: Array, out: Array, scale: float, shift: float) -> None:
         """See :class:`Ops`; one launch."""
@@ -188,27 +202,26 @@ class CudaOps(Ops):
     def take_batch(self, source: Array, order: Array, batch: Array, out: Array, size: int) -> None:
         """As :meth:`gather_batch`, but elements stay as they are stored, or become int64 where out is; one launch."""
         shape = (len(out), math.prod(source.shape[1:]))
-        types = f"typedef {STORED[source.dtype.name]} Sample;\ntypedef {STORED[out.dtype.name]} Target;"
-        text = source_of(self.dtype.name, "take.cu", before=types)
+        text = take_source(source.dtype.name, out.dtype.name)
         self._on_tiles(text, "take", shape, (source, order, batch, out), (size,))
 
     def _add_partial(self, partial: Array, parts: int, factor: float, out: Array, second: Array | None = None) -> None:
         """``out`` = factor times the sums in ``parts`` rows of ``partial``; those of ``second`` stand beside them."""
         source, features = source_of(out.dtype.name, "columns.cu"), out.size
         shape = (parts, features if second is None else 2 * features)
-        self._on_tiles(source, "add_partial", shape, (partial, out, second), (features, factor), 1)
+        width = tile_width(shape[1])
+        grid = (-(-shape[1] // width), 1)
+        self._launch(source, "add_partial", grid, THREADS, partial, out, second, *shape, width, features, factor)
 
     def _over_rows(self, name: str, z: Array, truth: tuple[Array | None, ...], gradient: bool, work: Work) -> None:
-        """A kernel of loss.cu, with a warp for a row of few scores and otherwise a block; then the mean."""
-        source = source_of(self.dtype.name, "loss.cu")
-        (rows, classes), losses = z.shape, work["row"]
-        threads = THREADS if classes < BLOCK_CLASSES else MOST_THREADS
+        """A kernel of loss.cu, with a warp for a row of few scores and otherwise a block."""
+        source = source_of(self.dtype.name, "total.cuh", "loss.cu")
+        rows, classes = z.shape
+        threads = THREADS if classes < BLOCK_CLASSES else SUM_THREADS
         team = WARP if classes <= WARP_CLASSES else threads
-        blocks = min(-(-rows * team // threads), MOST_BLOCKS)
-        dz = work["dz"] if gradient else None
-        arrays = (z, *truth, dz, losses, work.get("factor"))
-        self._launch(source, name, (blocks,), threads, *arrays, rows, classes, team, 1 / rows)
-        self._launch(source, "mean", (1,), MOST_THREADS, losses, work["loss"], rows)
+        blocks = min(-(-rows * team // threads), SUM_PARTS)
+        arguments = (z, *truth, work["dz"] if gradient else None, work.get("factor"), rows, classes, team, 1 / rows)
+        self._launch(source, name, (blocks,), threads, *arguments, work["parts"], work["ticket"], work["loss"])
 
     def _over_scores(self, name: str, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """A kernel of score_loss.cu, which reads targets of any dtype where they are."""
@@ -216,25 +229,9 @@ class CudaOps(Ops):
             work["t"][...] = Y.reshape(z.shape)
             Y = work["t"]
         source = score_source(self.dtype.name, Y.dtype.name)
-        arrays = (z, Y, work["dz"] if gradient else None, work.get("factor"), z.size)
-        self._total(source, name, z.size, arrays, work["parts"], work["loss"], 1 / z.size)
-
-    def _total(
-        self,
-        source: str,
-        name: str,
-        n: int,
-        arguments: tuple[Any, ...],
-        parts: Array,
-        out: Array,
-        share: float,
-        add: bool = False,
-    ) -> None:
-        """A kernel that ends as total.cuh has it: ``out`` = share times a sum over n numbers, or with ``add`` +=."""
-        blocks = max(1, min(-(-n // (SUM_THREADS * AT_ONCE)), SUM_PARTS))
-        self._launch(source, name, (blocks,), SUM_THREADS, *arguments, parts, out, share)
-        if blocks > 1:
-            self._launch(source, "add_parts", (1,), SUM_PARTS, parts, out, blocks, share, add)
+        arguments = (z, Y, work["dz"] if gradient else None, work.get("factor"), z.size, 1 / z.size)
+        parts = (work["parts"], work["ticket"], work["loss"])
+        self._launch(source, name, total_grid(z.size), SUM_THREADS, *arguments, *parts)
 
     def _on_tiles(
         self,
@@ -243,12 +240,22 @@ class CudaOps(Ops):
         shape: tuple[int, ...],
         arrays: tuple[Array | None, ...],
         scalars: tuple[float, ...],
-        most: int = MOST_BLOCKS,
-    ) -> int:
-        """A kernel over (rows, features) whose rows are shared out to at most ``most`` blocks; returns to how many."""
-        width, grid = tiles(shape, most)
-        self._launch(source, name, grid, THREADS, *arrays, *shape, width, *scalars)
-        return grid[1]
+    ) -> None:
+        """A kernel over (rows, features) in which every element counts for itself."""
+        width = tile_width(shape[1])
+        self._launch(source, name, tiles(shape, THREADS, MOST_BLOCKS), THREADS, *arrays, *shape, width, *scalars)
+
+    def _sum(
+        self,
+        source: str,
+        name: str,
+        shape: tuple[int, ...],
+        arrays: tuple[Array | None, ...],
+        scalars: tuple[float, ...],
+    ) -> None:
+        """A kernel over (rows, features) that sums its columns, in :func:`parts_of` the shape."""
+        threads, grid = sum_tiles(shape)
+        self._launch(source, name, grid, threads, *arrays, *shape, tile_width(shape[1]), *scalars)
 
     def _launch(self, source: str, name: str, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
         cuda_kernel(self.backend, source, name)(grid, (threads,), tuple(map(self._argument, arguments)))
@@ -273,20 +280,54 @@ def blocks_for(n: int) -> int:
     return max(1, min(-(-n // (THREADS * AT_ONCE)), MOST_BLOCKS))
 
 
-def tiles(shape: tuple[int, ...], most: int) -> tuple[int, tuple[int, int]]:
-    """(columns of a tile, grid) for a matrix: see Tile in kernels/block.cuh. At most ``most`` blocks share the rows."""
+def total_grid(n: int) -> tuple[int]:
+    """The grid of a kernel that ends as kernels/total.cuh has it, over n numbers."""
+    return (max(1, min(-(-n // (SUM_THREADS * AT_ONCE)), SUM_PARTS)),)
+
+
+def square_grid(x: Array) -> tuple[int]:
+    """The grid of a kernel of MOST_THREADS that begins as kernels/square_sum.cuh has it."""
+    return (max(1, min(-(-x.nbytes // (MOST_THREADS * AT_ONCE * 16)), SQUARE_PARTS)),)
+
+
+def tile_width(features: int) -> int:
+    """The columns of a tile: see Tile in kernels/block.cuh."""
+    return min(WIDEST, power_of_two(features))
+
+
+def tiles(shape: tuple[int, ...], threads: int, most: int) -> tuple[int, int]:
+    """The grid of blocks of so many threads for a matrix; at most ``most`` of them share the rows."""
     rows, features = shape
-    width = min(WIDEST, 1 << max(0, features - 1).bit_length())
+    width = tile_width(features)
     across = max(1, -(-features // width))
-    down = -(-rows // (THREADS // width * AT_ONCE))  # so many that each thread has its loads once
-    return width, (across, max(1, min(down, most, MOST_BLOCKS // across)))
+    down = -(-rows // (threads // width * AT_ONCE))  # so many that each thread has its loads once
+    return across, max(1, min(down, most, MOST_BLOCKS // across))
+
+
+def sum_tiles(shape: tuple[int, ...]) -> tuple[int, tuple[int, int]]:
+    """(threads, grid) for sums of the columns of a matrix: one block has all rows of its columns if it can."""
+    rows, features = shape
+    if rows > BLOCK_ROWS:
+        return THREADS, tiles(shape, THREADS, PARTS)
+    wanted = power_of_two(tile_width(features) * -(-rows // AT_ONCE))  # so many that each thread has its loads once
+    return max(THREADS, min(wanted, MOST_THREADS)), tiles(shape, THREADS, 1)
+
+
+def parts_of(shape: tuple[int, ...]) -> int:
+    """In how many parts the columns of a matrix are summed; one part is the sum itself."""
+    return sum_tiles(shape)[1][1]
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
 
 
 @functools.cache
 def source_of(dtype: str, *files: str, before: str = "") -> str:
     """The CUDA source of files of ``kernels/`` for arrays of ``dtype``, with ``before`` in front of the last one."""
     types = [f"typedef {C_TYPES[compute_dtype(np.dtype(dtype)).name]} T;", f"typedef {STORED[dtype]} S;"]
-    shared = [kernel_source(name) for name in ("math.cuh", "block.cuh", *files[:-1])]
+    shared = [kernel_source(name) for name in ("math.cuh", "last_block.cuh", "block.cuh", *files[:-1])]
     return "\n".join([kernel_source("half.cuh"), *types, *shared, before, kernel_source(files[-1])])
 
 
@@ -309,3 +350,10 @@ def activation_source(dtype: str, kind: str) -> str:
 def gather_source(dtype: str, stored: str) -> str:
     """The CUDA source of gathering samples of the element type ``stored`` into arrays of ``dtype``."""
     return source_of(dtype, "gather.cu", before=f"typedef {STORED[stored]} Sample;")
+
+
+@functools.cache
+def take_source(stored: str, target: str) -> str:
+    """The CUDA source of taking samples of the element type ``stored`` as they are, or as int64: ``target``."""
+    types = f"typedef {STORED[stored]} Sample;\ntypedef {STORED[target]} Target;"
+    return source_of("float32", "take.cu", before=types)

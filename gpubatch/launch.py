@@ -279,13 +279,13 @@ class CudaUpdate:
     ) -> None:
         with self.backend.scope():
             self._upload(scalars)
-            self.launch(arrays, self.scalars, None, control)
+            self.launch(arrays, self.scalars, control)
 
     def again(self, scalars: tuple[float, ...], control: Array | None) -> None:
         """The update of the arrays of the launch before."""
         with self.backend.scope():
             self._upload(scalars)
-            self._launch(self.scalars, None, control)
+            self._launch(self.scalars, control)
 
     def _upload(self, scalars: tuple[float, ...]) -> None:
         if scalars:
@@ -294,23 +294,36 @@ class CudaUpdate:
             self.stages.copy(np.array(scalars, self.scalars.dtype), self.scalars)
 
     def launch(
-        self, arrays: list[tuple[Array, ...]], scalars: Array, step: Array | None, control: Array | None
+        self,
+        arrays: list[tuple[Array, ...]],
+        scalars: Array,
+        control: Array | None,
+        progress: Array | None = None,
+        running: tuple[Array, Array] | None = None,
     ) -> Array:
-        """The update by ``scalars`` on the device, in rows of which ``step``, an int64 there, says which one.
+        """The update by ``scalars`` on the device; with ``progress``, the end of a captured step.
 
-        Returns the table that the kernel reads, which is another one after an update of other arrays.
+        Then they are in rows, and it is as kernels/step.cuh says; ``running`` are running statistics, and what they
+        were before the step. Returns the table that the kernel reads, which is another one after an update of other
+        arrays.
         """
         key = tuple((*(a.data.ptr for a in group), group[0].size) for group in arrays)
         if key != self.key:
             self._lay_out(arrays, key)
-        self._launch(scalars, step, control)
+        self._launch(scalars, control, progress, running)
         return self.table
 
-    def _launch(self, scalars: Array, step: Array | None, control: Array | None) -> None:
+    def _launch(
+        self,
+        scalars: Array,
+        control: Array | None,
+        progress: Array | None = None,
+        running: tuple[Array, Array] | None = None,
+    ) -> None:
         if self.rows:
-            null = np.uint64(0)
-            at = null if step is None else step
-            self.kernel((self.rows,), (THREADS,), (self.table, scalars, at, null if control is None else control))
+            count = np.int64(0 if running is None else running[0].size)
+            arguments = (self.table, scalars, control, progress, *(running or (None, None)), count)
+            self.kernel((self.rows,), (THREADS,), tuple(np.uint64(0) if a is None else a for a in arguments))
 
     def _lay_out(self, arrays: list[tuple[Array, ...]], key: tuple[Any, ...]) -> None:
         for group in arrays:
@@ -351,7 +364,7 @@ def update_source(trace: Trace, dtype: str = "float32", storage: str | None = No
             f"constexpr int SCALARS = {max(1, len(trace.scalars))};  // computed on the host in double, once a step:",
             *(f"//     k[{i}] = {text}" for text, i in trace.scalars.items()),
             "",
-            kernel_source("math.cuh"),
+            *map(kernel_source, ("math.cuh", "last_block.cuh", "step.cuh")),
             "__device__ inline void update(T* element, const T* k) {",
             *(f"    {declaration};" for declaration in names.split(", ")),
             *(f"    {line}" for line in trace.c.splitlines()),

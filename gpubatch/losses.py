@@ -28,7 +28,7 @@ Space: TypeAlias = tuple[tuple[int, ...], Any]  # shape, in which -1 is the batc
 class Context:
     """What a loss has at hand in one call: its workspace by name, and whether the ``gradient`` is wanted.
 
-    ``work["offsets"]`` is where each row of scores starts, in int64.
+    ``work["offsets"]`` is where each row of scores starts, in int64; ``work["ticket"]`` is for the kernels of a GPU.
     """
 
     backend: Backend
@@ -162,12 +162,13 @@ class SVM(Loss):
     least_outputs = 2
 
     def workspace(self, outputs: int) -> Mapping[str, Space]:
-        """The margins, and what belongs to the labels."""
+        """The margins, what belongs to the labels, and partial sums."""
         return {
             "loss": ((1,), COMPUTE),
             "dz": ((-1, outputs), None),
             "row": ((-1,), COMPUTE),
             "index": ((-1,), np.int64),
+            "parts": ((SUM_PARTS,), np.float64),
         }
 
     def check(self, Y: Array, rows: int, outputs: int) -> None:
@@ -204,13 +205,14 @@ class SoftmaxCrossEntropy(Loss):
     least_outputs = 2
 
     def workspace(self, outputs: int) -> Mapping[str, Space]:
-        """The exponentials, what belongs to a row, and one array for targets in rows."""
+        """The exponentials, what belongs to a row, one array for targets in rows, and partial sums."""
         return {
             "loss": ((1,), COMPUTE),
             "dz": ((-1, outputs), None),
             "t": ((-1, outputs), COMPUTE),
             **dict.fromkeys(("row", "sum", "log", "weight"), ((-1,), COMPUTE)),
             "index": ((-1,), np.int64),
+            "parts": ((SUM_PARTS,), np.float64),
         }
 
     def check(self, Y: Array, rows: int, outputs: int) -> None:
@@ -336,6 +338,6 @@ def _alone(name: str, z: Array, Y: Array) -> tuple[float, Array]:
     }
     with backend.scope(), np.errstate(over="ignore", invalid="ignore"):
         loss.check_values(Y, outputs)
-        work["offsets"] = backend.asarray(np.arange(rows) * outputs)
+        work["offsets"], work["ticket"] = backend.asarray(np.arange(rows) * outputs), backend.zeros(1, np.uint32)
         loss.run(z, Y, Context(backend, backend.xp, ops_for(backend, np.dtype(z.dtype)), work, True))
         return float(work["loss"].item()), work["dz"]

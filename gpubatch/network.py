@@ -220,6 +220,7 @@ class Network:
         self._weights = [self._names[i][name] for i, name, p in self._declared("parameters") if p.l2] if self.l2 else []
         spans = [self.parameters.spans[name] for name in self._weights]
         self._spans = self.backend.asarray(np.array(spans, np.int64).reshape(-1, 2))  # where l2 acts
+        self._ticket = self.backend.zeros(1, np.uint32)  # of kernels/last_block.cuh
         self._remembered = self.backend.empty(self.buffers.size, self.compute_dtype), 0
         self.loss_scale: Array = None
         if precision == MIXED:
@@ -472,7 +473,7 @@ class Network:
             "gradients": int(self.parameters.grads.flat.nbytes),
             "running statistics": 2 * int(self.buffers.flat.nbytes),  # and what they were before a step
             **self.products.memory_parts(),
-            "workspace of a step": self._workspace_bytes(rows, True) + int(self._spans.nbytes),
+            "workspace of a step": self._workspace_bytes(rows, True) + int(self._spans.nbytes + self._ticket.nbytes),
             "workspace of evaluation": self._workspace_bytes(at_once, False) if at_once else 0,
         }
 
@@ -659,7 +660,7 @@ class Network:
             )
             steps.append((layer, view(stage.y), stage.dx and view(stage.dx), context))
         work = {name: view(place) for name, place in plan.loss.items()}
-        work["offsets"] = workspace.offsets[:rows]
+        work["offsets"], work["ticket"] = workspace.offsets[:rows], self._ticket
         if self.loss_scale is not None:
             work["factor"] = self.loss_scale
         loss = losses.Context(self.backend, self._xp, self.ops, work, training)

@@ -19,15 +19,27 @@ import numpy as np
 
 from gpubatch.backend import Array, compute_dtype
 
-__all__ = ["COMPUTE", "PARTS", "SQUARE_SUM_SIZE", "SUM_PARTS", "Activation", "NumpyOps", "Ops", "normal_tail"]
+__all__ = [
+    "COMPUTE",
+    "PARTS",
+    "SQUARE_PARTS",
+    "SQUARE_SUM_SIZE",
+    "SUM_PARTS",
+    "Activation",
+    "NumpyOps",
+    "Ops",
+    "normal_tail",
+]
 
 Work: TypeAlias = Mapping[str, Array]
 
 COMPUTE = "compute"  # as the dtype of an array of workspace: that of the arithmetic, float32 for float16
 PARTS = 64  # partial results of a reduction: a fixed number, so that sums do not depend on how many threads there are
-SUM_PARTS = 256  # likewise for a single number, on a GPU: so many blocks keep its memory busy
+SUM_PARTS = 1024  # likewise for a loss, on a GPU: so many blocks of 256 threads it can run at once
+SQUARE_PARTS = 256  # likewise for a sum of squares: so many of 1024 threads
 GATHER_BLOCK = 1 << 18  # elements that NumPy gathers, casts and scales at a time
-SQUARE_SUM_SIZE = 2 + 2 * PARTS  # float64: the sum, how many elements are not finite, and the partial results
+# float64: the sum, how many elements are not finite, the ticket of kernels/last_block.cuh, and the partial results.
+SQUARE_SUM_SIZE = 3 + 2 * SQUARE_PARTS
 
 
 @dataclass(frozen=True)
@@ -90,7 +102,8 @@ class Ops(ABC):
         dx may be dy; with the identity it may be None. ``work["partial"]`` is scratch, (PARTS, features).
         """
 
-    # --- losses: with ``work["factor"]``, of one element, the gradient is multiplied by it before it is stored ---
+    # --- losses: with ``work["factor"]``, of one element, the gradient is multiplied by it before it is stored.
+    # ``work["ticket"]``, a uint32, is zero at first; no other kernel may use it at the same time ---
 
     @abstractmethod
     def softmax_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
@@ -177,7 +190,8 @@ class Ops(ABC):
     def square_sum(self, x: Array, out: Array) -> None:
         """``out[0]`` += Σ x², in double precision, and ``out[1]`` += how many elements of x are not finite.
 
-        out is float64 of :data:`SQUARE_SUM_SIZE`; what comes after the first two is scratch. Always the same bits.
+        out is float64 of :data:`SQUARE_SUM_SIZE`, zero at first; what comes after the first two is the kernels' own.
+        Always the same bits.
         """
 
     @abstractmethod

@@ -239,15 +239,17 @@ class Optimizer:
             scalars[...] = rows
         return scalars, rates
 
-    def enqueue(self, scalars: Array, row: Array, control: Array) -> Any:
-        """What :meth:`step` starts on a GPU for ``params.grads``, and nothing else, so that it can be captured.
+    def enqueue(
+        self, scalars: Array, control: Array | None, progress: Array, running: tuple[Array, Array] | None
+    ) -> Any:
+        """What :meth:`step` starts on a GPU for ``params.grads``, so that it can be captured as the end of a step.
 
-        ``scalars`` are rows of :meth:`ahead` on the device, ``row``, an int64 there, says which one. ``t`` stays.
-        Returns what is to be kept as long as the graph.
+        ``scalars`` are rows of :meth:`ahead` on the device, the rest is as :meth:`CudaUpdate.launch` has it. ``t``
+        stays. Returns what is to be kept as long as the graph.
         """
         assert isinstance(self._update, CudaUpdate)
         with self.backend.scope():
-            return self._update.launch(self._arrays(None), scalars, row, control)
+            return self._update.launch(self._arrays(None), scalars, control, progress, running)
 
     @property
     def plan(self) -> tuple[Any, ...]:

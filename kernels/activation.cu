@@ -21,8 +21,9 @@ struct Pair {
 
 // dx = dy f', by what forward kept, and its sums over a chunk of rows to a row of `partial`, or where there is but one
 // chunk to db; any of the three may be null. dx may be dy.
-extern "C" __global__ void activation_gradient(const S* kept, const S* dy, S* dx, T* partial, S* db, long long rows,
-                                               long long features, long long width, T p) {
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
+    activation_gradient(const S* kept, const S* dy, S* dx, T* partial, S* db, long long rows, long long features,
+                        long long width, T p) {
     const Tile tile(rows, features, width);
     T sum = 0;
     tile.each([&](long long row) { return Pair{kept[tile.at(row)], dy[tile.at(row)]}; },

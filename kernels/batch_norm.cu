@@ -1,8 +1,9 @@
-// Batch norm: sums over the columns, to be finished by add_partial of columns.cu, and what is done with them.
+// Batch norm: sums over the columns, to be finished by add_partial of columns.cu where there are many rows, and what is
+// done with them.
 
-// The sums over a chunk of rows to a row of `partial`: of x, or where `mean` is given of (x - mean)².
-extern "C" __global__ void moment(const S* x, const T* mean, T* partial, long long rows, long long features,
-                                  long long width) {
+// factor * the sums over a chunk of rows to a row of `partial`: of x, or where `mean` is given of (x - mean)².
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
+    moment(const S* x, const T* mean, T* partial, long long rows, long long features, long long width, T factor) {
     const Tile tile(rows, features, width);
     const T middle = mean && tile.column < features ? mean[tile.column] : T(0);
     T sum = 0;
@@ -12,7 +13,7 @@ extern "C" __global__ void moment(const S* x, const T* mean, T* partial, long lo
                   sum += mean ? deviation * deviation : value;
               });
     sum = column_sum(sum, width);
-    if (tile.owner) partial[tile.at(blockIdx.y)] = sum;
+    if (tile.owner) partial[tile.at(blockIdx.y)] = sum * factor;
 }
 
 // y = gamma n + beta, n = (x - mean)/sqrt(var + eps). For a gradient later, n and 1/sqrt(var + eps) are kept where
@@ -37,9 +38,11 @@ struct Pair {
     T normal, dy;
 };
 
-// The sums of dy n and of dy over a chunk of rows, side by side in a row of `partial`, of 2 * features.
-extern "C" __global__ void gradient_sums(const S* normal, const S* dy, T* partial, long long rows, long long features,
-                                         long long width) {
+// The sums of dy n and of dy over a chunk of rows, side by side in a row of `partial`, of 2 * features; or where that is
+// null, since there is but one chunk, to dgamma and dbeta.
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
+    gradient_sums(const S* normal, const S* dy, T* partial, S* dgamma, S* dbeta, long long rows, long long features,
+                  long long width) {
     const Tile tile(rows, features, width);
     T products = 0, plain = 0;
     tile.each([&](long long row) { return Pair{normal[tile.at(row)], dy[tile.at(row)]}; },
@@ -50,8 +53,13 @@ extern "C" __global__ void gradient_sums(const S* normal, const S* dy, T* partia
     products = column_sum(products, width);
     plain = column_sum(plain, width);
     if (!tile.owner) return;
-    partial[2 * blockIdx.y * features + tile.column] = products;
-    partial[(2 * blockIdx.y + 1) * features + tile.column] = plain;
+    if (partial) {
+        partial[2 * blockIdx.y * features + tile.column] = products;
+        partial[(2 * blockIdx.y + 1) * features + tile.column] = plain;
+    } else {
+        dgamma[tile.column] = products;
+        dbeta[tile.column] = plain;
+    }
 }
 
 // dx = gamma inverse (dy - dbeta share - n dgamma share), share = 1/rows. dx may be dy.

@@ -4,7 +4,6 @@
 
 enum {
     WARP = 32,
-    MOST_THREADS = 1024,
     AT_ONCE = 4,             // loads that a thread has under way before it uses the first
     WIDTH = 16 / sizeof(S),  // elements in sixteen bytes
 };
@@ -111,14 +110,19 @@ struct Largest {  // of numbers, not NaN
 // All values of a team in one, the same for all of its threads, which must all come here.
 template <class F, class V>
 __device__ inline V combine(V x, int size) {
-    __shared__ V of_warp[MOST_THREADS / WARP];
+    __shared__ V of_warp[MOST_THREADS / WARP], of_block;
     for (int distance = WARP / 2; distance > 0; distance /= 2) x = F::of(x, __shfl_xor_sync(~0u, x, distance));
     x = __shfl_sync(~0u, x, 0);  // a product may have been contracted with the sum in one lane, not in the other
     if (size == WARP) return x;
-    __syncthreads();  // of_warp may still be read
+    __syncthreads();  // both may still be read
     if (threadIdx.x % WARP == 0) of_warp[threadIdx.x / WARP] = x;
     __syncthreads();
-    x = of_warp[0];
-    for (int warp = 1; warp < size / WARP; ++warp) x = F::of(x, of_warp[warp]);
-    return x;
+    if (threadIdx.x < WARP) {  // one warp is enough: consumer cards add slowly in double precision
+        x = of_warp[threadIdx.x % (size / WARP)];
+        for (int distance = size / WARP / 2; distance > 0; distance /= 2)
+            x = F::of(x, __shfl_xor_sync(~0u, x, distance));
+        if (threadIdx.x == 0) of_block = x;
+    }
+    __syncthreads();
+    return of_block;
 }

@@ -458,7 +458,7 @@ static bool gather(Any source, Any index, Any out, double scale, double shift) {
 
 static bool square_sum(Any x, Any out) {
     PyArrayObject* a = array(x);
-    if (!a || !PyArray_ISCARRAY_RO(a) || !fits(out, NPY_DOUBLE, 2 + 2 * PARTS)) return false;
+    if (!a || !PyArray_ISCARRAY_RO(a) || !has_room(out, NPY_DOUBLE, 2 + 2 * PARTS)) return false;
     if (PyArray_TYPE(a) != NPY_FLOAT && PyArray_TYPE(a) != NPY_DOUBLE) return false;
     return with_type(x, [&](auto zero) {
         typedef decltype(zero) T;

@@ -2,15 +2,15 @@
 // where the weights number i begin and end in both.
 
 // loss += factor Σ w²
-extern "C" __global__ void __launch_bounds__(SUM_THREADS)
-    l2_loss(const S* w, const long long* spans, long long count, double* parts, T* loss, T factor) {
+extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
+    l2_loss(const S* w, const long long* spans, long long count, T factor, double* parts, unsigned* ticket, T* loss) {
     const long long index = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     double sum = 0;
     for (long long span = 0; span < count; ++span)
         in_batches(spans[2 * span] + index, spans[2 * span + 1], (long long)gridDim.x * blockDim.x,
                    [&](long long i) { return w[i]; },
                    [&](long long, T value) { sum += (double)value * (double)value; });
-    leave_sum(sum, parts, loss, factor, true);
+    if (grid_sum(sum, parts, ticket)) *loss = T(*loss + sum * factor);
 }
 
 struct Pair {

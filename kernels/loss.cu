@@ -1,4 +1,4 @@
-// Losses over rows of scores: the loss of every row and the gradient by its scores in one launch; then the mean.
+// Losses over rows of scores: their mean, and the gradient by the scores, in one launch.
 //
 // A row belongs to a warp or to a block. `share` is one over the number of rows. A label that is no class makes NaN of
 // its row's loss and gradient: nothing out of bounds is touched. Without a gradient, dz is null. `scale` points to what
@@ -11,10 +11,11 @@ struct Pair {
 };
 
 // Σ_j y_j (log Σ_i exp(z_i) - z_j), by labels or by target rows y; the other of the two is null.
-extern "C" __global__ void softmax_cross_entropy(const S* z, const long long* labels, const T* targets, S* dz,
-                                                 T* losses, const T* scale, long long rows, long long classes,
-                                                 long long size, T share) {
+extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
+    softmax_cross_entropy(const S* z, const long long* labels, const T* targets, S* dz, const T* scale, long long rows,
+                          long long classes, long long size, T share, double* parts, unsigned* ticket, T* loss) {
     const Team team(size);
+    double total = 0;
     const T unit = share * value_at(scale, 1);
     for (long long row = team.first; row < rows; row += team.step) {
         const long long start = row * classes, label = labels ? labels[row] : 0;
@@ -44,14 +45,17 @@ extern "C" __global__ void softmax_cross_entropy(const S* z, const long long* la
             if (dz) dz[start + j] = exp(of.z - most) * factor - of.y * unit;
         });
         own = combine<Sum>(own, team.size);
-        if (team.lane == 0) losses[row] = log(sum) * weight - own;
+        if (team.lane == 0) total += log(sum) * weight - own;
     }
+    if (grid_sum(total, parts, ticket)) *loss = T(total / rows);
 }
 
 // Σ_{j≠y} max(0, z_j - z_y + 1); the gradient is 1 for each j whose margin is violated, and for y minus their number.
-extern "C" __global__ void svm(const S* z, const long long* labels, S* dz, T* losses, const T* scale, long long rows,
-                               long long classes, long long size, T share) {
+extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
+    svm(const S* z, const long long* labels, S* dz, const T* scale, long long rows, long long classes, long long size,
+        T share, double* parts, unsigned* ticket, T* loss) {
     const Team team(size);
+    double total = 0;
     const T unit = share * value_at(scale, 1);
     for (long long row = team.first; row < rows; row += team.step) {
         const long long start = row * classes, label = labels[row];
@@ -69,16 +73,9 @@ extern "C" __global__ void svm(const S* z, const long long* labels, S* dz, T* lo
         sum = combine<Sum>(sum, team.size);
         violated = combine<Sum>(violated, team.size);
         if (team.lane == 0) {
-            losses[row] = sum;
+            total += sum;
             if (dz && known) dz[start + label] = -violated * unit;
         }
     }
-}
-
-// One block: out = the mean of n numbers.
-extern "C" __global__ void mean(const T* x, T* out, long long n) {
-    double sum = 0;
-    for (long long i = threadIdx.x; i < n; i += blockDim.x) sum += x[i];
-    sum = combine<Sum>(sum, blockDim.x);
-    if (threadIdx.x == 0) *out = T(sum / n);
+    if (grid_sum(total, parts, ticket)) *loss = T(total / rows);
 }

@@ -1,25 +1,18 @@
-// One number from many: every block leaves its sum in double precision, one more launch adds them up. The bits depend on
-// the numbers and on how many there are, nothing else. A single block is done at once.
+// One number from many: every block leaves its sum in double precision, the last one adds them up. The bits depend on the
+// numbers and on how many there are, nothing else.
 
-enum { SUM_THREADS = 512 };
+enum { SUM_THREADS = 512 };  // exp and log1p in double precision need more registers than 1024 would have
 
-// out = share * sum, and with `add` what was there besides.
-__device__ inline void write_total(double sum, T* out, T share, bool add) {
-    *out = T(sum * share + (add ? double(*out) : 0.0));
-}
-
-// The last thing in a kernel: `sum` is each thread's. All threads must come here.
-__device__ inline void leave_sum(double sum, double* parts, T* out, T share, bool add) {
+// `sum` is each thread's; then it is the sum over the grid, for the one thread that gets true. All threads must come
+// here, at the end of a kernel.
+__device__ inline bool grid_sum(double& sum, double* parts, unsigned* ticket) {
     sum = combine<Sum>(sum, blockDim.x);
-    if (threadIdx.x != 0) return;
-    if (gridDim.x > 1) parts[blockIdx.x] = sum;
-    else write_total(sum, out, share, add);
-}
-
-// One block, for what `count` blocks left.
-extern "C" __global__ void add_parts(const double* parts, T* out, long long count, T share, long long add) {
-    double sum = 0;
-    for (long long i = threadIdx.x; i < count; i += blockDim.x) sum += parts[i];
-    sum = combine<Sum>(sum, blockDim.x);
-    if (threadIdx.x == 0) write_total(sum, out, share, add);
+    if (gridDim.x > 1) {
+        if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+        if (!last_block(ticket)) return false;
+        sum = 0;
+        for (unsigned i = threadIdx.x; i < gridDim.x; i += blockDim.x) sum += parts[i];
+        sum = combine<Sum>(sum, blockDim.x);
+    }
+    return threadIdx.x == 0;
 }

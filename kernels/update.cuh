@@ -57,19 +57,10 @@ struct Arrays {
     }
 };
 
-// One launch for any number of arrays, one block for each row of `table`: the address of the row's piece of every
-// array, then how many elements it has. A flat buffer is cut into such pieces too. `scalars` lie on the device, so
-// that a captured launch sees those of the step: rows of them, of which `step` says which one, or null for the first.
-// `control`, or null, holds what gradients are multiplied by, and whether (not 0) nothing is to be done: what wrote it
-// need not have been waited for.
-extern "C" __global__ void update_arrays(const long long* table, const T* scalars, const long long* step,
-                                         const T* control) {
-    const T scale = control ? control[0] : T(1);
-    if (control && control[1] != 0) return;
-    const long long* row = table + (long long)blockIdx.x * (STORED + 1);
+// The piece of every array that a row of the table says, by the scalars of a row; gradients count `scale` times.
+__device__ inline void update_row(const long long* row, const T* scalars, T scale) {
     const Arrays arrays(row);
     const long long n = row[STORED];
-    if (step) scalars += *step * SCALARS;
     T k[SCALARS];  // in registers: a store to an array might change what `scalars` points to
     for (int s = 0; s < SCALARS; ++s) k[s] = scalars[s];
 
@@ -85,4 +76,20 @@ extern "C" __global__ void update_arrays(const long long* table, const T* scalar
     for (long long i = head + (long long)threadIdx.x * WIDTH; i < tail; i += (long long)blockDim.x * WIDTH)
         arrays.update_pack(k, scale, i);
     for (long long i = tail + threadIdx.x; i < n; i += blockDim.x) arrays.update_one(k, scale, i);
+}
+
+// One launch for any number of arrays, one block for each row of `table`: the address of the row's piece of every
+// array, then how many elements it has. A flat buffer is cut into such pieces too. `control`, or null, holds what
+// gradients are multiplied by, and whether (not 0) nothing is to be done: what wrote it need not have been waited for.
+// `scalars` lie on the device, so that a captured launch sees those of the step: rows of them, of which `progress`, see
+// step.cuh, says which one, or null for the first. With it this is the end of the step: the last block goes on to the
+// next one, or back to the `count` running statistics from `before`.
+extern "C" __global__ void update_arrays(const long long* table, const T* scalars, const T* control,
+                                         long long* progress, T* running, const T* before, long long count) {
+    const bool halted = progress ? progress[HALTED] != 0 : control && control[1] != 0;
+    if (!halted)
+        update_row(table + (long long)blockIdx.x * (STORED + 1), scalars + (progress ? progress[SLOT] * SCALARS : 0),
+                   control ? control[0] : T(1));
+    if (progress && last_block(reinterpret_cast<unsigned*>(progress + TICKET)))
+        go_on(progress, running, before, count);
 }

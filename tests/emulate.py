@@ -29,6 +29,7 @@ from needs import missing
 
 HEADERS = Path(__file__).parent / "emulated"
 ARCHITECTURES = (70, 80, 90, 100, 120)  # Volta, Ampere, Hopper, Blackwell for data centres and for desktops
+REGISTERS = 65536  # of a multiprocessor of any of them
 ORDERS = ("forward", "reverse")  # in which the threads of a block, and the blocks, take turns
 
 # The source is in a namespace so that its inline functions, too, may have shared arrays.
@@ -159,6 +160,16 @@ def _value(argument: Any) -> bytes:
     return struct.pack("Qd", int(x) % 2**64 if np.isfinite(x) else 0, x)
 
 
+def launch_bounds(source: str) -> dict[str, int]:
+    """With how many threads of a block each kernel of a CUDA source may be launched: as its bounds say, or else 256.
+
+    For as many as that there are registers on every device, whatever the compiler takes: 255 at most.
+    """
+    names = dict(re.findall(r"\b([A-Z_]+) = (\d+)", source))
+    found = re.findall(r"__global__ void\s+(?:__launch_bounds__\((\w+)(?:, 1)?\)\s+)?(\w+)\(", source)
+    return {kernel: int(names.get(bound, bound or 256)) for bound, kernel in found}
+
+
 @functools.cache
 def _nvrtc(*packages: str) -> ctypes.CDLL:
     for package in packages:
@@ -209,6 +220,10 @@ class KernelReport:
     stack_bytes: int  # of a thread, in local memory: spilled registers, and arrays that are indexed dynamically
     spill_bytes: int  # stored and loaded
 
+    def registers_of(self, threads: int) -> int:
+        """What a block of so many threads takes: registers are given out by eights."""
+        return -(-self.registers // 8) * 8 * threads
+
     def __str__(self) -> str:
         return (
             f"sm_{self.architecture:<3} {self.registers:3} registers {self.shared_bytes:6} shared"
@@ -219,7 +234,8 @@ class KernelReport:
 def check_compiles(source: str, architecture: int, stack: int = 0) -> tuple[KernelReport, ...]:
     """Compile ``source`` for sm_``architecture`` as CuPy would, to machine code: a report on each kernel.
 
-    Errors and warnings fail, and so do spilled registers and a stack frame of more than ``stack`` bytes.
+    Errors and warnings fail, and so do spilled registers, a stack frame of more than ``stack`` bytes, and more
+    registers than a multiprocessor has for a block of as many threads as the kernel is launched with.
     """
     flags = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", "--ftz=true", "--ptxas-options=-v"]
     result, log, _ = _compile(_nvrtc("nvidia-cuda-nvrtc-cu12"), source, flags)
@@ -232,8 +248,10 @@ def check_compiles(source: str, architecture: int, stack: int = 0) -> tuple[Kern
     _, *kernels = "\n".join(lines).split("Compiling entry function ")
     reports = tuple(_report(text, architecture) for text in kernels)
     assert reports, f"sm_{architecture}: ptxas names no kernel: {lines}"
+    bounds = launch_bounds(source)
     for report in reports:
         assert (report.spill_bytes, max(report.stack_bytes, stack)) == (0, stack), f"local memory: {report}"
+        assert report.registers_of(bounds[report.name]) <= REGISTERS, f"too many registers: {report}"
     return reports
 
 

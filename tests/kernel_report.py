@@ -7,21 +7,31 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 from emulate import ARCHITECTURES, check_compiles
 from ops_cases import CASES
 from optimizer_table import CASES as RULES, trace_of
 
-from gpubatch.cuda_ops import source_of
+from gpubatch.backend import compute_dtype
+from gpubatch.capture import step_source
+from gpubatch.cuda_ops import source_of, take_source
 from gpubatch.launch import update_source
 
 
 def sources() -> dict[str, str]:
-    """What to compile, by a name; cases that share a source once."""
-    named = {source: name for name, case in reversed(CASES.items()) for source in [case.source("float32")]}
-    rules = {f"update {name}": update_source(trace_of(case)[0]) for name, case in RULES.items()}
-    half = {"update adam, float16, master": update_source(trace_of(RULES["adam"])[0], "float32", "float16", True)}
-    others = {"transpose": source_of("float32", "transpose.cu")}
-    return {name: source for source, name in reversed(named.items())} | rules | half | others
+    """What to compile, by a name: every kernel in every element type; cases that share a source once."""
+    found: dict[str, str] = {}
+    for dtype in ("float32", "float64", "float16"):
+        for name, case in CASES.items():
+            found.setdefault(case.source(dtype), f"{name}, {dtype}")
+        found.setdefault(step_source(dtype), f"step, {dtype}")
+        found.setdefault(source_of(dtype, "transpose.cu"), f"transpose, {dtype}")
+        found.setdefault(take_source("uint8", "int64"), "take")
+        for name, rule in RULES.items():
+            for master in (False, True) if dtype == "float16" else (False,):
+                source = update_source(trace_of(rule)[0], compute_dtype(np.dtype(dtype)).name, dtype, master)
+                found[source] = f"update {name}, {dtype}{', master' if master else ''}"
+    return {name: source for source, name in found.items()}
 
 
 def main(architectures: list[int]) -> None:

@@ -83,6 +83,7 @@ class Place:
             "loss": self.empty(1, dtype=self.compute),
             "partial": self.empty(2 * PARTS, features, dtype=self.compute),
             "parts": self.empty(SUM_PARTS, dtype=np.float64),
+            "ticket": self.backend.zeros(1, np.uint32),
             "squares": self.empty(1, 1, dtype=self.compute),
             "l2": self.empty(100, dtype=self.compute),
             "index": self.empty(rows, dtype=np.int64),
@@ -279,10 +280,12 @@ CASES["activation_gradient of biases alone"] = replace(
 )
 for truth in ("int64", "uint8", "int32", "rows", "one-hot"):
     CASES[f"softmax {truth}"] = Case(
-        "softmax_cross_entropy", file("loss.cu"), functools.partial(softmax, truth, True, 1), CLASSES
+        "softmax_cross_entropy", file("loss.cu", "total.cuh"), functools.partial(softmax, truth, True, 1), CLASSES
     )
     if truth in ("int64", "uint8"):
-        CASES[f"svm {truth}"] = Case("svm", file("loss.cu"), functools.partial(svm, truth, True, 1), CLASSES)
+        CASES[f"svm {truth}"] = Case(
+            "svm", file("loss.cu", "total.cuh"), functools.partial(svm, truth, True, 1), CLASSES
+        )
 for truth in ("int64", "rows"):
     CASES[f"softmax {truth}, loss alone"] = replace(
         CASES[f"softmax {truth}"], run=functools.partial(softmax, truth, False, 1)
@@ -348,7 +351,11 @@ for in_place in (True, False):
         exact=True,
     )
 CASES["square_sum"] = Case(
-    "square_sum", file("square_sum.cu"), square_sum, [*SIZES, (0, 1), (150, 1000)], grows=lambda r, f: 0
+    "square_sum",
+    file("square_sum.cu", "square_sum.cuh"),
+    square_sum,
+    [*SIZES, (0, 1), (150, 1000)],
+    grows=lambda r, f: 0,
 )
 for stored in cuda_ops.STORED:
     source = functools.partial(lambda stored, dtype: cuda_ops.gather_source(dtype, stored), stored)

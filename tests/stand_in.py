@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
-from emulate import host_kernel, sanitized
+from emulate import host_kernel, launch_bounds, sanitized
 
 from gpubatch.backend import CudaBackend
 from gpubatch.cuda_ops import STORED
@@ -29,7 +29,13 @@ from gpubatch.launch import cuda_kernel
 INDEX = 99  # of the device: no kernel of a real one is found in a cache
 
 # The NumPy type of an argument, by its C type.
-NUMBERS = {"long long": np.int64, "u64": np.uint64, "float": np.float32, "double": np.float64}
+NUMBERS = {
+    "long long": np.int64,
+    "u64": np.uint64,
+    "unsigned": np.uint32,
+    "float": np.float32,
+    "double": np.float64,
+}
 
 
 class AnyDevice(contextlib.nullcontext[None]):
@@ -105,13 +111,14 @@ class StandIn:
         assert options == ("--std=c++17",)
 
         def get_function(name: str) -> Any:
-            parameters = parameters_of(code, name)
+            parameters, most = parameters_of(code, name), launch_bounds(code)[name]
 
             def kernel(grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
                 self.launches.append((name, grid, block))
                 for parameter, argument in zip(parameters, arguments, strict=True):
                     check_argument(code, parameter, argument)
                 blocks, threads = grid if len(grid) > 1 else grid[0], block[0]
+                assert threads <= most, f"{name} is compiled for {most} threads at most, got {threads}"
                 if not self.sanitize:
                     run, plain = host_kernel(code, name, *parameters), [in_memory(a) for a in arguments]
                     self.start(lambda: run(*plain, blocks, threads, order=self.order))
@@ -127,7 +134,9 @@ class StandIn:
 
 def parameters_of(source: str, kernel: str) -> tuple[str, ...]:
     """The C declarations of a kernel's parameters."""
-    found = re.search(rf'extern "C" __global__ void (?:__launch_bounds__\(\w+\)\s+)?{kernel}\(([^)]*)\)', source)
+    found = re.search(
+        rf'extern "C" __global__ void (?:__launch_bounds__\(\w+(?:, 1)?\)\s+)?{kernel}\(([^)]*)\)', source
+    )
     assert found is not None, f"no kernel {kernel}"
     return tuple(" ".join(p.split()) for p in found[1].split(","))
 

@@ -85,7 +85,6 @@ def test_the_launches_of_a_step(loss: str, precision: str, device: StandInBacken
     assert names == {
         "activate": 3,
         loss: 1,
-        **({"mean": 1} if loss in ("softmax_cross_entropy", "svm") else {}),
         "l2_loss": 1,
         "activation_gradient": 3,
         "l2_gradient": 1,

@@ -247,15 +247,15 @@ def test_a_label_out_of_range_is_nan_and_nothing_else(method: str, classes: int,
     z, Y, work = place.real(4, classes), backend.asarray(np.array([0, 1, label, 2])), place.work(4, classes)
     getattr(place.ops, method)(z, Y, True, work)
     assert np.isnan(work["loss"].get()).all()
-    for of_row in (work["row"].get(), work["dz"].get().sum(axis=1)):
-        np.testing.assert_array_equal(np.isnan(of_row), [False, False, True, False])
+    np.testing.assert_array_equal(np.isnan(work["dz"].get().sum(axis=1)), [False, False, True, False])
 
 
 def test_labels_that_are_one_class_too_far(device: CudaBackend) -> None:
     place = Place(CudaOps(device, F), device, F, F, np.random.default_rng(0))
-    z, work = place.real(2, 3), place.work(2, 3)
-    place.ops.softmax_cross_entropy(z, device.asarray(np.array([2, 3])), False, work)
-    np.testing.assert_array_equal(np.isnan(work["row"].get()), [False, True])
+    for label, fits in ((2, True), (3, False)):
+        z, work = place.real(2, 3), place.work(2, 3)
+        place.ops.softmax_cross_entropy(z, device.asarray(np.array([2, label])), False, work)
+        assert np.isfinite(work["loss"].get()).all() == fits
 
 
 @pytest.mark.parametrize("classes", [2, 10, 300, 5000])
@@ -307,7 +307,7 @@ def test_the_l2_term(count: int, dtype: np.dtype, device: CudaBackend) -> None:
     loss, g = device.zeros(1, compute_dtype(dtype)), device.zeros(w.shape, dtype)
     parts = device.empty(SUM_PARTS, np.float64)
     loss.fill(5)
-    ops.l2_loss(w, spans, 0.25, loss, {"parts": parts})
+    ops.l2_loss(w, spans, 0.25, loss, {"parts": parts, "ticket": device.zeros(1, np.uint32)})
     ops.l2_gradient(w, spans, 0.5, g, {})
     right = 5 + 0.5 * count * (count + 1) * (2 * count + 1) / 6
     np.testing.assert_allclose(loss.get(), right, rtol=np.finfo(loss.dtype).eps)
@@ -388,9 +388,23 @@ def test_labels_that_are_strided_are_copied(device: CudaBackend) -> None:
     assert np.isfinite(work["loss"]).all()
 
 
+def test_the_last_block_leaves_the_ticket_as_it_was(device: CudaBackend) -> None:
+    """So that the next launch, or the same one of a graph, finds it 0: whichever block is the last, however many."""
+    place = Place(CudaOps(device, F), device, F, F, np.random.default_rng(0))
+    out, work = device.zeros(SQUARE_SUM_SIZE, np.float64), place.work(300, 40)
+    for rows in (300, 1, 77):
+        z, Y = place.real(rows, 40), place.labels(rows, 40)
+        for order in ("forward", "reverse"):
+            device.cupy.order = order
+            place.ops.softmax_cross_entropy(z, Y, False, work)
+            place.ops.square_sum(place.real(100 * rows, 40), out)
+            assert (work["ticket"].get()[0], out[2]) == (0, 0)
+    assert {grid for name, grid, _ in device.cupy.launches if name == "square_sum"} > {(1,)}
+
+
 def test_one_part_needs_no_second_launch(device: CudaBackend) -> None:
     names = []
-    for rows in (32, 33):
+    for rows in (512, 513):
         by_cuda(CASES["activation_gradient relu new"], (rows, 64), F, device)
         names.append([name for name, _, _ in device.cupy.launches])
         device.cupy.launches.clear()
@@ -421,7 +435,9 @@ FAULTS = {
     "a target of another score": ("T(y[i])", "T(y[0])", "mse float32"),
     "an exponential that overflows": ("exp(-fabs(score))", "exp(-score)", "sigmoid_cross_entropy uint8"),
     "one place for all parts": ("parts[blockIdx.x] = sum", "parts[0] = sum", "mse float32"),
-    "the loss is lost": ("(add ? double(*out) : 0.0)", "0.0", "l2_loss"),
+    "any block is the last": ("last = atomicInc(ticket, blocks - 1) == blocks - 1;", "last = true;", "mse float32"),
+    "a ticket that is not 0 again": ("atomicInc(ticket, blocks - 1)", "atomicAdd(ticket, 1)", "square_sum"),
+    "the loss is lost": ("T(*loss + sum * factor)", "T(sum * factor)", "l2_loss"),
     "a part that begins elsewhere": ("spans[2 * span] + index", "spans[0] + index", "l2_gradient"),
     "the last pack goes too far": ("packed && i + WIDTH <= n", "packed", "square_sum"),
 }

@@ -17,7 +17,11 @@ from gpubatch.backend import compute_dtype
 from gpubatch.formula import Trace
 from gpubatch.launch import HostUpdate, cpu_update, piece_table, update_for, update_source
 
-PARAMETERS = ("const long long* table", "const T* scalars", "const long long* step", "const T* control")
+PARAMETERS = (
+    *("const long long* table", "const T* scalars", "const T* control", "long long* progress"),
+    *("T* running", "const T* before", "long long count"),
+)
+ALONE = (None, None, None, 0)  # the arguments beyond control of an update that is not the end of a captured step
 every_case = every("case", CASES, FAST)
 
 
@@ -43,7 +47,7 @@ def emulate(
     table = table_of(groups)
     device_scalars = np.array([*scalars, 0.0], dtype)
     if len(table):  # as CudaUpdate: a launch of no blocks is an error
-        kernel(table, device_scalars, None, control, len(table), threads)
+        kernel(table, device_scalars, control, *ALONE, len(table), threads)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -88,7 +92,7 @@ def test_the_device_says_which_row_of_scalars_is_meant(dtype: np.dtype, rng: np.
     expected = tuple(a.copy() for a in arrays)
     for t in (3, 1):
         HostUpdate(trace, dtype)([expected], trace.evaluate(t, **hyper))
-        kernel(table_of([arrays]), rows, np.array([t - 1]), None, 1, 256)
+        kernel(table_of([arrays]), rows, None, np.array([t - 1, 0, 0, 0, 0]), *ALONE[1:], 1, 256)
     for a, b in zip(arrays, expected, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -118,7 +122,7 @@ def test_it_stays_within_its_arrays(name: str, order: str, dtype: np.dtype, rng:
         for starts in ([0] * count, [1] * count, [*range(count)]):
             groups.append(tuple(np.abs(rng.standard_normal(size + k)).astype(dtype)[k:] for k in starts))
     arrays = [a for group in groups for a in group]
-    arguments = [Table(table := table_of(groups), arrays), np.array(scalars, dtype), None, None]
+    arguments = [Table(table := table_of(groups), arrays), np.array(scalars, dtype), None, *ALONE]
     *ours, _ = sanitized(
         update_source(trace, dtype.name), "update_arrays", PARAMETERS, arguments, len(table), 256, order
     )
@@ -132,7 +136,7 @@ def test_packs_that_are_not_aligned_would_be_caught() -> None:
     check = "(row[1] + head * (long long)sizeof(S)) % 16 == 0"
     assert source.count(check) == 1
     arrays = np.ones(50, np.float32), np.ones(51, np.float32)[1:]
-    arguments = [Table(table_of([arrays]), arrays), np.array([0.5], np.float32), None, None]
+    arguments = [Table(table_of([arrays]), arrays), np.array([0.5], np.float32), None, *ALONE]
     w, _, _ = sanitized(source, "update_arrays", PARAMETERS, arguments, 1, 256)
     np.testing.assert_array_equal(w, 0.5)
     with pytest.raises(AssertionError, match="which requires 16 byte alignment"):
@@ -158,7 +162,7 @@ def test_a_wrong_formula_would_be_caught(rng: np.random.Generator) -> None:
     arrays = [np.abs(rng.standard_normal(10)).astype(np.float32) for _ in range(4)]
     expected = [a.copy() for a in arrays]
     scalars = trace.evaluate(2, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8)
-    kernel(table_of([tuple(arrays)]), np.array(scalars, np.float32), None, None, 1, 256)
+    kernel(table_of([tuple(arrays)]), np.array(scalars, np.float32), None, *ALONE, 1, 256)
     HostUpdate(trace, np.dtype(np.float32))([tuple(expected)], scalars)
     assert np.abs(arrays[0] - expected[0]).max() > 1e-3
 
@@ -241,7 +245,7 @@ def test_float16_compiles_and_stays_within_its_arrays(name: str, master: bool, r
             groups.append(tuple(numbers))
     words = np.concatenate([table_of([group]) for group in groups])
     arrays = [a for group in groups for a in group]
-    arguments = [Table(words, arrays), np.array(trace.evaluate(3, **hyper), np.float32), None, None]
+    arguments = [Table(words, arrays), np.array(trace.evaluate(3, **hyper), np.float32), None, *ALONE]
     *ours, _ = sanitized(source, "update_arrays", PARAMETERS, arguments, len(words), 256)
     update_for(trace, np.dtype(np.float16), gb.get_backend("cpu"), master)(groups, trace.evaluate(3, **hyper))
     for a, b in zip(ours, arrays, strict=True):

@@ -7,35 +7,35 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulate import check_compiles_everywhere, host_kernel, sanitized
+from emulate import ORDERS, Table, check_compiles_everywhere, host_kernel, sanitized
 from families import every
+from optimizer_table import CASES, trace_of
 from stand_in import DeviceArray, parameters_of, stand_in_backend
 
-from gpubatch.backend import CudaBackend
-from gpubatch.cuda_ops import STORED, CudaOps, source_of
+from gpubatch.backend import CudaBackend, compute_dtype
+from gpubatch.capture import step_source
+from gpubatch.cuda_ops import STORED, CudaOps, square_grid, take_source
+from gpubatch.launch import HostUpdate, piece_table, update_source
 from gpubatch.ops import SQUARE_SUM_SIZE
 
-SLOT, HALTED, BATCH, STEP = range(4)  # of kernels/step.cu
+SLOT, HALTED, BATCH, STEP, TICKET = range(5)  # of kernels/step.cuh
 LARGEST = float(np.finfo(np.float32).max)
 
 
-def launch(name: str, dtype: str, *arguments: Any, threads: int = 1) -> None:
-    source = source_of(dtype, "step.cu")
-    host_kernel(source, name, *parameters_of(source, name))(*arguments, 1, threads)
+def launch(name: str, dtype: str, *arguments: Any, blocks: int = 1, threads: int = 1, order: str = "forward") -> None:
+    source = step_source(dtype)
+    host_kernel(source, name, *parameters_of(source, name))(*arguments, blocks, threads, order=order)
 
 
 def test_they_compile_for_real_architectures(dtype: np.dtype) -> None:
-    names = {
-        report.name for reports in check_compiles_everywhere(source_of(dtype.name, "step.cu")) for report in reports
-    }
-    assert names == {"add_loss", "judge", "go_on"}
+    names = {report.name for reports in check_compiles_everywhere(step_source(dtype.name)) for report in reports}
+    assert names == {"add_loss", "judge"}
 
 
 @pytest.mark.parametrize("stored", STORED)
 def test_taking_compiles_for_all_that_can_be_stored(stored: str) -> None:
     for target in {stored, "int64"} - ({"int64"} if stored.startswith("float") else set()):
-        types = f"typedef {STORED[stored]} Sample;\ntypedef {STORED[target]} Target;"
-        check_compiles_everywhere(source_of("float32", "take.cu", before=types))
+        check_compiles_everywhere(take_source(stored, target))
 
 
 # --- may it be applied? ----------------------------------------------------------------------------------------------
@@ -65,14 +65,15 @@ JUDGED = {
 @pytest.mark.parametrize("case", JUDGED.values(), ids=JUDGED)
 def test_judge(case: tuple[Any, ...], whole: bool, dtype: np.dtype) -> None:
     loss, sum_of_squares, odd, most, times, fine, scale = case
-    progress, losses = np.array([2, 0, 7, 9]), np.full(4, -1.0)
-    squares = np.full(SQUARE_SUM_SIZE, 3.0)
-    squares[:2] = sum_of_squares, odd
+    progress, losses = np.array([2, 0, 7, 9, 0]), np.full(4, -1.0)
+    squares = np.zeros(SQUARE_SUM_SIZE)
+    squares[:2] = sum_of_squares, odd  # to which those of an empty gradient are added
     total, control = np.array([8.0 if whole else loss]), np.full(2, 7, dtype)
     given = np.array([loss], dtype) if whole else None
     factor = None if times is None else np.array([times], dtype)
-    launch("judge", dtype.name, given, total, squares, factor, progress, losses, control, most, LARGEST)
-    assert progress.tolist() == [2, int(not fine), 7, 9]
+    state = given, total, factor, progress, losses, control
+    launch("judge", dtype.name, np.zeros(0, dtype), 0, squares, *state, most, LARGEST, threads=32)
+    assert progress.tolist() == [2, int(not fine), 7, 9, 0]
     assert control[1] == (not fine)
     assert (total[0], squares[0], squares[1]) == (0, 0, 0)
     assert losses.tolist() == [-1, -1, loss if fine else -1, -1]
@@ -81,18 +82,33 @@ def test_judge(case: tuple[Any, ...], whole: bool, dtype: np.dtype) -> None:
 
 
 def test_what_comes_after_a_halt_is_not_applied_and_leaves_no_loss() -> None:
-    progress, losses, control = np.array([0, 1, 7, 9]), np.full(4, -1.0), np.full(2, 7, np.float32)
+    progress, losses, control = np.array([0, 1, 7, 9, 0]), np.full(4, -1.0), np.full(2, 7, np.float32)
     squares = np.zeros(SQUARE_SUM_SIZE)
     one = np.ones(1, np.float32)
-    launch("judge", "float32", one, np.zeros(1), squares, None, progress, losses, control, 0.0, LARGEST)
-    assert (progress.tolist(), losses.tolist(), control.tolist()) == ([0, 1, 7, 9], [-1.0] * 4, [1, 1])
+    state = np.zeros(1), None, progress, losses, control
+    launch("judge", "float32", one, 1, squares, one, *state, 0.0, LARGEST, threads=32)
+    assert (progress.tolist(), losses.tolist(), control.tolist()) == ([0, 1, 7, 9, 0], [-1.0] * 4, [1, 1])
 
 
-def test_without_squares_nothing_is_looked_at() -> None:
-    progress, losses, control = np.zeros(4, int), np.full(4, -1.0), np.full(2, 7, np.float32)
-    nan = np.full(1, np.nan, np.float32)
-    launch("judge", "float32", nan, np.zeros(1), None, None, progress, losses, control, 0.0, LARGEST)
-    assert (progress.tolist(), control.tolist(), math.isnan(losses[0])) == ([0] * 4, [1, 0], True)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("n", [1, 20_000, 100_003])
+def test_the_gradient_that_is_judged(n: int, order: str, dtype: np.dtype, rng: np.random.Generator) -> None:
+    """All of it, by many blocks, and by the bits of square_sum; again and again, as in a graph."""
+    gradient = rng.standard_normal(n).astype(dtype)
+    progress, losses, control = np.zeros(5, int), np.full(4, -1.0), np.full(2, 7, compute_dtype(dtype))
+    squares, one = np.zeros(SQUARE_SUM_SIZE), np.ones(1, control.dtype)
+    for bad in (False, False, True):
+        if bad:
+            gradient[-1] = np.inf
+        state = one, np.zeros(1), None, progress, losses, control
+        (blocks,) = square_grid(gradient)
+        launch(
+            "judge", dtype.name, gradient, n, squares, *state, 0.25, LARGEST, blocks=blocks, threads=1024, order=order
+        )
+        assert (squares[:3].tolist(), progress.tolist()) == ([0, 0, 0], [0, int(bad), 0, 0, 0])
+        if not bad:
+            norm = np.linalg.norm(gradient.astype(np.float64))
+            np.testing.assert_allclose(control[0], min(1, 0.25 / norm), rtol=2 * np.finfo(control.dtype).eps)
 
 
 def test_losses_of_parts_are_added_as_the_host_adds_them(rng: np.random.Generator) -> None:
@@ -104,16 +120,36 @@ def test_losses_of_parts_are_added_as_the_host_adds_them(rng: np.random.Generato
     assert total[0] == expected
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("n", [0, 1, 5000])
 @pytest.mark.parametrize("halted", [0, 1])
-def test_on_to_the_next_step_or_back_to_the_statistics_before(halted: int, n: int, dtype: np.dtype) -> None:
-    progress, running, before = np.array([3, halted, 7, 9]), np.ones(n, dtype), np.full(n, 2, dtype)
-    arguments = [progress, running if n else None, before if n else None, n]
-    launch("go_on", dtype.name, *arguments, threads=1024)
-    assert progress.tolist() == ([3, 1, 7, 9] if halted else [4, 0, 8, 10])
-    np.testing.assert_array_equal(running, 2 if halted else 1)
-    source = source_of(dtype.name, "step.cu")
-    sanitized(source, "go_on", parameters_of(source, "go_on"), arguments, 1, 1024)
+def test_the_end_of_a_step(halted: int, n: int, order: str, dtype: np.dtype, rng: np.random.Generator) -> None:
+    """The update by the slot's scalars, and on to the next step; or nothing, and the statistics from before."""
+    trace, hyper = trace_of(CASES["momentum"])
+    wide, rows = compute_dtype(dtype), [trace.evaluate(t, **hyper) for t in range(1, 5)]
+    arrays = [np.abs(rng.standard_normal(10_001)).astype(d) for d in (dtype, dtype, wide)]
+    expected = [a.copy() if halted else a.astype(wide) for a in arrays]
+    if not halted:
+        HostUpdate(trace, wide)([tuple(expected)], rows[2])
+    addresses = np.array([[*(a.ctypes.data for a in arrays), arrays[0].size]])
+    table = Table(piece_table(addresses, np.array([a.itemsize for a in arrays]), 4096), arrays)
+    progress, running, before = np.array([2, halted, 7, 9, 0]), np.ones(n, wide), np.full(n, 2, wide)
+    arguments = [np.array(rows, wide), None, progress, running if n else None, before if n else None, n]
+    source = update_source(trace, wide.name, dtype.name)
+    found = sanitized(
+        source,
+        "update_arrays",
+        parameters_of(source, "update_arrays"),
+        [table, *arguments],
+        len(table.words),
+        256,
+        order,
+    )
+    for a, b in zip(found, expected, strict=False):
+        np.testing.assert_array_equal(a, b.astype(a.dtype))
+    assert found[len(arrays) + 1].tolist() == ([2, 1, 7, 9, 0] if halted else [3, 0, 8, 10, 0])
+    if n:
+        np.testing.assert_array_equal(found[len(arrays) + 2], 2 if halted else 1)
 
 
 # --- its batch -------------------------------------------------------------------------------------------------------

@@ -327,6 +327,7 @@ template <class V>
 V atomicAdd(V* at, std::common_type_t<V> value) {
     return atomicExch(at, *at + value);
 }
+inline unsigned atomicInc(unsigned* at, unsigned most) { return atomicExch(at, *at >= most ? 0 : *at + 1); }
 template <class V>
 V atomicMax(V* at, std::common_type_t<V> value) {
     return atomicExch(at, *at < value ? value : *at);
