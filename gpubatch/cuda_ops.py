@@ -195,15 +195,23 @@ class CudaOps(Ops):
         check_contiguous("out", out)
         if source.dtype.name not in STORED:
             raise DTypeError(f"source must have one of the dtypes {', '.join(STORED)}, got {describe(source)}")
-        shape = (len(out), math.prod(source.shape[1:]))
         text = gather_source(self.dtype.name, source.dtype.name)
-        self._on_tiles(text, "gather", shape, (source, order, batch, out), (size, scale, shift))
+        self._take(text, "gather", source, order, batch, out, size, scale, shift)
 
     def take_batch(self, source: Array, order: Array, batch: Array, out: Array, size: int) -> None:
         """As :meth:`gather_batch`, but elements stay as they are stored, or become int64 where out is; one launch."""
-        shape = (len(out), math.prod(source.shape[1:]))
         text = take_source(source.dtype.name, out.dtype.name)
-        self._on_tiles(text, "take", shape, (source, order, batch, out), (size,))
+        self._take(text, "take", source, order, batch, out, size)
+
+    def _take(
+        self, text: str, name: str, source: Array, order: Array, batch: Array | None, out: Array, *numbers: float
+    ) -> None:
+        """A kernel that takes rows of ``source``, as kernels/rows.cuh does."""
+        rows, features = len(out), math.prod(source.shape[1:])
+        lanes = lanes_of(source, out, features)
+        across = (rows, features // lanes)
+        arguments = (source, order, batch, out, rows, features, tile_width(across[1]), lanes, *numbers)
+        self._launch(text, name, tiles(across, THREADS, MOST_BLOCKS), THREADS, *arguments)
 
     def _add_partial(self, partial: Array, parts: int, factor: float, out: Array, second: Array | None = None) -> None:
         """``out`` = factor times the sums in ``parts`` rows of ``partial``; those of ``second`` stand beside them."""
@@ -290,6 +298,13 @@ def square_grid(x: Array) -> tuple[int]:
     return (max(1, min(-(-x.nbytes // (MOST_THREADS * AT_ONCE * 16)), SQUARE_PARTS)),)
 
 
+def lanes_of(source: Array, out: Array, features: int) -> int:
+    """How many elements of a row a thread moves at a time: LANES of kernels/rows.cuh where they fit, or one."""
+    lanes = 16 // max(source.itemsize, out.itemsize)
+    aligned = all(a.data.ptr % (lanes * a.itemsize) == 0 for a in (source, out))
+    return lanes if aligned and features % lanes == 0 else 1
+
+
 def tile_width(features: int) -> int:
     """The columns of a tile: see Tile in kernels/block.cuh."""
     return min(WIDEST, power_of_two(features))
@@ -349,11 +364,16 @@ def activation_source(dtype: str, kind: str) -> str:
 @functools.cache
 def gather_source(dtype: str, stored: str) -> str:
     """The CUDA source of gathering samples of the element type ``stored`` into arrays of ``dtype``."""
-    return source_of(dtype, "gather.cu", before=f"typedef {STORED[stored]} Sample;")
+    return rows_source("gather.cu", dtype, stored, dtype)
 
 
 @functools.cache
 def take_source(stored: str, target: str) -> str:
     """The CUDA source of taking samples of the element type ``stored`` as they are, or as int64: ``target``."""
+    return rows_source("take.cu", "float32", stored, target)
+
+
+def rows_source(file: str, dtype: str, stored: str, target: str) -> str:
+    """The CUDA source of a kernel that takes rows, with arithmetic of ``dtype``'s."""
     types = f"typedef {STORED[stored]} Sample;\ntypedef {STORED[target]} Target;"
-    return source_of("float32", "take.cu", before=types)
+    return source_of(dtype, file, before=f"{types}\n{kernel_source('rows.cuh')}")

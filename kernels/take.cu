@@ -2,9 +2,7 @@
 
 // out = source[index], rows of `features` elements, for batch *batch of `size` samples each.
 extern "C" __global__ void take(const Sample* source, const long long* index, const long long* batch, Target* out,
-                                long long rows, long long features, long long width, long long size) {
-    const Tile tile(rows, features, width);
-    index += *batch * size;
-    tile.each([&](long long row) { return source[tile.at(index[row])]; },
-              [&](long long row, Sample value) { out[tile.at(row)] = Target(value); });
+                                long long rows, long long features, long long width, long long lanes, long long size) {
+    take_rows(source, index + *batch * size, out, rows, features, width, lanes,
+              [](Sample value) { return Target(value); });
 }

@@ -359,7 +359,7 @@ CASES["square_sum"] = Case(
 )
 for stored in cuda_ops.STORED:
     source = functools.partial(lambda stored, dtype: cuda_ops.gather_source(dtype, stored), stored)
-    sizes = SIZES if stored == "uint8" else [(67, 257)]
+    sizes = [*(SIZES if stored == "uint8" else [(67, 257)]), (9, 48)]  # 48: any element type in sixteen bytes
     CASES[f"gather {stored}"] = Case(
         "gather", source, functools.partial(gather, stored, 1.0, 0.0), [*sizes, (0, 5)], exact=True
     )

@@ -361,6 +361,42 @@ def test_every_number_of_16_bits(dtype: np.dtype, device: CudaBackend) -> None:
     np.testing.assert_array_equal(np.signbit(out.get())[numbers], np.signbit(right)[numbers])
 
 
+@pytest.mark.parametrize("target", ["float32", "float16", "float64", "as stored", "int64"])
+@pytest.mark.parametrize("stored", ["uint8", "float16", "int32", "float64"])
+def test_rows_move_sixteen_bytes_at_a_time(stored: str, target: str, rng: np.random.Generator) -> None:
+    """Where rows are whole multiples of that and arrays begin at one: for the larger type, and so much of the other."""
+    device, kept = stand_in_backend(sanitize=True), target in ("as stored", "int64")
+    kinds = np.dtype(stored), np.dtype(stored if target == "as stored" else target)
+    if target == "int64" and kinds[0].kind == "f":
+        return
+    fit, at = 16 // max(kind.itemsize for kind in kinds), device.zeros(1, np.int64)
+    order = device.asarray(rng.permutation(20)[:13])
+    for features, starts, lanes in (
+        *((3 * fit, starts, fit) for starts in ((0, 0), (fit, 0), (0, fit))),
+        *((3 * fit, starts, 1) for starts in ((1, 0), (0, 1), (1, 1))),
+        *((features, (0, 0), 1) for features in (1, 3 * fit + 1)),
+    ):
+        source, out = (
+            aligned(device, kind, n * features, start).reshape(n, features)
+            for kind, n, start in zip(kinds, (20, 13), starts, strict=True)
+        )
+        source[...] = rng.integers(0, 100, source.shape)
+        assert cuda_ops.lanes_of(source, out, features) == lanes
+        if kept:
+            CudaOps(device, F).take_batch(source, order, at, out, 13)
+        else:
+            CudaOps(device, kinds[1]).gather(source, order, out, 0.5, 1.0)
+        right = source.get()[order.get()].astype(kinds[1])
+        np.testing.assert_array_equal(out.get(), right if kept else right * kinds[1].type(0.5) + kinds[1].type(1))
+
+
+def aligned(device: CudaBackend, dtype: np.dtype, n: int, start: int) -> DeviceArray:
+    """An array that begins ``start`` elements behind a multiple of sixteen bytes."""
+    wide = device.empty(n + start + 16, dtype)
+    first = -wide.ctypes.data % 16 // dtype.itemsize + start
+    return wide[first : first + n]
+
+
 def test_samples_of_more_dimensions_are_gathered(device: CudaBackend, rng: np.random.Generator) -> None:
     source, index = rng.integers(0, 256, (9, 4, 5, 3)).astype(np.uint8), np.array([8, 0, 0, 3])
     for shape in ((4, 4, 5, 3), (4, 60)):
@@ -435,10 +471,12 @@ FAULTS = {
     "a target of another score": ("T(y[i])", "T(y[0])", "mse float32"),
     "an exponential that overflows": ("exp(-fabs(score))", "exp(-score)", "sigmoid_cross_entropy uint8"),
     "one place for all parts": ("parts[blockIdx.x] = sum", "parts[0] = sum", "mse float32"),
-    "any block is the last": ("last = atomicInc(ticket, blocks - 1) == blocks - 1;", "last = true;", "mse float32"),
+    "any block is the last": ("last = atomicInc(ticket, blocks - 1) == blocks - 1;", "last = true;", "l2_loss"),
     "a ticket that is not 0 again": ("atomicInc(ticket, blocks - 1)", "atomicAdd(ticket, 1)", "square_sum"),
     "the loss is lost": ("T(*loss + sum * factor)", "T(sum * factor)", "l2_loss"),
     "a part that begins elsewhere": ("spans[2 * span] + index", "spans[0] + index", "l2_gradient"),
+    "another row": ("from[tile.at(index[row])]", "from[tile.at(row)]", "gather uint8"),
+    "another lane": ("convert(values.at[lane])", "convert(values.at[0])", "gather uint8"),
     "the last pack goes too far": ("packed && i + WIDTH <= n", "packed", "square_sum"),
 }
 
@@ -457,6 +495,7 @@ def test_a_planted_fault_is_noticed(fault: str, device: CudaBackend, monkeypatch
     monkeypatch.setattr(cuda_ops, "source_of", cuda_ops.source_of.__wrapped__)
     monkeypatch.setattr(cuda_ops, "activation_source", cuda_ops.activation_source.__wrapped__)
     monkeypatch.setattr(cuda_ops, "score_source", cuda_ops.score_source.__wrapped__)
+    monkeypatch.setattr(cuda_ops, "gather_source", cuda_ops.gather_source.__wrapped__)
     with pytest.raises(AssertionError):
         test_it_agrees_with_numpy(CASES[name], F, device)
     assert len(set(hits)) == 1
