@@ -849,6 +849,31 @@ def test_a_captured_step_takes_nothing_and_waits_for_nothing() -> None:
         assert cupy.graph_launches == 11
 
 
+def nodes(graphs: list[Any], monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> list[int]:
+    """The nodes of each graph of one step that ``run`` captures: launches, copies and fills."""
+    capturing = CudaBackend.capture
+    monkeypatch.setattr(capture, "UNROLLED", 1)
+    monkeypatch.setattr(CudaBackend, "capture", lambda *a: graphs.append(capturing(*a)) or graphs[-1])
+    run()
+    return [len(graph.work) for graph in graphs]
+
+
+def test_the_nodes_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight products and three kernels are forward and backward of three layers; the update is the step's end.
+
+    A step of ``fit`` gathers its batch, images and labels, and judges its gradient.
+    """
+    rng, device = np.random.default_rng(0), stand_in("late")
+    net = gb.mlp([784, 512, 256, 10], backend=device)
+    X, Y = rng.standard_normal((128, 784)).astype(np.float32), rng.integers(0, 10, 128)
+    with device.own_stream():
+        step = gb.CapturedStep(net, gb.Adam(net.parameters), device.asarray(X), device.asarray(Y))
+        assert nodes([], monkeypatch, step) == [12]
+    loader = gb.Loader(X, Y, batch_size=128, backend=device)
+    opt = gb.Adam(net.parameters)
+    assert nodes([], monkeypatch, lambda: gb.fit(net, loader, opt, 1, progress=False, execution="captured")) == [15]
+
+
 def test_a_step_that_finds_no_memory_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     device = stand_in("late")
     net = gb.Network(plain(), backend=device)
