@@ -720,25 +720,9 @@ def card() -> dict[str, str]:
 def sources() -> list[str]:
     """Every CUDA source that the tables of the tests have: those of gpubatch, and all that the benchmarks need."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import ops_cases
-    import optimizer_table
+    import kernel_report
 
-    from gpubatch.cuda_ops import STORED, source_of
-    from gpubatch.launch import update_source
-
-    found = [case.source(dtype) for case in ops_cases.CASES.values() for dtype in ("float32", "float64", "float16")]
-    found += [source_of(dtype, "columns.cu") for dtype in ("float32", "float64", "float16")]
-    found.append(source_of("float32", "transpose.cu"))
-    found += [source_of(dtype, "step.cu") for dtype in ("float32", "float64")]
-    for sample in ("uint8", "float32", "float64", "float16"):
-        for target in (sample, "int64", "uint8"):
-            types = f"typedef {STORED[sample]} Sample;\ntypedef {STORED[target]} Target;"
-            found.append(source_of("float32", "take.cu", before=types))
-    for case in optimizer_table.CASES.values():
-        trace = optimizer_table.trace_of(case)[0]
-        found += [update_source(trace, dtype) for dtype in ("float32", "float64")]
-        found += [update_source(trace, "float32", "float16", master) for master in (False, True)]
-    return list(dict.fromkeys(found))
+    return list(kernel_report.sources().values())
 
 
 def compiled(place: Place) -> Iterator[dict[str, Any]]:

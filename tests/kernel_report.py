@@ -14,7 +14,7 @@ from optimizer_table import CASES as RULES, trace_of
 
 from gpubatch.backend import compute_dtype
 from gpubatch.capture import step_source
-from gpubatch.cuda_ops import source_of, take_source
+from gpubatch.cuda_ops import STORED, source_of, take_source
 from gpubatch.launch import update_source
 
 
@@ -26,11 +26,13 @@ def sources() -> dict[str, str]:
             found.setdefault(case.source(dtype), f"{name}, {dtype}")
         found.setdefault(step_source(dtype), f"step, {dtype}")
         found.setdefault(source_of(dtype, "transpose.cu"), f"transpose, {dtype}")
-        found.setdefault(take_source("uint8", "int64"), "take")
         for name, rule in RULES.items():
             for master in (False, True) if dtype == "float16" else (False,):
                 source = update_source(trace_of(rule)[0], compute_dtype(np.dtype(dtype)).name, dtype, master)
                 found[source] = f"update {name}, {dtype}{', master' if master else ''}"
+    for stored in STORED:
+        for target in {stored, "uint8", "int64"}:
+            found.setdefault(take_source(stored, target), f"take {stored} as {target}")
     return {name: source for source, name in found.items()}
 
 

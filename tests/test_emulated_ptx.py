@@ -23,12 +23,8 @@ from emulated_gpu.instructions import TRANSLATORS
 from emulated_gpu.modules import Module, build
 from emulated_gpu.ptx import UnknownPTX
 from emulated_gpu.translate import translate
+from kernel_report import sources
 from needs import missing
-from ops_cases import CASES as OPERATIONS
-from optimizer_table import CASES as RULES, trace_of
-
-from gpubatch.cuda_ops import STORED, source_of
-from gpubatch.launch import update_source
 
 pytestmark = pytest.mark.exhaustive  # what they say is of the emulated device alone
 RANGE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, *[ctypes.POINTER(ctypes.c_uint64)] * 2)
@@ -982,20 +978,10 @@ def test_so_is_a_declaration(text: str, sentence: str) -> None:
         translate(ptx.read(PROGRAM_HEAD + text))
 
 
-def sources() -> set[str]:
-    """All of gpubatch's CUDA."""
-    found = {case.source(dtype) for case in OPERATIONS.values() for dtype in ("float32", "float64", "float16")}
-    found |= {update_source(trace_of(case)[0], dtype) for case in RULES.values() for dtype in ("float32", "float64")}
-    found |= {update_source(trace_of(RULES["adam"])[0], "float32", "float16", master) for master in (False, True)}
-    found |= {source_of(dtype, "step.cu") for dtype in ("float32", "float64")}
-    types = "typedef {0} Sample;\ntypedef {0} Target;"
-    return found | {source_of("float32", "take.cu", before=types.format(stored)) for stored in STORED.values()}
-
-
 @pytest.mark.parametrize("architecture", [ARCHITECTURES[0], 90, ARCHITECTURES[-1]])
 def test_every_kernel_of_gpubatch_is_known(architecture: int) -> None:
     """Loads, arithmetic and jumps that NVRTC has for old and new devices: no instruction without a translator."""
     with ThreadPoolExecutor() as pool:  # NVRTC compiles without Python's lock
-        texts = list(pool.map(lambda source: ptx_of(source, architecture), sorted(sources())))
+        texts = list(pool.map(lambda source: ptx_of(source, architecture), sorted(sources().values())))
     for text in texts:
         assert translate(ptx.read(text)).kernels
