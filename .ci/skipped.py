@@ -1,6 +1,6 @@
 """The tests that a run skipped: ``python .ci/skipped.py RESULTS.xml``, for ``pytest @FILE``.
 
-Those marked gpu are skipped again by ``-m``; a test that takes its parameters from what is installed is named whole.
+Those marked gpu are left out by ``-m``.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ def skipped(results: Path) -> list[str]:
     found = []
     for case in ElementTree.parse(results).iter("testcase"):
         if case.find("skipped") is not None:
-            parts = (case.get("classname") or "").split(".")
-            file = "/".join(parts) + ".py"
-            found.append(f"{file}::{case.get('name')}" if case.get("classname") else f"{case.get('name')}")
+            module, name = case.get("classname"), case.get("name", "")
+            found.append(f"{path(module)}::{name}" if module else path(name))
     return found
+
+
+def path(module: str) -> str:
+    """The file of a module."""
+    return module.replace(".", "/") + ".py"
 
 
 if __name__ == "__main__":
