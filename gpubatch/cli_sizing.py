@@ -11,6 +11,7 @@ from rich.table import Table
 
 from gpubatch import plot
 from gpubatch.backend import get_backend
+from gpubatch.capture import AHEAD
 from gpubatch.cli import (
     OPTIMIZERS,
     ActivationOption,
@@ -34,7 +35,7 @@ from gpubatch.cli_explore import PlotOption, app
 from gpubatch.errors import check_choice, check_int
 from gpubatch.network import mlp
 from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, parse_bytes
-from gpubatch.train import memory_parts
+from gpubatch.train import memory_parts, why_not_captured
 
 __all__ = ["app"]
 
@@ -80,8 +81,9 @@ def plan_memory(
     def parts_of(rows: int) -> ByPart:
         return memory_parts(net, opt, rows, len(X_test), X_test.size * net.dtype.itemsize)
 
-    plan = loader.replan(parts_of, available=available)
-    curve = {n: {**parts_of(n), **loader.memory_parts(n)} for n in _sizes(plan, len(X))}
+    kept = 0 if why_not_captured(net, loader, opt) else AHEAD
+    plan = loader.replan(parts_of, available=available, kept=kept)
+    curve = {n: loader.parts(n, plan.available) for n in _sizes(plan, len(X))}
     needed = {n: sum(parts.values()) for n, parts in curve.items()}
     words = f"{'-'.join(map(str, sizes))}, {activation}, {optimizer}, {name}, {dtype}, {where.spec}"
     title = f"gpubatch batch-size, {len(X):,} samples\n{words}"

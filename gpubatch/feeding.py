@@ -25,7 +25,7 @@ from gpubatch.backend import Array, CudaBackend
 from gpubatch.cuda_ops import CudaOps
 from gpubatch.errors import InsufficientMemoryError
 from gpubatch.host_ops import ops_for
-from gpubatch.sizing import BatchPlan, fits, format_bytes
+from gpubatch.sizing import fits, format_bytes
 from gpubatch.sources import ArraySource, Part
 from gpubatch.staging import stages_for
 
@@ -59,12 +59,19 @@ def moved(source: ArraySource, backend: CudaBackend) -> ArraySource:
 
 
 def on_device(
-    sources: Sequence[ArraySource | Part], feed: str, order: int, plan: BatchPlan, counted: bool, backend: CudaBackend
+    sources: Sequence[ArraySource | Part],
+    feed: str,
+    order: int,
+    needed: int,
+    planned: int,
+    counted: bool,
+    backend: CudaBackend,
 ) -> tuple[bool, str]:
     """Whether batches of ``sources`` are gathered on the device, and how they get there, in words.
 
-    ``feed`` is the loader's argument, ``order`` the number of samples in an epoch, whose order is on the device, too;
-    ``counted`` says whether ``plan`` has a model in it.
+    ``feed`` is the loader's argument, ``order`` the number of samples in an epoch, whose order is on the device, too.
+    All else needs ``needed`` of the ``planned`` bytes that a plan has found available; ``counted`` says whether a model
+    is in it.
     """
     through = f"batches go to {backend.spec} through pinned memory"
     if read := [source.reader.where for source in sources if isinstance(source, Part)]:
@@ -84,9 +91,9 @@ def on_device(
                 f"{format_bytes(available)} available"
             )
         return True, f"{there}, since feed='device' was given"
-    needed = total + plan.needed
+    needed += total
     # A plan that counts no model leaves half of the memory to it.
-    room, of = (plan.available, "available") if counted else (available // 2, "that are half of what is available")
+    room, of = (planned, "available") if counted else (available // 2, "that are half of what is available")
     fit = fits(needed, room) and fits(total, available)
     why = (
         f"with their order and the plan's bytes {format_bytes(needed)}, {'at most' if fit else 'more than'} 90 % of the"

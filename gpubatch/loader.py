@@ -19,7 +19,16 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from gpubatch.backend import Array, Backend, CudaBackend, compute_dtype, float_dtype, get_backend
-from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_bool, check_choice, check_int, check_real
+from gpubatch.errors import (
+    ArgumentError,
+    DTypeError,
+    InsufficientMemoryError,
+    ShapeError,
+    check_bool,
+    check_choice,
+    check_int,
+    check_real,
+)
 from gpubatch.feeding import DeviceFeed, DeviceOrder, Form, Ring, Slot, moved, native, needed, on_device, take_into
 from gpubatch.own import as_written
 from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, parse_bytes, plan_batch_size
@@ -322,14 +331,15 @@ class Loader:
         self._left = False  # whether the iteration before was left in the middle
         self._foreseen: tuple[int, Indices] | None = None  # the order of an epoch to come
         self._why = f"batch_size={batch_size} was given"
+        self._model = _Model(_nothing)  # of the plan
         if isinstance(batch_size, str):
-            self.plan = self._choose(_nothing)
+            self.plan = self._choose()
         elif self.drop_last and batch_size > self._share:
             raise ArgumentError(
                 f"drop_last=True leaves no batch: batch_size={batch_size} is more than the {self._share} samples"
             )
         else:
-            self.plan = self._given(min(batch_size, self._share), _nothing)
+            self.plan = self._given(min(batch_size, self._share))
 
     def _inputs(self, X: Any, Y: Any) -> list[ArraySource | Part]:
         """The sources of x and of the labels."""
@@ -424,39 +434,40 @@ class Loader:
         held: int = 0,
         available: int | None = None,
         most: int | None = None,
+        kept: int = 0,
     ) -> BatchPlan:
         """Make the plan again with a model, which needs the bytes ``parts_of(batch_size)`` beside the loader's own.
 
-        ``available`` is a number of bytes, by default what the backend has now and ``held``, which the model has
-        already. An automatic batch size is chosen again, which must not be in the middle of an epoch; one that is
-        decided stays. ``most`` is taken after a step of the size that was chosen found no memory.
+        ``kept`` is as for :meth:`memory_parts`. ``available`` is a number of bytes, by default what the backend has now
+        and ``held``, which the model has already. An automatic batch size is chosen again, which must not be in the
+        middle of an epoch; one that is decided stays. ``most`` is taken after a step of the size that was chosen found
+        no memory.
         """
+        self._model = _Model(parts_of, kept)
         if not self.automatic:
-            self.plan = self._given(self.batch_size, parts_of, held, available)
+            self.plan = self._given(self.batch_size, held, available)
             return self.plan
         if self._run is not None:
             raise ArgumentError(f"replan must come between epochs, epoch {self._epoch} is at batch {self._batch}")
         if most is None:
-            plan = self._choose(parts_of, held, available)
+            plan = self._choose(held, available)
         else:
             self._why = f"a step of {self.batch_size} samples was tried and memory ran out, so the batch is {most}"
-            plan = self._given(most, parts_of, held, available)
+            plan = self._given(most, held, available)
         self._epoch, self._batch, self._left = self.epoch, 0, False
         self.plan = plan
         return plan
 
-    def _choose(self, parts_of: Callable[[int], ByPart], held: int = 0, available: int | None = None) -> BatchPlan:
+    def _choose(self, held: int = 0, available: int | None = None) -> BatchPlan:
         # By the largest rank's share, so that every rank of equal devices decides alike.
         share = -(-self.n_samples // self.world_size)
         available = self._available() + held if available is None else available
-        plan = plan_batch_size(share, lambda n: {**parts_of(n), **self.memory_parts(n)}, available, self.at_most)
+        plan = plan_batch_size(share, lambda n: self.parts(n, available), available, self.at_most)
         return dataclasses.replace(plan, batch_size=min(plan.batch_size, self._share))
 
-    def _given(
-        self, batch_size: int, parts_of: Callable[[int], ByPart], held: int = 0, available: int | None = None
-    ) -> BatchPlan:
-        parts = {**parts_of(batch_size), **self.memory_parts(batch_size)}
+    def _given(self, batch_size: int, held: int = 0, available: int | None = None) -> BatchPlan:
         available = self._available() + held if available is None else available
+        parts = self.parts(batch_size, available)
         needed = sum(parts.values())
         reason = self._why + ("" if batch_size < self._share else f", and all {self._share} samples are one batch")
         reason += f"; it needs {format_bytes(needed)} of {format_bytes(available)} available"
@@ -469,13 +480,50 @@ class Loader:
         moved = [placed.source for placed, column in there if placed.source is not column.source]
         return self.backend.memory().available + sum(source.array.nbytes for source in moved)  # type: ignore[union-attr]
 
-    def memory_parts(self, batch_size: int) -> dict[str, int]:
-        """What the loader needs on the device when it needs most: while it makes a batch, or the order of an epoch."""
+    def parts(self, batch_size: int, available: int) -> dict[str, int]:
+        """The bytes that the model of the plan and the loader need, by what they are for; ``available`` as in a plan.
+
+        Where the data will be is decided as the first iteration will, if memory stays as it is until then.
+        """
+        there = bool(self._placed)
+        if self._placed is None and isinstance(self.backend, CudaBackend):
+            try:
+                there = self._place(batch_size, available, self.backend)[0]
+            except InsufficientMemoryError:  # which is for the first iteration to say
+                there = True
+        return {**self._model.parts_of(batch_size), **self._own_parts(batch_size, self._model.kept, there)}
+
+    def _place(self, batch_size: int, available: int, backend: CudaBackend) -> tuple[bool, str]:
+        """Whether batches are gathered on the device, and how they get there, in words."""
+        model = self._model.parts_of(batch_size)
+        needed = sum(model.values()) + sum(self._own_parts(batch_size, self._model.kept, False).values())
+        sources = [column.source for column in self._columns]
+        return on_device(sources, self.feed, self._share, needed, available, bool(model), backend)
+
+    def memory_parts(self, batch_size: int, kept: int = 0) -> dict[str, int]:
+        """What the loader needs on the device when it needs most: while it makes a batch, or the order of an epoch.
+
+        ``kept`` is how many batches more than one are kept by captured steps that do not gather their own; eager steps
+        keep none.
+        """
+        return self._own_parts(batch_size, kept, bool(self._placed))
+
+    def _own_parts(self, batch_size: int, kept: int, there: bool) -> dict[str, int]:
+        """:meth:`memory_parts` with the data on the device, if they are ``there``."""
         converted = batch_size * sum(column.source.bytes_per_sample(column.dtype) for column in self._columns)
-        stored = sum(self._beside(column, batch_size) for column in self._columns)
+        stored = sum(self._beside(column, batch_size, there) for column in self._columns)
         beside = max(stored, converted if self.transform else 0)  # one is gone before the other is made
         if self.backend.name != "cpu":
-            return {**self._parts_to_feed(batch_size), "batches": converted, "conversion of a batch": beside}
+            if not kept:
+                made = converted
+            else:
+                sources = [column.source.bytes_per_sample(column.needed) for column in self._columns]
+                made = batch_size * sum(sources)  # the arrays of the graphs
+                if self._gathers_whole(there):
+                    beside = 0
+                else:
+                    made += kept * converted
+            return {**self._parts_to_feed(batch_size, there), "batches": made, "conversion of a batch": beside}
         making = 0 if self.window or self.replacement or not self.shuffle else ORDER_PEAK * self.n_samples
         order = 0 if self.window else 8 * self.n_samples
         # The batch in use, and those prepared ahead; a loop that keeps it while it asks for the next has one more.
@@ -487,11 +535,11 @@ class Loader:
             return {"making of an epoch's order": making, **window}
         return {"order of an epoch": order, "batches": batches, "conversion of a batch": beside, **window}
 
-    def _parts_to_feed(self, batch_size: int) -> dict[str, int]:
+    def _parts_to_feed(self, batch_size: int, there: bool) -> dict[str, int]:
         """What is on a GPU for the batches to be made from: the data and the order, or buffers for batches."""
         sources = [column.source for column in self._columns]
         apart = [s for s in sources if not (isinstance(s, ArraySource) and self.backend.owns(s.array))]
-        if apart and not self._placed:
+        if apart and not there:
             stored = batch_size * sum(source.bytes_per_sample(source.dtype) for source in sources)
             return {"buffers of batches": self._slots(batch_size) * stored + 8 * batch_size}
         data = sum(source.n_samples * source.bytes_per_sample(source.dtype) for source in apart)
@@ -506,11 +554,12 @@ class Loader:
         """How many batches are on their way to a GPU at most: the one in use, and those that are filled and copied."""
         return 1 + max(self._ahead(batch_size), 1)
 
-    def _beside(self, column: _Column, batch_size: int) -> int:
+    def _beside(self, column: _Column, batch_size: int, there: bool) -> int:
         """Bytes of samples as they are stored that stand beside a batch while it is made from them."""
         source = column.source
-        if isinstance(source, ArraySource) and self.backend.owns(source.array):
-            return source.beside(batch_size, column.dtype, column.scale, self.backend)
+        if isinstance(source, ArraySource) and (there or self.backend.owns(source.array)):
+            moved = not self.backend.owns(source.array)
+            return source.beside(batch_size, column.dtype, column.scale, self.backend, moved)
         if self.backend.name != "cpu" or self.window or (column.dtype == source.dtype and column.scale is None):
             return 0  # it is made from the buffers, from the window, or not made at all
         return batch_size * source.bytes_per_sample(source.dtype)
@@ -590,15 +639,26 @@ class Loader:
 
     def device_feed(self) -> DeviceFeed | None:
         """What gathers whole batches on the device without the host, where that can be."""
-        if not isinstance(self.backend, CudaBackend) or self.transform is not None or self.sample_axis:
+        if not isinstance(self.backend, CudaBackend) or not self._gathers_whole(True):
             return None
         columns = self._on_device(self.backend, self.stats)
-        arrays = [column.source.array for column in columns or () if isinstance(column.source, ArraySource)]
-        if columns is None or not all(array.flags.c_contiguous for array in arrays):
+        if columns is None:
             return None
-        made = [needed(column.dtype, array.ndim) for array, column in zip(arrays, columns, strict=True)]
-        scales = [column.scale for column in columns]
-        return DeviceFeed(self.backend, list(zip(arrays, made, scales, strict=True)), self._share, self.batch_size)
+        arrays = [(c.source.array, c.needed, c.scale) for c in columns if isinstance(c.source, ArraySource)]
+        return DeviceFeed(self.backend, arrays, self._share, self.batch_size)
+
+    def _gathers_whole(self, there: bool) -> bool:
+        """Whether captured steps gather their batches by themselves, from contiguous arrays that are ``there``."""
+        sources = [column.source for column in self._columns]
+        return (
+            there
+            and self.transform is None
+            and not self.sample_axis
+            and all(
+                isinstance(s, ArraySource) and (s.array.flags.c_contiguous or not self.backend.owns(s.array))
+                for s in sources
+            )
+        )
 
     @contextlib.contextmanager
     def fed_by(self, feed: DeviceFeed) -> Iterator[Callable[[int], None]]:
@@ -742,9 +802,7 @@ class Loader:
     def _on_device(self, backend: CudaBackend, stats: LoaderStats) -> list[_Column] | None:
         """The columns with their arrays on the device, or None where these stay on the host; decided once."""
         if self._placed is None:
-            of_a_model = set(self.plan.parts) - set(self.memory_parts(self.batch_size))
-            sources = [column.source for column in self._columns]
-            there, self.feeding = on_device(sources, self.feed, self._share, self.plan, bool(of_a_model), backend)
+            there, self.feeding = self._place(self.batch_size, self.plan.available, backend)
             placed: list[_Column] = []
             try:
                 for column in self._columns if there else []:
@@ -759,6 +817,9 @@ class Loader:
                 placed = []
                 self.feeding = f"batches go to {backend.spec} through pinned memory, since a copy of the data failed"
             self._placed = placed
+            # They are others than those planned where memory has become less, or the copy failed.
+            parts = self.parts(self.batch_size, self.plan.available)
+            self.plan = dataclasses.replace(self.plan, parts=parts, needed=sum(parts.values()))
         return self._placed or None
 
     def _at(self, index: Indices) -> list[Array]:
@@ -867,7 +928,8 @@ class Loader:
         batch = check_int("state['batch']", state["batch"], 0, batches - 1)
         if batch_size != self.batch_size:
             self._why = f"batch_size={batch_size} was taken from a saved state"
-            self.plan = self._given(batch_size, _nothing)
+            self._model = _Model(_nothing)
+            self.plan = self._given(batch_size)
         self.automatic = False  # it is decided: another size would make other batches of the epoch
         self._epoch, self._batch, self._run, self._left = epoch, batch, None, False
 
@@ -899,6 +961,14 @@ def _nothing(batch_size: int) -> ByPart:
     return {}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """What a plan counts beside the loader's own: a model, and the batches that its captured steps keep."""
+
+    parts_of: Callable[[int], ByPart]
+    kept: int = 0
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Column:
     """One of the arrays of a batch: its source, and what is made of it.
@@ -916,6 +986,11 @@ class _Column:
     def limit(self) -> float:
         """The largest stored number that the batches can hold."""
         return largest_stored(self.dtype, self.scale)
+
+    @property
+    def needed(self) -> np.dtype[Any]:
+        """In which captured steps need the batches."""
+        return needed(self.dtype, 1 + len(self.source.sample_shape))
 
     def prepare(self, index: Array) -> Array:
         assert isinstance(self.source, ArraySource)

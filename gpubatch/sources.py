@@ -168,10 +168,15 @@ class ArraySource:
 
         return gathered
 
-    def beside(self, rows: int, dtype: np.dtype[Any], scale: float | None, backend: Backend) -> int:
-        """Bytes of samples as they are stored that :meth:`gather` has beside its result of ``rows`` samples."""
+    def beside(
+        self, rows: int, dtype: np.dtype[Any], scale: float | None, backend: Backend, moved: bool = False
+    ) -> int:
+        """Bytes of samples as they are stored that :meth:`gather` has beside its result of ``rows`` samples.
+
+        ``moved`` means from a copy of the array on the device, which is contiguous.
+        """
         sample = self.bytes_per_sample(self.dtype)
-        if not self.array.flags.c_contiguous:
+        if not (moved or self.array.flags.c_contiguous):
             return rows * sample
         if dtype == self.dtype and scale is None:
             return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import math
 import os
@@ -194,7 +195,7 @@ def fit(
         run = Run(state, Part(), guard, watchers, store, execution)
         if resume and store is not None and (found := store.newest()) is not None:
             run.restore(*found)
-        settle_batches(net, loader, opt, held_out)
+        settle_batches(net, loader, opt, held_out, run.captures)
         state.history.batch_size = loader.batch_size
         done = len(state.history.loss)
         shown = display(progress, epochs, len(loader), done * len(loader) + run.part.batches)
@@ -367,22 +368,32 @@ class Run:
         text = f"{self._disagreed} (epoch {self.state.epoch}, step {result.t}); the run goes on with eager steps"
         warn_caller(text, CaptureWarning)
 
+    @property
+    def captures(self) -> bool:
+        """Whether steps are to be captured, unless CUDA refuses it."""
+        return not self._plainly_eager and not self._why_eager()
+
+    @property
+    def _plainly_eager(self) -> bool:
+        """Whether nobody expects anything else."""
+        return self.execution == "eager" or (self.execution == "auto" and self.state.net.backend.name == "cpu")
+
+    def _why_eager(self) -> str:
+        """Why steps cannot be captured, in words; empty where they can."""
+        scale = [] if self.guard.scale is None else [self.guard.scale]
+        why = self._disagreed or why_not_captured(self.state.net, self.state.loader, self.state.opt, *scale)
+        looking = next((watcher.callback for watcher in self.watchers if watcher.on_step is not _ignore), None)
+        return f"callback {looking!r} looks at every step" if not why and looking is not None else why
+
     def _captured_steps(self) -> CapturedSteps | None:
         """The steps as graphs, those of the epoch before if there are any; None where they are run eagerly."""
         net, loader, opt, guard = self.state.net, self.state.loader, self.state.opt, self.guard
-        if self.execution == "eager" or (self.execution == "auto" and net.backend.name == "cpu"):
+        if self._plainly_eager:
             self.state.history.execution = "eager"  # a run that is resumed may have been captured
             return None
         if guard.captured is not None and not guard.captured.fits(opt):
             guard.captured = None
-        scale = [] if guard.scale is None else [guard.scale]
-        why = self._disagreed or why_eager(net, opt, loader, *scale)
-        looking = next((watcher.callback for watcher in self.watchers if watcher.on_step is not _ignore), None)
-        if not why and looking is not None:
-            why = f"callback {looking!r} looks at every step"
-        if not why and loader.sample_axis:
-            why = "samples are columns"
-        if not why:
+        if not (why := self._why_eager()):
             if guard.captured is None:
                 feed = loader.device_feed() or GivenArrays(*like(loader.peek()))
                 guard.captured = CapturedSteps(net, opt, feed, guard.max_norm)
@@ -778,6 +789,11 @@ def warn_caller(text: str, category: type[Warning]) -> None:
     warnings.warn(text, category, stacklevel=level)
 
 
+def why_not_captured(net: Network, loader: Loader, opt: Optimizer, *others: Any) -> str:
+    """Why the steps of a run cannot be captured, in words; empty where they can."""
+    return why_eager(net, opt, loader, *others) or ("samples are columns" if loader.sample_axis else "")
+
+
 def memory_parts(net: Network, opt: Optimizer, batch_size: int, evaluated: int = 0, copied: int = 0) -> dict[str, int]:
     """The bytes that training needs beside those of the loader, by what they are for; nothing is allocated.
 
@@ -789,33 +805,39 @@ def memory_parts(net: Network, opt: Optimizer, batch_size: int, evaluated: int =
 
 
 def plan_batches(
-    net: Network, loader: Loader, opt: Optimizer, evaluated: int = 0, copied: int = 0, most: int | None = None
+    net: Network,
+    loader: Loader,
+    opt: Optimizer,
+    evaluated: int = 0,
+    copied: int = 0,
+    most: int | None = None,
+    captured: bool | None = None,
 ) -> None:
-    """Make the loader's plan with :func:`memory_parts` counted; ``most`` is the largest batch size to choose."""
+    """Make the loader's plan with :func:`memory_parts` counted; ``most`` is the largest batch size to choose.
+
+    ``captured`` says whether steps are captured, by default where they can be.
+    """
     held = memory_parts(net, opt, 1, 0, copied)
     if net.backend.name == "cpu" and opt.t == 0:  # main memory is taken when it is first written to
         held = {name: held[name] for name in ("parameters", "running statistics", "validation set")}
     allocated = sum(n for name, n in held.items() if not name.startswith("workspace"))
-
-    def parts(rows: int) -> dict[str, int]:
-        kept = 0 if why_eager(net) else AHEAD * loader.memory_parts(rows)["batches"]
-        return {
-            **memory_parts(net, opt, rows, evaluated, copied),
-            **({"batches of captured steps": kept} if kept else {}),
-        }
-
-    loader.replan(parts, allocated, most=most)
+    if captured is None:
+        captured = not why_not_captured(net, loader, opt)
+    parts_of = functools.partial(memory_parts, net, opt, evaluated=evaluated, copied=copied)
+    loader.replan(parts_of, allocated, most=most, kept=AHEAD if captured else 0)
 
 
-def settle_batches(net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | None) -> None:
+def settle_batches(
+    net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | None, captured: bool | None = None
+) -> None:
     """Make the loader's plan; a batch size that it chose is tried, and a smaller one where memory runs out."""
     evaluated, copied = (0, 0) if held_out is None else (len(held_out.X), held_out.copied)
-    plan_batches(net, loader, opt, evaluated, copied)
+    plan_batches(net, loader, opt, evaluated, copied, captured=captured)
     while loader.automatic and (failure := rehearse(net, loader, opt, held_out)) is not None:
         release(net)
         if loader.batch_size <= net.least_rows:
             raise InsufficientMemoryError(f"there is no memory for a step of {loader.batch_size} samples: {failure}")
-        plan_batches(net, loader, opt, evaluated, copied, power_below(loader.batch_size))
+        plan_batches(net, loader, opt, evaluated, copied, power_below(loader.batch_size), captured)
 
 
 def rehearse(net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | None) -> str | None:

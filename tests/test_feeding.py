@@ -27,7 +27,6 @@ from gpubatch.backend import available_backends, get_backend
 from gpubatch.errors import ArgumentError, InsufficientMemoryError, NonFiniteError
 from gpubatch.feeding import on_device
 from gpubatch.loader import Loader
-from gpubatch.sizing import BatchPlan
 from gpubatch.sources import ArraySource
 
 BENCH = Path(__file__).parent.parent / "bench" / "feeding.py"
@@ -477,9 +476,8 @@ PLACES = [
 
 @pytest.mark.parametrize(("available", "needed", "counted", "feed", "expected"), PLACES)
 def test_what_fits_moves(available, needed, counted, feed, expected):
-    plan = BatchPlan(8, "", needed, available)
     sources = [ArraySource("X", X8, 0), ArraySource("Y", Y, 0)]
-    moves, words = on_device(sources, feed, N, plan, counted, queued_backend("late", available))
+    moves, words = on_device(sources, feed, N, needed, available, counted, queued_backend("late", available))
     assert moves == expected
     assert words.startswith("batches are gathered on cuda:99" if moves else "batches go to cuda:99 through pinned mem")
     if feed == "auto":
@@ -488,9 +486,54 @@ def test_what_fits_moves(available, needed, counted, feed, expected):
 
 
 def test_memory_that_others_took_since_the_plan_counts():
-    plan, sources = BatchPlan(8, "", 0, 10**6), [ArraySource("X", X8, 0)]
-    assert on_device(sources, "auto", N, plan, True, queued_backend("late", 2000))[0]
-    assert not on_device(sources, "auto", N, plan, True, queued_backend("late", 1000))[0]
+    sources = [ArraySource("X", X8, 0)]
+    assert on_device(sources, "auto", N, 0, 10**6, True, queued_backend("late", 2000))[0]
+    assert not on_device(sources, "auto", N, 0, 10**6, True, queued_backend("late", 1000))[0]
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"feed": "host"}, {"feed": "device"}, {"transform": lambda x: x}, {"given": "there"}, {"available": 3000}],
+    ids=str,
+)
+def test_the_plan_decides_where_the_data_will_be_as_the_first_iteration_does(options, kept):
+    """And it counts what steps need that gather their batches by themselves, or are handed them."""
+    options = dict(options)
+    device = queued_backend("late", options.pop("available", 1 << 30))
+    given = options.pop("given", "here")
+    X, labels = (device.asarray(a) if given == "there" else a for a in (X8, Y))
+    loader = Loader(X, labels, batch_size=8, scale=0.5, backend=device, **options)
+    loader.replan(lambda n: {"a model": 100 * n}, kept=kept)
+    planned = loader.plan
+    gathers = loader.device_feed() is not None
+    list(loader)
+    moves = loader.feeding.startswith("batches are gathered on")
+    assert gathers == (moves and loader.transform is None)
+    assert loader.plan == planned
+    assert loader.plan.parts == planned.parts
+    there = {"data": X8.nbytes + Y.nbytes if given == "here" else 0, "order of an epoch": 8 * N}
+    here = {"buffers of batches": 2 * (8 * 7 + 8 * 8) + 8 * 8}
+    converted = 8 * 7 * 4 + 8 * 8
+    assert planned.parts == {
+        "a model": 800,
+        **(there if moves else here),
+        "batches": converted * (1 if gathers else 1 + kept),
+        "conversion of a batch": converted if loader.transform is not None else 0,
+    }
+    assert moves == (options.get("feed") != "host" and device.cupy.available > 3000)
+
+
+def test_a_plan_says_where_the_data_is_after_memory_has_become_less(monkeypatch):
+    device = queued_backend("late", 10_000)
+    loader = Loader(X8, Y, batch_size=8, backend=device)
+    assert "data" in loader.plan.parts
+    taken = device.empty(9_000, np.uint8)
+    list(loader)
+    assert loader.feeding.startswith("batches go to cuda:99 through pinned memory")
+    assert "data" not in loader.plan.parts
+    assert sum(loader.plan.parts.values()) == loader.plan.needed
+    del taken
 
 
 @pytest.mark.parametrize("feed", ["auto", "device"])

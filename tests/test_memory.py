@@ -153,7 +153,8 @@ def train(case: Case, X: Any, Y: Any, held_out: Any, backend: Any = "cpu") -> tu
     net = gb.Network(layers, case.loss, case.l2, backend, case.dtype)
     loader = gb.Loader(X, Y, case.batch_size, backend=backend, dtype=case.dtype, scale=scale, **options)
     opt = case.optimizer(net.parameters)
-    copied = held_out[0].size * net.dtype.itemsize if case.stored != case.dtype else 0
+    # What is on the device already, as the labels are then, is not copied.
+    copied = held_out[0].size * net.dtype.itemsize if case.stored != case.dtype or net.backend.name == "cuda" else 0
     plan_batches(net, loader, opt, HELD_OUT, copied)
     plan = loader.plan
     assert net.planned == 0  # nothing is allocated for it
