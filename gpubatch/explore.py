@@ -684,6 +684,7 @@ class _SideBySide:
         self.loss = losses.LOSSES[net.loss_name]
         work = self._work(self.loss.workspace(net.outputs), self.rows)
         work["offsets"] = net.backend.asarray(np.arange(self.rows) * net.outputs)
+        work["ticket"] = net.backend.zeros(1, np.uint32)
         self.context = losses.Context(net.backend, self.xp, net.ops, work, False)
 
         # Dense and BatchNorm are linear in their parameters; of one's own layers nobody knows.
@@ -694,8 +695,11 @@ class _SideBySide:
         # The parameters at each point, without those of such a first layer.
         shapes = net.parameters.shapes
         known = [self.names[head][name] for name in net.needs[head].parameters] if self.begin else []
-        skip = sum(math.prod(shapes.pop(name)) for name in known)
-        self.basis = self.xp.ascontiguousarray(basis[:, skip:])
+        for name in known:
+            del shapes[name]
+        columns = [slice(*net.parameters.spans[name]) for name in shapes]
+        self.basis = self._empty((len(basis), sum(map(math.prod, shapes.values()))))
+        self.xp.concatenate([basis[:, :0], *(basis[:, part] for part in columns)], axis=1, out=self.basis)
         self.stack = self._empty((self.points, self.basis.shape[1]))
         self.views = [FlatViews(flat, shapes) for flat in self.stack]
         ends = itertools.accumulate(math.prod(shape) for shape in shapes.values())

@@ -44,7 +44,7 @@ from gpubatch.layers import (
 )
 from gpubatch.ops import COMPUTE, SUM_PARTS, philox_generator, workspace_dtype
 from gpubatch.own import as_written, changed
-from gpubatch.params import FlatViews, Parameters
+from gpubatch.params import FlatViews, Parameters, by_alignment
 from gpubatch.products import PRECISIONS, check_choices, products_for
 
 __all__ = ["Network", "mlp"]
@@ -170,9 +170,10 @@ class Network:
     algorithm rounds otherwise: a run that is resumed with the same cuBLASLt on such a GPU has the same bits, and a
     :class:`TuningWarning` says where it has not. On the CPU there is nothing to choose.
 
-    ``parameters`` holds those of the k-th layer of a kind under the number k: W1, b1, gamma1, beta1, W2, ...;
-    ``buffers`` likewise holds running_mean1, running_var1, ... A network is not to be used by two threads at a time,
-    since they would share its workspace.
+    ``parameters`` holds those of the k-th layer of a kind under the number k: W1, b1, gamma1, beta1, W2, ..., in this
+    order but for arrays of odd sizes, which come last: the others are aligned in memory then. ``buffers`` likewise
+    holds running_mean1, running_var1, ... A network is not to be used by two threads at a time, since they would share
+    its workspace.
     """
 
     def __init__(
@@ -602,7 +603,7 @@ class Network:
         shapes = {self._names[i][name]: p.shape for i, name, p in self._declared("parameters")}
         if not shapes:
             raise ArgumentError("layers must hold at least one layer with parameters, such as Dense")
-        self.parameters = Parameters(shapes, self.backend, self.dtype)
+        self.parameters = Parameters(by_alignment(shapes), self.backend, self.dtype)
         kept = {self._names[i][name]: p.shape for i, name, p in self._declared("buffers")}
         self.buffers = FlatViews(self.backend.zeros(sum(map(math.prod, kept.values())), self.compute_dtype), kept)
         for i, needs in enumerate(self.needs):

@@ -44,6 +44,23 @@ def test_every_element_belongs_to_one_view(shapes: dict[str, tuple[int, ...]]) -
     assert all(np.shares_memory(v, p.flat) for v in p.values() if v.size)
 
 
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=6), st.sampled_from(["float16", "float32", "float64"]))
+def test_a_networks_matrices_are_aligned(sizes: list[int], dtype: str) -> None:
+    """Where their rows are whole multiples of sixteen bytes, so do they begin; and there is nothing between arrays."""
+    mixed = {"precision": "mixed"} if dtype == "float16" else {"dtype": dtype}
+    p = gb.mlp([16, *sizes, 8], batch_norm=True, backend="cpu", **mixed).parameters
+    assert p.dtype == dtype
+    assert sum(view.size for view in p.values()) == p.flat.size
+    for name, view in p.items():
+        if view.shape[-1] * p.dtype.itemsize % 16 == 0:
+            assert p.spans[name][0] * p.dtype.itemsize % 16 == 0, (name, p.spans)
+
+
+def test_arrays_of_even_sizes_stay_in_the_order_of_the_layers() -> None:
+    assert list(gb.mlp([784, 512, 256, 10], backend="cpu").parameters) == ["W1", "b1", "W2", "b2", "W3", "b3"]
+    assert list(gb.mlp([8, 10, 16, 3], backend="cpu").parameters) == ["W1", "W2", "b2", "W3", "b1", "b3"]
+
+
 def test_a_deep_copy_is_whole_and_apart(backend: gb.Backend) -> None:
     p = gb.Parameters({"W": np.ones((2, 3)), "b": (3,)}, backend)
     p.grads.flat[...] = 5.0

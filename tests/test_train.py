@@ -20,6 +20,7 @@ from needs import peer
 from optimizer_table import CASES
 
 import gpubatch as gb
+from gpubatch import network
 from gpubatch.backend import Array
 from gpubatch.checkpoint import Checkpoints
 from gpubatch.errors import CheckpointError, CheckpointWarning, SkippedStepWarning
@@ -429,6 +430,25 @@ def test_the_epoch_that_was_cut_off_by_ctrl_c_goes_on(tmp_path: Path) -> None:
     history = gb.fit(*stopped, 3, validation=blobs(seed=1), checkpoint=tmp_path, resume=True, progress=False)
     assert numbers(history) == numbers(expected)
     np.testing.assert_array_equal(stopped[0].parameters.flat, whole[0].parameters.flat)
+
+
+def test_a_checkpoint_is_by_names_wherever_arrays_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks had their arrays in the order of the layers once: such a run goes on as if it had not been stopped."""
+
+    def make() -> tuple[gb.Network, gb.Loader, gb.Optimizer]:
+        net = gb.mlp([4, 7, 16, 3], batch_norm=True, backend="cpu")
+        return net, gb.Loader(*blobs(), batch_size=50, backend="cpu"), gb.Adam(net.parameters, lr=0.01)
+
+    with monkeypatch.context() as before:
+        before.setattr(network, "by_alignment", dict)
+        ended, stopped = make(), make()
+        gb.fit(*stopped, 1, checkpoint=tmp_path, progress=False)
+        gb.fit(*ended, 2, progress=False)
+    resumed = make()
+    assert list(resumed[0].parameters) != list(ended[0].parameters)
+    gb.fit(*resumed, 2, checkpoint=tmp_path, resume=True, progress=False)
+    for name, value in ended[0].parameters.items():
+        np.testing.assert_array_equal(resumed[0].parameters[name], value)
 
 
 def test_without_a_checkpoint_it_starts_from_the_start(tmp_path: Path) -> None:
