@@ -227,6 +227,9 @@ std::map<int, int> attributes() {
         {cudaDevAttrMemoryClockRate, 3201000},
         {cudaDevAttrGlobalMemoryBusWidth, 6144},
         {cudaDevAttrL2CacheSize, 60 << 20},
+        // The two that CuPy asks for one by one on CUDA 13, whose properties have them no longer.
+        {cudaDevAttrMaxTexture1DLinearWidth, 1 << 28},
+        {cudaDevAttrSingleToDoublePrecisionPerfRatio, 2},
         {cudaDevAttrMaxThreadsPerMultiProcessor, here.threads_multiprocessor},
         {cudaDevAttrAsyncEngineCount, 3},
         {cudaDevAttrUnifiedAddressing, 1},
