@@ -119,24 +119,6 @@ int cublasGemmStridedBatchedEx(Handle* handle, int ta, int tb, int m, int n, int
                     {b, b_type, ldb, b_apart, tb}, beta, {c, c_type, ldc, c_apart}, compute);
 }
 
-int cublasSgemmEx(Handle* handle, int ta, int tb, int m, int n, int k, const float* alpha, const void* a, int a_type,
-                  int lda, const void* b, int b_type, int ldb, const float* beta, void* c, int c_type, int ldc) {
-    return multiply("cublasSgemmEx", handle, {m, n, k}, alpha, {a, a_type, lda, 0, ta}, {b, b_type, ldb, 0, tb}, beta,
-                    {c, c_type, ldc}, FLOAT_SUMS);
-}
-
-int cublasSgemm_v2(Handle* handle, int ta, int tb, int m, int n, int k, const float* alpha, const float* a, int lda,
-                   const float* b, int ldb, const float* beta, float* c, int ldc) {
-    return multiply("cublasSgemm", handle, {m, n, k}, alpha, {a, FLOAT, lda, 0, ta}, {b, FLOAT, ldb, 0, tb}, beta,
-                    {c, FLOAT, ldc}, FLOAT_SUMS);
-}
-
-int cublasDgemm_v2(Handle* handle, int ta, int tb, int m, int n, int k, const double* alpha, const double* a, int lda,
-                   const double* b, int ldb, const double* beta, double* c, int ldc) {
-    return multiply("cublasDgemm", handle, {m, n, k}, alpha, {a, DOUBLE, lda, 0, ta}, {b, DOUBLE, ldb, 0, tb}, beta,
-                    {c, DOUBLE, ldc}, DOUBLE_SUMS);
-}
-
 int cublasSdot_v2(Handle* handle, int n, const float* x, int x_step, const float* y, int y_step, float* to) {
     return dot("cublasSdot", handle, n, x, x_step, y, y_step, to);
 }
