@@ -25,7 +25,8 @@ def sources() -> dict[str, str]:
         for name, case in CASES.items():
             found.setdefault(case.source(dtype), f"{name}, {dtype}")
         found.setdefault(step_source(dtype), f"step, {dtype}")
-        found.setdefault(source_of(dtype, "transpose.cu"), f"transpose, {dtype}")
+        for file in ("columns.cu", "transpose.cu"):
+            found.setdefault(source_of(dtype, file), f"{file}, {dtype}")
         for name, rule in RULES.items():
             for master in (False, True) if dtype == "float16" else (False,):
                 source = update_source(trace_of(rule)[0], compute_dtype(np.dtype(dtype)).name, dtype, master)
