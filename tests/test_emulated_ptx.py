@@ -515,6 +515,7 @@ WARPS = {
     "bar.red.popc.u32 r, 0, p0;": [(i % 3 == 0, 22) for i in range(64)],
     "bar.red.and.pred p, 0, p0;": [(1, 1) for i in range(64)],
     "bar.red.and.pred p, 0, !p0;": [(i == 9, 0) for i in range(64)],
+    "@p1 exit; bar.red.and.pred p, 0, p0;": [(i < 9, i >= 9, int(i < 9)) for i in range(64)],
     "bar.red.or.pred p, 0, p0;": [(i == 9, 1) for i in range(64)],
     "barrier.cta.red.popc.aligned.u32 r, 1, 64, p0;": [(1, 64) for i in range(64)],
 }
@@ -726,7 +727,7 @@ FAULTS = {
     ),
     "a barrier that half a warp skips": (
         'if (threadIdx.x % 32 < 16) asm volatile("bar.sync 1, 32;" ::: "memory"); __syncthreads();',
-        "bar.*sync.*other threads of its warp are not here",
+        "thread .16, 0, 0. .* at bar.sync 1, 32: the thread is not here, others of its warp are",
     ),
     "a barrier of too few": (
         'if (threadIdx.x < 32) asm volatile("bar.sync 1, 64;" ::: "memory");',
@@ -781,6 +782,7 @@ SOUND = {
     "half a warp": "if (threadIdx.x % 32 < 16) out[0] = __shfl_xor_sync(0xFFFF, in[0], 8) + 1;",
     "a barrier of some warps": 'if (threadIdx.x < 32) asm volatile("bar.sync 1, 32;" ::: "memory"); out[0] = 1;',
     "warps that end early": "if (threadIdx.x < 32) return; __syncthreads(); out[0] = 1;",
+    "half a warp that ends early": "if (threadIdx.x % 32 < 16) return; __syncthreads(); out[0] = 1;",
     "arriving and waiting": 'if (threadIdx.x < 32) asm volatile("bar.arrive 1, 64;" ::: "memory");'
     ' else asm volatile("bar.sync 1, 64;" ::: "memory"); out[0] = 1;',
 }  # fmt: skip

@@ -98,6 +98,7 @@ struct Fiber : Thread {
 
 struct Waiting {  // at one of the block's barriers
     u32 arrived, expected, trues;  // expected 0: every thread that has not exited
+    u32 at;                        // the instruction that one of them waits at
     bool aligned;
     u32 lanes[MOST_THREADS / WARP];  // that have arrived, of each warp
 };
@@ -136,7 +137,6 @@ class Run {
     bool run_warp(u32 first);
     bool finish_exchanges(u32 first);
     bool finish_barrier(u32 id);
-    bool whole_warp(u32 warp, u32 lanes) const;
     void note(const Fiber& fiber, u32 at, const char* sentence);
     void in_vain();
 
@@ -307,6 +307,7 @@ u32 Run::arrive(Fiber& me, u32 at, Barrier kind, bool aligned, u32 id, u32 count
     barrier.expected = count;
     barrier.trues += predicate;
     barrier.aligned |= aligned;
+    barrier.at = at;
     barrier.lanes[me.number / WARP] |= 1u << me.lane;
     me.at = at;
     me.id = id;
@@ -316,23 +317,20 @@ u32 Run::arrive(Fiber& me, u32 at, Barrier kind, bool aligned, u32 id, u32 count
     return me.trues;
 }
 
-// Whether these are all lanes of a warp but those that have left the kernel: since Volta these need not come.
-bool Run::whole_warp(u32 warp, u32 lanes) const {
-    for (u32 i = warp * WARP; i < std::min(threads_, (warp + 1) * WARP); i++)
-        if (fibers_[i].state != EXITED && !(lanes >> fibers_[i].lane & 1)) return false;
-    return true;
-}
-
-// Lets those go on who wait at a barrier, if no more are to come.
+// Lets those go on who wait at a barrier, if no more are to come. At an aligned one all of a warp must arrive, but for
+// those that have left the kernel: since Volta they need not.
 bool Run::finish_barrier(u32 id) {
     Waiting& barrier = barriers_[id];
     if (!barrier.arrived || barrier.arrived < (barrier.expected ? barrier.expected : threads_ - exited_)) return false;
-    for (Fiber& fiber : fibers_) {
-        if (fiber.state != AT_BARRIER || fiber.id != id) continue;
-        fiber.state = READY;
-        fiber.trues = barrier.trues;
-        if (barrier.aligned && !whole_warp(fiber.number / WARP, barrier.lanes[fiber.number / WARP]))
-            note(fiber, fiber.at, "other threads of its warp are not here");
+    for (u32 i = 0; i < threads_; i++) {
+        Fiber& fiber = fibers_[i];
+        const u32 arrived = barrier.lanes[i / WARP];
+        if (fiber.state == AT_BARRIER && fiber.id == id) {
+            fiber.state = READY;
+            fiber.trues = barrier.trues;
+        } else if (barrier.aligned && arrived && !(arrived >> i % WARP & 1) && fiber.state != EXITED) {
+            note(fiber, barrier.at, "the thread is not here, others of its warp are");
+        }
     }
     barrier = {};
     return true;

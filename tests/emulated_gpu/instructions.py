@@ -496,12 +496,14 @@ def bar(op: Operation) -> str:
     first, last = (1, len(op.operands) - 1) if reduction else (0, len(op.operands))  # of: barrier, count if any
     count = op.value(first + 1, "u32") if last - first > 1 else "0"
     predicate = op.value(last, "pred") if reduction else "false"
+    if reduction == "and":
+        predicate = f"!{predicate}"  # how many are false
     call = f"emulated_barrier(me, {op.site()}, {'ARRIVE' if kind == 'arrive' else 'SYNC'}, {aligned}"
     call += f", {op.value(first, 'u32')}, {count}, {predicate})"
     if not reduction:
         return f"{call};"
-    tests = {"popc": "trues", "and": f"trues == ({count} ? {count} : threads_of(me))", "or": "trues != 0"}
-    return f"const u32 trues = {call}; {op.assign(0, tests[reduction], op.type('u32', 'pred'))}"
+    tests = {"popc": "threads", "and": "threads == 0", "or": "threads != 0"}
+    return f"const u32 threads = {call}; {op.assign(0, tests[reduction], op.type('u32', 'pred'))}"
 
 
 @translates("atom", "red")

@@ -142,8 +142,6 @@ INLINE u64 in_shared(Thread& me, u32 at, u64 address, u32 bytes) {
     return reinterpret_cast<u64>(me.shared) + offset;
 }
 
-INLINE u32 threads_of(Thread& me) { return me.launch->block.x * me.launch->block.y * me.launch->block.z; }
-
 INLINE bool is_shared(Thread& me, u64 address) { return address - reinterpret_cast<u64>(me.shared) < me.shared_bytes; }
 
 INLINE bool is_local(Thread& me, u64 address) {
