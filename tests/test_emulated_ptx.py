@@ -181,7 +181,12 @@ ROUNDING = {
     "rcp.rn.f32 r, r0;": floats((3, 1 / 3), (-0.0, -INF), (INF, 0), (2.0**127, 2.0**-127)),
     "rcp.rz.f32 r, r0;": [(f32(3), 0x3EAAAAAA)],
     "rcp.approx.ftz.f32 r, r0;": floats((4, 0.25), (-TINY, -INF), (2.0**127, 0), (NAN, NAN)),
-    "rcp.approx.ftz.f64 d, d0;": [(f64(3), 0x3FD5555500000000), (f64(-0.0), f64(-INF)), (f64(INF), 0)],
+    "rcp.approx.ftz.f64 d, d0;": [
+        (f64(3), 0x3FD5555500000000),
+        (f64(1 + 2.0**-40), f64(1)),
+        (f64(-0.0), f64(-INF)),
+        (f64(INF), 0),
+    ],
     "rcp.rn.f64 d, d0;": doubles((3, 1 / 3)),
     "sqrt.rn.f32 r, r0;": [(f32(2), 0x3FB504F3), *floats((-1, NAN), (-0.0, -0.0), (INF, INF))],
     "sqrt.rp.f32 r, r0;": [(f32(2), 0x3FB504F4)],
@@ -283,7 +288,7 @@ INTEGERS = {
     "div.s32 r, r0, r1;": [(M32 - 6, 2, M32 - 2), (7, M32 - 1, M32 - 2), (TOP32, M32, TOP32), (5, 0, M32)],
     "div.u64 d, d0, d1;": [(M64, 10, M64 // 10)],
     "div.u16 h, h0, h1;": [(0xFFFF, 16, 0xFFF)],
-    "rem.s32 r, r0, r1;": [(M32 - 6, 2, M32), (7, M32 - 1, 1), (TOP32, M32, 0), (5, 0, 5)],
+    "rem.s32 r, r0, r1;": [(M32 - 6, 2, M32), (7, M32 - 1, 1), (TOP32, M32, 0), (5, 0, M32)],
     "rem.u32 r, r0, r1;": [(M32, 10, M32 % 10)],
     "neg.s32 r, r0;": [(5, M32 - 4), (TOP32, TOP32)],
     "abs.s32 r, r0;": [(M32, 1), (5, 5)],
@@ -890,6 +895,19 @@ def test_a_module_that_is_loaded_twice_has_variables_of_its_own() -> None:
     for module, right in ((one, 6), (one, 7), (two, 6)):
         assert launch(module, "add", (found,)) is None
         assert found == right
+
+
+def test_the_rounding_of_the_host_thread_does_not_matter(program: Module) -> None:
+    libm = ctypes.CDLL("libm.so.6")
+    rows, found = np.array([[f32(1), f32(2.0**-30), 0, 0]], np.uint64), np.zeros((1, 2), np.uint64)
+    usual = libm.fegetround()
+    assert libm.fesetround(0x800) == 0  # FE_UPWARD on x86
+    try:
+        assert launch(program, f"case_{list(CASES).index('add.rn.f32 r, r0, r1;')}", (rows, found)) is None
+        assert libm.fegetround() == 0x800
+    finally:
+        libm.fesetround(usual)
+    assert found[0, 0] == f32(1)
 
 
 def test_host_threads_launch_at_the_same_time() -> None:

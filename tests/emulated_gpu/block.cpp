@@ -168,6 +168,8 @@ const char* Run::run() {
         fibers_[i].local_end = fibers_[i].local + launch_.local_bytes;
         fibers_[i].ranges = ranges_.data();
     }
+    const u32 control = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr(0x1f80);  // to the nearest, subnormal numbers kept, whatever the host thread has set
     if (!launch_.waits) {
         running = &fibers_[0];
         emulated_switch(&scheduler_, stacks.fresh(0, all_threads));
@@ -175,6 +177,7 @@ const char* Run::run() {
         const u64 blocks = u64(launch_.grid.x) * launch_.grid.y * launch_.grid.z;
         for (u64 i = 0; i < blocks && !wrong_; i++) run_block(block(i));
     }
+    __builtin_ia32_ldmxcsr(control);
     return wrong_ ? error : nullptr;
 }
 

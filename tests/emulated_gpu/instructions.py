@@ -102,7 +102,7 @@ def rcp(op: Operation) -> str:
     type_ = op.type("f32", "f64")
     if op.flag("approx") and type_ == "f64":
         op.flush = op.flag("ftz")
-        return op.assign(0, f"upper_half({op.opcode}({op.value(1, type_)}))", type_)
+        return op.assign(0, f"upper_half({op.opcode}(upper_half({op.value(1, type_)})))", type_)
     return float_operation(op, type_, op.opcode, 1)
 
 
@@ -112,10 +112,9 @@ def approximation(op: Operation) -> str:
     type_ = op.type("f32", "f64") if op.opcode == "rsqrt" else op.type("f32")
     op.one_of("approx")
     op.flush = op.flag("ftz")
-    value = f"{op.opcode}({op.value(1, type_)})"
     if type_ == "f64" and op.flush:
-        return op.assign(0, f"upper_half({value})", type_)
-    return float_result(op, value, type_)
+        return op.assign(0, f"upper_half({op.opcode}(upper_half({op.value(1, type_)})))", type_)
+    return float_result(op, f"{op.opcode}({op.value(1, type_)})", type_)
 
 
 @translates("neg", "abs")

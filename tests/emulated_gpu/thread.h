@@ -1,4 +1,4 @@
-// What one thread does: the semantics of PTX instructions, for the C++ that translate.py writes.
+// What one thread does: the semantics of PTX instructions, for the C++ that instructions.py writes.
 //
 // A register is an unsigned integer (a predicate is a bool). An instruction takes its operands out of registers with
 // as<type> and puts its result back with bits. Functions are named as the instructions that call them.
@@ -267,7 +267,7 @@ template <class T> INLINE T max(T a, T b) {
 // .NaN: of a NaN and a number, NaN.
 template <class T> INLINE T or_nan(T a, T b, T result) { return a != a || b != b ? canonical(static_cast<T>(a + b)) : result; }
 
-// Approximations: here the exact value, rounded. Those of f64 keep the upper 32 bits.
+// Approximations: here the exact value, rounded. Those of f64 take and give the upper 32 bits.
 INLINE f32 rsqrt(f32 x) { return static_cast<f32>(1 / __builtin_sqrt(x)); }
 INLINE f64 rsqrt(f64 x) { return 1 / __builtin_sqrt(x); }
 INLINE f64 upper_half(f64 x) { return as<f64>(bits(x) & 0xffffffff00000000u); }
@@ -300,17 +300,17 @@ INLINE f64 whole_rp(f64 x) { return __builtin_ceil(x); }
 
 // --- integers -----------------------------------------------------------------------------------------
 
-// The value of a division by zero is unspecified; GPUs give ones, and the dividend as remainder.
+// The value of a division by zero is unspecified: here ones.
 template <class T> INLINE T quotient(T a, T b) {
     if (b == T(0)) return T(~T(0));
     return is_signed<T> && b == T(-1) ? T(typename Bits<T>::type(0) - a) : T(a / b);
 }
 template <class T> INLINE T remainder(T a, T b) {
-    if (b == T(0)) return a;
+    if (b == T(0)) return T(~T(0));
     return is_signed<T> && b == T(-1) ? T(0) : T(a % b);
 }
 
-// Half and double width of an integer type.
+// An integer type of double width.
 template <class T> struct Wide;
 template <> struct Wide<u16> { typedef u32 type; };
 template <> struct Wide<s16> { typedef s32 type; };
