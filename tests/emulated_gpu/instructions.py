@@ -340,8 +340,11 @@ def ld(op: Operation) -> str:
     if len(targets) != count:
         raise UnknownPTX(f"{len(targets)} registers for {count} elements")
     address = op.memory(1, space, size * count)
-    value = f"load<{cpp_type(type_)}>(address + OFFSET)"
-    loads = (op.assign_to(t, value.replace("OFFSET", str(size * i)), type_) for i, t in enumerate(targets) if t != "_")
+    loads = (
+        op.assign_to(target, f"load<{cpp_type(type_)}>(address + {size * i})", type_)
+        for i, target in enumerate(targets)
+        if target != "_"
+    )
     return f"const u64 address = {address}; {' '.join(loads)}"
 
 
