@@ -34,7 +34,8 @@ void fail(cudaError_t code, const std::string& sentence) {
 }
 
 void enter(const char* name) {
-    if (getpid() != settings.process) fail(cudaErrorInitializationError, std::string(name) + " was called in a forked child");
+    if (getpid() != settings.process)
+        fail(cudaErrorInitializationError, std::string(name) + " was called in a forked child");
     if (in_host_function) {
         emulated_fault((std::string(name) + " was called by a host function, which must not call CUDA").c_str());
         throw Failure{cudaErrorNotPermitted};
@@ -131,7 +132,8 @@ cudaError_t cudaDeviceSynchronize() {
             invalidate(*stream->capture);
             captured = true;
         }
-        if (captured) fail(cudaErrorStreamCaptureUnsupported, "cudaDeviceSynchronize while a stream of the device is captured");
+        if (captured)
+            fail(cudaErrorStreamCaptureUnsupported, "cudaDeviceSynchronize while a stream of the device is captured");
         unsafe("cudaDeviceSynchronize");
         complete_device(lock, current_device);
     });
@@ -190,9 +192,9 @@ struct Generation {
 
 // CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; shared memory in KiB.
 constexpr Generation generations[] = {
-    {70, 96, 96, 2048, 32},    {72, 96, 96, 2048, 32},    {75, 64, 64, 1024, 16},    {80, 163, 164, 2048, 32},
-    {86, 99, 100, 1536, 16},   {87, 163, 164, 1536, 16},  {89, 99, 100, 1536, 24},   {90, 227, 228, 2048, 32},
-    {100, 227, 228, 2048, 32}, {103, 227, 228, 2048, 32}, {120, 99, 100, 1536, 24},  {121, 99, 100, 1536, 24},
+    {70, 96, 96, 2048, 32},    {72, 96, 96, 2048, 32},    {75, 64, 64, 1024, 16},   {80, 163, 164, 2048, 32},
+    {86, 99, 100, 1536, 16},   {87, 163, 164, 1536, 16},  {89, 99, 100, 1536, 24},  {90, 227, 228, 2048, 32},
+    {100, 227, 228, 2048, 32}, {103, 227, 228, 2048, 32}, {120, 99, 100, 1536, 24}, {121, 99, 100, 1536, 24},
 };
 
 const Generation& generation() {
@@ -355,9 +357,11 @@ constexpr Named driver_errors[] = {
     {903, "CUDA_ERROR_STREAM_CAPTURE_UNMATCHED", "capture was not ended in the same stream as it began"},
     {904, "CUDA_ERROR_STREAM_CAPTURE_UNJOINED", "capturing stream has unjoined work"},
     {905, "CUDA_ERROR_STREAM_CAPTURE_ISOLATION", "dependency created on uncaptured work in another stream"},
-    {906, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT", "operation would make the legacy stream depend on a capturing blocking stream"},
+    {906, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT",
+     "operation would make the legacy stream depend on a capturing blocking stream"},
     {907, "CUDA_ERROR_CAPTURED_EVENT", "operation not permitted on an event last recorded in a capturing stream"},
-    {908, "CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD", "attempt to terminate a thread-local capture sequence from another thread"},
+    {908, "CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD",
+     "attempt to terminate a thread-local capture sequence from another thread"},
 };
 
 CUresult describe(CUresult error, const char** text, const char* Named::* which) {

@@ -64,7 +64,8 @@ void end(Capture& capture) {
         stream->last.clear();
         stream->capture = nullptr;
     }
-    captures.erase(std::remove_if(captures.begin(), captures.end(), [](auto& each) { return each->over; }), captures.end());
+    captures.erase(std::remove_if(captures.begin(), captures.end(), [](auto& each) { return each->over; }),
+                   captures.end());
 }
 
 // One after another, each after those it depends on. Where several could be next, the one captured first goes first
@@ -76,7 +77,8 @@ void run_nodes(const Graph& graph) {
     if (settings.timing == Timing::late || settings.timing == Timing::work) std::reverse(left.begin(), left.end());
     while (!left.empty()) {
         auto ready = [&](Node* node) {
-            return std::all_of(node->after.begin(), node->after.end(), [&](Node* before) { return done.count(before); });
+            return std::all_of(node->after.begin(), node->after.end(),
+                               [&](Node* before) { return done.count(before); });
         };
         auto next = std::find_if(left.begin(), left.end(), ready);
         if ((*next)->work) (*next)->work();
@@ -133,7 +135,8 @@ void record_in_capture(Stream& stream, Event& event) {
 }
 
 bool wait_in_capture(const std::shared_ptr<Stream>& stream, Event& event) {
-    if (event.capture && event.capture->over) fail(cudaErrorCapturedEvent, "a wait for an event that was recorded in a capture that is over");
+    if (event.capture && event.capture->over)
+        fail(cudaErrorCapturedEvent, "a wait for an event that was recorded in a capture that is over");
     if (!event.capture) {
         if (!stream->capture) return false;
         check_valid(*stream->capture);
@@ -144,7 +147,8 @@ bool wait_in_capture(const std::shared_ptr<Stream>& stream, Event& event) {
     check_valid(*event.capture);
     if (stream->legacy) {
         invalidate(*event.capture);
-        fail(cudaErrorStreamCaptureImplicit, "the legacy default stream waits for an event that was recorded in a capture");
+        fail(cudaErrorStreamCaptureImplicit,
+             "the legacy default stream waits for an event that was recorded in a capture");
     }
     if (!stream->capture) {
         enter_capture(stream, event.capture);
@@ -154,7 +158,8 @@ bool wait_in_capture(const std::shared_ptr<Stream>& stream, Event& event) {
         fail(cudaErrorStreamCaptureMerge, "a captured stream waits for an event of another capture");
     }
     for (Node* node : event.nodes)
-        if (std::find(stream->last.begin(), stream->last.end(), node) == stream->last.end()) stream->last.push_back(node);
+        if (std::find(stream->last.begin(), stream->last.end(), node) == stream->last.end())
+            stream->last.push_back(node);
     return true;
 }
 
@@ -207,7 +212,8 @@ cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
         }
         graphs.remove(capture->handle);
         check_valid(*capture);
-        fail(cudaErrorStreamCaptureUnjoined, "a stream that joined the capture has work that its first stream does not wait for");
+        fail(cudaErrorStreamCaptureUnjoined,
+             "a stream that joined the capture has work that its first stream does not wait for");
     });
 }
 
@@ -247,7 +253,8 @@ CUresult cuGraphGetNodes(CUgraph handle, CUgraphNode* nodes, size_t* count) {
     return driver_call(__func__, [&](Lock&) {
         auto graph = graphs.get(handle);
         size_t found = graph->nodes.size();
-        for (size_t i = 0; nodes && i < std::min(found, *count); i++) nodes[i] = reinterpret_cast<CUgraphNode>(graph->nodes[i].get());
+        for (size_t i = 0; nodes && i < std::min(found, *count); i++)
+            nodes[i] = reinterpret_cast<CUgraphNode>(graph->nodes[i].get());
         *count = found;
     });
 }

@@ -75,7 +75,8 @@ std::string shape(const uint32_t dim[3]) {
 
 // Raises unless the device can run such blocks.
 void check_launch(Lock& lock, Kernel& kernel, const uint32_t grid[3], const uint32_t block[3], size_t dynamic_shared) {
-    std::string what = "a launch of " + kernel.name + " with a grid of " + shape(grid) + " blocks of " + shape(block) + " threads";
+    std::string what =
+        "a launch of " + kernel.name + " with a grid of " + shape(grid) + " blocks of " + shape(block) + " threads";
     uint64_t threads = uint64_t{block[0]} * block[1] * block[2];
     bool empty = !threads || !grid[0] || !grid[1] || !grid[2];
     if (empty || grid[0] > 2147483647u || grid[1] > 65535 || grid[2] > 65535)
@@ -86,13 +87,15 @@ void check_launch(Lock& lock, Kernel& kernel, const uint32_t grid[3], const uint
         fail(cudaErrorLaunchOutOfResources, what + ": its launch bounds allow " + std::to_string(kernel.max_threads));
     size_t allowed = std::max(kernel.dynamic_limit, usual_shared - std::min(usual_shared, kernel.shared_bytes));
     if (dynamic_shared > allowed)
-        fail(cudaErrorInvalidValue, what + ": " + std::to_string(dynamic_shared) + " bytes of shared memory besides its own " +
-                                        std::to_string(kernel.shared_bytes) + ", allowed are " + std::to_string(allowed));
+        fail(cudaErrorInvalidValue,
+             what + ": " + std::to_string(dynamic_shared) + " bytes of shared memory besides its own " +
+                 std::to_string(kernel.shared_bytes) + ", allowed are " + std::to_string(allowed));
     if (threads > threads_that_always_fit) {
         // Registers are given out by eights for a thread, to warps by fours.
         unsigned each = (registers_of(lock, kernel) + 7) / 8 * 8, whole = (threads + 127) / 128 * 128;
         if (each * whole > register_file)
-            fail(cudaErrorLaunchOutOfResources, what + ": " + std::to_string(each) + " registers a thread are more than 65536");
+            fail(cudaErrorLaunchOutOfResources,
+                 what + ": " + std::to_string(each) + " registers a thread are more than 65536");
     }
 }
 
@@ -119,8 +122,8 @@ void emulated_set_hooks(int (*load)(void*, const char*), int (*registers)(void*,
     count_registers = registers;
 }
 
-void emulated_add_kernel(void* module, const char* name, void* launch, int count, const size_t* offsets, const size_t* sizes,
-                         size_t parameter_bytes, unsigned max_threads, size_t shared_bytes) {
+void emulated_add_kernel(void* module, const char* name, void* launch, int count, const size_t* offsets,
+                         const size_t* sizes, size_t parameter_bytes, unsigned max_threads, size_t shared_bytes) {
     Lock lock(state);
     auto of = modules.get(module);
     auto kernel = std::make_shared<Kernel>();
@@ -195,7 +198,8 @@ CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfuncti
             case CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES: *value = static_cast<int>(kernel->shared_bytes); return;
             case CU_FUNC_ATTRIBUTE_NUM_REGS: *value = registers_of(lock, *kernel); return;
             case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES:
-                *value = static_cast<int>(std::max(kernel->dynamic_limit, usual_shared - std::min(usual_shared, kernel->shared_bytes)));
+                *value = static_cast<int>(
+                    std::max(kernel->dynamic_limit, usual_shared - std::min(usual_shared, kernel->shared_bytes)));
                 return;
             default:
                 emulated_fault(("attribute " + std::to_string(attribute) + " of a kernel is not emulated").c_str());
@@ -211,7 +215,8 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute,
         switch (attribute) {
             case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES:
                 if (value < 0 || value + kernel->shared_bytes > most)
-                    fail(cudaErrorInvalidValue, kernel->name + " may have at most " + std::to_string(most) + " bytes of shared memory");
+                    fail(cudaErrorInvalidValue,
+                         kernel->name + " may have at most " + std::to_string(most) + " bytes of shared memory");
                 kernel->dynamic_limit = value;
                 return;
             case CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT: return;  // a hint
@@ -224,8 +229,8 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute,
 
 // --- launches -------------------------------------------------------------------------------------------------------
 
-CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                        unsigned dynamic_shared, CUstream handle, void** arguments, void** extra) {
+CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                        unsigned bz, unsigned dynamic_shared, CUstream handle, void** arguments, void** extra) {
     return driver_call(__func__, [&](Lock& lock) {
         auto kernel = kernels.get(function);
         auto stream = stream_of(handle);
@@ -242,13 +247,17 @@ CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned 
         std::vector<char> parameters(kernel->parameter_bytes + 16);
         for (size_t i = 0; i < kernel->parameters.size(); i++)
             std::memcpy(parameters.data() + kernel->parameters[i].offset, arguments[i], kernel->parameters[i].size);
-        enqueue(lock, stream, Kind::kernel, [kernel, size, dynamic_shared, parameters] {
-            const Hooks hooks = {emulated_range, settings.timing == Timing::late || settings.timing == Timing::work};
-            const char* wrong = kernel->launch(size.grid, size.block, dynamic_shared, parameters.data(), &hooks);
-            if (!wrong) return;
-            emulated_fault(wrong);
-            throw Failure{error_of(wrong)};
-        }, kernel->name.c_str());
+        enqueue(
+            lock, stream, Kind::kernel,
+            [kernel, size, dynamic_shared, parameters] {
+                const Hooks hooks = {emulated_range,
+                                     settings.timing == Timing::late || settings.timing == Timing::work};
+                const char* wrong = kernel->launch(size.grid, size.block, dynamic_shared, parameters.data(), &hooks);
+                if (!wrong) return;
+                emulated_fault(wrong);
+                throw Failure{error_of(wrong)};
+            },
+            kernel->name.c_str());
     });
 }
 

@@ -54,14 +54,16 @@ char* map_poisoned(size_t size) {
         if (next_address + whole > last_address)
             fail(cudaErrorMemoryAllocation, "all addresses for the device's memory were given out once");
         void* wanted = reinterpret_cast<void*>(next_address);
-        void* got = mmap(wanted, whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0);
+        void* got =
+            mmap(wanted, whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0);
         if (got == wanted) break;
         if (got != MAP_FAILED) munmap(got, whole);  // a kernel that does not know the flag
     }
     char* first = reinterpret_cast<char*>(next_address) + page;
     for (size_t at = 0; at < length; at += poison_size) {
         size_t part = std::min(poison_size, length - at);
-        void* got = mmap(first + at, part, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, poison_file(), 0);
+        void* got =
+            mmap(first + at, part, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, poison_file(), 0);
         if (got == MAP_FAILED) fail(cudaErrorMemoryAllocation, "the host has no memory for the device's");
     }
     next_address += whole;
@@ -134,9 +136,11 @@ void add_variable(uint64_t address, size_t size, int device) {
 void check_device_range(const void* pointer, size_t size, int device, const char* what) {
     Allocation found;
     uint64_t address = reinterpret_cast<uint64_t>(pointer);
-    if (size == 0 || (find_allocation(address, &found) && usable(found, device) && address + size <= found.last)) return;
+    if (size == 0 || (find_allocation(address, &found) && usable(found, device) && address + size <= found.last))
+        return;
     char sentence[200];
-    std::snprintf(sentence, sizeof sentence, "%s of %zu bytes at %p, where device %d has no such memory", what, size, pointer, device);
+    std::snprintf(sentence, sizeof sentence, "%s of %zu bytes at %p, where device %d has no such memory", what, size,
+                  pointer, device);
     emulated_fault(sentence);
     throw Failure{cudaErrorIllegalAddress};
 }
@@ -156,8 +160,8 @@ int emulated_range(uint64_t address, uint64_t* first, uint64_t* last) {
     return 1;
 }
 
-// Overwrites memory that a pool keeps, in the order of a stream, with what fresh memory has. CUDA knows nothing of it: where
-// a call of CUDA's would be refused, or end a capture, nothing is done.
+// Overwrites memory that a pool keeps, in the order of a stream, with what fresh memory has. CUDA knows nothing of it:
+// where a call of CUDA's would be refused, or end a capture, nothing is done.
 void emulated_poison(void* pointer, size_t size, void* handle) {
     if (in_host_function || getpid() != settings.process) return;
     call(__func__, [&](Lock& lock) {
@@ -199,24 +203,19 @@ cudaError_t cudaHostAlloc(void** pointer, size_t size, unsigned flags) {
 
 cudaError_t cudaMallocHost(void** pointer, size_t size) { return cudaHostAlloc(pointer, size, 0); }
 
-// Both wait for the work of the device, as CUDA does.
-cudaError_t cudaFree(void* pointer) {
-    return call(__func__, [&](Lock& lock) {
+// Waits for the work of the device that has the memory, as CUDA does.
+static cudaError_t free_when_idle(const char* name, void* pointer) {
+    return call(name, [&](Lock& lock) {
         if (!pointer) return;
-        unsafe("cudaFree");
-        complete_device(lock, current_device);
+        unsafe(name);
+        Allocation found;
+        if (find_allocation(reinterpret_cast<uint64_t>(pointer), &found)) complete_device(lock, found.device);
         release(pointer);
     });
 }
 
-cudaError_t cudaFreeHost(void* pointer) {
-    return call(__func__, [&](Lock& lock) {
-        if (!pointer) return;
-        unsafe("cudaFreeHost");
-        complete_device(lock, current_device);
-        release(pointer);
-    });
-}
+cudaError_t cudaFree(void* pointer) { return free_when_idle(__func__, pointer); }
+cudaError_t cudaFreeHost(void* pointer) { return free_when_idle(__func__, pointer); }
 
 cudaError_t cudaHostRegister(void* pointer, size_t size, unsigned flags) {
     return call(__func__, [&](Lock&) {
@@ -229,7 +228,8 @@ cudaError_t cudaHostRegister(void* pointer, size_t size, unsigned flags) {
         made.flags = flags;
         std::lock_guard<std::mutex> guard(table_lock);
         auto next = table.lower_bound(made.last);
-        if (next != table.begin() && std::prev(next)->second.last > made.first) fail(cudaErrorHostMemoryAlreadyRegistered);
+        if (next != table.begin() && std::prev(next)->second.last > made.first)
+            fail(cudaErrorHostMemoryAlreadyRegistered);
         table[made.first] = made;
     });
 }
@@ -259,7 +259,9 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
         Allocation found;
         if (!find_allocation(reinterpret_cast<uint64_t>(pointer), &found)) return;
         bool host = found.place == Place::pinned || found.place == Place::registered;
-        attributes->type = host ? cudaMemoryTypeHost : found.place == Place::managed ? cudaMemoryTypeManaged : cudaMemoryTypeDevice;
+        attributes->type = host                            ? cudaMemoryTypeHost
+                           : found.place == Place::managed ? cudaMemoryTypeManaged
+                                                           : cudaMemoryTypeDevice;
         attributes->device = found.device;
         attributes->devicePointer = const_cast<void*>(pointer);
         if (host || found.place == Place::managed) attributes->hostPointer = const_cast<void*>(pointer);
@@ -344,7 +346,8 @@ cudaError_t cudaFreeAsync(void* pointer, cudaStream_t handle) {
         refuse_capture(*stream, "cudaFreeAsync");
         Allocation found;
         uint64_t address = reinterpret_cast<uint64_t>(pointer);
-        if (!find_allocation(address, &found) || found.first != address) fail(cudaErrorInvalidValue, "cudaFreeAsync of what is not allocated");
+        if (!find_allocation(address, &found) || found.first != address)
+            fail(cudaErrorInvalidValue, "cudaFreeAsync of what is not allocated");
         enqueue(lock, stream, Kind::mark, [pointer] {
             Lock inner(state);
             Allocation freed;
@@ -402,7 +405,9 @@ cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t pool, cudaMemPoolAttr attribut
         switch (attribute) {
             case cudaMemPoolReuseFollowEventDependencies:
             case cudaMemPoolReuseAllowOpportunistic:
-            case cudaMemPoolReuseAllowInternalDependencies: of->reuse[attribute - 1] = *static_cast<int*>(value); return;
+            case cudaMemPoolReuseAllowInternalDependencies:
+                of->reuse[attribute - 1] = *static_cast<int*>(value);
+                return;
             case cudaMemPoolAttrReleaseThreshold: of->threshold = *static_cast<uint64_t*>(value); return;
             case cudaMemPoolAttrReservedMemHigh:
             case cudaMemPoolAttrUsedMemHigh:
@@ -420,7 +425,9 @@ cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t pool, cudaMemPoolAttr attribut
         switch (attribute) {
             case cudaMemPoolReuseFollowEventDependencies:
             case cudaMemPoolReuseAllowOpportunistic:
-            case cudaMemPoolReuseAllowInternalDependencies: *static_cast<int*>(value) = of->reuse[attribute - 1]; return;
+            case cudaMemPoolReuseAllowInternalDependencies:
+                *static_cast<int*>(value) = of->reuse[attribute - 1];
+                return;
             case cudaMemPoolAttrReleaseThreshold: *static_cast<uint64_t*>(value) = of->threshold; return;
             case cudaMemPoolAttrReservedMemCurrent:
             case cudaMemPoolAttrUsedMemCurrent: *static_cast<uint64_t*>(value) = of->used; return;
@@ -467,8 +474,10 @@ void check_kind(const Copy& copy, cudaMemcpyKind kind) {
     bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
     bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
     if (kind == cudaMemcpyDefault) return;
-    if (from_device && !copy.source.device) fail(cudaErrorInvalidValue, "a copy from the device reads what is not device memory");
-    if (to_device && !copy.target.device) fail(cudaErrorInvalidValue, "a copy to the device writes what is not device memory");
+    if (from_device && !copy.source.device)
+        fail(cudaErrorInvalidValue, "a copy from the device reads what is not device memory");
+    if (to_device && !copy.target.device)
+        fail(cudaErrorInvalidValue, "a copy to the device writes what is not device memory");
     if (kind == cudaMemcpyHostToDevice && copy.source.device && !copy.source.pinned)
         fail(cudaErrorInvalidValue, "a copy from the host reads device memory");
     if (kind == cudaMemcpyDeviceToHost && copy.target.device && !copy.target.pinned)
@@ -477,13 +486,16 @@ void check_kind(const Copy& copy, cudaMemcpyKind kind) {
 
 // Both ends once more, when the copy runs: memory may have been freed since it was given to the stream.
 void perform(const Copy& copy) {
-    if (copy.source.device || copy.source.pinned) check_device_range(copy.from, copy.size, copy.source.number, "a copy reads");
-    if (copy.target.device || copy.target.pinned) check_device_range(copy.to, copy.size, copy.target.number, "a copy writes");
+    if (copy.source.device || copy.source.pinned)
+        check_device_range(copy.from, copy.size, copy.source.number, "a copy reads");
+    if (copy.target.device || copy.target.pinned)
+        check_device_range(copy.to, copy.size, copy.target.number, "a copy writes");
     std::memmove(copy.to, copy.from, copy.size);
 }
 
 // `waits`: as cudaMemcpy, which returns when its source may be changed and, but for copies to the device, it is done.
-void copy_in(Lock& lock, const std::shared_ptr<Stream>& stream, void* to, const void* from, size_t size, cudaMemcpyKind kind, bool waits) {
+void copy_in(Lock& lock, const std::shared_ptr<Stream>& stream, void* to, const void* from, size_t size,
+             cudaMemcpyKind kind, bool waits) {
     if (!size) return;
     Copy copy{static_cast<char*>(to), static_cast<const char*>(from), size, end_of(from), end_of(to)};
     check_kind(copy, kind);
@@ -521,7 +533,6 @@ void fill(Lock& lock, const std::shared_ptr<Stream>& stream, void* pointer, int 
 
 }  // namespace
 
-// Runs work on behalf of a device, whose memory alone it may use.
 void run_for(int device, const std::function<void()>& work) {
     int before = running_device;
     running_device = device;
@@ -557,7 +568,8 @@ cudaError_t cudaMemcpyPeer(void* to, int, const void* from, int, size_t size) {
 }
 
 cudaError_t cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t size, cudaStream_t stream) {
-    return call(__func__, [&](Lock& lock) { copy_in(lock, stream_of(stream), to, from, size, cudaMemcpyDeviceToDevice, false); });
+    return call(__func__,
+                [&](Lock& lock) { copy_in(lock, stream_of(stream), to, from, size, cudaMemcpyDeviceToDevice, false); });
 }
 
 cudaError_t cudaMemset(void* pointer, int value, size_t size) {

@@ -77,7 +77,8 @@ class Handles {
     }
     std::shared_ptr<T> get(const void* handle) const {
         auto found = objects_.find(const_cast<void*>(handle));
-        if (found == objects_.end()) fail(cudaErrorInvalidResourceHandle, "a handle was used that is not, or no longer, valid");
+        if (found == objects_.end())
+            fail(cudaErrorInvalidResourceHandle, "a handle was used that is not, or no longer, valid");
         return found->second;
     }
     std::shared_ptr<T> remove(const void* handle) {
@@ -104,6 +105,8 @@ struct Allocation {
 };
 
 bool find_allocation(uint64_t address, Allocation* found);
+// Runs work on behalf of a device, whose memory alone its kernels may use.
+void run_for(int device, const std::function<void()>& work);
 void add_variable(uint64_t address, size_t size, int device);
 // Raises cudaErrorIllegalAddress, and notes a fault, unless kernels of the device may use all of the bytes.
 void check_device_range(const void* pointer, size_t size, int device, const char* what);
@@ -150,7 +153,8 @@ extern Handles<Event> events;
 
 std::shared_ptr<Stream> stream_of(void* handle);
 std::vector<std::shared_ptr<Stream>> streams_of(int device);
-void enqueue(Lock& lock, const std::shared_ptr<Stream>& stream, Kind kind, std::function<void()> work, const char* name = "");
+void enqueue(Lock& lock, const std::shared_ptr<Stream>& stream, Kind kind, std::function<void()> work,
+             const char* name = "");
 void enqueue_wait(Lock& lock, const std::shared_ptr<Stream>& stream, std::shared_ptr<Stream> awaited, uint64_t place);
 void complete(Lock& lock, const std::shared_ptr<Stream>& stream, uint64_t place);
 void complete_device(Lock& lock, int device);

@@ -1,14 +1,13 @@
 // Streams as queues of operations, and events as places in them.
 //
 // The timing says which operations run as soon as they may; the others run when something waits for them, and then as
-// few as that needs. So a program that forgot to wait is told apart from one that did not, again and again the same way.
+// few as that needs. So a program that forgot to wait is told apart from one that did not, again and again the same
+// way.
 #include <algorithm>
 
 #include "state.h"
 
 namespace emulated {
-
-void run_for(int device, const std::function<void()>& work);  // memory.cpp
 
 Handles<Event> events;
 
@@ -95,7 +94,8 @@ void wait_for_legacy(const std::shared_ptr<Stream>& stream) {
         if (!(stream->legacy ? other->blocking : stream->blocking && other->legacy)) continue;
         if (stream->legacy && other->capture) {
             invalidate(*other->capture);
-            fail(cudaErrorStreamCaptureImplicit, "the legacy default stream is used while a blocking stream is captured");
+            fail(cudaErrorStreamCaptureImplicit,
+                 "the legacy default stream is used while a blocking stream is captured");
         }
         if (other->done < other->given) push(stream, {Kind::mark, nullptr, other, other->given});
     }
@@ -154,7 +154,8 @@ std::vector<std::shared_ptr<Stream>> streams_of(int device) {
     return found;
 }
 
-void enqueue(Lock& lock, const std::shared_ptr<Stream>& stream, Kind kind, std::function<void()> work, const char* name) {
+void enqueue(Lock& lock, const std::shared_ptr<Stream>& stream, Kind kind, std::function<void()> work,
+             const char* name) {
     if (stream->capture) {
         add_node(*stream, kind, std::move(work), name);
         return;
@@ -208,7 +209,8 @@ int emulated_enqueue(void* stream, void (*work)(void*), void* context) {
 // --- streams --------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int priority) {
-    return call(__func__, [&](Lock&) { *stream = static_cast<cudaStream_t>(handles.add(new_stream(flags, priority))); });
+    return call(__func__,
+                [&](Lock&) { *stream = static_cast<cudaStream_t>(handles.add(new_stream(flags, priority))); });
 }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
@@ -355,10 +357,12 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, cudaEven
         auto start = events.get(from), stop = events.get(to);
         for (auto& event : {start, stop}) {
             refuse_captured(*event, "cudaEventElapsedTime");
-            if ((event->flags & cudaEventDisableTiming) || !event->stream) throw Failure{cudaErrorInvalidResourceHandle};
+            if ((event->flags & cudaEventDisableTiming) || !event->stream)
+                throw Failure{cudaErrorInvalidResourceHandle};
             if (event->stream->done < event->place) throw Failure{cudaErrorNotReady};
         }
-        *milliseconds = (stop->time->tv_sec - start->time->tv_sec) * 1e3f + (stop->time->tv_nsec - start->time->tv_nsec) * 1e-6f;
+        *milliseconds =
+            (stop->time->tv_sec - start->time->tv_sec) * 1e3f + (stop->time->tv_nsec - start->time->tv_nsec) * 1e-6f;
     });
 }
 
