@@ -38,8 +38,8 @@ struct Pair {
     T normal, dy;
 };
 
-// The sums of dy n and of dy over a chunk of rows, side by side in a row of `partial`, of 2 * features; or where that is
-// null, since there is but one chunk, to dgamma and dbeta.
+// The sums of dy n and of dy over a chunk of rows, side by side in a row of `partial`, of 2 * features; or where that
+// is null, since there is but one chunk, to dgamma and dbeta.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
     gradient_sums(const S* normal, const S* dy, T* partial, S* dgamma, S* dbeta, long long rows, long long features,
                   long long width) {

@@ -2,7 +2,7 @@
 // T is the type of arithmetic, float or double, and S that in which batches, parameters and their gradients are stored:
 // T, or Half. Both are defined before this text.
 
-enum {
+enum : int {  // constants would have the compiler warn of those that a kernel does not use
     WARP = 32,
     AT_ONCE = 4,             // loads that a thread has under way before it uses the first
     WIDTH = 16 / sizeof(S),  // elements in sixteen bytes

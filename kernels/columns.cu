@@ -1,5 +1,5 @@
-// Sums of columns of many rows in two steps, so that they always have the same bits: kernels write a row of partial sums
-// for each chunk of rows, and this adds them up: to gradients, which are of S, or to statistics, for which S is T.
+// Sums of columns of many rows in two steps, so that they always have the same bits: kernels write a row of partial
+// sums for each chunk of rows, and this adds them up: to gradients, which are of S, or to statistics, for which S is T.
 
 // first = factor * the sums of the columns of `partial`, (parts, features); those from column `split` on go to second.
 extern "C" __global__ void add_partial(const T* partial, S* first, S* second, long long parts, long long features,

@@ -1,5 +1,5 @@
-// What l2 adds to the loss and to the gradients, for all weights at once: w and g are flat buffers, row i of `spans` says
-// where the weights number i begin and end in both.
+// What l2 adds to the loss and to the gradients, for all weights at once: w and g are flat buffers, row i of `spans`
+// says where the weights number i begin and end in both.
 
 // loss += factor Σ w²
 extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)

@@ -1,7 +1,7 @@
 // The last block of a launch: it finishes what needs the work of all, so that no second launch has to. What it adds up
 // stands in memory in an order of its own, so the bits do not depend on which block comes last.
 
-enum { MOST_THREADS = 1024 };  // of a block; kernels without bounds are launched with 256
+enum : int { MOST_THREADS = 1024 };  // of a block; kernels without bounds are launched with 256
 
 // Whether this block is the last one to come here, for which everything is there that the others wrote before. *ticket
 // is 0 when a launch begins, and again when it ends. All threads must come here.

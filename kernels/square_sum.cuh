@@ -1,12 +1,12 @@
 // The sum of squares of a buffer in double precision, and how many of its elements are not finite. The bits depend on
 // the numbers alone, not on where the buffer begins.
 //
-// In double precision although consumer cards have a sixty-fourth of the speed for it: a square of float32 may be beyond
-// float32 on either side, and what the square of a gradient does there is what is asked for.
+// In double precision although consumer cards have a sixty-fourth of the speed for it: a square of float32 may be
+// beyond float32 on either side, and what the square of a gradient does there is what is asked for.
 
 // What the parts of a buffer add up to stands in the first two of `out`, then the ticket of last_block(), which is 0
 // between launches, then a sum for each block and a count for each.
-enum { PARTS_AT = 3 };
+enum : int { PARTS_AT = 3 };
 
 // out[0] += Σ x², out[1] += how many are not finite; true for the one thread that did it. All threads must come here.
 __device__ inline bool add_squares(const S* x, long long n, double* out) {

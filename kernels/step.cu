@@ -7,9 +7,9 @@ extern "C" __global__ void add_loss(const T* loss, double* total, double share) 
 
 // `control` is what update_arrays reads: what the gradients, n numbers, are multiplied by, so that their norm is
 // `max_norm` at most (0: whatever it is), and whether nothing is to be done. The loss is *loss, or where that is null
-// *total. `squares` is as square_sum.cuh has it; its first two and the total are zero again afterwards. The gradients are
-// *factor times what they should be, or where that is null once. A sum of squares beyond `largest` may overflow in the
-// update.
+// *total. `squares` is as square_sum.cuh has it; its first two and the total are zero again afterwards. The gradients
+// are *factor times what they should be, or where that is null once. A sum of squares beyond `largest` may overflow in
+// the update.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
     judge(const S* gradient, long long n, double* squares, const T* loss, double* total, const T* factor,
           long long* progress, double* losses, T* control, double max_norm, double largest) {

@@ -1,8 +1,8 @@
-// The progress of captured steps. A graph is launched again and again with the same arguments, so what differs from step
-// to step lies on the device. A step whose loss or gradient is not what it should be halts: it and all that come after it
-// leave everything as it is, until the host, which looks at some time, has dealt with it.
+// The progress of captured steps. A graph is launched again and again with the same arguments, so what differs from
+// step to step lies on the device. A step whose loss or gradient is not what it should be halts: it and all that come
+// after it leave everything as it is, until the host, which looks at some time, has dealt with it.
 
-enum {
+enum : int {
     SLOT,    // the row of the tables of scalars and of losses
     HALTED,  // whether a step was found that must not be applied
     BATCH,   // of the epoch

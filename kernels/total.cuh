@@ -1,7 +1,7 @@
-// One number from many: every block leaves its sum in double precision, the last one adds them up. The bits depend on the
-// numbers and on how many there are, nothing else.
+// One number from many: every block leaves its sum in double precision, the last one adds them up. The bits depend on
+// the numbers and on how many there are, nothing else.
 
-enum { SUM_THREADS = 512 };  // exp and log1p in double precision need more registers than 1024 would have
+enum : int { SUM_THREADS = 512 };  // exp and log1p in double precision need more registers than 1024 would have
 
 // `sum` is each thread's; then it is the sum over the grid, for the one thread that gets true. All threads must come
 // here, at the end of a kernel.

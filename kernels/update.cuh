@@ -16,14 +16,20 @@ struct alignas(16) Pack {
     E at[WIDTH];
 };
 
+// The array at an address of the device's memory. That it is not shared memory the compiler cannot know by itself.
+template <class E>
+__device__ inline E* global(long long address) {
+    return static_cast<E*>(__cvta_global_to_generic(address));
+}
+
 // The arrays of a row.
 struct Arrays {
     S* w;
     const S* g;
     T* state[STORED];  // from 2 on
 
-    __device__ Arrays(const long long* row) : w(reinterpret_cast<S*>(row[0])), g(reinterpret_cast<const S*>(row[1])) {
-        for (int a = 2; a < STORED; ++a) state[a] = reinterpret_cast<T*>(row[a]);
+    __device__ Arrays(const long long* row) : w(global<S>(row[0])), g(global<const S>(row[1])) {
+        for (int a = 2; a < STORED; ++a) state[a] = global<T>(row[a]);
     }
 
     __device__ void update_one(const T* k, T scale, long long i) const {

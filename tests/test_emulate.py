@@ -6,9 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import emulate
 import numpy as np
 import pytest
-from emulate import ARCHITECTURES, ORDERS, Table, check_compiles, check_compiles_everywhere, host_kernel, sanitized
+from emulate import (
+    ARCHITECTURES,
+    ORDERS,
+    Table,
+    check_compiles,
+    check_compiles_everywhere,
+    host_kernel,
+    launch_bounds,
+    sanitized,
+)
+from stand_in import stand_in_backend
 
 every_order = pytest.mark.parametrize("order", ORDERS)
 
@@ -73,6 +84,12 @@ extern "C" __global__ void count(const int* x, unsigned* counts, float* total, i
 }
 """
 
+LAST = """
+extern "C" __global__ void last(unsigned* ticket, unsigned* seen) {
+    if (threadIdx.x == 0) seen[atomicInc(ticket, gridDim.x - 1)] += 1;
+}
+"""
+
 TRANSPOSE = """
 extern "C" __global__ void transpose(const float* x, float* y, long long rows, long long columns) {
     __shared__ float tile[8][9];
@@ -100,6 +117,15 @@ extern "C" __global__ void functions(const T* x, T* y) {
     out[9] = (T)(__float_as_uint(1.0f) == 0x3F800000 && __popc(7) == 3);
 }
 """
+
+
+@every_order
+def test_a_counter_begins_again_by_itself(order: str) -> None:
+    ticket, seen = np.zeros(1, np.uint32), np.zeros(5, np.uint32)
+    kernel = host_kernel(LAST, "last", "unsigned* ticket", "unsigned* seen")
+    for launches in (1, 2, 3):
+        kernel(ticket, seen, 5, 32, order=order)
+        assert (ticket[0], seen.tolist()) == (0, [launches] * 5)
 
 
 @every_order
@@ -390,7 +416,7 @@ def test_a_table_of_addresses_leads_to_the_copies(rng: np.random.Generator) -> N
 # --- NVRTC ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SUM", "WARP", "COUNT", "TRANSPOSE", "MATH", "DEADLOCK", *FAULTS])
+@pytest.mark.parametrize("name", ["SUM", "WARP", "COUNT", "LAST", "TRANSPOSE", "MATH", "DEADLOCK", *FAULTS])
 def test_what_runs_here_is_cuda(name: str) -> None:
     source = FAULTS[name].source if name in FAULTS else globals()[name]
     for reports in check_compiles_everywhere(f"typedef float T;\n{source}"):
@@ -422,6 +448,38 @@ def test_registers_that_spill_are_refused(architecture: int) -> None:
         check_compiles(source, architecture)
     with pytest.raises(AssertionError, match="spilled"):
         check_compiles(source, architecture, stack=10_000)
+
+
+def test_more_registers_than_a_device_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without bounds the compiler takes what it likes: enough for 256 threads, which is what such kernels get."""
+    source = """extern "C" __global__ void many(const float* x, float* y, int n) {
+        float at[50];
+        #pragma unroll
+        for (int i = 0; i < 50; ++i) at[i] = x[i * n + threadIdx.x];
+        __syncthreads();
+        #pragma unroll
+        for (int i = 0; i < 50; ++i) y[i * n + threadIdx.x] = at[49 - i] * at[7 * i % 50];
+    }"""
+    (report,) = check_compiles(source, 75)
+    assert report.registers > 64
+    assert report.registers_of(256) == 256 * (report.registers + -report.registers % 8)
+    monkeypatch.setattr(emulate, "launch_bounds", lambda source: {"many": 1024})
+    with pytest.raises(AssertionError, match=r"too many registers: sm_75 +\d+ registers .* many"):
+        check_compiles(source, 75)
+
+
+def test_the_threads_that_a_kernel_is_compiled_for() -> None:
+    source = """constexpr int FEW = 128, MANY = 1024;
+    extern "C" __global__ void plain(long long* x) {}
+    extern "C" __global__ void __launch_bounds__(64) bounded(long long* x) {}
+    extern "C" __global__ void __launch_bounds__(MANY, 1)
+        named(long long* x) {}"""
+    assert launch_bounds(source) == {"plain": 256, "bounded": 64, "named": 1024}
+    device = stand_in_backend()
+    for name, most in launch_bounds(source).items():
+        kernel, argument = device.compile(source, name), device.zeros(1, np.int64)
+        with pytest.raises(AssertionError, match=f"{name} is compiled for {most} threads at most, got {most + 32}"):
+            kernel((1,), (most + 32,), (argument,))
 
 
 def test_an_array_in_local_memory_is_refused_unless_it_is_asked_for() -> None:

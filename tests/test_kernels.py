@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from emulate import ORDERS, Table, check_compiles_everywhere, host_kernel, sanitized
+from emulate import ORDERS, Table, check_compiles_everywhere, host_kernel, launch_bounds, ptx_of, sanitized
 from families import every
+from kernel_report import sources
 from needs import missing
 from optimizer_table import CASES, FAST, Case, trace_of
 
@@ -250,6 +253,26 @@ def test_float16_compiles_and_stays_within_its_arrays(name: str, master: bool, r
     update_for(trace, np.dtype(np.float16), gb.get_backend("cpu"), master)(groups, trace.evaluate(3, **hyper))
     for a, b in zip(ours, arrays, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_every_kernel_is_in_the_report() -> None:
+    """CI compiles what the report names, in every element type, and looks at registers and spills."""
+    folder, reported = Path(launch.__file__).parents[1] / "kernels", sources()
+    names = launch_bounds("\n".join(path.read_text(encoding="utf-8") for path in folder.glob("*.cu*"))).keys()
+    assert names == {name for source in reported.values() for name in launch_bounds(source)}
+    for name in names - {"take"}:  # which computes nothing
+        of_it = [source for source in reported.values() if name in launch_bounds(source)]
+        kinds = {re.search(r"typedef (\w+) S;", source)[1] for source in of_it}  # type: ignore[index]
+        assert kinds >= ({"T", "Half"} if name == "update_arrays" else {"float", "double", "Half"}), name
+
+
+@pytest.mark.parametrize("storage", ["float32", "float64", "float16"])
+def test_the_compiler_knows_that_arrays_are_in_global_memory(storage: str) -> None:
+    """Their addresses come from a table: a load might else have to find out what kind of memory each one is in."""
+    wide = compute_dtype(np.dtype(storage)).name
+    text = ptx_of(update_source(trace_of(CASES["adam"])[0], wide, storage, storage == "float16"), 90)
+    kinds = set(re.findall(r"\b(?:ld|st)\.(\w+)", text))
+    assert kinds == {"global", "param", "shared"}
 
 
 def test_float16_is_read_and_rounded_as_numpy_does() -> None:

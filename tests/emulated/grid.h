@@ -313,6 +313,7 @@ inline int __all_sync(unsigned mask, int condition, WHERE) { return __ballot_syn
 
 #endif
 
+inline void* __cvta_global_to_generic(size_t address) { return (void*)address; }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
