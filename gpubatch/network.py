@@ -135,10 +135,13 @@ class Pass(NamedTuple):
 
 
 class Workspace:
-    """A block of memory for batches of up to ``rows`` rows, and the views into it for the sizes used last."""
+    """A block of memory for batches of up to ``rows`` rows, and the views into it for the sizes used last.
 
-    def __init__(self, rows: int, block: Array, offsets: Array) -> None:
-        self.rows, self.block, self.offsets = rows, block, offsets
+    ``ticket`` is what kernels/last_block.cuh counts in, so that it is as much apart as the block is.
+    """
+
+    def __init__(self, rows: int, block: Array, offsets: Array, ticket: Array) -> None:
+        self.rows, self.block, self.offsets, self.ticket = rows, block, offsets, ticket
         self.passes: dict[int, Pass] = {}
 
 
@@ -221,13 +224,12 @@ class Network:
         self._weights = [self._names[i][name] for i, name, p in self._declared("parameters") if p.l2] if self.l2 else []
         spans = [self.parameters.spans[name] for name in self._weights]
         self._spans = self.backend.asarray(np.array(spans, np.int64).reshape(-1, 2))  # where l2 acts
-        self._ticket = self.backend.zeros(1, np.uint32)  # of kernels/last_block.cuh
         self._remembered = self.backend.empty(self.buffers.size, self.compute_dtype), 0
         self.loss_scale: Array = None
         if precision == MIXED:
             self.loss_scale = self.backend.asarray(np.ones(1, self.compute_dtype))
         self._sums: Array = None  # of the gradients of micro-batches
-        self._training = self._evaluation = Workspace(0, None, None)
+        self._training = self._evaluation = Workspace(0, None, None, None)
 
     @property
     def inputs(self) -> int:
@@ -474,7 +476,7 @@ class Network:
             "gradients": int(self.parameters.grads.flat.nbytes),
             "running statistics": 2 * int(self.buffers.flat.nbytes),  # and what they were before a step
             **self.products.memory_parts(),
-            "workspace of a step": self._workspace_bytes(rows, True) + int(self._spans.nbytes + self._ticket.nbytes),
+            "workspace of a step": self._workspace_bytes(rows, True) + int(self._spans.nbytes),
             "workspace of evaluation": self._workspace_bytes(at_once, False) if at_once else 0,
         }
 
@@ -621,18 +623,19 @@ class Network:
                             view[part] = self.backend.asarray(values, own.dtype)
 
     def _workspace_bytes(self, rows: int, training: bool) -> int:
-        return self.lay_out(rows, training).size + 8 * rows  # and the offsets
+        return self.lay_out(rows, training).size + 8 * rows + 4  # and the offsets, and the ticket
 
     def _allocate(self, rows: int, training: bool) -> Workspace:
         block = self.backend.empty(self.lay_out(rows, training).size, np.uint8)
-        return Workspace(rows, block, self.backend.asarray(np.arange(rows) * self.outputs))
+        offsets = self.backend.asarray(np.arange(rows) * self.outputs)
+        return Workspace(rows, block, offsets, self.backend.zeros(1, np.uint32))
 
     def _without(self, old: Workspace) -> Workspace:
         """What stands for ``old`` until a new one is asked for, so that its memory can be given back before."""
         if old.rows:
             # It goes to the next work of the stream on which it was taken, which need not be the one that works in it.
             self.backend.synchronize()
-        return Workspace(0, None, None)
+        return Workspace(0, None, None, None)
 
     def _bound(self, workspace: Workspace, rows: int, training: bool) -> Pass:
         """The views for a batch of ``rows``, made when the size is first seen."""
@@ -661,7 +664,7 @@ class Network:
             )
             steps.append((layer, view(stage.y), stage.dx and view(stage.dx), context))
         work = {name: view(place) for name, place in plan.loss.items()}
-        work["offsets"], work["ticket"] = workspace.offsets[:rows], self._ticket
+        work["offsets"], work["ticket"] = workspace.offsets[:rows], workspace.ticket
         if self.loss_scale is not None:
             work["factor"] = self.loss_scale
         loss = losses.Context(self.backend, self._xp, self.ops, work, training)

@@ -331,7 +331,8 @@ def test_memory_is_told_by_part() -> None:
     fewer = net.memory_parts(200, evaluated=300)
     assert {name for name in parts if parts[name] != fewer[name]} == {"workspace of evaluation"}
     net.loss(np.zeros((300, 64), np.float32), np.zeros(300, int))
-    held = net._evaluation.block.nbytes + net._evaluation.offsets.nbytes
+    own = net._evaluation
+    held = own.block.nbytes + own.offsets.nbytes + own.ticket.nbytes
     assert fewer["workspace of evaluation"] == held < parts["workspace of evaluation"]
     assert net.memory_parts(200, 0)["workspace of evaluation"] == 0
     assert net.memory_parts(200, 10**9) == parts
