@@ -307,6 +307,7 @@ def assert_apart(arrays: dict[str, np.ndarray]) -> None:
 
 
 def test_memory_is_known_before_it_is_allocated(dtype, rng) -> None:
+    Network(everything(64), backend="cpu", dtype=dtype)  # NumPy loads its generators when they are first used
     tracemalloc.start()
     try:
         net = Network(everything(64), l2=0.1, backend="cpu", dtype=dtype)
