@@ -286,7 +286,7 @@ def checkpoint_files() -> list[bytes]:
     whole = {
         "number": 3,
         "nested": {"float": 0.5, "nothing": None, "list": [1, "two", {"three": 3.0}]},
-        "arrays": {name: (100 * rng.random((3, 5))).astype(kind) for name, kind in checkpoint.DTYPES.items()},
+        "arrays": {kind: (100 * rng.random((3, 5))).astype(kind) for kind in checkpoint.DTYPES},
         "empty": np.zeros((0, 4), np.float32),
     }
     files = []

@@ -14,18 +14,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import platform
 import re
+import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from gpubatch.backend import backend_of, is_cupy
 from gpubatch.errors import (
@@ -43,26 +45,11 @@ __all__ = ["Checkpoints", "read"]
 
 FORMAT = 1  # of the JSON; a reader refuses what is newer than itself
 NAME = re.compile(r"checkpoint-(\d{6,})-([0-9a-f]{16})\.safetensors")
-UNFINISHED = "checkpoint-{}.unfinished"  # with the number of the process
+UNFINISHED = "checkpoint-{}.unfinished"  # a folder, with the number of the process
 HEADER_LIMIT = 1 << 24  # bytes: about 100,000 arrays. A longer header is refused before memory is asked for.
+ENTRY = 128  # bytes of a header, at most, for an array beside its name and shape
 ARRAY = "__array__"  # the key that stands in the JSON for an array, with its name
-
-# Element types by the names that safetensors has for them; stored little-endian.
-DTYPES = {
-    "BOOL": "?",
-    "U8": "<u1",
-    "I8": "<i1",
-    "U16": "<u2",
-    "I16": "<i2",
-    "F16": "<f2",
-    "U32": "<u4",
-    "I32": "<i4",
-    "F32": "<f4",
-    "U64": "<u8",
-    "I64": "<i8",
-    "F64": "<f8",
-}
-NAMES = {np.dtype(kind): name for name, kind in DTYPES.items()}
+DTYPES = tuple("bool uint8 int8 uint16 int16 float16 uint32 int32 float32 uint64 int64 float64".split())
 
 
 class Checkpoints:
@@ -104,10 +91,10 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.glob(UNFINISHED.format("*")):
-                path.unlink(missing_ok=True)
+                _remove(path)
             trial = self.folder / UNFINISHED.format(os.getpid())
-            trial.touch()
-            trial.unlink()
+            trial.mkdir()
+            trial.rmdir()
         except OSError as error:
             raise CheckpointError(f"checkpoints cannot be written to {self.folder}: {_why(error)}") from error
 
@@ -118,12 +105,12 @@ class Checkpoints:
         ``save`` or :meth:`wait`, and these raise what went wrong.
         """
         self.wait()
-        pieces = _pack(state)
+        content = _split(state)
         if self.background:
-            self._writer = threading.Thread(target=self._try_to_write, args=(pieces,), name="gpubatch-checkpoint")
+            self._writer = threading.Thread(target=self._try_to_write, args=content, name="gpubatch-checkpoint")
             self._writer.start()
             return True
-        self._try_to_write(pieces)
+        self._try_to_write(*content)
         return self.wait()
 
     def wait(self) -> bool:
@@ -165,24 +152,26 @@ class Checkpoints:
 
     # --- inside ---
 
-    def _try_to_write(self, pieces: list[Any]) -> None:
+    def _try_to_write(self, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
         try:
-            self._write(pieces)
+            self._write(arrays, metadata)
         except Exception as error:  # whatever it is, it belongs to the caller
             self._error = error
 
-    def _write(self, pieces: list[Any]) -> None:
-        """Write, sync, rename, sync the folder; only then are older ones removed."""
+    def _write(self, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+        """Write, sync, rename, sync the folder; only then remove the older ones."""
         files = self.files()
         number = int(NAME.fullmatch(files[-1].name)[1]) + 1 if files else 1  # type: ignore[index]
         unfinished = self.folder / UNFINISHED.format(os.getpid())
         try:
-            digest = _write_synced(unfinished, pieces)
+            unfinished.mkdir(exist_ok=True)
+            digest = _write_synced(unfinished / "state", arrays, metadata)
             path = self.folder / f"checkpoint-{number:06}-{digest}.safetensors"
-            os.replace(unfinished, path)
+            os.replace(unfinished / "state", path)
         finally:
             with contextlib.suppress(OSError):
-                unfinished.unlink(missing_ok=True)
+                (unfinished / "state").unlink(missing_ok=True)
+                unfinished.rmdir()
         _sync_folder(self.folder)
         for old in [*files, path][: -self.keep]:
             with contextlib.suppress(OSError):  # one too many does no harm
@@ -210,31 +199,26 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise DataFormatError(f"{path} must be named checkpoint-NUMBER-CHECKSUM.safetensors, as it was written")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if length > min(HEADER_LIMIT, size - len(start)):
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(HEADER_LIMIT, size - 8):
             raise DataFormatError(
                 f"{path} is torn or corrupt: a header of {length} bytes in a file of {size}; at most {HEADER_LIMIT}"
             )
-        header = file.read(length)
-        data = np.empty(size - len(start) - len(header), np.uint8)
-        got = file.readinto(data)  # type: ignore[arg-type]
-    digest = hashlib.sha256(start)
-    digest.update(header)
-    digest.update(data.data)
-    if got != data.size or not digest.hexdigest().startswith(name[2]):
-        raise DataFormatError(f"{path} is torn or corrupt: its {size} bytes do not have the checksum in its name")
+        file.seek(0)
+        if not hashlib.file_digest(file, "sha256").hexdigest().startswith(name[2]):
+            raise DataFormatError(f"{path} is torn or corrupt: its {size} bytes do not have the checksum in its name")
     try:
-        return _unpack(header, data)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        with safe_open(path, "np", backend="pread") as content:  # not mapped: another process may cut the file short
+            return _join(content.metadata() or {}, content.get_tensors())
+    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise DataFormatError(f"{path} is not a checkpoint: {error}") from error
 
 
-# --- the file ------------------------------------------------------------------------------------------------------
+# --- the state and the file ----------------------------------------------------------------------------------------
 
 
-def _pack(state: Mapping[str, Any]) -> list[Any]:
-    """The bytes of the file, as a header and the arrays themselves, which are not copied."""
+def _split(state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays of ``state``, copied only where they are not contiguous, and the rest as metadata."""
     arrays: dict[str, np.ndarray] = {}
     tree = _without_arrays(state, "", arrays)
     versions = {
@@ -243,39 +227,17 @@ def _pack(state: Mapping[str, Any]) -> list[Any]:
         "python": platform.python_version(),
     }
     metadata = {"format": str(FORMAT), "state": json.dumps(tree), "versions": json.dumps(versions)}
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end, pieces = 0, []
-    # The widest first: every array is then aligned to its element type.
-    for name, array in sorted(arrays.items(), key=lambda item: -item[1].itemsize):
-        stored = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-        begin, end = end, end + stored.nbytes
-        header[name] = {"dtype": NAMES[stored.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
-        pieces.append(stored.reshape(-1).view(np.uint8))
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > HEADER_LIMIT:
-        raise ArgumentError(f"state needs a header of {len(text)} bytes, more than {HEADER_LIMIT}")
-    return [len(text).to_bytes(8, "little") + text, *pieces]
+    length = len(json.dumps(metadata)) + sum(len(json.dumps([*x.shape, name])) + ENTRY for name, x in arrays.items())
+    if length > HEADER_LIMIT:
+        raise ArgumentError(f"state needs a header of {length} bytes, more than {HEADER_LIMIT}")
+    return arrays, metadata
 
 
-def _unpack(header: bytes, data: np.ndarray) -> dict[str, Any]:
-    """The state; whatever is wrong with the header is a LookupError, a ValueError or one of their like."""
-    entries = json.loads(header)
-    metadata = entries.pop("__metadata__")
+def _join(metadata: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The state; metadata that is not ours raises LookupError, ValueError or TypeError."""
     if metadata["format"] != str(FORMAT):
         written = metadata.get("versions")
         raise ValueError(f"its format is {metadata['format']}, not {FORMAT}; it was written with {written}")
-    arrays, covered = {}, 0
-    for name, entry in entries.items():
-        dtype, shape, (begin, end) = np.dtype(DTYPES[entry["dtype"]]), entry["shape"], entry["data_offsets"]
-        if any(type(n) is not int or not 0 <= n <= data.size for n in (*shape, begin, end)):
-            raise ValueError(f"{name} has shape {shape} at {begin} to {end} in {data.size} bytes")
-        if begin != covered or end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name} of {dtype} and shape {shape} cannot be at {begin} to {end}, after {covered}")
-        arrays[name] = data[begin:end].view(dtype).reshape(shape)
-        covered = end
-    if covered != data.size:
-        raise ValueError(f"its arrays end at {covered} of {data.size} bytes")
     state = _with_arrays(json.loads(metadata["state"]), arrays)
     if not isinstance(state, dict):
         raise ValueError(f"its state is a {type(state).__name__}, not a mapping")
@@ -285,11 +247,12 @@ def _unpack(header: bytes, data: np.ndarray) -> dict[str, Any]:
 def _without_arrays(value: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
     """``value`` as JSON can hold it; its arrays go to ``arrays`` under the dotted names of their places."""
     if isinstance(value, np.ndarray) or is_cupy(value):
-        if value.dtype.newbyteorder("<") not in NAMES:
+        if value.dtype.name not in DTYPES:
             raise DTypeError(f"{name} must hold real numbers to be saved, got dtype {value.dtype}")
         if name in arrays:
             raise ArgumentError(f"two arrays of state would have one name, {name!r}")
-        arrays[name] = backend_of(value).to_numpy(value)
+        plain = backend_of(value).to_numpy(value)
+        arrays[name] = np.asarray(plain, plain.dtype.newbyteorder("="), order="C")
         return {ARRAY: name}
     if isinstance(value, Mapping):
         return {key: _without_arrays(item, f"{name}.{key}".lstrip("."), arrays) for key, item in value.items()}
@@ -311,31 +274,28 @@ def _with_arrays(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
 # --- the disk ------------------------------------------------------------------------------------------------------
 
 
-def _write_synced(path: Path, pieces: list[Any]) -> str:
-    """Write the pieces one after another and sync them to the disk; the checksum as it goes into the name."""
-    with _hashing(pieces) as digest, path.open("wb") as file:
-        for piece in pieces:
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def _hashing(pieces: list[Any]) -> Iterator[hashlib._Hash]:
-    """The SHA-256 of the pieces, complete when the block is left: a thread hashes while the block waits for a disk."""
-    digest = hashlib.sha256()
-
-    def work() -> None:
-        for piece in pieces:
-            digest.update(piece)
-
-    thread = threading.Thread(target=work, name="gpubatch-checksum")
-    thread.start()
+def _write_synced(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
+    """Write the file and sync it to the disk; the checksum as it goes into the name."""
+    path.open("xb").close()
+    mode = path.stat().st_mode  # what the user's umask grants; the library makes files that only their owner may read
     try:
-        yield digest
-    finally:
-        thread.join()
+        save_file(arrays, path, metadata)
+    except SafetensorError as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        raise
+    path.chmod(mode)
+    with path.open("r+b") as file:  # Windows syncs only what may be written to
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _remove(path: Path) -> None:
+    """Remove what a write left unfinished: a folder, or a file where an older gpubatch wrote it."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

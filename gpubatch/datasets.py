@@ -6,13 +6,14 @@ images; with ``normalize`` float32 in [0, 1]. y int64 (samples,), or with ``one_
 
 from __future__ import annotations
 
+import gzip
 import math
 import os
 import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -45,7 +46,7 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     with open(path, "rb") as file:
         packed = file.read(2) == GZIP_MAGIC
         file.seek(0)
-        read = _Gunzip(file).read if packed else file.read
+        read = gzip.GzipFile(fileobj=file).read if packed else file.read
         try:
             dtype, shape = read_idx_header(path, read)
             size = math.prod(shape) * dtype.itemsize
@@ -57,7 +58,7 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
                 raise DataFormatError(f"{promise}, found {len(data)}")
             if read(1):
                 raise DataFormatError(f"{promise}, found more")
-        except (EOFError, zlib.error) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataFormatError(f"{path}: expected a whole gzip file, found a damaged one ({error})") from error
     return np.frombuffer(data, dtype).astype(dtype.newbyteorder("="), copy=False).reshape(shape)
 
@@ -96,34 +97,6 @@ def _take(read: Callable[[int], bytes], size: int) -> bytearray:
     while len(data) < size and (chunk := read(min(CHUNK, size - len(data)))):
         data += chunk
     return data
-
-
-class _Gunzip:
-    """A gzip file, of one member or several, of which no byte is decompressed before it is asked for.
-
-    ``gzip.GzipFile`` reads ahead, and so would inflate what lies beyond the size that a header claims.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._member = zlib.decompressobj(wbits=31)  # 31: a gzip header and checksum around the deflated data
-
-    def read(self, size: int) -> bytes:
-        """At least 1 and at most ``size`` bytes; none at the end, where the checksum has been compared."""
-        while True:
-            if self._member.eof:
-                packed = self._member.unused_data.lstrip(b"\0")  # zeros between and after members are padding
-                while not packed and (more := self._file.read(CHUNK)):
-                    packed = more.lstrip(b"\0")
-                if not packed:
-                    return b""
-                self._member = zlib.decompressobj(wbits=31)
-            else:
-                packed = self._member.unconsumed_tail or self._file.read(CHUNK)
-                if not packed:
-                    raise EOFError("it ends too early")
-            if data := self._member.decompress(packed, size):
-                return data
 
 
 # --- the data sets ------------------------------------------------------------------------------------------------

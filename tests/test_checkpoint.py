@@ -37,7 +37,7 @@ def state(number: int = 0) -> dict[str, Any]:
     return {
         "number": number,
         "nested": {"float": 0.1 + number, "nothing": None, "yes": True, "list": [1, "two", {"three": 3.0}]},
-        "arrays": {name: (100 * rng.random((3, 5))).astype(kind) for name, kind in DTYPES.items()},
+        "arrays": {kind: (100 * rng.random((3, 5))).astype(kind) for kind in DTYPES},
         "empty": np.zeros((0, 4), np.float32),
         "scalar": np.array(2.5),
         "odd": [rng.random(7).astype(np.float32), rng.random(3)],
@@ -137,6 +137,37 @@ def test_device_arrays_are_saved(backend: Backend, store: Checkpoints) -> None:
     found = store.newest()
     assert found is not None
     assert same(found[1], {"x": x})
+
+
+def test_a_checkpoint_is_as_readable_as_any_file(store: Checkpoints) -> None:
+    store.save(state())
+    (store.folder / "any").touch()
+    assert store.files()[0].stat().st_mode == (store.folder / "any").stat().st_mode
+
+
+# Two checkpoints of the run below, written at commit 79e6696: in the middle of its second epoch, and at its end.
+MIDDLE, END = sorted((Path(__file__).parent / "golden").glob("checkpoint-*.safetensors"))
+
+
+def test_a_run_of_an_older_gpubatch_goes_on(backend: Backend, tmp_path: Path) -> None:
+    shutil.copy(MIDDLE, tmp_path)
+    rng = np.random.default_rng(0)
+    X, Y = rng.normal(size=(96, 8)), rng.integers(3, size=96)
+    layers = [gb.Dense(8, 7), gb.BatchNorm(7), gb.GELU(), gb.Dropout(0.1), gb.Dense(7, 3)]
+    net = gb.Network(layers, l2=1e-3, dtype="float64", backend=backend, seed=3)
+    loader = gb.Loader(X, Y, batch_size=16, seed=1, backend=backend, dtype="float64")
+    opt = gb.Adam(net.parameters, lr=gb.CosineDecay(1e-2, total=12), amsgrad=True)
+    validation = backend.asarray(X[:20]), backend.asarray(Y[:20])
+    checkpoints = Checkpoints(tmp_path, every=4)
+    history = gb.fit(
+        *(net, loader, opt), epochs=2, validation=validation, checkpoint=checkpoints, resume=True, progress=False
+    )
+    expected = read(END)
+    assert opt.t == expected["optimizer"]["t"] == 12
+    np.testing.assert_allclose(history.loss, expected["history"]["loss"], rtol=1e-9)
+    for name, value in expected["network"]["parameters"].items():
+        found = backend.to_numpy(net.parameters[name])
+        np.testing.assert_allclose(found, value, rtol=1e-6, atol=1e-9, err_msg=name)
 
 
 # --- torn and corrupt files ----------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import pickle
 import struct
 import tracemalloc
@@ -140,9 +139,9 @@ def test_every_cut_and_every_flipped_byte_of_a_gzip_file(write):
     for n in set(range(10, len(packed))) - {len(packed) - 9}:
         with pytest.raises(DataFormatError, match=r"file: "):
             read_idx(write(packed[:n] + bytes([packed[n] ^ 0x10]) + packed[n + 1 :]))
-    with pytest.raises(DataFormatError, match=r"expected a whole gzip file, found a damaged one .*incorrect header"):
+    with pytest.raises(DataFormatError, match=r"expected a whole gzip file, found a damaged one .*Not a gzipped file"):
         read_idx(write(packed + b"garbage"))
-    with pytest.raises(DataFormatError, match=r"expected a whole gzip file, found a damaged one .*ends too early"):
+    with pytest.raises(DataFormatError, match=r"expected a whole gzip file, found a damaged one .*ended before"):
         read_idx(write(packed[:-1]))
 
 
@@ -168,17 +167,6 @@ def test_memory_of_a_gzip_file_is_that_of_the_array(write):
     tracemalloc.stop()
     assert array.size == size
     assert peak < 1.25 * size  # a bytearray grows by an eighth
-
-
-def test_gunzip_gives_no_byte_that_was_not_asked_for():
-    content = bytes(range(256)) * 8
-    source = datasets._Gunzip(io.BytesIO(gzip.compress(content)))
-    read = b""
-    for size in (1, 2, 3, 500, 10**6, 10**6):
-        part = source.read(size)
-        assert len(part) <= size
-        read += part
-    assert read == content
 
 
 def test_a_missing_file_is_the_builtin_error(tmp_path):
