@@ -27,7 +27,7 @@ EXPORTS = {
         random_search step_size_sweep
     """,
     "formula": "rule",
-    "layers": "GELU BatchNorm Dense Dropout Layer LeakyReLU ReLU Sigmoid Step Tanh",
+    "layers": "GELU BatchNorm Context Dense Dropout Layer LeakyReLU Needs Parameter ReLU Sigmoid Step Tanh",
     "loader": "Loader",
     "loss_scale": "LossScale",
     "network": "Network mlp",
@@ -96,10 +96,13 @@ if TYPE_CHECKING:  # the same once more, for type checkers
     from gpubatch.layers import (
         GELU as GELU,
         BatchNorm as BatchNorm,
+        Context as Context,
         Dense as Dense,
         Dropout as Dropout,
         Layer as Layer,
         LeakyReLU as LeakyReLU,
+        Needs as Needs,
+        Parameter as Parameter,
         ReLU as ReLU,
         Sigmoid as Sigmoid,
         Step as Step,
@@ -146,13 +149,15 @@ if TYPE_CHECKING:  # the same once more, for type checkers
     )
 
 
-def __getattr__(name: str) -> Any:
-    if name in MODULES:
-        return importlib.import_module(f"gpubatch.{name}")
-    if name not in HOMES:
-        raise AttributeError(f"module 'gpubatch' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"gpubatch.{HOMES[name]}"), name)
-    return value
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for Any
+
+    def __getattr__(name: str) -> Any:
+        if name in MODULES:
+            return importlib.import_module(f"gpubatch.{name}")
+        if name not in HOMES:
+            raise AttributeError(f"module 'gpubatch' has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(f"gpubatch.{HOMES[name]}"), name)
+        return value
 
 
 def __dir__() -> list[str]:

@@ -782,7 +782,10 @@ def chain_widths(layers: Sequence[Layer]) -> list[int]:
                 f"{describe_layer(layers, i)} takes {taken[i]} features, "
                 f"{describe_layer(layers, i - 1)} gives {widths[-1]}"
             )
-        widths.append(layer.needs(widths[-1]).outputs)
+        needs = layer.needs(widths[-1])
+        if not isinstance(needs, Needs):
+            raise DTypeError(f"{describe_layer(layers, i)}.needs() must return a gb.Needs, got {needs!r}")
+        widths.append(needs.outputs)
     return widths
 
 
