@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 
 import gpubatch as gb
+from gpubatch.formula import activations
 from gpubatch.host_ops import HostOps, ops_for
 from gpubatch.launch import host_library
-from gpubatch.ops import KINDS, PARTS, SQUARE_SUM_SIZE, SUM_PARTS, Activation, NumpyOps, Ops
+from gpubatch.ops import PARTS, SQUARE_SUM_SIZE, SUM_PARTS, NumpyOps, Ops
 
 Arrays: TypeAlias = dict[str, Any]
 
 FEATURES = 512
 FORMS = pytest.mark.parametrize("form", ["numpy", "host", pytest.param("cuda", marks=pytest.mark.gpu)])
 BATCHES = pytest.mark.parametrize("batch", [128, 4096])
-ACTIVATIONS = pytest.mark.parametrize("kind", list(KINDS))
+ACTIVATIONS = pytest.mark.parametrize("kind", activations.__all__)
 OUTPUTS = pytest.mark.parametrize("outputs", ["10 classes", "1000 classes"])
 
 
@@ -93,9 +94,9 @@ def empty(*names: str, shape: tuple[int, ...], dtype: Any = np.float32) -> Array
 @BATCHES
 def test_activate(benchmark: Any, batch: int, form: str, kind: str) -> None:
     benchmark.group = f"activate {kind}, {FEATURES} features, by batch size"
-    f = Activation(kind, 0.01)
+    f = getattr(activations, kind).bind(**({"slope": 0.01} if kind == "leaky_relu" else {}))
     x, b = normal((batch, FEATURES), (FEATURES,))
-    arrays = {"x": x, "b": b, **empty("y", "slope", *f.scratch, shape=x.shape), "positive": np.empty(x.shape, bool)}
+    arrays = {"x": x, "b": b, **empty("y", "slope", shape=x.shape)}
     results = "y slope" if f.keeps else "y"
     measure(benchmark, form, lambda ops, a: ops.activate(f, a["x"], a["b"], a["y"], a), arrays, results)
 
@@ -105,14 +106,13 @@ def test_activate(benchmark: Any, batch: int, form: str, kind: str) -> None:
 @BATCHES
 def test_activation_gradient(benchmark: Any, batch: int, form: str, kind: str) -> None:
     benchmark.group = f"gradient of {kind}, {FEATURES} features, by batch size"
-    f = Activation(kind, 0.01)
+    f = getattr(activations, kind).bind(**({"slope": 0.01} if kind == "leaky_relu" else {}))
     y, dy = normal((batch, FEATURES), (batch, FEATURES))
     arrays = {
         "y": y,
         "dy": dy,
         "slope": y.copy(),
-        "positive": np.empty(y.shape, bool),
-        **empty("dx", *f.scratch.keys() - {"positive"}, shape=y.shape),
+        **empty("dx", shape=y.shape),
         **empty("db", shape=(FEATURES,)),
         **empty("partial", shape=(PARTS, FEATURES)),
     }

@@ -18,7 +18,7 @@ EXPORTS = {
     "checkpoint": "Checkpoints",
     "errors": """
         ArgumentError BackendFallbackWarning BackendUnavailableError CaptureError CaptureWarning
-        CheckpointError CheckpointWarning DTypeError DataFormatError DeviceMismatchError GpubatchError
+        CheckpointError CheckpointWarning DTypeError DataFormatError DeviceMismatchError FormulaError GpubatchError
         InsufficientMemoryError MicroBatchWarning NonFiniteError ShapeError SkippedStepWarning
         TuningWarning UnknownArgumentError
     """,
@@ -26,10 +26,13 @@ EXPORTS = {
         GradientCheck batch_size_sweep gradient_check loss_slice numerical_gradient random_local_search
         random_search step_size_sweep
     """,
-    "formula": "rule",
-    "layers": "GELU BatchNorm Context Dense Dropout Layer LeakyReLU Needs Parameter ReLU Sigmoid Step Tanh",
+    "formula": "activation normal_cdf rule rules score_loss",
+    "layers": """
+        GELU BatchNorm Context Dense Dropout Elementwise Layer LeakyReLU Needs Parameter ReLU Sigmoid Step Tanh
+    """,
     "loader": "Loader",
     "loss_scale": "LossScale",
+    "losses": "Loss",
     "network": "Network mlp",
     "optim": """
         SGD Adagrad Adam AdamW HeavyBall Lion Momentum NAdam Optimizer RMSProp StepResult
@@ -43,15 +46,15 @@ EXPORTS = {
 MODULES = tuple(
     """
     averages backend capture checkpoint datasets errors explore formula launch layers loader loss_scale losses network
-    optim params rules schedules sizing sources train
+    optim params schedules sizing sources train
     """.split()
 )
 HOMES = {name: module for module, names in EXPORTS.items() for name in names.split()}
 
-__all__ = [*HOMES, "datasets", "explore", "losses", "rules"]
+__all__ = [*HOMES, "datasets", "explore", "losses"]
 
 if TYPE_CHECKING:  # the same once more, for type checkers
-    from gpubatch import datasets as datasets, explore as explore, losses as losses, rules as rules
+    from gpubatch import datasets as datasets, explore as explore, losses as losses
     from gpubatch.averages import EWMA as EWMA, ewma as ewma
     from gpubatch.backend import (
         Backend as Backend,
@@ -73,6 +76,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         DataFormatError as DataFormatError,
         DeviceMismatchError as DeviceMismatchError,
         DTypeError as DTypeError,
+        FormulaError as FormulaError,
         GpubatchError as GpubatchError,
         InsufficientMemoryError as InsufficientMemoryError,
         MicroBatchWarning as MicroBatchWarning,
@@ -92,13 +96,20 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         random_search as random_search,
         step_size_sweep as step_size_sweep,
     )
-    from gpubatch.formula import rule as rule
+    from gpubatch.formula import (
+        activation as activation,
+        normal_cdf as normal_cdf,
+        rule as rule,
+        rules as rules,
+        score_loss as score_loss,
+    )
     from gpubatch.layers import (
         GELU as GELU,
         BatchNorm as BatchNorm,
         Context as Context,
         Dense as Dense,
         Dropout as Dropout,
+        Elementwise as Elementwise,
         Layer as Layer,
         LeakyReLU as LeakyReLU,
         Needs as Needs,
@@ -110,6 +121,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
     )
     from gpubatch.loader import Loader as Loader
     from gpubatch.loss_scale import LossScale as LossScale
+    from gpubatch.losses import Loss as Loss
     from gpubatch.network import Network as Network, mlp as mlp
     from gpubatch.optim import (
         SGD as SGD,

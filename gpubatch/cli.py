@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 import gpubatch
-from gpubatch import datasets, optim, plot, rules, schedules
+from gpubatch import datasets, optim, plot, schedules
 from gpubatch.backend import Backend, available_backends, float_dtype, get_backend, load_cupy
 from gpubatch.checkpoint import Checkpoints
 from gpubatch.errors import ArgumentError, BackendUnavailableError, check_choice
-from gpubatch.formula import Rule
+from gpubatch.formula import Rule, rules
 from gpubatch.launch import host_library, update_source
 from gpubatch.layers import ACTIVATIONS
 from gpubatch.loader import Loader

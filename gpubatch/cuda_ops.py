@@ -14,18 +14,18 @@ import numpy as np
 
 from gpubatch.backend import Array, CudaBackend, compute_dtype, describe
 from gpubatch.errors import DTypeError, ShapeError
+from gpubatch.formula import BoundActivation, BoundScoreLoss, activation_source, score_source
 from gpubatch.launch import C_TYPES, cuda_kernel, kernel_source
 from gpubatch.ops import (
     IDENTITY,
-    KINDS,
+    MOST_PROGRAMS,
     PARTS,
     SQUARE_PARTS,
     SUM_PARTS,
-    Activation,
     Ops,
     Work,
     labels_or_rows,
-    normal_tail_source,
+    rows_of,
 )
 
 __all__ = ["CudaOps"]
@@ -64,26 +64,26 @@ class CudaOps(Ops):
     def __init__(self, backend: CudaBackend, dtype: np.dtype[Any]) -> None:
         self.backend, self.dtype, self.compute = backend, dtype, compute_dtype(dtype)
 
-    def activate(self, f: Activation, x: Array, b: Array | None, y: Array, work: Work) -> None:
+    def activate(self, f: BoundActivation, x: Array, b: Array | None, y: Array, work: Work) -> None:
         """See :class:`Ops`; one launch."""
         check_contiguous("x", x)
         slope = work["slope"] if f.keeps else None
-        self._on_tiles(activation_source(self.dtype.name, f.kind), "activate", x.shape, (x, b, y, slope), (f.p,))
+        self._on_tiles(elementwise_source(self.dtype.name, f), "activate", x.shape, (x, b, y, slope), ())
 
     def activation_gradient(
-        self, f: Activation, y: Array, dy: Array, dx: Array | None, db: Array | None, work: Work
+        self, f: BoundActivation, y: Array, dy: Array, dx: Array | None, db: Array | None, work: Work
     ) -> None:
         """See :class:`Ops`; one launch, and one more where there are many rows to sum."""
         if dx is None:
             f = IDENTITY
-        source = activation_source(self.dtype.name, f.kind)
+        source = elementwise_source(self.dtype.name, f)
         kept = work["slope"] if f.keeps else y
         if db is None:
-            self._on_tiles(source, "activation_gradient", dy.shape, (kept, dy, dx, None, None), (f.p,))
+            self._on_tiles(source, "activation_gradient", dy.shape, (kept, dy, dx, None, None), ())
             return
         parts, partial = parts_of(dy.shape), work["partial"]
         sums = (None, db) if parts == 1 else (partial, None)
-        self._sum(source, "activation_gradient", dy.shape, (kept, dy, dx, *sums), (f.p,))
+        self._sum(source, "activation_gradient", dy.shape, (kept, dy, dx, *sums), ())
         if parts > 1:
             self._add_partial(partial, parts, 1.0, db)
 
@@ -95,13 +95,14 @@ class CudaOps(Ops):
         """See :class:`Ops`; a label out of range makes NaN of the loss and of its row of the gradient."""
         self._over_rows("svm", z, labels_or_rows(Y, self.compute, work)[:1], gradient, work)
 
-    def sigmoid_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
-        """See :class:`Ops`; one launch."""
-        self._over_scores("sigmoid_cross_entropy", z, Y, gradient, work)
-
-    def mse(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
-        """See :class:`Ops`; one launch."""
-        self._over_scores("mse", z, Y, gradient, work)
+    def score_loss(self, f: BoundScoreLoss, z: Array, Y: Array, gradient: bool, work: Work) -> None:
+        """See :class:`Ops`; one launch. Targets are read as they are, of any dtype."""
+        if not Y.flags.c_contiguous:
+            Y = rows_of(Y, z, work)
+        source = score_loss_source(self.dtype.name, Y.dtype.name, f)
+        arguments = (z, Y, work["dz"] if gradient else None, work.get("factor"), z.size, 1 / z.size)
+        parts = (work["parts"], work["ticket"], work["loss"])
+        self._launch(source, "score_loss", total_grid(z.size), SUM_THREADS, *arguments, *parts)
 
     def l2_loss(self, w: Array, spans: Array, factor: float, loss: Array, work: Work) -> None:
         """See :class:`Ops`; one launch for all parts."""
@@ -231,15 +232,6 @@ class CudaOps(Ops):
         arguments = (z, *truth, work["dz"] if gradient else None, work.get("factor"), rows, classes, team, 1 / rows)
         self._launch(source, name, (blocks,), threads, *arguments, work["parts"], work["ticket"], work["loss"])
 
-    def _over_scores(self, name: str, z: Array, Y: Array, gradient: bool, work: Work) -> None:
-        """A kernel of score_loss.cu, which reads targets of any dtype where they are."""
-        if not Y.flags.c_contiguous:
-            work["t"][...] = Y.reshape(z.shape)
-            Y = work["t"]
-        source = score_source(self.dtype.name, Y.dtype.name)
-        arguments = (z, Y, work["dz"] if gradient else None, work.get("factor"), z.size, 1 / z.size)
-        parts = (work["parts"], work["ticket"], work["loss"])
-        self._launch(source, name, total_grid(z.size), SUM_THREADS, *arguments, *parts)
 
     def _on_tiles(
         self,
@@ -346,19 +338,34 @@ def source_of(dtype: str, *files: str, before: str = "") -> str:
     return "\n".join([kernel_source("half.cuh"), *types, *shared, before, kernel_source(files[-1])])
 
 
-@functools.cache
-def score_source(dtype: str, target: str) -> str:
-    """The CUDA source of the losses over scores, with targets of dtype ``target``."""
-    before = f"typedef {STORED[target]} Target;"
-    return source_of(dtype, "total.cuh", "score_loss.cu", before=before)
+@functools.lru_cache(maxsize=MOST_PROGRAMS)
+def score_loss_source(dtype: str, target: str, f: BoundScoreLoss) -> str:
+    """The CUDA source of a loss of single scores, with targets of dtype ``target``."""
+    compute = compute_dtype(np.dtype(dtype)).name
+    before = [
+        f"typedef {STORED[target]} Target;",
+        scalars_source("SCALARS", f.scalars(f.loss.form(compute, "loss", "dz"))),
+        score_source(f.loss, compute, "Score"),
+    ]
+    return source_of(dtype, "total.cuh", "score_loss.cu", before="\n".join(before))
 
 
-@functools.cache
-def activation_source(dtype: str, kind: str) -> str:
-    """The CUDA source of one activation, a key of :data:`gpubatch.ops.KINDS`."""
-    tail = normal_tail_source(compute_dtype(np.dtype(dtype)).name)
-    before = f"{tail}\n{kernel_source('activations.cuh')}\ntypedef {KINDS[kind]} Activation;"
-    return source_of(dtype, "activation.cu", before=before)
+@functools.lru_cache(maxsize=MOST_PROGRAMS)
+def elementwise_source(dtype: str, f: BoundActivation) -> str:
+    """The CUDA source of an activation and its gradient."""
+    compute = compute_dtype(np.dtype(dtype)).name
+    form = f.activation.form(compute)
+    before = [
+        scalars_source("FORWARD_SCALARS", f.scalars(form.forward)),
+        scalars_source("BACKWARD_SCALARS", f.scalars(form.backward)),
+        activation_source(f.activation, compute, "Activation"),
+    ]
+    return source_of(dtype, "activation.cu", before="\n".join(before))
+
+
+def scalars_source(name: str, scalars: tuple[float, ...]) -> str:
+    """The scalars of a formula as an initializer; they are part of the source, so that they take no memory."""
+    return f"#define {name} {{{', '.join(f'T({x!r})' for x in scalars or (0.0,))}}}"
 
 
 @functools.cache

@@ -6,6 +6,7 @@
     │   └── DataFormatError                  a file that is not what it should be
     ├── UnknownArgumentError (TypeError)     a keyword argument that does not exist; the message lists those that do
     ├── DTypeError (TypeError)               an element type that cannot be used here
+    ├── FormulaError (TypeError)             a rule, activation or loss that cannot be recorded
     ├── DeviceMismatchError (TypeError)      arrays of two devices, or of the wrong one
     ├── BackendUnavailableError (RuntimeError)   the device that was asked for cannot be used
     ├── InsufficientMemoryError (MemoryError)    not even one sample fits
@@ -41,6 +42,7 @@ __all__ = [
     "DTypeError",
     "DataFormatError",
     "DeviceMismatchError",
+    "FormulaError",
     "GpubatchError",
     "InsufficientMemoryError",
     "MicroBatchWarning",
@@ -74,6 +76,10 @@ class UnknownArgumentError(GpubatchError, TypeError):
 
 class DTypeError(GpubatchError, TypeError):
     """An array has an element type that cannot be used here."""
+
+
+class FormulaError(GpubatchError, TypeError):
+    """A function that was declared as a formula does what cannot be recorded."""
 
 
 class DeviceMismatchError(GpubatchError, TypeError):

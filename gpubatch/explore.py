@@ -681,11 +681,11 @@ class _SideBySide:
         self.names = parameter_names(net.layers, net.needs)
         self.outputs = [self._empty((self.points * self.rows, width)) for width in net.widths[1:]]
         self.works = [self._work({**n.kept, **n.scratch, **n.plain}, self.points * self.rows) for n in net.needs]
-        self.loss = losses.LOSSES[net.loss_name]
+        self.loss = net.loss_object
         work = self._work(self.loss.workspace(net.outputs), self.rows)
         work["offsets"] = net.backend.asarray(np.arange(self.rows) * net.outputs)
         work["ticket"] = net.backend.zeros(1, np.uint32)
-        self.context = losses.Context(net.backend, self.xp, net.ops, work, False)
+        self.context = losses.LossContext(net.backend, self.xp, net.ops, work, False)
 
         # Dense and BatchNorm are linear in their parameters; of one's own layers nobody knows.
         head = next(i for i, needs in enumerate(net.needs) if needs.parameters)

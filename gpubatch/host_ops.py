@@ -12,12 +12,11 @@ import numpy as np
 
 from gpubatch.backend import Array, Backend, CudaBackend
 from gpubatch.cuda_ops import CudaOps
-from gpubatch.launch import host_library
-from gpubatch.ops import GATHER_BLOCK, KINDS, Activation, NumpyOps, Ops, Work, labels_or_rows, scale_gradient
+from gpubatch.formula import BoundActivation, BoundScoreLoss
+from gpubatch.launch import elementwise_digest, host_library
+from gpubatch.ops import GATHER_BLOCK, MOST_PROGRAMS, NumpyOps, Ops, Work, labels_or_rows, rows_of, scale_gradient
 
 __all__ = ["HalfOps", "HostOps", "ops_for"]
-
-NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 
 
 @functools.cache
@@ -31,23 +30,39 @@ def ops_for(backend: Backend, dtype: np.dtype[Any]) -> Ops:
     return NumpyOps() if isinstance(library, str) else HostOps(library)
 
 
+@functools.lru_cache(maxsize=MOST_PROGRAMS)
+def activation_place(library: Any, f: BoundActivation) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """Where the library has an activation, -1 for nowhere; and the scalars of its two forms."""
+    form = f.activation.form("float64")
+    return library.activation_of(elementwise_digest(f.activation)), f.scalars(form.forward), f.scalars(form.backward)
+
+
+@functools.lru_cache(maxsize=MOST_PROGRAMS)
+def score_loss_place(library: Any, f: BoundScoreLoss) -> tuple[int, tuple[float, ...]]:
+    """Likewise for a loss of single scores."""
+    form = f.loss.form("float64", "loss", "dz")
+    return library.score_loss_of(elementwise_digest(f.loss)), f.scalars(form)
+
+
 class HostOps(Ops):
     """``gpubatch._host``, and NumPy for what it declines: arrays that are strided or of another type."""
 
     def __init__(self, library: Any) -> None:
         self.library, self.numpy = library, NumpyOps()
 
-    def activate(self, f: Activation, x: Array, b: Array | None, y: Array, work: Work) -> None:
+    def activate(self, f: BoundActivation, x: Array, b: Array | None, y: Array, work: Work) -> None:
         """See :class:`Ops`."""
-        if not self.library.activate(NUMBERS[f.kind], f.p, x, b, y, work["slope"] if f.keeps else None):
+        place, forward, _ = activation_place(self.library, f)
+        if place < 0 or not self.library.activate(place, forward, x, b, y, work["slope"] if f.keeps else None):
             self.numpy.activate(f, x, b, y, work)
 
     def activation_gradient(
-        self, f: Activation, y: Array, dy: Array, dx: Array | None, db: Array | None, work: Work
+        self, f: BoundActivation, y: Array, dy: Array, dx: Array | None, db: Array | None, work: Work
     ) -> None:
         """See :class:`Ops`."""
+        place, _, backward = activation_place(self.library, f)
         kept, partial = work["slope"] if f.keeps else y, work.get("partial")
-        if not self.library.activation_gradient(NUMBERS[f.kind], f.p, kept, dy, dx, db, partial):
+        if place < 0 or not self.library.activation_gradient(place, backward, kept, dy, dx, db, partial):
             self.numpy.activation_gradient(f, y, dy, dx, db, work)
 
     def softmax_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
@@ -66,13 +81,15 @@ class HostOps(Ops):
         elif gradient:
             scale_gradient(work)
 
-    def sigmoid_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
-        """See :class:`Ops`; NumPy does it."""
-        self.numpy.sigmoid_cross_entropy(z, Y, gradient, work)
-
-    def mse(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
-        """See :class:`Ops`; NumPy does it."""
-        self.numpy.mse(z, Y, gradient, work)
+    def score_loss(self, f: BoundScoreLoss, z: Array, Y: Array, gradient: bool, work: Work) -> None:
+        """See :class:`Ops`."""
+        place, scalars = score_loss_place(self.library, f)
+        targets = rows_of(Y, z, work)
+        arrays = (z, targets, work["dz"], work["parts"], work["loss"])
+        if place < 0 or not self.library.score_loss(place, scalars, *arrays, gradient):
+            self.numpy.score_loss(f, z, Y, gradient, work)
+        elif gradient:
+            scale_gradient(work)
 
     def l2_loss(self, w: Array, spans: Array, factor: float, loss: Array, work: Work) -> None:
         """See :class:`Ops`; BLAS does it."""
@@ -142,13 +159,13 @@ class HalfOps(Ops):
     def __init__(self, ops: Ops) -> None:
         self.ops, self.plain = ops, ops.plain
 
-    def activate(self, f: Activation, x: Array, b: Array | None, y: Array, work: Work) -> None:
+    def activate(self, f: BoundActivation, x: Array, b: Array | None, y: Array, work: Work) -> None:
         """See :class:`Ops`."""
         with Widened(work, y, work.get("slope")) as wide:
             self.ops.activate(f, wide(x), wide(b), wide(y), wide)
 
     def activation_gradient(
-        self, f: Activation, y: Array, dy: Array, dx: Array | None, db: Array | None, work: Work
+        self, f: BoundActivation, y: Array, dy: Array, dx: Array | None, db: Array | None, work: Work
     ) -> None:
         """See :class:`Ops`."""
         with Widened(work, dx, db) as wide:
@@ -162,13 +179,9 @@ class HalfOps(Ops):
         """See :class:`Ops`."""
         self._loss(self.ops.svm, z, Y, gradient, work)
 
-    def sigmoid_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
+    def score_loss(self, f: BoundScoreLoss, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """See :class:`Ops`."""
-        self._loss(self.ops.sigmoid_cross_entropy, z, Y, gradient, work)
-
-    def mse(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
-        """See :class:`Ops`."""
-        self._loss(self.ops.mse, z, Y, gradient, work)
+        self._loss(functools.partial(self.ops.score_loss, f), z, Y, gradient, work)
 
     def _loss(self, loss: Callable[..., None], z: Array, Y: Array, gradient: bool, work: Work) -> None:
         with Widened(work, work["dz"]) as wide:

@@ -1,8 +1,7 @@
 """Run a recorded formula: on NumPy in cache-sized blocks, compiled for the CPU, or on CUDA as one fused kernel.
 
-With NumPy the formula's operations run one after another on a block that stays in the cache, into a few registers of
-that size: nothing is allocated that grows with the arrays. The formulas of ``rules`` were compiled when gpubatch was
-built, if there was a compiler. A CUDA kernel is compiled when it is first needed, and kept.
+NumPy runs it as :mod:`gpubatch.program` has it. The formulas of ``rules`` were compiled when gpubatch was built, if
+there was a compiler. A CUDA kernel is compiled when it is first needed, and kept.
 """
 
 from __future__ import annotations
@@ -11,19 +10,18 @@ import functools
 import hashlib
 import importlib.util
 import os
-from collections.abc import Iterator
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 
 from gpubatch.backend import Array, Backend, CudaBackend, compute_dtype
 from gpubatch.errors import ShapeError
-from gpubatch.formula import Element, Op, Scalar, Trace
+from gpubatch.formula import Activation, ScoreLoss, Trace, activation_source, score_source
+from gpubatch.program import BLOCK_BYTES, Program, blocks_of
 from gpubatch.staging import Stages
 
 __all__ = ["Update", "cuda_kernel", "kernel_source", "update_for", "update_source"]
 
-BLOCK_BYTES = 1 << 16  # of each array and register; the four to ten of a formula stay in the second-level cache
 THREADS = 256
 UPLOADS = 64  # copies of scalars that may be under way, hence steps that the host may be ahead of the device
 PACKS = 4  # 16-byte packs of each array that one thread moves
@@ -72,16 +70,10 @@ def cpu_update(trace: Trace, dtype: np.dtype[Any]) -> HostUpdate | CompiledUpdat
 
 
 class HostUpdate:
-    """The formula as a list of NumPy calls on numbered slots: the arrays' blocks, the registers, the scalars."""
+    """The formula with NumPy, a block after another."""
 
     def __init__(self, trace: Trace, dtype: np.dtype[Any]) -> None:
-        self.block = BLOCK_BYTES // dtype.itemsize
-        self.steps, self.copies, register_types, constants = allocate(trace)
-        self.registers = [np.empty(self.block, bool if boolean else dtype) for boolean in register_types]
-        # As arrays without dimensions: NumPy takes these in half the time of a Python float.
-        self.scalars = np.zeros(len(trace.scalars), dtype)
-        self.scalar_slots = [self.scalars[i, ...] for i in range(len(trace.scalars))]
-        self.scalar_slots += [np.array(x, dtype) for x in constants]
+        self.program = Program(trace, dtype)
         self.scaled: Array = None
 
     def __call__(
@@ -89,24 +81,18 @@ class HostUpdate:
     ) -> None:
         if control is not None and control[1]:
             return
-        self.scalars[:] = scalars
-        scale = None if control is None or control[0] == 1 else control[0]
+        program, scale = self.program, None if control is None or control[0] == 1 else control[0]
+        program.scalars[:] = scalars
         for group in arrays:
-            for blocks in blocks_of(group, self.block):
-                n = blocks[0].size
+            for blocks in blocks_of(group, program.block, program.written):
                 if scale is not None:
                     w, g, *state = blocks
                     blocks = (w, self._scaled(g, scale), *state)
-                registers = self.registers if n == self.block else [r[:n] for r in self.registers]
-                slots = [*blocks, *registers, *self.scalar_slots]
-                for function, operands, out in self.steps:
-                    function(*[slots[i] for i in operands], out=slots[out])
-                for target, source in self.copies:
-                    slots[target][...] = slots[source]
+                program.on(*blocks)
 
     def _scaled(self, g: Array, scale: Any) -> Array:
         if self.scaled is None:
-            self.scaled = np.empty(self.block, self.scalars.dtype)
+            self.scaled = np.empty(self.program.block, self.program.dtype)
         return np.multiply(g, scale, out=self.scaled[: g.size])
 
 
@@ -123,7 +109,7 @@ class HalfUpdate:
         if control is not None and control[1]:
             return
         for group in arrays:
-            for w, g, *state in blocks_of(group, self.w.size):
+            for w, g, *state in blocks_of(group, self.w.size, [i for i in range(len(group)) if i != 1]):
                 wide, gradient = self.w[: w.size], self.g[: w.size]
                 gradient[...] = g
                 if self.master:
@@ -133,82 +119,6 @@ class HalfUpdate:
                 self.update([(wide, gradient, *state)], scalars, control)
                 with np.errstate(over="ignore"):  # beyond 65504 a weight is infinite, as arithmetic in float16 has it
                     w[...] = wide
-
-
-def blocks_of(group: tuple[Array, ...], size: int) -> Iterator[tuple[Array, ...]]:
-    """One-dimensional pieces of the arrays (w, g, state ...) of at most ``size`` elements, for reading and writing."""
-    if all(a.flags.c_contiguous for a in group):
-        flat = [a.reshape(-1) for a in group]
-        for start in range(0, flat[0].size, size):
-            yield tuple(a[start : start + size] for a in flat)
-    elif group[0].size:
-        access: list[Any] = [["readonly"] if i == 1 else ["readwrite"] for i in range(len(group))]
-        with np.nditer(group, ["external_loop", "buffered"], access, buffersize=size) as pieces:
-            yield from pieces
-
-
-Allocation: TypeAlias = tuple[list[tuple[Any, tuple[int, ...], int]], list[tuple[int, int]], list[bool], list[float]]
-
-
-def allocate(trace: Trace) -> Allocation:
-    """(steps, copies, whether each register is boolean, constants): the slot that each value of ``trace`` lives in.
-
-    Slots are numbered: arrays first, then registers, scalars and constants. A value is computed straight into the
-    array that it is the result for, once nothing reads the old content any more; other values take a free register.
-    Results that are not in place by then are copied at the end.
-    """
-    computed = [(x, x.op) for x in trace.elements if x.op is not None]
-    last_use = [x.number for x in trace.elements]
-    for x, _ in computed:
-        for y in x.operands:
-            if isinstance(y, Element):
-                last_use[y.number] = x.number
-    array_slots = [0, *range(2, len(trace.arrays))]  # the arrays that are written, g is not
-    wanted = list(zip(array_slots, trace.results, strict=True))
-    for _, result in wanted:
-        if isinstance(result, Element):
-            last_use[result.number] = len(trace.elements)
-
-    def is_free(until: int, x: Element, op: Op) -> bool:
-        return until < x.number or (until == x.number and op.in_place)
-
-    # Element number i is the old content of array i, for the first ones.
-    slot_of = {i: i for i in range(len(trace.arrays))}
-    homes: dict[int, int] = {}
-    for slot, result in wanted:
-        if not isinstance(result, Element) or result.op is None or result.number in homes:
-            continue
-        if is_free(last_use[slot], result, result.op):
-            homes[result.number] = slot
-
-    booleans: list[bool] = []
-    busy_until: list[int] = []
-    for x, op in computed:
-        if x.number in homes:
-            slot_of[x.number] = homes[x.number]
-            continue
-        fitting = (r for r, b in enumerate(booleans) if b == op.boolean and is_free(busy_until[r], x, op))
-        r = next(fitting, len(booleans))
-        if r == len(booleans):
-            booleans.append(op.boolean)
-            busy_until.append(0)
-        busy_until[r] = last_use[x.number]
-        slot_of[x.number] = len(trace.arrays) + r
-
-    first_scalar = len(trace.arrays) + len(booleans)
-    constants: list[float] = []
-
-    def place(x: Any) -> int:
-        if isinstance(x, Element):
-            return slot_of[x.number]
-        if isinstance(x, Scalar):
-            return first_scalar + trace.scalars[x.text]
-        constants.append(float(x))
-        return first_scalar + len(trace.scalars) + len(constants) - 1
-
-    steps = [(op.numpy, tuple(map(place, x.operands)), slot_of[x.number]) for x, op in computed]
-    copies = [(slot, source) for slot, source in ((slot, place(x)) for slot, x in wanted) if slot != source]
-    return steps, copies, booleans, constants
 
 
 # --- compiled for the CPU ------------------------------------------------------------------------------------------
@@ -379,6 +289,16 @@ def formula_digest(trace: Trace) -> str:
     """The name of a formula's compiled form: a digest of all that the form depends on."""
     text = "\n".join([*trace.arrays, trace.c, str(len(trace.scalars)), kernel_source("math.cuh")])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def elementwise_digest(declared: Activation | ScoreLoss) -> str:
+    """As :func:`formula_digest`, for an activation or a loss of single scores."""
+    if isinstance(declared, Activation):
+        text = [activation_source(declared, dtype, "F") for dtype in C_TYPES]
+    else:
+        text = [score_source(declared, dtype, "F") for dtype in C_TYPES]
+    return hashlib.sha256("\n".join([*text, kernel_source("math.cuh")]).encode()).hexdigest()[:16]
 
 
 @functools.cache

@@ -16,18 +16,22 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from gpubatch.backend import Array, Backend
-from gpubatch.errors import ArgumentError, check_bool, check_choice, check_int, check_real
-from gpubatch.ops import COMPUTE, IDENTITY, PARTS, Activation, Ops
+from gpubatch.errors import ArgumentError, DTypeError, check_bool, check_choice, check_int, check_real
+from gpubatch.formula import Activation, BoundActivation, activations
+from gpubatch.ops import COMPUTE, IDENTITY, PARTS, Ops
 from gpubatch.own import as_written
 from gpubatch.products import Products
+from gpubatch.program import check_slope
 
 __all__ = [
     "ACTIVATIONS",
     "GELU",
+    "ActivationLayer",
     "BatchNorm",
     "Context",
     "Dense",
     "Dropout",
+    "Elementwise",
     "Layer",
     "LeakyReLU",
     "Mode",
@@ -155,12 +159,12 @@ class Layer(ABC):
 # --- activations: one number in, one number out --------------------------------------------------------------------
 
 
-class Elementwise(Layer):
+class ActivationLayer(Layer):
     """An activation, which is its ``function`` and nothing else."""
 
     @property
     @abstractmethod
-    def function(self) -> Activation:
+    def function(self) -> BoundActivation:
         """Which one."""
 
     def takes(self) -> None:
@@ -168,11 +172,9 @@ class Elementwise(Layer):
 
     def needs(self, features: int) -> Needs:
         """As many outputs as inputs."""
-        full = (-1, features)
-        kept: dict[str, Space] = {"slope": (full, None)} if self.function.keeps else {}
-        plain: dict[str, Space] = {name: (full, dtype) for name, dtype in self.function.scratch.items()}
+        kept: dict[str, Space] = {"slope": ((-1, features), None)} if self.function.keeps else {}
         reads = ("y",) if self.function.reads_y else ()
-        return Needs(features, kept=kept, plain=plain, reads=reads, in_place=True)
+        return Needs(features, kept=kept, reads=reads, in_place=True)
 
     def forward(self, x: Array, y: Array, c: Context) -> None:
         """y = f(x)."""
@@ -184,43 +186,68 @@ class Elementwise(Layer):
             c.ops.activation_gradient(self.function, y, dy, dx, None, c.work)
 
 
-class Step(Elementwise):
+class Elementwise(ActivationLayer):
+    """An activation of your own, declared with :func:`gpubatch.activation`, as a layer.
+
+    activation: the function.
+    parameters: values for its parameters, by name.
+    """
+
+    def __init__(self, activation: Activation | BoundActivation, **parameters: float) -> None:
+        if isinstance(activation, BoundActivation) and not parameters:
+            self.bound = activation
+        elif isinstance(activation, Activation):
+            self.bound = activation.bind(**parameters)
+        else:
+            raise DTypeError(f"activation must be a function declared with @gb.activation, got {activation!r}")
+        check_slope(self.bound)
+
+    def __repr__(self) -> str:
+        return f"Elementwise({self.bound!r})"
+
+    @property
+    def function(self) -> BoundActivation:
+        """With its parameters."""
+        return self.bound
+
+
+class Step(ActivationLayer):
     """1 where x > 0, else 0. Forward only: its derivative is zero almost everywhere, so nothing below it learns."""
 
-    function = Activation("step")
+    function = activations.step.bind()
 
 
-class ReLU(Elementwise):
+class ReLU(ActivationLayer):
     """max(x, 0); the derivative at 0 is 0."""
 
-    function = Activation("relu")
+    function = activations.relu.bind()
 
 
-class LeakyReLU(Elementwise):
+class LeakyReLU(ActivationLayer):
     """max(x, slope*x), 0 <= slope < 1; the derivative at 0 is the slope."""
 
     def __init__(self, slope: float = 0.01) -> None:
         self.slope = check_real("slope", slope, 0, 1, open_high=True)
 
     @property
-    def function(self) -> Activation:
+    def function(self) -> BoundActivation:
         """With its slope."""
-        return Activation("leaky_relu", self.slope)
+        return activations.leaky_relu.bind(slope=self.slope)
 
 
-class Sigmoid(Elementwise):
+class Sigmoid(ActivationLayer):
     """1 / (1 + exp(-x))."""
 
-    function = Activation("sigmoid")
+    function = activations.sigmoid.bind()
 
 
-class Tanh(Elementwise):
+class Tanh(ActivationLayer):
     """The hyperbolic tangent."""
 
-    function = Activation("tanh")
+    function = activations.tanh.bind()
 
 
-class GELU(Elementwise):
+class GELU(ActivationLayer):
     """x Φ(x), Φ the distribution function of the standard normal (Hendrycks & Gimpel, arXiv:1606.08415).
 
     ``approximate="none"`` is exact to a few units of rounding; "tanh" is the paper's
@@ -231,10 +258,12 @@ class GELU(Elementwise):
         self.approximate = check_choice("approximate", approximate, ["none", "tanh"])
 
     @property
-    def function(self) -> Activation:
+    def function(self) -> BoundActivation:
         """In its exact form, or by tanh."""
-        return Activation("gelu" if self.approximate == "none" else "gelu_tanh")
+        return EXACT_GELU if self.approximate == "none" else TANH_GELU
 
+
+EXACT_GELU, TANH_GELU = activations.gelu.bind(), activations.gelu_tanh.bind()
 
 ACTIVATIONS: dict[str, type[Layer]] = {
     "relu": ReLU,
@@ -307,7 +336,7 @@ class DenseActivation(Layer):
     A network makes it of the two. Backward writes over dy.
     """
 
-    def __init__(self, dense: Dense, activation: Elementwise) -> None:
+    def __init__(self, dense: Dense, activation: ActivationLayer) -> None:
         self.dense, self.function = dense, activation.function
         self.own = activation.needs(dense.outputs)
 
@@ -323,7 +352,6 @@ class DenseActivation(Layer):
             dense.parameters,
             kept=self.own.kept,
             scratch=dense.scratch,
-            plain=self.own.plain,
             reads=(*dense.reads, *self.own.reads),
         )
 
@@ -340,7 +368,7 @@ class DenseActivation(Layer):
             c.products.multiply(dy, c.p["W"].T, dx)
 
 
-def multiply_and_activate(f: Activation, x: Array, y: Array, c: Context) -> None:
+def multiply_and_activate(f: BoundActivation, x: Array, y: Array, c: Context) -> None:
     """y = f(x W + b), in one launch where there is one."""
     if not c.products.affine(f, x, c.p["W"], c.p["b"], y):
         c.products.multiply(x, c.p["W"], y)

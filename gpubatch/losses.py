@@ -14,18 +14,28 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from gpubatch.backend import Array, Backend, backend_of, describe
-from gpubatch.errors import ArgumentError, DTypeError, ShapeError
+from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_choice
+from gpubatch.formula import BoundScoreLoss, ScoreLoss, scores
 from gpubatch.host_ops import ops_for
 from gpubatch.ops import COMPUTE, SUM_PARTS, Ops, workspace_dtype
 from gpubatch.own import as_written
 
-__all__ = ["LOSSES", "Loss", "mse", "sigmoid_cross_entropy", "softmax_cross_entropy", "svm"]
+__all__ = [
+    "LOSSES",
+    "Loss",
+    "LossContext",
+    "loss_of",
+    "mse",
+    "sigmoid_cross_entropy",
+    "softmax_cross_entropy",
+    "svm",
+]
 
 Space: TypeAlias = tuple[tuple[int, ...], Any]  # shape, in which -1 is the batch size, and dtype, as of a layer's Space
 
 
 @dataclass(frozen=True)
-class Context:
+class LossContext:
     """What a loss has at hand in one call: its workspace by name, and whether the ``gradient`` is wanted.
 
     ``work["offsets"]`` is where each row of scores starts, in int64; ``work["ticket"]`` is for the kernels of a GPU.
@@ -40,13 +50,32 @@ class Context:
 
 @as_written
 class Loss(ABC):
-    """A loss: :meth:`run` leaves its value in ``work["loss"]``, of one element, and its gradient in ``work["dz"]``.
+    """A loss. Subclass it for your own, where a ``gb.score_loss`` is not enough; give it to ``Network(loss=...)``.
 
-    Without ``gradient``, dz is scratch. The scores z are not changed.
+    :meth:`run` leaves the loss in ``work["loss"]``, of one element, and its gradient in ``work["dz"]``: both are there
+    as ``workspace`` asks for them. Without ``gradient``, dz is scratch. The scores z are not changed. ``least_outputs``
+    says how many outputs a network must have, ``classifies`` whether predictions are right or wrong, and ``name`` what
+    checkpoints and messages call it.
+
+        class WeightedHinge(gb.Loss):
+            name = "weighted hinge"
+            least_outputs = 2
+
+            def workspace(self, outputs): return {"loss": ((1,), None), "dz": ((-1, outputs), None)}
+            def check(self, Y, rows, outputs): ...       # shapes and dtypes, no values
+            def check_values(self, Y, outputs): ...
+            def run(self, z, Y, c): c.work["loss"][...] = ...; c.work["dz"][...] = ...
+            def predict(self, z): return z.argmax(axis=1)
+            def truth(self, Y, outputs): return Y
     """
 
     least_outputs = 1
-    classifies = True  # whether predictions are right or wrong
+    classifies = True
+
+    @property
+    def name(self) -> str:
+        """What checkpoints and messages call it."""
+        return next((name for name, loss in LOSSES.items() if loss is self), type(self).__name__)
 
     def __init_subclass__(cls) -> None:
         as_written(cls)
@@ -68,7 +97,7 @@ class Loss(ABC):
         return False
 
     @abstractmethod
-    def run(self, z: Array, Y: Array, c: Context) -> None:
+    def run(self, z: Array, Y: Array, c: LossContext) -> None:
         """Write the loss, and the gradient where it is wanted."""
 
     @abstractmethod
@@ -80,17 +109,33 @@ class Loss(ABC):
         """The targets in the form of :meth:`predict`, to count how many agree."""
 
 
-# --- regression ------------------------------------------------------------------------------------------------------
+# --- every score for itself -------------------------------------------------------------------------------------------
 
 
-class MeanSquaredError(Loss):
-    """Mean of (z - y)² over all elements. Y has the shape of the scores, or ``(batch,)`` where there is one output."""
+class OverScores(Loss):
+    """The mean of a loss of single scores over all elements, declared with :func:`gpubatch.score_loss`.
+
+    Y has the shape of the scores, or ``(batch,)`` where there is one output.
+    """
 
     classifies = False
 
+    def __init__(self, loss: BoundScoreLoss) -> None:
+        self.bound = loss
+
+    @property
+    def name(self) -> str:
+        """With the values of its parameters."""
+        return repr(self.bound)
+
     def workspace(self, outputs: int) -> Mapping[str, Space]:
-        """As :func:`over_scores` says."""
-        return over_scores(outputs)
+        """The gradient, an array for targets of another dtype, and partial sums."""
+        return {
+            "loss": ((1,), COMPUTE),
+            "dz": ((-1, outputs), None),
+            "t": ((-1, outputs), COMPUTE),
+            "parts": ((SUM_PARTS,), np.float64),
+        }
 
     def check(self, Y: Array, rows: int, outputs: int) -> None:
         """Y must be real numbers, one for each score."""
@@ -99,9 +144,9 @@ class MeanSquaredError(Loss):
     def check_values(self, Y: Array, outputs: int) -> None:
         """Any number will do; NaN shows in the loss."""
 
-    def run(self, z: Array, Y: Array, c: Context) -> None:
-        """L = Σ (z - y)² / N, dz = 2 (z - y) / N."""
-        c.ops.mse(z, Y, c.gradient, c.work)
+    def run(self, z: Array, Y: Array, c: LossContext) -> None:
+        """The mean of f(z, y) over the scores, and its gradient."""
+        c.ops.score_loss(self.bound, z, Y, c.gradient, c.work)
 
     def predict(self, z: Array) -> Array:
         """The scores themselves."""
@@ -109,35 +154,21 @@ class MeanSquaredError(Loss):
 
     def truth(self, Y: Array, outputs: int) -> Array:
         """There is no such thing: nothing is right or wrong here."""
-        raise ArgumentError("accuracy needs a classification loss, and mse is none; use net.loss(X, Y) instead")
+        raise ArgumentError(
+            f"accuracy needs a classification loss, and {self.name} is none; use net.loss(X, Y) instead"
+        )
 
 
-# --- yes or no -------------------------------------------------------------------------------------------------------
+class SigmoidCrossEntropy(OverScores):
+    """-y log σ(z) - (1 - y) log(1 - σ(z)), mean over all elements; Y holds numbers in [0, 1]."""
 
-
-class SigmoidCrossEntropy(Loss):
-    """-y log σ(z) - (1 - y) log(1 - σ(z)), mean over all elements.
-
-    Y holds numbers in [0, 1] of the scores' shape, or ``(batch,)`` where there is one output.
-    """
-
-    def workspace(self, outputs: int) -> Mapping[str, Space]:
-        """As :func:`over_scores` says."""
-        return over_scores(outputs)
-
-    def check(self, Y: Array, rows: int, outputs: int) -> None:
-        """Y must be real numbers, one for each score."""
-        check_targets(Y, rows, outputs)
+    classifies = True
 
     def check_values(self, Y: Array, outputs: int) -> None:
         """Targets are probabilities."""
         low, high = Y.min().item(), Y.max().item()
         if not (low >= 0 and high <= 1):
             raise ArgumentError(f"Y must be in [0, 1] for sigmoid_cross_entropy, got {high if low >= 0 else low}")
-
-    def run(self, z: Array, Y: Array, c: Context) -> None:
-        """L = Σ -y log σ(z) - (1 - y) log(1 - σ(z)) / N, dz = (σ(z) - y) / N."""
-        c.ops.sigmoid_cross_entropy(z, Y, c.gradient, c.work)
 
     def predict(self, z: Array) -> Array:
         """1 where the score is above 0, else 0; ``(batch,)`` where there is one output."""
@@ -183,7 +214,7 @@ class SVM(Loss):
         """Labels are compared with the number of classes where they are used."""
         return True
 
-    def run(self, z: Array, Y: Array, c: Context) -> None:
+    def run(self, z: Array, Y: Array, c: LossContext) -> None:
         """L = Σ max(0, z_j - z_y + 1) / n, without j = y."""
         c.ops.svm(z, Y, c.gradient, c.work)
 
@@ -233,7 +264,7 @@ class SoftmaxCrossEntropy(Loss):
         """Labels are compared with the number of classes where they are used."""
         return bool(Y.ndim == 1)
 
-    def run(self, z: Array, Y: Array, c: Context) -> None:
+    def run(self, z: Array, Y: Array, c: LossContext) -> None:
         """L = Σ log Σ_j exp(z_j) - z_y / n, dz = (softmax(z) Σ_j y_j - y) / n."""
         c.ops.softmax_cross_entropy(z, Y, c.gradient, c.work)
 
@@ -248,8 +279,8 @@ class SoftmaxCrossEntropy(Loss):
 
 LOSSES: dict[str, Loss] = {
     "softmax_cross_entropy": SoftmaxCrossEntropy(),
-    "sigmoid_cross_entropy": SigmoidCrossEntropy(),
-    "mse": MeanSquaredError(),
+    "sigmoid_cross_entropy": SigmoidCrossEntropy(scores.sigmoid_cross_entropy.bind()),
+    "mse": OverScores(scores.mse.bind()),
     "svm": SVM(),
 }
 
@@ -257,15 +288,13 @@ LOSSES: dict[str, Loss] = {
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def over_scores(outputs: int) -> Mapping[str, Space]:
-    """The workspace where every score counts for itself: the gradient, one array of its size, and partial sums."""
-    full = (-1, outputs)
-    return {
-        "loss": ((1,), COMPUTE),
-        "dz": (full, None),
-        "t": (full, COMPUTE),
-        "parts": ((SUM_PARTS,), np.float64),
-    }
+def loss_of(loss: str | ScoreLoss | BoundScoreLoss | Loss) -> Loss:
+    """The loss that a network was asked for: by name, as a formula, or an object."""
+    if isinstance(loss, Loss):
+        return loss
+    if isinstance(loss, ScoreLoss):
+        loss = loss.bind()
+    return OverScores(loss) if isinstance(loss, BoundScoreLoss) else LOSSES[check_choice("loss", loss, LOSSES)]
 
 
 def check_labels(Y: Array, rows: int, takes: str) -> None:
@@ -339,5 +368,5 @@ def _alone(name: str, z: Array, Y: Array) -> tuple[float, Array]:
     with backend.scope(), np.errstate(over="ignore", invalid="ignore"):
         loss.check_values(Y, outputs)
         work["offsets"], work["ticket"] = backend.asarray(np.arange(rows) * outputs), backend.zeros(1, np.uint32)
-        loss.run(z, Y, Context(backend, backend.xp, ops_for(backend, np.dtype(z.dtype)), work, True))
+        loss.run(z, Y, LossContext(backend, backend.xp, ops_for(backend, np.dtype(z.dtype)), work, True))
         return float(work["loss"].item()), work["dz"]

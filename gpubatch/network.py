@@ -6,6 +6,7 @@ is known before anything is allocated, and a smaller batch runs in views of the 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import Counter
@@ -26,9 +27,11 @@ from gpubatch.errors import (
     check_int,
     check_real,
 )
+from gpubatch.formula import Activation, BoundActivation, BoundScoreLoss, ScoreLoss
 from gpubatch.host_ops import ops_for
 from gpubatch.layers import (
     ACTIVATIONS,
+    ActivationLayer,
     BatchNorm,
     Context,
     Dense,
@@ -130,7 +133,7 @@ class Pass(NamedTuple):
     """A plan bound to memory: layers with their arrays, the loss's context, and the scores."""
 
     steps: list[tuple[Layer, Array, Array, Context]]  # layer, y, dx, context
-    loss: losses.Context
+    loss: losses.LossContext
     scores: Array
 
 
@@ -182,7 +185,7 @@ class Network:
     def __init__(
         self,
         layers: Sequence[Layer],
-        loss: str = "softmax_cross_entropy",
+        loss: str | ScoreLoss | BoundScoreLoss | losses.Loss = "softmax_cross_entropy",
         l2: float = 0.0,
         backend: str | Backend = "auto",
         dtype: Any = "float32",
@@ -191,7 +194,7 @@ class Network:
         tune: bool = False,
     ) -> None:
         self.layers = tuple(layers)
-        self.loss_name = check_choice("loss", loss, losses.LOSSES)
+        self.loss_object = losses.loss_of(loss)
         self.l2 = check_real("l2", l2, 0)
         self.precision = check_choice("precision", precision, [*PRECISIONS, MIXED])
         self.tune = check_bool("tune", tune)
@@ -204,11 +207,10 @@ class Network:
         self.seed = check_int("seed", seed, 0, 2**64 - 1)
         self.widths = chain_widths(self.layers)
         self.needs = [layer.needs(n) for layer, n in zip(self.layers, self.widths[:-1], strict=True)]
-        self._loss = losses.LOSSES[loss]
-        if self.outputs < self._loss.least_outputs:
+        if self.outputs < self.loss_object.least_outputs:
             raise ArgumentError(
-                f"{loss} needs at least {self._loss.least_outputs} outputs, the last layer gives {self.outputs}; "
-                f"for yes or no use loss='sigmoid_cross_entropy'"
+                f"{self.loss_name} needs at least {self.loss_object.least_outputs} outputs, "
+                f"the last layer gives {self.outputs}; for yes or no use loss='sigmoid_cross_entropy'"
             )
         self.backend = get_backend(backend)
         self._xp = self.backend.xp
@@ -230,6 +232,11 @@ class Network:
             self.loss_scale = self.backend.asarray(np.ones(1, self.compute_dtype))
         self._sums: Array = None  # of the gradients of micro-batches
         self._training = self._evaluation = Workspace(0, None, None, None)
+
+    @property
+    def loss_name(self) -> str:
+        """What the loss is called."""
+        return self.loss_object.name
 
     @property
     def inputs(self) -> int:
@@ -258,7 +265,7 @@ class Network:
 
     def __deepcopy__(self, memo: Any) -> Network:
         common = self.backend, self.compute_dtype, self.seed, self.precision, self.tune
-        twin = Network(self.layers, self.loss_name, self.l2, *common)
+        twin = Network(self.layers, self.loss_object, self.l2, *common)
         twin.load_state_dict(self.state_dict())
         return twin
 
@@ -341,7 +348,7 @@ class Network:
         with self.backend.scope(), quiet():
             run = self._forward(X, Y)
             if self.backend.name == "cpu" and math.isnan(run.loss.work["loss"].item()):
-                self._loss.check_values(Y, self.outputs)
+                self.loss_object.check_values(Y, self.outputs)
             self._backward(run, X)
         self._mode.step += 1
         return run.loss.work["loss"]
@@ -420,12 +427,12 @@ class Network:
             total = 0.0
             right = compared = 0
             for part, run in self._evaluate(X, rows):
-                self._loss.run(run.scores, Y[part], run.loss)
+                self.loss_object.run(run.scores, Y[part], run.loss)
                 total += run.loss.work["loss"].item() * len(run.scores)
-                at_once = max(1, COMPARED // self.outputs) if self._loss.classifies else 0
+                at_once = max(1, COMPARED // self.outputs) if self.loss_object.classifies else 0
                 for some in evenly(len(run.scores), at_once) if at_once else ():
-                    truth = self._loss.truth(Y[part][some], self.outputs)
-                    right += (self._loss.predict(run.scores[some]) == truth).sum().item()
+                    truth = self.loss_object.truth(Y[part][some], self.outputs)
+                    right += (self.loss_object.predict(run.scores[some]) == truth).sum().item()
                     compared += truth.size
             loss = total / len(X)
             if self._weights:
@@ -434,7 +441,7 @@ class Network:
                 self._add_l2(penalty, run.loss.work)
                 loss += penalty.item()
             self._finite(loss, X, Y)
-        return loss, right / compared if self._loss.classifies else None
+        return loss, right / compared if self.loss_object.classifies else None
 
     def scores(self, X: Array) -> Array:
         """What the last layer gives, ``(batch, outputs)``, as a new array of ``compute_dtype``."""
@@ -452,14 +459,14 @@ class Network:
         """
         scores = self.scores(X)
         with self.backend.scope():
-            return self._loss.predict(scores)
+            return self.loss_object.predict(scores)
 
     def accuracy(self, X: Array, Y: Array) -> float:
         """The fraction of predictions that are right."""
         self._check_batch(X, Y, values=True)
         with self.backend.scope():
-            self._loss.check_values(Y, self.outputs)
-            return float((self._loss.truth(Y, self.outputs) == self.predict(X)).mean())
+            self.loss_object.check_values(Y, self.outputs)
+            return float((self.loss_object.truth(Y, self.outputs) == self.predict(X)).mean())
 
     # --- memory ---
 
@@ -548,7 +555,7 @@ class Network:
     def _loss_spaces(self) -> Mapping[str, losses.Space]:
         """What the loss and the l2 term work in: NumPy's square, and the partial sums of a GPU."""
         l2: dict[str, losses.Space] = {"squares": ((1, 1), COMPUTE), "parts": ((SUM_PARTS,), np.float64)}
-        return {**self._loss.workspace(self.outputs), **(l2 if self._weights else {})}
+        return {**self.loss_object.workspace(self.outputs), **(l2 if self._weights else {})}
 
     def _scratch(self, i: int) -> Mapping[str, tuple[Shape, Any]]:
         """The scratch of stage i, with NumPy's where that works: without kernels, or on X, which may be strided."""
@@ -667,7 +674,7 @@ class Network:
         work["offsets"], work["ticket"] = workspace.offsets[:rows], workspace.ticket
         if self.loss_scale is not None:
             work["factor"] = self.loss_scale
-        loss = losses.Context(self.backend, self._xp, self.ops, work, training)
+        loss = losses.LossContext(self.backend, self._xp, self.ops, work, training)
         if len(workspace.passes) == SIZES_KEPT:
             del workspace.passes[next(iter(workspace.passes))]
         workspace.passes[rows] = Pass(steps, loss, steps[-1][1])
@@ -679,7 +686,7 @@ class Network:
         self._mode.training = True
         run = self._bound(self._training, len(X), True)
         run_layers(run, X)
-        self._loss.run(run.scores, Y, run.loss)
+        self.loss_object.run(run.scores, Y, run.loss)
         if self._weights:
             self._add_l2(run.loss.work["loss"], run.loss.work)
         return run
@@ -740,15 +747,15 @@ class Network:
     def _check_batch(self, X: Any, Y: Any, values: bool) -> None:
         self._check_inputs(X)
         self.backend.check("Y", Y)
-        self._loss.check(Y, len(X), self.outputs)
-        if values and not self._loss.shows(Y):
+        self.loss_object.check(Y, len(X), self.outputs)
+        if values and not self.loss_object.shows(Y):
             with self.backend.scope():
-                self._loss.check_values(Y, self.outputs)
+                self.loss_object.check_values(Y, self.outputs)
 
     def _finite(self, loss: float, X: Array, Y: Array) -> float:
         if math.isfinite(loss):
             return loss
-        self._loss.check_values(Y, self.outputs)
+        self.loss_object.check_values(Y, self.outputs)
         if not self._xp.isfinite(X).all().item():
             cause = "X holds NaN or infinity"
         elif not self._xp.isfinite(self.parameters.flat).all().item():
@@ -795,11 +802,11 @@ def stacked(layers: Sequence[Layer], widths: Sequence[int]) -> list[Stacked]:
     for i, (layer, inputs) in enumerate(zip(layers, widths[:-1], strict=True)):
         before = found[-1].layer if found else None
         # By their very types: a subclass may do something else, and so may a method that was put in place of another.
-        plain = type(layer) in ACTIVATIONS.values() and type(before) is Dense and before.bias
+        plain = type(layer) in (Elementwise, *ACTIVATIONS.values()) and type(before) is Dense and before.bias
         if (
             plain
             and not (changed(layer) or changed(before))
-            and isinstance(layer, Elementwise)
+            and isinstance(layer, ActivationLayer)
             and isinstance(before, Dense)
         ):
             whole = DenseActivation(before, layer)
@@ -862,10 +869,10 @@ def evenly(n: int, most: int, least: int = 1) -> Iterator[slice]:
 
 def mlp(
     sizes: Sequence[int],
-    activation: str = "relu",
+    activation: str | Activation | BoundActivation = "relu",
     batch_norm: bool = False,
     dropout: float = 0.0,
-    loss: str = "softmax_cross_entropy",
+    loss: str | ScoreLoss | BoundScoreLoss | losses.Loss = "softmax_cross_entropy",
     l2: float = 0.0,
     backend: str | Backend = "auto",
     dtype: Any = "float32",
@@ -880,7 +887,10 @@ def mlp(
     if not hasattr(sizes, "__len__") or len(sizes) < 2:
         raise ArgumentError(f"sizes must be at least two integers, inputs first and outputs last, got {sizes!r}")
     *hidden, last, outputs = [check_int(f"sizes[{i}]", n, 1) for i, n in enumerate(sizes)]
-    kind = ACTIVATIONS[check_choice("activation", activation, ACTIVATIONS)]
+    if isinstance(activation, str):
+        kind: Callable[[], Layer] = ACTIVATIONS[check_choice("activation", activation, ACTIVATIONS)]
+    else:
+        kind = functools.partial(Elementwise, activation)
     check_bool("batch_norm", batch_norm)
     check_real("dropout", dropout, 0, 1, open_high=True)
     # He's variance makes up for the half that these zero; the others, and the scores, keep theirs with Xavier's.

@@ -8,28 +8,19 @@ the loss and scratch: what layers ask for as :data:`COMPUTE`.
 
 from __future__ import annotations
 
-import functools
 import math
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from gpubatch.backend import Array, compute_dtype
+from gpubatch.formula import BoundActivation, BoundScoreLoss, activations
+from gpubatch.program import Program, bound_program
 
-__all__ = [
-    "COMPUTE",
-    "PARTS",
-    "SQUARE_PARTS",
-    "SQUARE_SUM_SIZE",
-    "SUM_PARTS",
-    "Activation",
-    "NumpyOps",
-    "Ops",
-    "normal_tail",
-]
+__all__ = ["COMPUTE", "IDENTITY", "PARTS", "SQUARE_PARTS", "SQUARE_SUM_SIZE", "SUM_PARTS", "NumpyOps", "Ops"]
 
 Work: TypeAlias = Mapping[str, Array]
 
@@ -37,49 +28,13 @@ COMPUTE = "compute"  # as the dtype of an array of workspace: that of the arithm
 PARTS = 64  # partial results of a reduction: a fixed number, so that sums do not depend on how many threads there are
 SUM_PARTS = 1024  # likewise for a loss, on a GPU: so many blocks of 256 threads it can run at once
 SQUARE_PARTS = 256  # likewise for a sum of squares: so many of 1024 threads
+MOST_PROGRAMS = 256  # that are kept for a thread: every activation with every value of its parameters is another one
 GATHER_BLOCK = 1 << 18  # elements that NumPy gathers, casts and scales at a time
 # float64: the sum, how many elements are not finite, the ticket of kernels/last_block.cuh, and the partial results.
 SQUARE_SUM_SIZE = 3 + 2 * SQUARE_PARTS
 
 
-@dataclass(frozen=True)
-class Activation:
-    """An elementwise function: its ``kind``, a key of :data:`KINDS`, and ``p``, the slope of a leaky ReLU."""
-
-    kind: str
-    p: float = 0.0
-
-    @property
-    def keeps(self) -> bool:
-        """Whether the derivative is kept in ``work["slope"]``; otherwise y tells it."""
-        return self.kind in ("gelu", "gelu_tanh")
-
-    @property
-    def reads_y(self) -> bool:
-        """Whether the derivative is told by y."""
-        return not self.keeps and self.kind not in ("identity", "step")
-
-    @property
-    def scratch(self) -> dict[str, Any]:
-        """The names of the arrays that NumPy works in, and their dtype."""
-        if self.kind in ("step", "relu"):
-            return {"positive": bool}
-        return dict.fromkeys({"gelu": "tu", "gelu_tanh": "tu", "identity": ""}.get(self.kind, "t"), COMPUTE)
-
-
-IDENTITY = Activation("identity")
-
-# The name in kernels/activations.cuh of every kind.
-KINDS = {
-    "identity": "Identity",
-    "step": "Step",
-    "relu": "ReLU",
-    "leaky_relu": "LeakyReLU",
-    "sigmoid": "Sigmoid",
-    "tanh": "Tanh",
-    "gelu": "GELU",
-    "gelu_tanh": "GELUTanh",
-}
+IDENTITY = activations.identity.bind()
 
 
 class Ops(ABC):
@@ -90,12 +45,12 @@ class Ops(ABC):
     # --- activations and biases ---
 
     @abstractmethod
-    def activate(self, f: Activation, x: Array, b: Array | None, y: Array, work: Work) -> None:
+    def activate(self, f: BoundActivation, x: Array, b: Array | None, y: Array, work: Work) -> None:
         """y = f(x + b), and ``work["slope"]`` = f'(x + b) where ``f.keeps``; b is ``(features,)``. x may be y."""
 
     @abstractmethod
     def activation_gradient(
-        self, f: Activation, y: Array, dy: Array, dx: Array | None, db: Array | None, work: Work
+        self, f: BoundActivation, y: Array, dy: Array, dx: Array | None, db: Array | None, work: Work
     ) -> None:
         """dx = dy f'(x + b), by y or ``work["slope"]``, and db = Σ dx over the rows, or None.
 
@@ -118,15 +73,11 @@ class Ops(ABC):
         """``work["loss"]`` = Σ_{j≠y} max(0, z_j - z_y + 1), mean over the batch, and its gradient in ``work["dz"]``."""
 
     @abstractmethod
-    def sigmoid_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
-        """``work["loss"]`` = -y log σ(z) - (1 - y) log(1 - σ(z)), mean over all elements; ``work["dz"]`` its gradient.
+    def score_loss(self, f: BoundScoreLoss, z: Array, Y: Array, gradient: bool, work: Work) -> None:
+        """``work["loss"]`` = f(z, y), mean over all elements, and its gradient in ``work["dz"]``.
 
-        Y are numbers of any real dtype, as many as there are in z; here and in :meth:`mse` they may be strided.
+        Y are numbers of any real dtype, as many as there are in z; they may be strided.
         """
-
-    @abstractmethod
-    def mse(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
-        """``work["loss"]`` = (z - y)², mean over all elements, and its gradient in ``work["dz"]``."""
 
     @abstractmethod
     def l2_loss(self, w: Array, spans: Array, factor: float, loss: Array, work: Work) -> None:
@@ -207,18 +158,47 @@ class NumpyOps(Ops):
 
     plain = True
 
-    def activate(self, f: Activation, x: Array, b: Array | None, y: Array, work: Work) -> None:
+    def __init__(self) -> None:
+        self._local = threading.local()  # the registers of a program are for one thread
+
+    def _program(self, f: BoundActivation | BoundScoreLoss, form: str, dtype: np.dtype[Any], *same: str) -> Program:
+        """One form of a formula for arrays of ``dtype``, in which the arrays named in ``same`` are one."""
+        if not hasattr(self._local, "programs"):
+            self._local.programs = {}
+        programs: dict[Any, Program] = self._local.programs
+        key = f, form, dtype, same
+        if key not in programs:
+            if len(programs) >= MOST_PROGRAMS:
+                programs.clear()
+            if isinstance(f, BoundScoreLoss):
+                trace = f.loss.form(dtype.name, form)
+            else:
+                trace = getattr(f.activation.form(dtype.name), form)
+            programs[key] = bound_program(f, trace, {same[0]: same[1]} if same else None)
+        return programs[key]
+
+    def activate(self, f: BoundActivation, x: Array, b: Array | None, y: Array, work: Work) -> None:
         """See :class:`Ops`."""
         if b is not None:
             x = np.add(x, b, out=y)
-        FORWARD[f.kind](f.p, x, y, work)
+        if f == IDENTITY and x is y:
+            return
+        kept = [work["slope"]] if f.keeps else []
+        if x is y or np.may_share_memory(x, y):
+            self._program(f, "forward", y.dtype, "y", "x").run(y, *kept)
+        else:
+            self._program(f, "forward", y.dtype).run(x, y, *kept)
 
     def activation_gradient(
-        self, f: Activation, y: Array, dy: Array, dx: Array | None, db: Array | None, work: Work
+        self, f: BoundActivation, y: Array, dy: Array, dx: Array | None, db: Array | None, work: Work
     ) -> None:
         """See :class:`Ops`."""
         if dx is not None:
-            BACKWARD[f.kind](f.p, y, dy, dx, work)
+            kept = [work["slope"]] if f.keeps else [y] if f.reads_y else []
+            if dx is dy or np.may_share_memory(dx, dy):
+                self._program(f, "backward", dx.dtype, "dx", "dy").run(*kept, dx)
+            else:
+                self._program(f, "backward", dx.dtype).run(*kept, dy, dx)
             dy = dx
         if db is not None:
             dy.sum(axis=0, out=db)
@@ -277,32 +257,14 @@ class NumpyOps(Ops):
             dz *= 1 / len(z)
             scale_gradient(work)
 
-    def sigmoid_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
-        """See :class:`Ops`: L = Σ max(z, 0) - z y + log(1 + exp(-|z|)) / N, σ(z) = exp(min(z, 0)) / (1 + exp(-|z|)).
-
-        So there is no logarithm of zero, and nothing that overflows.
-        """
-        dz, t, Y = work["dz"], work["t"], Y.reshape(z.shape)
-        np.maximum(z, 0, out=dz)
-        dz -= np.multiply(z, Y, out=t)
-        np.exp(np.negative(np.abs(z, out=t), out=t), out=t)
-        dz += np.log1p(t, out=t)
+    def score_loss(self, f: BoundScoreLoss, z: Array, Y: Array, gradient: bool, work: Work) -> None:
+        """See :class:`Ops`; dz holds the losses of the scores before it holds their gradient."""
+        dz, Y = work["dz"], Y.reshape(z.shape)
+        self._program(f, "loss", z.dtype).run(z, Y, dz)
         total(dz, work["loss"], 1 / z.size)
         if gradient:
-            np.exp(np.negative(np.abs(z, out=t), out=t), out=t)
-            t += 1
-            np.exp(np.minimum(z, 0, out=dz), out=dz)
-            dz /= t
-            dz -= Y
+            self._program(f, "dz", z.dtype).run(z, Y, dz)
             dz *= 1 / z.size
-            scale_gradient(work)
-
-    def mse(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
-        """See :class:`Ops`: dz = 2 (z - y) / N."""
-        dz = np.subtract(z, Y.reshape(z.shape), out=work["dz"])
-        total(np.multiply(dz, dz, out=work["t"]), work["loss"], 1 / z.size)
-        if gradient:
-            dz *= 2 / z.size
             scale_gradient(work)
 
     def l2_loss(self, w: Array, spans: Array, factor: float, loss: Array, work: Work) -> None:
@@ -401,142 +363,6 @@ class NumpyOps(Ops):
                 part += shift
 
 
-# Forward and backward of each kind: (p, x, y, work) and (p, y, dy, dx, work).
-
-
-def _step(p: float, x: Array, y: Array, work: Work) -> None:
-    y[...] = np.greater(x, 0, out=work["positive"])
-
-
-def _step_gradient(p: float, y: Array, dy: Array, dx: Array, work: Work) -> None:
-    dx.fill(0)
-
-
-def _relu(p: float, x: Array, y: Array, work: Work) -> None:
-    np.maximum(x, 0, out=y)
-
-
-def _relu_gradient(p: float, y: Array, dy: Array, dx: Array, work: Work) -> None:
-    # Twice as fast in NumPy as a masked copy, or as a mask of floats.
-    np.multiply(dy, np.greater(y, 0, out=work["positive"]), out=dx)
-
-
-def _leaky_relu(p: float, x: Array, y: Array, work: Work) -> None:
-    np.maximum(x, np.multiply(x, p, out=work["t"]), out=y)
-
-
-def _leaky_relu_gradient(p: float, y: Array, dy: Array, dx: Array, work: Work) -> None:
-    t = np.greater(y, 0, out=work["t"])
-    t *= 1 - p
-    t += p
-    np.multiply(dy, t, out=dx)
-
-
-def _sigmoid(p: float, x: Array, y: Array, work: Work) -> None:
-    # Far below zero exp overflows to infinity, and y is the 0 that it should be.
-    np.exp(np.negative(x, out=y), out=y)
-    y += 1
-    np.reciprocal(y, out=y)
-
-
-def _sigmoid_gradient(p: float, y: Array, dy: Array, dx: Array, work: Work) -> None:
-    t = np.subtract(1, y, out=work["t"])
-    t *= y
-    np.multiply(dy, t, out=dx)
-
-
-def _tanh(p: float, x: Array, y: Array, work: Work) -> None:
-    np.tanh(x, out=y)
-
-
-def _tanh_gradient(p: float, y: Array, dy: Array, dx: Array, work: Work) -> None:
-    t = np.multiply(y, y, out=work["t"])
-    np.multiply(dy, np.subtract(1, t, out=t), out=dx)
-
-
-def _gelu(p: float, x: Array, y: Array, work: Work) -> None:
-    slope, t, u = work["slope"], work["t"], work["u"]
-    a, b, c, coefficients = normal_tail(x.dtype.name)
-    np.multiply(x, x, out=slope)
-    slope *= -0.5
-    np.exp(slope, out=slope)
-    np.abs(x, out=t)
-    t *= c
-    t += 1
-    np.divide(a, t, out=t)
-    t += b
-    np.multiply(t, coefficients[0], out=u)
-    for coefficient in coefficients[1:-1]:
-        u += coefficient
-        u *= t
-    u += coefficients[-1]
-    u *= slope  # Φ(-|x|)
-    np.subtract(0.5, u, out=u)
-    np.copysign(u, x, out=u)
-    u += 0.5  # Φ(x)
-    slope *= 1 / math.sqrt(2 * math.pi)
-    slope *= x
-    slope += u
-    np.multiply(x, u, out=y)
-
-
-def _gelu_tanh(p: float, x: Array, y: Array, work: Work) -> None:
-    k, cubic = math.sqrt(2 / math.pi), 0.044715
-    slope, t, u = work["slope"], work["t"], work["u"]
-    np.multiply(x, x, out=t)
-    np.multiply(t, 3 * k * cubic, out=slope)
-    slope += k
-    t *= k * cubic
-    t += k
-    t *= x
-    np.tanh(t, out=t)
-    np.multiply(t, t, out=u)
-    np.subtract(1, u, out=u)
-    u *= x
-    slope *= u
-    t += 1
-    slope += t
-    slope *= 0.5
-    t *= 0.5
-    np.multiply(x, t, out=y)
-
-
-def _kept_gradient(p: float, y: Array, dy: Array, dx: Array, work: Work) -> None:
-    np.multiply(dy, work["slope"], out=dx)
-
-
-def _identity(p: float, x: Array, y: Array, work: Work) -> None:
-    if y is not x:
-        y[...] = x
-
-
-def _identity_gradient(p: float, y: Array, dy: Array, dx: Array, work: Work) -> None:
-    if dx is not dy:
-        dx[...] = dy
-
-
-FORWARD: dict[str, Callable[[float, Array, Array, Work], None]] = {
-    "identity": _identity,
-    "step": _step,
-    "relu": _relu,
-    "leaky_relu": _leaky_relu,
-    "sigmoid": _sigmoid,
-    "tanh": _tanh,
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-}
-BACKWARD: dict[str, Callable[[float, Array, Array, Array, Work], None]] = {
-    "identity": _identity_gradient,
-    "step": _step_gradient,
-    "relu": _relu_gradient,
-    "leaky_relu": _leaky_relu_gradient,
-    "sigmoid": _sigmoid_gradient,
-    "tanh": _tanh_gradient,
-    "gelu": _kept_gradient,
-    "gelu_tanh": _kept_gradient,
-}
-
-
 def workspace_dtype(wanted: Any, storage: np.dtype[Any]) -> np.dtype[Any]:
     """The dtype of an array of workspace, where None asks for ``storage`` and :data:`COMPUTE` for its arithmetic's."""
     if wanted is None:
@@ -548,11 +374,20 @@ def labels_or_rows(Y: Array, dtype: np.dtype[Any], work: Work) -> tuple[Array, A
     """Y as kernels take it, (labels, None) or (None, rows): itself, or copied to where work has room for it."""
     if Y.ndim == 1 and Y.dtype == np.int64 and Y.flags.c_contiguous:
         return Y, None
-    if Y.ndim > 1 and Y.dtype == dtype and Y.flags.c_contiguous:
-        return None, Y
-    copy = work["index" if Y.ndim == 1 else "t"]
-    copy[...] = Y
-    return (copy, None) if Y.ndim == 1 else (None, copy)
+    if Y.ndim > 1:
+        return None, rows_of(Y, Y, work)
+    index = work["index"]
+    index[...] = Y
+    return index, None
+
+
+def rows_of(Y: Array, z: Array, work: Work) -> Array:
+    """Y, contiguous, in the shape of z and the dtype of ``work["t"]``: itself, or copied there."""
+    t = work["t"]
+    if Y.dtype == t.dtype and Y.flags.c_contiguous:
+        return Y
+    t[...] = Y.reshape(z.shape)
+    return t
 
 
 def scale_gradient(work: Work) -> None:
@@ -598,34 +433,3 @@ def inverse_root(var: Array, eps: float, out: Array) -> Array:
 def philox_generator(seed: int, index: int, counter: Array | int = 0) -> np.random.Generator:
     """The random numbers of one layer; of a list of large integers NumPy would make floats, so the key is an array."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64), counter=counter))
-
-
-@functools.cache
-def normal_tail(dtype: str) -> tuple[float, float, float, tuple[float, ...]]:
-    """(a, b, c, coefficients) such that Φ(-x) = exp(-x²/2) P(a/(1 + c x) + b) for x >= 0; P from its highest power.
-
-    NumPy has no error function. The ratio of the tail to exp(-x²/2) is smooth in 1/(1 + c x), so a Chebyshev
-    interpolation through ``math.erfc`` is accurate to 4e-15 in float64 and 3e-8 in float32, and needs no branch.
-    """
-    degree, limit = {"float32": (8, 14.0), "float64": (19, 37.0)}[dtype]  # beyond the limit exp(-x²/2) is zero
-    c = 0.25
-    least = 1 / (1 + c * limit)
-    a, b = 2 / (1 - least), -(1 + least) / (1 - least)  # takes least..1 to -1..1
-
-    chebyshev = np.polynomial.chebyshev
-    nodes = chebyshev.chebpts1(degree + 1)
-    x = (a / (nodes - b) - 1) / c
-    ratio = [0.5 * math.erfc(v / math.sqrt(2)) * math.exp(v * v / 2) for v in x]
-    series = chebyshev.chebfit(nodes, ratio, degree)  # as many nodes as coefficients: through every one
-    return a, b, c, tuple(chebyshev.cheb2poly(series)[::-1].tolist())
-
-
-def normal_tail_source(dtype: str) -> str:
-    """:func:`normal_tail` as a function in C, for the GELU of ``kernels/activations.cuh``."""
-    a, b, c, coefficients = normal_tail(dtype)
-    steps = "".join(f"    p = p * v + T({x!r});\n" for x in coefficients[1:])
-    return (
-        "__device__ inline T normal_tail(T x) {\n"
-        f"    const T v = T({a!r}) / (1 + T({c!r}) * x) + T({b!r});\n"
-        f"    T p = T({coefficients[0]!r});\n{steps}    return p;\n}}\n"
-    )

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 
-from gpubatch import rules, schedules
+from gpubatch import schedules
 from gpubatch.backend import (
     Array,
     Backend,
@@ -35,7 +35,7 @@ from gpubatch.errors import (
     check_known,
     check_real,
 )
-from gpubatch.formula import Rule
+from gpubatch.formula import Rule, rules
 from gpubatch.host_ops import ops_for
 from gpubatch.launch import CudaUpdate, update_for
 from gpubatch.ops import SQUARE_SUM_SIZE

@@ -24,8 +24,9 @@ import numpy as np
 from gpubatch.backend import INSTALL_CUPY, Array, Backend, CudaBackend
 from gpubatch.cuda_ops import source_of
 from gpubatch.errors import ArgumentError, BackendUnavailableError, DTypeError, TuningWarning
+from gpubatch.formula import BoundActivation, activations
 from gpubatch.launch import cuda_kernel
-from gpubatch.ops import Activation
+from gpubatch.ops import IDENTITY
 
 __all__ = ["PRECISIONS", "ArrayProducts", "LtProducts", "Products", "check_choices", "products_for"]
 
@@ -42,7 +43,7 @@ COMPUTE = {
     ("float16", "full"): "COMPUTE_32F",
 }
 STORED = {"float16": "CUDA_R_16F", "float32": "CUDA_R_32F", "float64": "CUDA_R_64F"}
-BIASED = {"identity": "BIAS", "relu": "RELU_BIAS"}  # the activations that cuBLASLt has after a bias
+BIASED = {IDENTITY: "BIAS", activations.relu.bind(): "RELU_BIAS"}  # the activations that cuBLASLt has after a bias
 
 WORKSPACE = {False: 4 << 20, True: 32 << 20}  # bytes, from Hopper on the larger: what NVIDIA advises for cuBLAS
 # Bytes. No kernel asks for more, and more would make the choice of a kernel, and so the last bits of a product, depend
@@ -83,7 +84,7 @@ class Products(ABC):
         """out = a b, of two dimensions; a and b may be transposed views."""
 
     @abstractmethod
-    def affine(self, f: Activation, x: Array, W: Array, b: Array, y: Array) -> bool:
+    def affine(self, f: BoundActivation, x: Array, W: Array, b: Array, y: Array) -> bool:
         """y = f(x W + b) in one launch; False, and y of no value, where there is no such launch."""
 
     @abstractmethod
@@ -160,7 +161,7 @@ class ArrayProducts(Products):
         """See :class:`Products`."""
         self._matmul(a, b, out=out)
 
-    def affine(self, f: Activation, x: Array, W: Array, b: Array, y: Array) -> bool:
+    def affine(self, f: BoundActivation, x: Array, W: Array, b: Array, y: Array) -> bool:
         """See :class:`Products`; never."""
         return False
 
@@ -245,9 +246,9 @@ class LtProducts(Products):
         if not self._launch("DEFAULT", a, b, out, None):
             self._plain.multiply(a, b, out)
 
-    def affine(self, f: Activation, x: Array, W: Array, b: Array, y: Array) -> bool:
+    def affine(self, f: BoundActivation, x: Array, W: Array, b: Array, y: Array) -> bool:
         """See :class:`Products`; there is one for the identity and for ReLU."""
-        return f.kind in BIASED and self._launch(BIASED[f.kind], x, W, y, b)
+        return f in BIASED and self._launch(BIASED[f], x, W, y, b)
 
     def weight_gradient(self, x: Array, dy: Array, dW: Array, db: Array) -> bool:
         """See :class:`Products`."""

@@ -1,16 +1,17 @@
-// An activation from activations.cuh, with the bias before it, and its gradient with that of the bias. `Activation` is
-// defined before this text.
+// An activation with the bias before it, and its gradient with that of the bias. `Activation` is generated from its
+// formula and defined before this text, and so are the scalars of its two functions.
 
 // y = f(x + b), and with KEEPS slope = f'(x + b); b may be null. x may be y.
 extern "C" __global__ void activate(const S* x, const S* b, S* y, S* slope, long long rows, long long features,
-                                    long long width, T p) {
+                                    long long width) {
     const Tile tile(rows, features, width);
+    const T k[] = FORWARD_SCALARS;
     if (tile.column >= features) return;
     const T bias = b ? T(b[tile.column]) : -T(0);  // which leaves every number as it is
     tile.each([&](long long row) { return x[tile.at(row)]; },
               [&](long long row, T value) {
                   T derivative = 0;
-                  y[tile.at(row)] = Activation::f(value + bias, p, derivative);
+                  y[tile.at(row)] = Activation::f(value + bias, k, derivative);
                   if (Activation::KEEPS) slope[tile.at(row)] = derivative;
               });
 }
@@ -23,12 +24,13 @@ struct Pair {
 // chunk to db; any of the three may be null. dx may be dy.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
     activation_gradient(const S* kept, const S* dy, S* dx, T* partial, S* db, long long rows, long long features,
-                        long long width, T p) {
+                        long long width) {
     const Tile tile(rows, features, width);
+    const T k[] = BACKWARD_SCALARS;
     T sum = 0;
     tile.each([&](long long row) { return Pair{kept[tile.at(row)], dy[tile.at(row)]}; },
               [&](long long row, Pair of) {
-                  const T d = Activation::gradient(of.dy, of.kept, p);
+                  const T d = Activation::gradient(of.dy, of.kept, k);
                   if (dx) dx[tile.at(row)] = d;
                   sum += d;
               });

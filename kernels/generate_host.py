@@ -2,7 +2,7 @@
 
 ``formulas.h`` has a function for each update rule as it was recorded, found at run time by the formula's own text: a
 library that was built from another version of a formula does not have it, and NumPy runs it instead.
-``tail_float32.h`` and ``tail_float64.h`` have the normal tail of GELU.
+``elementwise_float32.h`` and ``elementwise_float64.h`` have the activations and the losses of single scores, likewise.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gpubatch import rules
-from gpubatch.formula import Rule, Trace
-from gpubatch.launch import formula_digest
-from gpubatch.ops import normal_tail_source
+from gpubatch.formula import Rule, Trace, activation_source, activations, rules, score_source, scores
+from gpubatch.launch import C_TYPES, elementwise_digest, formula_digest
 
 
 def traces(rule: Rule) -> Iterator[Trace]:
@@ -66,8 +64,18 @@ def formulas() -> str:
     return "\n".join([*map(function, every.values()), table]) + "\n"
 
 
+def elementwise(dtype: str) -> str:
+    """All activations and score losses for the type T, and lists of their digests."""
+    text = []
+    for kind, module, source in (("activation", activations, activation_source), ("score", scores, score_source)):
+        every = {elementwise_digest(function): function for function in (getattr(module, n) for n in module.__all__)}
+        text += [source(function, dtype, f"{kind}_{digest}") for digest, function in every.items()]
+        text.append(f"#define EVERY_{kind.upper()}(ENTRY) {' '.join(f'ENTRY({digest})' for digest in every)}\n")
+    return "\n".join(text)
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     (folder / "formulas.h").write_text(formulas())
-    for dtype in ("float32", "float64"):
-        (folder / f"tail_{dtype}.h").write_text(normal_tail_source(dtype))
+    for dtype in C_TYPES:
+        (folder / f"elementwise_{dtype}.h").write_text(elementwise(dtype))

@@ -149,12 +149,17 @@ typedef nb::handle Any;
 
 // --- update rules ---
 
-// The place of a formula in the tables, which is the same for every element type and width; -1 where there is none.
+// The place of a formula in a table, which is the same for every element type and width; -1 where there is none.
+template <class Row>
+static Int place_in(const Row* rows, Int count, const std::string& digest) {
+    for (Int i = 0; i < count; ++i)
+        if (digest == rows[i].name) return i;
+    return -1;
+}
+
 static Int place_of(const std::string& digest) {
     const Table<float>& t = table<float>();
-    for (Int i = 0; i < t.formula_count; ++i)
-        if (digest == t.formulas[i].name) return i;
-    return -1;
+    return place_in(t.formulas, t.formula_count, digest);
 }
 
 // A formula for arrays of one element type. They are looked at anew in every step: that takes nanoseconds, and so no
@@ -228,39 +233,60 @@ class Update {
 
 // --- activations and biases ---
 
-static bool activate(int kind, double p, Any x, Any b, Any y, Any kept) {
+static Int activation_of(const std::string& digest) {
+    const Table<float>& t = table<float>();
+    return place_in(t.activations, t.activation_count, digest);
+}
+
+// Scalars of a formula, as the loops take them.
+template <class T>
+static std::vector<T> scalars_of(nb::tuple scalars) {
+    std::vector<T> k;
+    for (nb::handle scalar : scalars) k.push_back(nb::cast<T>(scalar));
+    return k;
+}
+
+static bool activate(Int place, nb::tuple scalars, Any x, Any b, Any y, Any kept) {
     return with_matrix(x, [&](auto zero, Int rows, Int columns) {
         typedef decltype(zero) T;
         if (!fits(y, TYPE<T>, rows * columns) || !(b.is_none() || fits(b, TYPE<T>, columns))) return false;
         if (!(kept.is_none() || fits(kept, TYPE<T>, rows * columns))) return false;
         T *to = data<T>(y), *slope = data<T>(kept);
         const T *from = data<T>(x), *bias = data<T>(b);
+        const std::vector<T> k = scalars_of<T>(scalars);
+        const auto forward = table<T>().activations[place].forward;
         nb::gil_scoped_release unlocked;
         in_pieces(rows, columns, [&](Int first, Int last) {
-            table<T>().activate[kind](from, bias, to, slope, (T)p, columns, first, last);
+            forward(from, bias, to, slope, k.data(), columns, first, last);
         });
         return true;
     });
 }
 
-static bool activation_gradient(int kind, double p, Any kept, Any dy, Any dx, Any db, Any partial) {
+// dx may be None where the activation is the identity: then db are the sums of dy.
+static bool activation_gradient(Int place, nb::tuple scalars, Any kept, Any dy, Any dx, Any db, Any partial) {
     return with_matrix(dy, [&](auto zero, Int rows, Int columns) {
         typedef decltype(zero) T;
         if (!(dx.is_none() || (fits(dx, TYPE<T>, rows * columns) && fits(kept, TYPE<T>, rows * columns)))) return false;
         if (!(db.is_none() || (fits(db, TYPE<T>, columns) && has_room(partial, TYPE<T>, PARTS * columns)))) return false;
         const T *from = data<T>(dy), *y = dx.is_none() ? nullptr : data<T>(kept);
         T *to = data<T>(dx), *bias = data<T>(db), *sums = data<T>(partial);
-        const auto gradient = table<T>().activation_gradient[kind];
+        const std::vector<T> k = scalars_of<T>(scalars);
+        const auto backward = table<T>().activations[place].backward;
+        const auto gradient = [&](T* out, Int first, Int last) {
+            if (to) backward(y, from, to, out, k.data(), columns, first, last);
+            else table<T>().column_sums(from, out, columns, first, last);
+        };
         nb::gil_scoped_release unlocked;
         if (!bias) {
             in_pieces(rows, columns, [&](Int first, Int last) {
-                gradient(y, from, to, nullptr, (T)p, columns, first, last);
+                gradient(nullptr, first, last);
             });
             return true;
         }
         const Int parts = parts_of(rows, 16);
         in_parts(rows, columns, parts, [&](Int part, Int first, Int last) {
-            gradient(y, from, to, parts == 1 ? bias : sums + part * columns, (T)p, columns, first, last);
+            gradient(parts == 1 ? bias : sums + part * columns, first, last);
         });
         if (parts > 1) table<T>().add_parts(sums, 1, bias, parts, columns);
         return true;
@@ -289,6 +315,33 @@ static bool softmax_cross_entropy(Any z, Any labels, Any targets, Any dz, Any lo
             table<T>().softmax(scores, places, numbers, to, each, (T)(1.0 / rows), gradient, columns, first, last);
         });
         mean_of(each, rows, mean);
+        return true;
+    });
+}
+
+static Int score_loss_of(const std::string& digest) {
+    const Table<float>& t = table<float>();
+    return place_in(t.score_losses, t.score_loss_count, digest);
+}
+
+static bool score_loss(Int place, nb::tuple scalars, Any z, Any targets, Any dz, Any partial, Any loss, bool gradient) {
+    return with_matrix(z, [&](auto zero, Int rows, Int columns) {
+        typedef decltype(zero) T;
+        const Int n = rows * columns, parts = parts_of(n, 1 << 12);
+        if (!fits(targets, TYPE<T>, n) || !fits(dz, TYPE<T>, n) || !fits(loss, TYPE<T>, 1)) return false;
+        if (!has_room(partial, NPY_DOUBLE, PARTS)) return false;
+        const T *scores = data<T>(z), *y = data<T>(targets);
+        T *to = data<T>(dz), *mean = data<T>(loss);
+        double* sums = data<double>(partial);
+        const std::vector<T> k = scalars_of<T>(scalars);
+        const auto run = table<T>().score_losses[place].run;
+        nb::gil_scoped_release unlocked;
+        in_parts(n, 8, parts, [&](Int part, Int first, Int last) {
+            sums[part] = run(scores, y, to, k.data(), (T)(1.0 / (double)n), gradient, first, last);
+        });
+        double total = 0;
+        for (Int part = 0; part < parts; ++part) total += sums[part];
+        *mean = (T)(total / (double)n);
         return true;
     });
 }
@@ -350,7 +403,7 @@ static bool batch_norm(Any x, double eps, Any gamma, Any beta, Any y, Any normal
         nb::gil_scoped_release unlocked;
         const Int parts = parts_of(rows, 16);
         in_parts(rows, columns, parts, [&](Int part, Int first, Int last) {
-            t.activation_gradient[0](nullptr, from, nullptr, sums + part * columns, 0, columns, first, last);
+            t.column_sums(from, sums + part * columns, columns, first, last);
         });
         t.add_parts(sums, (T)(1.0 / rows), m, parts, columns);
         in_parts(rows, columns, parts, [&](Int part, Int first, Int last) {
@@ -493,11 +546,14 @@ NB_MODULE(_host, m) {
     nb::class_<Update>(m, "Update")
         .def(nb::init<const std::string&, const std::string&, int>())
         .def("run", &Update::run);
+    m.def("activation_of", activation_of, "The place of an activation, by its digest; -1 where it is not here.");
     m.def("activate", activate, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none());
     m.def("activation_gradient", activation_gradient, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
           nb::arg().none(), nb::arg().none(), nb::arg().none());
     m.def("softmax_cross_entropy", softmax_cross_entropy, nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(),
           nb::arg(), nb::arg(), nb::arg());
+    m.def("score_loss_of", score_loss_of, "The place of a loss of single scores, by its digest; -1 where it is not here.");
+    m.def("score_loss", score_loss);
     m.def("svm", svm);
     m.def("normalise", normalise);
     m.def("batch_norm", batch_norm);

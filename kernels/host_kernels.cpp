@@ -52,15 +52,17 @@ static inline unsigned __float_as_uint(float x) {
 namespace NAMED(float32_, LEVEL) {
 using namespace NAMED(common_, LEVEL);
 typedef float T;
-#include "tail_float32.h"
+#define ELEMENTWISE "elementwise_float32.h"
 #include "host_loops.h"
+#undef ELEMENTWISE
 }
 
 namespace NAMED(float64_, LEVEL) {
 using namespace NAMED(common_, LEVEL);
 typedef double T;
-#include "tail_float64.h"
+#define ELEMENTWISE "elementwise_float64.h"
 #include "host_loops.h"
+#undef ELEMENTWISE
 }
 
 extern const Kernels NAMED(kernels_, LEVEL);

@@ -12,8 +12,25 @@ struct Formula {
     void (*run)(const Int* table, const T* scalars, Int first, Int last);
 };
 
-// The order of the activations in activations.cuh.
-constexpr int ACTIVATIONS = 8;
+// An activation, named likewise. `k` are the scalars of the formula.
+template <class T>
+struct Activation {
+    const char* name;
+    // y = f(x + b); b may be null. `kept` takes the derivative where y does not tell it.
+    void (*forward)(const T* x, const T* b, T* y, T* kept, const T* k, Int columns, Int first, Int last);
+    // dx = dy f'; `kept` is y, or what forward kept. With `sums`, of `columns`, these become the sums of dx over the
+    // rows.
+    void (*backward)(const T* kept, const T* dy, T* dx, T* sums, const T* k, Int columns, Int first, Int last);
+};
+
+// A loss of single scores, named likewise: the sum of the losses, and with `gradient` their derivatives times `share`
+// to dz.
+template <class T>
+struct ScoreLoss {
+    const char* name;
+    double (*run)(const T* z, const T* y, T* dz, const T* k, T share, bool gradient, Int first, Int last);
+};
+
 // The element types that samples are stored in: bool and uint8, int8, uint16, int16, uint32, int32, uint64, int64,
 // float16, float32, float64.
 constexpr int STORED = 11;
@@ -23,12 +40,13 @@ struct Table {
     const Formula<T>* formulas;
     Int formula_count;
 
-    // y = f(x + b); b may be null. `kept` takes the derivative where y does not tell it.
-    void (*activate[ACTIVATIONS])(const T* x, const T* b, T* y, T* kept, T p, Int columns, Int first, Int last);
-    // dx = dy f'; `kept` is y, or what forward kept. With `sums`, of `columns`, these become the sums of dx over the
-    // rows; the identity's dx may be null.
-    void (*activation_gradient[ACTIVATIONS])(const T* kept, const T* dy, T* dx, T* sums, T p, Int columns, Int first,
-                                             Int last);
+    const Activation<T>* activations;
+    Int activation_count;
+    const ScoreLoss<T>* score_losses;
+    Int score_loss_count;
+
+    // Sums over the rows.
+    void (*column_sums)(const T* x, T* sums, Int columns, Int first, Int last);
     // out = factor times the sum of `parts` rows.
     void (*add_parts)(const T* sums, T factor, T* out, Int parts, Int columns);
 

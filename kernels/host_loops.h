@@ -4,22 +4,22 @@ static inline float fabs(float x) { return __builtin_fabsf(x); }
 static inline double fabs(double x) { return __builtin_fabs(x); }
 static inline float sqrt(float x) { return __builtin_sqrtf(x); }
 static inline double sqrt(double x) { return __builtin_sqrt(x); }
-static inline float log(float x) { return __builtin_logf(x); }
-static inline double log(double x) { return __builtin_log(x); }
+static inline float pow(float x, float y) { return __builtin_powf(x, y); }
+static inline double pow(double x, double y) { return __builtin_pow(x, y); }
 
 #include "host_math.h"
 #include "math.cuh"
-#include "activations.cuh"
+#include ELEMENTWISE
 #include "formulas.h"
 
 // --- activations and biases ---
 
 template <class F>
-static void activate(const T* x, const T* b, T* y, T* kept, T p, Int columns, Int first, Int last) {
+static void activate(const T* x, const T* b, T* y, T* kept, const T* k, Int columns, Int first, Int last) {
     if (!b) {
         EACH for (Int i = first * columns; i < last * columns; ++i) {
             T derivative = 0;
-            y[i] = F::f(x[i], p, derivative);
+            y[i] = F::f(x[i], k, derivative);
             if (F::KEEPS) kept[i] = derivative;
         }
         return;
@@ -28,30 +28,34 @@ static void activate(const T* x, const T* b, T* y, T* kept, T p, Int columns, In
         const Int start = row * columns;
         EACH for (Int j = 0; j < columns; ++j) {
             T derivative = 0;
-            y[start + j] = F::f(x[start + j] + b[j], p, derivative);
+            y[start + j] = F::f(x[start + j] + b[j], k, derivative);
             if (F::KEEPS) kept[start + j] = derivative;
         }
     }
 }
 
 template <class F>
-static void activation_gradient(const T* kept, const T* dy, T* dx, T* sums, T p, Int columns, Int first, Int last) {
+static void activation_gradient(const T* kept, const T* dy, T* dx, T* sums, const T* k, Int columns, Int first,
+                                Int last) {
     if (!sums) {
-        EACH for (Int i = first * columns; i < last * columns; ++i) dx[i] = F::gradient(dy[i], kept[i], p);
+        EACH for (Int i = first * columns; i < last * columns; ++i) dx[i] = F::gradient(dy[i], kept[i], k);
         return;
     }
     for (Int j = 0; j < columns; ++j) sums[j] = 0;
     for (Int row = first; row < last; ++row) {
         const Int start = row * columns;
-        if (dx) {
-            EACH for (Int j = 0; j < columns; ++j) {
-                const T d = F::gradient(dy[start + j], kept[start + j], p);
-                dx[start + j] = d;
-                sums[j] += d;
-            }
-        } else {
-            EACH for (Int j = 0; j < columns; ++j) sums[j] += dy[start + j];
+        EACH for (Int j = 0; j < columns; ++j) {
+            const T d = F::gradient(dy[start + j], kept[start + j], k);
+            dx[start + j] = d;
+            sums[j] += d;
         }
+    }
+}
+
+static void column_sums(const T* x, T* sums, Int columns, Int first, Int last) {
+    for (Int j = 0; j < columns; ++j) sums[j] = 0;
+    for (Int row = first; row < last; ++row) {
+        EACH for (Int j = 0; j < columns; ++j) sums[j] += x[row * columns + j];
     }
 }
 
@@ -115,6 +119,23 @@ static inline T dot(const T* x, const T* y, Int n) {
     if (i)
         for (int l = 0; l < LANES; ++l) total += lanes[l / WIDE][l % WIDE];
     for (; i < n; ++i) total += x[i] * y[i];
+    return total;
+}
+
+// Scores a few at a time: their losses stay in the first-level cache, and the sum is over strands, as everywhere.
+template <class F>
+static double score_loss(const T* z, const T* y, T* dz, const T* k, T share, bool gradient, Int first, Int last) {
+    constexpr Int PIECE = 256;
+    double total = 0;
+    for (Int start = first; start < last; start += PIECE) {
+        const Int n = last - start < PIECE ? last - start : PIECE;
+        T losses[PIECE], slopes[PIECE];
+        EACH for (Int i = 0; i < n; ++i) losses[i] = F::f(z[start + i], y[start + i], k, slopes[i]);
+        total += sum(losses, n);
+        if (gradient) {
+            EACH for (Int i = 0; i < n; ++i) dz[start + i] = slopes[i] * share;
+        }
+    }
     return total;
 }
 
@@ -297,14 +318,23 @@ static void square_sum(const T* x, double* sum, double* not_finite, Int first, I
     *not_finite = (double)count;
 }
 
+#define ENTRY(digest) {#digest, activate<activation_##digest>, activation_gradient<activation_##digest>},
+static constexpr Activation<T> activations[] = {EVERY_ACTIVATION(ENTRY)};
+#undef ENTRY
+#define ENTRY(digest) {#digest, score_loss<score_##digest>},
+static constexpr ScoreLoss<T> score_losses[] = {EVERY_SCORE(ENTRY)};
+#undef ENTRY
+#undef EVERY_ACTIVATION
+#undef EVERY_SCORE
+
 static constexpr Table<T> table = {
     formulas,
     sizeof(formulas) / sizeof(formulas[0]),
-    {activate<Identity>, activate<Step>, activate<ReLU>, activate<LeakyReLU>, activate<Sigmoid>, activate<Tanh>,
-     activate<GELU>, activate<GELUTanh>},
-    {activation_gradient<Identity>, activation_gradient<Step>, activation_gradient<ReLU>,
-     activation_gradient<LeakyReLU>, activation_gradient<Sigmoid>, activation_gradient<Tanh>, activation_gradient<GELU>,
-     activation_gradient<GELUTanh>},
+    activations,
+    sizeof(activations) / sizeof(activations[0]),
+    score_losses,
+    sizeof(score_losses) / sizeof(score_losses[0]),
+    column_sums,
     add_parts,
     softmax,
     svm,

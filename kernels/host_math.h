@@ -1,4 +1,4 @@
-// exp and tanh as plain arithmetic, so that a compiler makes SIMD of the loops that call them. T is float or double.
+// exp, tanh, log and log1p as plain arithmetic, so that a compiler makes SIMD of the loops that call them. T is float or double.
 // They are within three units of the last place, and give infinity, zero and NaN where the library's functions do.
 
 static inline float power_of_two(float, int n) {
@@ -66,4 +66,68 @@ static inline T tanh(T x) {
     const T m = power * e.p + (power - 1);  // expm1(2 a)
     const T y = m / (m + 2);
     return x != x ? x : x < 0 ? -y : y;
+}
+
+static inline int exponent_bits(float x) {
+    int bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static inline long long exponent_bits(double x) {
+    long long bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static inline float from_bits(int bits) {
+    float x;
+    __builtin_memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static inline double from_bits(long long bits) {
+    double x;
+    __builtin_memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// x = m 2^n with m from sqrt(1/2) to sqrt(2); with s = (m - 1)/(m + 1), log m = 2 (s + s³/3 + s⁵/5 + ...).
+static inline T log(T x) {
+    constexpr bool SINGLE = sizeof(T) == 4;
+    typedef decltype(exponent_bits(T())) Bits;
+    constexpr int MANTISSA = SINGLE ? 23 : 52, BIAS = SINGLE ? 127 : 1023;
+    const T normal = SINGLE ? T(1.17549435e-38) : T(2.2250738585072014e-308);  // below it a number has fewer bits
+    const T larger = x < normal ? x * (SINGLE ? T(16777216.0) : T(18014398509481984.0)) : x;  // times 2^24, 2^54
+    const Bits bits = exponent_bits(larger), half = exponent_bits(T(0.70710678118654752));
+    const Bits n = (bits - half) >> MANTISSA;
+    const T m = from_bits(bits - (n << MANTISSA));
+    const T s = (m - 1) / (m + 1), square = s * s;
+    T p = 0;
+    if (!SINGLE) {
+        p = p * square + T(2.0 / 21);
+        p = p * square + T(2.0 / 19);
+        p = p * square + T(2.0 / 17);
+        p = p * square + T(2.0 / 15);
+        p = p * square + T(2.0 / 13);
+    }
+    p = p * square + T(2.0 / 11);
+    p = p * square + T(2.0 / 9);
+    p = p * square + T(2.0 / 7);
+    p = p * square + T(2.0 / 5);
+    p = p * square + T(2.0 / 3);
+    const T whole = (T)n - (x < normal ? (SINGLE ? T(24) : T(54)) : T(0));
+    // ln 2 in two pieces, as in exp.
+    const T high = SINGLE ? T(0.693359375) : T(0.693147180369123816490);
+    const T low = SINGLE ? T(-2.12194440054690583e-4) : T(1.90821492927058770002e-10);
+    const T y = whole * high + (2 * s + (p * square * s + whole * low));
+    const T infinity = T(__builtin_inf());
+    return x == infinity || x != x ? x : x > 0 ? y : x == 0 ? -infinity : T(__builtin_nan(""));
+}
+
+// Kahan's: the error of 1 + x is divided out.
+static inline T log1p(T x) {
+    const T sum = 1 + x;
+    const T y = log(sum) * (x / (sum - 1));
+    return sum == 1 || sum - sum != 0 ? x : y;
 }

@@ -13,8 +13,9 @@ from families import first_of_each
 import gpubatch as gb
 from gpubatch import cuda_ops
 from gpubatch.backend import Array, Backend, compute_dtype
+from gpubatch.formula import BoundActivation, activations, scores
 from gpubatch.host_ops import HalfOps
-from gpubatch.ops import KINDS, PARTS, SQUARE_SUM_SIZE, SUM_PARTS, Activation, NumpyOps, Ops
+from gpubatch.ops import PARTS, SQUARE_SUM_SIZE, SUM_PARTS, NumpyOps, Ops
 
 F = np.dtype(np.float32)
 HALF = 2.0**-11  # what rounding to float16 changes a number by, at most, but where it is subnormal
@@ -118,10 +119,15 @@ class Case:
 # --- the cases -------------------------------------------------------------------------------------------------------
 
 
+def curve(kind: str) -> BoundActivation:
+    """An activation by name, with a slope where it wants one."""
+    return getattr(activations, kind).bind(**({"slope": 0.1} if kind == "leaky_relu" else {}))
+
+
 def activate(kind: str, bias: bool, in_place: bool, p: Place, rows: int, features: int) -> Results:
     x, b, work = p.real(rows, features), p.real(features), p.work(rows, features)
     y = x if in_place else p.empty(rows, features)
-    f = Activation(kind, 0.1)
+    f = curve(kind)
     p.ops.activate(f, x, b if bias else None, y, work)
     return {"y": y, **({"slope": work["slope"]} if f.keeps else {})}
 
@@ -131,7 +137,7 @@ def activation_gradient(kind: str, dx: str, bias: bool, p: Place, rows: int, fea
     work["slope"][...] = p.real(rows, features)
     out = {"new": p.empty(rows, features), "in place": dy, "none": None}[dx]
     db = p.empty(features) if bias else None
-    p.ops.activation_gradient(Activation(kind, 0.1), y, dy, out, db, work)
+    p.ops.activation_gradient(curve(kind), y, dy, out, db, work)
     return {name: a for name, a in (("dx", out), ("db", db)) if a is not None}
 
 
@@ -166,7 +172,7 @@ def over_scores(method: str, stored: str, gradient: bool, factor: float, p: Plac
     values = p.rng.uniform(0, 1, (rows, 2 * features if strided else features))
     Y = p.backend.asarray((values if dtype.kind == "f" else np.round(values)).astype(dtype))
     Y = Y[:, ::2] if strided else Y.reshape(-1) if features == 1 else Y
-    getattr(p.ops, method)(z, Y, gradient, work)
+    p.ops.score_loss(getattr(scores, method).bind(), z, Y, gradient, work)
     return {"loss": work["loss"], **({"dz": work["dz"]} if gradient else {})}
 
 
@@ -260,8 +266,8 @@ def file(name: str, *before: str) -> Callable[[str], str]:
 
 
 CASES: dict[str, Case] = {}
-for kind in KINDS:
-    source = functools.partial(lambda kind, dtype: cuda_ops.activation_source(dtype, kind), kind)
+for kind in activations.__all__:
+    source = functools.partial(lambda kind, dtype: cuda_ops.elementwise_source(dtype, curve(kind)), kind)
     sizes = SIZES if kind in ("identity", "gelu") else [(301, 3)]  # one says about sizes what all do
     for bias, in_place in ((True, False), (False, True)):
         CASES[f"activate {kind} {'with' if bias else 'without'} bias"] = Case(
@@ -302,14 +308,17 @@ for method, targets in (
 ):
     for stored in targets:
         source = functools.partial(
-            lambda stored, dtype: cuda_ops.score_source(
-                dtype, compute_dtype(np.dtype(dtype)).name if stored == "strided" else stored
+            lambda method, stored, dtype: cuda_ops.score_loss_source(
+                dtype,
+                compute_dtype(np.dtype(dtype)).name if stored == "strided" else stored,
+                getattr(scores, method).bind(),
             ),
+            method,
             stored,
         )
         sizes = SIZES if stored == targets[0] else [(67, 257), (67, 1)]
         run = functools.partial(over_scores, method, stored, True, 1)
-        CASES[f"{method} {stored}"] = Case(method, source, run, sizes)
+        CASES[f"{method} {stored}"] = Case("score_loss", source, run, sizes)
     case = CASES[f"{method} {targets[0]}"]
     CASES[f"{method}, loss alone"] = replace(case, run=functools.partial(over_scores, method, targets[0], False, 1))
     CASES[f"{method}, scaled"] = replace(case, run=functools.partial(over_scores, method, targets[0], True, 8))

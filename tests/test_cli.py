@@ -19,7 +19,7 @@ from stand_in import queued_backend
 from stand_in_lt import StandInLt
 
 import gpubatch
-from gpubatch import rules
+from gpubatch.formula import rules
 
 if importlib.util.find_spec("typer") is None:
     pytest.skip("the command line's extra is not installed", allow_module_level=True)

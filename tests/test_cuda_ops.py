@@ -21,6 +21,7 @@ import gpubatch as gb
 from gpubatch import cuda_ops
 from gpubatch.backend import Array, Backend, CudaBackend, compute_dtype
 from gpubatch.cuda_ops import CudaOps
+from gpubatch.formula import scores
 from gpubatch.host_ops import HalfOps
 from gpubatch.launch import kernel_source
 from gpubatch.ops import SQUARE_SUM_SIZE, SUM_PARTS, NumpyOps, Ops
@@ -277,7 +278,13 @@ def test_scores_that_count_for_themselves(dtype: np.dtype, device: CudaBackend) 
     """The closed forms: 3² and its slope; log 2 without a slope; no loss where all is clear, or all of the distance."""
     place = Place(CudaOps(device, dtype), device, dtype, dtype, np.random.default_rng(0))
     work = place.work(1, 4)
-    place.ops.mse(place.array(np.array([[4.0, -4, 1, 0]])), place.array(np.array([[1.0, -1, 1, 0]])), True, work)
+    place.ops.score_loss(
+        scores.mse.bind(),
+        place.array(np.array([[4.0, -4, 1, 0]])),
+        place.array(np.array([[1.0, -1, 1, 0]])),
+        True,
+        work,
+    )
     assert (work["loss"].get(), work["dz"].get().tolist()) == (18 / 4, [[6 / 4, -6 / 4, 0, 0]])
     z, Y = place.array(np.array([[0, 1000, -1000, 200]])), place.array(np.array([[0.5, 1, 0, 0]]))
     place.ops.sigmoid_cross_entropy(z, Y, True, work)
@@ -293,7 +300,7 @@ def test_how_targets_are_stored_changes_no_bit(stored: str, dtype: np.dtype, dev
         found = []
         for kind in ("float16", stored):
             work = place.work(300, 9)
-            getattr(place.ops, method)(z, device.asarray(truth.astype(kind)), True, work)
+            place.ops.score_loss(getattr(scores, method).bind(), z, device.asarray(truth.astype(kind)), True, work)
             found.append({name: work[name].get() for name in ("loss", "dz")})
         same(*found)
 
@@ -493,8 +500,8 @@ def test_a_planted_fault_is_noticed(fault: str, device: CudaBackend, monkeypatch
 
     monkeypatch.setattr(cuda_ops, "kernel_source", planted)
     monkeypatch.setattr(cuda_ops, "source_of", cuda_ops.source_of.__wrapped__)
-    monkeypatch.setattr(cuda_ops, "activation_source", cuda_ops.activation_source.__wrapped__)
-    monkeypatch.setattr(cuda_ops, "score_source", cuda_ops.score_source.__wrapped__)
+    monkeypatch.setattr(cuda_ops, "elementwise_source", cuda_ops.elementwise_source.__wrapped__)
+    monkeypatch.setattr(cuda_ops, "score_loss_source", cuda_ops.score_loss_source.__wrapped__)
     monkeypatch.setattr(cuda_ops, "gather_source", cuda_ops.gather_source.__wrapped__)
     with pytest.raises(AssertionError):
         test_it_agrees_with_numpy(CASES[name], F, device)

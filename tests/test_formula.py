@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, strategies as st
 
 import gpubatch as gb
-from gpubatch import rules
-from gpubatch.formula import OPS, Rule
-from gpubatch.launch import HostUpdate, allocate
+from gpubatch.formula import Rule, rules
+from gpubatch.formula.trace import OPS
+from gpubatch.launch import HostUpdate
+from gpubatch.program import allocate
 
 
 def run(rule: Rule, *arrays: np.ndarray, t: int = 1, **hyper: float) -> None:
@@ -69,11 +70,21 @@ def test_parentheses_keep_the_order_of_operations() -> None:
 def test_every_function_computes_what_numpy_computes() -> None:
     @gb.rule
     def everything(w, g, s, t, *, a=0.5, b=-0.25):
-        x = np.exp(g) + np.log(abs(g) + 1) + np.tanh(g) + np.sqrt(abs(g)) + np.sign(g) + g**3 + 2**g
+        x = np.exp(g) + np.log(abs(g) + 1) + np.log1p(abs(g)) + np.tanh(g) + np.sqrt(abs(g)) + np.sign(g) + g**3 + 2**g
         y = np.where(g < 0.2, np.maximum(g, a), np.minimum(g, b)) + np.where(g >= 0, g**2, -g)
         z = np.where(g <= -0.2, abs(g) ** 0.5, 1.0) + np.where(g > 0.1, a, np.absolute(b))
         y = y + np.square(g) * np.reciprocal(g + 5) - np.clip(g, b, a)
-        folded = np.exp(a) + np.log(a) + np.tanh(a) + np.sqrt(a) + abs(b) + np.sign(b) + a**t + np.maximum(a, b)
+        folded = (
+            np.exp(a)
+            + np.log(a)
+            + np.log1p(a)
+            + np.tanh(a)
+            + np.sqrt(a)
+            + abs(b)
+            + np.sign(b)
+            + a**t
+            + np.maximum(a, b)
+        )
         return w + x * y - z / folded, s + np.minimum(a, b) * np.where(a < b, 1.0, 2.0)
 
     assert {op.numpy for op in OPS.values()} - {e.op.numpy for e in everything.trace().elements if e.op} == set()

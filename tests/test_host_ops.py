@@ -45,10 +45,10 @@ class Strict:
         self.library = library
 
     def __getattr__(self, name: str) -> Any:
-        def method(*arguments: Any) -> bool:
+        def method(*arguments: Any) -> bool | int:
             done = getattr(self.library, name)(*arguments)
-            assert done is True, f"{name} was declined"
-            return True
+            assert done is not False, f"{name} was declined"
+            return done
 
         return method
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from needs import peer
 
+import gpubatch as gb
 from gpubatch import layers
 from gpubatch.backend import Array, Backend, get_backend
 from gpubatch.errors import ArgumentError, DTypeError
@@ -15,6 +16,7 @@ from gpubatch.host_ops import ops_for
 from gpubatch.layers import (
     ACTIVATIONS,
     GELU,
+    ActivationLayer,
     BatchNorm,
     Context,
     Dense,
@@ -33,6 +35,21 @@ from gpubatch.ops import workspace_dtype
 from gpubatch.products import products_for
 
 FEATURES = 6
+
+
+@gb.activation
+def silu(x):
+    """Its derivative is derived."""
+    return x / (1 + np.exp(-x))
+
+
+@gb.activation
+def celu(x, *, alpha):
+    """With a derivative that is told by y."""
+    y = np.maximum(x, 0) + np.minimum(alpha * (np.exp(np.minimum(x, 0) / alpha) - 1), 0)
+    return y, np.where(y > 0, 1, 1 + y / alpha)
+
+
 CASES: dict[str, Layer] = {
     "Step": Step(),
     "ReLU": ReLU(),
@@ -47,6 +64,8 @@ CASES: dict[str, Layer] = {
     "Dense and ReLU": DenseActivation(Dense(FEATURES, 4), ReLU()),
     "Dense and GELU": DenseActivation(Dense(FEATURES, 4), GELU()),
     "BatchNorm": BatchNorm(FEATURES),
+    "one's own": Elementwise(silu),
+    "one's own, with a parameter": Elementwise(celu, alpha=0.7),
     "BatchNorm, large eps": BatchNorm(FEATURES, eps=0.5, unbiased_running=False),
     "Dropout": Dropout(0.4),
     "Dropout, none": Dropout(0.0),
@@ -55,9 +74,12 @@ every_layer = pytest.mark.parametrize("layer", CASES.values(), ids=CASES)
 
 
 def test_the_table_is_complete() -> None:
-    leaves = {c for c in vars(layers).values() if isinstance(c, type) and issubclass(c, Layer)} - {Layer, Elementwise}
+    leaves = {c for c in vars(layers).values() if isinstance(c, type) and issubclass(c, Layer)} - {
+        Layer,
+        ActivationLayer,
+    }
     assert {type(layer) for layer in CASES.values()} == leaves
-    assert set(ACTIVATIONS.values()) == leaves - {Dense, DenseActivation, BatchNorm, Dropout}
+    assert set(ACTIVATIONS.values()) == leaves - {Dense, DenseActivation, BatchNorm, Dropout, Elementwise}
 
 
 class Bench:

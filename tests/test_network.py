@@ -660,8 +660,8 @@ def test_bad_networks_are_named(make, error, message) -> None:
 
 def test_a_layer_that_says_only_its_width_is_told_of_needs() -> None:
     class Wide(Scale):
-        def needs(self, features: int) -> Any:
-            return features
+        def needs(self, features: int) -> Needs:
+            return features  # type: ignore[return-value]
 
     message = r"layer 2 \(Wide\).needs\(\) must return a gb.Needs, got 3"
     with pytest.raises(DTypeError, match=message):

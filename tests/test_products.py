@@ -28,13 +28,14 @@ import gpubatch as gb
 from gpubatch import products
 from gpubatch.backend import CudaBackend, available_backends, get_backend
 from gpubatch.errors import ArgumentError, BackendUnavailableError
+from gpubatch.formula import activations
 from gpubatch.host_ops import ops_for
 from gpubatch.launch import cuda_kernel
-from gpubatch.ops import IDENTITY, Activation
+from gpubatch.ops import IDENTITY
 from gpubatch.products import PRECISIONS, WORKSPACE, ArrayProducts, LtProducts, by_columns, products_for
 from gpubatch.train import check_same_network
 
-RELU = Activation("relu")
+RELU = activations.relu.bind()
 DTYPES = ["float64", "float32", "float16"]
 
 
@@ -163,7 +164,7 @@ def test_bias_and_activation_with_the_product(
     x, W = numbers(device, (m, k), dtype), numbers(device, (k, n), dtype, "offset")
     b, y = numbers(device, (n,), dtype), device.empty((m, n), dtype)
     with device.scope():
-        if not made.affine(Activation(kind), x, W, b, y):
+        if not made.affine(getattr(activations, kind).bind(), x, W, b, y):
             assert not isinstance(made.library.lt, StandInLt)
             pytest.skip("this device has no such kernel")
     right = exact(x) @ exact(W) + exact(b)
@@ -270,7 +271,7 @@ def test_what_the_library_lacks_is_asked_for_once_and_declined() -> None:
         assert not made.affine(RELU, x, W, b, y)
         assert not made.weight_gradient(x, y, W, b)
         assert made.library.lt.calls["heuristic"] == 3
-    assert not made.affine(Activation("tanh"), x, W, b, y)
+    assert not made.affine(activations.tanh.bind(), x, W, b, y)
     np.testing.assert_array_equal(y, before)
     assert made.library.lt.launches == []
     gc.collect()

@@ -11,7 +11,7 @@ from stand_in import queued_backend
 from stand_in_lt import StandInLt
 
 import gpubatch
-from gpubatch import rules
+from gpubatch.formula import rules
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

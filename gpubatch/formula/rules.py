@@ -11,7 +11,8 @@ import functools
 
 import numpy as np
 
-from gpubatch.formula import host_function, rule
+from gpubatch.formula.rule import rule
+from gpubatch.formula.trace import host_function
 
 __all__ = [
     "adagrad",

@@ -1,0 +1,40 @@
+"""Mathematics, written once: update rules, activations and losses as formulas, and what they are recorded into."""
+
+from gpubatch.formula import activations, rules, scores
+from gpubatch.formula.elementwise import (
+    Activation,
+    ActivationForm,
+    BoundActivation,
+    BoundScoreLoss,
+    ScoreLoss,
+    activation,
+    activation_source,
+    normal_cdf,
+    score_loss,
+    score_source,
+)
+from gpubatch.formula.rule import Rule, rule
+from gpubatch.formula.trace import Element, Op, Scalar, Trace, host_function
+
+__all__ = [
+    "Activation",
+    "ActivationForm",
+    "BoundActivation",
+    "BoundScoreLoss",
+    "Element",
+    "Op",
+    "Rule",
+    "Scalar",
+    "ScoreLoss",
+    "Trace",
+    "activation",
+    "activation_source",
+    "activations",
+    "host_function",
+    "normal_cdf",
+    "rule",
+    "rules",
+    "score_loss",
+    "score_source",
+    "scores",
+]

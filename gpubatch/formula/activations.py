@@ -1,0 +1,70 @@
+"""Every activation, written once: y, and where the derived slope could be cheaper, (y, dy/dx).
+
+A slope in terms of y alone lets backward do without x. At a corner the slope is that of PyTorch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from gpubatch.formula.elementwise import activation, normal_cdf
+
+__all__ = ["gelu", "gelu_tanh", "identity", "leaky_relu", "relu", "sigmoid", "step", "tanh"]
+
+
+@activation
+def identity(x):
+    """Nothing, before which a bias is added."""
+    return x
+
+
+@activation
+def step(x):
+    """1 where x > 0, else 0; the slope is 0 wherever there is one."""
+    return np.where(x > 0, 1, 0)
+
+
+@activation
+def relu(x):
+    """Nair & Hinton 2010."""
+    y = np.maximum(x, 0)
+    return y, np.where(y > 0, 1, 0)
+
+
+@activation
+def leaky_relu(x, *, slope):
+    """Maas, Hannun & Ng 2013; the slope below 0 is from 0 to 1."""
+    y = np.maximum(x, slope * x)
+    return y, np.where(y > 0, 1, slope)
+
+
+@activation
+def sigmoid(x):
+    """1/(1 + exp(-x)). Far below 0 the exponential overflows to infinity, and y is the 0 that it should be."""
+    y = 1 / (1 + np.exp(-x))
+    return y, y * (1 - y)
+
+
+@activation
+def tanh(x):
+    """The hyperbolic tangent."""
+    y = np.tanh(x)
+    return y, 1 - y * y
+
+
+@activation
+def gelu(x):
+    """x Φ(x) (Hendrycks & Gimpel 2016)."""
+    below = normal_cdf(x)
+    return x * below, below + x * np.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+
+
+@activation
+def gelu_tanh(x):
+    """Its approximation with tanh (same paper, section 2)."""
+    k, cubic = math.sqrt(2 / math.pi), 0.044715
+    square = x * x
+    t = np.tanh(x * (k + k * cubic * square))
+    return x * (0.5 * (1 + t)), 0.5 * (1 + t + x * (1 - t * t) * (k + 3 * k * cubic * square))

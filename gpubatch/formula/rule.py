@@ -1,0 +1,109 @@
+"""Update rules: how one is declared, and recorded in its variants."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import keyword
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gpubatch.errors import FormulaError
+from gpubatch.formula.trace import C_WORDS, HOST_FUNCTIONS, Scalar, Trace
+
+__all__ = ["Rule", "rule"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """An update rule: ``formula(w, g, *state, t, *, hyper-parameters)`` returns the new w and the new state.
+
+    ``defaults`` has the hyper-parameters that have one, ``required`` the others. ``options`` are keyword arguments
+    with a string or a bool: they choose a variant of the formula when it is recorded.
+    """
+
+    name: str
+    formula: Callable[..., Any]
+    state: tuple[str, ...]
+    required: tuple[str, ...]
+    defaults: Mapping[str, float]
+    options: Mapping[str, str | bool]
+
+    def __call__(self, w: Any, g: Any, *state_and_t: Any, **hyper: Any) -> Any:
+        """The formula as it stands, on arrays: the new w and the new state, nothing changed in place."""
+        return self.formula(w, g, *state_and_t, **hyper)
+
+    @property
+    def hyper(self) -> tuple[str, ...]:
+        """The names of all hyper-parameters."""
+        return (*self.required, *self.defaults)
+
+    @functools.cache  # noqa: B019  a rule lives as long as its module; a trace is made once for each variant
+    def trace(self, decay: str = "", **options: str | bool) -> Trace:
+        """The recorded formula; ``decay`` is "" or "coupled" or "decoupled" weight decay."""
+        hyper = (*self.hyper, *(["weight_decay"] if decay else []))
+        trace = Trace(self.name, ("w", "g", *self.state), ("w", *self.state), hyper)
+        w, g, *state = trace.inputs()
+        symbols = {name: Scalar(name) for name in self.hyper}
+        new_w, new_g = _decayed(decay, w, g, symbols.get("lr"))
+        results = self.formula(new_w, new_g, *state, Scalar("t"), **symbols, **options)
+        results = results if isinstance(results, tuple) else (results,)
+        if len(results) != len(trace.targets):
+            raise FormulaError(
+                f"{self.name} must return ({', '.join(trace.targets)}), {len(trace.targets)} values; "
+                f"it returned {len(results)}"
+            )
+        return trace.finish(results)
+
+
+def _decayed(decay: str, w: Any, g: Any, lr: Any) -> tuple[Any, Any]:
+    """Weight decay, for every rule alike: coupled is L2 (g += λw), decoupled shrinks w by lr·λ before the update."""
+    weight_decay = Scalar("weight_decay")
+    if decay == "decoupled":
+        return w * (1 - lr * weight_decay), g
+    if decay == "coupled":
+        return w, g + weight_decay * w
+    return w, g
+
+
+def rule(formula: Callable[..., Any]) -> Rule:
+    """Declare an update rule.
+
+    The function takes the weights ``w``, the gradient ``g``, its state arrays (zero at first), the step ``t`` (from
+    1), and after ``*`` its hyper-parameters; it returns the new weights and the new state, in the order of its
+    arguments.
+
+    >>> @rule
+    ... def momentum(w, g, v, t, *, lr=0.1, beta=0.9):
+    ...     v = beta * v + (1 - beta) * g
+    ...     return w - lr * v, v
+    """
+    name = getattr(formula, "__name__", "rule")
+    parameters = list(inspect.signature(formula).parameters.values())
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    named = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    if positional[:2] != ["w", "g"] or positional[-1:] != ["t"] or len(positional) + len(named) != len(parameters):
+        raise FormulaError(
+            f"{name} must have the signature (w, g, *state names, t, *, hyper-parameters), got {positional}"
+        )
+    for p in named:
+        if p.name in ("t", "weight_decay", "decoupled", "backend", *HOST_FUNCTIONS) or keyword.iskeyword(p.name):
+            raise FormulaError(f"{name}: the name {p.name!r} is taken, give the hyper-parameter another")
+        if p.default is not p.empty and not isinstance(p.default, (int, float, str)):
+            raise FormulaError(
+                f"{name}: the default of {p.name} must be a number, a string or a bool, got {p.default!r}"
+            )
+    for array in positional[2:-1]:
+        if not array.isascii() or array in C_WORDS or array.endswith("_new") or re.fullmatch(r"x\d+", array):
+            raise FormulaError(f"{name}: the state {array!r} cannot be a name in C, give it another")
+    defaults = {p.name: p.default for p in named if p.default is not p.empty}
+    return Rule(
+        name=name,
+        formula=formula,
+        state=tuple(positional[2:-1]),
+        required=tuple(p.name for p in named if p.default is p.empty),
+        defaults={k: float(v) for k, v in defaults.items() if not isinstance(v, (bool, str))},
+        options={k: v for k, v in defaults.items() if isinstance(v, (bool, str))},
+    )

@@ -1,0 +1,27 @@
+"""Every loss of single scores, written once: of the score z and its target y, with its derivative by z."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gpubatch.formula.elementwise import score_loss
+
+__all__ = ["mse", "sigmoid_cross_entropy"]
+
+
+@score_loss
+def mse(z, y):
+    """(z - y)²."""
+    d = z - y
+    return d * d, 2 * d
+
+
+@score_loss
+def sigmoid_cross_entropy(z, y):
+    """-y log σ(z) - (1 - y) log(1 - σ(z)), as max(z, 0) - z y + log(1 + exp(-|z|)): its derivative is σ(z) - y.
+
+    So there is no logarithm of zero, and nothing that overflows.
+    """
+    small = np.exp(-np.abs(z))
+    sigmoid = np.exp(np.minimum(z, 0)) / (1 + small)
+    return np.maximum(z, 0) - z * y + np.log1p(small), sigmoid - y

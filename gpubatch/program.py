@@ -1,0 +1,186 @@
+"""Run a recorded formula with NumPy: its operations one after another on a block that stays in the cache.
+
+The values between go into a few registers of a block's size, so nothing is allocated that grows with the arrays.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from gpubatch.backend import Array
+from gpubatch.errors import FormulaError
+from gpubatch.formula import BoundActivation, BoundScoreLoss, Element, Op, Scalar, Trace
+
+__all__ = ["BLOCK_BYTES", "Program", "allocate", "blocks_of", "bound_program", "check_slope"]
+
+BLOCK_BYTES = 1 << 16  # of each array and register; the four to ten of a formula stay in the second-level cache
+ROOM = 1 << 20  # bytes of that cache, for all of them together
+
+
+class Program:
+    """A formula as a list of NumPy calls on numbered slots: the arrays' blocks, the registers, the scalars.
+
+    ``names`` says which arrays the slots are for: what the formula reads, then what else it writes. A target in
+    ``same`` has the memory of the array that it is mapped to. A block of each array and register has ``block_bytes``.
+    Not to be shared by threads: the registers are its own.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        dtype: np.dtype[Any],
+        same: Mapping[str, str] | None = None,
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
+        self.names, self.written = slots_of(trace, same or {})
+        self.block = block_bytes // dtype.itemsize
+        self.dtype = dtype
+        self.steps, self.copies, register_types, constants = allocate(trace, same or {})
+        self.registers = [np.empty(self.block, bool if boolean else dtype) for boolean in register_types]
+        # As arrays without dimensions: NumPy takes these in half the time of a Python float.
+        self.scalars = np.zeros(len(trace.scalars), dtype)
+        self.scalar_slots = [self.scalars[i, ...] for i in range(len(trace.scalars))]
+        self.scalar_slots += [np.array(x, dtype) for x in constants]
+        self.full_block = [*self.registers, *self.scalar_slots]
+
+    def run(self, *arrays: Array) -> None:
+        """The formula on whole arrays, one for each of ``names``, of one shape; those that are read, of any dtype."""
+        for blocks in blocks_of(arrays, self.block, self.written):
+            self.on(*blocks)
+
+    def on(self, *blocks: Array) -> None:
+        """The formula on one block of each array, with the scalars as they are."""
+        n = blocks[0].size
+        rest = self.full_block if n == self.block else [*(r[:n] for r in self.registers), *self.scalar_slots]
+        slots = [*blocks, *rest]
+        for function, operands, out in self.steps:
+            function(*[slots[i] for i in operands], out=slots[out])
+        for target, source in self.copies:
+            slots[target][...] = slots[source]
+
+
+def bound_program(
+    bound: BoundActivation | BoundScoreLoss, trace: Trace, same: Mapping[str, str] | None = None
+) -> Program:
+    """The program of an activation or a loss, whose scalars are always the same.
+
+    Its blocks are as large as the cache has room for, since layers are small: a call of NumPy takes half a microsecond.
+    """
+    slots = len(slots_of(trace, same or {})[0]) + len(allocate(trace, same)[2])
+    block_bytes = max(BLOCK_BYTES, 1 << (ROOM // slots).bit_length() - 1)
+    program = Program(trace, np.dtype(trace.dtype), same, block_bytes)
+    program.scalars[:] = bound.scalars(trace)
+    return program
+
+
+def slots_of(trace: Trace, same: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The names of the arrays that a formula reads or writes, and which of them it writes."""
+    names = tuple(dict.fromkeys([*trace.arrays, *(same.get(name, name) for name in trace.targets)]))
+    return names, tuple(names.index(same.get(name, name)) for name in trace.targets)
+
+
+def blocks_of(arrays: Sequence[Array], size: int, written: Sequence[int]) -> Iterator[tuple[Array, ...]]:
+    """One-dimensional pieces of the arrays of at most ``size`` elements; those that are ``written`` for writing too."""
+    if all(a.flags.c_contiguous for a in arrays):
+        flat = tuple([a.reshape(-1) for a in arrays])
+        if flat[0].size <= size:
+            yield flat
+            return
+        for start in range(0, flat[0].size, size):
+            yield tuple(a[start : start + size] for a in flat)
+    elif arrays[0].size:
+        access: list[Any] = [["readwrite"] if i in written else ["readonly"] for i in range(len(arrays))]
+        with np.nditer(list(arrays), ["external_loop", "buffered"], access, buffersize=size) as pieces:
+            yield from pieces
+
+
+Allocation: TypeAlias = tuple[list[tuple[Any, tuple[int, ...], int]], list[tuple[int, int]], list[bool], list[float]]
+
+
+def allocate(trace: Trace, same: Mapping[str, str] | None = None) -> Allocation:
+    """(steps, copies, whether each register is boolean, constants): the slot that each value of ``trace`` lives in.
+
+    A step is a function, the slots of its operands, and that of its result. Slots are numbered: arrays first, then
+    registers, scalars and constants. A value is computed straight into the array that it is the result for, once
+    nothing reads the old content any more; other values take a free register.
+    Results that are not in place by then are copied at the end.
+    """
+    computed = [(x, x.op) for x in trace.elements if x.op is not None]
+    last_use = [x.number for x in trace.elements]
+    for x, _ in computed:
+        for y in x.operands:
+            if isinstance(y, Element):
+                last_use[y.number] = x.number
+    names, written = slots_of(trace, same or {})
+    wanted = list(zip(written, trace.results, strict=True))
+    for _, result in wanted:
+        if isinstance(result, Element):
+            last_use[result.number] = len(trace.elements)
+
+    def is_free(until: int, x: Element, op: Op) -> bool:
+        return until < x.number or (until == x.number and op.in_place)
+
+    # Element number i is the old content of array i, for those that are read.
+    slot_of = {i: i for i in range(len(trace.arrays))}
+    homes: dict[int, int] = {}
+    for slot, result in wanted:
+        if not isinstance(result, Element) or result.op is None or result.number in homes:
+            continue
+        if slot >= len(trace.arrays) or is_free(last_use[slot], result, result.op):
+            homes[result.number] = slot
+
+    booleans: list[bool] = []
+    busy_until: list[int] = []
+    for x, op in computed:
+        if x.number in homes:
+            slot_of[x.number] = homes[x.number]
+            continue
+        fitting = (r for r, b in enumerate(booleans) if b == op.boolean and is_free(busy_until[r], x, op))
+        r = next(fitting, len(booleans))
+        if r == len(booleans):
+            booleans.append(op.boolean)
+            busy_until.append(0)
+        busy_until[r] = last_use[x.number]
+        slot_of[x.number] = len(names) + r
+
+    first_scalar = len(names) + len(booleans)
+    constants: list[float] = []
+
+    def place(x: Any) -> int:
+        if isinstance(x, Element):
+            return slot_of[x.number]
+        if isinstance(x, Scalar):
+            return first_scalar + trace.scalars[x.text]
+        constants.append(float(x))
+        return first_scalar + len(trace.scalars) + len(constants) - 1
+
+    steps = [(op.numpy, tuple(map(place, x.operands)), slot_of[x.number]) for x, op in computed]
+    copies = [(slot, source) for slot, source in ((slot, place(x)) for slot, x in wanted) if slot != source]
+    return steps, copies, booleans, constants
+
+
+@functools.lru_cache(maxsize=256)
+def check_slope(bound: BoundActivation) -> None:
+    """Raise if the slope of an activation is not a number somewhere although the activation is: it overflows there."""
+    dtype = np.dtype(np.float32)
+    x = np.concatenate([-TRIED, TRIED])
+    form, y, dx = bound.activation.form(dtype.name), np.empty_like(x), np.empty_like(x)
+    with np.errstate(all="ignore"):
+        slope = [np.empty_like(x)] if form.keeps else []
+        bound_program(bound, form.forward).run(x, y, *slope)
+        kept = slope or ([y] if form.reads_y else [])
+        bound_program(bound, form.backward).run(*kept, np.ones_like(x), dx)
+    wrong = np.isfinite(y) & ~np.isfinite(dx)
+    if wrong.any():
+        raise FormulaError(
+            f"the derivative of {bound.activation.name} is {dx[wrong][0]} at x = {x[wrong][0]:g}, "
+            f"where the activation is {y[wrong][0]:g}: something overflows on the way; "
+            f"return (y, slope) with a slope that does not"
+        )
+
+
+TRIED = np.geomspace(1e-3, 1e4, 64, dtype=np.float32)
