@@ -13,7 +13,7 @@ def main() -> None:
         print(f"the command line needs {' and '.join(missing)}: pip install 'gpubatch[cli]'", file=sys.stderr)
         sys.exit(1)
     # Only here: without the extra these cannot be imported.
-    from gpubatch.cli_sizing import app  # cli's, with all commands
+    from gpubatch.cli import app
     from gpubatch.errors import GpubatchError
 
     try:

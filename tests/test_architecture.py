@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,29 +14,33 @@ import pytest
 import gpubatch
 
 PACKAGE = Path(gpubatch.__file__).parent
-SOURCES = {path.stem: path.read_text() for path in sorted(PACKAGE.glob("*.py"))}
+# By the name below gpubatch: "errors", "sources.files"; a package's own file by that of the package.
+SOURCES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path.read_text()
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
 
-# What each module of the library may import; the edges below may import any.
+# What each room of the library, a module or a package, may import; the edges below may import any.
 MAY_IMPORT = {
     "errors": "",
     "own": "",
-    "formula": "",
+    "formula": "errors",
     "schedules": "errors",
     "averages": "errors",
-    "rules": "formula",
     "backend": "errors",
     "staging": "backend",
-    "launch": "backend formula staging errors",
+    "program": "formula backend errors",
+    "launch": "program backend formula staging errors",
     "sizing": "backend errors",
     "params": "backend errors",
-    "ops": "backend errors",
-    "cuda_ops": "ops launch backend errors",
-    "host_ops": "cuda_ops ops launch backend errors",
-    "optim": "rules formula launch host_ops ops params schedules errors backend own",
-    "products": "cuda_ops launch ops backend errors",
-    "layers": "products host_ops ops backend errors params own",
-    "losses": "host_ops ops backend errors own",
-    "network": "layers losses products host_ops ops params backend errors own",
+    "ops": "program formula backend errors",
+    "cuda_ops": "ops launch formula backend errors",
+    "host_ops": "cuda_ops ops launch formula backend errors",
+    "optim": "formula launch host_ops ops params schedules errors backend own",
+    "products": "cuda_ops launch ops formula backend errors",
+    "layers": "products host_ops ops program formula backend errors params own",
+    "losses": "host_ops ops formula backend errors own",
+    "network": "layers losses products host_ops ops formula params backend errors own",
     "datasets": "errors",
     "sources": "datasets host_ops ops backend sizing errors",
     "feeding": "host_ops cuda_ops backend staging sizing errors sources",
@@ -46,17 +52,31 @@ MAY_IMPORT = {
     " errors",
     "explore": "network layers losses ops loader optim train averages params backend errors",
 }
-EDGES = {"plot", "cli", "cli_explore", "cli_sizing", "__main__", "__init__"}
+EDGES = {"plot", "cli", "__main__", "__init__"}
+
+# Inside a package: each file may import those to its left.
+ORDER = {
+    "formula": "trace derivative elementwise update_rule rules activations scores",
+    "sources": "arrays reader files tables",
+    "explore": "shared gradients search slices sweeps",
+    "cli": "shared train info gradients landscape sweep memory",
+}
+
+
+def room(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def imported(source: str) -> set[str]:
-    """The modules of gpubatch that a source imports, anywhere in it."""
+    """The modules of gpubatch that a source imports, anywhere in it: "errors", "sources.files"."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module == "gpubatch":
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gpubatch."):
-            found.add(node.module.split(".")[1])
+            module = node.module.removeprefix("gpubatch.")
+            inner = {f"{module}.{alias.name}" for alias in node.names} & SOURCES.keys()
+            found |= inner or {module}
         elif isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[2] for alias in node.names if alias.name.startswith("gpubatch")}
         assert not (isinstance(node, ast.ImportFrom) and node.level), "imports are absolute"
@@ -64,12 +84,37 @@ def imported(source: str) -> set[str]:
 
 
 def test_every_module_is_in_the_list() -> None:
-    assert set(SOURCES) == set(MAY_IMPORT) | EDGES
+    assert {room(name) for name in SOURCES} == set(MAY_IMPORT) | EDGES
+    packages = {room(name) for name in SOURCES if "." in name}
+    assert packages == set(ORDER)
+    for package, files in ORDER.items():
+        assert {name for name in SOURCES if room(name) == package} == {
+            package,
+            *(f"{package}.{f}" for f in files.split()),
+        }
 
 
-@pytest.mark.parametrize("module", MAY_IMPORT)
-def test_imports_go_down_the_list(module: str) -> None:
-    assert imported(SOURCES[module]) <= set(MAY_IMPORT[module].split())
+@pytest.mark.parametrize("name", SOURCES)
+def test_imports_go_down_the_list(name: str) -> None:
+    """And another package is imported by its face: what a package's own file exports."""
+    own = room(name)
+    for other in imported(SOURCES[name]):
+        if room(other) != own:
+            assert own in EDGES or room(other) in MAY_IMPORT[own].split(), f"{name} imports {other}"
+            assert "." not in other or other in FACES, f"{name} imports {other}, past the face of {room(other)}"
+        elif name != own and other != own:
+            order = ORDER[own].split()
+            assert order.index(other.partition(".")[2]) < order.index(name.partition(".")[2]), f"{name} imports {other}"
+
+
+# Modules that are part of a face.
+FACES = {"formula.rules", "formula.activations", "formula.scores"}
+
+
+def test_what_a_face_shows_is_there() -> None:
+    for package in ORDER:
+        module = importlib.import_module(f"gpubatch.{package}")
+        assert [name for name in module.__all__ if not hasattr(module, name)] == []
 
 
 def test_the_list_has_no_circle() -> None:
@@ -79,10 +124,21 @@ def test_the_list_has_no_circle() -> None:
     assert done == set(MAY_IMPORT)
 
 
+def test_no_class_has_the_name_of_another() -> None:
+    names = Counter(
+        node.name for source in SOURCES.values() for node in ast.parse(source).body if isinstance(node, ast.ClassDef)
+    )
+    assert {name for name, count in names.items() if count > 1} == STILL_TWICE
+
+
+# Owed: a ratchet, of which names are only taken out.
+STILL_TWICE = {"Part", "Plan", "Stage"}
+
+
 def test_internal_imports_stand_at_the_top() -> None:
     for name, source in SOURCES.items():
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and name != "__main__":
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and name not in ("__main__", "__init__"):
                 inner = "\n".join(ast.unparse(n) for n in ast.walk(node) if isinstance(n, (ast.Import, ast.ImportFrom)))
                 assert not imported(inner), f"{name}.{node.name} imports gpubatch inside"
 

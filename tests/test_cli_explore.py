@@ -16,7 +16,7 @@ import pytest
 from test_cli import mnist, run  # noqa: F401  # mnist is a fixture
 
 from gpubatch import layers, losses
-from gpubatch.cli_explore import CHECKED
+from gpubatch.cli.gradients import CHECKED
 
 SMALL = ["--layers", "8", "--seed", "1"]
 

@@ -62,7 +62,7 @@ def test_every_option_that_is_shown_exists() -> None:
     pytest.importorskip("typer")
     from typer.main import get_command
 
-    from gpubatch.cli_sizing import app
+    from gpubatch.cli import app
 
     lines = [line for block in blocks("") for line in block.splitlines() if line.startswith("gpubatch ")]
     assert len(lines) > 5

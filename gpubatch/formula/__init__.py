@@ -13,8 +13,8 @@ from gpubatch.formula.elementwise import (
     score_loss,
     score_source,
 )
-from gpubatch.formula.rule import Rule, rule
 from gpubatch.formula.trace import Element, Op, Scalar, Trace, host_function
+from gpubatch.formula.update_rule import Rule, rule
 
 __all__ = [
     "Activation",

@@ -11,8 +11,8 @@ import functools
 
 import numpy as np
 
-from gpubatch.formula.rule import rule
 from gpubatch.formula.trace import host_function
+from gpubatch.formula.update_rule import rule
 
 __all__ = [
     "adagrad",

@@ -1,4 +1,4 @@
-"""The command that plans memory: batch-size. ``app`` has it beside those of cli and cli_explore."""
+"""``gpubatch batch-size``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from gpubatch import plot
 from gpubatch.backend import get_backend
 from gpubatch.capture import AHEAD
-from gpubatch.cli import (
+from gpubatch.cli.shared import (
     OPTIMIZERS,
     ActivationOption,
     AtMostOption,
@@ -25,19 +25,20 @@ from gpubatch.cli import (
     JsonOption,
     LayersOption,
     OptimizerOption,
+    PlotOption,
+    app,
     load,
     loader_of_pixels,
     print_json,
     versions,
     widths,
 )
-from gpubatch.cli_explore import PlotOption, app
 from gpubatch.errors import check_choice, check_int
 from gpubatch.network import mlp
 from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, parse_bytes
 from gpubatch.train import memory_parts, why_not_captured
 
-__all__ = ["app"]
+__all__ = ["plan_memory"]
 
 AROUND = 5  # powers of two on each side of the chosen size that the table of sizes has
 

@@ -1,0 +1,110 @@
+"""``gpubatch check-gradient``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from gpubatch import explore, layers, losses
+from gpubatch.backend import Array, Backend, get_backend
+from gpubatch.cli.shared import BackendOption, JsonOption, ProgressOption, app, bar, print_json, versions
+from gpubatch.network import Network
+
+__all__ = ["CHECKED", "check_gradient"]
+
+# Every layer between two Dense layers; alone it would see no gradient from above, or have none to give.
+CHECKED: dict[str, Callable[[int], layers.Layer]] = {
+    "Dense": lambda n: layers.Dense(n, n),
+    "BatchNorm": layers.BatchNorm,
+    "ReLU": lambda n: layers.ReLU(),
+    "LeakyReLU": lambda n: layers.LeakyReLU(0.1),
+    "Sigmoid": lambda n: layers.Sigmoid(),
+    "Tanh": lambda n: layers.Tanh(),
+    "GELU": lambda n: layers.GELU(),
+    "GELU tanh": lambda n: layers.GELU("tanh"),
+    "Dropout": lambda n: layers.Dropout(0.5),
+    "Step": lambda n: layers.Step(),
+}
+
+
+@app.command(
+    "check-gradient",
+    epilog="**Examples:** `gpubatch check-gradient` compares every layer and loss with central differences. "
+    "`gpubatch check-gradient --directions 5 --backend cuda` is faster on a GPU: two evaluations for a direction.",
+)
+def check_gradient(
+    batch_size: Annotated[int, typer.Option(min=2, help="Samples, drawn at random.")] = 20,
+    features: Annotated[int, typer.Option(min=1, help="Of each sample, and of the hidden layers.")] = 8,
+    h: Annotated[float, typer.Option(help="Step of the differences.")] = 1e-5,
+    tolerance: Annotated[float, typer.Option(help="The largest relative error that is no error.")] = 1e-7,
+    directions: Annotated[int, typer.Option(help="Compare along so many directions, not each element.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of data, first weights and directions.")] = 0,
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
+    progress: ProgressOption = True,
+) -> None:
+    """Compare the gradients of every layer and loss with differences, in float64; exit code 1 where one is wrong.
+
+    The largest relative error over all parameters is shown for each pair, and how many elements lie on a kink.
+    """
+    where = get_backend(backend)
+    found: dict[str, dict[str, dict[str, explore.GradientCheck]]] = {}
+    with bar("gradients", progress) as show:
+        for k, (name, make) in enumerate(CHECKED.items()):
+            show(k, len(CHECKED))
+            found[name] = {}
+            for loss in losses.LOSSES:
+                stack = [layers.Dense(features, features), make(features), layers.Dense(features, 4)]
+                net = Network(stack, loss, l2=0.01, backend=where, dtype="float64", seed=seed)
+                X, Y = _sample(net, batch_size, seed)
+                found[name][loss] = explore.check_network(net, X, Y, h, tolerance, directions, seed=seed)
+    checks = [check for row in found.values() for one in row.values() for check in one.values()]
+    failed = sum(not check.ok for check in checks)
+    if as_json:
+        worst = max(check.max_relative_error for check in checks)
+        print_json(ok=not failed, max_relative_error=worst, checks=found, device=where.device, versions=versions())
+    else:
+        _print_checks(found, checks, failed, where)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _sample(net: Network, rows: int, seed: int) -> tuple[Array, Array]:
+    draw = np.random.default_rng(seed)
+    X = net.backend.asarray(draw.standard_normal((rows, net.inputs)), net.dtype)
+    if net.loss_name in ("softmax_cross_entropy", "svm"):
+        return X, net.backend.asarray(draw.integers(0, net.outputs, rows))
+    return X, net.backend.asarray(draw.random((rows, net.outputs)), net.dtype)
+
+
+def _print_checks(found: Any, checks: list[explore.GradientCheck], failed: int, where: Backend) -> None:
+    out = Console(highlight=False, soft_wrap=True)
+    table = Table("layer", *losses.LOSSES, box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, row in found.items():
+        table.add_row(name, *(_cell(list(one.values())) for one in row.values()))
+    out.print(table)
+    for name, row in found.items():
+        for loss, one in row.items():
+            for parameter, check in one.items():
+                if not check.ok:
+                    out.print(
+                        f"WRONG: {name}, {loss}: {parameter}{list(check.worst_index or ())} is {check.analytic:.9g}, "
+                        f"by differences {check.numerical:.9g}",
+                        markup=False,
+                    )
+    kinks, compared = sum(len(check.kinks) for check in checks), sum(check.compared for check in checks)
+    verdict = f"{failed} of {len(checks)} gradients are wrong" if failed else f"all {len(checks)} gradients are right"
+    limit = max(check.tolerance for check in checks)
+    out.print(f"{verdict} to {limit:g} relative; {compared:,} compared, {kinks} on a kink; {where.device}")
+
+
+def _cell(checks: list[explore.GradientCheck]) -> str:
+    kinks = sum(len(check.kinks) for check in checks)
+    text = f"{max(check.max_relative_error for check in checks):.1e}"
+    return text + (f", {kinks} kinks" if kinks else "") + ("" if all(check.ok for check in checks) else " WRONG")

@@ -1,0 +1,78 @@
+"""``gpubatch info``."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from gpubatch.backend import Backend, available_backends, float_dtype, get_backend, load_cupy
+from gpubatch.cli.shared import JsonOption, app, print_json, versions
+from gpubatch.errors import BackendUnavailableError, check_choice
+from gpubatch.formula import Rule, rules
+from gpubatch.launch import host_library, update_source
+from gpubatch.products import products_for
+from gpubatch.sizing import format_bytes
+
+__all__ = ["info"]
+
+
+@app.command(epilog="**Examples:** `gpubatch info` and `gpubatch info --kernel adam`.")
+def info(
+    kernel: Annotated[str | None, typer.Option(help="Print the CUDA source of this update rule instead.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of that kernel: float32 or float64.")] = "float32",
+    as_json: JsonOption = False,
+) -> None:
+    """Show the backends, their devices and memory, and why CUDA is or is not there."""
+    if kernel is not None:
+        known: dict[str, Rule] = {name: getattr(rules, name) for name in rules.__all__}
+        rule = known[check_choice("--kernel", kernel, known)]
+        typer.echo(update_source(rule.trace(), float_dtype(dtype, "--dtype").name))
+        return
+    found = [get_backend(spec) for spec in available_backends()]
+    why_not = _why_no_cuda()
+    if as_json:
+        backends = {be.spec: {"device": be.device, "memory": dataclasses.asdict(be.memory())} for be in found}
+        cuda = {"cuda": why_not or "available", "matrix_products": _how_cuda_multiplies(found)}
+        print_json(backends=backends, **cuda, auto=get_backend().spec, versions=versions())
+        return
+    out = Console(highlight=False)
+    out.print(", ".join(f"{name} {version}" for name, version in versions().items()))
+    table = Table("backend", "device", "memory", "available now", box=box.SIMPLE_HEAD, pad_edge=False)
+    for be in found:
+        memory = be.memory()
+        table.add_row(be.spec, be.device, format_bytes(memory.total), format_bytes(memory.available))
+    out.print(table)
+    auto = get_backend()
+    out.print(f'"auto" is {auto.spec}: {auto.reason}.', soft_wrap=True)
+    if why_not:
+        out.print(why_not, soft_wrap=True, markup=False)  # a remedy has square brackets
+    for spec, how in _how_cuda_multiplies(found).items():
+        out.print(f"matrix products of a captured step on {spec}: {how}.", soft_wrap=True, markup=False)
+    compiled = host_library()
+    words = compiled if isinstance(compiled, str) else f"for {compiled.level()}, on {compiled.threads()} threads"
+    out.print(f"kernels compiled for the CPU: {words}.", soft_wrap=True)
+    extras = {"cli": "typer", "plot": "matplotlib", "cuda": "cupy"}
+    lacking = [name for name, module in extras.items() if importlib.util.find_spec(module) is None]
+    out.print(f"extras that are not installed: {', '.join(lacking) or 'none'}.")
+
+
+def _why_no_cuda() -> str | None:
+    try:
+        load_cupy()
+    except BackendUnavailableError as error:
+        return str(error)
+    return None
+
+
+def _how_cuda_multiplies(backends: Sequence[Backend]) -> dict[str, str]:
+    """By spec, what multiplies the matrices of a captured step, or why steps cannot be captured."""
+    made = {be.spec: products_for(be, np.dtype(np.float32), "full") for be in backends if be.name == "cuda"}
+    return {spec: p.reason if p.capturable else f"none, {p.reason}" for spec, p in made.items()}

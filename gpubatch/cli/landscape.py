@@ -1,0 +1,156 @@
+"""``gpubatch landscape``."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from gpubatch import explore, plot
+from gpubatch.cli.shared import (
+    DECAYS,
+    OPTIMIZERS,
+    BackendOption,
+    Data,
+    DtypeOption,
+    FolderArgument,
+    JsonOption,
+    LayersOption,
+    LossOption,
+    OptimizerOption,
+    PlotOption,
+    ProgressOption,
+    SeedOption,
+    app,
+    bar,
+    print_json,
+    versions,
+)
+from gpubatch.errors import ArgumentError, check_choice
+from gpubatch.loader import Loader
+from gpubatch.train import TrainingState, fit
+
+__all__ = ["landscape"]
+
+
+@app.command(
+    epilog="**Examples:** `gpubatch landscape --plot landscape.png` draws the loss around a network that was trained "
+    "on the bundled digits, with the path of the training. `gpubatch landscape --directions filter --dimensions 1 "
+    "--plot slice.png` draws a curve along a random direction.",
+)
+def landscape(
+    folder: FolderArgument = None,
+    layers: LayersOption = "256",
+    loss: LossOption = "softmax_cross_entropy",
+    optimizer: OptimizerOption = "adam",
+    lr: Annotated[float | None, typer.Option(help="Learning rate; by default one that suits the optimizer.")] = None,
+    epochs: Annotated[int, typer.Option(min=0, help="Of training, before the loss is looked at.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a batch.")] = 128,
+    samples: Annotated[int, typer.Option(min=1, help="Of the training set, on which the loss is evaluated.")] = 2000,
+    dimensions: Annotated[int, typer.Option(min=1, max=2, help="1: a curve. 2: a plane.")] = 2,
+    directions: Annotated[str, typer.Option(help="path (the training's main directions), random or filter.")] = "path",
+    points: Annotated[int, typer.Option(min=2, help="Along each direction.")] = 51,
+    span: Annotated[float, typer.Option(help="From -span to span; for path, in lengths of the path.")] = 1.0,
+    seed: SeedOption = 0,
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "float32",
+    plot_file: PlotOption = None,
+    as_json: JsonOption = False,
+    progress: ProgressOption = True,
+) -> None:
+    """Train a network, and evaluate the loss on a line or a plane through its parameters.
+
+    path: the two directions in which the training moved most. random: normal numbers. filter: these, scaled to the
+    norm of the weights into each unit.
+    """
+    if plot_file is not None:
+        plot.check_plot_file(plot_file)
+    check_choice("--directions", directions, ["path", "random", "filter"])
+    if not (math.isfinite(span) and span > 0):
+        raise ArgumentError(f"--span must be a number above 0, got {span:g}")
+    data = Data(folder, layers, loss, seed, backend, dtype)
+    net, X, Y = data.net, data.X, data.Y
+    path = _train_and_watch(data, optimizer, lr, epochs, batch_size, dimensions, directions == "path", progress)
+    axes = [np.linspace(-span, span, points)] * dimensions
+    given = None
+    if directions == "path":
+        given = explore.principal_directions(path, dimensions)
+        axes = _around(path, given, span, points)
+    with bar("loss", progress) as show:
+        found = explore.loss_slice(
+            *(net, X[:samples], Y[:samples], axes[0], axes[1] if dimensions == 2 else None),
+            directions=given,
+            normalize="filter" if directions == "filter" else "none",
+            seed=seed,
+            progress=show,
+        )
+    at = found.project(path, path[-1])
+    center = net.loss(X[:samples], Y[:samples])
+    title = f"gpubatch landscape, {directions} directions, after {epochs} epochs of {optimizer}, "
+    title += f"{min(samples, len(X)):,} samples\n{data.words}"
+    if plot_file is not None:
+        plot.plot_slice(found, plot_file, title, at if directions == "path" else None)
+    if as_json:
+        print_json(
+            a=found.a,
+            b=found.b,
+            losses=found.losses,
+            center=center,
+            path=at,
+            arguments={"directions": directions, "epochs": epochs, "optimizer": optimizer, "seed": seed},
+            device=net.backend.device,
+            versions=versions(),
+        )
+        return
+    out = Console(highlight=False, soft_wrap=True)
+    lowest = np.unravel_index(found.losses.argmin(), found.losses.shape)
+    place = ", ".join(f"{name} = {axis[i]:.3g}" for name, axis, i in zip("ab", axes, lowest, strict=False))
+    out.print(f"loss at the network {center:.4f}, lowest of {found.losses.size:,} points {found.losses.min():.4f}")
+    out.print(f"  at {place}, highest {found.losses.max():.4g}")
+    if plot_file is not None:
+        out.print(f"drawn in {plot_file}")
+
+
+def _train_and_watch(
+    data: Data,
+    optimizer: str,
+    lr: float | None,
+    epochs: int,
+    batch_size: int,
+    dimensions: int,
+    wanted: bool,
+    progress: bool,
+) -> np.ndarray:
+    """Train, and return the parameters along the way as rows, about 50 of them; the last is the network's."""
+    make, usual = OPTIMIZERS[check_choice("--optimizer", optimizer, OPTIMIZERS)]
+    if wanted and epochs == 0:
+        raise ArgumentError("--directions path needs --epochs of at least 1, got 0: there is no path")
+    net = data.net
+    loader = Loader(data.X, data.Y, batch_size, seed=data.seed, backend=net.backend, dtype=net.dtype)
+    steps = epochs * len(loader)
+    if wanted and steps <= dimensions:
+        raise ArgumentError(f"--directions path needs more than {dimensions} steps of training, got {steps}")
+    opt = make(net.parameters, DECAYS["none"](usual if lr is None else lr, epochs))
+    path = [net.backend.to_numpy(net.parameters.flat).copy()]
+    every = max(1, steps // 50)
+
+    class Watch:
+        def on_step(self, state: TrainingState) -> None:
+            show(state.step, steps)
+            if state.step % every == 0 or state.step == steps:
+                path.append(net.backend.to_numpy(net.parameters.flat).copy())
+
+    with bar("training", progress) as show:
+        if epochs:
+            fit(net, loader, opt, epochs, callbacks=[Watch()], progress=False, max_skipped=0)
+    return np.stack(path)
+
+
+def _around(path: np.ndarray, directions: list[np.ndarray], span: float, points: int) -> list[np.ndarray]:
+    """Grids that hold the path, with a margin of ``span`` times half its extent on each side."""
+    basis = np.stack(directions, axis=1)
+    at = np.linalg.lstsq(basis, (path - path[-1]).astype(np.float64).T, rcond=None)[0]
+    return [np.linspace(c.min() - span * np.ptp(c) / 2, c.max() + span * np.ptp(c) / 2, points) for c in at]

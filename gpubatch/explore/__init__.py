@@ -1,0 +1,47 @@
+"""Look into training: check gradients, search without them, see the loss, find the step size and the batch size.
+
+What is given is left as it was: parameters, running statistics and the dropout step of a network are the same after a
+call as before it. Only the two random searches, which are asked for better parameters, leave these in the network.
+"""
+
+from gpubatch.explore.gradients import GradientCheck, Kink, check_network, gradient_check, numerical_gradient
+from gpubatch.explore.search import SearchResult, random_local_search, random_search
+from gpubatch.explore.shared import Progress
+from gpubatch.explore.slices import LossSlice, loss_slice, principal_directions
+from gpubatch.explore.sweeps import (
+    BatchSizeTrial,
+    OptimizerTrial,
+    RangeTest,
+    StepSizeSweep,
+    StrategyResult,
+    batch_size_sweep,
+    compare_strategies,
+    learning_rate_range_test,
+    optimizer_sweep,
+    step_size_sweep,
+)
+
+__all__ = [
+    "BatchSizeTrial",
+    "GradientCheck",
+    "Kink",
+    "LossSlice",
+    "OptimizerTrial",
+    "Progress",
+    "RangeTest",
+    "SearchResult",
+    "StepSizeSweep",
+    "StrategyResult",
+    "batch_size_sweep",
+    "check_network",
+    "compare_strategies",
+    "gradient_check",
+    "learning_rate_range_test",
+    "loss_slice",
+    "numerical_gradient",
+    "optimizer_sweep",
+    "principal_directions",
+    "random_local_search",
+    "random_search",
+    "step_size_sweep",
+]

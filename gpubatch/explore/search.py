@@ -1,0 +1,90 @@
+"""Search for better parameters without a gradient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from gpubatch.backend import Array
+from gpubatch.errors import NonFiniteError, check_int, check_real
+from gpubatch.explore.shared import Progress, check_net, loss_or_inf, report
+from gpubatch.network import Network
+
+__all__ = ["SearchResult", "random_local_search", "random_search"]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The best that a search found, which the network now holds, and the best loss after each trial.
+
+    ``accuracy`` is None where the loss has no classes.
+    """
+
+    loss: float
+    accuracy: float | None
+    history: tuple[float, ...]
+
+
+def random_search(
+    net: Network,
+    X: Array,
+    Y: Array,
+    trials: int = 1000,
+    scale: float = 0.01,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Try ``trials`` times parameters drawn from N(0, scale²), and load the best into ``net`` (CS231n, "Strategy #1").
+
+    The same seed draws the same parameters on every backend. The loss is that of :meth:`Network.loss`, in evaluation.
+    """
+    return _search(net, X, Y, trials, scale, seed, False, progress)
+
+
+def random_local_search(
+    net: Network,
+    X: Array,
+    Y: Array,
+    trials: int = 1000,
+    scale: float = 0.01,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Start from the parameters of ``net``, and take a step drawn from N(0, scale²) if it lowers the loss, else not.
+
+    ``trials`` steps are tried; the best parameters are in ``net`` at the end (CS231n, "Strategy #2").
+    """
+    return _search(net, X, Y, trials, scale, seed, True, progress)
+
+
+def _search(
+    net: Network, X: Array, Y: Array, trials: int, scale: float, seed: int, local: bool, progress: Progress | None
+) -> SearchResult:
+    check_net(net)
+    check_int("trials", trials, 1)
+    check_real("scale", scale, 0, open_low=True)
+    draw = np.random.default_rng(check_int("seed", seed, 0))
+    flat, backend = net.parameters.flat, net.backend
+    start = net.loss(X, Y)  # finds what is wrong with X and Y before anything is changed
+    best, history = start if local else math.inf, []
+    with backend.scope(), np.errstate(over="ignore"):
+        best_flat = flat.copy()
+        try:
+            for trial in range(trials):
+                report(progress, trial, trials)
+                candidate = backend.asarray(draw.standard_normal(flat.size) * scale, net.dtype)
+                flat[...] = best_flat + candidate if local else candidate
+                loss = loss_or_inf(net, X, Y)
+                if loss < best:
+                    best = loss
+                    best_flat[...] = flat
+                history.append(best)
+        finally:
+            flat[...] = best_flat
+    report(progress, trials, trials)
+    if not math.isfinite(best):
+        raise NonFiniteError(f"no trial of {trials} had a finite loss with scale={scale:g}: take a smaller one")
+    loss, accuracy = net.evaluate(X, Y)
+    return SearchResult(loss, accuracy, tuple(history))

@@ -1,0 +1,73 @@
+"""What the explorers share: the network left as it was, grids of numbers, and a report of progress."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from gpubatch.backend import Array
+from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
+from gpubatch.network import Network
+
+__all__ = ["Progress", "check_net", "grid_of", "kept_as_it_is", "loss_or_inf", "positive_grid", "report"]
+
+Progress: TypeAlias = Callable[[int, int], Any]  # called with what is done and how much there is in all
+
+
+def grid_of(name: str, values: Any) -> np.ndarray:
+    """``values`` as float64, one or more finite numbers."""
+    grid = np.asarray(values)
+    if grid.dtype.kind not in "iuf":
+        raise DTypeError(f"{name} must hold real numbers, got dtype {grid.dtype}")
+    if grid.ndim != 1 or grid.size == 0:
+        raise ShapeError(f"{name} must be a sequence of at least one number, got shape {grid.shape}")
+    if not np.isfinite(grid).all():
+        raise ArgumentError(f"{name} must hold finite numbers, got {grid[~np.isfinite(grid)][0]}")
+    return grid.astype(np.float64)
+
+
+def check_net(net: Any) -> None:
+    """Raise unless ``net`` is a network of full precision."""
+    if not isinstance(net, Network):
+        raise DTypeError(f"net must be a gpubatch.Network, got {type(net).__name__}")
+    if net.dtype == np.float16:
+        raise ArgumentError(
+            "net must not have precision='mixed' here: what is looked for is lost in the rounding of float16; make one "
+            "with precision='full' and give it this one's state_dict()"
+        )
+
+
+@contextlib.contextmanager
+def kept_as_it_is(net: Network) -> Iterator[None]:
+    """Everything that ``net`` is made of is afterwards as it was before, gradients apart."""
+    state = net.state_dict()
+    try:
+        yield
+    finally:
+        net.load_state_dict(state)
+
+
+def loss_or_inf(net: Network, X: Array, Y: Array, training: bool = False) -> float:
+    """The loss; infinity where it is not finite."""
+    try:
+        return net.loss(X, Y, training)
+    except NonFiniteError:
+        return math.inf
+
+
+def positive_grid(name: str, values: Any) -> tuple[float, ...]:
+    """``values`` as numbers above 0."""
+    grid = grid_of(name, values)
+    if grid.min() <= 0:
+        raise ArgumentError(f"{name} must hold numbers above 0, got {grid.min():g}")
+    return tuple(grid.tolist())
+
+
+def report(progress: Progress | None, done: int, total: int) -> None:
+    """Tell a caller who wants to know how far the work is."""
+    if progress is not None:
+        progress(done, total)

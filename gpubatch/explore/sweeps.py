@@ -1,0 +1,405 @@
+"""The step size, the batch size, the optimizer and the strategy: runs of training side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from gpubatch.averages import ewma
+from gpubatch.backend import Array
+from gpubatch.errors import ArgumentError, NonFiniteError, check_int, check_real
+from gpubatch.explore.search import random_local_search, random_search
+from gpubatch.explore.shared import Progress, check_net, kept_as_it_is, loss_or_inf, positive_grid, report
+from gpubatch.loader import Loader
+from gpubatch.network import Network
+from gpubatch.optim import SGD, Adam, Momentum, Optimizer, RMSProp
+from gpubatch.params import Parameters
+from gpubatch.train import History, StopTraining, TrainingState, fit
+
+__all__ = [
+    "BatchSizeTrial",
+    "OptimizerTrial",
+    "RangeTest",
+    "StepSizeSweep",
+    "StrategyResult",
+    "batch_size_sweep",
+    "compare_strategies",
+    "learning_rate_range_test",
+    "optimizer_sweep",
+    "step_size_sweep",
+]
+
+MakeOptimizer: TypeAlias = Callable[[Parameters, float], Optimizer]
+
+
+@dataclass(frozen=True)
+class StepSizeSweep:
+    """The loss before a step, ``start``, and after one step of each size, inf where it overflows.
+
+    ``best`` is the step size with the lowest of all; None where every step raises the loss.
+    """
+
+    step_sizes: tuple[float, ...]
+    losses: tuple[float, ...]
+    start: float
+    best: float | None
+    reason: str
+
+
+def step_size_sweep(net: Network, X: Array, Y: Array, step_sizes: Any = None) -> StepSizeSweep:
+    """The loss after one step of gradient descent, W - s dW, for each step size s, by default 1e-10, 1e-9, ..., 1e-1.
+
+    Loss and gradient are those of a training step on the batch X, Y, all with the same dropout mask.
+    """
+    check_net(net)
+    sizes = positive_grid("step_sizes", [float(f"1e{k}") for k in range(-10, 0)] if step_sizes is None else step_sizes)
+    found = []
+    with kept_as_it_is(net), net.backend.scope():
+        w = net.parameters.flat.copy()
+        state = net.state_dict()
+        start, grads = net.loss_and_grad(X, Y)
+        descent = grads.flat.copy()
+        net.load_state_dict(state)  # the same dropout mask for the losses as for the gradient
+        for size in sizes:
+            net.parameters.flat[...] = w - size * descent
+            found.append(loss_or_inf(net, X, Y, training=True))
+    lowest = min(found)
+    if not lowest < start:
+        return StepSizeSweep(sizes, tuple(found), start, None, f"every step raises the loss, which is {start:.4g}")
+    best = sizes[found.index(lowest)]
+    reason = f"one step of {best:g} lowers the loss most, from {start:.4g} to {lowest:.4g}"
+    if (above := [(s, loss) for s, loss in zip(sizes, found, strict=True) if s > best]) and above[0][1] > start:
+        reason += f"; one of {above[0][0]:g} raises it to {above[0][1]:.4g}"
+    return StepSizeSweep(sizes, tuple(found), start, best, reason)
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """A run in which the learning rate rose from step to step: the cost at each rate, raw and smoothed.
+
+    ``suggestion`` is a learning rate to train with, ``reason`` says why; None where the cost never fell.
+    """
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    smoothed: tuple[float, ...]
+    suggestion: float | None
+    reason: str
+
+
+def learning_rate_range_test(
+    net: Network,
+    X: Array,
+    Y: Array,
+    optimizer: MakeOptimizer = SGD,
+    low: float = 1e-5,
+    high: float = 10.0,
+    steps: int = 200,
+    batch_size: int = 128,
+    beta: float = 0.9,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> RangeTest:
+    """Train while the learning rate rises exponentially from ``low`` to ``high`` (Smith 2017, arXiv:1506.01186).
+
+    ``optimizer(parameters, lr)`` makes the optimizer. The run ends early where the smoothed cost is above four times
+    its lowest. The suggestion is a tenth of the rate at which the smoothed cost is lowest.
+    """
+    check_net(net)
+    low = check_real("low", low, 0, open_low=True)
+    high = check_real("high", high, low, open_low=True)
+    check_int("steps", steps, 2)
+    check_real("beta", beta, 0, 1, open_high=True)
+    net.loss(X, Y)
+    loader = Loader(X, Y, batch_size=batch_size, seed=seed, backend=net.backend, dtype=net.dtype)
+    planned = np.geomspace(low, high, steps).tolist()
+    found: list[float] = []
+    with kept_as_it_is(net):
+        opt = optimizer(net.parameters, low)
+        with contextlib.closing(_endless(loader)) as batches:
+            for rate, (x, y) in zip(planned, batches, strict=False):
+                report(progress, len(found), steps)
+                try:
+                    loss, grads = net.loss_and_grad(x, y)
+                except NonFiniteError:
+                    break
+                found.append(loss)
+                smoothed = ewma(found, beta)
+                if smoothed[-1] > 4 * smoothed.min() and smoothed.min() > 0:
+                    break
+                opt.lr = rate
+                opt.step(grads)
+    report(progress, steps, steps)
+    return _range_test(planned[: len(found)], found, ewma(found, beta).tolist(), steps)
+
+
+def _endless(loader: Loader) -> Generator[Any]:
+    while True:
+        yield from loader
+
+
+def _range_test(rates: list[float], found: list[float], smoothed: list[float], steps: int) -> RangeTest:
+    lowest = smoothed.index(min(smoothed))
+    if lowest == 0:
+        words = f"the smoothed cost never falls below its start, {smoothed[0]:.4g}: take a lower range"
+        return RangeTest(tuple(rates), tuple(found), tuple(smoothed), None, words)
+    suggestion = float(f"{rates[lowest] / 10:.2g}")
+    end = "was given up" if len(rates) < steps else "ended"
+    words = (
+        f"the smoothed cost is lowest, {smoothed[lowest]:.4g}, at {rates[lowest]:.2g}, and the run {end} at "
+        f"{rates[-1]:.2g}; a tenth of the first leaves room, and the cost falls there"
+    )
+    return RangeTest(tuple(rates), tuple(found), tuple(smoothed), suggestion, words)
+
+
+# --- training runs side by side --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BatchSizeTrial:
+    """A training run with one batch size: times of the training alone, the median epoch's, and memory in bytes.
+
+    ``epochs_to_target`` and ``seconds_to_target`` are None where the loss was not reached; ``loss`` is that of the
+    whole set at the end of the run, None where it diverged. Memory is that of network and optimizer.
+    """
+
+    batch_size: int
+    seconds_per_sample: float | None
+    seconds_per_epoch: float | None
+    memory: int
+    epochs_to_target: int | None
+    seconds_to_target: float | None
+    loss: float | None
+
+
+def batch_size_sweep(
+    net: Network,
+    X: Array,
+    Y: Array,
+    sizes: Sequence[int] | None = None,
+    target: float | None = None,
+    optimizer: MakeOptimizer = Adam,
+    lr: float | Callable[[int], float] = 1e-3,
+    epochs: int = 5,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[BatchSizeTrial]:
+    """Train from the same parameters with each batch size, until the loss of the whole set is ``target``.
+
+    At most ``epochs`` each, and all of them without a target. ``sizes`` are by default the powers of two from 16 to
+    1024 and one size between each two, as far as there are samples. ``lr`` is a number, or a function of the batch
+    size. The loss is looked at after every epoch, and that takes no part in the times.
+    """
+    check_net(net)
+    default = [n for power in range(4, 11) for n in (1 << power, 3 << (power - 1)) if n <= min(1024, len(X))]
+    sizes = [check_int("sizes", n, 1, len(X)) for n in (default if sizes is None else sizes)]
+    if not sizes:
+        raise ArgumentError(f"sizes must hold at least one batch size, got {sizes}")
+    if target is not None:
+        target = check_real("target", target, 0, open_low=True)
+    check_int("epochs", epochs, 1)
+    net.loss(X, Y)
+    trials = []
+    with kept_as_it_is(net):
+        state = net.state_dict()
+        for done, size in enumerate(sizes):
+            report(progress, done, len(sizes))
+            run = _train(net, state, X, Y, optimizer, lr(size) if callable(lr) else lr, size, epochs, seed, target)
+            per_epoch = float(np.median(run.seconds)) if run.seconds else None
+            trials.append(
+                BatchSizeTrial(
+                    batch_size=size,
+                    seconds_per_sample=None if per_epoch is None else per_epoch / len(X),
+                    seconds_per_epoch=per_epoch,
+                    memory=run.memory,
+                    epochs_to_target=len(run.seconds) if run.reached else None,
+                    seconds_to_target=sum(run.seconds) if run.reached else None,
+                    loss=run.loss,
+                )
+            )
+    report(progress, len(sizes), len(sizes))
+    return trials
+
+
+@dataclass(frozen=True)
+class OptimizerTrial:
+    """An optimizer at its own best learning rate: the loss of the whole set at the end, and how it fell.
+
+    ``losses`` are those at each rate of the grid, inf where it diverged; ``at_edge`` says that the best rate is the
+    first or last of the grid, so that a better one may lie outside.
+    """
+
+    name: str
+    best_lr: float
+    loss: float
+    accuracy: float | None
+    at_edge: bool
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    history: History
+
+
+OPTIMIZERS: dict[str, MakeOptimizer] = {"sgd": SGD, "momentum": Momentum, "rmsprop": RMSProp, "adam": Adam}
+
+
+def optimizer_sweep(
+    net: Network,
+    X: Array,
+    Y: Array,
+    optimizers: Mapping[str, MakeOptimizer] | None = None,
+    rates: Any = None,
+    epochs: int = 2,
+    batch_size: int = 128,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[OptimizerTrial]:
+    """Compare optimizers on equal terms: same start, same batches, and each at its own best rate of the same grid.
+
+    By default SGD, momentum, RMSProp and Adam; ``optimizers`` maps names to functions (parameters, lr) -> optimizer.
+    ``rates`` are by default 1e-4 to 10, two in a decade. The best rate is the one with the lowest loss of the whole set
+    after ``epochs``.
+    """
+    check_net(net)
+    makers = dict(OPTIMIZERS if optimizers is None else optimizers)
+    if not makers:
+        raise ArgumentError("optimizers must hold at least one, got none")
+    grid = positive_grid(
+        "rates", [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0] if rates is None else rates
+    )
+    net.loss(X, Y)
+    trials = []
+    with kept_as_it_is(net):
+        state = net.state_dict()
+        for done, (name, make) in enumerate(makers.items()):
+            runs = []
+            for k, rate in enumerate(grid):
+                report(progress, done * len(grid) + k, len(makers) * len(grid))
+                runs.append(_train(net, state, X, Y, make, rate, batch_size, epochs, seed, None))
+            found = [math.inf if run.loss is None else run.loss for run in runs]
+            best = found.index(min(found))
+            if not math.isfinite(found[best]):
+                raise NonFiniteError(f"{name} diverged at every rate from {min(grid):g} to {max(grid):g}")
+            edge = grid[best] in (min(grid), max(grid))
+            run = runs[best]
+            trials.append(
+                OptimizerTrial(name, grid[best], found[best], run.accuracy, edge, grid, tuple(found), run.history)
+            )
+    report(progress, len(makers) * len(grid), len(makers) * len(grid))
+    return trials
+
+
+@dataclass(frozen=True)
+class StrategyResult:
+    """What a strategy reached: loss and accuracy on the training set, accuracy on the test set, and in what time."""
+
+    name: str
+    loss: float
+    accuracy: float | None
+    test_accuracy: float | None
+    seconds: float
+    history: tuple[float, ...]
+
+
+def compare_strategies(
+    net: Network,
+    X: Array,
+    Y: Array,
+    test: tuple[Array, Array],
+    trials: int = 1000,
+    scale: float = 0.01,
+    optimizer: MakeOptimizer = SGD,
+    lr: float = 0.1,
+    epochs: int = 10,
+    batch_size: int = 128,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[StrategyResult]:
+    """Random search, random local search and gradient descent on the same data, as CS231n compares them.
+
+    The two searches try ``trials`` parameters each, local search from those of ``net``; gradient descent starts there,
+    too, and makes ``epochs``. ``history`` has the best loss after each trial, or the mean cost of each epoch.
+    """
+    check_net(net)
+    check_int("epochs", epochs, 1)
+    net.loss(*test)
+    total = 2 * trials + epochs
+    results = []
+    with kept_as_it_is(net):
+        state = net.state_dict()
+        for k, (name, search) in enumerate(
+            {"random search": random_search, "local search": random_local_search}.items()
+        ):
+
+            def show(done: int, _: int, before: int = k * trials) -> None:
+                report(progress, before + done, total)
+
+            began = time.perf_counter()
+            found = search(net, X, Y, trials, scale, seed, show)
+            seconds = time.perf_counter() - began
+            accuracy = net.evaluate(*test)[1]
+            results.append(StrategyResult(name, found.loss, found.accuracy, accuracy, seconds, found.history))
+            net.load_state_dict(state)
+        run = _train(net, state, X, Y, optimizer, lr, batch_size, epochs, seed, None)
+        if run.loss is None:
+            raise NonFiniteError(f"gradient descent diverged with lr={lr:g}: take a lower one")
+        accuracy, costs = net.evaluate(*test)[1], tuple(run.history.loss)
+        results.append(StrategyResult("gradient descent", run.loss, run.accuracy, accuracy, sum(run.seconds), costs))
+    report(progress, total, total)
+    return results
+
+
+class TrialRun(NamedTuple):
+    """A training run: its loss and accuracy on the whole set at the end, None where it diverged."""
+
+    history: History
+    reached: bool
+    loss: float | None
+    accuracy: float | None
+    memory: int
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each epoch."""
+        return self.history.seconds
+
+
+def _train(
+    net: Network,
+    state: Mapping[str, Any],
+    X: Array,
+    Y: Array,
+    make: MakeOptimizer,
+    lr: float,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    target: float | None,
+) -> TrialRun:
+    """Train from ``state``, without a display, until the loss of the whole set is down to ``target``."""
+    net.load_state_dict(state)
+    loader = Loader(X, Y, batch_size=batch_size, seed=seed, backend=net.backend, dtype=net.dtype)
+    opt = make(net.parameters, lr)
+    net.rehearse(*loader.peek())  # allocates and compiles before any time is taken
+    history = History()
+    reached = False
+
+    def watch(training: TrainingState) -> None:
+        nonlocal history, reached
+        history = training.history
+        if target is not None and net.loss(X, Y) <= target:
+            reached = True
+            raise StopTraining
+
+    memory = net.memory(batch_size) + opt.memory()
+    try:
+        fit(net, loader, opt, epochs, callbacks=[watch], progress=False, max_skipped=0)
+        loss, accuracy = net.evaluate(X, Y)
+    except NonFiniteError:
+        return TrialRun(history, False, None, None, memory)
+    return TrialRun(history, reached, loss, accuracy, memory)

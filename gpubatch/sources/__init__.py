@@ -1,0 +1,30 @@
+"""Where samples come from: arrays of the host or of a device, files, and whatever else can be read by place.
+
+A source is read and never changed. Arrays go to :class:`~gpubatch.loader.Loader` as they are, ``np.memmap`` too: it is
+not copied, but floating values are looked at once when the loader is made, a block at a time. Files that may be larger
+than memory are opened here: :func:`npy`, :func:`raw`, :func:`idx`, :func:`cifar10`, :func:`parquet`, :func:`arrow`,
+:func:`hdf5`. Anything else has to be a :class:`Source`.
+"""
+
+from gpubatch.sources.arrays import ArraySource, array_source, check_finite, convert, largest_stored
+from gpubatch.sources.files import cifar10, idx, npy, raw
+from gpubatch.sources.reader import Part, Reader, Source
+from gpubatch.sources.tables import arrow, hdf5, parquet
+
+__all__ = [
+    "ArraySource",
+    "Part",
+    "Reader",
+    "Source",
+    "array_source",
+    "arrow",
+    "check_finite",
+    "cifar10",
+    "convert",
+    "hdf5",
+    "idx",
+    "largest_stored",
+    "npy",
+    "parquet",
+    "raw",
+]

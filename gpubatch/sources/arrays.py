@@ -1,0 +1,184 @@
+"""Sources that are arrays, on the host or on a device, and the checks that every source passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpubatch.backend import Array, Backend, compute_dtype, from_dlpack, get_backend, is_foreign
+from gpubatch.errors import DeviceMismatchError, DTypeError, NonFiniteError, ShapeError
+from gpubatch.host_ops import HalfOps, ops_for
+from gpubatch.ops import GATHER_BLOCK
+
+__all__ = ["ArraySource", "array_source", "check_finite", "check_kind", "convert", "holds_all", "largest_stored"]
+
+BLOCK = 1 << 18  # elements that are looked at at a time
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySource:
+    """The samples of ``array`` along ``axis``; ``name`` is what the caller calls it."""
+
+    name: str
+    array: Array
+    axis: int
+
+    @property
+    def n_samples(self) -> int:
+        """How many samples there are."""
+        return int(self.array.shape[self.axis])
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+        shape = self.array.shape
+        return tuple(shape[: self.axis] + shape[self.axis + 1 :])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of all samples."""
+        return tuple(self.array.shape)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether gathering is work of the host."""
+        return isinstance(self.array, np.ndarray)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The element type as it is stored."""
+        stored: np.dtype[Any] = self.array.dtype
+        return stored
+
+    def bytes_per_sample(self, dtype: np.dtype[Any]) -> int:
+        """The size of one sample whose elements are of ``dtype``."""
+        return math.prod(self.sample_shape) * dtype.itemsize
+
+    def take(self, index: Array) -> Array:
+        """The samples at ``index``, as they are stored, in a new C-contiguous array where the source lives."""
+        if self.array.flags.c_contiguous:
+            return self.array.take(index, axis=self.axis)
+        # NumPy's take would first copy the whole array to make it contiguous; indexing follows the strides.
+        samples = self.array[index] if self.axis == 0 else self.array[:, index]
+        return samples if samples.flags.c_contiguous else samples.copy()
+
+    def gather(self, index: Array, dtype: np.dtype[Any], scale: float | None, backend: Backend) -> Array:
+        """The samples at ``index`` in a new C-contiguous array of ``dtype``, multiplied by ``scale``.
+
+        ``backend`` is where the source lives.
+        """
+        return self.gatherer(dtype, scale, backend)(index)
+
+    def gatherer(self, dtype: np.dtype[Any], scale: float | None, backend: Backend) -> Callable[[Array], Array]:
+        """:meth:`gather` as a function of the index, which looks nothing up any more."""
+        array, shape, empty = self.array, self.sample_shape, backend.empty
+        taken = dtype == self.dtype and scale is None
+        # The kernels know that rows are whole: the compiled one copies in 0.65 of the time that take needs.
+        if taken and dtype in (np.float32, np.float64):
+            taken = ops_for(backend, dtype).plain
+        if self.axis != 0 or not array.flags.c_contiguous:
+            return lambda index: convert(self.take(index), dtype, scale)
+        if taken:
+            return lambda index: array.take(index, axis=0)
+        fill, factor = ops_for(backend, dtype).gather, 1.0 if scale is None else scale
+
+        def gathered(index: Array) -> Array:
+            # A new array each time: into one that is kept a batch of 256 x 784 float32 takes 0.6 µs less of 60, since
+            # the allocator gives the same memory back anyway.
+            out = empty((len(index), *shape), dtype)
+            fill(array, index, out, factor, 0.0)
+            return out
+
+        return gathered
+
+    def beside(
+        self, rows: int, dtype: np.dtype[Any], scale: float | None, backend: Backend, moved: bool = False
+    ) -> int:
+        """Bytes of samples as they are stored that :meth:`gather` has beside its result of ``rows`` samples.
+
+        ``moved`` means from a copy of the array on the device, which is contiguous.
+        """
+        sample = self.bytes_per_sample(self.dtype)
+        if not (moved or self.array.flags.c_contiguous):
+            return rows * sample
+        if dtype == self.dtype and scale is None:
+            return 0
+        if self.axis != 0:
+            return rows * sample
+        ops, numbers = ops_for(backend, dtype), math.prod(self.sample_shape)
+        at_once = min(rows * numbers, max(numbers, GATHER_BLOCK))
+        return at_once * (self.dtype.itemsize * ops.plain + 4 * isinstance(ops, HalfOps))
+
+
+def convert(x: Array, dtype: np.dtype[Any], scale: float | None) -> Array:
+    """``x`` as a C-contiguous array of ``dtype``, multiplied by ``scale``; ``x`` itself where nothing is to be done.
+
+    For float16 the product is one of float32.
+    """
+    if dtype == x.dtype and scale is None:
+        return x
+    out = x.astype(compute_dtype(dtype), order="C")
+    if scale is not None:
+        out *= scale
+    return out.astype(dtype, copy=False)
+
+
+def array_source(name: str, x: Any, sample_axis: int, backend: Backend) -> ArraySource:
+    """The source of ``x``: an array on ``backend``, or an array or nested list on the host; DLPack copies nothing.
+
+    A one-dimensional ``x`` has its samples on axis 0.
+    """
+    try:
+        with backend.scope():
+            x = from_dlpack(x) if is_foreign(x) else x
+        array = backend.asarray(x) if backend.owns(x) else get_backend("cpu").asarray(x)
+    except DeviceMismatchError as error:
+        raise DeviceMismatchError(f"{name} must be a NumPy array or an array on {backend.spec!r}: {error}") from error
+    except ValueError as error:
+        raise ShapeError(f"{name} must be an array, or nested lists of equal lengths: {error}") from error
+    check_kind(name, array.dtype)
+    if array.ndim == 0 or array.size == 0:
+        raise ShapeError(f"{name} must hold at least one sample of at least one number, got shape {array.shape}")
+    return ArraySource(name, array, sample_axis if array.ndim > 1 else 0)
+
+
+def check_finite(source: ArraySource, dtype: np.dtype[Any], scale: float | None, backend: Backend) -> None:
+    """Raise ``NonFiniteError`` for the first value that is NaN or infinite, or becomes so in the batches."""
+    if holds_all(source.dtype, largest_stored(dtype, scale)):
+        return
+    array = source.array
+    step = max(1, BLOCK // math.prod(array.shape[1:]))
+    with backend.scope(), np.errstate(over="ignore"):
+        for start in range(0, len(array), step):
+            finite = abs(convert(array[start : start + step], dtype, scale)) < math.inf
+            if bool(finite.all()):
+                continue
+            first = tuple(int(i) for i in np.argwhere(~backend.to_numpy(finite))[0])
+            first = (start + first[0], *first[1:])
+            value = float(array[first])
+            where = f"{source.name}[{', '.join(map(str, first))}]"
+            beyond = f", beyond the range of {dtype}" if math.isfinite(value) else ""
+            raise NonFiniteError(f"{source.name} must be finite, but {where} is {value!r}{beyond}")
+
+
+def largest_stored(dtype: np.dtype[Any], scale: float | None) -> float:
+    """The largest stored number that is one of ``dtype``, too, when it is multiplied by ``scale``."""
+    if dtype.kind != "f":
+        return math.inf
+    largest, factor = float(np.finfo(dtype).max), abs(scale or 1.0)
+    return largest / (factor if dtype == np.float16 else max(1.0, factor))  # float16 is made of a float32 product
+
+
+def holds_all(stored: np.dtype[Any], limit: float) -> bool:
+    """Whether no element of the type ``stored`` is NaN or beyond ``limit``."""
+    return stored.kind != "f" and (stored.kind == "b" or np.iinfo(stored).max <= limit)
+
+
+def check_kind(name: str, dtype: np.dtype[Any]) -> None:
+    """Raise ``DTypeError`` unless batches can be made of elements of ``dtype``."""
+    if dtype.kind not in "biuf" or dtype.itemsize > 8:
+        raise DTypeError(f"{name} must hold integers, booleans, float16, float32 or float64, got dtype {dtype}")

@@ -1,0 +1,226 @@
+"""Files of rows of one size, read by place: .npy, raw, IDX, and CIFAR-10's binary version."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import math
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpubatch.datasets import (
+    CIFAR_IMAGE,
+    CIFAR_PARTS,
+    CIFAR_RECORD,
+    GZIP_MAGIC,
+    check_labels,
+    cifar10_records,
+    read_idx_header,
+)
+from gpubatch.errors import DataFormatError, GpubatchError, InsufficientMemoryError, check_bool, check_choice, check_int
+from gpubatch.sources.arrays import check_kind
+from gpubatch.sources.reader import Source
+
+__all__ = ["check_exists", "cifar10", "idx", "naming_the_file", "npy", "raw", "runs_of"]
+
+AT_ONCE = 1 << 20  # bytes that a system is asked to read ahead: Linux does not heed what is beyond a device's limit
+NPY_START = 1 << 16  # bytes of an .npy file; NumPy refuses headers of more than 10,000
+
+
+def npy(path: str | os.PathLike[str]) -> Source:
+    """The rows of an array that ``np.save`` wrote; read as they are asked for, not mapped."""
+    with open(path, "rb") as file:
+        start = io.BytesIO(file.read(NPY_START))  # else NumPy would ask for as much memory as the header claims to need
+    try:
+        version = np.lib.format.read_magic(start)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = header(start)
+    except Exception as error:  # NumPy parses the header as Python, so ValueError is not all that it raises
+        raise DataFormatError(
+            f"{os.fspath(path)}: expected an .npy file, found another or a damaged one ({error})"
+        ) from error
+    offset = start.tell()
+    if fortran and len(shape) > 1:
+        raise DataFormatError(
+            f"{os.fspath(path)}: expected samples one after another (C order), found Fortran order; save "
+            "np.ascontiguousarray(array)"
+        )
+    return _Rows(path, shape, dtype, offset)
+
+
+def raw(path: str | os.PathLike[str], sample_shape: tuple[int, ...], dtype: Any, offset: int = 0) -> Source:
+    """The samples of ``sample_shape`` that fill a file from byte ``offset`` on, such as ``array.tofile`` writes."""
+    dtype = np.dtype(dtype)
+    size, extra = os.path.getsize(path) - check_int("offset", offset, 0), math.prod(sample_shape) * dtype.itemsize
+    if extra == 0 or size < 0 or size % extra:
+        raise DataFormatError(
+            f"{os.fspath(path)}: expected samples of {extra} bytes, {dtype} {tuple(sample_shape)}, found {size} bytes"
+        )
+    return _Rows(path, (size // extra, *sample_shape), dtype, offset)
+
+
+def idx(path: str | os.PathLike[str]) -> Source:
+    """The samples of an IDX file (MNIST and its kin), which must be unpacked, since they are read by place."""
+    with open(path, "rb") as file:
+        if file.read(2) == GZIP_MAGIC:
+            raise DataFormatError(
+                f"{os.fspath(path)}: expected an IDX file, found a gzip file, which cannot be read by place; "
+                "unpack it, or read it whole with gpubatch.datasets.read_idx"
+            )
+        file.seek(0)
+        dtype, shape = read_idx_header(path, file.read)
+        offset = file.tell()
+    return _Rows(path, shape, dtype, offset)
+
+
+def cifar10(folder: str | os.PathLike[str], part: str = "train", *, flatten: bool = True) -> Source:
+    """Pairs of images and labels of CIFAR-10, ``part`` "train" or "test", from its binary version in ``folder``.
+
+    Images are uint8 (samples, 3072), or (samples, 3, 32, 32) with ``flatten=False``, and labels int64 (samples,), as
+    :func:`gpubatch.datasets.cifar10` has them.
+    """
+    files = cifar10_records(folder, check_choice("part", part, CIFAR_PARTS))
+    return _Cifar10(folder, files, (math.prod(CIFAR_IMAGE),) if check_bool("flatten", flatten) else CIFAR_IMAGE)
+
+
+class _Rows:
+    """Rows of one size in a file, read at their places.
+
+    Read, not mapped: a map counts against a limit on address space as if it were memory, and where a mapped file has
+    become shorter the process is killed instead of told.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], shape: tuple[int, ...], dtype: np.dtype[Any], offset: int) -> None:
+        self.path = os.fspath(path)
+        check_kind(self.path, dtype)
+        if not shape:
+            raise DataFormatError(f"{self.path}: expected samples, found a single number")
+        if any(not 0 <= n <= sys.maxsize for n in shape):
+            raise DataFormatError(f"{self.path}: expected a shape that fits into memory, found {shape}")
+        self._shape, self._dtype, self._offset = shape, dtype, offset
+        self._row = math.prod(shape[1:]) * dtype.itemsize
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  open as long as the source is used
+        self._lock = threading.Lock()
+        needed, found = offset + shape[0] * self._row, os.fstat(self._file.fileno()).st_size
+        if found < needed:
+            self._file.close()
+            raise DataFormatError(f"{self.path}: expected {needed} bytes for {dtype} {shape}, found {found}")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def read(self, indices: np.ndarray, /) -> np.ndarray:
+        """The samples at ``indices``; neighbours in one piece."""
+        out = np.empty((len(indices), *self._shape[1:]), self._dtype)
+        self.read_into(indices, out)
+        return out
+
+    def read_into(self, indices: np.ndarray, out: np.ndarray, /) -> None:
+        """Write the samples at ``indices`` into ``out``, C-contiguous."""
+        view, row = out.reshape(-1).view(np.uint8).data, self._row
+        for place, start, stop in runs_of(indices):
+            self._fill(view[start * row : stop * row], place)
+
+    def expect(self, indices: np.ndarray, /) -> None:
+        """Have the system read the samples at ``indices`` into its cache, while others are used."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for place, start, stop in runs_of(indices):
+            offset, end = (self._offset + row * self._row for row in (place, place + stop - start))
+            for piece in range(offset, end, AT_ONCE):
+                size = min(AT_ONCE, end - piece)
+                os.posix_fadvise(self._file.fileno(), piece, size, os.POSIX_FADV_WILLNEED)
+
+    def _fill(self, view: memoryview, place: int) -> None:
+        offset = self._offset + place * self._row
+        while len(view):
+            count = self._read_at(view, offset)
+            if not count:
+                sample = (offset - self._offset) // self._row
+                raise DataFormatError(
+                    f"{self.path}: expected {len(self)} samples, as when it was opened, but it ends before sample "
+                    f"{sample} is complete: it has become shorter"
+                )
+            view, offset = view[count:], offset + count
+
+    def _read_at(self, view: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [view], offset)
+        with self._lock:  # Windows: seeking and reading are two calls
+            self._file.seek(offset)
+            return self._file.readinto(view) or 0
+
+
+class _Cifar10:
+    """Records of a label and an image, in several files."""
+
+    def __init__(
+        self, folder: str | os.PathLike[str], files: list[tuple[Path, int]], image_shape: tuple[int, ...]
+    ) -> None:
+        self.path, self._shape = os.fspath(folder), image_shape
+        self._files = [_Rows(path, (count, CIFAR_RECORD), np.dtype(np.uint8), 0) for path, count in files]
+        self._starts = np.cumsum([0, *(count for _, count in files)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, indices: np.ndarray, /) -> tuple[np.ndarray, np.ndarray]:
+        """The images and the labels at ``indices``."""
+        records = np.empty((len(indices), CIFAR_RECORD), np.uint8)
+        for file, here, places in self._by_file(indices):
+            records[here] = found = file.read(places)
+            check_labels(file.path, found[:, 0], places)
+        return records[:, 1:].reshape(-1, *self._shape), records[:, 0].astype(np.int64)
+
+    def expect(self, indices: np.ndarray, /) -> None:
+        """As that of :class:`_Rows`."""
+        for file, _, places in self._by_file(indices):
+            file.expect(places)
+
+    def _by_file(self, indices: np.ndarray) -> Iterator[tuple[_Rows, np.ndarray, np.ndarray]]:
+        """Each file with those of ``indices`` that are in it: where they stand there, and their places in the file."""
+        numbers = np.searchsorted(self._starts, indices, side="right") - 1
+        for number in np.unique(numbers):
+            here = np.flatnonzero(numbers == number)
+            yield self._files[number], here, indices[here] - self._starts[number]
+
+
+def runs_of(indices: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Neighbours that follow one another in ``indices``: the first of them, from where and to where they stand."""
+    cuts = (np.flatnonzero(np.diff(indices) != 1) + 1).tolist()
+    places = indices[[0, *cuts]].tolist()
+    for place, (start, stop) in zip(places, itertools.pairwise([0, *cuts, len(indices)]), strict=True):
+        yield place, start, stop
+
+
+def check_exists(path: str | os.PathLike[str]) -> None:
+    """Raise ``FileNotFoundError`` or another ``OSError`` where there is nothing to read."""
+    with open(path, "rb"):
+        pass
+
+
+@contextlib.contextmanager
+def naming_the_file(path: str | os.PathLike[str], expected: str) -> Iterator[None]:
+    """Turn what pyarrow and h5py raise for a damaged file into an error that names the file and the place."""
+    try:
+        yield
+    except GpubatchError:
+        raise
+    except MemoryError as error:
+        raise InsufficientMemoryError(
+            f"{os.fspath(path)}: {expected} would need more memory than there is, or is damaged ({error})"
+        ) from error
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, EOFError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataFormatError(f"{os.fspath(path)}: expected {expected}, found damage ({first_line})") from error

@@ -1,0 +1,170 @@
+"""The protocol of a source, and what reads one: by rows, checked as they come."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from gpubatch.backend import Array
+from gpubatch.errors import DataFormatError, DTypeError, NonFiniteError, ShapeError, check_int
+from gpubatch.sources.arrays import check_kind, holds_all
+
+__all__ = ["Part", "Reader", "Source"]
+
+
+class Source(Protocol):
+    """What a loader can read samples from besides arrays.
+
+    ``read(indices)`` takes places, int64 (samples,), in any order, and returns a new NumPy array of these samples as
+    rows, or a pair of such arrays, (x, y). Element types and shapes of a row are always the same. One thread calls at a
+    time, not always the same one. Two attributes are looked for: ``path``, for messages; and ``block``, of sources that
+    read neighbours together and single samples at a cost, as many as they read at once: a loader reads such a source
+    in windows unless it is told otherwise. So are two methods, for windows: ``read_into(indices, out)`` writes what
+    ``read`` would return into ``out``, an array or a pair of them; ``expect(indices)`` is told what will be read soon.
+    """
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+
+    def read(self, indices: np.ndarray, /) -> Any:
+        """The samples at ``indices``."""
+
+
+class Reader:
+    """A source as a loader uses it: asked once what it gives, and held to that at every reading.
+
+    ``name`` is what the caller calls it, ``where`` names it in messages. ``bytes_read`` counts.
+    """
+
+    def __init__(self, name: str, source: Source) -> None:
+        path = getattr(source, "path", None)
+        self.name, self.where = name, f"{name} ({type(source).__name__})" if path is None else os.fspath(path)
+        self.source, self.n_samples = source, len(source)
+        self._read_into, self._expect = getattr(source, "read_into", None), getattr(source, "expect", None)
+        block = getattr(source, "block", None)
+        self.block = None if block is None else check_int(f"the block of {self.where}", block, 1)
+        if self.n_samples == 0:
+            raise ShapeError(f"{name} must hold at least one sample, {self.where} has none")
+        self.bytes_read = 0
+        self.parts: list[Part] = []
+        first = self._arrays(np.zeros(1, np.int64))
+        for number, array in enumerate(first):
+            check_kind(f"{name} ({self.where})", array.dtype)
+            if array.ndim == 0 or array.size == 0:
+                raise ShapeError(f"{name} must have samples of at least one number, {self.where} gives {array.shape}")
+            self.parts.append(Part(self, number, array.dtype, array.shape[1:]))
+        self._compare(np.zeros(1, np.int64), first)
+        self.row_bytes = sum(part.bytes_per_sample(part.dtype) for part in self.parts)
+
+    @property
+    def reads_into(self) -> bool:
+        """Whether what is read needs no memory of its own before it is where it should be."""
+        return self._read_into is not None
+
+    def read(self, index: Array, limits: Sequence[float]) -> list[np.ndarray]:
+        """The samples at ``index``, one array for each part, as they are stored.
+
+        Raises ``NonFiniteError`` for a number beyond its part's limit, and ``DataFormatError`` for rows of other shapes
+        than the first one; both name the sample.
+        """
+        arrays = self._arrays(index)
+        self._compare(index, arrays)
+        self._check(index, arrays, limits)
+        return [np.ascontiguousarray(array) for array in arrays]
+
+    def read_into(self, index: Array, out: list[np.ndarray], limits: Sequence[float]) -> None:
+        """Write what :meth:`read` would return into the C-contiguous arrays ``out``."""
+        if self._read_into is None:
+            for place, array in zip(out, self.read(index, limits), strict=True):
+                place[...] = array
+            return
+        with self._noting(index):
+            self._read_into(index, tuple(out) if len(out) > 1 else out[0])
+        self._check(index, out, limits)
+
+    def expect(self, index: Array) -> None:
+        """Tell the source that the samples at ``index`` will be read soon."""
+        if self._expect is not None:
+            with self._noting(index):
+                self._expect(index)
+
+    @contextlib.contextmanager
+    def _noting(self, index: Array) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"while reading samples {index.min()} to {index.max()} of {self.where}")
+            raise
+
+    def _arrays(self, index: Array) -> list[np.ndarray]:
+        with self._noting(index):
+            found = self.source.read(index)
+        arrays = list(found) if isinstance(found, tuple) else [found]
+        for array in arrays:
+            if not isinstance(array, np.ndarray):
+                raise DTypeError(f"{self.where}: read must return NumPy arrays, got {type(array).__name__}")
+        return arrays
+
+    def _compare(self, index: Array, arrays: list[np.ndarray]) -> None:
+        expected = [(part.dtype, (len(index), *part.sample_shape)) for part in self.parts]
+        found = [(array.dtype, array.shape) for array in arrays]
+        if found == expected:
+            return
+        if len(index) > 1:  # the first sample for which it happens, if a single one is the cause
+            for i in index:
+                one = i[None]
+                self._compare(one, self._arrays(one))
+        place = f"sample {index[0]}" if len(index) == 1 else f"samples {index.min()} to {index.max()}"
+        words = [", ".join(f"{dtype} {shape}" for dtype, shape in these) for these in (expected, found)]
+        raise DataFormatError(f"{self.where}: expected {words[0]} for {place}, found {words[1]}")
+
+    def _check(self, index: Array, arrays: Sequence[np.ndarray], limits: Sequence[float]) -> None:
+        for array, limit in zip(arrays, limits, strict=True):
+            self.bytes_read += array.nbytes
+            if not holds_all(array.dtype, limit):
+                self._check_finite(index, array, limit)
+
+    def _check_finite(self, index: Array, array: np.ndarray, limit: float) -> None:
+        # The extremes tell it in one pass each, without a temporary array; both are NaN where any number is.
+        with np.errstate(invalid="ignore", over="ignore"):  # float16 cannot hold the limit
+            if -limit <= float(array.min()) and float(array.max()) <= limit:
+                return
+            first = tuple(int(i) for i in np.argwhere(~((-limit <= array) & (array <= limit)))[0])
+        value = float(array[first])
+        inside = f" at {list(first[1:])}" if len(first) > 1 else ""
+        beyond = ", beyond the range of the batches" if math.isfinite(value) else ""
+        raise NonFiniteError(
+            f"{self.where}: samples must be finite, but sample {index[first[0]]} has {value!r}{inside}{beyond}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One of the arrays that a reader gives."""
+
+    reader: Reader
+    number: int
+    dtype: np.dtype[Any]
+    sample_shape: tuple[int, ...]
+    axis: int = 0
+    on_host: bool = True
+
+    @property
+    def n_samples(self) -> int:
+        """How many samples there are."""
+        return self.reader.n_samples
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of all samples."""
+        return (self.n_samples, *self.sample_shape)
+
+    def bytes_per_sample(self, dtype: np.dtype[Any]) -> int:
+        """The size of one sample whose elements are of ``dtype``."""
+        return math.prod(self.sample_shape) * dtype.itemsize
