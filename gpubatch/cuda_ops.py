@@ -232,7 +232,6 @@ class CudaOps(Ops):
         arguments = (z, *truth, work["dz"] if gradient else None, work.get("factor"), rows, classes, team, 1 / rows)
         self._launch(source, name, (blocks,), threads, *arguments, work["parts"], work["ticket"], work["loss"])
 
-
     def _on_tiles(
         self,
         source: str,

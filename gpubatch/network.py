@@ -194,7 +194,7 @@ class Network:
         tune: bool = False,
     ) -> None:
         self.layers = tuple(layers)
-        self.loss_object = losses.loss_of(loss)
+        self.loss_function = losses.loss_of(loss)
         self.l2 = check_real("l2", l2, 0)
         self.precision = check_choice("precision", precision, [*PRECISIONS, MIXED])
         self.tune = check_bool("tune", tune)
@@ -207,9 +207,9 @@ class Network:
         self.seed = check_int("seed", seed, 0, 2**64 - 1)
         self.widths = chain_widths(self.layers)
         self.needs = [layer.needs(n) for layer, n in zip(self.layers, self.widths[:-1], strict=True)]
-        if self.outputs < self.loss_object.least_outputs:
+        if self.outputs < self.loss_function.least_outputs:
             raise ArgumentError(
-                f"{self.loss_name} needs at least {self.loss_object.least_outputs} outputs, "
+                f"{self.loss_name} needs at least {self.loss_function.least_outputs} outputs, "
                 f"the last layer gives {self.outputs}; for yes or no use loss='sigmoid_cross_entropy'"
             )
         self.backend = get_backend(backend)
@@ -236,7 +236,7 @@ class Network:
     @property
     def loss_name(self) -> str:
         """What the loss is called."""
-        return self.loss_object.name
+        return self.loss_function.name
 
     @property
     def inputs(self) -> int:
@@ -247,11 +247,6 @@ class Network:
     def outputs(self) -> int:
         """Numbers in a row of scores."""
         return self.widths[-1]
-
-    @property
-    def loss_function(self) -> losses.Loss:
-        """The loss that ``loss`` named."""
-        return self._loss
 
     @property
     def dropout_step(self) -> int:
@@ -265,7 +260,7 @@ class Network:
 
     def __deepcopy__(self, memo: Any) -> Network:
         common = self.backend, self.compute_dtype, self.seed, self.precision, self.tune
-        twin = Network(self.layers, self.loss_object, self.l2, *common)
+        twin = Network(self.layers, self.loss_function, self.l2, *common)
         twin.load_state_dict(self.state_dict())
         return twin
 
@@ -348,7 +343,7 @@ class Network:
         with self.backend.scope(), quiet():
             run = self._forward(X, Y)
             if self.backend.name == "cpu" and math.isnan(run.loss.work["loss"].item()):
-                self.loss_object.check_values(Y, self.outputs)
+                self.loss_function.check_values(Y, self.outputs)
             self._backward(run, X)
         self._mode.step += 1
         return run.loss.work["loss"]
@@ -427,12 +422,12 @@ class Network:
             total = 0.0
             right = compared = 0
             for part, run in self._evaluate(X, rows):
-                self.loss_object.run(run.scores, Y[part], run.loss)
+                self.loss_function.run(run.scores, Y[part], run.loss)
                 total += run.loss.work["loss"].item() * len(run.scores)
-                at_once = max(1, COMPARED // self.outputs) if self.loss_object.classifies else 0
+                at_once = max(1, COMPARED // self.outputs) if self.loss_function.classifies else 0
                 for some in evenly(len(run.scores), at_once) if at_once else ():
-                    truth = self.loss_object.truth(Y[part][some], self.outputs)
-                    right += (self.loss_object.predict(run.scores[some]) == truth).sum().item()
+                    truth = self.loss_function.truth(Y[part][some], self.outputs)
+                    right += (self.loss_function.predict(run.scores[some]) == truth).sum().item()
                     compared += truth.size
             loss = total / len(X)
             if self._weights:
@@ -441,7 +436,7 @@ class Network:
                 self._add_l2(penalty, run.loss.work)
                 loss += penalty.item()
             self._finite(loss, X, Y)
-        return loss, right / compared if self.loss_object.classifies else None
+        return loss, right / compared if self.loss_function.classifies else None
 
     def scores(self, X: Array) -> Array:
         """What the last layer gives, ``(batch, outputs)``, as a new array of ``compute_dtype``."""
@@ -459,14 +454,14 @@ class Network:
         """
         scores = self.scores(X)
         with self.backend.scope():
-            return self.loss_object.predict(scores)
+            return self.loss_function.predict(scores)
 
     def accuracy(self, X: Array, Y: Array) -> float:
         """The fraction of predictions that are right."""
         self._check_batch(X, Y, values=True)
         with self.backend.scope():
-            self.loss_object.check_values(Y, self.outputs)
-            return float((self.loss_object.truth(Y, self.outputs) == self.predict(X)).mean())
+            self.loss_function.check_values(Y, self.outputs)
+            return float((self.loss_function.truth(Y, self.outputs) == self.predict(X)).mean())
 
     # --- memory ---
 
@@ -555,7 +550,7 @@ class Network:
     def _loss_spaces(self) -> Mapping[str, losses.Space]:
         """What the loss and the l2 term work in: NumPy's square, and the partial sums of a GPU."""
         l2: dict[str, losses.Space] = {"squares": ((1, 1), COMPUTE), "parts": ((SUM_PARTS,), np.float64)}
-        return {**self.loss_object.workspace(self.outputs), **(l2 if self._weights else {})}
+        return {**self.loss_function.workspace(self.outputs), **(l2 if self._weights else {})}
 
     def _scratch(self, i: int) -> Mapping[str, tuple[Shape, Any]]:
         """The scratch of stage i, with NumPy's where that works: without kernels, or on X, which may be strided."""
@@ -686,7 +681,7 @@ class Network:
         self._mode.training = True
         run = self._bound(self._training, len(X), True)
         run_layers(run, X)
-        self.loss_object.run(run.scores, Y, run.loss)
+        self.loss_function.run(run.scores, Y, run.loss)
         if self._weights:
             self._add_l2(run.loss.work["loss"], run.loss.work)
         return run
@@ -747,15 +742,15 @@ class Network:
     def _check_batch(self, X: Any, Y: Any, values: bool) -> None:
         self._check_inputs(X)
         self.backend.check("Y", Y)
-        self.loss_object.check(Y, len(X), self.outputs)
-        if values and not self.loss_object.shows(Y):
+        self.loss_function.check(Y, len(X), self.outputs)
+        if values and not self.loss_function.shows(Y):
             with self.backend.scope():
-                self.loss_object.check_values(Y, self.outputs)
+                self.loss_function.check_values(Y, self.outputs)
 
     def _finite(self, loss: float, X: Array, Y: Array) -> float:
         if math.isfinite(loss):
             return loss
-        self.loss_object.check_values(Y, self.outputs)
+        self.loss_function.check_values(Y, self.outputs)
         if not self._xp.isfinite(X).all().item():
             cause = "X holds NaN or infinity"
         elif not self._xp.isfinite(self.parameters.flat).all().item():

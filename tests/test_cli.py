@@ -138,18 +138,18 @@ def test_info_shows_backends_and_why_there_is_no_cuda() -> None:
 def test_info_shows_what_multiplies_in_a_captured_step(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
-    from gpubatch import cli
+    from gpubatch.cli import app, info
 
     device = queued_backend("late")
     device.cupy.nvmath = StandInLt(device.cupy) if there else None
     backends = {"cpu": gpubatch.get_backend("cpu"), device.spec: device}
-    monkeypatch.setattr(cli, "available_backends", lambda: tuple(backends))
-    monkeypatch.setattr(cli, "get_backend", lambda spec="cpu": backends[spec])
+    monkeypatch.setattr(info, "available_backends", lambda: tuple(backends))
+    monkeypatch.setattr(info, "get_backend", lambda spec="cpu": backends[spec])
     words = "cuBLASLt 12.9.3" if there else "none, nvmath-python is not installed: pip install 'gpubatch[cuda13]' (CUDA"
-    lines = CliRunner().invoke(cli.app, ["info"]).stdout.splitlines()
+    lines = CliRunner().invoke(app, ["info"]).stdout.splitlines()
     (row,) = (line for line in lines if "products" in line)
     assert row.startswith(f"matrix products of a captured step on cuda:99: {words}")
-    result = json.loads(CliRunner().invoke(cli.app, ["info", "--json"]).stdout)
+    result = json.loads(CliRunner().invoke(app, ["info", "--json"]).stdout)
     assert result["matrix_products"]["cuda:99"].startswith(words)
 
 
@@ -159,17 +159,17 @@ def test_train_says_how_its_steps_were_run(
 ) -> None:
     from typer.testing import CliRunner
 
-    from gpubatch import cli
+    from gpubatch.cli import app, train
 
     device = queued_backend("late")
     device.cupy.nvmath = StandInLt(device.cupy)
-    monkeypatch.setattr(cli, "get_backend", lambda spec: device)
+    monkeypatch.setattr(train, "get_backend", lambda spec: device)
     options = ["train", str(mnist), *SMALL, "--batch-size", "100", "--precision", "fast", "--no-progress"]
     options += [] if execution == "auto" else ["--execution", execution]
-    text = CliRunner().invoke(cli.app, options, catch_exceptions=False).stdout
+    text = CliRunner().invoke(app, options, catch_exceptions=False).stdout
     assert f"\nsteps      {found}\n" in text
     assert ", float32, precision fast\n" in text
-    result = json.loads(CliRunner().invoke(cli.app, [*options, "--json"]).stdout)
+    result = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)
     assert result["history"]["execution"] == found
     assert (result["arguments"]["execution"], result["arguments"]["precision"]) == (execution, "fast")
 

@@ -91,7 +91,7 @@ def test_many_points_at_a_time_give_the_same(method: str, monkeypatch: pytest.Mo
         return np.sin(stack).prod(axis=(1, 2)) + (stack**3).sum(axis=(1, 2))
 
     x.flags.writeable = False
-    monkeypatch.setattr(explore, "STACK_BYTES", 4 * x.nbytes)
+    monkeypatch.setattr(explore.gradients, "STACK_BYTES", 4 * x.nbytes)
     np.testing.assert_allclose(numerical_gradient(f, x, method=method, vectorized=True), one, rtol=1e-9, atol=1e-9)
     assert max(calls) == 4
 
@@ -389,8 +389,8 @@ def test_slices_are_the_losses_of_a_moved_network(
     name: str, loss: str, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In blocks of rows and points that do not come out even."""
-    monkeypatch.setattr(explore, "SLICE_ROWS", {"cpu": 7, "cuda": 7})
-    monkeypatch.setattr(explore, "SLICE_ELEMENTS", {"cpu": 7 * 8 * 4, "cuda": 7 * 8 * 4})
+    monkeypatch.setattr(explore.slices, "SLICE_ROWS", {"cpu": 7, "cuda": 7})
+    monkeypatch.setattr(explore.slices, "SLICE_ELEMENTS", {"cpu": 7 * 8 * 4, "cuda": 7 * 8 * 4})
     net = Network(stacks(6, 3)[name], loss, l2=0.3, backend=backend, dtype="float64")
     X, Y = task(net, 17)
     net.loss_and_grad(X, Y)  # moves running statistics off 0 and 1

@@ -926,7 +926,7 @@ def test_errors(make_it, error, message, monkeypatch):
 @pytest.mark.parametrize("source", ["float16", "float32", "float64", ">f8"])
 @pytest.mark.parametrize("where", [(0, 0), (6, 1), (19, 2)])
 def test_values_that_are_not_finite(value, source, where, backend, monkeypatch):
-    monkeypatch.setattr(gpubatch.sources, "BLOCK", 12)  # four samples at a time
+    monkeypatch.setattr(gpubatch.sources.arrays, "BLOCK", 12)  # four samples at a time
     X = np.ones((20, 3), source)
     X[where] = X[19, 2] = value  # the first one is named
     message = re.escape(f"X must be finite, but X[{where[0]}, {where[1]}] is {float(value)!r}")

@@ -21,10 +21,11 @@ from gpubatch import products
 from gpubatch.backend import CudaBackend
 from gpubatch.cuda_ops import source_of
 from gpubatch.errors import ArgumentError, BackendUnavailableError, DTypeError, TuningWarning
-from gpubatch.ops import IDENTITY, Activation
+from gpubatch.formula import activations
+from gpubatch.ops import IDENTITY
 from gpubatch.products import COPY, LtProducts, Plan, products_for
 
-RELU = Activation("relu")
+RELU = activations.relu.bind()
 SIZES = [40, 32, 5]
 
 

@@ -182,7 +182,7 @@ class SideBySide:
         self.names = parameter_names(net.layers, net.needs)
         self.outputs = [self._empty((self.points * self.rows, width)) for width in net.widths[1:]]
         self.works = [self._work({**n.kept, **n.scratch, **n.plain}, self.points * self.rows) for n in net.needs]
-        self.loss = net.loss_object
+        self.loss = net.loss_function
         work = self._work(self.loss.workspace(net.outputs), self.rows)
         work["offsets"] = net.backend.asarray(np.arange(self.rows) * net.outputs)
         work["ticket"] = net.backend.zeros(1, np.uint32)
