@@ -114,7 +114,7 @@ CASES = {
     ),
     "a window and a rank": Case(plain, loader={"window": 20, "rank": 1, "world_size": 2}),
 }
-every_case = every("case", CASES, ["norm, dropout, l2, schedule", "transformed", "mixed, host, norm"])
+every_case = every("case", CASES, ["norm, dropout, l2, schedule", "mixed, host, norm"])
 
 
 def data(case: Case) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from families import every
 from test_cli import mnist, run  # noqa: F401  # mnist is a fixture
 
 from gpubatch import layers, losses
@@ -99,7 +100,7 @@ SWEEPS = {
 }
 
 
-@pytest.mark.parametrize("option", SWEEPS)
+@every("option", [*SWEEPS], ["--batch-size"])
 def test_sweeps_print_a_table_and_draw(option: str, mnist: Path, tmp_path: Path) -> None:  # noqa: F811
     pytest.importorskip("matplotlib")
     file = tmp_path / "sweep.png"
@@ -160,7 +161,7 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("name", ERRORS)
+@every("name", [*ERRORS], ["span", "folder"])
 def test_errors_are_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, message = ERRORS[name]
     monkeypatch.chdir(tmp_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import every
 from test_cli import mnist, run  # noqa: F401  # mnist is a fixture
 
 import gpubatch as gb
@@ -98,7 +99,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
+@every("wrong", [*WRONG], ["optimizer newton", "plot memory.jpg"])
 def test_errors_are_one_line_and_exit_code_1(wrong: str) -> None:
     option, _, value = wrong.partition(" ")
     done = run("batch-size", *SMALL, f"--{option}", value, code=1)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from families import every
 from needs import missing
 
 import gpubatch as gb
@@ -182,7 +183,7 @@ def arrays_of(case: Case, folder: Path) -> tuple[Any, ...]:
     return X, Y, (Xv, Yv)
 
 
-@pytest.mark.parametrize("name", CASES)
+@every("name", [*CASES], ["everything", "sigmoid", "three states", "many samples", "a thread", "transformed"])
 def test_the_plan_is_what_numpy_is_asked_for(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     arguments = arrays_of(case, tmp_path)

@@ -205,6 +205,7 @@ def on_a_device(refused: int) -> tuple[gb.Network, gb.History, Scarce]:
     return net, gb.fit(net, loader, opt, epochs=1, validation=validation(), progress=False), cupy
 
 
+@pytest.mark.exhaustive
 def test_every_allocation_on_a_device_is_refused_once() -> None:
     expected_net, expected_history, cupy = on_a_device(0)
     expected = expected_net.parameters.flat.get()

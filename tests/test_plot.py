@@ -38,7 +38,13 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize(("ending", "start"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
+@pytest.mark.parametrize(
+    ("ending", "start"),
+    [
+        ("png", b"\x89PNG"),
+        *(pytest.param(*way, marks=pytest.mark.exhaustive) for way in [("pdf", b"%PDF"), ("svg", b"<?xml")]),
+    ],
+)
 def test_every_history_is_drawn(name: str, ending: str, start: bytes, tmp_path: Path) -> None:
     file = tmp_path / f"curves.{ending}"
     plot_training(VARIANTS[name], file, "a test")

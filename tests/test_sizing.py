@@ -14,6 +14,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from families import marks
 from hypothesis import given, strategies as st
 
 import gpubatch.sizing
@@ -254,7 +255,10 @@ FOUND = [
 ]
 
 
-@pytest.mark.parametrize(("n", "at_most", "limit", "size", "words"), FOUND)
+@pytest.mark.parametrize(
+    ("n", "at_most", "limit", "size", "words"),
+    [pytest.param(*case, marks=marks(number % 4 == 0)) for number, case in enumerate(FOUND)],
+)
 def test_found_within_the_bounds(n, at_most, limit, size, words):
     step = Step(limit or 10**9, bytes_per_sample=10)
     plan = find_batch_size(step, n, at_most, backend="cpu")

@@ -304,11 +304,16 @@ def test_a_source_that_fills_what_it_is_given_hears_of_blocks_before_it_reads_th
     "arguments",
     [
         {"window": 40_000},
-        {"window": 40_000, "shuffle": False},
-        {"window": 200_000},  # two halves are all
-        {"window": 10**6},
-        {"window": 40_000, "rank": 1, "world_size": 3},
         {"window": 640},  # the list of blocks is the largest part
+        *(
+            pytest.param(arguments, marks=pytest.mark.exhaustive)
+            for arguments in (
+                {"window": 40_000, "shuffle": False},
+                {"window": 200_000},  # two halves are all
+                {"window": 10**6},
+                {"window": 40_000, "rank": 1, "world_size": 3},
+            )
+        ),
     ],
     ids=str,
 )
@@ -382,6 +387,7 @@ def test_larger_than_memory(tmp_path):
     assert done.stdout.split() == ["complete", str(rows * width)], done.stderr
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a limit on address space is Linux's")
 def test_the_script_that_measures_files_checks_what_it_reads(tmp_path):
     script = Path(__file__).parent.parent / "bench" / "files.py"
