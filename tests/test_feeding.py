@@ -495,7 +495,7 @@ def test_memory_that_others_took_since_the_plan_counts():
 @pytest.mark.parametrize(
     "options",
     [{}, {"feed": "host"}, {"feed": "device"}, {"transform": lambda x: x}, {"given": "there"}, {"available": 3000}],
-    ids=str,
+    ids=["auto", "host", "device", "transformed", "given", "short of memory"],
 )
 def test_the_plan_decides_where_the_data_will_be_as_the_first_iteration_does(options, kept):
     """And it counts what steps need that gather their batches by themselves, or are handed them."""
