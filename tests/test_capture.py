@@ -602,7 +602,7 @@ class OwnLoss(type(losses.LOSSES["mse"])):  # type: ignore[misc]
 
 
 def test_a_loss_of_the_user_s_is_eager(device: Callable[[], CudaBackend], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(losses.LOSSES, "own", OwnLoss())
+    monkeypatch.setitem(losses.LOSSES, "own", OwnLoss(losses.LOSSES["mse"].bound))
     training = Training(CASES["mse, momentum, decay"], device())
     training.net = gb.Network(plain(), "own", backend=training.device)
     training.opt = gb.Adam(training.net.parameters)
