@@ -89,11 +89,11 @@ class CudaOps(Ops):
 
     def softmax_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """See :class:`Ops`; a label out of range makes NaN of the loss and of its row of the gradient."""
-        self._over_rows("softmax_cross_entropy", z, labels_or_rows(Y, self.compute, work), gradient, work)
+        self._over_rows("softmax_cross_entropy", z, labels_or_rows(Y, work), gradient, work)
 
     def svm(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """See :class:`Ops`; a label out of range makes NaN of the loss and of its row of the gradient."""
-        self._over_rows("svm", z, labels_or_rows(Y, self.compute, work)[:1], gradient, work)
+        self._over_rows("svm", z, labels_or_rows(Y, work)[:1], gradient, work)
 
     def score_loss(self, f: BoundScoreLoss, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """See :class:`Ops`; one launch. Targets are read as they are, of any dtype."""

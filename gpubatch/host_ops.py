@@ -67,7 +67,7 @@ class HostOps(Ops):
 
     def softmax_cross_entropy(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """See :class:`Ops`."""
-        labels, rows = labels_or_rows(Y, z.dtype, work)
+        labels, rows = labels_or_rows(Y, work)
         if not self.library.softmax_cross_entropy(z, labels, rows, work["dz"], work["row"], work["loss"], gradient):
             self.numpy.softmax_cross_entropy(z, Y, gradient, work)
         elif gradient:
@@ -75,7 +75,7 @@ class HostOps(Ops):
 
     def svm(self, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """See :class:`Ops`."""
-        labels, _ = labels_or_rows(Y, z.dtype, work)
+        labels, _ = labels_or_rows(Y, work)
         if not self.library.svm(z, labels, work["dz"], work["row"], work["loss"], gradient):
             self.numpy.svm(z, Y, gradient, work)
         elif gradient:
@@ -84,9 +84,8 @@ class HostOps(Ops):
     def score_loss(self, f: BoundScoreLoss, z: Array, Y: Array, gradient: bool, work: Work) -> None:
         """See :class:`Ops`."""
         place, scalars = score_loss_place(self.library, f)
-        targets = rows_of(Y, z, work)
-        arrays = (z, targets, work["dz"], work["parts"], work["loss"])
-        if place < 0 or not self.library.score_loss(place, scalars, *arrays, gradient):
+        results = work["dz"], work["parts"], work["loss"]
+        if place < 0 or not self.library.score_loss(place, scalars, z, rows_of(Y, z, work), *results, gradient):
             self.numpy.score_loss(f, z, Y, gradient, work)
         elif gradient:
             scale_gradient(work)

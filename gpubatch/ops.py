@@ -370,7 +370,7 @@ def workspace_dtype(wanted: Any, storage: np.dtype[Any]) -> np.dtype[Any]:
     return compute_dtype(storage) if isinstance(wanted, str) and wanted == COMPUTE else np.dtype(wanted)
 
 
-def labels_or_rows(Y: Array, dtype: np.dtype[Any], work: Work) -> tuple[Array, Array]:
+def labels_or_rows(Y: Array, work: Work) -> tuple[Array, Array]:
     """Y as kernels take it, (labels, None) or (None, rows): itself, or copied to where work has room for it."""
     if Y.ndim == 1 and Y.dtype == np.int64 and Y.flags.c_contiguous:
         return Y, None
