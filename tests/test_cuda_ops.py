@@ -486,7 +486,7 @@ FAULTS = {
     "another step": ("if (step_at) step = *step_at;", "", "dropout, its step in memory"),
     "a mask of another element": ("dy[i] * mask[i]", "dy[i] * mask[0]", "dropout_gradient new"),
     "a target of another score": ("T(y[i])", "T(y[0])", "mse float32"),
-    "an exponential that overflows": ("exp(-fabs(score))", "exp(-score)", "sigmoid_cross_entropy uint8"),
+    "an exponential that overflows": ("exp(-fabs(z))", "exp(-z)", "sigmoid_cross_entropy uint8"),
     "one place for all parts": ("parts[blockIdx.x] = sum", "parts[0] = sum", "mse float32"),
     "any block is the last": ("last = atomicInc(ticket, blocks - 1) == blocks - 1;", "last = true;", "l2_loss"),
     "a ticket that is not 0 again": ("atomicInc(ticket, blocks - 1)", "atomicAdd(ticket, 1)", "square_sum"),
@@ -503,19 +503,23 @@ def test_a_planted_fault_is_noticed(fault: str, device: CudaBackend, monkeypatch
     old, new, name = FAULTS[fault]
     hits: list[str] = []
 
-    def planted(file: str) -> str:
-        text = kernel_source(file)
-        hits.extend([file] * text.count(old))
-        return text.replace(old, new)
+    def planted(write: Callable[..., str]) -> Callable[..., str]:
+        def source(*args: object) -> str:
+            text = write(*args)
+            hits.extend([text] * text.count(old))
+            return text.replace(old, new)
 
-    monkeypatch.setattr(cuda_ops, "kernel_source", planted)
+        return source
+
+    for write in ("kernel_source", "score_source", "activation_source"):  # of a file, and of a formula
+        monkeypatch.setattr(cuda_ops, write, planted(getattr(cuda_ops, write)))
     monkeypatch.setattr(cuda_ops, "source_of", cuda_ops.source_of.__wrapped__)
     monkeypatch.setattr(cuda_ops, "elementwise_source", cuda_ops.elementwise_source.__wrapped__)
     monkeypatch.setattr(cuda_ops, "score_loss_source", cuda_ops.score_loss_source.__wrapped__)
     monkeypatch.setattr(cuda_ops, "gather_source", cuda_ops.gather_source.__wrapped__)
     with pytest.raises(AssertionError):
         test_it_agrees_with_numpy(CASES[name], F, device)
-    assert len(set(hits)) == 1
+    assert len(set(hits)) == 1  # in one text
 
 
 # --- on a real device ------------------------------------------------------------------------------------------------
