@@ -23,7 +23,6 @@ from gpubatch.backend import Array, Backend, CudaBackend, compute_dtype
 from gpubatch.cuda_ops import CudaOps
 from gpubatch.formula import scores
 from gpubatch.host_ops import HalfOps
-from gpubatch.launch import kernel_source
 from gpubatch.ops import SQUARE_SUM_SIZE, SUM_PARTS, NumpyOps, Ops
 
 DTYPES = ("float32", "float64", "float16")  # in which batches are stored
