@@ -23,8 +23,8 @@ from gpubatch import layers, losses
 from gpubatch.backend import Array, CudaBackend, compute_dtype
 from gpubatch.cuda_ops import MOST_THREADS, source_of, square_grid
 from gpubatch.errors import ArgumentError, check_int
-from gpubatch.feeding import needed
 from gpubatch.launch import cuda_kernel
+from gpubatch.loader import needed
 from gpubatch.network import Network
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import Optimizer

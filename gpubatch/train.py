@@ -43,8 +43,7 @@ from gpubatch.errors import (
     check_int,
     check_real,
 )
-from gpubatch.feeding import DeviceFeed
-from gpubatch.loader import Loader
+from gpubatch.loader import DeviceFeed, Loader
 from gpubatch.loss_scale import LossScale
 from gpubatch.network import EVALUATION_ROWS, Network, quiet
 from gpubatch.ops import SQUARE_SUM_SIZE

@@ -43,13 +43,11 @@ MAY_IMPORT = {
     "network": "layers losses products host_ops ops formula params backend errors own",
     "datasets": "errors",
     "sources": "datasets host_ops ops backend sizing errors",
-    "feeding": "host_ops cuda_ops backend staging sizing errors sources",
-    "loader": "backend sizing errors sources feeding own",
+    "loader": "sources host_ops cuda_ops staging backend sizing errors own",
     "checkpoint": "backend errors",
     "loss_scale": "errors own",
-    "capture": "network optim feeding cuda_ops launch ops layers losses staging backend errors own",
-    "train": "capture feeding checkpoint loss_scale network optim loader ops params schedules averages sizing backend"
-    " errors",
+    "capture": "network optim loader cuda_ops launch ops layers losses staging backend errors own",
+    "train": "capture checkpoint loss_scale network optim loader ops params schedules averages sizing backend errors",
     "explore": "network layers losses ops loader optim train averages params backend errors",
 }
 EDGES = {"plot", "cli", "__main__", "__init__"}
@@ -58,6 +56,7 @@ EDGES = {"plot", "cli", "__main__", "__init__"}
 ORDER = {
     "formula": "trace derivative elementwise update_rule rules activations scores",
     "sources": "arrays reader files tables",
+    "loader": "order feeding loader",
     "explore": "shared gradients search slices sweeps",
     "cli": "shared train info gradients landscape sweep memory",
 }

@@ -20,13 +20,13 @@ from needs import missing
 from stand_in import TIMINGS, Event, QueuedStandIn, Stream, queued_backend
 
 import gpubatch as gb
-import gpubatch.feeding
-import gpubatch.loader
+import gpubatch.loader.feeding
+import gpubatch.loader.loader
 import gpubatch.sources
 from gpubatch.backend import available_backends, get_backend
 from gpubatch.errors import ArgumentError, InsufficientMemoryError, NonFiniteError
-from gpubatch.feeding import on_device
 from gpubatch.loader import Loader
+from gpubatch.loader.feeding import on_device
 from gpubatch.sources import ArraySource
 
 BENCH = Path(__file__).parent.parent / "bench" / "feeding.py"
@@ -53,7 +53,7 @@ def device(request):
 
 @pytest.fixture(params=[False, True], ids=["in the caller", "in a thread"])
 def threaded(request, monkeypatch):
-    monkeypatch.setattr(gpubatch.loader, "WORTH_A_THREAD", 0 if request.param else 1 << 60)
+    monkeypatch.setattr(gpubatch.loader.loader, "WORTH_A_THREAD", 0 if request.param else 1 << 60)
     return request.param
 
 
@@ -192,8 +192,8 @@ def test_files(dtype, window, device, tmp_path):
 
 
 def test_large_batches_are_gathered_by_several(device, threaded, monkeypatch):
-    monkeypatch.setattr(gpubatch.feeding, "PART", 16)
-    monkeypatch.setattr(gpubatch.feeding, "HELPERS", 3)
+    monkeypatch.setattr(gpubatch.loader.feeding, "PART", 16)
+    monkeypatch.setattr(gpubatch.loader.feeding, "HELPERS", 3)
     check(device, X8, Y, batch_size=8, feed="host")
     assert not threads()
 
@@ -222,7 +222,7 @@ def test_any_batches(data):
     on_cpu = Loader(x, np.arange(n), backend="cpu", **arguments)
     left_at = draw(st.integers(0, len(there) - 1), "left at")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpubatch.loader, "WORTH_A_THREAD", draw(st.sampled_from([0, 1 << 60]), "worth a thread"))
+        patch.setattr(gpubatch.loader.loader, "WORTH_A_THREAD", draw(st.sampled_from([0, 1 << 60]), "worth a thread"))
         assert agree(device, on_cpu, there, 1)
         for loader in (on_cpu, there):  # leave it in the middle, and go on from there
             with contextlib.closing(iter(loader)) as iteration:
@@ -540,14 +540,14 @@ def test_a_plan_says_where_the_data_is_after_memory_has_become_less(monkeypatch)
 def test_a_copy_that_fails_is_an_end_only_where_it_was_asked_for(feed, monkeypatch):
     device = queued_backend("late")
     there = Loader(X8, Y, batch_size=8, backend=device, feed=feed)
-    original = gpubatch.loader.moved
+    original = gpubatch.loader.loader.moved
 
     def full(source, backend):
         if source.name == "Y":
             raise MemoryError("out of memory")
         return original(source, backend)
 
-    monkeypatch.setattr(gpubatch.loader, "moved", full)
+    monkeypatch.setattr(gpubatch.loader.loader, "moved", full)
     if feed == "device":
         with pytest.raises(MemoryError, match="out of memory"):
             next(iter(there))
@@ -675,14 +675,14 @@ def test_an_exception_while_reading_surfaces_at_its_batch(device):
 
 
 def test_those_who_gather_are_gone_while_an_exception_is_kept(monkeypatch, threaded):
-    monkeypatch.setattr(gpubatch.feeding, "PART", 16)
-    monkeypatch.setattr(gpubatch.feeding, "HELPERS", 3)
+    monkeypatch.setattr(gpubatch.loader.feeding, "PART", 16)
+    monkeypatch.setattr(gpubatch.loader.feeding, "HELPERS", 3)
 
     def broken(*_):
         assert any(thread.name.startswith("gpubatch-gather") for thread in threads())
         raise OSError("the bus is broken")
 
-    monkeypatch.setattr(gpubatch.feeding.Ring, "send", broken)
+    monkeypatch.setattr(gpubatch.loader.feeding.Ring, "send", broken)
     with pytest.raises(OSError, match="the bus is broken") as caught:
         next(iter(Loader(X8, Y, batch_size=8, backend=queued_backend("late"), feed="host")))
     assert not threads()
@@ -712,7 +712,7 @@ def test_a_forked_child_leaves_the_device_alone(monkeypatch):
         iteration = iter(Loader(X8, Y, batch_size=8, backend=device, feed=feed))
         next(iteration)
         with monkeypatch.context() as patch:
-            patch.setattr(gpubatch.feeding.os, "getpid", lambda: 0)
+            patch.setattr(gpubatch.loader.feeding.os, "getpid", lambda: 0)
             for method in ("synchronize", "wait_event"):
                 patch.setattr(Stream, method, lambda *_: pytest.fail("the child used the device"))
             iteration.close()
@@ -724,7 +724,7 @@ import atexit, sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
 from stand_in import Stream, queued_backend
-import gpubatch.loader
+import gpubatch.loader.loader
 
 def gone(*_):
     raise RuntimeError("the driver is gone")
@@ -733,7 +733,7 @@ def end():
     Stream.synchronize = Stream.wait_event = Stream.record = gone
 
 atexit.register(end)  # what is registered later ends earlier, as gpubatch before CuPy
-gpubatch.loader.WORTH_A_THREAD = int(sys.argv[3])
+gpubatch.loader.loader.WORTH_A_THREAD = int(sys.argv[3])
 loader = gpubatch.Loader(np.zeros((100, 4), np.uint8), batch_size=8, backend=queued_backend("late"), feed=sys.argv[2])
 iteration = iter(loader)
 next(iteration)

@@ -15,7 +15,7 @@ import pytest
 from families import drawn
 from hypothesis import given, settings, strategies as st
 
-import gpubatch.loader
+import gpubatch.loader.loader
 import gpubatch.sources
 from gpubatch.backend import Memory, get_backend
 from gpubatch.errors import ArgumentError, DeviceMismatchError, DTypeError, NonFiniteError, ShapeError
@@ -29,7 +29,7 @@ def threads():
 @pytest.fixture(params=[False, True], ids=["in the caller", "in a thread"])
 def threaded(request, monkeypatch):
     """Whether a thread prepares the batches, however small they are."""
-    monkeypatch.setattr(gpubatch.loader, "WORTH_A_THREAD", 0 if request.param else 1 << 60)
+    monkeypatch.setattr(gpubatch.loader.loader, "WORTH_A_THREAD", 0 if request.param else 1 << 60)
     return request.param
 
 
@@ -254,7 +254,7 @@ def labels(batches):
 @given(case=loaders(), epoch=st.integers(0, 3))
 def test_ranks_together_see_each_sample_once(case, epoch):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpubatch.loader, "WORTH_A_THREAD", 0)
+        patch.setattr(gpubatch.loader.loader, "WORTH_A_THREAD", 0)
         seen, sizes = [], []
         for rank in range(case["world_size"]):
             loader = make(**case, rank=rank)
@@ -289,7 +289,7 @@ def test_ranks_together_see_each_sample_once(case, epoch):
 @given(case=loaders(), data=st.data())
 def test_resumed_is_as_if_never_stopped(case, data):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpubatch.loader, "WORTH_A_THREAD", 0)
+        patch.setattr(gpubatch.loader.loader, "WORTH_A_THREAD", 0)
         whole = make(**case)
         expected = [labels(whole) for _ in range(3)]
         stop = data.draw(st.integers(0, 2 * len(whole)))
@@ -763,7 +763,7 @@ class Clock:
 
 def test_statistics_tell_who_waits(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(gpubatch.loader, "time", clock)
+    monkeypatch.setattr(gpubatch.loader.loader, "time", clock)
     X = np.zeros((100, 6), np.uint8)
     loader = Loader(X, np.arange(100), batch_size=16, backend="cpu", transform=lambda x: clock.pass_by(2) or x)
     assert loader.stats == LoaderStats()
@@ -777,9 +777,9 @@ def test_statistics_tell_who_waits(monkeypatch):
 
 
 def test_nobody_waits_for_what_was_prepared_while_the_consumer_worked(monkeypatch):
-    monkeypatch.setattr(gpubatch.loader, "WORTH_A_THREAD", 0)
+    monkeypatch.setattr(gpubatch.loader.loader, "WORTH_A_THREAD", 0)
     clock, prepared = Clock(), threading.Semaphore(0)
-    monkeypatch.setattr(gpubatch.loader, "time", clock)
+    monkeypatch.setattr(gpubatch.loader.loader, "time", clock)
     loader = Loader(
         np.zeros((96, 6), np.uint8), batch_size=16, backend="cpu", transform=lambda x: prepared.release() or x
     )
@@ -825,23 +825,23 @@ def leave_to_the_garbage_collector(loader):
 )
 @pytest.mark.parametrize("prefetch", [1, 2, 5])
 def test_no_thread_is_left(leave, prefetch, monkeypatch):
-    monkeypatch.setattr(gpubatch.loader, "WORTH_A_THREAD", 0)
+    monkeypatch.setattr(gpubatch.loader.loader, "WORTH_A_THREAD", 0)
     leave(make(40, 0, batch_size=4, prefetch=prefetch))
     assert not threads()
 
 
 def test_thread_prepares_no_more_than_asked(monkeypatch):
-    monkeypatch.setattr(gpubatch.loader, "WORTH_A_THREAD", 0)
+    monkeypatch.setattr(gpubatch.loader.loader, "WORTH_A_THREAD", 0)
     loader = make(40, 0, batch_size=1, prefetch=3)
     prepared, enough = [], threading.Semaphore(0)
-    original = gpubatch.loader._Column.prepare
+    original = gpubatch.loader.loader._Column.prepare
 
     def count(column, index):
         prepared.append(index)
         enough.release()
         return original(column, index)
 
-    monkeypatch.setattr(gpubatch.loader._Column, "prepare", count)
+    monkeypatch.setattr(gpubatch.loader.loader._Column, "prepare", count)
     iteration = iter(loader)
     next(iteration)
     for _ in range(2 * (1 + 3)):  # x and y: one batch taken, three ahead
@@ -853,14 +853,14 @@ def test_thread_prepares_no_more_than_asked(monkeypatch):
 
 def test_an_exception_in_the_thread_surfaces_with_its_traceback(monkeypatch, threaded):
     loader = make(40, 0, batch_size=4)
-    original = gpubatch.loader._Column.prepare
+    original = gpubatch.loader.loader._Column.prepare
 
     def a_disk_that_fails(column, index):
         if 0 in index:
             raise OSError("unreadable sector")
         return original(column, index)
 
-    monkeypatch.setattr(gpubatch.loader._Column, "prepare", a_disk_that_fails)
+    monkeypatch.setattr(gpubatch.loader.loader._Column, "prepare", a_disk_that_fails)
     bad = epoch_order(40, 0, 0).tolist().index(0) // 4
     iteration = iter(loader)
     for _ in range(bad):
@@ -958,8 +958,8 @@ def test_an_order_that_was_foreseen_is_not_made_again(monkeypatch: pytest.Monkey
     X = np.arange(20, dtype=np.float32).reshape(20, 1)
     plain, loader = (Loader(X, batch_size=8, backend="cpu", world_size=2, rank=1) for _ in range(2))
     made: list[int] = []
-    original = gpubatch.loader.epoch_order
-    monkeypatch.setattr(gpubatch.loader, "epoch_order", lambda *a: made.append(a[2]) or original(*a))
+    original = gpubatch.loader.loader.epoch_order
+    monkeypatch.setattr(gpubatch.loader.loader, "epoch_order", lambda *a: made.append(a[2]) or original(*a))
     for _ in range(3):
         for x, expected in zip(loader, plain, strict=True):
             loader.foresee()

@@ -15,7 +15,7 @@ from stand_in import TIMINGS, queued_backend
 import gpubatch as gb
 from gpubatch import launch, staging
 from gpubatch.backend import CudaBackend
-from gpubatch.feeding import DeviceFeed, DeviceOrder, moved
+from gpubatch.loader.feeding import DeviceFeed, DeviceOrder, moved
 from gpubatch.params import Parameters
 from gpubatch.sources import ArraySource
 from gpubatch.staging import Stages, stages_for
