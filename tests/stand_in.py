@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from emulate import host_kernel, launch_bounds, sanitized
@@ -216,10 +216,6 @@ class Work:
     reads: np.ndarray | None = None
 
 
-class CUDARuntimeError(RuntimeError):
-    """What CUDA says of a call that it refuses."""
-
-
 class Graph:
     """Work that was captured: done, all of it, whenever it is launched."""
 
@@ -232,9 +228,9 @@ class Graph:
 
 
 class Stream:
-    """A queue of work. What is in it has not happened.
+    """A queue of work. What is in it has not happened. While the stream is captured its work is recorded, not done.
 
-    While the stream is captured its work is recorded, and not done. What CUDA refuses then breaks the capture.
+    What CUDA refuses during a capture, the emulated device refuses; here it is not looked for.
     """
 
     def __init__(self, cupy: QueuedStandIn, eager: bool) -> None:
@@ -243,31 +239,19 @@ class Stream:
         self.done = self.given = 0
         self.busy = False
         self.captured: list[Work] | None = None
-        self.broken = False
         self.ptr = id(self)
 
     def begin_capture(self, mode: int) -> None:
         assert mode == self.cupy.cuda.runtime.streamCaptureModeThreadLocal
-        assert self is not self.cupy.null, "the default stream cannot be captured"
-        if self.captured is not None:
-            raise CUDARuntimeError("cudaErrorIllegalState: the stream is being captured already")
-        self.captured, self.broken = [], False
-        self.cupy.local.captures = self
+        self.captured = []
 
     def end_capture(self) -> Graph:
-        if self.captured is None or self.cupy.capturing is not self:
-            raise CUDARuntimeError("cudaErrorIllegalState: no capture was begun on this stream in this thread")
-        work, self.captured, self.cupy.local.captures = self.captured, None, None
-        if self.broken:
-            raise CUDARuntimeError("cudaErrorStreamCaptureInvalidated")
+        assert self.captured is not None
+        work, self.captured = self.captured, None
         return Graph(self.cupy, work)
 
     def is_capturing(self) -> bool:
         return self.captured is not None
-
-    def refuse(self, what: str) -> NoReturn:
-        self.broken = True
-        raise CUDARuntimeError(f"cudaErrorStreamCaptureUnsupported: {what} while a stream is being captured")
 
     def __enter__(self) -> Stream:
         self.cupy.needs_device("a stream becomes current")
@@ -280,8 +264,7 @@ class Stream:
     def enqueue(self, work: Work | Ticket) -> None:
         with self.cupy.lock:
             if self.captured is not None:
-                if isinstance(work, Ticket):
-                    self.refuse("a wait for an event")
+                assert isinstance(work, Work), "a captured stream waits for an event"
                 self.captured.append(work)
                 return
             self.queue.append(work)
@@ -290,8 +273,6 @@ class Stream:
 
     def record(self, event: Event) -> None:
         with self.cupy.lock:
-            if self.captured is not None:
-                self.refuse("an event")
             if event.timed:
                 self.enqueue(Work(lambda: setattr(event, "time", self.cupy.clock)))
             event.ticket = Ticket(self, self.given)
@@ -303,8 +284,6 @@ class Stream:
     def synchronize(self) -> None:
         self.cupy.waits()
         with self.cupy.lock:
-            if self.captured is not None:
-                self.refuse("another thread waits for it")
             self.do(self.given)
             self.cupy.settle()
 
@@ -382,8 +361,6 @@ class QueuedArray(DeviceArray):
         assert out.flags.c_contiguous
         pinned = self.cupy.pinned_memory_of(out)
         assert pinned is not None, "a copy that is not waited for needs pinned memory"
-        if stream.captured is not None:
-            stream.refuse("a copy to the host")
         source, target = in_memory(self), at_the_same_place(out, pinned)
         stream.enqueue(Work(lambda: np.copyto(target, source), pinned))
         return out
@@ -401,8 +378,6 @@ class QueuedArray(DeviceArray):
         """Start a copy of what ``source`` holds when it comes to that."""
         self.cupy.copies.append(source.nbytes)
         target, stream = in_memory(self), stream or self.cupy.get_current_stream()
-        if stream.captured is not None:
-            stream.refuse("a copy from the host")
         stream.enqueue(Work(lambda: np.copyto(target, source), pinned))
 
     def later(self, make: Callable[..., Any], *arguments: Any) -> QueuedArray:
@@ -497,10 +472,6 @@ class Device:
         self.cupy.devices.pop()
 
 
-class OutOfMemoryError(MemoryError):
-    """What a pool says."""
-
-
 class Pool:
     """The size of CuPy's pool: what is given back is kept, for the stream on which it was taken.
 
@@ -508,18 +479,13 @@ class Pool:
     """
 
     def __init__(self, cupy: QueuedStandIn) -> None:
-        self.cupy, self.limit = cupy, 0
+        self.cupy = cupy
         self.kept: dict[Stream, int] = {}
 
     def malloc(self, size: int) -> None:
-        if self.cupy.capturing is not None:
-            self.cupy.capturing.refuse("memory is taken")
         with self.cupy.lock:
             stream = self.cupy.get_current_stream()
-            again = min(size, self.kept.get(stream, 0))
-            if self.limit and self.total_bytes() + size - again > self.limit:
-                raise OutOfMemoryError(f"Out of memory allocating {size} bytes")
-            self.kept[stream] = self.kept.get(stream, 0) - again
+            self.kept[stream] = self.kept.get(stream, 0) - min(size, self.kept.get(stream, 0))
 
     def used_bytes(self) -> int:
         return self.cupy.used
@@ -531,7 +497,7 @@ class Pool:
         return self.used_bytes() + self.free_bytes()
 
     def get_limit(self) -> int:
-        return self.limit
+        return 0
 
     def free_all_blocks(self) -> None:
         self.kept.clear()
@@ -569,9 +535,8 @@ class QueuedStandIn(StandIn):
         self.cuda.runtime.memGetInfo = lambda: (self.available - self.used - self.pool.free_bytes(), self.available)
         self.cuda.runtime.deviceSynchronize = self.synchronize
         self.cuda.runtime.streamCaptureModeThreadLocal = 1
-        self.cuda.runtime.CUDARuntimeError = CUDARuntimeError
         self.cuda.using_allocator, self.cuda.get_allocator = self.using_allocator, self.get_allocator
-        self.cuda.MemoryPool, self.cuda.OutOfMemoryError = Pool, OutOfMemoryError
+        self.cuda.MemoryPool, self.cuda.OutOfMemoryError = Pool, MemoryError
         self.cuda.Stream, self.cuda.Event = functools.partial(self.new_stream), self.new_event
         self.cuda.Stream.null = self.null
         self.cuda.get_elapsed_time = self.get_elapsed_time
@@ -597,15 +562,8 @@ class QueuedStandIn(StandIn):
         """A failure where another device is the current one."""
         assert self.devices[-1] == INDEX, f"{what} while device {self.devices[-1]} is current"
 
-    @property
-    def capturing(self) -> Stream | None:
-        """The stream that this thread captures."""
-        return getattr(self.local, "captures", None)
-
     def waits(self) -> None:
         """The host waits for the device."""
-        if self.capturing is not None:
-            self.capturing.refuse("the host waits")
         self.synchronisations += 1
 
     @contextlib.contextmanager
@@ -641,14 +599,9 @@ class QueuedStandIn(StandIn):
         return getattr(self.local, "allocator", None) or self.allocator
 
     def synchronize(self) -> None:
-        """Wait for the whole device, which nobody may while anything on it is captured, whoever does that."""
         self.needs_device("the host waits for all")
         self.waits()
         with self.lock:
-            for stream in (captured := [s for s in list(self.streams) if s.captured is not None]):
-                stream.broken = True
-            if captured:
-                raise CUDARuntimeError("cudaErrorStreamCaptureUnsupported: the host waits for a device that captures")
             for stream in list(self.streams):
                 stream.do(stream.given)
             self.settle()

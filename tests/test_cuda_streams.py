@@ -1,7 +1,8 @@
-"""Streams, captures, the pool's limit and several devices, on real devices; test_streams has the stand-in's tests."""
+"""Streams, captures, the pool's limit and several devices, with CuPy on a device or the emulated one."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import warnings
@@ -70,6 +71,7 @@ def test_the_own_stream_is_kept_for_a_thread(device: CudaBackend) -> None:
                 seen.append(device.current_stream().ptr)
 
     run()
+    assert device.current_stream().ptr not in seen
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
@@ -135,15 +137,32 @@ def test_a_kernel_is_captured_and_replayed(device: CudaBackend) -> None:
         assert (pool.used_bytes(), pool.total_bytes()) == before
     assert float(x[0]) == 5
     assert float(device.to_numpy(sums)[0]) == 1000 * sum(n * n for n in (2, 3, 4, 5))
+    with device.stream() as other:
+        graph.launch(other)
+        other.synchronize()
+    assert float(x[0]) == 6
 
 
 # What another thread may do, from its beginning to its end, while one captures.
 MEANWHILE: dict[str, Callable[[CudaBackend], object]] = {
+    "memory": lambda device: device.to_numpy(device.zeros(4, "float32")),
     "the end of all": lambda device: device.synchronize(),
+    "the end of all on the own stream": lambda device: in_own_stream(device, device.synchronize),
     "memory given back": lambda device: [device.zeros(1 << 20, "uint8"), device.free_unused()],
+    "a capture": lambda device: in_own_stream(device, lambda: device.capture(lambda: None).launch()),
+    "a run": lambda device: assert_alike(trained(device), trained(get_backend("cpu"))),
     "a run whose batch size is found": lambda device: trained(device, "auto"),
     "a workspace given back": lambda device: of_a_network(device).release(),
+    "a step that leaves no trace": lambda device: of_a_network(device),
+    "a batch size for any function": lambda device: gb.find_batch_size(
+        lambda n: device.zeros(n, "u1"), 9, None, device
+    ),
 }
+
+
+def in_own_stream(device: CudaBackend, work: Callable[[], object]) -> None:
+    with device.own_stream():
+        work()
 
 
 def of_a_network(device: CudaBackend) -> gb.Network:
@@ -188,8 +207,10 @@ def test_any_stream_may_be_current_in_a_capture(device: CudaBackend, caller: Any
 
     def work() -> None:
         nonlocal x
-        x += 1
-        assert device.current_stream() != caller
+        captured = device.current_stream()
+        with device.own_stream():  # changes nothing
+            assert device.current_stream() == captured != caller
+            x += 1
 
     x += 1
     graph = device.capture(work)
@@ -199,12 +220,24 @@ def test_any_stream_may_be_current_in_a_capture(device: CudaBackend, caller: Any
     assert device.to_numpy(x).tolist() == [3] * 8
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[Callable[[CudaBackend, Any], object], type[BaseException], str]] = {
     "memory": (lambda device, x: device.zeros(3, "float32"), gb.CaptureError, "bytes of memory were asked for"),
     "a temporary": (lambda device, x: x + 1, gb.CaptureError, "bytes of memory were asked for"),
-    "an error": (lambda device, x: {}["no such key"], KeyError, "no such key"),
+    "a value": (lambda device, x: x[0].item(), RuntimeError, "[Cc]aptur"),
+    "a copy to the host": (lambda device, x: device.to_numpy(x), RuntimeError, "[Cc]aptur"),
+    "the end of all": (lambda device, x: device.synchronize(), RuntimeError, "[Cc]aptur"),
+    "the end of the device": (lambda d, x: d.cupy.cuda.runtime.deviceSynchronize(), RuntimeError, "[Cc]aptur"),
     "the end of the stream": (lambda d, x: d.current_stream().synchronize(), RuntimeError, "[Cc]aptur"),
+    "a refusal that the work hides": (lambda device, x: hidden(device), RuntimeError, "[Cc]aptur"),
+    "an error": (lambda device, x: {}["no such key"], KeyError, "no such key"),
+    "an interrupt": (lambda device, x: (_ for _ in ()).throw(KeyboardInterrupt("now")), KeyboardInterrupt, "now"),
 }
+
+
+def hidden(device: CudaBackend) -> None:
+    """Work that goes on after a refusal gives no graph."""
+    with contextlib.suppress(RuntimeError):
+        device.synchronize()
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -223,32 +256,62 @@ def test_what_cannot_be_captured_leaves_a_stream_that_works(case: str, device: C
             device.capture(step)
         assert not device.current_stream().is_capturing()
         x += 2
-    assert device.to_numpy(x).tolist() == [2] * 8
+        y = device.zeros(8, "float32")
+        device.cupy.add(x, x, out=y)
+        graph = device.capture(lambda: device.cupy.add(x, x, out=y))
+        x += 1
+        graph.launch()
+    assert device.to_numpy(x).tolist() == [3] * 8
+    assert device.to_numpy(y).tolist() == [6] * 8
 
 
-def test_the_limit_of_the_pool_is_kept_and_reached(device: CudaBackend) -> None:
-    """Memory that another stream left unused counts as available, and can be had."""
+@contextlib.contextmanager
+def limit_of_pool(device: CudaBackend, free: int) -> Iterator[None]:
+    """So many bytes may be taken from CuPy's pool."""
     gc.collect()  # CuPy's pool does so before it gives up, and would find what other tests left
     device.free_unused()
     with device.scope():
         pool = device.cupy.get_default_memory_pool()
         limit = pool.get_limit()
-        pool.set_limit(size=pool.used_bytes() + (64 << 20))
+        pool.set_limit(size=pool.used_bytes() + free)
     try:
-        assert device.memory().available == 64 << 20
-        kept = device.zeros(48 << 20, "uint8")
-        assert device.memory().available == 16 << 20
-        del kept
-        with device.own_stream():
-            x = device.zeros(52 << 20, "uint8")  # pieces of others' blocks may be in the way of a little more
-            assert device.memory().available == 12 << 20
-            with pytest.raises(MemoryError):
-                device.empty(24 << 20, "uint8")
-            del x
+        yield
     finally:
         with device.scope():
             pool.set_limit(size=limit)
     device.free_unused()
+
+
+def test_the_limit_of_the_pool_is_kept_and_reached(device: CudaBackend) -> None:
+    """Memory that another stream left unused counts as available, and can be had."""
+    with limit_of_pool(device, 64 << 20):
+        assert device.memory().available == 64 << 20
+        kept = device.zeros(48 << 20, "uint8")
+        assert device.memory().available == 16 << 20
+        del kept
+        for make in (device.empty, device.zeros):
+            with device.own_stream():
+                x = make(52 << 20, "uint8")  # pieces of others' blocks may be in the way of a little more
+                assert device.memory().available == 12 << 20
+                with pytest.raises(MemoryError):
+                    device.empty(24 << 20, "uint8")
+                del x
+            assert device.memory().available == 64 << 20
+
+
+def test_a_batch_size_is_chosen_within_the_limit_of_the_pool(device: CudaBackend) -> None:
+    draw = np.random.default_rng(0)
+    data, plans = (draw.integers(0, 256, (2100, 3000)).astype(np.uint8), draw.integers(0, 10, 2100)), []
+    for limited in (False, True):
+        with limit_of_pool(device, plans[0].needed - 1 if limited else 256 << 20):
+            net = gb.mlp([3000, 10], backend=device, seed=1)
+            loader = Loader(*data, scale=1 / 255, backend=device)
+            gb.fit(net, loader, gb.SGD(net.parameters, 0.1), 1, progress=False)
+            plans.append(loader.plan)
+            assert loader.plan.needed <= loader.plan.available
+            del net, loader
+    assert plans[1].batch_size < plans[0].batch_size
+    assert plans[1].available < plans[0].needed
 
 
 def test_memory_of_an_asynchronous_pool(device: CudaBackend) -> None:
