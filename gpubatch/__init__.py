@@ -27,13 +27,12 @@ EXPORTS = {
         random_search step_size_sweep
     """,
     "formula": "activation normal_cdf rule rules score_loss",
-    "layers": """
-        GELU BatchNorm Context Dense Dropout Elementwise Layer LeakyReLU Needs Parameter ReLU Sigmoid Step Tanh
-    """,
     "loader": "Loader",
     "loss_scale": "LossScale",
-    "losses": "Loss",
-    "network": "Network mlp",
+    "nn": """
+        GELU BatchNorm Context Dense Dropout Elementwise Layer LeakyReLU Loss Needs Network Parameter ReLU Sigmoid Step
+        Tanh losses mlp
+    """,
     "optim": """
         SGD Adagrad Adam AdamW HeavyBall Lion Momentum NAdam Optimizer RMSProp StepResult
         clip_by_global_norm
@@ -45,16 +44,16 @@ EXPORTS = {
 }
 MODULES = tuple(
     """
-    averages backend capture checkpoint datasets errors explore formula launch layers loader loss_scale losses network
+    averages backend capture checkpoint datasets errors explore formula launch loader loss_scale nn
     optim params schedules sizing sources train
     """.split()
 )
 HOMES = {name: module for module, names in EXPORTS.items() for name in names.split()}
 
-__all__ = [*HOMES, "datasets", "explore", "losses"]
+__all__ = [*HOMES, "datasets", "explore"]
 
 if TYPE_CHECKING:  # the same once more, for type checkers
-    from gpubatch import datasets as datasets, explore as explore, losses as losses
+    from gpubatch import datasets as datasets, explore as explore
     from gpubatch.averages import EWMA as EWMA, ewma as ewma
     from gpubatch.backend import (
         Backend as Backend,
@@ -103,7 +102,9 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         rules as rules,
         score_loss as score_loss,
     )
-    from gpubatch.layers import (
+    from gpubatch.loader import Loader as Loader
+    from gpubatch.loss_scale import LossScale as LossScale
+    from gpubatch.nn import (
         GELU as GELU,
         BatchNorm as BatchNorm,
         Context as Context,
@@ -112,17 +113,17 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         Elementwise as Elementwise,
         Layer as Layer,
         LeakyReLU as LeakyReLU,
+        Loss as Loss,
         Needs as Needs,
+        Network as Network,
         Parameter as Parameter,
         ReLU as ReLU,
         Sigmoid as Sigmoid,
         Step as Step,
         Tanh as Tanh,
+        losses as losses,
+        mlp as mlp,
     )
-    from gpubatch.loader import Loader as Loader
-    from gpubatch.loss_scale import LossScale as LossScale
-    from gpubatch.losses import Loss as Loss
-    from gpubatch.network import Network as Network, mlp as mlp
     from gpubatch.optim import (
         SGD as SGD,
         Adagrad as Adagrad,

@@ -19,13 +19,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from gpubatch import layers, losses
 from gpubatch.backend import Array, CudaBackend, compute_dtype
 from gpubatch.cuda_ops import MOST_THREADS, source_of, square_grid
 from gpubatch.errors import ArgumentError, check_int
 from gpubatch.launch import cuda_kernel
 from gpubatch.loader import needed
-from gpubatch.network import Network
+from gpubatch.nn import Network, layers, losses
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import Optimizer
 from gpubatch.own import changed

@@ -45,7 +45,7 @@ from gpubatch.errors import (
 )
 from gpubatch.loader import DeviceFeed, Loader
 from gpubatch.loss_scale import LossScale
-from gpubatch.network import EVALUATION_ROWS, Network, quiet
+from gpubatch.nn import EVALUATION_ROWS, Network, quiet
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import MASTER, Optimizer, StepResult
 from gpubatch.params import FlatViews

@@ -38,23 +38,22 @@ MAY_IMPORT = {
     "host_ops": "cuda_ops ops launch formula backend errors",
     "optim": "formula launch host_ops ops params schedules errors backend own",
     "products": "cuda_ops launch ops formula backend errors",
-    "layers": "products host_ops ops program formula backend errors params own",
-    "losses": "host_ops ops formula backend errors own",
-    "network": "layers losses products host_ops ops formula params backend errors own",
+    "nn": "products host_ops ops program formula params backend errors own",
     "datasets": "errors",
     "sources": "datasets host_ops ops backend sizing errors",
     "loader": "sources host_ops cuda_ops staging backend sizing errors own",
     "checkpoint": "backend errors",
     "loss_scale": "errors own",
-    "capture": "network optim loader cuda_ops launch ops layers losses staging backend errors own",
-    "train": "capture checkpoint loss_scale network optim loader ops params schedules averages sizing backend errors",
-    "explore": "network layers losses ops loader optim train averages params backend errors",
+    "capture": "nn optim loader cuda_ops launch ops staging backend errors own",
+    "train": "capture checkpoint loss_scale nn optim loader ops params schedules averages sizing backend errors",
+    "explore": "nn ops loader optim train averages params backend errors",
 }
 EDGES = {"plot", "cli", "__main__", "__init__"}
 
 # Inside a package: each file may import those to its left.
 ORDER = {
     "formula": "trace derivative elementwise update_rule rules activations scores",
+    "nn": "needs layers losses workspace network",
     "sources": "arrays reader files tables",
     "loader": "order feeding loader",
     "explore": "shared gradients search slices sweeps",
@@ -107,7 +106,7 @@ def test_imports_go_down_the_list(name: str) -> None:
 
 
 # Modules that are part of a face.
-FACES = {"formula.rules", "formula.activations", "formula.scores"}
+FACES = {"formula.rules", "formula.activations", "formula.scores", "nn.layers", "nn.losses"}
 
 
 def test_what_a_face_shows_is_there() -> None:

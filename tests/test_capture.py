@@ -25,8 +25,9 @@ from stand_in import TIMINGS, QueuedStandIn, queued_backend
 from stand_in_lt import StandInLt
 
 import gpubatch as gb
-from gpubatch import capture, losses, own
+from gpubatch import capture, own
 from gpubatch.backend import CudaBackend
+from gpubatch.nn import losses
 from gpubatch.own import changed
 from gpubatch.products import products_for
 from gpubatch.train import Guard

@@ -16,8 +16,8 @@ import pytest
 from families import every
 from test_cli import mnist, run  # noqa: F401  # mnist is a fixture
 
-from gpubatch import layers, losses
 from gpubatch.cli.gradients import CHECKED
+from gpubatch.nn import layers, losses
 
 SMALL = ["--layers", "8", "--seed", "1"]
 
@@ -32,7 +32,7 @@ def test_every_layer_and_loss_is_checked() -> None:
     assert found["max_relative_error"] <= 1e-7
     assert list(found["checks"]) == list(CHECKED)
     assert {type(make(3)).__name__ for make in CHECKED.values()} == set(layers.__all__) - {
-        *("ACTIVATIONS", "ActivationLayer", "Context", "Elementwise", "Layer", "Mode", "Needs", "Parameter")
+        *("ACTIVATIONS", "ActivationLayer", "Elementwise", "Layer")
     }
     for row in found["checks"].values():
         assert list(row) == list(losses.LOSSES)
@@ -49,7 +49,7 @@ def test_the_table_of_gradients() -> None:
 
 def test_a_wrong_gradient_is_named_and_is_exit_code_1(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
-        "from gpubatch.layers import DenseActivation\n"
+        "from gpubatch.nn.layers import DenseActivation\n"
         "right = DenseActivation.backward\n"
         "def backward(self, x, y, dy, dx, c):\n"
         "    if self.function.activation.name == 'tanh': dy *= 1 + y\n"

@@ -27,9 +27,7 @@ from gpubatch.explore import (
     random_search,
     step_size_sweep,
 )
-from gpubatch.layers import Context, Dense, Layer, Needs, Parameter, ReLU, Tanh
-from gpubatch.losses import LOSSES
-from gpubatch.network import Network, mlp
+from gpubatch.nn import LOSSES, Context, Dense, Layer, Needs, Network, Parameter, ReLU, Tanh, mlp
 from gpubatch.optim import SGD, Adam
 
 # Functions of an array with their gradients by hand.

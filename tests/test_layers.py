@@ -9,23 +9,21 @@ import pytest
 from needs import peer
 
 import gpubatch as gb
-from gpubatch import layers
 from gpubatch.backend import Array, Backend, get_backend
 from gpubatch.errors import ArgumentError, DTypeError
 from gpubatch.host_ops import ops_for
-from gpubatch.layers import (
+from gpubatch.nn import Context, Mode, layers
+from gpubatch.nn.layers import (
     ACTIVATIONS,
     GELU,
     ActivationLayer,
     BatchNorm,
-    Context,
     Dense,
     DenseActivation,
     Dropout,
     Elementwise,
     Layer,
     LeakyReLU,
-    Mode,
     ReLU,
     Sigmoid,
     Step,

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from needs import peer
 
-from gpubatch import losses
 from gpubatch.backend import Backend
 from gpubatch.errors import ArgumentError, DeviceMismatchError, DTypeError, ShapeError
-from gpubatch.losses import LOSSES, mse, sigmoid_cross_entropy, softmax_cross_entropy, svm
+from gpubatch.nn import losses
+from gpubatch.nn.losses import LOSSES, mse, sigmoid_cross_entropy, softmax_cross_entropy, svm
 
 
 def labels(draw: np.random.Generator, rows: int, outputs: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from families import every
 from needs import missing
 
 import gpubatch as gb
-from gpubatch.layers import Context, Needs
+from gpubatch.nn import Context, Needs
 from gpubatch.sizing import BatchPlan
 from gpubatch.train import plan_batches
 

@@ -19,8 +19,8 @@ import gpubatch as gb
 from gpubatch.backend import Array, Backend
 from gpubatch.host_ops import ops_for
 from gpubatch.launch import cuda_kernel
-from gpubatch.layers import Context, Layer, Needs, Parameter
 from gpubatch.loss_scale import LARGEST
+from gpubatch.nn import Context, Layer, Needs, Parameter
 from gpubatch.products import LtProducts
 from gpubatch.train import Guard, TrainingState
 

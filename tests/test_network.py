@@ -12,27 +12,24 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from needs import peer
 
-from gpubatch import network
 from gpubatch.backend import Array, Backend
 from gpubatch.errors import ArgumentError, DeviceMismatchError, DTypeError, NonFiniteError, ShapeError
-from gpubatch.layers import (
+from gpubatch.nn import Context, Needs, Parameter, network, workspace
+from gpubatch.nn.layers import (
     ACTIVATIONS,
     GELU,
     BatchNorm,
-    Context,
     Dense,
     Dropout,
     Layer,
     LeakyReLU,
-    Needs,
-    Parameter,
     ReLU,
     Sigmoid,
     Step,
     Tanh,
 )
-from gpubatch.losses import LOSSES
-from gpubatch.network import Network, mlp
+from gpubatch.nn.losses import LOSSES
+from gpubatch.nn.network import Network, mlp
 
 
 class Scale(Layer):
@@ -408,7 +405,7 @@ def test_many_batch_sizes_do_not_fill_the_memory_with_views(rng) -> None:
     X, Y = rng.normal(size=(60, 4)).astype(np.float32), rng.integers(0, 2, 60)
     for n in range(60, 0, -1):
         net.step_loss(X[:n], Y[:n])
-    assert len(net._training.passes) == network.SIZES_KEPT
+    assert len(net._training.passes) == workspace.SIZES_KEPT
 
 
 @every_loss

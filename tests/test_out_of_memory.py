@@ -22,7 +22,7 @@ import gpubatch as gb
 from gpubatch.errors import MicroBatchWarning
 from gpubatch.host_ops import ops_for
 from gpubatch.launch import cuda_kernel
-from gpubatch.network import evenly
+from gpubatch.nn.workspace import evenly
 from gpubatch.train import HeldOut, TrainingState, settle_batches
 
 SAMPLES, BATCH = 100, 48  # the last batch of an epoch has four

@@ -20,11 +20,10 @@ from needs import peer
 from optimizer_table import CASES
 
 import gpubatch as gb
-from gpubatch import network
 from gpubatch.backend import Array
 from gpubatch.checkpoint import Checkpoints
 from gpubatch.errors import CheckpointError, CheckpointWarning, SkippedStepWarning
-from gpubatch.layers import Context, Needs
+from gpubatch.nn import Context, Needs, network
 from gpubatch.train import TrainingState, TrainingTerminated, settle_batches
 
 

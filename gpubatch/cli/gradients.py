@@ -11,10 +11,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gpubatch import explore, layers, losses
+from gpubatch import explore
 from gpubatch.backend import Array, Backend, get_backend
 from gpubatch.cli.shared import BackendOption, JsonOption, ProgressOption, app, bar, print_json, versions
-from gpubatch.network import Network
+from gpubatch.nn import Network, layers, losses
 
 __all__ = ["CHECKED", "check_gradient"]
 

@@ -34,7 +34,7 @@ from gpubatch.cli.shared import (
     widths,
 )
 from gpubatch.errors import check_choice, check_int
-from gpubatch.network import mlp
+from gpubatch.nn import mlp
 from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, parse_bytes
 from gpubatch.train import memory_parts, why_not_captured
 

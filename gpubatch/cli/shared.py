@@ -23,9 +23,8 @@ import gpubatch
 from gpubatch import datasets, explore, optim, schedules
 from gpubatch.backend import Array, get_backend
 from gpubatch.errors import ArgumentError, check_choice
-from gpubatch.layers import ACTIVATIONS
 from gpubatch.loader import Loader
-from gpubatch.network import Network, mlp
+from gpubatch.nn import ACTIVATIONS, Network, mlp
 
 __all__ = [
     "DECAYS",

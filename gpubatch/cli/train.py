@@ -35,7 +35,7 @@ from gpubatch.cli.shared import (
     widths,
 )
 from gpubatch.errors import ArgumentError, check_choice
-from gpubatch.network import mlp
+from gpubatch.nn import mlp
 from gpubatch.train import EXECUTIONS, TrainingInterrupted, TrainingTerminated, fit
 
 __all__ = ["train"]

@@ -23,7 +23,7 @@ from gpubatch.errors import (
     check_real,
 )
 from gpubatch.explore.shared import Progress, check_net, kept_as_it_is, report
-from gpubatch.network import Network
+from gpubatch.nn import Network
 
 __all__ = ["GradientCheck", "Kink", "check_network", "gradient_check", "numerical_gradient"]
 

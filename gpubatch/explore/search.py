@@ -10,7 +10,7 @@ import numpy as np
 from gpubatch.backend import Array
 from gpubatch.errors import NonFiniteError, check_int, check_real
 from gpubatch.explore.shared import Progress, check_net, loss_or_inf, report
-from gpubatch.network import Network
+from gpubatch.nn import Network
 
 __all__ = ["SearchResult", "random_local_search", "random_search"]
 

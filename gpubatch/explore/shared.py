@@ -11,7 +11,7 @@ import numpy as np
 
 from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
-from gpubatch.network import Network
+from gpubatch.nn import Network
 
 __all__ = ["Progress", "check_net", "grid_of", "kept_as_it_is", "loss_or_inf", "positive_grid", "report"]
 

@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from gpubatch import losses
 from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_choice, check_int
 from gpubatch.explore.shared import Progress, check_net, grid_of, report
-from gpubatch.layers import BatchNorm, Context, Dense, Mode
-from gpubatch.network import Network, parameter_names
+from gpubatch.nn import BatchNorm, Context, Dense, LossContext, Mode, Network, parameter_names
 from gpubatch.ops import workspace_dtype
 from gpubatch.params import FlatViews
 
@@ -186,7 +184,7 @@ class SideBySide:
         work = self._work(self.loss.workspace(net.outputs), self.rows)
         work["offsets"] = net.backend.asarray(np.arange(self.rows) * net.outputs)
         work["ticket"] = net.backend.zeros(1, np.uint32)
-        self.context = losses.LossContext(net.backend, self.xp, net.ops, work, False)
+        self.context = LossContext(net.backend, self.xp, net.ops, work, False)
 
         # Dense and BatchNorm are linear in their parameters; of one's own layers nobody knows.
         head = next(i for i, needs in enumerate(net.needs) if needs.parameters)

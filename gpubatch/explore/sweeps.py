@@ -17,7 +17,7 @@ from gpubatch.errors import ArgumentError, NonFiniteError, check_int, check_real
 from gpubatch.explore.search import random_local_search, random_search
 from gpubatch.explore.shared import Progress, check_net, kept_as_it_is, loss_or_inf, positive_grid, report
 from gpubatch.loader import Loader
-from gpubatch.network import Network
+from gpubatch.nn import Network
 from gpubatch.optim import SGD, Adam, Momentum, Optimizer, RMSProp
 from gpubatch.params import Parameters
 from gpubatch.train import History, StopTraining, TrainingState, fit

@@ -1,0 +1,101 @@
+"""What a layer asks of its network, and what it has at hand in a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from gpubatch.backend import Array, Backend
+from gpubatch.ops import Ops
+from gpubatch.products import Products
+
+__all__ = ["Context", "Initializer", "Mode", "Needs", "Normal", "Parameter", "Shape", "Space"]
+
+Shape: TypeAlias = tuple[int, ...]
+Initializer: TypeAlias = "Callable[[np.random.Generator, Shape], np.ndarray]"  # in quotes: NumPy loads random late
+# Shape, in which -1 is the batch size, and dtype: None is that of the network, in which batches are stored, and COMPUTE
+# that of the arithmetic; they differ where that is float32 and batches are float16.
+Space: TypeAlias = tuple[Shape, Any]
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Normal numbers around zero: the rows that one call after another draws are those that a single one would."""
+
+    std: float
+
+    def __call__(self, draw: np.random.Generator, shape: Shape) -> np.ndarray:
+        """The first values of an array."""
+        return draw.normal(0, self.std, shape)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """An array that the network keeps for a layer: its shape, and its first values, a number or what ``init`` draws.
+
+    ``init(generator, shape)`` gives a NumPy array. The l2 term of the loss counts the parameters with ``l2=True``.
+    """
+
+    shape: Shape
+    init: float | Initializer = 0.0
+    l2: bool = False
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a layer asks of its network.
+
+    ``outputs`` is how many features it gives. ``parameters`` are trained; ``buffers`` are kept beside them, as running
+    statistics are. ``kept`` is workspace that lasts from forward to backward, ``scratch`` lasts for one call, ``plain``
+    likewise where NumPy does the work of the kernels.
+    ``reads`` names what backward looks at again, of "x" and "y". A layer with ``in_place=True`` may be given the same
+    array as x and y, and as dy and dx. A training batch must have ``least_rows``.
+    """
+
+    outputs: int
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    buffers: Mapping[str, Parameter] = field(default_factory=dict)
+    kept: Mapping[str, Space] = field(default_factory=dict)
+    scratch: Mapping[str, Space] = field(default_factory=dict)
+    plain: Mapping[str, Space] = field(default_factory=dict)
+    reads: tuple[str, ...] = ("x", "y")
+    in_place: bool = False
+    least_rows: int = 1
+
+
+@dataclass
+class Mode:
+    """How a network runs at the moment: ``training`` or evaluating, and at which training ``step`` from 0.
+
+    ``row`` is the place in the batch of the first row at hand: not 0 in a later micro-batch.
+    """
+
+    seed: int
+    training: bool = False
+    step: int = 0
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a layer has at hand in one call, by the names that its :class:`Needs` gave.
+
+    ``p`` parameters, ``g`` their gradients (to be overwritten), ``buffers``, ``work`` the workspace: with
+    ``precision="mixed"`` all float16, but for buffers and what was asked for as "compute", float32. ``xp`` is the
+    namespace of the arrays, ``ops`` the fused kernels for them, ``products`` their matrix products, ``index`` the
+    layer's place in the network from 0.
+    """
+
+    backend: Backend
+    xp: Any
+    ops: Ops
+    index: int
+    mode: Mode
+    p: Mapping[str, Array]
+    g: Mapping[str, Array]
+    buffers: Mapping[str, Array]
+    work: Mapping[str, Array]
+    products: Products
