@@ -13,9 +13,9 @@ import pytest
 
 import gpubatch as gb
 from gpubatch.formula import activations
-from gpubatch.host_ops import HostOps, ops_for
-from gpubatch.launch import host_library
-from gpubatch.ops import PARTS, SQUARE_SUM_SIZE, SUM_PARTS, NumpyOps, Ops
+from gpubatch.ops.host_ops import HostOps, ops_for
+from gpubatch.ops.launch import host_library
+from gpubatch.ops.numpy_ops import PARTS, SQUARE_SUM_SIZE, SUM_PARTS, NumpyOps, Ops
 
 Arrays: TypeAlias = dict[str, Any]
 

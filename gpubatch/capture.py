@@ -20,12 +20,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from gpubatch.backend import Array, CudaBackend, compute_dtype
-from gpubatch.cuda_ops import MOST_THREADS, source_of, square_grid
 from gpubatch.errors import ArgumentError, check_int
-from gpubatch.launch import cuda_kernel
 from gpubatch.loader import needed
 from gpubatch.nn import Network, layers, losses
-from gpubatch.ops import SQUARE_SUM_SIZE
+from gpubatch.ops import MOST_THREADS, SQUARE_SUM_SIZE, cuda_kernel, source_of, square_grid
 from gpubatch.optim import Optimizer
 from gpubatch.own import changed
 from gpubatch.staging import Stage, Stages, wait_at_the_end

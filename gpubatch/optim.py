@@ -36,9 +36,7 @@ from gpubatch.errors import (
     check_real,
 )
 from gpubatch.formula import Rule, rules
-from gpubatch.host_ops import ops_for
-from gpubatch.launch import CudaUpdate, update_for
-from gpubatch.ops import SQUARE_SUM_SIZE
+from gpubatch.ops import SQUARE_SUM_SIZE, CudaUpdate, ops_for, update_for
 from gpubatch.own import as_written
 from gpubatch.params import FlatViews, Parameters
 

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpubatch.formula import Rule, Trace, activation_source, activations, rules, score_source, scores
-from gpubatch.launch import C_TYPES, elementwise_digest, formula_digest
+from gpubatch.ops.launch import C_TYPES, elementwise_digest, formula_digest
 
 
 def traces(rule: Rule) -> Iterator[Trace]:

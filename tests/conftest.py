@@ -10,8 +10,8 @@ from emulated_gpu.plugin import pytest_addoption, pytest_configure
 from hypothesis import settings
 from needs import missing
 
-from gpubatch import products
 from gpubatch.backend import Backend, available_backends, get_backend
+from gpubatch.ops import products
 
 __all__ = ["backend", "dtype", "pytest_addoption", "pytest_configure", "rng", "tolerance"]
 

@@ -11,11 +11,11 @@ import numpy as np
 from families import first_of_each
 
 import gpubatch as gb
-from gpubatch import cuda_ops
 from gpubatch.backend import Array, Backend, compute_dtype
 from gpubatch.formula import BoundActivation, activations, scores
-from gpubatch.host_ops import HalfOps
-from gpubatch.ops import PARTS, SQUARE_SUM_SIZE, SUM_PARTS, NumpyOps, Ops
+from gpubatch.ops import cuda_ops
+from gpubatch.ops.host_ops import HalfOps
+from gpubatch.ops.numpy_ops import PARTS, SQUARE_SUM_SIZE, SUM_PARTS, NumpyOps, Ops
 
 F = np.dtype(np.float32)
 HALF = 2.0**-11  # what rounding to float16 changes a number by, at most, but where it is subnormal

@@ -22,9 +22,9 @@ import numpy as np
 from emulate import host_kernel, launch_bounds, sanitized
 
 from gpubatch.backend import CudaBackend
-from gpubatch.cuda_ops import STORED
-from gpubatch.host_ops import ops_for
-from gpubatch.launch import cuda_kernel
+from gpubatch.ops.cuda_ops import STORED
+from gpubatch.ops.host_ops import ops_for
+from gpubatch.ops.launch import cuda_kernel
 
 INDEX = 99  # of the device: no kernel of a real one is found in a cache
 

@@ -29,22 +29,17 @@ MAY_IMPORT = {
     "averages": "errors",
     "backend": "errors",
     "staging": "backend",
-    "program": "formula backend errors",
-    "launch": "program backend formula staging errors",
+    "ops": "formula backend staging errors",
     "sizing": "backend errors",
     "params": "backend errors",
-    "ops": "program formula backend errors",
-    "cuda_ops": "ops launch formula backend errors",
-    "host_ops": "cuda_ops ops launch formula backend errors",
-    "optim": "formula launch host_ops ops params schedules errors backend own",
-    "products": "cuda_ops launch ops formula backend errors",
-    "nn": "products host_ops ops program formula params backend errors own",
+    "optim": "formula ops params schedules errors backend own",
+    "nn": "ops formula params backend errors own",
     "datasets": "errors",
-    "sources": "datasets host_ops ops backend sizing errors",
-    "loader": "sources host_ops cuda_ops staging backend sizing errors own",
+    "sources": "datasets ops backend sizing errors",
+    "loader": "sources ops staging backend sizing errors own",
     "checkpoint": "backend errors",
     "loss_scale": "errors own",
-    "capture": "nn optim loader cuda_ops launch ops staging backend errors own",
+    "capture": "nn optim loader ops staging backend errors own",
     "train": "capture checkpoint loss_scale nn optim loader ops params schedules averages sizing backend errors",
     "explore": "nn ops loader optim train averages params backend errors",
 }
@@ -53,6 +48,7 @@ EDGES = {"plot", "cli", "__main__", "__init__"}
 # Inside a package: each file may import those to its left.
 ORDER = {
     "formula": "trace derivative elementwise update_rule rules activations scores",
+    "ops": "program launch numpy_ops cuda_ops host_ops products",
     "nn": "needs layers losses workspace network",
     "sources": "arrays reader files tables",
     "loader": "order feeding loader",
@@ -148,8 +144,8 @@ def test_cupy_is_named_in_backend_alone() -> None:
         assert name == "backend" or not {"cupy", "cp"} & (names | modules), name
 
 
-def test_nvmath_is_named_in_products_alone() -> None:
-    assert [name for name, source in SOURCES.items() if "nvmath.bindings" in source] == ["products"]
+def test_nvmath_is_named_in_ops_products_alone() -> None:
+    assert [name for name, source in SOURCES.items() if "nvmath.bindings" in source] == ["ops.products"]
 
 
 def test_no_pickle_no_global_random_state_no_super() -> None:

@@ -28,8 +28,8 @@ import gpubatch as gb
 from gpubatch import capture, own
 from gpubatch.backend import CudaBackend
 from gpubatch.nn import losses
+from gpubatch.ops.products import products_for
 from gpubatch.own import changed
-from gpubatch.products import products_for
 from gpubatch.train import Guard
 
 N, FEATURES, CLASSES = 38, 12, 5

@@ -18,12 +18,12 @@ from ops_cases import CASES, FAST, Case, F, Place, by_numpy, compare, same
 from stand_in import DeviceArray, StandIn, stand_in_backend
 
 import gpubatch as gb
-from gpubatch import cuda_ops
 from gpubatch.backend import Array, Backend, CudaBackend, compute_dtype
-from gpubatch.cuda_ops import CudaOps
 from gpubatch.formula import scores
-from gpubatch.host_ops import HalfOps
-from gpubatch.ops import SQUARE_SUM_SIZE, SUM_PARTS, NumpyOps, Ops
+from gpubatch.ops import cuda_ops
+from gpubatch.ops.cuda_ops import CudaOps
+from gpubatch.ops.host_ops import HalfOps
+from gpubatch.ops.numpy_ops import SQUARE_SUM_SIZE, SUM_PARTS, NumpyOps, Ops
 
 DTYPES = ("float32", "float64", "float16")  # in which batches are stored
 FIRST = first_of_each({name: case.method for name, case in CASES.items()})  # of each method: fast in every dtype

@@ -15,7 +15,7 @@ from stand_in import StandInBackend, queued_backend
 import gpubatch as gb
 import gpubatch.backend
 from gpubatch.loader import Loader
-from gpubatch.products import ArrayProducts
+from gpubatch.ops.products import ArrayProducts
 
 RNG = np.random.default_rng(7)
 X, Y = RNG.standard_normal((24, 6)).astype(np.float32), RNG.integers(0, 4, 24)

@@ -17,7 +17,7 @@ from gpubatch.explore import check_network
 from gpubatch.formula import Activation, ScoreLoss, activations, scores
 from gpubatch.formula.derivative import RULES
 from gpubatch.formula.trace import COPY, INDICATOR, OPS
-from gpubatch.program import bound_program
+from gpubatch.ops.program import bound_program
 
 F8 = np.dtype(np.float64)
 

@@ -12,8 +12,8 @@ from hypothesis import given, strategies as st
 import gpubatch as gb
 from gpubatch.formula import Rule, rules
 from gpubatch.formula.trace import OPS
-from gpubatch.launch import HostUpdate
-from gpubatch.program import allocate
+from gpubatch.ops.launch import HostUpdate
+from gpubatch.ops.program import allocate
 
 
 def run(rule: Rule, *arrays: np.ndarray, t: int = 1, **hyper: float) -> None:

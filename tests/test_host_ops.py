@@ -14,9 +14,9 @@ from needs import missing
 from ops_cases import CASES, Case, F, Place, by_host, by_numpy, compare, same
 
 import gpubatch as gb
-from gpubatch.host_ops import HalfOps, HostOps, ops_for
-from gpubatch.launch import host_library
-from gpubatch.ops import SQUARE_SUM_SIZE, NumpyOps
+from gpubatch.ops.host_ops import HalfOps, HostOps, ops_for
+from gpubatch.ops.launch import host_library
+from gpubatch.ops.numpy_ops import SQUARE_SUM_SIZE, NumpyOps
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 

@@ -15,10 +15,10 @@ from needs import missing
 from optimizer_table import CASES, FAST, Case, trace_of
 
 import gpubatch as gb
-from gpubatch import launch
 from gpubatch.backend import compute_dtype
 from gpubatch.formula import Trace
-from gpubatch.launch import HostUpdate, cpu_update, piece_table, update_for, update_source
+from gpubatch.ops import launch
+from gpubatch.ops.launch import HostUpdate, cpu_update, piece_table, update_for, update_source
 
 PARAMETERS = (
     *("const long long* table", "const T* scalars", "const T* control", "long long* progress"),

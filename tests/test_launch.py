@@ -17,9 +17,9 @@ from optimizer_table import CASES, Case, trace_of
 from stand_in import StandIn, stand_in_backend
 
 import gpubatch as gb
-from gpubatch import launch
 from gpubatch.backend import CudaBackend
-from gpubatch.launch import update_for
+from gpubatch.ops import launch
+from gpubatch.ops.launch import update_for
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_a_forked_child_makes_threads_of_its_own(library: Any) -> None:
 
 
 def test_it_can_be_switched_off() -> None:
-    code = "from gpubatch import launch; print(launch.host_library())"
+    code = "from gpubatch.ops import launch; print(launch.host_library())"
     env = {**os.environ, "GPUBATCH_HOST": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert done.stdout == "switched off by GPUBATCH_HOST=0\n"

@@ -11,7 +11,6 @@ from needs import peer
 import gpubatch as gb
 from gpubatch.backend import Array, Backend, get_backend
 from gpubatch.errors import ArgumentError, DTypeError
-from gpubatch.host_ops import ops_for
 from gpubatch.nn import Context, Mode, layers
 from gpubatch.nn.layers import (
     ACTIVATIONS,
@@ -29,8 +28,9 @@ from gpubatch.nn.layers import (
     Step,
     Tanh,
 )
-from gpubatch.ops import workspace_dtype
-from gpubatch.products import products_for
+from gpubatch.ops.host_ops import ops_for
+from gpubatch.ops.numpy_ops import workspace_dtype
+from gpubatch.ops.products import products_for
 
 FEATURES = 6
 

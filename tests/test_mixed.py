@@ -17,11 +17,11 @@ from stand_in_lt import StandInLt
 
 import gpubatch as gb
 from gpubatch.backend import Array, Backend
-from gpubatch.host_ops import ops_for
-from gpubatch.launch import cuda_kernel
 from gpubatch.loss_scale import LARGEST
 from gpubatch.nn import Context, Layer, Needs, Parameter
-from gpubatch.products import LtProducts
+from gpubatch.ops.host_ops import ops_for
+from gpubatch.ops.launch import cuda_kernel
+from gpubatch.ops.products import LtProducts
 from gpubatch.train import Guard, TrainingState
 
 HALF = np.dtype(np.float16)

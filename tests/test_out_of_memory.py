@@ -20,9 +20,9 @@ from stand_in import INDEX, QueuedStandIn, StandInBackend
 
 import gpubatch as gb
 from gpubatch.errors import MicroBatchWarning
-from gpubatch.host_ops import ops_for
-from gpubatch.launch import cuda_kernel
 from gpubatch.nn.workspace import evenly
+from gpubatch.ops.host_ops import ops_for
+from gpubatch.ops.launch import cuda_kernel
 from gpubatch.train import HeldOut, TrainingState, settle_batches
 
 SAMPLES, BATCH = 100, 48  # the last batch of an epoch has four
@@ -354,7 +354,7 @@ CHILD = """
 import resource, warnings
 import numpy as np
 import gpubatch as gb
-from gpubatch.launch import host_library
+from gpubatch.ops.launch import host_library
 
 if not isinstance(host_library(), str):
     host_library().set_threads(1)  # the stacks of threads are address space, too

@@ -25,14 +25,14 @@ from stand_in_lt import (
 )
 
 import gpubatch as gb
-from gpubatch import products
 from gpubatch.backend import CudaBackend, available_backends, get_backend
 from gpubatch.errors import ArgumentError, BackendUnavailableError
 from gpubatch.formula import activations
-from gpubatch.host_ops import ops_for
-from gpubatch.launch import cuda_kernel
-from gpubatch.ops import IDENTITY
-from gpubatch.products import PRECISIONS, WORKSPACE, ArrayProducts, LtProducts, by_columns, products_for
+from gpubatch.ops import products
+from gpubatch.ops.host_ops import ops_for
+from gpubatch.ops.launch import cuda_kernel
+from gpubatch.ops.numpy_ops import IDENTITY
+from gpubatch.ops.products import PRECISIONS, WORKSPACE, ArrayProducts, LtProducts, by_columns, products_for
 from gpubatch.train import check_same_network
 
 RELU = activations.relu.bind()
@@ -573,7 +573,7 @@ import numpy as np
 {driver}
 from nvmath.bindings import cublas, cublasLt as lt
 import nvmath
-from gpubatch.products import Library, Matrix, Plan
+from gpubatch.ops.products import Library, Matrix, Plan
 
 try:
     version = lt.get_version()

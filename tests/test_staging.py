@@ -13,9 +13,10 @@ from needs import missing
 from stand_in import TIMINGS, queued_backend
 
 import gpubatch as gb
-from gpubatch import launch, staging
+from gpubatch import staging
 from gpubatch.backend import CudaBackend
 from gpubatch.loader.feeding import DeviceFeed, DeviceOrder, moved
+from gpubatch.ops import launch
 from gpubatch.params import Parameters
 from gpubatch.sources import ArraySource
 from gpubatch.staging import Stages, stages_for

@@ -17,13 +17,13 @@ from stand_in_lt import StandInLt, cuBLASLtError
 from test_products import REASONS, exact, gpu, numbers
 
 import gpubatch as gb
-from gpubatch import products
 from gpubatch.backend import CudaBackend
-from gpubatch.cuda_ops import source_of
 from gpubatch.errors import ArgumentError, BackendUnavailableError, DTypeError, TuningWarning
 from gpubatch.formula import activations
-from gpubatch.ops import IDENTITY
-from gpubatch.products import COPY, LtProducts, Plan, products_for
+from gpubatch.ops import products
+from gpubatch.ops.cuda_ops import source_of
+from gpubatch.ops.numpy_ops import IDENTITY
+from gpubatch.ops.products import COPY, LtProducts, Plan, products_for
 
 RELU = activations.relu.bind()
 SIZES = [40, 32, 5]

@@ -17,8 +17,7 @@ from gpubatch.backend import Backend, available_backends, float_dtype, get_backe
 from gpubatch.cli.shared import JsonOption, app, print_json, versions
 from gpubatch.errors import BackendUnavailableError, check_choice
 from gpubatch.formula import Rule, rules
-from gpubatch.launch import host_library, update_source
-from gpubatch.products import products_for
+from gpubatch.ops import host_library, products_for, update_source
 from gpubatch.sizing import format_bytes
 
 __all__ = ["info"]

@@ -22,9 +22,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from gpubatch.backend import Array, CudaBackend
-from gpubatch.cuda_ops import CudaOps
 from gpubatch.errors import InsufficientMemoryError
-from gpubatch.host_ops import ops_for
+from gpubatch.ops import CudaOps, ops_for
 from gpubatch.sizing import fits, format_bytes
 from gpubatch.sources import ArraySource, Part
 from gpubatch.staging import stages_for

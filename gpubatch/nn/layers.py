@@ -16,9 +16,8 @@ from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, DTypeError, check_bool, check_choice, check_int, check_real
 from gpubatch.formula import Activation, BoundActivation, activations
 from gpubatch.nn.needs import Context, Needs, Normal, Parameter, Space
-from gpubatch.ops import COMPUTE, IDENTITY, PARTS
+from gpubatch.ops import COMPUTE, IDENTITY, PARTS, check_slope
 from gpubatch.own import as_written
-from gpubatch.program import check_slope
 
 __all__ = [
     "ACTIVATIONS",

@@ -16,8 +16,7 @@ import numpy as np
 from gpubatch.backend import Array, Backend, backend_of, describe
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_choice
 from gpubatch.formula import BoundScoreLoss, ScoreLoss, scores
-from gpubatch.host_ops import ops_for
-from gpubatch.ops import COMPUTE, SUM_PARTS, Ops, workspace_dtype
+from gpubatch.ops import COMPUTE, SUM_PARTS, Ops, ops_for, workspace_dtype
 from gpubatch.own import as_written
 
 __all__ = [

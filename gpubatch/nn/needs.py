@@ -9,8 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from gpubatch.backend import Array, Backend
-from gpubatch.ops import Ops
-from gpubatch.products import Products
+from gpubatch.ops import Ops, Products
 
 __all__ = ["Context", "Initializer", "Mode", "Needs", "Normal", "Parameter", "Shape", "Space"]
 

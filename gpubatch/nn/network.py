@@ -27,7 +27,6 @@ from gpubatch.errors import (
     check_real,
 )
 from gpubatch.formula import Activation, BoundActivation, BoundScoreLoss, ScoreLoss
-from gpubatch.host_ops import ops_for
 from gpubatch.nn import losses
 from gpubatch.nn.layers import ACTIVATIONS, BatchNorm, Dense, Dropout, Elementwise, Layer
 from gpubatch.nn.needs import Context, Mode, Needs, Normal, Parameter, Shape
@@ -44,10 +43,9 @@ from gpubatch.nn.workspace import (
     run_layers,
     stacked,
 )
-from gpubatch.ops import COMPUTE, SUM_PARTS, philox_generator
+from gpubatch.ops import COMPUTE, PRECISIONS, SUM_PARTS, check_choices, ops_for, philox_generator, products_for
 from gpubatch.own import as_written
 from gpubatch.params import FlatViews, Parameters, by_alignment
-from gpubatch.products import PRECISIONS, check_choices, products_for
 
 __all__ = ["Network", "mlp"]
 

@@ -11,8 +11,7 @@ import numpy as np
 
 from gpubatch.backend import Array, Backend, compute_dtype, from_dlpack, get_backend, is_foreign
 from gpubatch.errors import DeviceMismatchError, DTypeError, NonFiniteError, ShapeError
-from gpubatch.host_ops import HalfOps, ops_for
-from gpubatch.ops import GATHER_BLOCK
+from gpubatch.ops import GATHER_BLOCK, HalfOps, ops_for
 
 __all__ = ["ArraySource", "array_source", "check_finite", "check_kind", "convert", "holds_all", "largest_stored"]
 

@@ -15,8 +15,8 @@ import numpy as np
 from gpubatch.backend import Array, CudaBackend, compute_dtype, describe
 from gpubatch.errors import DTypeError, ShapeError
 from gpubatch.formula import BoundActivation, BoundScoreLoss, activation_source, score_source
-from gpubatch.launch import C_TYPES, cuda_kernel, kernel_source
-from gpubatch.ops import (
+from gpubatch.ops.launch import C_TYPES, cuda_kernel, kernel_source
+from gpubatch.ops.numpy_ops import (
     IDENTITY,
     MOST_PROGRAMS,
     PARTS,

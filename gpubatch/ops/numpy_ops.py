@@ -18,7 +18,7 @@ import numpy as np
 
 from gpubatch.backend import Array, compute_dtype
 from gpubatch.formula import BoundActivation, BoundScoreLoss, activations
-from gpubatch.program import Program, bound_program
+from gpubatch.ops.program import Program, bound_program
 
 __all__ = ["COMPUTE", "IDENTITY", "PARTS", "SQUARE_PARTS", "SQUARE_SUM_SIZE", "SUM_PARTS", "NumpyOps", "Ops"]
 

@@ -1,6 +1,6 @@
 """Run a recorded formula: on NumPy in cache-sized blocks, compiled for the CPU, or on CUDA as one fused kernel.
 
-NumPy runs it as :mod:`gpubatch.program` has it. The formulas of ``rules`` were compiled when gpubatch was built, if
+NumPy runs it as :mod:`gpubatch.ops.program` has it. The formulas of ``rules`` were compiled when gpubatch was built, if
 there was a compiler. A CUDA kernel is compiled when it is first needed, and kept.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from gpubatch.backend import Array, Backend, CudaBackend, compute_dtype
 from gpubatch.errors import ShapeError
 from gpubatch.formula import Activation, ScoreLoss, Trace, activation_source, score_source
-from gpubatch.program import BLOCK_BYTES, Program, blocks_of
+from gpubatch.ops.program import BLOCK_BYTES, Program, blocks_of
 from gpubatch.staging import Stages
 
 __all__ = ["Update", "cuda_kernel", "kernel_source", "update_for", "update_source"]
@@ -304,8 +304,8 @@ def elementwise_digest(declared: Activation | ScoreLoss) -> str:
 @functools.cache
 def kernel_source(name: str) -> str:
     """The text of a file of ``kernels/``: beside the modules when installed, beside the package in a checkout."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    folders = [os.path.join(here, "kernels"), os.path.join(os.path.dirname(here), "kernels")]
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    folders = [os.path.join(package, "kernels"), os.path.join(os.path.dirname(package), "kernels")]
     for folder in folders:
         if os.path.isfile(path := os.path.join(folder, name)):
             with open(path, encoding="utf-8") as file:

@@ -11,10 +11,19 @@ from typing import Any
 import numpy as np
 
 from gpubatch.backend import Array, Backend, CudaBackend
-from gpubatch.cuda_ops import CudaOps
 from gpubatch.formula import BoundActivation, BoundScoreLoss
-from gpubatch.launch import elementwise_digest, host_library
-from gpubatch.ops import GATHER_BLOCK, MOST_PROGRAMS, NumpyOps, Ops, Work, labels_or_rows, rows_of, scale_gradient
+from gpubatch.ops.cuda_ops import CudaOps
+from gpubatch.ops.launch import elementwise_digest, host_library
+from gpubatch.ops.numpy_ops import (
+    GATHER_BLOCK,
+    MOST_PROGRAMS,
+    NumpyOps,
+    Ops,
+    Work,
+    labels_or_rows,
+    rows_of,
+    scale_gradient,
+)
 
 __all__ = ["HalfOps", "HostOps", "ops_for"]
 
