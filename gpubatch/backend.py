@@ -13,13 +13,11 @@ import importlib
 import importlib.util
 import os
 import re
-import sys
 import threading
 import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -33,6 +31,7 @@ from gpubatch.errors import (
     DTypeError,
     check_choice,
 )
+from gpubatch.main_memory import Memory, main_memory
 
 __all__ = [
     "Array",
@@ -52,19 +51,14 @@ Shape: TypeAlias = tuple[int, ...]
 INSTALL_CUPY = "pip install 'gpubatch[cuda13]' (CUDA 13) or 'gpubatch[cuda12]' (CUDA 12)."
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Memory of a device in bytes: all there is for this process, and what is free for it now."""
-
-    total: int
-    available: int
-
-
 class Backend(ABC):
     """A device and the arrays that live on it.
 
-    ``name`` is "cpu" or "cuda", ``device`` a printable name, ``spec`` what :func:`get_backend` takes to find it
-    again, ``xp`` its Array-API namespace, ``reason`` why it was chosen.
+    name: "cpu" or "cuda".
+    device: a name to print.
+    spec: the argument of :func:`get_backend` that returns this backend again, such as "cuda:0".
+    xp: its Array-API namespace.
+    reason: why it was chosen.
     """
 
     name: str
@@ -83,15 +77,15 @@ class Backend(ABC):
 
     @abstractmethod
     def asarray(self, x: Any, dtype: Any = None) -> Array:
-        """``x`` as an array on this device; a NumPy array is copied to a GPU because this call asks for it."""
+        """``x`` as an array on this device. This call is the way to copy a NumPy array to a GPU."""
 
     @abstractmethod
     def to_numpy(self, x: Array) -> np.ndarray:
-        """``x`` as a NumPy array, copied from the device where it lives there."""
+        """``x`` as a NumPy array; one on a GPU is copied."""
 
     @abstractmethod
     def empty(self, shape: int | Shape, dtype: Any) -> Array:
-        """A C-contiguous array whose values are not set."""
+        """A C-contiguous array with uninitialised values."""
 
     @abstractmethod
     def zeros(self, shape: int | Shape, dtype: Any) -> Array:
@@ -107,15 +101,15 @@ class Backend(ABC):
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Wait until all is done that this process started on the device through gpubatch, from any thread.
+        """Wait for all work that this process started on the device through gpubatch, from any thread.
 
-        So is what the current and the default stream were given by anybody. Streams of other libraries are not waited
-        for, nor is a capture in another thread, which goes on undisturbed: what it records has not been started.
+        Also waits for the current and the default stream, whoever uses them. Does not wait for the streams of other
+        libraries, nor for captures in other threads, which go on undisturbed: work that is recorded has not started.
         """
 
     @abstractmethod
     def free_unused(self) -> None:
-        """Give memory back to the device that is kept only for arrays to come."""
+        """Return cached memory that no array uses to the device."""
 
     @abstractmethod
     def scope(self) -> contextlib.AbstractContextManager[Any]:
@@ -125,9 +119,9 @@ class Backend(ABC):
     def own_stream(self) -> contextlib.AbstractContextManager[Any]:
         """Inside a ``with``, work on this device goes to a stream that no other thread or library uses.
 
-        That work begins when all that the caller's stream was given before is done, and what the caller's stream is
-        given afterwards begins when that work is done; the host waits for neither. Each thread has one such stream: the
-        next ``with`` finds it again, and one inside the other changes nothing.
+        That work starts after the work that the caller's stream already has; the caller's stream goes on after it. The
+        host waits for neither. Each thread has one such stream and uses it again in the next ``with``; a nested
+        ``with`` changes nothing.
         """
 
     def check(self, name: str, x: Any) -> Array:
@@ -159,7 +153,7 @@ class CpuBackend(Backend):
 
     @property
     def xp(self) -> Any:
-        import array_api_compat.numpy as xp  # as dear as numpy itself, so on first use
+        import array_api_compat.numpy as xp  # imported on first use: it costs as much as NumPy
 
         return xp
 
@@ -183,13 +177,13 @@ class CpuBackend(Backend):
         return isinstance(x, np.ndarray)
 
     def memory(self) -> Memory:
-        return host_memory()
+        return main_memory()
 
     def synchronize(self) -> None:
-        """Nothing to wait for: NumPy returns when the work is done."""
+        """Does nothing: NumPy returns when the work is done."""
 
     def free_unused(self) -> None:
-        """Nothing is kept: NumPy gives large arrays back at once."""
+        """Does nothing: NumPy frees large arrays at once."""
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -209,7 +203,7 @@ class CudaBackend(Backend):
 
     @property
     def device(self) -> str:
-        """The spec and the name of the card; asked for when it is shown, since array_namespace makes backends often."""
+        """The spec and the card's name; the name is read on request because array_namespace makes many backends."""
         name = self.cupy.cuda.runtime.getDeviceProperties(self.index)["name"].decode()
         return f"{self.spec} ({name})"
 
@@ -237,9 +231,9 @@ class CudaBackend(Backend):
         return self._made(lambda: self.cupy.zeros(shape, dtype))
 
     def _made(self, make: Callable[[], Array]) -> Array:
-        """What ``make`` makes; where the pool's limit refuses memory, once more after what is unused is given back.
+        """Call ``make``; if the pool's limit refuses memory, free cached blocks and try once more.
 
-        CuPy does so itself where the device is full, but not for a limit; and a stream finds what others left unused.
+        CuPy does the same when the device is full, but not at a limit. Blocks that other streams cached are freed too.
         """
         with self.scope():
             try:
@@ -263,24 +257,24 @@ class CudaBackend(Backend):
             return Memory(total, max(available, 0))
 
     def pool(self) -> Any:
-        """The pool that CuPy takes memory from now, None where the allocator that was set is no pool's.
+        """The memory pool behind CuPy's current allocator, or None if that allocator has no pool.
 
-        CuPy's default pool knows nothing of what another allocator gives, and that nothing of what is unused there.
+        It need not be CuPy's default pool, and each of the two knows only its own blocks.
         """
         pool = getattr(self.cupy.cuda.get_allocator(), "__self__", None)
         return pool if hasattr(pool, "free_all_blocks") else None
 
     def _limit(self) -> int:
-        """The most that the pool may hold of this device, the current one, in bytes; 0 for all.
+        """The pool's limit on the current device in bytes; 0 if there is none.
 
-        An asynchronous pool has none: what it calls its limit is how much it keeps.
+        An asynchronous pool has none: its "limit" is the size of its cache.
         """
         pool = self.pool()
         return int(pool.get_limit()) if isinstance(pool, self.cupy.cuda.MemoryPool) else 0
 
     @contextlib.contextmanager
     def pooled(self) -> Iterator[Any]:
-        """Inside, this thread's memory comes from a pool that tells its size: the one in use, else CuPy's default."""
+        """Inside a ``with``, this thread allocates from a pool that reports its size."""
         pool = self.pool()
         if isinstance(pool, self.cupy.cuda.MemoryPool):
             yield pool
@@ -290,10 +284,10 @@ class CudaBackend(Backend):
             yield pool
 
     def synchronize(self) -> None:
-        # Stream by stream: CUDA refuses to wait for a device while anybody captures a stream of it, in whatever mode,
-        # and breaks that capture. No stream that is captured is among these, see capture.
+        # Stream by stream: while any stream of a device is being captured, in whatever mode, CUDA refuses to
+        # synchronise the device and invalidates the capture. None of these streams is ever captured, see capture.
         with self.scope():
-            streams = [self.current_stream(), self.cupy.cuda.Stream.null, *_streams(self.cupy, self.index).made()]
+            streams = [self.current_stream(), self.cupy.cuda.Stream.null, *_streams(self.cupy, self.index).alive()]
             for stream in dict.fromkeys(streams):
                 stream.synchronize()
 
@@ -305,52 +299,52 @@ class CudaBackend(Backend):
                 each.free_all_blocks()
 
     def compile(self, source: str, name: str) -> Any:
-        """The kernel ``name`` of a CUDA source, for this device; CuPy keeps what it compiled on disk."""
+        """The kernel ``name`` of a CUDA source, compiled for this device; CuPy caches it on disk."""
         with self.scope():
             return self.cupy.RawModule(code=source, options=("--std=c++17",)).get_function(name)
 
     def stream(self) -> Any:
-        """A new CUDA stream, which the default stream neither waits for nor holds up."""
+        """A new CUDA stream that does not synchronise with the default stream."""
         with self.scope():
-            return _streams(self.cupy, self.index).note(self.cupy.cuda.Stream(non_blocking=True))
+            return _streams(self.cupy, self.index).add(self.cupy.cuda.Stream(non_blocking=True))
 
     def current_stream(self) -> Any:
-        """The CUDA stream on which the caller's work is done; each thread has its own."""
+        """The calling thread's current CUDA stream."""
         with self.scope():
             return self.cupy.cuda.get_current_stream()
 
     def event(self) -> Any:
-        """A new CUDA event; a thread that waits for it sleeps."""
+        """A new CUDA event without timing; a thread that waits for it sleeps."""
         with self.scope():
             return self.cupy.cuda.Event(block=True, disable_timing=True)
 
     def capture(self, work: Callable[[], None]) -> Any:
-        """What ``work`` gives to the current stream, as a CUDA graph: nothing is done before its ``launch()``.
+        """Record the work that ``work`` enqueues on the current stream as a CUDA graph. Only ``launch()`` runs it.
 
-        The graph works in the arrays that ``work`` used: whoever keeps it keeps them, and they stay where they are.
-        ``work`` allocates no memory (:class:`CaptureError`), waits for nothing, copies nothing from or to the host, and
-        its kernels were launched before, since a module cannot be loaded meanwhile; of what else CUDA refuses the error
-        is CuPy's. Whatever ``work`` raises ends the capture, and nothing is left of it. Meanwhile other threads may use
-        the device, and capture too.
+        The graph reads and writes the arrays that ``work`` used, at their addresses: keep them as long as the graph.
+        ``work`` must not allocate memory (:class:`CaptureError`), wait, or copy from or to the host. It must have
+        launched its kernels before, because CUDA cannot load a module during a capture. For anything else that CUDA
+        refuses, CuPy raises. An exception in ``work`` ends the capture and leaves nothing of it. Other threads may use
+        the device meanwhile, and capture too.
         """
         with self.scope(), _no_collections:
-            # A stream that nobody else has: what others wait for, record events on or give work to is never captured,
-            # nor is it held up; and the default stream, which is part of no capture, does not wait for it.
+            # A private stream: nobody else can wait for it, record an event on it or enqueue work on it, which a
+            # capture forbids. It does not synchronise with the default stream, which cannot be captured.
             stream = self.cupy.cuda.Stream(non_blocking=True)
             with _streams(self.cupy, self.index).as_own(stream), stream:
-                # Other threads may do meanwhile what this one may not, such as allocate memory or give it back.
+                # Thread-local mode: other threads may do what this one must not, such as allocate or free memory.
                 stream.begin_capture(self.cupy.cuda.runtime.streamCaptureModeThreadLocal)
                 try:
                     with self.cupy.cuda.using_allocator(_refuse_memory):
                         work()
                 except BaseException:
-                    with contextlib.suppress(Exception):  # a capture that was broken says so again
+                    with contextlib.suppress(Exception):  # an invalidated capture raises again
                         stream.end_capture()
                     raise
                 return stream.end_capture()
 
     def milliseconds(self, work: Callable[[], Any]) -> float:
-        """How long the current stream takes over what ``work`` gives to it; waits for that."""
+        """Milliseconds that the current stream takes for the work that ``work`` enqueues; waits for it."""
         with self.scope():
             stream = self.current_stream()
             start, end = (self.cupy.cuda.Event(block=True, disable_timing=False) for _ in range(2))
@@ -361,17 +355,17 @@ class CudaBackend(Backend):
             return float(self.cupy.cuda.get_elapsed_time(start, end))
 
     def pinned(self, size: int, dtype: np.dtype[Any]) -> np.ndarray:
-        """An array of ``size`` elements in pinned memory of the host, from CuPy's pool; its values are not set."""
+        """An uninitialised array of ``size`` elements in pinned host memory, from CuPy's pool."""
         with self.scope():
             return np.frombuffer(self.cupy.cuda.alloc_pinned_memory(size * dtype.itemsize), dtype, size)
 
     @property
     def capability(self) -> int:
-        """The generation of the device, the first number of its compute capability: 9 is Hopper, 10 Blackwell."""
+        """The major number of the device's compute capability: 9 is Hopper, 10 Blackwell."""
         return int(self.cupy.cuda.Device(self.index).compute_capability[:-1])
 
     def library(self, name: str) -> Any:
-        """A Python module beside CuPy that works on this device; imported when it is first asked for."""
+        """A Python module that works on CuPy's device; imported on first use, so that tests can replace it."""
         return importlib.import_module(name)
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
@@ -393,35 +387,35 @@ class CudaBackend(Backend):
                 self._let_wait(caller, own)
 
     def _let_wait(self, stream: Any, other: Any) -> None:
-        """What is given to ``stream`` from now on comes after what ``other`` has to do by now."""
+        """Make later work of ``stream`` wait for the work that ``other`` has now."""
         event = self.event()
         other.record(event)
         stream.wait_event(event)
 
 
 class _Streams:
-    """The streams that were made for a device, and which of them is each thread's own."""
+    """The streams of a device, and each thread's own stream."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a finaliser may make a stream while another one is noted
-        self._made: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._lock = threading.RLock()  # reentrant: a finaliser may make a stream while one is being added
+        self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
         self._thread = threading.local()
 
-    def note(self, stream: Any) -> Any:
-        """``stream``, one more of those that were made."""
+    def add(self, stream: Any) -> Any:
+        """Remember ``stream``, and return it."""
         with self._lock:
-            self._made.add(stream)
+            self._alive.add(stream)
         return stream
 
-    def made(self) -> list[Any]:
-        """Those that somebody still has."""
+    def alive(self) -> list[Any]:
+        """The streams that are still referenced."""
         with self._lock:
-            return list(self._made)
+            return list(self._alive)
 
     def own(self, make: Callable[[], Any]) -> Any:
-        """This thread's own, made when it is first needed.
+        """This thread's own stream, made on first use.
 
-        Kept: CuPy gives memory that was taken on a stream to work of this stream alone.
+        One stream per thread, because CuPy's pool reuses a block only on the stream that allocated it.
         """
         if not hasattr(self._thread, "own"):
             self._thread.own = make()
@@ -429,7 +423,7 @@ class _Streams:
 
     @contextlib.contextmanager
     def as_own(self, stream: Any) -> Iterator[None]:
-        """Inside, ``stream`` is this thread's own."""
+        """Inside a ``with``, ``stream`` is this thread's own."""
         before = vars(self._thread).get("own")
         self._thread.own = stream
         try:
@@ -443,19 +437,19 @@ class _Streams:
 
 @functools.cache
 def _streams(cupy: Any, index: int) -> _Streams:
-    """The streams of a device; there is none before it is needed."""
+    """The streams of a device."""
     return _Streams()
 
 
 def _refuse_memory(size: int) -> Any:
-    """An allocator for a capture: the pool would give what it took there to others while the graph works in it."""
+    """The allocator during a capture: the pool would reuse such memory while the graph still needs it."""
     raise CaptureError(f"{size} bytes of memory were asked for during a capture; allocate before it")
 
 
 class _NoCollections:
-    """No cyclic garbage is collected inside a ``with``: finalisers of anybody's arrays may call what a capture forbids.
+    """Disables the garbage collector inside a ``with``: a finaliser might call what a capture forbids.
 
-    The collector is the whole process's: it is as before when the last of the threads that are inside leaves.
+    The collector belongs to the process, so the last thread to leave restores it.
     """
 
     def __init__(self) -> None:
@@ -482,11 +476,14 @@ _no_collections = _NoCollections()
 
 
 def get_backend(spec: str | Backend = "auto", fallback: str | None = None) -> Backend:
-    """The backend that ``spec`` names: "auto", "cpu", "cuda", "cuda:1", or a :class:`Backend`, returned as it is.
+    """The backend that ``spec`` names.
 
-    "auto" is what ``GPUBATCH_BACKEND`` says, or else a CUDA device where one can be used, or else the CPU.
-    ``fallback="cpu"``, or ``GPUBATCH_FALLBACK=cpu``, gives the CPU with a ``BackendFallbackWarning`` where "cuda"
-    would raise :class:`BackendUnavailableError`.
+    spec: "cpu", "cuda", "cuda:1", or "auto": the value of ``GPUBATCH_BACKEND`` if that is set, else a CUDA device if
+        one can be used, else the CPU. A :class:`Backend` is returned as it is.
+    fallback: "cpu" returns the CPU with one ``BackendFallbackWarning`` if CUDA cannot be used; None, the default,
+        takes the value of ``GPUBATCH_FALLBACK``, and without that raises.
+
+    Raises :class:`BackendUnavailableError` with the cause and the remedy.
     """
     if isinstance(spec, Backend):
         return spec
@@ -529,7 +526,7 @@ def _named(spec: Any, fallback: str | None, argument: str, reason: str) -> Backe
     except BackendUnavailableError as error:
         if fallback is None:
             raise
-        # One fixed place in the source, so that Python's default filter shows the warning once in a process.
+        # One fixed place in the source: Python's default filter then shows the warning once per process.
         warnings.warn(f"using the CPU instead of {spec!r}. {error}", BackendFallbackWarning, stacklevel=1)
         return CpuBackend(f"fallback from {spec!r}: {error.cause}")
 
@@ -547,7 +544,7 @@ def _cuda(index: int, reason: str) -> Backend:
 
 
 def load_cupy() -> Any:
-    """CuPy, once a tiny computation on a device has worked; otherwise one error with the cause and the remedy."""
+    """CuPy, after a tiny computation on a device has worked; otherwise an error with the cause and the remedy."""
     found = _probe_cupy()
     if isinstance(found, BackendUnavailableError):
         raise BackendUnavailableError(found.message, found.cause, found.remedy) from found.__cause__
@@ -556,12 +553,12 @@ def load_cupy() -> Any:
 
 @functools.cache
 def _probe_cupy() -> Any:
-    """CuPy, or the error that says why it cannot be used; tried once in a process, since a failing import is slow."""
+    """CuPy, or the error that says why it cannot be used; tried once per process, because a failing import is slow."""
     if importlib.util.find_spec("cupy") is None:
         return BackendUnavailableError("'cuda' cannot be used: CuPy is not installed.", "not installed", INSTALL_CUPY)
     try:
         import cupy
-    except Exception as error:  # not only ImportError: RuntimeError and OSError too, for libraries it cannot load
+    except Exception as error:  # RuntimeError and OSError too, if CuPy cannot load a library
         return _libraries_missing(error)
     runtime = cupy.cuda.runtime
     try:
@@ -572,9 +569,7 @@ def _probe_cupy() -> Any:
         if runtime.getDeviceCount() == 0:
             return _no_device(driver, needed, None)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "default"
-            )  # where warnings are errors, one of a library's loader is not a library less
+            warnings.simplefilter("default")  # a warning while a library loads does not make CuPy unusable
             probe = cupy.arange(4, dtype=cupy.float32)
             if float((probe @ probe) + 1) != 15.0:
                 raise RuntimeError("the product of two small arrays came out wrong")
@@ -630,18 +625,18 @@ def _version(number: int) -> str:
 
 
 def is_cupy(x: Any) -> bool:
-    """Whether ``x`` is a CuPy array, told without importing CuPy."""
+    """Whether ``x`` is a CuPy array, without importing CuPy."""
     kind = type(x)
     return kind.__name__ == "ndarray" and kind.__module__.partition(".")[0] == "cupy"
 
 
 def array_namespace(*arrays: Array) -> Any:
-    """The Array-API namespace that all ``arrays`` belong to; arrays of two devices are an error."""
+    """The Array-API namespace of ``arrays``; arrays on two devices are an error."""
     return backend_of(*arrays).xp
 
 
 def backend_of(*arrays: Array) -> Backend:
-    """The backend on which all ``arrays`` live; arrays of two devices are an error."""
+    """The backend of ``arrays``; arrays on two devices are an error."""
     if not arrays:
         raise ArgumentError("arrays must hold at least one array, got none")
     homes = [_home(x) for x in arrays]
@@ -663,7 +658,7 @@ def _home(x: Any) -> str:
 
 
 def to_numpy(x: Array) -> np.ndarray:
-    """``x`` as a NumPy array, copied where it is on a device, after the work of the stream that is current there."""
+    """``x`` as a NumPy array; one on a GPU is copied after the work of the current stream there."""
     if not is_cupy(x):
         return np.asarray(x)
     with x.device:
@@ -671,7 +666,7 @@ def to_numpy(x: Array) -> np.ndarray:
 
 
 def describe(x: Any) -> str:
-    """An array in words, for messages."""
+    """An array in words, for error messages."""
     if isinstance(x, np.ndarray):
         return f"a NumPy array of shape {x.shape} and dtype {x.dtype}"
     if is_cupy(x):
@@ -685,14 +680,14 @@ def is_foreign(x: Any) -> bool:
 
 
 def is_immutable(x: Any) -> bool:
-    """Whether ``x`` is JAX's: its capsule does not say that nobody may write to it, and CuPy would not ask."""
+    """Whether ``x`` is a JAX array: JAX's DLPack capsule lacks the read-only flag, and CuPy ignores it."""
     return type(x).__module__.partition(".")[0] in ("jax", "jaxlib")
 
 
 def from_dlpack(x: Any) -> Array:
-    """``x``, an array of another library, seen through DLPack without a copy: by CuPy on a GPU, otherwise by NumPy.
+    """A view of ``x``, an array of another library, through DLPack: CuPy's on a GPU, otherwise NumPy's.
 
-    On a GPU the stream that is current there waits for what makes the values.
+    On a GPU the current stream waits for the work that makes the values.
     """
     on_gpu = x.__dlpack_device__()[0] in (2, 13)  # kDLCUDA, kDLCUDAManaged
     try:
@@ -702,9 +697,9 @@ def from_dlpack(x: Any) -> Array:
 
 
 def float_dtype(dtype: Any, name: str = "dtype", half: bool = False) -> np.dtype[Any]:
-    """``dtype`` as NumPy knows it, if it is float32 or float64, or with ``half`` float16.
+    """``dtype`` as a NumPy dtype: float32 or float64, or with ``half`` float16.
 
-    ``name`` is what has it, for the message.
+    ``name`` is the argument's name, for the error message.
     """
     known = {name: np.dtype(name) for name in ("float32", "float64", *(["float16"] if half else []))}
     try:
@@ -716,86 +711,3 @@ def float_dtype(dtype: Any, name: str = "dtype", half: bool = False) -> np.dtype
 def compute_dtype(storage: np.dtype[Any]) -> np.dtype[Any]:
     """The dtype of the arithmetic on arrays of ``storage``: float32 for float16, else the same."""
     return np.dtype(np.float32) if storage == np.float16 else storage
-
-
-# --- memory of the host --------------------------------------------------------------------------------------------
-
-
-def host_memory(root: str = "/") -> Memory:
-    """Main memory for this process: the machine's, or less where a control group or a ulimit says so.
-
-    ``root`` is where ``proc`` and ``sys`` are found. Outside Linux and Windows available memory is half of what is
-    installed, since no portable call tells more.
-    """
-    total, available = _meminfo(root) or _installed_memory()
-    for limit, used in (*_control_groups(root), *_address_space(root)):
-        total, available = min(total, limit), min(available, limit - used)
-    return Memory(total, max(available, 0))
-
-
-def _read(*path: str) -> str:
-    """The text of a small file, empty where there is none."""
-    try:
-        with open(os.path.join(*path), encoding="ascii") as file:
-            return file.read()
-    except OSError:
-        return ""
-
-
-def _meminfo(root: str) -> tuple[int, int] | None:
-    found = re.findall(r"^(\w+):\s+(\d+) kB", _read(root, "proc/meminfo"), re.MULTILINE)
-    size = {name: 1024 * int(kilobytes) for name, kilobytes in found}
-    if "MemTotal" not in size:
-        return None
-    return size["MemTotal"], size.get("MemAvailable", size.get("MemFree", 0))
-
-
-def _installed_memory() -> tuple[int, int]:
-    if sys.platform == "win32":
-        import ctypes
-
-        status = (ctypes.c_ulonglong * 8)()  # MEMORYSTATUSEX: two 32-bit fields (length, load), then seven of 64 bits
-        ctypes.cast(status, ctypes.POINTER(ctypes.c_ulong))[0] = ctypes.sizeof(status)
-        ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
-        return int(status[1]), int(status[2])
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return total, total // 2
-
-
-def _control_groups(root: str) -> Iterator[tuple[int, int]]:
-    """(limit, used) of every memory control group around this process; page cache that can be dropped is not used."""
-    for line in _read(root, "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mount, names = "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            mount = "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        # Inside a container the path may be the host's, of which only the mount point itself is seen here.
-        inner = [name for name in path.split("/") if name]
-        if not os.path.isdir(os.path.join(root, mount, *inner)):
-            inner = []
-        for depth in range(len(inner), -1, -1):
-            yield from _group_limit(os.path.join(root, mount, *inner[:depth]), *names)
-
-
-def _group_limit(folder: str, limit_name: str, usage_name: str, cache_name: str) -> Iterator[tuple[int, int]]:
-    limit, used = _read(folder, limit_name).strip(), _read(folder, usage_name).strip()
-    # "max" is no limit in version 2, in version 1 it is a number near 2**63.
-    if limit.isdigit() and used.isdigit() and int(limit) < 1 << 60:
-        cache = re.search(rf"^{cache_name} (\d+)$", _read(folder, "memory.stat"), re.MULTILINE)
-        yield int(limit), max(int(used) - (int(cache[1]) if cache else 0), 0)
-
-
-def _address_space(root: str) -> Iterator[tuple[int, int]]:
-    """(limit, used) of ``ulimit -v``, where one is set."""
-    try:
-        import resource
-    except ImportError:  # Windows has none
-        return
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    pages = _read(root, "proc/self/statm").partition(" ")[0]
-    if limit != resource.RLIM_INFINITY and pages:
-        yield limit, int(pages) * os.sysconf("SC_PAGE_SIZE")

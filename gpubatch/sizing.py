@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Protocol, TypeAlias
 
-from gpubatch.backend import Backend, CudaBackend, Memory, get_backend, host_memory
+from gpubatch.backend import Backend, CudaBackend, get_backend
 from gpubatch.errors import ArgumentError, InsufficientMemoryError, check_int
+from gpubatch.main_memory import Memory, main_memory
 
 __all__ = [
     "BatchPlan",
@@ -98,7 +99,7 @@ def choose_batch_size(
     """
     bytes_per_sample = check_int("bytes_per_sample", bytes_per_sample, 0)
     fixed_bytes = check_int("fixed_bytes", fixed_bytes, 0)
-    memory = host_memory() if memory is None else memory
+    memory = main_memory() if memory is None else memory
     available = memory.available if isinstance(memory, Memory) else check_int("memory", memory, 0)
     return plan_batch_size(
         n_samples,
@@ -308,7 +309,7 @@ class _Host:
 
     def __init__(self) -> None:
         self.reset()
-        self.available = host_memory().available
+        self.available = main_memory().available
         self._traced, self._resident = tracemalloc.get_traced_memory()[0], _resident("VmRSS")
 
     def reset(self) -> None:

@@ -16,7 +16,8 @@ import pytest
 
 import gpubatch as gb
 from gpubatch import backend as module
-from gpubatch.backend import backend_of, float_dtype, host_memory
+from gpubatch.backend import backend_of, float_dtype
+from gpubatch.main_memory import main_memory
 
 
 class CUDARuntimeError(RuntimeError):
@@ -358,7 +359,7 @@ GROUPS = {
 @pytest.mark.parametrize("name", GROUPS)
 def test_memory_honours_control_groups(name: str, tmp_path: Path) -> None:
     files, expected = GROUPS[name]
-    assert host_memory(str(tree(tmp_path, MACHINE | files))) == gb.Memory(*expected)
+    assert main_memory(str(tree(tmp_path, MACHINE | files))) == gb.Memory(*expected)
 
 
 def test_memory_honours_ulimit() -> None:

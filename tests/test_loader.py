@@ -17,9 +17,10 @@ from hypothesis import given, settings, strategies as st
 
 import gpubatch.loader.loader
 import gpubatch.sources
-from gpubatch.backend import Memory, get_backend
+from gpubatch.backend import get_backend
 from gpubatch.errors import ArgumentError, DeviceMismatchError, DTypeError, NonFiniteError, ShapeError
 from gpubatch.loader import Loader, LoaderStats, WindowOrder, epoch_order
+from gpubatch.main_memory import Memory
 
 
 def threads():

@@ -18,8 +18,9 @@ from families import marks
 from hypothesis import given, strategies as st
 
 import gpubatch.sizing
-from gpubatch.backend import CudaBackend, Memory, host_memory
+from gpubatch.backend import CudaBackend
 from gpubatch.errors import ArgumentError, DTypeError, InsufficientMemoryError
+from gpubatch.main_memory import Memory, main_memory
 from gpubatch.sizing import (
     BatchPlan,
     choose_batch_size,
@@ -162,7 +163,7 @@ def test_one_sample_that_does_not_fit_says_how_many_bytes():
 def test_memory_may_be_a_backend_s_or_main_memory_as_it_is():
     assert choose_batch_size(5000, 10, memory=Memory(total=10**9, available=2000)).batch_size == 128
     plan = choose_batch_size(5000, 10)
-    assert 0 < plan.available <= host_memory().total
+    assert 0 < plan.available <= main_memory().total
     assert plan == BatchPlan(512, plan.reason, 5120, plan.available)
 
 
@@ -204,7 +205,7 @@ MIB = 2**20
 
 def with_memory(monkeypatch, available):
     """As much memory, and only what is asked for counts: what is resident depends on the tests that ran before."""
-    monkeypatch.setattr(gpubatch.sizing, "host_memory", lambda: Memory(available, available))
+    monkeypatch.setattr(gpubatch.sizing, "main_memory", lambda: Memory(available, available))
     monkeypatch.setattr(gpubatch.sizing, "_resident", lambda field: 0)
 
 
