@@ -52,8 +52,8 @@ import feeding  # noqa: E402  beside this file
 import to_accuracy  # noqa: E402
 
 import gpubatch as gb  # noqa: E402
-from gpubatch.capture import why_eager  # noqa: E402
 from gpubatch.ops.products import COPY, products_for  # noqa: E402
+from gpubatch.train import why_eager  # noqa: E402
 
 ROUNDS = 5  # in which every contender has its turn
 WARM = 4  # calls before the first round; torch.compile records its graphs in the second and third

@@ -14,7 +14,6 @@ __version__ = "0.1.0"
 EXPORTS = {
     "averages": "EWMA ewma",
     "backend": "Backend Memory array_namespace available_backends get_backend",
-    "capture": "CapturedStep",
     "checkpoint": "Checkpoints",
     "errors": """
         ArgumentError BackendFallbackWarning BackendUnavailableError CaptureError CaptureWarning
@@ -28,7 +27,6 @@ EXPORTS = {
     """,
     "formula": "activation normal_cdf rule rules score_loss",
     "loader": "Loader",
-    "loss_scale": "LossScale",
     "nn": """
         GELU BatchNorm Context Dense Dropout Elementwise Layer LeakyReLU Loss Needs Network Parameter ReLU Sigmoid Step
         Tanh losses mlp
@@ -40,11 +38,13 @@ EXPORTS = {
     "params": "Parameters",
     "schedules": "CosineDecay ExponentialDecay InverseTimeDecay Piecewise SqrtDecay StepDecay",
     "sizing": "BatchPlan choose_batch_size find_batch_size",
-    "train": "History StopTraining TrainingInterrupted TrainingState TrainingTerminated fit",
+    "train": """
+        CapturedStep History LossScale StopTraining TrainingInterrupted TrainingState TrainingTerminated fit
+    """,
 }
 MODULES = tuple(
     """
-    averages backend capture checkpoint datasets errors explore formula launch loader loss_scale nn
+    averages backend checkpoint datasets errors explore formula launch loader nn
     optim params schedules sizing sources train
     """.split()
 )
@@ -62,7 +62,6 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         available_backends as available_backends,
         get_backend as get_backend,
     )
-    from gpubatch.capture import CapturedStep as CapturedStep
     from gpubatch.checkpoint import Checkpoints as Checkpoints
     from gpubatch.errors import (
         ArgumentError as ArgumentError,
@@ -103,7 +102,6 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         score_loss as score_loss,
     )
     from gpubatch.loader import Loader as Loader
-    from gpubatch.loss_scale import LossScale as LossScale
     from gpubatch.nn import (
         GELU as GELU,
         BatchNorm as BatchNorm,
@@ -153,7 +151,9 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         find_batch_size as find_batch_size,
     )
     from gpubatch.train import (
+        CapturedStep as CapturedStep,
         History as History,
+        LossScale as LossScale,
         StopTraining as StopTraining,
         TrainingInterrupted as TrainingInterrupted,
         TrainingState as TrainingState,

@@ -13,9 +13,9 @@ from ops_cases import CASES
 from optimizer_table import CASES as RULES, trace_of
 
 from gpubatch.backend import compute_dtype
-from gpubatch.capture import step_source
 from gpubatch.ops.cuda_ops import STORED, source_of, take_source
 from gpubatch.ops.launch import update_source
+from gpubatch.train.graphs import step_source
 
 
 def sources() -> dict[str, str]:

@@ -39,9 +39,7 @@ MAY_IMPORT = {
     "sources": "datasets ops backend sizing errors",
     "loader": "sources ops staging backend sizing errors own",
     "checkpoint": "backend errors",
-    "loss_scale": "errors own",
-    "capture": "nn optim loader ops staging backend errors own",
-    "train": "capture checkpoint loss_scale nn optim loader ops params schedules averages sizing backend errors",
+    "train": "nn optim loader checkpoint ops params averages sizing staging backend errors own",
     "explore": "nn ops loader optim train averages params backend errors",
 }
 EDGES = {"plot", "cli", "__main__", "__init__"}
@@ -53,6 +51,8 @@ ORDER = {
     "nn": "needs layers losses workspace network",
     "sources": "arrays reader files tables",
     "loader": "order feeding loader",
+    "train": "ledger loss_scale history signals display callbacks checks graphs captured captured_step memory eager"
+    " resume loop",
     "explore": "shared gradients search slices sweeps",
     "cli": "shared train info gradients landscape sweep memory",
 }

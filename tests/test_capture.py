@@ -25,12 +25,14 @@ from stand_in import TIMINGS, QueuedStandIn, queued_backend
 from stand_in_lt import StandInLt
 
 import gpubatch as gb
-from gpubatch import capture, own
+from gpubatch import own
 from gpubatch.backend import CudaBackend
 from gpubatch.nn import losses
 from gpubatch.ops.products import products_for
 from gpubatch.own import changed
-from gpubatch.train import Guard
+from gpubatch.train import graphs, ledger
+from gpubatch.train.checks import APART
+from gpubatch.train.eager import Guard
 
 N, FEATURES, CLASSES = 38, 12, 5
 
@@ -54,7 +56,7 @@ def gpu() -> CudaBackend:
 @pytest.fixture(autouse=True)
 def few_steps_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """An epoch here has five; by all of them and by one is how a replay goes."""
-    monkeypatch.setattr(capture, "UNROLLED", 3)
+    monkeypatch.setattr(graphs, "UNROLLED", 3)
 
 
 @pytest.fixture(params=["stand-in", pytest.param("cuda:0", marks=pytest.mark.gpu)])
@@ -170,7 +172,7 @@ def assert_no_faults(*trainings: Training) -> None:
 
 @given(st.lists(st.integers(1, 3), max_size=40), st.integers(2, 9))
 def test_the_launches_of_batches(rows: list[int], unrolled: int) -> None:
-    planned = capture.launches(rows, unrolled)
+    planned = graphs.launches(rows, unrolled)
     assert [size for size, steps in planned for _ in range(steps)] == rows
     assert {steps for _, steps in planned} <= {1, unrolled}
     for first in range(len(planned) - unrolled + 1):  # so many single steps alike would be one launch
@@ -179,7 +181,7 @@ def test_the_launches_of_batches(rows: list[int], unrolled: int) -> None:
 
 
 def test_the_launches_of_an_epoch() -> None:
-    assert capture.launches([128] * 468 + [96], 8) == [(128, 8)] * 58 + [(128, 1)] * 4 + [(96, 1)]
+    assert graphs.launches([128] * 468 + [96], 8) == [(128, 8)] * 58 + [(128, 1)] * 4 + [(96, 1)]
 
 
 # --- as eager steps --------------------------------------------------------------------------------------------------
@@ -210,8 +212,8 @@ def test_in_whatever_order_streams_do_their_work(feed: str, timing: str) -> None
 
 def test_more_steps_than_a_chunk_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of five, graphs of two steps: every boundary comes in the middle of something else."""
-    monkeypatch.setattr(capture, "CHUNK", 5)
-    monkeypatch.setattr(capture, "UNROLLED", 2)
+    monkeypatch.setattr(ledger, "CHUNK", 5)
+    monkeypatch.setattr(graphs, "UNROLLED", 2)
     case = dataclasses.replace(CASES["norm, dropout, l2, schedule"], loader={"batch_size": 4})
     captured = Training(case, stand_in("late")).fit("captured")
     assert captured.result() == Training(case, stand_in("late")).fit("eager").result()
@@ -239,14 +241,14 @@ def test_nothing_is_allocated_and_nobody_waits_but_for_the_losses(monkeypatch: p
         cupy = device.cupy
         seen.append((cupy.allocations, len(cupy.copies), cupy.synchronisations, cupy.graph_launches))
 
-    monkeypatch.setattr(capture, "CHUNK", 8)
+    monkeypatch.setattr(ledger, "CHUNK", 8)
     training = Training(case, device).fit("captured", 3, callbacks=[count])
     chunks, batches = -(-N // 2 // 8), N // 2
-    launches = batches // capture.UNROLLED + batches % capture.UNROLLED
+    launches = batches // graphs.UNROLLED + batches % graphs.UNROLLED
     for before, after in itertools.pairwise(seen):
         allocations, copies, waits, launched = np.subtract(after, before).tolist()
         assert (allocations, copies) == (0, 1 + 1 + chunks)
-        assert launched <= launches + chunks * (capture.UNROLLED - 1)
+        assert launched <= launches + chunks * (graphs.UNROLLED - 1)
         # One for each report, one for each copy, whose pinned memory is used again.
         assert waits <= 2 * chunks + copies
     assert training.history.execution == "captured"
@@ -682,13 +684,13 @@ def test_every_method_that_a_step_calls_is_looked_at() -> None:
         "overflow",
         "_order_of",
     } <= names
-    assert names & capture.APART == set()
+    assert names & APART == set()
     for kind, name in called:
         assert name in vars(kind)[own.WRITTEN], f"{kind.__name__}.{name} was not remembered"
     for kind in kinds[:4]:  # and there is nothing in the list that is not there
         assert changed(type("Mine", (kind,), {})) == ""
     known = set().union(*(vars(kind)[own.WRITTEN] for kind in kinds[:4]))
-    assert capture.APART - {"__init_subclass__"} <= known
+    assert APART - {"__init_subclass__"} <= known
 
 
 @pytest.mark.parametrize("kind", [gb.Network, gb.Optimizer, gb.Loader, gb.LossScale])
@@ -698,8 +700,8 @@ def test_whatever_of_it_a_subclass_overrides_is_found(kind: type) -> None:
         name for name, value in vars(kind).items() if inspect.isfunction(value) or isinstance(value, property)
     } <= names
     for name in names:
-        mine = object.__new__(type("Mine", (kind,), {name: vars(kind)[name] if name in capture.APART else None}))
-        assert own.changed(mine, capture.APART) == ("" if name in capture.APART else f"Mine.{name}")
+        mine = object.__new__(type("Mine", (kind,), {name: vars(kind)[name] if name in APART else None}))
+        assert own.changed(mine, APART) == ("" if name in APART else f"Mine.{name}")
 
 
 def test_a_captured_step_of_what_the_user_wrote_is_refused(device: Callable[[], CudaBackend]) -> None:
@@ -739,15 +741,15 @@ def test_steps_that_do_not_agree_are_not_trusted(feed: str, batch: int, monkeypa
     """Should a graph find something that is not there, the run goes on without graphs, and says so."""
     case = dataclasses.replace(CASES["norm, dropout, l2, schedule"], loader={"feed": feed})
     whole = Training(case, stand_in("late")).fit("eager", 3)
-    original, calls = capture.CapturedSteps.launch, list[int]()
+    original, calls = graphs.CapturedSteps.launch, list[int]()
 
-    def halts(self: capture.CapturedSteps, form: capture.Form) -> None:
+    def halts(self: graphs.CapturedSteps, form: graphs.Form) -> None:
         calls.append(form.steps)
         if sum(calls) > batch:
-            self.ledger.word(capture.HALTED).fill(1)
+            self.ledger.word(ledger.HALTED).fill(1)
         original(self, form)
 
-    monkeypatch.setattr(capture.CapturedSteps, "launch", halts)
+    monkeypatch.setattr(graphs.CapturedSteps, "launch", halts)
     training = Training(case, stand_in("late"))
     with pytest.warns(gb.CaptureWarning, match=r"epoch 0, step \d\); the run goes on with eager steps"):
         training.fit("auto", 3)
@@ -808,7 +810,7 @@ def test_a_captured_step_is_step_loss_and_step(steps: int, device: Callable[[], 
 
 
 def test_scalars_go_to_the_device_again_when_they_are_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "CHUNK", 4)
+    monkeypatch.setattr(ledger, "CHUNK", 4)
     for steps in (1, 3):
         ours = by_hand(stand_in("late"), True, steps, gb.Adam, calls=11)
         assert ours == by_hand(stand_in("late"), False, steps, gb.Adam, calls=11)
@@ -825,7 +827,7 @@ def test_a_rate_that_is_another_one_at_every_call() -> None:
             X, Y = device.empty((8, FEATURES), "float32"), device.zeros(8, "int64")
             X.fill(0.5)
             step = gb.CapturedStep(net, opt, X, Y) if captured else None
-            for call in range(2 * capture.STAGES):
+            for call in range(2 * ledger.STAGES):
                 opt.lr = 0.1 / (1 + call)
                 if step is not None:
                     step()
@@ -852,13 +854,13 @@ def test_a_captured_step_takes_nothing_and_waits_for_nothing() -> None:
         assert cupy.graph_launches == 11
 
 
-def nodes(graphs: list[Any], monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> list[int]:
+def nodes(captured: list[Any], monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> list[int]:
     """The nodes of each graph of one step that ``run`` captures: launches, copies and fills."""
     capturing = CudaBackend.capture
-    monkeypatch.setattr(capture, "UNROLLED", 1)
-    monkeypatch.setattr(CudaBackend, "capture", lambda *a: graphs.append(capturing(*a)) or graphs[-1])
+    monkeypatch.setattr(graphs, "UNROLLED", 1)
+    monkeypatch.setattr(CudaBackend, "capture", lambda *a: captured.append(capturing(*a)) or captured[-1])
     run()
-    return [count_nodes(graph) for graph in graphs]
+    return [count_nodes(graph) for graph in captured]
 
 
 def count_nodes(graph: Any) -> int:

@@ -17,12 +17,13 @@ from stand_in_lt import StandInLt
 
 import gpubatch as gb
 from gpubatch.backend import Array, Backend
-from gpubatch.loss_scale import LARGEST
 from gpubatch.nn import Context, Layer, Needs, Parameter
 from gpubatch.ops.host_ops import ops_for
 from gpubatch.ops.launch import cuda_kernel
 from gpubatch.ops.products import LtProducts
-from gpubatch.train import Guard, TrainingState
+from gpubatch.train import TrainingState
+from gpubatch.train.eager import Guard
+from gpubatch.train.loss_scale import LARGEST
 
 HALF = np.dtype(np.float16)
 

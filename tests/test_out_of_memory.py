@@ -23,7 +23,9 @@ from gpubatch.errors import MicroBatchWarning
 from gpubatch.nn.workspace import evenly
 from gpubatch.ops.host_ops import ops_for
 from gpubatch.ops.launch import cuda_kernel
-from gpubatch.train import HeldOut, TrainingState, settle_batches
+from gpubatch.train import TrainingState
+from gpubatch.train.checks import HeldOut
+from gpubatch.train.memory import settle_batches
 
 SAMPLES, BATCH = 100, 48  # the last batch of an epoch has four
 

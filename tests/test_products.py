@@ -33,7 +33,7 @@ from gpubatch.ops.host_ops import ops_for
 from gpubatch.ops.launch import cuda_kernel
 from gpubatch.ops.numpy_ops import IDENTITY
 from gpubatch.ops.products import PRECISIONS, WORKSPACE, ArrayProducts, LtProducts, by_columns, products_for
-from gpubatch.train import check_same_network
+from gpubatch.train.resume import check_same_network
 
 RELU = activations.relu.bind()
 DTYPES = ["float64", "float32", "float16"]

@@ -13,10 +13,10 @@ from optimizer_table import CASES, trace_of
 from stand_in import DeviceArray, parameters_of, stand_in_backend
 
 from gpubatch.backend import CudaBackend, compute_dtype
-from gpubatch.capture import step_source
 from gpubatch.ops.cuda_ops import STORED, CudaOps, square_grid, take_source
 from gpubatch.ops.launch import HostUpdate, piece_table, update_source
 from gpubatch.ops.numpy_ops import SQUARE_SUM_SIZE
+from gpubatch.train.graphs import step_source
 
 SLOT, HALTED, BATCH, STEP, TICKET = range(5)  # of kernels/step.cuh
 LARGEST = float(np.finfo(np.float32).max)

@@ -24,7 +24,8 @@ from gpubatch.backend import Array
 from gpubatch.checkpoint import Checkpoints
 from gpubatch.errors import CheckpointError, CheckpointWarning, SkippedStepWarning
 from gpubatch.nn import Context, Needs, network
-from gpubatch.train import TrainingState, TrainingTerminated, settle_batches
+from gpubatch.train import TrainingState, TrainingTerminated
+from gpubatch.train.memory import settle_batches
 
 
 def blobs(n: int = 600, seed: int = 0, dtype: str = "float32") -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,6 @@ from rich.table import Table
 
 from gpubatch import plot
 from gpubatch.backend import get_backend
-from gpubatch.capture import AHEAD
 from gpubatch.cli.shared import (
     OPTIMIZERS,
     ActivationOption,
@@ -36,7 +35,7 @@ from gpubatch.cli.shared import (
 from gpubatch.errors import check_choice, check_int
 from gpubatch.nn import mlp
 from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, parse_bytes
-from gpubatch.train import memory_parts, why_not_captured
+from gpubatch.train import AHEAD, memory_parts, why_not_captured
 
 __all__ = ["plan_memory"]
 

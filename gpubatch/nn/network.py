@@ -75,7 +75,7 @@ class Network:
     running statistics are of ``compute_dtype`` (Micikevicius et al., arXiv:1710.03740). X is float16 then, which
     ``Loader(dtype="float16")`` makes; scores are float32. Gradients below 6e-8 are zero in float16, so they are those
     of the loss times ``loss_scale``, an array of one number on the device: 1 at first, and while ``fit`` trains what a
-    :class:`~gpubatch.loss_scale.LossScale` says. The optimizer needs ``master_weights=True``. On the CPU it is for
+    :class:`~gpubatch.train.LossScale` says. The optimizer needs ``master_weights=True``. On the CPU it is for
     trying things out: every operation makes float32 copies of its arrays, which no plan counts.
 
     ``tune=True`` has a GPU time the algorithms that cuBLASLt has for each matrix product, when it is first seen, and

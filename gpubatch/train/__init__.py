@@ -1,0 +1,26 @@
+"""Training: the loop over epochs, its steps eager or captured as CUDA graphs, its checkpoints and its memory."""
+
+from gpubatch.train.captured_step import CapturedStep
+from gpubatch.train.checks import why_eager, why_not_captured
+from gpubatch.train.history import History, StopTraining, TrainingInterrupted, TrainingState, TrainingTerminated
+from gpubatch.train.ledger import AHEAD
+from gpubatch.train.loop import EXECUTIONS, fit
+from gpubatch.train.loss_scale import LossScale
+from gpubatch.train.memory import memory_parts, plan_batches
+
+__all__ = [
+    "AHEAD",
+    "EXECUTIONS",
+    "CapturedStep",
+    "History",
+    "LossScale",
+    "StopTraining",
+    "TrainingInterrupted",
+    "TrainingState",
+    "TrainingTerminated",
+    "fit",
+    "memory_parts",
+    "plan_batches",
+    "why_eager",
+    "why_not_captured",
+]

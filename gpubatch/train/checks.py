@@ -1,0 +1,103 @@
+"""Whether network, loader and optimizer fit together, and whether their steps can be captured."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpubatch.backend import Array, CudaBackend
+from gpubatch.errors import ArgumentError, DTypeError
+from gpubatch.loader import Loader
+from gpubatch.nn import Network, layers, losses
+from gpubatch.optim import MASTER, Optimizer
+from gpubatch.own import changed
+
+__all__ = ["HeldOut", "as_rows", "check_bound", "check_parts", "validation_arrays", "why_eager", "why_not_captured"]
+
+
+def why_not_captured(net: Network, loader: Loader, opt: Optimizer, *others: Any) -> str:
+    """Why the steps of a run cannot be captured, in words; empty where they can."""
+    return why_eager(net, opt, loader, *others) or ("samples are columns" if loader.sample_axis else "")
+
+
+def check_parts(net: Network, loader: Loader, opt: Optimizer) -> None:
+    """Raise unless the three are what they should be, and fit together."""
+    for name, value, kind in (("net", net, Network), ("loader", loader, Loader), ("opt", opt, Optimizer)):
+        if not isinstance(value, kind):
+            raise DTypeError(f"{name} must be a gpubatch.{kind.__name__}, got {type(value).__name__}")
+    if loader.backend != net.backend:
+        raise ArgumentError(
+            f"loader is on {loader.backend.spec!r}, net on {net.backend.spec!r}; give both one backend="
+        )
+    if loader.dtype != net.dtype:
+        verb = "computes in" if net.loss_scale is None else "stores"
+        raise ArgumentError(
+            f"loader makes {loader.dtype} batches, net {verb} {net.dtype}; give the loader dtype={net.dtype.name!r}"
+        )
+    if not loader.labelled:
+        raise ArgumentError("loader must have labels: Loader(X, Y), this one has X alone")
+    check_bound(net, opt)
+    if net.dtype == np.float16 and MASTER not in opt.state:
+        raise ArgumentError(
+            "opt must keep the float16 parameters in float32, too, where small steps are not lost in rounding: make it "
+            "with master_weights=True"
+        )
+
+
+def as_rows(array: Array, loader: Loader) -> Array:
+    """Samples as rows, as a network takes them."""
+    return array.T if loader.sample_axis == 1 and array.ndim == 2 else array
+
+
+class HeldOut(NamedTuple):
+    """The validation set as a network takes it, and how many bytes of it were newly made."""
+
+    X: Array
+    Y: Array
+    copied: int
+
+
+def validation_arrays(net: Network, loader: Loader, validation: Any) -> HeldOut:
+    """The pair (X, Y) as the network takes it."""
+    if not isinstance(validation, (tuple, list)) or len(validation) != 2:
+        raise DTypeError(f"validation must be a pair (X, Y), got {type(validation).__name__}")
+    X = loader.to_batch(validation[0], "validation[0]")
+    Y = net.backend.asarray(validation[1])
+    copied = sum(new.nbytes for new, given in zip((X, Y), validation, strict=True) if new is not given)
+    return HeldOut(as_rows(X, loader), as_rows(Y, loader), copied)
+
+
+# Captured steps stand for all that the classes of network, optimizer, loader, loss and layers define, but for what no
+# step calls. What else of it a user has written is to be run as often as on a CPU, so the steps are eager then.
+APART = frozenset(
+    "__deepcopy__ __init__ __init_subclass__ __reduce__ __repr__ accuracy evaluate hyper load_state_dict memory "
+    "memory_parts predict release replan scores state_dict to_batch _choose _common_dtype _evaluate _given _inputs "
+    "_lay_out_evaluation _loaded _loaded_state _make_parameters _take _takes_both _window".split()
+)
+
+
+def why_eager(net: Network, *others: Any) -> str:
+    """Why the steps of ``net`` cannot be captured, in words; empty where they can.
+
+    ``others`` are what else takes part in the steps, such as optimizer and loader.
+    """
+    if not isinstance(net.backend, CudaBackend):
+        return f"graphs are for a GPU, the network is on {net.backend.spec!r}"
+    if not net.products.capturable:
+        return net.products.reason
+    for i, layer in enumerate(net.layers):
+        if type(layer).__module__ != layers.__name__:
+            return f"layer {i + 1} ({type(layer).__name__}) is not one of gpubatch's, so it may do what a graph cannot"
+    if type(net.loss_function).__module__ != losses.__name__:
+        return (
+            f"the loss ({type(net.loss_function).__name__}) is not one of gpubatch's, so it may do what a graph cannot"
+        )
+    found = (changed(x, APART) for x in (net, *net.layers, net.loss_function, *others))
+    return next((f"{name} is not gpubatch's own" for name in found if name), "")
+
+
+def check_bound(net: Network, opt: Optimizer) -> None:
+    """Raise unless ``opt`` changes the parameters of ``net``."""
+    if any(opt.params.get(name) is not p for name, p in net.parameters.items()):
+        raise ArgumentError("opt must be bound to net.parameters, this one is bound to other arrays")

@@ -1,0 +1,183 @@
+"""Whole training steps as CUDA graphs: captured once for each shape of a batch, then replayed with one launch.
+
+A graph is launched with the same arguments every time, so what differs from step to step lies on the device, in a
+:class:`Ledger`: the scalars of the update for the steps to come, computed on the host in double precision, and how far
+the steps have come. The steps leave their losses there, and the host reads them when it likes. A replayed step is the
+eager one bit for bit: the same kernels on the same arrays.
+
+A step that finds a loss or a gradient that is not finite halts: it and all that are queued behind it change nothing. So
+the host, which looks later, can deal with it as if it had looked at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from gpubatch.backend import Array, CudaBackend, compute_dtype
+from gpubatch.loader import needed
+from gpubatch.nn import Network
+from gpubatch.ops import MOST_THREADS, SQUARE_SUM_SIZE, cuda_kernel, source_of, square_grid
+from gpubatch.optim import Optimizer
+from gpubatch.staging import wait_at_the_end
+from gpubatch.train.ledger import BATCH, HALTED, STEP, Ledger
+
+__all__ = ["CapturedSteps", "Form", "GivenArrays", "like"]
+
+UNROLLED = 8  # steps in a graph, where there are so many: a launch costs the host as much as a few kernels the device
+
+
+class Feed(Protocol):
+    """Where the batches of captured steps come from."""
+
+    def arrays(self, rows: int) -> list[Array]:
+        """The arrays x and y of a batch of ``rows`` samples: always the same."""
+
+    def enqueue(self, rows: int, batch: Array) -> None:
+        """Start what makes the batch whose number ``batch``, an int64 on the device, holds when it comes to that."""
+
+
+class GivenArrays:
+    """Batches that somebody writes to arrays which stay where they are."""
+
+    def __init__(self, *arrays: Array) -> None:
+        self._arrays = arrays
+
+    def arrays(self, rows: int) -> list[Array]:
+        """Their first rows."""
+        return [array[:rows] for array in self._arrays]
+
+    def enqueue(self, rows: int, batch: Array) -> None:
+        """The batch is there already."""
+
+
+def like(batch: Sequence[Array]) -> list[Array]:
+    """New arrays for such batches; labels become int64, as which losses need them."""
+    return [array.astype(needed(array.dtype, array.ndim), copy=False) for array in batch]
+
+
+class Form(NamedTuple):
+    """What a graph is for: batches of ``rows`` samples, of which so many at a time, and ``steps`` of them."""
+
+    rows: int
+    micro_batch_size: int
+    steps: int
+
+
+def launches(rows: Sequence[int], unrolled: int) -> list[tuple[int, int]]:
+    """The graphs for batches of so many ``rows`` each, in their order: (rows, steps), steps 1 or ``unrolled``."""
+    found = list[tuple[int, int]]()
+    for size, alike in itertools.groupby(rows):
+        several, rest = divmod(len(list(alike)), unrolled)
+        found += [(size, unrolled)] * several + [(size, 1)] * rest
+    return found
+
+
+class CapturedSteps:
+    """The steps of ``net`` and ``opt`` on the batches of ``feed``, queued on the current stream and not waited for.
+
+    With ``guarded``, steps whose loss or gradient is not finite halt, ``max_norm`` bounds the gradient's norm, and
+    gradients are divided by the network's loss scale. All memory is taken when a form of batch is prepared.
+    """
+
+    def __init__(
+        self, net: Network, opt: Optimizer, feed: Feed, max_norm: float | None = None, guarded: bool = True
+    ) -> None:
+        assert isinstance(net.backend, CudaBackend)
+        self.net, self.opt, self.feed, self._backend = net, opt, feed, net.backend
+        self._guarded, self._max_norm = guarded, max_norm or 0.0
+        self._update = opt.plan[0]  # what the graphs launch, kept with its tables
+        rows, _ = opt.ahead(opt.t, 1)
+        self.ledger = Ledger(net.backend, rows.shape[1], rows.dtype)
+        with net.backend.scope():
+            self._squares = net.backend.zeros(SQUARE_SUM_SIZE, np.float64)
+            self._total = net.backend.zeros(1, np.float64)
+            self._before = net.backend.empty(net.buffers.size, net.buffers.dtype)  # of the step, running statistics
+        self._graphs = dict[Form, Any]()
+        self._kept = list[Any]()  # what has the memory that graphs work in
+        self.loss: Array = None  # of the step that was made last
+        self._over = net.backend.event()  # of the last graph
+        wait_at_the_end(self, [self._over])
+
+    def fits(self, opt: Optimizer) -> bool:
+        """Whether the graphs are still those of the optimizer, whose formula may have become another one."""
+        return self._update is opt.plan[0]
+
+    def prepare(self, rows: int, micro_batch_size: int | None, steps: int) -> None:
+        """Capture what :meth:`enqueue` may need for ``steps`` batches of ``rows`` samples."""
+        for size in (UNROLLED, 1) if steps >= UNROLLED else (1,):
+            self._graph(Form(rows, micro_batch_size or rows, size))
+
+    def enqueue(self, rows: Sequence[int], micro_batch_size: int | None) -> None:
+        """The steps on the next batches, of so many ``rows`` each; the ledger must have their scalars."""
+        for size, steps in launches(rows, UNROLLED):
+            self.launch(Form(size, micro_batch_size or size, steps))
+
+    def launch(self, form: Form) -> None:
+        """The graph of a form, captured if it has not been."""
+        with self._backend.scope():
+            self._graph(form).launch()
+            self._backend.current_stream().record(self._over)
+
+    def _graph(self, form: Form) -> Any:
+        if form not in self._graphs:
+            step = functools.partial(self._step, form.rows, form.micro_batch_size)
+
+            def steps() -> None:
+                for _ in range(form.steps):
+                    step()
+
+            with self._backend.scope():
+                self._rehearse(step)
+                self._graphs[form] = self._backend.capture(steps)
+        return self._graphs[form]
+
+    def _rehearse(self, step: Callable[[], None]) -> None:
+        """A step that halts before it begins: memory is taken and kernels are loaded, which a capture forbids."""
+        now = self.ledger.progress.copy()
+        self.ledger.word(HALTED).fill(1)
+        try:
+            step()
+        finally:
+            self.ledger.progress[...] = now
+
+    def _step(self, rows: int, micro_batch_size: int) -> None:
+        """What is captured."""
+        net, ledger = self.net, self.ledger
+        x, y = self.feed.arrays(rows)
+        grads = net.parameters.grads.flat
+        losses: list[Array] = []
+
+        def add(loss: Array, share: float) -> None:
+            if rows > micro_batch_size:
+                self._launch("add_loss", (1,), 1, loss, self._total, np.float64(share))
+            losses.append(loss)
+
+        if self._before.size:
+            self._before[...] = net.buffers.flat
+        self.feed.enqueue(rows, ledger.word(BATCH))
+        kept = net.enqueue(x, y, ledger.word(STEP), micro_batch_size, add)
+        loss = self.loss = losses[0] if rows <= micro_batch_size else None
+        control = ledger.control if self._guarded else None
+        if self._guarded:
+            numbers = np.float64(self._max_norm), np.float64(np.finfo(compute_dtype(net.dtype)).max)
+            of_gradient = grads, np.int64(grads.size), self._squares
+            state = ledger.progress, ledger.losses, control
+            arguments = (*of_gradient, loss, self._total, net.loss_scale, *state, *numbers)
+            self._launch("judge", square_grid(grads), MOST_THREADS, *arguments)
+        running = (net.buffers.flat, self._before) if self._before.size else None
+        table = self.opt.enqueue(ledger.rows, control, ledger.progress, running)
+        self._kept.append((kept, table))
+
+    def _launch(self, name: str, grid: tuple[int], threads: int, *arguments: Any) -> None:
+        kernel = cuda_kernel(self._backend, step_source(self.net.dtype.name), name)
+        kernel(grid, (threads,), tuple(np.uint64(0) if x is None else x for x in arguments))
+
+
+def step_source(dtype: str) -> str:
+    """The CUDA source of what looks at the steps of a network that stores ``dtype``."""
+    return source_of(dtype, "square_sum.cuh", "step.cuh", "step.cu")

@@ -1,0 +1,98 @@
+"""The memory plan of a run: counted, tried with one step, and halved where memory runs out."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+
+from gpubatch.errors import InsufficientMemoryError, NonFiniteError
+from gpubatch.loader import Loader
+from gpubatch.nn import EVALUATION_ROWS, Network
+from gpubatch.ops import SQUARE_SUM_SIZE
+from gpubatch.optim import Optimizer
+from gpubatch.train.checks import HeldOut, as_rows, why_not_captured
+from gpubatch.train.ledger import AHEAD
+
+__all__ = ["lack", "power_below", "release", "settle_batches"]
+
+
+def memory_parts(net: Network, opt: Optimizer, batch_size: int, evaluated: int = 0, copied: int = 0) -> dict[str, int]:
+    """The bytes that training needs beside those of the loader, by what they are for; nothing is allocated.
+
+    ``evaluated`` is how many samples are evaluated after an epoch, ``copied`` how many bytes of them were made for it.
+    """
+    norm = 8 * SQUARE_SUM_SIZE + 2 * net.compute_dtype.itemsize
+    of_net = net.memory_parts(batch_size, evaluated)
+    return {**of_net, **opt.memory_parts(), "norm of the gradient": norm, "validation set": copied}
+
+
+def plan_batches(
+    net: Network,
+    loader: Loader,
+    opt: Optimizer,
+    evaluated: int = 0,
+    copied: int = 0,
+    most: int | None = None,
+    captured: bool | None = None,
+) -> None:
+    """Make the loader's plan with :func:`memory_parts` counted; ``most`` is the largest batch size to choose.
+
+    ``captured`` says whether steps are captured, by default where they can be.
+    """
+    held = memory_parts(net, opt, 1, 0, copied)
+    if net.backend.name == "cpu" and opt.t == 0:  # main memory is taken when it is first written to
+        held = {name: held[name] for name in ("parameters", "running statistics", "validation set")}
+    allocated = sum(n for name, n in held.items() if not name.startswith("workspace"))
+    if captured is None:
+        captured = not why_not_captured(net, loader, opt)
+    parts_of = functools.partial(memory_parts, net, opt, evaluated=evaluated, copied=copied)
+    loader.replan(parts_of, allocated, most=most, kept=AHEAD if captured else 0)
+
+
+def settle_batches(
+    net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | None, captured: bool | None = None
+) -> None:
+    """Make the loader's plan; a batch size that it chose is tried, and a smaller one where memory runs out."""
+    evaluated, copied = (0, 0) if held_out is None else (len(held_out.X), held_out.copied)
+    plan_batches(net, loader, opt, evaluated, copied, captured=captured)
+    while loader.automatic and (failure := rehearse(net, loader, opt, held_out)) is not None:
+        release(net)
+        if loader.batch_size <= net.least_rows:
+            raise InsufficientMemoryError(f"there is no memory for a step of {loader.batch_size} samples: {failure}")
+        plan_batches(net, loader, opt, evaluated, copied, power_below(loader.batch_size), captured)
+
+
+def rehearse(net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | None) -> str | None:
+    """A whole step that leaves no trace, the last batch and validation too; for what there was no memory, in words."""
+    try:
+        held = [loader.peek()]
+        held += [[array.copy() for array in held[0]] for _ in range(1, loader.at_once)]  # those prepared ahead
+        x, y = (as_rows(array, loader) for array in held[0])
+        net.rehearse(x, y)
+        if loader.last_size < len(x):
+            net.rehearse(x[: loader.last_size], y[: loader.last_size])
+        opt.rehearse(net.parameters.grads)
+        if held_out is not None:
+            with contextlib.suppress(NonFiniteError):  # what the numbers are is not the question here
+                net.evaluate(held_out.X[:EVALUATION_ROWS], held_out.Y[:EVALUATION_ROWS])
+    except MemoryError as error:
+        return lack(error)
+    return None
+
+
+def lack(error: MemoryError) -> str:
+    """For what there was no memory, in words; the error itself would keep the arrays of its traceback."""
+    return str(error) or "out of memory"
+
+
+def release(net: Network) -> None:
+    """Give back all memory that can be had again."""
+    net.release()
+    gc.collect()
+    net.backend.free_unused()
+
+
+def power_below(n: int) -> int:
+    """The largest power of two below ``n``."""
+    return 1 << ((n - 1).bit_length() - 1)
