@@ -1,8 +1,8 @@
 """Exponentially weighted averages, with bias correction.
 
-v starts at 0 and becomes beta*v + (1-beta)*x: about the mean of the last 1/(1-beta) values. Bias correction divides
-by 1 - beta**t, the sum of the weights so far (Kingma & Ba 2015, section 3; pandas ``adjust=True``; optax ``ema``).
-NaN and infinity are not looked for; after one, no later average is finite.
+v starts at 0; each value x makes it beta*v + (1-beta)*x, about the mean of the last 1/(1-beta) values. Bias correction
+divides by 1 - beta**t, the sum of the weights so far (Kingma & Ba 2015, section 3; pandas ``adjust=True``; optax
+``ema``). NaN and infinity are not checked; after one, no later average is finite.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ __all__ = ["EWMA", "ewma"]
 
 
 class EWMA:
-    """The running average of scalars, or of arrays of one shape and dtype, in the memory of one value.
+    """A running average of numbers, or of arrays of one shape and dtype; it stores one value.
 
-    ``t`` counts the updates. ``beta`` is in [0, 1).
+    beta: weight of the past, in [0, 1)
+    bias_correction: whether to divide by 1 - beta**t, where ``t`` counts the updates
 
     >>> average = EWMA(beta=0.9)
     >>> average.update(4.0), round(average.update(9.0), 3)
@@ -35,7 +36,7 @@ class EWMA:
         self._v: Any = 0.0
 
     def update(self, x: Any) -> Any:
-        """Take ``x`` in and return the new average: a float for a number, an array of its kind for an array.
+        """Add ``x`` and return the new average: a float for a number, an array of the same library for an array.
 
         float32 stays float32, integers become float64; a zero-dimensional NumPy array counts as a number.
         """
@@ -48,7 +49,7 @@ class EWMA:
             for name, default, error in (("shape", (), ShapeError), ("dtype", np.dtype(np.float64), DTypeError)):
                 before, now = getattr(self._v, name, default), getattr(v, name, default)
                 if before != now:
-                    raise error(f"x must keep the {name} of the average, {before}, got one that would make it {now}")
+                    raise error(f"x must keep the {name} of the average, {before}, got a value that gives {now}")
             v += self.beta * self._v
         self._v = v
         self.t += 1
@@ -56,7 +57,7 @@ class EWMA:
 
     @property
     def value(self) -> Any:
-        """The average so far, 0.0 before the first update; an array is a new one each time."""
+        """The average so far, 0.0 before the first update; arrays are returned as a new copy each time."""
         if self.t == 0 or not self.bias_correction:
             return self._v / 1.0
         return self._v / float(_sum_of_weights(self.beta, self.t))
@@ -66,13 +67,15 @@ class EWMA:
 
 
 def ewma(series: Any, beta: float = 0.9, bias_correction: bool = True) -> Any:
-    """The average after each value of ``series``, float64, along axis 0.
+    """The average after each value of ``series`` along axis 0, in float64; a CuPy array gives a CuPy array.
 
-    ``series`` is a sequence of numbers or an array of one dimension or more; a CuPy array gives a CuPy array.
+    series: a sequence of real numbers, or an array of at least one dimension
+    beta: weight of the past, in [0, 1)
+    bias_correction: whether to divide by 1 - beta**t
     """
     beta = check_real("beta", beta, 0, 1, open_high=True)
     check_bool("bias_correction", bias_correction)
-    # NumPy's functions hand arrays that have this attribute to their own library (NEP 18).
+    # NumPy's functions dispatch arrays with this attribute to their own library (NEP 18).
     x = series if hasattr(series, "__array_function__") else np.asarray(series)
     if x.dtype.kind not in "biuf":
         raise DTypeError(f"series must hold real numbers, got dtype {x.dtype}")
@@ -80,13 +83,13 @@ def ewma(series: Any, beta: float = 0.9, bias_correction: bool = True) -> Any:
         raise ShapeError("series must have at least one dimension, got a single number")
     x = x.astype(np.float64)
     v = (1 - beta) * x
-    # Doubling (Hillis & Steele 1986): v[i] is the weighted sum of the last d values up to i, and after the pass of the
-    # last 2*d. No weight is above 1, so nothing can overflow, unlike in a cumulative sum scaled by beta**-i.
+    # Doubling (Hillis & Steele 1986): each pass extends v[i] from the weighted sum of the last d values up to i to that
+    # of the last 2*d. No weight exceeds 1, so nothing overflows, unlike a cumulative sum scaled by beta**-i.
     d = 1
     while d < len(v) and (weight := beta**d) > 0:
         v[d:] += weight * v[:-d]
         d *= 2
-    # What is so far back that its weight is 0 was left out, but NaN and infinities are never forgotten.
+    # The loop stops where weights underflow to 0, but NaN and infinity must reach all later averages.
     v += np.cumsum(np.where(np.isfinite(x), 0.0, x), axis=0)
     if bias_correction:
         v /= _sum_of_weights(beta, np.cumsum(np.ones_like(x), axis=0))
@@ -94,5 +97,5 @@ def ewma(series: Any, beta: float = 0.9, bias_correction: bool = True) -> Any:
 
 
 def _sum_of_weights(beta: float, t: Any) -> Any:
-    """1 - beta**t, without the cancellation that costs it digits where beta is near 1."""
+    """1 - beta**t, without cancellation for beta near 1."""
     return -np.expm1(t * math.log(beta)) if beta > 0 else 1.0

@@ -1,12 +1,11 @@
-"""Checkpoints: a state on disk that is there whole, or not at all.
+"""Checkpoints: atomic saves of a state to disk.
 
-A checkpoint is one file in the safetensors format: the arrays as they are, everything else as JSON in the metadata. It
-is written under another name, synced to the disk and then renamed, so whatever ends the program or fills the disk
-leaves the checkpoints before it as they were. Its name has the checksum of its bytes:
+A checkpoint is one safetensors file: the arrays as tensors, everything else as JSON in the metadata. It is written
+under a temporary name, synced and then renamed, so a crash or a full disk leaves earlier checkpoints intact. The name
 
     checkpoint-000012-0123456789abcdef.safetensors
 
-is the twelfth of its folder, and the SHA-256 of the file begins with these 16 digits. Nothing is ever unpickled.
+has the number in its folder, and the first 16 hex digits of the file's SHA-256. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -43,21 +42,24 @@ from gpubatch.errors import (
 
 __all__ = ["Checkpoints", "read"]
 
-FORMAT = 1  # of the JSON; a reader refuses what is newer than itself
+FORMAT = 1  # version of the JSON; a reader refuses any other
 NAME = re.compile(r"checkpoint-(\d{6,})-([0-9a-f]{16})\.safetensors")
-UNFINISHED = "checkpoint-{}.unfinished"  # a folder, with the number of the process
-HEADER_LIMIT = 1 << 24  # bytes: about 100,000 arrays. A longer header is refused before memory is asked for.
-ENTRY = 128  # bytes of a header, at most, for an array beside its name and shape
-ARRAY = "__array__"  # the key that stands in the JSON for an array, with its name
+UNFINISHED = "checkpoint-{}.unfinished"  # a temporary folder; {} is the process id
+HEADER_LIMIT = 1 << 24  # bytes, about 100,000 arrays; a longer header is refused before memory is allocated
+ENTRY = 128  # most header bytes per array, besides its name and shape
+ARRAY = "__array__"  # in the JSON, {ARRAY: name} is a reference to an array
 DTYPES = tuple("bool uint8 int8 uint16 int16 float16 uint32 int32 float32 uint64 int64 float64".split())
 
 
 class Checkpoints:
-    """The checkpoints of one run in ``folder``, and when :func:`~gpubatch.train.fit` adds to them.
+    """The checkpoints of one run, and when :func:`~gpubatch.train.fit` saves them.
 
-    That is after every ``every`` steps, or where this is None after every epoch. The last ``keep`` are kept. With
-    ``background`` a thread writes while the training goes on. If one cannot be written, ``on_failure="raise"`` ends the
-    run with a :class:`CheckpointError`, and ``"warn"`` lets it go on with a :class:`CheckpointWarning`.
+    folder: where they are; ``fit`` creates it
+    every: save after every so many steps, at least 1; None: after every epoch
+    keep: how many of the newest to keep, at least 1
+    background: write in a thread while training continues
+    on_failure: if a checkpoint cannot be written, "raise" ends the run with a :class:`CheckpointError`, and "warn"
+        continues with a :class:`CheckpointWarning`
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class Checkpoints:
         self._error: Exception | None = None
 
     def files(self) -> list[Path]:
-        """The checkpoints that are there, the oldest first."""
+        """The checkpoint files in the folder, oldest first."""
         try:
             found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := NAME.fullmatch(path.name))]
         except FileNotFoundError:
@@ -87,7 +89,7 @@ class Checkpoints:
         return [path for _, path in sorted(found)]
 
     def open(self) -> None:
-        """Make the folder where there is none, see that it can be written to, and clear away what was cut off."""
+        """Create the folder if necessary, check that it is writable, and remove unfinished checkpoints."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.glob(UNFINISHED.format("*")):
@@ -99,10 +101,9 @@ class Checkpoints:
             raise CheckpointError(f"checkpoints cannot be written to {self.folder}: {_why(error)}") from error
 
     def save(self, state: Mapping[str, Any]) -> bool:
-        """Write ``state``: mappings and lists of arrays, numbers and text, which :meth:`newest` gives back.
+        """Save ``state``, mappings and lists of arrays, numbers and text; return whether that succeeded.
 
-        Whether nothing went wrong is returned. With ``background`` the arrays must stay as they are until the next
-        ``save`` or :meth:`wait`, and these raise what went wrong.
+        With ``background`` the arrays must not change until the next ``save`` or :meth:`wait`, which reports a failure.
         """
         self.wait()
         content = _split(state)
@@ -114,7 +115,7 @@ class Checkpoints:
         return self.wait()
 
     def wait(self) -> bool:
-        """Wait for what is being written; if it could not be, raise that or warn and return False."""
+        """Wait for the background write. If it failed, raise CheckpointError, or warn and return False."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
@@ -123,17 +124,16 @@ class Checkpoints:
         error, self._error = self._error, None
         if not isinstance(error, OSError):
             raise error
-        message = f"no checkpoint could be written to {self.folder}: {_why(error)}; {self._what_is_there()}"
+        message = f"no checkpoint could be written to {self.folder}: {_why(error)}; {self._newest_in_words()}"
         if self.on_failure == "raise":
             raise CheckpointError(message) from error
         warnings.warn(message, CheckpointWarning, stacklevel=2)
         return False
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest complete checkpoint and its state; None where the folder has none at all.
+        """The newest complete checkpoint and its state; None if the folder has no checkpoints.
 
-        A torn or corrupt one is passed over with a :class:`CheckpointWarning`. Raises :class:`DataFormatError` where
-        there are checkpoints and not one of them is complete.
+        Torn or corrupt ones are skipped with a :class:`CheckpointWarning`; if all are, raises :class:`DataFormatError`.
         """
         reasons = []
         for path in reversed(self.files()):
@@ -141,7 +141,7 @@ class Checkpoints:
                 return path, read(path)
             except (DataFormatError, OSError) as error:
                 reasons.append(str(error))
-                warnings.warn(f"{error}; it is passed over", CheckpointWarning, stacklevel=2)
+                warnings.warn(f"{error}; it is skipped", CheckpointWarning, stacklevel=2)
         if reasons:
             raise DataFormatError(f"{self.folder} has no complete checkpoint: {'; '.join(reasons)}")
         return None
@@ -155,11 +155,11 @@ class Checkpoints:
     def _try_to_write(self, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
         try:
             self._write(arrays, metadata)
-        except Exception as error:  # whatever it is, it belongs to the caller
+        except Exception as error:  # raised in the caller's thread, by wait
             self._error = error
 
     def _write(self, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-        """Write, sync, rename, sync the folder; only then remove the older ones."""
+        """Write, sync, rename, sync the folder; only then remove old checkpoints."""
         files = self.files()
         number = int(NAME.fullmatch(files[-1].name)[1]) + 1 if files else 1  # type: ignore[index]
         unfinished = self.folder / UNFINISHED.format(os.getpid())
@@ -174,29 +174,29 @@ class Checkpoints:
                 unfinished.rmdir()
         _sync_folder(self.folder)
         for old in [*files, path][: -self.keep]:
-            with contextlib.suppress(OSError):  # one too many does no harm
+            with contextlib.suppress(OSError):  # an extra checkpoint does no harm
                 old.unlink()
 
-    def _what_is_there(self) -> str:
+    def _newest_in_words(self) -> str:
         try:
             found = self.files() if self.folder.is_dir() else None
         except OSError:
             found = None
         if found is None:
-            return "the folder cannot be read any more"
-        return f"the newest one is {found[-1].name}" if found else "there is none before it"
+            return "the folder can no longer be read"
+        return f"the newest is {found[-1].name}" if found else "there is no earlier one"
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The state in the checkpoint ``path``, its arrays as NumPy's.
+    """The state in the checkpoint ``path``, with NumPy arrays.
 
-    Takes no more memory than the file is large, and as much again as its header. Raises :class:`DataFormatError` where
-    the file is not complete or not a checkpoint.
+    Needs memory for the file and once more for its header. Raises :class:`DataFormatError` if the file is incomplete,
+    corrupt or not a checkpoint.
     """
     path = Path(path)
     name = NAME.fullmatch(path.name)
     if name is None:
-        raise DataFormatError(f"{path} must be named checkpoint-NUMBER-CHECKSUM.safetensors, as it was written")
+        raise DataFormatError(f"{path} must have its original name, checkpoint-NUMBER-CHECKSUM.safetensors")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -206,9 +206,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             )
         file.seek(0)
         if not hashlib.file_digest(file, "sha256").hexdigest().startswith(name[2]):
-            raise DataFormatError(f"{path} is torn or corrupt: its {size} bytes do not have the checksum in its name")
+            raise DataFormatError(f"{path} is torn or corrupt: its {size} bytes do not match the checksum in its name")
     try:
-        with safe_open(path, "np", backend="pread") as content:  # not mapped: another process may cut the file short
+        with safe_open(path, "np", backend="pread") as content:  # not mapped: another process may truncate the file
             return _join(content.metadata() or {}, content.get_tensors())
     except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise DataFormatError(f"{path} is not a checkpoint: {error}") from error
@@ -218,7 +218,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _split(state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays of ``state``, copied only where they are not contiguous, and the rest as metadata."""
+    """The arrays of ``state``, copied only if not contiguous, and the rest as metadata."""
     arrays: dict[str, np.ndarray] = {}
     tree = _without_arrays(state, "", arrays)
     versions = {
@@ -234,10 +234,10 @@ def _split(state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, s
 
 
 def _join(metadata: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The state; metadata that is not ours raises LookupError, ValueError or TypeError."""
+    """The state. Metadata of another program raises LookupError, ValueError or TypeError."""
     if metadata["format"] != str(FORMAT):
         written = metadata.get("versions")
-        raise ValueError(f"its format is {metadata['format']}, not {FORMAT}; it was written with {written}")
+        raise ValueError(f"its format is {metadata['format']}, not {FORMAT}; it was written by {written}")
     state = _with_arrays(json.loads(metadata["state"]), arrays)
     if not isinstance(state, dict):
         raise ValueError(f"its state is a {type(state).__name__}, not a mapping")
@@ -245,12 +245,12 @@ def _join(metadata: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> dict
 
 
 def _without_arrays(value: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
-    """``value`` as JSON can hold it; its arrays go to ``arrays`` under the dotted names of their places."""
+    """``value`` for JSON; its arrays move to ``arrays``, named by their dotted paths."""
     if isinstance(value, np.ndarray) or is_cupy(value):
         if value.dtype.name not in DTYPES:
             raise DTypeError(f"{name} must hold real numbers to be saved, got dtype {value.dtype}")
         if name in arrays:
-            raise ArgumentError(f"two arrays of state would have one name, {name!r}")
+            raise ArgumentError(f"two arrays of state would have the same name, {name!r}")
         plain = backend_of(value).to_numpy(value)
         arrays[name] = np.asarray(plain, plain.dtype.newbyteorder("="), order="C")
         return {ARRAY: name}
@@ -275,9 +275,9 @@ def _with_arrays(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
 
 
 def _write_synced(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
-    """Write the file and sync it to the disk; the checksum as it goes into the name."""
+    """Write the file and sync it to the disk; return the checksum for its name."""
     path.open("xb").close()
-    mode = path.stat().st_mode  # what the user's umask grants; the library makes files that only their owner may read
+    mode = path.stat().st_mode  # as the user's umask has it; the library creates files that only the owner may read
     try:
         save_file(arrays, path, metadata)
     except SafetensorError as error:
@@ -285,13 +285,13 @@ def _write_synced(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str,
             raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
         raise
     path.chmod(mode)
-    with path.open("r+b") as file:  # Windows syncs only what may be written to
+    with path.open("r+b") as file:  # Windows syncs only files opened for writing
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _remove(path: Path) -> None:
-    """Remove what a write left unfinished: a folder, or a file where an older gpubatch wrote it."""
+    """Remove an unfinished checkpoint: a folder, or a file of an older gpubatch."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -299,8 +299,8 @@ def _remove(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename last: it is a change of the folder, not of the file."""
-    if os.name == "nt":  # Windows does not open folders
+    """Make a rename durable: it changes the folder, not the file."""
+    if os.name == "nt":  # Windows cannot open folders
         return
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -1,7 +1,10 @@
-"""Data sets in files: IDX (MNIST and its kin), CIFAR-10, and the 10,000 MNIST digits that come with gpubatch.
+"""Data sets in files: IDX (MNIST and similar sets), CIFAR-10, and the 10,000 MNIST digits bundled with gpubatch.
 
-Each loader returns ``(X_train, y_train), (X_test, y_test)``: X uint8 (samples, features) or, with ``flatten=False``,
-images; with ``normalize`` float32 in [0, 1]. y int64 (samples,), or with ``one_hot`` float32 (samples, 10).
+Each loader returns ``(X_train, y_train), (X_test, y_test)``. X is uint8, y int64 (samples,). Its options:
+
+normalize: X as float32 in [0, 1]
+one_hot: y as float32 (samples, 10)
+flatten: X as (samples, features); False: as images
 """
 
 from __future__ import annotations
@@ -38,10 +41,10 @@ BUNDLED = Path(__file__).parent / "data" / "mnist10k"
 
 
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
-    """The array in an IDX file, plain or gzip (told by its content), in native byte order.
+    """The array in an IDX file, plain or gzip (detected by content), in native byte order.
 
-    A file that is anything else is a ``DataFormatError``. Memory is bounded by what the file really holds, whatever
-    its header claims. Format: http://yann.lecun.com/exdb/mnist/.
+    Raises ``DataFormatError`` for any other file. Memory use is bounded by the data in the file, whatever its header
+    claims. Format: http://yann.lecun.com/exdb/mnist/.
     """
     with open(path, "rb") as file:
         packed = file.read(2) == GZIP_MAGIC
@@ -64,7 +67,7 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def read_idx_header(path: Any, read: Callable[[int], bytes]) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    """Element type and shape of the array that follows, from ``read``, which gives the file's next bytes."""
+    """Read an IDX header: element type and shape; ``read(n)`` returns the next ``n`` bytes of the file."""
     magic = _take(read, 4)
     if len(magic) < 4:
         raise DataFormatError(f"{path}: expected an IDX header of at least 8 bytes, found {len(magic)}")
@@ -85,14 +88,14 @@ def read_idx_header(path: Any, read: Callable[[int], bytes]) -> tuple[np.dtype[A
             f"found {4 + len(sizes)}"
         )
     dtype, shape = np.dtype(IDX_TYPES[kind]).newbyteorder(">"), tuple(np.frombuffer(sizes, ">u4").tolist())
-    # NumPy counts like this, too: an empty array has to fit without its dimensions of size 0.
+    # As NumPy counts: an empty array must fit without its dimensions of size 0.
     if math.prod(n or 1 for n in shape) * dtype.itemsize > sys.maxsize:
         raise DataFormatError(f"{path}: expected an array that fits into memory, found an IDX header of shape {shape}")
     return dtype, shape
 
 
 def _take(read: Callable[[int], bytes], size: int) -> bytearray:
-    """The next ``size`` bytes, or as many as there are, in memory that grows with what arrives."""
+    """The next ``size`` bytes, fewer at the end of the file; memory grows with the bytes read."""
     data = bytearray()
     while len(data) < size and (chunk := read(min(CHUNK, size - len(data)))):
         data += chunk
@@ -105,7 +108,7 @@ def _take(read: Callable[[int], bytes], size: int) -> bytearray:
 def mnist(
     folder: str | os.PathLike[str], *, normalize: bool = False, one_hot: bool = False, flatten: bool = True
 ) -> tuple[Samples, Samples]:
-    """MNIST, or a set in its format such as Fashion-MNIST, from its four files, plain or gzip.
+    """MNIST, or a set in its format such as Fashion-MNIST, from its four files in ``folder``, plain or gzip.
 
     X is (60000, 784) and (10000, 784), or (samples, 28, 28).
     """
@@ -117,14 +120,14 @@ def mnist(
 def mnist_10k(
     seed: int = 0, *, normalize: bool = False, one_hot: bool = False, flatten: bool = True
 ) -> tuple[Samples, Samples]:
-    """The 10,000 MNIST test images, which come with gpubatch: 8,000 to train on and 2,000 to test, drawn by ``seed``.
+    """The bundled 10,000 MNIST test images, split at random by ``seed`` into 8,000 for training and 2,000 for testing.
 
     X is (8000, 784) and (2000, 784), or (samples, 28, 28). Source and licence: ``gpubatch/data/mnist10k/README.md``.
     """
     seed = check_int("seed", seed, 0, 2**64 - 1)
     images, labels = _mnist_part(BUNDLED, "t10k")
-    # Raw words, because NumPy promises the stream of a bit generator but not what Generator.permutation makes of it.
-    # Each word carries its index in its low bits, so sorting needs no rule for ties.
+    # NumPy guarantees the stream of a bit generator, not the results of Generator.permutation: sort random words.
+    # Each word has its index in its low bits, so there are no ties.
     words, low = np.random.Philox(key=seed).random_raw(len(images)), np.uint64(2**14 - 1)
     order = np.sort(words & ~low | np.arange(len(images), dtype=np.uint64)) & low
     train, test = np.split(order.astype(np.int64), [8000])
@@ -137,10 +140,10 @@ def mnist_10k(
 def cifar10(
     folder: str | os.PathLike[str], *, normalize: bool = False, one_hot: bool = False, flatten: bool = True
 ) -> tuple[Samples, Samples]:
-    """CIFAR-10 from its binary version, in ``folder`` or in its ``cifar-10-batches-bin``.
+    """CIFAR-10, binary version, from ``folder`` or its subfolder ``cifar-10-batches-bin``.
 
-    X is (50000, 3072) and (10000, 3072), red, green, blue plane after plane, or (samples, 3, 32, 32). The Python
-    version is refused: to read a pickle is to run what is in it. Format: https://www.cs.toronto.edu/~kriz/cifar.html.
+    X is (50000, 3072) and (10000, 3072), the red, green and blue planes in turn, or (samples, 3, 32, 32). The Python
+    version is refused, because unpickling runs code. Format: https://www.cs.toronto.edu/~kriz/cifar.html.
     """
     *train, test = (_cifar_batch(path) for path, _ in cifar10_records(folder, "train", "test"))
     images, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))
@@ -148,9 +151,10 @@ def cifar10(
 
 
 def cifar10_records(folder: str | os.PathLike[str], *parts: str) -> list[tuple[Path, int]]:
-    """The files of ``parts`` of CIFAR-10's binary version, and how many records each has; none is read.
+    """The files of CIFAR-10's binary version and their numbers of records, without reading them.
 
-    ``folder`` is as for :func:`cifar10`.
+    folder: as for :func:`cifar10`
+    parts: "train", "test" or both
     """
     home = _existing(folder)
     inner = home / "cifar-10-batches-bin"
@@ -207,7 +211,7 @@ def _whole_records(path: Path, size: int) -> int:
 
 
 def check_labels(path: Any, labels: np.ndarray, places: np.ndarray | None = None) -> None:
-    """Raise ``DataFormatError`` for the first label that is no class, at its place in the file, or in ``places``."""
+    """Raise ``DataFormatError`` for the first label above 9, naming its index, or ``places[index]`` if given."""
     wrong = np.flatnonzero(labels >= CLASSES)
     if wrong.size:
         place = wrong[0] if places is None else places[wrong[0]]

@@ -1,27 +1,27 @@
-"""What can go wrong, and the checks that say so.
+"""Exceptions, warnings, and the checks of arguments.
 
     GpubatchError
-    ├── ArgumentError (ValueError)           an argument outside its range; the message has name, range and value
-    │   ├── ShapeError                       two shapes that do not fit each other
-    │   └── DataFormatError                  a file that is not what it should be
-    ├── UnknownArgumentError (TypeError)     a keyword argument that does not exist; the message lists those that do
-    ├── DTypeError (TypeError)               an element type that cannot be used here
-    ├── FormulaError (TypeError)             a rule, activation or loss that cannot be recorded
-    ├── DeviceMismatchError (TypeError)      arrays of two devices, or of the wrong one
-    ├── BackendUnavailableError (RuntimeError)   the device that was asked for cannot be used
+    ├── ArgumentError (ValueError)           argument out of range; the message has its name, range and value
+    │   ├── ShapeError                       mismatched shapes
+    │   └── DataFormatError                  malformed file
+    ├── UnknownArgumentError (TypeError)     unknown keyword argument; the message lists the known ones
+    ├── DTypeError (TypeError)               unsupported type or element type
+    ├── FormulaError (TypeError)             rule, activation or loss that cannot be traced
+    ├── DeviceMismatchError (TypeError)      arrays on different devices, or on the wrong one
+    ├── BackendUnavailableError (RuntimeError)   the requested device cannot be used
     ├── InsufficientMemoryError (MemoryError)    not even one sample fits
-    ├── CheckpointError (OSError)            a checkpoint that cannot be written
-    ├── CaptureError (RuntimeError)          work that cannot be captured as a CUDA graph
+    ├── CheckpointError (OSError)            a checkpoint cannot be written
+    ├── CaptureError (RuntimeError)          work that a CUDA graph cannot hold
     └── NonFiniteError (ArithmeticError)     NaN or infinity in data, loss or gradient
 
-    BackendFallbackWarning (UserWarning)     the CPU stands in for a device that cannot be used
-    CaptureWarning (UserWarning)             captured steps do not agree with eager ones, and are not used any more
-    CheckpointWarning (UserWarning)          a checkpoint is passed over, or was not written and the run goes on
-    MicroBatchWarning (UserWarning)          memory ran out: batches are computed in parts from here on
-    SkippedStepWarning (UserWarning)         a step is left out: its loss or its gradient is not finite
-    TuningWarning (UserWarning)              algorithms that were chosen for matrix products cannot be used here
+    BackendFallbackWarning (UserWarning)     the CPU replaces an unusable device
+    CaptureWarning (UserWarning)             captured steps differ from eager ones and are abandoned
+    CheckpointWarning (UserWarning)          a corrupt checkpoint is skipped, or one was not written and the run goes on
+    MicroBatchWarning (UserWarning)          memory ran out: batches are split from here on
+    SkippedStepWarning (UserWarning)         a step is skipped: its loss or gradient is not finite
+    TuningWarning (UserWarning)              saved algorithms of matrix products cannot be used here
 
-Every one is also the built-in exception that a NumPy user would expect.
+Each is also the built-in exception that a NumPy user expects.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ __all__ = [
 
 
 class GpubatchError(Exception):
-    """Base of everything that gpubatch raises on purpose."""
+    """Base class of gpubatch's exceptions."""
 
 
 class ArgumentError(GpubatchError, ValueError):
@@ -63,31 +63,31 @@ class ArgumentError(GpubatchError, ValueError):
 
 
 class ShapeError(ArgumentError):
-    """Two shapes do not fit each other."""
+    """Two shapes do not match."""
 
 
 class DataFormatError(ArgumentError):
-    """A file is not in the format that its reader expects."""
+    """A file does not have the expected format."""
 
 
 class UnknownArgumentError(GpubatchError, TypeError):
-    """A keyword argument that the callee does not have."""
+    """The callee has no such keyword argument."""
 
 
 class DTypeError(GpubatchError, TypeError):
-    """An array has an element type that cannot be used here."""
+    """An argument has an unsupported type, or an array an unsupported element type."""
 
 
 class FormulaError(GpubatchError, TypeError):
-    """A function that was declared as a formula does what cannot be recorded."""
+    """A function declared as a formula cannot be traced."""
 
 
 class DeviceMismatchError(GpubatchError, TypeError):
-    """Arrays of two devices meet, or an array is not on the device where it is needed."""
+    """Arrays are on different devices, or an array is not on the required one."""
 
 
 class BackendUnavailableError(GpubatchError, RuntimeError):
-    """A device was asked for that cannot be used; ``cause`` is one of ``CAUSES``, ``remedy`` says what to do."""
+    """The requested device cannot be used; ``cause`` is one of ``CAUSES``, ``remedy`` says how to fix it."""
 
     CAUSES = ("not installed", "libraries missing", "driver too old", "no device")
 
@@ -97,43 +97,43 @@ class BackendUnavailableError(GpubatchError, RuntimeError):
 
 
 class InsufficientMemoryError(GpubatchError, MemoryError):
-    """Not even the smallest piece of work fits in memory."""
+    """Memory does not hold even the smallest unit of work."""
 
 
 class CheckpointError(GpubatchError, OSError):
-    """A checkpoint cannot be written; those before it are as they were."""
+    """A checkpoint cannot be written; earlier ones are intact."""
 
 
 class CaptureError(GpubatchError, RuntimeError):
-    """Work does what a CUDA graph cannot hold."""
+    """A CUDA graph cannot hold this work."""
 
 
 class NonFiniteError(GpubatchError, ArithmeticError):
-    """NaN or infinity where numbers are needed."""
+    """NaN or infinity where a finite number is required."""
 
 
 class BackendFallbackWarning(UserWarning):
-    """The CPU is used in place of a device that cannot be used."""
+    """The CPU replaces a device that cannot be used."""
 
 
 class CaptureWarning(UserWarning):
-    """Captured steps do not agree with eager ones; the run goes on with eager ones."""
+    """Captured steps differ from eager ones; the run continues eagerly."""
 
 
 class CheckpointWarning(UserWarning):
-    """A torn or corrupt checkpoint is passed over, or one was not written and the training goes on."""
+    """A torn or corrupt checkpoint is skipped, or one was not written and training continues."""
 
 
 class MicroBatchWarning(UserWarning):
-    """Memory ran out in a training step: batches are computed in parts from here on, their gradients added up."""
+    """A training step ran out of memory: batches are split from here on, and their gradients accumulated."""
 
 
 class SkippedStepWarning(UserWarning):
-    """A training step is left out, since its loss or its gradient is not finite."""
+    """A training step is skipped because its loss or gradient is not finite."""
 
 
 class TuningWarning(UserWarning):
-    """Algorithms that were chosen for matrix products, and saved, cannot be used: the last bits may be others."""
+    """Saved algorithms of matrix products cannot be used here; results may differ in the last bits."""
 
 
 def check_real(
@@ -145,7 +145,7 @@ def check_real(
     open_low: bool = False,
     open_high: bool = False,
 ) -> float:
-    """``value`` as a Python float, if it is a finite real number between ``low`` and ``high``."""
+    """``value`` as a Python float; it must be finite and between ``low`` and ``high``."""
     left = "(" if open_low or low == -math.inf else "["
     right = ")" if open_high or high == math.inf else "]"
     inside = f"{left}{low:g}, {high:g}{right}"
@@ -162,7 +162,7 @@ def check_real(
 
 
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """``value`` as a Python int, if it is an integer between ``low`` and ``high``, both included."""
+    """``value`` as a Python int; it must be between ``low`` and ``high``, both included."""
     inside = f">= {low}" if high is None else f"between {low} and {high}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise DTypeError(f"{name} must be an integer {inside}, got {value!r} of type {type(value).__name__}")
@@ -173,14 +173,14 @@ def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 
 def check_bool(name: str, value: Any) -> bool:
-    """``value``, if it is True or False."""
+    """``value``, which must be True or False."""
     if not isinstance(value, bool):
         raise DTypeError(f"{name} must be True or False, got {value!r}")
     return value
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
-    """``value``, if it is one of ``choices``; otherwise an error that lists them and names the nearest."""
+    """``value``, which must be one of ``choices``; the error lists them and suggests the nearest."""
     known = list(choices)
     if isinstance(value, str) and value in known:
         return value
@@ -188,7 +188,7 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
 
 
 def check_known(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """An error if ``given`` has a keyword argument that ``owner`` does not take."""
+    """Raise UnknownArgumentError for the first keyword argument in ``given`` that ``owner`` does not take."""
     names = list(known)
     for name in given:
         if name not in names:
@@ -196,7 +196,7 @@ def check_known(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
 
 
 def _nearest(value: Any, known: list[str]) -> str:
-    import difflib  # only where there is an error to describe
+    import difflib  # imported for error messages only
 
     near = difflib.get_close_matches(value, known, n=1) if isinstance(value, str) else []
     return f"; did you mean {near[0]!r}?" if near else ""

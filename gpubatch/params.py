@@ -1,4 +1,4 @@
-"""One flat buffer for all parameters of a model, and named views into it."""
+"""All parameters of a model in one flat buffer, with named views into it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["FlatViews", "Parameters"]
 
 
 class FlatViews(Mapping[str, Array]):
-    """A contiguous one-dimensional array ``flat`` and the views into it, by name.
+    """Named views into ``flat``, a contiguous one-dimensional array.
 
-    ``views[name]`` is the view itself: change it in place, or write ``views[name] = values``, which copies.
-    ``spans[name]`` is where it begins and ends in ``flat``.
+    ``views[name]`` is the view itself: change it in place, or assign ``views[name] = values``, which copies.
+    ``spans[name]`` is its start and stop in ``flat``.
     """
 
     def __init__(self, flat: Array, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -32,21 +32,21 @@ class FlatViews(Mapping[str, Array]):
             self.spans[name] = start, stop
             start = stop
         if start != flat.size:
-            raise ShapeError(f"shapes hold {start} elements, flat has {flat.size}")
+            raise ShapeError(f"flat must have {start} elements, the sum over shapes, got {flat.size}")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each view, by name, in the order in which they lie in ``flat``."""
+        """The shape of each view by name, in the order of ``flat``."""
         return {name: view.shape for name, view in self._views.items()}
 
     @property
     def size(self) -> int:
-        """How many numbers there are in all."""
+        """The number of elements in all views together."""
         return int(self.flat.size)
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The element type, the same for all."""
+        """The element type of all views."""
         found: np.dtype[Any] = self.flat.dtype
         return found
 
@@ -59,7 +59,7 @@ class FlatViews(Mapping[str, Array]):
     def __setitem__(self, name: str, values: Any) -> None:
         view = self[name]
         if getattr(values, "shape", view.shape) not in (view.shape, ()):
-            raise ShapeError(f"{name} has shape {view.shape}, the values have {values.shape}")
+            raise ShapeError(f"values of {name} must have shape {view.shape} or (), got {values.shape}")
         with backend_of(view).scope():
             view[...] = values
 
@@ -71,7 +71,7 @@ class FlatViews(Mapping[str, Array]):
 
     def __deepcopy__(self, memo: Any) -> FlatViews:
         with backend_of(self.flat).scope():
-            return FlatViews(self.flat.copy(), self.shapes)  # array by array, the views would be views no more
+            return FlatViews(self.flat.copy(), self.shapes)  # copied one by one, views would not share memory
 
     def __reduce__(self) -> Any:
         raise DTypeError(f"{type(self).__name__} cannot be pickled: its views would no longer share memory; save .flat")
@@ -81,9 +81,11 @@ class FlatViews(Mapping[str, Array]):
 
 
 class Parameters(FlatViews):
-    """All parameters of a model in one buffer, zero at first; ``grads`` has the same views for their gradients.
+    """All parameters of a model in one buffer, initially zero; ``grads`` has the same views of their gradients.
 
-    ``shapes`` maps a name to a shape, or to an array whose values are copied.
+    shapes: maps each name to a shape, or to an array to copy
+    backend: "auto", "numpy", "cupy" or a backend
+    dtype: "float16", "float32" or "float64"
 
     >>> p = Parameters({"W1": (784, 512), "b1": (512,)})
     >>> p["W1"].shape, p.flat.shape, p.grads["b1"].shape
@@ -113,15 +115,15 @@ class Parameters(FlatViews):
 
 
 def by_alignment(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The shapes in an order in which each array of a flat buffer begins at a multiple of what its own size allows.
+    """``shapes``, sorted so that each array in the flat buffer is aligned as far as its own size allows.
 
-    That is sixteen bytes for every matrix whose rows are whole multiples of that: matrix products on a GPU have faster
-    kernels then. Numbers between the arrays would do it as well, but they would count in what is done to the buffer as
-    a whole, such as its norm.
+    A matrix with rows of whole multiples of 16 bytes starts at a multiple of 16 bytes; matrix products on a GPU then
+    have faster kernels. Padding would align the arrays too, but operations on the whole buffer, such as its norm, would
+    include it.
     """
 
     def alignment(name: str) -> int:
-        return math.gcd(math.prod(shapes[name]), 8)  # of elements; eight of float16 have sixteen bytes
+        return math.gcd(math.prod(shapes[name]), 8)  # in elements; eight float16 are 16 bytes
 
     return {name: shapes[name] for name in sorted(shapes, key=alignment, reverse=True)}
 

@@ -1,8 +1,14 @@
 """Learning-rate decay: callables ``(step, epoch) -> value``, both counted from 0.
 
-``per`` says which of the two is the n of a formula, ``every`` is the unit in which n is counted (n / every, and with
-``staircase=True`` its floor). The value is a Python float, computed in double precision. A schedule may stand for any
-float hyper-parameter, and so may any other callable of this form.
+The same arguments in every schedule:
+
+lr: the learning rate at n = 0, at least 0
+per: what n counts, "epoch" or "step"
+every: the unit of n, at least 1: the formula gets n / every
+staircase: use the floor of n / every
+
+The value is a Python float, computed in double precision. Any float hyper-parameter can be a schedule, or another
+callable of this form.
 """
 
 from __future__ import annotations
@@ -11,8 +17,9 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, get_type_hints
 
 from gpubatch.errors import ArgumentError, DTypeError, check_bool, check_choice, check_int, check_real
 
@@ -30,26 +37,33 @@ __all__ = [
 
 Schedule: TypeAlias = Callable[[int, int], float]
 
+# Types of fields, each with its check: check(name, value) returns a plain Python value.
+NonNegative: TypeAlias = Annotated[float, partial(check_real, low=0)]
+Positive: TypeAlias = Annotated[float, partial(check_real, low=0, open_low=True)]
+Count: TypeAlias = Annotated[int, partial(check_int, low=1)]
+Unit: TypeAlias = Annotated[str, partial(check_choice, choices=["epoch", "step"])]
+Flag: TypeAlias = Annotated[bool, check_bool]
+
+
+def _check_fields(schedule: object) -> None:
+    """Replace each field of a frozen dataclass by its checked value."""
+    for name, kind in get_type_hints(type(schedule), include_extras=True).items():
+        for check in getattr(kind, "__metadata__", ()):
+            object.__setattr__(schedule, name, check(name, getattr(schedule, name)))
+
 
 @dataclass(frozen=True)
 class InverseTimeDecay:
-    """lr / (1 + decay_rate * n), as in Keras."""
+    """lr / (1 + decay_rate * n), as in Keras; ``decay_rate`` is at least 0."""
 
-    lr: float
-    decay_rate: float
-    per: str = "epoch"
-    every: int = 1
-    staircase: bool = False
+    lr: NonNegative
+    decay_rate: NonNegative
+    per: Unit = "epoch"
+    every: Count = 1
+    staircase: Flag = False
 
     def __post_init__(self) -> None:
-        _store(
-            self,
-            lr=check_real("lr", self.lr, 0),
-            decay_rate=check_real("decay_rate", self.decay_rate, 0),
-            per=_check_per(self.per),
-            every=check_int("every", self.every, 1),
-            staircase=check_bool("staircase", self.staircase),
-        )
+        _check_fields(self)
 
     def __call__(self, step: int, epoch: int) -> float:
         """The value at ``step`` and ``epoch``, both counted from 0."""
@@ -59,23 +73,16 @@ class InverseTimeDecay:
 
 @dataclass(frozen=True)
 class ExponentialDecay:
-    """lr * rate**n; PyTorch's ``ExponentialLR`` with ``per="epoch"``. A rate above 1 grows."""
+    """lr * rate**n; PyTorch's ``ExponentialLR`` with ``per="epoch"``. ``rate`` is above 0; above 1 the value grows."""
 
-    lr: float
-    rate: float = 0.95
-    per: str = "epoch"
-    every: int = 1
-    staircase: bool = False
+    lr: NonNegative
+    rate: Positive = 0.95
+    per: Unit = "epoch"
+    every: Count = 1
+    staircase: Flag = False
 
     def __post_init__(self) -> None:
-        _store(
-            self,
-            lr=check_real("lr", self.lr, 0),
-            rate=check_real("rate", self.rate, 0, open_low=True),
-            per=_check_per(self.per),
-            every=check_int("every", self.every, 1),
-            staircase=check_bool("staircase", self.staircase),
-        )
+        _check_fields(self)
 
     def __call__(self, step: int, epoch: int) -> float:
         """The value at ``step`` and ``epoch``, both counted from 0."""
@@ -85,14 +92,14 @@ class ExponentialDecay:
 
 @dataclass(frozen=True)
 class SqrtDecay:
-    """lr * k / sqrt(n + 1): k/sqrt(t) in the notes, where epochs and steps are counted from 1."""
+    """lr * k / sqrt(n + 1); ``k`` is at least 0. The course notes count from 1: k / sqrt(t)."""
 
-    lr: float
-    k: float = 1.0
-    per: str = "epoch"
+    lr: NonNegative
+    k: NonNegative = 1.0
+    per: Unit = "epoch"
 
     def __post_init__(self) -> None:
-        _store(self, lr=check_real("lr", self.lr, 0), k=check_real("k", self.k, 0), per=_check_per(self.per))
+        _check_fields(self)
 
     def __call__(self, step: int, epoch: int) -> float:
         """The value at ``step`` and ``epoch``, both counted from 0."""
@@ -101,21 +108,15 @@ class SqrtDecay:
 
 @dataclass(frozen=True)
 class StepDecay:
-    """lr * factor**(n // every), the discrete staircase: PyTorch's ``StepLR``."""
+    """lr * factor**(n // every), as PyTorch's ``StepLR``; ``factor`` is above 0."""
 
-    lr: float
-    factor: float = 0.5
-    every: int = 10
-    per: str = "epoch"
+    lr: NonNegative
+    factor: Positive = 0.5
+    every: Count = 10
+    per: Unit = "epoch"
 
     def __post_init__(self) -> None:
-        _store(
-            self,
-            lr=check_real("lr", self.lr, 0),
-            factor=check_real("factor", self.factor, 0, open_low=True),
-            every=check_int("every", self.every, 1),
-            per=_check_per(self.per),
-        )
+        _check_fields(self)
 
     def __call__(self, step: int, epoch: int) -> float:
         """The value at ``step`` and ``epoch``, both counted from 0."""
@@ -124,16 +125,20 @@ class StepDecay:
 
 @dataclass(frozen=True)
 class Piecewise:
-    """Values by hand: ``values[i]`` from n = ``boundaries[i-1]`` on, up to but not at ``boundaries[i]``.
+    """Constant values: ``values[i]`` for ``boundaries[i-1] <= n < boundaries[i]``.
 
     PyTorch's ``MultiStepLR`` and optax switch at the same n; Keras' ``PiecewiseConstantDecay`` switches one later.
+
+    boundaries: strictly increasing integers, each at least 0
+    values: one more than boundaries, each at least 0
     """
 
     boundaries: Sequence[int]
     values: Sequence[float]
-    per: str = "epoch"
+    per: Unit = "epoch"
 
     def __post_init__(self) -> None:
+        _check_fields(self)
         boundaries = tuple(check_int(f"boundaries[{i}]", n, 0) for i, n in enumerate(self.boundaries))
         values = tuple(check_real(f"values[{i}]", value, 0) for i, value in enumerate(self.values))
         if any(left >= right for left, right in pairwise(boundaries)):
@@ -142,7 +147,8 @@ class Piecewise:
             raise ArgumentError(
                 f"values must be one more than boundaries, got {len(values)} values for {len(boundaries)} boundaries"
             )
-        _store(self, boundaries=boundaries, values=values, per=_check_per(self.per))
+        object.__setattr__(self, "boundaries", boundaries)
+        object.__setattr__(self, "values", values)
 
     def __call__(self, step: int, epoch: int) -> float:
         """The value at ``step`` and ``epoch``, both counted from 0."""
@@ -153,27 +159,23 @@ class Piecewise:
 class CosineDecay:
     """Half a cosine from ``lr`` to ``final``, after a linear warm-up (Loshchilov & Hutter, SGDR, equation 5).
 
-    ``total`` counts the warm-up too. n < warmup: lr * (n + 1) / warmup, so that the first value is not zero and
-    n = warmup - 1 has ``lr`` already. n = warmup: ``lr``; from there the cosine, to ``final`` at n = total and
-    ever after. ``final`` is itself a learning rate, not a fraction of ``lr``.
+    n < warmup: lr * (n + 1) / warmup, so the first value is not zero and n = warmup - 1 already has ``lr``.
+    n = warmup: ``lr``. Then the cosine, down to ``final`` at n = total and ever after.
+
+    total: the last n of the cosine, warm-up included, at least 1
+    warmup: length of the warm-up, from 0 to total - 1
+    final: the last learning rate, at least 0; not a fraction of ``lr``
     """
 
-    lr: float
-    total: int
+    lr: NonNegative
+    total: Count
     warmup: int = 0
-    final: float = 0.0
-    per: str = "step"
+    final: NonNegative = 0.0
+    per: Unit = "step"
 
     def __post_init__(self) -> None:
-        total = check_int("total", self.total, 1)
-        _store(
-            self,
-            lr=check_real("lr", self.lr, 0),
-            total=total,
-            warmup=check_int("warmup", self.warmup, 0, total - 1),
-            final=check_real("final", self.final, 0),
-            per=_check_per(self.per),
-        )
+        _check_fields(self)
+        object.__setattr__(self, "warmup", check_int("warmup", self.warmup, 0, self.total - 1))
 
     def __call__(self, step: int, epoch: int) -> float:
         """The value at ``step`` and ``epoch``, both counted from 0."""
@@ -193,7 +195,7 @@ KINDS: dict[str, type[Any]] = {
 
 
 def to_dict(schedule: Schedule) -> dict[str, Any]:
-    """``schedule`` as plain values, ``{"schedule": "CosineDecay", "lr": 0.1, ...}``; those of this module only."""
+    """``schedule`` of this module as plain values, ``{"schedule": "CosineDecay", "lr": 0.1, ...}``."""
     kind: type[Any] = type(schedule)
     if kind not in KINDS.values():
         raise DTypeError(f"schedule must be one of {', '.join(KINDS)} to be written as a dict, got {schedule!r}")
@@ -202,7 +204,7 @@ def to_dict(schedule: Schedule) -> dict[str, Any]:
 
 
 def from_dict(d: Mapping[str, Any]) -> Schedule:
-    """The schedule that :func:`to_dict` wrote."""
+    """The schedule in a dict of :func:`to_dict`."""
     kind = KINDS[check_choice("schedule", d.get("schedule"), KINDS)]
     given = {name: value for name, value in d.items() if name != "schedule"}
     known = [field.name for field in fields(kind)]
@@ -212,16 +214,6 @@ def from_dict(d: Mapping[str, Any]) -> Schedule:
         raise ArgumentError(f"{kind.__name__} needs {', '.join(missing)}, got {', '.join(given) or 'nothing'}")
     schedule: Schedule = kind(**given)
     return schedule
-
-
-def _store(schedule: object, **checked: Any) -> None:
-    """Replace the fields of a frozen dataclass by their checked values, which are plain Python numbers."""
-    for name, value in checked.items():
-        object.__setattr__(schedule, name, value)
-
-
-def _check_per(per: Any) -> str:
-    return check_choice("per", per, ["epoch", "step"])
 
 
 def _count(per: str, step: int, epoch: int) -> int:

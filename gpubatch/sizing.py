@@ -1,4 +1,4 @@
-"""Bytes needed and bytes available → batch size."""
+"""Batch sizes from bytes needed and bytes available."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ __all__ = [
     "plan_batch_size",
 ]
 
-ByPart: TypeAlias = Mapping[str, int]  # bytes by what they are for
+ByPart: TypeAlias = Mapping[str, int]  # bytes by purpose
 
 log = logging.getLogger(__name__)
 
-WHOLE_SET = 2000  # up to this many samples, one batch holds them all (deeplearning.ai, course 2, week 2)
-PROBES = (16, 4)  # the larger one first: what only the first step allocates then makes the model careful, not bold
-LEAP = 32  # a line is trusted up to so many times the largest size that was run
+WHOLE_SET = 2000  # sets of at most this size are one batch (deeplearning.ai, course 2, week 2)
+PROBES = (16, 4)  # larger first: one-time allocations of the first step then raise the estimate, never lower it
+LEAP = 32  # extrapolate to at most this multiple of the largest size that ran
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """A batch size, why it is this one, and the bytes that it needs out of those that were available.
+    """A batch size, the reason for it, and the bytes needed and available.
 
-    ``parts`` says what the bytes that are needed are for, where that is known; printed, a plan is a table of them.
+    ``parts`` splits the needed bytes by purpose, where known. ``print(plan)`` shows them as a table.
     """
 
     batch_size: int
@@ -61,7 +61,7 @@ class BatchPlan:
 
 
 def format_bytes(n: int) -> str:
-    """``n`` bytes in binary units.
+    """``n`` bytes as text, in binary units.
 
     >>> format_bytes(640), format_bytes(1258291)
     ('640 bytes', '1.2 MiB')
@@ -71,7 +71,7 @@ def format_bytes(n: int) -> str:
 
 
 def parse_bytes(name: str, text: str) -> int:
-    """The number of bytes that ``text`` says, in binary or decimal units; ``name`` is what has it.
+    """The number of bytes in ``text``, with a binary or decimal unit; ``name`` is the argument, for the error message.
 
     >>> parse_bytes("window", "1.5 MiB"), parse_bytes("window", "2 GB")
     (1572864, 2000000000)
@@ -90,12 +90,18 @@ def choose_batch_size(
     memory: Memory | int | None = None,
     at_most: int = 512,
 ) -> BatchPlan:
-    """The batch size for a set of ``n_samples``, by the course's rule and by what fits in memory.
+    """Choose the batch size for ``n_samples`` by the course's rule and the memory available.
 
-    Up to 2000 samples: the whole set, if it fits. Otherwise the largest power of two, not above ``at_most`` nor
-    ``n_samples``, that fits. A batch fits if ``fixed_bytes + batch * bytes_per_sample`` is at most 90 % of what is
-    available: ``memory`` of a device, a number of bytes, or by default main memory as it is now.
-    Raises ``InsufficientMemoryError`` where not even one sample fits.
+    Up to 2000 samples: the whole set, if it fits. Otherwise the largest power of two that fits, at most ``at_most``
+    and ``n_samples``. A batch fits if ``fixed_bytes + batch * bytes_per_sample`` is at most 90 % of the memory.
+
+    n_samples: size of the set, at least 1
+    bytes_per_sample: bytes that grow with the batch, at least 0
+    fixed_bytes: bytes for any batch size, at least 0
+    memory: of a device, or a number of bytes; None: the main memory available now
+    at_most: upper limit for sets above 2000 samples, at least 1
+
+    Raises ``InsufficientMemoryError`` if not even one sample fits.
     """
     bytes_per_sample = check_int("bytes_per_sample", bytes_per_sample, 0)
     fixed_bytes = check_int("fixed_bytes", fixed_bytes, 0)
@@ -110,7 +116,7 @@ def choose_batch_size(
 
 
 def plan_batch_size(n_samples: int, parts_of: Callable[[int], ByPart], available: int, at_most: int = 512) -> BatchPlan:
-    """:func:`choose_batch_size` where the bytes that a batch needs are what ``parts_of(batch_size)`` adds up to."""
+    """:func:`choose_batch_size` for batches that need the sum of ``parts_of(batch_size)`` bytes."""
     n_samples = check_int("n_samples", n_samples, 1)
     at_most = check_int("at_most", at_most, 1)
     found = functools.cache(parts_of)
@@ -156,7 +162,7 @@ def plan_batch_size(n_samples: int, parts_of: Callable[[int], ByPart], available
 
 
 def fits(needed: int, available: int) -> bool:
-    """Whether ``needed`` bytes are at most 90 % of those available, exactly."""
+    """Whether ``needed`` is at most 90 % of ``available``, exactly."""
     return 10 * needed <= 9 * available
 
 
@@ -170,13 +176,19 @@ def _exact(n: int) -> str:
 def find_batch_size(
     step: Callable[[int], Any], n_samples: int, at_most: int | None = None, backend: str | Backend = "auto"
 ) -> BatchPlan:
-    """The batch size for ``step(batch_size)``, a whole step of any kind, found by running it.
+    """Find the batch size for any function by running it.
 
-    Two small sizes are run and the memory that they need at their peak is measured: of this process, and on a CUDA
-    ``backend`` of CuPy's pool. A line through the peaks gives the largest power of two, or up to 2000 samples the whole
-    set, that needs at most 90 % of what is available, within ``n_samples`` and ``at_most``. It is run; a line through
-    this new peak may move the choice, and a ``MemoryError`` halves it, until the choice is a size that was run. The
-    trials are in the plan's reason and in the log. Raises ``InsufficientMemoryError`` where not even one sample fits.
+    Two small sizes are run, and their peak memory is measured: of this process, and on a CUDA ``backend`` of CuPy's
+    pool. A line through the peaks predicts the largest power of two (or the whole set, up to 2000 samples) that needs
+    at most 90 % of the memory. That size is run too: its peak refines the line, a ``MemoryError`` halves the size, and
+    so on until the chosen size has run. The plan's reason and the log list the trials.
+
+    step: called as ``step(batch_size)``; does one whole step of any kind
+    n_samples: size of the set, at least 1
+    at_most: largest size to try, at least 1; None: ``n_samples``
+    backend: the device whose memory is measured
+
+    Raises ``InsufficientMemoryError`` if not even one sample fits.
     """
     n_samples = check_int("n_samples", n_samples, 1)
     limit = n_samples if at_most is None else min(n_samples, check_int("at_most", at_most, 1))
@@ -240,7 +252,7 @@ def _found(
 
 
 def _peaks(step: Callable[[int], Any], size: int, meters: list[Meter]) -> list[int] | None:
-    """The bytes that ``step(size)`` needed by each meter; None where there was no memory for it."""
+    """The peak of ``step(size)`` on each meter; None if it raised MemoryError."""
     gc.collect()
     for meter in meters:
         meter.reset()
@@ -248,7 +260,7 @@ def _peaks(step: Callable[[int], Any], size: int, meters: list[Meter]) -> list[i
     try:
         step(size)
     except MemoryError:
-        failed = True  # no more than this: the traceback keeps the step's arrays until the block is left
+        failed = True  # nothing else here: the traceback keeps the step's arrays alive until the block ends
     peaks = [meter.peak() for meter in meters]
     gc.collect()
     for meter in meters:
@@ -266,13 +278,13 @@ def _fits(size: int, peaks: dict[int, list[int]], meters: list[Meter]) -> bool:
 
 
 def _tightest(size: int, peaks: dict[int, list[int]], meters: list[Meter]) -> tuple[int, int]:
-    """(needed, available) of the meter that has least to spare."""
+    """(needed, available) of the fullest meter."""
     lines = [_line(size, {run: peak[i] for run, peak in peaks.items()}) for i in range(len(meters))]
     return max(zip(lines, (meter.available for meter in meters), strict=True), key=_share)
 
 
 def _line(size: int, peaks: dict[int, int]) -> int:
-    """The bytes for ``size``, on the line through the smallest and the largest size that were run."""
+    """The bytes for ``size`` on the line through the smallest and the largest size that ran."""
     if not peaks:
         return 0
     low, high = min(peaks), max(peaks)
@@ -290,21 +302,21 @@ def _listed(trials: list[int]) -> str:
 
 
 class Meter(Protocol):
-    """Measures one kind of memory: the bytes available at first, and the peak above what was used then."""
+    """A meter of one kind of memory: the bytes available when it was made, and peaks above the use at that time."""
 
     available: int
 
     def reset(self) -> None:
-        """Begin a new peak."""
+        """Start a new peak."""
 
     def peak(self) -> int:
-        """The bytes at the peak since then, above what was used when the meter was made."""
+        """The peak since the last reset, in bytes above the use when the meter was made."""
 
 
 class _Host:
-    """Memory of this process: the larger of what Python and NumPy asked for and what became resident.
+    """Memory of this process: the larger of traced allocations (Python, NumPy) and resident growth.
 
-    The first is exact even for small probes; the second sees what other libraries allocate.
+    Traced allocations are exact even for small probes; resident growth includes other libraries.
     """
 
     def __init__(self) -> None:
@@ -322,7 +334,7 @@ class _Host:
 
 
 def _resident(field: str) -> int:
-    """Resident bytes of this process, ``VmRSS`` now or ``VmHWM`` at most; outside Linux always the most."""
+    """Resident bytes of this process: ``VmRSS`` is the current, ``VmHWM`` the peak; outside Linux always the peak."""
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:
             found = re.search(rf"^{field}:\s+(\d+) kB", file.read(), re.MULTILINE)
@@ -331,13 +343,13 @@ def _resident(field: str) -> int:
         pass
     try:
         import resource
-    except ImportError:  # Windows has none: what Python and NumPy ask for has to do
+    except ImportError:  # not on Windows: traced allocations must do
         return 0
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
 class _Pool:
-    """Memory of a device as CuPy's pool takes it: it gives nothing back by itself, so what it has is its peak."""
+    """Memory of a device, by the size of CuPy's pool: the pool frees nothing by itself, so its size is its peak."""
 
     def __init__(self, backend: CudaBackend, pool: Any) -> None:
         self._backend, self._pool = backend, pool

@@ -265,9 +265,9 @@ def test_bad_arguments(make, arguments, error, message):
 @pytest.mark.parametrize(
     ("first", "second", "error", "message"),
     [
-        (np.ones(3), np.ones(4), ShapeError, r"shape of the average, \(3,\), got one that would make it \(4,\)"),
-        (np.ones(3), 1.0, ShapeError, r"\(3,\), got one that would make it \(\)"),
-        (1.0, np.ones(1), ShapeError, r"\(\), got one that would make it \(1,\)"),
+        (np.ones(3), np.ones(4), ShapeError, r"shape of the average, \(3,\), got a value that gives \(4,\)"),
+        (np.ones(3), 1.0, ShapeError, r"\(3,\), got a value that gives \(\)"),
+        (1.0, np.ones(1), ShapeError, r"\(\), got a value that gives \(1,\)"),
         (np.ones(3, "float32"), np.ones(3), DTypeError, r"dtype of the average, float32, .*float64"),
         (1.0, [1.0, 2.0], DTypeError, r"x must be a number or an array, got \[1.0, 2.0\] of type list"),
         (1.0, "2", DTypeError, r"x must be a number or an array, got '2' of type str"),

@@ -116,7 +116,7 @@ ERRORS = {
     "values": (
         lambda: gb.Parameters(SHAPES, "cpu").__setitem__("b1", np.zeros(4)),
         ValueError,
-        r"b1 has shape \(3,\), the values have \(4,\)",
+        r"values of b1 must have shape \(3,\) or \(\), got \(4,\)",
     ),
 }
 

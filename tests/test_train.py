@@ -619,7 +619,7 @@ class FillDisk:
 def test_a_full_disk_ends_the_run_and_the_checkpoint_before_is_there(background: bool, tmp_path: Path) -> None:
     store = Checkpoints(tmp_path, background=background)
     # In the third epoch the checkpoint of the first is complete, in the background too: that of the second waited.
-    with FillDisk(2) as full, pytest.raises(CheckpointError, match="File too large; the newest one is checkpoint-0000"):
+    with FillDisk(2) as full, pytest.raises(CheckpointError, match="File too large; the newest is checkpoint-0000"):
         gb.fit(*parts(), 9, callbacks=[full], checkpoint=store, progress=False)
     expected, last = gb.fit(*parts(), 3, progress=False), parts()
     assert numbers(gb.fit(*last, 3, checkpoint=tmp_path, resume=True, progress=False)) == numbers(expected)
