@@ -346,7 +346,7 @@ def test_the_loss_of_scores_without_overflow() -> None:
         (
             lambda: gb.Elementwise(gb.activation(lambda x: x if x > 0 else 0)),
             FormulaError,
-            r"cannot branch on a value that it computes; write np.where",
+            r"cannot branch on a computed value; write np.where",
         ),
         (lambda: gb.Elementwise(gb.activation(lambda x: (x, 1, 2))), FormulaError, "y, or y and its slope.*3 values"),
         (lambda: gb.Elementwise(gb.activation(lambda x: np.sin(x))), FormulaError, "cannot use np.sin; it can use"),

@@ -213,9 +213,9 @@ def infinite(w, g, t, *, lr):
     [
         (branching, r"cannot branch .* np.where\(condition, x, y\)"),
         (foreign, "cannot use np.sin; it can use np.add, "),
-        (with_math, "cannot turn a value into a float; of the math module's functions take NumPy's"),
+        (with_math, "cannot convert a value to float; use NumPy's functions, not the math module's"),
         (reducing, "np.add only as a plain function"),
-        (with_array, "its arguments and finite numbers"),
+        (with_array, "must be its arguments or finite numbers"),
         (arithmetic_on_condition, r"a condition only in np.where"),
         (too_few, r"too_few must return \(w, m\), 2 values; it returned 1"),
         (infinite, "finite numbers, got inf"),

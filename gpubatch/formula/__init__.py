@@ -1,4 +1,4 @@
-"""Mathematics, written once: update rules, activations and losses as formulas, and what they are recorded into."""
+"""Update rules, activations and losses as formulas, each written once, and the tracer that records them."""
 
 from gpubatch.formula import activations, rules, scores
 from gpubatch.formula.elementwise import (

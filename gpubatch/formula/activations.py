@@ -1,6 +1,6 @@
-"""Every activation, written once: y, and where the derived slope could be cheaper, (y, dy/dx).
+"""All activations: y, or (y, dy/dx) where a derivative by hand is cheaper than the derived one.
 
-A slope in terms of y alone lets backward do without x. At a corner the slope is that of PyTorch.
+A slope that depends on y alone saves storing it: backward computes it from y. At a corner the slope is PyTorch's.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ __all__ = ["gelu", "gelu_tanh", "identity", "leaky_relu", "relu", "sigmoid", "st
 
 @activation
 def identity(x):
-    """Nothing, before which a bias is added."""
+    """y = x; a bias can still be added."""
     return x
 
 
 @activation
 def step(x):
-    """1 where x > 0, else 0; the slope is 0 wherever there is one."""
+    """1 where x > 0, else 0; the slope is 0 everywhere."""
     return np.where(x > 0, 1, 0)
 
 
 @activation
 def relu(x):
-    """Nair & Hinton 2010."""
+    """max(x, 0) (Nair & Hinton 2010)."""
     y = np.maximum(x, 0)
     return y, np.where(y > 0, 1, 0)
 
 
 @activation
 def leaky_relu(x, *, slope):
-    """Maas, Hannun & Ng 2013; the slope below 0 is from 0 to 1."""
+    """max(x, slope x) (Maas, Hannun & Ng 2013); ``slope`` is in [0, 1]."""
     y = np.maximum(x, slope * x)
     return y, np.where(y > 0, 1, slope)
 
 
 @activation
 def sigmoid(x):
-    """1/(1 + exp(-x)). Far below 0 the exponential overflows to infinity, and y is the 0 that it should be."""
+    """1/(1 + exp(-x)). Far below 0 the exponential overflows to infinity, and y is 0, as it should be."""
     y = 1 / (1 + np.exp(-x))
     return y, y * (1 - y)
 
@@ -63,7 +63,7 @@ def gelu(x):
 
 @activation
 def gelu_tanh(x):
-    """Its approximation with tanh (same paper, section 2)."""
+    """GELU approximated by tanh (same paper, section 2)."""
     k, cubic = math.sqrt(2 / math.pi), 0.044715
     square = x * x
     t = np.tanh(x * (k + k * cubic * square))

@@ -1,7 +1,7 @@
-"""The derivative of a recorded formula, as more of the same record: forward mode, one operation after another.
+"""The derivative of a traced formula, appended to its trace by forward-mode differentiation.
 
-Where a function has a corner, the derivative is that of the side on which the formula computes: of ``np.maximum(x, 0)``
-it is 0 at 0, as PyTorch has it. ``np.sign`` and a condition have the derivative 0.
+At a corner it is the derivative of the branch that the formula takes: that of ``np.maximum(x, 0)`` at 0 is 0, as in
+PyTorch. The derivative of ``np.sign`` and of a condition is 0.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ __all__ = ["derivative"]
 
 
 def derivative(value: Any, by: Element) -> Any:
-    """dvalue/dby: a symbol, or a number where it is the same everywhere. ``by`` is an input of the trace."""
+    """dvalue/dby: a symbol, or a number if it is constant. ``by`` is an input of the trace."""
     if not isinstance(value, Element):
         return 0
     found: dict[int, Any] = {by.number: 1}
-    for x in value.trace.elements[: value.number + 1]:  # more are recorded meanwhile
+    for x in value.trace.elements[: value.number + 1]:  # a copy: the loop records more
         slopes = [found.get(y.number, 0) if isinstance(y, Element) else 0 for y in x.operands]
         if x.op is not None and not all(_is(d, 0) for d in slopes):
             found[x.number] = RULES[x.op](x, x.operands, slopes)
@@ -41,7 +41,7 @@ def _minus(a: Any, b: Any) -> Any:
 
 
 def times(a: Any, b: Any) -> Any:
-    """a b, without a product where one of them is 0, 1 or -1."""
+    """a b; no product is recorded if a or b is 0, 1 or -1."""
     if _is(a, 0) or _is(b, 0):
         return 0
     if _is(a, -1) or _is(b, -1):
@@ -50,7 +50,7 @@ def times(a: Any, b: Any) -> Any:
 
 
 def _over(numerator: Any, denominator: Any) -> Any:
-    """A quotient whose denominator may overflow, as that of 1/(1 + exp(-x)) does: then it is 0, and not NaN."""
+    """A quotient that is 0, not NaN, if its denominator overflows, as in 1/(1 + exp(-x))."""
     if _is(numerator, 0):
         return 0
     if not isinstance(denominator, Element):
@@ -79,7 +79,7 @@ def _either(larger: bool) -> Callable[..., Any]:
     return slope
 
 
-# The derivative of each operation, from its value, its operands and their derivatives.
+# The derivative of each operation: (value, operands, derivatives of the operands) -> derivative.
 RULES: dict[Op, Callable[[Any, Any, Any], Any]] = {
     OPS[np.add]: lambda y, x, d: _plus(*d),
     OPS[np.subtract]: lambda y, x, d: _minus(*d),

@@ -1,7 +1,7 @@
-"""Functions of one element, written once: activations and losses of single scores, and their derivatives.
+"""Elementwise functions: activations and score losses, declared by a decorator, and their derivatives.
 
-Both are declared by a decorator from the function alone. The derivative is derived from the record where the function
-does not return one, and what backward has to look at is found in the record as well.
+A function that does not return its derivative gets one by automatic differentiation of its trace. The trace also tells
+what backward needs: the slope, y, or neither.
 """
 
 from __future__ import annotations
@@ -40,9 +40,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ActivationForm:
-    """An activation as it runs: ``forward`` makes y from x, and with ``keeps`` the slope; ``backward`` makes dx.
+    """The traces of an activation.
 
-    ``backward`` reads dy and "kept": y where ``reads_y``, or the slope that forward made, or neither.
+    forward: x to y, and to the slope if ``keeps``
+    backward: dy and "kept" to dx
+    keeps: "kept" is the slope, which forward stores
+    reads_y: "kept" is y; if both are False, backward needs neither
     """
 
     forward: Trace
@@ -53,9 +56,9 @@ class ActivationForm:
 
 @dataclass(frozen=True, eq=False)
 class Activation:
-    """An elementwise function ``formula(x, *, parameters)``, which returns y, or y and its slope dy/dx.
+    """An elementwise function: ``formula(x, *, parameters)`` returns y, or y and its slope dy/dx.
 
-    ``defaults`` has the values of the parameters that have one, ``required`` names the others.
+    ``defaults`` maps parameters to their defaults; ``required`` names those without.
     """
 
     name: str
@@ -67,18 +70,18 @@ class Activation:
         return f"<activation {self.name}>"
 
     def __call__(self, x: Any, **parameters: float) -> Any:
-        """The formula as it stands, on arrays: y."""
+        """Evaluate the formula on arrays: y."""
         y = self.formula(x, **parameters)
         return y[0] if isinstance(y, tuple) else y
 
     def bind(self, **parameters: float) -> BoundActivation:
         """The activation with values for its parameters."""
-        return BoundActivation(self, bound("activation", self, parameters))
+        return BoundActivation(self, parameter_values("activation", self, parameters))
 
-    @functools.cache  # noqa: B019  an activation lives as long as its module; it is recorded once for each dtype
+    @functools.cache  # noqa: B019  an activation lives as long as its module; it is traced once for each dtype
     def form(self, dtype: str) -> ActivationForm:
-        """The recorded formula for elements of ``dtype``, "float32" or "float64", and its derivative."""
-        trace = Trace(self.name, ("x", "dy"), ("y", "slope"), names_of(self), dtype)
+        """The traces for elements of ``dtype``, "float32" or "float64"."""
+        trace = Trace(self.name, ("x", "dy"), ("y", "slope"), parameter_names(self), dtype)
         x, dy = trace.inputs()
         returned = self.formula(x, **_symbols(self))
         y, slope = _with_derivative(self.name, returned, x, "y, or y and its slope")
@@ -91,23 +94,23 @@ class Activation:
 
 @dataclass(frozen=True)
 class BoundActivation:
-    """An activation and the ``values`` of its parameters, in their order."""
+    """An activation with the ``values`` of its parameters, in their order."""
 
     activation: Activation
     values: tuple[float, ...] = ()
 
     @functools.cached_property
     def keeps(self) -> bool:
-        """Whether forward keeps the slope."""
+        """Whether forward stores the slope."""
         return self.activation.form("float32").keeps
 
     @functools.cached_property
     def reads_y(self) -> bool:
-        """Whether backward looks at y."""
+        """Whether backward reads y."""
         return self.activation.form("float32").reads_y
 
     def scalars(self, trace: Trace) -> tuple[float, ...]:
-        """The scalars of one of the activation's forms."""
+        """The scalars of ``trace``, one of the activation's."""
         return trace.evaluate(0, *self.values)
 
     def __repr__(self) -> str:
@@ -117,10 +120,10 @@ class BoundActivation:
 def activation(formula: Callable[..., Any]) -> Activation:
     """Declare an activation from a function of one element.
 
-    The function takes ``x``, and after ``*`` its parameters. It returns y, or ``(y, slope)`` where you know a cheaper
-    or more accurate derivative than the derived one. It may use what update rules may: arithmetic, ``np.where``, and
-    the functions of NumPy that an error lists. A network takes it as ``gb.mlp(..., activation=silu)``, a list of layers
-    as ``gb.Elementwise(silu)``.
+    The function takes ``x``, and after ``*`` its parameters. It returns y, or ``(y, slope)`` if you know a cheaper or
+    more accurate derivative than the derived one. Like update rules it may use arithmetic, ``np.where``, and the NumPy
+    functions that the error for any other lists. Use it as ``gb.mlp(..., activation=silu)``, or in a list of layers as
+    ``gb.Elementwise(silu)``. Raises :class:`FormulaError` for any other signature.
 
     >>> @activation
     ... def silu(x):
@@ -129,12 +132,12 @@ def activation(formula: Callable[..., Any]) -> Activation:
     return Activation(_name(formula), formula, *_parameters(formula, ["x"]))
 
 
-# --- losses of single scores ---------------------------------------------------------------------------------------
+# --- score losses ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class ScoreLoss:
-    """A loss ``formula(z, y, *, parameters)`` of one score and its target, which returns it, or it and dloss/dz.
+    """A loss of one score and its target: ``formula(z, y, *, parameters)`` returns the loss, or (loss, dloss/dz).
 
     The loss of a batch is the mean over all scores.
     """
@@ -148,18 +151,18 @@ class ScoreLoss:
         return f"<score loss {self.name}>"
 
     def __call__(self, z: Any, y: Any, **parameters: float) -> Any:
-        """The formula as it stands, on arrays: the loss of every score."""
+        """Evaluate the formula on arrays: the loss of each score."""
         loss = self.formula(z, y, **parameters)
         return loss[0] if isinstance(loss, tuple) else loss
 
     def bind(self, **parameters: float) -> BoundScoreLoss:
         """The loss with values for its parameters."""
-        return BoundScoreLoss(self, bound("loss", self, parameters))
+        return BoundScoreLoss(self, parameter_values("loss", self, parameters))
 
     @functools.cache  # noqa: B019  as Activation.form
     def form(self, dtype: str, *targets: str) -> Trace:
-        """The recorded formula for elements of ``dtype``: z and y to ``targets``, "loss" and the gradient "dz"."""
-        trace = Trace(self.name, ("z", "y"), ("loss", "dz"), names_of(self), dtype)
+        """The trace for elements of ``dtype``, from z and y to ``targets``: "loss", the gradient "dz", or both."""
+        trace = Trace(self.name, ("z", "y"), ("loss", "dz"), parameter_names(self), dtype)
         z, y = trace.inputs()
         returned = self.formula(z, y, **_symbols(self))
         loss, dz = _with_derivative(self.name, returned, z, "the loss, or the loss and its slope")
@@ -169,13 +172,13 @@ class ScoreLoss:
 
 @dataclass(frozen=True)
 class BoundScoreLoss:
-    """A score loss and the ``values`` of its parameters, in their order."""
+    """A score loss with the ``values`` of its parameters, in their order."""
 
     loss: ScoreLoss
     values: tuple[float, ...] = ()
 
     def scalars(self, trace: Trace) -> tuple[float, ...]:
-        """The scalars of one of the loss's forms."""
+        """The scalars of ``trace``, one of the loss's."""
         return trace.evaluate(0, *self.values)
 
     def __repr__(self) -> str:
@@ -183,9 +186,10 @@ class BoundScoreLoss:
 
 
 def score_loss(formula: Callable[..., Any]) -> ScoreLoss:
-    """Declare a loss from a function of one score ``z`` and its target ``y``.
+    """Declare a loss from a function of one score and its target.
 
-    After ``*`` stand its parameters. The function returns the loss, or ``(loss, slope)`` with the derivative by z.
+    The function takes the score ``z``, the target ``y``, and after ``*`` its parameters. It returns the loss, or
+    ``(loss, slope)`` with slope = dloss/dz. Raises :class:`FormulaError` for any other signature.
 
     >>> @score_loss
     ... def huber(z, y, *, delta=1.0):
@@ -195,32 +199,32 @@ def score_loss(formula: Callable[..., Any]) -> ScoreLoss:
     return ScoreLoss(_name(formula), formula, *_parameters(formula, ["z", "y"]))
 
 
-# --- what both share -----------------------------------------------------------------------------------------------
+# --- parameters and slopes -------------------------------------------------------------------------------------------
 
 
-def names_of(declared: Activation | ScoreLoss) -> tuple[str, ...]:
+def parameter_names(declared: Activation | ScoreLoss) -> tuple[str, ...]:
     """The names of all parameters."""
     return (*declared.required, *declared.defaults)
 
 
-def bound(what: str, declared: Activation | ScoreLoss, parameters: Mapping[str, Any]) -> tuple[float, ...]:
-    """The values of all parameters; an error where one is missing, unknown or no finite number."""
-    names = names_of(declared)
+def parameter_values(kind: str, declared: Activation | ScoreLoss, parameters: Mapping[str, Any]) -> tuple[float, ...]:
+    """The values of all parameters; raises FormulaError if one is missing, unknown or not a finite number."""
+    names = parameter_names(declared)
     missing = [name for name in declared.required if name not in parameters]
     unknown = [name for name in parameters if name not in names]
     if missing or unknown:
         listed = ", ".join(names) or "none"
-        raise FormulaError(f"{what} {declared.name} has the parameters {listed}; missing {missing}, unknown {unknown}")
+        raise FormulaError(f"{kind} {declared.name} has the parameters {listed}; missing {missing}, unknown {unknown}")
     values: dict[str, Any] = {**declared.defaults, **parameters}
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise FormulaError(f"{name} of {what} {declared.name} must be a finite number, got {value!r}")
+            raise FormulaError(f"{name} of {kind} {declared.name} must be a finite number, got {value!r}")
     return tuple(float(values[name]) for name in names)
 
 
 def call_text(declared: Activation | ScoreLoss, values: tuple[float, ...]) -> str:
-    """The name, and where there are parameters their values."""
-    named = ", ".join(f"{name}={value!r}" for name, value in zip(names_of(declared), values, strict=True))
+    """The name, with the values of parameters as in a call."""
+    named = ", ".join(f"{name}={value!r}" for name, value in zip(parameter_names(declared), values, strict=True))
     return f"{declared.name}({named})" if named else declared.name
 
 
@@ -229,11 +233,11 @@ def _name(formula: Callable[..., Any]) -> str:
 
 
 def _symbols(declared: Activation | ScoreLoss) -> dict[str, Scalar]:
-    return {name: Scalar(name) for name in names_of(declared)}
+    return {name: Scalar(name) for name in parameter_names(declared)}
 
 
 def _parameters(formula: Callable[..., Any], wanted: list[str]) -> tuple[tuple[str, ...], dict[str, float]]:
-    """The parameters after ``*`` without and with a default; an error where the signature is another."""
+    """(names without a default, defaults of the others) of the parameters after ``*``; checks the signature."""
     name, found = _name(formula), list(inspect.signature(formula).parameters.values())
     first = [p.name for p in found if p.kind is p.POSITIONAL_OR_KEYWORD]
     named = [p for p in found if p.kind is p.KEYWORD_ONLY]
@@ -241,24 +245,24 @@ def _parameters(formula: Callable[..., Any], wanted: list[str]) -> tuple[tuple[s
         raise FormulaError(f"{name} must have the signature ({', '.join(wanted)}, *, parameters), got {first}")
     for p in named:
         if p.name in HOST_FUNCTIONS:
-            raise FormulaError(f"{name}: the name {p.name!r} is taken, give the parameter another")
+            raise FormulaError(f"{name}: the name {p.name!r} is taken; rename the parameter")
         if p.default is not p.empty and (isinstance(p.default, bool) or not isinstance(p.default, (int, float))):
             raise FormulaError(f"{name}: the default of {p.name} must be a number, got {p.default!r}")
     defaults = {p.name: float(p.default) for p in named if p.default is not p.empty}
     return tuple(p.name for p in named if p.default is p.empty), defaults
 
 
-def _with_derivative(name: str, returned: Any, by: Element, what: str) -> tuple[Any, Any]:
-    """The value that a formula returned and its derivative: the one that it gave, or the derived one."""
+def _with_derivative(name: str, returned: Any, by: Element, expected: str) -> tuple[Any, Any]:
+    """(value, derivative): both as the formula returned them, or with the derivative derived."""
     if not isinstance(returned, tuple):
         return returned, derivative(returned, by)
     if len(returned) != 2:
-        raise FormulaError(f"{name} must return {what}; it returned {len(returned)} values")
+        raise FormulaError(f"{name} must return {expected}; it returned {len(returned)} values")
     return returned
 
 
 def _needs(slope: Any, y: Any) -> tuple[bool, bool]:
-    """(whether the slope must be kept, whether it is told by y): which inputs its record leads to, short of y."""
+    """(keeps, reads_y): walk the slope's operands, stopping at y; if an input is reached, the slope must be kept."""
     if not isinstance(slope, Element):
         return False, False
     reads_y, reads_x = False, False
@@ -275,11 +279,11 @@ def _needs(slope: Any, y: Any) -> tuple[bool, bool]:
     return reads_x, reads_y and not reads_x
 
 
-# --- in C ----------------------------------------------------------------------------------------------------------
+# --- C++ source ------------------------------------------------------------------------------------------------------
 
 
 def activation_source(activation: Activation, dtype: str, name: str) -> str:
-    """The activation as a C++ struct for the type T: y, and what backward is told by; ``k`` are the scalars of each."""
+    """The activation as a C++ struct for the type T; ``k`` are the scalars of forward or of backward."""
     form = activation.form(dtype)
     return f"""struct {name} {{  // {activation.name}
     static constexpr bool KEEPS = {str(form.keeps).lower()};
@@ -298,7 +302,7 @@ def activation_source(activation: Activation, dtype: str, name: str) -> str:
 
 
 def score_source(loss: ScoreLoss, dtype: str, name: str) -> str:
-    """The loss of one score as a C++ struct for the type T: the loss, and its derivative to dz."""
+    """The score loss as a C++ struct for the type T; ``f`` returns the loss and sets dz to its derivative."""
     return f"""struct {name} {{  // {loss.name}
     __device__ static T f(T z, T y, const T* k, T& dz) {{
         T loss;
@@ -317,13 +321,16 @@ def _indented(lines: str) -> str:
 
 
 def normal_cdf(x: Any) -> Any:
-    """Φ(x), the distribution function of a standard normal number, in an activation or a loss, or of an array.
+    """Φ(x), the standard normal distribution function, of an array or inside an activation or score loss.
 
-    As accurate for x below 0, where it is small, as above: Φ(-x) = exp(-x²/2) P(a/(1 + c x) + b) for x >= 0.
+    Φ(-x) = exp(-x²/2) P(a/(1 + c x) + b) for x >= 0, so the relative accuracy holds where Φ is small, too.
     """
     dtype = x.trace.dtype if isinstance(x, Element) else np.asarray(x).dtype.name
     if isinstance(x, Scalar) or dtype not in TAILS:
-        raise FormulaError(f"normal_cdf takes an element of an activation or a score loss, or an array, got {x!r}")
+        raise FormulaError(
+            f"x of normal_cdf must be an element of an activation or score loss, or an array of float32 or float64, "
+            f"got {x!r}"
+        )
     a, b, c, coefficients = normal_tail(dtype)
     v = a / (1 + c * np.abs(x)) + b
     p: Any = coefficients[0]
@@ -333,25 +340,25 @@ def normal_cdf(x: Any) -> Any:
     return np.abs(np.where(x < 0, 0, 1) - tail)
 
 
-# The degree of the polynomial, and from where on exp(-x²/2) is zero.
+# The degree of the polynomial, and the x above which exp(-x²/2) is zero.
 TAILS = {"float32": (8, 14.0), "float64": (19, 37.0)}
 
 
 @functools.cache
 def normal_tail(dtype: str) -> tuple[float, float, float, tuple[float, ...]]:
-    """(a, b, c, coefficients of P from its highest power) of :func:`normal_cdf`.
+    """(a, b, c, coefficients of P, highest power first) of :func:`normal_cdf`.
 
     NumPy has no error function. The ratio of the tail to exp(-x²/2) is smooth in 1/(1 + c x), so a Chebyshev
-    interpolation through ``math.erfc`` is accurate to 4e-15 in float64 and 3e-8 in float32, and needs no branch.
+    interpolation of ``math.erfc`` is accurate to 4e-15 in float64 and 3e-8 in float32, without a branch.
     """
     degree, limit = TAILS[dtype]
     c = 0.25
     least = 1 / (1 + c * limit)
-    a, b = 2 / (1 - least), -(1 + least) / (1 - least)  # takes least..1 to -1..1
+    a, b = 2 / (1 - least), -(1 + least) / (1 - least)  # maps [least, 1] to [-1, 1]
 
     chebyshev = np.polynomial.chebyshev
     nodes = chebyshev.chebpts1(degree + 1)
     x = (a / (nodes - b) - 1) / c
     ratio = [0.5 * math.erfc(v / math.sqrt(2)) * math.exp(v * v / 2) for v in x]
-    series = chebyshev.chebfit(nodes, ratio, degree)  # as many nodes as coefficients: through every one
+    series = chebyshev.chebfit(nodes, ratio, degree)  # as many nodes as coefficients: an interpolation
     return a, b, c, tuple(chebyshev.cheb2poly(series)[::-1].tolist())

@@ -1,8 +1,8 @@
-"""Every update rule, written once, in the letters of its source, in order of increasing complexity.
+"""All update rules, in the notation of their sources, in order of increasing complexity.
 
-``w`` are the weights, ``g`` the gradient, then the state (zero at first), ``t`` the step from 1. NumPy runs a formula
-as it stands; the fused kernels are generated from it. Weight decay is the same for all and is added by
-:mod:`gpubatch.formula`. Which library means what by a name stands in each docstring.
+``w`` are the weights, ``g`` the gradient, then the state (initially zero), ``t`` the step from 1. NumPy evaluates a
+formula directly; the fused kernels are generated from it. :mod:`gpubatch.formula` adds weight decay to all rules alike.
+Each docstring says which libraries use the same formula.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 
 
 def root(s, eps, eps_at):
-    """The root of a second moment, kept from zero by eps inside or outside of it."""
+    """The square root of a second moment, with eps inside or outside to keep it above zero."""
     return np.sqrt(s + eps) if eps_at == "inside" else np.sqrt(s) + eps
 
 
@@ -53,35 +53,35 @@ def momentum(w, g, v, t, *, lr, beta=0.9, bias_correction=False):
 
 @rule
 def heavy_ball(w, g, v, t, *, lr, mu=0.9, nesterov=False):
-    """PyTorch's SGD with momentum (Sutskever et al. 2013 with the learning rate outside of the velocity)."""
+    """PyTorch's SGD with momentum (Sutskever et al. 2013, with the learning rate outside the velocity)."""
     v = mu * v + g
     return w - lr * (g + mu * v if nesterov else v), v
 
 
 @rule
 def heavy_ball_lr_in_velocity(w, g, v, t, *, lr, mu=0.9, nesterov=False):
-    """Momentum of Sutskever et al. 2013, CS231n, Keras and scikit-learn: a change of lr reaches new gradients only."""
+    """Momentum of Sutskever et al. 2013, CS231n, Keras and scikit-learn: a change of lr affects new gradients only."""
     v = mu * v - lr * g
     return (w + mu * v - lr * g if nesterov else w + v), v
 
 
 @rule
 def adagrad(w, g, s, t, *, lr=1e-2, eps=1e-10, eps_at="outside"):
-    """Duchi, Hazan & Singer 2011; eps outside of the root as in PyTorch, inside as in Keras."""
+    """Duchi, Hazan & Singer 2011; eps outside the root as in PyTorch, inside as in Keras."""
     s = s + g * g
     return w - lr * g / root(s, eps, eps_at), s
 
 
 @rule
 def rmsprop(w, g, s, t, *, lr=1e-3, rho=0.9, eps=1e-8, eps_at="outside"):
-    """Tieleman & Hinton 2012, lecture 6e; the average starts at zero and is not corrected."""
+    """Tieleman & Hinton 2012, lecture 6e; the average starts at zero, without bias correction."""
     s = rho * s + (1 - rho) * (g * g)
     return w - lr * g / root(s, eps, eps_at), s
 
 
 @rule
 def rmsprop_centered(w, g, s, g_avg, t, *, lr=1e-3, rho=0.9, eps=1e-8, eps_at="outside"):
-    """RMSProp by the variance (Graves 2013, eq. 38 to 41), kept from rounding below zero."""
+    """RMSProp with the variance (Graves 2013, eq. 38 to 41), clamped at zero against rounding."""
     s = rho * s + (1 - rho) * (g * g)
     g_avg = rho * g_avg + (1 - rho) * g
     return w - lr * g / root(np.maximum(s - g_avg * g_avg, 0.0), eps, eps_at), s, g_avg
@@ -89,7 +89,7 @@ def rmsprop_centered(w, g, s, g_avg, t, *, lr=1e-3, rho=0.9, eps=1e-8, eps_at="o
 
 @rule
 def rmsprop_momentum(w, g, s, b, t, *, lr=1e-3, rho=0.9, eps=1e-8, momentum=0.9, eps_at="outside"):
-    """RMSProp with momentum on the scaled gradient, the learning rate outside of it, as in PyTorch."""
+    """RMSProp with momentum on the scaled gradient, the learning rate outside, as in PyTorch."""
     s = rho * s + (1 - rho) * (g * g)
     b = momentum * b + g / root(s, eps, eps_at)
     return w - lr * b, s, b
@@ -97,7 +97,7 @@ def rmsprop_momentum(w, g, s, b, t, *, lr=1e-3, rho=0.9, eps=1e-8, momentum=0.9,
 
 @rule
 def rmsprop_centered_momentum(w, g, s, g_avg, b, t, *, lr=1e-3, rho=0.9, eps=1e-8, momentum=0.9, eps_at="outside"):
-    """Both of the above."""
+    """RMSProp with the variance and with momentum, as above."""
     s = rho * s + (1 - rho) * (g * g)
     g_avg = rho * g_avg + (1 - rho) * g
     b = momentum * b + g / root(np.maximum(s - g_avg * g_avg, 0.0), eps, eps_at)
@@ -105,9 +105,9 @@ def rmsprop_centered_momentum(w, g, s, g_avg, b, t, *, lr=1e-3, rho=0.9, eps=1e-
 
 
 def corrected_step(w, m, v, t, lr, beta1, beta2, eps, eps_at):
-    """The step of Adam from its two moments.
+    """Adam's step from its two moments.
 
-    "hat" is epsilon-hat, the form before section 2.1 of Kingma & Ba: eps is not touched by the bias correction.
+    "hat" is epsilon-hat, the form before section 2.1 of Kingma & Ba: bias correction does not scale eps.
     """
     if eps_at == "hat":
         return w - lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t) * m / (np.sqrt(v) + eps)
@@ -118,7 +118,7 @@ def corrected_step(w, m, v, t, lr, beta1, beta2, eps, eps_at):
 
 @rule
 def adam(w, g, m, v, t, *, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, eps_at="outside"):
-    """Kingma & Ba 2015, algorithm 1: eps outside of the root, after bias correction; see eps_at for the others."""
+    """Kingma & Ba 2015, algorithm 1: eps outside the root, after bias correction; ``eps_at`` selects another form."""
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * (g * g)
     return corrected_step(w, m, v, t, lr, beta1, beta2, eps, eps_at), m, v
@@ -135,7 +135,7 @@ def amsgrad(w, g, m, v, v_max, t, *, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, 
 
 @rule
 def nadam(w, g, m, v, t, *, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8):
-    """Dozat 2016 with a constant beta1 (optax): the momentum of the next step is used at once."""
+    """Dozat 2016 with a constant beta1 (optax): applies the next step's momentum already."""
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * (g * g)
     m_hat = beta1 * m / (1 - beta1 ** (t + 1)) + (1 - beta1) * g / (1 - beta1**t)
@@ -144,14 +144,14 @@ def nadam(w, g, m, v, t, *, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8):
 
 
 def warmed_beta(t, beta1, momentum_decay):
-    """The first moment's factor at step t (Dozat 2016, section 3): from beta1/2 up to beta1."""
+    """The decay factor of the first moment at step t (Dozat 2016, section 3): from beta1/2 up to beta1."""
     return beta1 * (1 - 0.5 * 0.96 ** (t * momentum_decay))
 
 
 @host_function
 @functools.lru_cache(maxsize=64)
 def warmed_product(t, beta1, momentum_decay):
-    """The product of all factors up to step t, which takes the place of beta1**t; zero soon enough to end the loop."""
+    """The product of all factors up to step t, in place of beta1**t; it soon underflows to zero, ending the loop."""
     product, step = 1.0, 1
     while step <= t and product > 0.0:
         product *= warmed_beta(step, beta1, momentum_decay)
@@ -161,7 +161,7 @@ def warmed_product(t, beta1, momentum_decay):
 
 @rule
 def nadam_scheduled(w, g, m, v, t, *, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, momentum_decay=4e-3):
-    """Dozat 2016 with the schedule of beta1 that PyTorch and Keras use."""
+    """Dozat 2016 with the beta1 schedule of PyTorch and Keras."""
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * (g * g)
     now, following = warmed_beta(t, beta1, momentum_decay), warmed_beta(t + 1, beta1, momentum_decay)

@@ -1,4 +1,4 @@
-"""Every loss of single scores, written once: of the score z and its target y, with its derivative by z."""
+"""All score losses: the loss of one score z and its target y, and the derivative with respect to z."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def mse(z, y):
 
 @score_loss
 def sigmoid_cross_entropy(z, y):
-    """-y log σ(z) - (1 - y) log(1 - σ(z)), as max(z, 0) - z y + log(1 + exp(-|z|)): its derivative is σ(z) - y.
+    """-y log σ(z) - (1 - y) log(1 - σ(z)), with derivative σ(z) - y.
 
-    So there is no logarithm of zero, and nothing that overflows.
+    Written as max(z, 0) - z y + log(1 + exp(-|z|)), which neither takes the logarithm of 0 nor overflows.
     """
     small = np.exp(-np.abs(z))
     sigmoid = np.exp(np.minimum(z, 0)) / (1 + small)

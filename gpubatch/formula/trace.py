@@ -1,14 +1,12 @@
 """Trace a formula: one Python function of arrays becomes NumPy calls, C statements and host scalars.
 
 A formula is plain NumPy: arithmetic, comparisons, and functions such as ``np.sqrt``, ``np.sign``, ``np.maximum`` and
-``np.where``. Called with arrays it computes; called with the symbols of this module it is recorded. What depends
-on array elements becomes one step per element, and the same step is recorded once; arithmetic on hyper-parameters and
-the step count alone is folded into scalars that the host computes in double precision once a step, so
-``1 - beta1**t`` costs nothing per element, and a division by it is a product. The recorded formula is so within a few
-roundings of the one that is called.
+``np.where``. Called with arrays it computes; called with the symbols of this module it is traced. Operations on array
+elements are recorded as elementwise operations, common subexpressions once. Arithmetic on hyper-parameters and the step
+count alone is folded into scalars, which the host computes in double precision once per step: ``1 - beta1**t`` costs
+nothing per element, and a division by it becomes a product. Trace and formula therefore differ by a few roundings.
 
-The recorded text is valid in Python (for the scalars) and in C (for the elements); ``kernels/math.cuh`` has the
-functions that C lacks.
+The recorded text is valid Python (scalars) and C (elements); ``kernels/math.cuh`` defines the functions that C lacks.
 """
 
 from __future__ import annotations
@@ -26,19 +24,19 @@ from gpubatch.errors import FormulaError
 
 __all__ = ["Element", "Op", "Scalar", "Symbol", "Trace", "host_function", "record", "restated"]
 
-SUM, PRODUCT, PRIMARY = 3, 4, 6  # binding strength of C and Python operators, for the fewest parentheses
+SUM, PRODUCT, PRIMARY = 3, 4, 6  # operator precedence in C and Python, to write the fewest parentheses
 COMPARISON, UNARY = 2, 5
 
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """An operation: how NumPy runs it (operands, then ``out``), and how it is written."""
+    """An operation: ``numpy(*operands, out)`` computes it, ``text`` is its source in C and Python."""
 
     numpy: Callable[..., Any]
     text: str
     strength: int = PRIMARY
     boolean: bool = False
-    in_place: bool = True  # whether the result may be written over an operand
+    in_place: bool = True  # whether the result may overwrite an operand
 
 
 def _select(condition: Any, x: Any, y: Any, out: np.ndarray) -> None:
@@ -49,19 +47,19 @@ def _select(condition: Any, x: Any, y: Any, out: np.ndarray) -> None:
     np.copyto(out, x, where=condition if condition.dtype == bool else bool(condition))
 
 
-INTEGERS = {np.dtype("float32"): np.uint32, np.dtype("float64"): np.uint64}  # of the same size
+INTEGERS = {np.dtype("float32"): np.uint32, np.dtype("float64"): np.uint64}  # integers of the same size
 
 
 def _choose(condition: np.ndarray, x: np.ndarray, y: np.ndarray, out: np.ndarray) -> None:
-    """One of two numbers, by their bits: a masked copy of them takes four times as long."""
+    """Select one of two numbers by integer arithmetic on their bits: a masked copy takes four times as long."""
     bits = INTEGERS[out.dtype]
     number, first, second = out.view(bits), x.view(bits), y.view(bits)
     np.copyto(number, condition)
-    np.multiply(number, first ^ second, out=number)  # what differs, where the condition holds
+    np.multiply(number, first ^ second, out=number)  # the differing bits where the condition holds, else 0
     np.bitwise_xor(number, second, out=number)
 
 
-# Text that stands between two operands binds to the left; a function's operands stand alone.
+# Binary operators are left-associative; operands of functions need no parentheses.
 OPS: dict[Any, Op] = {
     np.add: Op(np.add, "{} + {}", SUM),
     np.subtract: Op(np.subtract, "{} - {}", SUM),
@@ -84,17 +82,17 @@ OPS: dict[Any, Op] = {
     np.greater_equal: Op(np.greater_equal, "{} >= {}", COMPARISON, boolean=True),
     np.where: Op(_select, "select({}, {}, {})", in_place=False),
 }
-COPY = Op(lambda x, out: np.copyto(out, x), "{}")  # in a third of the time of np.positive
+COPY = Op(lambda x, out: np.copyto(out, x), "{}")  # takes a third of np.positive's time
 INDICATOR = Op(lambda condition, out: np.copyto(out, condition), "select({}, T(1), T(0))")
 
-# Functions that are made of the others.
+# Functions composed of the operations above.
 COMPOSED: dict[Any, Callable[..., Any]] = {
     np.square: lambda x: x * x,
     np.reciprocal: lambda x: 1 / x,
     np.clip: lambda x, low, high: np.minimum(np.maximum(x, low), high),
 }
 
-# What a state array cannot be called, since the C text needs the word.
+# Names that a state array cannot have, because the C text uses them.
 C_WORDS = frozenset(
     """
     k T element update auto bool case catch char class const default delete do double enum extern float goto inline
@@ -104,7 +102,7 @@ C_WORDS = frozenset(
     """.split()
 )
 
-# What the scalars' text may call; in C the same names are functions of math.cuh or of the language.
+# Functions that the text of scalars can call; in C the same names are functions of math.cuh or of the language.
 HOST_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "pow": math.pow,
     "sqrt": math.sqrt,
@@ -124,7 +122,7 @@ HOST_FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 class Symbol:
-    """An operand of a formula that is being recorded."""
+    """An operand of a formula under trace."""
 
     __slots__ = ()
 
@@ -187,14 +185,14 @@ class Symbol:
         return record(function, *operands)
 
     def __bool__(self) -> bool:
-        raise FormulaError("a formula cannot branch on a value that it computes; write np.where(condition, x, y)")
+        raise FormulaError("a formula cannot branch on a computed value; write np.where(condition, x, y)")
 
     def __float__(self) -> float:
-        raise FormulaError("a formula cannot turn a value into a float; of the math module's functions take NumPy's")
+        raise FormulaError("a formula cannot convert a value to float; use NumPy's functions, not the math module's")
 
 
 class Scalar(Symbol):
-    """A number that the host computes once a step: a hyper-parameter, ``t``, or arithmetic on them."""
+    """A number that the host computes once per step: a hyper-parameter, ``t``, or arithmetic on them."""
 
     __slots__ = ("strength", "text")
 
@@ -203,7 +201,7 @@ class Scalar(Symbol):
 
 
 class Element(Symbol):
-    """One element of an array, or what was computed from it; ``number`` is its place in the trace."""
+    """One element of an array, or a value computed from elements; ``number`` is its index in the trace."""
 
     __slots__ = ("name", "number", "op", "operands", "trace")
 
@@ -214,9 +212,9 @@ class Element(Symbol):
 
 
 def element(trace: Trace, op: Op, operands: tuple[Any, ...]) -> Element:
-    """The element that ``op`` makes of the operands: the one that there is, or a new one."""
+    """The element for ``op`` of ``operands``: the existing one if it was recorded before, otherwise a new one."""
     key: tuple[Any, ...] = (op, *(x.text if isinstance(x, Scalar) else x for x in operands))
-    # 1 and 1.0 are one key and one number; a zero has a sign.
+    # 1 and 1.0 are equal keys and the same number, but 0.0 and -0.0 are equal keys and differ in sign.
     if any(not isinstance(x, Symbol) and x == 0 for x in operands):
         key += tuple(math.copysign(1, x) for x in operands if not isinstance(x, Symbol))
     if key not in trace.computed:
@@ -225,7 +223,7 @@ def element(trace: Trace, op: Op, operands: tuple[Any, ...]) -> Element:
 
 
 def record(function: Any, *operands: Any) -> Symbol:
-    """The symbol for ``function`` of ``operands``: an element if any operand is one, otherwise a scalar."""
+    """The symbol for ``function(*operands)``: an element if any operand is an element, otherwise a scalar."""
     if function in COMPOSED:
         composed: Symbol = COMPOSED[function](*operands)
         return composed
@@ -243,17 +241,19 @@ def record(function: Any, *operands: Any) -> Symbol:
     if owner is None:
         return Scalar(_write(op, [_scalar_text(x) for x in operands]), op.strength)
     if function is np.power and owner is operands[0] and operands[1] in (2, 0.5):
-        # As ndarray ** 2 and ** 0.5 do; identical bits, and far cheaper than pow.
+        # As ndarray does for ** 2 and ** 0.5: identical bits, far cheaper than pow.
         return record(np.multiply, owner, owner) if operands[1] == 2 else record(np.sqrt, owner)
     if function is np.divide and not isinstance(operands[1], Element):
-        # A division costs ten times a product, and this way the host makes it, in double precision.
+        # A division costs ten times as much as a product; the host computes the reciprocal, in double precision.
         return record(np.multiply, operands[0], record(np.divide, 1, operands[1]))
     return element(owner.trace, op, operands)
 
 
 def _number(x: Any) -> int | float:
     if isinstance(x, bool) or not isinstance(x, numbers.Real) or not math.isfinite(x):
-        raise FormulaError(f"a formula works with its arguments and finite numbers, got {x!r} of {type(x).__name__}")
+        raise FormulaError(
+            f"operands in a formula must be its arguments or finite numbers, got {x!r} of type {type(x).__name__}"
+        )
     return int(x) if isinstance(x, numbers.Integral) else float(x)
 
 
@@ -264,10 +264,10 @@ def _scalar_text(x: Any) -> tuple[str, int]:
 
 
 def _write(op: Op, operands: list[tuple[str, int]]) -> str:
-    """``op`` in text; parentheses where an operand binds less than its place asks for."""
+    """The text of ``op``, with parentheses around operands of too low precedence."""
     if op.strength == PRIMARY:
         return op.text.format(*(text for text, _ in operands))
-    alone = op.strength in (COMPARISON, UNARY)  # a < b < c and --a mean something else
+    alone = op.strength in (COMPARISON, UNARY)  # a < b < c and --a would mean something else
     needed = [op.strength + (alone or position > 0) for position in range(len(operands))]  # a - (b - c)
     return op.text.format(
         *(text if strength >= need else f"({text})" for (text, strength), need in zip(operands, needed, strict=True))
@@ -275,13 +275,13 @@ def _write(op: Op, operands: list[tuple[str, int]]) -> str:
 
 
 def host_function(function: Callable[..., float]) -> Callable[..., Any]:
-    """Let formulas call ``function`` of hyper-parameters and ``t``: the host computes it once a step."""
+    """Let formulas call ``function`` on hyper-parameters and ``t``: the host evaluates it once per step."""
     HOST_FUNCTIONS[function.__name__] = function
 
     @functools.wraps(function)
     def call(*operands: Any) -> Any:
         if any(isinstance(x, Element) for x in operands):
-            raise FormulaError(f"{function.__name__} is a function of hyper-parameters and t, not of arrays")
+            raise FormulaError(f"operands of {function.__name__} must be hyper-parameters or t, got an array element")
         if any(isinstance(x, Scalar) for x in operands):
             return Scalar(f"{function.__name__}({', '.join(_scalar_text(x)[0] for x in operands)})")
         return function(*operands)
@@ -289,16 +289,20 @@ def host_function(function: Callable[..., float]) -> Callable[..., Any]:
     return call
 
 
-# --- what a formula turned into ------------------------------------------------------------------------------------
+# --- traces ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Trace:
-    """A recorded formula.
+    """A traced formula.
 
-    ``arrays`` are the names of what it reads, ``targets`` of what it writes, ``hyper`` of the hyper-parameters that its
-    scalars depend on; ``elements`` is every value in the order in which it is computed, and ``results`` what the
-    targets become. ``dtype`` is that of the elements, where the formula depends on it.
+    arrays: names of the arrays it reads
+    targets: names of the arrays it writes
+    hyper: names of the hyper-parameters in its scalars
+    dtype: element type, if the formula depends on it
+    elements: all values, in order of computation
+    computed: the elements by operation and operands
+    results: the new values of ``targets``
     """
 
     name: str
@@ -311,13 +315,13 @@ class Trace:
     results: tuple[Any, ...] = ()
 
     def inputs(self) -> list[Element]:
-        """The symbols of ``arrays``, with which the formula is called."""
+        """The symbols of ``arrays``, the formula's arguments."""
         return [Element(self, None, (), name) for name in self.arrays]
 
     def finish(self, results: Sequence[Any]) -> Trace:
-        """Record what the formula returned."""
+        """Set the values that the formula returned as results."""
         values = [x if isinstance(x, Symbol) else _number(x) for x in results]
-        # An array passed on as the new content of another is a value too: the other may be overwritten first.
+        # An array returned as the new content of another is copied: it may be overwritten before it is read.
         self.results = tuple(
             Element(self, COPY, (x,)) if isinstance(x, Element) and x.op is None and x.name != target else x
             for target, x in zip(self.targets, values, strict=True)
@@ -326,14 +330,14 @@ class Trace:
 
     @functools.cached_property
     def scalars(self) -> dict[str, int]:
-        """The text of every scalar that an element needs, and its place in the list that the host computes."""
+        """The text of each scalar used by an element, and its index in the list that the host computes."""
         used = [x for element in self.elements for x in element.operands]
         texts = [x.text for x in (*used, *self.results) if isinstance(x, Scalar)]
         return {text: i for i, text in enumerate(dict.fromkeys(texts))}
 
     @functools.cached_property
     def evaluate(self) -> Callable[..., tuple[float, ...]]:
-        """The scalars as one Python function of ``t`` and the hyper-parameters, in double precision."""
+        """A Python function of ``t`` and the hyper-parameters that computes all scalars in double precision."""
         values = "".join(f"{text}, " for text in self.scalars)
         source = f"lambda {', '.join(('t', *self.hyper))}: ({values})"
         found: Callable[..., tuple[float, ...]] = eval(source, {"__builtins__": {}, **HOST_FUNCTIONS})
@@ -341,7 +345,7 @@ class Trace:
 
     @functools.cached_property
     def c(self) -> str:
-        """The formula as C statements on ``w, g, state ...`` with the scalars in ``k``."""
+        """The formula as C statements on ``arrays`` and ``targets``, with the scalars in ``k``."""
         uses = [0] * len(self.elements)
         for element in self.elements:
             for x in element.operands:
@@ -374,7 +378,7 @@ class Trace:
 
 
 def restated(name: str, inputs: dict[Element, str], results: dict[str, Any]) -> Trace:
-    """A trace of ``results`` by target, which reads ``inputs`` instead of computing them; nothing else is in it."""
+    """A new trace of ``results`` (target: value) that reads ``inputs`` (value: name); it has only what they need."""
     source = next(iter(inputs)).trace
     trace = Trace(name, tuple(inputs.values()), tuple(results), source.hyper, source.dtype)
     new = dict(zip((x.number for x in inputs), trace.inputs(), strict=True))

@@ -1,4 +1,4 @@
-"""Update rules: how one is declared, and recorded in its variants."""
+"""Update rules: how to declare one, and how its variants are traced."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ __all__ = ["Rule", "rule"]
 class Rule:
     """An update rule: ``formula(w, g, *state, t, *, hyper-parameters)`` returns the new w and the new state.
 
-    ``defaults`` has the hyper-parameters that have one, ``required`` the others. ``options`` are keyword arguments
-    with a string or a bool: they choose a variant of the formula when it is recorded.
+    ``defaults`` maps hyper-parameters to their defaults; ``required`` names those without. ``options`` are keyword
+    arguments with a string or bool: they select a variant of the formula when it is traced.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Rule:
     options: Mapping[str, str | bool]
 
     def __call__(self, w: Any, g: Any, *state_and_t: Any, **hyper: Any) -> Any:
-        """The formula as it stands, on arrays: the new w and the new state, nothing changed in place."""
+        """Evaluate the formula on arrays: the new w and the new state; nothing changes in place."""
         return self.formula(w, g, *state_and_t, **hyper)
 
     @property
@@ -40,9 +40,9 @@ class Rule:
         """The names of all hyper-parameters."""
         return (*self.required, *self.defaults)
 
-    @functools.cache  # noqa: B019  a rule lives as long as its module; a trace is made once for each variant
+    @functools.cache  # noqa: B019  a rule lives as long as its module; each variant is traced once
     def trace(self, decay: str = "", **options: str | bool) -> Trace:
-        """The recorded formula; ``decay`` is "" or "coupled" or "decoupled" weight decay."""
+        """The traced formula; ``decay`` is the weight decay: "", "coupled" or "decoupled"."""
         hyper = (*self.hyper, *(["weight_decay"] if decay else []))
         trace = Trace(self.name, ("w", "g", *self.state), ("w", *self.state), hyper)
         w, g, *state = trace.inputs()
@@ -59,7 +59,7 @@ class Rule:
 
 
 def _decayed(decay: str, w: Any, g: Any, lr: Any) -> tuple[Any, Any]:
-    """Weight decay, for every rule alike: coupled is L2 (g += λw), decoupled shrinks w by lr·λ before the update."""
+    """Weight decay for any rule: coupled is L2 (g += λw), decoupled scales w by 1 - lr·λ before the update."""
     weight_decay = Scalar("weight_decay")
     if decay == "decoupled":
         return w * (1 - lr * weight_decay), g
@@ -71,9 +71,9 @@ def _decayed(decay: str, w: Any, g: Any, lr: Any) -> tuple[Any, Any]:
 def rule(formula: Callable[..., Any]) -> Rule:
     """Declare an update rule.
 
-    The function takes the weights ``w``, the gradient ``g``, its state arrays (zero at first), the step ``t`` (from
-    1), and after ``*`` its hyper-parameters; it returns the new weights and the new state, in the order of its
-    arguments.
+    The function takes the weights ``w``, the gradient ``g``, state arrays (initially zero), the step ``t`` (from 1),
+    and after ``*`` its hyper-parameters. It returns the new weights and the new state, in the order of its arguments.
+    Raises :class:`FormulaError` for any other signature.
 
     >>> @rule
     ... def momentum(w, g, v, t, *, lr=0.1, beta=0.9):
@@ -90,14 +90,14 @@ def rule(formula: Callable[..., Any]) -> Rule:
         )
     for p in named:
         if p.name in ("t", "weight_decay", "decoupled", "backend", *HOST_FUNCTIONS) or keyword.iskeyword(p.name):
-            raise FormulaError(f"{name}: the name {p.name!r} is taken, give the hyper-parameter another")
+            raise FormulaError(f"{name}: the name {p.name!r} is taken; rename the hyper-parameter")
         if p.default is not p.empty and not isinstance(p.default, (int, float, str)):
             raise FormulaError(
                 f"{name}: the default of {p.name} must be a number, a string or a bool, got {p.default!r}"
             )
     for array in positional[2:-1]:
         if not array.isascii() or array in C_WORDS or array.endswith("_new") or re.fullmatch(r"x\d+", array):
-            raise FormulaError(f"{name}: the state {array!r} cannot be a name in C, give it another")
+            raise FormulaError(f"{name}: the state {array!r} cannot be a name in C; rename it")
     defaults = {p.name: p.default for p in named if p.default is not p.empty}
     return Rule(
         name=name,
