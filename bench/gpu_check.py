@@ -52,6 +52,7 @@ import feeding  # noqa: E402  beside this file
 import to_accuracy  # noqa: E402
 
 import gpubatch as gb  # noqa: E402
+from gpubatch.nn import core_of  # noqa: E402
 from gpubatch.ops.products import COPY, products_for  # noqa: E402
 from gpubatch.train import why_eager  # noqa: E402
 
@@ -459,7 +460,7 @@ def our_step(
 
 def tuned(net: gb.Network) -> str:
     """What was chosen for its matrix products, in words."""
-    chosen = net.products.choices().get("algorithms", {}).values()
+    chosen = core_of(net).products.choices().get("algorithms", {}).values()
     copies = sum(choice.startswith(COPY) for choice in chosen)
     return f"; {len(chosen)} matrix products tuned, {copies} with a copy of the weights" if chosen else ""
 

@@ -48,7 +48,7 @@ EDGES = {"plot", "cli", "__main__", "__init__"}
 ORDER = {
     "formula": "trace derivative elementwise update_rule rules activations scores",
     "ops": "program launch numpy_ops cuda_ops host_ops products",
-    "nn": "needs layers losses workspace network",
+    "nn": "needs layers stack workspace losses core network",
     "sources": "arrays reader files tables",
     "loader": "order feeding loader",
     "train": "ledger loss_scale history signals display callbacks checks graphs captured captured_step memory eager"
@@ -127,7 +127,7 @@ def test_no_class_has_the_name_of_another() -> None:
 
 
 # Owed: a ratchet, of which names are only taken out.
-STILL_TWICE = {"Part", "Plan", "Stage"}
+STILL_TWICE = {"Part"}
 
 
 def test_internal_imports_stand_at_the_top() -> None:

@@ -27,7 +27,7 @@ from stand_in_lt import StandInLt
 import gpubatch as gb
 from gpubatch import own
 from gpubatch.backend import CudaBackend
-from gpubatch.nn import losses
+from gpubatch.nn import core_of, losses
 from gpubatch.ops.products import products_for
 from gpubatch.own import changed
 from gpubatch.train import graphs, ledger
@@ -158,7 +158,7 @@ class Training:
         return {
             **{name: self.device.to_numpy(views.flat).tobytes() for name, views in arrays.items()},
             **{k: v for k, v in self.history.to_dict().items() if k not in ("seconds", "execution")},
-            "counts": (self.opt.t, self.opt.epoch, self.net.dropout_step, self.loader.state_dict()),
+            "counts": (self.opt.t, self.opt.epoch, core_of(self.net).dropout_step, self.loader.state_dict()),
         }
 
 
@@ -677,7 +677,6 @@ def test_every_method_that_a_step_calls_is_looked_at() -> None:
         "loss_and_grad",
         "step",
         "_first",
-        "_micro_batches",
         "forward",
         "run",
         "good",
@@ -800,7 +799,7 @@ def by_hand(
             losses.append(device.to_numpy(step()).tobytes())
         arrays = [net.parameters, net.buffers, *opt.state.values()]
         found = [*losses, *(device.to_numpy(views.flat).tobytes() for views in arrays)]
-    return [*found, bytes([opt.t, net.dropout_step])]
+    return [*found, bytes([opt.t, core_of(net).dropout_step])]
 
 
 @every("steps", {"1": 1, "3": 3}, ["3"])
@@ -902,7 +901,7 @@ def test_a_step_that_finds_no_memory_can_be_tried_again(monkeypatch: pytest.Monk
             def fails(*_: Any) -> None:
                 raise MemoryError
 
-            patch.setattr(net, "plan", fails)
+            patch.setattr(core_of(net), "reserve", fails)
             with pytest.raises(MemoryError):
                 step()
         before = device.to_numpy(net.parameters.flat)
@@ -932,7 +931,7 @@ def test_what_was_captured_is_given_back_when_it_is_over(timing: str) -> None:
                     opt.step()
             del step, X, Y
             gc.collect()
-        net.release()
+        core_of(net).release()
         with device.stream():
             taken = [device.empty(1 << 12, np.uint8) for _ in range(20)]
         found.append(device.to_numpy(net.parameters.flat).tobytes())

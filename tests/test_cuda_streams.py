@@ -17,6 +17,7 @@ from needs import missing
 import gpubatch as gb
 from gpubatch.backend import CudaBackend, available_backends, get_backend
 from gpubatch.loader import Loader
+from gpubatch.nn import core_of
 from gpubatch.ops.numpy_ops import SQUARE_SUM_SIZE
 
 pytestmark = pytest.mark.gpu
@@ -167,7 +168,7 @@ def in_own_stream(device: CudaBackend, work: Callable[[], object]) -> None:
 
 def of_a_network(device: CudaBackend) -> gb.Network:
     net = gb.mlp([4, 3], backend=device)
-    net.rehearse(device.zeros((8, 4), "float32"), device.zeros(8, "int64"))
+    core_of(net).rehearse(device.zeros((8, 4), "float32"), device.zeros(8, "int64"))
     return net
 
 

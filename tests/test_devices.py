@@ -15,6 +15,7 @@ from stand_in import StandInBackend, queued_backend
 import gpubatch as gb
 import gpubatch.backend
 from gpubatch.loader import Loader
+from gpubatch.nn import core_of
 from gpubatch.ops.products import ArrayProducts
 
 RNG = np.random.default_rng(7)
@@ -97,7 +98,7 @@ USES: dict[str, Callable[[StandInBackend, Path], Any]] = {
     "a step": of_network(lambda net, x, y: net.loss_and_grad(x, y)),
     "a step in parts": of_network(lambda net, x, y: net.loss_and_grad(x, y, 5)),
     "a step without waiting": of_network(lambda net, x, y: net.step_loss(x, y)),
-    "a rehearsal": of_network(lambda net, x, y: [net.rehearse(x, y), net.release()]),
+    "a rehearsal": of_network(lambda net, x, y: [core_of(net).rehearse(x, y), core_of(net).release()]),
     "a training loss": of_network(lambda net, x, y: net.loss(x, y, training=True)),
     "evaluation": of_network(lambda net, x, y: net.evaluate(x, y, 7)),
     "scores": of_network(lambda net, x, y: net.scores(x)),

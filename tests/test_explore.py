@@ -27,7 +27,7 @@ from gpubatch.explore import (
     random_search,
     step_size_sweep,
 )
-from gpubatch.nn import LOSSES, Context, Dense, Layer, Needs, Network, Parameter, ReLU, Tanh, mlp
+from gpubatch.nn import LOSSES, Context, Dense, Layer, Needs, Network, Parameter, ReLU, Tanh, core_of, mlp
 from gpubatch.optim import SGD, Adam
 
 # Functions of an array with their gradients by hand.
@@ -56,7 +56,7 @@ def task(net: Network, n: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarr
 
 def everything(net: Network) -> list[np.ndarray]:
     arrays = [net.backend.to_numpy(views.flat).copy() for views in (net.parameters, net.buffers)]
-    return [*arrays, np.array(net.dropout_step)]
+    return [*arrays, np.array(core_of(net).dropout_step)]
 
 
 # --- numerical gradients -------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from needs import peer
 import gpubatch as gb
 from gpubatch.backend import Array, Backend, get_backend
 from gpubatch.errors import ArgumentError, DTypeError
-from gpubatch.nn import Context, Mode, layers
+from gpubatch.nn import Context, layers
 from gpubatch.nn.layers import (
     ACTIVATIONS,
     GELU,
@@ -28,6 +28,7 @@ from gpubatch.nn.layers import (
     Step,
     Tanh,
 )
+from gpubatch.nn.needs import Mode
 from gpubatch.ops.host_ops import ops_for
 from gpubatch.ops.numpy_ops import workspace_dtype
 from gpubatch.ops.products import products_for

@@ -20,7 +20,7 @@ from families import every
 from needs import missing
 
 import gpubatch as gb
-from gpubatch.nn import Context, Needs
+from gpubatch.nn import Context, Needs, core_of
 from gpubatch.sizing import BatchPlan
 from gpubatch.train import plan_batches
 
@@ -158,7 +158,7 @@ def train(case: Case, X: Any, Y: Any, held_out: Any, backend: Any = "cpu") -> tu
     copied = held_out[0].size * net.dtype.itemsize if case.stored != case.dtype or net.backend.name == "cuda" else 0
     plan_batches(net, loader, opt, HELD_OUT, copied)
     plan = loader.plan
-    assert net.planned == 0  # nothing is allocated for it
+    assert core_of(net).planned == 0  # nothing is allocated for it
     history = gb.fit(net, loader, opt, 2, validation=held_out, progress=False)
     return plan, len(history.validation_loss)
 

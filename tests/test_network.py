@@ -14,7 +14,7 @@ from needs import peer
 
 from gpubatch.backend import Array, Backend
 from gpubatch.errors import ArgumentError, DeviceMismatchError, DTypeError, NonFiniteError, ShapeError
-from gpubatch.nn import Context, Needs, Parameter, network, workspace
+from gpubatch.nn import Context, Needs, Parameter, core_of, workspace
 from gpubatch.nn.layers import (
     ACTIVATIONS,
     GELU,
@@ -223,7 +223,7 @@ def test_any_batch_runs_as_in_a_network_of_its_own(stack, sizes) -> None:
         np.testing.assert_array_equal(grads.flat, other.flat)
         np.testing.assert_array_equal(net.buffers.flat, fresh.buffers.flat)
         np.testing.assert_array_equal(net.scores(X), fresh.scores(X))
-    assert net.planned == max(sizes)
+    assert core_of(net).planned == max(sizes)
 
 
 def everything(n: int) -> list[Layer]:
@@ -270,7 +270,7 @@ def test_a_second_step_allocates_no_array(loss, form, rows, width, dtype, rng) -
         # NumPy's ufuncs convert types in buffers of 8192 elements, 136 kB at most, whatever the size of the arrays. One
         # number for each of the 60,000 rows, or one matrix of weights, would be at least 240 kB.
         assert highest - start < 200_000
-    assert net.planned == rows
+    assert core_of(net).planned == rows
 
 
 @every_loss
@@ -278,20 +278,20 @@ def test_a_second_step_allocates_no_array(loss, form, rows, width, dtype, rng) -
 def test_no_call_writes_over_what_it_reads(stack, loss) -> None:
     """NumPy copies where input and output overlap, and so would hide it; CuPy does not."""
     net = build(stack, loss)
-    net.plan(40)
+    net.reserve(40)
+    core = core_of(net)
     for rows, training in [(40, True), (13, True), (1024, False), (13, False)]:
-        workspace = net._training if training else net._allocate(rows, False)
-        run = net._bound(workspace, rows, training)
+        run = (core._training if training else core._workspace(rows, core._evaluation_pass)).bind(rows)
         of_loss = {name: view for name, view in run.loss.work.items() if name != "l2"}  # used when all else is done
         x = np.empty((rows, 5))
-        for i, (_, y, _, context) in enumerate(run.steps):
-            same = net._stack[i].needs.in_place and x is y
+        for i, (_, y, _, context) in enumerate(run.calls):
+            same = core.stack[i].needs.in_place and x is y
             assert_apart({"y": y, **({} if same else {"x": x}), **context.work, **of_loss})
             x = y
         dy = of_loss.pop("dz")
-        for i in range(len(run.steps) - 1, net._first - 1, -1) if training else ():
-            (_, y, dx, context), needs = run.steps[i], net._stack[i].needs
-            x = run.steps[i - 1][1] if i else np.empty((rows, 5))
+        for i in range(len(run.calls) - 1, core.first - 1, -1) if training else ():
+            (_, y, dx, context), needs = run.calls[i], core.stack[i].needs
+            x = run.calls[i - 1][1] if i else np.empty((rows, 5))
             read = {name: array for name, array in (("x", x), ("y", y)) if name in needs.reads}
             same = dx is None or (needs.in_place and dx is dy)
             assert_apart({"dy": dy, **({} if same else {"dx": dx}), **read, **context.work, **of_loss})
@@ -309,8 +309,8 @@ def test_memory_is_known_before_it_is_allocated(dtype, rng) -> None:
     try:
         net = Network(everything(64), l2=0.1, backend="cpu", dtype=dtype)
         foretold = net.memory(200)
-        assert net.planned == 0
-        net.plan(200)
+        assert core_of(net).planned == 0
+        net.reserve(200)
         net.loss_and_grad(np.zeros((200, 64), dtype), np.zeros(200, int))
         net.loss(np.zeros((1500, 64), dtype), np.zeros(1500, int))
         arrays = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
@@ -329,8 +329,7 @@ def test_memory_is_told_by_part() -> None:
     fewer = net.memory_parts(200, evaluated=300)
     assert {name for name in parts if parts[name] != fewer[name]} == {"workspace of evaluation"}
     net.loss(np.zeros((300, 64), np.float32), np.zeros(300, int))
-    own = net._evaluation
-    held = own.block.nbytes + own.offsets.nbytes + own.ticket.nbytes
+    held = core_of(net)._evaluation.nbytes
     assert fewer["workspace of evaluation"] == held < parts["workspace of evaluation"]
     assert net.memory_parts(200, 0)["workspace of evaluation"] == 0
     assert net.memory_parts(200, 10**9) == parts
@@ -341,8 +340,8 @@ def test_a_narrow_layer_takes_no_wide_place() -> None:
     wide, narrow = 4 * 1000 * 500, 4 * 8 * 500
     more = wide // 4 + 6 * narrow + 64 * 1000 * 4  # where NumPy notes what is positive, and sums in parts
     kept = 2 * (wide + narrow)  # the outputs; the gradient of each in its turn
-    assert kept + wide + narrow <= net.lay_out(500, True).size <= kept + wide + more
-    assert wide + narrow <= net.lay_out(500, False).size <= wide + more
+    assert kept + wide + narrow <= core_of(net).workspace_bytes(500, True) <= kept + wide + more
+    assert wide + narrow <= core_of(net).workspace_bytes(500, False) <= wide + more
 
 
 def test_a_network_is_made_in_little_more_than_its_parameters() -> None:
@@ -395,9 +394,9 @@ def test_memory_grows_with_the_batch_by_what_a_row_takes() -> None:
 
 def test_planning_grows_and_never_shrinks() -> None:
     net = mlp([4, 3, 2], backend="cpu")
-    assert [net.plan(n) or net.planned for n in (8, 3, 20)] == [8, 8, 20]
+    assert [net.reserve(n) or core_of(net).planned for n in (8, 3, 20)] == [8, 8, 20]
     net.scores(np.zeros((5000, 4), np.float32))
-    assert net.planned == 20
+    assert core_of(net).planned == 20
 
 
 def test_many_batch_sizes_do_not_fill_the_memory_with_views(rng) -> None:
@@ -405,7 +404,7 @@ def test_many_batch_sizes_do_not_fill_the_memory_with_views(rng) -> None:
     X, Y = rng.normal(size=(60, 4)).astype(np.float32), rng.integers(0, 2, 60)
     for n in range(60, 0, -1):
         net.step_loss(X[:n], Y[:n])
-    assert len(net._training.passes) == workspace.SIZES_KEPT
+    assert len(core_of(net)._training._bound) == workspace.SIZES_KEPT
 
 
 @every_loss
@@ -418,7 +417,7 @@ def test_step_loss_is_the_loss_as_an_array(loss, backend, dtype, rng) -> None:
         assert (value.shape, value.dtype) == ((1,), dtype)
         assert value.item() == nets[1].loss_and_grad(X, Y)[0]
         assert bool((nets[0].parameters.grads.flat == nets[1].parameters.grads.flat).all())
-    assert nets[0].dropout_step == nets[1].dropout_step == 3
+    assert core_of(nets[0]).dropout_step == core_of(nets[1]).dropout_step == 3
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -426,13 +425,14 @@ def test_step_loss_is_the_loss_as_an_array(loss, backend, dtype, rng) -> None:
 
 @every_loss
 @every_stack
-def test_evaluation_in_pieces_is_evaluation_at_once(stack, loss, monkeypatch, rng) -> None:
+def test_evaluation_in_pieces_is_evaluation_at_once(stack, loss, rng) -> None:
     X, Y = rng.normal(size=(50, 5)), targets(loss, rng, 50, 3)
     whole, pieces = build(stack, loss), build(stack, loss)
     expected = whole.loss(X, Y), whole.scores(X)
-    monkeypatch.setattr(network, "EVALUATION_ROWS", 7)
-    assert pieces.loss(X, Y) == pytest.approx(expected[0], rel=1e-12)
-    np.testing.assert_allclose(pieces.scores(X), expected[1], rtol=1e-12)
+    assert pieces.evaluate(X, Y, 7)[0] == pytest.approx(expected[0], rel=1e-12)
+    scores = [run.scores.copy() for _, run in core_of(pieces).evaluate(X, 7)]
+    assert [len(part) for part in scores] == 7 * [7] + [1]
+    np.testing.assert_allclose(np.concatenate(scores), expected[1], rtol=1e-12)
 
 
 def test_evaluation_neither_drops_nor_moves_anything(rng) -> None:
@@ -573,7 +573,7 @@ def test_float32_stays_float32(backend, rng) -> None:
     grads = net.loss_and_grad(X, Y)[1]
     arrays = [net.parameters.flat, grads.flat, net.buffers.flat, net.scores(X), net.step_loss(X, Y)]
     assert {a.dtype for a in arrays} == {np.dtype("float32")}
-    for _, y, dx, context in net._bound(net._training, 9, True).steps:
+    for _, y, dx, context in core_of(net)._training.bind(9).calls:
         places = [y, *([] if dx is None else [dx]), *context.p.values(), *context.work.values()]
         assert {a.dtype for a in places} <= {np.dtype("float32"), np.dtype(bool)}
 
@@ -610,8 +610,8 @@ def test_bad_batches_are_named(X, Y, error, message) -> None:
     for call in (net.loss_and_grad, net.step_loss, net.loss, net.accuracy):
         with pytest.raises(error, match=message):
             call(X, Y)
-    assert net.planned == 0 or "labels from" in message  # labels are compared where they are used
-    assert net.dropout_step == 0
+    assert core_of(net).planned == 0 or "labels from" in message  # labels are compared where they are used
+    assert core_of(net).dropout_step == 0
 
 
 @pytest.mark.parametrize(
@@ -646,7 +646,7 @@ def test_bad_batches_are_named(X, Y, error, message) -> None:
         (lambda: mlp([5, 4, 2], "rely"), ArgumentError, "activation must be one of 'relu', .*did you mean 'relu'"),
         (lambda: mlp([5, 4, 2], dropout=1), ArgumentError, r"dropout must be finite and in \[0, 1\), got 1.0"),
         (lambda: mlp([5, 4, 2], batch_norm="yes"), DTypeError, "batch_norm must be True or False, got 'yes'"),
-        (lambda: mlp([5, 2]).plan(0), ArgumentError, "batch_size must be an integer >= 1, got 0"),
+        (lambda: mlp([5, 2]).reserve(0), ArgumentError, "batch_size must be an integer >= 1, got 0"),
         (lambda: mlp([5, 2]).memory(1.5), DTypeError, "batch_size must be an integer >= 1, got 1.5"),
     ],
 )
@@ -692,7 +692,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_leaves_no_trace(spoil, cause,
     ):
         net.loss_and_grad(X, Y)
     np.testing.assert_array_equal(net.buffers.flat, buffers)
-    assert net.dropout_step == 1
+    assert core_of(net).dropout_step == 1
     if "X" in cause:
         with pytest.raises(NonFiniteError, match=cause):
             net.loss(X, Y)

@@ -20,6 +20,7 @@ from stand_in import INDEX, QueuedStandIn, StandInBackend
 
 import gpubatch as gb
 from gpubatch.errors import MicroBatchWarning
+from gpubatch.nn import Core, core_of
 from gpubatch.nn.workspace import evenly
 from gpubatch.ops.host_ops import ops_for
 from gpubatch.ops.launch import cuda_kernel
@@ -81,8 +82,8 @@ def test_micro_batches_give_the_gradients_of_the_batch(backend: gb.Backend, laye
         found, sums = twin.loss_and_grad(x, y, micro_batch_size=rows)
         assert found == pytest.approx(loss, rel=1e-13)
         np.testing.assert_allclose(backend.to_numpy(sums.flat), backend.to_numpy(grads.flat), rtol=1e-11, atol=1e-15)
-        assert twin.dropout_step == net.dropout_step
-    assert twin.planned <= rows
+        assert core_of(twin).dropout_step == core_of(net).dropout_step
+    assert core_of(twin).planned <= rows
 
 
 def test_batch_norm_takes_its_statistics_from_micro_batches() -> None:
@@ -100,13 +101,13 @@ def test_batch_norm_takes_its_statistics_from_micro_batches() -> None:
 def test_a_micro_batch_that_is_not_finite_changes_nothing() -> None:
     net, loader, _ = parts("batch norm")
     x, y = next(iter(loader))
-    before, step = net.buffers.flat.copy(), net.dropout_step
+    before, step = net.buffers.flat.copy(), core_of(net).dropout_step
     x[40] = np.inf
     with pytest.raises(gb.NonFiniteError):
         net.loss_and_grad(x, y, micro_batch_size=16)
     np.testing.assert_array_equal(net.buffers.flat, before)
-    assert net.dropout_step == step
-    assert net._mode.row == 0
+    assert core_of(net).dropout_step == step
+    assert core_of(net).mode.row == 0
 
 
 def test_the_size_of_a_micro_batch_is_checked() -> None:
@@ -179,7 +180,7 @@ def test_every_allocation_of_a_training_is_refused_once(refusal: Refusal, layers
         np.testing.assert_allclose(numbers(history), numbers(expected), rtol=1e-11)
         np.testing.assert_allclose(net.parameters.flat, expected_net.parameters.flat, rtol=1e-9, atol=1e-13)
         assert (opt.t, loader.epoch, loader.state_dict()["batch"]) == (6, 2, 0)
-        assert net.dropout_step == 6
+        assert core_of(net).dropout_step == 6
 
 
 class Scarce(QueuedStandIn):
@@ -247,7 +248,7 @@ def test_a_batch_size_that_was_chosen_is_a_size_that_was_run(refusal: Refusal, m
 
         return seen
 
-    monkeypatch.setattr(gb.Network, "_forward", noted(gb.Network._forward, run))
+    monkeypatch.setattr(Core, "forward", noted(Core.forward, run))
     monkeypatch.setattr(gb.Network, "evaluate", noted(gb.Network.evaluate, evaluated))
     held_out = HeldOut(*validation(), 0)
     tried = []
@@ -262,7 +263,7 @@ def test_a_batch_size_that_was_chosen_is_a_size_that_was_run(refusal: Refusal, m
         refusal.refuse(0)
         for array, values in zip((net.parameters, *opt.state.values()), before, strict=True):
             np.testing.assert_array_equal(array.flat, values)
-        assert (opt.t, net.dropout_step, loader.epoch, loader.automatic) == (1, 0, 0, True)
+        assert (opt.t, core_of(net).dropout_step, loader.epoch, loader.automatic) == (1, 0, 0, True)
         return loader
 
     assert settled(0).batch_size == 512
@@ -284,7 +285,7 @@ def test_where_no_size_can_be_run_there_is_an_error(monkeypatch: pytest.MonkeyPa
     def scarce(x: np.ndarray, y: np.ndarray) -> None:
         raise MemoryError("Unable to allocate 1.00 TiB")
 
-    monkeypatch.setattr(net, "rehearse", scarce)
+    monkeypatch.setattr(core_of(net), "rehearse", scarce)
     with pytest.raises(gb.InsufficientMemoryError, match="no memory for a step of 1 samples: Unable to allocate"):
         gb.fit(net, loader, opt, progress=False)
 
@@ -307,14 +308,14 @@ def test_memory_that_does_not_come_back_ends_in_an_error(monkeypatch: pytest.Mon
 def test_batch_norm_is_never_left_with_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     net, loader, opt = parts("batch norm")
     most = {"rows": 48}
-    original = net._micro_batch
+    original = core_of(net).batch
 
     def scarce(x: np.ndarray, y: np.ndarray) -> float:
         if len(x) > most["rows"]:
             raise MemoryError
         return original(x, y)
 
-    monkeypatch.setattr(net, "_micro_batch", scarce)
+    monkeypatch.setattr(core_of(net), "batch", scarce)
     loader.transform = lambda x: x
     most["rows"] = 3
     with told() as warned:
@@ -356,6 +357,7 @@ CHILD = """
 import resource, warnings
 import numpy as np
 import gpubatch as gb
+from gpubatch.nn import core_of
 from gpubatch.ops.launch import host_library
 
 if not isinstance(host_library(), str):
@@ -365,7 +367,7 @@ net = gb.mlp([8, 1 << 10, 3], backend="cpu")
 loader = gb.Loader(X, Y, batch_size=1 << 14, backend="cpu", prefetch=0)
 opt = gb.Adam(net.parameters, lr=1e-3)
 net.loss_and_grad(X[:64], Y[:64])  # BLAS has its buffers
-net.release()
+core_of(net).release()
 pages = int(open("/proc/self/statm").read().split()[0])
 room = net.memory(1 << 13) + (32 << 20)
 assert room < net.memory(1 << 14)

@@ -28,6 +28,7 @@ import gpubatch as gb
 from gpubatch.backend import CudaBackend, available_backends, get_backend
 from gpubatch.errors import ArgumentError, BackendUnavailableError
 from gpubatch.formula import activations
+from gpubatch.nn import core_of
 from gpubatch.ops import products
 from gpubatch.ops.host_ops import ops_for
 from gpubatch.ops.launch import cuda_kernel
@@ -472,9 +473,12 @@ def test_without_the_library_products_are_cupys_and_say_why(case: str, monkeypat
 
     monkeypatch.setattr(backend, "library", library)
     net = gb.mlp([5, 4, 3], backend=backend)
-    assert isinstance(net.products, ArrayProducts)
-    assert not net.products.capturable
-    assert net.products.reason == f"{words}: pip install 'gpubatch[cuda13]' (CUDA 13) or 'gpubatch[cuda12]' (CUDA 12)"
+    assert isinstance(core_of(net).products, ArrayProducts)
+    assert not core_of(net).products.capturable
+    assert (
+        core_of(net).products.reason
+        == f"{words}: pip install 'gpubatch[cuda13]' (CUDA 13) or 'gpubatch[cuda12]' (CUDA 12)"
+    )
     with pytest.raises(BackendUnavailableError) as caught:
         gb.mlp([5, 4, 3], backend=backend, precision="fast")
     assert caught.value.cause == ("not installed" if case == "not installed" else "libraries missing")
@@ -698,7 +702,7 @@ def test_the_products_of_a_step_are_captured_with_it(timing: str, rng: np.random
     step = device.zeros((), np.int64)
 
     def work() -> None:
-        kept.append(net.enqueue(x, y, step, 20, lambda loss, share: None))
+        kept.append(core_of(net).enqueue(x, y, step, 20, lambda loss, share: None))
 
     kept: list[Any] = []
     eager = [device.to_numpy(net.loss_and_grad(*map(device.asarray, batch))[1].flat) for batch in batches]
@@ -714,7 +718,7 @@ def test_the_products_of_a_step_are_captured_with_it(timing: str, rng: np.random
             graph.launch()
             assert device.to_numpy(net.parameters.grads.flat).tobytes() == right.tobytes()
     assert len(lt.launches) == launched  # what is replayed is the work, not the calls
-    assert net.products in kept[-1]  # whose workspace the graph works in
+    assert core_of(net).products in kept[-1]  # whose workspace the graph works in
 
 
 @pytest.mark.parametrize("where", ["stand-in", pytest.param("cuda:0", marks=pytest.mark.gpu)])

@@ -12,6 +12,7 @@ from families import marks
 from stand_in import TIMINGS, Event, QueuedStandIn, StandInBackend, Stream, queued_backend
 
 import gpubatch as gb
+from gpubatch.nn import core_of
 
 
 @pytest.fixture(params=[pytest.param(timing, marks=marks(timing in ("late", "early"))) for timing in TIMINGS])
@@ -156,9 +157,9 @@ def test_an_interrupted_run_can_be_looked_at(device: StandInBackend) -> None:
 
 
 GIVEN_BACK = {
-    "a larger batch": lambda net, x, y: net.plan(len(x)),
+    "a larger batch": lambda net, x, y: net.reserve(len(x)),
     "a larger evaluation": lambda net, x, y: net.scores(x),
-    "all of it": lambda net, x, y: net.release(),
+    "all of it": lambda net, x, y: core_of(net).release(),
 }
 
 

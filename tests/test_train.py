@@ -23,7 +23,7 @@ import gpubatch as gb
 from gpubatch.backend import Array
 from gpubatch.checkpoint import Checkpoints
 from gpubatch.errors import CheckpointError, CheckpointWarning, SkippedStepWarning
-from gpubatch.nn import Context, Needs, network
+from gpubatch.nn import Context, Needs, core, core_of
 from gpubatch.train import TrainingState, TrainingTerminated
 from gpubatch.train.memory import settle_batches
 
@@ -161,7 +161,7 @@ def test_an_automatic_loader_counts_network_and_optimizer(monkeypatch: pytest.Mo
     available = int((0.6 * needed + 0.4 * more) / 0.9)
     held = net.parameters.flat.nbytes + 2 * net.buffers.flat.nbytes
     monkeypatch.setattr(type(loader.backend), "memory", lambda self: gb.Memory(10**12, available - held))
-    before = net.parameters.flat.copy(), net.buffers.flat.copy(), net.dropout_step
+    before = net.parameters.flat.copy(), net.buffers.flat.copy(), core_of(net).dropout_step
     settle_batches(net, loader, opt, None)
     assert loader.batch_size == 128
     assert loader.plan.available == available
@@ -169,8 +169,8 @@ def test_an_automatic_loader_counts_network_and_optimizer(monkeypatch: pytest.Mo
     # The trial step left no trace.
     np.testing.assert_array_equal(net.parameters.flat, before[0])
     np.testing.assert_array_equal(net.buffers.flat, before[1])
-    assert net.dropout_step == before[2]
-    assert net.planned == 128
+    assert core_of(net).dropout_step == before[2]
+    assert core_of(net).planned == 128
     history = gb.fit(net, loader, opt, epochs=1, progress=False)
     assert history.batch_size == 128
 
@@ -339,7 +339,7 @@ def everything(net: gb.Network, loader: gb.Loader, opt: gb.Optimizer) -> dict[st
     return {
         "parameters": net.parameters.flat.copy(),
         "buffers": net.buffers.flat.copy(),
-        "dropout": net.dropout_step,
+        "dropout": core_of(net).dropout_step,
         "loader": loader.state_dict(),
         "optimizer": (opt.t, opt.epoch, opt.state_dict()["hyper"]),
         **state,
@@ -440,7 +440,7 @@ def test_a_checkpoint_is_by_names_wherever_arrays_lie(tmp_path: Path, monkeypatc
         return net, gb.Loader(*blobs(), batch_size=50, backend="cpu"), gb.Adam(net.parameters, lr=0.01)
 
     with monkeypatch.context() as before:
-        before.setattr(network, "by_alignment", dict)
+        before.setattr(core, "by_alignment", dict)
         ended, stopped = make(), make()
         gb.fit(*stopped, 1, checkpoint=tmp_path, progress=False)
         gb.fit(*ended, 2, progress=False)

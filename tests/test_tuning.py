@@ -20,6 +20,7 @@ import gpubatch as gb
 from gpubatch.backend import CudaBackend
 from gpubatch.errors import ArgumentError, BackendUnavailableError, DTypeError, TuningWarning
 from gpubatch.formula import activations
+from gpubatch.nn import core_of
 from gpubatch.ops import products
 from gpubatch.ops.cuda_ops import source_of
 from gpubatch.ops.numpy_ops import IDENTITY
@@ -194,12 +195,12 @@ def test_after_the_choice_nothing_is_made(device: CudaBackend, monkeypatch: pyte
     net = gb.mlp(SIZES, backend=device, tune=True)
     X, Y = batch(net)
     net.loss_and_grad(X, Y)
-    chosen = net.products.choices()
-    assert chosen["library"] == net.products.reason
+    chosen = core_of(net).products.choices()
+    assert chosen["library"] == core_of(net).products.reason
     monkeypatch.setattr(Plan, "__init__", lambda *_: pytest.fail("a plan was made"))
     monkeypatch.setattr(CudaBackend, "milliseconds", lambda *_: pytest.fail("something was timed"))
     net.loss_and_grad(X, Y)
-    assert net.products.choices() == chosen
+    assert core_of(net).products.choices() == chosen
 
 
 # --- that it stays ---------------------------------------------------------------------------------------------------
@@ -279,7 +280,7 @@ def test_what_was_chosen_elsewhere_is_said_and_not_used(monkeypatch: pytest.Monk
         fresh = gb.mlp(SIZES, backend=backend)
         with pytest.warns(TuningWarning, match=f"chosen with .*{other}.*this is cuBLASLt 12.9.3 on stand-in"):
             fresh.load_state_dict(elsewhere)
-        assert fresh.products.choices() == {}
+        assert core_of(fresh).products.choices() == {}
     with pytest.warns(TuningWarning, match="products are not cuBLASLt's: they are not used"):
         gb.mlp(SIZES, backend="cpu", tune=True).load_state_dict(
             {**state, "parameters": {k: backend.to_numpy(v) for k, v in state["parameters"].items()}}
@@ -298,7 +299,7 @@ def test_an_algorithm_that_is_no_longer_there_is_said_and_chosen_anew() -> None:
         fresh.load_state_dict({**state, "products": {**state["products"], "algorithms": {**algorithms, name: wrong}}})
         with pytest.warns(TuningWarning, match="RELU_BIAS .* cannot be used any more"):
             fresh.loss_and_grad(*batch(fresh))
-        assert fresh.products.choices() == state["products"]
+        assert core_of(fresh).products.choices() == state["products"]
 
 
 def test_choices_are_checked_before_anything_is_taken_over() -> None:

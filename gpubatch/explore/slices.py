@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Mapping
@@ -13,8 +14,7 @@ import numpy as np
 from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_choice, check_int
 from gpubatch.explore.shared import Progress, check_net, grid_of, report
-from gpubatch.nn import BatchNorm, Context, Dense, LossContext, Mode, Network, parameter_names
-from gpubatch.ops import workspace_dtype
+from gpubatch.nn import BatchNorm, Dense, Network, core_of
 from gpubatch.params import FlatViews
 
 __all__ = ["LossSlice", "loss_slice", "principal_directions"]
@@ -137,8 +137,7 @@ def _penalties(net: Network, directions: list[np.ndarray], points: np.ndarray) -
     """The l2 term at every point, a polynomial of second degree: |W + a W1 + b W2|² of the weights."""
     if not net.l2:
         return np.zeros(len(points))
-    names = parameter_names(net.layers, net.needs)
-    counted = {names[i][k] for i, needs in enumerate(net.needs) for k, p in needs.parameters.items() if p.l2}
+    counted = core_of(net).weights
     mask = np.concatenate([np.full(math.prod(s), name in counted) for name, s in net.parameters.shapes.items()])
     vectors = np.stack([net.backend.to_numpy(net.parameters.flat).astype(np.float64), *directions])[:, mask]
     return np.asarray(net.l2 / 2 * np.einsum("pi,ij,pj->p", points, vectors @ vectors.T, points))
@@ -174,28 +173,22 @@ class SideBySide:
     """
 
     def __init__(self, net: Network, X: Array, Y: Array, basis: Array, most: int) -> None:
-        self.net, self.X, self.Y, self.rows = net, X, Y, len(X)
-        self.xp, self.mode = net.backend.xp, Mode(net.seed)
-        self.points = min(most, max(1, SLICE_ELEMENTS[net.backend.name] // (self.rows * max(net.widths))))
-        self.names = parameter_names(net.layers, net.needs)
-        self.outputs = [self._empty((self.points * self.rows, width)) for width in net.widths[1:]]
-        self.works = [self._work({**n.kept, **n.scratch, **n.plain}, self.points * self.rows) for n in net.needs]
-        self.loss = net.loss_function
-        work = self._work(self.loss.workspace(net.outputs), self.rows)
-        work["offsets"] = net.backend.asarray(np.arange(self.rows) * net.outputs)
-        work["ticket"] = net.backend.zeros(1, np.uint32)
-        self.context = LossContext(net.backend, self.xp, net.ops, work, False)
+        core = core_of(net)
+        self.net, self.core, self.X, self.Y, self.rows, self.xp = net, core, X, Y, len(X), net.backend.xp
+        widest = max(run.needs.outputs for run in core.layers)
+        self.points = min(most, max(1, SLICE_ELEMENTS[net.backend.name] // (self.rows * max(net.inputs, widest))))
+        self.all = core.apart(self.points * self.rows)  # the points one after another
+        self.one = core.apart(self.rows).bind(self.rows)
 
         # Dense and BatchNorm are linear in their parameters; of one's own layers nobody knows.
-        head = next(i for i, needs in enumerate(net.needs) if needs.parameters)
+        head = next(i for i, run in enumerate(core.layers) if run.needs.parameters)
         self.begin = head + 1 if type(net.layers[head]) in (Dense, BatchNorm) else 0
         self.first = self._head_outputs(basis) if self.begin else None
 
         # The parameters at each point, without those of such a first layer.
         shapes = net.parameters.shapes
-        known = [self.names[head][name] for name in net.needs[head].parameters] if self.begin else []
-        for name in known:
-            del shapes[name]
+        for name in core.layers[head].needs.parameters if self.begin else ():
+            del shapes[core.names[head][name]]
         columns = [slice(*net.parameters.spans[name]) for name in shapes]
         self.basis = self._empty((len(basis), sum(map(math.prod, shapes.values()))))
         self.xp.concatenate([basis[:, :0], *(basis[:, part] for part in columns)], axis=1, out=self.basis)
@@ -207,23 +200,18 @@ class SideBySide:
             for (name, shape), end in zip(shapes.items(), ends, strict=True)
         }
 
-    def _empty(self, shape: tuple[int, ...], dtype: Any = None) -> Array:
-        return self.net.backend.empty(shape, workspace_dtype(dtype, self.net.dtype))
-
-    def _work(self, spaces: Mapping[str, tuple[tuple[int, ...], Any]], rows: int) -> dict[str, Array]:
-        return {
-            name: self._empty(tuple(rows if n == -1 else n for n in shape), dtype)
-            for name, (shape, dtype) in spaces.items()
-        }
+    def _empty(self, shape: tuple[int, ...]) -> Array:
+        return self.net.backend.empty(shape, self.net.dtype)
 
     def _head_outputs(self, basis: Array) -> Array:
         """What the first layer with parameters gives for each row of the basis, ``(coordinates, rows * features)``."""
-        result = self._empty((len(basis), self.rows * self.net.widths[self.begin]))
+        self.core.mode.training = False
+        result = self._empty((len(basis), self.one.calls[self.begin - 1][1].size))
         for flat, output in zip(basis, result, strict=True):
             views, x = FlatViews(flat, self.net.parameters.shapes), self.X
             for i in range(self.begin):
-                y = self._empty((self.rows, self.net.widths[i + 1]))
-                self._run(i, x, y, views)
+                y = self.one.calls[i][1]
+                self._at_one_point(i, x, y, views)
                 x = y
             output[...] = x.reshape(-1)
         return result
@@ -231,48 +219,44 @@ class SideBySide:
     def evaluate(self, points: np.ndarray) -> np.ndarray:
         """The mean losses at ``points``, ``(points, coordinates)``."""
         n = len(points)
+        calls, loss, self.core.mode.training = self.all.bind(n * self.rows).calls, self.one.loss, False
         coordinates = self.net.backend.asarray(points, self.net.dtype)
         self.xp.matmul(coordinates, self.basis, out=self.stack[:n])
         x = None
         if self.first is not None:
-            x = self.outputs[self.begin - 1][: n * self.rows]
+            x = calls[self.begin - 1][1]
             self.xp.matmul(coordinates, self.first, out=x.reshape(n, -1))
-        for i in range(self.begin, len(self.net.layers)):
-            y = x if x is not None and self.net.needs[i].in_place else self.outputs[i][: n * self.rows]
-            self._layer(i, x, y, n)
+        for i, (layer, y, _, context) in enumerate(calls[self.begin :], self.begin):
+            if x is not None and not context.p:
+                layer.forward(x, y, context)
+            else:
+                self._at_each_point(i, x, y, n)
             x = y
         scores = x.reshape(n, self.rows, -1)  # type: ignore[union-attr]  # there is at least one layer
         found = self._empty((n,))
         for k in range(n):
-            self.loss.run(scores[k], self.Y, self.context)
-            found[k : k + 1] = self.context.work["loss"]
+            self.core.loss.run(scores[k], self.Y, loss)
+            found[k : k + 1] = loss.work["loss"]
         return self.net.backend.to_numpy(found).astype(np.float64)
 
-    def _layer(self, i: int, x: Array | None, y: Array, n: int) -> None:
-        """Layer i at n points; x is None for the first, which has X at all of them."""
-        layer, needs = self.net.layers[i], self.net.needs[i]
-        if x is not None and not needs.parameters:
-            self._run(i, x, y, self.views[0])
-            return
+    def _at_each_point(self, i: int, x: Array | None, y: Array, n: int) -> None:
+        """Layer i, with its parameters at each of n points; x is None for the first, which has X at all of them."""
+        layer, names = self.net.layers[i], self.core.names[i]
         ys = y.reshape(n, self.rows, -1)
         xs = None if x is None else x.reshape(n, self.rows, -1)
         if xs is not None and type(layer) is Dense:
-            self.xp.matmul(xs, self.stacked[self.names[i]["W"]][:n], out=ys)
+            self.xp.matmul(xs, self.stacked[names["W"]][:n], out=ys)
             if layer.bias:
-                ys += self.stacked[self.names[i]["b"]][:n, None, :]
+                ys += self.stacked[names["b"]][:n, None, :]
             return
         for k in range(n):
-            self._run(i, self.X if xs is None else xs[k], ys[k], self.views[k])
+            self._at_one_point(i, self.X if xs is None else xs[k], ys[k], self.views[k])
 
-    def _run(self, i: int, x: Array, y: Array, parameters: FlatViews) -> None:
-        """Layer i on any number of rows up to those of its workspace."""
-        net, names, needs = self.net, self.names[i], self.net.needs[i]
-        spaces = {**needs.kept, **needs.scratch, **needs.plain}
-        work = {name: array[: len(x)] if -1 in spaces[name][0] else array for name, array in self.works[i].items()}
-        p = {name: parameters[names[name]] for name in needs.parameters}
-        buffers = {name: net.buffers[names[name]] for name in needs.buffers}
-        context = Context(net.backend, self.xp, net.ops, i, self.mode, p, {}, buffers, work, net.products)
-        net.layers[i].forward(x, y, context)
+    def _at_one_point(self, i: int, x: Array, y: Array, parameters: FlatViews) -> None:
+        """Layer i on the rows of X, with these parameters."""
+        layer, _, _, context = self.one.calls[i]
+        names = self.core.names[i]
+        layer.forward(x, y, dataclasses.replace(context, p={name: parameters[names[name]] for name in context.p}))
 
 
 def principal_directions(path: Any, count: int = 2) -> list[np.ndarray]:

@@ -17,7 +17,7 @@ from gpubatch.errors import ArgumentError, NonFiniteError, check_int, check_real
 from gpubatch.explore.search import random_local_search, random_search
 from gpubatch.explore.shared import Progress, check_net, kept_as_it_is, loss_or_inf, positive_grid, report
 from gpubatch.loader import Loader
-from gpubatch.nn import Network
+from gpubatch.nn import Network, core_of
 from gpubatch.optim import SGD, Adam, Momentum, Optimizer, RMSProp
 from gpubatch.params import Parameters
 from gpubatch.train import History, StopTraining, TrainingState, fit
@@ -385,7 +385,7 @@ def _train(
     net.load_state_dict(state)
     loader = Loader(X, Y, batch_size=batch_size, seed=seed, backend=net.backend, dtype=net.dtype)
     opt = make(net.parameters, lr)
-    net.rehearse(*loader.peek())  # allocates and compiles before any time is taken
+    core_of(net).rehearse(*loader.peek())  # allocates and compiles before any time is taken
     history = History()
     reached = False
 

@@ -1,6 +1,7 @@
 """Layers, losses, and the network that runs them in a workspace planned before the first step."""
 
 from gpubatch.nn import layers, losses
+from gpubatch.nn.core import EVALUATION_ROWS, Core, quiet
 from gpubatch.nn.layers import (
     ACTIVATIONS,
     GELU,
@@ -15,9 +16,10 @@ from gpubatch.nn.layers import (
     Step,
     Tanh,
 )
-from gpubatch.nn.losses import LOSSES, Loss, LossContext
-from gpubatch.nn.needs import Context, Mode, Needs, Parameter
-from gpubatch.nn.network import EVALUATION_ROWS, Network, mlp, parameter_names, quiet
+from gpubatch.nn.losses import LOSSES, Loss
+from gpubatch.nn.needs import Context, Needs, Parameter
+from gpubatch.nn.network import Network, core_of, mlp
+from gpubatch.nn.workspace import Pass, Workspace
 
 __all__ = [
     "ACTIVATIONS",
@@ -26,24 +28,25 @@ __all__ = [
     "LOSSES",
     "BatchNorm",
     "Context",
+    "Core",
     "Dense",
     "Dropout",
     "Elementwise",
     "Layer",
     "LeakyReLU",
     "Loss",
-    "LossContext",
-    "Mode",
     "Needs",
     "Network",
     "Parameter",
+    "Pass",
     "ReLU",
     "Sigmoid",
     "Step",
     "Tanh",
+    "Workspace",
+    "core_of",
     "layers",
     "losses",
     "mlp",
-    "parameter_names",
     "quiet",
 ]

@@ -8,43 +8,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import numpy as np
 
-from gpubatch.backend import Array, Backend, backend_of, describe
+from gpubatch.backend import Array, backend_of, describe
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_choice
 from gpubatch.formula import BoundScoreLoss, ScoreLoss, scores
-from gpubatch.ops import COMPUTE, SUM_PARTS, Ops, ops_for, workspace_dtype
+from gpubatch.nn.needs import Context, Mode, Space
+from gpubatch.nn.workspace import Layout, Workspace
+from gpubatch.ops import COMPUTE, SUM_PARTS, ArrayProducts, ops_for
 from gpubatch.own import as_written
 
 __all__ = [
     "LOSSES",
     "Loss",
-    "LossContext",
     "loss_of",
     "mse",
     "sigmoid_cross_entropy",
     "softmax_cross_entropy",
     "svm",
 ]
-
-Space: TypeAlias = tuple[tuple[int, ...], Any]  # shape, in which -1 is the batch size, and dtype, as of a layer's Space
-
-
-@dataclass(frozen=True)
-class LossContext:
-    """What a loss has at hand in one call: its workspace by name, and whether the ``gradient`` is wanted.
-
-    ``work["offsets"]`` is where each row of scores starts, in int64; ``work["ticket"]`` is for the kernels of a GPU.
-    """
-
-    backend: Backend
-    xp: Any
-    ops: Ops
-    work: Mapping[str, Array]
-    gradient: bool
 
 
 @as_written
@@ -96,7 +79,7 @@ class Loss(ABC):
         return False
 
     @abstractmethod
-    def run(self, z: Array, Y: Array, c: LossContext) -> None:
+    def run(self, z: Array, Y: Array, c: Context) -> None:
         """Write the loss, and the gradient where it is wanted."""
 
     @abstractmethod
@@ -143,7 +126,7 @@ class OverScores(Loss):
     def check_values(self, Y: Array, outputs: int) -> None:
         """Any number will do; NaN shows in the loss."""
 
-    def run(self, z: Array, Y: Array, c: LossContext) -> None:
+    def run(self, z: Array, Y: Array, c: Context) -> None:
         """The mean of f(z, y) over the scores, and its gradient."""
         c.ops.score_loss(self.bound, z, Y, c.gradient, c.work)
 
@@ -213,7 +196,7 @@ class SVM(Loss):
         """Labels are compared with the number of classes where they are used."""
         return True
 
-    def run(self, z: Array, Y: Array, c: LossContext) -> None:
+    def run(self, z: Array, Y: Array, c: Context) -> None:
         """L = Σ max(0, z_j - z_y + 1) / n, without j = y."""
         c.ops.svm(z, Y, c.gradient, c.work)
 
@@ -263,7 +246,7 @@ class SoftmaxCrossEntropy(Loss):
         """Labels are compared with the number of classes where they are used."""
         return bool(Y.ndim == 1)
 
-    def run(self, z: Array, Y: Array, c: LossContext) -> None:
+    def run(self, z: Array, Y: Array, c: Context) -> None:
         """L = Σ log Σ_j exp(z_j) - z_y / n, dz = (softmax(z) Σ_j y_j - y) / n."""
         c.ops.softmax_cross_entropy(z, Y, c.gradient, c.work)
 
@@ -360,12 +343,14 @@ def _alone(name: str, z: Array, Y: Array) -> tuple[float, Array]:
         raise DTypeError(f"scores must be float32 or float64, got {describe(z)}")
     rows, outputs = z.shape
     loss.check(Y, rows, outputs)
-    work = {
-        name: backend.empty(tuple(rows if n == -1 else n for n in shape), workspace_dtype(dtype, z.dtype))
-        for name, (shape, dtype) in loss.workspace(outputs).items()
-    }
+
+    def arrange(layout: Layout, constants: Mapping[str, Array]) -> Context:
+        work = {**layout.arrays(loss.workspace(outputs)), **constants}
+        products = ArrayProducts(backend.xp.matmul, "there is no network")
+        return Context(backend, backend.xp, ops_for(backend, z.dtype), 0, Mode(0, True), {}, {}, {}, work, products)
+
     with backend.scope(), np.errstate(over="ignore", invalid="ignore"):
         loss.check_values(Y, outputs)
-        work["offsets"], work["ticket"] = backend.asarray(np.arange(rows) * outputs), backend.zeros(1, np.uint32)
-        loss.run(z, Y, LossContext(backend, backend.xp, ops_for(backend, np.dtype(z.dtype)), work, True))
-        return float(work["loss"].item()), work["dz"]
+        c = Workspace(backend, z.dtype, rows, outputs, arrange).bind(rows)
+        loss.run(z, Y, c)
+        return float(c.work["loss"].item()), c.work["dz"].copy()

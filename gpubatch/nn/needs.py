@@ -80,12 +80,15 @@ class Mode:
 
 @dataclass(frozen=True)
 class Context:
-    """What a layer has at hand in one call, by the names that its :class:`Needs` gave.
+    """What a layer or a loss has at hand in one call.
 
-    ``p`` parameters, ``g`` their gradients (to be overwritten), ``buffers``, ``work`` the workspace: with
-    ``precision="mixed"`` all float16, but for buffers and what was asked for as "compute", float32. ``xp`` is the
-    namespace of the arrays, ``ops`` the fused kernels for them, ``products`` their matrix products, ``index`` the
-    layer's place in the network from 0.
+    By the names that a layer's :class:`Needs` or a loss's ``workspace`` gave: ``p`` parameters, ``g`` their gradients
+    (to be overwritten), ``buffers``, ``work`` the workspace. With ``precision="mixed"`` all are float16, but for
+    buffers and what was asked for as "compute", float32. A loss also finds ``work["offsets"]``, where each row of
+    scores starts, in int64, and ``work["ticket"]``, for the kernels of a GPU.
+
+    ``xp`` is the namespace of the arrays, ``ops`` the fused kernels for them, ``products`` their matrix products,
+    ``index`` the layer's place in the network from 0.
     """
 
     backend: Backend
@@ -98,3 +101,8 @@ class Context:
     buffers: Mapping[str, Array]
     work: Mapping[str, Array]
     products: Products
+
+    @property
+    def gradient(self) -> bool:
+        """Whether the gradient of a loss is wanted: where the network is training."""
+        return self.mode.training

@@ -1,147 +1,210 @@
-"""The workspace of a network: where every array of a pass over a batch lies in one block of memory."""
+"""The workspace of a network: one block of memory, and the arrays in it with which a batch is run.
+
+How large the block must be is known before it is allocated: the function that takes the arrays from a :class:`Layout`
+is run once without memory, to count the bytes. A smaller batch runs in views of the same block.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 
-from gpubatch.backend import Array
-from gpubatch.nn.layers import ACTIVATIONS, ActivationLayer, Dense, DenseActivation, Elementwise, Layer
-from gpubatch.nn.losses import LossContext
-from gpubatch.nn.needs import Context, Needs, Shape
-from gpubatch.ops import workspace_dtype
-from gpubatch.own import changed
+from gpubatch.backend import Array, Backend
+from gpubatch.nn.layers import Layer
+from gpubatch.nn.needs import Context, Shape, Space
+from gpubatch.nn.stack import Stacked
+from gpubatch.ops import Ops, workspace_dtype
 
 __all__ = [
+    "Arrange",
     "Layout",
     "Pass",
-    "Place",
-    "Plan",
-    "Stacked",
-    "Stage",
     "Workspace",
+    "evaluation_arrays",
     "evenly",
-    "in_turns",
-    "run_layers",
-    "stacked",
+    "scratch_of",
+    "training_arrays",
+    "workspace_bytes",
 ]
 
 ALIGNMENT = 256  # bytes; what GPU memory accesses like, and a multiple of every CPU's cache line
 SIZES_KEPT = 8  # batch sizes whose views are kept; a run has two or three
 
-
-class Place(NamedTuple):
-    """Where an array lies: bytes from the start of the block, shape, dtype."""
-
-    start: int
-    shape: Shape
-    dtype: np.dtype[Any]
+Bound = TypeVar("Bound")
+Arrange: TypeAlias = "Callable[[Layout, Mapping[str, Array]], Bound]"
 
 
 class Layout:
-    """Gives out places one after another, from ``start`` on, for a batch of ``rows``."""
+    """Takes arrays for a batch of ``rows``, one after another, from a ``block`` of bytes.
 
-    def __init__(self, rows: int, dtype: np.dtype[Any], start: int = 0) -> None:
-        self.rows, self.dtype, self.end = rows, dtype, start
-
-    def place(self, shape: Shape, dtype: Any = None) -> Place:
-        """A place for an array; -1 in ``shape`` is the batch size."""
-        shape = tuple(self.rows if n == -1 else n for n in shape)
-        place = Place(self.end, shape, workspace_dtype(dtype, self.dtype))
-        size = math.prod(shape) * place.dtype.itemsize
-        self.end += -(-size // ALIGNMENT) * ALIGNMENT
-        return place
-
-    def places(self, spaces: Mapping[str, tuple[Shape, Any]]) -> dict[str, Place]:
-        """Places by name."""
-        return {name: self.place(shape, dtype) for name, (shape, dtype) in spaces.items()}
-
-    def branch(self) -> Layout:
-        """A layout that goes on from here by itself."""
-        return Layout(self.rows, self.dtype, self.end)
-
-
-def in_turns(layout: Layout, widths: Sequence[int]) -> list[Place]:
-    """Places for arrays of rows of these widths, of which only neighbours are needed at a time: two, taken in turns."""
-    both = [layout.place((-1, max(widths[turn::2]))) for turn in range(min(2, len(widths)))]
-    return [both[i % 2]._replace(shape=(layout.rows, width)) for i, width in enumerate(widths)]
-
-
-class Stacked(NamedTuple):
-    """A layer as it is run: itself, or with the activation after it as one.
-
-    ``place`` is where the layer, the first of two, stands in what the user gave.
+    Without a block every array is None, and ``end`` tells how many bytes they would take.
     """
 
-    layer: Layer
-    place: int
-    inputs: int
-    needs: Needs
+    def __init__(self, rows: int, dtype: np.dtype[Any], block: Array = None) -> None:
+        self.rows, self.dtype, self.block, self.end = rows, dtype, block, 0
+
+    def array(self, shape: Shape, dtype: Any = None) -> Array:
+        """The next array; -1 in ``shape`` is the batch size."""
+        shape, start = tuple(self.rows if n == -1 else n for n in shape), self.end
+        of = workspace_dtype(dtype, self.dtype)
+        self.end += -(-math.prod(shape) * of.itemsize // ALIGNMENT) * ALIGNMENT
+        return self._view(start, shape, of)
+
+    def arrays(self, spaces: Mapping[str, Space]) -> dict[str, Array]:
+        """Arrays by name."""
+        return {name: self.array(shape, dtype) for name, (shape, dtype) in spaces.items()}
+
+    def overlaid(self, calls: Sequence[Mapping[str, Space]]) -> list[dict[str, Array]]:
+        """Arrays for calls that come one after another: those of each begin in the same place."""
+        start, ends, found = self.end, [self.end], []
+        for spaces in calls:
+            self.end = start
+            found.append(self.arrays(spaces))
+            ends.append(self.end)
+        self.end = max(ends)
+        return found
+
+    def in_turns(self, widths: Sequence[int]) -> list[Array]:
+        """Arrays of rows of these widths in two buffers, taken in turns: only neighbours are needed at a time."""
+        starts = []
+        for turn in range(min(2, len(widths))):
+            starts.append(self.end)
+            self.array((-1, max(widths[turn::2])))
+        return [self._view(starts[i % 2], (self.rows, width), self.dtype) for i, width in enumerate(widths)]
+
+    def _view(self, start: int, shape: Shape, dtype: np.dtype[Any]) -> Array:
+        if self.block is None:
+            return None
+        return self.block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
 
-class Stage(NamedTuple):
-    """The arrays of one layer in a pass: places while planned, views when bound. ``y`` of one is x of the next."""
+class Workspace(Generic[Bound]):
+    """A block of memory for batches of up to ``rows`` rows.
 
-    y: Any
-    dx: Any
-    work: dict[str, Any]
-
-
-class Plan(NamedTuple):
-    """All places of a pass over a batch, and how many bytes they take."""
-
-    stages: list[Stage]
-    loss: dict[str, Place]
-    size: int
-
-
-class Pass(NamedTuple):
-    """A plan bound to memory: layers with their arrays, the loss's context, and the scores."""
-
-    steps: list[tuple[Layer, Array, Array, Context]]  # layer, y, dx, context
-    loss: LossContext
-    scores: Array
-
-
-class Workspace:
-    """A block of memory for batches of up to ``rows`` rows, and the views into it for the sizes used last.
-
-    ``ticket`` is what kernels/last_block.cuh counts in, so that it is as much apart as the block is.
+    ``arrange(layout, constants)`` takes the arrays of a batch from the layout. What it returns is bound to the block,
+    and kept for the batch sizes used last. ``constants`` are what a loss reads: ``offsets``, where each row of
+    ``outputs`` scores starts, and ``ticket``, what kernels/last_block.cuh counts in: as much apart as the block is.
     """
 
-    def __init__(self, rows: int, block: Array, offsets: Array, ticket: Array) -> None:
-        self.rows, self.block, self.offsets, self.ticket = rows, block, offsets, ticket
-        self.passes: dict[int, Pass] = {}
+    def __init__(
+        self, backend: Backend, dtype: np.dtype[Any], rows: int, outputs: int, arrange: Arrange[Bound]
+    ) -> None:
+        self.rows, self._dtype, self._arrange = rows, dtype, arrange
+        self._block = backend.empty(counted(dtype, rows, arrange), np.uint8)
+        self._offsets = backend.asarray(np.arange(rows) * outputs)
+        self._ticket = backend.zeros(1, np.uint32)
+        self._bound: dict[int, Bound] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
+        return int(self._block.nbytes + self._offsets.nbytes + self._ticket.nbytes)
+
+    def bind(self, rows: int) -> Bound:
+        """The arrays for a batch of ``rows``, made when the size is first seen."""
+        if (found := self._bound.get(rows)) is None:
+            if len(self._bound) == SIZES_KEPT:
+                del self._bound[next(iter(self._bound))]
+            layout = Layout(rows, self._dtype, self._block)
+            found = self._arrange(layout, {"offsets": self._offsets[:rows], "ticket": self._ticket})
+            self._bound[rows] = found
+        return found
 
 
-def stacked(layers: Sequence[Layer], widths: Sequence[int]) -> list[Stacked]:
-    """The layers as they are run: a Dense layer with bias and the activation after it are one."""
-    found: list[Stacked] = []
-    for i, (layer, inputs) in enumerate(zip(layers, widths[:-1], strict=True)):
-        before = found[-1].layer if found else None
-        # By their very types: a subclass may do something else, and so may a method that was put in place of another.
-        plain = type(layer) in (Elementwise, *ACTIVATIONS.values()) and type(before) is Dense and before.bias
-        if (
-            plain
-            and not (changed(layer) or changed(before))
-            and isinstance(layer, ActivationLayer)
-            and isinstance(before, Dense)
-        ):
-            whole = DenseActivation(before, layer)
-            found[-1] = Stacked(whole, i - 1, found[-1].inputs, whole.needs(found[-1].inputs))
-        else:
-            found.append(Stacked(layer, i, inputs, layer.needs(inputs)))
+def counted(dtype: np.dtype[Any], rows: int, arrange: Arrange[Any]) -> int:
+    """The bytes of the block that a workspace needs."""
+    layout = Layout(rows, dtype)
+    arrange(layout, {"offsets": None, "ticket": None})
+    return layout.end
+
+
+def workspace_bytes(dtype: np.dtype[Any], rows: int, arrange: Arrange[Any]) -> int:
+    """The bytes that a :class:`Workspace` takes; nothing is allocated."""
+    return counted(dtype, rows, arrange) + 8 * rows + 4  # and the offsets, and the ticket
+
+
+class Pass:
+    """All calls for a batch of a certain size, with their arrays: those of the layers, and that of the ``loss``."""
+
+    def __init__(self, calls: list[tuple[Layer, Array, Array, Context]], loss: Context) -> None:
+        self.calls, self.loss = calls, loss  # a call: layer, y, dx, context
+        self.scores = calls[-1][1]
+
+    def forward(self, x: Array) -> None:
+        """All layers forward."""
+        for layer, y, _, context in self.calls:
+            layer.forward(x, y, context)
+            x = y
+
+    def backward(self, x: Array, first: int) -> None:
+        """All layers from the last to the ``first``, backward from the gradient that the loss left."""
+        dy = self.loss.work["dz"]
+        for i in range(len(self.calls) - 1, first - 1, -1):
+            layer, y, dx, context = self.calls[i]
+            layer.backward(self.calls[i - 1][1] if i else x, y, dy, dx, context)
+            dy = dx
+
+
+# --- where the arrays of a pass lie -----------------------------------------------------------------------------------
+
+
+def training_arrays(
+    layout: Layout,
+    stack: Sequence[Stacked],
+    scratch: Sequence[Mapping[str, Space]],
+    first: int,
+    dscores: Array,
+    afterwards: Mapping[str, Space],
+) -> tuple[list[tuple[Array, Array, dict[str, Array]]], dict[str, Array]]:
+    """y, dx and work of each layer, and what is worked in when the layers are done.
+
+    Outputs and what a layer keeps last until backward, which ends with the ``first`` layer. Gradients take turns in two
+    places; scratch lasts for one call.
+    """
+    ys: list[Array] = []
+    kept = []
+    for i, (_, _, _, needs) in enumerate(stack):
+        read = "x" in needs.reads or i == 0 or "y" in stack[i - 1].needs.reads
+        ys.append(ys[-1] if needs.in_place and not read else layout.array((-1, needs.outputs)))
+        kept.append(layout.arrays(needs.kept))
+
+    dxs: list[Array] = [None] * len(stack)
+    wanted = range(len(stack) - 1, first, -1)  # the layers whose dx is
+    apart = [i for i in wanted if not stack[i].needs.in_place]
+    turns = dict(zip(apart, layout.in_turns([stack[i].inputs for i in apart]), strict=True))
+    dx = dscores
+    for i in wanted:
+        dxs[i] = dx = turns.get(i, dx)
+
+    *calls, last = layout.overlaid([*scratch, afterwards])
+    works = [{**own, **call} for own, call in zip(kept, calls, strict=True)]
+    return list(zip(ys, dxs, works, strict=True)), last
+
+
+def evaluation_arrays(
+    layout: Layout, stack: Sequence[Stacked], scratch: Sequence[Mapping[str, Space]]
+) -> list[tuple[Array, Array, dict[str, Array]]]:
+    """y, no dx, and work of each layer: nothing outlasts the next layer, so outputs take turns in two places."""
+    apart = [i for i, run in enumerate(stack) if not run.needs.in_place or i == 0]
+    turns = dict(zip(apart, layout.in_turns([stack[i].needs.outputs for i in apart]), strict=True))
+    works = layout.overlaid([{**run.needs.kept, **own} for run, own in zip(stack, scratch, strict=True)])
+    y, found = turns[0], []
+    for i, work in enumerate(works):
+        y = turns.get(i, y)
+        found.append((y, None, work))
     return found
 
 
-def run_layers(run: Pass, x: Array) -> None:
-    """All layers forward."""
-    for layer, y, _, context in run.steps:
-        layer.forward(x, y, context)
-        x = y
+def scratch_of(stack: Sequence[Stacked], ops: Ops, backend: Backend) -> list[Mapping[str, Space]]:
+    """The scratch of each layer, with NumPy's where that works: without kernels, or on X, which may be strided."""
+    found: list[Mapping[str, Space]] = []
+    for i, (_, _, _, needs) in enumerate(stack):
+        numpy = ops.plain or (backend.name == "cpu" and i == 0 and needs.in_place)
+        found.append({**needs.scratch, **needs.plain} if numpy else needs.scratch)
+    return found
 
 
 def evenly(n: int, most: int, least: int = 1) -> Iterator[slice]:

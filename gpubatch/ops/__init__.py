@@ -14,7 +14,7 @@ from gpubatch.ops.numpy_ops import (
     philox_generator,
     workspace_dtype,
 )
-from gpubatch.ops.products import PRECISIONS, Products, check_choices, products_for
+from gpubatch.ops.products import PRECISIONS, ArrayProducts, Products, check_choices, products_for
 from gpubatch.ops.program import check_slope
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "PRECISIONS",
     "SQUARE_SUM_SIZE",
     "SUM_PARTS",
+    "ArrayProducts",
     "CudaOps",
     "CudaUpdate",
     "HalfOps",

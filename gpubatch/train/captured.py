@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from gpubatch.backend import Array
+from gpubatch.nn import core_of
 from gpubatch.train.graphs import CapturedSteps
 from gpubatch.train.ledger import AHEAD, BATCH, Report
 
@@ -55,7 +56,7 @@ class Queue:
     def go_on(self, batch: int) -> None:
         """Begin at a batch, with the optimizer and the network as they are."""
         self.halted, self._batch = False, batch
-        self._steps.ledger.restart(batch, self._steps.net.dropout_step)
+        self._steps.ledger.restart(batch, core_of(self._steps.net).dropout_step)
 
     def fill(self, room: int) -> None:
         """Queue what comes next, at most ``room`` steps beyond what was read."""
@@ -91,7 +92,7 @@ class Queue:
             self._chunks.clear()  # they change nothing
         self._batch += len(losses)
         self._steps.opt.t += len(losses)
-        self._steps.net.passed(len(losses))
+        core_of(self._steps.net).count_steps(len(losses))
         return [Made(*made) for made in zip(losses, rates, rows, strict=False)]
 
     def batch(self) -> list[Array]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, check_int
-from gpubatch.nn import Network
+from gpubatch.nn import Network, core_of
 from gpubatch.optim import Optimizer
 from gpubatch.train.checks import check_bound, why_eager
 from gpubatch.train.graphs import CapturedSteps, Form, GivenArrays
@@ -34,7 +34,7 @@ class CapturedStep:
                 raise ArgumentError(f"{name} cannot be captured: {reason}")
         self.net, self.opt, self.steps = net, opt, check_int("steps", steps, 1, CHUNK)
         check_bound(net, opt)
-        net.check_batch(X, Y)
+        core_of(net).check_batch(X, Y)
         self._feed = GivenArrays(X, Y)
         self._form = Form(len(X), len(X), self.steps)
         self._captured: CapturedSteps | None = None
@@ -46,14 +46,14 @@ class CapturedStep:
         if self._captured is None or not self._captured.fits(self.opt):
             self._captured, self._expected = CapturedSteps(self.net, self.opt, self._feed, guarded=False), ()
         captured = self._captured
-        if self._left < self.steps or self._expected != (*self.opt.plan, self.net.dropout_step):
+        if self._left < self.steps or self._expected != (*self.opt.plan, core_of(self.net).dropout_step):
             scalars, _ = self.opt.ahead(self.opt.t, captured.ledger.capacity, self.steps)
             captured.ledger.write(scalars)
-            captured.ledger.restart(0, self.net.dropout_step)
+            captured.ledger.restart(0, core_of(self.net).dropout_step)
             self._left = len(scalars)
         captured.launch(self._form)
         self.opt.t += self.steps
-        self.net.passed(self.steps)
+        core_of(self.net).count_steps(self.steps)
         self._left -= self.steps
-        self._expected = (*self.opt.plan, self.net.dropout_step)
+        self._expected = (*self.opt.plan, core_of(self.net).dropout_step)
         return captured.loss

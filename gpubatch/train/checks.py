@@ -9,7 +9,7 @@ import numpy as np
 from gpubatch.backend import Array, CudaBackend
 from gpubatch.errors import ArgumentError, DTypeError
 from gpubatch.loader import Loader
-from gpubatch.nn import Network, layers, losses
+from gpubatch.nn import Network, core_of, layers, losses
 from gpubatch.optim import MASTER, Optimizer
 from gpubatch.own import changed
 
@@ -72,8 +72,8 @@ def validation_arrays(net: Network, loader: Loader, validation: Any) -> HeldOut:
 # step calls. What else of it a user has written is to be run as often as on a CPU, so the steps are eager then.
 APART = frozenset(
     "__deepcopy__ __init__ __init_subclass__ __reduce__ __repr__ accuracy evaluate hyper load_state_dict memory "
-    "memory_parts predict release replan scores state_dict to_batch _choose _common_dtype _evaluate _given _inputs "
-    "_lay_out_evaluation _loaded _loaded_state _make_parameters _take _takes_both _window".split()
+    "memory_parts predict replan scores state_dict to_batch _choose _common_dtype _given _inputs _loaded _loaded_state "
+    "_take _takes_both _window".split()
 )
 
 
@@ -84,8 +84,9 @@ def why_eager(net: Network, *others: Any) -> str:
     """
     if not isinstance(net.backend, CudaBackend):
         return f"graphs are for a GPU, the network is on {net.backend.spec!r}"
-    if not net.products.capturable:
-        return net.products.reason
+    products = core_of(net).products
+    if not products.capturable:
+        return products.reason
     for i, layer in enumerate(net.layers):
         if type(layer).__module__ != layers.__name__:
             return f"layer {i + 1} ({type(layer).__name__}) is not one of gpubatch's, so it may do what a graph cannot"

@@ -22,7 +22,7 @@ from gpubatch.errors import (
     check_int,
     check_real,
 )
-from gpubatch.nn import EVALUATION_ROWS, Network, quiet
+from gpubatch.nn import EVALUATION_ROWS, Network, core_of, quiet
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import Optimizer, StepResult
 from gpubatch.params import FlatViews
@@ -68,11 +68,11 @@ class Guard:
 
     def step(self, x: Array, y: Array, state: TrainingState) -> tuple[float, StepResult | None]:
         """The loss of a batch, and the step that was made; None for one that was left out."""
-        self.net.remember()
+        core_of(self.net).remember()
         try:
             found = self._step(x, y, state)
         except MemoryError:
-            self.net.recall()  # it will be made again
+            core_of(self.net).recall()  # it will be made again
             raise
         self._warn_of_halves(state)
         return found
@@ -85,7 +85,7 @@ class Guard:
             return math.nan, None
         squares, not_finite = self._look_at(grads)
         if not_finite or not math.isfinite(squares):
-            self.net.recall()  # that the gradient is not finite was found after they had changed
+            core_of(self.net).recall()  # that the gradient is not finite was found after they had changed
             if self.scale is not None and self.scale.overflow():
                 self._write_scale(self.scale.value)
                 state.history.overflows += 1
@@ -134,7 +134,7 @@ class Guard:
                 return result
             for array, values in zip(arrays, before, strict=True):
                 array[...] = values
-        self.net.recall()
+        core_of(self.net).recall()
         self.opt.t = t
         self._leave_out(f"the gradient is so large that {self.opt.rule.name} overflows {self.net.compute_dtype}", state)
         return None
@@ -159,7 +159,7 @@ class Guard:
     def halve(self, failure: str, state: TrainingState) -> None:
         """Compute fewer samples at a time, after there was no memory for ``failure``."""
         size = state.history.micro_batch_size or state.loader.batch_size
-        if size <= self.net.least_rows:
+        if size <= core_of(self.net).least_rows:
             rows = "one sample" if size == 1 else f"{size} samples"
             raise InsufficientMemoryError(
                 f"not even {rows} at a time can be computed in the memory there is: {failure}"
@@ -186,7 +186,7 @@ class Guard:
                 return squares, 0
         with self.net.backend.scope():
             self._squares[:2] = 0
-            self.net.ops.square_sum(grads.flat, self._squares)
+            core_of(self.net).ops.square_sum(grads.flat, self._squares)
             squares, not_finite = self.net.backend.to_numpy(self._squares[:2]).tolist()
         return squares, int(not_finite)
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from gpubatch.backend import Array, CudaBackend, compute_dtype
 from gpubatch.loader import needed
-from gpubatch.nn import Network
+from gpubatch.nn import Network, core_of
 from gpubatch.ops import MOST_THREADS, SQUARE_SUM_SIZE, cuda_kernel, source_of, square_grid
 from gpubatch.optim import Optimizer
 from gpubatch.staging import wait_at_the_end
@@ -160,7 +160,7 @@ class CapturedSteps:
         if self._before.size:
             self._before[...] = net.buffers.flat
         self.feed.enqueue(rows, ledger.word(BATCH))
-        kept = net.enqueue(x, y, ledger.word(STEP), micro_batch_size, add)
+        kept = core_of(net).enqueue(x, y, ledger.word(STEP), micro_batch_size, add)
         loss = self.loss = losses[0] if rows <= micro_batch_size else None
         control = ledger.control if self._guarded else None
         if self._guarded:

@@ -8,7 +8,7 @@ import gc
 
 from gpubatch.errors import InsufficientMemoryError, NonFiniteError
 from gpubatch.loader import Loader
-from gpubatch.nn import EVALUATION_ROWS, Network
+from gpubatch.nn import EVALUATION_ROWS, Network, core_of
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import Optimizer
 from gpubatch.train.checks import HeldOut, as_rows, why_not_captured
@@ -58,7 +58,7 @@ def settle_batches(
     plan_batches(net, loader, opt, evaluated, copied, captured=captured)
     while loader.automatic and (failure := rehearse(net, loader, opt, held_out)) is not None:
         release(net)
-        if loader.batch_size <= net.least_rows:
+        if loader.batch_size <= core_of(net).least_rows:
             raise InsufficientMemoryError(f"there is no memory for a step of {loader.batch_size} samples: {failure}")
         plan_batches(net, loader, opt, evaluated, copied, power_below(loader.batch_size), captured)
 
@@ -69,9 +69,9 @@ def rehearse(net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | N
         held = [loader.peek()]
         held += [[array.copy() for array in held[0]] for _ in range(1, loader.at_once)]  # those prepared ahead
         x, y = (as_rows(array, loader) for array in held[0])
-        net.rehearse(x, y)
+        core_of(net).rehearse(x, y)
         if loader.last_size < len(x):
-            net.rehearse(x[: loader.last_size], y[: loader.last_size])
+            core_of(net).rehearse(x[: loader.last_size], y[: loader.last_size])
         opt.rehearse(net.parameters.grads)
         if held_out is not None:
             with contextlib.suppress(NonFiniteError):  # what the numbers are is not the question here
@@ -88,7 +88,7 @@ def lack(error: MemoryError) -> str:
 
 def release(net: Network) -> None:
     """Give back all memory that can be had again."""
-    net.release()
+    core_of(net).release()
     gc.collect()
     net.backend.free_unused()
 

@@ -1,0 +1,402 @@
+"""What runs a network: its layers and its loss in their workspaces, forward and backward, batch by batch.
+
+A :class:`~gpubatch.nn.network.Network` is what users see of it. The rooms that train, capture and explore get the
+:class:`Core` by :func:`~gpubatch.nn.network.core_of`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gpubatch.backend import Array, Backend, compute_dtype
+from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
+from gpubatch.nn.layers import Layer
+from gpubatch.nn.losses import Loss
+from gpubatch.nn.needs import Context, Mode, Normal, Parameter, Space
+from gpubatch.nn.stack import Stacked, describe_layer, fused, parameter_names, stacked
+from gpubatch.nn.workspace import (
+    Arrange,
+    Layout,
+    Pass,
+    Workspace,
+    evaluation_arrays,
+    evenly,
+    scratch_of,
+    training_arrays,
+    workspace_bytes,
+)
+from gpubatch.ops import COMPUTE, SUM_PARTS, ops_for, philox_generator, products_for
+from gpubatch.params import FlatViews, Parameters, by_alignment
+
+__all__ = ["EVALUATION_ROWS", "Core", "quiet"]
+
+EVALUATION_ROWS = 1024  # rows that are evaluated at a time: large enough for full speed, and a bound on memory
+DRAWN = 1 << 16  # elements of first values that are drawn at a time: in double precision all would be the largest array
+L2_BLOCK = 1 << 15  # elements that the l2 gradient takes at a time on the CPU, small enough for the cache
+
+
+class Core:
+    """Layers and a loss over one flat buffer of parameters, and the memory that they are run in.
+
+    ``layers`` are those that the user gave, ``stack`` those that are run, where two may be one; backward ends at
+    ``first``. ``mode`` has the step of dropout.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        loss: Loss,
+        l2: float,
+        backend: Backend,
+        dtype: np.dtype[Any],
+        seed: int,
+        precision: str,
+        tune: bool,
+    ) -> None:
+        self.layers = stacked(layers)
+        self.loss, self.l2, self.backend, self.dtype = loss, l2, backend, dtype
+        self.compute_dtype = compute_dtype(dtype)
+        if self.outputs < loss.least_outputs:
+            raise ArgumentError(
+                f"{loss.name} needs at least {loss.least_outputs} outputs, the last layer gives {self.outputs}; "
+                "for yes or no use loss='sigmoid_cross_entropy'"
+            )
+        self.xp, self.ops, self.mode = backend.xp, ops_for(backend, dtype), Mode(seed)
+        largest = max((math.prod(p.shape) for run in self.layers for p in run.needs.parameters.values()), default=0)
+        self.products = products_for(backend, dtype, precision, tune, largest)
+        self.names = parameter_names(self.layers)
+        self.parameters, self.buffers = self._first_values()
+        self.loss_scale: Array = None
+        if dtype == np.float16:
+            self.loss_scale = backend.asarray(np.ones(1, self.compute_dtype))
+        self.stack = fused(self.layers)
+        self.first = next(i for i, run in enumerate(self.stack) if run.needs.parameters)
+        self.weights = [self.names[i][name] for i, name, p in self._declared("parameters") if p.l2] if l2 else []
+        spans = [self.parameters.spans[name] for name in self.weights]
+        self.spans = backend.asarray(np.array(spans, np.int64).reshape(-1, 2))  # where l2 acts
+        self._remembered = backend.empty(self.buffers.size, self.compute_dtype), 0
+        self._sums: Array = None  # of the gradients of micro-batches
+        self._training: Workspace[Pass] | None = None
+        self._evaluation: Workspace[Pass] | None = None
+
+    @property
+    def inputs(self) -> int:
+        """Features of a row of X."""
+        return self.layers[0].inputs
+
+    @property
+    def outputs(self) -> int:
+        """Numbers in a row of scores."""
+        return self.layers[-1].needs.outputs
+
+    @property
+    def least_rows(self) -> int:
+        """The smallest training batch: two rows where there is batch normalisation, else one."""
+        return max(run.needs.least_rows for run in self.layers)
+
+    @property
+    def dropout_step(self) -> int:
+        """How many training steps were made; dropout masks depend on it."""
+        return self.mode.step
+
+    # --- a training step ---
+
+    def step(self, X: Array, Y: Array, values: bool = True) -> Pass:
+        """A training step, checked and counted; nobody waits for the device but for what ``values`` asks of Y."""
+        self.check_batch(X, Y, values)
+        with self.backend.scope(), quiet():
+            run = self.forward(X, Y)
+            if self.backend.name == "cpu" and math.isnan(run.loss.work["loss"].item()):
+                self.loss.check_values(Y, self.outputs)
+            self.backward(run, X)
+        self.mode.step += 1
+        return run
+
+    def forward(self, X: Array, Y: Array) -> Pass:
+        """Scores, loss with its gradient by them, and l2 term of a training batch."""
+        self.reserve(len(X))
+        assert self._training is not None
+        self.mode.training = True
+        run = self._training.bind(len(X))
+        run.forward(X)
+        self.loss.run(run.scores, Y, run.loss)
+        if self.weights:
+            self.add_l2(run.loss)
+        return run
+
+    def backward(self, run: Pass, X: Array) -> None:
+        """All gradients, from the last layer to the first that has parameters."""
+        run.backward(X, self.first)
+        if self.weights:
+            weights, grads = self.parameters.flat, self.parameters.grads.flat
+            self.ops.l2_gradient(weights, self.spans, self.l2, grads, run.loss.work)
+
+    def add_l2(self, c: Context) -> None:
+        """Add the l2 term to the loss in a workspace."""
+        self.ops.l2_loss(self.parameters.flat, self.spans, self.l2 / 2, c.work["loss"], c.work)
+
+    def batch(self, X: Array, Y: Array) -> float:
+        """The loss of these rows, which must be finite; their gradients are in ``parameters.grads``."""
+        run = self.forward(X, Y)
+        loss = self.finite(run.loss.work["loss"].item(), X, Y)
+        self.backward(run, X)
+        return loss
+
+    def micro_batches(self, X: Array, Y: Array, rows: int, one: Callable[[Array, Array, float], None]) -> None:
+        """The gradients of a batch from parts of at most ``rows`` rows, about equal; ``one`` makes those of each."""
+        if self._sums is None:
+            self._sums = self.backend.empty(self.parameters.flat.shape, self.compute_dtype)
+        grads = self.parameters.grads.flat
+        self._sums.fill(0)
+        for part in evenly(len(X), rows, self.least_rows):
+            share = (part.stop - part.start) / len(X)
+            self.mode.row = part.start
+            try:
+                one(X[part], Y[part], share)
+            finally:
+                self.mode.row = 0
+            if self._sums.dtype == grads.dtype:
+                grads *= share
+                self._sums += grads
+            else:  # neither is the product rounded to float16, nor is there an array for it
+                self._sums /= share
+                self._sums += grads
+                self._sums *= share
+        grads[...] = self._sums
+
+    def enqueue(
+        self, X: Array, Y: Array, step: Array, micro_batch_size: int, add: Callable[[Array, float], None]
+    ) -> Any:
+        """Launch what a training step launches on a GPU, and nothing else, so that it can be captured in a CUDA graph.
+
+        Nothing is checked. ``step``, an int64 on the device, is that of dropout. ``add(loss, share)`` is called with
+        the loss of each micro-batch, an array of one element, and its share of the batch. Returns the objects that own
+        the memory the graph works in: keep them as long as the graph.
+        """
+
+        def one(x: Array, y: Array, share: float) -> None:
+            run = self.forward(x, y)
+            add(run.loss.work["loss"], share)
+            self.backward(run, x)
+
+        own, self.mode.step = self.mode.step, step.view(np.uint64)
+        try:
+            if len(X) <= micro_batch_size:
+                one(X, Y, 1.0)
+            else:
+                self.micro_batches(X, Y, micro_batch_size, one)
+        finally:
+            self.mode.step = own
+        return self._training, self._sums, self.products
+
+    def count_steps(self, steps: int) -> None:
+        """Count training steps that were made by :meth:`enqueue`."""
+        self.mode.step += steps
+
+    def rehearse(self, X: Array, Y: Array) -> None:
+        """Make a training step that leaves nothing but its workspace and the gradients: proof that the batch fits."""
+        self.remember()
+        try:
+            self.step(X, Y, self.backend.name == "cpu")
+            self.backend.synchronize()
+        finally:
+            self.recall()
+
+    def remember(self) -> None:
+        """Note what a training step changes beside the gradients: running statistics, and the step of dropout."""
+        with self.backend.scope():
+            self._remembered[0][...] = self.buffers.flat
+        self._remembered = self._remembered[0], self.mode.step
+
+    def recall(self) -> None:
+        """Go back to what was noted last, since the step was not completed or is not wanted."""
+        with self.backend.scope():
+            self.buffers.flat[...], self.mode.step = self._remembered
+
+    # --- evaluation ---
+
+    def evaluate(self, X: Array, rows: int = EVALUATION_ROWS) -> Iterator[tuple[slice, Pass]]:
+        """Scores of X, at most ``rows`` rows at a time, in a workspace of their own."""
+        most = min(len(X), rows)
+        if self._evaluation is None or most > self._evaluation.rows:
+            self._evaluation = self._released(self._evaluation)
+            self._evaluation = self._workspace(most, self._evaluation_pass)
+        for start in range(0, len(X), most):
+            part = slice(start, min(start + most, len(X)))
+            self.mode.training = False
+            run = self._evaluation.bind(part.stop - start)
+            run.forward(X[part])
+            yield part, run
+
+    def apart(self, rows: int) -> Workspace[Pass]:
+        """A workspace of the caller's own for evaluation, in which every layer of the user's runs by itself."""
+        return self._workspace(rows, functools.partial(self._evaluation_pass, stack=self.layers))
+
+    # --- memory ---
+
+    @property
+    def planned(self) -> int:
+        """The largest batch for which a training workspace is there."""
+        return 0 if self._training is None else self._training.rows
+
+    def workspace_bytes(self, rows: int, training: bool) -> int:
+        """What the workspace for batches of so many rows takes; nothing is allocated."""
+        return workspace_bytes(self.dtype, rows, self._training_pass if training else self._evaluation_pass)
+
+    def reserve(self, rows: int) -> None:
+        """Allocate the workspace for steps of up to so many rows, where there is no such workspace yet."""
+        if rows > self.planned:
+            self._training = self._released(self._training)
+            self._training = self._workspace(rows, self._training_pass)
+
+    def release(self) -> None:
+        """Give the workspaces back; the next step or evaluation allocates its own."""
+        self._training, self._evaluation = self._released(self._training), self._released(self._evaluation)
+
+    def _workspace(self, rows: int, arrange: Arrange[Pass]) -> Workspace[Pass]:
+        return Workspace(self.backend, self.dtype, rows, self.outputs, arrange)
+
+    def _released(self, old: Workspace[Pass] | None) -> Workspace[Pass] | None:
+        """None, to stand for ``old``: its memory is to be free before the next workspace is allocated."""
+        if old is not None:
+            # It goes to the next work of the stream on which it was taken, which need not be the one that works in it.
+            self.backend.synchronize()
+        return None
+
+    def _training_pass(self, layout: Layout, constants: Mapping[str, Array]) -> Pass:
+        loss = layout.arrays(self._loss_spaces())
+        afterwards: dict[str, Space] = {}
+        if self.weights and self.backend.name == "cpu":
+            largest = max(int(self.parameters[name].size) for name in self.weights)
+            afterwards["l2"] = (min(largest, L2_BLOCK),), COMPUTE
+        scratch = scratch_of(self.stack, self.ops, self.backend)
+        arrays, last = training_arrays(layout, self.stack, scratch, self.first, loss["dz"], afterwards)
+        return self._pass(self.stack, arrays, {**loss, **last, **constants})
+
+    def _evaluation_pass(
+        self, layout: Layout, constants: Mapping[str, Array], stack: Sequence[Stacked] | None = None
+    ) -> Pass:
+        stack = self.stack if stack is None else stack
+        loss = layout.arrays(self._loss_spaces())
+        arrays = evaluation_arrays(layout, stack, scratch_of(stack, self.ops, self.backend))
+        return self._pass(stack, arrays, {**loss, **constants})
+
+    def _loss_spaces(self) -> Mapping[str, Space]:
+        """What the loss and the l2 term work in: NumPy's square, and the partial sums of a GPU."""
+        l2: dict[str, Space] = {"squares": ((1, 1), COMPUTE), "parts": ((SUM_PARTS,), np.float64)}
+        return {**self.loss.workspace(self.outputs), **(l2 if self.weights else {})}
+
+    def _pass(
+        self,
+        stack: Sequence[Stacked],
+        arrays: Sequence[tuple[Array, Array, Mapping[str, Array]]],
+        of_loss: Mapping[str, Array],
+    ) -> Pass:
+        """The calls of a stack, each with the arrays that it works on."""
+        if self.loss_scale is not None:
+            of_loss = {**of_loss, "factor": self.loss_scale}
+        loss = Context(
+            *(self.backend, self.xp, self.ops, len(self.layers), self.mode),
+            *({}, {}, {}, of_loss, self.products),
+        )
+        calls = []
+        for (layer, place, _, needs), (y, dx, work) in zip(stack, arrays, strict=True):
+            names = self.names[place]
+            context = dataclasses.replace(
+                loss,
+                index=place,
+                p={name: self.parameters[names[name]] for name in needs.parameters},
+                g={name: self.parameters.grads[names[name]] for name in needs.parameters},
+                buffers={name: self.buffers[names[name]] for name in needs.buffers},
+                work=work,
+            )
+            calls.append((layer, y, dx, context))
+        return Pass(calls, loss)
+
+    # --- first values ---
+
+    def _declared(self, kind: str) -> Iterator[tuple[int, str, Parameter]]:
+        for run in self.layers:
+            for name, parameter in getattr(run.needs, kind).items():
+                yield run.place, name, parameter
+
+    def _first_values(self) -> tuple[Parameters, FlatViews]:
+        """Parameters and buffers, drawn on the host in double precision: all devices and dtypes start alike."""
+        shapes = {self.names[i][name]: p.shape for i, name, p in self._declared("parameters")}
+        if not shapes:
+            raise ArgumentError("layers must hold at least one layer with parameters, such as Dense")
+        parameters = Parameters(by_alignment(shapes), self.backend, self.dtype)
+        kept = {self.names[i][name]: p.shape for i, name, p in self._declared("buffers")}
+        buffers = FlatViews(self.backend.zeros(sum(map(math.prod, kept.values())), self.compute_dtype), kept)
+        for run, names in zip(self.layers, self.names, strict=True):
+            draw = philox_generator(self.mode.seed, run.place)
+            for own, wanted in ((parameters, run.needs.parameters), (buffers, run.needs.buffers)):
+                for name, p in wanted.items():
+                    with self.backend.scope():
+                        self._draw(p, draw, own[names[name]])
+        return parameters, buffers
+
+    def _draw(self, p: Parameter, draw: np.random.Generator, view: Array) -> None:
+        if not callable(p.init):
+            view.fill(p.init)
+            return
+        rows = max(1, DRAWN // math.prod(p.shape[1:])) if isinstance(p.init, Normal) else p.shape[0]
+        for part in evenly(p.shape[0], rows):
+            values = p.init(draw, (part.stop - part.start, *p.shape[1:]))
+            view[part] = self.backend.asarray(values, view.dtype)
+
+    # --- checks ---
+
+    def check_batch(self, X: Any, Y: Any, values: bool = False) -> None:
+        """Raise unless X and Y can be a batch, by shape, element type and device, and with ``values`` by those of Y."""
+        self.check_inputs(X)
+        self.backend.check("Y", Y)
+        self.loss.check(Y, len(X), self.outputs)
+        if values and not self.loss.shows(Y):
+            with self.backend.scope():
+                self.loss.check_values(Y, self.outputs)
+
+    def check_inputs(self, X: Any) -> None:
+        """Raise unless X can be a batch, by shape, element type and device."""
+        self.backend.check("X", X)
+        if X.ndim != 2:
+            hint = "; a single sample is X[None]" if X.ndim == 1 else ""
+            raise ShapeError(f"X must have shape (batch, {self.inputs}), got {X.shape}{hint}")
+        if X.shape[1] != self.inputs:
+            taker = next(run for run in self.layers if run.layer.takes() is not None)
+            raise ShapeError(
+                f"X has {X.shape[1]} features, {describe_layer(taker.layer, taker.place)} takes {self.inputs}: "
+                f"X has shape {X.shape}"
+            )
+        if len(X) == 0:
+            raise ShapeError(f"X must have at least one row, got shape {X.shape}")
+        if X.dtype != self.dtype:
+            raise DTypeError(
+                f"X has dtype {X.dtype}, the network {'stores' if self.loss_scale is not None else 'computes in'} "
+                f"{self.dtype}; convert it with "
+                f"X.astype('{self.dtype}'), or let Loader do it (dtype=, and scale=1/255 for images of uint8)"
+            )
+
+    def finite(self, loss: float, X: Array, Y: Array) -> float:
+        """The loss, if it is finite; otherwise an error that says why it may not be."""
+        if math.isfinite(loss):
+            return loss
+        self.loss.check_values(Y, self.outputs)
+        if not self.xp.isfinite(X).all().item():
+            cause = "X holds NaN or infinity"
+        elif not self.xp.isfinite(self.parameters.flat).all().item():
+            cause = "the parameters hold NaN or infinity, so an earlier step was too large: lower the learning rate"
+        else:
+            cause = "the scores have grown out of range: lower the learning rate, or look at the scale of X and Y"
+        raise NonFiniteError(f"loss is {loss} for a batch of shape {X.shape} after {self.mode.step} steps; {cause}")
+
+
+def quiet() -> np.errstate:
+    """Overflow and NaN show in the loss, not as warnings of single operations."""
+    return np.errstate(over="ignore", invalid="ignore", divide="ignore")

@@ -1,0 +1,91 @@
+"""How layers fit together: their widths, the names of their parameters, and which two of them run as one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from gpubatch.errors import ArgumentError, DTypeError, ShapeError
+from gpubatch.nn.layers import ACTIVATIONS, ActivationLayer, Dense, DenseActivation, Elementwise, Layer
+from gpubatch.nn.needs import Needs
+from gpubatch.own import changed
+
+__all__ = ["Stacked", "describe_layer", "fused", "parameter_names", "stacked"]
+
+
+class Stacked(NamedTuple):
+    """A layer in its place: ``inputs`` is the width of its rows, ``place`` counts what the user gave, from 0.
+
+    Of two layers that run as one, ``place`` is that of the first.
+    """
+
+    layer: Layer
+    place: int
+    inputs: int
+    needs: Needs
+
+
+def stacked(layers: Sequence[Layer]) -> list[Stacked]:
+    """The layers with what they need, if they fit together."""
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, Layer):
+            raise DTypeError(f"layers must be Layer objects, layer {i + 1} is {layer!r} of type {type(layer).__name__}")
+    taken = [layer.takes() for layer in layers]
+    width = next((n for n in taken if n is not None), None)
+    if width is None:
+        raise ArgumentError("layers must hold at least one layer with parameters, such as Dense")
+    found: list[Stacked] = []
+    for i, layer in enumerate(layers):
+        if taken[i] not in (None, width):
+            raise ShapeError(
+                f"{describe_layer(layer, i)} takes {taken[i]} features, {describe_layer(layers[i - 1], i - 1)} "
+                f"gives {width}"
+            )
+        needs = layer.needs(width)
+        if not isinstance(needs, Needs):
+            raise DTypeError(f"{describe_layer(layer, i)}.needs() must return a gb.Needs, got {needs!r}")
+        found.append(Stacked(layer, i, width, needs))
+        width = needs.outputs
+    return found
+
+
+def fused(stack: Sequence[Stacked]) -> list[Stacked]:
+    """The layers as they are run: a Dense layer with bias and the activation after it are one."""
+    found: list[Stacked] = []
+    for run in stack:
+        layer, before = run.layer, found[-1].layer if found else None
+        # By their very types: a subclass may do something else, and so may a method that was put in place of another.
+        plain = type(layer) in (Elementwise, *ACTIVATIONS.values()) and type(before) is Dense and before.bias
+        if (
+            plain
+            and not (changed(layer) or changed(before))
+            and isinstance(layer, ActivationLayer)
+            and isinstance(before, Dense)
+        ):
+            whole, (_, place, inputs, _) = DenseActivation(before, layer), found.pop()
+            run = Stacked(whole, place, inputs, whole.needs(inputs))
+        found.append(run)
+    return found
+
+
+def describe_layer(layer: Layer, place: int) -> str:
+    """A layer in words, counted from 1."""
+    return f"layer {place + 1} ({type(layer).__name__})"
+
+
+def parameter_names(stack: Sequence[Stacked]) -> list[dict[str, str]]:
+    """For each layer, the names in the network of its parameters and buffers: the k-th of a kind is numbered k."""
+    seen: Counter[type] = Counter()
+    names: list[dict[str, str]] = []
+    for run in stack:
+        seen[type(run.layer)] += 1
+        own = {name: f"{name}{seen[type(run.layer)]}" for name in (*run.needs.parameters, *run.needs.buffers)}
+        for other, others in zip(stack, names, strict=False):
+            if shared := set(own.values()) & set(others.values()):
+                raise ArgumentError(
+                    f"{describe_layer(other.layer, other.place)} and {describe_layer(run.layer, run.place)} both name "
+                    f"a parameter {min(shared)!r}; call it something else in one of the two classes"
+                )
+        names.append(own)
+    return names
