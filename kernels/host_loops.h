@@ -7,6 +7,13 @@ static inline double sqrt(double x) { return __builtin_sqrt(x); }
 static inline float pow(float x, float y) { return __builtin_powf(x, y); }
 static inline double pow(double x, double y) { return __builtin_pow(x, y); }
 
+static inline float floor(float x) { return __builtin_floorf(x); }
+static inline double floor(double x) { return __builtin_floor(x); }
+static inline float fmod(float x, float y) { return __builtin_fmodf(x, y); }
+static inline double fmod(double x, double y) { return __builtin_fmod(x, y); }
+static inline float copysign(float x, float y) { return __builtin_copysignf(x, y); }
+static inline double copysign(double x, double y) { return __builtin_copysign(x, y); }
+
 #include "host_math.h"
 #include "math.cuh"
 #include ELEMENTWISE

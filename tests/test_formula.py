@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from expressions import programs, value
+from families import drawn
 from hypothesis import given, strategies as st
+from needs import missing
 
 import gpubatch as gb
 from gpubatch.formula import Rule, rules
@@ -67,26 +70,22 @@ def test_parentheses_keep_the_order_of_operations() -> None:
     np.testing.assert_allclose(w, expected, rtol=1e-15)
 
 
-def test_every_function_computes_what_numpy_computes() -> None:
-    @gb.rule
-    def everything(w, g, s, t, *, a=0.5, b=-0.25):
-        x = np.exp(g) + np.log(abs(g) + 1) + np.log1p(abs(g)) + np.tanh(g) + np.sqrt(abs(g)) + np.sign(g) + g**3 + 2**g
-        y = np.where(g < 0.2, np.maximum(g, a), np.minimum(g, b)) + np.where(g >= 0, g**2, -g)
-        z = np.where(g <= -0.2, abs(g) ** 0.5, 1.0) + np.where(g > 0.1, a, np.absolute(b))
-        y = y + np.square(g) * np.reciprocal(g + 5) - np.clip(g, b, a)
-        folded = (
-            np.exp(a)
-            + np.log(a)
-            + np.log1p(a)
-            + np.tanh(a)
-            + np.sqrt(a)
-            + abs(b)
-            + np.sign(b)
-            + a**t
-            + np.maximum(a, b)
-        )
-        return w + x * y - z / folded, s + np.minimum(a, b) * np.where(a < b, 1.0, 2.0)
+@gb.rule
+def everything(w, g, s, t, *, a=0.5, b=-0.25):
+    x = np.exp(g) + np.log(abs(g) + 1) + np.log1p(abs(g)) + np.tanh(g) + np.sqrt(abs(g)) + np.sign(g) + g**3 + 2**g
+    y = np.where(g < 0.2, np.maximum(g, a), np.minimum(g, b)) + np.where(g >= 0, g**2, -g)
+    z = np.where(g <= -0.2, abs(g) ** 0.5, 1.0) + np.where(g > 0.1, a, np.absolute(b))
+    y = y + np.square(g) * np.reciprocal(g + 5) - np.clip(g, b, a)
+    y = y + np.floor(g * 3) - np.ceil(g) + (g * 5) // 2 - (g * 5) % 3 + 7 % (abs(g) + 1) + 7 // (abs(g) + 1)
+    y = y + np.where((g > 0) & (s < 0) | ~(w != 0), g, s) + (g > 0) * s - np.where(np.floor(g) == 0, 1, w)
+    y = y + np.where(t == 2, g, s) + np.where((t != 2) | (g > a), w, 0.0) + np.where(t % 2 == 0, 1.0, t // 2)
+    folded = (
+        np.exp(a) + np.log(a) + np.log1p(a) + np.tanh(a) + np.sqrt(a) + abs(b) + np.sign(b) + a**t + np.maximum(a, b)
+    )
+    return w + x * y - z / folded, s + np.minimum(a, b) * np.where(a < b, 1.0, 2.0)
 
+
+def test_every_function_computes_what_numpy_computes() -> None:
     assert {op.numpy for op in OPS.values()} - {e.op.numpy for e in everything.trace().elements if e.op} == set()
     rng = np.random.default_rng(1)
     w, g, s = rng.standard_normal((3, 1000))
@@ -94,6 +93,24 @@ def test_every_function_computes_what_numpy_computes() -> None:
     run(everything, w, g, s, t=2)
     np.testing.assert_allclose(w, expected[0], rtol=1e-13)
     np.testing.assert_allclose(s, expected[1], rtol=1e-13)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_on_a_gpu_every_function_computes_what_numpy_computes(dtype: str) -> None:
+    if "cuda:0" not in gb.available_backends():
+        missing("gpu", "no CUDA device can be used here")
+    device = gb.get_backend("cuda:0")
+    w, g = np.random.default_rng(1).standard_normal((2, 1000)).astype(dtype)
+    on_gpu, on_cpu = device.asarray(w), w.copy()
+    for array in (on_gpu, on_cpu):
+        opt = gb.Optimizer(everything, [array], backend=device if array is on_gpu else "cpu")
+        for _ in range(3):
+            opt.step([device.asarray(g) if array is on_gpu else g])
+    found, right = device.to_numpy(on_gpu), on_cpu
+    size = 100 * np.finfo(dtype).eps
+    close = np.isclose(found, right, rtol=size, atol=size)
+    assert (~close).sum() <= 5, (found[~close], right[~close])  # where a rounding decides which side of a jump it is
 
 
 # State that is passed on, exchanged, left, or set to a constant: what a register allocation could get wrong.
@@ -173,11 +190,133 @@ def test_registers_are_few() -> None:
     assert max(most.values()) <= 3, most
 
 
+# Numbers where remainders, quotients and comparisons meet: signs, whole multiples, halves, zeros.
+EDGES = [-7.5, -3.0, -2.0, -0.75, -0.0, 0.0, 0.1, 0.75, 1.0, 2.0, 3.0, 7.5]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_quotients_and_remainders_are_numpy_s(dtype: str) -> None:
+    @gb.rule
+    def whole(w, g, a, b, c, t, *, lr=1.0):
+        return np.floor(w), w // g, w % g, np.where((w == g) | (g != g), 1.0, 2.0)
+
+    w, g = (x.ravel().astype(dtype) for x in np.meshgrid(EDGES, [x for x in EDGES if x]))
+    arrays = [w.copy(), g, *(np.zeros_like(w) for _ in range(3))]
+    expected = np.floor(w), w // g, w % g, np.where(w == g, 1.0, 2.0)
+    run(whole, *arrays)
+    for found, right in zip([arrays[0], *arrays[2:]], expected, strict=True):
+        np.testing.assert_array_equal(found, right)
+        np.testing.assert_array_equal(np.signbit(found), np.signbit(right))
+
+
+def test_a_rule_may_ask_for_its_step() -> None:
+    """The average begins with the first gradient; said with ``if`` it is refused, and never the wrong branch."""
+
+    @gb.rule
+    def first(w, g, m, t, *, lr=1.0, beta=0.9):
+        m = np.where(t == 1, g, beta * m + (1 - beta) * g)
+        return w - lr * m, m
+
+    w = np.zeros(2)
+    opt = gb.Optimizer(first, [w])
+    opt.step([np.ones(2)])
+    np.testing.assert_array_equal(w, [-1, -1])
+    opt.step([np.zeros(2)])
+    np.testing.assert_allclose(w, [-1.9, -1.9], rtol=1e-15)
+
+
+def test_an_option_chooses_when_the_rule_is_recorded() -> None:
+    @gb.rule
+    def chosen(w, g, t, *, lr=1.0, flip=False):
+        return np.where(flip, w + lr * g, w - lr * g)
+
+    assert chosen.trace(flip=True).c == "const T w_new = w + k[0] * g;\nw = w_new;"
+    assert chosen.trace(flip=False).c == "const T w_new = w - k[0] * g;\nw = w_new;"
+
+
+@pytest.mark.parametrize("of", ["elements", "scalars"])
+def test_a_rule_of_a_thousand_lines(of: str) -> None:
+    """Neither Python's nor a compiler's limit of nesting is met."""
+
+    @gb.rule
+    def long(w, g, t, *, lr=0.5):
+        x = g if of == "elements" else lr
+        for _ in range(1000):
+            x = 1 - 0.5 * np.sqrt(x + 1) if of == "elements" else 1 - (lr - x / 2)
+        return w - x * g
+
+    trace = long.trace()
+    nested = max(line.count("(") for line in [*trace.c.splitlines(), *trace.scalars])
+    assert nested < 70
+    assert nested > 20 or of == "scalars"
+    w, g = np.linspace(-1, 1, 5), np.linspace(0.1, 1, 5)
+    expected = long(w, g, 1, lr=0.5)
+    run(long, w, g, lr=0.5)
+    np.testing.assert_allclose(w, expected, rtol=1e-13)
+
+
+# --- random expressions of the whole language ------------------------------------------------------------------------
+
+
+def same_or_at_a_jump(found: np.ndarray, right: np.ndarray) -> None:
+    """Where a floor or a comparison is at its jump, a rounding decides: few elements may differ by more."""
+    close = np.isclose(found, right, rtol=1e-9, atol=1e-9)
+    assert np.isfinite(right).all()
+    assert (~close).sum() <= len(right) // 10, (found[~close], right[~close])
+
+
+@drawn(100, 2000, for_w=programs(), for_a=programs())
+def test_any_expression_is_recorded_as_numpy_computes_it(for_w: Any, for_a: Any) -> None:
+    @gb.rule
+    def any_rule(w, g, a, b, t, *, lr):
+        leaves = [2, -1.25, t, lr, b, a, g, w]
+        return value(for_w, leaves), value(for_a, leaves), b
+
+    arrays = list(np.random.default_rng(5).standard_normal((4, 40)))
+    leaves = [2, -1.25, np.float64(3), np.float64(0.7), *(x.copy() for x in reversed(arrays))]
+    expected = [np.broadcast_to(value(program, leaves), 40).astype(float) for program in (for_w, for_a)]
+    run(any_rule, *arrays, t=3, lr=0.7)
+    for i, right in zip([0, 2], expected, strict=True):
+        same_or_at_a_jump(arrays[i], right)
+
+
 # --- what is refused -----------------------------------------------------------------------------------------------
 
 
-def branching(w, g, t, *, lr):
-    return w if g > 0 else -w
+BRANCHING = {
+    "if": lambda w, g, t, *, lr: w if g > 0 else -w,
+    "if of the step": lambda w, g, t, *, lr: w if t == 1 else -w,
+    "if of a hyper-parameter": lambda w, g, t, *, lr: w if lr != 0 else -w,
+    "in": lambda w, g, t, *, lr: w if t in (1, 2, 3) else -w,
+    "two comparisons in one": lambda w, g, t, *, lr: np.where(0 < g < 1, w, -w),
+    "and": lambda w, g, t, *, lr: np.where((g > 0) and (w > 0), w, -w),
+    "not": lambda w, g, t, *, lr: np.where(not g > 0, w, -w),
+}
+
+
+def norm_of(w, g, t, *, lr):
+    return w - lr * g / np.linalg.norm(g)
+
+
+def sum_of(w, g, t, *, lr):
+    return w - lr * g / g.sum()
+
+
+def one_of_it(w, g, t, *, lr):
+    return w - lr * g[0]
+
+
+def changing(w, g, t, *, lr):
+    w[:] = w - lr * g
+    return w
+
+
+def two_conditions(w, g, t, *, lr):
+    return w - lr * ((g > 0) + (w > 0))
+
+
+def not_conditions(w, g, t, *, lr):
+    return np.where((g > 0) & lr, w, g)
 
 
 def foreign(w, g, t, *, lr):
@@ -196,10 +335,6 @@ def with_array(w, g, t, *, lr):
     return w - np.ones(3) * g
 
 
-def arithmetic_on_condition(w, g, t, *, lr):
-    return w - (g > 0) * lr
-
-
 def too_few(w, g, m, t, *, lr):
     return w - lr * g
 
@@ -208,15 +343,25 @@ def infinite(w, g, t, *, lr):
     return w * float("inf")
 
 
+@pytest.mark.parametrize("how", BRANCHING)
+def test_a_branch_is_refused_and_never_the_wrong_one(how: str) -> None:
+    with pytest.raises(gb.FormulaError, match=r"cannot branch .*, in, a < b < c.* write np.where\(condition, x, y\)"):
+        gb.rule(BRANCHING[how]).trace()
+
+
 @pytest.mark.parametrize(
     ("formula", "message"),
     [
-        (branching, r"cannot branch .* np.where\(condition, x, y\)"),
-        (foreign, "cannot use np.sin; it can use np.add, "),
+        (foreign, "one element at a time and cannot use np.sin; it can use np.add, "),
+        (norm_of, "one element at a time and cannot use np.linalg.norm; it can use"),
+        (sum_of, "one element at a time: a value has no .sum; use operators and functions of NumPy"),
+        (one_of_it, "it cannot index, count or iterate"),
+        (changing, "changes nothing in place; return the new value"),
+        (two_conditions, "cannot use np.add on conditions alone; combine them with &"),
+        (not_conditions, r"can combine only conditions with &, \| and ~"),
         (with_math, "cannot convert a value to float; use NumPy's functions, not the math module's"),
         (reducing, "np.add only as a plain function"),
         (with_array, "must be its arguments or finite numbers"),
-        (arithmetic_on_condition, r"a condition only in np.where"),
         (too_few, r"too_few must return \(w, m\), 2 values; it returned 1"),
         (infinite, "finite numbers, got inf"),
     ],

@@ -1,7 +1,7 @@
 """The derivative of a traced formula, appended to its trace by forward-mode differentiation.
 
 At a corner it is the derivative of the branch that the formula takes: that of ``np.maximum(x, 0)`` at 0 is 0, as in
-PyTorch. The derivative of ``np.sign`` and of a condition is 0.
+PyTorch. The derivative of ``np.sign``, ``np.floor`` and a condition is 0.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gpubatch.formula.trace import COPY, INDICATOR, OPS, Element, Op, Symbol
+from gpubatch.formula.trace import COMPARISONS, COPY, INDICATOR, LOGICAL, OPS, Element, Op, Symbol
 
 __all__ = ["derivative"]
 
@@ -96,10 +96,10 @@ RULES: dict[Op, Callable[[Any, Any, Any], Any]] = {
     OPS[np.sign]: lambda y, x, d: 0,
     OPS[np.maximum]: _either(larger=True),
     OPS[np.minimum]: _either(larger=False),
-    OPS[np.less]: lambda y, x, d: 0,
-    OPS[np.less_equal]: lambda y, x, d: 0,
-    OPS[np.greater]: lambda y, x, d: 0,
-    OPS[np.greater_equal]: lambda y, x, d: 0,
+    OPS[np.floor]: lambda y, x, d: 0,
+    OPS[np.floor_divide]: lambda y, x, d: 0,
+    OPS[np.remainder]: lambda y, x, d: _minus(d[0], times(x[0] // x[1], d[1])),
+    **dict.fromkeys((OPS[f] for f in (*COMPARISONS, *LOGICAL)), lambda y, x, d: 0),
     OPS[np.where]: lambda y, x, d: np.where(x[0], d[1], d[2]),
     INDICATOR: lambda y, x, d: 0,
     COPY: lambda y, x, d: d[0],

@@ -1,10 +1,11 @@
 """Trace a formula: one Python function of arrays becomes NumPy calls, C statements and host scalars.
 
-A formula is plain NumPy: arithmetic, comparisons, and functions such as ``np.sqrt``, ``np.sign``, ``np.maximum`` and
-``np.where``. Called with arrays it computes; called with the symbols of this module it is traced. Operations on array
-elements are recorded as elementwise operations, common subexpressions once. Arithmetic on hyper-parameters and the step
-count alone is folded into scalars, which the host computes in double precision once per step: ``1 - beta1**t`` costs
-nothing per element, and a division by it becomes a product. Trace and formula therefore differ by a few roundings.
+A formula is plain NumPy: arithmetic, comparisons, ``&``, ``|`` and ``~`` of conditions, and functions such as
+``np.sqrt``, ``np.sign``, ``np.maximum`` and ``np.where``. Called with arrays it computes; called with the symbols of
+this module it is traced. Operations on array elements are recorded as elementwise operations, common subexpressions
+once. Arithmetic on hyper-parameters and the step count alone is folded into scalars, which the host computes in double
+precision once per step: ``1 - beta1**t`` costs nothing per element, and a division by it becomes a product. Trace and
+formula therefore differ by a few roundings.
 
 The recorded text is valid Python (scalars) and C (elements); ``kernels/math.cuh`` defines the functions that C lacks.
 """
@@ -12,8 +13,10 @@ The recorded text is valid Python (scalars) and C (elements); ``kernels/math.cuh
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import numbers
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +29,9 @@ __all__ = ["Element", "Op", "Scalar", "Symbol", "Trace", "host_function", "recor
 
 SUM, PRODUCT, PRIMARY = 3, 4, 6  # operator precedence in C and Python, to write the fewest parentheses
 COMPARISON, UNARY = 2, 5
+
+# How many operations may be nested in one expression of the text: compilers and Python's parser have their limits.
+DEEPEST = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,12 +82,22 @@ OPS: dict[Any, Op] = {
     np.sign: Op(np.sign, "sign_of({})"),
     np.maximum: Op(np.maximum, "larger_of({}, {})"),
     np.minimum: Op(np.minimum, "smaller_of({}, {})"),
+    np.floor: Op(np.floor, "floor({})"),
+    np.floor_divide: Op(np.floor_divide, "floor_quotient({}, {})"),
+    np.remainder: Op(np.remainder, "remainder_of({}, {})"),
+    np.equal: Op(np.equal, "{} == {}", COMPARISON, boolean=True),
+    np.not_equal: Op(np.not_equal, "{} != {}", COMPARISON, boolean=True),
     np.less: Op(np.less, "{} < {}", COMPARISON, boolean=True),
     np.less_equal: Op(np.less_equal, "{} <= {}", COMPARISON, boolean=True),
     np.greater: Op(np.greater, "{} > {}", COMPARISON, boolean=True),
     np.greater_equal: Op(np.greater_equal, "{} >= {}", COMPARISON, boolean=True),
+    np.logical_and: Op(np.logical_and, "both({}, {})", boolean=True),
+    np.logical_or: Op(np.logical_or, "either({}, {})", boolean=True),
+    np.logical_not: Op(np.logical_not, "not_so({})", boolean=True),
     np.where: Op(_select, "select({}, {}, {})", in_place=False),
 }
+LOGICAL = (np.logical_and, np.logical_or, np.logical_not)
+COMPARISONS = (np.equal, np.not_equal, np.less, np.less_equal, np.greater, np.greater_equal)
 COPY = Op(lambda x, out: np.copyto(out, x), "{}")  # takes a third of np.positive's time
 INDICATOR = Op(lambda condition, out: np.copyto(out, condition), "select({}, T(1), T(0))")
 
@@ -90,6 +106,10 @@ COMPOSED: dict[Any, Callable[..., Any]] = {
     np.square: lambda x: x * x,
     np.reciprocal: lambda x: 1 / x,
     np.clip: lambda x, low, high: np.minimum(np.maximum(x, low), high),
+    np.ceil: lambda x: -np.floor(-x),
+    np.bitwise_and: np.logical_and,
+    np.bitwise_or: np.logical_or,
+    np.invert: np.logical_not,
 }
 
 # Names that a state array cannot have, because the C text uses them.
@@ -98,7 +118,8 @@ C_WORDS = frozenset(
     k T element update auto bool case catch char class const default delete do double enum extern float goto inline
     int long namespace new operator private protected public register short signed sizeof static struct switch
     template this throw typedef typename union unsigned using virtual void volatile
-    sign_of larger_of smaller_of select sqrt exp log log1p tanh fabs pow
+    sign_of larger_of smaller_of select both either not_so floor floor_quotient remainder_of
+    sqrt exp log log1p tanh fabs pow
     """.split()
 )
 
@@ -115,6 +136,12 @@ HOST_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "larger_of": max,
     "smaller_of": min,
     "select": lambda condition, x, y: x if condition else y,
+    "both": lambda x, y: bool(x) and bool(y),
+    "either": lambda x, y: bool(x) or bool(y),
+    "not_so": operator.not_,
+    "floor": lambda x: float(math.floor(x)),
+    "floor_quotient": operator.floordiv,
+    "remainder_of": operator.mod,
 }
 
 
@@ -174,6 +201,41 @@ class Symbol:
     def __ge__(self, b: Any) -> Symbol:
         return record(np.greater_equal, self, b)
 
+    def __eq__(self, b: Any) -> Symbol:  # type: ignore[override]
+        return record(np.equal, self, b)
+
+    def __ne__(self, b: Any) -> Symbol:  # type: ignore[override]
+        return record(np.not_equal, self, b)
+
+    __hash__ = object.__hash__
+
+    def __floordiv__(self, b: Any) -> Symbol:
+        return record(np.floor_divide, self, b)
+
+    def __rfloordiv__(self, a: Any) -> Symbol:
+        return record(np.floor_divide, a, self)
+
+    def __mod__(self, b: Any) -> Symbol:
+        return record(np.remainder, self, b)
+
+    def __rmod__(self, a: Any) -> Symbol:
+        return record(np.remainder, a, self)
+
+    def __and__(self, b: Any) -> Symbol:
+        return record(np.logical_and, self, b)
+
+    def __rand__(self, a: Any) -> Symbol:
+        return record(np.logical_and, a, self)
+
+    def __or__(self, b: Any) -> Symbol:
+        return record(np.logical_or, self, b)
+
+    def __ror__(self, a: Any) -> Symbol:
+        return record(np.logical_or, a, self)
+
+    def __invert__(self) -> Symbol:
+        return record(np.logical_not, self)
+
     def __array_ufunc__(self, ufunc: Any, method: str, *operands: Any, **options: Any) -> Symbol:
         if method != "__call__" or options:
             raise FormulaError(f"a formula can call np.{ufunc.__name__} only as a plain function of its operands")
@@ -181,23 +243,61 @@ class Symbol:
 
     def __array_function__(self, function: Any, types: Any, operands: Any, options: Any) -> Symbol:
         if options:
-            raise FormulaError(f"a formula can call np.{function.__name__} only with plain operands")
+            raise FormulaError(f"a formula can call {_numpy_name(function)} only with plain operands")
         return record(function, *operands)
 
     def __bool__(self) -> bool:
-        raise FormulaError("a formula cannot branch on a computed value; write np.where(condition, x, y)")
+        raise FormulaError(
+            "a formula cannot branch on a computed value (if, and, or, not, in, a < b < c); "
+            "write np.where(condition, x, y), and combine conditions with &, | and ~"
+        )
 
     def __float__(self) -> float:
         raise FormulaError("a formula cannot convert a value to float; use NumPy's functions, not the math module's")
 
+    __int__ = __index__ = __complex__ = __round__ = __floor__ = __ceil__ = __trunc__ = __float__
+
+    def __getitem__(self, _: Any) -> Any:
+        raise FormulaError("a formula works on one element at a time: it cannot index, count or iterate over a value")
+
+    __len__ = __iter__ = __getitem__
+
+    def __setitem__(self, *_: Any) -> None:
+        raise FormulaError("a formula changes nothing in place; return the new value")
+
+    def __matmul__(self, _: Any) -> Any:
+        raise FormulaError("a formula works on one element at a time: it cannot multiply matrices")
+
+    __rmatmul__ = __matmul__
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # what Python and NumPy ask of any object
+            raise AttributeError(name)
+        raise FormulaError(
+            f"a formula works on one element at a time: a value has no .{name}; use operators and functions of NumPy"
+        )
+
 
 class Scalar(Symbol):
-    """A number that the host computes once per step: a hyper-parameter, ``t``, or arithmetic on them."""
+    """A number that the host computes once per step: a hyper-parameter, ``t``, or arithmetic on them.
 
-    __slots__ = ("strength", "text")
+    ``text`` is an expression of hyper-parameters, ``t`` and ``definitions``, parts of it that have names so that the
+    nesting stays within DEEPEST.
+    """
 
-    def __init__(self, text: str, strength: int = PRIMARY) -> None:
-        self.text, self.strength = text, strength
+    __slots__ = ("boolean", "definitions", "depth", "strength", "text")
+
+    def __init__(self, text: str, strength: int = PRIMARY, of: Sequence[Any] = (), boolean: bool = False) -> None:
+        parts = [x for x in of if isinstance(x, Scalar)]
+        self.text, self.strength, self.boolean = text, strength, boolean
+        self.definitions: dict[str, str] = {}
+        for x in parts:
+            self.definitions |= x.definitions
+        self.depth: int = 1 + max((x.depth for x in parts), default=-1)
+        if self.depth == DEEPEST:
+            name = f"s_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+            self.definitions[name] = text
+            self.text, self.strength, self.depth = name, PRIMARY, 0
 
 
 class Element(Symbol):
@@ -213,13 +313,18 @@ class Element(Symbol):
 
 def element(trace: Trace, op: Op, operands: tuple[Any, ...]) -> Element:
     """The element for ``op`` of ``operands``: the existing one if it was recorded before, otherwise a new one."""
-    key: tuple[Any, ...] = (op, *(x.text if isinstance(x, Scalar) else x for x in operands))
+    key: tuple[Any, ...] = (op, *map(_key, operands))
     # 1 and 1.0 are equal keys and the same number, but 0.0 and -0.0 are equal keys and differ in sign.
     if any(not isinstance(x, Symbol) and x == 0 for x in operands):
         key += tuple(math.copysign(1, x) for x in operands if not isinstance(x, Symbol))
     if key not in trace.computed:
         trace.computed[key] = Element(trace, op, operands)
     return trace.computed[key]
+
+
+def _key(x: Any) -> Any:
+    """An operand as part of a key: symbols have no equality of their own."""
+    return x.text if isinstance(x, Scalar) else ("element", x.number) if isinstance(x, Element) else x
 
 
 def record(function: Any, *operands: Any) -> Symbol:
@@ -229,28 +334,91 @@ def record(function: Any, *operands: Any) -> Symbol:
         return composed
     op = OPS.get(function)
     if op is None:
-        known = ", ".join(f"np.{f.__name__}" for f in (*OPS, *COMPOSED))
-        raise FormulaError(f"a formula cannot use np.{getattr(function, '__name__', function)}; it can use {known}")
-    operands = tuple(x if isinstance(x, Symbol) else _number(x) for x in operands)
-    for position, x in enumerate(operands):
-        if isinstance(x, Element) and x.op and x.op.boolean and not (function is np.where and position == 0):
-            raise FormulaError("a formula can use a condition only in np.where(condition, x, y)")
-    if function is np.where and isinstance(operands[0], Element) and operands[1:] == (1, 0):
+        known = ", ".join(_numpy_name(f) for f in (*OPS, *COMPOSED))
+        raise FormulaError(
+            f"a formula works on one element at a time and cannot use {_numpy_name(function)}; it can use {known}"
+        )
+    if function is np.where:
+        if len(operands) != 3:
+            raise FormulaError("a formula needs all three operands of np.where(condition, x, y)")
+        if isinstance(operands[0], (bool, np.bool_)):  # an option of the rule
+            return operands[1] if operands[0] else operands[2]  # type: ignore[no-any-return]
+    if function in LOGICAL and any(isinstance(x, (bool, np.bool_)) for x in operands):
+        return _with_options(function, operands)  # type: ignore[no-any-return]
+    operands = _with_conditions(function, tuple(x if isinstance(x, Symbol) else _number(x) for x in operands))
+    if function is np.where and isinstance(operands[0], Element) and _are(operands[1:], (1, 0)):
         return element(operands[0].trace, INDICATOR, operands[:1])
     owner = next((x for x in operands if isinstance(x, Element)), None)
     if owner is None:
-        return Scalar(_write(op, [_scalar_text(x) for x in operands]), op.strength)
-    if function is np.power and owner is operands[0] and operands[1] in (2, 0.5):
+        return Scalar(_write(op, [_scalar_text(x) for x in operands]), op.strength, operands, op.boolean)
+    if function is np.power and owner is operands[0]:
         # As ndarray does for ** 2 and ** 0.5: identical bits, far cheaper than pow.
-        return record(np.multiply, owner, owner) if operands[1] == 2 else record(np.sqrt, owner)
+        if _are(operands[1:], (2,)):
+            return record(np.multiply, owner, owner)
+        if _are(operands[1:], (0.5,)):
+            return record(np.sqrt, owner)
     if function is np.divide and not isinstance(operands[1], Element):
         # A division costs ten times as much as a product; the host computes the reciprocal, in double precision.
         return record(np.multiply, operands[0], record(np.divide, 1, operands[1]))
     return element(owner.trace, op, operands)
 
 
+def _are(operands: Sequence[Any], values: Sequence[float]) -> bool:
+    """Whether operands are these numbers."""
+    return all(not isinstance(x, Symbol) and x == value for x, value in zip(operands, values, strict=True))
+
+
+def is_condition(x: Any) -> bool:
+    """Whether ``x`` is true or false, for each element or for all."""
+    return (isinstance(x, Element) and x.op is not None and x.op.boolean) or (isinstance(x, Scalar) and x.boolean)
+
+
+def _with_options(function: Any, operands: Sequence[Any]) -> Any:
+    """What ``&``, ``|`` and ``~`` make of conditions and options of the rule, which are true or false already."""
+    known = [bool(x) for x in operands if isinstance(x, (bool, np.bool_))]
+    rest = [x for x in operands if not isinstance(x, (bool, np.bool_))]
+    if function is np.logical_not:
+        return not known[0]
+    decided = any(known) if function is np.logical_or else not all(known)
+    return rest[0] if rest and not decided else (function is np.logical_or) == decided
+
+
+def _with_conditions(function: Any, operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``operands`` where a condition counts as 1 or 0 beside numbers, and a number as a condition in ``np.where``."""
+    conditions = [is_condition(x) for x in operands]
+    if function in LOGICAL:
+        if not all(conditions):
+            raise FormulaError("a formula can combine only conditions with &, | and ~, such as (g > 0) & (t == 1)")
+        return operands
+    if function is np.where:
+        condition, *rest = operands
+        if isinstance(condition, Element) and not conditions[0]:
+            condition = record(np.not_equal, condition, 0)
+        return (condition, *map(_as_number, rest))
+    if any(conditions) and all(conditions) and function not in COMPARISONS:
+        name = _numpy_name(function)
+        raise FormulaError(f"a formula cannot use {name} on conditions alone; combine them with &, | and ~")
+    return tuple(map(_as_number, operands))
+
+
+def _as_number(x: Any) -> Any:
+    """1 where a condition holds, and 0 elsewhere; anything else as it is."""
+    if isinstance(x, Element) and is_condition(x):
+        return element(x.trace, INDICATOR, (x,))
+    return record(np.where, x, 1.0, 0.0) if isinstance(x, Scalar) and x.boolean else x
+
+
+def _numpy_name(function: Any) -> str:
+    module = (getattr(function, "__module__", None) or "numpy").replace("numpy", "np", 1)
+    return f"{module if '._' not in module else 'np'}.{getattr(function, '__name__', function)}"
+
+
 def _number(x: Any) -> int | float:
-    if isinstance(x, bool) or not isinstance(x, numbers.Real) or not math.isfinite(x):
+    if isinstance(x, np.ndarray) and x.ndim == 0:  # np.where of an option and two numbers
+        x = x[()]
+    if isinstance(x, (bool, np.bool_)):
+        return int(x)
+    if not isinstance(x, numbers.Real) or not math.isfinite(x):
         raise FormulaError(
             f"operands in a formula must be its arguments or finite numbers, got {x!r} of type {type(x).__name__}"
         )
@@ -283,7 +451,7 @@ def host_function(function: Callable[..., float]) -> Callable[..., Any]:
         if any(isinstance(x, Element) for x in operands):
             raise FormulaError(f"operands of {function.__name__} must be hyper-parameters or t, got an array element")
         if any(isinstance(x, Scalar) for x in operands):
-            return Scalar(f"{function.__name__}({', '.join(_scalar_text(x)[0] for x in operands)})")
+            return Scalar(f"{function.__name__}({', '.join(_scalar_text(x)[0] for x in operands)})", of=operands)
         return function(*operands)
 
     return call
@@ -320,7 +488,7 @@ class Trace:
 
     def finish(self, results: Sequence[Any]) -> Trace:
         """Set the values that the formula returned as results."""
-        values = [x if isinstance(x, Symbol) else _number(x) for x in results]
+        values = [_as_number(x) if isinstance(x, Symbol) else _number(x) for x in results]
         # An array returned as the new content of another is copied: it may be overwritten before it is read.
         self.results = tuple(
             Element(self, COPY, (x,)) if isinstance(x, Element) and x.op is None and x.name != target else x
@@ -331,16 +499,26 @@ class Trace:
     @functools.cached_property
     def scalars(self) -> dict[str, int]:
         """The text of each scalar used by an element, and its index in the list that the host computes."""
+        return {text: i for i, text in enumerate(dict.fromkeys(x.text for x in self._used_scalars()))}
+
+    def _used_scalars(self) -> list[Scalar]:
         used = [x for element in self.elements for x in element.operands]
-        texts = [x.text for x in (*used, *self.results) if isinstance(x, Scalar)]
-        return {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        return [x for x in (*used, *self.results) if isinstance(x, Scalar)]
 
     @functools.cached_property
     def evaluate(self) -> Callable[..., tuple[float, ...]]:
         """A Python function of ``t`` and the hyper-parameters that computes all scalars in double precision."""
-        values = "".join(f"{text}, " for text in self.scalars)
-        source = f"lambda {', '.join(('t', *self.hyper))}: ({values})"
-        found: Callable[..., tuple[float, ...]] = eval(source, {"__builtins__": {}, **HOST_FUNCTIONS})
+        definitions = dict(item for x in self._used_scalars() for item in x.definitions.items())
+        source = "\n".join(
+            [
+                f"def evaluate({', '.join(('t', *self.hyper))}):",
+                *(f"    {name} = {text}" for name, text in definitions.items()),
+                f"    return ({''.join(f'{text}, ' for text in self.scalars)})",
+            ]
+        )
+        names: dict[str, Any] = {"__builtins__": {}, **HOST_FUNCTIONS}
+        exec(source, names)
+        found: Callable[..., tuple[float, ...]] = names["evaluate"]
         return found
 
     @functools.cached_property
@@ -354,25 +532,27 @@ class Trace:
         names = {
             x.number: f"{a}_new" for a, x in zip(self.targets, self.results, strict=True) if isinstance(x, Element)
         }
-        lines = []
+        lines: list[str] = []
+        written: list[tuple[str, int]] = []  # each element's text, and how strongly it binds
+        depths: list[int] = []
 
         def text(x: Any) -> tuple[str, int]:
-            if isinstance(x, Scalar):
-                return f"k[{self.scalars[x.text]}]", PRIMARY
-            if not isinstance(x, Element):
-                return f"T({x!r})", PRIMARY
-            if x.op is None:
-                return x.name, PRIMARY
-            if x.number in names:
-                return names[x.number], PRIMARY
-            return _write(x.op, [text(y) for y in x.operands]), x.op.strength
+            if isinstance(x, Element):
+                return written[x.number]
+            return f"k[{self.scalars[x.text]}]" if isinstance(x, Scalar) else f"T({x!r})", PRIMARY
 
         for element in self.elements:
-            if element.op is not None and (element.number in names or uses[element.number] > 1):
-                kind = "bool" if element.op.boolean else "T"
-                name = names.pop(element.number, f"x{element.number}")
-                lines.append(f"const {kind} {name} = {text(element)[0]};")
-                names[element.number] = name
+            depth = 1 + max((depths[x.number] for x in element.operands if isinstance(x, Element)), default=-1)
+            if element.op is None:
+                written.append((element.name, PRIMARY))
+            else:
+                written.append((_write(element.op, [text(x) for x in element.operands]), element.op.strength))
+                if element.number in names or uses[element.number] > 1 or depth == DEEPEST:
+                    kind = "bool" if element.op.boolean else "T"
+                    name = names.get(element.number, f"x{element.number}")
+                    lines.append(f"const {kind} {name} = {written[-1][0]};")
+                    written[-1], depth = (name, PRIMARY), 0
+            depths.append(depth)
         lines += [f"{a} = {text(x)[0]};" for a, x in zip(self.targets, self.results, strict=True)]
         return "\n".join(lines)
 

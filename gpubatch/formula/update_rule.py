@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpubatch.errors import FormulaError
-from gpubatch.formula.trace import C_WORDS, HOST_FUNCTIONS, Scalar, Trace
+from gpubatch.formula.trace import C_WORDS, HOST_FUNCTIONS, Scalar, Trace, restated
 
 __all__ = ["Rule", "rule"]
 
@@ -45,7 +45,8 @@ class Rule:
         """The traced formula; ``decay`` is the weight decay: "", "coupled" or "decoupled"."""
         hyper = (*self.hyper, *(["weight_decay"] if decay else []))
         trace = Trace(self.name, ("w", "g", *self.state), ("w", *self.state), hyper)
-        w, g, *state = trace.inputs()
+        inputs = trace.inputs()
+        w, g, *state = inputs
         symbols = {name: Scalar(name) for name in self.hyper}
         new_w, new_g = _decayed(decay, w, g, symbols.get("lr"))
         results = self.formula(new_w, new_g, *state, Scalar("t"), **symbols, **options)
@@ -55,7 +56,9 @@ class Rule:
                 f"{self.name} must return ({', '.join(trace.targets)}), {len(trace.targets)} values; "
                 f"it returned {len(results)}"
             )
-        return trace.finish(results)
+        # Only what the results need: an option may have chosen between two values.
+        names, targets = dict(zip(inputs, trace.arrays, strict=True)), dict(zip(trace.targets, results, strict=True))
+        return restated(self.name, names, targets)
 
 
 def _decayed(decay: str, w: Any, g: Any, lr: Any) -> tuple[Any, Any]:

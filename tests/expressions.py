@@ -1,0 +1,74 @@
+"""Random expressions of everything that a formula may use: as programs, computed with arrays or recorded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+UNARY_FUNCTIONS: dict[str, Any] = {
+    "neg": lambda x: -x,
+    "abs": abs,
+    "sqrt": lambda x: np.sqrt(abs(x)),
+    "exp": lambda x: np.exp(-abs(x)),
+    "log": lambda x: np.log(abs(x) + 0.5),
+    "log1p": lambda x: np.log1p(abs(x)),
+    "tanh": np.tanh,
+    "sign": np.sign,
+    "floor": np.floor,
+    "ceil": np.ceil,
+    "square": lambda x: np.square(np.tanh(x)),
+    "cube": lambda x: np.tanh(x) ** 3,
+}
+BINARY_FUNCTIONS: dict[str, Any] = {
+    "+": lambda x, y: x + y,
+    "-": lambda x, y: x - y,
+    "*": lambda x, y: np.tanh(x) * y,
+    "/": lambda x, y: x / (abs(y) + 1),
+    "//": lambda x, y: x // (abs(y) + 1),
+    "%": lambda x, y: x % (abs(y) + 1),
+    "power": lambda x, y: (abs(x) + 0.5) ** np.tanh(y),
+    "max": np.maximum,
+    "min": np.minimum,
+}
+COMPARED: dict[str, Any] = {
+    "<": lambda x, y: x < y,
+    "<=": lambda x, y: x <= y,
+    ">": lambda x, y: x > y,
+    ">=": lambda x, y: x >= y,
+    "==": lambda x, y: x == y,
+    "!=": lambda x, y: x != y,
+}
+CONDITIONS: dict[str, Any] = {
+    "not": np.logical_not,
+    "&": np.logical_and,
+    "|": np.logical_or,
+}
+
+
+def programs() -> st.SearchStrategy[Any]:
+    """Up to 12 steps: an operation, and how far back its operands were made. Every value stays finite."""
+    names = [*UNARY_FUNCTIONS, *BINARY_FUNCTIONS, *COMPARED, *CONDITIONS, "where", "times condition"]
+    back = st.integers(0, 9)
+    return st.lists(st.tuples(st.sampled_from(names), back, back), min_size=1, max_size=12)
+
+
+def value(program: Any, leaves: list[Any]) -> Any:
+    """What the last step makes, from arrays or from symbols."""
+    values, conditions = list(leaves), list[Any]()
+    for name, first, second in program:
+        x, y = values[-1 - first % len(values)], values[-1 - second % len(values)]
+        if name in UNARY_FUNCTIONS:
+            values.append(UNARY_FUNCTIONS[name](x))
+        elif name in BINARY_FUNCTIONS:
+            values.append(BINARY_FUNCTIONS[name](x, y))
+        elif name in COMPARED or not conditions:
+            conditions.append(COMPARED.get(name, np.less)(x, y))
+        else:
+            c, d = conditions[-1 - first % len(conditions)], conditions[-1 - second % len(conditions)]
+            if name in CONDITIONS:
+                conditions.append(CONDITIONS[name](*([c] if name == "not" else [c, d])))
+            else:
+                values.append(np.where(c, x, y) if name == "where" else c * y)
+    return values[-1]
