@@ -304,7 +304,10 @@ def assert_apart(arrays: dict[str, np.ndarray]) -> None:
 
 
 def test_memory_is_known_before_it_is_allocated(dtype, rng) -> None:
-    Network(everything(64), backend="cpu", dtype=dtype)  # NumPy loads its generators when they are first used
+    used = Network(everything(64), backend="cpu", dtype=dtype)  # NumPy's generators and the registers of formulas
+    used.loss_and_grad(np.zeros((200, 64), dtype), np.zeros(200, int))  # are the process's, made on first use
+    used.loss(np.zeros((1500, 64), dtype), np.zeros(1500, int))
+    del used
     tracemalloc.start()
     try:
         net = Network(everything(64), l2=0.1, backend="cpu", dtype=dtype)
