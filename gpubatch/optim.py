@@ -624,8 +624,8 @@ class AdamW(Optimizer):
 class NAdam(Optimizer):
     """Adam with Nesterov momentum (Dozat 2016): the step already uses the momentum of the next one.
 
-    beta1 is constant (optax), or with ``momentum_decay`` warmed up by Dozat's schedule: 4e-3 is what PyTorch and
-    Keras use.
+    beta1 is constant (optax), or with ``momentum_decay`` follows Dozat's schedule: 4e-3 is PyTorch's value, 1 Keras'
+    (which also has eps = 1e-7).
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import tracemalloc
@@ -183,6 +184,28 @@ def test_adam_hat_is_adam_with_a_shrinking_eps(rng: np.random.Generator) -> None
         a.step([g])
         b.step([g])
     np.testing.assert_allclose(hat, plain, rtol=1e-12)
+
+
+def test_nadam_of_keras() -> None:
+    """A step of Keras' own test of Nadam, whose schedule is 0.96**t and eps 1e-7."""
+    w = np.array([1.0, 2, 3, 4])
+    gb.NAdam([w], 0.5, eps=1e-7, momentum_decay=1).step([np.array([1.0, 6, 7, 2])])
+    np.testing.assert_allclose(w, [0.4686, 1.4686, 2.4686, 3.4686], atol=5e-5)
+
+
+def test_a_step_of_a_scheduled_momentum_costs_the_same_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its product of factors is kept from step to step, and ends where it is nothing."""
+    factors = []
+    of_step = rules.warmed_beta
+    monkeypatch.setattr(rules, "warmed_beta", lambda *of: factors.append(of) or of_step(*of))
+    beta1, decay = 0.75, 0.0123  # nobody else's
+    expected = math.prod(of_step(step, beta1, decay) for step in range(1, 101))
+    found = [rules.warmed_product(t, beta1, decay) for t in range(1, 101)]
+    assert found[-1] == expected
+    assert len(factors) == 100
+    assert rules.warmed_product(7, beta1, decay) == found[6]
+    assert [rules.warmed_product(t, beta1, decay) for t in (10_000, 10_001, 10**9)] == [0.0] * 3
+    assert len(factors) < 3000
 
 
 # --- against other libraries ---------------------------------------------------------------------------------------
