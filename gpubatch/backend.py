@@ -14,10 +14,11 @@ import importlib.util
 import os
 import re
 import threading
+import types
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -672,6 +673,50 @@ def describe(x: Any) -> str:
     if is_cupy(x):
         return f"a CuPy array of shape {x.shape} and dtype {x.dtype} on cuda:{x.device.id}"
     return f"a {type(x).__module__}.{type(x).__qualname__}".replace("a builtins.", "a ")
+
+
+def find_overlap(arrays: Sequence[Array]) -> tuple[int, int] | None:
+    """The indices of two arrays that share memory, (i, i) if array i overlaps itself; None if there is no overlap.
+
+    No address is both the host's and a device's, so arrays may be of several devices.
+    """
+    spans = []
+    for i, x in enumerate(arrays):
+        steps = [(n - 1) * stride for n, stride in zip(x.shape, x.strides, strict=True) if n > 1]
+        if x.size and _overlaps_itself(x):
+            return i, i
+        if x.size:
+            spans.append((_address(x) + sum(s for s in steps if s < 0), i, sum(map(abs, steps)) + x.itemsize))
+    active: list[tuple[int, int]] = []  # (end, index) of those that reach as far as the next one's start
+    for start, i, size in sorted(spans):
+        active = [(end, j) for end, j in active if end > start]
+        for _, j in active:
+            if np.shares_memory(_in_place_of(arrays[i]), _in_place_of(arrays[j])):
+                return j, i
+        active.append((start + size, i))
+    return None
+
+
+def _overlaps_itself(x: Array) -> bool:
+    """Whether two elements have one address, as in a broadcast array."""
+    extent = x.itemsize
+    for stride, n in sorted((abs(stride), n) for n, stride in zip(x.shape, x.strides, strict=True) if n > 1):
+        if stride < extent:
+            return True
+        extent += (n - 1) * stride
+    return False
+
+
+def _address(x: Array) -> int:
+    return int(x.data.ptr if is_cupy(x) else x.__array_interface__["data"][0])
+
+
+def _in_place_of(x: Array) -> np.ndarray:
+    """A NumPy array with the addresses of ``x``, to compare and never to read."""
+    if isinstance(x, np.ndarray):
+        return x
+    described = {"shape": x.shape, "strides": x.strides, "typestr": x.dtype.str, "data": (_address(x), True)}
+    return np.asarray(types.SimpleNamespace(__array_interface__={**described, "version": 3}))
 
 
 def is_foreign(x: Any) -> bool:

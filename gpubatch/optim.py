@@ -16,6 +16,7 @@ from gpubatch.backend import (
     backend_of,
     compute_dtype,
     describe,
+    find_overlap,
     float_dtype,
     from_dlpack,
     get_backend,
@@ -682,8 +683,10 @@ def named_arrays(arrays: Any, argument: str, *, writable: bool = False) -> dict[
         if writable and (frozen or not getattr(array.flags, "writeable", True)):
             raise ArgumentError(f"{label} is read-only: an optimizer changes it in place, give it a writable array")
         found[name] = array
-    if writable and len({id(array) for array in given.values()}) < len(given):
-        raise ArgumentError(f"{argument} has the same array twice: it would be updated twice in a step")
+    if writable and (pair := find_overlap(list(found.values()))) is not None:
+        first, second = (f"{argument}[{list(found)[i]!r}]" for i in pair)
+        shared = f"elements of {first}" if first == second else f"{first} and {second}"
+        raise ArgumentError(f"{shared} share memory, which would be updated twice in a step; give each its own")
     return found
 
 

@@ -17,6 +17,7 @@ from optimizer_table import CASES, FAST, LR, Case
 
 import gpubatch as gb
 from gpubatch import optim, rules
+from gpubatch.backend import find_overlap
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 NO_CHANGE_BY_HAND = {"weight_decay": 0.0}
@@ -206,6 +207,32 @@ def test_a_step_of_a_scheduled_momentum_costs_the_same_at_any_time(monkeypatch: 
     assert rules.warmed_product(7, beta1, decay) == found[6]
     assert [rules.warmed_product(t, beta1, decay) for t in (10_000, 10_001, 10**9)] == [0.0] * 3
     assert len(factors) < 3000
+
+
+def expanded() -> np.ndarray:
+    """Rows that are one memory, as PyTorch's ``expand`` makes them."""
+    return np.lib.stride_tricks.as_strided(np.ones(3, np.float32), (4, 3), (0, 4))
+
+
+def test_views_that_only_lie_beside_each_other_are_taken(backend: gb.Backend) -> None:
+    w = backend.asarray(np.ones((6, 4), np.float32))
+    apart = [w[:, 0], w[:, 1], w[::-2, 2:], w[:0], backend.asarray(np.ones(3, np.float32))]
+    opt = gb.SGD(apart, 0.5)
+    if backend.name == "cpu":  # a CUDA kernel refuses strided arrays
+        opt.step([np.ones(x.shape, np.float32) for x in apart])
+        assert w.tolist() == [[0.5, 0.5, 1, 1], [0.5] * 4] * 3
+    with pytest.raises(gb.ArgumentError, match=r"params\['0'\] and params\['1'\] share memory"):
+        gb.SGD([w[:, 3], w[2:, ::3]], 0.5)
+
+
+@given(st.lists(st.tuples(*[st.integers(-9, 9)] * 3), min_size=2, max_size=5))
+def test_an_overlap_is_found_where_elements_are_shared(slices: list[tuple[int, int, int]]) -> None:
+    w = np.arange(10.0)
+    arrays = [w[start : stop : step or 1] for start, stop, step in slices]
+    shared = any(
+        set(a.tolist()) & set(b.tolist()) for i, a in enumerate(arrays) for j, b in enumerate(arrays) if i != j
+    )
+    assert (find_overlap(arrays) is not None) == shared
 
 
 # --- against other libraries ---------------------------------------------------------------------------------------
@@ -548,7 +575,9 @@ ERRORS = {
     "integers": (lambda: gb.SGD([np.zeros(2, int)], 0.1), TypeError, r"params\['0'\] must be float32 or float64"),
     "two types": (lambda: gb.SGD({"a": W, "b": W.astype("f")}, 0.1), TypeError, "'a' is float64, 'b' is float32"),
     "read-only": (lambda: gb.SGD({"a": read_only()}, 0.1), ValueError, r"params\['a'\] is read-only"),
-    "twice": (lambda: gb.SGD([W, W], 0.1), ValueError, "the same array twice"),
+    "twice": (lambda: gb.SGD([W, W], 0.1), ValueError, r"params\['0'\] and params\['1'\] share memory"),
+    "overlap": (lambda: gb.SGD({"a": W, "b": W[1:]}, 0.1), ValueError, r"params\['a'\] and params\['b'\] share memory"),
+    "broadcast": (lambda: gb.SGD([expanded()], 0.1), ValueError, r"elements of params\['0'\] share memory, .* twice"),
     "no gradients": (lambda: gb.SGD([W], 0.1).step(), ValueError, "grads must be given"),
     "shape": (lambda: gb.SGD([W], 0.1).step([W.T]), ValueError, r"grads\['0'\] has shape \(3, 2\).*\(2, 3\)"),
     "type": (lambda: gb.SGD([W], 0.1).step([W.astype("f")]), TypeError, r"grads\['0'\] is float32.*float64"),
