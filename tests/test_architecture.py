@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -117,6 +118,25 @@ def test_the_list_has_no_circle() -> None:
     while ready := {m for m, below in MAY_IMPORT.items() if m not in done and set(below.split()) <= done}:
         done |= ready
     assert done == set(MAY_IMPORT)
+
+
+def test_the_picture_has_the_arrows_of_the_imports() -> None:
+    """All of them but those that a longer way implies; packages that may import any are not drawn."""
+    imports = {own: set[str]() for own in MAY_IMPORT}
+    for name, source in SOURCES.items():
+        if room(name) in imports:
+            imports[room(name)] |= {room(other) for other in imported(source)} - {room(name)}
+    below: dict[str, set[str]] = {}
+    while ready := [own for own in imports if own not in below and imports[own] <= below.keys()]:
+        below |= {own: imports[own].union(*(below[other] for other in imports[own])) for own in ready}
+    arrows = {
+        (own, other) for own in imports for other in imports[own] if all(other not in below[o] for o in imports[own])
+    }
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    assert sorted(re.findall(r"\*\*(\w+)\*\*", page)) == sorted(MAY_IMPORT), "the way of a batch names each once"
+    picture = page.partition("flowchart")[2].partition("```")[0]
+    lines = [line.split(" --> ") for line in picture.splitlines() if " --> " in line]
+    assert {(own.strip(), other.strip()) for own, others in lines for other in others.split("&")} == arrows
 
 
 def test_no_class_has_the_name_of_another() -> None:
