@@ -677,7 +677,8 @@ def named_arrays(arrays: Any, argument: str, *, writable: bool = False) -> dict[
             raise DTypeError(f"the names in {argument} must be strings, got {name!r}")
         frozen = is_immutable(array)
         if is_foreign(array):
-            array = from_dlpack(array)
+            # PyTorch exports no tensor that requires a gradient; its memory is what an optimizer updates.
+            array = from_dlpack(array.detach() if getattr(array, "requires_grad", False) else array)
         elif not isinstance(array, np.ndarray) and not is_cupy(array):
             raise DTypeError(f"{label} must be a NumPy or CuPy array, or speak DLPack, got {describe(array)}")
         if writable and (frozen or not getattr(array.flags, "writeable", True)):

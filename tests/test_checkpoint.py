@@ -242,6 +242,17 @@ def test_an_absurd_header_is_refused_before_memory_is_asked_for(length: int, tmp
         tracemalloc.stop()
 
 
+@pytest.mark.exhaustive
+def test_a_hundred_thousand_arrays_are_saved_and_read(tmp_path: Path) -> None:
+    """As many as an optimizer of that many small parameters has."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save({"state": {f"w{i}": np.full(2, i, np.float32) for i in range(100_000)}})
+    found = checkpoints.newest()
+    assert found is not None
+    assert len(found[1]["state"]) == 100_000
+    assert found[1]["state"]["w99999"].tolist() == [99999, 99999]
+
+
 def header(**changed: Any) -> dict[str, Any]:
     entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24], **changed}
     return {"__metadata__": {"format": "1", "state": '{"x": {"__array__": "x"}}'}, "x": entry}

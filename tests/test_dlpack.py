@@ -198,3 +198,16 @@ def test_a_tensor_that_another_stream_still_makes_is_waited_for() -> None:
         with backend.own_stream():
             total = float(backend.asarray(ones).sum() / ones.numel())
     assert total == 51
+
+
+def test_an_optimizer_updates_the_parameters_of_a_module() -> None:
+    torch = peer("torch")
+    torch.manual_seed(0)
+    module = torch.nn.Linear(3, 2)
+    before = [p.detach().clone() for p in module.parameters()]
+    opt = gb.SGD(module.parameters(), lr=0.5)
+    module(torch.ones(4, 3)).sum().backward()
+    opt.step([p.grad for p in module.parameters()])
+    for p, old in zip(module.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), old - 0.5 * p.grad)
+        assert p.requires_grad

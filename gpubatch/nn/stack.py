@@ -77,15 +77,17 @@ def describe_layer(layer: Layer, place: int) -> str:
 def parameter_names(stack: Sequence[Stacked]) -> list[dict[str, str]]:
     """For each layer, the names in the network of its parameters and buffers: the k-th of a kind is numbered k."""
     seen: Counter[type] = Counter()
+    owners: dict[str, Stacked] = {}
     names: list[dict[str, str]] = []
     for run in stack:
         seen[type(run.layer)] += 1
         own = {name: f"{name}{seen[type(run.layer)]}" for name in (*run.needs.parameters, *run.needs.buffers)}
-        for other, others in zip(stack, names, strict=False):
-            if shared := set(own.values()) & set(others.values()):
-                raise ArgumentError(
-                    f"{describe_layer(other.layer, other.place)} and {describe_layer(run.layer, run.place)} both name "
-                    f"a parameter {min(shared)!r}; call it something else in one of the two classes"
-                )
+        if shared := own.values() & owners.keys():
+            other = owners[min(shared)]
+            raise ArgumentError(
+                f"{describe_layer(other.layer, other.place)} and {describe_layer(run.layer, run.place)} both name "
+                f"a parameter {min(shared)!r}; call it something else in one of the two classes"
+            )
+        owners |= dict.fromkeys(own.values(), run)
         names.append(own)
     return names
