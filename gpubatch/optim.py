@@ -53,7 +53,11 @@ __all__ = [
     "Optimizer",
     "RMSProp",
     "StepResult",
+    "captured_key",
     "clip_by_global_norm",
+    "enqueue_update",
+    "rehearse_update",
+    "scalars_ahead",
 ]
 
 Hyper: TypeAlias = float | schedules.Schedule
@@ -200,60 +204,6 @@ class Optimizer:
             self._update(checked, scalars, control)
             if len(arrays) > 1 and isinstance(self._update, CudaUpdate):
                 self._last = Gradients.of(grads, [g for _, g, *_ in checked])
-
-    def rehearse(self, grads: Any = None) -> None:
-        """All that a step needs, without a step: its code is compiled, and the memory of the state is there.
-
-        ``grads`` as for :meth:`step`; their values do not matter.
-        """
-        control, t = self.backend.zeros(2, compute_dtype(self._dtype)), self.t
-        with self.backend.scope():
-            control.fill(1)  # the second one leaves the step out
-            for views in self._state.values():
-                views.flat *= 1  # zeros are given by the system only when they are first written to
-        self.step(grads, control)
-        self.t = t
-
-    def ahead(self, start: int, count: int, least: int = 1) -> tuple[np.ndarray, list[float | None]]:
-        """The formula's scalars for each of ``count`` steps from ``start`` on, in rows, and the learning rates.
-
-        They are what :meth:`step` would compute while hyper-parameters and ``epoch`` stay. Where a schedule fails for
-        one of them there are only those before it, since it may never come, but no fewer than ``least``: then it
-        raises.
-        """
-        fixed = {name: self._at(name, start) for name in self._trace.hyper if not callable(self._hyper[name])}
-        moving = [name for name in self._trace.hyper if name not in fixed]
-        rows, rates = list[tuple[float, ...]](), list[float | None]()
-        for t in range(start, start + count):
-            try:
-                hyper = fixed | {name: self._at(name, t) for name in moving} if moving else fixed
-                rows.append(self._trace.evaluate(t + 1, **hyper))
-            except Exception:
-                if len(rows) < least:
-                    raise
-                break
-            rates.append(hyper.get("lr"))
-        scalars = np.zeros((len(rows), max(1, len(self._trace.scalars))), compute_dtype(self._dtype))
-        if rows and self._trace.scalars:
-            scalars[...] = rows
-        return scalars, rates
-
-    def enqueue(
-        self, scalars: Array, control: Array | None, progress: Array, running: tuple[Array, Array] | None
-    ) -> Any:
-        """What :meth:`step` starts on a GPU for ``params.grads``, so that it can be captured as the end of a step.
-
-        ``scalars`` are rows of :meth:`ahead` on the device, the rest is as :meth:`CudaUpdate.launch` has it. ``t``
-        stays. Returns what is to be kept as long as the graph.
-        """
-        assert isinstance(self._update, CudaUpdate)
-        with self.backend.scope():
-            return self._update.launch(self._arrays(None), scalars, control, progress, running)
-
-    @property
-    def plan(self) -> tuple[Any, ...]:
-        """What :meth:`ahead` and :meth:`enqueue` depend on: while it is the same, so are they."""
-        return self._update, self.t, self.epoch, *self._hyper.values()
 
     @property
     def lr(self) -> float:
@@ -421,7 +371,8 @@ class Optimizer:
         if grads is None:
             return params.grads.flat
         if isinstance(grads, FlatViews):
-            return grads.flat if grads.shapes == params.shapes else None
+            same = grads is params.grads or (grads.spans == params.spans and grads.shapes == params.shapes)
+            return grads.flat if same else None
         return grads if getattr(grads, "shape", None) == params.flat.shape else None
 
     def _gradient(self, i: int, g: Any, p: Array) -> Array:
@@ -653,6 +604,70 @@ class Lion(Optimizer):
         self, params: Any, lr: Hyper = 1e-4, beta1: Hyper = 0.9, beta2: Hyper = 0.99, **common: Unpack[Common]
     ) -> None:
         Optimizer.__init__(self, rules.lion, params, lr=lr, beta1=beta1, beta2=beta2, **common)
+
+
+# --- for the rooms that rehearse, capture and replay steps -----------------------------------------------------------
+
+
+def rehearse_update(opt: Optimizer, grads: Any = None) -> None:
+    """Do all that a step needs, without a step: compile its code, and take the memory of the state.
+
+    grads: as for :meth:`Optimizer.step`; their values do not matter.
+    """
+    control, t = opt.backend.zeros(2, compute_dtype(opt._dtype)), opt.t
+    with opt.backend.scope():
+        control.fill(1)  # the second one leaves the step out
+        for views in opt._state.values():
+            views.flat *= 1  # zeros are given by the system only when they are first written to
+    opt.step(grads, control)
+    opt.t = t
+
+
+def scalars_ahead(opt: Optimizer, start: int, count: int, least: int = 1) -> tuple[np.ndarray, list[float | None]]:
+    """The formula's scalars for each of ``count`` steps from ``start`` on, in rows, and the learning rates.
+
+    They are what :meth:`Optimizer.step` would compute while hyper-parameters and ``epoch`` stay. If a schedule raises,
+    stop there, because the run may end first; raise only if fewer than ``least`` rows were made.
+    """
+    fixed = {name: opt._at(name, start) for name in opt._trace.hyper if not callable(opt._hyper[name])}
+    moving = [name for name in opt._trace.hyper if name not in fixed]
+    rows, rates = list[tuple[float, ...]](), list[float | None]()
+    for t in range(start, start + count):
+        try:
+            hyper = fixed | {name: opt._at(name, t) for name in moving} if moving else fixed
+            rows.append(opt._trace.evaluate(t + 1, **hyper))
+        except Exception:
+            if len(rows) < least:
+                raise
+            break
+        rates.append(hyper.get("lr"))
+    scalars = np.zeros((len(rows), max(1, len(opt._trace.scalars))), compute_dtype(opt._dtype))
+    if rows and opt._trace.scalars:
+        scalars[...] = rows
+    return scalars, rates
+
+
+def enqueue_update(
+    opt: Optimizer, scalars: Array, control: Array | None, progress: Array, running: tuple[Array, Array] | None
+) -> Any:
+    """Launch what :meth:`Optimizer.step` launches on a GPU for ``params.grads``, so that it can be captured.
+
+    ``t`` stays. Returns what is to be kept as long as the graph.
+
+    scalars: rows of :func:`scalars_ahead`, on the device.
+    control, progress, running: as :meth:`CudaUpdate.launch` has them.
+    """
+    assert isinstance(opt._update, CudaUpdate)
+    with opt.backend.scope():
+        return opt._update.launch(opt._arrays(None), scalars, control, progress, running)
+
+
+def captured_key(opt: Optimizer) -> tuple[Any, ...]:
+    """What :func:`scalars_ahead` and :func:`enqueue_update` depend on: while it is the same, so are they.
+
+    The update, which graphs launch, comes first.
+    """
+    return opt._update, opt.t, opt.epoch, *opt._hyper.values()
 
 
 # --- arrays that the user gave -------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import gpubatch.backend
 from gpubatch.loader import Loader
 from gpubatch.nn import core_of
 from gpubatch.ops.products import ArrayProducts
+from gpubatch.optim import rehearse_update
 
 RNG = np.random.default_rng(7)
 X, Y = RNG.standard_normal((24, 6)).astype(np.float32), RNG.integers(0, 4, 24)
@@ -63,7 +64,7 @@ def step(device: StandInBackend, make: Callable[[Any], gb.Optimizer]) -> None:
     opt = make(arrays)
     opt.step([device.asarray(X), device.asarray(Y.astype(np.float32))])
     opt.step({"0": device.asarray(X), "1": device.asarray(Y.astype(np.float32))}, device.zeros(2, np.float32))
-    opt.rehearse([device.asarray(X), device.asarray(Y.astype(np.float32))])
+    rehearse_update(opt, [device.asarray(X), device.asarray(Y.astype(np.float32))])
     state = opt.state_dict()
     make(arrays).load_state_dict(state)
 

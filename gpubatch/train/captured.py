@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from gpubatch.backend import Array
 from gpubatch.nn import core_of
+from gpubatch.optim import scalars_ahead
 from gpubatch.train.graphs import CapturedSteps
 from gpubatch.train.ledger import AHEAD, BATCH, Report
 
@@ -74,7 +75,7 @@ class Queue:
         opt, ledger = self._steps.opt, self._steps.ledger
         first = self._batch + self.in_flight
         # A schedule that fails does so when everything before is over, as if it had not been asked ahead of time.
-        scalars, rates = opt.ahead(opt.t + self.in_flight, count, 0 if self._chunks else 1)
+        scalars, rates = scalars_ahead(opt, opt.t + self.in_flight, count, 0 if self._chunks else 1)
         rows = [self._rows_of(first + i) for i in range(len(rates))]
         if rows:
             ledger.write(scalars)

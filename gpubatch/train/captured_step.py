@@ -7,7 +7,7 @@ from typing import Any
 from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, check_int
 from gpubatch.nn import Network, core_of
-from gpubatch.optim import Optimizer
+from gpubatch.optim import Optimizer, captured_key, scalars_ahead
 from gpubatch.train.checks import check_bound, why_eager
 from gpubatch.train.graphs import CapturedSteps, Form, GivenArrays
 from gpubatch.train.ledger import CHUNK
@@ -46,8 +46,8 @@ class CapturedStep:
         if self._captured is None or not self._captured.fits(self.opt):
             self._captured, self._expected = CapturedSteps(self.net, self.opt, self._feed, guarded=False), ()
         captured = self._captured
-        if self._left < self.steps or self._expected != (*self.opt.plan, core_of(self.net).dropout_step):
-            scalars, _ = self.opt.ahead(self.opt.t, captured.ledger.capacity, self.steps)
+        if self._left < self.steps or self._expected != (*captured_key(self.opt), core_of(self.net).dropout_step):
+            scalars, _ = scalars_ahead(self.opt, self.opt.t, captured.ledger.capacity, self.steps)
             captured.ledger.write(scalars)
             captured.ledger.restart(0, core_of(self.net).dropout_step)
             self._left = len(scalars)
@@ -55,5 +55,5 @@ class CapturedStep:
         self.opt.t += self.steps
         core_of(self.net).count_steps(self.steps)
         self._left -= self.steps
-        self._expected = (*self.opt.plan, core_of(self.net).dropout_step)
+        self._expected = (*captured_key(self.opt), core_of(self.net).dropout_step)
         return captured.loss

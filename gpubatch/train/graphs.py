@@ -22,7 +22,7 @@ from gpubatch.backend import Array, CudaBackend, compute_dtype
 from gpubatch.loader import needed
 from gpubatch.nn import Network, core_of
 from gpubatch.ops import MOST_THREADS, SQUARE_SUM_SIZE, cuda_kernel, source_of, square_grid
-from gpubatch.optim import Optimizer
+from gpubatch.optim import Optimizer, captured_key, enqueue_update, scalars_ahead
 from gpubatch.staging import wait_at_the_end
 from gpubatch.train.ledger import BATCH, HALTED, STEP, Ledger
 
@@ -90,8 +90,8 @@ class CapturedSteps:
         assert isinstance(net.backend, CudaBackend)
         self.net, self.opt, self.feed, self._backend = net, opt, feed, net.backend
         self._guarded, self._max_norm = guarded, max_norm or 0.0
-        self._update = opt.plan[0]  # what the graphs launch, kept with its tables
-        rows, _ = opt.ahead(opt.t, 1)
+        self._update = captured_key(opt)[0]  # what the graphs launch, kept with its tables
+        rows, _ = scalars_ahead(opt, opt.t, 1)
         self.ledger = Ledger(net.backend, rows.shape[1], rows.dtype)
         with net.backend.scope():
             self._squares = net.backend.zeros(SQUARE_SUM_SIZE, np.float64)
@@ -105,7 +105,7 @@ class CapturedSteps:
 
     def fits(self, opt: Optimizer) -> bool:
         """Whether the graphs are still those of the optimizer, whose formula may have become another one."""
-        return self._update is opt.plan[0]
+        return self._update is captured_key(opt)[0]
 
     def prepare(self, rows: int, micro_batch_size: int | None, steps: int) -> None:
         """Capture what :meth:`enqueue` may need for ``steps`` batches of ``rows`` samples."""
@@ -170,7 +170,7 @@ class CapturedSteps:
             arguments = (*of_gradient, loss, self._total, net.loss_scale, *state, *numbers)
             self._launch("judge", square_grid(grads), MOST_THREADS, *arguments)
         running = (net.buffers.flat, self._before) if self._before.size else None
-        table = self.opt.enqueue(ledger.rows, control, ledger.progress, running)
+        table = enqueue_update(self.opt, ledger.rows, control, ledger.progress, running)
         self._kept.append((kept, table))
 
     def _launch(self, name: str, grid: tuple[int], threads: int, *arguments: Any) -> None:

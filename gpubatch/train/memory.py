@@ -10,7 +10,7 @@ from gpubatch.errors import InsufficientMemoryError, NonFiniteError
 from gpubatch.loader import Loader
 from gpubatch.nn import EVALUATION_ROWS, Network, core_of
 from gpubatch.ops import SQUARE_SUM_SIZE
-from gpubatch.optim import Optimizer
+from gpubatch.optim import Optimizer, rehearse_update
 from gpubatch.train.checks import HeldOut, as_rows, why_not_captured
 from gpubatch.train.ledger import AHEAD
 
@@ -72,7 +72,7 @@ def rehearse(net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | N
         core_of(net).rehearse(x, y)
         if loader.last_size < len(x):
             core_of(net).rehearse(x[: loader.last_size], y[: loader.last_size])
-        opt.rehearse(net.parameters.grads)
+        rehearse_update(opt, net.parameters.grads)
         if held_out is not None:
             with contextlib.suppress(NonFiniteError):  # what the numbers are is not the question here
                 net.evaluate(held_out.X[:EVALUATION_ROWS], held_out.Y[:EVALUATION_ROWS])
