@@ -13,9 +13,8 @@ import pytest
 
 import gpubatch as gb
 from gpubatch.formula import activations
-from gpubatch.ops.host_ops import HostOps, ops_for
-from gpubatch.ops.launch import host_library
-from gpubatch.ops.numpy_ops import PARTS, SQUARE_SUM_SIZE, SUM_PARTS, NumpyOps, Ops
+from gpubatch.ops import SQUARE_SUM_SIZE, Ops, host_library, ops_for
+from gpubatch.ops.grid import PARTS, SUM_PARTS
 
 Arrays: TypeAlias = dict[str, Any]
 
@@ -34,10 +33,10 @@ def ops_or_skip(form: str) -> tuple[gb.Backend, Ops]:
         return backend, ops_for(backend, np.dtype(np.float32))
     backend, library = gb.get_backend("cpu"), host_library()
     if form == "numpy":
-        return backend, NumpyOps()
+        return backend, Ops()
     if isinstance(library, str):
         pytest.skip(library)
-    return backend, HostOps(library)
+    return backend, Ops(library)
 
 
 def measure(
@@ -55,7 +54,7 @@ def measure(
     backend, ops = ops_or_skip(form)
     expected = {name: a.copy() for name, a in arrays.items()}
     with np.errstate(over="ignore"):
-        call(NumpyOps(), expected)
+        call(Ops(), expected)
     own = {name: backend.asarray(a) for name, a in arrays.items()}
     first = {name: own[name].copy() for name in restored.split()}
 

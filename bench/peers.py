@@ -603,6 +603,7 @@ def row_of(work: str, peer: str, ours: list[dict[str, Any]], theirs: list[dict[s
 def conditions(threads: int, rounds: int) -> dict[str, Any]:
     """Machine, versions, and how it was measured."""
     import gpubatch as gb
+    from gpubatch.ops import host_library
 
     found = [name for name in LIBRARIES if any(importlib.metadata.distributions(name=name))]
     versions = {"python": platform.python_version(), "gpubatch": gb.__version__}
@@ -617,7 +618,7 @@ def conditions(threads: int, rounds: int) -> dict[str, Any]:
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "commit": commit or "unknown",
         "versions": versions | {name: importlib.metadata.version(name) for name in found},
-        "compiled": not isinstance(gb.launch.host_library(), str),
+        "compiled": not isinstance(host_library(), str),
         "threads": threads,
         "rounds": rounds,
     }

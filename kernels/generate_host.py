@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpubatch.formula import Rule, Trace, activation_source, activations, rules, score_source, scores
-from gpubatch.ops.launch import C_TYPES, elementwise_digest, formula_digest
+from gpubatch.ops.compile import COMPUTED, elementwise_digest, formula_digest
 
 
 def traces(rule: Rule) -> Iterator[Trace]:
@@ -77,5 +77,5 @@ def elementwise(dtype: str) -> str:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     (folder / "formulas.h").write_text(formulas())
-    for dtype in C_TYPES:
+    for dtype in COMPUTED:
         (folder / f"elementwise_{dtype}.h").write_text(elementwise(dtype))

@@ -90,7 +90,7 @@ static void in_pieces(Int n, Int columns, const Body& body) {
     pool().run(pieces, workers, [&](Int i) { body(n * i / pieces, n * (i + 1) / pieces); });
 }
 
-constexpr Int PARTS = 64;  // as in gpubatch/ops/numpy_ops.py
+constexpr Int PARTS = 64;  // as in gpubatch/ops/grid.py
 
 // How a reduction over n rows is cut: by n alone.
 static Int parts_of(Int n, Int least) { return std::max<Int>(1, std::min<Int>(PARTS, n / least)); }

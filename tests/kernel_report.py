@@ -13,8 +13,9 @@ from ops_cases import CASES
 from optimizer_table import CASES as RULES, trace_of
 
 from gpubatch.backend import compute_dtype
-from gpubatch.ops.cuda_ops import STORED, source_of, take_source
-from gpubatch.ops.launch import update_source
+from gpubatch.ops import source_of, update_source
+from gpubatch.ops.compile import C_TYPES
+from gpubatch.ops.gather import take_source
 from gpubatch.train.graphs import step_source
 
 
@@ -31,7 +32,7 @@ def sources() -> dict[str, str]:
             for master in (False, True) if dtype == "float16" else (False,):
                 source = update_source(trace_of(rule)[0], compute_dtype(np.dtype(dtype)).name, dtype, master)
                 found[source] = f"update {name}, {dtype}{', master' if master else ''}"
-    for stored in STORED:
+    for stored in C_TYPES:
         for target in {stored, "uint8", "int64"}:
             found.setdefault(take_source(stored, target), f"take {stored} as {target}")
     return {name: source for source, name in found.items()}

@@ -13,9 +13,12 @@ from families import first_of_each
 import gpubatch as gb
 from gpubatch.backend import Array, Backend, compute_dtype
 from gpubatch.formula import BoundActivation, activations, scores
-from gpubatch.ops import cuda_ops
-from gpubatch.ops.host_ops import HalfOps
-from gpubatch.ops.numpy_ops import PARTS, SQUARE_SUM_SIZE, SUM_PARTS, NumpyOps, Ops
+from gpubatch.ops import SQUARE_SUM_SIZE, Ops, source_of
+from gpubatch.ops.compile import C_TYPES
+from gpubatch.ops.elementwise import elementwise_source
+from gpubatch.ops.gather import gather_source
+from gpubatch.ops.grid import PARTS, SUM_PARTS
+from gpubatch.ops.losses import score_loss_source
 
 F = np.dtype(np.float32)
 HALF = 2.0**-11  # what rounding to float16 changes a number by, at most, but where it is subnormal
@@ -262,12 +265,12 @@ def gather(stored: str, scale: float, shift: float, p: Place, rows: int, feature
 
 
 def file(name: str, *before: str) -> Callable[[str], str]:
-    return lambda dtype: cuda_ops.source_of(dtype, *before, name)
+    return lambda dtype: source_of(dtype, *before, name)
 
 
 CASES: dict[str, Case] = {}
 for kind in activations.__all__:
-    source = functools.partial(lambda kind, dtype: cuda_ops.elementwise_source(dtype, curve(kind)), kind)
+    source = functools.partial(lambda kind, dtype: elementwise_source(dtype, curve(kind)), kind)
     sizes = SIZES if kind in ("identity", "gelu") else [(301, 3)]  # one says about sizes what all do
     for bias, in_place in ((True, False), (False, True)):
         CASES[f"activate {kind} {'with' if bias else 'without'} bias"] = Case(
@@ -308,7 +311,7 @@ for method, targets in (
 ):
     for stored in targets:
         source = functools.partial(
-            lambda method, stored, dtype: cuda_ops.score_loss_source(
+            lambda method, stored, dtype: score_loss_source(
                 dtype,
                 compute_dtype(np.dtype(dtype)).name if stored == "strided" else stored,
                 getattr(scores, method).bind(),
@@ -366,8 +369,8 @@ CASES["square_sum"] = Case(
     [*SIZES, (0, 1), (150, 1000)],
     grows=lambda r, f: 0,
 )
-for stored in cuda_ops.STORED:
-    source = functools.partial(lambda stored, dtype: cuda_ops.gather_source(dtype, stored), stored)
+for stored in C_TYPES:
+    source = functools.partial(lambda stored, dtype: gather_source(dtype, stored), stored)
     sizes = [*(SIZES if stored == "uint8" else [(67, 257)]), (9, 48)]  # 48: any element type in sixteen bytes
     CASES[f"gather {stored}"] = Case(
         "gather", source, functools.partial(gather, stored, 1.0, 0.0), [*sizes, (0, 5)], exact=True
@@ -398,7 +401,7 @@ FAST = {
 def by_numpy(case: Case, size: tuple[int, int], dtype: np.dtype) -> Results:
     """The results that are right: in float64, or in ``dtype`` where bits are compared."""
     computed = dtype if case.exact else np.dtype(np.float64)
-    ops = HalfOps(NumpyOps()) if computed == np.float16 else NumpyOps()
+    ops = Ops(half=True) if computed == np.float16 else Ops()
     place = Place(ops, gb.get_backend("cpu"), computed, dtype, np.random.default_rng(size))
     return case.run(place, *size)
 

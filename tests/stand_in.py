@@ -22,9 +22,8 @@ import numpy as np
 from emulate import host_kernel, launch_bounds, sanitized
 
 from gpubatch.backend import CudaBackend
-from gpubatch.ops.cuda_ops import STORED
-from gpubatch.ops.host_ops import ops_for
-from gpubatch.ops.launch import cuda_kernel
+from gpubatch.ops import cuda_kernel, ops_for
+from gpubatch.ops.compile import C_TYPES
 
 INDEX = 99  # of the device: no kernel of a real one is found in a cache
 
@@ -160,7 +159,7 @@ def types_of(source: str) -> dict[str, Any]:
     """The NumPy type of each C type of a source's parameters; None for those that it does not define."""
     of: dict[str, Any] = dict(NUMBERS)
     for name in ("T", "S", "Sample", "Target"):
-        defined = (np.dtype(dtype).type for dtype, c in STORED.items() if f"typedef {c} {name};" in source)
+        defined = (np.dtype(dtype).type for dtype, c in C_TYPES.items() if f"typedef {c} {name};" in source)
         of[name] = next(defined, None)
     return of
 

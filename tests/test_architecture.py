@@ -48,7 +48,7 @@ EDGES = {"plot", "cli", "__main__", "__init__"}
 # Inside a package: each file may import those to its left.
 ORDER = {
     "formula": "trace derivative elementwise update_rule rules activations scores",
-    "ops": "program launch numpy_ops cuda_ops host_ops products",
+    "ops": "program compile update grid operation elementwise losses normalisation dropout sums gather table products",
     "nn": "needs layers stack workspace losses core network",
     "sources": "arrays reader files tables",
     "loader": "order feeding loader",

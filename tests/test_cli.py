@@ -186,7 +186,7 @@ def test_train_in_mixed_precision(mnist: Path) -> None:
 
 @every("name", rules.__all__, ["adam", "lion"])
 def test_info_prints_every_kernel(name: str) -> None:
-    from gpubatch.ops.launch import update_source
+    from gpubatch.ops import update_source
 
     assert run("info", "--kernel", name).stdout == update_source(getattr(rules, name).trace()) + "\n"
 

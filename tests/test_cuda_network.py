@@ -10,8 +10,7 @@ import pytest
 from stand_in import INDEX, DeviceArray, StandIn, StandInBackend
 
 import gpubatch as gb
-from gpubatch.ops.host_ops import ops_for
-from gpubatch.ops.launch import cuda_kernel
+from gpubatch.ops import cuda_kernel, ops_for
 
 STACKS = {
     "mlp": lambda: [gb.Dense(12, 16), gb.ReLU(), gb.Dense(16, 5)],

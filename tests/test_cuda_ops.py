@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,10 +19,9 @@ from stand_in import DeviceArray, StandIn, stand_in_backend
 import gpubatch as gb
 from gpubatch.backend import Array, Backend, CudaBackend, compute_dtype
 from gpubatch.formula import scores
-from gpubatch.ops import cuda_ops
-from gpubatch.ops.cuda_ops import CudaOps
-from gpubatch.ops.host_ops import HalfOps
-from gpubatch.ops.numpy_ops import SQUARE_SUM_SIZE, SUM_PARTS, NumpyOps, Ops
+from gpubatch.ops import SQUARE_SUM_SIZE, Grid, Ops, compile, elementwise, gather, grid, losses
+from gpubatch.ops.grid import SUM_PARTS
+from gpubatch.ops.table import OPERATIONS
 
 DTYPES = ("float32", "float64", "float16")  # in which batches are stored
 FIRST = first_of_each({name: case.method for name, case in CASES.items()})  # of each method: fast in every dtype
@@ -49,8 +47,8 @@ every_form = forms(CASES)
 def by_cuda(
     case: Case, size: tuple[int, int], dtype: np.dtype, backend: CudaBackend, misaligned: bool = False
 ) -> dict[str, np.ndarray]:
-    """The results of :class:`CudaOps`, on the same numbers."""
-    place = Place(CudaOps(backend, dtype), backend, dtype, dtype, np.random.default_rng(size), misaligned)
+    """The results of the CUDA forms, on the same numbers."""
+    place = Place(Ops(grid=Grid(backend, dtype)), backend, dtype, dtype, np.random.default_rng(size), misaligned)
     with backend.scope():
         return {name: backend.to_numpy(a) for name, a in case.run(place, *size).items()}
 
@@ -70,9 +68,8 @@ def dtype(request: pytest.FixtureRequest) -> np.dtype:
 
 
 def test_every_method_has_a_case() -> None:
-    assert {case.method for case in CASES.values()} == Ops.__abstractmethods__
-    assert {CASES[name].method for name in FAST} == Ops.__abstractmethods__
-    assert not inspect.isabstract(CudaOps)
+    assert {case.method for case in CASES.values()} == OPERATIONS.keys()
+    assert {CASES[name].method for name in FAST} == OPERATIONS.keys()
 
 
 @pytest.mark.parametrize("special", [np.inf, -np.inf, np.nan])
@@ -193,7 +190,7 @@ def test_nothing_beyond_an_array_is_touched(name: str, stored: str) -> None:
 class Sealed:
     """Ops during whose methods nothing can be allocated on the device or read from it."""
 
-    def __init__(self, ops: CudaOps, patch: pytest.MonkeyPatch) -> None:
+    def __init__(self, ops: Ops, patch: pytest.MonkeyPatch) -> None:
         self.ops, self.patch = ops, patch
 
     def __getattr__(self, name: str) -> Callable[..., None]:
@@ -213,7 +210,7 @@ class Sealed:
 @every_case
 def test_nothing_is_allocated_or_read_back(case: Case, device: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype = np.dtype(np.float32)
-    ops: Any = Sealed(CudaOps(device, dtype), monkeypatch)
+    ops: Any = Sealed(Ops(grid=Grid(device, dtype)), monkeypatch)
     case.run(Place(ops, device, dtype, dtype, np.random.default_rng(0)), 3, 5)
     assert device.cupy.launches
 
@@ -239,8 +236,8 @@ def test_nan_and_infinity_go_through_as_in_numpy(case: Case, dtype: np.dtype, de
         right, ours = (
             case.run(Special(ops, where, dtype, dtype, np.random.default_rng(0)), *special.shape)
             for ops, where in (
-                (HalfOps(NumpyOps()) if dtype == np.float16 else NumpyOps(), gb.get_backend("cpu")),
-                (CudaOps(device, dtype), device),
+                (Ops(half=True) if dtype == np.float16 else Ops(), gb.get_backend("cpu")),
+                (Ops(grid=Grid(device, dtype)), device),
             )
         )
     for key in right:
@@ -253,7 +250,7 @@ def test_nan_and_infinity_go_through_as_in_numpy(case: Case, dtype: np.dtype, de
 def test_a_label_out_of_range_is_nan_and_nothing_else(method: str, classes: int, label: int) -> None:
     """The device cannot raise; what it must not do is touch memory that is not the row's."""
     backend = stand_in_backend(sanitize=True)
-    place = Place(CudaOps(backend, F), backend, F, F, np.random.default_rng(0))
+    place = Place(Ops(grid=Grid(backend, F)), backend, F, F, np.random.default_rng(0))
     z, Y, work = place.real(4, classes), backend.asarray(np.array([0, 1, label, 2])), place.work(4, classes)
     getattr(place.ops, method)(z, Y, True, work)
     assert np.isnan(work["loss"].get()).all()
@@ -261,7 +258,7 @@ def test_a_label_out_of_range_is_nan_and_nothing_else(method: str, classes: int,
 
 
 def test_labels_that_are_one_class_too_far(device: CudaBackend) -> None:
-    place = Place(CudaOps(device, F), device, F, F, np.random.default_rng(0))
+    place = Place(Ops(grid=Grid(device, F)), device, F, F, np.random.default_rng(0))
     for label, fits in ((2, True), (3, False)):
         z, work = place.real(2, 3), place.work(2, 3)
         place.ops.softmax_cross_entropy(z, device.asarray(np.array([2, label])), False, work)
@@ -271,7 +268,7 @@ def test_labels_that_are_one_class_too_far(device: CudaBackend) -> None:
 @pytest.mark.parametrize("classes", [2, 10, 300, 5000])
 def test_equal_scores(classes: int, dtype: np.dtype, device: CudaBackend) -> None:
     """The closed form: log(classes), and 1/classes for each but the label; a margin of 1 for each but the label."""
-    place = Place(CudaOps(device, dtype), device, dtype, dtype, np.random.default_rng(0))
+    place = Place(Ops(grid=Grid(device, dtype)), device, dtype, dtype, np.random.default_rng(0))
     z, Y, work = place.array(np.full((3, classes), 1000.0)), place.labels(3, classes), place.work(3, classes)
     right = 1 / classes - np.eye(classes)[Y.get()]
     tolerance = 100 * np.finfo(dtype).eps
@@ -285,7 +282,7 @@ def test_equal_scores(classes: int, dtype: np.dtype, device: CudaBackend) -> Non
 
 def test_scores_that_count_for_themselves(dtype: np.dtype, device: CudaBackend) -> None:
     """The closed forms: 3² and its slope; log 2 without a slope; no loss where all is clear, or all of the distance."""
-    place = Place(CudaOps(device, dtype), device, dtype, dtype, np.random.default_rng(0))
+    place = Place(Ops(grid=Grid(device, dtype)), device, dtype, dtype, np.random.default_rng(0))
     work = place.work(1, 4)
     place.ops.score_loss(
         scores.mse.bind(),
@@ -303,7 +300,7 @@ def test_scores_that_count_for_themselves(dtype: np.dtype, device: CudaBackend) 
 
 @every("stored", ["bool", "uint16", "int64", "float64"], ["uint16"])
 def test_how_targets_are_stored_changes_no_bit(stored: str, dtype: np.dtype, device: CudaBackend) -> None:
-    place = Place(CudaOps(device, dtype), device, dtype, dtype, np.random.default_rng(0))
+    place = Place(Ops(grid=Grid(device, dtype)), device, dtype, dtype, np.random.default_rng(0))
     z, truth = place.real(300, 9), place.rng.integers(0, 2, (300, 9))
     for method in ("mse", "sigmoid_cross_entropy"):
         found = []
@@ -317,7 +314,7 @@ def test_how_targets_are_stored_changes_no_bit(stored: str, dtype: np.dtype, dev
 @pytest.mark.parametrize("count", [1, 7, 2000])  # all of them are float16, too
 def test_the_l2_term(count: int, dtype: np.dtype, device: CudaBackend) -> None:
     """The sum of 1² to count², and a share of each number; what lies between the parts is left alone."""
-    ops, numbers = CudaOps(device, dtype), np.arange(1, count + 1)
+    ops, numbers = Ops(grid=Grid(device, dtype)), np.arange(1, count + 1)
     w = device.asarray(np.concatenate([[np.nan], numbers, [np.nan, np.nan], numbers, [np.nan]]).astype(dtype))
     spans = device.asarray(np.array([[1, count + 1], [count + 3, 2 * count + 3]]))
     loss, g = device.zeros(1, compute_dtype(dtype)), device.zeros(w.shape, dtype)
@@ -331,7 +328,7 @@ def test_the_l2_term(count: int, dtype: np.dtype, device: CudaBackend) -> None:
 
 
 def test_the_step_of_dropout_is_read_when_the_kernel_runs(device: CudaBackend) -> None:
-    place = Place(CudaOps(device, F), device, F, F, np.random.default_rng(0))
+    place = Place(Ops(grid=Grid(device, F)), device, F, F, np.random.default_rng(0))
     x, y, work, step = place.real(9, 40), place.empty(9, 40), place.work(9, 40), device.zeros(1, np.uint64)
     for n in (0, 2**63 + 5):
         step.fill(n)
@@ -344,7 +341,7 @@ def test_the_step_of_dropout_is_read_when_the_kernel_runs(device: CudaBackend) -
 
 @pytest.mark.parametrize("missing_classes", [0, 30])
 def test_classes_that_are_ruled_out_do_not_count(missing_classes: int, dtype: np.dtype, device: CudaBackend) -> None:
-    place = Place(CudaOps(device, dtype), device, dtype, dtype, np.random.default_rng(0))
+    place = Place(Ops(grid=Grid(device, dtype)), device, dtype, dtype, np.random.default_rng(0))
     z, work = np.full((1, 33), -np.inf), place.work(1, 33)
     z[0, missing_classes:] = 0
     Y = device.asarray(np.array([32]))
@@ -354,7 +351,7 @@ def test_classes_that_are_ruled_out_do_not_count(missing_classes: int, dtype: np
 
 
 def test_square_sum_adds_up_and_counts_what_is_not_finite(dtype: np.dtype, device: CudaBackend) -> None:
-    ops, out = CudaOps(device, dtype), device.zeros(SQUARE_SUM_SIZE, np.float64)
+    ops, out = Ops(grid=Grid(device, dtype)), device.zeros(SQUARE_SUM_SIZE, np.float64)
     for x in ([3.0, -4.0], [1.0], []):
         ops.square_sum(device.asarray(np.array(x, dtype)), out)
     assert out[:2].get().tolist() == [26, 0]
@@ -370,7 +367,7 @@ def test_square_sum_adds_up_and_counts_what_is_not_finite(dtype: np.dtype, devic
 def test_every_number_of_16_bits(dtype: np.dtype, device: CudaBackend) -> None:
     source = np.arange(2**16, dtype=np.uint16).view(np.float16)[:, None]
     out = device.empty((2**16, 1), dtype)
-    CudaOps(device, dtype).gather(device.asarray(source), device.asarray(np.arange(2**16)), out, 1.0, 0.0)
+    Ops(grid=Grid(device, dtype)).gather(device.asarray(source), device.asarray(np.arange(2**16)), out, 1.0, 0.0)
     right = source.astype(dtype)
     np.testing.assert_array_equal(out.get(), right)
     numbers = ~np.isnan(right)
@@ -397,11 +394,11 @@ def test_rows_move_sixteen_bytes_at_a_time(stored: str, target: str, rng: np.ran
             for kind, n, start in zip(kinds, (20, 13), starts, strict=True)
         )
         source[...] = rng.integers(0, 100, source.shape)
-        assert cuda_ops.lanes_of(source, out, features) == lanes
+        assert gather.lanes_of(source, out, features) == lanes
         if kept:
-            CudaOps(device, F).take_batch(source, order, at, out, 13)
+            gather.take_batch(Grid(device, F), source, order, at, out, 13)
         else:
-            CudaOps(device, kinds[1]).gather(source, order, out, 0.5, 1.0)
+            Ops(grid=Grid(device, kinds[1])).gather(source, order, out, 0.5, 1.0)
         right = source.get()[order.get()].astype(kinds[1])
         np.testing.assert_array_equal(out.get(), right if kept else right * kinds[1].type(0.5) + kinds[1].type(1))
 
@@ -417,12 +414,12 @@ def test_samples_of_more_dimensions_are_gathered(device: CudaBackend, rng: np.ra
     source, index = rng.integers(0, 256, (9, 4, 5, 3)).astype(np.uint8), np.array([8, 0, 0, 3])
     for shape in ((4, 4, 5, 3), (4, 60)):
         out = device.empty(shape, F)
-        CudaOps(device, F).gather(device.asarray(source), device.asarray(index), out, 0.5, 0.0)
+        Ops(grid=Grid(device, F)).gather(device.asarray(source), device.asarray(index), out, 0.5, 0.0)
         np.testing.assert_array_equal(out.get(), (source[index] * F.type(0.5)).reshape(shape))
 
 
 def test_what_cannot_be_gathered(device: CudaBackend) -> None:
-    ops, index = CudaOps(device, F), device.zeros(2, np.int64)
+    ops, index = Ops(grid=Grid(device, F)), device.zeros(2, np.int64)
     source, out = device.zeros((4, 6), F), device.zeros((2, 6), F)
     with pytest.raises(gb.ShapeError, match="source must be C-contiguous on a GPU"):
         ops.gather(device.zeros((4, 12), F)[:, ::2], index, out, 1.0, 0.0)
@@ -433,7 +430,7 @@ def test_what_cannot_be_gathered(device: CudaBackend) -> None:
 
 
 def test_labels_that_are_strided_are_copied(device: CudaBackend) -> None:
-    place = Place(CudaOps(device, F), device, F, F, np.random.default_rng(0))
+    place = Place(Ops(grid=Grid(device, F)), device, F, F, np.random.default_rng(0))
     z, work = place.real(3, 4), place.work(3, 4)
     place.ops.svm(z, device.asarray(np.array([0, 9, 3, 9, 1, 9]))[::2], True, work)
     np.testing.assert_array_equal(work["index"], [0, 3, 1])
@@ -442,7 +439,7 @@ def test_labels_that_are_strided_are_copied(device: CudaBackend) -> None:
 
 def test_the_last_block_leaves_the_ticket_as_it_was(device: CudaBackend) -> None:
     """So that the next launch, or the same one of a graph, finds it 0: whichever block is the last, however many."""
-    place = Place(CudaOps(device, F), device, F, F, np.random.default_rng(0))
+    place = Place(Ops(grid=Grid(device, F)), device, F, F, np.random.default_rng(0))
     out, work = device.zeros(SQUARE_SUM_SIZE, np.float64), place.work(300, 40)
     for rows in (300, 1, 77):
         z, Y = place.real(rows, 40), place.labels(rows, 40)
@@ -510,12 +507,21 @@ def test_a_planted_fault_is_noticed(fault: str, device: CudaBackend, monkeypatch
 
         return source
 
-    for write in ("kernel_source", "score_source", "activation_source"):  # of a file, and of a formula
-        monkeypatch.setattr(cuda_ops, write, planted(getattr(cuda_ops, write)))
-    monkeypatch.setattr(cuda_ops, "source_of", cuda_ops.source_of.__wrapped__)
-    monkeypatch.setattr(cuda_ops, "elementwise_source", cuda_ops.elementwise_source.__wrapped__)
-    monkeypatch.setattr(cuda_ops, "score_loss_source", cuda_ops.score_loss_source.__wrapped__)
-    monkeypatch.setattr(cuda_ops, "gather_source", cuda_ops.gather_source.__wrapped__)
+    # Of a file, and of a formula.
+    for module, write in (
+        (compile, "kernel_source"),
+        (gather, "kernel_source"),
+        (losses, "score_source"),
+        (elementwise, "activation_source"),
+    ):
+        monkeypatch.setattr(module, write, planted(getattr(module, write)))
+    for module, write in (
+        *((module, "source_of") for module in (compile, grid, gather, losses, elementwise)),
+        (elementwise, "elementwise_source"),
+        (losses, "score_loss_source"),
+        (gather, "gather_source"),
+    ):
+        monkeypatch.setattr(module, write, getattr(module, write).__wrapped__)
     with pytest.raises(AssertionError):
         test_it_agrees_with_numpy(CASES[name], F, device)
     assert len(set(hits)) == 1  # in one text
@@ -556,5 +562,5 @@ def test_on_a_gpu_float16_is_converted_as_numpy_does(cuda: CudaBackend) -> None:
         for source, dtype in ((halves, F), (np.concatenate([between, beyond]), np.dtype(np.float16))):
             out, index = cuda.empty((len(source), 1), dtype), cuda.asarray(np.arange(len(source)))
             with cuda.scope():
-                CudaOps(cuda, dtype).gather(cuda.asarray(source[:, None]), index, out, 1.0, 0.0)
+                Ops(grid=Grid(cuda, dtype)).gather(cuda.asarray(source[:, None]), index, out, 1.0, 0.0)
             np.testing.assert_array_equal(cuda.to_numpy(out)[:, 0], source.astype(dtype))

@@ -18,7 +18,7 @@ import gpubatch as gb
 from gpubatch.backend import CudaBackend, available_backends, get_backend
 from gpubatch.loader import Loader
 from gpubatch.nn import core_of
-from gpubatch.ops.numpy_ops import SQUARE_SUM_SIZE
+from gpubatch.ops import SQUARE_SUM_SIZE
 
 pytestmark = pytest.mark.gpu
 
@@ -116,7 +116,7 @@ def test_threads_train_at_once(device: CudaBackend) -> None:
 
 
 def test_a_kernel_is_captured_and_replayed(device: CudaBackend) -> None:
-    from gpubatch.ops.host_ops import ops_for
+    from gpubatch.ops import ops_for
 
     ops = ops_for(device, np.dtype(np.float32))
     x, sums = device.asarray(np.ones(1000, np.float32)), device.zeros(SQUARE_SUM_SIZE, "float64")

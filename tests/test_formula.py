@@ -15,8 +15,8 @@ from needs import missing
 import gpubatch as gb
 from gpubatch.formula import Rule, rules
 from gpubatch.formula.trace import OPS
-from gpubatch.ops.launch import HostUpdate
 from gpubatch.ops.program import allocate
+from gpubatch.ops.update import HostUpdate
 
 
 def run(rule: Rule, *arrays: np.ndarray, t: int = 1, **hyper: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -14,9 +13,7 @@ from needs import missing
 from ops_cases import CASES, Case, F, Place, by_host, by_numpy, compare, same
 
 import gpubatch as gb
-from gpubatch.ops.host_ops import HalfOps, HostOps, ops_for
-from gpubatch.ops.launch import host_library
-from gpubatch.ops.numpy_ops import SQUARE_SUM_SIZE, NumpyOps
+from gpubatch.ops import SQUARE_SUM_SIZE, Ops, host_library, ops_for
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -54,8 +51,7 @@ class Strict:
 
 
 def test_the_form_of_this_machine(library: Any) -> None:
-    assert not inspect.isabstract(HostOps)
-    assert isinstance(ops_for(gb.get_backend("cpu"), F), HostOps)
+    assert ops_for(gb.get_backend("cpu"), F).library is library
     assert library.level() == library.levels()[-1]
     assert library.threads() >= 1
     with pytest.raises(ValueError, match="no such SIMD level here: x86-64-v9"):
@@ -69,7 +65,7 @@ def test_it_agrees_with_numpy_at_every_width(case: Case, dtype: np.dtype, restor
         for level in restored.levels():
             restored.use(level)
             for misaligned in (False, True):
-                ours = by_host(case, size, dtype, HostOps(Strict(restored)), misaligned)
+                ours = by_host(case, size, dtype, Ops(Strict(restored)), misaligned)
                 compare(case, size, ours, right, dtype)
                 if case.method == "dropout":
                     np.testing.assert_array_equal(ours["mask"], right["mask"])
@@ -78,11 +74,11 @@ def test_it_agrees_with_numpy_at_every_width(case: Case, dtype: np.dtype, restor
 @every_case
 def test_float16_is_computed_in_float32(case: Case) -> None:
     """By NumPy, and by the compiled kernels where they are there."""
-    half, inner = np.dtype(np.float16), ops_for(gb.get_backend("cpu"), F)
+    half, compiled = np.dtype(np.float16), ops_for(gb.get_backend("cpu"), F)
     for size in case.sizes:
         right = by_numpy(case, size, half)
-        for ops in {type(ops): ops for ops in (NumpyOps(), inner)}.values():
-            ours = by_host(case, size, half, HalfOps(ops))
+        for inner in {found.library: found for found in (Ops(), compiled)}.values():
+            ours = by_host(case, size, half, Ops(inner.library, half=True))
             if case.exact:
                 same(ours, right)
             else:
@@ -92,8 +88,8 @@ def test_float16_is_computed_in_float32(case: Case) -> None:
 def test_dropout_of_float16_keeps_the_mask_that_it_multiplied_by() -> None:
     """Or else the gradient would be another function's: 1/(1 - rate) is rounded."""
     case, size, half = CASES["dropout 0.3 from 0"], (301, 33), np.dtype(np.float16)
-    x = Place(NumpyOps(), gb.get_backend("cpu"), half, half, np.random.default_rng(size)).real(*size)
-    ours = by_host(case, size, half, HalfOps(NumpyOps()))
+    x = Place(Ops(), gb.get_backend("cpu"), half, half, np.random.default_rng(size)).real(*size)
+    ours = by_host(case, size, half, Ops(half=True))
     np.testing.assert_array_equal(ours["mask"], by_numpy(case, size, F)["mask"].astype(half))
     np.testing.assert_array_equal(ours["y"], (x.astype(F) * ours["mask"].astype(F)).astype(half))
 
@@ -104,17 +100,17 @@ def test_threads_change_no_bit(name: str, restored: Any) -> None:
     if case.method.startswith(("softmax", "svm")):
         size = (5000, 50)
     restored.set_threads(1)
-    alone = by_host(case, size, F, HostOps(Strict(restored)))
+    alone = by_host(case, size, F, Ops(Strict(restored)))
     for threads in (2, 7):
         restored.set_threads(threads)
-        same(by_host(case, size, F, HostOps(Strict(restored))), alone)
+        same(by_host(case, size, F, Ops(Strict(restored))), alone)
 
 
 @pytest.mark.parametrize("name", ["activation_gradient gelu new", "softmax rows", "svm uint8", "batch_norm new"])
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(size=st.tuples(st.integers(1, 90), st.integers(2, 70)), misaligned=st.booleans())
 def test_any_size(name: str, size: tuple[int, int], misaligned: bool, library: Any) -> None:
-    ours = by_host(CASES[name], size, F, HostOps(Strict(library)), misaligned)
+    ours = by_host(CASES[name], size, F, Ops(Strict(library)), misaligned)
     compare(CASES[name], size, ours, by_numpy(CASES[name], size, F), F)
 
 
@@ -122,7 +118,7 @@ def test_any_size(name: str, size: tuple[int, int], misaligned: bool, library: A
 def test_what_the_library_declines_goes_to_numpy(method: str, library: Any) -> None:
     """Arrays that are strided, of another byte order or of another type; the results are NumPy's."""
     found = []
-    for ops in (HostOps(library), NumpyOps()):
+    for ops in (Ops(library), Ops()):
         place = Place(ops, gb.get_backend("cpu"), F, F, np.random.default_rng(0))
         x, work, row = place.real(6, 8)[:, ::2], place.work(6, 4), place.real(4)
         y = place.empty(6, 4)
@@ -145,13 +141,13 @@ def test_an_index_out_of_range_is_an_error(library: Any) -> None:
     source, out = np.zeros((4, 3), np.uint8), np.zeros((2, 3), F)
     for index in ([0, 4], [-1, 0], [2**40, 0]):
         with pytest.raises(IndexError):
-            HostOps(library).gather(source, np.array(index), out, 1.0, 0.0)
+            Ops(library).gather(source, np.array(index), out, 1.0, 0.0)
 
 
 @pytest.mark.parametrize("method", ["softmax_cross_entropy", "svm"])
 @pytest.mark.parametrize("label", [-1, 3, 2**40])
 def test_a_label_out_of_range_is_nan(method: str, label: int) -> None:
-    for ops in [NumpyOps()] + ([] if isinstance(host_library(), str) else [HostOps(host_library())]):
+    for ops in [Ops()] + ([] if isinstance(host_library(), str) else [Ops(host_library())]):
         place = Place(ops, gb.get_backend("cpu"), F, F, np.random.default_rng(0))
         z, work = place.real(4, 3), place.work(4, 3)
         getattr(ops, method)(z, np.array([0, 1, label, 2]), True, work)
@@ -162,7 +158,7 @@ def test_a_label_out_of_range_is_nan(method: str, label: int) -> None:
 def test_what_is_not_finite_is_counted(dtype: np.dtype, library: Any) -> None:
     x = np.ones(100_000, dtype)
     x[[0, 17, 99_999]] = np.nan, np.inf, -np.inf
-    for ops in (HostOps(library), NumpyOps()):
+    for ops in (Ops(library), Ops()):
         out = np.zeros(SQUARE_SUM_SIZE)
         ops.square_sum(x, out)
         assert (np.isnan(out[0]), out[1]) == (True, 3)
@@ -181,7 +177,7 @@ def test_exp_and_tanh_are_right_to_a_few_units(kind: str, dtype: np.dtype, resto
         restored.use(level)
         y = np.empty_like(x)
         function = (gb.Tanh() if kind == "tanh" else gb.Sigmoid()).function
-        HostOps(Strict(restored)).activate(function, x, None, y, {})
+        Ops(Strict(restored)).activate(function, x, None, y, {})
         tiny = np.finfo(dtype).tiny
         np.testing.assert_allclose(y, right.astype(dtype), rtol=5 * np.finfo(dtype).eps, atol=tiny)
 
@@ -194,7 +190,7 @@ def test_callers_at_the_same_time_do_not_disturb_each_other(library: Any) -> Non
         y = np.empty_like(x)
         for _ in range(50):
             y.fill(7)
-            HostOps(library).activate(gb.ReLU().function, x, None, y, {})
+            Ops(library).activate(gb.ReLU().function, x, None, y, {})
             wrong.append(int((y != right).sum()))
 
     threads = [threading.Thread(target=work) for _ in range(4)]

@@ -17,8 +17,8 @@ from optimizer_table import CASES, FAST, Case, trace_of
 import gpubatch as gb
 from gpubatch.backend import compute_dtype
 from gpubatch.formula import Trace
-from gpubatch.ops import launch
-from gpubatch.ops.launch import HostUpdate, cpu_update, piece_table, update_for, update_source
+from gpubatch.ops import compile, update_for, update_source
+from gpubatch.ops.update import HostUpdate, cpu_update, piece_table
 
 PARAMETERS = (
     *("const long long* table", "const T* scalars", "const T* control", "long long* progress"),
@@ -257,7 +257,7 @@ def test_float16_compiles_and_stays_within_its_arrays(name: str, master: bool, r
 
 def test_every_kernel_is_in_the_report() -> None:
     """CI compiles what the report names, in every element type, and looks at registers and spills."""
-    folder, reported = Path(launch.__file__).parents[1] / "kernels", sources()
+    folder, reported = Path(compile.__file__).parents[1] / "kernels", sources()
     names = launch_bounds("\n".join(path.read_text(encoding="utf-8") for path in folder.glob("*.cu*"))).keys()
     assert names == {name for source in reported.values() for name in launch_bounds(source)}
     for name in names - {"take"}:  # which computes nothing
@@ -278,7 +278,7 @@ def test_the_compiler_knows_that_arrays_are_in_global_memory(storage: str) -> No
 def test_float16_is_read_and_rounded_as_numpy_does() -> None:
     """Every float16, and float32 numbers at, beside and halfway between all of them."""
     source = (
-        launch.kernel_source("half.cuh")
+        compile.kernel_source("half.cuh")
         + """
 extern "C" __global__ void convert(const unsigned short* bits, float* wide, const float* x, unsigned short* narrow,
                                    long long n, long long m) {

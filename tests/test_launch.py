@@ -18,8 +18,7 @@ from stand_in import StandIn, stand_in_backend
 
 import gpubatch as gb
 from gpubatch.backend import CudaBackend
-from gpubatch.ops import launch
-from gpubatch.ops.launch import update_for
+from gpubatch.ops import compile, update, update_for
 
 
 @pytest.fixture
@@ -37,7 +36,7 @@ def cupy(device: CudaBackend) -> StandIn:
 
 @pytest.fixture
 def library() -> Any:
-    found = launch.host_library()
+    found = compile.host_library()
     if isinstance(found, str):
         missing("compiler", f"the compiled formulas are not there: {found}")
     return found
@@ -61,9 +60,9 @@ def test_every_rule_is_compiled_and_gives_numpys_bits(
     case: Case, every_level: Iterator[str], dtype: np.dtype, rng: np.random.Generator
 ) -> None:
     trace, hyper = trace_of(case)
-    compiled = launch.update_for(trace, dtype, gb.get_backend("cpu"))
-    assert isinstance(compiled, launch.CompiledUpdate)
-    plain = launch.HostUpdate(trace, dtype)
+    compiled = update.update_for(trace, dtype, gb.get_backend("cpu"))
+    assert isinstance(compiled, update.CompiledUpdate)
+    plain = update.HostUpdate(trace, dtype)
     sizes = [0, 1, 17, 80_001]  # the last one is worth two threads
     groups = [tuple(np.abs(rng.standard_normal(n)).astype(dtype) for _ in trace.arrays) for n in sizes]
     wide, tall = ([np.abs(rng.standard_normal((30, 10))).astype(dtype) for _ in trace.arrays] for _ in range(2))
@@ -106,7 +105,7 @@ def test_a_forked_child_makes_threads_of_its_own(library: Any) -> None:
 
 
 def test_it_can_be_switched_off() -> None:
-    code = "from gpubatch.ops import launch; print(launch.host_library())"
+    code = "from gpubatch.ops import compile; print(compile.host_library())"
     env = {**os.environ, "GPUBATCH_HOST": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert done.stdout == "switched off by GPUBATCH_HOST=0\n"
@@ -153,8 +152,8 @@ def test_the_table_is_laid_out_again_only_for_other_arrays(
     device: CudaBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
-    original = launch.piece_table
-    monkeypatch.setattr(launch, "piece_table", lambda *a: made.append(1) or original(*a))
+    original = update.piece_table
+    monkeypatch.setattr(update, "piece_table", lambda *a: made.append(1) or original(*a))
     params = gb.Parameters({"w": (10,)}, device)
     opt = gb.SGD(params, 0.1)
     for _ in range(3):
@@ -223,4 +222,4 @@ def test_a_missing_kernel_file_says_where_it_was_looked_for() -> None:
     with pytest.raises(
         FileNotFoundError, match=r"nothing.cuh is in none of .*kernels.*; the installation is incomplete"
     ):
-        launch.kernel_source("nothing.cuh")
+        compile.kernel_source("nothing.cuh")

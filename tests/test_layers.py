@@ -29,8 +29,7 @@ from gpubatch.nn.layers import (
     Tanh,
 )
 from gpubatch.nn.needs import Mode
-from gpubatch.ops.host_ops import ops_for
-from gpubatch.ops.numpy_ops import workspace_dtype
+from gpubatch.ops import ops_for, workspace_dtype
 from gpubatch.ops.products import products_for
 
 FEATURES = 6
@@ -93,6 +92,7 @@ class Bench:
             shape = tuple(rows if n == -1 else n for n in shape)
             return self.backend.asarray(draw.normal(1, 0.2, shape), workspace_dtype(kind, np.dtype(dtype)))
 
+        self.scratch = self.needs.scratch_in(ops_for(self.backend, np.dtype(dtype)), strided=True)
         self.x, self.dy = array((-1, FEATURES)), array((-1, self.needs.outputs))
         self.y, self.dx = array((-1, self.needs.outputs)), array((-1, FEATURES))
         self.mode = Mode(seed=3, training=True, step=2)
@@ -101,11 +101,7 @@ class Bench:
             p={name: array(p.shape) for name, p in self.needs.parameters.items()},
             g={name: array(p.shape) for name, p in self.needs.parameters.items()},
             buffers={name: array(p.shape) for name, p in self.needs.buffers.items()},
-            work={
-                name: array(*space)
-                for spaces in (self.needs.kept, self.needs.scratch, self.needs.plain)
-                for name, space in spaces.items()
-            },
+            work={name: array(*space) for name, space in {**self.needs.kept, **self.scratch}.items()},
             products=products_for(self.backend, np.dtype(dtype), "full"),
         )
 
@@ -173,7 +169,7 @@ def test_backward_reads_only_what_it_says(layer) -> None:
         poor.x[...] = np.nan
     if "y" not in poor.needs.reads:
         poor.y[...] = np.nan
-    for name in (*poor.needs.scratch, *poor.needs.plain):  # scratch lasts for one call
+    for name in poor.scratch:  # scratch lasts for one call
         poor.context.work[name][...] = 1
         whole.context.work[name][...] = 0
     np.testing.assert_array_equal(poor.backward(poor.x, poor.dy), whole.backward(whole.x, whole.dy))

@@ -508,7 +508,7 @@ def test_any_layout_gives_the_same_batches(layout, sample_axis, scale, rng):
 
 @pytest.mark.parametrize("shape", [(7, 3), (7,), (7, 2, 3), (7, 1)])
 def test_samples_may_have_any_shape(shape, threaded, monkeypatch, rng):
-    monkeypatch.setattr(gpubatch.ops.numpy_ops, "GATHER_BLOCK", 8)  # several blocks in each batch
+    monkeypatch.setattr(gpubatch.ops.gather, "BLOCK", 8)  # several blocks in each batch
     X = rng.integers(0, 256, shape).astype(np.uint8)
     got = np.concatenate(list(Loader(X, batch_size=5, shuffle=False, scale=0.25, backend="cpu")))
     assert np.array_equal(got, X.astype(np.float32) / 4)

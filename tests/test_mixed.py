@@ -18,8 +18,7 @@ from stand_in_lt import StandInLt
 import gpubatch as gb
 from gpubatch.backend import Array, Backend
 from gpubatch.nn import Context, Layer, Needs, Parameter, core_of
-from gpubatch.ops.host_ops import ops_for
-from gpubatch.ops.launch import cuda_kernel
+from gpubatch.ops import cuda_kernel, ops_for
 from gpubatch.ops.products import LtProducts
 from gpubatch.train import TrainingState
 from gpubatch.train.eager import Guard

@@ -22,8 +22,7 @@ import gpubatch as gb
 from gpubatch.errors import MicroBatchWarning
 from gpubatch.nn import Core, core_of
 from gpubatch.nn.workspace import evenly
-from gpubatch.ops.host_ops import ops_for
-from gpubatch.ops.launch import cuda_kernel
+from gpubatch.ops import cuda_kernel, ops_for
 from gpubatch.train import TrainingState
 from gpubatch.train.checks import HeldOut
 from gpubatch.train.memory import settle_batches
@@ -358,7 +357,7 @@ import resource, warnings
 import numpy as np
 import gpubatch as gb
 from gpubatch.nn import core_of
-from gpubatch.ops.launch import host_library
+from gpubatch.ops import host_library
 
 if not isinstance(host_library(), str):
     host_library().set_threads(1)  # the stacks of threads are address space, too

@@ -29,10 +29,7 @@ from gpubatch.backend import CudaBackend, available_backends, get_backend
 from gpubatch.errors import ArgumentError, BackendUnavailableError
 from gpubatch.formula import activations
 from gpubatch.nn import core_of
-from gpubatch.ops import products
-from gpubatch.ops.host_ops import ops_for
-from gpubatch.ops.launch import cuda_kernel
-from gpubatch.ops.numpy_ops import IDENTITY
+from gpubatch.ops import IDENTITY, cuda_kernel, ops_for, products
 from gpubatch.ops.products import PRECISIONS, WORKSPACE, ArrayProducts, LtProducts, by_columns, products_for
 from gpubatch.train.resume import check_same_network
 

@@ -16,7 +16,7 @@ import gpubatch as gb
 from gpubatch import staging
 from gpubatch.backend import CudaBackend
 from gpubatch.loader.feeding import DeviceFeed, DeviceOrder, moved
-from gpubatch.ops import launch
+from gpubatch.ops import update
 from gpubatch.params import Parameters
 from gpubatch.sources import ArraySource
 from gpubatch.staging import Stages, stages_for
@@ -110,7 +110,7 @@ def test_steps_have_their_own_scalars_however_far_the_host_is_ahead(device: Cuda
         with backend.own_stream(), backend.scope():
             params.flat.fill(1)
             params.grads.flat.fill(1)
-            for step in range(2 * launch.UPLOADS + 9):
+            for step in range(2 * update.UPLOADS + 9):
                 opt.lr = 1.0 / (1 + step)
                 opt.step()
             found.append(backend.to_numpy(params.flat))

@@ -12,10 +12,11 @@ from families import every
 from optimizer_table import CASES, trace_of
 from stand_in import DeviceArray, parameters_of, stand_in_backend
 
-from gpubatch.backend import CudaBackend, compute_dtype
-from gpubatch.ops.cuda_ops import STORED, CudaOps, square_grid, take_source
-from gpubatch.ops.launch import HostUpdate, piece_table, update_source
-from gpubatch.ops.numpy_ops import SQUARE_SUM_SIZE
+from gpubatch.backend import compute_dtype
+from gpubatch.ops import SQUARE_SUM_SIZE, Grid, gather_batch, square_grid, take_batch, update_source
+from gpubatch.ops.compile import C_TYPES
+from gpubatch.ops.gather import take_source
+from gpubatch.ops.update import HostUpdate, piece_table
 from gpubatch.train.graphs import step_source
 
 SLOT, HALTED, BATCH, STEP, TICKET = range(5)  # of kernels/step.cuh
@@ -32,7 +33,7 @@ def test_they_compile_for_real_architectures(dtype: np.dtype) -> None:
     assert names == {"add_loss", "judge"}
 
 
-@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("stored", C_TYPES)
 def test_taking_compiles_for_all_that_can_be_stored(stored: str) -> None:
     for target in {stored, "int64"} - ({"int64"} if stored.startswith("float") else set()):
         check_compiles_everywhere(take_source(stored, target))
@@ -155,7 +156,7 @@ def test_the_end_of_a_step(halted: int, n: int, order: str, dtype: np.dtype, rng
 # --- its batch -------------------------------------------------------------------------------------------------------
 
 
-@every("stored", [*STORED], ["bool", "uint8", "int64", "float16", "float32"])
+@every("stored", [*C_TYPES], ["bool", "uint8", "int64", "float16", "float32"])
 @pytest.mark.parametrize("shape", [(), (37,), (3, 4)], ids=str)
 def test_a_batch_by_its_number(stored: str, shape: tuple[int, ...], rng: np.random.Generator) -> None:
     device, size = stand_in_backend(), 8
@@ -168,13 +169,11 @@ def test_a_batch_by_its_number(stored: str, shape: tuple[int, ...], rng: np.rand
             if target == "int64" and stored.startswith("float"):
                 continue
             out = device.empty(expected.shape, target)
-            ops(device).take_batch(device.asarray(source), device.asarray(order), at, out, size)
+            take_batch(Grid(device, np.dtype("float32")), device.asarray(source), device.asarray(order), at, out, size)
             np.testing.assert_array_equal(out, expected.astype(target))
         scaled = device.empty(expected.shape, "float32")
-        ops(device).gather_batch(device.asarray(source), device.asarray(order), at, scaled, 0.5, 0.0, size)
+        gather_batch(
+            Grid(device, np.dtype("float32")), device.asarray(source), device.asarray(order), at, scaled, 0.5, 0.0, size
+        )
         np.testing.assert_array_equal(scaled, np.float32(0.5) * expected.astype("float32"))
         assert type(scaled) is DeviceArray
-
-
-def ops(device: CudaBackend) -> CudaOps:
-    return CudaOps(device, np.dtype("float32"))

@@ -21,9 +21,7 @@ from gpubatch.backend import CudaBackend
 from gpubatch.errors import ArgumentError, BackendUnavailableError, DTypeError, TuningWarning
 from gpubatch.formula import activations
 from gpubatch.nn import core_of
-from gpubatch.ops import products
-from gpubatch.ops.cuda_ops import source_of
-from gpubatch.ops.numpy_ops import IDENTITY
+from gpubatch.ops import IDENTITY, products, source_of
 from gpubatch.ops.products import COPY, LtProducts, Plan, products_for
 
 RELU = activations.relu.bind()

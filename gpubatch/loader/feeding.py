@@ -23,7 +23,7 @@ import numpy as np
 
 from gpubatch.backend import Array, CudaBackend
 from gpubatch.errors import InsufficientMemoryError
-from gpubatch.ops import CudaOps, ops_for
+from gpubatch.ops import Grid, gather_batch, take_batch
 from gpubatch.sizing import fits, format_bytes
 from gpubatch.sources import ArraySource, Part
 from gpubatch.staging import stages_for
@@ -182,12 +182,12 @@ class DeviceFeed:
     def enqueue(self, rows: int, batch: Array) -> None:
         """Make the batch whose number ``batch``, an int64 on the device, holds when it comes to that."""
         for (source, dtype, scale), out in zip(self._columns, self.arrays(rows), strict=True):
-            ops = ops_for(self._backend, dtype if dtype.kind == "f" else np.dtype(np.float32))
-            assert isinstance(ops, CudaOps)
             if dtype.kind == "f":
-                ops.gather_batch(source, self._order, batch, out, 1.0 if scale is None else scale, 0.0, self.batch_size)
+                factor = 1.0 if scale is None else scale
+                gather_batch(Grid(self._backend, dtype), source, self._order, batch, out, factor, 0.0, self.batch_size)
             else:
-                ops.take_batch(source, self._order, batch, out, self.batch_size)
+                grid = Grid(self._backend, np.dtype(np.float32))
+                take_batch(grid, source, self._order, batch, out, self.batch_size)
 
 
 @dataclasses.dataclass(eq=False)

@@ -31,7 +31,7 @@ from gpubatch.nn.workspace import (
     training_arrays,
     workspace_bytes,
 )
-from gpubatch.ops import COMPUTE, SUM_PARTS, ops_for, philox_generator, products_for
+from gpubatch.ops import COMPUTE, ops_for, philox_generator, products_for
 from gpubatch.params import FlatViews, Parameters, by_alignment
 
 __all__ = ["EVALUATION_ROWS", "Core", "quiet"]
@@ -275,7 +275,7 @@ class Core:
         if self.weights and self.backend.name == "cpu":
             largest = max(int(self.parameters[name].size) for name in self.weights)
             afterwards["l2"] = (min(largest, L2_BLOCK),), COMPUTE
-        scratch = scratch_of(self.stack, self.ops, self.backend)
+        scratch = scratch_of(self.stack, self.ops)
         arrays, last = training_arrays(layout, self.stack, scratch, self.first, loss["dz"], afterwards)
         return self._pass(self.stack, arrays, {**loss, **last, **constants})
 
@@ -284,13 +284,13 @@ class Core:
     ) -> Pass:
         stack = self.stack if stack is None else stack
         loss = layout.arrays(self._loss_spaces())
-        arrays = evaluation_arrays(layout, stack, scratch_of(stack, self.ops, self.backend))
+        arrays = evaluation_arrays(layout, stack, scratch_of(stack, self.ops))
         return self._pass(stack, arrays, {**loss, **constants})
 
     def _loss_spaces(self) -> Mapping[str, Space]:
-        """What the loss and the l2 term work in: NumPy's square, and the partial sums of a GPU."""
-        l2: dict[str, Space] = {"squares": ((1, 1), COMPUTE), "parts": ((SUM_PARTS,), np.float64)}
-        return {**self.loss.workspace(self.outputs), **(l2 if self.weights else {})}
+        """What the loss and the l2 term work in."""
+        l2 = self.ops.scratch(["l2_loss"], self.outputs) if self.weights else {}
+        return {**self.loss.workspace(self.outputs), **l2}
 
     def _pass(
         self,

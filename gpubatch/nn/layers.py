@@ -10,13 +10,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 
-import numpy as np
-
 from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, DTypeError, check_bool, check_choice, check_int, check_real
 from gpubatch.formula import Activation, BoundActivation, activations
 from gpubatch.nn.needs import Context, Needs, Normal, Parameter, Space
-from gpubatch.ops import COMPUTE, IDENTITY, PARTS, check_slope
+from gpubatch.ops import COMPUTE, IDENTITY, check_slope
 from gpubatch.own import as_written
 
 __all__ = [
@@ -217,8 +215,8 @@ class Dense(Layer):
         parameters = {"W": Parameter((self.inputs, self.outputs), Normal(std), l2=True)}
         if self.bias:
             parameters["b"] = Parameter((self.outputs,))
-        scratch: dict[str, Space] = {"partial": ((PARTS, self.outputs), COMPUTE)} if self.bias else {}
-        return Needs(self.outputs, parameters, scratch=scratch, reads=("x",))
+        uses = ("activation_gradient",) if self.bias else ()
+        return Needs(self.outputs, parameters, uses=uses, reads=("x",))
 
     def forward(self, x: Array, y: Array, c: Context) -> None:
         """y = x W + b."""
@@ -258,7 +256,7 @@ class DenseActivation(Layer):
             dense.outputs,
             dense.parameters,
             kept=self.own.kept,
-            scratch=dense.scratch,
+            uses=dense.uses,
             reads=(*dense.reads, *self.own.reads),
         )
 
@@ -308,8 +306,7 @@ class BatchNorm(Layer):
             parameters={"gamma": Parameter((features,), 1.0), "beta": Parameter((features,))},
             buffers={"running_mean": Parameter((features,)), "running_var": Parameter((features,), 1.0)},
             kept={"normal": full, "mean": one, "var": one, "inverse": one},
-            scratch={"row": one, "partial": ((2 * PARTS, features), COMPUTE)},
-            plain={"t": ((-1, features), COMPUTE)},
+            uses=("normalise", "batch_norm", "batch_norm_gradient", "move"),
             reads=(),
             in_place=True,
             least_rows=2,
@@ -356,9 +353,7 @@ class Dropout(Layer):
     def needs(self, features: int) -> Needs:
         """As many outputs as inputs, and the mask."""
         full = (-1, features)
-        return Needs(
-            features, kept={"mask": (full, None)}, plain={"uniform": (full, np.float32)}, reads=(), in_place=True
-        )
+        return Needs(features, kept={"mask": (full, None)}, uses=("dropout",), reads=(), in_place=True)
 
     def forward(self, x: Array, y: Array, c: Context) -> None:
         """y = x mask; mask is 1/(1 - rate) where a uniform number is not below the rate, else 0."""

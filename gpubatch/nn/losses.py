@@ -16,7 +16,7 @@ from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_choice
 from gpubatch.formula import BoundScoreLoss, ScoreLoss, scores
 from gpubatch.nn.needs import Context, Mode, Space
 from gpubatch.nn.workspace import Layout, Workspace
-from gpubatch.ops import COMPUTE, SUM_PARTS, ArrayProducts, ops_for
+from gpubatch.ops import COMPUTE, ArrayProducts, Ops, ops_for
 from gpubatch.own import as_written
 
 __all__ = [
@@ -111,13 +111,8 @@ class OverScores(Loss):
         return repr(self.bound)
 
     def workspace(self, outputs: int) -> Mapping[str, Space]:
-        """The gradient, an array for targets of another dtype, and partial sums."""
-        return {
-            "loss": ((1,), COMPUTE),
-            "dz": ((-1, outputs), None),
-            "t": ((-1, outputs), COMPUTE),
-            "parts": ((SUM_PARTS,), np.float64),
-        }
+        """The results, and the operation's scratch."""
+        return {**results_of(outputs), **Ops.score_loss.scratch(outputs)}
 
     def check(self, Y: Array, rows: int, outputs: int) -> None:
         """Y must be real numbers, one for each score."""
@@ -175,14 +170,8 @@ class SVM(Loss):
     least_outputs = 2
 
     def workspace(self, outputs: int) -> Mapping[str, Space]:
-        """The margins, what belongs to the labels, and partial sums."""
-        return {
-            "loss": ((1,), COMPUTE),
-            "dz": ((-1, outputs), None),
-            "row": ((-1,), COMPUTE),
-            "index": ((-1,), np.int64),
-            "parts": ((SUM_PARTS,), np.float64),
-        }
+        """The results, and the operation's scratch."""
+        return {**results_of(outputs), **Ops.svm.scratch(outputs)}
 
     def check(self, Y: Array, rows: int, outputs: int) -> None:
         """Y must be integers, one for each row."""
@@ -218,15 +207,8 @@ class SoftmaxCrossEntropy(Loss):
     least_outputs = 2
 
     def workspace(self, outputs: int) -> Mapping[str, Space]:
-        """The exponentials, what belongs to a row, one array for targets in rows, and partial sums."""
-        return {
-            "loss": ((1,), COMPUTE),
-            "dz": ((-1, outputs), None),
-            "t": ((-1, outputs), COMPUTE),
-            **dict.fromkeys(("row", "sum", "log", "weight"), ((-1,), COMPUTE)),
-            "index": ((-1,), np.int64),
-            "parts": ((SUM_PARTS,), np.float64),
-        }
+        """The results, and the operation's scratch."""
+        return {**results_of(outputs), **Ops.softmax_cross_entropy.scratch(outputs)}
 
     def check(self, Y: Array, rows: int, outputs: int) -> None:
         """Y must be integers, one for each row, or real numbers, one for each score."""
@@ -268,6 +250,11 @@ LOSSES: dict[str, Loss] = {
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def results_of(outputs: int) -> dict[str, Space]:
+    """Where the operations write the loss and its gradient."""
+    return {"loss": ((1,), COMPUTE), "dz": ((-1, outputs), None)}
 
 
 def loss_of(loss: str | ScoreLoss | BoundScoreLoss | Loss) -> Loss:

@@ -9,15 +9,12 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from gpubatch.backend import Array, Backend
-from gpubatch.ops import Ops, Products
+from gpubatch.ops import Ops, Products, Space
 
 __all__ = ["Context", "Initializer", "Mode", "Needs", "Normal", "Parameter", "Shape", "Space"]
 
 Shape: TypeAlias = tuple[int, ...]
 Initializer: TypeAlias = "Callable[[np.random.Generator, Shape], np.ndarray]"  # in quotes: NumPy loads random late
-# Shape, in which -1 is the batch size, and dtype: None is that of the network, in which batches are stored, and COMPUTE
-# that of the arithmetic; they differ where that is float32 and batches are float16.
-Space: TypeAlias = tuple[Shape, Any]
 
 
 @dataclass(frozen=True)
@@ -48,8 +45,8 @@ class Needs:
     """What a layer asks of its network.
 
     ``outputs`` is how many features it gives. ``parameters`` are trained; ``buffers`` are kept beside them, as running
-    statistics are. ``kept`` is workspace that lasts from forward to backward, ``scratch`` lasts for one call, ``plain``
-    likewise where NumPy does the work of the kernels.
+    statistics are. ``kept`` is workspace that lasts from forward to backward, ``scratch`` lasts for one call. ``uses``
+    names the operations of ``c.ops`` that the layer calls on rows of its outputs: the network adds their scratch.
     ``reads`` names what backward looks at again, of "x" and "y". A layer with ``in_place=True`` may be given the same
     array as x and y, and as dy and dx. A training batch must have ``least_rows``.
     """
@@ -59,10 +56,18 @@ class Needs:
     buffers: Mapping[str, Parameter] = field(default_factory=dict)
     kept: Mapping[str, Space] = field(default_factory=dict)
     scratch: Mapping[str, Space] = field(default_factory=dict)
-    plain: Mapping[str, Space] = field(default_factory=dict)
+    uses: tuple[str, ...] = ()
     reads: tuple[str, ...] = ("x", "y")
     in_place: bool = False
     least_rows: int = 1
+
+    def scratch_in(self, ops: Ops, strided: bool = False) -> dict[str, Space]:
+        """All that lasts for one call: the layer's own, and what the operations it uses need and it does not keep.
+
+        ``strided``: x may be a user's array, which a compiled operation may leave to NumPy.
+        """
+        used = ops.scratch(self.uses, self.outputs, strided)
+        return {**{name: space for name, space in used.items() if name not in self.kept}, **self.scratch}
 
 
 @dataclass

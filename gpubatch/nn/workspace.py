@@ -198,13 +198,9 @@ def evaluation_arrays(
     return found
 
 
-def scratch_of(stack: Sequence[Stacked], ops: Ops, backend: Backend) -> list[Mapping[str, Space]]:
-    """The scratch of each layer, with NumPy's where that works: without kernels, or on X, which may be strided."""
-    found: list[Mapping[str, Space]] = []
-    for i, (_, _, _, needs) in enumerate(stack):
-        numpy = ops.plain or (backend.name == "cpu" and i == 0 and needs.in_place)
-        found.append({**needs.scratch, **needs.plain} if numpy else needs.scratch)
-    return found
+def scratch_of(stack: Sequence[Stacked], ops: Ops) -> list[Mapping[str, Space]]:
+    """The scratch of each layer; the first one is given X, which may be strided."""
+    return [run.needs.scratch_in(ops, strided=i == 0) for i, run in enumerate(stack)]
 
 
 def evenly(n: int, most: int, least: int = 1) -> Iterator[slice]:

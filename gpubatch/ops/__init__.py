@@ -1,46 +1,41 @@
-"""The core's kernels: what a step does besides calling layers, for NumPy, compiled for the CPU, and for CUDA."""
+"""The core's operations, each with its NumPy, compiled and CUDA form; update rules, and matrix products."""
 
-from gpubatch.ops.cuda_ops import MOST_THREADS, CudaOps, source_of, square_grid
-from gpubatch.ops.host_ops import HalfOps, ops_for
-from gpubatch.ops.launch import CudaUpdate, cuda_kernel, host_library, update_for, update_source
-from gpubatch.ops.numpy_ops import (
-    COMPUTE,
-    GATHER_BLOCK,
-    IDENTITY,
-    PARTS,
-    SQUARE_SUM_SIZE,
-    SUM_PARTS,
-    Ops,
-    philox_generator,
-    workspace_dtype,
-)
+from gpubatch.ops.compile import cuda_kernel, host_library, source_of
+from gpubatch.ops.dropout import philox_generator
+from gpubatch.ops.elementwise import IDENTITY
+from gpubatch.ops.gather import gather_batch, gather_bytes, take_batch
+from gpubatch.ops.grid import MOST_THREADS, Grid
+from gpubatch.ops.operation import COMPUTE, Space, workspace_dtype
 from gpubatch.ops.products import PRECISIONS, ArrayProducts, Products, check_choices, products_for
 from gpubatch.ops.program import check_slope
+from gpubatch.ops.sums import SQUARE_SUM_SIZE, square_grid
+from gpubatch.ops.table import Ops, ops_for
+from gpubatch.ops.update import CudaUpdate, update_for, update_source
 
 __all__ = [
     "COMPUTE",
-    "GATHER_BLOCK",
     "IDENTITY",
     "MOST_THREADS",
-    "PARTS",
     "PRECISIONS",
     "SQUARE_SUM_SIZE",
-    "SUM_PARTS",
     "ArrayProducts",
-    "CudaOps",
     "CudaUpdate",
-    "HalfOps",
+    "Grid",
     "Ops",
     "Products",
+    "Space",
     "check_choices",
     "check_slope",
     "cuda_kernel",
+    "gather_batch",
+    "gather_bytes",
     "host_library",
     "ops_for",
     "philox_generator",
     "products_for",
     "source_of",
     "square_grid",
+    "take_batch",
     "update_for",
     "update_source",
     "workspace_dtype",

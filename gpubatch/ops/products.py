@@ -24,9 +24,8 @@ import numpy as np
 from gpubatch.backend import INSTALL_CUPY, Array, Backend, CudaBackend
 from gpubatch.errors import ArgumentError, BackendUnavailableError, DTypeError, TuningWarning
 from gpubatch.formula import BoundActivation, activations
-from gpubatch.ops.cuda_ops import source_of
-from gpubatch.ops.launch import cuda_kernel
-from gpubatch.ops.numpy_ops import IDENTITY
+from gpubatch.ops.compile import cuda_kernel, source_of
+from gpubatch.ops.elementwise import IDENTITY
 
 __all__ = ["PRECISIONS", "ArrayProducts", "LtProducts", "Products", "check_choices", "products_for"]
 

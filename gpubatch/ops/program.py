@@ -6,6 +6,7 @@ The values between go into a few registers of a block's size, so nothing is allo
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -15,10 +16,11 @@ from gpubatch.backend import Array
 from gpubatch.errors import FormulaError
 from gpubatch.formula import BoundActivation, BoundScoreLoss, Element, Op, Scalar, Trace
 
-__all__ = ["BLOCK_BYTES", "Program", "allocate", "blocks_of", "bound_program", "check_slope"]
+__all__ = ["BLOCK_BYTES", "Program", "allocate", "blocks_of", "bound_program", "check_slope", "program_of"]
 
 BLOCK_BYTES = 1 << 16  # of each array and register; the four to ten of a formula stay in the second-level cache
 ROOM = 1 << 20  # bytes of that cache, for all of them together
+MOST_PROGRAMS = 256  # that a thread keeps: every activation with every value of its parameters is another one
 
 
 class Program:
@@ -61,6 +63,32 @@ class Program:
             function(*[slots[i] for i in operands], out=slots[out])
         for target, source in self.copies:
             slots[target][...] = slots[source]
+
+
+def program_of(
+    bound: BoundActivation | BoundScoreLoss, form: str, dtype: np.dtype[Any], same: tuple[str, str] | None = None
+) -> Program:
+    """One form of a formula for arrays of ``dtype``, kept for this thread; the two arrays named in ``same`` are one."""
+    programs, key = KEPT.programs, (bound, form, dtype, same)
+    if key not in programs:
+        if len(programs) >= MOST_PROGRAMS:
+            programs.clear()
+        if isinstance(bound, BoundScoreLoss):
+            trace = bound.loss.form(dtype.name, form)
+        else:
+            trace = getattr(bound.activation.form(dtype.name), form)
+        programs[key] = bound_program(bound, trace, dict([same]) if same else None)
+    return programs[key]
+
+
+class Kept(threading.local):
+    """A cache for each thread, since a program's registers are for one."""
+
+    def __init__(self) -> None:
+        self.programs: dict[Any, Program] = {}
+
+
+KEPT = Kept()
 
 
 def bound_program(

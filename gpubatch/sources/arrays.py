@@ -11,7 +11,7 @@ import numpy as np
 
 from gpubatch.backend import Array, Backend, compute_dtype, from_dlpack, get_backend, is_foreign
 from gpubatch.errors import DeviceMismatchError, DTypeError, NonFiniteError, ShapeError
-from gpubatch.ops import GATHER_BLOCK, HalfOps, ops_for
+from gpubatch.ops import gather_bytes, ops_for
 
 __all__ = ["ArraySource", "array_source", "check_finite", "check_kind", "convert", "holds_all", "largest_stored"]
 
@@ -78,7 +78,7 @@ class ArraySource:
         taken = dtype == self.dtype and scale is None
         # The kernels know that rows are whole: the compiled one copies in 0.65 of the time that take needs.
         if taken and dtype in (np.float32, np.float64):
-            taken = ops_for(backend, dtype).plain
+            taken = ops_for(backend, dtype).by_numpy
         if self.axis != 0 or not array.flags.c_contiguous:
             return lambda index: convert(self.take(index), dtype, scale)
         if taken:
@@ -108,9 +108,7 @@ class ArraySource:
             return 0
         if self.axis != 0:
             return rows * sample
-        ops, numbers = ops_for(backend, dtype), math.prod(self.sample_shape)
-        at_once = min(rows * numbers, max(numbers, GATHER_BLOCK))
-        return at_once * (self.dtype.itemsize * ops.plain + 4 * isinstance(ops, HalfOps))
+        return gather_bytes(ops_for(backend, dtype), self.dtype, rows, math.prod(self.sample_shape))
 
 
 def convert(x: Array, dtype: np.dtype[Any], scale: float | None) -> Array:

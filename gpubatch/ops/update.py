@@ -1,31 +1,27 @@
-"""Run a recorded formula: on NumPy in cache-sized blocks, compiled for the CPU, or on CUDA as one fused kernel.
+"""Update rules, bound to a backend and an element type: in blocks with NumPy, compiled for the CPU, or on CUDA.
 
-NumPy runs it as :mod:`gpubatch.ops.program` has it. The formulas of ``rules`` were compiled when gpubatch was built, if
-there was a compiler. A CUDA kernel is compiled when it is first needed, and kept.
+NumPy runs a formula as :mod:`gpubatch.ops.program` has it. The build compiled the formulas of ``rules``, if it found a
+C++ compiler. A CUDA kernel is compiled on first use, and kept.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import importlib.util
-import os
 from typing import Any, Protocol
 
 import numpy as np
 
 from gpubatch.backend import Array, Backend, CudaBackend, compute_dtype
 from gpubatch.errors import ShapeError
-from gpubatch.formula import Activation, ScoreLoss, Trace, activation_source, score_source
+from gpubatch.formula import Trace
+from gpubatch.ops.compile import C_TYPES, cuda_kernel, formula_digest, host_library, kernel_source
 from gpubatch.ops.program import BLOCK_BYTES, Program, blocks_of
 from gpubatch.staging import Stages
 
-__all__ = ["Update", "cuda_kernel", "kernel_source", "update_for", "update_source"]
+__all__ = ["CudaUpdate", "Update", "update_for", "update_source"]
 
 THREADS = 256
 UPLOADS = 64  # copies of scalars that may be under way, hence steps that the host may be ahead of the device
 PACKS = 4  # 16-byte packs of each array that one thread moves
-C_TYPES = {"float32": "float", "float64": "double"}
 
 
 class Update(Protocol):
@@ -152,19 +148,6 @@ class CompiledUpdate:
                 self.numpy([group], scalars, control)
 
 
-@functools.cache
-def host_library() -> Any:
-    """The compiled kernels, or why there are none, in words."""
-    if os.environ.get("GPUBATCH_HOST") == "0":
-        return "switched off by GPUBATCH_HOST=0"
-    if importlib.util.find_spec("gpubatch._host") is None:
-        return "not built: no C++ compiler was found when gpubatch was installed"
-    try:
-        return importlib.import_module("gpubatch._host")
-    except ImportError as error:
-        return f"cannot be loaded: {error}"
-
-
 # --- CUDA ----------------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +170,7 @@ class CudaUpdate:
     def __call__(
         self, arrays: list[tuple[Array, ...]], scalars: tuple[float, ...], control: Array | None = None
     ) -> None:
+        """Copy the scalars to the device and launch."""
         with self.backend.scope():
             self._upload(scalars)
             self.launch(arrays, self.scalars, control)
@@ -283,38 +267,3 @@ def update_source(trace: Trace, dtype: str = "float32", storage: str | None = No
             kernel_source("update.cuh"),
         ]
     )
-
-
-def formula_digest(trace: Trace) -> str:
-    """The name of a formula's compiled form: a digest of all that the form depends on."""
-    text = "\n".join([*trace.arrays, trace.c, str(len(trace.scalars)), kernel_source("math.cuh")])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@functools.cache
-def elementwise_digest(declared: Activation | ScoreLoss) -> str:
-    """As :func:`formula_digest`, for an activation or a loss of single scores."""
-    if isinstance(declared, Activation):
-        text = [activation_source(declared, dtype, "F") for dtype in C_TYPES]
-    else:
-        text = [score_source(declared, dtype, "F") for dtype in C_TYPES]
-    return hashlib.sha256("\n".join([*text, kernel_source("math.cuh")]).encode()).hexdigest()[:16]
-
-
-@functools.cache
-def kernel_source(name: str) -> str:
-    """The text of a file of ``kernels/``: beside the modules when installed, beside the package in a checkout."""
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    folders = [os.path.join(package, "kernels"), os.path.join(os.path.dirname(package), "kernels")]
-    for folder in folders:
-        if os.path.isfile(path := os.path.join(folder, name)):
-            with open(path, encoding="utf-8") as file:
-                return file.read()
-    raise FileNotFoundError(f"{name} is in none of {', '.join(folders)}; the installation is incomplete")
-
-
-@functools.cache
-def cuda_kernel(backend: Backend, source: str, name: str) -> Any:
-    """The kernel ``name`` of ``source``, compiled on first use: ``kernel(grid, block, arguments)`` launches it."""
-    assert isinstance(backend, CudaBackend)
-    return backend.compile(source, name)

@@ -1,0 +1,110 @@
+"""The texts of kernels and what they become: machine code from the build, CUDA kernels compiled on first use."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+from typing import Any
+
+import numpy as np
+
+from gpubatch.backend import Backend, CudaBackend, compute_dtype
+from gpubatch.formula import Activation, ScoreLoss, Trace, activation_source, score_source
+
+__all__ = [
+    "COMPUTED",
+    "C_TYPES",
+    "cuda_kernel",
+    "elementwise_digest",
+    "formula_digest",
+    "host_library",
+    "kernel_source",
+    "scalars_source",
+    "source_of",
+]
+
+# The C type of every element type in which samples, targets or parameters may be stored.
+C_TYPES = {
+    "bool": "bool",
+    "int8": "signed char",
+    "int16": "short",
+    "int32": "int",
+    "int64": "long long",
+    "uint8": "unsigned char",
+    "uint16": "unsigned short",
+    "uint32": "unsigned int",
+    "uint64": "unsigned long long",
+    "float16": "Half",
+    "float32": "float",
+    "float64": "double",
+}
+COMPUTED = ("float32", "float64")  # the types of arithmetic
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def kernel_source(name: str) -> str:
+    """The text of a file of ``kernels/``: inside the package when installed, beside it in a checkout."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    folders = [os.path.join(package, "kernels"), os.path.join(os.path.dirname(package), "kernels")]
+    for folder in folders:
+        if os.path.isfile(path := os.path.join(folder, name)):
+            with open(path, encoding="utf-8") as file:
+                return file.read()
+    raise FileNotFoundError(f"{name} is in none of {', '.join(folders)}; the installation is incomplete")
+
+
+@functools.cache
+def source_of(dtype: str, *files: str, before: str = "") -> str:
+    """The CUDA source of files of ``kernels/`` for arrays of ``dtype``, with ``before`` in front of the last one."""
+    types = [f"typedef {C_TYPES[compute_dtype(np.dtype(dtype)).name]} T;", f"typedef {C_TYPES[dtype]} S;"]
+    shared = [kernel_source(name) for name in ("math.cuh", "last_block.cuh", "block.cuh", *files[:-1])]
+    return "\n".join([kernel_source("half.cuh"), *types, *shared, before, kernel_source(files[-1])])
+
+
+def scalars_source(name: str, scalars: tuple[float, ...]) -> str:
+    """The scalars of a formula as an initializer: as part of the source they take no memory on the device."""
+    return f"#define {name} {{{', '.join(f'T({x!r})' for x in scalars or (0.0,))}}}"
+
+
+def formula_digest(trace: Trace) -> str:
+    """The name of an update rule's compiled form: a digest of all that the form depends on."""
+    text = "\n".join([*trace.arrays, trace.c, str(len(trace.scalars)), kernel_source("math.cuh")])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def elementwise_digest(declared: Activation | ScoreLoss) -> str:
+    """As :func:`formula_digest`, for an activation or a loss of single scores."""
+    if isinstance(declared, Activation):
+        text = [activation_source(declared, dtype, "F") for dtype in COMPUTED]
+    else:
+        text = [score_source(declared, dtype, "F") for dtype in COMPUTED]
+    return hashlib.sha256("\n".join([*text, kernel_source("math.cuh")]).encode()).hexdigest()[:16]
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def host_library() -> Any:
+    """The kernels compiled for the CPU, or in words why there are none."""
+    if os.environ.get("GPUBATCH_HOST") == "0":
+        return "switched off by GPUBATCH_HOST=0"
+    if importlib.util.find_spec("gpubatch._host") is None:
+        return "not built: no C++ compiler was found when gpubatch was installed"
+    try:
+        return importlib.import_module("gpubatch._host")
+    except ImportError as error:
+        return f"cannot be loaded: {error}"
+
+
+@functools.cache
+def cuda_kernel(backend: Backend, source: str, name: str) -> Any:
+    """The kernel ``name`` of ``source``, compiled on first use: ``kernel(grid, block, arguments)`` launches it."""
+    assert isinstance(backend, CudaBackend)
+    return backend.compile(source, name)

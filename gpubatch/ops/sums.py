@@ -1,0 +1,95 @@
+"""Sums over everything: of squares, and the l2 term of a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpubatch.backend import Array
+from gpubatch.ops.grid import AT_ONCE, MOST_THREADS, SUM_PARTS, SUM_THREADS, THREADS, Grid, blocks_for, total_grid
+from gpubatch.ops.operation import COMPUTE, Work, operation
+
+__all__ = ["SQUARE_SUM_SIZE", "l2_gradient", "l2_loss", "square_grid", "square_sum"]
+
+SQUARE_PARTS = 256  # partial results of a sum of squares, on a GPU: so many blocks of 1024 threads run at once
+# float64: the sum, how many elements are not finite, the ticket of kernels/last_block.cuh, and the partial results.
+SQUARE_SUM_SIZE = 3 + 2 * SQUARE_PARTS
+
+
+@operation()
+def square_sum(x: Array, out: Array) -> None:
+    """``out[0]`` += Σ x², in double precision, and ``out[1]`` += how many elements of x are not finite.
+
+    out is float64 of :data:`SQUARE_SUM_SIZE`, zero at first; what comes after the first two is the kernels' own.
+    Always the same bits.
+    """
+    x, block = x.reshape(-1), 1 << 14  # a cache-sized block after another
+    for start in range(0, x.size, block):
+        piece = x[start : start + block].astype(np.float64)
+        out[0] += np.dot(piece, piece)
+        out[1] += piece.size - np.count_nonzero(np.isfinite(piece))
+
+
+@square_sum.compiled
+def compiled_square_sum(library: Any, x: Array, out: Array) -> None:
+    """One pass."""
+    if not library.square_sum(x, out):
+        square_sum.numpy(x, out)
+
+
+@square_sum.cuda
+def cuda_square_sum(grid: Grid, x: Array, out: Array) -> None:
+    """One launch."""
+    source = grid.source("square_sum.cuh", "square_sum.cu")
+    grid.launch(source, "square_sum", square_grid(x), MOST_THREADS, x, x.size, out)
+
+
+@square_sum.half
+def half_square_sum(form: Callable[..., None], x: Array, out: Array) -> None:
+    """NumPy widens to double precision by itself."""
+    square_sum.numpy(x, out)
+
+
+def square_grid(x: Array) -> tuple[int]:
+    """The grid of a kernel of MOST_THREADS that begins as kernels/square_sum.cuh has it."""
+    return (max(1, min(-(-x.nbytes // (MOST_THREADS * AT_ONCE * 16)), SQUARE_PARTS)),)
+
+
+# --- parts of a flat buffer: spans, int64 of (parts, 2), is where each begins and where it ends -----------------------
+
+
+@operation(scratch=lambda features: {"squares": ((1, 1), COMPUTE), "parts": ((SUM_PARTS,), np.float64)})
+def l2_loss(w: Array, spans: Array, factor: float, loss: Array, work: Work) -> None:
+    """loss += factor Σ w² over the parts; loss is of one element. BLAS does the sums."""
+    for start, stop in spans.tolist():
+        part = w[start:stop]
+        term = np.matmul(part[None], part[:, None], out=work["squares"])[0]
+        term *= factor
+        loss += term
+
+
+@l2_loss.cuda
+def cuda_l2_loss(grid: Grid, w: Array, spans: Array, factor: float, loss: Array, work: Work) -> None:
+    """One launch for all parts."""
+    arguments = (w, spans, len(spans), factor, work["parts"], work["ticket"], loss)
+    grid.launch(grid.source("total.cuh", "l2.cu"), "l2_loss", total_grid(w.size), SUM_THREADS, *arguments)
+
+
+@operation("g")
+def l2_gradient(w: Array, spans: Array, factor: float, g: Array, work: Work) -> None:
+    """g += factor w on the same parts of both; NumPy does as much at a time as ``work["l2"]`` has room for."""
+    block, factor = work["l2"], factor * work["factor"].item() if "factor" in work else factor
+    for first, last in spans.tolist():
+        for start in range(first, last, block.size):
+            stop = min(start + block.size, last)
+            piece = g[start:stop]
+            piece += np.multiply(w[start:stop], factor, out=block[: stop - start])
+
+
+@l2_gradient.cuda
+def cuda_l2_gradient(grid: Grid, w: Array, spans: Array, factor: float, g: Array, work: Work) -> None:
+    """One launch for all parts."""
+    arguments = (w, spans, len(spans), g, work.get("factor"), factor)
+    grid.launch(grid.source("total.cuh", "l2.cu"), "l2_gradient", (blocks_for(w.size),), THREADS, *arguments)
