@@ -31,8 +31,9 @@ from gpubatch.nn import core_of, losses
 from gpubatch.ops.products import products_for
 from gpubatch.own import changed
 from gpubatch.train import graphs, ledger
-from gpubatch.train.checks import APART
-from gpubatch.train.eager import Guard
+from gpubatch.train.checks import APART, scale_for
+from gpubatch.train.eager import EagerSteps
+from gpubatch.train.record import Record
 
 N, FEATURES, CLASSES = 38, 12, 5
 
@@ -655,17 +656,18 @@ def test_every_method_that_a_step_calls_is_looked_at() -> None:
     slow = ("norm, dropout, l2, schedule", "mixed, host, norm", "transformed")
     for case, backend in [*cases, *((CASES[name], stand_in("early")) for name in slow)]:
         training = Training(dataclasses.replace(case, loader={"batch_size": 19, **case.loader}), backend)
-        guard = Guard(training.net, training.opt, case.fit.get("max_norm"), 10, training.options.get("loss_scale"))
         state = gb.TrainingState(training.net, training.loader, training.opt, gb.History(), 0, 0)
+        scale = scale_for(training.net, training.options.get("loss_scale"))
+        eager = EagerSteps(Record(state, scale), max_norm=case.fit.get("max_norm"))
         for most in (None, 3):
             state.history.micro_batch_size = most
             next(iter(training.loader))  # what is done once is no step's
-            with warnings.catch_warnings(), guard.scaling():
+            with warnings.catch_warnings(), eager.scaling():
                 warnings.simplefilter("ignore")
                 sys.setprofile(note)
                 try:
                     for x, y in training.loader:
-                        guard.step(x, y, state)
+                        eager.step(x, y)
                         training.net.step_loss(x, y)
                         training.opt.step()
                 finally:
@@ -738,15 +740,15 @@ def test_steps_that_do_not_agree_are_not_trusted(feed: str, batch: int, monkeypa
     """Should a graph find something that is not there, the run goes on without graphs, and says so."""
     case = dataclasses.replace(CASES["norm, dropout, l2, schedule"], loader={"feed": feed})
     whole = Training(case, stand_in("late")).fit("eager", 3)
-    original, calls = graphs.CapturedSteps.launch, list[int]()
+    original, calls = graphs.StepGraphs.launch, list[int]()
 
-    def halts(self: graphs.CapturedSteps, form: graphs.Form) -> None:
+    def halts(self: graphs.StepGraphs, form: graphs.Form) -> None:
         calls.append(form.steps)
         if sum(calls) > batch:
             self.ledger.word(ledger.HALTED).fill(1)
         original(self, form)
 
-    monkeypatch.setattr(graphs.CapturedSteps, "launch", halts)
+    monkeypatch.setattr(graphs.StepGraphs, "launch", halts)
     training = Training(case, stand_in("late"))
     with pytest.warns(gb.CaptureWarning, match=r"epoch 0, step \d\); the run goes on with eager steps"):
         training.fit("auto", 3)

@@ -21,8 +21,9 @@ from gpubatch.nn import Context, Layer, Needs, Parameter, core_of
 from gpubatch.ops import cuda_kernel, ops_for
 from gpubatch.ops.products import LtProducts
 from gpubatch.train import TrainingState
-from gpubatch.train.eager import Guard
+from gpubatch.train.eager import EagerSteps
 from gpubatch.train.loss_scale import LARGEST
+from gpubatch.train.record import Record
 
 HALF = np.dtype(np.float16)
 
@@ -316,13 +317,12 @@ def test_a_run_on_cuda_follows_the_cpu(rng: np.random.Generator) -> None:
     for backend in ("cpu", stand_in()):
         net = gb.Network(STACKS["plain"](), backend=backend, precision="mixed", seed=2)
         opt = gb.SGD(net.parameters, 0.1, master_weights=True)
-        guard = Guard(net, opt, 1.0, 10, gb.LossScale(2.0**10, 2))
         loader = gb.Loader(X, Y, batch_size=20, backend="cpu", dtype="float16")
-        state = TrainingState(net, loader, opt, gb.History(), 0, 0)
-        with guard.scaling():
-            losses = [guard.step(*(net.backend.asarray(a) for a in batch), state)[0] for batch in loader]
-        assert guard.scale is not None
-        found.append((losses, net.backend.to_numpy(opt.state["master"].flat), guard.scale.value))
+        scale = gb.LossScale(2.0**10, 2)
+        eager = EagerSteps(Record(TrainingState(net, loader, opt, gb.History(), 0, 0), scale), max_norm=1.0)
+        with eager.scaling():
+            losses = [eager.step(*(net.backend.asarray(a) for a in batch)).loss for batch in loader]
+        found.append((losses, net.backend.to_numpy(opt.state["master"].flat), scale.value))
     (losses, w, scale), (other_losses, other_w, other_scale) = found
     assert scale == other_scale == 2**11
     np.testing.assert_allclose(other_losses, losses, rtol=1e-3)
@@ -333,17 +333,18 @@ def test_a_gradient_that_overflows_leaves_all_as_it_was(rng: np.random.Generator
     net, loader, opt = parts(rng)
     gb.fit(net, loader, opt, 1, progress=False)
     before = everything(net, opt)
-    guard = Guard(net, opt, None, 0, gb.LossScale(LARGEST))
     state = TrainingState(net, loader, opt, gb.History(), 0, 0)
+    record = Record(state, gb.LossScale(LARGEST))
+    eager = EagerSteps(record, max_skipped=0)
     x, y = next(iter(loader))
-    with guard.scaling():
-        _, result = guard.step(x, y, state)  # a warning would be an error
+    with eager.scaling():
+        result = eager.step(x, y).result  # a warning would be an error
         assert result is None
         assert everything(net, opt) == before
-        assert guard.scale is not None
-        assert guard.scale.value == net.loss_scale[0] == LARGEST / 2
-        assert (state.history.overflows, state.history.skipped, guard.in_a_row) == (1, 0, 0)
-        while guard.step(x, y, state)[1] is None:
+        assert record.scale is not None
+        assert record.scale.value == net.loss_scale[0] == LARGEST / 2
+        assert (state.history.overflows, state.history.skipped, record.skipped_in_a_row) == (1, 0, 0)
+        while eager.step(x, y).result is None:
             assert everything(net, opt) == before
     assert everything(net, opt) != before
     assert state.history.overflows > 1
@@ -389,18 +390,19 @@ def test_what_no_scale_mends_is_left_out_as_ever(rng: np.random.Generator) -> No
     net, loader, opt = parts(rng, "plain")
     X, Y = next(iter(loader))
     state = TrainingState(net, loader, opt, gb.History(), 0, 0)
-    guard = Guard(net, opt, None, 1, gb.LossScale(1.0))
+    record = Record(state, gb.LossScale(1.0))
+    eager = EagerSteps(record, max_skipped=1)
     net.parameters["W2"][...] = 0
     net.parameters["W2"][0, 0], net.parameters["W2"][0, 1] = 6e4, -6e4  # y is small, but what is multiplied by it
     net.parameters["W1"][...], net.parameters["b1"][...] = 0, 2.0**-14
     X[...] = 6e4
-    assert guard.step(X, Y, state)[1] is None
+    assert eager.step(X, Y).result is None
     assert (state.history.skipped, state.history.overflows) == (1, 0)
     net.parameters["b2"][0] = np.inf
-    guard.scale = gb.LossScale()
+    record.scale = gb.LossScale()
     with pytest.raises(gb.NonFiniteError, match="the parameters hold NaN or infinity"):
-        guard.step(X, Y, state)
-    assert guard.scale.value == 65536
+        eager.step(X, Y)
+    assert record.scale.value == 65536
 
 
 def test_a_run_goes_on_where_it_was_saved(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -434,11 +436,11 @@ def test_micro_batches_after_memory_ran_out_have_the_scale_too(rng: np.random.Ge
     for rows in (None, 8):
         net, loader, _ = parts(np.random.default_rng(seeds), "plain")
         opt = gb.SGD(net.parameters, 0.1, master_weights=True)
-        guard = Guard(net, opt, None, 10, gb.LossScale(2.0**8))
         state = TrainingState(net, loader, opt, gb.History(micro_batch_size=rows), 0, 0)
-        with guard.scaling():
+        eager = EagerSteps(Record(state, gb.LossScale(2.0**8)))
+        with eager.scaling():
             for x, y in loader:
-                assert guard.step(x, y, state)[1] is not None
+                assert eager.step(x, y).result is not None
         weights.append(opt.state["master"].flat.copy())
     assert distance(weights[1], weights[0]) < 1e-3
 

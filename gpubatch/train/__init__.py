@@ -2,6 +2,7 @@
 
 from gpubatch.train.captured_step import CapturedStep
 from gpubatch.train.checks import why_eager, why_not_captured
+from gpubatch.train.display import bar
 from gpubatch.train.history import History, StopTraining, TrainingInterrupted, TrainingState, TrainingTerminated
 from gpubatch.train.ledger import AHEAD
 from gpubatch.train.loop import EXECUTIONS, fit
@@ -18,6 +19,7 @@ __all__ = [
     "TrainingInterrupted",
     "TrainingState",
     "TrainingTerminated",
+    "bar",
     "fit",
     "memory_parts",
     "plan_batches",

@@ -9,7 +9,7 @@ from gpubatch.errors import ArgumentError, check_int
 from gpubatch.nn import Network, core_of
 from gpubatch.optim import Optimizer, captured_key, scalars_ahead
 from gpubatch.train.checks import check_bound, why_eager
-from gpubatch.train.graphs import CapturedSteps, Form, GivenArrays
+from gpubatch.train.graphs import Form, GivenArrays, StepGraphs
 from gpubatch.train.ledger import CHUNK
 
 __all__ = ["CapturedStep"]
@@ -18,14 +18,19 @@ __all__ = ["CapturedStep"]
 class CapturedStep:
     """``net.step_loss(X, Y)`` and ``opt.step()`` as one launch, for loops of your own.
 
-    X and Y are arrays on the device, as for :meth:`Network.step_loss`. The first call captures, which takes memory and
-    time. A call queues ``steps`` steps, from 1 to 64, all on what X and Y hold when it comes to that, and waits for
-    nothing; the next batch is written into them afterwards: ``X[...] = batch``. It returns the loss of the last step,
-    an array of one element on the device, which the next call overwrites. Whether loss and gradients are finite is not
-    looked at. A new learning rate, ``opt.lr = ...``, takes effect at the next call. All of it happens on the stream
-    that is current.
+    net: the network
+    opt: its optimizer, bound to ``net.parameters``
+    X: samples, an array on the device, as for :meth:`Network.step_loss`
+    Y: targets, likewise
+    steps: how many steps a call makes, from 1 to 64, all on the same batch
 
-    Raises ArgumentError where the steps cannot be captured, and says why.
+    The first call captures, which takes memory and time. A call queues the steps on the current stream and does not
+    wait: they read X and Y when the device comes to them. Write the next batch into X and Y afterwards, ``X[...] =
+    batch``. A call returns the loss of its last step, an array of one element on the device, which the next call
+    overwrites. Nothing checks whether loss and gradient are finite. A new learning rate, ``opt.lr = ...``, takes effect
+    at the next call.
+
+    Raises ArgumentError if the steps cannot be captured, and says why.
     """
 
     def __init__(self, net: Network, opt: Optimizer, X: Array, Y: Array, steps: int = 1) -> None:
@@ -37,23 +42,23 @@ class CapturedStep:
         core_of(net).check_batch(X, Y)
         self._feed = GivenArrays(X, Y)
         self._form = Form(len(X), len(X), self.steps)
-        self._captured: CapturedSteps | None = None
+        self._graphs: StepGraphs | None = None
         self._left = 0  # steps whose scalars are on the device
-        self._expected: tuple[Any, ...] = ()  # the state of optimizer and network that they are for
+        self._expected: tuple[Any, ...] = ()  # the optimizer and the dropout step that they are for
 
     def __call__(self) -> Array:
-        """Queue the steps; the loss of the last one."""
-        if self._captured is None or not self._captured.fits(self.opt):
-            self._captured, self._expected = CapturedSteps(self.net, self.opt, self._feed, guarded=False), ()
-        captured = self._captured
+        """Queue the steps; return the loss of the last one."""
+        if self._graphs is None or not self._graphs.fits(self.opt):
+            self._graphs, self._expected = StepGraphs(self.net, self.opt, self._feed, guarded=False), ()
+        graphs = self._graphs
         if self._left < self.steps or self._expected != (*captured_key(self.opt), core_of(self.net).dropout_step):
-            scalars, _ = scalars_ahead(self.opt, self.opt.t, captured.ledger.capacity, self.steps)
-            captured.ledger.write(scalars)
-            captured.ledger.restart(0, core_of(self.net).dropout_step)
+            scalars, _ = scalars_ahead(self.opt, self.opt.t, graphs.ledger.capacity, self.steps)
+            graphs.ledger.write(scalars)
+            graphs.ledger.restart(0, core_of(self.net).dropout_step)
             self._left = len(scalars)
-        captured.launch(self._form)
+        graphs.launch(self._form)
         self.opt.t += self.steps
         core_of(self.net).count_steps(self.steps)
         self._left -= self.steps
         self._expected = (*captured_key(self.opt), core_of(self.net).dropout_step)
-        return captured.loss
+        return graphs.loss

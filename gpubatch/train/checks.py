@@ -12,8 +12,18 @@ from gpubatch.loader import Loader
 from gpubatch.nn import Network, core_of, layers, losses
 from gpubatch.optim import MASTER, Optimizer
 from gpubatch.own import changed
+from gpubatch.train.loss_scale import LossScale
 
-__all__ = ["HeldOut", "as_rows", "check_bound", "check_parts", "validation_arrays", "why_eager", "why_not_captured"]
+__all__ = [
+    "HeldOut",
+    "as_rows",
+    "check_bound",
+    "check_parts",
+    "scale_for",
+    "validation_arrays",
+    "why_eager",
+    "why_not_captured",
+]
 
 
 def why_not_captured(net: Network, loader: Loader, opt: Optimizer, *others: Any) -> str:
@@ -48,6 +58,15 @@ def check_parts(net: Network, loader: Loader, opt: Optimizer) -> None:
 def as_rows(array: Array, loader: Loader) -> Array:
     """Samples as rows, as a network takes them."""
     return array.T if loader.sample_axis == 1 and array.ndim == 2 else array
+
+
+def scale_for(net: Network, loss_scale: LossScale | None) -> LossScale | None:
+    """The loss scale of a mixed network, by default a new one; None for another network."""
+    if loss_scale is not None and not isinstance(loss_scale, LossScale):
+        raise DTypeError(f"loss_scale must be a gpubatch.LossScale, got {type(loss_scale).__name__}")
+    if loss_scale is not None and net.loss_scale is None:
+        raise ArgumentError(f"loss_scale is for a network with precision='mixed', this one has {net.precision!r}")
+    return None if net.loss_scale is None else loss_scale or LossScale()
 
 
 class HeldOut(NamedTuple):

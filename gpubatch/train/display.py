@@ -1,19 +1,47 @@
-"""The progress of a run: a live bar in a terminal, lines elsewhere."""
+"""The progress of long work on standard error: a live bar in a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from gpubatch.train.history import History
 
-__all__ = ["Display", "_Silent", "display"]
+__all__ = ["Display", "Silent", "bar", "display"]
+
+
+def live_bar(column: str) -> Any:
+    """Rich's progress bar, ``column`` behind it; None if rich is not installed or nobody would see the bar."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        return None
+    console = Console(stderr=True)
+    if not console.is_terminal and not console.is_jupyter:
+        return None
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn(column), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+@contextlib.contextmanager
+def bar(words: str, progress: bool) -> Iterator[Callable[[int, int], Any]]:
+    """A function of what is done, and of how much there is in all; it moves a bar if there is a terminal."""
+    if not progress or (live := live_bar("{task.percentage:>3.0f} %")) is None:
+        yield lambda done, total: None
+        return
+    with live:
+        task = live.add_task(words, total=None)
+        yield lambda done, total: live.update(task, completed=done, total=total)
+
+
+# --- of a run ------------------------------------------------------------------------------------------------------
 
 
 class Display(Protocol):
-    """What shows the progress."""
+    """Shows the progress of a run."""
 
     def step(self, loss: float) -> None:
         """A step was made."""
@@ -24,67 +52,61 @@ class Display(Protocol):
 
 @contextlib.contextmanager
 def display(progress: bool, epochs: int, steps: int, done: int = 0) -> Iterator[Display]:
-    """A live bar in a terminal (where rich is installed), plain lines elsewhere, nothing without ``progress``.
+    """A live bar in a terminal, plain lines elsewhere, nothing without ``progress``.
 
-    ``done`` steps of ``epochs * steps`` are made already. On standard error: standard output is for results.
+    ``done`` of the ``epochs * steps`` steps were made before.
     """
     if not progress or epochs == 0:
-        yield _Silent()
-    elif (bar := _rich_progress()) is not None:
-        with bar:
-            yield _Live(bar, epochs, steps, done)
+        yield Silent()
+    elif (live := live_bar("{task.fields[loss]}")) is not None:
+        with live:
+            yield Live(live, epochs, steps, done)
     else:
-        yield _Lines(epochs)
+        yield Lines(epochs)
 
 
-def _rich_progress() -> Any:
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError:
-        return None
-    console = Console(stderr=True)
-    if not console.is_terminal and not console.is_jupyter:
-        return None
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True)
+class Silent:
+    """Shows nothing."""
 
-
-class _Silent:
     def step(self, loss: float) -> None:
-        pass
+        """Nothing."""
 
     def epoch(self, number: int, history: History) -> None:
-        pass
+        """Nothing."""
 
 
-class _Lines:
+class Lines:
+    """A line for each epoch."""
+
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
 
     def step(self, loss: float) -> None:
-        pass
+        """Nothing."""
 
     def epoch(self, number: int, history: History) -> None:
+        """Print it."""
         print(epoch_line(number, self.epochs, history), file=sys.stderr, flush=True)
 
 
-class _Live:
-    """One bar for the whole run, so that the time that remains is the run's; a line for each epoch above it."""
+class Live:
+    """One bar for the whole run, so that the remaining time is the run's; a line for each epoch above it."""
 
-    def __init__(self, bar: Any, epochs: int, steps: int, done: int) -> None:
-        self.bar, self.epochs, self.steps, self.done = bar, epochs, steps, done
-        self.task = bar.add_task(self._title(), total=epochs * steps, completed=done, loss="")
+    def __init__(self, live: Any, epochs: int, steps: int, done: int) -> None:
+        self.live, self.epochs, self.steps, self.done = live, epochs, steps, done
+        self.task = live.add_task(self._title(), total=epochs * steps, completed=done, loss="")
 
     def _title(self) -> str:
         return f"epoch {min(self.done // self.steps + 1, self.epochs):>3}/{self.epochs}"
 
     def step(self, loss: float) -> None:
+        """Move the bar."""
         self.done += 1
-        self.bar.update(self.task, advance=1, loss=f"loss {loss:.4f}", description=self._title())
+        self.live.update(self.task, advance=1, loss=f"loss {loss:.4f}", description=self._title())
 
     def epoch(self, number: int, history: History) -> None:
-        self.bar.console.print(epoch_line(number, self.epochs, history), highlight=False)
+        """Print it above the bar."""
+        self.live.console.print(epoch_line(number, self.epochs, history), highlight=False)
 
 
 def epoch_line(number: int, epochs: int, history: History) -> str:

@@ -2,11 +2,11 @@
 
 A graph is launched with the same arguments every time, so what differs from step to step lies on the device, in a
 :class:`Ledger`: the scalars of the update for the steps to come, computed on the host in double precision, and how far
-the steps have come. The steps leave their losses there, and the host reads them when it likes. A replayed step is the
-eager one bit for bit: the same kernels on the same arrays.
+the steps have come. The steps leave their losses there for the host to read later. A replayed step is the eager one bit
+for bit: the same kernels on the same arrays.
 
-A step that finds a loss or a gradient that is not finite halts: it and all that are queued behind it change nothing. So
-the host, which looks later, can deal with it as if it had looked at once.
+A step whose loss or gradient is not finite halts: it and all steps queued behind it change nothing. So the host, which
+looks later, can deal with it as if it had looked at once.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from gpubatch.optim import Optimizer, captured_key, enqueue_update, scalars_ahea
 from gpubatch.staging import wait_at_the_end
 from gpubatch.train.ledger import BATCH, HALTED, STEP, Ledger
 
-__all__ = ["CapturedSteps", "Form", "GivenArrays", "like"]
+__all__ = ["Form", "GivenArrays", "StepGraphs", "arrays_like"]
 
-UNROLLED = 8  # steps in a graph, where there are so many: a launch costs the host as much as a few kernels the device
+UNROLLED = 8  # steps in a graph, if so many are to come: a launch costs the host as much as a few kernels the device
 
 
 class Feed(Protocol):
-    """Where the batches of captured steps come from."""
+    """Makes the batches of captured steps, in arrays that stay where they are."""
 
     def arrays(self, rows: int) -> list[Array]:
-        """The arrays x and y of a batch of ``rows`` samples: always the same."""
+        """The arrays x and y of a batch of ``rows`` samples."""
 
     def enqueue(self, rows: int, batch: Array) -> None:
-        """Start what makes the batch whose number ``batch``, an int64 on the device, holds when it comes to that."""
+        """Enqueue the making of batch number ``*batch``; the number is read on the device when the kernel runs."""
 
 
 class GivenArrays:
-    """Batches that somebody writes to arrays which stay where they are."""
+    """Batches that somebody else writes to these arrays."""
 
     def __init__(self, *arrays: Array) -> None:
         self._arrays = arrays
@@ -52,16 +52,16 @@ class GivenArrays:
         return [array[:rows] for array in self._arrays]
 
     def enqueue(self, rows: int, batch: Array) -> None:
-        """The batch is there already."""
+        """Nothing: the batch is there already."""
 
 
-def like(batch: Sequence[Array]) -> list[Array]:
-    """New arrays for such batches; labels become int64, as which losses need them."""
+def arrays_like(batch: Sequence[Array]) -> list[Array]:
+    """New arrays for batches like this one. Labels become int64, the type that losses expect."""
     return [array.astype(needed(array.dtype, array.ndim), copy=False) for array in batch]
 
 
 class Form(NamedTuple):
-    """What a graph is for: batches of ``rows`` samples, of which so many at a time, and ``steps`` of them."""
+    """Key of a graph: batch size, micro-batch size, and how many steps it unrolls."""
 
     rows: int
     micro_batch_size: int
@@ -69,7 +69,7 @@ class Form(NamedTuple):
 
 
 def launches(rows: Sequence[int], unrolled: int) -> list[tuple[int, int]]:
-    """The graphs for batches of so many ``rows`` each, in their order: (rows, steps), steps 1 or ``unrolled``."""
+    """The graphs to launch for batches of these ``rows``, in their order: (rows, steps), steps 1 or ``unrolled``."""
     found = list[tuple[int, int]]()
     for size, alike in itertools.groupby(rows):
         several, rest = divmod(len(list(alike)), unrolled)
@@ -77,8 +77,8 @@ def launches(rows: Sequence[int], unrolled: int) -> list[tuple[int, int]]:
     return found
 
 
-class CapturedSteps:
-    """The steps of ``net`` and ``opt`` on the batches of ``feed``, queued on the current stream and not waited for.
+class StepGraphs:
+    """The graphs of the steps of ``net`` and ``opt`` on the batches of ``feed``, launched on the current stream.
 
     With ``guarded``, steps whose loss or gradient is not finite halt, ``max_norm`` bounds the gradient's norm, and
     gradients are divided by the network's loss scale. All memory is taken when a form of batch is prepared.
@@ -98,27 +98,27 @@ class CapturedSteps:
             self._total = net.backend.zeros(1, np.float64)
             self._before = net.backend.empty(net.buffers.size, net.buffers.dtype)  # of the step, running statistics
         self._graphs = dict[Form, Any]()
-        self._kept = list[Any]()  # what has the memory that graphs work in
-        self.loss: Array = None  # of the step that was made last
+        self._kept = list[Any]()  # objects whose memory the graphs use
+        self.loss: Array = None  # of the last step
         self._over = net.backend.event()  # of the last graph
         wait_at_the_end(self, [self._over])
 
     def fits(self, opt: Optimizer) -> bool:
-        """Whether the graphs are still those of the optimizer, whose formula may have become another one."""
+        """Whether the graphs still launch the optimizer's update; a new formula makes another one."""
         return self._update is captured_key(opt)[0]
 
     def prepare(self, rows: int, micro_batch_size: int | None, steps: int) -> None:
-        """Capture what :meth:`enqueue` may need for ``steps`` batches of ``rows`` samples."""
+        """Capture the graphs that :meth:`enqueue` may need for ``steps`` batches of ``rows`` samples."""
         for size in (UNROLLED, 1) if steps >= UNROLLED else (1,):
             self._graph(Form(rows, micro_batch_size or rows, size))
 
     def enqueue(self, rows: Sequence[int], micro_batch_size: int | None) -> None:
-        """The steps on the next batches, of so many ``rows`` each; the ledger must have their scalars."""
+        """Queue the steps on the next batches, of these ``rows``; the ledger must have their scalars."""
         for size, steps in launches(rows, UNROLLED):
             self.launch(Form(size, micro_batch_size or size, steps))
 
     def launch(self, form: Form) -> None:
-        """The graph of a form, captured if it has not been."""
+        """Launch the graph of a form, captured on first use."""
         with self._backend.scope():
             self._graph(form).launch()
             self._backend.current_stream().record(self._over)
@@ -137,7 +137,7 @@ class CapturedSteps:
         return self._graphs[form]
 
     def _rehearse(self, step: Callable[[], None]) -> None:
-        """A step that halts before it begins: memory is taken and kernels are loaded, which a capture forbids."""
+        """Make a step that halts before it begins: it allocates and loads kernels, which a capture forbids."""
         now = self.ledger.progress.copy()
         self.ledger.word(HALTED).fill(1)
         try:
@@ -146,7 +146,7 @@ class CapturedSteps:
             self.ledger.progress[...] = now
 
     def _step(self, rows: int, micro_batch_size: int) -> None:
-        """What is captured."""
+        """Enqueue a step; this is captured."""
         net, ledger = self.net, self.ledger
         x, y = self.feed.arrays(rows)
         grads = net.parameters.grads.flat
@@ -179,5 +179,5 @@ class CapturedSteps:
 
 
 def step_source(dtype: str) -> str:
-    """The CUDA source of what looks at the steps of a network that stores ``dtype``."""
+    """The CUDA source of the kernels that judge the steps of a network that stores ``dtype``."""
     return source_of(dtype, "square_sum.cuh", "step.cuh", "step.cu")

@@ -1,10 +1,11 @@
-"""The memory plan of a run: counted, tried with one step, and halved where memory runs out."""
+"""The memory of a run: planned, verified by one step, and micro-batches halved when it runs out."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import gc
+from collections.abc import Sequence
 
 from gpubatch.errors import InsufficientMemoryError, NonFiniteError
 from gpubatch.loader import Loader
@@ -13,14 +14,15 @@ from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import Optimizer, rehearse_update
 from gpubatch.train.checks import HeldOut, as_rows, why_not_captured
 from gpubatch.train.ledger import AHEAD
+from gpubatch.train.record import Record, Steps
 
-__all__ = ["lack", "power_below", "release", "settle_batches"]
+__all__ = ["evaluate", "halve", "memory_message", "memory_parts", "plan_batches", "settle_batches"]
 
 
 def memory_parts(net: Network, opt: Optimizer, batch_size: int, evaluated: int = 0, copied: int = 0) -> dict[str, int]:
-    """The bytes that training needs beside those of the loader, by what they are for; nothing is allocated.
+    """The bytes that training needs beside those of the loader, by what they are for; allocates nothing.
 
-    ``evaluated`` is how many samples are evaluated after an epoch, ``copied`` how many bytes of them were made for it.
+    ``evaluated`` is how many samples are evaluated after an epoch, ``copied`` how many bytes were allocated for them.
     """
     norm = 8 * SQUARE_SUM_SIZE + 2 * net.compute_dtype.itemsize
     of_net = net.memory_parts(batch_size, evaluated)
@@ -38,10 +40,10 @@ def plan_batches(
 ) -> None:
     """Make the loader's plan with :func:`memory_parts` counted; ``most`` is the largest batch size to choose.
 
-    ``captured`` says whether steps are captured, by default where they can be.
+    ``captured`` tells whether steps are captured; by default they are wherever they can be.
     """
     held = memory_parts(net, opt, 1, 0, copied)
-    if net.backend.name == "cpu" and opt.t == 0:  # main memory is taken when it is first written to
+    if net.backend.name == "cpu" and opt.t == 0:  # an operating system takes memory on first write
         held = {name: held[name] for name in ("parameters", "running statistics", "validation set")}
     allocated = sum(n for name, n in held.items() if not name.startswith("workspace"))
     if captured is None:
@@ -53,42 +55,65 @@ def plan_batches(
 def settle_batches(
     net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | None, captured: bool | None = None
 ) -> None:
-    """Make the loader's plan; a batch size that it chose is tried, and a smaller one where memory runs out."""
+    """Make the loader's plan; try a batch size that it chose, and a smaller one if memory runs out."""
     evaluated, copied = (0, 0) if held_out is None else (len(held_out.X), held_out.copied)
     plan_batches(net, loader, opt, evaluated, copied, captured=captured)
     while loader.automatic and (failure := rehearse(net, loader, opt, held_out)) is not None:
-        release(net)
+        core_of(net).release()
+        free_unused(net)
         if loader.batch_size <= core_of(net).least_rows:
             raise InsufficientMemoryError(f"there is no memory for a step of {loader.batch_size} samples: {failure}")
         plan_batches(net, loader, opt, evaluated, copied, power_below(loader.batch_size), captured)
 
 
 def rehearse(net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | None) -> str | None:
-    """A whole step that leaves no trace, the last batch and validation too; for what there was no memory, in words."""
+    """Make steps of both sizes and validate, without a trace; for what there was no memory, in words."""
     try:
         held = [loader.peek()]
-        held += [[array.copy() for array in held[0]] for _ in range(1, loader.at_once)]  # those prepared ahead
+        held += [
+            [array.copy() for array in held[0]] for _ in range(1, loader.at_once)
+        ]  # the loader prepares them ahead
         x, y = (as_rows(array, loader) for array in held[0])
         core_of(net).rehearse(x, y)
         if loader.last_size < len(x):
             core_of(net).rehearse(x[: loader.last_size], y[: loader.last_size])
         rehearse_update(opt, net.parameters.grads)
         if held_out is not None:
-            with contextlib.suppress(NonFiniteError):  # what the numbers are is not the question here
+            with contextlib.suppress(NonFiniteError):  # only memory is in question
                 net.evaluate(held_out.X[:EVALUATION_ROWS], held_out.Y[:EVALUATION_ROWS])
     except MemoryError as error:
-        return lack(error)
+        return memory_message(error)
     return None
 
 
-def lack(error: MemoryError) -> str:
-    """For what there was no memory, in words; the error itself would keep the arrays of its traceback."""
+def halve(record: Record, drivers: Sequence[Steps], failure: str) -> None:
+    """Compute half as many samples at a time from here on, as there was no memory for ``failure``."""
+    net = record.state.net
+    size = record.history.micro_batch_size or record.state.loader.batch_size
+    if size <= core_of(net).least_rows:
+        rows = "one sample" if size == 1 else f"{size} samples"
+        raise InsufficientMemoryError(f"not even {rows} at a time can be computed in the memory there is: {failure}")
+    record.halved(power_below(size), failure)
+    for steps in drivers:
+        steps.release()
+    free_unused(net)
+
+
+def evaluate(net: Network, held_out: HeldOut, rows: int | None) -> tuple[float, float | None] | str:
+    """Loss and accuracy, at most ``rows`` samples at a time; or for what there was no memory, in words."""
+    try:
+        return net.evaluate(held_out.X, held_out.Y, min(rows or EVALUATION_ROWS, EVALUATION_ROWS))
+    except MemoryError as error:
+        return memory_message(error)
+
+
+def memory_message(error: MemoryError) -> str:
+    """For what there was no memory, in words: the error itself would keep the arrays of its traceback alive."""
     return str(error) or "out of memory"
 
 
-def release(net: Network) -> None:
-    """Give back all memory that can be had again."""
-    core_of(net).release()
+def free_unused(net: Network) -> None:
+    """Free all memory that nothing refers to any more."""
     gc.collect()
     net.backend.free_unused()
 

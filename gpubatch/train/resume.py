@@ -1,20 +1,146 @@
-"""Going on from a checkpoint: the folder, and whether the network is the one that was saved."""
+"""The checkpoints of a run: when it is saved, what is saved, and how it is resumed."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gpubatch.checkpoint import Checkpoints
-from gpubatch.errors import ArgumentError
+from gpubatch.errors import ArgumentError, CheckpointError, DataFormatError, GpubatchError
 from gpubatch.nn import Network
+from gpubatch.train.history import History
+from gpubatch.train.record import EpochProgress, Record
 
-__all__ = ["check_same_network", "describe_network", "opened"]
+__all__ = ["RunCheckpoints", "check_same_network", "describe_network", "open_checkpoints"]
 
 
-def opened(checkpoint: Any, resume: bool) -> Checkpoints | None:
-    """Where to save, ready to be written to."""
+class RunCheckpoints:
+    """Saves a run in ``store`` and resumes it from there; without a store, nothing is ever saved.
+
+    ``callbacks`` with ``state_dict`` and ``load_state_dict`` are saved too, in their order.
+    """
+
+    def __init__(self, store: Checkpoints | None, record: Record, callbacks: Sequence[Any]) -> None:
+        self.store, self._record = store, record
+        self._callbacks = [c for c in callbacks if hasattr(c, "state_dict") and hasattr(c, "load_state_dict")]
+        self._saved_at = record.state.opt.t
+
+    @property
+    def steps_left(self) -> int | None:
+        """How many steps there are until the run is to be saved, 0 or less if it is due; None if steps do not count."""
+        if self.store is None or self.store.every is None:
+            return None
+        return self.store.every - (self._record.state.step - self._saved_at)
+
+    def after_steps(self) -> None:
+        """Save the run if enough steps were made."""
+        if self.steps_left is not None and self.steps_left <= 0:
+            self.save()
+
+    def after_epoch(self) -> None:
+        """Save the run, unless steps are counted."""
+        if self.steps_left is None:
+            self.save()
+
+    def save(self) -> None:
+        """Save the run as it is now, unless nothing happened since it was saved last."""
+        record, state = self._record, self._record.state
+        if self.store is None or not record.unsaved:
+            return
+        history = {
+            # Lists grow with the run: arrays hold them exactly, and in less space than text.
+            name: np.array(value, np.float64) if isinstance(value, list) else value
+            for name, value in vars(state.history).items()
+        }
+        saved = {
+            "network": state.net.state_dict(),
+            "optimizer": state.opt.state_dict(),
+            "loader": state.loader.state_dict(),
+            "description": describe_network(state.net),
+            "plan": dataclasses.asdict(state.loader.plan),
+            "history": history,
+            "part": dataclasses.asdict(record.epoch),
+            "skipped_in_a_row": record.skipped_in_a_row,
+            "loss_scale": None if record.scale is None else record.scale.state_dict(),
+            "callbacks": [callback.state_dict() for callback in self._callbacks],
+        }
+        self._saved_at = state.opt.t
+        record.unsaved = not self.store.save(saved)
+
+    def save_at_last(self) -> str:
+        """Save a run that ends early, and wait until that is done; what became of it, for the end of a message."""
+        if self.store is None:
+            return ""
+        try:
+            self.save()
+            if self.store.wait() and not self._record.unsaved:
+                return f", and so does the newest checkpoint in {self.store.folder}"
+        except CheckpointError as error:
+            return f"; {error}"
+        return ""
+
+    def resume(self) -> None:
+        """Go to where the newest checkpoint was saved, if there is one."""
+        if self.store is not None and (found := self.store.newest()) is not None:
+            self._restore(*found)
+
+    def _restore(self, path: Path, saved: Mapping[str, Any]) -> None:
+        """Go to where the checkpoint ``path`` was saved; if it is refused, the network is as before."""
+        record, state = self._record, self._record.state
+        before = state.net.state_dict()
+        try:
+            check_same_network(saved["description"], describe_network(state.net))
+            copy.copy(state.loader).load_state_dict(saved["loader"])  # whether it would
+            history = {
+                name: value.tolist() if isinstance(value, np.ndarray) else value
+                for name, value in saved["history"].items()
+            }
+            state.history, record.epoch = History(**history), EpochProgress(**saved["part"])
+            record.skipped_in_a_row = saved["skipped_in_a_row"]
+            if len(saved["callbacks"]) != len(self._callbacks):
+                raise ArgumentError(
+                    f"it has the state of {len(saved['callbacks'])} callbacks, of those given now "
+                    f"{len(self._callbacks)} have state_dict and load_state_dict"
+                )
+            state.net.load_state_dict(saved["network"])
+            state.opt.load_state_dict(saved["optimizer"])
+            state.loader.load_state_dict(saved["loader"])
+            if record.scale is not None:
+                record.scale.load_state_dict(saved["loss_scale"])
+            for callback, state_of in zip(self._callbacks, saved["callbacks"], strict=True):
+                callback.load_state_dict(state_of)
+        except Exception as error:
+            state.net.load_state_dict(before)
+            if isinstance(error, GpubatchError):
+                raise type(error)(f"{path} cannot be resumed here: {error}") from error
+            raise DataFormatError(f"{path} was not saved by fit: {error!r}") from error
+        state.step = self._saved_at = state.opt.t
+
+    @contextlib.contextmanager
+    def completed(self) -> Iterator[None]:
+        """On exit, wait for a checkpoint that is still being written; an earlier error takes precedence."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(CheckpointError):
+                self._wait()
+            raise
+        self._wait()
+
+    def _wait(self) -> None:
+        if self.store is not None:
+            self.store.wait()
+
+
+def open_checkpoints(checkpoint: Any, resume: bool) -> Checkpoints | None:
+    """The folder of :func:`fit`'s ``checkpoint``, ready to be written to."""
     if checkpoint is None:
         if resume:
             raise ArgumentError("resume=True needs checkpoint=, the folder that has what to go on from")
@@ -22,7 +148,7 @@ def opened(checkpoint: Any, resume: bool) -> Checkpoints | None:
     store = checkpoint if isinstance(checkpoint, Checkpoints) else Checkpoints(checkpoint)
     store.open()
     if not resume and store.files():
-        # A new run would remove those of the old one, a few steps after another.
+        # A new run would remove them, one after another.
         raise ArgumentError(
             f"{store.folder} has checkpoints of another run: go on from them with resume=True, or take another folder"
         )
@@ -30,9 +156,9 @@ def opened(checkpoint: Any, resume: bool) -> Checkpoints | None:
 
 
 def describe_network(net: Network) -> dict[str, Any]:
-    """What a network must share with another one to go on with its parameters, as JSON can hold it."""
+    """What two networks must have in common for one to go on with the other's parameters, as JSON can hold it."""
     layers = {
-        # The functions that a user's layer may hold are shown with an address, which is another one in every process.
+        # Functions in a user's layer are shown with their address, which differs from process to process.
         f"layer {i + 1}": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(layer))
         for i, layer in enumerate(net.layers)
     }
@@ -41,8 +167,8 @@ def describe_network(net: Network) -> dict[str, Any]:
 
 
 def check_same_network(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """An error that names the first thing in which two networks differ."""
-    saved = {"precision": "full", **saved}  # in checkpoints of a time when there was no other
+    """Raise an error that names the first difference between two networks."""
+    saved = {"precision": "full", **saved}  # checkpoints from before there was another
     for name, value in own.items():
         if saved[name] != value:
             raise ArgumentError(f"it is of a network whose {name} is {saved[name]}, this one's is {value}")

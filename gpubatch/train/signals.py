@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during a run: noted, and acted on between two steps."""
+"""What a run does between two steps: it saves itself when that is due, and ends when Ctrl-C or SIGTERM has come."""
 
 from __future__ import annotations
 
@@ -8,14 +8,49 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["interruptible"]
+from gpubatch.train.history import TrainingInterrupted, TrainingTerminated
+from gpubatch.train.record import Record
+from gpubatch.train.resume import RunCheckpoints
+
+__all__ = ["BetweenSteps", "interruptible"]
+
+
+class BetweenSteps:
+    """Saves the run when that is due, and ends it after a signal; ``signals`` are those that came."""
+
+    def __init__(self, record: Record, checkpoints: RunCheckpoints) -> None:
+        self._record, self._checkpoints = record, checkpoints
+        self.signals: list[int] = []
+
+    def __call__(self) -> None:
+        """Look once."""
+        self._checkpoints.after_steps()
+        self.stop_if_signalled()
+
+    @property
+    def room(self) -> int:
+        """Steps until the next checkpoint, at most to the end of the epoch; 0 after a signal."""
+        if self.signals:
+            return 0
+        remaining, left = self._record.remaining, self._checkpoints.steps_left
+        return remaining if left is None else min(remaining, max(1, left))
+
+    def stop_if_signalled(self) -> None:
+        """End the run if a signal came; the parameters are those of a complete step."""
+        if not self.signals:
+            return
+        state, number = self._record.state, self.signals[0]
+        verb = "terminated" if number == signal.SIGTERM else "interrupted"
+        message = f"{verb} in epoch {state.epoch} after step {state.step}; the model holds this last complete step"
+        kind = TrainingTerminated if number == signal.SIGTERM else TrainingInterrupted
+        raise kind(message + self._checkpoints.save_at_last(), state.history)
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Note the first Ctrl-C or SIGTERM in the list instead of acting on it anywhere; a second one acts as usual.
+    """Note the first Ctrl-C or SIGTERM in the list instead of acting on it; a second one acts as usual.
 
-    Only where Python's own handler is in place, in the main thread: a program that has its own keeps it.
+    Only in the main thread, and only where Python's own handler is in place: a program's own handler stays.
     """
     noted: list[int] = []
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}

@@ -1,0 +1,152 @@
+"""The record of a run: its history, and its progress within the current epoch."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from gpubatch.errors import MicroBatchWarning
+from gpubatch.optim import StepResult
+from gpubatch.train.display import Display, Silent
+from gpubatch.train.history import History, TrainingState
+from gpubatch.train.loss_scale import LossScale
+
+__all__ = ["Between", "EpochProgress", "Record", "Steps", "warn_caller"]
+
+
+@dataclass
+class EpochProgress:
+    """Progress within the current epoch, enough to resume mid-epoch.
+
+    ``batches`` counts those that the loader gave; ``samples`` those of applied steps, whose costs add up to ``total``.
+    """
+
+    epoch: int = 0
+    batches: int = 0
+    samples: int = 0
+    total: float = 0.0
+    seconds: float = 0.0
+
+
+class Record:
+    """What a run has done, and where it is.
+
+    ``state`` is what callbacks see, ``scale`` the loss scale of a mixed network, ``epoch`` the progress within the
+    current epoch, ``display`` shows it. ``skipped_in_a_row`` counts the steps left out since the last applied one,
+    ``unsaved`` tells whether anything happened since the last checkpoint.
+    """
+
+    def __init__(self, state: TrainingState, scale: LossScale | None = None) -> None:
+        self.state, self.scale, self.epoch = state, scale, EpochProgress()
+        self.display: Display = Silent()
+        self.skipped_in_a_row = 0
+        self.unsaved = False
+        self._started = 0.0  # when the current epoch would have begun, had it never been interrupted
+        self._halved = ""  # why fewer samples are computed at a time, until a step has shown that it was enough
+
+    @property
+    def history(self) -> History:
+        """What callbacks see as ``state.history``."""
+        return self.state.history
+
+    @property
+    def remaining(self) -> int:
+        """Batches of the current epoch still to come."""
+        return len(self.state.loader) - self.epoch.batches
+
+    @property
+    def place(self) -> str:
+        """Epoch and step, for messages."""
+        return f"epoch {self.state.epoch}, step {self.state.opt.t}"
+
+    # --- an epoch ---
+
+    def begin_epoch(self) -> bool:
+        """Begin an epoch, or go on in its middle; False if a checkpoint was saved after its last batch."""
+        state = self.state
+        if self.epoch.batches == 0:
+            self.epoch.epoch = state.loader.epoch
+        state.epoch = state.opt.epoch = self.epoch.epoch
+        return self.epoch.batches == 0 or state.loader.state_dict()["batch"] > 0
+
+    def start_clock(self) -> None:
+        """Count the seconds of the epoch from here on."""
+        self._started = time.perf_counter() - self.epoch.seconds
+
+    def rewind(self) -> None:
+        """Have the loader go on with the batch after those whose steps are noted."""
+        loader = self.state.loader
+        loader.load_state_dict({**loader.state_dict(), "epoch": self.epoch.epoch, "batch": self.epoch.batches})
+
+    def note(self, loss: float, result: StepResult | None, samples: int) -> None:
+        """Note what became of a batch: its loss, and the step, None if it was left out."""
+        self.unsaved = True
+        self.epoch.batches += 1
+        if result is not None:
+            self.state.step = result.t
+            self.history.step_loss.append(loss)
+            if result.lr is not None:
+                self.history.step_lr.append(result.lr)
+            self.epoch.total += loss * samples
+            self.epoch.samples += samples
+        self.epoch.seconds = time.perf_counter() - self._started
+        self.display.step(loss)
+
+    def close_epoch(self) -> None:
+        """Add the epoch to the history."""
+        history, epoch = self.history, self.epoch
+        history.loss.append(epoch.total / epoch.samples if epoch.samples else math.nan)
+        history.seconds.append(epoch.seconds)
+        if self.scale is not None:
+            history.loss_scale.append(self.scale.value)
+        self.epoch = EpochProgress()
+        self.unsaved = True
+
+    # --- memory that ran out ---
+
+    def halved(self, rows: int, failure: str) -> None:
+        """Compute ``rows`` samples at a time from here on, as memory ran out."""
+        self.history.micro_batch_size = rows
+        self._halved = self._halved or f"out of memory in {self.place}: {failure}"
+
+    def warn_if_halved(self) -> None:
+        """Warn that fewer samples are computed at a time, once that was enough."""
+        if self._halved:
+            size, rows = self.state.loader.batch_size, self.history.micro_batch_size
+            text = f"{self._halved}; batches of {size} are computed {rows} samples at a time, gradients added up"
+            self._halved = ""
+            warn_caller(text, MicroBatchWarning)
+
+
+class Between(Protocol):
+    """What a run does between two steps, such as saving; called when all steps queued so far are noted."""
+
+    def __call__(self) -> None:
+        """Do what is due."""
+
+    @property
+    def room(self) -> int:
+        """How many steps may be queued before the next call; 0 if it cannot wait."""
+
+
+class Steps(Protocol):
+    """A driver of steps: eager or captured."""
+
+    def run(self, between: Between) -> str:
+        """Make the remaining steps of the epoch; empty if it is complete, else why another driver must go on."""
+
+    def release(self) -> None:
+        """Let go of the memory that steps work in."""
+
+
+def warn_caller(text: str, category: type[Warning]) -> None:
+    """Warn of the line that called :func:`fit`."""
+    level, frame = 1, sys._getframe()
+    while Path(frame.f_code.co_filename).parent == Path(__file__).parent and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, category, stacklevel=level)
