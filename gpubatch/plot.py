@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -46,15 +46,9 @@ def plot_training(history: History, path: str | Path, title: str) -> None:
     check_plot_file(path)
     if not history.step_loss:
         raise ArgumentError("history must have at least one step to be drawn, got none")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot: no global state, no window system
-
     with_accuracy = bool(history.validation_accuracy)
-    figure = Figure(figsize=(8, 8 if with_accuracy else 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    heights = [3.0] + ([2.0] if with_accuracy else []) + ([1.4] if history.step_lr else [])
-    cost, *others = np.atleast_1d(figure.subplots(len(heights), 1, height_ratios=heights))
-    figure.suptitle(title, fontsize=12)
+    heights = [3.3] + ([2.2] if with_accuracy else []) + ([1.5] if history.step_lr else [])
+    figure, (cost, *others) = _panels(path, title, heights)
 
     # The x axis counts steps everywhere; an epoch ends at these.
     steps = np.arange(1, len(history.step_loss) + 1)
@@ -83,9 +77,7 @@ def plot_training(history: History, path: str | Path, title: str) -> None:
     last.set_xlabel(f"step (mini-batches of {history.batch_size}; {epochs} epochs of {len(steps) // max(epochs, 1)})")
     for axes in (cost, *others):
         axes.set_xlim(0, len(steps))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100)
+    _save(figure, path)
 
 
 def _draw_cost(axes: Any, history: History, steps: np.ndarray, ends: np.ndarray) -> None:
@@ -225,7 +217,16 @@ def plot_optimizers(trials: list[explore.OptimizerTrial], path: str | Path, titl
     _save(figure, path)
 
 
-def plot_strategies(results: list[explore.StrategyResult], path: str | Path, title: str) -> None:
+class Strategy(Protocol):
+    """What is drawn of a strategy of learning; ``history`` is how its loss fell."""
+
+    name: str
+    test_accuracy: float | None
+    seconds: float
+    history: tuple[float, ...]
+
+
+def plot_strategies(results: Sequence[Strategy], path: str | Path, title: str) -> None:
     """The accuracy that each strategy reached, and how its loss fell."""
     figure, (reached, falls) = _panels(path, title, [2, 3])
     colors = _colors(len(results))
@@ -309,7 +310,7 @@ def _panels(path: str | Path, title: str, heights: list[float]) -> tuple[Any, li
     """A figure 800 pixels wide with panels of these heights in inches, one above the other."""
     check_plot_file(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # not pyplot: no global state, no window system
 
     figure = Figure(figsize=(8, sum(heights) + 1), layout="constrained")
     FigureCanvasAgg(figure)

@@ -55,7 +55,7 @@ ORDER = {
     "train": "ledger loss_scale history display callbacks checks record graphs captured_step eager captured memory"
     " resume signals loop",
     "explore": "shared gradients search slices sweeps",
-    "cli": "shared train info gradients landscape sweep memory",
+    "cli": "shared options data strategies train info gradients landscape sweep memory",
 }
 
 

@@ -162,11 +162,11 @@ def test_train_says_how_its_steps_were_run(
 ) -> None:
     from typer.testing import CliRunner
 
-    from gpubatch.cli import app, train
+    from gpubatch.cli import app, data
 
     device = queued_backend("late")
     device.cupy.nvmath = StandInLt(device.cupy)
-    monkeypatch.setattr(train, "get_backend", lambda spec: device)
+    monkeypatch.setattr(data, "get_backend", lambda spec: device)
     options = ["train", str(mnist), *SMALL, "--batch-size", "100", "--precision", "fast", "--no-progress"]
     options += [] if execution == "auto" else ["--execution", execution]
     text = CliRunner().invoke(app, options, catch_exceptions=False).stdout

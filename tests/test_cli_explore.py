@@ -16,7 +16,9 @@ import pytest
 from families import every
 from test_cli import mnist, run  # noqa: F401  # mnist is a fixture
 
+from gpubatch.cli.data import Task
 from gpubatch.cli.gradients import CHECKED
+from gpubatch.cli.strategies import compare_strategies
 from gpubatch.nn import layers, losses
 
 SMALL = ["--layers", "8", "--seed", "1"]
@@ -131,6 +133,19 @@ def test_batch_sizes_are_compared(mnist: Path) -> None:  # noqa: F811
     assert found[1]["seconds_to_target"] is None
     assert re.search(r"\n 20 .* [KM]iB .*\n 300 .* – .* – .*[KM]iB", run(*arguments).stdout)
     assert "no batch size reached the loss 1e-06 in 1 epochs" in run(*arguments[:-3], "1", "--target", "1e-6").stdout
+
+
+def test_the_strategies_rank_as_in_the_notes() -> None:
+    """Random search < random local search < gradient descent, on the digits; some seconds of work."""
+    task = Task.of(None, "", "svm", 0, "cpu", "float32", 2000)
+    seen = list[tuple[int, int]]()
+    found = compare_strategies(task, 200, 0.01, 0.01, 5, 128, lambda done, total: seen.append((done, total)))
+    accuracies = [result.test_accuracy or 0.0 for result in found]
+    assert [result.name for result in found] == ["random search", "local search", "gradient descent"]
+    assert accuracies == sorted(accuracies)
+    assert 0.1 < accuracies[0] < accuracies[1] - 0.1 < accuracies[2] - 0.2
+    assert (seen[0], seen[-1]) == ((0, 405), (405, 405))
+    assert seen == sorted(seen)
 
 
 def test_optimizers_and_strategies_are_compared(mnist: Path) -> None:  # noqa: F811

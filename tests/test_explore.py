@@ -10,13 +10,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from test_network import stacks
 
-from gpubatch import datasets, explore
+from gpubatch import explore
 from gpubatch.backend import Array, Backend
 from gpubatch.errors import ArgumentError, DeviceMismatchError, DTypeError, NonFiniteError, ShapeError
 from gpubatch.explore import (
     batch_size_sweep,
     check_network,
-    compare_strategies,
     gradient_check,
     learning_rate_range_test,
     loss_slice,
@@ -352,19 +351,6 @@ def test_a_search_that_is_interrupted_leaves_the_best_so_far() -> None:
     assert net.loss(X, Y) == min(losses[1:])
 
 
-def test_the_strategies_rank_as_in_the_notes() -> None:
-    """Random search < random local search < gradient descent, on the digits; some seconds of work."""
-    (X, Y), (X_test, Y_test) = datasets.mnist_10k(normalize=True)
-    net = mlp([784, 10], loss="svm", backend="cpu")
-    before = everything(net)
-    found = compare_strategies(net, X[:2000], Y[:2000], (X_test, Y_test), trials=200, scale=0.01, epochs=5, lr=0.01)
-    accuracies = [result.test_accuracy for result in found]
-    assert [result.name for result in found] == ["random search", "local search", "gradient descent"]
-    assert accuracies == sorted(accuracies)
-    assert 0.1 < accuracies[0] < accuracies[1] - 0.1 < accuracies[2] - 0.2
-    assert all((a == b).all() for a, b in zip(everything(net), before, strict=True))
-
-
 # --- slices --------------------------------------------------------------------------------------------------------
 
 
@@ -494,7 +480,6 @@ def test_parameters_stay_when_a_slice_or_a_sweep_is_interrupted() -> None:
         lambda: batch_size_sweep(net, X, Y, [10, 20], epochs=1, progress=stop),
         lambda: optimizer_sweep(net, X, Y, rates=[0.1], epochs=1, batch_size=20, progress=stop),
         lambda: learning_rate_range_test(net, X, Y, batch_size=20, progress=stop),
-        lambda: compare_strategies(net, X, Y, (X, Y), trials=2, batch_size=20, progress=stop),
     ]
     for call in calls:
         with pytest.raises(KeyboardInterrupt):
@@ -677,7 +662,6 @@ def test_progress_goes_from_nothing_to_all() -> None:
         lambda see: batch_size_sweep(net, X, Y, [20, 40], epochs=1, progress=see),
         lambda see: optimizer_sweep(net, X, Y, epochs=1, progress=see),
         lambda see: learning_rate_range_test(net, X, Y, steps=5, progress=see),
-        lambda see: compare_strategies(net, X, Y, (X, Y), trials=3, progress=see),
     ]
     for call in calls:
         seen: list[tuple[int, int]] = []

@@ -7,14 +7,14 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from gpubatch import explore
 from gpubatch.backend import Array, Backend, get_backend
-from gpubatch.cli.shared import BackendOption, JsonOption, ProgressOption, app, bar, print_json, versions
+from gpubatch.cli import options
+from gpubatch.cli.shared import app, print_json, table_of, versions
 from gpubatch.nn import Network, layers, losses
+from gpubatch.train import bar
 
 __all__ = ["CHECKED", "check_gradient"]
 
@@ -45,9 +45,9 @@ def check_gradient(
     tolerance: Annotated[float, typer.Option(help="The largest relative error that is no error.")] = 1e-7,
     directions: Annotated[int, typer.Option(help="Compare along so many directions, not each element.")] = 0,
     seed: Annotated[int, typer.Option(help="Of data, first weights and directions.")] = 0,
-    backend: BackendOption = "auto",
-    as_json: JsonOption = False,
-    progress: ProgressOption = True,
+    backend: options.BackendName = "auto",
+    as_json: options.AsJson = False,
+    progress: options.Progress = True,
 ) -> None:
     """Compare the gradients of every layer and loss with differences, in float64; exit code 1 where one is wrong.
 
@@ -85,7 +85,7 @@ def _sample(net: Network, rows: int, seed: int) -> tuple[Array, Array]:
 
 def _print_checks(found: Any, checks: list[explore.GradientCheck], failed: int, where: Backend) -> None:
     out = Console(highlight=False, soft_wrap=True)
-    table = Table("layer", *losses.LOSSES, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = table_of("layer", *losses.LOSSES)
     for name, row in found.items():
         table.add_row(name, *(_cell(list(one.values())) for one in row.values()))
     out.print(table)

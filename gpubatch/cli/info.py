@@ -9,12 +9,11 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from gpubatch.backend import Backend, available_backends, float_dtype, get_backend, load_cupy
-from gpubatch.cli.shared import JsonOption, app, print_json, versions
+from gpubatch.cli import options
+from gpubatch.cli.shared import app, print_json, table_of, versions
 from gpubatch.errors import BackendUnavailableError, check_choice
 from gpubatch.formula import Rule, rules
 from gpubatch.ops import host_library, products_for, update_source
@@ -27,7 +26,7 @@ __all__ = ["info"]
 def info(
     kernel: Annotated[str | None, typer.Option(help="Print the CUDA source of this update rule instead.")] = None,
     dtype: Annotated[str, typer.Option(help="Of that kernel: float32 or float64.")] = "float32",
-    as_json: JsonOption = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Show the backends, their devices and memory, and why CUDA is or is not there."""
     if kernel is not None:
@@ -44,7 +43,7 @@ def info(
         return
     out = Console(highlight=False)
     out.print(", ".join(f"{name} {version}" for name, version in versions().items()))
-    table = Table("backend", "device", "memory", "available now", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = table_of("backend", "device", "memory", "available now")
     for be in found:
         memory = be.memory()
         table.add_row(be.spec, be.device, format_bytes(memory.total), format_bytes(memory.available))

@@ -10,28 +10,12 @@ import typer
 from rich.console import Console
 
 from gpubatch import explore, plot
-from gpubatch.cli.shared import (
-    DECAYS,
-    OPTIMIZERS,
-    BackendOption,
-    Data,
-    DtypeOption,
-    FolderArgument,
-    JsonOption,
-    LayersOption,
-    LossOption,
-    OptimizerOption,
-    PlotOption,
-    ProgressOption,
-    SeedOption,
-    app,
-    bar,
-    print_json,
-    versions,
-)
+from gpubatch.cli import options
+from gpubatch.cli.data import Task
+from gpubatch.cli.shared import app, arguments_of, print_json, versions
 from gpubatch.errors import ArgumentError, check_choice
 from gpubatch.loader import Loader
-from gpubatch.train import TrainingState, fit
+from gpubatch.train import TrainingState, bar, fit
 
 __all__ = ["landscape"]
 
@@ -42,11 +26,12 @@ __all__ = ["landscape"]
     "--plot slice.png` draws a curve along a random direction.",
 )
 def landscape(
-    folder: FolderArgument = None,
-    layers: LayersOption = "256",
-    loss: LossOption = "softmax_cross_entropy",
-    optimizer: OptimizerOption = "adam",
-    lr: Annotated[float | None, typer.Option(help="Learning rate; by default one that suits the optimizer.")] = None,
+    context: typer.Context,
+    folder: options.Folder = None,
+    layers: options.HiddenLayers = "256",
+    loss: options.LossName = "softmax_cross_entropy",
+    optimizer: options.OptimizerName = "adam",
+    lr: options.Rate = None,
     epochs: Annotated[int, typer.Option(min=0, help="Of training, before the loss is looked at.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in a batch.")] = 128,
     samples: Annotated[int, typer.Option(min=1, help="Of the training set, on which the loss is evaluated.")] = 2000,
@@ -54,12 +39,12 @@ def landscape(
     directions: Annotated[str, typer.Option(help="path (the training's main directions), random or filter.")] = "path",
     points: Annotated[int, typer.Option(min=2, help="Along each direction.")] = 51,
     span: Annotated[float, typer.Option(help="From -span to span; for path, in lengths of the path.")] = 1.0,
-    seed: SeedOption = 0,
-    backend: BackendOption = "auto",
-    dtype: DtypeOption = "float32",
-    plot_file: PlotOption = None,
-    as_json: JsonOption = False,
-    progress: ProgressOption = True,
+    seed: options.Seed = 0,
+    backend: options.BackendName = "auto",
+    dtype: options.DtypeName = "float32",
+    plot_file: options.PlotFile = None,
+    as_json: options.AsJson = False,
+    progress: options.Progress = True,
 ) -> None:
     """Train a network, and evaluate the loss on a line or a plane through its parameters.
 
@@ -71,9 +56,9 @@ def landscape(
     check_choice("--directions", directions, ["path", "random", "filter"])
     if not (math.isfinite(span) and span > 0):
         raise ArgumentError(f"--span must be a number above 0, got {span:g}")
-    data = Data(folder, layers, loss, seed, backend, dtype)
-    net, X, Y = data.net, data.X, data.Y
-    path = _train_and_watch(data, optimizer, lr, epochs, batch_size, dimensions, directions == "path", progress)
+    task = Task.of(folder, layers, loss, seed, backend, dtype)
+    net, X, Y = task.net, task.X, task.Y
+    path = _train_and_watch(task, optimizer, lr, epochs, batch_size, dimensions, directions == "path", progress)
     axes = [np.linspace(-span, span, points)] * dimensions
     given = None
     if directions == "path":
@@ -90,7 +75,7 @@ def landscape(
     at = found.project(path, path[-1])
     center = net.loss(X[:samples], Y[:samples])
     title = f"gpubatch landscape, {directions} directions, after {epochs} epochs of {optimizer}, "
-    title += f"{min(samples, len(X)):,} samples\n{data.words}"
+    title += f"{min(samples, len(X)):,} samples\n{task.words}"
     if plot_file is not None:
         plot.plot_slice(found, plot_file, title, at if directions == "path" else None)
     if as_json:
@@ -100,7 +85,7 @@ def landscape(
             losses=found.losses,
             center=center,
             path=at,
-            arguments={"directions": directions, "epochs": epochs, "optimizer": optimizer, "seed": seed},
+            arguments=arguments_of(context),
             device=net.backend.device,
             versions=versions(),
         )
@@ -115,7 +100,7 @@ def landscape(
 
 
 def _train_and_watch(
-    data: Data,
+    task: Task,
     optimizer: str,
     lr: float | None,
     epochs: int,
@@ -125,15 +110,15 @@ def _train_and_watch(
     progress: bool,
 ) -> np.ndarray:
     """Train, and return the parameters along the way as rows, about 50 of them; the last is the network's."""
-    make, usual = OPTIMIZERS[check_choice("--optimizer", optimizer, OPTIMIZERS)]
+    make, usual = options.optimizer_named(optimizer)
     if wanted and epochs == 0:
         raise ArgumentError("--directions path needs --epochs of at least 1, got 0: there is no path")
-    net = data.net
-    loader = Loader(data.X, data.Y, batch_size, seed=data.seed, backend=net.backend, dtype=net.dtype)
+    net = task.net
+    loader = Loader(task.X, task.Y, batch_size, seed=task.seed, backend=net.backend, dtype=net.dtype)
     steps = epochs * len(loader)
     if wanted and steps <= dimensions:
         raise ArgumentError(f"--directions path needs more than {dimensions} steps of training, got {steps}")
-    opt = make(net.parameters, DECAYS["none"](usual if lr is None else lr, epochs))
+    opt = make(net.parameters, usual if lr is None else lr)
     path = [net.backend.to_numpy(net.parameters.flat).copy()]
     every = max(1, steps // 50)
 

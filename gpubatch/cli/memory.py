@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -10,30 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from gpubatch import plot
-from gpubatch.backend import get_backend
-from gpubatch.cli.shared import (
-    OPTIMIZERS,
-    ActivationOption,
-    AtMostOption,
-    BackendOption,
-    BatchNormOption,
-    BatchSizeOption,
-    DropoutOption,
-    DtypeOption,
-    FolderArgument,
-    JsonOption,
-    LayersOption,
-    OptimizerOption,
-    PlotOption,
-    app,
-    load,
-    loader_of_pixels,
-    print_json,
-    versions,
-    widths,
-)
-from gpubatch.errors import check_choice, check_int
-from gpubatch.nn import mlp
+from gpubatch.cli import options
+from gpubatch.cli.data import Data
+from gpubatch.cli.shared import app, print_json, versions
+from gpubatch.errors import check_int
 from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, parse_bytes
 from gpubatch.train import AHEAD, memory_parts, why_not_captured
 
@@ -48,20 +28,20 @@ AROUND = 5  # powers of two on each side of the chosen size that the table of si
     "data/mnist --layers 4096,4096 --memory '1 GB' --plot memory.png` plans for a machine with that much to spare.",
 )
 def plan_memory(
-    folder: FolderArgument = None,
-    layers: LayersOption = "512,512",
-    activation: ActivationOption = "gelu",
-    optimizer: OptimizerOption = "adam",
-    batch_size: BatchSizeOption = "auto",
-    at_most: AtMostOption = 512,
+    folder: options.Folder = None,
+    layers: options.HiddenLayers = "512,512",
+    activation: options.Activation = "gelu",
+    optimizer: options.OptimizerName = "adam",
+    batch_size: options.BatchSize = "auto",
+    at_most: options.AtMost = 512,
     samples: Annotated[int | None, typer.Option(min=1, help="Of the training set; by default all.")] = None,
-    dropout: DropoutOption = 0.3,
-    batch_norm: BatchNormOption = True,
+    dropout: options.WithDropout = 0.3,
+    batch_norm: options.WithBatchNorm = True,
     memory: Annotated[str | None, typer.Option(help="To plan with, such as '2 GB'; by default what is there.")] = None,
-    backend: BackendOption = "auto",
-    dtype: DtypeOption = "float32",
-    plot_file: PlotOption = None,
-    as_json: JsonOption = False,
+    backend: options.BackendName = "auto",
+    dtype: options.DtypeName = "float32",
+    plot_file: options.PlotFile = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Plan the memory of training: the batch size that fits, and what every part of it needs.
 
@@ -69,24 +49,22 @@ def plan_memory(
     """
     if plot_file is not None:
         plot.check_plot_file(plot_file)
-    hidden, available = widths(layers), None if memory is None else _bytes("--memory", memory)
-    make, rate = OPTIMIZERS[check_choice("--optimizer", optimizer, OPTIMIZERS)]
-    where = get_backend(backend)
-    name, (X, Y), (X_test, _) = load(folder, 0)
-    X, Y = X[:samples], Y[:samples]
-    sizes = [X.shape[1], *hidden, int(Y.max()) + 1]
-    net = mlp(sizes, activation, batch_norm, dropout, backend=where, dtype=dtype)
-    opt, loader = make(net.parameters, rate), loader_of_pixels(X, Y, batch_size, at_most, 0, net)
+    available = None if memory is None else _bytes("--memory", memory)
+    make, rate = options.optimizer_named(optimizer)
+    kind: dict[str, Any] = {"activation": activation, "batch_norm": batch_norm, "dropout": dropout}
+    data = Data(folder, layers, backend, dtype, samples=samples, **kind)
+    net, X_test = data.net, data.test[0]
+    opt, loader = make(net.parameters, rate), data.loader(batch_size, at_most)
 
     def parts_of(rows: int) -> ByPart:
         return memory_parts(net, opt, rows, len(X_test), X_test.size * net.dtype.itemsize)
 
     kept = 0 if why_not_captured(net, loader, opt) else AHEAD
     plan = loader.replan(parts_of, available=available, kept=kept)
-    curve = {n: loader.parts(n, plan.available) for n in _sizes(plan, len(X))}
+    curve = {n: loader.parts(n, plan.available) for n in _sizes(plan, len(data.X))}
     needed = {n: sum(parts.values()) for n, parts in curve.items()}
-    words = f"{'-'.join(map(str, sizes))}, {activation}, {optimizer}, {name}, {dtype}, {where.spec}"
-    title = f"gpubatch batch-size, {len(X):,} samples\n{words}"
+    words = data.words(activation, optimizer)
+    title = f"gpubatch batch-size, {len(data.X):,} samples\n{words}"
     if plot_file is not None:
         plot.plot_memory(plan, curve, plot_file, title)
     if as_json:
@@ -94,9 +72,9 @@ def plan_memory(
             plan=plan,
             needed_by_size=needed,
             parameters=net.parameters.size,
-            samples=len(X),
+            samples=len(data.X),
             network=words,
-            device=where.device,
+            device=net.backend.device,
             versions=versions(),
         )
         return

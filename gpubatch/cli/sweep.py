@@ -12,27 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from gpubatch import explore, plot
-from gpubatch.cli.shared import (
-    BackendOption,
-    Data,
-    DtypeOption,
-    FolderArgument,
-    JsonOption,
-    LayersOption,
-    LossOption,
-    PlotOption,
-    ProgressOption,
-    SeedOption,
-    app,
-    bar,
-    integer,
-    number_or_dash,
-    print_json,
-    table_of,
-    versions,
-)
+from gpubatch.cli import options
+from gpubatch.cli.data import Task
+from gpubatch.cli.shared import app, number_or_dash, print_json, table_of, versions
+from gpubatch.cli.strategies import compare_strategies
 from gpubatch.errors import ArgumentError
 from gpubatch.sizing import format_bytes
+from gpubatch.train import bar
 
 __all__ = ["sweep"]
 
@@ -42,13 +28,13 @@ __all__ = ["sweep"]
     "`gpubatch sweep --optimizer`; `gpubatch sweep --strategy --layers '' --loss svm` is the comparison of CS231n.",
 )
 def sweep(
-    folder: FolderArgument = None,
+    folder: options.Folder = None,
     step_size: Annotated[bool, typer.Option("--step-size", help="Loss after one step; a range test.")] = False,
     batch_size: Annotated[bool, typer.Option("--batch-size", help="Times and memory by batch size.")] = False,
     optimizer: Annotated[bool, typer.Option("--optimizer", help="Each at its own best learning rate.")] = False,
     strategy: Annotated[bool, typer.Option("--strategy", help="Random, local search, gradient descent.")] = False,
-    layers: LayersOption = "128",
-    loss: LossOption = "softmax_cross_entropy",
+    layers: options.HiddenLayers = "128",
+    loss: options.LossName = "softmax_cross_entropy",
     samples: Annotated[int | None, typer.Option(min=2, help="Of the training set; by default all.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of every run; by default it depends.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples in a batch, where that is not what varies.")] = 128,
@@ -57,12 +43,12 @@ def sweep(
     lr: Annotated[float | None, typer.Option(help="Learning rate of --batch-size (of size 128) or --strategy.")] = None,
     trials: Annotated[int, typer.Option(min=1, help="Of each search of --strategy.")] = 1000,
     scale: Annotated[float, typer.Option(help="Standard deviation of what the searches draw.")] = 0.01,
-    seed: SeedOption = 0,
-    backend: BackendOption = "auto",
-    dtype: DtypeOption = "float32",
-    plot_file: PlotOption = None,
-    as_json: JsonOption = False,
-    progress: ProgressOption = True,
+    seed: options.Seed = 0,
+    backend: options.BackendName = "auto",
+    dtype: options.DtypeName = "float32",
+    plot_file: options.PlotFile = None,
+    as_json: options.AsJson = False,
+    progress: options.Progress = True,
 ) -> None:
     """Train again and again, with one thing different each time.
 
@@ -73,23 +59,23 @@ def sweep(
         raise ArgumentError(f"sweep needs one of {', '.join(chosen)}, got {sum(chosen.values())} of them")
     if plot_file is not None:
         plot.check_plot_file(plot_file)
-    data = Data(folder, layers, loss, seed, backend, dtype, samples)
+    task = Task.of(folder, layers, loss, seed, backend, dtype, samples)
     option = next(name for name, wanted in chosen.items() if wanted)
-    title = f"gpubatch sweep {option}, {len(data.X):,} samples\n{data.words}"
+    title = f"gpubatch sweep {option}, {len(task.X):,} samples\n{task.words}"
     with bar("sweep", progress) as show:
         if step_size:
-            report = _sweep_steps(data, batch, show)
+            report = _sweep_steps(task, batch, show)
         elif batch_size:
-            tried = [integer("--sizes", text) for text in sizes.split(",") if text] or None
-            report = _sweep_batches(data, tried, target, 1e-3 if lr is None else lr, epochs or 10, show)
+            tried = [options.integer("--sizes", text) for text in sizes.split(",") if text] or None
+            report = _sweep_batches(task, tried, target, 1e-3 if lr is None else lr, epochs or 10, show)
         elif optimizer:
-            report = _sweep_optimizers(data, epochs or 2, batch, show)
+            report = _sweep_optimizers(task, epochs or 2, batch, show)
         else:
-            report = _sweep_strategies(data, trials, scale, lr, epochs or 10, batch, show)
+            report = _sweep_strategies(task, trials, scale, lr, epochs or 10, batch, show)
     if plot_file is not None:
         report.draw(plot_file, title)
     if as_json:
-        print_json(**report.values, network=data.words, device=data.net.backend.device, versions=versions())
+        print_json(**report.values, network=task.words, device=task.net.backend.device, versions=versions())
         return
     out = Console(highlight=False, soft_wrap=True)
     out.print(title)
@@ -109,10 +95,10 @@ class SweepReport(NamedTuple):
     draw: Callable[[Path, str], None]
 
 
-def _sweep_steps(data: Data, batch: int, show: explore.Progress) -> SweepReport:
-    one = explore.step_size_sweep(data.net, data.X, data.Y, [float(f"1e{k}") for k in range(-10, 3)])
+def _sweep_steps(task: Task, batch: int, show: explore.Progress) -> SweepReport:
+    one = explore.step_size_sweep(task.net, task.X, task.Y, [float(f"1e{k}") for k in range(-10, 3)])
     test = explore.learning_rate_range_test(
-        data.net, data.X, data.Y, batch_size=min(batch, len(data.X)), seed=data.seed, progress=show
+        task.net, task.X, task.Y, batch_size=min(batch, len(task.X)), seed=task.seed, progress=show
     )
     table = table_of("step size", "loss after one step", "change")
     for size, loss in zip(one.step_sizes, one.losses, strict=True):
@@ -125,13 +111,13 @@ def _sweep_steps(data: Data, batch: int, show: explore.Progress) -> SweepReport:
 
 
 def _sweep_batches(
-    data: Data, sizes: list[int] | None, target: float, lr: float, epochs: int, show: explore.Progress
+    task: Task, sizes: list[int] | None, target: float, lr: float, epochs: int, show: explore.Progress
 ) -> SweepReport:
     trials = explore.batch_size_sweep(
-        *(data.net, data.X, data.Y, sizes, target),
+        *(task.net, task.X, task.Y, sizes, target),
         lr=lambda n: lr * math.sqrt(n / 128),
         epochs=epochs,
-        seed=data.seed,
+        seed=task.seed,
         progress=show,
     )
     table = table_of(
@@ -161,9 +147,9 @@ def _sweep_batches(
     )
 
 
-def _sweep_optimizers(data: Data, epochs: int, batch: int, show: explore.Progress) -> SweepReport:
+def _sweep_optimizers(task: Task, epochs: int, batch: int, show: explore.Progress) -> SweepReport:
     trials = explore.optimizer_sweep(
-        data.net, data.X, data.Y, epochs=epochs, batch_size=min(batch, len(data.X)), seed=data.seed, progress=show
+        task.net, task.X, task.Y, epochs=epochs, batch_size=min(batch, len(task.X)), seed=task.seed, progress=show
     )
     table = table_of("learning rate", *(t.name for t in trials))
     for k, rate in enumerate(trials[0].rates):
@@ -178,17 +164,10 @@ def _sweep_optimizers(data: Data, epochs: int, batch: int, show: explore.Progres
 
 
 def _sweep_strategies(
-    data: Data, trials: int, scale: float, lr: float | None, epochs: int, batch: int, show: explore.Progress
+    task: Task, trials: int, scale: float, lr: float | None, epochs: int, batch: int, show: explore.Progress
 ) -> SweepReport:
-    rate = (0.01 if data.net.loss_name == "svm" else 0.1) if lr is None else lr
-    results = explore.compare_strategies(
-        *(data.net, data.X, data.Y, data.test, trials, scale),
-        lr=rate,
-        epochs=epochs,
-        batch_size=min(batch, len(data.X)),
-        seed=data.seed,
-        progress=show,
-    )
+    rate = (0.01 if task.net.loss_name == "svm" else 0.1) if lr is None else lr
+    results = compare_strategies(task, trials, scale, rate, epochs, min(batch, len(task.X)), show)
     table = table_of("strategy", "tried", "loss", "accuracy (%)", "on test (%)", "seconds")
     for r, tried in zip(results, (f"{trials} trials", f"{trials} trials", f"{epochs} epochs"), strict=True):
         accuracy, held_out = (number_or_dash(value, 100, "{:.2f}") for value in (r.accuracy, r.test_accuracy))

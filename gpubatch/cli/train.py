@@ -4,38 +4,17 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from gpubatch import plot
-from gpubatch.backend import get_backend
 from gpubatch.checkpoint import Checkpoints
-from gpubatch.cli.shared import (
-    DECAYS,
-    OPTIMIZERS,
-    ActivationOption,
-    AtMostOption,
-    BackendOption,
-    BatchNormOption,
-    BatchSizeOption,
-    DropoutOption,
-    DtypeOption,
-    FolderArgument,
-    JsonOption,
-    LayersOption,
-    OptimizerOption,
-    PrecisionOption,
-    app,
-    load,
-    loader_of_pixels,
-    print_json,
-    versions,
-    widths,
-)
+from gpubatch.cli import options
+from gpubatch.cli.data import Data
+from gpubatch.cli.shared import app, arguments_of, print_json, versions
 from gpubatch.errors import ArgumentError, check_choice
-from gpubatch.nn import mlp
 from gpubatch.train import EXECUTIONS, TrainingInterrupted, TrainingTerminated, fit
 
 __all__ = ["train"]
@@ -47,22 +26,25 @@ __all__ = ["train"]
     "`gpubatch train --checkpoint run --resume` goes on where it was stopped or killed."
 )
 def train(
-    folder: FolderArgument = None,
-    layers: LayersOption = "512,512",
-    activation: ActivationOption = "gelu",
-    optimizer: OptimizerOption = "adam",
-    lr: Annotated[float | None, typer.Option(help="Learning rate; by default one that suits the optimizer.")] = None,
-    decay: Annotated[str, typer.Option(help=f"Of the learning rate: {', '.join(DECAYS)}.")] = "cosine",
-    batch_size: BatchSizeOption = "auto",
-    at_most: AtMostOption = 64,
+    context: typer.Context,
+    folder: options.Folder = None,
+    layers: options.HiddenLayers = "512,512",
+    activation: options.Activation = "gelu",
+    optimizer: options.OptimizerName = "adam",
+    lr: options.Rate = None,
+    decay: Annotated[str, typer.Option(help=f"Of the learning rate: {', '.join(options.DECAYS)}.")] = "cosine",
+    batch_size: options.BatchSize = "auto",
+    at_most: options.AtMost = 64,
     epochs: Annotated[int, typer.Option(min=1, help="How often every sample is seen.")] = 10,
     l2: Annotated[float, typer.Option(help="Weight of l2/2 * Σ W² in the cost.")] = 0.0,
-    dropout: DropoutOption = 0.3,
-    batch_norm: BatchNormOption = True,
+    dropout: options.WithDropout = 0.3,
+    batch_norm: options.WithBatchNorm = True,
     seed: Annotated[int, typer.Option(help="Of split, first weights, order and dropout.")] = 0,
-    backend: BackendOption = "auto",
-    dtype: DtypeOption = "float32",
-    precision: PrecisionOption = "full",
+    backend: options.BackendName = "auto",
+    dtype: options.DtypeName = "float32",
+    precision: Annotated[
+        str, typer.Option(help="full; fast: a GPU multiplies float32 matrices as TF32; mixed: float16 is stored.")
+    ] = "full",
     execution: Annotated[
         str, typer.Option(help="Of steps: captured as CUDA graphs, eager one by one, or auto: captured where possible.")
     ] = "auto",
@@ -70,7 +52,7 @@ def train(
     every: Annotated[int | None, typer.Option(help="Steps between checkpoints; by default an epoch.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the curves: a .png, .pdf or .svg.")] = None,
-    as_json: JsonOption = False,
+    as_json: options.AsJson = False,
     progress: Annotated[bool, typer.Option(help="Show the progress on standard error.")] = True,
 ) -> None:
     """Train a network by mini-batches, and test it."""
@@ -79,21 +61,25 @@ def train(
     store = None if checkpoint is None else Checkpoints(checkpoint, every)
     if plot_file is not None:
         plot.check_plot_file(plot_file)
-    make, usual_lr = OPTIMIZERS[check_choice("--optimizer", optimizer, OPTIMIZERS)]
-    schedule = DECAYS[check_choice("--decay", decay, DECAYS)]
+    make, usual_lr = options.optimizer_named(optimizer)
+    schedule = options.DECAYS[check_choice("--decay", decay, options.DECAYS)]
     check_choice("--execution", execution, EXECUTIONS)
-    hidden = widths(layers)
-    where = get_backend(backend)
-    name, (X, Y), (X_test, Y_test) = load(folder, seed)
-    sizes = [X.shape[1], *hidden, int(Y.max()) + 1]
-    net = mlp(sizes, activation, batch_norm, dropout, l2=l2, backend=where, dtype=dtype, seed=seed, precision=precision)
-    loader = loader_of_pixels(X, Y, batch_size, at_most, seed, net)
+    kind: dict[str, Any] = {
+        "activation": activation,
+        "batch_norm": batch_norm,
+        "dropout": dropout,
+        "l2": l2,
+        "precision": precision,
+    }
+    data = Data(folder, layers, backend, dtype, seed, **kind)
+    net, where, (X_test, Y_test) = data.net, data.net.backend, data.test
+    loader = data.loader(batch_size, at_most)
     rate = usual_lr if lr is None else lr
     opt = make(net.parameters, schedule(rate, epochs), master_weights=precision == "mixed")
 
     out = Console(quiet=as_json, highlight=False, soft_wrap=True, markup=False, emoji=False)
-    out.print(f"data       {name}: {len(X):,} to train on, {len(X_test):,} to test")
-    out.print(f"network    {' - '.join(map(str, sizes))}, {activation}, {net.parameters.size:,} parameters")
+    out.print(f"data       {data.name}: {len(data.X):,} to train on, {len(X_test):,} to test")
+    out.print(f"network    {' - '.join(map(str, data.sizes))}, {activation}, {net.parameters.size:,} parameters")
     out.print(f"optimizer  {optimizer}, learning rate {rate:g}, decay {decay}")
     out.print(f"backend    {where.device}, {dtype}, precision {precision}")
     started = time.perf_counter()
@@ -114,7 +100,7 @@ def train(
     out.print(f"steps      {history.execution}")
 
     if plot_file is not None:
-        title = f"gpubatch train on {name}: {optimizer}, batch size {loader.batch_size}, {dtype}, {where.spec}"
+        title = f"gpubatch train on {data.name}: {optimizer}, batch size {loader.batch_size}, {dtype}, {where.spec}"
         plot.plot_training(history, plot_file, title)
         out.print(f"curves     {plot_file}")
     accuracy, loss = history.validation_accuracy[-1], history.validation_loss[-1]
@@ -132,22 +118,6 @@ def train(
             parameters=net.parameters.size,
             device=where.device,
             history=history.to_dict(),
-            arguments={
-                "folder": None if folder is None else str(folder),
-                "layers": hidden,
-                "activation": activation,
-                "optimizer": optimizer,
-                "lr": rate,
-                "decay": decay,
-                "epochs": epochs,
-                "l2": l2,
-                "dropout": dropout,
-                "batch_norm": batch_norm,
-                "seed": seed,
-                "backend": where.spec,
-                "dtype": dtype,
-                "precision": precision,
-                "execution": execution,
-            },
+            arguments=arguments_of(context, layers=data.hidden, lr=rate, backend=where.spec),
             versions=versions(),
         )

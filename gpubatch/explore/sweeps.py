@@ -1,10 +1,9 @@
-"""The step size, the batch size, the optimizer and the strategy: runs of training side by side."""
+"""The step size, the batch size and the optimizer: training runs side by side."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -14,7 +13,6 @@ import numpy as np
 from gpubatch.averages import ewma
 from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, NonFiniteError, check_int, check_real
-from gpubatch.explore.search import random_local_search, random_search
 from gpubatch.explore.shared import Progress, check_net, kept_as_it_is, loss_or_inf, positive_grid, report
 from gpubatch.loader import Loader
 from gpubatch.nn import Network, core_of
@@ -27,9 +25,7 @@ __all__ = [
     "OptimizerTrial",
     "RangeTest",
     "StepSizeSweep",
-    "StrategyResult",
     "batch_size_sweep",
-    "compare_strategies",
     "learning_rate_range_test",
     "optimizer_sweep",
     "step_size_sweep",
@@ -292,66 +288,6 @@ def optimizer_sweep(
             )
     report(progress, len(makers) * len(grid), len(makers) * len(grid))
     return trials
-
-
-@dataclass(frozen=True)
-class StrategyResult:
-    """What a strategy reached: loss and accuracy on the training set, accuracy on the test set, and in what time."""
-
-    name: str
-    loss: float
-    accuracy: float | None
-    test_accuracy: float | None
-    seconds: float
-    history: tuple[float, ...]
-
-
-def compare_strategies(
-    net: Network,
-    X: Array,
-    Y: Array,
-    test: tuple[Array, Array],
-    trials: int = 1000,
-    scale: float = 0.01,
-    optimizer: MakeOptimizer = SGD,
-    lr: float = 0.1,
-    epochs: int = 10,
-    batch_size: int = 128,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> list[StrategyResult]:
-    """Random search, random local search and gradient descent on the same data, as CS231n compares them.
-
-    The two searches try ``trials`` parameters each, local search from those of ``net``; gradient descent starts there,
-    too, and makes ``epochs``. ``history`` has the best loss after each trial, or the mean cost of each epoch.
-    """
-    check_net(net)
-    check_int("epochs", epochs, 1)
-    net.loss(*test)
-    total = 2 * trials + epochs
-    results = []
-    with kept_as_it_is(net):
-        state = net.state_dict()
-        for k, (name, search) in enumerate(
-            {"random search": random_search, "local search": random_local_search}.items()
-        ):
-
-            def show(done: int, _: int, before: int = k * trials) -> None:
-                report(progress, before + done, total)
-
-            began = time.perf_counter()
-            found = search(net, X, Y, trials, scale, seed, show)
-            seconds = time.perf_counter() - began
-            accuracy = net.evaluate(*test)[1]
-            results.append(StrategyResult(name, found.loss, found.accuracy, accuracy, seconds, found.history))
-            net.load_state_dict(state)
-        run = _train(net, state, X, Y, optimizer, lr, batch_size, epochs, seed, None)
-        if run.loss is None:
-            raise NonFiniteError(f"gradient descent diverged with lr={lr:g}: take a lower one")
-        accuracy, costs = net.evaluate(*test)[1], tuple(run.history.loss)
-        results.append(StrategyResult("gradient descent", run.loss, run.accuracy, accuracy, sum(run.seconds), costs))
-    report(progress, total, total)
-    return results
 
 
 class TrialRun(NamedTuple):

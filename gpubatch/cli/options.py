@@ -1,0 +1,93 @@
+"""The options that several commands have, and the optimizers and decays that they name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gpubatch import optim, schedules
+from gpubatch.errors import ArgumentError, check_choice
+from gpubatch.nn import ACTIVATIONS
+
+__all__ = [
+    "DECAYS",
+    "OPTIMIZERS",
+    "Activation",
+    "AsJson",
+    "AtMost",
+    "BackendName",
+    "BatchSize",
+    "DtypeName",
+    "Folder",
+    "HiddenLayers",
+    "LossName",
+    "OptimizerName",
+    "PlotFile",
+    "Progress",
+    "Rate",
+    "Seed",
+    "WithBatchNorm",
+    "WithDropout",
+    "integer",
+    "optimizer_named",
+]
+
+# By name on the command line: the optimizer at a learning rate, and the rate that it usually needs here.
+OPTIMIZERS: dict[str, tuple[Callable[..., optim.Optimizer], float]] = {
+    "sgd": (optim.SGD, 0.2),
+    "momentum": (optim.Momentum, 0.2),
+    "heavy-ball": (optim.HeavyBall, 0.02),
+    "nesterov": (functools.partial(optim.HeavyBall, nesterov=True), 0.02),
+    "adagrad": (optim.Adagrad, 0.01),
+    "rmsprop": (optim.RMSProp, 0.002),
+    "adam": (optim.Adam, 0.003),
+    "adamw": (optim.AdamW, 0.003),
+    "nadam": (optim.NAdam, 0.003),
+    "lion": (optim.Lion, 0.0005),
+}
+# Decays of the learning rate by name, each from epoch to epoch: functions of the rate and of the number of epochs.
+DECAYS: dict[str, Callable[[float, int], optim.Hyper]] = {
+    "none": lambda lr, epochs: lr,
+    "inverse": lambda lr, epochs: schedules.InverseTimeDecay(lr, decay_rate=1.0),
+    "exponential": lambda lr, epochs: schedules.ExponentialDecay(lr, rate=0.95),
+    "sqrt": lambda lr, epochs: schedules.SqrtDecay(lr),
+    "staircase": lambda lr, epochs: schedules.StepDecay(lr, every=max(1, epochs // 3)),
+    "cosine": lambda lr, epochs: schedules.CosineDecay(lr, total=epochs, per="epoch"),
+}
+
+Folder = Annotated[
+    Path | None,
+    typer.Argument(help="MNIST (IDX files) or CIFAR-10 (binary version). By default the bundled 10,000 digits."),
+]
+HiddenLayers = Annotated[str, typer.Option(help="Widths of the hidden layers, by comma; '' for none.")]
+Activation = Annotated[str, typer.Option(help=f"One of {', '.join(ACTIVATIONS)}.")]
+WithDropout = Annotated[float, typer.Option(help="Fraction of the hidden activations that a step leaves out.")]
+WithBatchNorm = Annotated[bool, typer.Option(help="Normalise the hidden layers over each batch.")]
+LossName = Annotated[str, typer.Option(help="softmax_cross_entropy or svm.")]
+OptimizerName = Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")]
+Rate = Annotated[float | None, typer.Option(help="Learning rate; by default one that suits the optimizer.")]
+BatchSize = Annotated[str, typer.Option(help="Samples in a batch; auto: the most that fit.")]
+AtMost = Annotated[int, typer.Option(help="What auto does not exceed, if there are more than 2000 samples.")]
+Seed = Annotated[int, typer.Option(help="Of split, first weights, order and random directions.")]
+BackendName = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DtypeName = Annotated[str, typer.Option(help="float32 or float64.")]
+PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw it: a .png, .pdf or .svg.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Progress = Annotated[bool, typer.Option(help="Show a bar on standard error, if that is a terminal.")]
+
+
+def optimizer_named(name: str) -> tuple[Callable[..., optim.Optimizer], float]:
+    """The optimizer that --optimizer names, and its usual learning rate."""
+    return OPTIMIZERS[check_choice("--optimizer", name, OPTIMIZERS)]
+
+
+def integer(option: str, text: str) -> int:
+    """The integer that an option's text is."""
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentError(f"{option} must be made of integers, got {text!r}") from None
