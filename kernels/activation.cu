@@ -1,5 +1,5 @@
-// An activation with the bias before it, and its gradient with that of the bias. `Activation` is generated from its
-// formula and defined before this text, and so are the scalars of its two functions.
+// An activation with its bias, and both gradients. `Activation`, generated from its formula, FORWARD_SCALARS and
+// BACKWARD_SCALARS are defined before this text.
 
 // y = f(x + b), and with KEEPS slope = f'(x + b); b may be null. x may be y.
 extern "C" __global__ void activate(const S* x, const S* b, S* y, S* slope, long long rows, long long features,
@@ -7,7 +7,7 @@ extern "C" __global__ void activate(const S* x, const S* b, S* y, S* slope, long
     const Tile tile(rows, features, width);
     const T k[] = FORWARD_SCALARS;
     if (tile.column >= features) return;
-    const T bias = b ? T(b[tile.column]) : -T(0);  // which leaves every number as it is
+    const T bias = b ? T(b[tile.column]) : -T(0);  // x + -0 is x, also for x = -0
     tile.each([&](long long row) { return x[tile.at(row)]; },
               [&](long long row, T value) {
                   T derivative = 0;
@@ -20,8 +20,8 @@ struct Pair {
     T kept, dy;
 };
 
-// dx = dy f', by what forward kept, and its sums over a chunk of rows to a row of `partial`, or where there is but one
-// chunk to db; any of the three may be null. dx may be dy.
+// dx = dy f', computed from `kept`: y or the slope. The column sums of dx over a chunk of rows go to a row of
+// `partial`, or to db if there is only one chunk. dx, partial and db may be null. dx may be dy.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
     activation_gradient(const S* kept, const S* dy, S* dx, T* partial, S* db, long long rows, long long features,
                         long long width) {

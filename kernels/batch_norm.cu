@@ -1,7 +1,6 @@
-// Batch norm: sums over the columns, to be finished by add_partial of columns.cu where there are many rows, and what is
-// done with them.
+// Batch norm: column sums, and the kernels that use them. For many rows, add_partial of columns.cu finishes the sums.
 
-// factor * the sums over a chunk of rows to a row of `partial`: of x, or where `mean` is given of (x - mean)².
+// Write factor * the column sums over a chunk of rows to a row of `partial`: of x, or given `mean`, of (x - mean)².
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
     moment(const S* x, const T* mean, T* partial, long long rows, long long features, long long width, T factor) {
     const Tile tile(rows, features, width);
@@ -16,10 +15,10 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
     if (tile.owner) partial[tile.at(blockIdx.y)] = sum * factor;
 }
 
-// y = gamma n + beta, n = (x - mean)/sqrt(var + eps). For a gradient later, n and 1/sqrt(var + eps) are kept where
-// `normal` and `inverse` are not null. x may be y.
+// y = gamma n + beta, n = (x - mean)/sqrt(var + eps). For the gradient, n goes to `normalised` and 1/sqrt(var + eps) to
+// `inverse`; both may be null. x may be y.
 extern "C" __global__ void normalise(const S* x, const T* mean, const T* var, const S* gamma, const S* beta, S* y,
-                                     S* normal, T* inverse, long long rows, long long features, long long width,
+                                     S* normalised, T* inverse, long long rows, long long features, long long width,
                                      T eps) {
     const Tile tile(rows, features, width);
     if (tile.column >= features) return;
@@ -28,26 +27,26 @@ extern "C" __global__ void normalise(const S* x, const T* mean, const T* var, co
     tile.each([&](long long row) { return x[tile.at(row)]; },
               [&](long long row, T value) {
                   const T n = (value - middle) * factor;
-                  if (normal) normal[tile.at(row)] = n;
+                  if (normalised) normalised[tile.at(row)] = n;
                   y[tile.at(row)] = n * scale + shift;
               });
     if (inverse && tile.owner && blockIdx.y == 0) inverse[tile.column] = factor;
 }
 
 struct Pair {
-    T normal, dy;
+    T normalised, dy;
 };
 
-// The sums of dy n and of dy over a chunk of rows, side by side in a row of `partial`, of 2 * features; or where that
-// is null, since there is but one chunk, to dgamma and dbeta.
+// The column sums of dy n and of dy over a chunk of rows, one after the other in a row of `partial`, 2 * features long.
+// With a single chunk `partial` is null and the sums go to dgamma and dbeta.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
-    gradient_sums(const S* normal, const S* dy, T* partial, S* dgamma, S* dbeta, long long rows, long long features,
-                  long long width) {
+    gradient_sums(const S* normalised, const S* dy, T* partial, S* dgamma, S* dbeta, long long rows,
+                  long long features, long long width) {
     const Tile tile(rows, features, width);
     T products = 0, plain = 0;
-    tile.each([&](long long row) { return Pair{normal[tile.at(row)], dy[tile.at(row)]}; },
+    tile.each([&](long long row) { return Pair{normalised[tile.at(row)], dy[tile.at(row)]}; },
               [&](long long, Pair of) {
-                  products += of.dy * of.normal;
+                  products += of.dy * of.normalised;
                   plain += of.dy;
               });
     products = column_sum(products, width);
@@ -63,15 +62,15 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
 }
 
 // dx = gamma inverse (dy - dbeta share - n dgamma share), share = 1/rows. dx may be dy.
-extern "C" __global__ void gradient(const S* normal, const S* dy, const S* gamma, const T* inverse, const S* dgamma,
-                                    const S* dbeta, S* dx, long long rows, long long features, long long width,
-                                    T share) {
+extern "C" __global__ void gradient(const S* normalised, const S* dy, const S* gamma, const T* inverse,
+                                    const S* dgamma, const S* dbeta, S* dx, long long rows, long long features,
+                                    long long width, T share) {
     const Tile tile(rows, features, width);
     if (tile.column >= features) return;
     const T factor = gamma[tile.column] * inverse[tile.column];
     const T products = dgamma[tile.column] * share, plain = dbeta[tile.column] * share;
-    tile.each([&](long long row) { return Pair{normal[tile.at(row)], dy[tile.at(row)]}; },
-              [&](long long row, Pair of) { dx[tile.at(row)] = (of.dy - plain - of.normal * products) * factor; });
+    tile.each([&](long long row) { return Pair{normalised[tile.at(row)], dy[tile.at(row)]}; },
+              [&](long long row, Pair of) { dx[tile.at(row)] = (of.dy - plain - of.normalised * products) * factor; });
 }
 
 // running = keep running + take fresh, elementwise.

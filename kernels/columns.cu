@@ -1,7 +1,7 @@
-// Sums of columns of many rows in two steps, so that they always have the same bits: kernels write a row of partial
-// sums for each chunk of rows, and this adds them up: to gradients, which are of S, or to statistics, for which S is T.
+// Deterministic column sums over many rows, in two steps: kernels write a row of partial sums for each chunk of rows,
+// and add_partial sums these rows to gradients (of type S) or statistics (with S = T).
 
-// first = factor * the sums of the columns of `partial`, (parts, features); those from column `split` on go to second.
+// first = factor * the column sums of `partial` (parts, features); the columns from `split` on go to `second`.
 extern "C" __global__ void add_partial(const T* partial, S* first, S* second, long long parts, long long features,
                                        long long width, long long split, T factor) {
     const Tile tile(parts, features, width);

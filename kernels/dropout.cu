@@ -1,6 +1,6 @@
-// Inverted dropout: y = x * mask, mask = scale where a uniform number is not below the rate, else 0. The numbers are
-// those of philox.cuh, from `number` on: element i needs block (number + i) / 8 alone, so any thread can make it. Where
-// `step_at` is not null, the step is what stands there when the kernel runs. x may be y.
+// Inverted dropout: y = x * mask, mask = scale where a uniform random number is at least `rate`, else 0. The numbers
+// are those of philox.cuh, from `number` on: element i depends only on block (number + i) / 8, so any thread can
+// generate it. If `step_at` is not null, the kernel reads the step there when it runs. x may be y.
 
 extern "C" __global__ void dropout(const S* x, S* y, S* mask, long long n, u64 seed, u64 layer, u64 step,
                                    const u64* step_at, u64 number, float rate, T scale) {

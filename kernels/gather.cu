@@ -1,8 +1,8 @@
-// Samples by number, as the network stores them. Sample, the type in which they lie in their source, and Target are
-// defined before this text.
+// Gather samples by index and convert them from Sample, the type of the source, to Target, the type of the network.
+// Both are defined before this text.
 
-// out = scale * source[index] + shift, rows of `features` numbers. The index is in range. Where `batch` is not null,
-// `index` is that of all batches, of `size` each, and *batch says which one is meant.
+// out = scale * source[index] + shift, rows of `features` numbers. Indices must be in range. If `batch` is not null,
+// `index` covers all batches, `size` samples each, and the kernel gathers batch number *batch.
 extern "C" __global__ void gather(const Sample* source, const long long* index, const long long* batch, Target* out,
                                   long long rows, long long features, long long width, long long lanes, long long size,
                                   T scale, T shift) {

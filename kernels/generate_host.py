@@ -1,8 +1,8 @@
-"""Write what the host kernels take from Python: ``python kernels/generate_host.py FOLDER``, at build time.
+"""Generate the headers of the host kernels at build time: ``python kernels/generate_host.py FOLDER``.
 
-``formulas.h`` has a function for each update rule as it was recorded, found at run time by the formula's own text: a
-library that was built from another version of a formula does not have it, and NumPy runs it instead.
-``elementwise_float32.h`` and ``elementwise_float64.h`` have the activations and the losses of single scores, likewise.
+``formulas.h`` has a function for each traced update rule, named by the digest of its text. A library built from another
+version of a formula therefore does not have it, and NumPy runs it instead. ``elementwise_float32.h`` and
+``elementwise_float64.h`` have the activations and the score losses, likewise.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gpubatch.ops.compile import COMPUTED, elementwise_digest, formula_digest
 
 
 def traces(rule: Rule) -> Iterator[Trace]:
-    """The formula in all its variants; where two are the same, both."""
+    """The traces of all variants of a rule; some may be equal."""
     choices = [(True, False) if isinstance(v, bool) else ("outside", "inside", "hat") for v in rule.options.values()]
     for decay in ("", "coupled", *(["decoupled"] if "lr" in rule.hyper else [])):
         for values in itertools.product(*choices):
@@ -27,14 +27,14 @@ def traces(rule: Rule) -> Iterator[Trace]:
 
 
 def function(trace: Trace) -> str:
-    """The loop over one formula, for rows ``first`` to ``last`` of a table of pieces."""
+    """The C++ loop of one formula over rows ``first`` to ``last`` of a table of pieces."""
     kinds = {a: "const T" if a == "g" else "T" for a in trace.arrays}
-    width = len(trace.arrays) + 1  # of a row: addresses, then a size
+    width = len(trace.arrays) + 1  # a row of the table: the addresses, then the size
     pointers = [
         f"{kind}* __restrict__ {a}_at = reinterpret_cast<{kind}*>(row[{i}]);"
         for i, (a, kind) in enumerate(kinds.items())
     ]
-    # A gradient times 1 has the same bits.
+    # With scale 1 the product changes no bits.
     body = [
         *(f"{kind} {a} = {a}_at[i]{' * scale' if a == 'g' else ''};" for a, kind in kinds.items()),
         *trace.c.splitlines(),
@@ -57,7 +57,7 @@ def function(trace: Trace) -> str:
 
 
 def formulas() -> str:
-    """All rules in all their variants, for a type T, and a table of them."""
+    """The C++ functions of all variants of all rules, for a type T, and a table of them."""
     every = {formula_digest(trace): trace for name in rules.__all__ for trace in traces(getattr(rules, name))}
     rows = ",\n".join(f'    {{"{digest}", update_{digest}}}' for digest in every)
     table = f"static constexpr Formula<T> formulas[] = {{\n{rows},\n}};"
@@ -65,7 +65,7 @@ def formulas() -> str:
 
 
 def elementwise(dtype: str) -> str:
-    """All activations and score losses for the type T, and lists of their digests."""
+    """The C++ structs of all activations and score losses, and macros that list their digests."""
     text = []
     for kind, module, source in (("activation", activations, activation_source), ("score", scores, score_source)):
         every = {elementwise_digest(function): function for function in (getattr(module, n) for n in module.__all__)}

@@ -1,6 +1,6 @@
-// gpubatch._host: the core's kernels for the CPU. It takes NumPy arrays, shares the work out to threads without the
-// interpreter's lock, and says False where an array is not as the kernels need it (of another type, strided, of
-// another shape): NumPy does the work then.
+// gpubatch._host: the core's kernels for the CPU. A function takes NumPy arrays, distributes its loop over threads
+// without the interpreter's lock, and returns True. If an array has an unsuitable type, shape or stride it returns
+// False, and NumPy does the work.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -18,7 +18,7 @@
 
 namespace nb = nanobind;
 
-// --- which SIMD ---
+// --- SIMD levels ---
 
 #if defined(__x86_64__)
 extern const Kernels kernels_v2, kernels_v3, kernels_v4;
@@ -66,7 +66,9 @@ static void use(const std::string& name) {
             level = one;
             return;
         }
-    throw nb::value_error(("no such SIMD level here: " + name).c_str());
+    std::string known;
+    for (const std::string& one : usable_levels()) known += (known.empty() ? "" : ", ") + one;
+    throw nb::value_error(("SIMD level must be one of " + known + "; got " + name).c_str());
 }
 
 template <class T>
@@ -79,9 +81,9 @@ const Table<double>& table<double>() { return level.kernels->of_double; }
 // --- threads ---
 
 static int most_threads = processors();
-constexpr Int WORTH = 1 << 15;  // elements for each thread, so that waking it costs less than it does
+constexpr Int WORTH = 1 << 15;  // least elements per thread that pay for waking it
 
-// body(first, last) over pieces of [0, n); a row has `columns` elements. Sums do not depend on the pieces.
+// body(first, last) over pieces of [0, n), in threads; a row has `columns` elements. Results must not depend on pieces.
 template <class Body>
 static void in_pieces(Int n, Int columns, const Body& body) {
     const Int elements = n * std::max<Int>(columns, 1);
@@ -92,10 +94,10 @@ static void in_pieces(Int n, Int columns, const Body& body) {
 
 constexpr Int PARTS = 64;  // as in gpubatch/ops/grid.py
 
-// How a reduction over n rows is cut: by n alone.
+// The number of parts of a reduction over n rows; it depends on n alone, so the sums do not depend on the threads.
 static Int parts_of(Int n, Int least) { return std::max<Int>(1, std::min<Int>(PARTS, n / least)); }
 
-// body(part, first, last) over the parts of n rows.
+// body(part, first, last) over the parts of n rows, in threads.
 template <class Body>
 static void in_parts(Int n, Int columns, Int parts, const Body& body) {
     const int workers = (int)std::min<Int>(most_threads, n * columns / WORTH);
@@ -111,13 +113,13 @@ static PyArrayObject* array(nb::handle x) {
     return PyArray_Check(x.ptr()) ? reinterpret_cast<PyArrayObject*>(x.ptr()) : nullptr;
 }
 
-// Whether x is a C-contiguous array of the given type, of native byte order, and of `size` elements.
+// Whether x is a C-contiguous array of the given type and size, in native byte order.
 static bool fits(nb::handle x, int type, Int size) {
     PyArrayObject* a = array(x);
     return a && PyArray_TYPE(a) == type && PyArray_ISCARRAY_RO(a) && PyArray_SIZE(a) == size;
 }
 
-// Whether x is scratch for at least `size` elements.
+// Whether x is a scratch array of at least `size` elements.
 static bool has_room(nb::handle x, int type, Int size) {
     PyArrayObject* a = array(x);
     return a && PyArray_SIZE(a) >= size && fits(x, type, PyArray_SIZE(a));
@@ -130,13 +132,13 @@ static T* data(nb::handle x) {
 
 static bool is_float(nb::handle x) { return PyArray_TYPE(reinterpret_cast<PyArrayObject*>(x.ptr())) == NPY_FLOAT; }
 
-// f(zero of the type of x), which is float or double.
+// f(zero of x's type), float or double.
 template <class F>
 static bool with_type(nb::handle x, const F& f) {
     return is_float(x) ? f(float()) : f(double());
 }
 
-// f(zero of the type of x, rows, columns) where x is a matrix of float or double, else False.
+// f(zero of x's type, rows, columns) if x is a matrix of float or double, otherwise False.
 template <class F>
 static bool with_matrix(nb::handle x, const F& f) {
     PyArrayObject* a = array(x);
@@ -149,7 +151,7 @@ typedef nb::handle Any;
 
 // --- update rules ---
 
-// The place of a formula in a table, which is the same for every element type and width; -1 where there is none.
+// The index of a formula in a table, the same for every element type and SIMD level; -1 if it is missing.
 template <class Row>
 static Int place_in(const Row* rows, Int count, const std::string& digest) {
     for (Int i = 0; i < count; ++i)
@@ -162,8 +164,8 @@ static Int place_of(const std::string& digest) {
     return place_in(t.formulas, t.formula_count, digest);
 }
 
-// A formula for arrays of one element type. They are looked at anew in every step: that takes nanoseconds, and so no
-// array can have moved or changed its shape unnoticed.
+// An update rule for arrays of one element type. Every step checks the arrays again, in case one has moved or changed
+// shape; that takes nanoseconds.
 class Update {
   public:
     Update(const std::string& digest, const std::string& dtype, int arrays)
@@ -171,8 +173,8 @@ class Update {
         if (place < 0) throw nb::key_error(digest.c_str());
     }
 
-    // groups: a list of tuples (w, g, state ...), each of arrays of one size, w and g of one shape; scalars: the formula's, then what g is
-    // multiplied by. Where it is False, nothing was changed.
+    // groups: tuples (w, g, state ...) of arrays of the same size, w and g of the same shape. scalars: the formula's,
+    // then the scale of g. Returns False, with nothing changed, if an array is unsuitable.
     bool run(nb::list groups, nb::tuple scalars) {
         return single ? run_as<float>(groups, scalars) : run_as<double>(groups, scalars);
     }
@@ -182,7 +184,7 @@ class Update {
     bool run_as(nb::list groups, nb::tuple scalars) {
         const Int width = arrays + 1;
         Int elements = 0;
-        std::vector<Int> rows = std::move(memory);  // a second caller at the same time takes memory of its own
+        std::vector<Int> rows = std::move(memory);  // a concurrent caller then allocates its own
         rows.clear();
         for (nb::handle group : groups) {
             if (!PyTuple_Check(group.ptr()) || PyTuple_GET_SIZE(group.ptr()) != arrays) return false;
@@ -198,7 +200,7 @@ class Update {
                 if (i == 1 && !PyArray_SAMESHAPE(a, array(PyTuple_GET_ITEM(group.ptr(), 0)))) return false;
                 address[i] = reinterpret_cast<Int>(PyArray_DATA(a));
             }
-            // A gradient that lies across the parameter must be copied first.
+            // A gradient that overlaps its parameter must be copied first, which NumPy's form does.
             const Int bytes = size * (Int)sizeof(T);
             if (address[1] < address[0] + bytes && address[0] < address[1] + bytes) return false;
             for (Int start = 0; start < size; start += PIECE) {
@@ -223,12 +225,12 @@ class Update {
         return true;
     }
 
-    static constexpr Int PIECE = 1 << 13;  // elements of each array that are one row of the table
+    static constexpr Int PIECE = 1 << 13;  // elements of each array in one row of the table
     static constexpr int MOST_ARRAYS = 16;
     Int place;
     int arrays;
     bool single;
-    std::vector<Int> memory;  // of the table, kept from step to step
+    std::vector<Int> memory;  // the table's, reused from step to step
 };
 
 // --- activations and biases ---
@@ -238,7 +240,7 @@ static Int activation_of(const std::string& digest) {
     return place_in(t.activations, t.activation_count, digest);
 }
 
-// Scalars of a formula, as the loops take them.
+// The scalars of a formula as numbers of type T.
 template <class T>
 static std::vector<T> scalars_of(nb::tuple scalars) {
     std::vector<T> k;
@@ -263,12 +265,13 @@ static bool activate(Int place, nb::tuple scalars, Any x, Any b, Any y, Any kept
     });
 }
 
-// dx may be None where the activation is the identity: then db are the sums of dy.
+// dx may be None for the identity activation: db is then the sum of dy.
 static bool activation_gradient(Int place, nb::tuple scalars, Any kept, Any dy, Any dx, Any db, Any partial) {
     return with_matrix(dy, [&](auto zero, Int rows, Int columns) {
         typedef decltype(zero) T;
         if (!(dx.is_none() || (fits(dx, TYPE<T>, rows * columns) && fits(kept, TYPE<T>, rows * columns)))) return false;
-        if (!(db.is_none() || (fits(db, TYPE<T>, columns) && has_room(partial, TYPE<T>, PARTS * columns)))) return false;
+        if (!(db.is_none() || (fits(db, TYPE<T>, columns) && has_room(partial, TYPE<T>, PARTS * columns))))
+            return false;
         const T *from = data<T>(dy), *y = dx.is_none() ? nullptr : data<T>(kept);
         T *to = data<T>(dx), *bias = data<T>(db), *sums = data<T>(partial);
         const std::vector<T> k = scalars_of<T>(scalars);
@@ -387,17 +390,17 @@ static bool normalise(Any x, Any mean, Any var, double eps, Any gamma, Any beta,
     });
 }
 
-static bool batch_norm(Any x, double eps, Any gamma, Any beta, Any y, Any normal, Any mean, Any var, Any inverse,
+static bool batch_norm(Any x, double eps, Any gamma, Any beta, Any y, Any normalised, Any mean, Any var, Any inverse,
                        Any partial) {
     return with_matrix(x, [&](auto zero, Int rows, Int columns) {
         typedef decltype(zero) T;
         for (Any one : {mean, var, gamma, beta, inverse})
             if (!fits(one, TYPE<T>, columns)) return false;
-        for (Any one : {y, normal})
+        for (Any one : {y, normalised})
             if (!fits(one, TYPE<T>, rows * columns)) return false;
         if (!has_room(partial, TYPE<T>, 2 * PARTS * columns)) return false;
         const T *from = data<T>(x), *g = data<T>(gamma), *b = data<T>(beta);
-        T *to = data<T>(y), *n = data<T>(normal), *m = data<T>(mean), *v = data<T>(var), *i = data<T>(inverse);
+        T *to = data<T>(y), *n = data<T>(normalised), *m = data<T>(mean), *v = data<T>(var), *i = data<T>(inverse);
         T* sums = data<T>(partial);
         const Table<T>& t = table<T>();
         nb::gil_scoped_release unlocked;
@@ -418,14 +421,16 @@ static bool batch_norm(Any x, double eps, Any gamma, Any beta, Any y, Any normal
     });
 }
 
-static bool batch_norm_gradient(Any dy, Any gamma, Any dgamma, Any dbeta, Any dx, Any normal, Any inverse, Any partial) {
+static bool batch_norm_gradient(Any dy, Any gamma, Any dgamma, Any dbeta, Any dx, Any normalised, Any inverse,
+                                Any partial) {
     return with_matrix(dy, [&](auto zero, Int rows, Int columns) {
         typedef decltype(zero) T;
         for (Any one : {gamma, dgamma, dbeta, inverse})
             if (!fits(one, TYPE<T>, columns)) return false;
-        if (!fits(normal, TYPE<T>, rows * columns) || !has_room(partial, TYPE<T>, 2 * PARTS * columns)) return false;
+        if (!fits(normalised, TYPE<T>, rows * columns)) return false;
+        if (!has_room(partial, TYPE<T>, 2 * PARTS * columns)) return false;
         if (!(dx.is_none() || fits(dx, TYPE<T>, rows * columns))) return false;
-        const T *from = data<T>(dy), *n = data<T>(normal), *g = data<T>(gamma), *i = data<T>(inverse);
+        const T *from = data<T>(dy), *n = data<T>(normalised), *g = data<T>(gamma), *i = data<T>(inverse);
         T *dg = data<T>(dgamma), *db = data<T>(dbeta), *to = data<T>(dx), *sums = data<T>(partial);
         T* products = sums + PARTS * columns;
         const Table<T>& t = table<T>();
@@ -437,7 +442,7 @@ static bool batch_norm_gradient(Any dy, Any gamma, Any dgamma, Any dbeta, Any dx
         t.add_parts(sums, 1, db, parts, columns);
         t.add_parts(products, 1, dg, parts, columns);
         if (!to) return true;
-        T *mean_dy = sums, *mean_product = sums + columns, *factor = products;  // the parts are added up
+        T *mean_dy = sums, *mean_product = sums + columns, *factor = products;  // reuse: the parts are summed already
         for (Int j = 0; j < columns; ++j) {
             mean_dy[j] = db[j] / rows;
             mean_product[j] = dg[j] / rows;
@@ -496,7 +501,10 @@ static bool gather(Any source, Any index, Any out, double scale, double shift) {
     if (type < 0 || !fits(index, NPY_INT64, rows) || PyArray_SIZE(o) != rows * columns) return false;
     const Int* at = data<Int>(index);
     for (Int row = 0; row < rows; ++row)
-        if (at[row] < 0 || at[row] >= samples) throw nb::index_error("gather: index out of range");
+        if (at[row] < 0 || at[row] >= samples) {
+            const std::string range = "[0, " + std::to_string(samples) + ")";
+            throw nb::index_error(("gather: index must be in " + range + ", got " + std::to_string(at[row])).c_str());
+        }
     return with_type(out, [&](auto zero) {
         typedef decltype(zero) T;
         const void* from = PyArray_DATA(s);
@@ -533,26 +541,26 @@ static bool square_sum(Any x, Any out) {
 // --- the module ---
 
 NB_MODULE(_host, m) {
-    nb::set_leak_warnings(false);  // what a traceback still holds at exit is no leak that a user should read about
+    nb::set_leak_warnings(false);  // objects that a traceback holds at exit would be reported to the user as leaks
     if (_import_array() < 0) throw nb::python_error();
-    if (usable_levels().empty()) throw nb::import_error("this processor has not even SSE 4.2");
+    if (usable_levels().empty()) throw nb::import_error("this processor lacks SSE 4.2");
     use(usable_levels().back());
-    m.def("levels", usable_levels, "The widths of SIMD that this processor has, of those that were built.");
-    m.def("level", [] { return std::string(level.name); }, "The width in use: at first the widest.");
-    m.def("use", use, "Use another width, for tests.");
-    m.def("threads", [] { return most_threads; }, "How many threads share a loop.");
-    m.def("set_threads", [](int n) { most_threads = std::max(1, n); }, "Share loops out to at most n threads.");
-    m.def("has", [](const std::string& digest) { return place_of(digest) >= 0; }, "Whether a formula is here.");
+    m.def("levels", usable_levels, "The SIMD levels that were built and that this processor supports.");
+    m.def("level", [] { return std::string(level.name); }, "The SIMD level in use; initially the widest.");
+    m.def("use", use, "Set the SIMD level, for tests.");
+    m.def("threads", [] { return most_threads; }, "The maximal number of threads of a loop.");
+    m.def("set_threads", [](int n) { most_threads = std::max(1, n); }, "Set the maximal number of threads of a loop.");
+    m.def("has", [](const std::string& digest) { return place_of(digest) >= 0; }, "Whether a rule is built in.");
     nb::class_<Update>(m, "Update")
         .def(nb::init<const std::string&, const std::string&, int>())
         .def("run", &Update::run);
-    m.def("activation_of", activation_of, "The place of an activation, by its digest; -1 where it is not here.");
+    m.def("activation_of", activation_of, "The index of an activation by its digest; -1 if it is not built in.");
     m.def("activate", activate, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none());
     m.def("activation_gradient", activation_gradient, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
           nb::arg().none(), nb::arg().none(), nb::arg().none());
     m.def("softmax_cross_entropy", softmax_cross_entropy, nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(),
           nb::arg(), nb::arg(), nb::arg());
-    m.def("score_loss_of", score_loss_of, "The place of a loss of single scores, by its digest; -1 where it is not here.");
+    m.def("score_loss_of", score_loss_of, "The index of a score loss by its digest; -1 if it is not built in.");
     m.def("score_loss", score_loss);
     m.def("svm", svm);
     m.def("normalise", normalise);

@@ -1,10 +1,9 @@
-// The core's kernels for the CPU: loops that the compiler turns into SIMD. This file is compiled once for each width of
-// SIMD, with LEVEL as its name, and says in `kernels_LEVEL` what it has; host.cpp picks one when it is loaded.
+// The core's kernels for the CPU: loops that the compiler vectorises. This file is compiled once for each SIMD level,
+// with LEVEL as its name, and exports `kernels_LEVEL`; host.cpp chooses one when it is loaded.
 //
-// No function may be shared with another width, or the linker might keep the one that needs the wider machine: so all
-// of it is in namespaces of its own, and it includes nothing of the standard library. A kernel works on a range of rows
-// or elements, and host.cpp gives ranges to threads; what is summed up is cut into parts that do not depend on how many
-// threads there are.
+// No two levels may share a function, or the linker might keep the one that needs the newer processor. So each level
+// has its own namespaces and includes nothing of the standard library. A kernel works on a range of rows or elements,
+// and host.cpp gives ranges to threads; sums are cut into parts that do not depend on the number of threads.
 
 #include "host_kernels.h"
 
@@ -13,7 +12,7 @@
 #define __device__
 #define __constant__ static
 
-// No iteration reads what another one writes; so x and y may be the same array.
+// A loop whose iterations are independent, even if x and y are the same array.
 #if defined(__clang__)
 #define EACH _Pragma("clang loop vectorize(assume_safety)")
 #else

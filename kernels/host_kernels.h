@@ -1,11 +1,12 @@
-// What host.cpp and the kernels of every SIMD width agree on. A kernel works on rows or elements from `first` to `last`.
+// The interface between host.cpp and the kernels of each SIMD level. A kernel works on rows or elements `first` to
+// `last`.
 #pragma once
 
 typedef long long Int;
 typedef unsigned long long Word;
 
-// One update rule as it was recorded, named by the digest of its text; see generate_host.py. `table` has a row for
-// each piece: the address of the piece of every array, then how many elements it has.
+// A traced update rule, named by the digest of its text; see generate_host.py. `table` has a row for each piece: its
+// address in each array, then its size in elements.
 template <class T>
 struct Formula {
     const char* name;
@@ -16,23 +17,21 @@ struct Formula {
 template <class T>
 struct Activation {
     const char* name;
-    // y = f(x + b); b may be null. `kept` takes the derivative where y does not tell it.
+    // y = f(x + b); b may be null. `kept` receives the slope, if the activation keeps it.
     void (*forward)(const T* x, const T* b, T* y, T* kept, const T* k, Int columns, Int first, Int last);
-    // dx = dy f'; `kept` is y, or what forward kept. With `sums`, of `columns`, these become the sums of dx over the
-    // rows.
+    // dx = dy f'; `kept` is y or the slope. sums[columns], if not null, receives the sums of dx over the rows.
     void (*backward)(const T* kept, const T* dy, T* dx, T* sums, const T* k, Int columns, Int first, Int last);
 };
 
-// A loss of single scores, named likewise: the sum of the losses, and with `gradient` their derivatives times `share`
-// to dz.
+// A score loss, named likewise. run() returns the sum of the losses, and with `gradient` writes dz = share * dloss/dz.
 template <class T>
 struct ScoreLoss {
     const char* name;
     double (*run)(const T* z, const T* y, T* dz, const T* k, T share, bool gradient, Int first, Int last);
 };
 
-// The element types that samples are stored in: bool and uint8, int8, uint16, int16, uint32, int32, uint64, int64,
-// float16, float32, float64.
+// The storage types of samples: bool and uint8, int8, uint16, int16, uint32, int32, uint64, int64, float16, float32,
+// float64.
 constexpr int STORED = 11;
 
 template <class T>
@@ -50,9 +49,8 @@ struct Table {
     // out = factor times the sum of `parts` rows.
     void (*add_parts)(const T* sums, T factor, T* out, Int parts, Int columns);
 
-    // Losses of the rows, and their gradients times `scale` to dz, which is scratch without `gradient`. Either labels or
-    // targets, rows of numbers. A label out of range makes the loss and the gradient of
-    // its row NaN.
+    // The losses of the rows; with `gradient` dz = scale * gradient, otherwise dz is scratch. Either labels or targets,
+    // rows of numbers. A label out of range gives its row a NaN loss and gradient.
     void (*softmax)(const T* z, const Int* labels, const T* targets, T* dz, T* losses, T scale, bool gradient,
                     Int columns, Int first, Int last);
     void (*svm)(const T* z, const Int* labels, T* dz, T* losses, T scale, bool gradient, Int columns, Int first,
@@ -61,25 +59,25 @@ struct Table {
     // y = gamma (x - mean) inverse + beta.
     void (*normalise)(const T* x, const T* mean, const T* inverse, const T* gamma, const T* beta, T* y, Int columns,
                       Int first, Int last);
-    // normal = x - mean; sums become those of its squares.
-    void (*deviations)(const T* x, const T* mean, T* normal, T* sums, Int columns, Int first, Int last);
-    // normal *= inverse; y = gamma normal + beta.
-    void (*scale_and_shift)(T* normal, const T* inverse, const T* gamma, const T* beta, T* y, Int columns, Int first,
-                            Int last);
-    // Sums of dy and of dy times normal.
-    void (*batch_norm_sums)(const T* normal, const T* dy, T* sums, T* products, Int columns, Int first, Int last);
-    // dx = factor (dy - mean_dy - normal mean_product)
-    void (*batch_norm_gradient)(const T* normal, const T* dy, const T* factor, const T* mean_dy, const T* mean_product,
-                                T* dx, Int columns, Int first, Int last);
+    // normalised = x - mean; sums = the column sums of its squares.
+    void (*deviations)(const T* x, const T* mean, T* normalised, T* sums, Int columns, Int first, Int last);
+    // normalised *= inverse; y = gamma normalised + beta.
+    void (*scale_and_shift)(T* normalised, const T* inverse, const T* gamma, const T* beta, T* y, Int columns,
+                            Int first, Int last);
+    // The column sums of dy, and of dy times normalised.
+    void (*batch_norm_sums)(const T* normalised, const T* dy, T* sums, T* products, Int columns, Int first, Int last);
+    // dx = factor (dy - mean_dy - normalised mean_product).
+    void (*batch_norm_gradient)(const T* normalised, const T* dy, const T* factor, const T* mean_dy,
+                                const T* mean_product, T* dx, Int columns, Int first, Int last);
 
-    // The blocks of eight random numbers from first to last; the first of n elements takes the given number.
+    // Blocks first to last of eight random numbers; the first of the n elements takes random number `number`.
     void (*dropout)(const T* x, T* y, T* mask, Word seed, Word layer, Word step, Word number, float rate, T scale,
                     Int n, Int first, Int last);
 
     // out = scale * source[index] + shift, rows of `columns`.
     void (*gather[STORED])(const void* source, const Int* index, T* out, T scale, T shift, Int columns, Int first,
                            Int last);
-    // The sum of squares, and how many elements are not finite.
+    // The sum of squares, and the number of elements that are not finite.
     void (*square_sum)(const T* x, double* sum, double* not_finite, Int first, Int last);
 };
 

@@ -76,8 +76,8 @@ static void add_parts(const T* sums, T factor, T* out, Int parts, Int columns) {
 
 // --- losses ---
 
-// A sum or maximum over a row in LANES strands, each a lane of a few SIMD registers; so it adds in the same order
-// whatever their width.
+// A sum or maximum over a row has LANES partial results, the lanes of a few SIMD registers. So the order of additions
+// does not depend on the width of a register.
 constexpr int LANES = 16;
 typedef T Register __attribute__((vector_size(REGISTER)));
 constexpr int WIDE = REGISTER / sizeof(T), REGISTERS = LANES / WIDE;
@@ -129,7 +129,7 @@ static inline T dot(const T* x, const T* y, Int n) {
     return total;
 }
 
-// Scores a few at a time: their losses stay in the first-level cache, and the sum is over strands, as everywhere.
+// Works on PIECE scores at a time: their losses stay in the first-level cache, and sum() adds them.
 template <class F>
 static double score_loss(const T* z, const T* y, T* dz, const T* k, T share, bool gradient, Int first, Int last) {
     constexpr Int PIECE = 256;
@@ -148,7 +148,7 @@ static double score_loss(const T* z, const T* y, T* dz, const T* k, T share, boo
 
 static void softmax(const T* z, const Int* labels, const T* targets, T* dz, T* losses, T scale, bool gradient,
                     Int columns, Int first, Int last) {
-    // As many rows at a time as stay in the first-level cache: exp is SIMD over all of them, however short they are.
+    // Works on as many rows at a time as fit into the first-level cache: one exp loop covers them all, even short rows.
     const Int step = columns < 2048 ? 2048 / columns : 1;
     for (Int start = first; start < last; start += step) {
         const Int stop = start + step < last ? start + step : last;
@@ -169,7 +169,7 @@ static void softmax(const T* z, const Int* labels, const T* targets, T* dz, T* l
             const T exponentials = sum(d, columns), weight = targets ? sum(y, columns) : T(1);
             losses[row] = log(exponentials) * weight - losses[row];
             if (!gradient) continue;
-            const bool number = losses[row] == losses[row];  // otherwise the label may be out of range
+            const bool number = losses[row] == losses[row];  // if NaN, the label may be out of range
             const T factor = number ? scale / exponentials * weight : losses[row];
             if (targets) {
                 EACH for (Int j = 0; j < columns; ++j) d[j] = d[j] * factor - scale * y[j];
@@ -197,7 +197,7 @@ static void svm(const T* z, const Int* labels, T* dz, T* losses, T scale, bool g
         d[label] = 0;
         losses[row] = sum(d, columns);
         if (!gradient) continue;
-        EACH for (Int j = 0; j < columns; ++j) d[j] = sign_of(d[j]);  // margins are not negative: 1 where one is violated
+        EACH for (Int j = 0; j < columns; ++j) d[j] = sign_of(d[j]);  // 1 for a violated margin, else 0
         const T violated = sum(d, columns);
         EACH for (Int j = 0; j < columns; ++j) d[j] *= scale;
         d[label] = -violated * scale;
@@ -210,58 +210,59 @@ static void normalise(const T* x, const T* mean, const T* inverse, const T* gamm
                       Int first, Int last) {
     for (Int row = first; row < last; ++row) {
         const Int start = row * columns;
-        EACH for (Int j = 0; j < columns; ++j) y[start + j] = (x[start + j] - mean[j]) * inverse[j] * gamma[j] + beta[j];
+        EACH for (Int j = 0; j < columns; ++j)
+            y[start + j] = (x[start + j] - mean[j]) * inverse[j] * gamma[j] + beta[j];
     }
 }
 
-static void deviations(const T* x, const T* mean, T* normal, T* sums, Int columns, Int first, Int last) {
+static void deviations(const T* x, const T* mean, T* normalised, T* sums, Int columns, Int first, Int last) {
     for (Int j = 0; j < columns; ++j) sums[j] = 0;
     for (Int row = first; row < last; ++row) {
         const Int start = row * columns;
         EACH for (Int j = 0; j < columns; ++j) {
             const T deviation = x[start + j] - mean[j];
-            normal[start + j] = deviation;
+            normalised[start + j] = deviation;
             sums[j] += deviation * deviation;
         }
     }
 }
 
-static void scale_and_shift(T* normal, const T* inverse, const T* gamma, const T* beta, T* y, Int columns, Int first,
-                            Int last) {
+static void scale_and_shift(T* normalised, const T* inverse, const T* gamma, const T* beta, T* y, Int columns,
+                            Int first, Int last) {
     for (Int row = first; row < last; ++row) {
         const Int start = row * columns;
         EACH for (Int j = 0; j < columns; ++j) {
-            const T n = normal[start + j] * inverse[j];
-            normal[start + j] = n;
+            const T n = normalised[start + j] * inverse[j];
+            normalised[start + j] = n;
             y[start + j] = n * gamma[j] + beta[j];
         }
     }
 }
 
-static void batch_norm_sums(const T* normal, const T* dy, T* sums, T* products, Int columns, Int first, Int last) {
+static void batch_norm_sums(const T* normalised, const T* dy, T* sums, T* products, Int columns, Int first, Int last) {
     for (Int j = 0; j < columns; ++j) sums[j] = products[j] = 0;
     for (Int row = first; row < last; ++row) {
         const Int start = row * columns;
         EACH for (Int j = 0; j < columns; ++j) {
             sums[j] += dy[start + j];
-            products[j] += dy[start + j] * normal[start + j];
+            products[j] += dy[start + j] * normalised[start + j];
         }
     }
 }
 
-static void batch_norm_gradient(const T* normal, const T* dy, const T* factor, const T* mean_dy, const T* mean_product,
-                                T* dx, Int columns, Int first, Int last) {
+static void batch_norm_gradient(const T* normalised, const T* dy, const T* factor, const T* mean_dy,
+                                const T* mean_product, T* dx, Int columns, Int first, Int last) {
     for (Int row = first; row < last; ++row) {
         const Int start = row * columns;
         EACH for (Int j = 0; j < columns; ++j)
-            dx[start + j] = (dy[start + j] - mean_dy[j] - normal[start + j] * mean_product[j]) * factor[j];
+            dx[start + j] = (dy[start + j] - mean_dy[j] - normalised[start + j] * mean_product[j]) * factor[j];
     }
 }
 
 // --- dropout ---
 
-static void dropout(const T* x, T* y, T* mask, Word seed, Word layer, Word step, Word number, float rate, T scale, Int n,
-                    Int first, Int last) {
+static void dropout(const T* x, T* y, T* mask, Word seed, Word layer, Word step, Word number, float rate, T scale,
+                    Int n, Int first, Int last) {
     for (Int block = first; block < last; ++block) {
         float uniform[8];
         uniform_block(number / 8 + (Word)block, seed, layer, step, uniform);
@@ -277,21 +278,21 @@ static void dropout(const T* x, T* y, T* mask, Word seed, Word layer, Word step,
 
 // --- samples ---
 
-// Ask for a row, to come into the second-level cache.
-static inline void ask_for(const char* row, Int bytes) {
+// Prefetch a row into the second-level cache.
+static inline void prefetch(const char* row, Int bytes) {
     for (Int byte = 0; byte < bytes && byte < 4096; byte += 64) __builtin_prefetch(row + byte, 0, 1);
 }
 
 template <class S>
 static void gather(const void* source, const Int* index, T* out, T scale, T shift, Int columns, Int first, Int last) {
-    // Rows lie anywhere, and the processor foresees only what follows in order: so they are asked for some rows ahead.
-    // 60,000 rows of 784 bytes take 6 ms instead of 23; if they came into the first-level cache, 11.
+    // The processor prefetches only sequential addresses, but rows are in random order: prefetch some rows ahead.
+    // 60,000 rows of 784 bytes take 6 ms instead of 23; 11 ms with prefetching into the first-level cache.
     const Int bytes = columns * (Int)sizeof(S), ahead = bytes < 8192 ? 8192 / (bytes > 256 ? bytes : 256) : 1;
     const char* rows = (const char*)source;
-    for (Int row = first; row < last && row < first + ahead; ++row) ask_for(rows + index[row] * bytes, bytes);
+    for (Int row = first; row < last && row < first + ahead; ++row) prefetch(rows + index[row] * bytes, bytes);
     for (Int row = first; row < last; ++row) {
         const S* from = (const S*)source + index[row] * columns;
-        if (row + ahead < last) ask_for(rows + index[row + ahead] * bytes, bytes);
+        if (row + ahead < last) prefetch(rows + index[row + ahead] * bytes, bytes);
         T* to = out + row * columns;
         if (shift == 0) {
             EACH for (Int j = 0; j < columns; ++j) to[j] = (T)from[j] * scale;
@@ -307,7 +308,7 @@ static void square_sum(const T* x, double* sum, double* not_finite, Int first, I
     typedef double Double __attribute__((vector_size(REGISTER)));
     typedef Int Mask __attribute__((vector_size(REGISTER)));
     Double squares[COUNT] = {};
-    Mask odd[COUNT] = {};  // minus how many are not finite
+    Mask odd[COUNT] = {};  // minus the number of elements that are not finite
     Int i = first;
     for (; i + LANES <= last; i += LANES)
         for (int r = 0; r < COUNT; ++r) {

@@ -1,5 +1,6 @@
-// exp, tanh, log and log1p as plain arithmetic, so that a compiler makes SIMD of the loops that call them. T is float or double.
-// They are within three units of the last place, and give infinity, zero and NaN where the library's functions do.
+// exp, tanh, log and log1p as plain arithmetic, so that the compiler vectorises loops that call them. T is float or
+// double. Errors are within three units of the last place; infinity, zero and NaN result as from the library's
+// functions.
 
 static inline float power_of_two(float, int n) {
     const int bits = (n + 127) << 23;
@@ -15,23 +16,23 @@ static inline double power_of_two(double, int n) {
     return y;
 }
 
-// expm1(r) and two factors of 2^n, where x = n ln 2 + r and |r| <= ln 2 / 2. Two, since 2^n alone may lie outside the
-// range of normal numbers where the result does not.
+// p = expm1(r) and 2^n = low * high, where x = n ln 2 + r and |r| <= ln 2 / 2. 2^n has two factors because it may leave
+// the range of normal numbers even if the result does not.
 struct Reduced {
     T p, low, high;
 };
 
 static inline Reduced reduced(T x) {
     constexpr bool SINGLE = sizeof(T) == 4;
-    const T top = SINGLE ? T(89) : T(710), bottom = SINGLE ? T(-104) : T(-746);  // beyond, exp is infinite or zero
+    const T top = SINGLE ? T(89) : T(710), bottom = SINGLE ? T(-104) : T(-746);  // beyond these, exp is infinite or 0
     x = x > top ? top : x;
     x = x < bottom ? bottom : x;
-    const T shift = SINGLE ? T(12582912.0) : T(6755399441055744.0);  // 1.5 2^23, 1.5 2^52: adding it rounds
+    const T shift = SINGLE ? T(12582912.0) : T(6755399441055744.0);  // 1.5 2^23, 1.5 2^52: adding them rounds
     const T n = (x * T(1.4426950408889634) + shift) - shift;
-    // ln 2 in two pieces, the first of so few bits that n times it is exact.
+    // ln 2 in two pieces; the first has so few bits that its product with n is exact.
     const T r = SINGLE ? (x - n * T(0.693359375)) + n * T(2.12194440054690583e-4)
                        : (x - n * T(0.693147180369123816490)) - n * T(1.90821492927058770002e-10);
-    // The series, to where its next term is below a unit of rounding.
+    // The Taylor series, until the next term is below rounding.
     T p = SINGLE ? T(0) : T(1.0 / 6227020800);
     if (!SINGLE) {
         p = p * r + T(1.0 / 479001600);
@@ -58,7 +59,7 @@ static inline T exp(T x) {
 }
 
 static inline T tanh(T x) {
-    const T most = sizeof(T) == 4 ? T(10) : T(20);  // 1 from here on
+    const T most = sizeof(T) == 4 ? T(10) : T(20);  // tanh is 1 above this
     T a = x < 0 ? -x : x;
     a = a > most ? most : a;
     const Reduced e = reduced(2 * a);
@@ -97,7 +98,7 @@ static inline T log(T x) {
     constexpr bool SINGLE = sizeof(T) == 4;
     typedef decltype(exponent_bits(T())) Bits;
     constexpr int MANTISSA = SINGLE ? 23 : 52, BIAS = SINGLE ? 127 : 1023;
-    const T normal = SINGLE ? T(1.17549435e-38) : T(2.2250738585072014e-308);  // below it a number has fewer bits
+    const T normal = SINGLE ? T(1.17549435e-38) : T(2.2250738585072014e-308);  // the smallest normal number
     const T larger = x < normal ? x * (SINGLE ? T(16777216.0) : T(18014398509481984.0)) : x;  // times 2^24, 2^54
     const Bits bits = exponent_bits(larger), half = exponent_bits(T(0.70710678118654752));
     const Bits n = (bits - half) >> MANTISSA;
@@ -125,7 +126,7 @@ static inline T log(T x) {
     return x == infinity || x != x ? x : x > 0 ? y : x == 0 ? -infinity : T(__builtin_nan(""));
 }
 
-// Kahan's: the error of 1 + x is divided out.
+// Kahan's formula: the quotient corrects the rounding error of 1 + x.
 static inline T log1p(T x) {
     const T sum = 1 + x;
     const T y = log(sum) * (x / (sum - 1));

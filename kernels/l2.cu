@@ -1,5 +1,5 @@
-// What l2 adds to the loss and to the gradients, for all weights at once: w and g are flat buffers, row i of `spans`
-// says where the weights number i begin and end in both.
+// L2 regularisation: its loss and gradient, for all weights in one launch. w and g are flat buffers; row i of `spans`
+// is the start and stop of weight array i in both.
 
 // loss += factor Σ w²
 extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
@@ -17,7 +17,7 @@ struct Pair {
     T w, g;
 };
 
-// g += factor w, times what `scale` points to, if it is not null
+// g += factor * *scale * w; a null `scale` counts as 1
 extern "C" __global__ void l2_gradient(const S* w, const long long* spans, long long count, S* g,
                                        const T* scale, T factor) {
     const T unit = factor * value_at(scale, 1);

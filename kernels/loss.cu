@@ -1,8 +1,8 @@
-// Losses over rows of scores: their mean, and the gradient by the scores, in one launch.
+// Losses over rows of scores: the mean loss and the gradient with respect to the scores, in one launch.
 //
-// A row belongs to a warp or to a block. `share` is one over the number of rows. A label that is no class makes NaN of
-// its row's loss and gradient: nothing out of bounds is touched. Without a gradient, dz is null. `scale` points to what
-// the gradient is multiplied by before it is stored, since float16 has no small numbers; null is 1.
+// A warp or a block processes a row. `share` is 1 / rows. A label out of range gives its row a NaN loss and gradient,
+// without any access out of bounds. dz is null if no gradient is wanted. The gradient is multiplied by *scale before it
+// is stored, because small numbers underflow in float16; a null `scale` counts as 1.
 
 constexpr T LOWEST = T(sizeof(T) == 4 ? -3.4028234663852886e38 : -1.7976931348623157e308);
 
@@ -10,7 +10,7 @@ struct Pair {
     T z, y;
 };
 
-// Σ_j y_j (log Σ_i exp(z_i) - z_j), by labels or by target rows y; the other of the two is null.
+// Σ_j y_j (log Σ_i exp(z_i) - z_j), with y from labels or target rows; the other of the two is null.
 extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
     softmax_cross_entropy(const S* z, const long long* labels, const T* targets, S* dz, const T* scale, long long rows,
                           long long classes, long long size, T share, double* parts, unsigned* ticket, T* loss) {
@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
             return Pair{z[start + j], targets ? targets[start + j] : T(j == label)};
         };
 
-        // Largest score and sum of exponentials in one pass: the sum is scaled down when a larger score is met.
+        // Largest score and sum of exponentials in one pass: each larger score rescales the sum.
         T top = LOWEST, sum = 0, weight = 0;
         team.each(classes, score_and_target, [&](long long, Pair of) {
             if (of.z > top) {
@@ -36,9 +36,9 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
         const T most = combine<Largest>(top, team.size);
         sum = combine<Sum>(sum * exp(top - most), team.size);
         weight = combine<Sum>(weight, team.size);
-        if (!targets && weight == 0) weight = T(nan(""));  // no class has that label
+        if (!targets && weight == 0) weight = T(nan(""));  // the label is out of range
 
-        T own = 0;  // Σ_j y_j (z_j - most), without those that are 0 times infinity for want of being the label
+        T own = 0;  // Σ_j y_j (z_j - most); skips terms of other classes, which could be 0 times infinity
         const T factor = weight * unit / sum;
         team.each(classes, score_and_target, [&](long long j, Pair of) {
             if (targets || of.y) own += of.y * (of.z - most);
@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
     if (grid_sum(total, parts, ticket)) *loss = T(total / rows);
 }
 
-// Σ_{j≠y} max(0, z_j - z_y + 1); the gradient is 1 for each j whose margin is violated, and for y minus their number.
+// Σ_{j≠y} max(0, z_j - z_y + 1); dz_j is 1 for each violated margin j, and dz_y is minus their number.
 extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
     svm(const S* z, const long long* labels, S* dz, const T* scale, long long rows, long long classes, long long size,
         T share, double* parts, unsigned* ticket, T* loss) {

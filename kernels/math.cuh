@@ -1,4 +1,4 @@
-// Functions that formulas call and that C++ lacks; NaN passes through each as it does in NumPy.
+// Functions of formulas that C++ lacks; they propagate NaN as NumPy does.
 
 __device__ inline T sign_of(T x) { return x > 0 ? T(1) : x < 0 ? T(-1) : x == 0 ? T(0) : x; }
 __device__ inline T larger_of(T x, T y) { return x > y || x != x ? x : y; }

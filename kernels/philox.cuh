@@ -1,5 +1,5 @@
 // Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four words from a counter and a
-// key, on the GPU and the CPU alike. Numbers are NumPy's, bit for bit: Generator(Philox(key=[seed, layer],
+// key, the same on GPU and CPU. The numbers equal NumPy's, bit for bit: Generator(Philox(key=[seed, layer],
 // counter=[0, step, 0, 0])).random(dtype=float32).
 
 typedef unsigned long long u64;
@@ -19,10 +19,10 @@ __device__ inline void philox(u64 counter[4], u64 key0, u64 key1) {
     }
 }
 
-// The eight uniform numbers of one block: one can be made without those before it. The low half of a word comes first;
-// a float takes the upper 24 bits of a half.
+// Generate the eight uniform numbers of a block, independently of other blocks. The low half of a word comes first; a
+// float takes the upper 24 bits of a half.
 __device__ inline void uniform_block(u64 block, u64 seed, u64 layer, u64 step, float uniform[8]) {
-    u64 word[4] = {block + 1, step, 0, 0};  // NumPy counts up before it makes a block, so the first has counter 1
+    u64 word[4] = {block + 1, step, 0, 0};  // NumPy increments the counter first, so block 0 has counter 1
     philox(word, seed, layer);
     for (int j = 0; j < 8; ++j) {
         const unsigned int half = (unsigned int)(j % 2 == 0 ? word[j / 2] : word[j / 2] >> 32);

@@ -1,15 +1,15 @@
-// Rows of an array by number. Sample is the type in which they are stored, Target that in which they are wanted.
+// Copy rows of an array by index. Sample is the type of the source, Target that of the result.
 
 constexpr int LARGER = sizeof(Sample) > sizeof(Target) ? sizeof(Sample) : sizeof(Target);
-constexpr int LANES = 16 / LARGER;  // elements of which the larger ones have sixteen bytes
+constexpr int LANES = 16 / LARGER;  // elements in sixteen bytes of the larger type
 
 template <class E, int N>
 struct alignas(N * sizeof(E)) Lanes {
     E at[N];
 };
 
-// out = convert(source[index]), of `features` elements a row, N of them at a time: so many divide the rows, and the
-// arrays are aligned for them.
+// out = convert(source[index]), rows of `features` elements, N at a time; N divides `features`, and the arrays are
+// aligned to N elements.
 template <int N, class F>
 __device__ inline void take_some(const Sample* source, const long long* index, Target* out, long long rows,
                                  long long features, long long width, F convert) {
@@ -24,7 +24,7 @@ __device__ inline void take_some(const Sample* source, const long long* index, T
               });
 }
 
-// By as many as `lanes` says, LANES or one.
+// Take rows `lanes` elements at a time: LANES or one.
 template <class F>
 __device__ inline void take_rows(const Sample* source, const long long* index, Target* out, long long rows,
                                  long long features, long long width, long long lanes, F convert) {

@@ -1,7 +1,7 @@
-// A loss in which every score counts for itself: its mean, and its gradient by the scores, in one pass. `Score` is
-// generated from the loss's formula and defined before this text, and so are its SCALARS and Target, the type in which
-// targets are stored. `share` is one over the number of scores. Without a gradient, dz is null. `scale` points to what
-// the gradient is multiplied by before it is stored; null is 1.
+// A score loss: its mean and its gradient with respect to the scores, in one pass. `Score`, generated from the loss's
+// formula, its SCALARS, and Target, the type of targets, are defined before this text. `share` is 1 / number of scores.
+// dz is null if no gradient is wanted. The gradient is multiplied by *scale before it is stored; a null `scale` counts
+// as 1.
 
 struct Pair {
     T z, y;

@@ -1,14 +1,15 @@
-// The sum of squares of a buffer in double precision, and how many of its elements are not finite. The bits depend on
-// the numbers alone, not on where the buffer begins.
+// The sum of squares of a buffer, and the number of its elements that are not finite. The bits depend on the numbers
+// alone, not on the buffer's alignment.
 //
-// In double precision although consumer cards have a sixty-fourth of the speed for it: a square of float32 may be
-// beyond float32 on either side, and what the square of a gradient does there is what is asked for.
+// In double precision, although consumer cards run it at a sixty-fourth of the speed: the square of a float32 may
+// overflow or underflow in float32, and the sum must show by how much.
 
-// What the parts of a buffer add up to stands in the first two of `out`, then the ticket of last_block(), which is 0
-// between launches, then a sum for each block and a count for each.
+// Layout of `out`: the sum and the count over all calls, the ticket of last_block() (0 between launches), then a sum
+// for each block and a count for each.
 enum : int { PARTS_AT = 3 };
 
-// out[0] += Σ x², out[1] += how many are not finite; true for the one thread that did it. All threads must come here.
+// out[0] += Σ x², out[1] += the number of x that are not finite; returns true in the thread that added. All threads
+// must call it.
 __device__ inline bool add_squares(const S* x, long long n, double* out) {
     const bool packed = aligned(x);
     const long long first = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * WIDTH;

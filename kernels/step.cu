@@ -1,15 +1,15 @@
-// Whether a captured step is applied: its loss and its gradient are looked at.
+// Decide whether a captured step is applied, by its loss and its gradient.
 
-// One thread. total += share * loss, in double precision, rounded as on the host.
+// total += share * loss, in double precision, rounded as on the host. Launched with one thread.
 extern "C" __global__ void add_loss(const T* loss, double* total, double share) {
     *total = __dadd_rn(*total, __dmul_rn(share, (double)*loss));
 }
 
-// `control` is what update_arrays reads: what the gradients, n numbers, are multiplied by, so that their norm is
-// `max_norm` at most (0: whatever it is), and whether nothing is to be done. The loss is *loss, or where that is null
-// *total. `squares` is as square_sum.cuh has it; its first two and the total are zero again afterwards. The gradients
-// are *factor times what they should be, or where that is null once. A sum of squares beyond `largest` may overflow in
-// the update.
+// Write `control` for update_arrays: control[0] scales the n gradients so that their norm is at most `max_norm` (0: no
+// limit); if control[1] is non-zero the step is skipped. The loss is *loss, or *total if `loss` is null. The gradients
+// were multiplied by *factor (null: by 1). `squares` is laid out as in square_sum.cuh; squares[0], squares[1] and
+// *total are reset to 0. Unscaled gradients whose sum of squares is above `largest` halt the step: the update may
+// overflow.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
     judge(const S* gradient, long long n, double* squares, const T* loss, double* total, const T* factor,
           long long* progress, double* losses, T* control, double max_norm, double largest) {

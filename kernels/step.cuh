@@ -1,16 +1,16 @@
-// The progress of captured steps. A graph is launched again and again with the same arguments, so what differs from
-// step to step lies on the device. A step whose loss or gradient is not what it should be halts: it and all that come
-// after it leave everything as it is, until the host, which looks at some time, has dealt with it.
+// The progress of captured steps. A graph is launched again and again with the same arguments, so values that change
+// from step to step are on the device. A step whose loss or gradient cannot be used sets HALTED: it and all later steps
+// change nothing until the host, which checks from time to time, has handled it.
 
 enum : int {
-    SLOT,    // the row of the tables of scalars and of losses
-    HALTED,  // whether a step was found that must not be applied
-    BATCH,   // of the epoch
-    STEP,    // of dropout
-    TICKET,  // of last_block(), 0 between launches
+    SLOT,    // row in the tables of scalars and losses
+    HALTED,  // whether a step must not be applied
+    BATCH,   // number of the batch in the epoch
+    STEP,    // step number, for dropout
+    TICKET,  // for last_block(), 0 between launches
 };
 
-// The end of a step, for its last block: on to the next one, or back to the n running statistics from before it.
+// End a step, in its last block: advance to the next one, or if halted restore the n running statistics from `before`.
 __device__ inline void go_on(long long* progress, T* running, const T* before, long long n) {
     if (progress[HALTED]) {
         for (long long i = threadIdx.x; i < n; i += blockDim.x) running[i] = before[i];

@@ -1,4 +1,4 @@
-// Samples by number as they are stored, Sample, or as integers of 64 bits: Target. Both are defined before this text.
+// Gather samples by index without scaling; Target is Sample, or a 64-bit integer. Both are defined before this text.
 
 // out = source[index], rows of `features` elements, for batch *batch of `size` samples each.
 extern "C" __global__ void take(const Sample* source, const long long* index, const long long* batch, Target* out,

@@ -1,5 +1,4 @@
-// Threads that share out a loop, and sleep in between: beside the threads of NumPy's BLAS a thread that spins takes a
-// core from the matrix products.
+// A thread pool for loops. Idle threads sleep: a spinning thread would take a core from the threads of NumPy's BLAS.
 #pragma once
 
 #include <atomic>
@@ -15,7 +14,7 @@
 #include <pthread.h>
 #endif
 
-// The processors that this process may use.
+// The number of processors that this process may use.
 inline int processors() {
 #if defined(__linux__)
     cpu_set_t set;
@@ -27,8 +26,8 @@ inline int processors() {
 
 class Pool {
   public:
-    // body(part) for every part from 0 to parts - 1, on up to `workers` threads, of which the caller is one. A second
-    // caller at the same time does its work alone.
+    // body(part) for parts 0 to parts - 1, on at most `workers` threads, the caller's included. A concurrent caller
+    // runs its parts alone.
     template <class Body>
     void run(long long parts, int workers, const Body& body) {
         std::unique_lock<std::mutex> turn(one_at_a_time, std::try_to_lock);
@@ -54,14 +53,14 @@ class Pool {
         }
         if (sleepers) wake.notify_all();
         work(0);
-        // Whoever has not begun by now need not: no part is left.
+        // No part is left: threads that have not begun need not begin.
         std::unique_lock<std::mutex> lock(state);
         wanted = 0;
         done.wait(lock, [this] { return busy == 0; });
     }
 
   private:
-    // How long a thread looks for the next job before it sleeps: less than waking it takes.
+    // How long a thread polls for the next job before it sleeps; shorter than waking it takes.
     static constexpr std::chrono::microseconds AWAKE{20};
 
     static void pause() {
@@ -70,7 +69,8 @@ class Pool {
 #endif
     }
 
-    // A thread's own share first: in the next call the same parts are in its cache. Then what others have not begun.
+    // Run the thread's own share first, since its parts may still be in its cache from the last call; then steal parts
+    // that the others have not begun.
     void work(int thread) {
         for (int i = 0; i < shares; ++i) {
             Share& s = share[(thread + i) % shares];
@@ -82,7 +82,7 @@ class Pool {
         count = count < MOST ? count : MOST - 1;
         try {
             for (; started < count; ++started) std::thread([this, thread = started + 1] { loop(thread); }).detach();
-        } catch (const std::system_error&) {  // a limit of the system: fewer will do
+        } catch (const std::system_error&) {  // at the system's limit: work with fewer
             return started;
         }
         return count;
@@ -124,8 +124,8 @@ class Pool {
     int wanted = 0, busy = 0, started = 0, asleep = 0;
 };
 
-// The pool of this process, never destroyed: its threads may outlive main. A forked child has none of its parent's
-// threads, and makes its own.
+// The process's pool. It is never destroyed, because its threads may outlive main. A forked child has none of its
+// parent's threads, so it makes a new pool.
 inline Pool& pool() {
     static std::atomic<Pool*> current{nullptr};
     static std::once_flag once;

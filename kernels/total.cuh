@@ -1,10 +1,10 @@
-// One number from many: every block leaves its sum in double precision, the last one adds them up. The bits depend on
-// the numbers and on how many there are, nothing else.
+// A deterministic sum over the grid: each block stores its sum in double precision, the last block adds them up. The
+// bits depend only on the numbers and their count.
 
-enum : int { SUM_THREADS = 512 };  // exp and log1p in double precision need more registers than 1024 would have
+enum : int { SUM_THREADS = 512 };  // with 1024, exp and log1p in double precision would run out of registers
 
-// `sum` is each thread's; then it is the sum over the grid, for the one thread that gets true. All threads must come
-// here, at the end of a kernel.
+// Replace each thread's `sum` by the sum over the grid, valid in the one thread that returns true. All threads must
+// call it, at the end of a kernel.
 __device__ inline bool grid_sum(double& sum, double* parts, unsigned* ticket) {
     sum = combine<Sum>(sum, blockDim.x);
     if (gridDim.x > 1) {

@@ -1,14 +1,14 @@
 // The loop around every update rule. The generated part above this one defines
-//     T         the type of the arithmetic and of the state,
-//     S         the type in which w and g are stored: T, or Half,
-//     MASTER    whether w has a copy in T, the last array, that the rule works on,
-//     ARRAYS    how many arrays the rule touches: w, g and its state,
-//     SCALARS   how many scalars it needs,
+//     T         the type of arithmetic and state,
+//     S         the storage type of w and g: T or Half,
+//     MASTER    whether the last array is a master copy of w in T, which the rule updates,
+//     ARRAYS    the number of arrays of the rule: w, g and its state,
+//     SCALARS   the number of scalars of the rule,
 //     update()  the formula, on one element of each array.
-// A thread moves 16 bytes of w at a time, and as many elements of every other array, where all of them are aligned
-// alike; one element otherwise.
+// A thread processes 16 bytes of w at a time, and as many elements of the other arrays, if all have the same alignment;
+// otherwise one element.
 
-constexpr int STORED = ARRAYS + MASTER;  // the arrays of a row of the table
+constexpr int STORED = ARRAYS + MASTER;  // arrays in a row of the table
 constexpr int WIDTH = 16 / sizeof(S);
 
 template <class E>
@@ -16,13 +16,13 @@ struct alignas(16) Pack {
     E at[WIDTH];
 };
 
-// The array at an address of the device's memory. That it is not shared memory the compiler cannot know by itself.
+// The array at an address in global memory; the conversion tells the compiler that it is not shared memory.
 template <class E>
 __device__ inline E* global(long long address) {
     return static_cast<E*>(__cvta_global_to_generic(address));
 }
 
-// The arrays of a row.
+// The arrays in a row of the table.
 struct Arrays {
     S* w;
     const S* g;
@@ -63,20 +63,20 @@ struct Arrays {
     }
 };
 
-// The piece of every array that a row of the table says, by the scalars of a row; gradients count `scale` times.
+// Update the pieces in one row of the table, with one row of scalars; gradients are multiplied by `scale`.
 __device__ inline void update_row(const long long* row, const T* scalars, T scale) {
     const Arrays arrays(row);
     const long long n = row[STORED];
-    T k[SCALARS];  // in registers: a store to an array might change what `scalars` points to
+    T k[SCALARS];  // a copy in registers: the compiler must assume that stores to arrays change *scalars
     for (int s = 0; s < SCALARS; ++s) k[s] = scalars[s];
 
-    // Elements before the first that is aligned to 16 bytes, in w and then in all the others.
+    // head: the elements before the first one aligned to 16 bytes in w, and if `alike` in all other arrays.
     const long long beyond = row[0] % 16;
     long long head = (16 - beyond) % 16 / (long long)sizeof(S);
     bool alike = beyond % sizeof(S) == 0 && (row[1] + head * (long long)sizeof(S)) % 16 == 0;
     for (int a = 2; a < STORED; ++a) alike = alike && (row[a] + head * (long long)sizeof(T)) % 16 == 0;
     if (!alike || head > n) head = n;
-    const long long tail = head + (n - head) / WIDTH * WIDTH;  // the first one after the last whole pack
+    const long long tail = head + (n - head) / WIDTH * WIDTH;  // the first element after the last whole pack
 
     for (long long i = threadIdx.x; i < head; i += blockDim.x) arrays.update_one(k, scale, i);
     for (long long i = head + (long long)threadIdx.x * WIDTH; i < tail; i += (long long)blockDim.x * WIDTH)
@@ -84,12 +84,12 @@ __device__ inline void update_row(const long long* row, const T* scalars, T scal
     for (long long i = tail + threadIdx.x; i < n; i += blockDim.x) arrays.update_one(k, scale, i);
 }
 
-// One launch for any number of arrays, one block for each row of `table`: the address of the row's piece of every
-// array, then how many elements it has. A flat buffer is cut into such pieces too. `control`, or null, holds what
-// gradients are multiplied by, and whether (not 0) nothing is to be done: what wrote it need not have been waited for.
-// `scalars` lie on the device, so that a captured launch sees those of the step: rows of them, of which `progress`, see
-// step.cuh, says which one, or null for the first. With it this is the end of the step: the last block goes on to the
-// next one, or back to the `count` running statistics from `before`.
+// One launch for any number of arrays, one block for each row of `table`: the addresses of a piece of each array, then
+// the piece's size in elements. Flat buffers are cut into pieces too. control[0] scales the gradients; if control[1] is
+// non-zero the step is skipped. `control` may be null; the host need not wait for the kernel that wrote it. `scalars`
+// is a table on the device, so that a captured launch reads the current step's row, progress[SLOT] (the first if
+// `progress` is null; see step.cuh). With `progress` this launch ends the step: the last block advances to the next
+// one, or restores the `count` running statistics from `before`.
 extern "C" __global__ void update_arrays(const long long* table, const T* scalars, const T* control,
                                          long long* progress, T* running, const T* before, long long count) {
     const bool halted = progress ? progress[HALTED] != 0 : control && control[1] != 0;

@@ -468,8 +468,8 @@ FAULTS = {
         "batch_norm new",
     ),
     "a barrier between two sums is missing": (
-        "    __syncthreads();  // those",
-        "    // those",
+        "    __syncthreads();  // the previous sum",
+        "    // the previous sum",
         "batch_norm_gradient new",
     ),
     "a sum is not scaled down": ("sum *= exp(top - of.z);", "", "softmax int64"),

@@ -54,7 +54,7 @@ def test_the_form_of_this_machine(library: Any) -> None:
     assert ops_for(gb.get_backend("cpu"), F).library is library
     assert library.level() == library.levels()[-1]
     assert library.threads() >= 1
-    with pytest.raises(ValueError, match="no such SIMD level here: x86-64-v9"):
+    with pytest.raises(ValueError, match=r"SIMD level must be one of .*; got x86-64-v9"):
         library.use("x86-64-v9")
 
 

@@ -257,7 +257,7 @@ def test_float16_compiles_and_stays_within_its_arrays(name: str, master: bool, r
 
 def test_every_kernel_is_in_the_report() -> None:
     """CI compiles what the report names, in every element type, and looks at registers and spills."""
-    folder, reported = Path(compile.__file__).parents[1] / "kernels", sources()
+    folder, reported = Path(__file__).parents[1] / "kernels", sources()
     names = launch_bounds("\n".join(path.read_text(encoding="utf-8") for path in folder.glob("*.cu*"))).keys()
     assert names == {name for source in reported.values() for name in launch_bounds(source)}
     for name in names - {"take"}:  # which computes nothing
