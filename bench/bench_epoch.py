@@ -1,6 +1,6 @@
-"""An epoch of training as a user runs it, loader and loop included: ``pytest bench --benchmark-enable``.
+"""Benchmark an epoch of training, loader and loop included: ``pytest bench --benchmark-enable``.
 
-Without ``--benchmark-enable`` each body runs once, on fewer samples, as a test of itself.
+Without ``--benchmark-enable`` each benchmark runs once, on fewer samples, as a test.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def test_training_epoch(benchmark: Any, batch: int, spec: str) -> None:
     if spec == "cuda" and "cuda:0" not in gb.available_backends():
         pytest.skip("no CUDA device can be used here")
     benchmark.group = f"epoch of {SAMPLES:,} samples, 784-512-256-10, Adam, by batch size"
-    benchmark.extra_info["samples"] = SAMPLES  # what an epoch counts, for report.py
+    benchmark.extra_info["samples"] = SAMPLES  # report.py divides by it
     rng = np.random.default_rng(0)
     samples = 128 if benchmark.disabled else SAMPLES
     X, Y = rng.random((samples, 784), np.float32), rng.integers(0, 10, samples)
     net = gb.mlp([784, 512, 256, 10], backend=spec)
     loader = gb.Loader(X, Y, batch_size=batch, backend=spec)
-    opt = gb.Adam(net.parameters, lr=1e-6)  # so small that any number of steps lowers the loss
+    opt = gb.Adam(net.parameters, lr=1e-6)  # small enough that the loss falls over any number of steps
 
     def epoch() -> gb.History:
         return gb.fit(net, loader, opt, epochs=1, progress=False)

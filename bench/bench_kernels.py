@@ -1,6 +1,6 @@
-"""Every kernel of the core, NumPy's form beside the compiled ones: ``pytest bench --benchmark-enable``.
+"""Benchmark each kernel of the core in its NumPy, compiled and CUDA forms: ``pytest bench --benchmark-enable``.
 
-Each result is compared with NumPy's. Without ``--benchmark-enable`` each body runs once, as a test of itself.
+Each result is compared with NumPy's. Without ``--benchmark-enable`` each benchmark runs once, as a test.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def measure(
     results: str,
     restored: str = "",
 ) -> None:
-    """Time ``call(ops, arrays)``, and compare the arrays named by ``results`` with those of NumPy.
+    """Time ``call(ops, arrays)``, and compare the arrays named in ``results`` with NumPy's.
 
-    ``restored`` names the arrays that the call both reads and changes: every call finds their first values.
+    ``restored`` names arrays that the call reads and changes; each call starts from their initial values.
     """
     backend, ops = ops_or_skip(form)
     expected = {name: a.copy() for name, a in arrays.items()}
@@ -166,7 +166,7 @@ def test_svm(benchmark: Any, batch: int, form: str, outputs: str) -> None:
 
 
 def batch_norm_arrays(batch: int) -> Arrays:
-    """What batch norm reads, and its workspace; ``normal`` and ``inverse`` as forward would leave them."""
+    """The inputs and the workspace of batch norm; ``normal`` and ``inverse`` stand for forward's results."""
     x, dy, n, gamma, beta = normal(*[(batch, FEATURES)] * 3, *[(FEATURES,)] * 2)
     ones = np.ones(FEATURES, np.float32)
     return {
@@ -230,7 +230,7 @@ def test_move(benchmark: Any, features: int, form: str) -> None:
     measure(benchmark, form, call, arrays, "running", restored="running")
 
 
-# --- dropout, and over everything ------------------------------------------------------------------------------------
+# --- dropout, sums of squares, gather --------------------------------------------------------------------------------
 
 
 @FORMS
@@ -252,7 +252,7 @@ def test_square_sum(benchmark: Any, size: int, form: str) -> None:
     (x,) = normal((size,))
 
     def call(ops: Ops, a: Arrays) -> None:
-        a["out"][:2] = 0  # what is found is added
+        a["out"][:2] = 0  # square_sum adds to it
         ops.square_sum(a["x"], a["out"])
         a["found"][...] = a["out"][:2]
 
@@ -263,10 +263,10 @@ def test_square_sum(benchmark: Any, size: int, form: str) -> None:
 @FORMS
 @pytest.mark.parametrize("batch", [64, 256, 1024])
 def test_gather(benchmark: Any, batch: int, form: str) -> None:
-    # A whole epoch, so that rows come from memory as they do in training.
+    # A whole epoch, so that rows come from main memory as in training.
     samples, pixels = 2_000 if benchmark.disabled else 60_000, 784
     benchmark.group = f"epoch of {samples:,} x {pixels} bytes gathered and made float32, by batch size"
-    benchmark.extra_info["samples"] = samples  # what a call counts, for report.py
+    benchmark.extra_info["samples"] = samples  # report.py divides by it
     rng = np.random.default_rng(0)
     source = rng.integers(0, 256, (samples, pixels), np.uint8)
     arrays = {"source": source, "order": rng.permutation(samples), **empty("out", shape=(batch, pixels))}

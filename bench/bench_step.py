@@ -1,6 +1,6 @@
-"""Optimizer and training steps by size, for pytest-benchmark: ``pytest bench --benchmark-enable``.
+"""Benchmark optimizer and training steps by size: ``pytest bench --benchmark-enable``.
 
-Without ``--benchmark-enable`` each body runs once, as a test of itself. A group is one table of what is compared.
+Without ``--benchmark-enable`` each benchmark runs once, as a test. A group is one table of the comparison.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def test_training_step(benchmark: Any, batch: int, spec: str) -> None:
     benchmark.group = "training step, 784-512-256-10, Adam, by batch size"
     rng = np.random.default_rng(0)
     net = gb.mlp([784, 512, 256, 10], backend=backend)
-    opt = gb.Adam(net.parameters, lr=1e-5)  # so small that any number of steps lowers the loss
+    opt = gb.Adam(net.parameters, lr=1e-5)  # small enough that the loss falls over any number of steps
     x = backend.asarray(rng.random((batch, 784), np.float32))
     y = backend.asarray(rng.integers(0, 10, batch))
     first = net.loss(x, y)

@@ -1,9 +1,9 @@
-"""What checkpoints cost a run, and how fast a large one is written: ``python bench/checkpoint_cost.py [--out FILE]``.
+"""Measure the cost of checkpoints in training, and the write speed: ``python bench/checkpoint_cost.py [--out FILE]``.
 
-The same training runs without checkpoints, with one after every epoch, and with one that is written in the background,
-each in a process of its own, in turn, ``--rounds`` times. The cost is the median over the rounds of the time of a whole
-run, its last checkpoint complete, to that of the run without in the same round, less 1. Then a checkpoint of
-``--gigabytes`` is written, in turn with the same bytes written plainly and synced; what counts is the ratio of speeds.
+The same training runs without checkpoints, with one per epoch, and with one per epoch in the background. Runs take
+turns, each in its own process, ``--rounds`` times. The cost is the median over the rounds of t / t0 - 1: t is the time
+of a run until its last checkpoint is complete, t0 that of the round's run without checkpoints. Then a checkpoint of
+``--gigabytes`` and a plain synced write of the same bytes take turns; the result is the ratio of their speeds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WAYS = ("none", "foreground", "background")
 
 
 def train(name: str, way: str, folder: Path) -> float:
-    """Seconds of a whole run, after one epoch that does not count."""
+    """The seconds of a run, after one epoch of warm-up."""
     sizes, samples, batch, epochs = RUNS[name]
     rng = np.random.default_rng(0)
     X, Y = rng.integers(0, 256, (samples, sizes[0]), np.uint8), rng.integers(0, 10, samples)
@@ -50,7 +50,7 @@ def train(name: str, way: str, folder: Path) -> float:
 
 
 def cost(name: str, rounds: int, base: Path) -> dict[str, Any]:
-    """Seconds by way and round, and what checkpoints cost."""
+    """The seconds by way and round, and the cost of checkpoints."""
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(rounds):
         for way in WAYS:
@@ -71,7 +71,7 @@ def cost(name: str, rounds: int, base: Path) -> dict[str, Any]:
 
 
 def speed(gigabytes: float, rounds: int, base: Path) -> dict[str, Any]:
-    """Bytes a second of a large checkpoint and of the same bytes written plainly, both synced."""
+    """Bytes per second of a large checkpoint and of a plain write of the same bytes, both synced."""
     array = np.random.default_rng(0).integers(0, 2**63, int(gigabytes * 1e9) // 8)
     found: dict[str, list[float]] = {"checkpoint": [], "plain": []}
     for _ in range(rounds):
@@ -93,12 +93,12 @@ def speed(gigabytes: float, rounds: int, base: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print, and write."""
+    """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--folder", type=Path, help="where files are written; by default where temporary files go")
-    parser.add_argument("--out", type=Path, help="file for the results")
+    parser.add_argument("--rounds", type=int, default=7, help="number of rounds")
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the large checkpoint")
+    parser.add_argument("--folder", type=Path, help="folder for checkpoints; default: the system's temporary folder")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:

@@ -1,10 +1,9 @@
-"""Runs that are killed at random moments and resumed, again and again. ``python bench/fault_runs.py --kills 200``.
+"""Kill training runs at random moments and resume them: ``python bench/fault_runs.py --kills 200``.
 
-Every run trains the same small network, writing a checkpoint after every second step, so that many a kill (SIGKILL)
-meets a write. A run that is killed is resumed, killed again, and so on until it comes to its end; then its parameters,
-running statistics and history (``seconds`` apart) must be those of a run that nobody disturbed, to the last bit. A
-resume that fails, or passes over a checkpoint, is counted as failed. Every second run writes in the background. The
-result goes to ``--out`` as JSON.
+Each run trains the same small network with a checkpoint after every second step, so that many kills (SIGKILL) hit a
+write. A killed run is resumed and killed again until it ends. Its parameters, running statistics and history (except
+``seconds``) must then equal those of an undisturbed run to the last bit. A resume that fails or skips a checkpoint
+counts as failed. Every second run writes in the background.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ EPOCHS, EVERY = 4, 2
 
 
 class Training:
-    """A run before its first step: processes that are forked from here have all modules, and do not share the rest."""
+    """A run before its first step; each forked process gets a copy, with all modules imported."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
@@ -45,7 +44,7 @@ class Training:
 
 
 def train(run: Training, folder: Path, background: bool) -> str:
-    """Go through the run, from its start or from the newest checkpoint; the digest of all that it leaves."""
+    """Train from the start or the newest checkpoint to the end; return a digest of the results."""
     net, loader, opt = run.net, run.loader, run.opt
     store = Checkpoints(folder, every=EVERY, background=background)
     history = gb.fit(net, loader, opt, EPOCHS, run.samples, checkpoint=store, resume=True, progress=False)
@@ -57,13 +56,13 @@ def train(run: Training, folder: Path, background: bool) -> str:
 
 
 def start(run: Training, folder: Path, result: Path, background: bool = False) -> int:
-    """A run in a process of its own, which writes its digest to ``result``."""
+    """Start a run in a child process, which writes its digest to ``result``; return the process's id."""
     process = os.fork()
     if process:
         return process
     status = 1
     try:
-        warnings.simplefilter("error")  # nothing but complete checkpoints may be there to be read
+        warnings.simplefilter("error")  # a skipped checkpoint is a failure
         result.write_text(train(run, folder, background))
         status = 0
     except BaseException:
@@ -73,7 +72,7 @@ def start(run: Training, folder: Path, result: Path, background: bool = False) -
 
 
 def ended(process: int, seconds: float) -> bool:
-    """Whether the run came to its end before it was killed, ``seconds`` from now; other ends are an error."""
+    """Kill the run after ``seconds``; return whether it ended before. Raises RuntimeError for any other exit."""
     until = time.perf_counter() + seconds
     while True:
         found, status = os.waitpid(process, os.WNOHANG)
@@ -90,7 +89,7 @@ def ended(process: int, seconds: float) -> bool:
 
 
 def measure(kills: int, seed: int, base: Path) -> dict[str, Any]:
-    """Kill and resume until there were ``kills`` of them and the last run has come to its end."""
+    """Kill and resume runs until ``kills`` kills are done and the last run has ended."""
     draw = random.Random(seed)
     result, run = base / "result", Training()
     started = time.perf_counter()
@@ -129,12 +128,12 @@ def measure(kills: int, seed: int, base: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print, and write."""
+    """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--folder", type=Path, help="where the runs write; by default where temporary files go")
-    parser.add_argument("--out", type=Path, help="file for the results")
+    parser.add_argument("--kills", type=int, default=200, help="number of kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills")
+    parser.add_argument("--folder", type=Path, help="folder for checkpoints; default: the system's temporary folder")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
     with contextlib.ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=arguments.folder)))

@@ -1,10 +1,12 @@
-"""Whether anybody waits for batches. ``python bench/feeding.py [--out FILE]``; on a machine with a GPU, it, too.
+"""Measure the time that training waits for batches, on the CPU and on a GPU: ``python bench/feeding.py [--out FILE]``.
 
-On the CPU: a source that takes 1.5 ms a batch, and a consumer that computes for 2 ms a batch, in NumPy and in Python;
-asked is that the consumer waits for less than 5 % of the time after the first batch. On a GPU: the bandwidth of batches
-that go through pinned memory against a plain pinned copy of as many bytes (asked: 85 %), how much of copy and compute
-is at the same time (90 %), and the bandwidth, read and written, of batches gathered on the device against a copy there
-(80 %). Medians of several epochs. The result goes to ``--out`` as JSON.
+CPU: the source takes 1.5 ms per batch, and the consumer computes for 2 ms per batch, in NumPy or in Python. Target: the
+consumer waits for less than 5 % of the time after the first batch.
+
+GPU, as medians over several epochs:
+- bandwidth of batches through pinned memory, against a plain pinned copy of as many bytes (target: 85 %);
+- overlap of copy and compute (target: 90 %);
+- bandwidth, read plus written, of batches gathered on the device, against a copy there (target: 80 %).
 """
 
 from __future__ import annotations
@@ -27,14 +29,14 @@ sys.path.insert(0, str(ROOT))  # the checkout that this file belongs to, install
 import gpubatch as gb  # noqa: E402
 
 EPOCHS = 5
-SOURCE_SECONDS, CONSUMER_SECONDS = 1.5e-3, 2e-3  # a batch
+SOURCE_SECONDS, CONSUMER_SECONDS = 1.5e-3, 2e-3  # per batch
 
 
 # --- on the CPU ---------------------------------------------------------------------------------------------------
 
 
 class Slow:
-    """Samples that take their time, as those of a slow disk do."""
+    """A source as slow as a slow disk."""
 
     def __init__(self, samples: int) -> None:
         self.samples = np.random.default_rng(0).random((samples, 784), np.float32)
@@ -43,7 +45,7 @@ class Slow:
         return len(self.samples)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """The samples, after a while."""
+        """The samples, after SOURCE_SECONDS."""
         until = time.perf_counter() + SOURCE_SECONDS
         found = self.samples[indices]
         time.sleep(max(0.0, until - time.perf_counter()))
@@ -56,7 +58,7 @@ def in_numpy(x: np.ndarray) -> None:
 
 
 def in_python(x: np.ndarray) -> None:
-    """Arithmetic that keeps the interpreter, and with it every other thread, busy."""
+    """Arithmetic that holds the interpreter's lock, so no other Python thread runs."""
     sum(range(1000))
 
 
@@ -64,7 +66,7 @@ CONSUMERS = {"NumPy": in_numpy, "Python": in_python}
 
 
 def waiting(consume: Callable[[np.ndarray], None], batches: int, prefetch: int) -> dict[str, float]:
-    """An epoch of a slow source: the share of the time that the consumer waited, and what it would be in turn."""
+    """Run an epoch from the slow source: the share of time that the consumer waited, and ms per batch."""
     loader = gb.Loader(Slow(64 * batches), batch_size=64, backend="cpu", prefetch=prefetch)
     for x in loader:
         until = time.perf_counter() + CONSUMER_SECONDS
@@ -75,7 +77,7 @@ def waiting(consume: Callable[[np.ndarray], None], batches: int, prefetch: int) 
 
 
 def on_cpu(batches: int) -> list[dict[str, Any]]:
-    """Every consumer, with and without a thread that reads ahead."""
+    """All consumers, with and without a prefetching thread."""
     return [
         {"consumer computes in": name, "prefetch": prefetch, **waiting(consume, batches, prefetch)}
         for name, consume in CONSUMERS.items()
@@ -87,7 +89,7 @@ def on_cpu(batches: int) -> list[dict[str, Any]]:
 
 
 def seconds(work: Callable[[], Any], backend: gb.Backend) -> list[float]:
-    """How long ``work`` took, every time, until the device had done it; after one that warms up."""
+    """The seconds of each run of ``work``, device work included, after one warm-up."""
     times = []
     for _ in range(EPOCHS + 1):
         backend.synchronize()
@@ -101,9 +103,9 @@ def seconds(work: Callable[[], Any], backend: gb.Backend) -> list[float]:
 def through_pinned_memory(
     backend: Any, samples: int = 1 << 14, features: int = 224 * 224 * 3, burden: int = 1 << 26
 ) -> list[dict[str, Any]]:
-    """Batches of bytes that become float32 on the device, and work on the device that takes as long as they do.
+    """Batches of uint8, converted to float32 on the device, alone and with compute that takes as long as they do.
 
-    That is passes over ``burden`` numbers.
+    The compute is passes over ``burden`` numbers.
     """
     X = np.random.default_rng(0).integers(0, 256, (samples, features), np.uint8)
     loader = gb.Loader(X, batch_size=samples // 64, scale=1 / 255, backend=backend, feed="host")
@@ -141,9 +143,9 @@ def through_pinned_memory(
 
 
 def gathered_on_the_device(backend: Any, dtype: str, samples: int = 1 << 20, features: int = 784) -> dict[str, Any]:
-    """Batches of float32 from samples of ``dtype`` that are on the device, from the second batch of an epoch on.
+    """Batches of float32 gathered from samples of ``dtype`` on the device, from the second batch of an epoch on.
 
-    The first has to wait for the order, which is made on the host.
+    The first batch waits for the order, which the host makes.
     """
     X = np.resize(np.random.default_rng(0).integers(0, 256, (1 << 10, features)).astype(dtype), (samples, features))
     loader = gb.Loader(X, batch_size=samples // 8, backend=backend, feed="device")
@@ -172,14 +174,14 @@ def gathered_on_the_device(backend: Any, dtype: str, samples: int = 1 << 20, fea
 
 
 def row(work: str, times: list[float], batches: int, share: float, of: str, asked: float) -> dict[str, Any]:
-    """A line of gpu_check's table: seconds a batch, and a share of something."""
+    """A row of gpu_check's table: seconds per batch, and ``share`` of the bound ``of``."""
     low, median, high = (time / batches for time in statistics.quantiles(times, n=4))
     ours = {"median": median, "low": low, "high": high}
     return {"work": work, "seconds": {"gpubatch": ours}, "share": share, "of": of, "asked": {"share": asked}}
 
 
 def on_gpu(small: bool = False) -> list[dict[str, Any]]:
-    """What a GPU does with batches; ``small`` shows that it works, nothing else."""
+    """The measurements on a GPU; ``small`` only tests that they run."""
     backend = gb.get_backend("cuda")
     pinned = {"samples": 128, "features": 64, "burden": 1 << 10} if small else {}
     resident = {"samples": 256, "features": 64} if small else {}
@@ -188,10 +190,10 @@ def on_gpu(small: bool = False) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure, print, and write."""
+    """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=1000, help="of the slow source")
-    parser.add_argument("--out", type=Path, help="file for the results")
+    parser.add_argument("--batches", type=int, default=1000, help="number of batches of the slow source")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
     results = {
         "date": date.today().isoformat(),

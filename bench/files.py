@@ -1,18 +1,17 @@
-"""Epochs of a file larger than the memory allowed: ``python bench/files.py [--gigabytes 6] [--out FILE]``. Linux.
+"""Time epochs over files larger than the memory limit: ``python bench/files.py [--gigabytes 6] [--out FILE]``. Linux.
 
-An ``.npy`` file of uint8 rows, and another of float32 rows, 1024 bytes each, is written into ``--folder`` and read in
-processes that may have ``--limit`` of address space: RLIMIT_AS, what ``ulimit -v`` sets, which counts code, threads'
-stacks and whatever is reserved besides what is used. The system's cache of the file is not the process's memory and is
-not counted. First a shuffled epoch has to bring every sample once. Then these are timed, each in a process of its own,
-in turn, several rounds:
+Writes an ``.npy`` file of uint8 rows, then one of float32 rows, 1024 bytes each, into ``--folder``. Processes with an
+address space of ``--limit`` read it. RLIMIT_AS (``ulimit -v``) counts code, threads' stacks and reserved memory, but
+not the system's file cache. First, a shuffled epoch must deliver every sample exactly once. Then these contenders take
+turns, each in its own process, for several rounds:
 
 - ``shuffled``: a shuffled epoch of float32 batches, within a window of ``--window``;
 - ``in order``: the same batches without shuffling, from the same blocks and through the same window;
-- ``in order, no window``: each batch read when it is due;
-- ``blocks``: the file alone, in blocks of the same size into one buffer, nothing made of them.
+- ``in order, no window``: each batch is read when it is due;
+- ``blocks``: the file alone, read in blocks of the same size into one buffer.
 
-``cold``: the system was told to drop the file from its cache before each; ``warm``: all of it is there. Ratios are of
-samples a second, shuffled to the other of the same round.
+``cold``: the system dropped the file from its cache before each run; ``warm``: the file is in the cache. Ratios are of
+samples per second, shuffled to the contender in the same round.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ CONTENDERS = ("shuffled", "in order", "in order, no window", "blocks")
 
 
 def write(path: Path, dtype: str, rows: int) -> None:
-    """Rows of random bytes as numbers of ``dtype``, the first ones of which are the row's number."""
+    """Write rows of random bytes as numbers of ``dtype``; the first of them encode the row's index."""
     noise = np.random.default_rng(0).integers(0, 256, (1 << 14, ROW // np.dtype(dtype).itemsize)).astype(dtype)
     with open(path, "wb") as file:
         header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (rows, noise.shape[1])}
@@ -58,18 +57,18 @@ def write(path: Path, dtype: str, rows: int) -> None:
                 part[:, 0], part[:, 1] = number % 4096, number // 4096
             part.tofile(file)
         file.flush()
-        os.fsync(file.fileno())  # what is not written yet cannot be dropped from the cache
+        os.fsync(file.fileno())  # unwritten pages cannot be dropped from the cache
 
 
 def numbers(x: np.ndarray) -> np.ndarray:
-    """The rows that a batch has."""
+    """Decode the row indices of a batch."""
     digits, base = (4, 256) if x.shape[1] == ROW else (2, 4096)
     found: np.ndarray = x[:, :digits].astype(np.int64) @ base ** np.arange(digits)
     return found
 
 
 def blocks_of(path: Path, size: int) -> Iterator[int]:
-    """Read the file in order, ``size`` bytes at a time into one buffer."""
+    """Read the file in order, ``size`` bytes at a time, into one buffer."""
     buffer = memoryview(bytearray(size))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -77,7 +76,7 @@ def blocks_of(path: Path, size: int) -> Iterator[int]:
 
 
 def drop(path: Path) -> None:
-    """Have the system forget what it has of the file."""
+    """Drop the file from the system's cache."""
     with open(path, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -86,7 +85,7 @@ def drop(path: Path) -> None:
 
 
 def work(path: Path, contender: str, window: str, check: bool) -> dict[str, Any]:
-    """An epoch: its seconds, its samples, and the most memory that this process had."""
+    """Run an epoch: its seconds, its samples, and this process's peak memory."""
     arguments: dict[str, Any] = {"batch_size": BATCH, "dtype": "float32", "backend": "cpu", "window": window}
     if contender != "shuffled":
         arguments["shuffle"] = False
@@ -107,14 +106,14 @@ def work(path: Path, contender: str, window: str, check: bool) -> dict[str, Any]
         samples = loader.stats.samples
     seconds = time.perf_counter() - start
     if not seen.all():
-        raise SystemExit(f"{np.count_nonzero(~seen)} samples did not come")
+        raise SystemExit(f"{np.count_nonzero(~seen)} samples are missing")
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     most = {name: 1024 * int(status[key].split()[0]) for name, key in (("peak", "VmPeak"), ("resident", "VmHWM"))}
     return {"seconds": seconds, "samples": samples, "block": loader.block * ROW, **most}
 
 
 def apart(path: Path, contender: str, window: str, limit: int, check: bool = False) -> dict[str, Any]:
-    """:func:`work` in a process of its own, within ``limit`` bytes of address space."""
+    """Run :func:`work` in its own process, limited to ``limit`` bytes of address space."""
     command = [sys.executable, __file__, "--work", str(path), contender, "--window", window, "--limit", f"{limit}B"]
     done = subprocess.run(command + ["--check"] * check, capture_output=True, text=True)
     if done.returncode:
@@ -127,7 +126,7 @@ def apart(path: Path, contender: str, window: str, limit: int, check: bool = Fal
 
 
 def measure(path: Path, dtype: str, rows: int, given: argparse.Namespace, limit: int) -> dict[str, Any]:
-    """The file is written, an epoch is checked, and every contender timed."""
+    """Write the file, check an epoch, and time all contenders."""
     write(path, dtype, rows)
     whole = apart(path, "shuffled", given.window, limit, check=True)
     print(
@@ -140,7 +139,7 @@ def measure(path: Path, dtype: str, rows: int, given: argparse.Namespace, limit:
             for _ in blocks_of(path, 1 << 20):
                 pass
         for number in range(given.rounds):
-            # Each begins a round in turn, so that none always comes after the same one.
+            # Rounds start with different contenders, so that none always follows the same one.
             for name in CONTENDERS[number % len(CONTENDERS) :] + CONTENDERS[: number % len(CONTENDERS)]:
                 if state == "cold":
                     drop(path)
@@ -160,7 +159,7 @@ def measure(path: Path, dtype: str, rows: int, given: argparse.Namespace, limit:
 
 
 def row_of(name: str, runs: dict[str, list[float]], rows: int) -> dict[str, Any]:
-    """A contender's speed, and shuffled's beside it."""
+    """A contender's speed, and the ratio of shuffled to it."""
     ratios = [other / shuffled for shuffled, other in zip(runs["shuffled"], runs[name], strict=True)]
     return {
         "contender": name,
@@ -173,14 +172,14 @@ def row_of(name: str, runs: dict[str, list[float]], rows: int) -> dict[str, Any]
 
 
 def main() -> None:
-    """Measure, print, and write; or with ``--work`` go through one epoch."""
+    """Measure, print and save; with ``--work`` run one epoch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=6, help="of each file")
+    parser.add_argument("--gigabytes", type=float, default=6, help="size of each file")
     parser.add_argument("--limit", default="1 GB", help="address space of each process")
-    parser.add_argument("--window", default="256 MiB")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where the files go; by default where temporary files go")
-    parser.add_argument("--out", type=Path, help="file for the results, JSON")
+    parser.add_argument("--window", default="256 MiB", help="window of the loader")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds")
+    parser.add_argument("--folder", type=Path, help="folder for the files; default: the system's temporary folder")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()

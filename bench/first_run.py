@@ -1,6 +1,6 @@
-"""What a new user meets: the time to import gpubatch beside NumPy's, and the main job. ``python bench/first_run.py``.
+"""Measure a new user's first run, the import and ``gpubatch train``: ``python bench/first_run.py``.
 
-Each measurement is a process of its own, the two imports in turn; medians and spread go to ``--out`` as JSON.
+Imports of NumPy and gpubatch take turns, each in its own process. The results are medians and ranges.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def import_seconds(module: str) -> float:
 
 
 def imports(repeats: int) -> dict[str, Any]:
-    """NumPy and gpubatch in turn; the ratio pair by pair."""
+    """Import times of NumPy and gpubatch in turn, with the ratio of each pair."""
     for module in ("numpy", "gpubatch"):
-        import_seconds(module)  # compiles what is not yet compiled
+        import_seconds(module)  # compiles modules to bytecode
     pairs = [(import_seconds("numpy"), import_seconds("gpubatch")) for _ in range(repeats)]
     ratios = [ours / theirs for theirs, ours in pairs]
     return {
@@ -40,7 +40,7 @@ def imports(repeats: int) -> dict[str, Any]:
 
 
 def training(repeats: int) -> dict[str, Any]:
-    """``gpubatch train`` as it stands."""
+    """Time and accuracy of ``gpubatch train`` with its defaults on the CPU."""
     command = [sys.executable, "-m", "gpubatch", "train", "--json", "--no-progress", "--backend", "cpu"]
     runs = [json.loads(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(repeats)]
     seconds = [run["seconds"] for run in runs]
@@ -55,7 +55,7 @@ def training(repeats: int) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells it."""
+    """The processor's name, or the architecture if the system does not tell it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -64,12 +64,12 @@ def processor() -> str:
 
 
 def machine() -> str:
-    """Architecture, cores and Python, in words."""
+    """Architecture, number of cores and Python version as text."""
     return f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
 def record(results: dict[str, Any], out: Path | None) -> None:
-    """Print ``results`` as JSON, and write it to the file ``out`` if one is given."""
+    """Print ``results`` as JSON, and write them to ``out`` if given."""
     text = json.dumps(results, indent=1)
     print(text)
     if out is not None:
@@ -77,10 +77,10 @@ def record(results: dict[str, Any], out: Path | None) -> None:
 
 
 def main() -> None:
-    """Measure, print, and write."""
+    """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=25, help="pairs of imports")
-    parser.add_argument("--out", type=Path, help="file for the results")
+    parser.add_argument("--repeats", type=int, default=25, help="number of pairs of imports")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
     results = {
         "date": date.today().isoformat(),

@@ -1,20 +1,20 @@
-"""Damaged files for every reader of gpubatch, by the thousand. ``python bench/fuzz_readers.py --inputs 50000``.
+"""Fuzz all readers of gpubatch with damaged files: ``python bench/fuzz_readers.py --inputs 50000``.
 
-Small real files are made, and changed: bits flipped, bytes cut off, added, moved from one place or file to another,
-numbers of headers set to 0, -1, 2^31, 2^40, 2^63, words of JSON replaced. What comes of it is read to its end,
-through a loader where the reader gives a source. The checksum in the name of a checkpoint is that of the damaged bytes
-in one row of the table and the old one in the other. Each input is a function of its number and ``--seed`` alone, so
-``--reader npy --first 812 --inputs 1`` repeats one.
+Inputs are small valid files with random changes: bits flipped, bytes cut off, added, or moved within and between files,
+numbers in headers set to 0, -1, 2^31, 2^40, 2^63, words of JSON replaced. Each input is read to its end, through a
+loader if the reader returns a source. For checkpoints, the table has one row with the checksum of the damaged bytes in
+the file's name, and one with the original checksum. An input depends only on its number and ``--seed``, so ``--reader
+npy --first 812 --inputs 1`` repeats one.
 
-A reader may read the file, or raise what is documented: an error of gpubatch (``GpubatchError``) or ``OSError``.
-Anything else, warnings included, is undocumented: it is counted, its traceback printed, and the exit status is 1. So
-is ``MemoryError``: on Linux the address space may grow by no more than ``BOUND`` above what reading the undamaged
-files takes, and a header that claims 2^40 rows has to be refused before memory is asked for. And so is opening a
-file outside of the folder of the input, as far as Python sees it, that is neither a module nor the system's account of
-memory.
+A reader may read the file, or raise a documented error: ``GpubatchError`` or ``OSError``. Anything else, warnings
+included, is undocumented: it is counted, its traceback is printed, and the exit status is 1. This includes
 
-Every reader works in a process of its own, which a crash of a C library ends: that is counted as a crash, and the next
-input goes to a new process. What such a library reads or writes by itself is not watched.
+- ``MemoryError``: on Linux the address space is limited to ``BOUND`` above that for the undamaged files, so a header
+  that claims 2^40 rows must be refused before memory is allocated;
+- Python opening a file outside the input's folder, except modules and the system's memory statistics.
+
+Each reader runs in its own process. If a C library crashes, that counts as a crash, and the next input goes to a new
+process. Files that a C library opens by itself are not watched.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ WORD = re.compile(
 
 
 def damaged(seeds: list[bytes], draw: random.Random) -> tuple[bytes, bytes]:
-    """One of the files, and what one to four changes make of it."""
+    """One of the files, and a copy with one to four changes."""
     original = draw.choice(seeds)
     data = bytearray(original)
     for _ in range(draw.choice([1, 1, 1, 2, 3, 4])):
@@ -73,7 +73,7 @@ def damaged(seeds: list[bytes], draw: random.Random) -> tuple[bytes, bytes]:
 
 
 def place(data: bytearray, draw: random.Random) -> int:
-    """Somewhere in the file; in half of the cases near its start or its end, where the headers are."""
+    """A random position in the file; two times in three near its start or end, where the headers are."""
     near = min(len(data), 128)
     return draw.choice([draw.randrange(len(data) + 1), draw.randrange(near + 1), len(data) - draw.randrange(near + 1)])
 
@@ -106,7 +106,7 @@ def splice(data: bytearray, draw: random.Random, seeds: list[bytes]) -> None:
 
 
 def number(data: bytearray, draw: random.Random, seeds: list[bytes]) -> None:
-    """A number of one to eight bytes in either order, at a place where a number may begin."""
+    """Overwrite one to eight bytes by a number in either byte order, where a number may begin."""
     width = draw.choice([1, 2, 4, 8])
     at = place(data, draw) // draw.choice([1, width]) * draw.choice([1, width])
     value = draw.choice(NUMBERS) % 2 ** (8 * width)
@@ -115,7 +115,7 @@ def number(data: bytearray, draw: random.Random, seeds: list[bytes]) -> None:
 
 
 def word(data: bytearray, draw: random.Random, seeds: list[bytes]) -> None:
-    """A word of a header in text becomes a number, another word of the file, or one that has no place there."""
+    """Replace a word of a text header by a number, by another word of the file, or by an unexpected word."""
     found = list(WORD.finditer(data, 0, 8192))
     if not found:
         return
@@ -128,7 +128,7 @@ CHANGES = [flip, flip, cut, leave_out, grow, splice, number, number, word, word]
 
 
 def header_repaired(width: int, at: int) -> Callable[[bytes, bytes], bytes]:
-    """A function that adds to the header's length, ``width`` bytes at ``at``, what the file has grown by, mostly."""
+    """A function that corrects the header's length, ``width`` bytes at ``at``, by the growth of the file, usually."""
 
     def repaired(original: bytes, data: bytes) -> bytes:
         if len(data) < at + width or zlib.crc32(data) % 4 == 0:
@@ -144,7 +144,13 @@ def header_repaired(width: int, at: int) -> Callable[[bytes, bytes], bytes]:
 
 @dataclass(frozen=True)
 class Reader:
-    """``read`` puts the bytes into a file in a folder and reads it; it is given the undamaged bytes, too."""
+    """A reader: ``read(folder, data, original)`` writes ``data`` to a file and reads it.
+
+    seeds: makes the undamaged files
+    read: reads an input; raises an error for a damaged one
+    repaired: may correct the damaged bytes, for instance a length in the header
+    needs: the library that it needs
+    """
 
     seeds: Callable[[], list[bytes]]
     read: Callable[[Path, bytes, bytes], Any]
@@ -153,7 +159,7 @@ class Reader:
 
 
 def put(path: Path, data: bytes) -> Path:
-    """A new file: HDF5 would take one that has been written to again for the one that it still has open."""
+    """Write a new file; HDF5 would confuse a rewritten file with the one that it still has open."""
     path.unlink(missing_ok=True)
     path.write_bytes(data)
     return path
@@ -345,11 +351,11 @@ READERS = {
 
 
 class OutsideError(BaseException):
-    """A file outside of the folder is touched; nothing between here and there may catch this."""
+    """A file outside the folder is opened; a BaseException, so that no reader catches it."""
 
 
 class Watch:
-    """While ``folder`` is set, an error for whoever touches a file outside of it."""
+    """An audit hook: while ``folder`` is set, opening a file outside it raises OutsideError."""
 
     def __init__(self) -> None:
         self.folder: Path | None = None
@@ -360,7 +366,7 @@ class Watch:
     def heard(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.folder is None or not (event == "open" or event.startswith(("os.", "shutil."))):
             return
-        # Event and path; the second path, of a renaming, is one too.
+        # The first argument is a path; when renaming, so is the second.
         for path in arguments[: 1 if event == "open" else 2]:
             if isinstance(path, (str, bytes, os.PathLike)):
                 name = os.path.realpath(os.fsdecode(path))
@@ -369,7 +375,7 @@ class Watch:
 
 
 def work(name: str, seed: int, first: int, last: int, folder: Path) -> None:
-    """Read inputs ``first`` to ``last``; a line to standard output for each, and its traceback to standard error."""
+    """Read inputs ``first`` to ``last``; print a line for each, and tracebacks to standard error."""
     warnings.simplefilter("error")
     reader, watch = READERS[name], Watch()
     seeds = reader.seeds()
@@ -405,7 +411,7 @@ def limit_memory() -> None:
 
 
 def peak() -> int:
-    """The largest memory of this process in bytes, or 0 where that is not known."""
+    """This process's peak memory in bytes, or 0 if unknown."""
     with contextlib.suppress(ImportError):
         import resource
 
@@ -418,7 +424,7 @@ def peak() -> int:
 
 @dataclass
 class Found:
-    """What a reader made of its inputs: how many ended in which way, the slowest in seconds, the peak in bytes."""
+    """The results of a reader: inputs by outcome, the slowest in seconds, the peak memory in bytes."""
 
     inputs: int
     kinds: collections.Counter[str]
@@ -432,9 +438,9 @@ class Found:
 
 
 def fuzz(name: str, inputs: int, seed: int = 0, first: int = 0) -> Found:
-    """``inputs`` inputs for a reader, in processes of their own."""
+    """Run a reader on ``inputs`` inputs, in child processes."""
     found = Found(inputs, collections.Counter(), 0.0, 0, "")
-    # One allocator and one thread: others reserve address space far beyond what they use.
+    # The system's allocator and one thread: others reserve far more address space than they use.
     alone = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
     end = first + inputs
     with tempfile.TemporaryDirectory() as folder:
@@ -462,19 +468,19 @@ def fuzz(name: str, inputs: int, seed: int = 0, first: int = 0) -> Found:
 
 
 def missing(name: str) -> str | None:
-    """The library that a reader needs, if it is not installed."""
+    """The library that a reader needs, if not installed; otherwise None."""
     needs = READERS[name].needs
     return needs if importlib.util.find_spec(needs) is None else None
 
 
 def main() -> int:
-    """Read, print, and write; 1 if anything undocumented was found."""
+    """Run the readers, print and save; exit code 1 if an outcome was undocumented."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=50_000, help="in all, shared out among the readers")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--reader", choices=READERS, help="only this one")
+    parser.add_argument("--inputs", type=int, default=50_000, help="number of inputs for all readers together")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the changes")
+    parser.add_argument("--reader", choices=READERS, help="run only this reader")
     parser.add_argument("--first", type=int, default=0, help="number of the first input")
-    parser.add_argument("--out", type=Path, help="file for the results")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.work:
@@ -495,7 +501,7 @@ def main() -> int:
     print(f"\n{sum(found.inputs for found in rows.values()):,} inputs, {total} undocumented ends")
     for name in READERS if not given.reader else ():
         if library := missing(name):
-            print(f"{name} is left out: {library} is not installed")
+            print(f"{name} is skipped: {library} is not installed")
     if given.out:
         results = {
             "date": date.today().isoformat(),

@@ -1,18 +1,18 @@
-"""What a GPU does with gpubatch, in one command: ``python bench/gpu_check.py [--out DIR]``, under eight minutes.
+"""Test and time gpubatch on a GPU: ``python bench/gpu_check.py [--out DIR]``, in under eight minutes.
 
-All sources are compiled first, many at a time, so that no time limit pays for an empty cache of kernels. Then come the
-tests of every kernel against NumPy in float64; gpubatch timed beside PyTorch and JAX, where they are installed and see
-the device, and beside plain copies; single kernels; and all tests that need a device, as far as the time reaches. Every
-part has a process of its own with a limit of time, so that one that fails costs no other, and its result is written as
-it ends: a run that is cut short leaves what was measured.
+First it compiles all sources in parallel, so that no later time limit includes compilation. Then it tests each kernel
+against NumPy in float64; times gpubatch against PyTorch and JAX, if they are installed and see the device, and against
+plain copies; times single kernels; and runs all tests that need a device, as far as the time allows. Each part runs in
+its own process with a time limit, so a failure does not affect the others, and saves its result when it ends, so an
+interrupted run keeps its measurements.
 
-Contenders run in turn, after a warm-up, between events of the stream that does their work (JAX, and everything on a
-CPU, by the clock); figures are medians, with quartiles. gpubatch works on a stream of its own, its training steps as
-CUDA graphs unless the row says "eager". float32 products are in full precision for all, where the row does not say
-otherwise. Writes JSON and a Markdown table. It changes no setting of the card.
+Contenders take turns, after a warm-up, and are timed by events on their stream (JAX, and everything on a CPU, by the
+clock). Figures are medians with quartiles. gpubatch runs on its own stream, its training steps as CUDA graphs unless
+the row says "eager". float32 products have full precision unless the row says otherwise. The results are JSON and a
+Markdown table. No setting of the card is changed.
 
-``--rehearse`` runs all of it with small sizes, on the device or without one on the CPU, where no step can be captured:
-that shows that it works, nothing else.
+``--rehearse`` runs everything with small sizes, on the device or else on the CPU, where steps cannot be captured. It
+only tests that the check works.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the checkout that this file belongs to, installed or not
 
-import feeding  # noqa: E402  beside this file
+import feeding  # noqa: E402  in this folder
 import to_accuracy  # noqa: E402
 
 import gpubatch as gb  # noqa: E402
@@ -56,20 +56,20 @@ from gpubatch.nn import core_of  # noqa: E402
 from gpubatch.ops.products import COPY, products_for  # noqa: E402
 from gpubatch.train import why_eager  # noqa: E402
 
-ROUNDS = 5  # in which every contender has its turn
+ROUNDS = 5  # each contender runs once per round
 WARM = 4  # calls before the first round; torch.compile records its graphs in the second and third
 PRECISIONS = {"full": "", "fast": " in TF32", "mixed": " in mixed precision"}
-EPOCHS = 5  # in a run
-AT_ONCE = 50  # steps in a launch, where there are several
-WHOLE = 460  # seconds that all of it may take
-PEERS, SOURCES, PARITY_TESTS, KERNEL_TIMES = 20, 45, 55, 30  # limits in seconds; all tests have what is left at the end
-PARITY = {  # every kernel against NumPy in float64
+EPOCHS = 5  # per run
+AT_ONCE = 50  # steps per launch, in the rows with several
+WHOLE = 460  # time limit of the whole check, in seconds
+PEERS, SOURCES, PARITY_TESTS, KERNEL_TIMES = 20, 45, 55, 30  # time limits in seconds; all tests get the rest
+PARITY = {  # each kernel against NumPy in float64
     "update rules": "tests/test_kernels.py::test_on_a_gpu_the_kernel_follows_numpy",
     "kernels of the core": "tests/test_cuda_ops.py::test_on_a_gpu_it_agrees_with_numpy",
 }
 SIZES = [784, 512, 256, 10]
-BYTES_PER_PARAMETER = {"adam": 28, "rmsprop": 20, "momentum": 20}  # what a step must read and write, float32
-ASKED = {"adam": 1.0, "rmsprop": 2.0, "momentum": 1.0}  # times as fast as PyTorch
+BYTES_PER_PARAMETER = {"adam": 28, "rmsprop": 20, "momentum": 20}  # read and written by a float32 step
+ASKED = {"adam": 1.0, "rmsprop": 2.0, "momentum": 1.0}  # targets, times as fast as PyTorch
 OURS = "gpubatch"
 KERNEL = re.compile(r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(")
 
@@ -78,7 +78,7 @@ Work = Callable[[], Any]
 
 @dataclass
 class Place:
-    """Where it runs: the backend, its name for PyTorch, and how large the work is."""
+    """The device, its name in PyTorch, and the sizes of the work."""
 
     backend: gb.Backend
     torch: str
@@ -94,9 +94,10 @@ class Place:
 
 @dataclass
 class Contender:
-    """One of those who do the same work: ``steps`` of it in a call of ``work``; ``library`` has its clock.
+    """A contender: one call of ``work`` does ``steps`` steps.
 
-    ``execution`` is how gpubatch does it.
+    library: selects the clock
+    execution: how gpubatch runs the steps, such as "captured"
     """
 
     work: Work
@@ -107,11 +108,11 @@ class Contender:
 
 
 def here(rehearse: bool) -> Place:
-    """The GPU, with sizes that fit it; or, for a rehearsal, small ones on whatever there is."""
+    """The GPU, with sizes for its memory; for a rehearsal any device, with small sizes."""
     backend = gb.get_backend("auto" if rehearse else "cuda")
     if rehearse:
         return Place(backend, "cuda" if backend.name == "cuda" else "cpu", 1 << 12, 256, [40, 16, 10], small=True)
-    largest = backend.memory().available // (2 * 5 * 4)  # two contenders, five arrays each at most
+    largest = backend.memory().available // (2 * 5 * 4)  # two contenders, each with at most five arrays
     return Place(backend, "cuda", min(256 * 2**20, 1 << (largest.bit_length() - 1)), 60_000)
 
 
@@ -119,7 +120,7 @@ def here(rehearse: bool) -> Place:
 
 
 def clock(place: Place, library: str) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
-    """What marks a moment on the device, and what gives the seconds between two of them."""
+    """(mark, between): ``mark()`` records a time on the device, ``between(start, stop)`` is in seconds."""
     if place.on_gpu and library == "torch":
         import torch
 
@@ -152,10 +153,10 @@ def clock(place: Place, library: str) -> tuple[Callable[[], Any], Callable[[Any,
 def measure(
     place: Place, contenders: dict[str, Contender], budget: float = 0.15, samples: int = 5, cold: bool = False
 ) -> dict[str, dict[str, float]]:
-    """Seconds a step of each: its median and quartiles over rounds of about ``budget`` seconds.
+    """Seconds per step of each contender: median and quartiles over rounds of about ``budget`` seconds.
 
-    With ``cold`` the L2 cache is written over before every call, and waited for: the time is then that from the call
-    to the end of its work, with what the host needs for it. ``host`` is how long a call keeps the host.
+    With ``cold`` the L2 cache is overwritten before each call. As this is waited for, the time then includes the host's
+    work from the call on. "host" is the time until a call returns.
     """
     flush = flusher(place) if cold else None
     for _ in range(1 if place.small else ROUNDS):
@@ -186,7 +187,7 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 
 def flusher(place: Place) -> Work:
-    """What fills the L2 cache with something else: a write of four times its size, waited for."""
+    """A function that overwrites the L2 cache, by a write of four times its size, and waits for it."""
     size = 1 << 20
     if place.on_gpu:
         runtime = gb.backend.load_cupy().cuda.runtime
@@ -201,7 +202,7 @@ def flusher(place: Place) -> Work:
 
 
 def on_host(place: Place, contender: Contender, seconds: float) -> float:
-    """Seconds a step until the call is back, of so few calls that the device's queue takes them all."""
+    """Seconds per step until a call returns, over few enough calls to fit the device's queue."""
     calls = 1 if place.small else max(1, min(20, int(0.2 / seconds / contender.steps)))
     place.backend.synchronize()
     start = time.perf_counter()
@@ -220,9 +221,10 @@ def race(
     warm: int = WARM,
     **how: Any,
 ) -> dict[str, Any]:
-    """A row of the table. Whoever cannot start is noted as failed, and costs the others nothing.
+    """Time the contenders of one row of the table.
 
-    Whoever returns a loss must return one that is finite.
+    A contender that cannot start is listed as failed, without affecting the others; so is one with a loss that is not
+    finite.
     """
     contenders, failed = dict[str, Contender](), dict[str, str]()
     for name, make in entries.items():
@@ -259,17 +261,17 @@ def in_a_line(error: BaseException) -> str:
 
 @functools.cache
 def why_not(library: str, on_gpu: bool) -> str:
-    """Why a peer has no part in this: it is not installed, or does not see the device. Empty if it has."""
+    """Why a peer cannot take part: it is not installed, or does not see the device. Empty if it can."""
     try:
         if library == "torch":
             import torch
 
             return "" if not on_gpu or torch.cuda.is_available() else "it sees no GPU"
         import jax
-        import optax  # noqa: F401  which is to have a part
+        import optax  # noqa: F401  the contender needs it
 
         return "" if not on_gpu or jax.default_backend() == "gpu" else "it sees no GPU"
-    except Exception as error:  # of whatever kind a broken installation has
+    except Exception as error:  # a broken installation may raise anything
         return in_a_line(error)
 
 
@@ -281,7 +283,7 @@ def has(place: Place, library: str) -> bool:
 
 
 def optimizers(place: Place) -> Iterator[dict[str, Any]]:
-    """A step on one large buffer against PyTorch and a copy's bandwidth; a step on many small arrays."""
+    """Steps on one large buffer, against PyTorch and a copy's bandwidth; steps on many small arrays."""
     n = place.parameters
     kinds: dict[str, Callable[[Any], gb.Optimizer]] = {
         "adam": gb.Adam,
@@ -300,7 +302,7 @@ def optimizers(place: Place) -> Iterator[dict[str, Any]]:
             row["share"] = BYTES_PER_PARAMETER[name] / 8 * seconds["copy"]["median"] / seconds[OURS]["median"]
             row["asked"]["share"] = 0.92
         yield row
-        give_back(place)
+        free_pools(place)
     count = 5 if place.small else 500
     for cold in (True, False):
         entries = {OURS: partial(our_many, place, count)}
@@ -324,7 +326,7 @@ def our_many(place: Place, count: int) -> Contender:
 
 
 def copy(place: Place, n: int) -> Contender:
-    """Eight bytes an element: four are read, four are written."""
+    """A copy: reads four bytes and writes four bytes per element."""
     source, target = (place.backend.zeros(n, "float32") for _ in range(2))
 
     def work() -> None:
@@ -347,8 +349,8 @@ def torch_update(place: Place, name: str, sizes: list[int], **form: bool) -> Con
     return Contender(makers[name](params).step, "torch")
 
 
-def give_back(place: Place) -> None:
-    """What the pools of gpubatch and PyTorch keep, so that the next one has room."""
+def free_pools(place: Place) -> None:
+    """Free the cached memory of gpubatch and PyTorch."""
     place.backend.free_unused()
     if place.on_gpu and "torch" in sys.modules:
         sys.modules["torch"].cuda.empty_cache()
@@ -358,8 +360,8 @@ def give_back(place: Place) -> None:
 
 
 def steps(place: Place) -> Iterator[dict[str, Any]]:
-    """A whole training step of a small network, by batch size: one a launch, and many a launch."""
-    batches = (32,) if place.small else (128, 32, 512, 4096)  # what is asked first, should time run out
+    """Training steps of a small network by batch size, with one and with many steps per launch."""
+    batches = (32,) if place.small else (128, 32, 512, 4096)  # the one with targets first, should time run out
     at_once = 2 if place.small else AT_ONCE
     for batch in batches:
         x, y = samples(place, batch)
@@ -392,9 +394,9 @@ def steps(place: Place) -> Iterator[dict[str, Any]]:
 
 
 def large_batch(place: Place) -> Iterator[dict[str, Any]]:
-    """A batch so large that matrix products are most of the work, in each precision that there is.
+    """Training steps with a batch so large that matrix products dominate, in each precision.
 
-    In mixed precision PyTorch's GradScaler looks at every gradient, and gpubatch, outside of ``fit``, does not.
+    In mixed precision PyTorch's GradScaler checks the gradients; gpubatch does so only in ``fit``.
     """
     batch = 64 if place.small else 16384
     x, y = samples(place, batch)
@@ -402,7 +404,7 @@ def large_batch(place: Place) -> Iterator[dict[str, Any]]:
         entries = {OURS: partial(our_step, place, x, y, precision=precision)}
         if place.on_gpu:
             entries["gpubatch tuned"] = partial(our_step, place, x, y, precision=precision, tune=True)
-        if has(place, "torch") and (place.on_gpu or precision != "mixed"):  # GradScaler is for a GPU
+        if has(place, "torch") and (place.on_gpu or precision != "mixed"):  # GradScaler needs a GPU
             entries["torch eager"] = partial(torch_step, place, x, y, precision=precision)
         asked = {"torch eager": 1.2} if precision == "fast" else {}
         yield race(place, step_of(place, batch) + words, entries, asked)
@@ -426,7 +428,7 @@ def our_step(
     captured: bool = True,
     tune: bool = False,
 ) -> Contender:
-    """As one launch; where it cannot be captured, or with ``captured=False``, eager."""
+    """A training step as one launch; eager if it cannot be captured, or with ``captured=False``."""
 
     def parts() -> tuple[gb.Network, gb.Optimizer, Any, Any]:
         net = gb.mlp(place.sizes, backend=place.backend, precision=precision, tune=tune)
@@ -443,9 +445,9 @@ def our_step(
             with counted(place.backend) as nodes:
                 step = gb.CapturedStep(net, opt, X, Y, steps)
                 step()
-                how = f"captured, nodes in the graph: {nodes[-1:] or 'not known'}"  # after those that tuning timed
+                how = f"captured, nodes in the graph: {nodes[-1:] or 'not known'}"  # tuning makes others before
                 return Contender(step, steps=steps, execution=how + tuned(net))
-        except RuntimeError as error:  # of CuPy: what CUDA refuses to capture
+        except RuntimeError as error:  # CuPy's, if CUDA refuses the capture
             execution = f"eager, since the capture failed: {in_a_line(error)}"
             net, opt, X, Y = parts()
 
@@ -459,7 +461,7 @@ def our_step(
 
 
 def tuned(net: gb.Network) -> str:
-    """What was chosen for its matrix products, in words."""
+    """The algorithms chosen for the network's matrix products, as text."""
     chosen = core_of(net).products.choices().get("algorithms", {}).values()
     copies = sum(choice.startswith(COPY) for choice in chosen)
     return f"; {len(chosen)} matrix products tuned, {copies} with a copy of the weights" if chosen else ""
@@ -467,9 +469,9 @@ def tuned(net: gb.Network) -> str:
 
 @contextlib.contextmanager
 def counted(backend: Any) -> Iterator[list[int]]:
-    """How many nodes the graphs have that are captured inside; nothing where the driver does not tell.
+    """Count the nodes of each graph captured inside; the list stays empty if the driver cannot tell.
 
-    The driver is asked at the end of the capture: not every CuPy keeps the graph once it can be launched.
+    The count is taken before the capture ends: some CuPy versions drop the graph after instantiating it.
     """
     found: list[int] = []
     original = backend.capture
@@ -477,7 +479,7 @@ def counted(backend: Any) -> Iterator[list[int]]:
     def capture(work: Callable[[], None]) -> Any:
         def work_and_count() -> None:
             work()
-            with contextlib.suppress(OSError, AttributeError):  # no such library, no such function
+            with contextlib.suppress(OSError, AttributeError):  # the library or the function is missing
                 driver = ctypes.CDLL("libcuda.so.1")
                 status, number, graph, nodes = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p(), ctypes.c_size_t()
                 state = ctypes.byref(status), ctypes.byref(number), ctypes.byref(graph), None, None
@@ -492,7 +494,7 @@ def counted(backend: Any) -> Iterator[list[int]]:
     try:
         yield found
     finally:
-        del backend.capture  # the class has its own
+        del backend.capture  # uncovers the class's method
 
 
 def torch_network(place: Place) -> Any:
@@ -505,7 +507,7 @@ def torch_network(place: Place) -> Any:
 
 
 def torch_step(place: Place, x: np.ndarray, y: np.ndarray, form: str = "eager", precision: str = "full") -> Contender:
-    """A step of PyTorch: "eager", "compiled" (``reduce-overhead``), or all of it as a CUDA "graph"."""
+    """A step of PyTorch: "eager", "compiled" (``reduce-overhead``), or as one CUDA "graph"."""
     import torch
 
     torch.set_float32_matmul_precision("high" if precision == "fast" else "highest")
@@ -553,7 +555,7 @@ def torch_step(place: Place, x: np.ndarray, y: np.ndarray, form: str = "eager", 
 
 
 def jax_steps(place: Place, x: np.ndarray, y: np.ndarray, count: int) -> Contender:
-    """``count`` steps in one compiled loop, on parameters that are handed on."""
+    """``count`` steps in one compiled loop, with donated parameters."""
     import jax
     import optax
 
@@ -597,7 +599,7 @@ def jax_steps(place: Place, x: np.ndarray, y: np.ndarray, count: int) -> Contend
 
 
 def epochs(place: Place) -> Iterator[dict[str, Any]]:
-    """An epoch of training on bytes that are on the device, batch 128: one of several in a run."""
+    """Epochs of training on uint8 data on the device, batch 128; a run has several epochs."""
     rng = np.random.default_rng(0)
     X = rng.integers(0, 256, (place.samples, place.sizes[0]), np.uint8)
     Y = rng.integers(0, place.sizes[-1], place.samples)
@@ -642,12 +644,12 @@ def torch_epochs(place: Place, X: np.ndarray, Y: np.ndarray) -> Contender:
 
 
 def accuracy(place: Place) -> Iterator[dict[str, Any]]:
-    """From the start of a process to an accuracy, each in processes of its own, in turn."""
+    """Time from process start to an accuracy; libraries take turns, each run in its own process."""
     libraries = [OURS, *(["torch"] if has(place, "torch") else [])]
     runs, target = (1, 0.1) if place.small else (3, 0.98)
     with tempfile.TemporaryDirectory() as folder:
         to_accuracy.write_digits(Path(folder), place.samples, place.samples // 6)
-        if not place.small:  # files are read for the first time
+        if not place.small:  # the first runs read files that are not yet cached
             first = {name: to_accuracy.seconds_to(target, name, Path(folder), place.torch) for name in libraries}
         else:
             first = {}
@@ -666,14 +668,14 @@ def accuracy(place: Place) -> Iterator[dict[str, Any]]:
 
 
 def feeds(place: Place) -> Iterator[dict[str, Any]]:
-    """Batches that go to the device while it computes, and those that are gathered there."""
+    """Batches copied to the device while it computes, and batches gathered on the device."""
     if place.on_gpu:
         yield from feeding.on_gpu(place.small)
 
 
-# --- all of it ----------------------------------------------------------------------------------------------------
+# --- the whole check ----------------------------------------------------------------------------------------------
 
-SECTIONS: dict[str, tuple[Callable[[Place], Iterator[dict[str, Any]]], int]] = {  # with a limit in seconds
+SECTIONS: dict[str, tuple[Callable[[Place], Iterator[dict[str, Any]]], int]] = {  # with a time limit in seconds
     "optimizers": (optimizers, 45),
     "steps": (steps, 90),
     "large batch": (large_batch, 30),
@@ -706,7 +708,7 @@ def environment(place: Place) -> dict[str, Any]:
 
 
 def card() -> dict[str, str]:
-    """What nvidia-smi says of driver, clocks, power and temperature now; nothing is set."""
+    """Driver, clocks, power and temperature as nvidia-smi reports them now."""
     names = ["driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit"]
     where = f"--id={gb.backend.load_cupy().cuda.runtime.deviceGetPCIBusId(0)}"
     query = ["nvidia-smi", where, f"--query-gpu={','.join([*names, 'temperature.gpu'])}", "--format=csv,noheader"]
@@ -719,7 +721,7 @@ def card() -> dict[str, str]:
 
 
 def sources() -> list[str]:
-    """Every CUDA source that the tables of the tests have: those of gpubatch, and all that the benchmarks need."""
+    """All CUDA sources in the tests' tables: gpubatch's own, and all that the benchmarks need."""
     sys.path.insert(0, str(ROOT / "tests"))
     import kernel_report
 
@@ -727,14 +729,14 @@ def sources() -> list[str]:
 
 
 def compiled(place: Place) -> Iterator[dict[str, Any]]:
-    """The sources, compiled by CuPy into its cache: NVRTC needs no lock of Python, so as many at a time as CPUs."""
+    """Compile the sources into CuPy's cache, in as many threads as CPUs: NVRTC runs without Python's lock."""
     texts = sources()[:: 40 if place.small else 1]
     start = time.perf_counter()
 
     def one(text: str) -> str:
         try:
             place.backend.compile(text, KERNEL.search(text)[1])
-        except Exception as error:  # what CuPy says of a source; the tests will say more
+        except Exception as error:  # CuPy's message; the tests will say more
             return in_a_line(error)
         return ""
 
@@ -744,7 +746,7 @@ def compiled(place: Place) -> Iterator[dict[str, Any]]:
 
 
 def peers(place: Place) -> Iterator[dict[str, str]]:
-    """Which peers have no part in this, and why: in a process of its own, since JAX takes the device."""
+    """The peers that cannot take part, and why; runs in its own process, because JAX allocates the device's memory."""
     yield {name: why for name in ("torch", "jax") if (why := why_not(name, place.on_gpu))}
 
 
@@ -752,7 +754,7 @@ BEFORE = {"peers": peers, "sources": compiled}
 
 
 def tests(seconds: float, *which: str) -> dict[str, Any]:
-    """``pytest -m gpu`` of what ``which`` names: what passed, failed and was skipped, as far as it came."""
+    """Run ``pytest -m gpu`` on ``which``: the outcomes of the tests that ran within the time limit."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--no-header", "-p", "no:cacheprovider"]
     output, wrong = run_within([*command, *which], seconds, ROOT)
     print("\n".join(output.splitlines()[-40:]), flush=True)
@@ -760,7 +762,7 @@ def tests(seconds: float, *which: str) -> dict[str, Any]:
 
 
 def judged(output: str, wrong: str) -> dict[str, Any]:
-    """What the lines of ``pytest -v`` say; ``wrong`` is empty if it ended well."""
+    """Parse the output of ``pytest -v``; ``wrong`` is empty if pytest succeeded."""
     form = r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)( |$)"  # a test's parameters may have spaces
     outcomes = {test: outcome.lower() for test, outcome, _ in re.findall(form, output, re.MULTILINE)}
     of_parity = {
@@ -781,11 +783,11 @@ def count(outcomes: list[str]) -> dict[str, int]:
 
 
 def run_within(command: list[str], seconds: float, folder: Path | None = None) -> tuple[str, str]:
-    """What a command printed within its time, and what went wrong with its last words; it leaves no processes."""
-    # A worker of pytest-xdist that rehearses the check would switch its benchmarks off.
+    """Run a command with a time limit: its output, and the error, if any; all its processes are killed at the end."""
+    # In a worker of pytest-xdist, these variables would disable the benchmarks of a rehearsal.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
-    environment["GPUBATCH_EXPECT"] = "gpu"  # a test that skips for want of it fails
+    environment["GPUBATCH_EXPECT"] = "gpu"  # tests that would skip without a GPU then fail
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         where = {"stdout": out, "stderr": errors, "cwd": folder, "env": environment, "start_new_session": True}
         process = subprocess.Popen(command, **where)
@@ -795,7 +797,7 @@ def run_within(command: list[str], seconds: float, folder: Path | None = None) -
         except subprocess.TimeoutExpired:
             wrong = f"not done after {seconds:.0f} s"
         finally:
-            with contextlib.suppress(ProcessLookupError):  # torch.compile has workers, and they may be left
+            with contextlib.suppress(ProcessLookupError):  # torch.compile may leave workers
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         out.seek(0)
@@ -804,7 +806,7 @@ def run_within(command: list[str], seconds: float, folder: Path | None = None) -
 
 
 def section(name: str, rehearse: bool, seconds: float) -> tuple[list[dict[str, Any]], str]:
-    """The rows of a section, as many as came within its time, and what went wrong."""
+    """Run a section: its rows within the time limit, and the error, if any."""
     command = [sys.executable, __file__, "--section", name, *(["--rehearse"] if rehearse else [])]
     output, wrong = run_within(command, seconds)
     lines = output.splitlines()
@@ -812,7 +814,7 @@ def section(name: str, rehearse: bool, seconds: float) -> tuple[list[dict[str, A
 
 
 def kernel_times(out: Path, rehearse: bool, seconds: float) -> str:
-    """Every kernel of the core on the device, as pytest-benchmark measures it, to ``out``; report.py shows it."""
+    """Time all kernels of the core with pytest-benchmark into ``out``, for report.py; return the error, if any."""
     command = [sys.executable, "-m", "pytest", "bench/bench_kernels.py", "-m", "gpu", "-q", "--benchmark-enable"]
     limited = [*command, "--benchmark-max-time=0.2", f"--benchmark-json={out}"]
     _, wrong = run_within([*limited, "-k", "move"] if rehearse else limited, seconds, ROOT)
@@ -820,7 +822,7 @@ def kernel_times(out: Path, rehearse: bool, seconds: float) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: each row beside its peers, median (and quartiles), with what is asked and whether it is met."""
+    """Markdown: each row with its peers, medians (and quartiles), targets, and whether they are met."""
     lines = ["| work | gpubatch | beside | ratio | asked |", "|:--|--:|:--|--:|--:|"]
     for row in rows:
         seconds, work = row["seconds"], row["work"]
@@ -858,7 +860,7 @@ def verdict(found: float, asked: float | None, form: str) -> str:
 
 
 class Results:
-    """What is known so far, in files that are whole at every moment."""
+    """The results so far, in files that are complete at any time."""
 
     def __init__(self, about: dict[str, Any], folder: Path, patience: int = 1) -> None:
         self.found: dict[str, Any] = {**about, "complete": False, "parts": {}, "rows": [], "wrong": {}}
@@ -867,12 +869,12 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
 
     def left(self, limit: float = math.inf) -> float:
-        """Seconds for a part that may take ``limit``; with ``patience`` so many times as long."""
+        """The seconds left for a part with the time limit ``limit``; ``patience`` multiplies all limits."""
         return max(1.0, min(self.patience * limit, self.patience * WHOLE - (time.monotonic() - self.started)))
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[dict[str, Any]]:
-        """A part of it; what it puts into the dictionary is written as it ends."""
+        """Run a part; the content of the dictionary is saved when it ends."""
         start, result = time.monotonic(), dict[str, Any]()
         yield result
         if result.get("wrong"):
@@ -889,14 +891,14 @@ class Results:
 
     @property
     def good(self) -> bool:
-        """Nothing of gpubatch failed; that a peer did is told in the table."""
+        """Whether nothing of gpubatch failed; the table lists failures of peers."""
         ours = any(OURS in contender for row in self.found["rows"] for contender in row.get("failed", {}))
         tests = all(part.get("passed", True) for part in self.found["parts"].values())
         return not self.found["wrong"] and not ours and tests
 
 
 def run(place: Place, results: Results, rehearse: bool) -> None:
-    """All parts: what is compiled, parity, speed, and the rest of the tests with what is left of the time."""
+    """Run all parts: compilation, parity, timings, then the other tests in the time left."""
     few = ["-k", "float32-l2_loss or float32-sgd"] if rehearse else []
     if place.on_gpu:
         with results.part("peers") as part:
@@ -925,14 +927,14 @@ def run(place: Place, results: Results, rehearse: bool) -> None:
 
 
 def main() -> int:
-    """Run everything; exit code 1 if a test or a section failed or there is no device."""
+    """Run the check; exit code 1 if a test or a section failed or there is no device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the results")
-    parser.add_argument("--allow-missing", action="store_true", help="exit with 0 where there is no GPU")
-    parser.add_argument("--rehearse", action="store_true", help="small, on the device or the CPU; needs --out")
+    parser.add_argument("--allow-missing", action="store_true", help="exit with 0 if there is no GPU")
+    parser.add_argument("--rehearse", action="store_true", help="small sizes, on the device or the CPU; needs --out")
     parser.add_argument("--section", choices=[*SECTIONS, *BEFORE], help=argparse.SUPPRESS)
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end what was started
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # kills child processes on the way
     try:
         place = here(given.rehearse)
     except gb.BackendUnavailableError as error:
@@ -945,7 +947,7 @@ def main() -> int:
                 print(json.dumps(row), flush=True)
         return 0
     if given.rehearse and given.out == parser.get_default("out"):
-        parser.error("--rehearse measures nothing that is to be kept: say where to with --out")
+        parser.error("--rehearse needs --out: its results must not go to the default folder")
     results = Results(environment(place), given.out, patience=20 if given.rehearse else 1)
     print(json.dumps(results.found, indent=1), flush=True)
     run(place, results, given.rehearse)

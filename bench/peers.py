@@ -1,10 +1,9 @@
-"""gpubatch beside other libraries on the same work, CPU and float32: ``python bench/peers.py [--out FILE]``.
+"""Compare gpubatch with other libraries on the same work, CPU and float32: ``python bench/peers.py [--out FILE]``.
 
-Every contender runs in a process of its own, in turn, several rounds, all on the same ``--threads`` cores with as many
-threads. A line says what one of them takes and its ratio to gpubatch, round by round: above 1 gpubatch is faster. The
-lines of bounds ("copy loop", "matrix products", "conversion loop", "plain copy") do only the part that cannot be
-saved, so there the ratio is the share of the bound that gpubatch reaches. A library that is not installed is skipped
-with a note.
+Contenders take turns for several rounds, each in its own process, all on the same ``--threads`` cores with as many
+threads. A row has a contender's time and its ratio to gpubatch's, over the rounds; above 1 gpubatch is faster. Bounds
+("copy loop", "matrix products", "conversion loop", "plain copy") do only the unavoidable part of the work, so their
+ratio is the share of the bound that gpubatch reaches. Libraries that are not installed are skipped with a note.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ from typing import Any
 import numpy as np
 from first_run import processor
 
-Step = Callable[[], Any]  # what it returns must be what gpubatch's returns, see ``result_of``; None is not compared
+Step = Callable[[], Any]  # its result must equal gpubatch's, see ``result_of``; None is not compared
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("numpy", "torch", "jax", "jaxlib", "optax", "scikit-learn")
-TOLERANCE = 1e-4  # relative, of what steps return
+TOLERANCE = 1e-4  # relative, of the results of steps
 
 
 class SkippedError(Exception):
-    """A contender that cannot run here, and why."""
+    """A contender cannot run here; the message says why."""
 
 
 # --- optimizers ----------------------------------------------------------------------------------------------------
@@ -50,13 +49,13 @@ GRADIENT = 0.01
 
 
 def gpubatch_optimizer(name: str, sizes: Sequence[int]) -> Step:
-    """A step of gpubatch: on one flat buffer, or on arrays that lie apart."""
+    """A step of gpubatch on one flat buffer, or on separate arrays."""
     import gpubatch as gb
 
     makers: dict[str, Callable[[Any], gb.Optimizer]] = {
         "adam": lambda params: gb.Adam(params, lr=LR),
         "rmsprop": lambda params: gb.RMSProp(params, lr=LR, rho=RHO, eps=EPS),
-        "momentum": lambda params: gb.HeavyBall(params, lr=LR, mu=MU),  # PyTorch's form of it
+        "momentum": lambda params: gb.HeavyBall(params, lr=LR, mu=MU),  # PyTorch's form
     }
     if len(sizes) == 1:
         params = gb.Parameters({"w": (sizes[0],)}, "cpu")
@@ -97,7 +96,7 @@ def torch_optimizer(name: str, sizes: Sequence[int], **form: bool) -> Step:
 
 
 def jax_adam(n: int) -> Step:
-    """Adam of optax, compiled, in the buffers that it is given."""
+    """optax's Adam, compiled, with donated buffers."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -121,7 +120,7 @@ def jax_adam(n: int) -> Step:
 
 
 def numpy_update(w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, t: int, lr: float) -> None:
-    """Adam as one writes it in NumPy, one pass over whole arrays after another."""
+    """Adam as usually written in NumPy, in passes over whole arrays."""
     m *= 0.9
     m += (1 - 0.9) * g
     v *= 0.999
@@ -145,7 +144,7 @@ def numpy_adam(n: int) -> Step:
 # --- training steps ------------------------------------------------------------------------------------------------
 
 SIZES = (784, 512, 256, 10)
-TRAINING_LR = 1e-5  # so small that thousands of steps on one batch leave gradients of a usual size
+TRAINING_LR = 1e-5  # small enough that gradients keep their usual size over thousands of steps on one batch
 
 
 def batch_of(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -155,7 +154,7 @@ def batch_of(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def initial_layers() -> list[tuple[np.ndarray, np.ndarray]]:
-    """The weights and biases that every contender starts from."""
+    """The initial weights and biases of all contenders."""
     rng = np.random.default_rng(1)
     return [
         (rng.standard_normal((a, b), np.float32) * np.float32(math.sqrt(2 / a)), np.zeros(b, np.float32))
@@ -164,7 +163,7 @@ def initial_layers() -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def gpubatch_training(n: int) -> Step:
-    """Forward, backward and update of gpubatch."""
+    """gpubatch's forward, backward and update."""
     import gpubatch as gb
 
     x, y = batch_of(n)
@@ -182,7 +181,7 @@ def gpubatch_training(n: int) -> Step:
 
 
 def torch_training(n: int) -> Step:
-    """The same of PyTorch, eager, with its fused Adam."""
+    """The same in eager PyTorch with its fused Adam."""
     import torch
 
     x, y = map(torch.tensor, batch_of(n))
@@ -207,7 +206,7 @@ def torch_training(n: int) -> Step:
 
 
 def jax_training(n: int) -> Step:
-    """The same of JAX and optax, the whole step compiled, parameters and state updated in their buffers."""
+    """The same in JAX and optax: the whole step compiled, with donated buffers."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -247,9 +246,9 @@ def sklearn_training(n: int) -> Step:
     model = MLPClassifier(
         SIZES[1:-1], solver="adam", alpha=0, batch_size=n, learning_rate_init=TRAINING_LR, shuffle=False, random_state=0
     )
-    model.partial_fit(x, y, classes=np.arange(SIZES[-1]))  # makes layers and an optimizer, and a step
+    model.partial_fit(x, y, classes=np.arange(SIZES[-1]))  # creates layers and optimizer, and runs a step
     model.coefs_, model.intercepts_ = map(list, zip(*initial_layers(), strict=True))
-    del model._optimizer  # the next step makes another one, for these layers
+    del model._optimizer  # the next step creates a new one, for these layers
 
     def step() -> Any:
         model.partial_fit(x, y)
@@ -259,7 +258,7 @@ def sklearn_training(n: int) -> Step:
 
 
 def numpy_training(n: int) -> Step:
-    """The same in plain NumPy, as one writes it."""
+    """The same as usually written in NumPy."""
     x, y = batch_of(n)
     layers, rows = initial_layers(), np.arange(n)
     states = [[(np.zeros_like(p), np.zeros_like(p)) for p in layer] for layer in layers]
@@ -289,7 +288,7 @@ def numpy_training(n: int) -> Step:
 
 
 def matrix_products(n: int) -> Step:
-    """The step's eight matrix products alone, through NumPy: a bound for whoever multiplies with its BLAS."""
+    """Only the step's eight matrix products, in NumPy: a bound for all contenders that use its BLAS."""
     rng = np.random.default_rng(0)
     x = [rng.random((n, width), np.float32) for width in SIZES]
     dx = [rng.random((n, width), np.float32) for width in SIZES]
@@ -313,7 +312,7 @@ SAMPLES, FEATURES, BATCH = 60_000, 784, 256
 
 
 def images() -> tuple[np.ndarray, np.ndarray]:
-    """Bytes and labels of the shape of MNIST. Images are one image, shifted: the mean of a batch is always the same."""
+    """Images and labels of MNIST's shape. All images are shifts of one image, so the mean of any batch is the same."""
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, FEATURES, np.uint8)
     shifted = np.lib.stride_tricks.sliding_window_view(np.tile(image, 2), FEATURES)
@@ -335,7 +334,7 @@ def gpubatch_epoch() -> Step:
 
 
 def torch_epoch(batched: bool) -> Step:
-    """The same of PyTorch: as its tutorials do it, or ``batched``, taking a batch out of the tensors by one index."""
+    """The same in PyTorch: as in its tutorials, or ``batched``, with one indexing operation per batch."""
     import torch
     from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
@@ -379,7 +378,7 @@ def numpy_epoch() -> Step:
 BOUNDS = """
 #include <omp.h>
 
-// What a step of Adam reads and writes: four arrays in, three out.
+// The reads and writes of a step of Adam: four arrays in, three out.
 extern "C" void copy_loop(float* w, const float* g, float* m, float* v, long n) {
 #pragma omp parallel for simd schedule(static)
     for (long i = 0; i < n; ++i) {
@@ -389,7 +388,7 @@ extern "C" void copy_loop(float* w, const float* g, float* m, float* v, long n) 
     }
 }
 
-// Batch after batch in order, into a batch's buffer for each thread.
+// Convert batches in order; each thread has a buffer for one batch.
 extern "C" void conversion_loop(const unsigned char* x, float* buffers, long n, long batch, float scale) {
 #pragma omp parallel
     {
@@ -406,7 +405,7 @@ extern "C" void conversion_loop(const unsigned char* x, float* buffers, long n, 
 
 
 def compiled_bounds() -> ctypes.CDLL:
-    """The loops above, for this processor."""
+    """Compile the loops above for this processor."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         raise SkippedError("no C++ compiler")
@@ -421,7 +420,7 @@ def compiled_bounds() -> ctypes.CDLL:
 
 
 def copy_loop(n: int) -> Step:
-    """The bound of memory for Adam: the same 28 bytes a parameter, hardly any arithmetic."""
+    """Adam's memory bound: the same 28 bytes per parameter, hardly any arithmetic."""
     loop = compiled_bounds().copy_loop
     array = np.ctypeslib.ndpointer(np.float32)
     loop.argtypes, loop.restype = [array, array, array, array, ctypes.c_long], None
@@ -431,7 +430,7 @@ def copy_loop(n: int) -> Step:
 
 
 def plain_copy() -> Step:
-    """The same batches as new arrays, in order, from one that is converted already."""
+    """Copy the same batches in order from a converted array."""
     X, Y = images()
     converted = X.astype(np.float32)
 
@@ -444,7 +443,7 @@ def plain_copy() -> Step:
 
 
 def conversion_loop() -> Step:
-    """The bound of memory for an epoch: the same bytes converted in order, no labels."""
+    """An epoch's memory bound: convert the same bytes in order, without labels."""
     loop = compiled_bounds().conversion_loop
     loop.argtypes = [np.ctypeslib.ndpointer(t) for t in (np.uint8, np.float32)] + [ctypes.c_long] * 2 + [ctypes.c_float]
     loop.restype = None
@@ -453,7 +452,7 @@ def conversion_loop() -> Step:
     return lambda: loop(X, buffers, X.size, BATCH * FEATURES, 1 / 255)
 
 
-# --- what is compared ----------------------------------------------------------------------------------------------
+# --- the work ------------------------------------------------------------------------------------------------------
 
 THOUSAND, MILLION = 10**3, 10**6
 SIZE_NAMES = {10 * THOUSAND: "10 thousand", 100 * THOUSAND: "100 thousand"}
@@ -473,7 +472,7 @@ def adam(n: int) -> dict[str, Callable[[], Step]]:
 
 
 def other_optimizer(name: str, n: int, *forms: str) -> dict[str, Callable[[], Step]]:
-    """Contenders for another optimizer on one flat array; ``forms`` are those that PyTorch has."""
+    """Contenders for another optimizer on one flat array; ``forms`` are PyTorch's."""
     return {"gpubatch": partial(gpubatch_optimizer, name, [n])} | {
         f"PyTorch {form}": partial(torch_optimizer, name, [n], **{form: True}) for form in forms
     }
@@ -524,14 +523,14 @@ def available_cores() -> int:
 
 
 def result_of(step: Step) -> float | None:
-    """A number by which contenders that do the same work can be told: the last one of what the third call returns."""
+    """The last number in the third call's result, equal for contenders that do the same work."""
     for _ in range(3):
         value = step()
     return None if value is None else float(np.asarray(value).reshape(-1)[-1])
 
 
 def median_seconds(step: Step, budget: float) -> float:
-    """The median time of a call, over as many as fit in ``budget`` seconds and at least three."""
+    """The median time of a call, over ``budget`` seconds but at least three calls."""
     times: list[float] = []
     end = time.perf_counter() + budget
     while len(times) < 3 or time.perf_counter() < end:
@@ -542,7 +541,7 @@ def median_seconds(step: Step, budget: float) -> float:
 
 
 def time_here(work: str, contender: str, budget: float) -> dict[str, Any]:
-    """Warm up and time one contender in this process: ``seconds`` and ``result``, or why it was ``skipped``."""
+    """Warm up and time a contender in this process: ``seconds`` and ``result``, or the reason in ``skipped``."""
     try:
         step = WORK[work][contender]()
     except ModuleNotFoundError as error:
@@ -554,7 +553,7 @@ def time_here(work: str, contender: str, budget: float) -> dict[str, Any]:
 
 
 def time_apart(work: str, contender: str, budget: float) -> dict[str, Any]:
-    """:func:`time_here` in a process of its own."""
+    """Run :func:`time_here` in a child process."""
     command = [sys.executable, __file__, "--one", work, contender, "--budget", str(budget)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -564,7 +563,7 @@ def time_apart(work: str, contender: str, budget: float) -> dict[str, Any]:
 
 
 def compare(work: str, peers: list[str], rounds: int, budget: float) -> list[dict[str, Any]]:
-    """gpubatch and ``peers`` in turn: a row for each of them."""
+    """Run gpubatch and ``peers`` in turn; return a row for each peer."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("gpubatch", *peers)}
     for _ in range(rounds):
         for name in list(runs):
@@ -579,10 +578,10 @@ def compare(work: str, peers: list[str], rounds: int, budget: float) -> list[dic
 
 
 def row_of(work: str, peer: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the rounds of a peer and of gpubatch give, printed and as it is stored."""
+    """Check the result of a peer, then print and return its row."""
     expected, result = ours[0]["result"], theirs[0]["result"]
     if result is not None and not math.isclose(result, expected, rel_tol=TOLERANCE):
-        sys.exit(f"{peer} does other work than gpubatch at {work}: it returns {result}, gpubatch {expected}")
+        sys.exit(f"{work}: {peer} must return gpubatch's result {expected}, got {result}")
     ratios = [b["seconds"] / a["seconds"] for a, b in zip(ours, theirs, strict=True)]
     row = {
         "work": work,
@@ -601,7 +600,7 @@ def row_of(work: str, peer: str, ours: list[dict[str, Any]], theirs: list[dict[s
 
 
 def conditions(threads: int, rounds: int) -> dict[str, Any]:
-    """Machine, versions, and how it was measured."""
+    """Machine, versions, threads and rounds."""
     import gpubatch as gb
     from gpubatch.ops import host_library
 
@@ -624,31 +623,31 @@ def conditions(threads: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def share_out(threads: int) -> None:
-    """Keep this process and those that it starts to ``threads`` cores, with as many threads of each library."""
+def limit_threads(threads: int) -> None:
+    """Limit this process and its children to ``threads`` cores, and each library to as many threads."""
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])  # XLA's threads follow this alone
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])  # the only limit that XLA obeys
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def main() -> None:
-    """Compare everything, or with ``--one`` time one contender."""
+    """Run all comparisons; with ``--one`` time one contender."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--budget", type=float, default=0.7, help="seconds of each contender in each round")
-    parser.add_argument("--only", default="", help="only work whose name has this in it")
-    parser.add_argument("--peers", default="", help="only peers whose names begin so: PyTorch,JAX")
-    parser.add_argument("--out", type=Path, help="file for the results, JSON")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds")
+    parser.add_argument("--threads", type=int, default=2, help="number of cores and of threads")
+    parser.add_argument("--budget", type=float, default=0.7, help="seconds per contender and round")
+    parser.add_argument("--only", default="", help="only work with this text in its name")
+    parser.add_argument("--peers", default="", help="only peers with these prefixes, such as PyTorch,JAX")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(time_here(*arguments.one, arguments.budget)))
         return
     if not 1 <= arguments.threads <= available_cores():
-        parser.error(f"--threads must be from 1 to {available_cores()}, the cores there are, got {arguments.threads}")
-    share_out(arguments.threads)
+        parser.error(f"--threads must be from 1 to {available_cores()} (available cores), got {arguments.threads}")
+    limit_threads(arguments.threads)
     wanted = tuple(arguments.peers.split(","))
     chosen = {
         work: peers

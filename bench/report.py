@@ -1,10 +1,10 @@
-"""Turn the JSON of pytest-benchmark into tables and a picture.
+"""Convert the JSON of pytest-benchmark to tables and a figure.
 
     pytest bench --benchmark-enable --benchmark-json run.json
     python bench/report.py run.json --plot run.png
 
-Every benchmark function is one table: what is counted (batch size, parameters) in rows, backends and whatever else is
-compared in columns. Several files, of several machines say, stand side by side.
+Each benchmark function has one table: rows by size (batch size, number of parameters), columns by backend and other
+parameters. Several files, for example from several machines, have their columns side by side.
 """
 
 from __future__ import annotations
@@ -19,9 +19,14 @@ from typing import Any, NamedTuple
 
 
 class Measurement(NamedTuple):
-    """One benchmark: its function, the number that its row stands for, its column, seconds (median and quartiles).
+    """One benchmark.
 
-    ``units`` is how many samples or parameters the time is for.
+    function: its name
+    counted: the parameter that numbers the rows, such as "batch"
+    row: the value of that parameter
+    column: the other parameters
+    units: the number of samples or parameters processed
+    median, low, high: seconds, median and quartiles
     """
 
     function: str
@@ -35,7 +40,7 @@ class Measurement(NamedTuple):
 
 
 def read(path: Path) -> tuple[list[Measurement], str]:
-    """The measurements in a file, and the conditions under which they were made."""
+    """The measurements in a file, and their conditions (machine, versions, date)."""
     data = json.loads(path.read_text())
     if "benchmarks" not in data:
         raise SystemExit(f"{path}: expected the JSON of pytest-benchmark, found no 'benchmarks'")
@@ -48,7 +53,7 @@ def read(path: Path) -> tuple[list[Measurement], str]:
 
 
 def measurement(entry: dict[str, Any]) -> Measurement | None:
-    """What an entry says; None for a benchmark that counts nothing."""
+    """The measurement in an entry; None for a benchmark without an integer parameter."""
     params = dict(entry.get("params") or {})
     counted = next((name for name, value in params.items() if isinstance(value, int)), None)
     if counted is None:
@@ -62,7 +67,7 @@ def measurement(entry: dict[str, Any]) -> Measurement | None:
 
 
 def tables(found: Iterable[Measurement]) -> Iterable[str]:
-    """Markdown, one table for each function; cells are medians, and time for one of what is counted."""
+    """Markdown tables, one for each function; cells are medians, and times per sample or parameter."""
     for function, group in itertools.groupby(sorted(found, key=lambda m: m.function), key=lambda m: m.function):
         entries = list(group)
         columns = list(dict.fromkeys(m.column for m in entries))
@@ -83,12 +88,12 @@ def tables(found: Iterable[Measurement]) -> Iterable[str]:
 
 
 def per_one(m: Measurement) -> str:
-    """What the second number of a cell is for."""
+    """The unit of a cell's second number."""
     return {"batch": "sample", "size": "parameter"}.get(m.counted, m.counted)
 
 
 def seconds(value: float) -> str:
-    """A time with its unit, to three digits."""
+    """A time with its unit, in three digits."""
     for unit, factor in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
         if value * factor >= 1:
             return f"{value * factor:.3g} {unit}"
@@ -96,7 +101,7 @@ def seconds(value: float) -> str:
 
 
 def draw(found: list[Measurement], path: Path, conditions: list[str]) -> None:
-    """One panel for each function: time by what is counted, both logarithmic, quartiles shaded."""
+    """Plot a panel for each function: time by size, both logarithmic, quartiles shaded."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -130,10 +135,10 @@ def draw(found: list[Measurement], path: Path, conditions: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the tables, and draw them if asked to."""
-    parser = argparse.ArgumentParser(description="Tables and a picture from the JSON of pytest-benchmark.")
-    parser.add_argument("files", nargs="+", type=Path, help="written with --benchmark-json or --benchmark-save")
-    parser.add_argument("--plot", type=Path, help="a .png, .pdf or .svg")
+    """Print the tables; with ``--plot`` draw them."""
+    parser = argparse.ArgumentParser(description="Tables and a figure from the JSON of pytest-benchmark.")
+    parser.add_argument("files", nargs="+", type=Path, help="files of --benchmark-json or --benchmark-save")
+    parser.add_argument("--plot", type=Path, help="file for the figure: .png, .pdf or .svg")
     options = parser.parse_args(arguments)
     found: list[Measurement] = []
     conditions = []
@@ -144,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
         found += some
         conditions.append(words)
     if not found:
-        raise SystemExit("no benchmark in these files has a parameter that counts something")
+        raise SystemExit("no benchmark in these files has an integer parameter")
     sys.stdout.write("\n".join([*conditions, "", *tables(found)]))
     if options.plot is not None:
         draw(found, options.plot, conditions)

@@ -1,8 +1,8 @@
-"""From the start of a process to an accuracy: ``python bench/to_accuracy.py gpubatch|torch FOLDER DEVICE TARGET``.
+"""Time from process start to an accuracy: ``python bench/to_accuracy.py gpubatch|torch FOLDER DEVICE TARGET``.
 
-What a script costs that is run anew: imports, the device, kernels, data, and epochs until what was held out is
-recognised so often. Bytes lie on the device, batches of 128 are gathered there, Adam trains a 784-512-256-10 network,
-and after every epoch it is tried on what was held out. gpu_check.py has it run, and has its folder of digits.
+The time covers imports, starting the device, loading kernels and data, and epochs until the accuracy on held-out data
+reaches the target. The data is uint8 on the device; batches of 128 are gathered there, Adam trains a 784-512-256-10
+network, and each epoch ends with an evaluation. gpu_check.py writes the folder and runs this file.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ sys.path.insert(0, str(ROOT))  # the checkout that this file belongs to, install
 SIZES = [784, 512, 256, 10]
 BATCH = 128
 MOST = 40  # epochs
-REACH = 2  # pixels that a digit is moved at most
+REACH = 2  # largest shift of a digit, in pixels
 
 Digits = tuple[np.ndarray, np.ndarray]
 
 
 class Run(NamedTuple):
-    """A run that reached the accuracy: seconds since its process began, and how."""
+    """A run that reached the accuracy; ``seconds`` are since the start of its process."""
 
     seconds: float
     epochs: int
@@ -38,11 +38,11 @@ class Run(NamedTuple):
 
 
 def write_digits(folder: Path, train: int, test: int) -> None:
-    """So many images to train on and to test with, no two alike.
+    """Write ``train`` images for training and ``test`` for testing, all different.
 
-    Each is one of the 10,000 digits that come with gpubatch, moved by up to REACH pixels down and across. The same
-    digit, moved otherwise, may be in both parts, so the accuracy is not one to compare with MNIST's; of 60,000 it takes
-    some ten epochs to 98 %.
+    Each is one of the 10,000 bundled digits, shifted by up to REACH pixels in both directions. Both parts may have the
+    same digit with different shifts, so the accuracy is not comparable with MNIST's. 60,000 images need about ten
+    epochs to 98 %.
     """
     import gpubatch as gb
 
@@ -62,7 +62,7 @@ def write_digits(folder: Path, train: int, test: int) -> None:
 
 
 def seconds_to(target: float, library: str, folder: Path, device: str) -> Run:
-    """A run in a new process; its seconds are those until it says that it is there."""
+    """Start a run in a new process, and time it until it reports the accuracy."""
     start = time.perf_counter()
     command = [sys.executable, __file__, library, str(folder), device, str(target)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -78,7 +78,7 @@ def seconds_to(target: float, library: str, folder: Path, device: str) -> Run:
 
 
 def by_gpubatch(train: Digits, test: Digits, device: str, target: float) -> dict[str, Any]:
-    """``fit`` as it stands."""
+    """``fit`` with its defaults."""
     import gpubatch as gb
 
     backend = gb.get_backend(device)
@@ -95,7 +95,7 @@ def by_gpubatch(train: Digits, test: Digits, device: str, target: float) -> dict
 
 
 def by_torch(train: Digits, test: Digits, device: str, target: float) -> dict[str, Any]:
-    """Eager: to compile takes longer than to train. First weights as gpubatch draws them."""
+    """Eager, because compiling takes longer than training; weights are initialised as gpubatch does."""
     import torch
 
     layers: list[Any] = []
@@ -122,7 +122,7 @@ def by_torch(train: Digits, test: Digits, device: str, target: float) -> dict[st
 
 
 def main() -> int:
-    """Train, and print what was reached; exit code 1 if it is too little."""
+    """Train and print the result; exit code 1 if the accuracy is below the target."""
     library, folder, device, target = sys.argv[1:]
     parts = (("train_x", "train_y"), ("test_x", "test_y"))
     train, test = (tuple(np.load(Path(folder) / f"{name}.npy") for name in names) for names in parts)

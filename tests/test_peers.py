@@ -54,7 +54,7 @@ def test_the_copy_loop_runs() -> None:
 
 def run(monkeypatch: pytest.MonkeyPatch, times: dict[str, list[dict[str, Any]]], *arguments: Any) -> None:
     monkeypatch.setattr(peers, "time_apart", lambda work, contender, budget: times[contender].pop(0))
-    monkeypatch.setattr(peers, "share_out", lambda threads: None)
+    monkeypatch.setattr(peers, "limit_threads", lambda threads: None)
     monkeypatch.setattr(
         sys, "argv", ["peers.py", "--only", "Adam, 10 thousand", "--threads", "1", *map(str, arguments)]
     )
@@ -92,9 +92,7 @@ def test_only_the_chosen_peers_run(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_a_peer_with_another_result_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"gpubatch": timed(1.0), "NumPy": timed(1.0, result=1.001)}
-    with pytest.raises(
-        SystemExit, match=r"NumPy does other work than gpubatch at Adam, 10 thousand: it returns 1\.001"
-    ):
+    with pytest.raises(SystemExit, match=r"Adam, 10 thousand: NumPy must return gpubatch's result .*, got 1\.001"):
         run(monkeypatch, times, "--rounds", 1, "--peers", "NumPy")
 
 
