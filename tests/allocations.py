@@ -1,4 +1,4 @@
-"""NumPy's allocations, counted, and one of them refused: a handler of memory (NEP 49) in a few lines of C."""
+"""Count NumPy's allocations and refuse a chosen one, by a memory handler (NEP 49) in C."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _handler() -> Any:
 
 
 class Refusal:
-    """Of allocations of ``least`` bytes and more, how many there were since ``refuse``, and which one fails."""
+    """Counts allocations of at least ``least`` bytes since ``refuse``, and selects the one that fails."""
 
     def __init__(self, least: int) -> None:
         ctypes.c_size_t.in_dll(_library(), "least").value = least
@@ -85,13 +85,13 @@ class Refusal:
         return self._count.value
 
     def refuse(self, number: int) -> None:
-        """Refuse allocation ``number`` from here on, counted from 1; 0 refuses none."""
+        """Reset the count, and refuse allocation ``number``, counted from 1; 0 refuses none."""
         self._count.value, self._refused.value = 0, number
 
 
 @contextlib.contextmanager
 def refusing(least: int = 0) -> Iterator[Refusal]:
-    """NumPy's allocations of this thread go through a handler that can refuse one."""
+    """Route this thread's NumPy allocations through a handler that can refuse one."""
     before = _set_handler()(_handler())
     found = Refusal(least)
     try:

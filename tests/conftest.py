@@ -1,4 +1,4 @@
-"""Fixtures that every test shares: backends, dtypes, and a generator seeded by the test's own name."""
+"""Shared fixtures: backends, dtypes, and a random generator seeded by the test's name."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 
 @pytest.fixture
 def tolerance(dtype: np.dtype) -> dict[str, float]:
-    """For results of a few hundred roundings; a GPU contracts a*b + c and flushes denormals."""
+    """Tolerances for results of a few hundred roundings; a GPU contracts a*b + c and flushes denormals."""
     return {"rtol": 64 * float(np.finfo(dtype).eps), "atol": 64 * float(np.finfo(dtype).eps)}
 
 
 @pytest.fixture(autouse=True)
 def small_workspace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stand-in for cuBLASLt writes over all of its workspace in every product; each of its devices has one."""
+    """Shrink cuBLASLt's workspace: the stand-in has one per device, and overwrites all of it in each product."""
     if request.node.get_closest_marker("gpu") is None:
         monkeypatch.setattr(products, "WORKSPACE", {False: 1 << 14, True: 1 << 15})

@@ -1,8 +1,8 @@
-"""CUDA without a GPU: sources compiled by NVRTC to machine code, and run on the host, thread after thread.
+"""CUDA without a GPU: NVRTC compiles the sources to machine code, and g++ compiles them to run on the host.
 
-The emulated grid has shared memory, barriers, exchanges within a warp, and atomics: what a kernel of ours may use. What
-it cannot show: what the memory of a device orders differently, contraction of a*b + c, and speed. A kernel that spins
-until another thread writes would spin for ever. tests/test_emulate.py has the faults that are known to be caught.
+The emulated grid runs one thread after another. It has shared memory, barriers, warp exchanges and atomics, all that
+our kernels use. It cannot show the weaker memory ordering of a device, contraction of a*b + c, and speed. A kernel that
+spins until another thread writes would spin for ever. tests/test_emulate.py has the faults known to be caught.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from needs import missing
 
 HEADERS = Path(__file__).parent / "emulated"
 ARCHITECTURES = (70, 80, 90, 100, 120)  # Volta, Ampere, Hopper, Blackwell for data centres and for desktops
-REGISTERS = 65536  # of a multiprocessor of any of them
-ORDERS = ("forward", "reverse")  # in which the threads of a block, and the blocks, take turns
+REGISTERS = 65536  # per multiprocessor, on each of these architectures
+ORDERS = ("forward", "reverse")  # the order in which blocks, and threads of a block, take turns
 
-# The source is in a namespace so that its inline functions, too, may have shared arrays.
+# The source is in a namespace, so that its inline functions may have shared arrays.
 PROGRAM = """#include "{header}"
 namespace {{
 #line 1 "kernel.cu"
@@ -48,11 +48,11 @@ static void call_kernel() {{
 
 @functools.cache
 def host_kernel(source: str, kernel: str, *parameters: str) -> Callable[..., None]:
-    """``kernel`` of a CUDA source on the CPU: ``run(*arguments, blocks, threads, order="forward")``.
+    """A kernel of a CUDA source, compiled for the CPU: ``run(*arguments, blocks, threads, order="forward")``.
 
     ``parameters`` are C declarations. An argument is an array, a number or a ctypes object; ``blocks`` is a number or
-    (x, y). ``order="reverse"`` starts with the last thread and block: a result that depends on the order, for want of
-    a barrier, is wrong in one of the two. Threads that wait for each other in vain raise AssertionError.
+    (x, y). ``order="reverse"`` starts with the last thread and block: if a missing barrier makes the result depend on
+    the order, one of the two is wrong. A deadlock of threads raises AssertionError.
     """
     with tempfile.TemporaryDirectory(prefix="gpubatch-emulate-") as folder:
         _build(source, kernel, parameters, f"{folder}/kernel.so", "-shared", "-fPIC")
@@ -72,7 +72,7 @@ def host_kernel(source: str, kernel: str, *parameters: str) -> Callable[..., Non
 
 @dataclass(frozen=True)
 class Table:
-    """For ``sanitized``: an int64 array with addresses within ``arrays``."""
+    """An argument of ``sanitized``: an int64 array of addresses within ``arrays``."""
 
     words: np.ndarray
     arrays: Sequence[np.ndarray]
@@ -87,10 +87,11 @@ def sanitized(
     threads: int,
     order: str = "forward",
 ) -> list[np.ndarray]:
-    """As ``host_kernel``, under the address and undefined-behaviour sanitizers, on copies of the arrays: these copies.
+    """Run a kernel as ``host_kernel`` does, under the address and undefined-behaviour sanitizers; return the results.
 
-    Arrays come as they stand in ``arguments``, those of a ``Table`` in its place. An access outside of an array, one
-    that is not aligned for its type and a signed overflow raise AssertionError with the sanitizer's report.
+    The kernel works on copies of the arrays, which are returned in the order of ``arguments``; a ``Table`` contributes
+    its arrays. An access outside an array, a misaligned access and a signed overflow raise AssertionError with the
+    sanitizer's report.
     """
     assert len(arguments) == len(parameters), f"{len(arguments)} arguments for {kernel}({', '.join(parameters)})"
     arrays: list[np.ndarray] = []
@@ -139,9 +140,9 @@ def _build(
         declarations="\n    ".join(f"{p} = emulated::values[{i}];" for i, p in enumerate(parameters)),
         names=", ".join(p.split()[-1].lstrip("*") for p in parameters),
     )
-    # No contraction of a*b + c, as in NumPy; the kernels look at one buffer through two types, as CUDA allows.
+    # No contraction of a*b + c, as in NumPy; no strict aliasing, since kernels access one buffer through two types.
     command = [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Werror", *flags]
-    command.append("-U_FORTIFY_SOURCE")  # which takes a jump to another stack for a fault
+    command.append("-U_FORTIFY_SOURCE")  # it would report a jump to another stack as a fault
     command += ["-Wno-unused-function", "-Wno-unknown-pragmas"]  # other kernels of the source, and #pragma unroll
     if re.search(r"\b__sync|_sync\(", source):
         command.append("-DSYNCHRONISES")
@@ -161,9 +162,9 @@ def _value(argument: Any) -> bytes:
 
 
 def launch_bounds(source: str) -> dict[str, int]:
-    """With how many threads of a block each kernel of a CUDA source may be launched: as its bounds say, or else 256.
+    """The largest block of each kernel of a CUDA source: its launch bounds, otherwise 256 threads.
 
-    For as many as that there are registers on every device, whatever the compiler takes: 255 at most.
+    256 threads fit the registers of every device, since a thread has at most 255.
     """
     names = dict(re.findall(r"\b([A-Z_]+) = (\d+)", source))
     found = re.findall(r"__global__ void\s+(?:__launch_bounds__\((\w+)(?:, 1)?\)\s+)?(\w+)\(", source)
@@ -198,7 +199,7 @@ def _compile(nvrtc: ctypes.CDLL, source: str, flags: Sequence[str]) -> tuple[int
 
 
 def ptx_of(source: str, architecture: int, *flags: str) -> str:
-    """``source`` compiled to PTX, as CuPy would; NVRTC of CUDA 13 begins at compute_75."""
+    """Compile ``source`` to PTX as CuPy would; the oldest target of CUDA 13's NVRTC is compute_75."""
     nvrtc = _nvrtc("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc")
     version = [ctypes.c_int(), ctypes.c_int()]
     nvrtc.nvrtcVersion(*map(ctypes.byref, version))
@@ -211,17 +212,17 @@ def ptx_of(source: str, architecture: int, *flags: str) -> str:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """What one kernel needs of a multiprocessor, as ptxas tells it."""
+    """The resources that a kernel needs, as ptxas reports them."""
 
     name: str
     architecture: int
-    registers: int  # of a thread
-    shared_bytes: int  # of a block
-    stack_bytes: int  # of a thread, in local memory: spilled registers, and arrays that are indexed dynamically
-    spill_bytes: int  # stored and loaded
+    registers: int  # per thread
+    shared_bytes: int  # per block
+    stack_bytes: int  # per thread, in local memory: spilled registers and dynamically indexed arrays
+    spill_bytes: int  # stores plus loads
 
     def registers_of(self, threads: int) -> int:
-        """What a block of so many threads takes: registers are given out by eights."""
+        """The registers of a block; a thread's are allocated in units of eight."""
         return -(-self.registers // 8) * 8 * threads
 
     def __str__(self) -> str:
@@ -232,15 +233,15 @@ class KernelReport:
 
 
 def check_compiles(source: str, architecture: int, stack: int = 0) -> tuple[KernelReport, ...]:
-    """Compile ``source`` for sm_``architecture`` as CuPy would, to machine code: a report on each kernel.
+    """Compile ``source`` to machine code for sm_``architecture`` as CuPy would; return a report for each kernel.
 
-    Errors and warnings fail, and so do spilled registers, a stack frame of more than ``stack`` bytes, and more
-    registers than a multiprocessor has for a block of as many threads as the kernel is launched with.
+    Raises AssertionError for errors, warnings, spilled registers, a stack frame above ``stack`` bytes, and a kernel
+    whose largest block needs more registers than a multiprocessor has.
     """
     flags = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", "--ftz=true", "--ptxas-options=-v"]
     result, log, _ = _compile(_nvrtc("nvidia-cuda-nvrtc-cu12"), source, flags)
     lines = log.splitlines()
-    # That NVRTC will drop an old architecture some day says nothing about the source.
+    # Deprecation of an old architecture is no warning about the source.
     told = [
         line for line in lines if line and "are deprecated" not in line and not re.match(r"ptxas (info|   ) ", line)
     ]
@@ -256,7 +257,7 @@ def check_compiles(source: str, architecture: int, stack: int = 0) -> tuple[Kern
 
 
 def _report(text: str, architecture: int) -> KernelReport:
-    """The report in what ptxas says of one kernel, and of functions that it calls."""
+    """Parse the report on a kernel, and on functions that it calls, in the output of ptxas."""
 
     def total(pattern: str) -> int:
         return sum(int(n) for n in re.findall(rf"(\d+) {pattern}", text))
@@ -274,6 +275,6 @@ def _report(text: str, architecture: int) -> KernelReport:
 
 
 def check_compiles_everywhere(source: str) -> list[tuple[KernelReport, ...]]:
-    """``check_compiles`` for each of ARCHITECTURES, at once: NVRTC compiles without Python's lock."""
+    """``check_compiles`` for all ARCHITECTURES in parallel; NVRTC compiles without Python's lock."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(functools.partial(check_compiles, source), ARCHITECTURES))

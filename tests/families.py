@@ -1,6 +1,6 @@
-"""Tables that drive tests: which of their entries are in the fast set, and which are exhaustive.
+"""Parametrise tests by tables, and split the tables into a fast set and an exhaustive set.
 
-The fast set is what ``pytest`` runs, with one of each kind; ``pytest -m exhaustive`` runs the rest.
+``pytest`` runs the fast set, with one entry of each kind; ``pytest -m exhaustive`` runs the rest.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from hypothesis import given, settings
 
 
 def every(argument: str, table: Mapping[str, Any] | Iterable[str], fast: Collection[str]) -> pytest.MarkDecorator:
-    """A parameter for each entry of a table, or each name; those that are not among ``fast`` are exhaustive."""
+    """Parametrise by the entries of a table, or by names; all but those in ``fast`` are marked exhaustive."""
     table = table if isinstance(table, Mapping) else {name: name for name in table}
-    assert fast, f"a table without an entry in the fast set: {[*table]}"
-    assert (unknown := set(fast) - table.keys()) == set(), f"not in the table: {sorted(unknown)}"
+    assert fast, f"fast must name at least one entry of {[*table]}"
+    assert (unknown := set(fast) - table.keys()) == set(), f"fast must name entries of the table, got {sorted(unknown)}"
     return pytest.mark.parametrize(
         argument, [pytest.param(entry, id=name, marks=marks(name in fast)) for name, entry in table.items()]
     )
@@ -27,7 +27,7 @@ def marks(is_fast: bool) -> Collection[pytest.MarkDecorator]:
 
 
 def first_of_each(kinds: Mapping[str, Any]) -> list[str]:
-    """The first name of each kind, of a table of what kind each is."""
+    """The first name of each kind; ``kinds`` maps names to kinds."""
     first: dict[Any, str] = {}
     for name, kind in kinds.items():
         first.setdefault(kind, name)
@@ -35,7 +35,7 @@ def first_of_each(kinds: Mapping[str, Any]) -> list[str]:
 
 
 def drawn(fast: int, exhaustive: int, **strategies: Any) -> Callable[[Callable[..., None]], Callable[[int], None]]:
-    """A test on so many examples of what is drawn: few in the fast set, many in the exhaustive one."""
+    """Run a hypothesis test on ``fast`` examples in the fast set, and on ``exhaustive`` ones in the exhaustive set."""
 
     def decorate(test: Callable[..., None]) -> Callable[[int], None]:
         @pytest.mark.parametrize("examples", [fast, pytest.param(exhaustive, marks=pytest.mark.exhaustive)])

@@ -1,6 +1,6 @@
-"""Registers, shared memory and spills of every CUDA kernel: ``python tests/kernel_report.py [ARCHITECTURE ...]``.
+"""Print registers, shared memory and spills of all CUDA kernels: ``python tests/kernel_report.py [ARCHITECTURE ...]``.
 
-NVRTC compiles them as CuPy would; no device is needed. A kernel that spills a register ends it with an error.
+NVRTC compiles them as CuPy would; no device is needed. A kernel that spills registers raises an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gpubatch.train.graphs import step_source
 
 
 def sources() -> dict[str, str]:
-    """What to compile, by a name: every kernel in every element type; cases that share a source once."""
+    """All CUDA sources by name: each kernel in each element type; a source shared by several cases appears once."""
     found: dict[str, str] = {}
     for dtype in ("float32", "float64", "float16"):
         for name, case in CASES.items():
@@ -39,7 +39,7 @@ def sources() -> dict[str, str]:
 
 
 def main(architectures: list[int]) -> None:
-    """One line for each kernel and architecture."""
+    """Print a line for each kernel and architecture."""
     for name, source in sources().items():
         for architecture in architectures:
             for report in check_compiles(source, architecture):

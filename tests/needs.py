@@ -1,7 +1,6 @@
-"""What a test may need beyond Python and NumPy: skipped where it is missing, an error where expected.
+"""Optional requirements of tests: a test without one is skipped, or fails if the requirement is expected.
 
-``GPUBATCH_EXPECT=peers,compiler,nvrtc,nvmath,data,gpu`` names what a machine must have; there, a missing one fails the
-test.
+``GPUBATCH_EXPECT=peers,compiler,nvrtc,nvmath,data,gpu`` lists the requirements that a machine is expected to have.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ import pytest
 
 
 def missing(what: str, reason: str) -> NoReturn:
-    """Skip the test, or fail it where ``what`` is expected."""
+    """Skip the test for want of ``what``, or fail it if ``what`` is expected."""
     if what in os.environ.get("GPUBATCH_EXPECT", "").split(","):
         pytest.fail(f"{what} is expected here, but {reason}")
     pytest.skip(reason)
 
 
 def peer(module: str) -> Any:
-    """A library to compare with."""
+    """Import a library to compare with; skip the test if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError:

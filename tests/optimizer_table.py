@@ -1,4 +1,4 @@
-"""Every optimizer in every variant, once: what the tests of optimizers, kernels and peers go through.
+"""The table of all optimizers in all variants, for the tests of optimizers, kernels and peers.
 
 ``first`` is the closed form of the first step from zero weights and state; ``torch`` and ``optax`` make the optimizer
 of another library that uses the same formula.
@@ -15,19 +15,19 @@ import numpy as np
 import gpubatch as gb
 from gpubatch.formula import Trace
 
-LR = 0.03  # of every case, so that a wrong learning rate shows
+LR = 0.03  # of all cases, so that a wrong learning rate shows
 
 
 @dataclass(frozen=True)
 class Case:
-    make: Callable[..., gb.Optimizer]  # of parameters and more keyword arguments
+    make: Callable[..., gb.Optimizer]  # (parameters, **more arguments)
     first: Callable[[np.ndarray], np.ndarray]
-    torch: Callable[[Any, Any], Any] | None = None  # of torch.optim and parameters
-    optax: Callable[[Any], Any] | None = None  # of optax
+    torch: Callable[[Any, Any], Any] | None = None  # (torch.optim, parameters)
+    optax: Callable[[Any], Any] | None = None  # (optax)
 
 
 def trace_of(case: Case) -> tuple[Trace, dict[str, float]]:
-    """The recorded formula of a case, with the values of its hyper-parameters."""
+    """The traced formula of a case, with the values of its hyper-parameters."""
     opt = case.make([np.zeros(1)])
     return opt._trace, {name: opt.hyper[name] for name in opt._trace.hyper}
 
@@ -48,7 +48,7 @@ def root_step(scale: float, eps: float = 1e-8, inside: bool = False) -> Callable
 
 @gb.rule
 def custom(w, g, m, seen, t, *, lr=LR, beta=0.8, limit=0.5, signed=True):
-    """A user's rule that uses what a formula can: conditions, functions, powers, state passed on, t."""
+    """A user's rule with all features of formulas: conditions, functions, powers, state passed on, t."""
     m = beta * m + (1 - beta) * np.minimum(np.maximum(g, -limit), limit)
     step = np.sign(m) * abs(m) ** 0.5 if signed else m
     step = np.where(abs(step) <= 1e-3, step**2, step)
@@ -75,7 +75,7 @@ CASES: dict[str, Case] = {
         lambda o: o.sgd(LR, 0.9, nesterov=True),
         nesterov=True,
     ),
-    # With a constant learning rate the two forms of momentum are one; that they part when it changes has its own test.
+    # With a constant learning rate both forms of momentum agree; another test shows that they differ when it changes.
     "heavy ball inside": case(
         gb.HeavyBall, lambda g: -LR * g, lambda o, p: o.SGD(p, LR, momentum=0.9), lr_in_velocity=True
     ),
@@ -176,7 +176,7 @@ CASES: dict[str, Case] = {
     ),
 }
 
-# One of each rule; the variants of a rule are lines of the same formula.
+# One case of each rule; the variants of a rule are lines of the same formula.
 FAST = {
     "sgd",
     "momentum",

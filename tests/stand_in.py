@@ -1,7 +1,7 @@
-"""A stand-in for CuPy: its arrays are NumPy's, its kernels the real sources on the emulated grid.
+"""A stand-in for CuPy: its arrays are NumPy's, and the real kernel sources run on the emulated grid.
 
-``StandIn`` does all at once, which is one order of many that a device may choose. ``QueuedStandIn`` has streams that
-choose badly: as late as events and waiting permit, or as early.
+``StandIn`` runs work at once, which is one of the orders that a device may choose. ``QueuedStandIn`` has streams that
+choose the worst orders: as late or as early as events and waits permit.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from gpubatch.backend import CudaBackend
 from gpubatch.ops import cuda_kernel, ops_for
 from gpubatch.ops.compile import C_TYPES
 
-INDEX = 99  # of the device: no kernel of a real one is found in a cache
+INDEX = 99  # of the device; no cache has a kernel of a real device for it
 
-# The NumPy type of an argument, by its C type.
+# C type of a parameter: NumPy type of its argument.
 NUMBERS = {
     "long long": np.int64,
     "u64": np.uint64,
@@ -38,7 +38,7 @@ NUMBERS = {
 
 
 class AnyDevice(contextlib.nullcontext[None]):
-    """A device that it makes no difference to be on."""
+    """A device whose ``with`` has no effect."""
 
     def __init__(self, index: int, compute_capability: str = "90") -> None:
         contextlib.nullcontext.__init__(self)
@@ -46,11 +46,11 @@ class AnyDevice(contextlib.nullcontext[None]):
 
 
 class DeviceArray(np.ndarray):
-    """What gpubatch uses of a CuPy array."""
+    """The part of a CuPy array that gpubatch uses."""
 
     @property
     def device(self) -> Any:
-        """The device, which is the current one."""
+        """The array's device, always the current one."""
         return AnyDevice(INDEX)
 
     @property
@@ -69,13 +69,13 @@ DeviceArray.__name__, DeviceArray.__module__ = "ndarray", "cupy"
 
 
 class StandIn:
-    """As much of CuPy as gpubatch's kernels need, with a record of what was compiled and launched.
+    """The part of CuPy that gpubatch's kernels need; ``compiled`` and ``launches`` record its use.
 
-    ``order`` is that of the threads; with ``sanitize`` kernels run under the sanitizers.
+    ``order`` is the order of threads and blocks; with ``sanitize`` kernels run under the sanitizers.
     """
 
-    nvmath: Any = None  # a stand-in of cuBLASLt
-    clock = 0.0  # milliseconds; only what cuBLASLt does takes any
+    nvmath: Any = None  # a stand-in for cuBLASLt
+    clock = 0.0  # milliseconds; only cuBLASLt's work takes time
 
     def __init__(self, order: str = "forward", sanitize: bool = False) -> None:
         self.order, self.sanitize = order, sanitize
@@ -90,7 +90,7 @@ class StandIn:
         )
 
     def empty(self, shape: Any, dtype: Any) -> np.ndarray:
-        return np.full(shape, 7, dtype).view(DeviceArray)  # memory of a device is not clean
+        return np.full(shape, 7, dtype).view(DeviceArray)  # device memory is not zeroed
 
     def zeros(self, shape: Any, dtype: Any) -> np.ndarray:
         return np.zeros(shape, dtype).view(DeviceArray)
@@ -141,7 +141,7 @@ def parameters_of(source: str, kernel: str) -> tuple[str, ...]:
 
 
 def check_argument(source: str, parameter: str, argument: Any) -> None:
-    """What CuPy does not look at: an argument has the type of its parameter; an address is an array or null."""
+    """Check what CuPy does not: the argument has its parameter's type, and an address is an array or null."""
     of = types_of(source)
     c_type, name = parameter.removeprefix("const ").rsplit(" ", 1)
     if not c_type.endswith("*"):
@@ -151,12 +151,12 @@ def check_argument(source: str, parameter: str, argument: Any) -> None:
         assert argument.flags.c_contiguous, f"{parameter} got a strided array"
     else:
         assert type(argument) is np.uint64, f"{parameter} got a {type(argument)}"
-        assert argument == 0 or name == "x", name  # or a matrix of cuBLASLt's, known by its address
+        assert argument == 0 or name == "x", name  # x may be the address of a matrix, as cuBLASLt takes it
 
 
 @functools.cache
 def types_of(source: str) -> dict[str, Any]:
-    """The NumPy type of each C type of a source's parameters; None for those that it does not define."""
+    """The NumPy type of each C type in a source's parameters; None if the source does not define it."""
     of: dict[str, Any] = dict(NUMBERS)
     for name in ("T", "S", "Sample", "Target"):
         defined = (np.dtype(dtype).type for dtype, c in C_TYPES.items() if f"typedef {c} {name};" in source)
@@ -165,13 +165,13 @@ def types_of(source: str) -> dict[str, Any]:
 
 
 def stand_in_backend(order: str = "forward", sanitize: bool = False) -> CudaBackend:
-    """A backend of its own; what others compiled is forgotten, so that its record is complete."""
+    """A new backend; clears the cache of compiled kernels, so that the backend records all compilations."""
     cuda_kernel.cache_clear()
     return CudaBackend(StandIn(order, sanitize), INDEX, "a test")
 
 
 class StandInBackend(CudaBackend):
-    """With NumPy for what is not a kernel of gpubatch's: copies, and matrix products without ``cupy.nvmath``."""
+    """A backend that uses NumPy for copies, and without ``cupy.nvmath`` for matrix products."""
 
     xp = np
 
@@ -183,10 +183,10 @@ class StandInBackend(CudaBackend):
 
 # --- streams ------------------------------------------------------------------------------------------------------
 
-POISON = 0xFF  # every byte of memory that is not anybody's: as a floating number NaN
+POISON = 0xFF  # fills free memory: NaN as a floating-point number
 
-# Whether the default stream is eager, and whether the others are. An eager stream does its work as soon as the events
-# that it waits for have passed, any other when somebody waits for it, and no more of it than that.
+# (whether the default stream is eager, whether the others are). An eager stream runs work as soon as the events that it
+# waits for have passed; a lazy one runs only work that the host or another stream waits for.
 TIMINGS = {
     "late": (False, False),
     "early": (True, True),
@@ -197,7 +197,7 @@ TIMINGS = {
 
 @dataclass(frozen=True)
 class Ticket:
-    """A place in the work of a stream."""
+    """A position in the work of a stream."""
 
     stream: Stream
     place: int
@@ -209,14 +209,14 @@ class Ticket:
 
 @dataclass(frozen=True)
 class Work:
-    """What a stream has to do, and the pinned memory that it reads."""
+    """A unit of work of a stream, and the pinned memory that it reads."""
 
     run: Callable[[], None]
     reads: np.ndarray | None = None
 
 
 class Graph:
-    """Work that was captured: done, all of it, whenever it is launched."""
+    """Captured work; each launch runs all of it."""
 
     def __init__(self, cupy: QueuedStandIn, work: list[Work]) -> None:
         self.cupy, self.work = cupy, work
@@ -227,9 +227,9 @@ class Graph:
 
 
 class Stream:
-    """A queue of work. What is in it has not happened. While the stream is captured its work is recorded, not done.
+    """A queue of pending work. During a capture, work is recorded instead of queued.
 
-    What CUDA refuses during a capture, the emulated device refuses; here it is not looked for.
+    It does not check for operations that CUDA refuses during a capture; the emulated device does.
     """
 
     def __init__(self, cupy: QueuedStandIn, eager: bool) -> None:
@@ -287,14 +287,14 @@ class Stream:
             self.cupy.settle()
 
     def advance(self) -> bool:
-        """Do what waits for nothing; whether there was any."""
+        """Run the work that waits for nothing; return whether there was any."""
         before = self.done
         while self.queue and not self.busy and not (isinstance(self.queue[0], Ticket) and not self.queue[0].reached):
             self.step()
         return self.done > before
 
     def do(self, place: int) -> None:
-        """Work until ``place`` and no further, and let others do what it waits for."""
+        """Run the work up to ``place``, and the work of other streams that it waits for."""
         while self.done < place:
             if isinstance(first := self.queue[0], Ticket):
                 first.stream.do(first.place)
@@ -313,7 +313,7 @@ class Stream:
 
 
 class Event:
-    """A place in the work of the stream that recorded it last."""
+    """A position in the work of the stream that last recorded the event."""
 
     def __init__(self, cupy: QueuedStandIn, timed: bool) -> None:
         self.cupy, self.timed = cupy, timed
@@ -329,17 +329,17 @@ class Event:
 
 
 def handle_of(memory: np.ndarray, end: Callable[..., None], *arguments: Any) -> Any:
-    """A buffer of ``memory``, with ``end`` called when nobody has it any more; work in a queue has only the memory."""
+    """A buffer of ``memory`` that calls ``end`` when it is garbage-collected; queued work refers to the memory only."""
     handle = (ctypes.c_ubyte * memory.nbytes).from_buffer(memory)
     weakref.finalize(handle, end, memory, *arguments)
     return handle
 
 
 class QueuedArray(DeviceArray):
-    """An array whose values are made by a stream."""
+    """An array whose values are computed in streams."""
 
     cupy: Any = None
-    memory: Any = None  # its memory, without the handle
+    memory: Any = None  # the array's memory, without the handle
 
     @property
     def device(self) -> Device:
@@ -369,18 +369,18 @@ class QueuedArray(DeviceArray):
         assert self.flags.c_contiguous
         assert values.flags.c_contiguous
         pinned = self.cupy.pinned_memory_of(values)
-        if pinned is None:  # a driver may copy it before it returns, or leave that to a device which can read it
+        if pinned is None:  # a driver may copy pageable memory before it returns, or let the device read it later
             self.cupy.faults.append("memory was copied that is not pinned, so it may change before it is read")
         self.send(values if pinned is None else at_the_same_place(values, pinned), pinned, stream)
 
     def send(self, source: np.ndarray, pinned: np.ndarray | None, stream: Stream | None = None) -> None:
-        """Start a copy of what ``source`` holds when it comes to that."""
+        """Enqueue a copy of ``source``, which is read when the copy runs."""
         self.cupy.copies.append(source.nbytes)
         target, stream = in_memory(self), stream or self.cupy.get_current_stream()
         stream.enqueue(Work(lambda: np.copyto(target, source), pinned))
 
     def later(self, make: Callable[..., Any], *arguments: Any) -> QueuedArray:
-        """What ``make`` will make of the arguments."""
+        """Enqueue ``make(*arguments)``; return its result, an array."""
         plain = [in_memory(a) for a in arguments]
         with np.errstate(all="ignore"):
             form = make(*plain)
@@ -425,17 +425,17 @@ class QueuedArray(DeviceArray):
     def __getitem__(self, key: Any) -> Any:
         parts = key if isinstance(key, tuple) else (key,)
         if not any(isinstance(part, np.ndarray) for part in parts):
-            # With an ellipsis one element, too, is an array of the device.
+            # With an ellipsis, a single element is a device array too.
             return np.ndarray.__getitem__(self, key if Ellipsis in parts else (*parts, ...))
         assert all(isinstance(part, (QueuedArray, slice)) for part in parts)
-        # CuPy, too, takes what is out of range as it comes.
+        # Like CuPy, wraps indices that are out of range.
         wrapped = lambda x, *p: x[tuple(i % n if isinstance(i, np.ndarray) else i for i, n in zip(p, x.shape))]  # noqa: E731, B905
         return self.later(wrapped, self, *parts)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         assert not isinstance(value, np.ndarray) or isinstance(value, QueuedArray), "an array of the host"
         parts = key if isinstance(key, tuple) else (key,)
-        place = key if Ellipsis in parts else (*parts, ...)  # one element, too, is an array
+        place = key if Ellipsis in parts else (*parts, ...)  # a single element is an array too
         target, plain = np.ndarray.__getitem__(in_memory(self), place), in_memory(value)
         self.cupy.start(lambda: np.copyto(target, plain, casting="unsafe"))
 
@@ -456,7 +456,7 @@ QueuedArray.__name__, QueuedArray.__module__ = "ndarray", "cupy"
 
 
 class Device:
-    """A device, which is the current one inside a ``with``."""
+    """A device; ``with`` makes it current."""
 
     compute_capability = "90"
 
@@ -472,9 +472,9 @@ class Device:
 
 
 class Pool:
-    """The size of CuPy's pool: what is given back is kept, for the stream on which it was taken.
+    """The size of CuPy's pool: freed memory stays in it, for the stream on which it was allocated.
 
-    Only the bytes are counted; they are of any shape.
+    Only bytes are counted, not blocks.
     """
 
     def __init__(self, cupy: QueuedStandIn) -> None:
@@ -503,13 +503,15 @@ class Pool:
 
 
 class QueuedStandIn(StandIn):
-    """A stand-in with streams, events and pools of memory, for ``timing``, a key of TIMINGS.
+    """A stand-in with streams, events and memory pools; ``timing`` is a key of TIMINGS.
 
-    Memory of a device that is given back belongs to the next work of the stream on which it was taken, which here
-    poisons it, and whoever takes memory finds it poisoned by such work. Pinned memory is poisoned at once. ``copies``
-    are the sizes of those from the host, ``faults`` what was found to be wrong; ``allocations``, ``synchronisations``
-    (waits of the host, also for a copy to it) and ``graph_launches`` are counts. ``current_device`` is the number of
-    the device that is current in a thread at first; what is done while it is not the stand-in's is a failure.
+    Freed device memory is poisoned by the next work of the stream on which it was allocated, and so is newly allocated
+    memory. Freed pinned memory is poisoned at once. Using a device other than the stand-in's is a failure.
+
+    current_device: the device that is initially current in each thread
+    copies: sizes of the copies from the host
+    faults: errors found, a sentence each
+    allocations, synchronisations (waits of the host, also for a copy to it), graph_launches: counts
     """
 
     def __init__(self, timing: str, available: int = 1 << 30, current_device: int = INDEX) -> None:
@@ -558,16 +560,16 @@ class QueuedStandIn(StandIn):
         return self.local.devices
 
     def needs_device(self, what: str) -> None:
-        """A failure where another device is the current one."""
+        """Fail if another device is current."""
         assert self.devices[-1] == INDEX, f"{what} while device {self.devices[-1]} is current"
 
     def waits(self) -> None:
-        """The host waits for the device."""
+        """Count a wait of the host for the device."""
         self.synchronisations += 1
 
     @contextlib.contextmanager
     def using_allocator(self, allocator: Callable[[int], Any]) -> Iterator[None]:
-        """It may refuse memory; what it returns is not looked at."""
+        """Use ``allocator`` in this thread: it may raise; its result is ignored."""
         before = getattr(self.local, "allocator", None)
         self.local.allocator = allocator
         try:
@@ -577,7 +579,7 @@ class QueuedStandIn(StandIn):
 
     def new_stream(self, non_blocking: bool) -> Stream:
         self.needs_device("a stream is made")
-        assert non_blocking  # any other stream and the default one wait for each other
+        assert non_blocking  # a blocking stream and the default stream would wait for each other
         self.streams.add(stream := Stream(self, self.eager[1]))
         return stream
 
@@ -606,7 +608,7 @@ class QueuedStandIn(StandIn):
             self.settle()
 
     def settle(self) -> None:
-        """Let eager streams do what they can."""
+        """Run all work of eager streams that waits for nothing."""
         while any(stream.advance() for stream in list(self.streams) if stream.eager):
             pass
 
@@ -620,7 +622,7 @@ class QueuedStandIn(StandIn):
         memory, stream = np.full(max(1, form.nbytes), POISON, np.uint8), self.get_current_stream()
         self.blocks[memory.ctypes.data] = memory
         self.used += memory.nbytes
-        stream.enqueue(Work(lambda: memory.fill(POISON)))  # whoever had it before may not have done with it
+        stream.enqueue(Work(lambda: memory.fill(POISON)))  # in the stream: earlier work may still use the memory
         handle = handle_of(memory, self.given_back, stream)
         out = np.frombuffer(handle, form.dtype, form.size).reshape(form.shape).view(QueuedArray)
         out.cupy, out.memory = self, memory
@@ -630,7 +632,7 @@ class QueuedStandIn(StandIn):
         with self.lock:
             self.used -= memory.nbytes
             self.pool.kept[stream] = self.pool.kept.get(stream, 0) + memory.nbytes
-            stream.queue.append(Work(lambda: memory.fill(POISON)))  # not enqueue: this may run anywhere
+            stream.queue.append(Work(lambda: memory.fill(POISON)))  # not enqueue: a finaliser may run at any time
             stream.given += 1
 
     def zeros(self, shape: Any, dtype: Any) -> QueuedArray:
@@ -644,7 +646,7 @@ class QueuedStandIn(StandIn):
             return x if dtype in (None, x.dtype) else x.astype(dtype)
         x = np.array(x, dtype)
         out = self.empty(x.shape, x.dtype.newbyteorder("="))
-        out.send(np.array(x, out.dtype, order="C"), None)  # by pinned memory that CuPy keeps until it is copied
+        out.send(np.array(x, out.dtype, order="C"), None)  # through pinned memory that CuPy keeps until the copy ends
         return out
 
     def alloc_pinned_memory(self, size: int) -> Any:
@@ -672,7 +674,7 @@ class QueuedStandIn(StandIn):
 
 
 def in_memory(x: Any) -> Any:
-    """``x``, an array of the device, as the device sees it: such a reference does not keep its memory."""
+    """The device's view of ``x``: a reference that does not keep the array from being freed."""
     return at_the_same_place(x, x.memory) if isinstance(x, QueuedArray) else x
 
 
@@ -681,7 +683,7 @@ def at_the_same_place(x: np.ndarray, memory: np.ndarray) -> np.ndarray:
 
 
 def queued_backend(timing: str, available: int = 1 << 30, current_device: int = INDEX) -> StandInBackend:
-    """A backend of its own, as ``stand_in_backend``."""
+    """A new backend with queued streams; clears the caches as ``stand_in_backend`` does."""
     cuda_kernel.cache_clear()
     ops_for.cache_clear()
     return StandInBackend(QueuedStandIn(timing, available, current_device), INDEX, "a test")

@@ -1,7 +1,7 @@
-"""A stand-in for nvmath-python's cuBLASLt: descriptors and launches by the rules of cublasLt.h, the products by NumPy.
+"""A stand-in for nvmath-python's cuBLASLt: descriptors and launches by the rules of cublasLt.h, products by NumPy.
 
-Matrices are read from bare addresses, by columns. A launch is what the stand-in of CuPy is given to start, so it is
-done, queued or recorded as its kernels are. What the library would refuse, or would not notice, fails here.
+Matrices are column-major, at raw addresses. The stand-in of CuPy starts the launches, so they run at once, are queued
+or are recorded like its kernels. Misuse fails, whether the library would refuse it or not notice it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ DTYPES = {CudaDataType.CUDA_R_32F: np.float32, CudaDataType.CUDA_R_64F: np.float
 DESC_DTYPES = {Desc.TRANSA: np.int32, Desc.TRANSB: np.int32, Desc.EPILOGUE: np.uint32, Desc.BIAS_POINTER: np.int64}
 PREFERENCE_DTYPES = {p: np.uint64 if p == Preference.MAX_WORKSPACE_BYTES else np.uint32 for p in Preference}
 
-# What the elements, and alpha and beta, may be in each arithmetic.
+# The allowed (element type, type of alpha and beta) of each compute type.
 ALLOWED = {
     ComputeType.COMPUTE_64F: {(np.float64, np.float64)},
     ComputeType.COMPUTE_32F: {(np.float32, np.float32), (np.float16, np.float32)},
@@ -91,10 +91,13 @@ class Layout:
 class StandInLt:
     """The modules ``nvmath``, ``nvmath.bindings.cublas`` and ``nvmath.bindings.cublasLt`` as one.
 
-    ``lacks`` are epilogues for which the heuristic finds nothing; with ``relu_of_nan=False`` the larger of 0 and NaN is
-    0; without ``whole_bias`` the last column goes without, without ``whole_sums`` the last row is not in its sum.
-    ``calls`` counts them by name, ``launches`` has the epilogue of each. For a product it has as many algorithms as
-    ``costs``, the milliseconds that each takes; the n-th, from 0, rounds its sum to n bits less than float32 has.
+    lacks: epilogues for which the heuristic finds no algorithm
+    relu_of_nan: False: ReLU of NaN is 0
+    whole_bias: False: the last column gets no bias
+    whole_sums: False: the bias gradient omits the last row
+    costs: milliseconds of each algorithm; the n-th, from 0, rounds its sums to n bits less than float32 has
+
+    ``calls`` counts calls by name, ``launches`` has the epilogue of each launch.
     """
 
     ComputeType, CudaDataType, Epilogue = ComputeType, CudaDataType, Epilogue
@@ -125,7 +128,7 @@ class StandInLt:
 
     @property
     def alive(self) -> int:
-        """How many descriptors and handles there are."""
+        """The number of descriptors and handles that exist."""
         return len(self.handles) + len(self.operations) + len(self.layouts) + len(self.preferences)
 
     def get_version(self) -> int:
@@ -193,7 +196,7 @@ class StandInLt:
         found: int,
         n: int,
     ) -> None:
-        """Algorithms that ask for all the workspace that there is, and remember what they were chosen for."""
+        """Return algorithms that need the whole workspace; each remembers its product."""
         self.calls["heuristic"] += 1
         assert handle in self.handles
         assert most >= 1
@@ -209,7 +212,7 @@ class StandInLt:
         # cublasLtMatmulHeuristicResult_t: 64 bytes of algorithm, workspace, state, waves, 16 bytes
         answer = np.zeros((count, 12), np.uint64)
         for which in range(count):
-            number = zlib.crc32(repr((problem, sorted(wanted.items()), which)).encode())  # the same in every process
+            number = zlib.crc32(repr((problem, sorted(wanted.items()), which)).encode())  # equal in all processes
             self.answers[number] = (*problem, wanted, which)
             answer[which, 0], answer[which, 8] = number, wanted[Preference.MAX_WORKSPACE_BYTES]
         ctypes.memmove(found, answer.ctypes.data, answer.nbytes)
@@ -218,7 +221,7 @@ class StandInLt:
     def matmul_algo_check(
         self, handle: int, operation: int, a: int, b: int, c: int, d: int, algorithm: int, result: int
     ) -> None:
-        """Whether it was found for such a product."""
+        """Raise an error unless the heuristic returned the algorithm for this product."""
         op, matrices = self.operations[operation], [self.layouts[x] for x in (a, b, c, d)]
         chosen = self.answers.get(int(read(algorithm, 8, np.dtype(np.uint64))))
         if chosen is None or chosen[:3] != (op.attributes[Desc.EPILOGUE], op.compute, matrices):
@@ -228,7 +231,7 @@ class StandInLt:
         ctypes.memmove(result, checked.ctypes.data, 96)
 
     def shapes(self, op: Operation, a: Layout, b: Layout, c: Layout, d: Layout) -> tuple[int, int, int]:
-        """(m, n, k), if the matrices fit."""
+        """(m, n, k); raises an error if the shapes do not match."""
         turned = op.attributes[Desc.TRANSA], op.attributes[Desc.TRANSB]
         (m, k), (k_of_b, n) = ((x.columns, x.rows) if t else (x.rows, x.columns) for x, t in zip((a, b), turned))  # noqa: B905
         if k != k_of_b or {(x.rows, x.columns) for x in (c, d)} != {(m, n)}:
@@ -239,7 +242,7 @@ class StandInLt:
         self, handle: int, operation: int, alpha: int, a: int, a_layout: int, b: int, b_layout: int, beta: int,
         c: int, c_layout: int, d: int, d_layout: int, algorithm: int, workspace: int, size: int, stream: int,
     ) -> None:  # fmt: skip
-        """D = alpha op(A) op(B) + beta C and the epilogue; descriptors are read now, matrices when it is done."""
+        """D = alpha op(A) op(B) + beta C and the epilogue; reads descriptors now, matrices when the launch runs."""
         assert handle in self.handles
         assert stream == self.cupy.cuda.get_current_stream().ptr, "not the current stream"
         op, matrices = self.operations[operation], [self.layouts[x] for x in (a_layout, b_layout, c_layout, d_layout)]
@@ -264,7 +267,7 @@ class StandInLt:
         self.launches.append(epilogue.name)
 
         def run() -> None:
-            work.fill(0xA5)  # whatever was in it
+            work.fill(0xA5)  # overwrites the workspace
             first, second = (self.rounded(x.T if t else x, op) for x, t in zip((A, B), turned, strict=True))
             assert (first.shape, second.shape) == ((m, k), (k, n))
             total = scales[0] * (first @ second)
@@ -287,7 +290,7 @@ class StandInLt:
         self.cupy.start(run)
 
     def rounded(self, x: np.ndarray, op: Operation) -> np.ndarray:
-        """The factors as the arithmetic has them: TF32 has ten bits of mantissa."""
+        """A factor rounded to the compute type: TF32 has ten bits of mantissa."""
         x = x.astype(op.scale)
         if op.compute != ComputeType.COMPUTE_32F_FAST_TF32:
             return x
@@ -301,7 +304,7 @@ class StandInLt:
         return self.array(address, shape, strides, np.dtype(layout.dtype))
 
     def array(self, address: int, shape: Any, strides: Any, dtype: np.dtype) -> np.ndarray:
-        """What lies at an address; where a record of memory is kept, it must be within one block."""
+        """The array at an address; if the stand-in records its memory, the array must lie within one block."""
         extent = sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + dtype.itemsize
         if (block := self.cupy.memory_at(address)) is None:
             memory = (ctypes.c_ubyte * extent).from_address(address)
@@ -312,6 +315,6 @@ class StandInLt:
 
 
 def read(address: int, size: int, dtype: np.dtype) -> Any:
-    """One number at an address."""
+    """The number at an address."""
     assert size == dtype.itemsize, f"{size} bytes for a {dtype}"
     return np.frombuffer(ctypes.string_at(address, size), dtype)[0]

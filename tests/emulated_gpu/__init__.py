@@ -9,29 +9,29 @@ from emulated_gpu.options import Options
 
 __all__ = ["VARIABLE", "Options", "faults", "install", "installed", "mend"]
 
-VARIABLE = "EMULATED_GPU"  # has the options, for the processes that this one starts
+VARIABLE = "EMULATED_GPU"  # holds the options, for child processes
 
 
 def install(options: Options) -> None:
-    """Put CuPy on the emulated device as soon as it is imported, here and in the processes that this one starts."""
+    """Make CuPy run on the emulated device when it is imported, in this process and its children."""
     from emulated_gpu import loader
 
     loader.install(options)
 
 
 def installed() -> Options | None:
-    """The options of the emulated device that CuPy runs on, or will run on."""
+    """The options of the emulated device on which CuPy runs or will run; None without one."""
     return Options.parse(os.environ[VARIABLE]) if VARIABLE in os.environ else None
 
 
 def faults() -> list[str]:
-    """What the tested program did wrong since the last call, a sentence each."""
+    """The errors of the tested program since the last call, a sentence each."""
     runtime = sys.modules.get("emulated_gpu.device")
     return runtime.faults() if runtime else []
 
 
 def mend() -> None:
-    """Let the devices work again after a fault, for which CUDA needs a new process."""
+    """Reset the devices after a fault; CUDA would need a new process."""
     runtime = sys.modules.get("emulated_gpu.device")
     if runtime:
         runtime.mend()

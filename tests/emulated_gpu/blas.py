@@ -1,8 +1,8 @@
-"""cuBLAS and cuBLASLt of the emulated device, and libraries that stand for the others that CuPy links.
+"""cuBLAS and cuBLASLt of the emulated device, and stubs of the other libraries that CuPy links.
 
-The dynamic loader takes a library that is loaded already for one of the same SONAME, and nvmath-python takes a function
-from what is loaded before it looks for a library. So ours are loaded first. What CuPy or nvmath-python has the name of
-and is not emulated is there too, and says its name when it is called.
+The dynamic loader uses a loaded library of the same SONAME, and nvmath-python looks up functions among loaded
+libraries first. So ours are loaded before CuPy. Functions that CuPy or nvmath-python name and that are not emulated are
+stubs: a call reports the name as a fault.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from emulated_gpu.build import HERE, build
 
-# CuPy's modules that are linked with a library of CUDA's; NVRTC is the real one.
+# CuPy's modules that link a library of CUDA; NVRTC is the real one.
 CUPY = (
     "cupy_backends/cuda/libs/cublas",
     "cupy_backends/cuda/libs/curand",
@@ -27,11 +27,11 @@ CUPY = (
     "cupy_backends/cuda/libs/cusparse",
     "cupy/cuda/cufft",
 )
-# nvmath-python's modules that look functions up by their names.
+# nvmath-python's modules that look up functions by name.
 NVMATH = {"cublas": "nvmath/bindings/_internal/cublas", "cublasLt": "nvmath/bindings/_internal/cublasLt"}
 EMULATED = {"cublas": "blas.cpp", "cublasLt": "blas_lt.cpp"}
 
-# The status of each library for what it does not support; cuRAND has none, and says that its launch failed.
+# Each library's status for unsupported functions; cuRAND has none, so its status is "launch failure".
 NOT_SUPPORTED = {
     "cublas": 15,
     "cublasLt": 15,
@@ -67,7 +67,7 @@ STUB_OF_TEXT = 'extern "C" __attribute__((weak)) const char* NAME() { return mis
 
 
 def load(cuda_major: int) -> dict[str, ctypes.CDLL]:
-    """Load all of them for a CuPy of CUDA ``cuda_major``, after the library of the device; by name without "lib"."""
+    """Load all libraries for CUDA ``cuda_major``, after the device's; the keys are names without "lib"."""
     loaded = {}
     for soname, names in functions(cuda_major).items():
         library = soname.removeprefix("lib").partition(".")[0]
@@ -77,7 +77,7 @@ def load(cuda_major: int) -> dict[str, ctypes.CDLL]:
         sources: list[Path | str] = [stubs]
         if library in EMULATED:
             sources.append(HERE / EMULATED[library])
-        # The symbols' version is the SONAME, as CuPy's modules ask for it.
+        # The symbols have the SONAME as their version, as CuPy's modules require.
         named = (f"-Wl,-soname,{soname}", "-Wl,--default-symver", "-Wl,-Bsymbolic")
         path = build(soname, sources, (*fast(), f"-DCUDA_MAJOR={cuda_major}", *named))
         loaded[library] = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
@@ -85,14 +85,14 @@ def load(cuda_major: int) -> dict[str, ctypes.CDLL]:
 
 
 def switches(library: ctypes.CDLL | None = None) -> np.ndarray:
-    """What cuBLASLt is to do wrong, and how slow its algorithms are: blas_lt.cpp. By default of what is loaded."""
+    """The switches for errors and slow algorithms in cuBLASLt (see blas_lt.cpp), by default of the loaded library."""
     library = ctypes.CDLL(None) if library is None else library
     memory = (ctypes.c_ubyte * SWITCHES.itemsize).in_dll(library, "emulated_lt")
     return np.frombuffer(memory, SWITCHES)[0]
 
 
 def functions(cuda_major: int) -> dict[str, set[str]]:
-    """What is asked of each library, by its SONAME."""
+    """The names of the functions that CuPy and nvmath-python need, by SONAME."""
     asked: dict[str, set[str]] = defaultdict(set)
     for module in CUPY:
         symbols = run("nm", "-D", "--undefined-only", str(module_file(module)))
@@ -106,7 +106,7 @@ def functions(cuda_major: int) -> dict[str, set[str]]:
         if importlib.util.find_spec("nvmath"):
             names = re.findall(rb"\0(%s[A-Z]\w+)(?=\0)" % library.encode(), module_file(module).read_bytes())
             asked[f"lib{library}.so.{cuda_major}"] |= {name.decode() for name in names}
-    # CuPy's loader of cuSOLVER insists that this one be there; nobody calls it.
+    # CuPy's loader of cuSOLVER requires this library, but calls nothing in it.
     return {**asked, f"libnvJitLink.so.{cuda_major}": set()}
 
 
@@ -122,7 +122,7 @@ def module_file(module: str) -> Path:
 
 @functools.cache
 def fast() -> tuple[str, ...]:
-    """Flags for loops: a GPU's products fuse multiplication and addition, and this machine's do where it can."""
+    """Compiler flags for fast loops; products use fused multiply-add as on a GPU, if the processor has it."""
     avx = "avx2" in Path("/proc/cpuinfo").read_text()
     return ("-O3", "-ffp-contract=fast", *(("-march=x86-64-v3",) if avx else ()))
 

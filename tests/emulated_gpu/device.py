@@ -1,4 +1,4 @@
-"""The library of the emulated device in this process: loaded, configured, and served with modules."""
+"""Load and configure the emulated device's library in this process, and load modules for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REGISTERS = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)
 
 
 class Loaded:
-    """What must live as long as CuPy may call it."""
+    """The objects that must live as long as CuPy may call the library."""
 
     def __init__(self, library: ctypes.CDLL, options: Options) -> None:
         self.library, self.options = library, options
@@ -30,7 +30,7 @@ class Loaded:
         library.emulated_set_hooks(*self.hooks)
 
     def load_module(self, handle: int, image: bytes) -> int:
-        """Compile the PTX of a module and tell the library its kernels; 0, or a CUresult."""
+        """Compile the PTX of a module and register its kernels; return 0 or a CUresult."""
         if image.startswith(b"\x7fELF"):
             self.fault("a module of machine code, where PTX is emulated: CUPY_COMPILE_WITH_PTX must be 1")
             return INVALID_IMAGE
@@ -66,7 +66,7 @@ class Loaded:
             )
 
     def registers(self, handle: int, name: bytes) -> int:
-        """Of a kernel; -1 if they cannot be found."""
+        """The number of registers of a kernel; -1 if it cannot be determined."""
         try:
             return registers(self.texts[handle], self.options.capability)[name.decode()]
         except Exception:
@@ -88,20 +88,20 @@ def load(options: Options) -> None:
     library = ctypes.CDLL(str(build_library(cuda)), mode=ctypes.RTLD_GLOBAL)
     configure(library, options)
     blas.load(cuda)
-    # The real one, from where it must be: what is loaded is not looked for.
+    # The real NVRTC, loaded here by path so that CuPy does not search for it.
     ctypes.CDLL(str(nvidia(cuda, "cuda_nvrtc", f"lib/libnvrtc.so.{cuda}")))
     _loaded.append(Loaded(library, options))
 
 
 def build_library(cuda: int) -> Path:
-    """The device's library for CUDA ``cuda``, under the name of the driver, so that whoever asks for that gets ours."""
+    """Build the device's library for CUDA ``cuda``, with the driver's SONAME, so that it replaces the driver."""
     headers = nvidia(cuda, "cuda_runtime", "include/cuda_runtime_api.h").parent
     flags = ("-Wl,-soname,libcuda.so.1", f"-I{HERE / 'include'}", f"-I{headers}")
     return build("libcuda", [HERE / name for name in SOURCES], flags)
 
 
 def configure(library: ctypes.CDLL, options: Options) -> None:
-    """Make the devices."""
+    """Create the devices."""
     memory = (ctypes.c_uint64 * options.devices)(*options.memory_of_each())
     timing, late = TIMINGS.index(options.timing), options.pageable == "late"
     library.emulated_configure(options.devices, memory, timing, late, options.capability)
@@ -113,7 +113,7 @@ def lay_over(module: Path) -> None:
 
 
 def poison_the_pool(cupy: Any) -> None:
-    """Overwrite what CuPy's pool hands out and takes back."""
+    """Overwrite memory that CuPy's pool allocates and frees."""
     pool.poison_the_pool(cupy, _loaded[0].library)
 
 

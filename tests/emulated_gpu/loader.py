@@ -1,4 +1,4 @@
-"""Steps into the import of CuPy: nothing is built or loaded in a process that does not use it."""
+"""Hook into the import of CuPy, so that a process without CuPy builds and loads nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def install(options: Options) -> None:
     """See :func:`emulated_gpu.install`."""
     if any(isinstance(finder, Finder) for finder in sys.meta_path):
         if os.environ.get(VARIABLE) != str(options):
-            raise RuntimeError(f"emulated GPU: is there with {os.environ.get(VARIABLE)}, cannot become {options}")
+            raise RuntimeError(f"emulated GPU: is installed with {os.environ.get(VARIABLE)}, got {options}")
         return
     if "cupy_backends" in sys.modules:
         raise RuntimeError("emulated GPU: must be installed before CuPy is imported")
@@ -37,7 +37,7 @@ def install(options: Options) -> None:
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules of CuPy that something is to be done about, as Python would."""
+    """Finds the modules of CuPy that need a step, as Python would."""
 
     STEPS: ClassVar[dict[str, str]] = {
         "cupy_backends": "before_cupy",
@@ -58,7 +58,7 @@ class Finder(importlib.abc.MetaPathFinder):
 
 
 class Loader(importlib.abc.Loader):
-    """Loads a module as ``loader`` does, with the step that belongs to it."""
+    """Loads a module by ``loader``, and runs its step."""
 
     def __init__(self, loader: Any, step: str) -> None:
         self._loader, self._step = loader, step

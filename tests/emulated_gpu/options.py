@@ -1,4 +1,4 @@
-"""Settings of the emulated device, in the words of ``pytest --emulate-gpu=timing=late,devices=1``."""
+"""Options of the emulated device, as in ``pytest --emulate-gpu=timing=late,devices=1``."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 @dataclass(frozen=True)
 class Options:
-    """What the emulated machine is like.
+    """The emulated machine.
 
-    ``timing`` says what runs as soon as it may: all ("early"), nothing ("late"), copies between host and device alone
-    ("copies") or all but these ("work"). The rest runs when something waits for it.
-
-    ``pageable="late"``: copies from ordinary memory read it when they run, not when they are asked for, as on machines
-    whose GPU reads that memory itself.
-
-    ``memory`` is that of each device, in bytes; the last one holds for all devices that follow.
+    devices: number of devices, 1 to 8
+    timing: the work that runs as soon as possible: all ("early"), none ("late"), only copies between host and device
+        ("copies"), or all except these ("work"); other work runs when something waits for it
+    pageable: "late": a copy from pageable memory reads it when the copy runs, not when it is enqueued, as on machines
+        whose GPU reads that memory itself
+    capability: compute capability, such as 90
+    memory: bytes of each device; the last number holds for all further devices
     """
 
     devices: int = 2
@@ -40,7 +40,7 @@ class Options:
 
     @classmethod
     def parse(cls, text: str) -> Options:
-        """From words like "timing=late,devices=2,memory=1GiB/256MiB"; no words, the defaults."""
+        """Parse a text such as "timing=late,devices=2,memory=1GiB/256MiB"; options not named keep their defaults."""
         given: dict[str, object] = {}
         for word in filter(None, text.split(",")):
             name, _, value = word.partition("=")
@@ -63,7 +63,7 @@ class Options:
         )
 
     def memory_of_each(self) -> list[int]:
-        """Bytes of every device."""
+        """The bytes of each device."""
         return [self.memory[min(i, len(self.memory) - 1)] for i in range(self.devices)]
 
 
@@ -73,7 +73,7 @@ def check(name: str, value: object, allowed: object) -> None:
 
 
 def bytes_of(text: str) -> int:
-    """ "256MiB" as a number."""
+    """The number of bytes in a text such as "256MiB"."""
     for unit, size in UNITS.items():
         if text.endswith(unit):
             return int(text.removesuffix(unit)) * size

@@ -1,7 +1,7 @@
-"""Our functions laid over the CUDA runtime that CuPy's wheels link statically.
+"""Replace the CUDA runtime that CuPy's wheels link statically by our functions.
 
-The wheels keep their symbol tables, so each function of the runtime is found by its name, and its first instructions
-are replaced by a jump: to ours, or to one that says that this function is not emulated.
+The wheels keep their symbol tables, so each function of the runtime is found by name. Its first instructions are
+overwritten by a jump to our function, or to a stub that reports that the function is not emulated.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import ClassVar
 
 VERSION = "14.2"
 WHEELS = {"cupy-cuda12x": 12, "cupy-cuda13x": 13}
-# Tables of words, which need no device.
+# Functions that only return text; they need no device.
 KEPT = ("cudaGetErrorName", "cudaGetErrorString")
 JUMP = 12  # bytes
 
 
 def cupy_wheel() -> tuple[str, str, int]:
-    """The installed CuPy: its distribution, its version, the CUDA that it is for. Raises unless it is one we know."""
+    """(distribution, version, CUDA version) of the installed CuPy; raises RuntimeError for an unknown one."""
     for name, cuda in WHEELS.items():
         try:
             version = importlib.metadata.version(name)
@@ -38,7 +38,7 @@ def cupy_wheel() -> tuple[str, str, int]:
 
 
 def lay_over(module: Path, library: ctypes.CDLL) -> None:
-    """Replace CUDA's runtime in ``module``, an extension module that is loaded, by the functions of ``library``."""
+    """Replace CUDA's runtime in ``module``, a loaded extension module, by the functions of ``library``."""
     if platform.machine() != "x86_64":
         raise RuntimeError(f"emulated GPU: knows x86_64, this machine is {platform.machine()}")
     there = {name: place for name, place in functions(module) if re.match(r"cuda[A-Z]\w*$", name)}
@@ -63,7 +63,7 @@ def functions(path: Path) -> Iterator[tuple[str, tuple[int, int]]]:
     if data[:6] != b"\x7fELF\x02\x01":
         raise RuntimeError(f"emulated GPU: {path} is no 64-bit ELF file")
     start, entry, count = *struct.unpack_from("<Q", data, 0x28), *struct.unpack_from("<HH", data, 0x3A)
-    # Of each section: its kind (2 and 11: symbols), offset, size, and which section has the names.
+    # For each section: kind (2 and 11: symbols), offset, size, and the index of the section with the names.
     sections = [struct.unpack_from("<4xI16xQQI", data, start + i * entry) for i in range(count)]
     for kind, offset, size, names in sections:
         if kind not in (2, 11):
@@ -76,7 +76,7 @@ def functions(path: Path) -> Iterator[tuple[str, tuple[int, int]]]:
 
 
 def base_of(module: Path) -> int:
-    """Where a loaded library begins in memory."""
+    """The base address of a loaded library."""
     real = os.path.realpath(module)
     for line in Path("/proc/self/maps").read_text().splitlines():
         if line.endswith(real):
@@ -101,7 +101,7 @@ def write_jump(at: int, target: int) -> None:
 
 
 class Stubs:
-    """Functions that call ``emulated_unknown`` with their name; kept for good, since CuPy may call them at any time."""
+    """Functions that call ``emulated_unknown`` with their name; never freed, since CuPy may call them at any time."""
 
     SIZE = 32
     ROOM = 1 << 16
@@ -115,7 +115,7 @@ class Stubs:
         self.KEPT.append(self)
 
     def add(self, name: str) -> int:
-        """The address of a function that stands for ``name``."""
+        """Create the stub of ``name``; return its address."""
         text = ctypes.create_string_buffer(name.encode())
         self.KEPT.append(text)
         where = self._start + self._used

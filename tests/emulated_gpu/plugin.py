@@ -1,4 +1,4 @@
-"""``pytest --emulate-gpu``: the tests marked gpu run with the real CuPy on the emulated device."""
+"""``pytest --emulate-gpu``: run the tests marked gpu with the real CuPy on the emulated device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
         overlay.cupy_wheel()
         emulated_gpu.install(Options.parse(given))
     except (RuntimeError, ValueError) as error:
-        # Without a sign between them, the argument after the option is taken for its value.
+        # pytest takes an argument after the option without "=" for its value.
         hint = "" if not given or "=" in given else "; before a path, write '--emulate-gpu= PATH'"
         raise pytest.UsageError(f"{error}{hint}") from error
     config.stash[ran] = 0
@@ -50,7 +50,7 @@ class Emulated:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Iterator[None]:
-        """A test during which the device noted a fault fails; the next one finds the device whole."""
+        """Fail a test if the device noted a fault, and reset the device for the next test."""
         try:
             yield
         finally:

@@ -1,7 +1,7 @@
-"""Memory that CuPy's pool hands out again, or takes back, is NaN: as what the device itself gives and takes.
+"""Overwrite memory that CuPy's pool allocates or frees with NaN, as the device does with its own.
 
-The pool knows the order of one stream alone, that in which the memory was asked for; so it is overwritten in that
-order. Whoever still reads it in another stream, or replays a graph that does, reads NaN.
+The pool orders reuse only within the stream on which the memory was allocated, so the overwriting is work of that
+stream. A read in another stream, or in a replayed graph, then finds NaN.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 
 
 def poison_the_pool(cupy: Any, library: ctypes.CDLL) -> None:
-    """From now on, for memory that this thread asks for; CuPy's hooks belong to threads."""
+    """Overwrite from now on, for allocations of this thread; CuPy's hooks are per thread."""
 
     class Poison(cupy.cuda.MemoryHook):  # type: ignore[misc]
         name = "emulated GPU"
 
         def __init__(self) -> None:
-            self._streams: dict[int, int] = {}  # of each block that is in use
+            self._streams: dict[int, int] = {}  # address of an allocated block: stream
 
         def malloc_postprocess(self, *, mem_size: int, mem_ptr: int, **_: Any) -> None:
             self._streams[mem_ptr] = cupy.cuda.get_current_stream().ptr

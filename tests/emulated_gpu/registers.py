@@ -1,7 +1,7 @@
-"""How many registers a kernel needs: NVRTC compiles its source once more, to machine code.
+"""Count the registers of a kernel by compiling its source again, to machine code.
 
-CuPy is asked for PTX, which has no registers yet. So each source that it compiles is kept beside the PTX's digest; a
-launch that needs to know has it compiled for the emulated device's compute capability, with CuPy's own options.
+CuPy compiles to PTX here, which does not fix the number of registers. So each source is saved under the digest of its
+PTX. A launch that needs the number compiles the source for the device's compute capability, with CuPy's options.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def digest(ptx: str) -> str:
 
 
 def record_sources(compiler: ModuleType) -> None:
-    """Have ``cupy.cuda.compiler`` keep what it compiles: its own cache on disk skips compiling the next time."""
+    """Make ``cupy.cuda.compiler`` save each source that it compiles, since CuPy's disk cache may skip the next time."""
     program = compiler._NVRTCProgram
     compile_ = program.compile
 
@@ -48,7 +48,7 @@ def source_file(ptx: str) -> Path:
 
 
 def write(path: Path, text: str) -> None:
-    """All of the file or nothing, for others who look."""
+    """Write a file atomically, unless it exists."""
     if path.exists():
         return
     path.parent.mkdir(exist_ok=True)
@@ -58,13 +58,13 @@ def write(path: Path, text: str) -> None:
 
 
 def registers(ptx: str, capability: int) -> dict[str, int]:
-    """Of each kernel in ``ptx``, by its name."""
+    """The registers of each kernel in ``ptx``, by name."""
     source = source_file(ptx)
     known = cache() / "registers" / f"{source.stem}-{capability}.json"
     if not known.exists():
         if not source.exists():
             raise RuntimeError(
-                f"emulated GPU: the source of a kernel is not in {source.parent}, since CuPy's cache is older than it; "
+                f"emulated GPU: {source.parent} lacks the source of a kernel, because CuPy's cache is older; "
                 "delete the emulated device's cache"
             )
         known.parent.mkdir(exist_ok=True)
@@ -76,7 +76,7 @@ def registers(ptx: str, capability: int) -> dict[str, int]:
 
 
 def count(made: dict[str, Any], capability: int) -> dict[str, int]:
-    """Compile a recorded source to machine code and read the registers of its kernels."""
+    """Compile a saved source to machine code, and read the registers of its kernels."""
     from cupy_backends.cuda.libs import nvrtc
 
     kept = [option for option in made["options"] if not option.startswith(("-arch", "--gpu-architecture", "--pch"))]
@@ -92,7 +92,7 @@ def count(made: dict[str, Any], capability: int) -> dict[str, int]:
 
 
 def registers_in(cubin: bytes) -> dict[str, int]:
-    """A cubin has a section ".text.KERNEL" for each kernel, whose info field has the registers in its highest byte."""
+    """The registers of each kernel in a cubin: the highest byte of the info field of section ".text.KERNEL"."""
     start, entry, count = *struct.unpack_from("<Q", cubin, 0x28), *struct.unpack_from("<HH", cubin, 0x3A)
     (names_index,) = struct.unpack_from("<H", cubin, 0x3E)
     (names,) = struct.unpack_from("<Q", cubin, start + names_index * entry + 24)
