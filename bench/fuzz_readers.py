@@ -3,8 +3,8 @@
 Inputs are small valid files with random changes: bits flipped, bytes cut off, added, or moved within and between files,
 numbers in headers set to 0, -1, 2^31, 2^40, 2^63, words of JSON replaced. Each input is read to its end, through a
 loader if the reader returns a source. For checkpoints, the table has one row with the checksum of the damaged bytes in
-the file's name, and one with the original checksum. An input depends only on its number and ``--seed``, so ``--reader
-npy --first 812 --inputs 1`` repeats one.
+the file's name, and one with the original checksum. An input depends only on its number and ``--seed``:
+``--reader npy --first 812 --inputs 1`` repeats one.
 
 A reader may read the file, or raise a documented error: ``GpubatchError`` or ``OSError``. Anything else, warnings
 included, is undocumented: it is counted, its traceback is printed, and the exit status is 1. This includes
