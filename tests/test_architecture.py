@@ -49,7 +49,7 @@ EDGES = {"plot", "cli", "__main__", "__init__"}
 ORDER = {
     "formula": "trace derivative elementwise update_rule rules activations scores",
     "ops": "program compile update grid operation elementwise losses normalisation dropout sums gather table products",
-    "nn": "needs layers stack workspace losses core network",
+    "nn": "needs layers stack workspace losses checks core network",
     "sources": "arrays reader files tables",
     "loader": "order feeding loader",
     "train": "ledger loss_scale history display callbacks checks record graphs captured_step eager captured memory"

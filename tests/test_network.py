@@ -658,16 +658,6 @@ def test_bad_networks_are_named(make, error, message) -> None:
         make()
 
 
-def test_a_layer_that_says_only_its_width_is_told_of_needs() -> None:
-    class Wide(Scale):
-        def needs(self, features: int) -> Needs:
-            return features  # type: ignore[return-value]
-
-    message = r"layer 2 \(Wide\).needs\(\) must return a gb.Needs, got 3"
-    with pytest.raises(DTypeError, match=message):
-        Network([Dense(5, 3), Wide()], backend="cpu")
-
-
 def test_two_classes_of_layers_with_one_name_for_a_parameter() -> None:
     class Other(Scale):
         pass

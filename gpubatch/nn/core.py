@@ -16,10 +16,11 @@ import numpy as np
 
 from gpubatch.backend import Array, Backend, compute_dtype
 from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
+from gpubatch.nn.checks import WatchedLayer, WatchedLoss, of_the_user
 from gpubatch.nn.layers import Layer
 from gpubatch.nn.losses import Loss
 from gpubatch.nn.needs import Context, Mode, Normal, Parameter, Space
-from gpubatch.nn.stack import Stacked, describe_layer, fused, parameter_names, stacked
+from gpubatch.nn.stack import Stacked, describe_layer, fused, parameter_names, stacked, told
 from gpubatch.nn.workspace import (
     Arrange,
     Layout,
@@ -60,11 +61,12 @@ class Core:
         tune: bool,
     ) -> None:
         self.layers = stacked(layers)
-        self.loss, self.l2, self.backend, self.dtype = loss, l2, backend, dtype
+        self.given_loss, self.loss = loss, WatchedLoss(loss) if of_the_user(loss) else loss
+        self.l2, self.backend, self.dtype = l2, backend, dtype
         self.compute_dtype = compute_dtype(dtype)
-        if self.outputs < loss.least_outputs:
+        if self.outputs < self.loss.least_outputs:
             raise ArgumentError(
-                f"{loss.name} needs at least {loss.least_outputs} outputs, the last layer gives {self.outputs}; "
+                f"{loss.name} needs at least {self.loss.least_outputs} outputs, the last layer gives {self.outputs}; "
                 "for yes or no use loss='sigmoid_cross_entropy'"
             )
         self.xp, self.ops, self.mode = backend.xp, ops_for(backend, dtype), Mode(seed)
@@ -76,6 +78,7 @@ class Core:
         if dtype == np.float16:
             self.loss_scale = backend.asarray(np.ones(1, self.compute_dtype))
         self.stack = fused(self.layers)
+        self._watched = {run.place: WatchedLayer(run) for run in self.layers if of_the_user(run.layer)}
         self.first = next(i for i, run in enumerate(self.stack) if run.needs.parameters)
         self.weights = [self.names[i][name] for i, name, p in self._declared("parameters") if p.l2] if l2 else []
         spans = [self.parameters.spans[name] for name in self.weights]
@@ -316,7 +319,7 @@ class Core:
                 buffers={name: self.buffers[names[name]] for name in needs.buffers},
                 work=work,
             )
-            calls.append((layer, y, dx, context))
+            calls.append((self._watched.get(place, layer), y, dx, context))
         return Pass(calls, loss)
 
     # --- first values ---
@@ -338,7 +341,10 @@ class Core:
             draw = philox_generator(self.mode.seed, run.place)
             for own, wanted in ((parameters, run.needs.parameters), (buffers, run.needs.buffers)):
                 for name, p in wanted.items():
-                    with self.backend.scope():
+                    with (
+                        self.backend.scope(),
+                        told(f"{describe_layer(run.layer, run.place)}: init of {name!r}"),
+                    ):
                         self._draw(p, draw, own[names[name]])
         return parameters, buffers
 
@@ -348,7 +354,10 @@ class Core:
             return
         rows = max(1, DRAWN // math.prod(p.shape[1:])) if isinstance(p.init, Normal) else p.shape[0]
         for part in evenly(p.shape[0], rows):
-            values = p.init(draw, (part.stop - part.start, *p.shape[1:]))
+            shape = part.stop - part.start, *p.shape[1:]
+            values = p.init(draw, shape)
+            if getattr(values, "shape", None) != shape:
+                raise ShapeError(f"it must return an array of shape {shape}, got {getattr(values, 'shape', values)!r}")
             view[part] = self.backend.asarray(values, view.dtype)
 
     # --- checks ---

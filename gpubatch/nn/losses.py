@@ -263,7 +263,14 @@ def loss_of(loss: str | ScoreLoss | BoundScoreLoss | Loss) -> Loss:
         return loss
     if isinstance(loss, ScoreLoss):
         loss = loss.bind()
-    return OverScores(loss) if isinstance(loss, BoundScoreLoss) else LOSSES[check_choice("loss", loss, LOSSES)]
+    if isinstance(loss, BoundScoreLoss):
+        return OverScores(loss)
+    if not isinstance(loss, str):
+        raise DTypeError(
+            f"loss must be one of {', '.join(map(repr, LOSSES))}, a function declared with @gb.score_loss, or an "
+            f"object of a subclass of gb.Loss; got {loss!r}"
+        )
+    return LOSSES[check_choice("loss", loss, LOSSES)]
 
 
 def check_labels(Y: Array, rows: int, takes: str) -> None:

@@ -9,9 +9,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from gpubatch.backend import Array, Backend
-from gpubatch.ops import Ops, Products, Space
+from gpubatch.errors import ArgumentError, DTypeError, check_bool, check_int
+from gpubatch.ops import Ops, Products, Space, workspace_dtype
 
-__all__ = ["Context", "Initializer", "Mode", "Needs", "Normal", "Parameter", "Shape", "Space"]
+__all__ = ["Context", "Initializer", "Mode", "Needs", "Normal", "Parameter", "Shape", "Space", "check_spaces"]
 
 Shape: TypeAlias = tuple[int, ...]
 Initializer: TypeAlias = "Callable[[np.random.Generator, Shape], np.ndarray]"  # in quotes: NumPy loads random late
@@ -39,6 +40,12 @@ class Parameter:
     init: float | Initializer = 0.0
     l2: bool = False
 
+    def __post_init__(self) -> None:
+        check_shape("shape", self.shape)
+        if not callable(self.init) and not isinstance(self.init, (int, float, np.number)):
+            raise DTypeError(f"init must be a number or a function (generator, shape) -> array, got {self.init!r}")
+        check_bool("l2", self.l2)
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -61,6 +68,19 @@ class Needs:
     in_place: bool = False
     least_rows: int = 1
 
+    def __post_init__(self) -> None:
+        check_int("outputs", self.outputs, 1)
+        for kind in ("parameters", "buffers"):
+            for name, p in check_mapping(kind, getattr(self, kind)).items():
+                if not isinstance(p, Parameter):
+                    raise DTypeError(f"{kind}[{name!r}] must be a gb.Parameter, got {p!r}")
+        for kind in ("kept", "scratch"):
+            check_spaces(kind, getattr(self, kind))
+        if not set(self.reads) <= {"x", "y"}:
+            raise ArgumentError(f"reads must be a tuple of 'x', 'y', both or neither, got {self.reads!r}")
+        check_bool("in_place", self.in_place)
+        check_int("least_rows", self.least_rows, 1)
+
     def scratch_in(self, ops: Ops, strided: bool = False) -> dict[str, Space]:
         """All that lasts for one call: the layer's own, and what the operations it uses need and it does not keep.
 
@@ -68,6 +88,35 @@ class Needs:
         """
         used = ops.scratch(self.uses, self.outputs, strided)
         return {**{name: space for name, space in used.items() if name not in self.kept}, **self.scratch}
+
+
+def check_mapping(name: str, given: Any) -> Mapping[str, Any]:
+    """``given`` must map names to something."""
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+        raise DTypeError(f"{name} must be a mapping by names, got {given!r}")
+    return given
+
+
+def check_spaces(name: str, spaces: Any) -> None:
+    """``spaces`` must map names to shapes with dtypes."""
+    for key, space in check_mapping(name, spaces).items():
+        if not isinstance(space, (tuple, list)) or len(space) != 2 or not isinstance(space[0], (tuple, list)):
+            raise DTypeError(f"{name}[{key!r}] must be a pair (shape, dtype), as ((-1, 5), None), got {space!r}")
+        check_shape(f"the shape of {name}[{key!r}]", space[0], -1)
+        try:
+            workspace_dtype(space[1], np.dtype(np.float32))
+        except TypeError:
+            raise DTypeError(
+                f"the dtype of {name}[{key!r}] must be None, 'compute' or NumPy's, got {space[1]!r}"
+            ) from None
+
+
+def check_shape(name: str, shape: Any, low: int = 0) -> None:
+    """``shape`` must be a tuple of integers from ``low`` on; -1 is the batch size."""
+    if not isinstance(shape, (tuple, list)):
+        raise DTypeError(f"{name} must be a tuple of integers, got {shape!r}")
+    for i, n in enumerate(shape):
+        check_int(f"{name}[{i}]", n, low)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,8 @@ class Network:
         precision: str = "full",
         tune: bool = False,
     ) -> None:
+        if not isinstance(layers, Iterable):
+            raise DTypeError(f"layers must be a list of Layer objects, got {layers!r}")
         self.layers = tuple(layers)
         self.precision = check_choice("precision", precision, [*PRECISIONS, MIXED])
         self.tune = check_bool("tune", tune)
@@ -87,7 +89,7 @@ class Network:
     @property
     def loss_function(self) -> Loss:
         """The loss, as an object."""
-        return self._core.loss
+        return self._core.given_loss
 
     @property
     def l2(self) -> float:
@@ -194,9 +196,9 @@ class Network:
                 total += run.loss.work["loss"].item() * len(run.scores)
                 at_once = max(1, COMPARED // self.outputs) if function.classifies else 0
                 for some in evenly(len(run.scores), at_once) if at_once else ():
-                    truth = function.truth(Y[part][some], self.outputs)
-                    right += (function.predict(run.scores[some]) == truth).sum().item()
-                    compared += truth.size
+                    found = self._right(function.predict(run.scores[some]), Y[part][some])
+                    right += found.sum().item()
+                    compared += found.size
             loss = total / len(X)
             if core.weights:
                 penalty = run.loss.work["loss"]
@@ -222,14 +224,21 @@ class Network:
         """
         scores = self.scores(X)
         with self.backend.scope():
-            return self.loss_function.predict(scores)
+            return self._core.loss.predict(scores)
 
     def accuracy(self, X: Array, Y: Array) -> float:
         """The fraction of predictions that are right."""
         self._core.check_batch(X, Y, values=True)
         with self.backend.scope():
-            self.loss_function.check_values(Y, self.outputs)
-            return float((self.loss_function.truth(Y, self.outputs) == self.predict(X)).mean())
+            self._core.loss.check_values(Y, self.outputs)
+            return float(self._right(self.predict(X), Y).mean())
+
+    def _right(self, predicted: Array, Y: Array) -> Array:
+        """Which predictions are right."""
+        truth = self._core.loss.truth(Y, self.outputs)
+        if truth.shape != predicted.shape:
+            raise ShapeError(f"{self.loss_name}: predict gives shape {predicted.shape}, truth {truth.shape}")
+        return predicted == truth
 
     # --- memory ---
 

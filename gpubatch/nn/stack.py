@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from gpubatch.errors import ArgumentError, DTypeError, ShapeError
+from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_int
 from gpubatch.nn.layers import ACTIVATIONS, ActivationLayer, Dense, DenseActivation, Elementwise, Layer
 from gpubatch.nn.needs import Needs
 from gpubatch.own import changed
 
-__all__ = ["Stacked", "describe_layer", "fused", "parameter_names", "stacked"]
+__all__ = ["Stacked", "describe_layer", "fused", "parameter_names", "stacked", "told"]
+
+# What Python and NumPy raise where a method is given, or does, what cannot be.
+PLAIN = (ArithmeticError, AttributeError, LookupError, NameError, TypeError, ValueError)
 
 
 class Stacked(NamedTuple):
@@ -31,7 +35,7 @@ def stacked(layers: Sequence[Layer]) -> list[Stacked]:
     for i, layer in enumerate(layers):
         if not isinstance(layer, Layer):
             raise DTypeError(f"layers must be Layer objects, layer {i + 1} is {layer!r} of type {type(layer).__name__}")
-    taken = [layer.takes() for layer in layers]
+    taken = [takes(layer, i) for i, layer in enumerate(layers)]
     width = next((n for n in taken if n is not None), None)
     if width is None:
         raise ArgumentError("layers must hold at least one layer with parameters, such as Dense")
@@ -42,9 +46,12 @@ def stacked(layers: Sequence[Layer]) -> list[Stacked]:
                 f"{describe_layer(layer, i)} takes {taken[i]} features, {describe_layer(layers[i - 1], i - 1)} "
                 f"gives {width}"
             )
-        needs = layer.needs(width)
-        if not isinstance(needs, Needs):
-            raise DTypeError(f"{describe_layer(layer, i)}.needs() must return a gb.Needs, got {needs!r}")
+        with told(f"{describe_layer(layer, i)}.needs({width})"):
+            needs = layer.needs(width)
+            if not isinstance(needs, Needs):
+                raise DTypeError(f"it must return a gb.Needs, got {needs!r}")
+            if needs.in_place and needs.outputs != width:
+                raise ShapeError(f"with in_place=True it must give as many features as it takes, got {needs.outputs}")
         found.append(Stacked(layer, i, width, needs))
         width = needs.outputs
     return found
@@ -67,6 +74,38 @@ def fused(stack: Sequence[Stacked]) -> list[Stacked]:
             run = Stacked(whole, place, inputs, whole.needs(inputs))
         found.append(run)
     return found
+
+
+def takes(layer: Layer, place: int) -> int | None:
+    """How many features a layer takes; None: any number."""
+    with told(f"{describe_layer(layer, place)}.takes()"):
+        features = layer.takes()
+        return None if features is None else check_int("its result", features, 1)
+
+
+@contextlib.contextmanager
+def told(method: str, looks_at_input: bool = False) -> Iterator[None]:
+    """Tell in gpubatch's words, with the name of the method, what goes wrong in one that a user may have written.
+
+    What Python, NumPy and gpubatch raise for bad arguments gets the name into its message. Other errors, which may be
+    the user's own, stay as they are and get it as a note.
+
+    looks_at_input: whether the method raises gpubatch's errors to say what is wrong with X or Y.
+    """
+    try:
+        yield
+    except (ArgumentError, DTypeError) as error:
+        if looks_at_input:
+            raise
+        raise type(error)(f"{method}: {error}") from error
+    except PLAIN as error:
+        if type(error).__module__.partition(".")[0] in ("builtins", "numpy"):
+            raise ArgumentError(f"{method} raised {type(error).__name__}: {error}") from error
+        error.add_note(f"in {method}")
+        raise
+    except Exception as error:
+        error.add_note(f"in {method}")
+        raise
 
 
 def describe_layer(layer: Layer, place: int) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from gpubatch.backend import Array, Backend
 from gpubatch.nn.layers import Layer
 from gpubatch.nn.needs import Context, Shape, Space
-from gpubatch.nn.stack import Stacked
+from gpubatch.nn.stack import Stacked, describe_layer, told
 from gpubatch.ops import Ops, workspace_dtype
 
 __all__ = [
@@ -200,7 +200,11 @@ def evaluation_arrays(
 
 def scratch_of(stack: Sequence[Stacked], ops: Ops) -> list[Mapping[str, Space]]:
     """The scratch of each layer; the first one is given X, which may be strided."""
-    return [run.needs.scratch_in(ops, strided=i == 0) for i, run in enumerate(stack)]
+    found: list[Mapping[str, Space]] = []
+    for i, run in enumerate(stack):
+        with told(f"{describe_layer(run.layer, run.place)}.needs({run.inputs})"):
+            found.append(run.needs.scratch_in(ops, strided=i == 0))
+    return found
 
 
 def evenly(n: int, most: int, least: int = 1) -> Iterator[slice]:
