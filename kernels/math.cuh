@@ -8,7 +8,7 @@ __device__ inline bool both(bool x, bool y) { return x & y; }
 __device__ inline bool either(bool x, bool y) { return x | y; }
 __device__ inline bool not_so(bool x) { return !x; }
 
-// The remainder has the sign of y, and the quotient is the whole number below, as NumPy and Python have them.
+// As in NumPy and Python, the quotient is rounded down and the remainder has the sign of y.
 __device__ inline T remainder_of(T x, T y) {
     const T r = fmod(x, y);
     if (r == 0) return copysign(T(0), y);

@@ -150,7 +150,7 @@ def warmed_beta(t, beta1, momentum_decay):
 
 @host_function
 def warmed_product(t, beta1, momentum_decay):
-    """The product of all factors up to step t, in place of beta1**t; 0 once it no longer changes 1 - product."""
+    """The product of all factors up to step t, in place of beta1**t; 0 when too small to change 1 - product."""
     reached = _product_reached(beta1, momentum_decay)
     step, product = reached[0] if reached[0][0] <= t else (0, 1.0)
     while step < t and product > 1e-300:
@@ -162,13 +162,13 @@ def warmed_product(t, beta1, momentum_decay):
 
 @functools.lru_cache(maxsize=64)
 def _product_reached(beta1, momentum_decay):
-    """[(step, product)] of the last call, from which the next step's is one product."""
+    """[(step, product)] of the last call; the next step needs only one more factor."""
     return [(0, 1.0)]
 
 
 @rule
 def nadam_scheduled(w, g, m, v, t, *, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, momentum_decay=4e-3):
-    """Dozat 2016 with its schedule of beta1: momentum_decay is 4e-3 in PyTorch and the paper, 1 in Keras."""
+    """Dozat 2016 with its beta1 schedule; ``momentum_decay`` is 4e-3 in PyTorch and the paper, 1 in Keras."""
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * (g * g)
     now, following = warmed_beta(t, beta1, momentum_decay), warmed_beta(t + 1, beta1, momentum_decay)

@@ -30,8 +30,7 @@ __all__ = ["Element", "Op", "Scalar", "Symbol", "Trace", "host_function", "recor
 SUM, PRODUCT, PRIMARY = 3, 4, 6  # operator precedence in C and Python, to write the fewest parentheses
 COMPARISON, UNARY = 2, 5
 
-# How many operations may be nested in one expression of the text: compilers and Python's parser have their limits.
-DEEPEST = 64
+DEEPEST = 64  # most nested operations in one expression of the text; compilers and Python's parser have limits
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,12 +257,12 @@ class Symbol:
     __int__ = __index__ = __complex__ = __round__ = __floor__ = __ceil__ = __trunc__ = __float__
 
     def __getitem__(self, _: Any) -> Any:
-        raise FormulaError("a formula works on one element at a time: it cannot index, count or iterate over a value")
+        raise FormulaError("a formula works on one element at a time: it cannot index, measure or iterate over a value")
 
     __len__ = __iter__ = __getitem__
 
     def __setitem__(self, *_: Any) -> None:
-        raise FormulaError("a formula changes nothing in place; return the new value")
+        raise FormulaError("a formula cannot change a value in place; return the new value")
 
     def __matmul__(self, _: Any) -> Any:
         raise FormulaError("a formula works on one element at a time: it cannot multiply matrices")
@@ -271,7 +270,7 @@ class Symbol:
     __rmatmul__ = __matmul__
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # what Python and NumPy ask of any object
+        if name.startswith("_"):  # Python and NumPy look up optional special attributes
             raise AttributeError(name)
         raise FormulaError(
             f"a formula works on one element at a time: a value has no .{name}; use operators and functions of NumPy"
@@ -281,8 +280,8 @@ class Symbol:
 class Scalar(Symbol):
     """A number that the host computes once per step: a hyper-parameter, ``t``, or arithmetic on them.
 
-    ``text`` is an expression of hyper-parameters, ``t`` and ``definitions``, parts of it that have names so that the
-    nesting stays within DEEPEST.
+    ``text`` is an expression of hyper-parameters, ``t`` and ``definitions``: named subexpressions, which keep the
+    nesting within DEEPEST.
     """
 
     __slots__ = ("boolean", "definitions", "depth", "strength", "text")
@@ -323,7 +322,7 @@ def element(trace: Trace, op: Op, operands: tuple[Any, ...]) -> Element:
 
 
 def _key(x: Any) -> Any:
-    """An operand as part of a key: symbols have no equality of their own."""
+    """The key of an operand; symbols cannot be keys, because ``==`` on them is recorded."""
     return x.text if isinstance(x, Scalar) else ("element", x.number) if isinstance(x, Element) else x
 
 
@@ -341,7 +340,7 @@ def record(function: Any, *operands: Any) -> Symbol:
     if function is np.where:
         if len(operands) != 3:
             raise FormulaError("a formula needs all three operands of np.where(condition, x, y)")
-        if isinstance(operands[0], (bool, np.bool_)):  # an option of the rule
+        if isinstance(operands[0], (bool, np.bool_)):  # a bool option of the rule
             return operands[1] if operands[0] else operands[2]  # type: ignore[no-any-return]
     if function in LOGICAL and any(isinstance(x, (bool, np.bool_)) for x in operands):
         return _with_options(function, operands)  # type: ignore[no-any-return]
@@ -364,17 +363,17 @@ def record(function: Any, *operands: Any) -> Symbol:
 
 
 def _are(operands: Sequence[Any], values: Sequence[float]) -> bool:
-    """Whether operands are these numbers."""
+    """Whether the operands equal these numbers."""
     return all(not isinstance(x, Symbol) and x == value for x, value in zip(operands, values, strict=True))
 
 
 def is_condition(x: Any) -> bool:
-    """Whether ``x`` is true or false, for each element or for all."""
+    """Whether ``x`` is a condition, of each element or of a scalar."""
     return (isinstance(x, Element) and x.op is not None and x.op.boolean) or (isinstance(x, Scalar) and x.boolean)
 
 
 def _with_options(function: Any, operands: Sequence[Any]) -> Any:
-    """What ``&``, ``|`` and ``~`` make of conditions and options of the rule, which are true or false already."""
+    """Evaluate ``&``, ``|`` or ``~`` on operands of which some are the rule's bool options, known when tracing."""
     known = [bool(x) for x in operands if isinstance(x, (bool, np.bool_))]
     rest = [x for x in operands if not isinstance(x, (bool, np.bool_))]
     if function is np.logical_not:
@@ -384,7 +383,7 @@ def _with_options(function: Any, operands: Sequence[Any]) -> Any:
 
 
 def _with_conditions(function: Any, operands: tuple[Any, ...]) -> tuple[Any, ...]:
-    """``operands`` where a condition counts as 1 or 0 beside numbers, and a number as a condition in ``np.where``."""
+    """``operands`` with conditions converted to 1 or 0 in arithmetic, and numbers to conditions in ``np.where``."""
     conditions = [is_condition(x) for x in operands]
     if function in LOGICAL:
         if not all(conditions):
@@ -402,7 +401,7 @@ def _with_conditions(function: Any, operands: tuple[Any, ...]) -> tuple[Any, ...
 
 
 def _as_number(x: Any) -> Any:
-    """1 where a condition holds, and 0 elsewhere; anything else as it is."""
+    """A condition as 1 or 0; other operands unchanged."""
     if isinstance(x, Element) and is_condition(x):
         return element(x.trace, INDICATOR, (x,))
     return record(np.where, x, 1.0, 0.0) if isinstance(x, Scalar) and x.boolean else x
@@ -533,7 +532,7 @@ class Trace:
             x.number: f"{a}_new" for a, x in zip(self.targets, self.results, strict=True) if isinstance(x, Element)
         }
         lines: list[str] = []
-        written: list[tuple[str, int]] = []  # each element's text, and how strongly it binds
+        written: list[tuple[str, int]] = []  # text and precedence of each element
         depths: list[int] = []
 
         def text(x: Any) -> tuple[str, int]:

@@ -56,7 +56,7 @@ class Rule:
                 f"{self.name} must return ({', '.join(trace.targets)}), {len(trace.targets)} values; "
                 f"it returned {len(results)}"
             )
-        # Only what the results need: an option may have chosen between two values.
+        # Drop elements that no result needs: an option may have selected one of two values.
         names, targets = dict(zip(inputs, trace.arrays, strict=True)), dict(zip(trace.targets, results, strict=True))
         return restated(self.name, names, targets)
 
