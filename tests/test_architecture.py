@@ -64,7 +64,7 @@ def room(name: str) -> str:
 
 
 def imported(source: str) -> set[str]:
-    """The modules of gpubatch that a source imports, anywhere in it: "errors", "sources.files"."""
+    """The modules of gpubatch that a source imports anywhere, such as "errors" or "sources.files"."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module == "gpubatch":
@@ -92,7 +92,7 @@ def test_every_module_is_in_the_list() -> None:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_imports_go_down_the_list(name: str) -> None:
-    """And another package is imported by its face: what a package's own file exports."""
+    """Other packages are imported by their face: the names that a package's own file exports."""
     own = room(name)
     for other in imported(SOURCES[name]):
         if room(other) != own:
@@ -121,7 +121,7 @@ def test_the_list_has_no_circle() -> None:
 
 
 def test_the_picture_has_the_arrows_of_the_imports() -> None:
-    """All of them but those that a longer way implies; packages that may import any are not drawn."""
+    """All arrows except those implied by longer paths; packages that may import any other are not drawn."""
     imports = {own: set[str]() for own in MAY_IMPORT}
     for name, source in SOURCES.items():
         if room(name) in imports:

@@ -21,7 +21,7 @@ floats = st.floats(-1e6, 1e6)
 
 
 def by_weights(series, beta, bias_correction):
-    """The definition as a sum: x of i steps ago weighs beta**i; pandas calls the corrected form adjust=True."""
+    """The definition as a sum: x of i steps ago has weight beta**i; pandas calls the corrected form adjust=True."""
     result = np.empty(np.shape(series))
     for t in range(1, len(series) + 1):
         weights = np.array([beta**i for i in reversed(range(t))])
@@ -31,7 +31,7 @@ def by_weights(series, beta, bias_correction):
 
 
 class Elsewhere(np.lib.mixins.NDArrayOperatorsMixin):
-    """Stands for an array on a device: computes through NumPy's protocols, and refuses to become a NumPy array."""
+    """Mimics an array on a device: computes through NumPy's protocols, and refuses conversion to a NumPy array."""
 
     __module__ = "elsewhere"
 

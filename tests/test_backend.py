@@ -25,7 +25,7 @@ class CUDARuntimeError(RuntimeError):
 
 
 def fake_cupy(driver: int = 13000, needed: int = 13000, devices: Any = 1, product: Any = 14.0) -> types.ModuleType:
-    """As much of CuPy as the probe touches; ``devices`` or ``product`` may be an exception to raise."""
+    """The part of CuPy that the probe uses; ``devices`` or ``product`` may be an exception to raise."""
 
     def answer(value: Any) -> Any:
         if isinstance(value, Exception):
@@ -70,7 +70,7 @@ def install(monkeypatch: pytest.MonkeyPatch, cupy: types.ModuleType | None) -> N
 
 
 def broken_import(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CuPy that is there and cannot be loaded, as when a CUDA library is missing."""
+    """A CuPy that is installed but cannot be loaded, as when a CUDA library is missing."""
     install(monkeypatch, None)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: importlib.machinery.ModuleSpec(name, None))
     monkeypatch.setitem(sys.modules, "cupy", None)  # Python's own way to make an import fail
@@ -212,7 +212,7 @@ def test_the_namespace_is_that_of_the_arrays(backend: gb.Backend) -> None:
 
 
 class Elsewhere:
-    """Stands for an array of a GPU: what it holds must never be read on the way to NumPy."""
+    """Mimics an array on a GPU: its content must not be read on the way to NumPy."""
 
     shape, dtype, size = (3,), np.dtype(np.float32), 3
     device = types.SimpleNamespace(id=1)

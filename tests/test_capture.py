@@ -56,19 +56,19 @@ def gpu() -> CudaBackend:
 
 @pytest.fixture(autouse=True)
 def few_steps_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An epoch here has five; by all of them and by one is how a replay goes."""
+    """An epoch here has five steps; a replay uses the graph of all of them and that of one."""
     monkeypatch.setattr(graphs, "UNROLLED", 3)
 
 
 @pytest.fixture(params=["stand-in", pytest.param("cuda:0", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Callable[[], CudaBackend]:
-    """Makes a device: each run has its own, so that one does not find what another left."""
+    """A factory of devices: each run has a new one, without traces of earlier runs."""
     return (lambda: stand_in("late")) if request.param == "stand-in" else gpu
 
 
 @dataclasses.dataclass
 class Case:
-    """A training to be run eagerly and captured."""
+    """A training to run eagerly and captured."""
 
     layers: Callable[[], list[gb.Layer]]
     loss: str = "softmax_cross_entropy"
@@ -132,7 +132,7 @@ def data(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Training:
-    """One run of a case; what can be compared is in ``result``."""
+    """One run of a case; ``result`` has what is compared."""
 
     def __init__(self, case: Case, device: CudaBackend, X: np.ndarray | None = None) -> None:
         self.device, self.options = device, dict(case.fit)
@@ -212,7 +212,7 @@ def test_in_whatever_order_streams_do_their_work(feed: str, timing: str) -> None
 
 
 def test_more_steps_than_a_chunk_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of five, graphs of two steps: every boundary comes in the middle of something else."""
+    """Chunks of five, graphs of two steps: no two boundaries coincide."""
     monkeypatch.setattr(ledger, "CHUNK", 5)
     monkeypatch.setattr(graphs, "UNROLLED", 2)
     case = dataclasses.replace(CASES["norm, dropout, l2, schedule"], loader={"batch_size": 4})
@@ -232,7 +232,7 @@ def test_auto_is_captured_on_a_gpu_and_eager_on_the_cpu(device: Callable[[], Cud
 
 
 def test_nothing_is_allocated_and_nobody_waits_but_for_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the second epoch: an order, a restart and the scalars of each chunk go to the device, and losses come back."""
+    """In the second epoch only an order, a restart and each chunk's scalars go to the device, and losses come back."""
     seen: list[tuple[int, ...]] = []
     case = dataclasses.replace(CASES["norm, dropout, l2, schedule"], loader={"batch_size": 2})
     device = stand_in("late")
@@ -369,7 +369,7 @@ def test_a_rate_that_is_changed_by_hand_counts_from_the_next_step(device: Callab
 
 
 def test_an_optimizer_that_is_loaded_between_epochs_is_captured_anew(device: Callable[[], CudaBackend]) -> None:
-    """What it loads may be another formula: weight decay makes it one."""
+    """The loaded state may change the formula: weight decay does."""
 
     def load(state: gb.TrainingState) -> None:
         saved = state.opt.state_dict()
@@ -385,7 +385,7 @@ def test_an_optimizer_that_is_loaded_between_epochs_is_captured_anew(device: Cal
 def test_after_memory_ran_out_parts_are_captured(
     case: str, device: Callable[[], CudaBackend], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the validation after the first epoch: the graphs go, and later ones make the batch in parts."""
+    """Memory runs out in the first validation: the graphs are dropped, and later ones use micro-batches."""
     runs = []
     for execution in ("eager", "captured"):
         run = Training(CASES[case], device())
@@ -461,7 +461,7 @@ class Own(gb.ReLU):
 
 class Looks:
     def on_step(self, state: gb.TrainingState) -> None:
-        """At every step."""
+        """Called at every step."""
 
     def __repr__(self) -> str:
         return "Looks()"
@@ -491,7 +491,7 @@ def test_what_cannot_be_captured_is_eager_and_says_why(
 
 
 class Calls:
-    """Calls of the methods that a user wrote, each of which goes on with gpubatch's."""
+    """Counts calls of the methods that a user wrote; each then calls gpubatch's method."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -504,12 +504,12 @@ class Calls:
         return method_of_a_user
 
     def overridden(self, x: Any, name: str) -> None:
-        """``x`` as of a subclass that overrides a method."""
+        """``x`` with a subclass that overrides a method."""
         kind = type(x)
         x.__class__ = type(f"My{kind.__name__}", (kind,), {name: self.counted(inspect.getattr_static(kind, name))})
 
     def replaced(self, x: Any, name: str) -> None:
-        """Another function is put in place of a method, in the object."""
+        """``x`` with a method replaced in the object."""
         vars(x)[name] = self.counted(getattr(x, name))
 
 
@@ -590,7 +590,7 @@ def test_functions_that_are_put_into_classes_are_called(
 
 
 def test_a_layer_or_a_loss_that_was_changed_is_not_passed_over(device: Callable[[], CudaBackend]) -> None:
-    """Also not by the one pass of a Dense layer and its activation, on whatever device."""
+    """Not even by the fused pass of a Dense layer and its activation, on any device."""
     for backend in (device(), gb.get_backend("cpu")):
         calls, layers = Calls(), plain()
         calls.replaced(layers[1], "forward")
@@ -640,7 +640,7 @@ def test_subclasses_that_change_no_step_are_captured(device: Callable[[], CudaBa
 
 
 def test_every_method_that_a_step_calls_is_looked_at() -> None:
-    """Of eager steps of all kinds on both devices, what is called is not among what no step calls."""
+    """No method that an eager step calls, on either device, is in the list of methods that no step calls."""
     called = dict[tuple[type, str], int]()
     kinds = (gb.Network, gb.Optimizer, gb.Loader, gb.LossScale, gb.Layer, losses.Loss)
 
@@ -722,7 +722,7 @@ def test_without_nvmath_steps_are_eager() -> None:
 
 
 def test_a_capture_that_fails_leaves_eager_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a driver refuses, the numbers are those of eager steps."""
+    """Whatever the driver refuses, the results equal those of eager steps."""
 
     def refuse(self: CudaBackend, work: Callable[[], None]) -> None:
         raise gb.CaptureError("not today")
@@ -737,7 +737,7 @@ def test_a_capture_that_fails_leaves_eager_steps(monkeypatch: pytest.MonkeyPatch
 @every("batch", {"2": 2, "4": 4}, ["4"])
 @every("feed", ["device", "host"], ["device"])
 def test_steps_that_do_not_agree_are_not_trusted(feed: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Should a graph find something that is not there, the run goes on without graphs, and says so."""
+    """If a replay disagrees, the run continues without graphs, and warns."""
     case = dataclasses.replace(CASES["norm, dropout, l2, schedule"], loader={"feed": feed})
     whole = Training(case, stand_in("late")).fit("eager", 3)
     original, calls = graphs.StepGraphs.launch, list[int]()
@@ -773,7 +773,7 @@ def test_execution_is_checked() -> None:
 def by_hand(
     device: CudaBackend, captured: bool, steps: int, optimizer: Callable[[Any], gb.Optimizer], calls: int = 5
 ) -> list[bytes]:
-    """A loop with batches of its own, a new learning rate at the fourth call, and eager steps between two calls."""
+    """A loop with its own batches, a new learning rate at the fourth call, and eager steps between two calls."""
     net = gb.Network(everything(), l2=0.01, backend=device, seed=3)
     opt = optimizer(net.parameters)
     rng, losses = np.random.default_rng(4), []
@@ -816,7 +816,7 @@ def test_scalars_go_to_the_device_again_when_they_are_used_up(monkeypatch: pytes
 
 
 def test_a_rate_that_is_another_one_at_every_call() -> None:
-    """There is less pinned memory than calls, and the device is late."""
+    """There are more calls than pieces of pinned memory, and the device is late."""
     found = []
     for captured in (True, False):
         device = stand_in("late")
@@ -912,7 +912,7 @@ def test_a_step_that_finds_no_memory_can_be_tried_again(monkeypatch: pytest.Monk
 
 @every("timing", [*TIMINGS], ["late"])
 def test_what_was_captured_is_given_back_when_it_is_over(timing: str) -> None:
-    """Step, workspace and batch go while their work is queued; then others take memory on another stream."""
+    """Step, workspace and batch are freed while their work is queued; then another stream allocates memory."""
     found = []
     for captured in (True, False):
         device = stand_in(timing)

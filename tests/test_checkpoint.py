@@ -32,7 +32,7 @@ FAULT_RUNS = Path(__file__).parent.parent / "bench" / "fault_runs.py"
 
 
 def state(number: int = 0) -> dict[str, Any]:
-    """Something of everything, and another one for every ``number``."""
+    """A state with a value of every kind; each ``number`` gives another one."""
     rng = np.random.default_rng(number)
     return {
         "number": number,
@@ -55,7 +55,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def number_of_newest(store: Checkpoints) -> int:
-    """The ``number`` of the newest state, which is as it was saved."""
+    """The ``number`` of the newest state, after checking that it is as saved."""
     found = store.newest()
     assert found is not None
     assert same(found[1], state(found[1]["number"]))
@@ -220,7 +220,7 @@ def test_where_none_is_complete_it_says_so(store: Checkpoints) -> None:
 
 
 def signed(folder: Path, header: bytes, data: bytes = b"", length: int | None = None) -> Path:
-    """A file with a right checksum and any content."""
+    """Write a file with the right checksum and any content."""
     content = (len(header) if length is None else length).to_bytes(8, "little") + header + data
     path = folder / f"checkpoint-000001-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
     path.write_bytes(content)
@@ -244,7 +244,7 @@ def test_an_absurd_header_is_refused_before_memory_is_asked_for(length: int, tmp
 
 @pytest.mark.exhaustive
 def test_a_hundred_thousand_arrays_are_saved_and_read(tmp_path: Path) -> None:
-    """As many as an optimizer of that many small parameters has."""
+    """As many arrays as an optimizer of that many small parameters has."""
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save({"state": {f"w{i}": np.full(2, i, np.float32) for i in range(100_000)}})
     found = checkpoints.newest()
@@ -302,7 +302,7 @@ def test_the_header_that_the_strange_ones_differ_from_is_read(tmp_path: Path) ->
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None)
 @given(data=st.data())
 def test_whatever_stands_in_a_file_gives_a_state_or_the_documented_error(data: st.DataObject, tmp_path: Path) -> None:
-    """Real files, changed in a few places and given a right checksum again."""
+    """Valid files, changed in a few places, with the checksum corrected."""
     text = bytearray(json.dumps(header()).encode())
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(text)))
@@ -328,7 +328,7 @@ def test_a_file_of_another_name_is_not_read(store: Checkpoints) -> None:
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """A disk that is full after ``size`` bytes of a file, as ``ulimit -f`` makes it."""
+    """Simulate a disk that is full after ``size`` bytes of a file, by the limit of ``ulimit -f``."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -418,7 +418,7 @@ store.save({"number": 2, "x": np.ones(1000)})
 
 @pytest.mark.parametrize(("call", "newest"), [("fsync", 1), ("replace", 1), ("open", 2)])
 def test_a_kill_while_writing(call: str, newest: int, tmp_path: Path) -> None:
-    """Between the snapshot and the rename, and (``os.open`` is that of the folder) between the rename and its sync."""
+    """Between snapshot and rename, and between rename and sync (``os.open`` opens the folder)."""
     done = subprocess.run([sys.executable, "-c", CUT_OFF, str(tmp_path), call], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(list(tmp_path.glob("*.unfinished"))) == (newest == 1)
@@ -486,7 +486,7 @@ def test_what_one_sees() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked here")
 @every("kills", {"2": 2, "20": 20}, ["2"])
 def test_runs_that_are_killed_end_as_one_that_is_not(kills: int, tmp_path: Path) -> None:
-    """Some of the kills of ``bench/fault_runs.py``, at random moments."""
+    """``bench/fault_runs.py`` with few kills, at random moments."""
     command = [sys.executable, str(FAULT_RUNS), "--kills", str(kills), "--out", str(tmp_path / "result.json")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -45,7 +45,7 @@ def idx(array: np.ndarray) -> bytes:
 
 @pytest.fixture
 def mnist(tmp_path: Path) -> Path:
-    """A folder with a small MNIST: noise, and two bright rows whose place is the label."""
+    """A folder with a small MNIST: noise, and two bright rows whose position is the label."""
     rng = np.random.default_rng(0)
     for part, n in (("train", 300), ("t10k", 100)):
         labels = np.arange(n, dtype=np.uint8) % 10
@@ -67,7 +67,7 @@ def test_train_ends_with_the_test_accuracy() -> None:
 
 @pytest.mark.exhaustive
 def test_train_reaches_the_promised_accuracy() -> None:
-    """What the README says that one sees; half a minute of work."""
+    """The output that the README shows; takes half a minute."""
     result = json.loads(run("train", "--json", "--no-progress").stdout)
     assert result["test_accuracy"] >= 0.965
     assert len(result["history"]["loss"]) <= 10
@@ -260,7 +260,7 @@ def test_ctrl_c_leaves_one_line() -> None:
 
 
 def killed_after_two_epochs(signal_number: int, *options: str) -> tuple[int, str]:
-    """``gpubatch train`` with a signal in its third epoch: its exit code, and the last line of standard error."""
+    """Run ``gpubatch train`` with a signal in its third epoch: exit code and last line of standard error."""
     process = subprocess.Popen(
         [sys.executable, "-m", "gpubatch", "train", "--epochs", "1000", *options],
         stdout=subprocess.PIPE,

@@ -136,7 +136,7 @@ def test_batch_sizes_are_compared(mnist: Path) -> None:  # noqa: F811
 
 
 def test_the_strategies_rank_as_in_the_notes() -> None:
-    """Random search < random local search < gradient descent, on the digits; some seconds of work."""
+    """Random search < random local search < gradient descent, on the digits; takes some seconds."""
     task = Task.of(None, "", "svm", 0, "cpu", "float32", 2000)
     seen = list[tuple[int, int]]()
     found = compare_strategies(task, 200, 0.01, 0.01, 5, 128, lambda done, total: seen.append((done, total)))

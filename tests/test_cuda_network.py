@@ -73,7 +73,7 @@ def batch(net: gb.Network, rng: np.random.Generator) -> tuple[DeviceArray, Devic
 @pytest.mark.parametrize("precision", ["full", "mixed"])
 @pytest.mark.parametrize("loss", TARGETS)
 def test_the_launches_of_a_step(loss: str, precision: str, device: StandInBackend, rng: np.random.Generator) -> None:
-    """Besides five matrix products: three biases with their activations, the loss, three gradients; and l2's two."""
+    """Besides five matrix products: three biases with activations, the loss, three gradients, and two for l2."""
     net = gb.mlp([12, 16, 8, 5], loss=loss, l2=0.1, backend=device, precision=precision)
     opt = gb.Adam(net.parameters, master_weights=precision == "mixed")
     for _ in range(2):
@@ -97,7 +97,7 @@ def test_the_launches_of_a_step(loss: str, precision: str, device: StandInBacken
 def test_a_step_is_kernels_and_matrix_products(
     loss: str, precision: str, device: StandInBackend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing else can be in a graph: no reduction of CuPy's, nothing allocated, copied or read."""
+    """A graph can hold nothing else: no reduction of CuPy, no allocation, copy or read."""
     first = [gb.Dropout(0.0), gb.Dense(12, 16), gb.ReLU(), gb.Dropout(0.2), gb.Dense(16, 8, bias=False)]
     then = [gb.BatchNorm(8), gb.GELU(), gb.Dropout(0.2), gb.Dropout(0.0), gb.Dense(8, 5)]
     net = gb.Network(first + then, loss, l2=0.1, backend=device, precision=precision)

@@ -29,7 +29,7 @@ every_case = every("case", CASES, FAST)
 
 
 def forms(names: Iterable[str]) -> pytest.MarkDecorator:
-    """Each case in each dtype; fast are those of ``FAST`` in float32, and the first of a method in the others."""
+    """Each case in each dtype; fast are ``FAST`` in float32, and the first case of each method in the others."""
     cases = [(name, dtype) for name in names for dtype in DTYPES]
     fast = [name in (FAST if dtype == "float32" else FIRST) for name, dtype in cases]
     return pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def device() -> CudaBackend:
 
 @pytest.fixture(params=["float32", pytest.param("float64", marks=pytest.mark.exhaustive), "float16"])
 def dtype(request: pytest.FixtureRequest) -> np.dtype:
-    """In which batches are stored."""
+    """The storage type of batches."""
     return np.dtype(request.param)
 
 
@@ -94,7 +94,7 @@ def test_it_compiles_for_real_architectures(case: Case, dtype: np.dtype) -> None
 
 @every_form
 def test_it_agrees_with_numpy(case: Case, dtype: np.dtype, device: CudaBackend) -> None:
-    """And has the same bits when the threads run in another order, and on arrays that begin elsewhere."""
+    """The bits are also the same with another order of threads, and for arrays at other addresses."""
     for size in case.sizes:
         right = by_numpy(case, size, dtype)
         ours = by_cuda(case, size, dtype, device)
@@ -188,7 +188,7 @@ def test_nothing_beyond_an_array_is_touched(name: str, stored: str) -> None:
 
 
 class Sealed:
-    """Ops during whose methods nothing can be allocated on the device or read from it."""
+    """Ops during whose methods any allocation on the device or read from it fails."""
 
     def __init__(self, ops: Ops, patch: pytest.MonkeyPatch) -> None:
         self.ops, self.patch = ops, patch
@@ -248,7 +248,7 @@ def test_nan_and_infinity_go_through_as_in_numpy(case: Case, dtype: np.dtype, de
 @pytest.mark.parametrize("classes", [3, 300])
 @pytest.mark.parametrize("label", [-1, 2**40, -(2**63)])
 def test_a_label_out_of_range_is_nan_and_nothing_else(method: str, classes: int, label: int) -> None:
-    """The device cannot raise; what it must not do is touch memory that is not the row's."""
+    """The device cannot raise, but it must not touch memory outside the row."""
     backend = stand_in_backend(sanitize=True)
     place = Place(Ops(grid=Grid(backend, F)), backend, F, F, np.random.default_rng(0))
     z, Y, work = place.real(4, classes), backend.asarray(np.array([0, 1, label, 2])), place.work(4, classes)
@@ -267,7 +267,7 @@ def test_labels_that_are_one_class_too_far(device: CudaBackend) -> None:
 
 @pytest.mark.parametrize("classes", [2, 10, 300, 5000])
 def test_equal_scores(classes: int, dtype: np.dtype, device: CudaBackend) -> None:
-    """The closed form: log(classes), and 1/classes for each but the label; a margin of 1 for each but the label."""
+    """Closed forms: log(classes), and 1/classes for each class but the label; a margin of 1 for each but the label."""
     place = Place(Ops(grid=Grid(device, dtype)), device, dtype, dtype, np.random.default_rng(0))
     z, Y, work = place.array(np.full((3, classes), 1000.0)), place.labels(3, classes), place.work(3, classes)
     right = 1 / classes - np.eye(classes)[Y.get()]
@@ -281,7 +281,7 @@ def test_equal_scores(classes: int, dtype: np.dtype, device: CudaBackend) -> Non
 
 
 def test_scores_that_count_for_themselves(dtype: np.dtype, device: CudaBackend) -> None:
-    """The closed forms: 3² and its slope; log 2 without a slope; no loss where all is clear, or all of the distance."""
+    """Closed forms: 3² and its slope; log 2 without a slope; no loss for a clear score, or all of the distance."""
     place = Place(Ops(grid=Grid(device, dtype)), device, dtype, dtype, np.random.default_rng(0))
     work = place.work(1, 4)
     place.ops.score_loss(
@@ -313,7 +313,7 @@ def test_how_targets_are_stored_changes_no_bit(stored: str, dtype: np.dtype, dev
 
 @pytest.mark.parametrize("count", [1, 7, 2000])  # all of them are float16, too
 def test_the_l2_term(count: int, dtype: np.dtype, device: CudaBackend) -> None:
-    """The sum of 1² to count², and a share of each number; what lies between the parts is left alone."""
+    """The sum of 1² to count², and a share of each number; numbers between the parts are unchanged."""
     ops, numbers = Ops(grid=Grid(device, dtype)), np.arange(1, count + 1)
     w = device.asarray(np.concatenate([[np.nan], numbers, [np.nan, np.nan], numbers, [np.nan]]).astype(dtype))
     spans = device.asarray(np.array([[1, count + 1], [count + 3, 2 * count + 3]]))
@@ -377,7 +377,7 @@ def test_every_number_of_16_bits(dtype: np.dtype, device: CudaBackend) -> None:
 @pytest.mark.parametrize("target", ["float32", "float16", "float64", "as stored", "int64"])
 @pytest.mark.parametrize("stored", ["uint8", "float16", "int32", "float64"])
 def test_rows_move_sixteen_bytes_at_a_time(stored: str, target: str, rng: np.random.Generator) -> None:
-    """Where rows are whole multiples of that and arrays begin at one: for the larger type, and so much of the other."""
+    """For aligned arrays with rows of multiples of 16 bytes: 16 bytes of the larger type at a time."""
     device, kept = stand_in_backend(sanitize=True), target in ("as stored", "int64")
     kinds = np.dtype(stored), np.dtype(stored if target == "as stored" else target)
     if target == "int64" and kinds[0].kind == "f":
@@ -404,7 +404,7 @@ def test_rows_move_sixteen_bytes_at_a_time(stored: str, target: str, rng: np.ran
 
 
 def aligned(device: CudaBackend, dtype: np.dtype, n: int, start: int) -> DeviceArray:
-    """An array that begins ``start`` elements behind a multiple of sixteen bytes."""
+    """An array that starts ``start`` elements after a multiple of sixteen bytes."""
     wide = device.empty(n + start + 16, dtype)
     first = -wide.ctypes.data % 16 // dtype.itemsize + start
     return wide[first : first + n]
@@ -438,7 +438,7 @@ def test_labels_that_are_strided_are_copied(device: CudaBackend) -> None:
 
 
 def test_the_last_block_leaves_the_ticket_as_it_was(device: CudaBackend) -> None:
-    """So that the next launch, or the same one of a graph, finds it 0: whichever block is the last, however many."""
+    """The next launch, or a replay, needs a ticket of 0: whichever block is last, with any number of blocks."""
     place = Place(Ops(grid=Grid(device, F)), device, F, F, np.random.default_rng(0))
     out, work = device.zeros(SQUARE_SUM_SIZE, np.float64), place.work(300, 40)
     for rows in (300, 1, 77):
@@ -540,7 +540,7 @@ def cuda() -> Backend:
 @pytest.mark.gpu
 @every_form
 def test_on_a_gpu_it_agrees_with_numpy(case: Case, dtype: np.dtype, cuda: CudaBackend) -> None:
-    """A GPU contracts a*b + c and flushes denormals: no bits are compared with NumPy's but those of the mask."""
+    """A GPU contracts a*b + c and flushes denormals, so only the mask's bits must equal NumPy's."""
     # Hundreds of blocks in either case; the emulated device runs one after another.
     for size in [*case.sizes, (410 if emulated_gpu.installed() else 4096, 512)]:
         ours, right = by_cuda(case, size, dtype, cuda), by_numpy(case, size, dtype)
@@ -552,7 +552,7 @@ def test_on_a_gpu_it_agrees_with_numpy(case: Case, dtype: np.dtype, cuda: CudaBa
 
 @pytest.mark.gpu
 def test_on_a_gpu_float16_is_converted_as_numpy_does(cuda: CudaBackend) -> None:
-    """By instructions of its own: every number of 16 bits, and what lies between them, the middle included."""
+    """The GPU has its own instructions: all 16-bit numbers, and numbers between them, midpoints included."""
     halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
     finite = np.sort(halves[np.isfinite(halves)].astype(F))
     middles = (finite[1:] + finite[:-1]) / 2

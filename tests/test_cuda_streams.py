@@ -41,7 +41,7 @@ def device() -> CudaBackend:
 
 @pytest.fixture(params=["default", "another"])
 def caller(request: pytest.FixtureRequest, device: CudaBackend) -> Iterator[Any]:
-    """The stream that is current: the default one, or one that nothing waits for by itself."""
+    """The current stream: the default one, or one that the default stream does not wait for."""
     if request.param == "default":
         yield device.current_stream()
         return
@@ -203,7 +203,7 @@ def test_a_capture_and_what_another_thread_does_do_not_disturb_each_other(what: 
 
 
 def test_any_stream_may_be_current_in_a_capture(device: CudaBackend, caller: Any) -> None:
-    """It is not the one that is captured, and the graph may be launched on it: CUDA's default stream too."""
+    """The current stream is not captured, and may launch the graph, even if it is CUDA's default stream."""
     x = device.zeros(8, "float32")
 
     def work() -> None:
@@ -236,7 +236,7 @@ REFUSED: dict[str, tuple[Callable[[CudaBackend, Any], object], type[BaseExceptio
 
 
 def hidden(device: CudaBackend) -> None:
-    """Work that goes on after a refusal gives no graph."""
+    """Work that continues after a refusal gives no graph."""
     with contextlib.suppress(RuntimeError):
         device.synchronize()
 
@@ -268,7 +268,7 @@ def test_what_cannot_be_captured_leaves_a_stream_that_works(case: str, device: C
 
 @contextlib.contextmanager
 def limit_of_pool(device: CudaBackend, free: int) -> Iterator[None]:
-    """So many bytes may be taken from CuPy's pool."""
+    """Limit CuPy's pool to so many bytes."""
     gc.collect()  # CuPy's pool does so before it gives up, and would find what other tests left
     device.free_unused()
     with device.scope():
@@ -284,7 +284,7 @@ def limit_of_pool(device: CudaBackend, free: int) -> Iterator[None]:
 
 
 def test_the_limit_of_the_pool_is_kept_and_reached(device: CudaBackend) -> None:
-    """Memory that another stream left unused counts as available, and can be had."""
+    """Unused memory of another stream counts as available, and can be allocated."""
     with limit_of_pool(device, 64 << 20):
         assert device.memory().available == 64 << 20
         kept = device.zeros(48 << 20, "uint8")
@@ -316,7 +316,7 @@ def test_a_batch_size_is_chosen_within_the_limit_of_the_pool(device: CudaBackend
 
 
 def test_memory_of_an_asynchronous_pool(device: CudaBackend) -> None:
-    """What it keeps is available, and what it calls a limit is none."""
+    """Its unused memory is available, and its limit is no limit."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # that it is experimental, some versions of CuPy say
         pool = device.cupy.cuda.MemoryAsyncPool()

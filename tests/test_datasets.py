@@ -288,7 +288,7 @@ def test_known_facts_of_the_bundled_digits():
 
 
 def rows(X, y):
-    """Samples with their labels, as something that can be compared and counted."""
+    """Samples with their labels, in a form to compare and count."""
     return sorted(bytes([label]) + image.tobytes() for image, label in zip(X, y.tolist(), strict=True))
 
 

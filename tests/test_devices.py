@@ -70,7 +70,7 @@ def step(device: StandInBackend, make: Callable[[Any], gb.Optimizer]) -> None:
 
 
 def captured(device: StandInBackend) -> None:
-    """Products of NumPy's may be captured here."""
+    """NumPy's matrix products may be captured here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ArrayProducts, "capturable", True)
         assert fit(device).execution == "captured"

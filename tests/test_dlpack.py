@@ -38,7 +38,7 @@ LIBRARIES = {"torch": torch_array, "jax": jax_array}
 
 @pytest.fixture(params=LIBRARIES)
 def library(request: pytest.FixtureRequest, backend: gb.Backend) -> Any:
-    """What makes an array of a library on the device of ``backend``."""
+    """A function that creates an array of a library on the device of ``backend``."""
     return lambda x: LIBRARIES[request.param](x, backend.spec)
 
 
@@ -113,7 +113,7 @@ def test_out_to_torch_without_a_copy(backend: gb.Backend) -> None:
 
 
 def test_out_to_jax(backend: gb.Backend) -> None:
-    """The values; JAX itself copies on the CPU what does not begin at a multiple of 64 bytes."""
+    """Equal values; on the CPU, JAX copies arrays that are not aligned to 64 bytes."""
     jax_array(X, backend.spec)
     p = gb.Parameters({"b": (5,), "W": X}, backend)
     theirs = peer("jax").dlpack.from_dlpack(p["W"])
@@ -134,7 +134,7 @@ def test_what_cannot_be_seen_says_why() -> None:
 
 
 class OnDevice:
-    """A tensor of another library on a device; ``x`` is what CuPy makes of it."""
+    """A tensor of another library on a device; ``x`` is its array in CuPy."""
 
     def __init__(self, x: Any, kind: int = 2) -> None:
         self.x, self.kind = x, kind
@@ -172,7 +172,7 @@ def test_a_tensor_of_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_jax_has_on_a_device_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There NumPy, which takes what has no version as read-only, has no part in it."""
+    """On a device, NumPy's rule that unversioned arrays are read-only does not apply."""
     x = OnDevice(queued_backend("late").asarray(X))
     monkeypatch.setattr(gpubatch.backend, "load_cupy", lambda: types.SimpleNamespace(from_dlpack=lambda f: f.x))
     gb.SGD({"W": x}, 0.5)

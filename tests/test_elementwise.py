@@ -67,7 +67,7 @@ def quantile(z, y, *, q):
 
 @gb.score_loss
 def focal(z, y, *, gamma=2.0):
-    """Lin et al. 2017 for y of 0 or 1; log of the probability of the truth is -log1p(exp(-s z))."""
+    """Lin et al. 2017 for y of 0 or 1; the log-probability of the truth is -log1p(exp(-s z))."""
     sign = 2 * y - 1
     log_p = np.minimum(sign * z, 0) - np.log1p(np.exp(-np.abs(z)))
     return -((1 - np.exp(log_p)) ** gamma) * log_p
@@ -98,7 +98,7 @@ EVERYWHERE = np.concatenate([np.linspace(-9, 9, 181) + 0.013, [-1e4, -200.0, -95
 
 
 def run(f: Activation, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """y and dy/dx as NumPy's form computes them."""
+    """y and dy/dx by the NumPy form."""
     bound, form = f.bind(**PARAMETERS.get(f.name, {})), f.form(x.dtype.name)
     y, slope, dx = (np.empty_like(x) for _ in range(3))
     kept = [slope] if form.keeps else []
@@ -114,7 +114,7 @@ def run(f: Activation, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("name", [*sorted({*LIBRARY} - {"identity", "step"}), *OWN])
 def test_it_is_what_pytorch_computes(name: str, dtype: np.dtype) -> None:
-    """Also where exponentials overflow on the way: 1/(1 + exp(200)) is 0, and so is its derivative."""
+    """Even if exponentials overflow: 1/(1 + exp(200)) is 0, and so is its derivative."""
     torch = peer("torch")
     x = EVERYWHERE.astype(dtype)
     y, slope = run({**LIBRARY, **OWN}[name], x)
@@ -140,7 +140,7 @@ def test_at_its_corner_a_slope_is_that_of_pytorch() -> None:
 
 
 def test_what_backward_looks_at() -> None:
-    """Derived from the record: nothing, y, or a slope that is kept."""
+    """Derived from the trace: nothing, y, or a slope that forward stores."""
     found = {name: (f.form("float32").keeps, f.form("float32").reads_y) for name, f in {**LIBRARY, **OWN}.items()}
     neither, y, kept = (False, False), (False, True), (True, False)
     assert found == {
@@ -152,7 +152,7 @@ def test_what_backward_looks_at() -> None:
 
 @drawn(100, 2000, program=programs())
 def test_the_derivative_of_any_expression_is_the_slope(program: Any) -> None:
-    """Away from jumps and corners: where differences on both sides and at two widths agree."""
+    """Tested away from jumps and corners: where differences on both sides and at two widths agree."""
 
     @gb.activation
     def any_activation(x, *, lr=0.7):
@@ -270,7 +270,7 @@ LOSSES: dict[str, tuple[ScoreLoss, dict[str, float]]] = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_network_learns_by_a_loss_of_ones_own(name: str, backend: Backend, rng: np.random.Generator) -> None:
-    """Loss and gradients are PyTorch's, and a training run follows its own."""
+    """Loss and gradients equal PyTorch's, and so does a training run."""
     torch = peer("torch")
     loss, parameters = LOSSES[name]
     X, Y = rng.normal(size=(40, 5)), (rng.random((40, 2)) > 0.5).astype(np.float64)
@@ -294,7 +294,7 @@ def test_a_network_learns_by_a_loss_of_ones_own(name: str, backend: Backend, rng
 
 
 class Hinge(gb.Loss):
-    """max(0, 1 - y z), y of -1 or 1, as a whole class: what the docstring of Loss describes."""
+    """max(0, 1 - y z), y of -1 or 1, as a class after the docstring of Loss."""
 
     name = "hinge"
 
@@ -336,7 +336,7 @@ def test_every_function_passes_the_gradient_check(backend: Backend, rng: np.rand
 
 
 def test_the_loss_of_scores_without_overflow() -> None:
-    """log1p of the compiled kernels, over all sizes that it meets here."""
+    """log1p of the compiled kernels, over all magnitudes that occur here."""
     z = np.concatenate([np.linspace(-40, 40, 4001), np.geomspace(1e-9, 700, 400), [800.0, 1e5]])[:, None]
     for dtype in (np.float32, np.float64):
         scores_ = z.astype(dtype)

@@ -434,7 +434,7 @@ def test_a_report_tells_what_a_kernel_needs() -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_registers_that_spill_are_refused(architecture: int) -> None:
-    """1024 threads have 64 registers each: 80 values that are needed at the same time do not fit, 20 do."""
+    """1024 threads have 64 registers each: 80 values alive at the same time do not fit, 20 do."""
     source = """extern "C" __global__ void __launch_bounds__(1024) many(const float* x, float* y, int n) {
         float at[80];
         #pragma unroll
@@ -451,7 +451,7 @@ def test_registers_that_spill_are_refused(architecture: int) -> None:
 
 
 def test_more_registers_than_a_device_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without bounds the compiler takes what it likes: enough for 256 threads, which is what such kernels get."""
+    """Without bounds the compiler chooses freely: enough registers for 256 threads, the block of such kernels."""
     source = """extern "C" __global__ void many(const float* x, float* y, int n) {
         float at[50];
         #pragma unroll

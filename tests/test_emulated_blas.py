@@ -64,7 +64,7 @@ INVALID_VALUE, EXECUTION_FAILED, NOT_SUPPORTED = 7, 13, 15
 
 
 class Device:
-    """Both libraries with the device above; ``faults`` gives, and forgets, what they complained of."""
+    """Both libraries with the device above; ``faults`` returns their faults, and clears them."""
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
@@ -82,7 +82,7 @@ class Device:
         return int(getattr(self.library, name)(*plain))
 
     def array(self, x: Any, dtype: str = "float32", offset: int = 0) -> np.ndarray:
-        """Numbers in the device's memory, ``offset`` elements behind the beginning of a block."""
+        """Numbers in device memory, ``offset`` elements after the start of a block."""
         x = np.asarray(x, dtype)
         whole = x.nbytes + offset * x.itemsize
         self.blocks.append(self.library.test_allocate(ctypes.c_uint64(whole)))
@@ -126,7 +126,7 @@ def device(library: Path) -> Iterator[Device]:
 
 
 class Matmul:
-    """D = op(A) op(B) of cuBLASLt's, by columns; what is given by rows is its transpose, as in a program in C."""
+    """D = op(A) op(B) of cuBLASLt, column-major; a row-major argument is its transpose, as in a C program."""
 
     def __init__(self, device: Device, a: np.ndarray, b: np.ndarray, **options: Any) -> None:
         """``a`` and ``b`` of two dimensions; options: ``turned`` (of a, of b), ``kind``, ``epilogue``, ``vector``..."""
@@ -174,7 +174,7 @@ class Matmul:
         return self.device.call(name, self.preference, number, value, ctypes.c_size_t(value.nbytes))
 
     def choices(self, wanted: int = 1) -> np.ndarray:
-        """What the heuristic finds: results of 12 words, of which the first 8 are the algorithm."""
+        """The results of the heuristic: 12 words each, of which the first 8 are the algorithm."""
         results, found = np.full((wanted, 12), 7, np.uint64), np.zeros(1, np.int32)
         question = (self.device.handle, self.operation, *self.layouts, self.preference, wanted, results, found)
         self.status = self.device.call("cublasLtMatmulAlgoGetHeuristic", *question)
@@ -190,13 +190,13 @@ class Matmul:
         )
 
     def result(self, choice: np.ndarray | None = None) -> np.ndarray:
-        """op(A) op(B), by rows again."""
+        """op(A) op(B), row-major."""
         assert self.launch(choice) == 0, self.device.faults
         self.device.run()
         return self.d.T
 
     def right(self) -> tuple[np.ndarray, np.ndarray]:
-        """The product in double precision, and what its terms amount to."""
+        """The product in double precision, and the sum of its terms' absolute values."""
         a, b = self.factors()
         return a @ b, np.abs(a) @ np.abs(b)
 
@@ -213,7 +213,7 @@ class Matmul:
 
 
 def bound(size: np.ndarray, k: int, dtype: str) -> np.ndarray:
-    """As many roundings as there are terms, in the arithmetic, and two in the dtype."""
+    """As many roundings of the arithmetic as terms, and two of the dtype."""
     arithmetic = np.finfo("float64" if dtype == "float64" else "float32").eps
     return (k * float(arithmetic) + 2 * float(np.finfo(dtype).eps)) * size + float(np.finfo(dtype).smallest_subnormal)
 
@@ -241,7 +241,7 @@ def small(device: Device, dtype: str = "float32", **options: Any) -> Matmul:
 def test_products(
     library: Path, shape: tuple[int, int, int], turned: tuple[int, int], wide: tuple[int, int], dtype: str
 ) -> None:
-    """Of both libraries, for all orders and strides."""
+    """Of both libraries, for all transpositions and strides."""
     device = Device(library)
     m, n, k = shape
     factors = []
@@ -284,7 +284,7 @@ def test_alpha_and_beta(device: Device) -> None:
 
 
 def test_float16_adds_up_in_float32(device: Device) -> None:
-    """2048 + 1 in float16 is 2048."""
+    """In float16, 2048 + 1 would be 2048."""
     a, b = device.array(np.ones((2048 + 4, 1)), "float16"), device.array(np.ones((1, 2048 + 4)), "float16")
     assert Matmul(device, a, b).result().tolist() == [[2052]]
 
@@ -302,7 +302,7 @@ def test_tf32_rounds_the_factors(device: Device) -> None:
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_epilogues(device: Device, dtype: str) -> None:
-    """Against their formulas; the mask goes from a RELU_AUX_BIAS to a DRELU_BGRAD."""
+    """Against formulas; the mask of a RELU_AUX_BIAS is the input of a DRELU_BGRAD."""
     rows, columns = 3, 4
     right = small(device, dtype).right()[0]
     bias = device.array(numbers((rows,), 5), dtype)
@@ -339,7 +339,7 @@ def test_relu_of_nan_is_nan(device: Device) -> None:
 
 
 def test_other_products_of_cublas(device: Device) -> None:
-    """A batch of them, and a product of vectors."""
+    """A batched product, and products with vectors."""
     a, b = device.array(numbers((3, 5, 4)), "float64"), device.array(numbers((3, 2, 5)), "float64")
     c, one, zero = device.array(np.zeros((3, 2, 4)), "float64"), np.ones(1), np.zeros(1)
     apart = [ctypes.c_longlong(x[0].size) for x in (a, b, c)]
@@ -364,7 +364,7 @@ def test_other_products_of_cublas(device: Device) -> None:
 
 
 def test_the_heuristic_offers_several(device: Device) -> None:
-    """As many as are wanted and have workspace enough, all different, and of different last bits."""
+    """As many as requested whose workspace fits, all different, with different last bits."""
     a, b = device.array(numbers((784, 20))), device.array(numbers((30, 784)))
     for space, wanted, count in [(32 << 20, 8, 8), (32 << 20, 3, 3), (32 << 20, 20, 9), (4 << 20, 20, 8), (0, 20, 3)]:
         product = Matmul(device, a, b, space=space)
@@ -401,7 +401,7 @@ def test_a_choice_is_for_its_product_alone(device: Device) -> None:
 
 
 def test_what_does_not_go_together_is_refused(device: Device) -> None:
-    """By the heuristic with a status alone: so it says that there is no such product."""
+    """By the status of the heuristic alone, which means that there is no such product."""
     product = Matmul(device, device.array(numbers((5, 3))), device.array(numbers((4, 6))))
     assert len(product.choices()) == 0
     assert product.status == INVALID_VALUE
@@ -439,7 +439,7 @@ def test_alignment_that_was_promised(device: Device) -> None:
 
 @pytest.mark.parametrize("name", ["a", "b", "d", "workspace"])
 def test_what_is_no_memory_of_the_device(device: Device, name: str) -> None:
-    """Before the launch, or when its time comes: then nothing is written."""
+    """Found at the call or when the launch runs; nothing is then written."""
     product = small(device)
     shape, dtype = getattr(product, name).shape, getattr(product, name).dtype
     host = np.zeros(np.prod(shape) + 64, dtype)
@@ -546,7 +546,7 @@ def test_what_is_not_emulated_says_its_name(device: Device) -> None:
 
 
 def test_a_product_is_put_into_its_stream(device: Device) -> None:
-    """It may run more than once, as the node of a graph does, and reads its arrays then; its numbers when called."""
+    """It reads numbers when called, and arrays when it runs, possibly several times, as in a graph."""
     product = small(device)
     assert product.launch() == 0
     assert np.isnan(product.d).all()
@@ -559,7 +559,7 @@ def test_a_product_is_put_into_its_stream(device: Device) -> None:
 
 
 def test_faults_that_a_library_may_have(device: Device) -> None:
-    """Which gpubatch tries for: they can be switched on."""
+    """gpubatch tests for these; the emulation can switch them on."""
     set_to = switches(device.library)
     before = set_to.copy()
     try:

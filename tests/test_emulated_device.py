@@ -64,7 +64,7 @@ class CudaError(Exception):
 
 
 class Cuda:
-    """The device's functions; one that returns an error raises it."""
+    """The device's functions; a returned error is raised."""
 
     def __init__(self, library: ctypes.CDLL, kernels: ctypes.CDLL, options: Options) -> None:
         self.library, self.kernels, self.registers = library, kernels, 32
@@ -82,7 +82,7 @@ class Cuda:
         return call
 
     def made(self, name: str, *arguments: Any) -> int:
-        """What a function gives back in its first argument."""
+        """The result that a function returns through its first argument."""
         handle = ctypes.c_void_p()
         getattr(self, name)(ctypes.byref(handle), *arguments)
         return handle.value or 0
@@ -148,7 +148,7 @@ class Cuda:
         return found
 
     def begin(self, mode: int = RELAXED, flags: int = NON_BLOCKING) -> int:
-        """A stream that is captured."""
+        """Begin the capture of a stream."""
         stream = self.stream(flags)
         self.cudaStreamBeginCapture(stream, mode)
         return stream
@@ -171,7 +171,7 @@ class Cuda:
 
 @functools.cache
 def libraries() -> tuple[Path, Path]:
-    """The device's, and one of kernels."""
+    """The library of the device, and one of kernels."""
     cuda = 12 if importlib.util.find_spec("nvidia.cuda_runtime") else 13
     if not shutil.which("g++"):
         missing("compiler", "g++ is not there")
@@ -184,7 +184,7 @@ def libraries() -> tuple[Path, Path]:
 
 @pytest.fixture
 def fresh(tmp_path: Path) -> Callable[..., Cuda]:
-    """Makes devices with the given options."""
+    """A function that creates devices with the given options."""
 
     def make(**options: Any) -> Cuda:
         library, kernels = libraries()
@@ -215,7 +215,7 @@ def bytes_at(pointer: int, size: int) -> bytes:
 
 
 def in_thread(work: Callable[[], None]) -> None:
-    """Run ``work`` in another thread, and raise what it raised."""
+    """Run ``work`` in another thread, and raise its exception here."""
     raised: list[BaseException] = []
 
     def run() -> None:
@@ -392,7 +392,7 @@ def test_a_copy_to_ordinary_memory_is_waited_for(late: Cuda) -> None:
 
 
 def test_cudamemcpy_to_the_device_need_not_be_done_when_it_returns(late: Cuda) -> None:
-    """Of ordinary memory, which the driver has copied by then: a stream that does not wait for it reads old values."""
+    """The driver has read the pageable memory by then, but a stream that does not wait reads old values."""
     pointer, buffer = late.malloc(4), ctypes.create_string_buffer(b"new.", 4)
     late.cudaMemcpy(pointer, ctypes.addressof(buffer), ctypes.c_size_t(4), TO_DEVICE)
     assert bytes_at(pointer, 4) == b"\xff" * 4
@@ -436,7 +436,7 @@ def test_a_stream_waits_for_an_event(late: Cuda) -> None:
 
 @pytest.mark.parametrize("query", ["cudaEventQuery", "cudaStreamQuery"])
 def test_polling_ends(late: Cuda, query: str) -> None:
-    """What only asks is told "not ready" for a while, but not forever."""
+    """Queries return "not ready" for a while, but not forever."""
     pointer, stream, event = late.malloc(1), late.stream(), late.event()
     late.fill(pointer, 1, 1, stream)
     late.cudaEventRecord(event, stream)
@@ -603,7 +603,7 @@ def test_another_stream_joins_a_capture_and_must_be_joined(cuda: Cuda) -> None:
 
 @pytest.mark.parametrize("timing", ["early", "late"])
 def test_a_join_that_is_missing_inside_a_graph_shows(fresh: Callable[..., Cuda], timing: str) -> None:
-    """Two nodes that do not depend on each other: the order is another with a late device."""
+    """Two nodes do not depend on each other: a late device runs them in another order."""
     cuda = fresh(timing=timing)
     pointer, stream, other = cuda.malloc(1), cuda.begin(), cuda.stream()
     fork, join = cuda.event(2), cuda.event(2)
@@ -696,7 +696,7 @@ UNSAFE: dict[str, Rule] = {
 
 @pytest.fixture
 def capturing(cuda: Cuda) -> Iterator[Cuda]:
-    """With memory, a stream and an event from before."""
+    """A capture, with memory, a stream and an event created before."""
     cuda.kept, cuda.other, cuda.outside = cuda.malloc(4), cuda.stream(), cuda.event()  # type: ignore[attr-defined]
     yield cuda
     assert cuda.faults() == []
@@ -871,7 +871,7 @@ def test_launch_bounds(cuda: Cuda) -> None:
     ],
 )
 def test_registers_of_all_threads_are_at_most_65536(cuda: Cuda, registers: int, threads: int, fits: bool) -> None:
-    """Given out by eights, so that 73 are 80, and to warps by fours: 769 threads take as many as 896."""
+    """Allocated in units of 8, so 73 count as 80, and for 4 warps at a time: 769 threads count as 896."""
     function, pointer = cuda.function("write_one"), cuda.malloc(4)
     cuda.registers = registers
     launch = functools.partial(cuda.launch, function, pointer, block=(threads, 1, 1))
@@ -1007,7 +1007,7 @@ def test_a_runtime_that_lacks_a_function_is_refused(tmp_path: Path) -> None:
 
 
 def test_functions_are_laid_over_those_of_a_loaded_library(tmp_path: Path) -> None:
-    """Ours in place of what has their name, and for the rest a function that says that it is not emulated."""
+    """Ours replace those of the same name; the others become stubs that report their name."""
     ours = Path(shutil.copy(build("test-ours", [
         """extern "C" int cudaKnown(int x) { return x + 1; }
         extern "C" int emulated_unknown(const char* name) { return name[4] * 1000; }"""
@@ -1039,7 +1039,7 @@ def test_a_function_too_short_for_a_jump_is_refused(tmp_path: Path) -> None:
 
 
 def on_cupy(code: str, options: str = "") -> str:
-    """What ``code`` prints with the real CuPy on the emulated device, in a process of its own."""
+    """The output of ``code`` with the real CuPy on the emulated device, in a new process."""
     try:
         cupy_wheel()
     except RuntimeError as error:
@@ -1075,7 +1075,7 @@ print(emulated_gpu.faults())
 
 
 def test_memory_of_cupys_pool_is_not_a_number_when_it_changes_hands() -> None:
-    """And a capture, in which the pool makes no call of CUDA, does not notice."""
+    """A capture, in which the pool calls nothing of CUDA, does not notice."""
     code = """
 x = cupy.ones(4)
 pointer = x.data.ptr
@@ -1102,7 +1102,7 @@ for stream in (cupy.cuda.Stream(), cupy.cuda.Stream(non_blocking=True)):
 
 
 def test_registers_are_those_that_the_compiler_reports() -> None:
-    """Of a kernel that needs many: what a cubin's sections have is what NVRTC says."""
+    """For a kernel that needs many, the numbers in the cubin equal those that NVRTC reports."""
     code = r"""
 import re, emulated_gpu.registers as registers
 from cupy_backends.cuda.libs import nvrtc
@@ -1132,7 +1132,7 @@ except cupy.cuda.driver.CUDADriverError as error:
 
 
 def test_a_test_during_which_the_device_noted_a_fault_fails(tmp_path: Path) -> None:
-    """And the next one finds the device whole; processes that a test starts have it too."""
+    """The next test finds the device reset; child processes have the device too."""
     (tmp_path / "conftest.py").write_text(
         f"import sys\nsys.path.insert(0, {str(TESTS)!r})\nfrom emulated_gpu.plugin import *\n"
     )

@@ -31,7 +31,7 @@ RANGE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, *[ctypes.POINTER(ctypes.
 
 
 class Hooks(ctypes.Structure):
-    """As device.h has it."""
+    """The struct of device.h."""
 
     _fields_ = (("range", RANGE), ("reverse", ctypes.c_int))
 
@@ -51,7 +51,7 @@ def launch(
     dynamic_shared: int = 0,
     order: str = "forward",
 ) -> str | None:
-    """Run a kernel of pointers and numbers; what is wrong, if anything. Memory is what the arrays hold."""
+    """Run a kernel of pointers and numbers; return its fault, if any. Memory is that of the arrays."""
     arrays = [(a.ctypes.data, a.ctypes.data + a.nbytes) for a in arguments if isinstance(a, np.ndarray)]
 
     def find(address: int, first: Any, last: Any) -> int:
@@ -107,7 +107,7 @@ TOP32, TOP64 = 1 << 31, 1 << 63
 
 
 def floats(*rows: tuple[float, ...]) -> list[tuple[int, ...]]:
-    """Rows of f32; a NaN that comes out is canonical."""
+    """Rows of f32; a NaN result is canonical."""
     return [(*map(f32, row[:-1]), NAN32 if row[-1] != row[-1] else f32(row[-1])) for row in rows]
 
 
@@ -417,7 +417,7 @@ CONVERSIONS = {
 
 
 def atomic(operation: str, *rows: tuple[int, ...], other: str = "") -> dict[str, list[tuple]]:
-    """Rows (memory, operand, memory after it): the result, what was there before, is asked for as well."""
+    """Rows (memory, operand, memory after it); the result, the old value, is checked too."""
     size = operation[-2:]
     letter = {"16": "h", "32": "r", "64": "d"}[size]
     lines = [
@@ -475,7 +475,7 @@ MEMORY = {
 
 
 def segment(i: int, source: int, inside: bool) -> tuple[int, int, tuple[int, int]]:
-    """Of a shuffle of 100, 101 ...: what lane ``i`` gets, and whether its source is in range."""
+    """For a shuffle of 100, 101 ...: the value that lane ``i`` gets, and whether its source is in range."""
     return 100 + i, 0, (100 + (source if inside else i), int(inside))
 
 
@@ -551,7 +551,7 @@ PROGRAM_HEAD = """.version 8.4
 
 
 def kernel(name: str, text: str) -> str:
-    """PTX that takes four values of 64 bits for each thread and puts back the result's bits, and p."""
+    """PTX that reads four 64-bit values for each thread, and writes the result's bits and p."""
     result = re.search(r"\b[hrdp]\b(?!\.)", text)
     stores = {"h": "st.global.b16 [out], h", "r": "st.global.b32 [out], r", "d": "st.global.b64 [out], d"}
     loads = "".join(
@@ -579,7 +579,7 @@ PROGRAM = PROGRAM_HEAD + "".join(kernel(f"case_{i}", text) for i, text in enumer
 
 @pytest.fixture(scope="module")
 def program(_compiler: None) -> Module:
-    """Every instruction of the tables, in one module: a kernel each."""
+    """All instructions of the tables in one module, a kernel for each."""
     return build(PROGRAM)
 
 
@@ -606,7 +606,7 @@ def test_every_instruction_of_the_translator_has_a_case() -> None:
 
 
 def random_floats(rng: np.random.Generator, dtype: np.dtype, count: int) -> np.ndarray:
-    """Of every exponent, near to each other, and of special values."""
+    """Numbers of every exponent, numbers close to each other, and special values."""
     bits = rng.integers(0, 1 << 8 * dtype.itemsize, (3, count), dtype=np.uint64)
     values = bits.astype(f"u{dtype.itemsize}").view(dtype)
     some = rng.random(values.shape)
@@ -657,7 +657,7 @@ ROUNDED = [(o, t, r) for o in EXACT for t in ("f32", "f64") for r in ("rn", "rz"
 def test_results_are_the_exact_ones_rounded_once(
     opcode: str, type_: str, rounding: str, rng: np.random.Generator
 ) -> None:
-    """The neighbours of a result, as the rounding has it, are further away, or on the wrong side."""
+    """The neighbours of a result are further from the exact value, or on the wrong side of it."""
     dtype = np.dtype({"f16": "float16", "f32": "float32", "f64": "float64"}[type_])
     operands = random_floats(rng, dtype, 2048)
     names = ", ".join(["x", "x0", "x1", "x2"][: 4 if opcode == "fma" else 3])
@@ -803,7 +803,7 @@ def test_what_keeps_the_rules_runs(name: str, order: str) -> None:
 
 
 def test_memory_that_nobody_wrote_is_spoiled() -> None:
-    """Shared memory anew for each block, local memory for each thread."""
+    """Shared memory for each block, local memory for each thread."""
     module = cuda(
         """extern "C" __global__ void read(float* shared, float* local, int start) {
             __shared__ float s[64];
@@ -871,7 +871,7 @@ extern "C" __global__ void __launch_bounds__(512) sum(const float* x, float* sum
 
 
 def test_a_sum_by_warps_and_blocks() -> None:
-    """With a function of its own, shared memory of both, constants, and a variable of the module."""
+    """Uses a function, shared memory of both, constants, and a variable of the module."""
     module = cuda(SUM)
     kernel = module.kernels["sum"]
     assert (kernel.max_threads, kernel.shared_bytes, kernel.parameter_bytes) == (512, 128 + 16, 20)
@@ -937,7 +937,7 @@ def test_flushing_and_contraction_are_as_nvrtc_was_told() -> None:
 
 
 def test_the_mathematics_of_cuda() -> None:
-    """Which NVRTC makes of many instructions: within the errors in units of the last place that CUDA documents."""
+    """NVRTC compiles each to many instructions; errors stay within the bounds that CUDA documents, in ulp."""
     functions = {"expf": 2, "logf": 1, "tanhf": 2, "log1pf": 2, "erff": 2, "sinf": 2, "powf": 4}
     calls = " ".join(
         f"y[{i} * 4096 + k] = {f}({'x[k], 1.5f' if f == 'powf' else 'x[k]'});" for i, f in enumerate(functions)
@@ -1000,7 +1000,7 @@ def test_so_is_a_declaration(text: str, sentence: str) -> None:
 
 @pytest.mark.parametrize("architecture", [ARCHITECTURES[0], 90, ARCHITECTURES[-1]])
 def test_every_kernel_of_gpubatch_is_known(architecture: int) -> None:
-    """Loads, arithmetic and jumps that NVRTC has for old and new devices: no instruction without a translator."""
+    """NVRTC emits different loads, arithmetic and jumps for old and new devices; all of them have translators."""
     with ThreadPoolExecutor() as pool:  # NVRTC compiles without Python's lock
         texts = list(pool.map(lambda source: ptx_of(source, architecture), sorted(sources().values())))
     for text in texts:

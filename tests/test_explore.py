@@ -44,7 +44,7 @@ def points(shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def task(net: Network, n: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """X and Y that fit a network and its loss, and are not noise: Y depends on X."""
+    """X and Y for a network and its loss; Y depends on X."""
     draw = np.random.default_rng(seed)
     X = draw.standard_normal((n, net.inputs))
     scores = X @ np.random.default_rng(1).standard_normal((net.inputs, net.outputs))
@@ -109,7 +109,7 @@ def test_every_kind_of_scalar_will_do(wrap: object) -> None:
 
 
 def test_a_view_is_moved_in_place_and_comes_back() -> None:
-    """As a network's parameters are: f looks at the array behind."""
+    """As with a network's parameters: f reads the array of the view."""
     whole = points((4, 6), 1)
     before = whole.copy()
     part = whole[1:3, ::2]
@@ -218,7 +218,7 @@ def test_directions_cost_two_evaluations_each_whatever_the_size() -> None:
 
 
 def test_a_function_that_bends_within_h_is_not_wrong() -> None:
-    """Raw pixels make a softmax bend within 1e-5 of a weight: the difference itself is off by 1e-5."""
+    """With raw pixels a softmax bends within 1e-5 of a weight, so the difference itself is off by 1e-5."""
     x = np.array([0.3, 1.1])
     f, grad = (lambda x: np.sin(400 * x).sum()), 400 * np.cos(400 * x)
     assert abs(numerical_gradient(f, x) / grad - 1).max() > 1e-6
@@ -355,7 +355,7 @@ def test_a_search_that_is_interrupted_leaves_the_best_so_far() -> None:
 
 
 def one_by_one(net: Network, X: np.ndarray, Y: np.ndarray, found: explore.LossSlice) -> np.ndarray:
-    """The same losses, of a network that is moved to one point after the other."""
+    """The same losses, of a network moved to one point after the other."""
     w = net.parameters.flat.copy()
     losses = np.empty(found.losses.shape)
     for index in np.ndindex(losses.shape):
@@ -372,7 +372,7 @@ def one_by_one(net: Network, X: np.ndarray, Y: np.ndarray, found: explore.LossSl
 def test_slices_are_the_losses_of_a_moved_network(
     name: str, loss: str, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In blocks of rows and points that do not come out even."""
+    """With blocks of rows and points that do not divide evenly."""
     monkeypatch.setattr(explore.slices, "SLICE_ROWS", {"cpu": 7, "cuda": 7})
     monkeypatch.setattr(explore.slices, "SLICE_ELEMENTS", {"cpu": 7 * 8 * 4, "cuda": 7 * 8 * 4})
     net = Network(stacks(6, 3)[name], loss, l2=0.3, backend=backend, dtype="float64")
@@ -491,7 +491,7 @@ def test_parameters_stay_when_a_slice_or_a_sweep_is_interrupted() -> None:
 
 
 def test_one_step_of_every_size(backend: Backend) -> None:
-    """On a parabola the loss after a step of size s is that before times (1 - s)²."""
+    """On a parabola a step of size s multiplies the loss by (1 - s)²."""
     net = Network([Dense(1, 1, bias=False, init=1.0)], "mse", backend=backend, dtype="float64")
     X, Y = (backend.asarray(v) for v in (np.full((4, 1), math.sqrt(0.5)), np.zeros(4)))
     before = everything(net)

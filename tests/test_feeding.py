@@ -43,7 +43,7 @@ def threads():
     ]
 )
 def device(request):
-    """A device that is adverse in one way or another, or a real one."""
+    """A stand-in with adverse timing, or a real device."""
     if request.param in TIMINGS:
         return queued_backend(request.param)
     if request.param not in available_backends():
@@ -58,7 +58,7 @@ def threaded(request, monkeypatch):
 
 
 class Samples:
-    """A source of pairs, or with ``labelled=False`` of x alone."""
+    """A source of pairs, or with ``labelled=False`` of x only."""
 
     def __init__(self, X, Y, labelled=True, block=None):
         self.X, self.Y, self.labelled = X, Y, labelled
@@ -77,7 +77,7 @@ def host(backend, batch):
 
 
 def agree(device, on_cpu, there, epochs=2):
-    """Whether both loaders have the same batches. Those of the device are kept, and looked at after the epoch."""
+    """Whether both loaders have the same batches. The device's are kept, and compared after the epoch."""
     for _ in range(epochs):
         batches = list(there)
         for expected, found in zip(on_cpu, batches, strict=True):
@@ -243,7 +243,7 @@ def test_batches_are_new_arrays_and_data_a_copy(device, threaded):
 
 
 def on_other_streams(device, feed):
-    """Whether the batches are right where each is made on another stream than the one before, twice."""
+    """Whether batches are right if each is made on another stream than the last one, twice."""
     on_cpu = Loader(X32, Y, batch_size=8, backend="cpu")
     there = Loader(X32, Y, batch_size=8, backend=device, feed=feed)
     good = []
@@ -313,7 +313,7 @@ def test_a_training_run_follows_the_cpu(feed, device):
 
 @pytest.mark.parametrize("first_on", ["cpu", "the device"])
 def test_a_run_goes_on_from_a_checkpoint_of_the_other_backend(first_on, device, tmp_path):
-    """In the middle of an epoch, with dropout and running statistics: as the run that stayed on the CPU."""
+    """In the middle of an epoch, with dropout and running statistics: equal to the run that stayed on the CPU."""
 
     def run(backend, epochs, **options):
         net = gb.mlp([7, 16, 10], batch_norm=True, dropout=0.2, backend=backend, dtype="float64", seed=1)
@@ -448,7 +448,7 @@ def test_memory_of_data_that_was_moved():
 
 
 def test_data_that_was_moved_does_not_count_twice():
-    """The bytes that it takes are in the plan, and so no longer among those that others have."""
+    """The plan has its bytes, so they no longer count as used by others."""
     device = queued_backend("early", available=6000)
     loader = Loader(X8, Y, batch_size="auto", scale=0.5, backend=device, feed="device")
     before = loader.replan(lambda n: {"a model": 30 * n})
@@ -498,7 +498,7 @@ def test_memory_that_others_took_since_the_plan_counts():
     ids=["auto", "host", "device", "transformed", "given", "short of memory"],
 )
 def test_the_plan_decides_where_the_data_will_be_as_the_first_iteration_does(options, kept):
-    """And it counts what steps need that gather their batches by themselves, or are handed them."""
+    """It also counts the memory of steps that gather their batches themselves, or receive them."""
     options = dict(options)
     device = queued_backend("late", options.pop("available", 1 << 30))
     given = options.pop("given", "here")

@@ -210,7 +210,7 @@ def test_the_table() -> None:
 
 
 class Driver:
-    """Of CUDA, as far as it is asked what is being captured."""
+    """The part of CUDA's driver that reports on a capture."""
 
     def __init__(self, device: Any) -> None:
         self.device, self.asked = device, 0

@@ -28,7 +28,7 @@ def library() -> Any:
 
 @pytest.fixture
 def restored(library: Any) -> Iterator[Any]:
-    """The library, whose threads and width of SIMD a test may change."""
+    """The library; threads and SIMD level are restored after the test."""
     threads, level = library.threads(), library.level()
     yield library
     library.set_threads(threads)
@@ -36,7 +36,7 @@ def restored(library: Any) -> Iterator[Any]:
 
 
 class Strict:
-    """The library where nothing is left to NumPy."""
+    """The library, failing if it leaves work to NumPy."""
 
     def __init__(self, library: Any) -> None:
         self.library = library
@@ -73,7 +73,7 @@ def test_it_agrees_with_numpy_at_every_width(case: Case, dtype: np.dtype, restor
 
 @every_case
 def test_float16_is_computed_in_float32(case: Case) -> None:
-    """By NumPy, and by the compiled kernels where they are there."""
+    """By NumPy, and by the compiled kernels if available."""
     half, compiled = np.dtype(np.float16), ops_for(gb.get_backend("cpu"), F)
     for size in case.sizes:
         right = by_numpy(case, size, half)
@@ -86,7 +86,7 @@ def test_float16_is_computed_in_float32(case: Case) -> None:
 
 
 def test_dropout_of_float16_keeps_the_mask_that_it_multiplied_by() -> None:
-    """Or else the gradient would be another function's: 1/(1 - rate) is rounded."""
+    """Otherwise the gradient would belong to another function: 1/(1 - rate) is rounded."""
     case, size, half = CASES["dropout 0.3 from 0"], (301, 33), np.dtype(np.float16)
     x = Place(Ops(), gb.get_backend("cpu"), half, half, np.random.default_rng(size)).real(*size)
     ours = by_host(case, size, half, Ops(half=True))
@@ -116,7 +116,7 @@ def test_any_size(name: str, size: tuple[int, int], misaligned: bool, library: A
 
 @pytest.mark.parametrize("method", ["activate", "activation_gradient", "softmax_cross_entropy", "normalise", "gather"])
 def test_what_the_library_declines_goes_to_numpy(method: str, library: Any) -> None:
-    """Arrays that are strided, of another byte order or of another type; the results are NumPy's."""
+    """Strided arrays, or of another byte order or type; the results are NumPy's."""
     found = []
     for ops in (Ops(library), Ops()):
         place = Place(ops, gb.get_backend("cpu"), F, F, np.random.default_rng(0))
@@ -166,7 +166,7 @@ def test_what_is_not_finite_is_counted(dtype: np.dtype, library: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["sigmoid", "tanh"])
 def test_exp_and_tanh_are_right_to_a_few_units(kind: str, dtype: np.dtype, restored: Any) -> None:
-    """Over the whole range, against the C library in more precision; at its ends, and for NaN."""
+    """Over the whole range, against the C library in higher precision; at its ends, and for NaN."""
     limit = 90 if dtype == np.float32 else 720
     x = np.concatenate([np.linspace(-limit, limit, 40_001), np.logspace(-30, 0, 2001), -np.logspace(-30, 0, 2001)])
     x = np.concatenate([x, [0.0, np.inf, -np.inf, np.nan, 1e30, -1e30]]).astype(dtype)[None]

@@ -56,7 +56,7 @@ def emulate(
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @every_case
 def test_it_compiles_for_real_architectures(case: Case, dtype: str) -> None:
-    """Without local memory: the loops over the arrays are unrolled, or else these would lie there."""
+    """Without local memory, where the arrays would be if the loops over them were not unrolled."""
     for (report,) in check_compiles_everywhere(update_source(trace_of(case)[0], dtype)):
         assert report.registers <= 128  # two blocks of 256 threads at the same time, on any device
 
@@ -116,7 +116,7 @@ def test_one_launch_serves_arrays_that_lie_apart(dtype: np.dtype, rng: np.random
 @every("name", COUNTS, ["adam"])
 @every("order", ORDERS, ["forward"])
 def test_it_stays_within_its_arrays(name: str, order: str, dtype: np.dtype, rng: np.random.Generator) -> None:
-    """Under the sanitizers: no access outside of an array, none that is not aligned for what is loaded."""
+    """Under the sanitizers: no access outside an array, no misaligned access."""
     trace, hyper = trace_of(CASES[name])
     scalars = trace.evaluate(3, **hyper)
     count = len(trace.arrays)
@@ -158,7 +158,7 @@ def test_the_pieces_cover_every_element_once() -> None:
 
 
 def test_a_wrong_formula_would_be_caught(rng: np.random.Generator) -> None:
-    """The comparison has teeth: one sign changed in the source, and the bits differ."""
+    """With one sign changed in the source, the bits differ."""
     trace, _ = trace_of(CASES["adam"])
     source = update_source(trace).replace("k[0] * m + k[1] * g", "k[0] * m - k[1] * g")
     kernel = host_kernel(source, "update_arrays", *PARAMETERS)
@@ -256,7 +256,7 @@ def test_float16_compiles_and_stays_within_its_arrays(name: str, master: bool, r
 
 
 def test_every_kernel_is_in_the_report() -> None:
-    """CI compiles what the report names, in every element type, and looks at registers and spills."""
+    """CI compiles the kernels of the report in every element type, and checks registers and spills."""
     folder, reported = Path(__file__).parents[1] / "kernels", sources()
     names = launch_bounds("\n".join(path.read_text(encoding="utf-8") for path in folder.glob("*.cu*"))).keys()
     assert names == {name for source in reported.values() for name in launch_bounds(source)}
@@ -268,7 +268,7 @@ def test_every_kernel_is_in_the_report() -> None:
 
 @pytest.mark.parametrize("storage", ["float32", "float64", "float16"])
 def test_the_compiler_knows_that_arrays_are_in_global_memory(storage: str) -> None:
-    """Their addresses come from a table: a load might else have to find out what kind of memory each one is in."""
+    """Their addresses come from a table; otherwise each load would have to check the kind of memory."""
     wide = compute_dtype(np.dtype(storage)).name
     text = ptx_of(update_source(trace_of(CASES["adam"])[0], wide, storage, storage == "float16"), 90)
     kinds = set(re.findall(r"\b(?:ld|st)\.(\w+)", text))
@@ -276,7 +276,7 @@ def test_the_compiler_knows_that_arrays_are_in_global_memory(storage: str) -> No
 
 
 def test_float16_is_read_and_rounded_as_numpy_does() -> None:
-    """Every float16, and float32 numbers at, beside and halfway between all of them."""
+    """All float16 numbers, and the float32 numbers at, next to and halfway between them."""
     source = (
         compile.kernel_source("half.cuh")
         + """
@@ -331,5 +331,5 @@ def after(case: Case, w: Any, gradients: list[Any]) -> Any:
 
 
 def loss(found: np.ndarray, right: np.ndarray) -> float:
-    """The relative error of all but a thousandth: there an operand is near zero, or a condition falls the other way."""
+    """The relative error, without the largest thousandth: an operand near zero, or a condition that rounding flips."""
     return float(np.quantile(np.abs(found - right) / (np.abs(right) + 1e-3), 0.999))

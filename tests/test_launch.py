@@ -47,7 +47,7 @@ BUILT_IN = {name: case for name, case in CASES.items() if not name.startswith("c
 
 @pytest.fixture
 def every_level(library: Any) -> Iterator[Iterator[str]]:
-    """Iterates over the widths of SIMD of this processor, each in use while it is there; two threads take part."""
+    """Sets each SIMD level of this processor in turn, with two threads."""
     threads, widest = library.threads(), library.level()
     library.set_threads(2)
     yield (library.use(level) or level for level in library.levels())
@@ -78,7 +78,7 @@ def test_every_rule_is_compiled_and_gives_numpys_bits(
 
 
 def test_other_arrays_are_noticed(library: Any, rng: np.random.Generator) -> None:
-    """Nothing of an array is remembered: a new gradient every step must be seen."""
+    """Arrays are not remembered: a new gradient is used in every step."""
     w, expected = np.zeros(5), np.zeros(5)
     opt = gb.SGD([w], 1.0)
     for _ in range(20):

@@ -37,13 +37,13 @@ FEATURES = 6
 
 @gb.activation
 def silu(x):
-    """Its derivative is derived."""
+    """An activation with a derived derivative."""
     return x / (1 + np.exp(-x))
 
 
 @gb.activation
 def celu(x, *, alpha):
-    """With a derivative that is told by y."""
+    """An activation whose derivative depends on y."""
     y = np.maximum(x, 0) + np.minimum(alpha * (np.exp(np.minimum(x, 0) / alpha) - 1), 0)
     return y, np.where(y > 0, 1, 1 + y / alpha)
 
@@ -81,7 +81,7 @@ def test_the_table_is_complete() -> None:
 
 
 class Bench:
-    """One layer with arrays of its own, as a network would give them."""
+    """One layer with its own arrays, as a network would provide them."""
 
     def __init__(self, layer: Layer, rows: int, dtype: str = "float64", spec: str | Backend = "cpu") -> None:
         self.layer, self.backend = layer, get_backend(spec)
@@ -115,7 +115,7 @@ class Bench:
 
 
 def apply(layer: Layer, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What an activation makes of the rows of ``x``, and its derivative there."""
+    """The activation of the rows of ``x``, and its derivative there."""
     bench = Bench(layer, len(x), x.dtype.name)
     with np.errstate(over="ignore"):
         return bench.forward(x).copy(), bench.backward(x, np.ones_like(x))

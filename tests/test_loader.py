@@ -29,7 +29,7 @@ def threads():
 
 @pytest.fixture(params=[False, True], ids=["in the caller", "in a thread"])
 def threaded(request, monkeypatch):
-    """Whether a thread prepares the batches, however small they are."""
+    """Whether a thread prepares the batches, even if small."""
     monkeypatch.setattr(gpubatch.loader.loader, "WORTH_A_THREAD", 0 if request.param else 1 << 60)
     return request.param
 
@@ -581,7 +581,7 @@ def test_to_batch_where_source_and_batches_have_one_dtype():
 
 
 def cpu_with(monkeypatch, available):
-    """A CPU backend that has ``available`` bytes."""
+    """A CPU backend with ``available`` bytes."""
     backend = get_backend("cpu")
     monkeypatch.setattr(backend, "memory", lambda: Memory(2**40, available))
     return backend
@@ -750,7 +750,7 @@ def test_transforms_that_are_wrong(transform, error, message):
 
 
 class Clock:
-    """A clock that stands still until somebody says that time has passed."""
+    """A clock that advances only when told to."""
 
     def __init__(self):
         self.now = 0.0

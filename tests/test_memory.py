@@ -30,7 +30,7 @@ Stack = Callable[[int, int], list[gb.Layer]]
 
 
 class Case(NamedTuple):
-    """A network for ``features``, and what it is trained with; tens of megabytes, so that 2 % are more than details."""
+    """A network for ``features``, and its training; tens of megabytes, so that 2 % are more than details."""
 
     layers: Stack
     features: int = 784
@@ -48,7 +48,7 @@ class Case(NamedTuple):
 
 
 class Pace(gb.Layer):
-    """A layer that waits until a thread has prepared all the batches that it may: as in a step that takes long."""
+    """A layer that waits until a thread has prepared all allowed batches, as in a slow step."""
 
     def __init__(self, loader_length: int) -> None:
         self.length, self.prepared, self.steps, self.news = loader_length, 0, 0, threading.Condition()
@@ -164,7 +164,7 @@ def train(case: Case, X: Any, Y: Any, held_out: Any, backend: Any = "cpu") -> tu
 
 
 def warm_up(backend: Any = "cpu") -> None:
-    """Let everything be done that is done once in a process: imports, kernels, what is kept for good."""
+    """Run everything that a process does once: imports, kernels, permanent caches."""
     case = Case(everything, 5, n=50, batch_size=20)
     train(case, *arrays_of(case, Path()), backend)
 
@@ -213,7 +213,7 @@ CHANGES: list[tuple[set[str], dict[str, Any]]] = [
 
 
 def test_the_parts_are_each_their_own() -> None:
-    """Some can be told by hand; and a setting changes no part but its own."""
+    """Some parts are computed by hand; a setting changes only its own part."""
 
     def parts(**changed: Any) -> dict[str, int]:
         case = Case(wide, n=700, stored="float32", **changed)

@@ -40,7 +40,7 @@ every_loss = pytest.mark.parametrize("loss", LOSSES)
 
 
 def data(rng: np.random.Generator, loss: str, rows: int = 40) -> tuple[np.ndarray, np.ndarray]:
-    """X that float16 can hold, in float32, and Y."""
+    """X, exact in float16 but stored as float32, and Y."""
     X = rng.standard_normal((rows, 12)).astype(HALF).astype(np.float32)
     if loss in ("sigmoid_cross_entropy", "mse"):
         return X, rng.random((rows, 5)).astype(np.float32)
@@ -48,7 +48,7 @@ def data(rng: np.random.Generator, loss: str, rows: int = 40) -> tuple[np.ndarra
 
 
 def twins(layers: Callable[[], list[Layer]], backend: Any = "cpu", **options: Any) -> tuple[gb.Network, gb.Network]:
-    """A mixed network, and one of float32 with the same parameters."""
+    """A mixed network, and a float32 one with the same parameters."""
     mixed = gb.Network(layers(), backend=backend, precision="mixed", **options)
     full = gb.Network(layers(), backend="cpu", **options)
     for name, value in mixed.parameters.items():
@@ -61,7 +61,7 @@ def on(net: gb.Network, X: np.ndarray, Y: np.ndarray) -> tuple[Array, Array]:
 
 
 def distance(found: Any, right: Any) -> float:
-    """The length of the difference, relative."""
+    """The norm of the difference, relative."""
     found, right = (np.asarray(a, np.float64) for a in (found, right))
     return float(np.linalg.norm(found - right) / np.linalg.norm(right))
 
@@ -122,7 +122,7 @@ def test_loss_and_gradients_are_those_of_float32(
 def test_cuda_and_cpu_agree_to_the_rounding_of_float16(
     products: str, stack: str, loss: str, rng: np.random.Generator
 ) -> None:
-    """The real kernels, on the emulated grid."""
+    """With the real kernels, on the emulated grid."""
     X, Y = data(rng, loss)
     nets = [
         gb.Network(STACKS[stack](), loss, 0.01, backend, seed=3, precision="mixed")
@@ -189,7 +189,7 @@ def test_micro_batches_are_added_up_in_float32(rng: np.random.Generator) -> None
 
 
 class Scale(Layer):
-    """x times a factor that is learnt for each feature; as a user would write it."""
+    """A user's layer: x times a learnt factor for each feature."""
 
     def takes(self) -> None:
         """Any number of features."""
@@ -311,7 +311,7 @@ def test_a_run_learns_as_one_in_float32(backend: Backend) -> None:
 
 
 def test_a_run_on_cuda_follows_the_cpu(rng: np.random.Generator) -> None:
-    """By the real kernels; Adam may take a step of either sign where a gradient is near zero."""
+    """With the real kernels; Adam's step may have either sign where a gradient is near zero."""
     X, Y = data(rng, "softmax_cross_entropy", 60)
     found = []
     for backend in ("cpu", stand_in()):
@@ -352,7 +352,7 @@ def test_a_gradient_that_overflows_leaves_all_as_it_was(rng: np.random.Generator
 
 
 def test_the_scale_does_not_change_what_is_learnt(rng: np.random.Generator) -> None:
-    """Powers of two, and gradients that neither overflow nor vanish: the same bits."""
+    """With powers of two, and gradients that neither overflow nor vanish, the bits are equal."""
     seeds = rng.integers(2**32, size=2)
     found = []
     for initial, interval in ((16.0, 1000), (256.0, 1000), (8.0, 3)):
@@ -386,7 +386,7 @@ def test_max_norm_is_for_the_gradient_of_the_loss_itself(rng: np.random.Generato
 
 @pytest.mark.filterwarnings("ignore::gpubatch.SkippedStepWarning")
 def test_what_no_scale_mends_is_left_out_as_ever(rng: np.random.Generator) -> None:
-    """At a scale of 1, a gradient that is not finite; at any, a loss that is not."""
+    """A gradient that is not finite at scale 1; a loss that is not finite at any scale."""
     net, loader, opt = parts(rng, "plain")
     X, Y = next(iter(loader))
     state = TrainingState(net, loader, opt, gb.History(), 0, 0)
@@ -406,7 +406,7 @@ def test_what_no_scale_mends_is_left_out_as_ever(rng: np.random.Generator) -> No
 
 
 def test_a_run_goes_on_where_it_was_saved(tmp_path: Path, rng: np.random.Generator) -> None:
-    """Bit for bit, with the scale and the steps since it changed, in the middle of an epoch."""
+    """In the middle of an epoch; scale and steps since its last change are equal too, bit for bit."""
     seeds = rng.integers(2**32, size=2)
     runs = []
     for stops in ([], [13, 17]):
@@ -446,7 +446,7 @@ def test_micro_batches_after_memory_ran_out_have_the_scale_too(rng: np.random.Ge
 
 
 def test_float16_batches(backend: Backend, rng: np.random.Generator) -> None:
-    """Rounded once, after a product in float32, however they get there."""
+    """Rounded once, after a product in float32, on every way to the network."""
     stored = rng.integers(0, 60000, (50, 7)).astype(np.uint16)
     scale = 1 / 60000
     right = (stored.astype(np.float32) * np.float32(scale)).astype(HALF)
@@ -464,7 +464,7 @@ def test_float16_batches(backend: Backend, rng: np.random.Generator) -> None:
 
 
 class FromMemory:
-    """A source of one's own."""
+    """A user's source."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array

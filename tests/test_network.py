@@ -33,7 +33,7 @@ from gpubatch.nn.network import Network, mlp
 
 
 class Scale(Layer):
-    """A layer of a user: x s, one factor for each feature, with nothing declared that has a default."""
+    """A user's layer: x s, one factor for each feature, with no optional attributes."""
 
     def takes(self) -> None:
         pass
@@ -52,7 +52,7 @@ class Scale(Layer):
 
 
 def stacks(n: int, k: int) -> dict[str, list[Layer]]:
-    """Stacks in which every layer meets others: in place or not, first, last, with and without parameters."""
+    """Stacks in which each layer meets others: in place or not, first, last, with and without parameters."""
     return {
         "one": [Dense(n, k)],
         "relu": [Dense(n, 7), ReLU(), Dense(7, k)],
@@ -211,7 +211,7 @@ def test_l2_counts_weights_alone(backend, dtype, tolerance, rng) -> None:
 @settings(deadline=None, max_examples=30)
 @given(sizes=st.lists(st.integers(2, 40), min_size=2, max_size=6))
 def test_any_batch_runs_as_in_a_network_of_its_own(stack, sizes) -> None:
-    """The short last batch, growing and shrinking: views of a workspace used before give what a fresh one gives."""
+    """A short last batch, growing and shrinking: a used workspace gives the same results as a new one."""
     draw = np.random.default_rng(sizes)
     net = build(stack, "softmax_cross_entropy", dtype="float32")
     for rows in sizes:
@@ -227,7 +227,7 @@ def test_any_batch_runs_as_in_a_network_of_its_own(stack, sizes) -> None:
 
 
 def everything(n: int) -> list[Layer]:
-    """Every layer, all of one width."""
+    """A stack of all layers, of one width."""
     return [
         *(Dense(n, n), BatchNorm(n), ReLU(), Dropout(0.3), Dense(n, n), LeakyReLU(), Dense(n, n), GELU()),
         *(Dense(n, n), GELU("tanh"), Sigmoid(), Tanh(), Step(), Dense(n, n)),
@@ -276,7 +276,7 @@ def test_a_second_step_allocates_no_array(loss, form, rows, width, dtype, rng) -
 @every_loss
 @every_stack
 def test_no_call_writes_over_what_it_reads(stack, loss) -> None:
-    """NumPy copies where input and output overlap, and so would hide it; CuPy does not."""
+    """NumPy copies overlapping inputs and outputs, which would hide an error; CuPy does not."""
     net = build(stack, loss)
     net.reserve(40)
     core = core_of(net)
@@ -362,7 +362,7 @@ def test_a_network_is_made_in_little_more_than_its_parameters() -> None:
 
 @pytest.mark.parametrize("first", [kind.__name__ for kind in (*ACTIVATIONS.values(), BatchNorm, Dropout)])
 def test_the_first_layer_takes_x_by_columns(first, dtype, rng) -> None:
-    """Compiled kernels decline arrays that are not contiguous: NumPy then needs room to work in."""
+    """Compiled kernels decline non-contiguous arrays: NumPy then needs scratch."""
     layers = {"BatchNorm": [BatchNorm(7)], "Dropout": [Dropout(0.3)]}
     layer = layers.get(first) or [kind() for kind in ACTIVATIONS.values() if kind.__name__ == first]
     X, Y = rng.normal(size=(40, 7)).astype(dtype), rng.integers(0, 3, 40)

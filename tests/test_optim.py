@@ -198,7 +198,7 @@ def test_nadam_of_keras() -> None:
 
 
 def test_a_step_of_a_scheduled_momentum_costs_the_same_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its product of factors is kept from step to step, and ends where it is nothing."""
+    """The product of factors is kept from step to step, and ends when it is 0."""
     factors = []
     of_step = rules.warmed_beta
     monkeypatch.setattr(rules, "warmed_beta", lambda *of: factors.append(of) or of_step(*of))
@@ -213,7 +213,7 @@ def test_a_step_of_a_scheduled_momentum_costs_the_same_at_any_time(monkeypatch: 
 
 
 def expanded() -> np.ndarray:
-    """Rows that are one memory, as PyTorch's ``expand`` makes them."""
+    """Rows that share memory, as PyTorch's ``expand`` makes them."""
     return np.lib.stride_tricks.as_strided(np.ones(3, np.float32), (4, 3), (0, 4))
 
 
@@ -310,7 +310,7 @@ def test_clipping_agrees_with_pytorch_and_optax(rng: np.random.Generator) -> Non
 
 @every_case
 def test_a_step_follows_the_plain_formula(case: Case, dtype: np.dtype, rng: np.random.Generator) -> None:
-    """As NumPy runs it as it stands, on whole arrays: to the bit, but for a division that the host makes a product."""
+    """NumPy evaluates the formula on whole arrays: equal bits, except where a division became a product."""
     w = rng.standard_normal(100_003).astype(dtype)
     opt = case.make([w], **NO_CHANGE_BY_HAND)
     values = {k: v for k, v in opt.hyper.items() if k in opt.rule.hyper or k in opt.rule.options}
@@ -717,7 +717,7 @@ def test_a_rehearsal_leaves_no_trace(name: str, backend: gb.Backend, dtype: np.d
 
 
 def test_a_rehearsal_writes_to_the_memory_of_the_state() -> None:
-    """Zeros cost no memory until then: a step may be the first to find out that there is none."""
+    """Zeros take no memory before the first write, so the first step could run out of memory."""
     if not sys.platform.startswith("linux"):
         pytest.skip("/proc is Linux's")
 
@@ -732,7 +732,7 @@ def test_a_rehearsal_writes_to_the_memory_of_the_state() -> None:
 
 
 def test_gradients_in_another_order_go_to_their_parameters() -> None:
-    """Views of one flat buffer with the parameters' names and shapes, but another order in it."""
+    """Views of a flat buffer with the parameters' names and shapes, in another order."""
     params = gb.Parameters({"W": (2, 2), "b": (4,), "V": (2, 2)}, backend="cpu", dtype="float64")
     opt = gb.SGD(params, 1.0)
     grads = FlatViews(np.arange(12.0), {"V": (2, 2), "b": (4,), "W": (2, 2)})

@@ -140,7 +140,7 @@ class From:
 
 @contextlib.contextmanager
 def told() -> Iterator[list[warnings.WarningMessage]]:
-    """All warnings, repeated ones too."""
+    """All warnings, also repeated ones."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         yield found
@@ -148,7 +148,7 @@ def told() -> Iterator[list[warnings.WarningMessage]]:
 
 @pytest.fixture(autouse=True)
 def collected() -> Iterator[None]:
-    """Each halving collects garbage: let it not go through all that the tests before have left."""
+    """Each halving collects garbage; collect that of earlier tests first."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -183,7 +183,7 @@ def test_every_allocation_of_a_training_is_refused_once(refusal: Refusal, layers
 
 
 class Scarce(QueuedStandIn):
-    """A device on which one allocation fails, as CuPy's do: with a kind of MemoryError."""
+    """A device on which one allocation fails, with a kind of MemoryError, as in CuPy."""
 
     class OutOfMemoryError(MemoryError):
         pass
@@ -236,7 +236,7 @@ def automatic(layers: str = "dropout") -> tuple[gb.Network, gb.Loader, gb.Optimi
 
 
 def test_a_batch_size_that_was_chosen_is_a_size_that_was_run(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is refused while it is tried: half of it is tried then, and nothing is left of either."""
+    """If a trial fails at any allocation, half the size is tried, and nothing of either trial remains."""
     run, evaluated = [], []
 
     def noted(way: Any, rows: list[int]) -> Any:
@@ -329,7 +329,7 @@ def test_batch_norm_is_never_left_with_one_row(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_size_is_kept_in_checkpoints(tmp_path: Path, refusal: Refusal) -> None:
-    """A run that is resumed after memory ran out ends as the same run does that went on, to the last bit."""
+    """A run resumed after memory ran out ends as the uninterrupted run, to the last bit."""
 
     def scarce() -> tuple[gb.Network, gb.Loader, gb.Optimizer]:
         net, loader, opt = parts("dropout")

@@ -46,7 +46,7 @@ def test_every_element_belongs_to_one_view(shapes: dict[str, tuple[int, ...]]) -
 
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=6), st.sampled_from(["float16", "float32", "float64"]))
 def test_a_networks_matrices_are_aligned(sizes: list[int], dtype: str) -> None:
-    """Where their rows are whole multiples of sixteen bytes, so do they begin; and there is nothing between arrays."""
+    """Matrices with rows of multiples of 16 bytes start at such multiples, and there is no padding."""
     mixed = {"precision": "mixed"} if dtype == "float16" else {"dtype": dtype}
     p = gb.mlp([16, *sizes, 8], batch_norm=True, backend="cpu", **mixed).parameters
     assert p.dtype == dtype

@@ -53,7 +53,7 @@ def lt_products(backend: CudaBackend, dtype: str = "float32", precision: str = "
 
 @pytest.fixture(params=["stand-in", pytest.param("cuda:0", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> CudaBackend:
-    """Where cuBLASLt is: the stand-in, or a GPU with nvmath-python."""
+    """A device with cuBLASLt: the stand-in, or a GPU with nvmath-python."""
     return stand_in() if request.param == "stand-in" else gpu()
 
 
@@ -85,7 +85,7 @@ def exact(x: Any) -> np.ndarray:
 
 
 def assert_close(found: Any, a: np.ndarray, b: np.ndarray, right: np.ndarray, dtype: str) -> None:
-    """Within the roundings of as many terms in the arithmetic, and some in the dtype, of what the terms amount to."""
+    """Within a rounding of the arithmetic per term, and some of the dtype, relative to the terms' sum of sizes."""
     arithmetic = np.finfo("float64" if dtype == "float64" else "float32").eps
     eps = a.shape[1] * float(arithmetic) + 2 * float(np.finfo(dtype).eps)
     bound = eps * (np.abs(a) @ np.abs(b) + np.abs(right)) + float(np.finfo(dtype).smallest_subnormal)
@@ -113,7 +113,7 @@ def test_products_of_all_shapes_and_orders(shape: tuple[int, int, int], orders: 
     st.sampled_from(DTYPES),
 )
 def test_a_plan_serves_what_it_was_made_for(calls: list[Any], dtype: str) -> None:
-    """Arrays of the same shapes and other strides, or that lie otherwise, one after another."""
+    """Arrays of the same shapes with other strides or alignments, in turn."""
     backend = stand_in()
     made = lt_products(backend, dtype)
     vectors, outs = numbers(backend, (7,), dtype), backend.empty((3 + 5 * 4,), dtype)
@@ -214,7 +214,7 @@ def test_float64_and_the_cpu_know_no_other_precision(rng: np.random.Generator) -
 
 
 def test_nan_goes_through(device: CudaBackend) -> None:
-    """Behind a ReLU that made 0 of it, nobody would see it."""
+    """A ReLU that turned NaN into 0 would hide it."""
     made = lt_products(device)
     x, W, b = (numbers(device, shape, "float32") for shape in ((4, 3), (3, 5), (5,)))
     x[2] = np.nan
@@ -277,7 +277,7 @@ def test_what_the_library_lacks_is_asked_for_once_and_declined() -> None:
 
 
 def in_records(x: Any, record: np.dtype) -> Any:
-    """The same numbers, in rows whose distance is no multiple of an element."""
+    """The same numbers, in rows whose stride is no multiple of an element."""
     records = np.zeros(len(x), record)
     records["row"] = x
     return records["row"].view(DeviceArray)
@@ -319,7 +319,7 @@ def test_a_product_that_is_not_in_one_piece_goes_to_the_namespace(order: str) ->
 
 @pytest.mark.parametrize("first", [True, False])
 def test_arrays_that_do_not_fit_are_not_launched(first: bool) -> None:
-    """Neither where they come first, nor after others that do."""
+    """Neither as the first arrays, nor after arrays that fit."""
     backend = stand_in()
     made = lt_products(backend)
     x, W, b, y = (numbers(backend, shape, "float32") for shape in ((4, 3), (3, 5), (5,), (4, 5)))
@@ -551,7 +551,7 @@ def test_a_step_has_the_numbers_of_the_cpu(
 
 
 def test_the_launches_of_a_step(rng: np.random.Generator) -> None:
-    """With its products a step of the usual network is eight launches of cuBLASLt's and three others, as things are."""
+    """With its products, a step of the usual network is eight launches of cuBLASLt and three others at present."""
     backend = stand_in()
     net = gb.mlp([12, 16, 8, 5], backend=backend)
     X, Y = backend.asarray(rng.standard_normal((20, 12)).astype(np.float32)), backend.asarray(rng.integers(0, 5, 20))

@@ -55,7 +55,7 @@ kinds = {name: kind for name, kind in vars(schedules).items() if inspect.isclass
 
 
 def at(schedule, n):
-    """The value at count n, with the other count somewhere else."""
+    """The value at count n; the other count is set elsewhere."""
     return schedule(n, 12345) if schedule.per == "step" else schedule(12345, n)
 
 

@@ -100,7 +100,7 @@ def test_a_plan_is_printed_by_part():
 
 
 def test_every_candidate_is_weighed_exactly():
-    """Bytes in steps, as places are rounded: no line through two sizes tells what a third one needs."""
+    """Bytes in steps, as with rounding: no line through two sizes predicts a third one."""
     asked = []
 
     def parts_of(batch):
@@ -204,13 +204,13 @@ MIB = 2**20
 
 
 def with_memory(monkeypatch, available):
-    """As much memory, and only what is asked for counts: what is resident depends on the tests that ran before."""
+    """Fix the available memory, and count only traced allocations: resident memory depends on earlier tests."""
     monkeypatch.setattr(gpubatch.sizing, "main_memory", lambda: Memory(available, available))
     monkeypatch.setattr(gpubatch.sizing, "_resident", lambda field: 0)
 
 
 class Step:
-    """A step that needs a megabyte a sample, and raises where that is more than ``limit`` samples."""
+    """A step that needs a megabyte per sample, and raises MemoryError above ``limit`` samples."""
 
     def __init__(self, limit=10**9, bytes_per_sample=MIB):
         self.limit, self.bytes_per_sample, self.run = limit, bytes_per_sample, []
@@ -381,7 +381,7 @@ def test_other_errors_are_the_caller_s():
 
 
 class Pool:
-    """Stands for CuPy's pool: it keeps what it once had until it is told to free it."""
+    """Mimics CuPy's pool: it keeps freed memory until told to free it."""
 
     def malloc(self, size):
         raise AssertionError
@@ -398,7 +398,7 @@ class Pool:
 
 @pytest.mark.parametrize("default", [True, False])
 def test_a_device_s_pool_is_measured(default, monkeypatch):
-    """Also where CuPy has another allocator, of which nobody knows what it took."""
+    """Even if CuPy has another allocator, whose use is unknown."""
     pool, used = Pool(), []
 
     @contextlib.contextmanager

@@ -40,7 +40,7 @@ Y = np.arange(N)
 
 
 class Memory:
-    """The least that a source has to be."""
+    """The smallest possible source."""
 
     def __init__(self, *arrays):
         self.arrays = arrays
@@ -76,7 +76,7 @@ def write_idx(folder, X):
 
 
 def cifar_records():
-    """N records; the number of an image is ten times its first byte and its label."""
+    """N records; an image's number is ten times its first byte plus its label."""
     records = np.random.default_rng(0).integers(0, 256, (N, 3073), np.uint8)
     records[:, 0] = np.arange(N) % 10
     records[:, 1] = np.arange(N) // 10
@@ -263,7 +263,7 @@ def test_reading_is_spread_over_the_batches():
 
 
 class Filling(Memory):
-    """A source that writes what is read where it should be, and hears what will be read."""
+    """A source that reads into a given array, and is told what will be read next."""
 
     def __init__(self, *arrays):
         super().__init__(*arrays)
@@ -355,7 +355,7 @@ def test_a_source_is_read_while_the_consumer_computes():
 
 
 def test_larger_than_memory(tmp_path):
-    """A file of 300 MB in an address space that has room for half of it."""
+    """A file of 300 MB, in an address space with room for half of it."""
     if not sys.platform.startswith("linux"):
         pytest.skip("ulimit -v is Linux's")
     rows, width = 300_000, 1000

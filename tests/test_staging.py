@@ -137,7 +137,7 @@ def test_pieces_are_given_back_after_the_copies_from_them() -> None:
 
 
 def test_a_copy_from_memory_that_may_change_is_a_fault() -> None:
-    """The stand-in tells, in every test that looks at its faults."""
+    """The stand-in records it, and all tests check its faults."""
     device = queued_backend("late")
     device.zeros(3, np.float32).set(np.ones(3, np.float32))
     assert device.cupy.faults == ["memory was copied that is not pinned, so it may change before it is read"]

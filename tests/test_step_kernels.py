@@ -94,7 +94,7 @@ def test_what_comes_after_a_halt_is_not_applied_and_leaves_no_loss() -> None:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("n", [1, 20_000, 100_003])
 def test_the_gradient_that_is_judged(n: int, order: str, dtype: np.dtype, rng: np.random.Generator) -> None:
-    """All of it, by many blocks, and by the bits of square_sum; again and again, as in a graph."""
+    """The whole gradient, by many blocks, with the bits of square_sum; repeatedly, as in a graph."""
     gradient = rng.standard_normal(n).astype(dtype)
     progress, losses, control = np.zeros(5, int), np.full(4, -1.0), np.full(2, 7, compute_dtype(dtype))
     squares, one = np.zeros(SQUARE_SUM_SIZE), np.ones(1, control.dtype)
@@ -125,7 +125,7 @@ def test_losses_of_parts_are_added_as_the_host_adds_them(rng: np.random.Generato
 @pytest.mark.parametrize("n", [0, 1, 5000])
 @pytest.mark.parametrize("halted", [0, 1])
 def test_the_end_of_a_step(halted: int, n: int, order: str, dtype: np.dtype, rng: np.random.Generator) -> None:
-    """The update by the slot's scalars, and on to the next step; or nothing, and the statistics from before."""
+    """The update with the slot's scalars, and on to the next step; or no update, and the earlier statistics."""
     trace, hyper = trace_of(CASES["momentum"])
     wide, rows = compute_dtype(dtype), [trace.evaluate(t, **hyper) for t in range(1, 5)]
     arrays = [np.abs(rng.standard_normal(10_001)).astype(d) for d in (dtype, dtype, wide)]

@@ -55,7 +55,7 @@ def test_work_on_the_own_stream_is_between_that_of_the_caller(
 
 @pytest.mark.parametrize("who", ["the own stream", "the caller's"])
 def test_each_of_the_two_must_wait(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without either wait the result is wrong for some order of the streams' work."""
+    """Without either wait, some order of the streams' work gives a wrong result."""
 
     def wait(self: Stream, event: Event) -> None:
         if (self is self.cupy.get_current_stream()) != (who == "the caller's"):
@@ -89,7 +89,7 @@ def trained(backend: Any, batch_size: int | str = 8, **options: Any) -> tuple[li
 
 
 def follows_the_cpu(device: StandInBackend, **options: Any) -> bool:
-    """Whether it has the same run, and no fault in it."""
+    """Whether the run equals the CPU's, without faults."""
     expected, found = trained("cpu", **options), trained(device, **options)
     return not device.cupy.faults and all(map(close, found, expected))
 
@@ -165,7 +165,7 @@ GIVEN_BACK = {
 
 @pytest.mark.parametrize("how", GIVEN_BACK)
 def test_a_workspace_that_is_given_back_is_not_in_use(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another thread could take it on the default stream, at once, while the own stream works in it."""
+    """Otherwise another thread could allocate it on the default stream while the own stream still uses it."""
     watched, seen = list[Stream](), []
 
     def given_back(self: QueuedStandIn, memory: np.ndarray, stream: Stream) -> None:
@@ -197,7 +197,7 @@ KIB = 1024
 
 
 class AsyncPool:
-    """What memory() may ask of CuPy's MemoryAsyncPool, of which the limit is none."""
+    """The part of CuPy's MemoryAsyncPool that memory() uses; its limit is no limit."""
 
     freed = 0
 
@@ -235,7 +235,7 @@ def test_memory_with_another_allocator_is_that_of_its_pool_or_of_the_device() ->
 
 
 def test_all_is_done_after_it_was_waited_for() -> None:
-    """On the default stream, the current one, and those of gpubatch in whatever thread; the last is not waited for."""
+    """On the default stream, the current one, and gpubatch's in any thread; the last one is not waited for."""
     device = queued_backend("late")
     threads = device.stream(), device.stream()
     users = device.cupy.new_stream(non_blocking=True)
@@ -277,7 +277,7 @@ def test_garbage_waits_for_the_end_of_a_capture(device: StandInBackend) -> None:
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_garbage_waits_for_the_last_of_two_captures(enabled: bool) -> None:
-    """The collector is the process's: who leaves first must not end what protects the other."""
+    """The garbage collector is shared by the process: the end of one capture must not enable it for the other."""
     device = queued_backend("late")
     inside, left, seen = threading.Event(), threading.Event(), list[bool]()
 

@@ -23,7 +23,7 @@ SIZE = 3 * 2**16 + 5  # elements: enough that the compiled library shares a loop
 
 
 def ours() -> list[threading.Thread]:
-    """The threads of gpubatch."""
+    """The running threads of gpubatch."""
     return [thread for thread in threading.enumerate() if thread.name.startswith("gpubatch")]
 
 
@@ -34,7 +34,7 @@ def _no_thread_is_left() -> Iterator[None]:
 
 
 def at_once(work: list[Callable[[], Any]]) -> list[Any]:
-    """What each of ``work`` returns, all of them begun at the same moment."""
+    """The results of ``work``, all started at the same moment."""
     barrier = threading.Barrier(len(work))
 
     def begin(one: Callable[[], Any]) -> Any:
@@ -71,7 +71,7 @@ def network(seed: int) -> bytes:
 
 
 def batches(source: Any, seed: int, **options: Any) -> bytes:
-    """Two epochs of batches that are prepared in a thread."""
+    """Two epochs of batches prepared in a thread."""
     loader = gb.Loader(source, batch_size=2048, seed=seed, scale=1 / 255, backend="cpu", **options)
     return b"".join(x.tobytes() for _ in range(2) for x in loader)
 
@@ -81,7 +81,7 @@ def images() -> np.ndarray:
 
 
 def run(folder: Path, seed: int) -> tuple[Any, ...]:
-    """A run with checkpoints that are written in the background."""
+    """A run with checkpoints written in the background."""
     rng = np.random.default_rng(seed)
     net = gb.mlp([40, 256, 10], batch_norm=True, dropout=0.3, seed=seed, backend="cpu")
     loader = gb.Loader(
@@ -95,7 +95,7 @@ def run(folder: Path, seed: int) -> tuple[Any, ...]:
 
 
 def twice(one: Callable[[int], Any]) -> None:
-    """Work with two seeds in two threads, against the same work alone."""
+    """Two seeds in two threads, compared with each alone."""
     alone = [one(1), one(2)]
     assert alone[0] != alone[1]
     for _ in range(2):
@@ -206,7 +206,7 @@ def test_a_forked_child_works_as_its_parent_does(code: str) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_forked_child_begins_an_iteration_of_its_own() -> None:
-    """The parent's is not its own: the thread that prepares the batches is not there."""
+    """It cannot continue its parent's, because the thread that prepares the batches does not exist there."""
     in_a_process(
         "loader = gb.Loader(np.zeros((6000, 600), np.uint8), batch_size=2000, backend='cpu')\n"
         "iteration = iter(loader)\n"
@@ -230,7 +230,7 @@ def test_a_forked_child_begins_an_iteration_of_its_own() -> None:
 
 
 def large(**options: Any) -> gb.Loader:
-    """Three batches an epoch, prepared in a thread."""
+    """Three batches per epoch, prepared in a thread."""
     return gb.Loader(np.zeros((6000, 600), np.uint8), batch_size=2000, backend="cpu", **options)
 
 
@@ -327,7 +327,7 @@ def test_no_thread_is_left_after_an_exception(where: Callable[[], None]) -> None
 
 
 def test_no_thread_is_left_after_an_exception_that_is_kept() -> None:
-    """A traceback holds the frames that it went through."""
+    """A traceback keeps its frames alive."""
     kept: list[BaseException] = []
     for where in (in_the_loop, in_a_transform, in_a_source):
         try:

@@ -76,7 +76,7 @@ def test_the_numbers_are_those_of_the_loop_written_by_hand() -> None:
 
 
 def test_it_trains_as_pytorch_does() -> None:
-    """The whole road at once: the same weights after 60 steps of Adam in another library."""
+    """End to end: the same weights as PyTorch after 60 steps of Adam."""
     torch = peer("torch")
     net, loader, opt = parts(dtype="float64", l2=0.01)
     W1, b1, W2, b2 = (torch.tensor(net.parameters[k].copy(), requires_grad=True) for k in ("W1", "b1", "W2", "b2"))
@@ -104,7 +104,7 @@ def test_schedules_see_steps_and_epochs() -> None:
 
 
 def test_columns_train_as_rows_do() -> None:
-    """The course's layout, samples in columns, is another view of the same numbers."""
+    """The course's layout, samples in columns, is a transposed view of the same numbers."""
     X, Y = blobs()
     rows, _, _ = parts()
     columns, _, _ = parts()
@@ -315,11 +315,11 @@ def test_a_signal_is_heeded_where_a_callback_ends_the_run_too() -> None:
 
 
 class Killed(Exception):  # noqa: N818  not an error: it is meant
-    """In place of what ends a process."""
+    """Raised in place of a kill of the process."""
 
 
 class Kill:
-    """A callback that ends the run at a step, as far as the run can tell without any warning."""
+    """A callback that ends the run at a step, without a warning to the run."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -330,7 +330,7 @@ class Kill:
 
 
 def numbers(history: gb.History) -> dict[str, Any]:
-    """All that does not depend on the time of day."""
+    """All results that do not depend on the clock."""
     return {name: value for name, value in history.to_dict().items() if name != "seconds"}
 
 
@@ -353,7 +353,7 @@ def resumed_is_as_if_never_stopped(
     epochs: int = 3,
     **options: Any,
 ) -> None:
-    """Train in one go, and with a kill at each of the steps ``stops``; everything must be the same, to the last bit."""
+    """Train without a stop, and with a kill at each step in ``stops``; all results must be equal, to the last bit."""
     whole = make()
     expected = gb.fit(*whole, epochs, progress=False, **options)
     for i, stop in enumerate(stops):
@@ -382,7 +382,7 @@ def test_every_optimizer_goes_on_where_it_was(name: str, dtype: str, tmp_path: P
 def test_a_run_may_be_killed_anywhere(
     order: dict[str, bool], every: int | None, background: bool, tmp_path: Path
 ) -> None:
-    """At every step in turn, the first and last ones of epochs among them; with what an epoch's end does, too."""
+    """At each step in turn, including the first and last of epochs, and in the work at an epoch's end."""
 
     def make() -> tuple[gb.Network, gb.Loader, gb.Optimizer]:
         net = gb.mlp([4, 8, 3], backend="cpu", dropout=0.3, batch_norm=True, l2=1e-3)
@@ -397,7 +397,7 @@ def test_a_run_may_be_killed_anywhere(
 
 
 def test_a_run_goes_on_on_either_device(backend: gb.Backend, tmp_path: Path) -> None:
-    """The file knows nothing of the device; the results are as close as those of two devices are."""
+    """A checkpoint does not depend on the device; the results are as close as those of two devices."""
 
     def on(device: Any) -> tuple[gb.Network, gb.Loader, gb.Optimizer]:
         # A bias before a norm has no gradient but rounding, of which Adam would take the sign.
@@ -433,7 +433,7 @@ def test_the_epoch_that_was_cut_off_by_ctrl_c_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_by_names_wherever_arrays_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks had their arrays in the order of the layers once: such a run goes on as if it had not been stopped."""
+    """Networks once stored arrays in the order of layers: a checkpoint from then resumes without a difference."""
 
     def make() -> tuple[gb.Network, gb.Loader, gb.Optimizer]:
         net = gb.mlp([4, 7, 16, 3], batch_norm=True, backend="cpu")
@@ -502,7 +502,7 @@ def test_a_learning_rate_that_a_callback_changed_is_kept(tmp_path: Path) -> None
 
 
 def test_an_automatic_batch_size_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where another one would be chosen now: another size would make other batches."""
+    """Even if another size would be chosen now, because other sizes make other batches."""
 
     def make() -> tuple[gb.Network, gb.Loader, gb.Optimizer]:
         net = gb.mlp([4, 8, 3], backend="cpu")
@@ -599,7 +599,7 @@ def test_a_corrupt_newest_one_is_passed_over(tmp_path: Path) -> None:
 
 
 class FillDisk:
-    """A callback that lets no file grow beyond a few bytes after so many epochs."""
+    """A callback that limits files to a few bytes after the given number of epochs."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch, self.before = epoch, resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -650,7 +650,7 @@ def test_ctrl_c_says_so_if_the_run_could_not_be_saved(tmp_path: Path) -> None:
 
 
 class Spoil(gb.Layer):
-    """A layer that passes on what it gets, but for one number in the way "forward" or "backward" where ``now()``."""
+    """An identity layer that makes one number bad in pass ``way``, "forward" or "backward", if ``now()``."""
 
     def __init__(self, way: str, now: Callable[[], Any], value: float = math.nan) -> None:
         self.way, self.now, self.value = way, now, value
@@ -676,7 +676,7 @@ class Spoil(gb.Layer):
 def spoiled(
     backend: Any, way: str, at: set[int], value: float = math.nan
 ) -> tuple[tuple[gb.Network, gb.Loader, gb.Optimizer], list[int]]:
-    """A net whose batches number ``at``, from 1, are bad, and a list whose length is the number of the batch."""
+    """A net with bad batches number ``at``, from 1, and a list whose length is the number of the batch."""
     seen: list[int] = []
     spoil = Spoil(way, lambda: len(seen) in at, value)
 
@@ -782,7 +782,7 @@ def test_the_norm_of_the_gradients_is_bounded(dtype: str, backend: gb.Backend) -
 
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 def test_a_norm_beyond_float32_is_no_bad_number(max_norm: float | None) -> None:
-    """Its square is infinite in float32, while the gradient itself and the norm are not."""
+    """The norm's square overflows in float32; the gradient and the norm do not."""
     X = blobs()[0]
     net = gb.Network([gb.Dense(4, 2)], loss="mse", backend="cpu")
     loader = gb.Loader(1e16 * X, np.full((600, 2), 1e4, np.float32), batch_size=600, backend="cpu")
@@ -794,7 +794,7 @@ def test_a_norm_beyond_float32_is_no_bad_number(max_norm: float | None) -> None:
 
 
 def test_a_gradient_whose_square_the_state_cannot_hold_is_left_out(backend: gb.Backend) -> None:
-    """Adam's second moment would be infinite, and so stay: no weight would ever move again."""
+    """Adam's second moment would become and stay infinite, so no weight would ever change again."""
     net, loader, opt = parts(backend, batch_size=600)
     gb.fit(net, loader, opt, 2, progress=False)
     kept = [backend.to_numpy(a).copy() for a in (net.parameters.flat, *(s.flat for s in opt.state.values()))]
@@ -829,7 +829,7 @@ def test_a_gradient_too_large_for_its_norm_is_left_out() -> None:
 
 
 class Patience:
-    """Counts the epochs, as one that stops early would."""
+    """Counts epochs, as an early-stopping callback does."""
 
     def __init__(self) -> None:
         self.epochs = 0

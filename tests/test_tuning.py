@@ -29,7 +29,7 @@ SIZES = [40, 32, 5]
 
 
 def stand_in(*costs: float, **options: Any) -> CudaBackend:
-    """A device with as many algorithms as ``costs``, in milliseconds."""
+    """A device with an algorithm for each of ``costs``, in milliseconds."""
     backend = queued_backend("late")
     backend.cupy.nvmath = StandInLt(backend.cupy, costs=costs, **options)
     return backend
@@ -37,7 +37,7 @@ def stand_in(*costs: float, **options: Any) -> CudaBackend:
 
 @pytest.fixture(params=["stand-in", pytest.param("cuda:0", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> CudaBackend:
-    """Where there are several algorithms."""
+    """A device with several algorithms."""
     return stand_in(3, 1, 2) if request.param == "stand-in" else gpu()
 
 
@@ -58,7 +58,7 @@ def batch(net: gb.Network, rows: int = 20) -> tuple[Any, Any]:
 
 
 def take(monkeypatch: pytest.MonkeyPatch, wanted: Any) -> list[list[tuple[bool, int]]]:
-    """Have the last candidate win for which ``wanted(copied, number)``; a list of what there was to choose from."""
+    """Make the last candidate with ``wanted(copied, number)`` win; returns the list of candidates."""
     asked = []
 
     def fastest(self: LtProducts, found: list[tuple[Plan, int]], at: Any) -> Plan:
@@ -82,7 +82,7 @@ def last(copied: bool, number: int) -> bool:
     ("costs", "best"), [((3, 1, 2), 1), ((1, 3, 2), 0), ((1.02, 1.0), 0), ((1.05, 1.0), 1), ((2,) * 7 + (1, 0.1), 7)]
 )
 def test_the_fastest_is_taken_and_noise_changes_nothing(costs: tuple[float, ...], best: int) -> None:
-    """Of the eight that are asked for."""
+    """Of eight algorithms."""
     backend = stand_in(*costs)
     made, lt = tuned(backend), backend.cupy.nvmath
     x, W, b, y = arrays(backend)
@@ -104,7 +104,7 @@ def test_the_fastest_is_taken_and_noise_changes_nothing(costs: tuple[float, ...]
 
 @pytest.mark.gpu
 def test_the_emulated_device_is_timed_by_its_events() -> None:
-    """Where each algorithm but the third takes two milliseconds."""
+    """All algorithms but the third take two milliseconds."""
     device = gpu()
     if emulated_gpu.installed() is None:
         pytest.skip("the speed of a real GPU's algorithms cannot be set")
@@ -205,7 +205,7 @@ def test_after_the_choice_nothing_is_made(device: CudaBackend, monkeypatch: pyte
 
 
 def test_a_state_has_what_was_chosen(device: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever takes it over computes the same bits, whether or not it tunes, and has it in its own state."""
+    """A network that loads it computes the same bits, tuned or not, and saves the choices again."""
     take(monkeypatch, last)
     net = gb.mlp(SIZES, backend=device, tune=True)
     X, Y = batch(net)
@@ -249,7 +249,7 @@ def test_what_was_forgotten_is_made_as_it_was(monkeypatch: pytest.MonkeyPatch) -
 def test_a_resumed_run_has_the_same_bits(
     device: CudaBackend, execution: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though on that day another algorithm is the fastest."""
+    """Even if another algorithm is the fastest on that day."""
     rng = np.random.default_rng(0)
     X, Y = rng.standard_normal((70, SIZES[0])).astype(np.float32), rng.integers(0, SIZES[-1], 70)
 
@@ -343,7 +343,7 @@ def hopper(device: CudaBackend) -> CudaBackend:
 
 
 def test_where_a_copy_of_the_weights_is_tried(device: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For x W in TF32: in the other products the factors lie as they should, or both would have to be copied."""
+    """Only for x W in TF32: the other products have suitable layouts, or would need two copies."""
     asked = take(monkeypatch, last)
     x, W, b, y = arrays(hopper(device))
     for precision in ("fast", "full"):
@@ -384,7 +384,7 @@ def test_other_devices_have_no_copy(capability: int, monkeypatch: pytest.MonkeyP
 def test_a_product_with_the_copy(
     device: CudaBackend, shape: tuple[int, int], how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is made anew every time, of what W holds then, and in a graph too."""
+    """The copy is refreshed from W before each product, in a graph too."""
     take(monkeypatch, lambda copied, number: copied)
     made = tuned(hopper(device), "fast", shape[0] * shape[1])
     x, W = numbers(device, (17, shape[0]), "float32"), numbers(device, shape, "float32", how)
@@ -407,7 +407,7 @@ def test_a_product_with_the_copy(
 
 
 def test_a_network_with_copies(device: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ``parameters`` shows is as ever; the plan counts the copy; who takes the state over makes it too."""
+    """``parameters`` is unchanged; the plan counts the copy; a network that loads the state makes it too."""
     take(monkeypatch, lambda copied, number: True)
     net = gb.mlp(SIZES, backend=hopper(device), precision="fast", tune=True)
     assert net.memory_parts(20)["matrix products"] == products.WORKSPACE[True] + 4 * 40 * 32
@@ -439,7 +439,7 @@ def test_the_kernel_compiles_for_real_architectures() -> None:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 70), (33, 1), (32, 64), (65, 95)])
 def test_the_kernel_transposes(shape: tuple[int, int], order: str) -> None:
-    """Under the sanitizers, a matrix whose rows lie apart."""
+    """Under the sanitizers, for a matrix with strided rows."""
     source, (rows, columns), apart = source_of("float32", "transpose.cu"), shape, shape[1] + 3
     x = np.random.default_rng(0).standard_normal((rows, apart)).astype(np.float32)
     given = x.reshape(-1)[: (rows - 1) * apart + columns]
