@@ -166,13 +166,13 @@ def test_svm(benchmark: Any, batch: int, form: str, outputs: str) -> None:
 
 
 def batch_norm_arrays(batch: int) -> Arrays:
-    """The inputs and the workspace of batch norm; ``normal`` and ``inverse`` stand for forward's results."""
+    """The inputs and the workspace of batch norm; ``normalised`` and ``inverse`` stand for forward's results."""
     x, dy, n, gamma, beta = normal(*[(batch, FEATURES)] * 3, *[(FEATURES,)] * 2)
     ones = np.ones(FEATURES, np.float32)
     return {
         "x": x,
         "dy": dy,
-        "normal": n,
+        "normalised": n,
         "gamma": gamma,
         "beta": beta,
         "mean": beta.copy(),
@@ -203,7 +203,7 @@ def test_batch_norm(benchmark: Any, batch: int, form: str) -> None:
     def call(ops: Ops, a: Arrays) -> None:
         ops.batch_norm(a["x"], 1e-5, a["gamma"], a["beta"], a["y"], a)
 
-    measure(benchmark, form, call, batch_norm_arrays(batch), "y normal mean var inverse")
+    measure(benchmark, form, call, batch_norm_arrays(batch), "y normalised mean var inverse")
 
 
 @FORMS
@@ -214,18 +214,18 @@ def test_batch_norm_gradient(benchmark: Any, batch: int, form: str) -> None:
     def call(ops: Ops, a: Arrays) -> None:
         ops.batch_norm_gradient(a["dy"], a["gamma"], a["dgamma"], a["dbeta"], a["dx"], a)
 
-    measure(benchmark, form, call, batch_norm_arrays(batch), "dx dgamma dbeta", restored="normal")
+    measure(benchmark, form, call, batch_norm_arrays(batch), "dx dgamma dbeta", restored="normalised")
 
 
 @FORMS
 @pytest.mark.parametrize("features", [512, 8192])
-def test_move(benchmark: Any, features: int, form: str) -> None:
+def test_update_running(benchmark: Any, features: int, form: str) -> None:
     benchmark.group = "running statistics moved, by features"
     running, new = normal((features,), (features,))
     arrays = {"running": running, "new": new, **empty("row", shape=(features,))}
 
     def call(ops: Ops, a: Arrays) -> None:
-        ops.move(a["running"], a["new"], 0.1, 1.01, a)
+        ops.update_running(a["running"], a["new"], 0.1, 1.01, a)
 
     measure(benchmark, form, call, arrays, "running", restored="running")
 

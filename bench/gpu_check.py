@@ -817,7 +817,7 @@ def kernel_times(out: Path, rehearse: bool, seconds: float) -> str:
     """Time all kernels of the core with pytest-benchmark into ``out``, for report.py; return the error, if any."""
     command = [sys.executable, "-m", "pytest", "bench/bench_kernels.py", "-m", "gpu", "-q", "--benchmark-enable"]
     limited = [*command, "--benchmark-max-time=0.2", f"--benchmark-json={out}"]
-    _, wrong = run_within([*limited, "-k", "move"] if rehearse else limited, seconds, ROOT)
+    _, wrong = run_within([*limited, "-k", "update_running"] if rehearse else limited, seconds, ROOT)
     return wrong
 
 

@@ -74,7 +74,7 @@ extern "C" __global__ void gradient(const S* normalised, const S* dy, const S* g
 }
 
 // running = keep running + take fresh, elementwise.
-extern "C" __global__ void move(T* running, const T* fresh, long long n, T keep, T take) {
+extern "C" __global__ void update_running(T* running, const T* fresh, long long n, T keep, T take) {
     const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) running[i] = keep * running[i] + take * fresh[i];
 }

@@ -74,7 +74,7 @@ class Place:
 
     def work(self, rows: int, features: int, **more: Array) -> dict[str, Array]:
         """Everything that any of the methods works in, for NumPy and CUDA."""
-        full = {name: self.empty(rows, features) for name in ("slope", "dz", "normal", "mask")}
+        full = {name: self.empty(rows, features) for name in ("slope", "dz", "normalised", "mask")}
         scratch = {name: self.empty(rows, features, dtype=self.compute) for name in "tu"}
         columns = {name: self.empty(features, dtype=self.compute) for name in ("mean", "var", "inverse")}
         lines = {name: self.empty(rows, dtype=self.compute) for name in ("sum", "log", "weight")}
@@ -210,21 +210,21 @@ def batch_norm(in_place: bool, p: Place, rows: int, features: int) -> Results:
     gamma, beta, work = p.real(features), p.real(features), p.work(rows, features)
     y = x if in_place else p.empty(rows, features)
     p.ops.batch_norm(x, 1e-3, gamma, beta, y, work)
-    return {"y": y, **{name: work[name] for name in ("mean", "var", "normal", "inverse")}}
+    return {"y": y, **{name: work[name] for name in ("mean", "var", "normalised", "inverse")}}
 
 
 def batch_norm_gradient(dx: str, p: Place, rows: int, features: int) -> Results:
     dy, gamma, dgamma, dbeta = p.real(rows, features), p.real(features), p.empty(features), p.empty(features)
     work = p.work(rows, features, by_columns=True)
-    work["normal"][...], work["inverse"][...] = p.real(rows, features), p.positive(features, dtype=p.compute)
+    work["normalised"][...], work["inverse"][...] = p.real(rows, features), p.positive(features, dtype=p.compute)
     out = {"new": p.empty(rows, features), "in place": dy, "none": None}[dx]
     p.ops.batch_norm_gradient(dy, gamma, dgamma, dbeta, out, work)
     return {"dgamma": dgamma, "dbeta": dbeta, **({} if out is None else {"dx": out})}
 
 
-def move(p: Place, rows: int, features: int) -> Results:
+def update_running(p: Place, rows: int, features: int) -> Results:
     running, new = p.real(features, dtype=p.compute), p.real(features, dtype=p.compute)
-    p.ops.move(running, new, 0.1, 1.25, p.work(rows, features, by_columns=True))
+    p.ops.update_running(running, new, 0.1, 1.25, p.work(rows, features, by_columns=True))
     return {"running": running}
 
 
@@ -346,7 +346,7 @@ for dx in ("new", "in place", "none"):
         grows=lambda rows, features: rows,
         rounded_inside=2,
     )
-CASES["move"] = Case("move", file("batch_norm.cu"), move, SIZES)
+CASES["update_running"] = Case("update_running", file("batch_norm.cu"), update_running, SIZES)
 for rate, first in ((0.0, 0), (0.3, 0), (0.3, 13), (0.3, 2**40)):
     CASES[f"dropout {rate} from {first}"] = Case(
         "dropout", file("dropout.cu", "philox.cuh"), functools.partial(dropout, rate, first, False), SIZES, exact=True

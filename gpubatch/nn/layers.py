@@ -305,8 +305,8 @@ class BatchNorm(Layer):
             features,
             parameters={"gamma": Parameter((features,), 1.0), "beta": Parameter((features,))},
             buffers={"running_mean": Parameter((features,)), "running_var": Parameter((features,), 1.0)},
-            kept={"normal": full, "mean": one, "var": one, "inverse": one},
-            uses=("normalise", "batch_norm", "batch_norm_gradient", "move"),
+            kept={"normalised": full, "mean": one, "var": one, "inverse": one},
+            uses=("normalise", "batch_norm", "batch_norm_gradient", "update_running"),
             reads=(),
             in_place=True,
             least_rows=2,
@@ -329,8 +329,8 @@ class BatchNorm(Layer):
         # Here and not in forward: only a training step comes here, and only after its loss was found to be finite.
         m = len(dy)
         unbiased = m / (m - 1) if self.unbiased_running else 1.0
-        c.ops.move(c.buffers["running_mean"], c.work["mean"], self.momentum, 1.0, c.work)
-        c.ops.move(c.buffers["running_var"], c.work["var"], self.momentum, unbiased, c.work)
+        c.ops.update_running(c.buffers["running_mean"], c.work["mean"], self.momentum, 1.0, c.work)
+        c.ops.update_running(c.buffers["running_var"], c.work["var"], self.momentum, unbiased, c.work)
 
 
 # --- dropout ---------------------------------------------------------------------------------------------------------

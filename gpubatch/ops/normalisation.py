@@ -10,7 +10,7 @@ from gpubatch.backend import Array
 from gpubatch.ops.grid import PARTS, THREADS, Grid, check_contiguous, parts_of
 from gpubatch.ops.operation import COMPUTE, Space, Work, operation
 
-__all__ = ["batch_norm", "batch_norm_gradient", "move", "normalise"]
+__all__ = ["batch_norm", "batch_norm_gradient", "normalise", "update_running"]
 
 
 @operation("y", scratch=lambda features: {"inverse": ((features,), COMPUTE)})
@@ -46,27 +46,27 @@ def partial_sums(features: int) -> dict[str, Space]:
     return {"partial": ((2 * PARTS, features), COMPUTE)}
 
 
-@operation("y", "work.normal", scratch=partial_sums)
+@operation("y", "work.normalised", scratch=partial_sums)
 def batch_norm(x: Array, eps: float, gamma: Array, beta: Array, y: Array, work: Work) -> None:
     """y by the batch's mean and biased variance, which go to ``work["mean"]`` and ``["var"]``.
 
-    n goes to ``work["normal"]``, 1/sqrt(var + eps) to ``work["inverse"]``. x may be y.
+    n goes to ``work["normalised"]``, 1/sqrt(var + eps) to ``work["inverse"]``. x may be y.
     """
-    normal, mean, var = work["normal"], work["mean"], work["var"]
+    normalised, mean, var = work["normalised"], work["mean"], work["var"]
     x.sum(axis=0, out=mean)
     mean *= 1 / len(x)
-    np.subtract(x, mean, out=normal)
-    np.multiply(normal, normal, out=y).sum(axis=0, out=var)
+    np.subtract(x, mean, out=normalised)
+    np.multiply(normalised, normalised, out=y).sum(axis=0, out=var)
     var *= 1 / len(x)
-    normal *= inverse_root(var, eps, work["inverse"])
-    np.multiply(normal, gamma, out=y)
+    normalised *= inverse_root(var, eps, work["inverse"])
+    np.multiply(normalised, gamma, out=y)
     y += beta
 
 
 @batch_norm.compiled
 def compiled_batch_norm(library: Any, x: Array, eps: float, gamma: Array, beta: Array, y: Array, work: Work) -> None:
     """Three passes: the mean, the deviations, y."""
-    arrays = (work[name] for name in ("normal", "mean", "var", "inverse", "partial"))
+    arrays = (work[name] for name in ("normalised", "mean", "var", "inverse", "partial"))
     if not library.batch_norm(x, eps, gamma, beta, y, *arrays):
         batch_norm.numpy(x, eps, gamma, beta, y, work)
 
@@ -83,7 +83,7 @@ def cuda_batch_norm(grid: Grid, x: Array, eps: float, gamma: Array, beta: Array,
         else:
             grid.sum_columns(source, "moment", x.shape, (x, middle, work["partial"]), (1.0,))
             grid.add_partial(work["partial"], parts, 1 / len(x), out)
-    arrays = (x, mean, var, gamma, beta, y, work["normal"], work["inverse"])
+    arrays = (x, mean, var, gamma, beta, y, work["normalised"], work["inverse"])
     grid.on_tiles(source, "normalise", x.shape, arrays, (eps,))
 
 
@@ -97,13 +97,13 @@ def batch_norm_gradient(dy: Array, gamma: Array, dgamma: Array, dbeta: Array, dx
 
     n and 1/sqrt(var + eps) are in ``work`` from :func:`batch_norm`; n may be overwritten.
     """
-    normal, row, m = work["normal"], work["row"], len(dy)
-    np.multiply(dy, normal, out=work["t"]).sum(axis=0, out=dgamma)
+    normalised, row, m = work["normalised"], work["row"], len(dy)
+    np.multiply(dy, normalised, out=work["t"]).sum(axis=0, out=dgamma)
     dy.sum(axis=0, out=dbeta)
     if dx is not None:
-        normal *= np.multiply(dgamma, 1 / m, out=row)
+        normalised *= np.multiply(dgamma, 1 / m, out=row)
         np.subtract(dy, np.multiply(dbeta, 1 / m, out=row), out=dx)
-        dx -= normal
+        dx -= normalised
         dx *= np.multiply(gamma, work["inverse"], out=row)
 
 
@@ -112,7 +112,7 @@ def compiled_batch_norm_gradient(
     library: Any, dy: Array, gamma: Array, dgamma: Array, dbeta: Array, dx: Array | None, work: Work
 ) -> None:
     """One pass for both sums, and one for dx."""
-    arrays = (work[name] for name in ("normal", "inverse", "partial"))
+    arrays = (work[name] for name in ("normalised", "inverse", "partial"))
     if not library.batch_norm_gradient(dy, gamma, dgamma, dbeta, dx, *arrays):
         batch_norm_gradient.numpy(dy, gamma, dgamma, dbeta, dx, work)
 
@@ -123,28 +123,28 @@ def cuda_batch_norm_gradient(
 ) -> None:
     """One launch for both sums, or two where there are many rows, and one for dx."""
     source = grid.source("batch_norm.cu")
-    normal, parts, partial = work["normal"], parts_of(dy.shape), work["partial"]
+    normalised, parts, partial = work["normalised"], parts_of(dy.shape), work["partial"]
     sums = (None, dgamma, dbeta) if parts == 1 else (partial, None, None)
-    grid.sum_columns(source, "gradient_sums", dy.shape, (normal, dy, *sums))
+    grid.sum_columns(source, "gradient_sums", dy.shape, (normalised, dy, *sums))
     if parts > 1:
         grid.add_partial(partial, parts, 1.0, dgamma, dbeta)
     if dx is not None:
-        arrays = (normal, dy, gamma, work["inverse"], dgamma, dbeta, dx)
+        arrays = (normalised, dy, gamma, work["inverse"], dgamma, dbeta, dx)
         grid.on_tiles(source, "gradient", dy.shape, arrays, (1 / len(dy),))
 
 
 @operation(scratch=lambda features: {"row": ((features,), COMPUTE)})
-def move(running: Array, new: Array, weight: float, factor: float, work: Work) -> None:
+def update_running(running: Array, new: Array, weight: float, factor: float, work: Work) -> None:
     """running = (1 - weight) running + weight factor new, of ``(features,)``."""
     running *= 1 - weight
     running += np.multiply(new, weight * factor, out=work["row"])
 
 
-@move.cuda
-def cuda_move(grid: Grid, running: Array, new: Array, weight: float, factor: float, work: Work) -> None:
+@update_running.cuda
+def cuda_update_running(grid: Grid, running: Array, new: Array, weight: float, factor: float, work: Work) -> None:
     """One launch."""
     blocks, numbers = max(1, -(-running.size // THREADS)), (running.size, 1 - weight, weight * factor)
-    grid.launch(grid.source("batch_norm.cu"), "move", (blocks,), THREADS, running, new, *numbers)
+    grid.launch(grid.source("batch_norm.cu"), "update_running", (blocks,), THREADS, running, new, *numbers)
 
 
 def inverse_root(var: Array, eps: float, out: Array) -> Array:

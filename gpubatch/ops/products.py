@@ -1,11 +1,10 @@
-"""Matrix products: by the library of the arrays, or on CUDA by cuBLASLt. The only module that names nvmath-python.
+"""Matrix products: by NumPy or CuPy, or on CUDA by cuBLASLt. The only module that names nvmath-python.
 
-CuPy refuses its matrix products while a stream is captured. cuBLASLt's are plain launches in a workspace that is given
-to it, so they may be captured; and it adds a bias, or sums one's gradient, in the same launch.
+CuPy refuses matrix products during a stream capture. A product of cuBLASLt is a plain launch in a workspace of the
+caller's, so it may be captured; and one launch also adds a bias, or sums the gradient of one.
 
-It has several algorithms for a product, and its heuristic foretells which is the fastest. With ``tune`` they are timed
-instead, when a product is first seen. What was chosen is kept with the network's state: another algorithm, other last
-bits.
+cuBLASLt has several algorithms for a product; its heuristic predicts the fastest. With ``tune`` they are timed instead,
+when a product is first seen. The network's state keeps the choices, since another algorithm gives other last bits.
 """
 
 from __future__ import annotations
@@ -45,20 +44,20 @@ STORED = {"float16": "CUDA_R_16F", "float32": "CUDA_R_32F", "float64": "CUDA_R_6
 BIASED = {IDENTITY: "BIAS", activations.relu.bind(): "RELU_BIAS"}  # the activations that cuBLASLt has after a bias
 
 WORKSPACE = {False: 4 << 20, True: 32 << 20}  # bytes, from Hopper on the larger: what NVIDIA advises for cuBLAS
-# Bytes. No kernel asks for more, and more would make the choice of a kernel, and so the last bits of a product, depend
-# on where in memory a batch happens to lie.
+# Bytes. No kernel asks for more; with more, the choice of a kernel, and so the last bits of a product, would depend on
+# the address of a batch.
 ALIGNMENT = 16
 PLANS_KEPT = 512  # a run has a dozen for each of its two or three batch sizes
 
-HOPPER = 9  # its instruction for TF32 reads both factors along the dimension that is summed, and in no other order
+HOPPER = 9  # its TF32 instruction reads both factors along the summed dimension, and in no other order
 
 CANDIDATES = 8  # algorithms that tuning asks for
-LAUNCHES = 8  # of a product in the graph that is timed: one alone is over before its event is
-ROUNDS = 7  # in which every graph is timed once
-MARGIN = 1.03  # by which another algorithm must be faster than what the heuristic foretold: noise changes nothing
+LAUNCHES = 8  # of a product in the timed graph: a single launch ends before its event is recorded
+ROUNDS = 7  # every graph is timed once in each
+MARGIN = 1.03  # how much faster than the predicted algorithm another must be, so that noise changes no choice
 THREADS, TILE = 256, 32  # of kernels/transpose.cu
 
-# An algorithm, whose 64 bytes may be kept for the same version of cuBLASLt, and whether it reads a copy.
+# A choice: the 64 bytes of an algorithm, valid for one version of cuBLASLt, and whether it reads a copy.
 COPY = "copy "
 CHOICE = re.compile(f"(?:{COPY})?[0-9a-f]{{128}}")
 
@@ -69,10 +68,10 @@ RESULT = np.dtype(
 
 
 class Products(ABC):
-    """The matrix products of one network; not to be shared by threads.
+    """The matrix products of one network; threads must not share them.
 
-    ``capturable`` is whether they may be launched while a stream is captured, ``reason`` how or why not, in words. All
-    arrays are of the network's dtype and lie apart; ``out``, ``y`` and ``dW`` are C-contiguous.
+    ``capturable`` says whether they may be launched during a stream capture, ``reason`` how or why not, in words. All
+    arrays have the network's dtype and do not overlap; ``out``, ``y`` and ``dW`` are C-contiguous.
     """
 
     capturable: bool
@@ -84,7 +83,7 @@ class Products(ABC):
 
     @abstractmethod
     def affine(self, f: BoundActivation, x: Array, W: Array, b: Array, y: Array) -> bool:
-        """y = f(x W + b) in one launch; False, and y of no value, where there is no such launch."""
+        """y = f(x W + b) in one launch; False where there is no such launch: then y holds nothing of use."""
 
     @abstractmethod
     def weight_gradient(self, x: Array, dy: Array, dW: Array, db: Array) -> bool:
@@ -92,26 +91,28 @@ class Products(ABC):
 
     @abstractmethod
     def memory_parts(self) -> dict[str, int]:
-        """The bytes that they hold on the device, by what they are for."""
+        """Bytes held on the device, by purpose."""
 
     @abstractmethod
     def choices(self) -> dict[str, Any]:
-        """The algorithms that were chosen by their time, as JSON can hold them; empty where none was."""
+        """The algorithms chosen by timing, as values for JSON; empty without any."""
 
     @abstractmethod
     def take_choices(self, saved: Mapping[str, Any]) -> None:
-        """Use algorithms that :meth:`choices` gave, where that was the same library on such a device.
+        """Use algorithms that :meth:`choices` gave, if for this library and kind of device; otherwise warn.
 
-        Otherwise a :class:`TuningWarning` says so. They must have passed :func:`check_choices`.
+        The warning is a :class:`TuningWarning`. :func:`check_choices` must have accepted ``saved``.
         """
 
 
 def products_for(
     backend: Backend, dtype: np.dtype[Any], precision: str, tune: bool = False, largest: int = 0
 ) -> Products:
-    """The products of a network on ``backend``; without cuBLASLt those of CuPy, of which "fast" is an error.
+    """The products of a network on ``backend``: cuBLASLt's, or without it CuPy's.
 
-    So is ``tune``. ``largest`` is how many elements the largest matrix of weights has.
+    precision: "full", or "fast", which needs cuBLASLt.
+    tune: choose algorithms by timing, which needs cuBLASLt.
+    largest: the number of elements of the largest weight matrix.
     """
     if not isinstance(backend, CudaBackend):
         matmul = multiply_in_float32 if dtype == np.float16 else backend.xp.matmul
@@ -134,7 +135,7 @@ def products_for(
 
 
 def check_choices(saved: Any) -> None:
-    """Raise unless ``saved`` can be what :meth:`Products.choices` gave."""
+    """Raise unless ``saved`` has the form that :meth:`Products.choices` gives."""
     if not isinstance(saved, Mapping):
         raise DTypeError(f"products must be a mapping, got {type(saved).__name__}")
     wanted = {"library": str, "device": str, "algorithms": Mapping}
@@ -148,7 +149,7 @@ def check_choices(saved: Any) -> None:
 
 
 class ArrayProducts(Products):
-    """``matmul`` of NumPy or CuPy, both of which add up the products of float16 in float32."""
+    """``matmul`` of NumPy or CuPy; both sum products of float16 in float32."""
 
     capturable = False
 
@@ -190,7 +191,7 @@ def multiply_in_float32(a: Array, b: Array, out: Array) -> None:
 
 
 class Library(NamedTuple):
-    """What is used of nvmath-python: functions, and the enumerations of what to compute in and of what is stored."""
+    """The parts of nvmath-python in use: functions, and the enumerations of compute types and of stored types."""
 
     lt: Any
     compute_types: Any
@@ -207,12 +208,11 @@ def open_library(backend: CudaBackend) -> tuple[Library, int]:
 class LtProducts(Products):
     """cuBLASLt on the current stream of ``backend``, whose scope the caller has entered.
 
-    What it takes to launch a product is made for its shapes and strides when they are first seen, which is not to be in
-    a capture; after that a product takes no memory and waits for nothing. ``library`` and ``handle`` are what
-    :func:`open_library` gives.
+    A plan is made when a product's shapes and strides are first seen, which must not be in a capture; after that a
+    product allocates nothing and waits for nothing. ``library`` and ``handle`` come from :func:`open_library`.
 
-    With ``tune`` and TF32 on Hopper one of the choices for x W is to multiply by a transposed copy of W, made in every
-    launch, since W as it lies is not in the order that the fast instruction reads.
+    With ``tune`` and TF32 on Hopper one candidate for x W multiplies by a transposed copy of W, made at every launch,
+    since the fast instruction cannot read W in its own order.
     """
 
     capturable = True
@@ -241,12 +241,12 @@ class LtProducts(Products):
         self._plain = ArrayProducts(backend.xp.matmul, "")
 
     def multiply(self, a: Array, b: Array, out: Array) -> None:
-        """See :class:`Products`; what cuBLASLt cannot read, such as every other column of an array, is for CuPy."""
+        """See :class:`Products`; CuPy takes what cuBLASLt cannot read, such as every other column of an array."""
         if not self._launch("DEFAULT", a, b, out, None):
             self._plain.multiply(a, b, out)
 
     def affine(self, f: BoundActivation, x: Array, W: Array, b: Array, y: Array) -> bool:
-        """See :class:`Products`; there is one for the identity and for ReLU."""
+        """See :class:`Products`; for the identity and for ReLU."""
         return f in BIASED and self._launch(BIASED[f], x, W, y, b)
 
     def weight_gradient(self, x: Array, dy: Array, dW: Array, db: Array) -> bool:
@@ -254,7 +254,7 @@ class LtProducts(Products):
         return self._launch("BGRADA", x.T, dy, dW, db)  # dWᵀ = dyᵀ x: its A is dyᵀ, whose rows are summed
 
     def memory_parts(self) -> dict[str, int]:
-        """The workspace that cuBLASLt is given, and the copy of weights."""
+        """The workspace of cuBLASLt, and the copy of weights."""
         return {"matrix products": int(self.workspace.nbytes + self._copies.nbytes)}
 
     def choices(self) -> dict[str, Any]:
@@ -275,12 +275,12 @@ class LtProducts(Products):
                 del self._plans[key]
 
     def _where(self) -> dict[str, str]:
-        """What an algorithm is for: a version of the library and a kind of device."""
+        """What an algorithm is valid for: a version of the library and a kind of device."""
         properties = self.backend.cupy.cuda.runtime.getDeviceProperties(self.backend.index)
         return {"library": self.reason, "device": properties["name"].decode()}
 
     def _launch(self, epilogue: str, a: Array, b: Array, out: Array, vector: Array | None) -> bool:
-        """out = a b, and what comes after it and reads or writes ``vector``; False where there is no kernel for it."""
+        """out = a b with an epilogue that reads or writes ``vector``; False where there is no kernel for it."""
         at = b.data.ptr, a.data.ptr, out.data.ptr, 0 if vector is None else vector.data.ptr
         key = (
             *(epilogue, a.shape, a.strides, a.dtype, b.shape, b.strides, b.dtype, out.shape, out.strides, out.dtype),
@@ -299,17 +299,17 @@ class LtProducts(Products):
         return True
 
     def _plan(self, epilogue: str, a: Array, b: Array, out: Array, vector: Array | None, at: Addresses) -> Plan | None:
-        """What it takes to launch this product; None where cuBLASLt does not have it."""
+        """The plan of this product; None where cuBLASLt does not have it."""
         fit = (a.ndim, b.ndim, b.shape[:1]) == (2, 2, a.shape[1:]) and out.shape == (a.shape[0], b.shape[1])
         if vector is not None:
             fit = fit and (vector.shape, vector.dtype) == (b.shape[1:], self.dtype) and vector.flags.c_contiguous
-        # A C-contiguous array, read by columns as cuBLASLt reads, is its transpose: so outᵀ = bᵀ aᵀ is asked for.
+        # cuBLASLt reads by columns, so it sees the transpose of a C-contiguous array: ask for outᵀ = bᵀ aᵀ.
         A, B, D = (by_columns(x, self.dtype) if fit else None for x in (b, a, out))
         if A is None or B is None or D is None or D.transposed or D.stride != D.rows:
             return None
 
         def sound(plan: Plan) -> bool:
-            """Whether it can be launched, and its epilogue does what it should."""
+            """Whether the plan can be launched and its epilogue is right."""
             try:
                 if epilogue in BIASED.values():
                     return self._shows_nan(plan, out, at)
@@ -331,7 +331,7 @@ class LtProducts(Products):
         return self._new_plan(forms, sound, at)
 
     def _forms(self, epilogue: str, matrices: tuple[Matrix, Matrix, Matrix], at: Addresses) -> list[Plan]:
-        """How the product may be asked for: as it is, and by a copy of what is read in an order that is slow."""
+        """The forms of the product: as it is, and by a transposed copy of the factor that is slow to read."""
         A, B, _ = matrices
         wanted = CANDIDATES if self._tune else 1
         forms = [Plan(self, epilogue, matrices, at, wanted)]
@@ -340,7 +340,7 @@ class LtProducts(Products):
         return forms
 
     def _saved_plan(self, forms: Sequence[Plan], sound: Callable[[Plan], bool]) -> Plan | None:
-        """The plan by the algorithm that was chosen before; None, and a warning, where it cannot be used any more."""
+        """The plan by the saved algorithm; None, and a warning, if that cannot be used any more."""
         name = forms[0].name
         saved = self._choices.pop(name)
         plan = next((form for form in forms if form.take(saved)), None)
@@ -356,7 +356,7 @@ class LtProducts(Products):
         return None
 
     def _new_plan(self, forms: Sequence[Plan], sound: Callable[[Plan], bool], at: Addresses) -> Plan | None:
-        """The plan by the heuristic's algorithm, or by one that is chosen and noted; None where there is none."""
+        """The plan by the predicted algorithm, or with ``tune`` by the fastest, which it notes; None without any."""
         if not self._tune:
             return forms[0] if forms[0].algorithm and sound(forms[0]) else None
         found = []
@@ -372,10 +372,10 @@ class LtProducts(Products):
         return plan
 
     def _fastest(self, candidates: Sequence[tuple[Plan, int]], at: Addresses) -> Plan:
-        """Of plans, each with the number of an algorithm, the one that takes the least time, set to its algorithm.
+        """The fastest of some plans, each with the number of an algorithm, set to that algorithm.
 
-        Each is launched some times in a graph, as in a step, where the host is not waited for. Before each launch the
-        workspace is overwritten, so that not all of its data are found in the cache; what that takes is subtracted.
+        Each is launched several times in a graph, as in a step, without waiting for the host. Overwriting the workspace
+        before each launch keeps the cache from holding all of its data; the time for that is subtracted.
         """
         if len(candidates) == 1:
             return candidates[0][0]
@@ -401,17 +401,17 @@ class LtProducts(Products):
         return plan
 
     def _shows_nan(self, plan: Plan, out: Array, at: Addresses) -> bool:
-        """Whether a bias of NaN makes NaN of all; writes over ``out``, and waits for it.
+        """Whether a bias of NaN makes all results NaN; overwrites ``out`` and waits for it.
 
-        That ReLU is NaN for NaN, as it is here, is not documented: for some instructions the larger of NaN and 0 is 0,
-        which would hide a network that has gone wrong. And there were versions that left out the bias of some elements.
+        No documentation says that ReLU gives NaN for NaN, as it does here: for some instructions the larger of NaN and
+        0 is 0, which would hide a network that has gone wrong. And some versions left out the bias of some elements.
         """
         nan = self.backend.asarray(np.full(out.shape[1], np.nan, self.dtype))
         plan.launch(at[0], at[1], at[2], nan.data.ptr, self._stream().ptr)
         return bool(np.isnan(self.backend.to_numpy(out)).all())
 
     def _adds_all(self, plan: Plan, dy: Array, db: Array, at: Addresses) -> bool:
-        """Whether ones add up to how many there are; writes over the results, and waits for them."""
+        """Whether ones add up to their number; overwrites the results and waits for them."""
         if not (dy.flags.c_contiguous or dy.flags.f_contiguous):
             return False
         ones = self.backend.empty(dy.shape, self.dtype)
@@ -422,9 +422,9 @@ class LtProducts(Products):
 
 
 class Matrix(NamedTuple):
-    """An array as cuBLASLt sees it: by columns, that lie ``stride`` elements apart.
+    """An array as cuBLASLt sees it: in columns, ``stride`` elements apart.
 
-    What is seen is the transpose of the array, or with ``transposed`` the array, so that its transpose is to be taken.
+    It sees the transpose of the array; with ``transposed`` it sees the array itself, and must transpose it.
     """
 
     rows: int
@@ -449,18 +449,18 @@ def by_columns(x: Array, dtype: np.dtype[Any]) -> Matrix | None:
 
 
 def product_name(compute: str, epilogue: str, matrices: Sequence[Matrix], at: Addresses) -> str:
-    """All that the choice of an algorithm depends on, in words."""
+    """A name of all that the choice of an algorithm depends on."""
     shapes = (f"{m.rows}x{m.columns}/{m.stride}{'T' if m.transposed else 'N'}" for m in matrices)
     return " ".join([compute, epilogue, *shapes, *map(str, alignments(at))])
 
 
 def alignments(at: Addresses) -> list[int]:
-    """How the addresses are aligned, in bytes."""
+    """The alignment of each address, in bytes."""
     return [min(ALIGNMENT, address & -address) if address else ALIGNMENT for address in at]
 
 
 def warn_of_others(saved: Mapping[str, Any], why: str) -> None:
-    """Warn that choices are for others, if there are any."""
+    """Warn that saved choices are for another library or device, if there are any choices."""
     if saved["algorithms"]:
         warnings.warn(
             f"the algorithms of matrix products were chosen with {saved['library']} on {saved['device']}, and {why}: "
@@ -471,11 +471,11 @@ def warn_of_others(saved: Mapping[str, Any], why: str) -> None:
 
 
 class Plan:
-    """D = op(A) op(B), and what comes after it, as cuBLASLt is asked for it, by an algorithm that its heuristic finds.
+    """D = op(A) op(B) and its epilogue: a request to cuBLASLt, and the algorithms that its heuristic finds for it.
 
-    The addresses ``at`` stand for all that are as well aligned. ``algorithm`` is the address of the algorithm, the
-    first of up to ``wanted``, 0 if there is none. With ``copies``, an array of the device's, A is read from a
-    transposed copy that is put there before.
+    The plan holds for all addresses that are aligned as ``at``. ``algorithm`` is the address of the algorithm in use,
+    at first the first of up to ``wanted``; 0 if there is none. With ``copies``, an array on the device, every launch
+    first writes a transposed copy of A there, and reads that.
     """
 
     def __init__(
@@ -526,7 +526,7 @@ class Plan:
         places = int(self.found.ctypes.data), int(count.ctypes.data)
         try:
             lt.matmul_algo_get_heuristic(*self.question, preference, wanted, *places)
-        except lt.cuBLASLtError:  # it has no other way to say that there is none
+        except lt.cuBLASLtError:  # its only way to say that there is none
             count[0] = 0
         self.found = self.found[: count[0]][self.found["state"][: count[0]] == 0]
         self.number = self.algorithm = 0
@@ -542,17 +542,17 @@ class Plan:
 
     @property
     def choice(self) -> str:
-        """The algorithm in words: :data:`CHOICE`."""
+        """The algorithm as text: :data:`CHOICE`."""
         algorithm: bytes = self.found["algorithm"][self.number].tobytes()
         return (COPY if self.transpose else "") + algorithm.hex()
 
     def choose(self, number: int) -> None:
-        """Launch the algorithm that was found as this one from now on."""
+        """From now on launch algorithm ``number`` of those found."""
         self.number = number
         self.algorithm = int(self.found.ctypes.data) + number * RESULT.itemsize
 
     def take(self, choice: str) -> bool:
-        """Launch this algorithm from now on; False where it is not for such a plan, or cuBLASLt does not have it."""
+        """From now on launch this algorithm; False if it is not for such a plan, or cuBLASLt does not have it."""
         algorithm = choice.removeprefix(COPY)
         if (algorithm != choice) is not (self.transpose is not None):
             return False
@@ -569,7 +569,7 @@ class Plan:
         return True
 
     def launch(self, a_at: int, b_at: int, d_at: int, vector_at: int, stream: int) -> None:
-        """Start it on a stream, the current one; what lies at the addresses is as it was when the plan was made."""
+        """Launch on the current stream; shapes and alignments must be those of the plan."""
         if vector_at != self.vector_at:
             self.vector[0] = self.vector_at = vector_at
             self.set_attribute(self.operation, self.bias_pointer, self.vector_place, 8)
@@ -583,7 +583,7 @@ class Plan:
 
 
 class Transpose:
-    """Puts the transpose of a matrix, as cuBLASLt sees it and not transposed, into the array ``out``; it is ``to``."""
+    """Writes the transpose of a matrix that cuBLASLt reads untransposed to ``out``; ``to`` is the result."""
 
     def __init__(self, backend: CudaBackend, matrix: Matrix, out: Array) -> None:
         self.to = Matrix(matrix.columns, matrix.rows, matrix.columns, True)
@@ -594,14 +594,14 @@ class Transpose:
         self.shape = np.int64(matrix.columns), np.int64(matrix.rows), np.int64(matrix.stride)
 
     def __call__(self, at: int) -> int:
-        """Start it on the current stream; the address of the copy."""
+        """Launch on the current stream; returns the address of the copy."""
         self.kernel(self.grid, (THREADS,), (np.uint64(at), self.out, *self.shape))
         return self.at
 
 
 def owned(owner: Any, descriptor: int, destroy: Callable[[int], None]) -> int:
-    """``descriptor``, which is destroyed when nobody has ``owner`` any more."""
-    # Not at the end of the process, when all goes at once and in an order of which nothing is known.
+    """``descriptor``, to be destroyed when ``owner`` is garbage-collected."""
+    # But not at the end of the process, where the order of destruction is unknown.
     weakref.finalize(owner, destroy, descriptor).atexit = False
     return descriptor
 

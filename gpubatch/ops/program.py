@@ -1,6 +1,6 @@
 """Run a recorded formula with NumPy: its operations one after another on a block that stays in the cache.
 
-The values between go into a few registers of a block's size, so nothing is allocated that grows with the arrays.
+Intermediate values go into a few registers of a block's size, so no allocation grows with the arrays.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ MOST_PROGRAMS = 256  # that a thread keeps: every activation with every value of
 class Program:
     """A formula as a list of NumPy calls on numbered slots: the arrays' blocks, the registers, the scalars.
 
-    ``names`` says which arrays the slots are for: what the formula reads, then what else it writes. A target in
-    ``same`` has the memory of the array that it is mapped to. A block of each array and register has ``block_bytes``.
-    Not to be shared by threads: the registers are its own.
+    ``names`` are the arrays of the slots: those that the formula reads, then the others that it writes. A target in
+    ``same`` shares the memory of the array that it is mapped to. A block of each array and register has
+    ``block_bytes``. Threads must not share a program: the registers are its own.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ class Ops:
     normalise = normalisation.normalise
     batch_norm = normalisation.batch_norm
     batch_norm_gradient = normalisation.batch_norm_gradient
-    move = normalisation.move
+    update_running = normalisation.update_running
     dropout = dropping.dropout
     dropout_gradient = dropping.dropout_gradient
     l2_loss = sums.l2_loss

@@ -27,11 +27,11 @@ PACKS = 4  # 16-byte packs of each array that one thread moves
 class Update(Protocol):
     """A formula bound to an element type and a backend: ``update(arrays, scalars)`` changes ``arrays`` in place.
 
-    ``arrays`` is a list of (w, g, state ...) tuples, all of one shape within a tuple. Not to be shared by threads:
-    each instance has its own registers.
+    ``arrays`` is a list of (w, g, state ...) tuples, all of one shape within a tuple. Threads must not share an
+    update: the registers are its own.
 
-    ``control`` is an array of two numbers on the backend: what gradients are multiplied by, and, where it is not 0,
-    that nothing is to be done. A GPU reads it when it gets there, so the host need not wait for what wrote it.
+    ``control`` is an array of two numbers on the backend: ``control[0]`` scales the gradients; if ``control[1]`` is
+    non-zero the step is skipped. A GPU reads it when the kernel runs, so the host need not wait for its value.
     """
 
     def __call__(
@@ -43,8 +43,8 @@ class Update(Protocol):
 def update_for(trace: Trace, storage: np.dtype[Any], backend: Backend, master: bool = False) -> Update:
     """The update that ``trace`` describes, on ``backend``, for w and g of the dtype ``storage``.
 
-    State is of the same dtype, but of float32 where ``storage`` is float16; with ``master``, the last array of a group
-    is w in float32, which the formula works on, and w is its rounded copy.
+    State has the same dtype, or float32 where ``storage`` is float16. With ``master``, the last array of a group is w
+    in float32: the formula works on that, and w is its rounded copy.
     """
     dtype = compute_dtype(storage)
     if isinstance(backend, CudaBackend):
@@ -93,7 +93,7 @@ class HostUpdate:
 
 
 class HalfUpdate:
-    """An update of float16 w and g, a block at a time, by one that works on float32."""
+    """An update of float16 w and g by one for float32, a block at a time."""
 
     def __init__(self, update: HostUpdate | CompiledUpdate, master: bool) -> None:
         self.update, self.master = update, master
@@ -123,7 +123,7 @@ class HalfUpdate:
 class CompiledUpdate:
     """The formula as machine code from the build; the bits are those of :class:`HostUpdate`.
 
-    Arrays that are strided, of another byte order, or that the gradient lies across, go to NumPy.
+    NumPy does arrays that are strided, of another byte order, or that overlap with the gradient.
     """
 
     def __init__(self, trace: Trace, dtype: np.dtype[Any], library: Any) -> None:
@@ -134,7 +134,7 @@ class CompiledUpdate:
     def at_once(
         self, arrays: list[tuple[Array, ...]], scalars: tuple[float, ...], control: Array | None = None
     ) -> bool:
-        """The update, if the compiled code finds nothing amiss with shapes and types; otherwise nothing is changed."""
+        """Update all groups at once; False, with nothing changed, where the library declines shapes or types."""
         if control is None:
             return bool(self.run(arrays, (*scalars, 1.0)))
         return bool(control[1] or self.run(arrays, (*scalars, float(control[0]))))
@@ -176,7 +176,7 @@ class CudaUpdate:
             self.launch(arrays, self.scalars, control)
 
     def again(self, scalars: tuple[float, ...], control: Array | None) -> None:
-        """The update of the arrays of the launch before."""
+        """Update the arrays of the last launch again."""
         with self.backend.scope():
             self._upload(scalars)
             self._launch(self.scalars, control)
@@ -195,11 +195,11 @@ class CudaUpdate:
         progress: Array | None = None,
         running: tuple[Array, Array] | None = None,
     ) -> Array:
-        """The update by ``scalars`` on the device; with ``progress``, the end of a captured step.
+        """Launch the update with ``scalars`` on the device. With ``progress`` it ends a captured step.
 
-        Then they are in rows, and it is as kernels/step.cuh says; ``running`` are running statistics, and what they
-        were before the step. Returns the table that the kernel reads, which is another one after an update of other
-        arrays.
+        Then ``scalars`` has a row for each step, as kernels/step.cuh says, and ``running`` holds the running statistics
+        and a copy from before the step. Returns the table of addresses that the kernel reads; an update of other
+        arrays makes a new one.
         """
         key = tuple((*(a.data.ptr for a in group), group[0].size) for group in arrays)
         if key != self.key:
@@ -241,9 +241,9 @@ def piece_table(addresses: np.ndarray, itemsizes: np.ndarray, piece: int) -> np.
 
 
 def update_source(trace: Trace, dtype: str = "float32", storage: str | None = None, master: bool = False) -> str:
-    """The CUDA source of a formula, whole: the generated part, then the loop around it.
+    """The whole CUDA source of a formula: the generated part, then the loop around it.
 
-    ``storage`` is how w and g are stored: as ``dtype`` says, or as float16.
+    ``storage`` is the type in which w and g are stored: that of ``dtype``, or float16.
     """
     names = ", ".join(f"{'const T ' if a == 'g' else 'T& '}{a} = element[{i}]" for i, a in enumerate(trace.arrays))
     half = storage == "float16"
