@@ -21,7 +21,7 @@ from gpubatch.ops.grid import PARTS, SUM_PARTS
 from gpubatch.ops.losses import score_loss_source
 
 F = np.dtype(np.float32)
-HALF = 2.0**-11  # what rounding to float16 changes a number by, at most, but where it is subnormal
+HALF = 2.0**-11  # largest relative error of rounding to float16, except for subnormal numbers
 SIZES = [(1, 1), (1, 3), (5, 10), (1030, 1), (301, 3), (67, 257), (7, 1000), (2100, 33)]
 CLASSES = [(1, 2), (40, 2), (301, 3), (33, 10), (9, 257), (3, 5000)]
 
@@ -245,7 +245,7 @@ def dropout_gradient(in_place: bool, p: Place, rows: int, features: int) -> Resu
 
 def square_sum(p: Place, rows: int, features: int) -> Results:
     out = p.backend.zeros(SQUARE_SUM_SIZE, np.float64)
-    for _ in range(2):  # it adds to what is there
+    for _ in range(2):  # square_sum adds to the earlier sum
         p.ops.square_sum(p.real(rows, features), out)
     return {"sum": out[:2]}
 
@@ -271,7 +271,7 @@ def file(name: str, *before: str) -> Callable[[str], str]:
 CASES: dict[str, Case] = {}
 for kind in activations.__all__:
     source = functools.partial(lambda kind, dtype: elementwise_source(dtype, curve(kind)), kind)
-    sizes = SIZES if kind in ("identity", "gelu") else [(301, 3)]  # one says about sizes what all do
+    sizes = SIZES if kind in ("identity", "gelu") else [(301, 3)]  # one of the others suffices for sizes
     for bias, in_place in ((True, False), (False, True)):
         CASES[f"activate {kind} {'with' if bias else 'without'} bias"] = Case(
             "activate", source, functools.partial(activate, kind, bias, in_place), sizes
@@ -378,7 +378,7 @@ for stored in C_TYPES:
 CASES["gather scaled"] = replace(CASES["gather uint8"], run=functools.partial(gather, "uint8", 1 / 255, -0.5))
 
 
-# One of each method, and what runs through other lines of it.
+# One case of each method, and those that run other lines of it.
 FAST = {
     *first_of_each({name: case.method for name, case in CASES.items()}),
     "activate gelu without bias",

@@ -45,7 +45,7 @@ MAY_IMPORT = {
 }
 EDGES = {"plot", "cli", "__main__", "__init__"}
 
-# Inside a package: each file may import those to its left.
+# Inside a package, each file may import the files to its left.
 ORDER = {
     "formula": "trace derivative elementwise update_rule rules activations scores",
     "ops": "program compile update grid operation elementwise losses normalisation dropout sums gather table products",

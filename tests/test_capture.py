@@ -109,7 +109,7 @@ CASES = {
     "with replacement, in order of the host": Case(everything, loader={"replacement": True, "feed": "host"}),
     "through pinned memory, norm": Case(everything, loader={"feed": "host"}, fit={"max_norm": 0.5}),
     "transformed": Case(plain, loader={"transform": lambda x: x * 2}),
-    # Interval and first scale are such that it grows in the middle of what is queued, and overflows.
+    # With this interval and first scale, the scale grows amid queued steps, and overflows.
     "mixed": Case(everything, precision="mixed", optimizer=mixed, l2=0.01, fit={"loss_scale": (2.0**17, 3)}),
     "mixed, host, norm": Case(
         plain,
@@ -228,7 +228,7 @@ def test_auto_is_captured_on_a_gpu_and_eager_on_the_cpu(device: Callable[[], Cud
     assert gb.fit(net, loader, gb.Adam(net.parameters), 1, progress=False).execution == "eager"
 
 
-# --- what a replay does not do ---------------------------------------------------------------------------------------
+# --- no allocation, no waiting ---------------------------------------------------------------------------------------
 
 
 def test_nothing_is_allocated_and_nobody_waits_but_for_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +250,7 @@ def test_nothing_is_allocated_and_nobody_waits_but_for_the_losses(monkeypatch: p
         allocations, copies, waits, launched = np.subtract(after, before).tolist()
         assert (allocations, copies) == (0, 1 + 1 + chunks)
         assert launched <= launches + chunks * (graphs.UNROLLED - 1)
-        # One for each report, one for each copy, whose pinned memory is used again.
+        # One wait for each report, and one for each copy from reused pinned memory.
         assert waits <= 2 * chunks + copies
     assert training.history.execution == "captured"
 
@@ -283,7 +283,7 @@ def test_on_a_gpu_a_replay_allocates_nothing_and_waits_for_nothing(monkeypatch: 
     assert asked == []
 
 
-# --- what can happen in a step ---------------------------------------------------------------------------------------
+# --- events in a step ------------------------------------------------------------------------------------------------
 
 
 def with_a_sample_that_is_too_large() -> np.ndarray:
@@ -316,7 +316,7 @@ def test_too_many_in_a_row_raise_after_the_last_whole_step(device: Callable[[], 
         with pytest.raises(gb.NonFiniteError) as caught:
             training.fit(execution, max_skipped=0)
         errors.append(str(caught.value))
-        # The loader may have prepared batches that nobody saw; the steps are the same.
+        # The loader may have prepared unused batches; the steps are the same.
         results.append({k: v for k, v in training.result().items() if k != "counts"} | {"t": training.opt.t})
     assert results[0] == results[1]
     assert errors[0] == errors[1]
@@ -452,7 +452,7 @@ def test_a_signal_ends_between_steps(case: str, device: Callable[[], CudaBackend
     assert resumed.result() == whole.result()
 
 
-# --- what cannot be captured -----------------------------------------------------------------------------------------
+# --- steps that cannot be captured -----------------------------------------------------------------------------------
 
 
 class Own(gb.ReLU):
@@ -487,7 +487,7 @@ def test_what_cannot_be_captured_is_eager_and_says_why(
     assert str(caught.value) == f"execution must be 'auto' or 'eager' here, got 'captured': {reason}"
 
 
-# --- what the user wrote ---------------------------------------------------------------------------------------------
+# --- user code -------------------------------------------------------------------------------------------------------
 
 
 class Calls:
@@ -661,7 +661,7 @@ def test_every_method_that_a_step_calls_is_looked_at() -> None:
         eager = EagerSteps(Record(state, scale), max_norm=case.fit.get("max_norm"))
         for most in (None, 3):
             state.history.micro_batch_size = most
-            next(iter(training.loader))  # what is done once is no step's
+            next(iter(training.loader))  # one-time work belongs to no step
             with warnings.catch_warnings(), eager.scaling():
                 warnings.simplefilter("ignore")
                 sys.setprofile(note)
@@ -686,7 +686,7 @@ def test_every_method_that_a_step_calls_is_looked_at() -> None:
     assert names & APART == set()
     for kind, name in called:
         assert name in vars(kind)[own.WRITTEN], f"{kind.__name__}.{name} was not remembered"
-    for kind in kinds[:4]:  # and there is nothing in the list that is not there
+    for kind in kinds[:4]:  # the list has no unknown names
         assert changed(type("Mine", (kind,), {})) == ""
     known = set().union(*(vars(kind)[own.WRITTEN] for kind in kinds[:4]))
     assert APART - {"__init_subclass__"} <= known
@@ -713,7 +713,7 @@ def test_a_captured_step_of_what_the_user_wrote_is_refused(device: Callable[[], 
             gb.CapturedStep(training.net, training.opt, X, Y)
 
 
-# --- what a device refuses -------------------------------------------------------------------------------------------
+# --- refused captures ------------------------------------------------------------------------------------------------
 
 
 def test_without_nvmath_steps_are_eager() -> None:
@@ -794,7 +794,7 @@ def by_hand(
                 opt.lr = 0.5
             if call == 2:
                 eager()
-            if call == 4:  # other arrays than those of the graph
+            if call == 4:  # arrays other than the graph's
                 opt.step(device.asarray(np.full(net.parameters.size, 0.1, np.float32)))
             losses.append(device.to_numpy(step()).tobytes())
         arrays = [net.parameters, net.buffers, *opt.state.values()]

@@ -69,7 +69,7 @@ def store(tmp_path: Path) -> Checkpoints:
     return store
 
 
-# --- what is written is read ---------------------------------------------------------------------------------------
+# --- round trips ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -366,7 +366,7 @@ def test_a_folder_that_vanishes(store: Checkpoints) -> None:
     shutil.rmtree(store.folder)
     with pytest.raises(CheckpointError, match=r"No such file or directory; the folder can no longer be read"):
         store.save(state())
-    assert not store.folder.exists()  # it is not made again: it may be a disk that is no longer mounted
+    assert not store.folder.exists()  # not created again: it may be an unmounted disk
 
 
 def test_a_folder_that_cannot_be_one(tmp_path: Path) -> None:

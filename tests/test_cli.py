@@ -282,7 +282,7 @@ def test_a_run_that_was_killed_goes_on(mnist: Path, tmp_path: Path) -> None:
     saved = [*options, "--checkpoint", str(tmp_path / "run"), "--every", "3", "--resume"]
     run("train", *saved, "--epochs", "2")  # with no checkpoint yet it starts from the start
     for path in sorted((tmp_path / "run").iterdir())[1:]:
-        path.unlink()  # as if it had been killed before them: the one that is left lies in the middle of an epoch
+        path.unlink()  # as if killed before them: the remaining one is amid an epoch
     resumed = json.loads(run("train", *saved, "--epochs", "4").stdout)
     for result in (whole, resumed):
         del result["history"]["seconds"]

@@ -14,7 +14,7 @@ from gpubatch.ops import cuda_kernel, ops_for
 
 STACKS = {
     "mlp": lambda: [gb.Dense(12, 16), gb.ReLU(), gb.Dense(16, 5)],
-    # A bias before a norm has no gradient but rounding, of which Adam would take the sign.
+    # The gradient of a bias before a norm is only rounding, and Adam would use its sign.
     "norm and dropout": lambda: [
         *(gb.Dense(12, 16, bias=False), gb.BatchNorm(16), gb.GELU(), gb.Dropout(0.2), gb.Dense(16, 5))
     ],

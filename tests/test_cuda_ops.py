@@ -215,7 +215,7 @@ def test_nothing_is_allocated_or_read_back(case: Case, device: CudaBackend, monk
     assert device.cupy.launches
 
 
-# --- what a table of sizes does not show -----------------------------------------------------------------------------
+# --- beyond the table of cases ---------------------------------------------------------------------------------------
 
 
 @forms(

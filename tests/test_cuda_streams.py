@@ -127,7 +127,7 @@ def test_a_kernel_is_captured_and_replayed(device: CudaBackend) -> None:
         ops.square_sum(x, sums)
 
     with device.own_stream():
-        work()  # loads what it launches
+        work()  # loads the kernels
         graph = device.capture(work)
         assert not device.current_stream().is_capturing()
         assert float(x[0]) == 2
@@ -191,7 +191,7 @@ def test_a_capture_and_what_another_thread_does_do_not_disturb_each_other(what: 
         assert ended.wait(120), "the other thread waits for the capture"
         x += 1
 
-    x += 1  # loads what is captured
+    x += 1  # loads the captured kernel
     thread = threading.Thread(target=meanwhile, daemon=True)
     thread.start()
     with device.own_stream():
@@ -269,7 +269,7 @@ def test_what_cannot_be_captured_leaves_a_stream_that_works(case: str, device: C
 @contextlib.contextmanager
 def limit_of_pool(device: CudaBackend, free: int) -> Iterator[None]:
     """Limit CuPy's pool to so many bytes."""
-    gc.collect()  # CuPy's pool does so before it gives up, and would find what other tests left
+    gc.collect()  # as CuPy's pool does at the limit; otherwise it would free memory of earlier tests
     device.free_unused()
     with device.scope():
         pool = device.cupy.get_default_memory_pool()

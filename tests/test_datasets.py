@@ -135,7 +135,7 @@ def test_every_cut_and_every_flipped_byte_of_a_gzip_file(write):
     for n in range(2, len(packed)):
         with pytest.raises(DataFormatError):
             read_idx(write(packed[:n]))
-    # Left out: ten bytes of flags and date, which may change, and the last before the checksum, whose spare bits may.
+    # Except ten bytes of flags and date, and the byte before the checksum with its spare bits: these may change.
     for n in set(range(10, len(packed))) - {len(packed) - 9}:
         with pytest.raises(DataFormatError, match=r"file: "):
             read_idx(write(packed[:n] + bytes([packed[n] ^ 0x10]) + packed[n + 1 :]))
@@ -310,7 +310,7 @@ def test_split_of_the_bundled_digits():
 
 
 def test_the_split_is_the_same_on_every_machine():
-    # The first labels of both parts, and a checksum of all: what a seed means must not change between versions.
+    # The first labels of both parts, and a checksum of all: a seed's split must not change between versions.
     (X, y), (X_test, y_test) = mnist_10k(seed=0)
     assert (y[:8].tolist(), y_test[:8].tolist()) == ([8, 4, 2, 6, 3, 5, 8, 3], [9, 6, 0, 5, 5, 2, 8, 7])
     assert zlib.crc32(X_test.tobytes(), zlib.crc32(X.tobytes())) == 0x4C529EE6

@@ -26,7 +26,7 @@ X, Y = RNG.standard_normal((24, 6)).astype(np.float32), RNG.integers(0, 4, 24)
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> StandInBackend:
     found = queued_backend("late", current_device=0)
-    # Of arrays without a backend: those of the stand-in are NumPy's.
+    # For arrays without a backend: the stand-in's arrays are NumPy's.
     monkeypatch.setattr(gpubatch.backend, "_home", lambda x: "cuda:99" if gpubatch.backend.is_cupy(x) else "cpu")
     monkeypatch.setattr(gpubatch.backend, "_cuda", lambda index, reason: found)
     return found

@@ -348,7 +348,7 @@ def test_the_loss_of_scores_without_overflow() -> None:
         assert loss == pytest.approx(float(exact[:4400].mean()), rel=1e-6 if dtype == np.float32 else 1e-14)
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------
+# --- refused functions ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

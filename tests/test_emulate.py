@@ -23,7 +23,7 @@ from stand_in import stand_in_backend
 
 every_order = pytest.mark.parametrize("order", ORDERS)
 
-# --- what runs -----------------------------------------------------------------------------------------------------
+# --- supported features --------------------------------------------------------------------------------------------
 
 SUM = """
 __device__ inline float block_sum(float x) {
@@ -262,7 +262,7 @@ FAULTS = {
     "a write after the end": Fault(GLOBAL, "i < n", "i <= n", r"(?s)heap-buffer-overflow.*0 bytes to the right"),
     "a read after the end": Fault(GLOBAL, "x[i]", "x[i + 1]", r"(?s)heap-buffer-overflow.*READ of size 4"),
     "a write before the start": Fault(BEFORE, "= threadIdx.x", "= (int)threadIdx.x - 1", "heap-buffer-overflow"),
-    # The sanitizer knows 8 bytes as one: what it lets pass is found afterwards.
+    # The sanitizer tracks units of 8 bytes; accesses that it misses are found afterwards.
     "a write before a start that is not aligned": Fault(
         BEFORE,
         "= threadIdx.x",

@@ -18,9 +18,9 @@ from emulated_gpu.build import HERE, build
 from hypothesis import given, settings, strategies as st
 from needs import missing
 
-pytestmark = pytest.mark.exhaustive  # what they say is of the emulated device alone
+pytestmark = pytest.mark.exhaustive  # they test only the emulated device
 
-# A device that has what device.h asks for: memory with a record of it, and one stream that runs when it is told to.
+# A device with the functions of device.h: memory with a record of blocks, and one stream that runs on request.
 DEVICE = """
 #include "device.h"
 #include <cstdlib>
@@ -279,7 +279,7 @@ def test_alpha_and_beta(device: Device) -> None:
     product = small(device, alpha=3, beta=-2)
     product.d[...] = before = numbers((4, 3), 7).astype(np.float32)
     np.testing.assert_allclose(product.result(), 3 * product.right()[0] - 2 * before.T, rtol=1e-5)
-    still = small(device)  # beta is 0: what was in C, NaN, is not read
+    still = small(device)  # beta is 0: the NaN in C is not read
     assert np.isfinite(still.result()).all()
 
 
@@ -317,7 +317,7 @@ def test_epilogues(device: Device, dtype: str) -> None:
     np.testing.assert_allclose(found, np.maximum(biased, 0), **close)
     bits = np.unpackbits(mask, axis=1, bitorder="little")
     np.testing.assert_array_equal(bits[:, :rows].T, biased > 0)
-    assert bits[:, rows:].all()  # are nobody's, and stay
+    assert bits[:, rows:].all()  # padding, unchanged
 
     sums = device.array(np.zeros(rows), dtype)
     found = small(device, dtype, epilogue=DRELU | AUX | BGRAD, vector=sums, mask=mask).result()

@@ -26,7 +26,7 @@ from emulated_gpu.overlay import cupy_wheel
 from emulated_gpu.registers import registers_in
 from needs import missing
 
-pytestmark = pytest.mark.exhaustive  # what they say is of the emulated device alone
+pytestmark = pytest.mark.exhaustive  # they test only the emulated device
 
 TESTS = Path(__file__).parent
 
@@ -358,7 +358,7 @@ def test_the_timing_says_what_is_done_at_once(fresh: Callable[..., Cuda], timing
     assert done == early
     cuda.cudaStreamSynchronize(streams[0])
     assert bytes_at(copied, 4) == b"\7\7\7\7"
-    assert (bytes_at(filled, 4) == b"\7\7\7\7") == bool(early[1])  # nobody waited for it
+    assert (bytes_at(filled, 4) == b"\7\7\7\7") == bool(early[1])  # without a wait
     cuda.synchronize()
     assert bytes_at(filled, 4) == b"\7\7\7\7"
 
@@ -664,7 +664,7 @@ def end_in_a_stream_that_joined(cuda: Cuda, stream: int) -> None:
     cuda.end(other)
 
 
-# Whatever the mode: what is done with the captured stream itself, with what was captured, and with the whole device.
+# In any mode: operations on the captured stream itself, on captured work, and on the whole device.
 ALWAYS: dict[str, tuple[Rule, int]] = {
     "a copy from ordinary memory": (copy_from_ordinary_memory, UNSUPPORTED),
     "a copy to ordinary memory": (copy_to_ordinary_memory, UNSUPPORTED),
@@ -884,7 +884,7 @@ def test_registers_of_all_threads_are_at_most_65536(cuda: Cuda, registers: int, 
 @pytest.mark.parametrize(("capability", "most"), [(75, 64), (80, 163), (90, 227), (120, 99)])
 def test_shared_memory_beyond_48_kib_must_be_asked_for(fresh: Callable[..., Cuda], capability: int, most: int) -> None:
     cuda = fresh(capability=capability)
-    function, pointer = cuda.function("shared"), cuda.malloc(4)  # has 40 KiB of its own
+    function, pointer = cuda.function("shared"), cuda.malloc(4)  # has 40 KiB of static shared memory
     launch = functools.partial(cuda.launch, function, pointer)
     launch(shared=8 << 10)
     refused(INVALID, functools.partial(launch, shared=(8 << 10) + 1))
@@ -954,7 +954,7 @@ def test_a_forked_child_cannot_use_the_device(cuda: Cuda) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3  # cudaErrorInitializationError
 
 
-# --- options, and the CuPy that is there -----------------------------------------------------------------------------
+# --- options, and the installed CuPy ---------------------------------------------------------------------------------
 
 
 def test_options_from_words() -> None:

@@ -26,7 +26,7 @@ from emulated_gpu.translate import translate
 from kernel_report import sources
 from needs import missing
 
-pytestmark = pytest.mark.exhaustive  # what they say is of the emulated device alone
+pytestmark = pytest.mark.exhaustive  # they test only the emulated device
 RANGE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, *[ctypes.POINTER(ctypes.c_uint64)] * 2)
 
 
@@ -125,7 +125,7 @@ def lanes(row: Callable[[int], tuple]) -> list[tuple]:
 
 
 ULP = 2.0**-23  # of 1
-X = 1 + 2.0**-12  # whose square, 1 + 2^-11 + 2^-24, has a bit too many
+X = 1 + 2.0**-12  # its square, 1 + 2^-11 + 2^-24, has one bit too many
 
 ROUNDING = {
     "add.rn.f32 r, r0, r1;": floats(
@@ -767,7 +767,7 @@ def faulty(statements: str) -> Module:
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_told(name: str) -> None:
     statements, sentence = FAULTS[name]
-    memory = np.zeros((6, 64), np.float32)  # what lies around the two arrays is no allocation
+    memory = np.zeros((6, 64), np.float32)  # memory around the two arrays is not allocated
     dynamic = 64 if "extern" in statements else 0
     wrong = launch(faulty(statements), "faulty", (memory[1], memory[4]), 1, 64, dynamic)
     assert wrong is not None
@@ -956,7 +956,7 @@ def test_the_mathematics_of_cuda() -> None:
         assert error.max() <= ulps, name
 
 
-# --- what is not known -----------------------------------------------------------------------------------------------
+# --- unknown PTX -----------------------------------------------------------------------------------------------------
 
 UNKNOWN = {
     "wgmma.fence.sync.aligned; mov.b32 r, r0;": "the opcode wgmma",

@@ -363,7 +363,7 @@ def left(device):
     return not device.cupy.faults
 
 
-# What is left out of the way of a batch, when, and with what use of the loader it shows.
+# Waits removed from the way of a batch: which, when, and the use of the loader that shows it.
 FAULTS = {
     "the consumer's stream does not wait for the copy": (Stream, "wait_event", lambda s, e: s is s.cupy.null, kept),
     "the copy does not wait for the conversion before": (Stream, "wait_event", lambda s, e: s is not s.cupy.null, kept),
@@ -462,7 +462,7 @@ def test_data_that_was_moved_does_not_count_twice():
 # available, needed by the plan, whether it counts a model, feed -> whether the data moves, which with its order is 1403
 PLACES = [
     (2800, 0, False, "auto", False),
-    (2 * 1559, 0, False, "auto", True),  # 1559 is the first number of which 1403 are at most 90 %
+    (2 * 1559, 0, False, "auto", True),  # 1559 is the smallest number whose 90 % are at least 1403
     (2 * 1558, 0, False, "auto", False),
     (1559, 0, True, "auto", True),
     (1558, 0, True, "auto", False),
@@ -589,13 +589,13 @@ def test_on_the_cpu_all_is_there():
         assert loader.stats.bytes_copied == 0
 
 
-# --- what is left ---------------------------------------------------------------------------------------------------
+# --- nothing is left behind -----------------------------------------------------------------------------------------
 
 
 def assert_nothing_is_left(device):
     assert not threads()
     if isinstance(device.cupy, QueuedStandIn):
-        device.synchronize()  # events in the queues belong to nobody else
+        device.synchronize()  # run the queues, which hold the last references to events
         gc.collect()
         assert not device.cupy.pinned
         assert not device.cupy.events
@@ -732,7 +732,7 @@ def gone(*_):
 def end():
     Stream.synchronize = Stream.wait_event = Stream.record = gone
 
-atexit.register(end)  # what is registered later ends earlier, as gpubatch before CuPy
+atexit.register(end)  # handlers run in reverse order, as gpubatch's before CuPy's
 gpubatch.loader.loader.WORTH_A_THREAD = int(sys.argv[3])
 loader = gpubatch.Loader(np.zeros((100, 4), np.uint8), batch_size=8, backend=queued_backend("late"), feed=sys.argv[2])
 iteration = iter(loader)

@@ -113,7 +113,7 @@ def test_on_a_gpu_every_function_computes_what_numpy_computes(dtype: str) -> Non
     assert (~close).sum() <= 5, (found[~close], right[~close])  # where a rounding decides which side of a jump it is
 
 
-# State that is passed on, exchanged, left, or set to a constant: what a register allocation could get wrong.
+# State passed on, exchanged, unchanged or set to a constant: possible errors of register allocation.
 @gb.rule
 def shifted(w, g, older, old, t, *, lr=1.0):
     return w - lr * (g + old + older), old, g
@@ -280,7 +280,7 @@ def test_any_expression_is_recorded_as_numpy_computes_it(for_w: Any, for_a: Any)
         same_or_at_a_jump(arrays[i], right)
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------
+# --- refused formulas ----------------------------------------------------------------------------------------------
 
 
 BRANCHING = {

@@ -24,7 +24,7 @@ PARAMETERS = (
     *("const long long* table", "const T* scalars", "const T* control", "long long* progress"),
     *("T* running", "const T* before", "long long count"),
 )
-ALONE = (None, None, None, 0)  # the arguments beyond control of an update that is not the end of a captured step
+ALONE = (None, None, None, 0)  # the arguments after control, for an update outside a captured step
 every_case = every("case", CASES, FAST)
 
 

@@ -385,7 +385,7 @@ def test_a_window_is_a_number_or_bytes_and_counts_in_the_plan():
         )
     read = Loader(Source(5000), batch_size=10, window=640, backend="cpu")
     halves = 2 * 320 * 12
-    order = 8 * 500 + 16 * 16 + (16 + 34) * 320  # blocks, windows; one half's order, and the other's as it is made
+    order = 8 * 500 + 16 * 16 + (16 + 34) * 320  # blocks, windows; one half's order, and the other's under construction
     assert read.plan.parts["window"] == halves + order
     assert read.plan.needed == halves + order + 10 * 4 * 16  # two ahead, and a batch of two windows
     assert "shuffled by blocks of 10, 320 together" in repr(read)
@@ -500,7 +500,7 @@ def test_any_layout_gives_the_same_batches(layout, sample_axis, scale, rng):
         assert type(x) is np.ndarray
         assert x.flags.c_contiguous
         assert not np.shares_memory(x, X)
-        x[...] = -1  # a batch belongs to whoever took it
+        x[...] = -1  # a delivered batch belongs to the caller
     assert np.array_equal(X, before)
     assert np.array_equal(np.asarray(source), before)
     assert not any(np.shares_memory(a, b) for a, b in itertools.combinations(got, 2))
@@ -560,7 +560,7 @@ def test_to_batch_converts_as_the_loader_does(backend, rng):
     assert backend.owns(loader.to_batch(X))
     assert np.array_equal(backend.to_numpy(loader.to_batch(X)), backend.to_numpy(x))
     ready = X[:5].astype(np.float32)
-    assert np.array_equal(backend.to_numpy(loader.to_batch(ready)), ready)  # taken as it is
+    assert np.array_equal(backend.to_numpy(loader.to_batch(ready)), ready)  # used without a copy
     with pytest.raises(DTypeError, match=r"Xv must have the loader's source dtype uint8.* or its batch dtype float32"):
         loader.to_batch(X.astype(np.float64), name="Xv")
     with pytest.raises(ShapeError, match=r"Xv must have samples of shape \(4,\).* got shape \(20, 3\)"):
@@ -591,7 +591,7 @@ def test_automatic_batch_size_follows_the_rule(monkeypatch):
     assert Loader(np.zeros((2000, 3)), backend="cpu").batch_size == 2000
     large = Loader(np.zeros((2001, 3)), backend="cpu")
     assert (large.batch_size, large.automatic, len(large)) == (512, True, 4)
-    # 100 float32 features, taken as they are, and a 64-bit label, and the place of every sample in the epoch
+    # 100 float32 features, used without a copy, a 64-bit label, and the position of every sample in the epoch
     X, Y = np.zeros((2001, 100), np.float32), np.zeros(2001, np.int64)
     needed = 128 * (400 + 8) + 8 * 2001
     small = cpu_with(monkeypatch, needed * 10 // 9 + 9)
@@ -624,7 +624,7 @@ def test_replan_counts_the_model_too(monkeypatch):
         "needed               722.7 KiB",
         "available            976.6 KiB",
     ]
-    # What the model has already is not to be found a second time; what is available may be told.
+    # Memory that the model already uses does not count again; the available memory can be given.
     assert loader.replan(model, held=533_335).batch_size == 128
     assert loader.plan.available == 1_533_335
     assert loader.replan(model, held=533_334).batch_size == 64  # 1,380,001 bytes, not a mean, are more than 90 %

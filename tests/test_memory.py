@@ -201,7 +201,7 @@ def test_the_plan_is_what_numpy_is_asked_for(name: str, tmp_path: Path) -> None:
     assert plan.needed == pytest.approx(peak, rel=0.02), f"{peak} measured:\n{plan}"
 
 
-# The parts that differ, and what was changed.
+# The parts that differ, and the changed setting.
 CHANGES: list[tuple[set[str], dict[str, Any]]] = [
     (set(), {"optimizer": gb.AdamW}),
     (set(), {"loader": {"seed": 5}}),
@@ -243,7 +243,7 @@ from gpubatch.sizing import _resident
 case = CASES["large"]
 warm_up()
 a = np.ones((2500, 2500), np.float32)
-a @ a, a.T @ a, a @ a.T  # BLAS keeps what it works in
+a @ a, a.T @ a, a @ a.T  # BLAS keeps its scratch
 del a
 arguments = arrays_of(case, Path())
 gc.collect()
@@ -258,7 +258,7 @@ print(json.dumps([plan.needed, _resident("VmHWM") - before, epochs]))
 def test_the_plan_is_what_the_process_takes() -> None:
     if not Path("/proc/self/clear_refs").exists() or not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("only Linux tells the memory of a process at its peak, and may be told to begin a new one")
-    # Large arrays in maps of their own: what glibc keeps in its heap for later is not the plan's.
+    # Large arrays get their own memory maps: memory that glibc keeps in its heap is not in the plan.
     env = {
         **os.environ,
         "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -290,7 +290,7 @@ def test_the_plan_is_what_the_pool_gives(name: str, tmp_path: Path) -> None:
             self.now -= mem_size
 
     X, Y, (Xv, Yv) = arrays_of(case, tmp_path)
-    held_out = Xv, backend.asarray(Yv)  # of which the labels are there before
+    held_out = Xv, backend.asarray(Yv)  # the labels are on the device before
     warm_up(backend)
     gc.collect()
     with Most() as pool:

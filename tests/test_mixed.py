@@ -372,7 +372,7 @@ def test_max_norm_is_for_the_gradient_of_the_loss_itself(rng: np.random.Generato
         (0.01, 2.0**10),
         (0.01, 1.0),
         (50.0, 2.0**10),
-    ):  # the last one: only what is scaled is longer
+    ):  # the last one: only the scaled part is longer
         net = gb.Network(STACKS["plain"](), backend="cpu", precision="mixed", seed=2)
         opt = gb.SGD(net.parameters, 1.0, master_weights=True)
         loader = gb.Loader(X, Y, batch_size=20, backend="cpu", dtype="float16", shuffle=False)
@@ -393,7 +393,7 @@ def test_what_no_scale_mends_is_left_out_as_ever(rng: np.random.Generator) -> No
     record = Record(state, gb.LossScale(1.0))
     eager = EagerSteps(record, max_skipped=1)
     net.parameters["W2"][...] = 0
-    net.parameters["W2"][0, 0], net.parameters["W2"][0, 1] = 6e4, -6e4  # y is small, but what is multiplied by it
+    net.parameters["W2"][0, 0], net.parameters["W2"][0, 1] = 6e4, -6e4  # y is small, but its factors are large
     net.parameters["W1"][...], net.parameters["b1"][...] = 0, 2.0**-14
     X[...] = 6e4
     assert eager.step(X, Y).result is None

@@ -341,7 +341,7 @@ def test_memory_is_told_by_part() -> None:
 def test_a_narrow_layer_takes_no_wide_place() -> None:
     net = mlp([8, 1000, 8, 1000, 8], backend="cpu")
     wide, narrow = 4 * 1000 * 500, 4 * 8 * 500
-    more = wide // 4 + 6 * narrow + 64 * 1000 * 4  # where NumPy notes what is positive, and sums in parts
+    more = wide // 4 + 6 * narrow + 64 * 1000 * 4  # NumPy's mask of positive numbers, and partial sums
     kept = 2 * (wide + narrow)  # the outputs; the gradient of each in its turn
     assert kept + wide + narrow <= core_of(net).workspace_bytes(500, True) <= kept + wide + more
     assert wide + narrow <= core_of(net).workspace_bytes(500, False) <= wide + more

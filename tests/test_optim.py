@@ -202,7 +202,7 @@ def test_a_step_of_a_scheduled_momentum_costs_the_same_at_any_time(monkeypatch: 
     factors = []
     of_step = rules.warmed_beta
     monkeypatch.setattr(rules, "warmed_beta", lambda *of: factors.append(of) or of_step(*of))
-    beta1, decay = 0.75, 0.0123  # nobody else's
+    beta1, decay = 0.75, 0.0123  # values of no other test
     expected = math.prod(of_step(step, beta1, decay) for step in range(1, 101))
     found = [rules.warmed_product(t, beta1, decay) for t in range(1, 101)]
     assert found[-1] == expected

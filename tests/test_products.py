@@ -92,7 +92,7 @@ def assert_close(found: Any, a: np.ndarray, b: np.ndarray, right: np.ndarray, dt
     assert (np.abs(exact(found) - right) <= bound).all()
 
 
-# --- what is multiplied ----------------------------------------------------------------------------------------------
+# --- products --------------------------------------------------------------------------------------------------------
 
 LIKE = st.sampled_from(["C", "F", "wide", "offset"])
 
@@ -256,7 +256,7 @@ def test_sums_that_leave_something_out_are_tried_once_and_not_used(used: bool, d
     assert not made.weight_gradient(numbers(backend, (4, 3), dtype), strided, dW, db)
 
 
-# --- what is not -----------------------------------------------------------------------------------------------------
+# --- arrays that do not fit ------------------------------------------------------------------------------------------
 
 
 def test_what_the_library_lacks_is_asked_for_once_and_declined() -> None:
@@ -351,7 +351,7 @@ def test_what_is_seen_by_columns_is_the_array_or_its_transpose(shape: Any, extra
         np.testing.assert_array_equal(np.array(columns).T if seen.transposed else np.array(columns), x)
 
 
-# --- what it costs ---------------------------------------------------------------------------------------------------
+# --- costs -----------------------------------------------------------------------------------------------------------
 
 
 def test_after_the_first_time_nothing_is_made() -> None:
@@ -419,7 +419,7 @@ def test_plans_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     ("capability", "size"), [("75", 4 << 20), ("89", 4 << 20), ("90", 32 << 20), ("120", 32 << 20)]
 )
 def test_the_workspace_is_in_the_plan(capability: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "WORKSPACE", WORKSPACE)  # as it is, not as small as for all other tests
+    monkeypatch.setattr(products, "WORKSPACE", WORKSPACE)  # the real size; other tests use a smaller one
     backend = stand_in()
     backend.cupy.cuda.Device = lambda index: AnyDevice(index, capability)
     net = gb.mlp([5, 4, 3], backend=backend)
@@ -714,8 +714,8 @@ def test_the_products_of_a_step_are_captured_with_it(timing: str, rng: np.random
             net.parameters.grads.flat.fill(0)
             graph.launch()
             assert device.to_numpy(net.parameters.grads.flat).tobytes() == right.tobytes()
-    assert len(lt.launches) == launched  # what is replayed is the work, not the calls
-    assert core_of(net).products in kept[-1]  # whose workspace the graph works in
+    assert len(lt.launches) == launched  # a replay repeats the work, not the calls
+    assert core_of(net).products in kept[-1]  # the graph uses its workspace
 
 
 @pytest.mark.parametrize("where", ["stand-in", pytest.param("cuda:0", marks=pytest.mark.gpu)])
@@ -748,7 +748,7 @@ def test_a_captured_product_is_the_eager_one_bit_for_bit(precision: str, where: 
             out.fill(0)
         graph.launch()
         assert bits(0) == bits(1)
-        x *= 2  # what is read is what lies there when it is launched
+        x *= 2  # a launch reads the current content
         before = bits(1)
         graph.launch()
         work(*outs[0])

@@ -238,7 +238,7 @@ def test_the_largest_size_that_fits_is_found_and_was_run(monkeypatch, caplog):
     assert len(caplog.records) == 4
 
 
-# (n_samples, at_most, what raises from where on) -> batch size, words of the reason
+# (n_samples, at_most, size from which the step raises) -> batch size, words of the reason
 FOUND = [
     (60_000, 256, None, 256, "256 is the largest power of two within at_most=256"),
     (60_000, 100, None, 64, "64 is the largest power of two within at_most=100"),
@@ -332,7 +332,7 @@ def test_no_better_size_exists_for_a_function(n, at_most, fixed, per_sample, ava
         return
     assert plan.batch_size in run
     assert fits(plan.batch_size)
-    if not first:  # what only the first run needs can make it smaller, never larger
+    if not first:  # one-time memory of the first run can lower the size, never raise it
         assert plan.batch_size == max(size for size in candidates if fits(size))
 
 
@@ -387,7 +387,7 @@ class Pool:
         raise AssertionError
 
     def __init__(self):
-        self.total = 5000  # somebody's, in use
+        self.total = 5000  # used by others
 
     def total_bytes(self):
         return self.total

@@ -180,7 +180,7 @@ def test_batches_are_those_of_the_arrays(kind, arguments, tmp_path, X):
     if kind in SINGLE:
         assert (loader.window > 0) == ("window" in arguments)
         expected = list(Loader(truth, labels_of_all, batch_size=33, seed=5, backend="cpu", **arguments))
-    else:  # the blocks are those of the file
+    else:  # the blocks of the file
         assert (loader.window > 0) == ("replacement" not in arguments)
         assert loader.window <= max(N + loader.block - 1, 1) if window else True
         expected = None
@@ -196,7 +196,7 @@ def test_batches_are_those_of_the_arrays(kind, arguments, tmp_path, X):
             assert labels.dtype == np.int64
             if expected is not None and loader.epoch == 0:
                 assert np.array_equal(labels, expected[k][1])
-            batch[...] = 0  # it belongs to whoever took it
+            batch[...] = 0  # a delivered batch belongs to the caller
             seen += numbers.tolist()
         if not arguments.get("replacement"):
             assert len(set(seen)) == len(seen) == loader.stats.samples
@@ -329,7 +329,7 @@ def test_the_plan_has_what_is_held_of_a_window_and_of_its_order(kind, features, 
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    plan, few = loader.plan, 60_000  # what is left of Python's own objects
+    plan, few = loader.plan, 60_000  # Python's own remaining objects
     absent = plan.needed - plan.parts["window"]  # batches may not be there when the window's peak is
     assert 0.995 * peak - few < plan.needed < 1.005 * peak + few + absent
 
@@ -345,7 +345,7 @@ def test_a_source_is_read_while_the_consumer_computes():
 
     loader = Loader(Told(np.zeros((64 * 10, 4), np.float32)), batch_size=64, backend="cpu")
     while read.acquire(blocking=False):
-        pass  # what the loader looked at when it was made
+        pass  # samples that the loader read when created
     batches = iter(loader)
     next(batches)
     assert read.acquire(timeout=60)
@@ -409,7 +409,7 @@ def test_the_script_that_measures_files_checks_what_it_reads(tmp_path):
     assert "shuffled failed" in refused.stderr
 
 
-# --- what is wrong is named with its file and its place -------------------------------------------------------------
+# --- errors name the file and the position --------------------------------------------------------------------------
 
 
 def consume(*arguments, **keywords):

@@ -80,7 +80,7 @@ def test_what_was_copied_may_be_changed(
         found = COPIES[what](device, values)
         values[:] = -1
         gc.collect()
-        taken = [device.pinned(1 << 10, np.dtype(np.uint8)) for _ in range(40)]  # what was given back, if it was
+        taken = [device.pinned(1 << 10, np.dtype(np.uint8)) for _ in range(40)]  # memory that was freed, if any
         for memory in taken:
             memory[:] = 0xFF
         np.testing.assert_array_equal(device.to_numpy(found), np.arange(1000))

@@ -41,7 +41,7 @@ def test_taking_compiles_for_all_that_can_be_stored(stored: str) -> None:
 
 # --- may it be applied? ----------------------------------------------------------------------------------------------
 
-# loss, sum of squares, how many are not finite, largest norm, loss scale; is it fine, what are gradients multiplied by
+# loss, sum of squares, number not finite, largest norm, loss scale; whether applied, factor of the gradients
 JUDGED = {
     "all is well": (0.5, 4.0, 0, 0.0, None, True, 1.0),
     "below the largest norm": (0.5, 4.0, 0, 2.0, None, True, 1.0),
@@ -68,7 +68,7 @@ def test_judge(case: tuple[Any, ...], whole: bool, dtype: np.dtype) -> None:
     loss, sum_of_squares, odd, most, times, fine, scale = case
     progress, losses = np.array([2, 0, 7, 9, 0]), np.full(4, -1.0)
     squares = np.zeros(SQUARE_SUM_SIZE)
-    squares[:2] = sum_of_squares, odd  # to which those of an empty gradient are added
+    squares[:2] = sum_of_squares, odd  # an empty gradient adds nothing
     total, control = np.array([8.0 if whole else loss]), np.full(2, 7, dtype)
     given = np.array([loss], dtype) if whole else None
     factor = None if times is None else np.array([times], dtype)

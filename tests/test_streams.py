@@ -20,7 +20,7 @@ def device(request: pytest.FixtureRequest) -> StandInBackend:
     return queued_backend(request.param)
 
 
-# --- a stream of its own --------------------------------------------------------------------------------------------
+# --- the own stream -------------------------------------------------------------------------------------------------
 
 
 def handed_over(device: StandInBackend, leave: type[BaseException] | None = None, caller: Any = None) -> bool:

@@ -31,7 +31,7 @@ def network() -> gb.Network:
     return net
 
 
-# An object as it is after its first use, and its names.
+# An object after its first use, and its names.
 SURFACES = {
     "Network": (network, NETWORK),
     "mixed Network": (lambda: gb.mlp([4, 3, 2], backend="cpu", precision="mixed"), NETWORK),

@@ -19,7 +19,7 @@ import gpubatch as gb
 from gpubatch import sources
 from gpubatch.checkpoint import Checkpoints
 
-SIZE = 3 * 2**16 + 5  # elements: enough that the compiled library shares a loop out to threads of its own
+SIZE = 3 * 2**16 + 5  # elements, enough for the compiled library to use threads
 
 
 def ours() -> list[threading.Thread]:
@@ -186,7 +186,7 @@ def end(child):
 
 
 def in_a_process(code: str) -> None:
-    # Python warns of every fork beside other threads, also where they are those of NumPy's BLAS.
+    # Python warns of every fork while other threads run, even threads of NumPy's BLAS.
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORK + code], check=True, timeout=120)
 
 
@@ -273,10 +273,10 @@ def test_an_iteration_is_not_entered_twice() -> None:
     loader = gb.Loader(np.zeros((4, 2)), batch_size=2, backend="cpu", transform=transform)
     iteration = iter(loader)
     assert len(list(iteration)) == 2
-    assert entered == [ValueError] * 2  # Python's: a generator that is executing already
+    assert entered == [ValueError] * 2  # Python's "generator already executing"
 
 
-# --- what is left behind -------------------------------------------------------------------------------------------
+# --- nothing is left behind ----------------------------------------------------------------------------------------
 
 
 class Broken:

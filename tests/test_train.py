@@ -156,7 +156,7 @@ def test_an_automatic_loader_counts_network_and_optimizer(monkeypatch: pytest.Mo
     opt = gb.Adam(net.parameters)
     loader = gb.Loader(X, Y, backend="cpu")
     assert loader.batch_size == 512
-    # Room for more than 128 samples, and not for 256; what is written to already is in use.
+    # Room for more than 128 samples, but not for 256; memory already written counts as used.
     needed, more = (sum(net.memory_parts(n, 0).values()) + opt.memory() for n in (128, 256))
     available = int((0.6 * needed + 0.4 * more) / 0.9)
     held = net.parameters.flat.nbytes + 2 * net.buffers.flat.nbytes
@@ -400,7 +400,7 @@ def test_a_run_goes_on_on_either_device(backend: gb.Backend, tmp_path: Path) -> 
     """A checkpoint does not depend on the device; the results are as close as those of two devices."""
 
     def on(device: Any) -> tuple[gb.Network, gb.Loader, gb.Optimizer]:
-        # A bias before a norm has no gradient but rounding, of which Adam would take the sign.
+        # The gradient of a bias before a norm is only rounding, and Adam would use its sign.
         layers = [gb.Dense(4, 16, bias=False), gb.BatchNorm(16), gb.ReLU(), gb.Dense(16, 3)]
         net, loader = gb.Network(layers, backend=device), gb.Loader(*blobs(), batch_size=50, backend=device)
         return net, loader, gb.Adam(net.parameters, lr=0.01)
@@ -915,7 +915,7 @@ def test_errors(name: str) -> None:
     assert isinstance(raised.value, gb.GpubatchError)
 
 
-# --- what one sees -------------------------------------------------------------------------------------------------
+# --- display -------------------------------------------------------------------------------------------------------
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -223,7 +223,7 @@ def test_a_state_has_what_was_chosen(device: CudaBackend, monkeypatch: pytest.Mo
     plain = gb.mlp(SIZES, backend=device)
     assert plain.loss_and_grad(X, Y)[0] == pytest.approx(loss, rel=1e-5)
     assert device.to_numpy(plain.parameters.grads.flat).tobytes() != bits
-    plain.load_state_dict(state)  # whose plans were of other algorithms
+    plain.load_state_dict(state)  # its earlier plans had other algorithms
     assert plain.loss_and_grad(X, Y)[0] == loss
     assert device.to_numpy(plain.parameters.grads.flat).tobytes() == bits
     assert copy.deepcopy(net).state_dict()["products"] == state["products"]
