@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import weakref
 from collections.abc import Iterable, Mapping
@@ -87,17 +88,17 @@ class StepResult(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Arrays of a device that were found to be in order, and the names that they came under.
+    """Gradients on a GPU that passed the checks, and their names.
 
-    To look at each of many small arrays takes longer than the update of all of them.
+    Checking many small arrays takes longer than updating all of them.
     """
 
     names: list[str] | None
-    arrays: list[weakref.ref[Array]]  # nobody's memory is kept
+    arrays: list[weakref.ref[Array]]  # weak, so that no memory is kept
 
     @staticmethod
     def of(grads: Any, used: list[Array]) -> Gradients | None:
-        """What was given, if it is what was ``used``; None where it cannot be known again."""
+        """Remember ``grads`` if they are the arrays that were ``used``; otherwise None."""
         if type(grads) not in (dict, list, tuple):
             return None
         given = list(grads.values()) if isinstance(grads, dict) else list(grads)
@@ -118,16 +119,19 @@ class Gradients(NamedTuple):
 
 @as_written
 class Optimizer:
-    """``rule`` bound to ``params``, which it changes in place.
+    """An update rule bound to parameters, which it changes in place.
 
-    ``params`` is a :class:`Parameters`, or a mapping or a sequence of arrays: NumPy, CuPy, or of any library that
-    speaks DLPack and lets them be written; all float32, all float64 or all float16, on one device. A hyper-parameter
-    is a number or a schedule: a callable (step, epoch) -> float, both counted from 0. ``weight_decay`` adds λw to the
-    gradient, or with ``decoupled=True`` shrinks w by lr·λ before the update (Loshchilov & Hutter 2019). ``backend``
-    may name the device where the parameters are expected.
+    rule: a function declared with :func:`gpubatch.rule`.
+    params: a :class:`Parameters`, or a mapping or sequence of arrays: NumPy, CuPy, or of any library that speaks DLPack
+        and lets them be written; all float32, all float64 or all float16, on one device.
+    weight_decay: λ, which adds λw to the gradient.
+    decoupled: whether weight decay shrinks w by lr·λ before the update instead (Loshchilov & Hutter 2019).
+    backend: the device where the parameters must be.
+    master_weights: whether to keep a float32 copy of float16 parameters and update that, so that rounding does not lose
+        small steps (Micikevicius et al., arXiv:1710.03740).
+    hyper: the rule's hyper-parameters: numbers, or schedules, callables (step, epoch) -> float, both counted from 0.
 
-    For float16 the arithmetic and the state are float32. ``master_weights`` keeps a float32 copy of the parameters
-    too, on which the steps work, so that small ones are not lost in rounding (Micikevicius et al., arXiv:1710.03740).
+    For float16 the arithmetic and the state are float32.
     """
 
     def __init__(
@@ -175,12 +179,13 @@ class Optimizer:
         self._bind()
 
     def step(self, grads: Any = None, control: Array | None = None) -> StepResult:
-        """One update in place; ``grads`` as ``params`` were given, by default ``params.grads``.
+        """Update the parameters in place.
 
-        Gradients must have the parameters' names, shapes, element type and device. ``control`` is an array of two
-        numbers on their device, of the type of the state: what gradients are multiplied by, and, where it is not 0,
-        that the update is left out. On the CPU such a step is not counted, and ``applied`` is False. A GPU reads it
-        when it gets there: nobody waits, and the step is counted.
+        grads: the gradients, given as ``params`` were, with their names, shapes, element type and device; by default
+            ``params.grads``.
+        control: two numbers in an array on their device, of the state's element type: ``control[0]`` scales the
+            gradients; if ``control[1]`` is not 0 the update is skipped. A CPU does not count such a step, and
+            ``applied`` is False. A GPU reads them when it gets there: nobody waits, and the step is counted.
         """
         hyper = {name: self._now(name) for name in self._trace.hyper}
         scalars = self._trace.evaluate(self.t + 1, **hyper)
@@ -307,6 +312,7 @@ class Optimizer:
 
     def _value(self, name: str, value: Any) -> Hyper:
         if callable(value):
+            check_schedule(name, value)
             schedule: schedules.Schedule = value
             return schedule
         # Of a user's rule only these two are known to mean what they mean here.
@@ -416,6 +422,18 @@ class Optimizer:
                     raise DTypeError(f"state[{name!r}][{parameter!r}] is {array.dtype}, expected {view.dtype}")
                 arrays.append((name, parameter, array))
         return arrays
+
+
+def check_schedule(name: str, schedule: Any) -> None:
+    """A schedule must take a step and an epoch."""
+    try:
+        signature = inspect.signature(schedule)
+    except (TypeError, ValueError):
+        return  # some built-in functions have none
+    try:
+        signature.bind(0, 0)
+    except TypeError as error:
+        raise DTypeError(f"{name} must be a number or a schedule, called as schedule(step, epoch): {error}") from None
 
 
 def _saved(value: Any) -> Any:
@@ -682,7 +700,10 @@ def named_arrays(arrays: Any, argument: str, *, writable: bool = False) -> dict[
     elif isinstance(arrays, Iterable) and not isinstance(arrays, (str, bytes)):
         given = {str(i): array for i, array in enumerate(arrays)}
     else:
-        raise DTypeError(f"{argument} must be Parameters, or a mapping or sequence of arrays, got {describe(arrays)}")
+        hint = "; give its .parameters" if argument == "params" and hasattr(arrays, "parameters") else ""
+        raise DTypeError(
+            f"{argument} must be Parameters, or a mapping or sequence of arrays, got {describe(arrays)}{hint}"
+        )
     if not given:
         raise ArgumentError(f"{argument} must hold at least one array, got none")
     found: dict[str, Array] = {}

@@ -743,3 +743,21 @@ def test_gradients_in_another_order_go_to_their_parameters() -> None:
     before = params.flat.copy()
     opt.step(twin)
     np.testing.assert_array_equal(params.flat, before - np.arange(12.0))
+
+
+def test_a_schedule_that_takes_no_epoch_is_refused_when_it_is_given() -> None:
+    with pytest.raises(
+        gb.DTypeError, match=r"^lr must be a number or a schedule, called as schedule\(step, epoch\): .*"
+    ):
+        gb.SGD([np.zeros(2)], lambda step: 0.1)
+    opt = gb.SGD([np.zeros(2)], 0.1)
+    with pytest.raises(gb.DTypeError, match=r"^lr must be a number or a schedule"):
+        opt.lr = lambda step, epoch, more: 0.1  # type: ignore[assignment,misc]
+    assert opt.lr == 0.1
+    opt.lr = max  # type: ignore[assignment]  # a built-in function without a signature
+    assert opt.lr == 0
+
+
+def test_a_network_given_for_its_parameters_is_told_so() -> None:
+    with pytest.raises(gb.DTypeError, match=r"^params must be .* got a gpubatch.*Network; give its .parameters$"):
+        gb.Adam(gb.mlp([3, 2], backend="cpu"))

@@ -23,7 +23,7 @@ def of_the_user(x: Any) -> bool:
 
 
 class Marks:
-    """Arrays that a method is to overwrite, filled with a number that it will hardly write."""
+    """Arrays that a method must overwrite, filled with a number that it is unlikely to write."""
 
     def __init__(self, arrays: Mapping[str, Array]) -> None:
         self.arrays = arrays
@@ -31,7 +31,7 @@ class Marks:
             array.fill(mark_of(array))
 
     def check(self, method: str) -> None:
-        """Raise if an element is as it was."""
+        """Raise if the method left an element unwritten."""
         for name, array in self.arrays.items():
             if left := int((array == mark_of(array)).sum()):
                 raise ArgumentError(
@@ -53,7 +53,7 @@ def mark_of(array: Array) -> Any:
 
 
 class WatchedLayer(Layer):
-    """A user's layer, of which the first call for a batch size must write all that it is to write."""
+    """A user's layer. Its first call for each batch size must write every result completely."""
 
     def __init__(self, run: Stacked) -> None:
         self.layer: Layer = run.layer
@@ -93,7 +93,7 @@ class WatchedLayer(Layer):
 
 
 class WatchedLoss(Loss):
-    """A user's loss, of which the first call for a batch size must write all that it is to write."""
+    """A user's loss. Its first call for each batch size must write every result completely."""
 
     def __init__(self, loss: Loss) -> None:
         self.loss, self.classifies = loss, loss.classifies
@@ -126,10 +126,10 @@ class WatchedLoss(Loss):
         with told(self._method("check_values(Y, outputs)"), looks_at_input=True):
             self.loss.check_values(Y, outputs)
 
-    def shows(self, Y: Array) -> bool:
+    def nan_marks_bad_labels(self, Y: Array) -> bool:
         """See :class:`Loss`."""
-        with told(self._method("shows(Y)")):
-            return self.loss.shows(Y)
+        with told(self._method("nan_marks_bad_labels(Y)")):
+            return self.loss.nan_marks_bad_labels(Y)
 
     def run(self, z: Array, Y: Array, c: Context) -> None:
         """See :class:`Loss`."""

@@ -1,7 +1,7 @@
 """What runs a network: its layers and its loss in their workspaces, forward and backward, batch by batch.
 
-A :class:`~gpubatch.nn.network.Network` is what users see of it. The rooms that train, capture and explore get the
-:class:`Core` by :func:`~gpubatch.nn.network.core_of`.
+Users see it as a :class:`~gpubatch.nn.network.Network`. The packages that train, capture and explore networks get the
+:class:`Core` from :func:`~gpubatch.nn.network.core_of`.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ L2_BLOCK = 1 << 15  # elements that the l2 gradient takes at a time on the CPU, 
 
 
 class Core:
-    """Layers and a loss over one flat buffer of parameters, and the memory that they are run in.
+    """Layers and a loss over one flat buffer of parameters, and the workspaces they run in.
 
-    ``layers`` are those that the user gave, ``stack`` those that are run, where two may be one; backward ends at
-    ``first``. ``mode`` has the step of dropout.
+    ``layers`` holds what the user gave; ``stack`` what runs, where Dense and its activation are one; backward ends at
+    ``first``. ``mode`` counts the steps that dropout depends on.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Core:
     # --- a training step ---
 
     def step(self, X: Array, Y: Array, values: bool = True) -> Pass:
-        """A training step, checked and counted; nobody waits for the device but for what ``values`` asks of Y."""
+        """Make a training step, checked and counted; waits for the device only to check the ``values`` of Y."""
         self.check_batch(X, Y, values)
         with self.backend.scope(), quiet():
             run = self.forward(X, Y)
@@ -145,14 +145,14 @@ class Core:
         self.ops.l2_loss(self.parameters.flat, self.spans, self.l2 / 2, c.work["loss"], c.work)
 
     def batch(self, X: Array, Y: Array) -> float:
-        """The loss of these rows, which must be finite; their gradients are in ``parameters.grads``."""
+        """Compute the loss of these rows, which must be finite, and their gradients."""
         run = self.forward(X, Y)
         loss = self.finite(run.loss.work["loss"].item(), X, Y)
         self.backward(run, X)
         return loss
 
     def micro_batches(self, X: Array, Y: Array, rows: int, one: Callable[[Array, Array, float], None]) -> None:
-        """The gradients of a batch from parts of at most ``rows`` rows, about equal; ``one`` makes those of each."""
+        """Add up the gradients of a batch from about equal parts of at most ``rows`` rows; ``one`` computes each."""
         if self._sums is None:
             self._sums = self.backend.empty(self.parameters.flat.shape, self.compute_dtype)
         grads = self.parameters.grads.flat
@@ -167,7 +167,7 @@ class Core:
             if self._sums.dtype == grads.dtype:
                 grads *= share
                 self._sums += grads
-            else:  # neither is the product rounded to float16, nor is there an array for it
+            else:  # the product would be rounded to float16, or need an array of its own
                 self._sums /= share
                 self._sums += grads
                 self._sums *= share
@@ -212,20 +212,20 @@ class Core:
             self.recall()
 
     def remember(self) -> None:
-        """Note what a training step changes beside the gradients: running statistics, and the step of dropout."""
+        """Save what a training step changes besides the gradients: running statistics, and the dropout step."""
         with self.backend.scope():
             self._remembered[0][...] = self.buffers.flat
         self._remembered = self._remembered[0], self.mode.step
 
     def recall(self) -> None:
-        """Go back to what was noted last, since the step was not completed or is not wanted."""
+        """Restore what was saved last, because the step failed or is to be undone."""
         with self.backend.scope():
             self.buffers.flat[...], self.mode.step = self._remembered
 
     # --- evaluation ---
 
     def evaluate(self, X: Array, rows: int = EVALUATION_ROWS) -> Iterator[tuple[slice, Pass]]:
-        """Scores of X, at most ``rows`` rows at a time, in a workspace of their own."""
+        """Compute the scores of X, at most ``rows`` rows at a time, in the workspace for evaluation."""
         most = min(len(X), rows)
         if self._evaluation is None or most > self._evaluation.rows:
             self._evaluation = self._released(self._evaluation)
@@ -238,37 +238,37 @@ class Core:
             yield part, run
 
     def apart(self, rows: int) -> Workspace[Pass]:
-        """A workspace of the caller's own for evaluation, in which every layer of the user's runs by itself."""
+        """A separate workspace for evaluation, in which each of the user's layers runs by itself."""
         return self._workspace(rows, functools.partial(self._evaluation_pass, stack=self.layers))
 
     # --- memory ---
 
     @property
     def planned(self) -> int:
-        """The largest batch for which a training workspace is there."""
+        """The largest batch that the training workspace can hold."""
         return 0 if self._training is None else self._training.rows
 
     def workspace_bytes(self, rows: int, training: bool) -> int:
-        """What the workspace for batches of so many rows takes; nothing is allocated."""
+        """Bytes of the workspace for batches of so many rows; allocates nothing."""
         return workspace_bytes(self.dtype, rows, self._training_pass if training else self._evaluation_pass)
 
     def reserve(self, rows: int) -> None:
-        """Allocate the workspace for steps of up to so many rows, where there is no such workspace yet."""
+        """Allocate the workspace for steps of up to so many rows, unless there is one already."""
         if rows > self.planned:
             self._training = self._released(self._training)
             self._training = self._workspace(rows, self._training_pass)
 
     def release(self) -> None:
-        """Give the workspaces back; the next step or evaluation allocates its own."""
+        """Free the workspaces; the next step or evaluation allocates new ones."""
         self._training, self._evaluation = self._released(self._training), self._released(self._evaluation)
 
     def _workspace(self, rows: int, arrange: Arrange[Pass]) -> Workspace[Pass]:
         return Workspace(self.backend, self.dtype, rows, self.outputs, arrange)
 
     def _released(self, old: Workspace[Pass] | None) -> Workspace[Pass] | None:
-        """None, to stand for ``old``: its memory is to be free before the next workspace is allocated."""
+        """Return None in place of ``old``, so that its memory is free before the next workspace is allocated."""
         if old is not None:
-            # It goes to the next work of the stream on which it was taken, which need not be the one that works in it.
+            # The stream that allocated it may reuse its memory at once, and may not be the stream that works in it.
             self.backend.synchronize()
         return None
 
@@ -367,7 +367,7 @@ class Core:
         self.check_inputs(X)
         self.backend.check("Y", Y)
         self.loss.check(Y, len(X), self.outputs)
-        if values and not self.loss.shows(Y):
+        if values and not self.loss.nan_marks_bad_labels(Y):
             with self.backend.scope():
                 self.loss.check_values(Y, self.outputs)
 

@@ -1,7 +1,7 @@
-"""Layers: what happens to the rows of a batch, forward and backward side by side.
+"""Layers, forward and backward side by side.
 
-A layer is a description and holds no array. It says what it needs; the network plans the memory and hands it back in a
-:class:`Context` at every call, so that a step allocates nothing. Every array is ``(batch, features)``, C-contiguous,
+A layer is a description and holds no array. It says what it needs; the network plans the memory and passes it in a
+:class:`Context` to every call, so that a step allocates nothing. Every array is ``(batch, features)``, C-contiguous,
 and on the network's device; x is a layer's input, y its output, dx and dy the gradients of the loss by them.
 """
 
@@ -36,7 +36,19 @@ __all__ = [
 
 @as_written
 class Layer(ABC):
-    """One layer. Subclass it for your own: four methods, and nothing else is asked."""
+    """A layer. Subclass it for your own and write four methods.
+
+    Write results into the arrays given, ``y[...] = values``: a new array under the same name would be lost. The
+    network checks that in the first call for each batch size.
+
+        class Scale(gb.Layer):
+            def takes(self): return None
+            def needs(self, features): return gb.Needs(features, {"s": gb.Parameter((features,), 1.0)})
+            def forward(self, x, y, c): c.xp.multiply(x, c.p["s"], out=y)
+            def backward(self, x, y, dy, dx, c):
+                c.g["s"][...] = (dy * x).sum(axis=0)
+                if dx is not None: c.xp.multiply(dy, c.p["s"], out=dx)
+    """
 
     def __init_subclass__(cls) -> None:
         as_written(cls)
@@ -54,23 +66,23 @@ class Layer(ABC):
 
     @abstractmethod
     def forward(self, x: Array, y: Array, c: Context) -> None:
-        """Write y. While ``c.mode.training`` is false, every row must count for itself."""
+        """Write y. Unless ``c.mode.training``, a row of y must depend on the same row of x alone."""
 
     @abstractmethod
     def backward(self, x: Array, y: Array, dy: Array, dx: Array | None, c: Context) -> None:
-        """Write the gradients ``c.g`` and dx; dx is None where nobody needs it."""
+        """Write the gradients ``c.g`` and dx; dx is None if nobody needs it."""
 
 
 # --- activations: one number in, one number out --------------------------------------------------------------------
 
 
 class ActivationLayer(Layer):
-    """An activation, which is its ``function`` and nothing else."""
+    """A layer that applies an activation to each number."""
 
     @property
     @abstractmethod
     def function(self) -> BoundActivation:
-        """Which one."""
+        """The activation."""
 
     def takes(self) -> None:
         """Any number of features."""
@@ -92,9 +104,9 @@ class ActivationLayer(Layer):
 
 
 class Elementwise(ActivationLayer):
-    """An activation of your own, declared with :func:`gpubatch.activation`, as a layer.
+    """Your own activation as a layer.
 
-    activation: the function.
+    activation: a function declared with :func:`gpubatch.activation`.
     parameters: values for its parameters, by name.
     """
 
@@ -184,10 +196,13 @@ ACTIVATIONS: dict[str, type[Layer]] = {
 
 
 class Dense(Layer):
-    """X W + b, W of shape (inputs, outputs).
+    """X W + b, with W of shape (inputs, outputs).
 
-    ``init`` of W: "he", normal of variance 2/inputs (He et al. 2015); "xavier", 2/(inputs + outputs) (Glorot & Bengio
-    2010); "zeros"; or a number, the standard deviation. b starts at zero.
+    inputs: features of a row of X.
+    outputs: features of a row of the result.
+    bias: whether b is added; it starts at zero.
+    init: how W starts: "he", normal numbers of variance 2/inputs (He et al. 2015); "xavier", of 2/(inputs + outputs)
+        (Glorot & Bengio 2010); "zeros"; or their standard deviation as a number.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True, init: str | float = "he") -> None:
@@ -238,7 +253,7 @@ class Dense(Layer):
 class DenseActivation(Layer):
     """A Dense layer with bias and the activation after it as one: f(X W + b) in one pass after the product.
 
-    A network makes it of the two. Backward writes over dy.
+    A network puts it in place of the two. Backward overwrites dy.
     """
 
     def __init__(self, dense: Dense, activation: ActivationLayer) -> None:
@@ -266,7 +281,7 @@ class DenseActivation(Layer):
 
     def backward(self, x: Array, y: Array, dy: Array, dx: Array | None, c: Context) -> None:
         """dW, db and dx from dy f'(x W + b)."""
-        # The pass that there is over dy sums it too, so the product need not.
+        # The pass over dy sums it as well, so the product does not have to.
         c.ops.activation_gradient(self.function, y, dy, dy, c.g["b"], c.work)
         c.products.multiply(x.T, dy, c.g["W"])
         if dx is not None:
@@ -274,7 +289,7 @@ class DenseActivation(Layer):
 
 
 def multiply_and_activate(f: BoundActivation, x: Array, y: Array, c: Context) -> None:
-    """y = f(x W + b), in one launch where there is one."""
+    """Compute y = f(x W + b), in one launch if the library has one."""
     if not c.products.affine(f, x, c.p["W"], c.p["b"], y):
         c.products.multiply(x, c.p["W"], y)
         c.ops.activate(f, y, c.p["b"], y, c.work)
@@ -283,9 +298,13 @@ def multiply_and_activate(f: BoundActivation, x: Array, y: Array, c: Context) ->
 class BatchNorm(Layer):
     """gamma (x - mean)/sqrt(var + eps) + beta, per feature (Ioffe & Szegedy, arXiv:1502.03167).
 
-    In training, mean and biased variance are the batch's, which must have more than one sample; a training step moves
-    the running ones by ``momentum``, the weight of the new value. In evaluation the running ones are used. The running
-    variance takes the unbiased variance (PyTorch), or with ``unbiased_running=False`` the biased one (CS231n).
+    Training uses the mean and biased variance of the batch, which must have more than one sample, and updates the
+    running statistics; evaluation uses these.
+
+    features: features of a row.
+    eps: added to the variance.
+    momentum: the weight of the batch in the running statistics.
+    unbiased_running: whether the running variance takes the unbiased variance (PyTorch) or the biased one (CS231n).
     """
 
     def __init__(self, features: int, eps: float = 1e-5, momentum: float = 0.1, unbiased_running: bool = True) -> None:
@@ -326,7 +345,7 @@ class BatchNorm(Layer):
     def backward(self, x: Array, y: Array, dy: Array, dx: Array | None, c: Context) -> None:
         """dbeta = Σ dy, dgamma = Σ dy n, dx = gamma/sqrt(var + eps) (dy - dbeta/m - n dgamma/m); n is x normalised."""
         c.ops.batch_norm_gradient(dy, c.p["gamma"], c.g["gamma"], c.g["beta"], dx, c.work)
-        # Here and not in forward: only a training step comes here, and only after its loss was found to be finite.
+        # Not in forward: only a training step calls backward, and only after its loss proved finite.
         m = len(dy)
         unbiased = m / (m - 1) if self.unbiased_running else 1.0
         c.ops.update_running(c.buffers["running_mean"], c.work["mean"], self.momentum, 1.0, c.work)
@@ -337,10 +356,10 @@ class BatchNorm(Layer):
 
 
 class Dropout(Layer):
-    """In training, zero with probability ``rate`` and otherwise x/(1 - rate); in evaluation x (Srivastava et al. 2014).
+    """In training 0 with probability ``rate`` and otherwise x/(1 - rate); in evaluation x (Srivastava et al. 2014).
 
-    The mask is a function of the network's seed, the layer's place, the training step and the element's place in the
-    batch, the same on CPU and GPU: uniform float32 numbers of Philox4x64-10 with key (seed, layer) and counter (0,
+    The mask depends on the network's seed, the layer's place, the training step and the element's place in the batch
+    alone, the same on CPU and GPU: uniform float32 numbers of Philox4x64-10 with key (seed, layer) and counter (0,
     step, 0, 0).
     """
 

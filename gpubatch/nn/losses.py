@@ -32,12 +32,14 @@ __all__ = [
 
 @as_written
 class Loss(ABC):
-    """A loss. Subclass it for your own, where a ``gb.score_loss`` is not enough; give it to ``Network(loss=...)``.
+    """A loss. Subclass it where a ``gb.score_loss`` is not enough, and give an object to ``Network(loss=...)``.
 
-    :meth:`run` leaves the loss in ``work["loss"]``, of one element, and its gradient in ``work["dz"]``: both are there
-    as ``workspace`` asks for them. Without ``gradient``, dz is scratch. The scores z are not changed. ``least_outputs``
-    says how many outputs a network must have, ``classifies`` whether predictions are right or wrong, and ``name`` what
-    checkpoints and messages call it.
+    :meth:`run` writes the loss to ``c.work["loss"]``, an array of one element, and its gradient by the scores z to
+    ``c.work["dz"]``; :meth:`workspace` asks for both. Unless ``c.gradient``, dz is scratch. Do not change z.
+
+    least_outputs: how many outputs a network must have at least.
+    classifies: whether predictions are right or wrong.
+    name: what checkpoints and messages call it.
 
         class WeightedHinge(gb.Loss):
             name = "weighted hinge"
@@ -56,7 +58,7 @@ class Loss(ABC):
 
     @property
     def name(self) -> str:
-        """What checkpoints and messages call it."""
+        """Its name in checkpoints and messages."""
         return next((name for name, loss in LOSSES.items() if loss is self), type(self).__name__)
 
     def __init_subclass__(cls) -> None:
@@ -64,18 +66,18 @@ class Loss(ABC):
 
     @abstractmethod
     def workspace(self, outputs: int) -> Mapping[str, Space]:
-        """The arrays that it works in, with "loss" and "dz" among them."""
+        """The arrays that it works in, "loss" and "dz" among them, as (shape, dtype) by name."""
 
     @abstractmethod
     def check(self, Y: Array, rows: int, outputs: int) -> None:
-        """Raise if shape or dtype of Y do not fit; looks at no value."""
+        """Raise if the shape or dtype of Y does not fit; look at no value."""
 
     @abstractmethod
     def check_values(self, Y: Array, outputs: int) -> None:
-        """Raise if a value of Y is out of range; on a GPU this waits for the device."""
+        """Raise if a value of Y is out of range. On a GPU this waits for the device."""
 
-    def shows(self, Y: Array) -> bool:
-        """Whether a value of Y that is out of range makes the loss NaN, so that it need not be looked for before."""
+    def nan_marks_bad_labels(self, Y: Array) -> bool:
+        """Whether a value of Y out of range makes the loss NaN, so that nobody has to check the values before."""
         return False
 
     @abstractmethod
@@ -84,11 +86,11 @@ class Loss(ABC):
 
     @abstractmethod
     def predict(self, z: Array) -> Array:
-        """What the scores say, as a new array."""
+        """The predictions for scores z, as a new array."""
 
     @abstractmethod
     def truth(self, Y: Array, outputs: int) -> Array:
-        """The targets in the form of :meth:`predict`, to count how many agree."""
+        """The targets in the form that :meth:`predict` gives, to be compared with it."""
 
 
 # --- every score for itself -------------------------------------------------------------------------------------------
@@ -119,7 +121,7 @@ class OverScores(Loss):
         check_targets(Y, rows, outputs)
 
     def check_values(self, Y: Array, outputs: int) -> None:
-        """Any number will do; NaN shows in the loss."""
+        """Accept any number; NaN shows in the loss."""
 
     def run(self, z: Array, Y: Array, c: Context) -> None:
         """The mean of f(z, y) over the scores, and its gradient."""
@@ -130,7 +132,7 @@ class OverScores(Loss):
         return z.copy()
 
     def truth(self, Y: Array, outputs: int) -> Array:
-        """There is no such thing: nothing is right or wrong here."""
+        """Refuse: a loss without classes has no right or wrong."""
         raise ArgumentError(
             f"accuracy needs a classification loss, and {self.name} is none; use net.loss(X, Y) instead"
         )
@@ -181,8 +183,8 @@ class SVM(Loss):
         """Labels count from 0."""
         check_label_values(Y, outputs)
 
-    def shows(self, Y: Array) -> bool:
-        """Labels are compared with the number of classes where they are used."""
+    def nan_marks_bad_labels(self, Y: Array) -> bool:
+        """The kernels compare labels with the number of classes."""
         return True
 
     def run(self, z: Array, Y: Array, c: Context) -> None:
@@ -224,8 +226,8 @@ class SoftmaxCrossEntropy(Loss):
         elif not (low := Y.min().item()) >= 0:
             raise ArgumentError(f"Y must hold probabilities, got {low}")
 
-    def shows(self, Y: Array) -> bool:
-        """Labels are compared with the number of classes where they are used."""
+    def nan_marks_bad_labels(self, Y: Array) -> bool:
+        """The kernels compare labels with the number of classes."""
         return bool(Y.ndim == 1)
 
     def run(self, z: Array, Y: Array, c: Context) -> None:
@@ -258,7 +260,7 @@ def results_of(outputs: int) -> dict[str, Space]:
 
 
 def loss_of(loss: str | ScoreLoss | BoundScoreLoss | Loss) -> Loss:
-    """The loss that a network was asked for: by name, as a formula, or an object."""
+    """The loss object for a name, a formula or an object."""
     if isinstance(loss, Loss):
         return loss
     if isinstance(loss, ScoreLoss):

@@ -1,4 +1,4 @@
-"""What a layer asks of its network, and what it has at hand in a call."""
+"""What a layer asks of its network, and what the network passes to its calls."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Initializer: TypeAlias = "Callable[[np.random.Generator, Shape], np.ndarray]"  #
 
 @dataclass(frozen=True)
 class Normal:
-    """Normal numbers around zero: the rows that one call after another draws are those that a single one would."""
+    """Normal numbers around zero. Several calls draw the same rows as a single one for all of them."""
 
     std: float
 
@@ -31,9 +31,11 @@ class Normal:
 
 @dataclass(frozen=True)
 class Parameter:
-    """An array that the network keeps for a layer: its shape, and its first values, a number or what ``init`` draws.
+    """An array that the network keeps for a layer.
 
-    ``init(generator, shape)`` gives a NumPy array. The l2 term of the loss counts the parameters with ``l2=True``.
+    shape: a tuple of integers.
+    init: the first values: a number, or a function ``init(generator, shape)`` that returns a NumPy array.
+    l2: whether the l2 term of the loss counts it.
     """
 
     shape: Shape
@@ -51,11 +53,15 @@ class Parameter:
 class Needs:
     """What a layer asks of its network.
 
-    ``outputs`` is how many features it gives. ``parameters`` are trained; ``buffers`` are kept beside them, as running
-    statistics are. ``kept`` is workspace that lasts from forward to backward, ``scratch`` lasts for one call. ``uses``
-    names the operations of ``c.ops`` that the layer calls on rows of its outputs: the network adds their scratch.
-    ``reads`` names what backward looks at again, of "x" and "y". A layer with ``in_place=True`` may be given the same
-    array as x and y, and as dy and dx. A training batch must have ``least_rows``.
+    outputs: how many features it gives.
+    parameters: arrays that are trained, by name.
+    buffers: arrays that are kept but not trained, such as running statistics.
+    kept: workspace that lasts from forward to backward, as (shape, dtype) by name; -1 in a shape is the batch size.
+    scratch: workspace that lasts for one call.
+    uses: names of the operations of ``c.ops`` that it calls on rows of its outputs; the network adds their scratch.
+    reads: which of "x" and "y" backward reads again.
+    in_place: whether y may be the same array as x, and dx the same as dy.
+    least_rows: the smallest training batch.
     """
 
     outputs: int
@@ -121,9 +127,9 @@ def check_shape(name: str, shape: Any, low: int = 0) -> None:
 
 @dataclass
 class Mode:
-    """How a network runs at the moment: ``training`` or evaluating, and at which training ``step`` from 0.
+    """How a network runs now: ``training`` or evaluating, and at which training ``step``, counted from 0.
 
-    ``row`` is the place in the batch of the first row at hand: not 0 in a later micro-batch.
+    ``row`` is where the rows of a call begin in the batch: above 0 in a later micro-batch.
     """
 
     seed: int
@@ -134,15 +140,18 @@ class Mode:
 
 @dataclass(frozen=True)
 class Context:
-    """What a layer or a loss has at hand in one call.
+    """What the network passes to a call of a layer or a loss.
 
-    By the names that a layer's :class:`Needs` or a loss's ``workspace`` gave: ``p`` parameters, ``g`` their gradients
-    (to be overwritten), ``buffers``, ``work`` the workspace. With ``precision="mixed"`` all are float16, but for
-    buffers and what was asked for as "compute", float32. A loss also finds ``work["offsets"]``, where each row of
-    scores starts, in int64, and ``work["ticket"]``, for the kernels of a GPU.
+    xp: the namespace of the arrays: NumPy's or CuPy's functions.
+    ops, products: the fused kernels and the matrix products for them.
+    index: the layer's place in the network, from 0.
+    mode: ``training``, ``step`` and ``row``.
+    p, g: the layer's parameters and their gradients, by the names in its :class:`Needs`; backward overwrites g.
+    buffers: its buffers.
+    work: its workspace, or the one that the loss's ``workspace`` asked for. A loss also finds "offsets" there, where
+        each row of scores starts, in int64, and "ticket", for the kernels of a GPU.
 
-    ``xp`` is the namespace of the arrays, ``ops`` the fused kernels for them, ``products`` their matrix products,
-    ``index`` the layer's place in the network from 0.
+    With ``precision="mixed"`` all arrays are float16, except buffers and workspace of the dtype "compute": float32.
     """
 
     backend: Backend
@@ -158,5 +167,5 @@ class Context:
 
     @property
     def gradient(self) -> bool:
-        """Whether the gradient of a loss is wanted: where the network is training."""
+        """Whether a loss must write its gradient: while the network trains."""
         return self.mode.training

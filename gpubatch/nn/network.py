@@ -30,31 +30,36 @@ MIXED = "mixed"  # the precision beside those of products
 class Network:
     """Layers, one after another, and a loss.
 
-    ``l2`` adds l2/2 * Σ W² over the weights of Dense layers (not biases, gamma and beta) to the loss. ``seed``, an
-    integer of 64 bits, decides the first weights and the dropout masks, the same on CPU and GPU.
+    layers: :class:`Layer` objects, gpubatch's or your own; the first with parameters says how many features X has.
+    loss: a name, a function declared with :func:`gpubatch.score_loss`, or an object of your own :class:`Loss`.
+    l2: adds l2/2 * Σ W² over the weights of Dense layers to the loss, not over biases, gamma and beta.
+    backend: the device: "auto", "cpu", "cuda", "cuda:1", or a Backend.
+    dtype: "float32" or "float64".
+    seed: an integer of 64 bits; decides the first weights and the dropout masks, the same on CPU and GPU.
+    precision: "full", "fast" or "mixed", see below.
+    tune: whether a GPU times the algorithms of its matrix products, see below.
 
-    ``precision="fast"`` lets a GPU multiply float32 matrices as TF32: their elements are rounded to 10 bits of mantissa
-    and not 23, a relative error of up to 5e-4 in each, and the products are added up in float32. It takes
-    nvmath-python. On the CPU, and with float64, it computes as "full" does.
+    ``precision="fast"`` lets a GPU multiply float32 matrices as TF32: it rounds their elements to 10 bits of mantissa
+    instead of 23, a relative error of up to 5e-4 in each, and adds up the products in float32. It needs
+    nvmath-python. The CPU, and float64, compute as "full" does.
 
-    ``precision="mixed"`` stores parameters, batches, activations and all gradients as float16, half the memory and
-    half the traffic, and computes in float32: matrix products are added up in it, and the loss, means, variances and
-    running statistics are of ``compute_dtype`` (Micikevicius et al., arXiv:1710.03740). X is float16 then, which
-    ``Loader(dtype="float16")`` makes; scores are float32. Gradients below 6e-8 are zero in float16, so they are those
-    of the loss times ``loss_scale``, an array of one number on the device: 1 at first, and while ``fit`` trains what a
-    :class:`~gpubatch.train.LossScale` says. The optimizer needs ``master_weights=True``. On the CPU it is for
-    trying things out: every operation makes float32 copies of its arrays, which no plan counts.
+    ``precision="mixed"`` stores parameters, batches, activations and all gradients as float16, which takes half the
+    memory and half the traffic, and computes in float32: matrix products are added up in it, and the loss, means,
+    variances and running statistics are of ``compute_dtype`` (Micikevicius et al., arXiv:1710.03740). X must be
+    float16, as ``Loader(dtype="float16")`` makes it; scores are float32. Gradients below 6e-8 would be zero in float16,
+    so all of them are multiplied by ``loss_scale``, an array of one number on the device: 1 at first, and what a
+    :class:`~gpubatch.train.LossScale` says while ``fit`` trains. The optimizer needs ``master_weights=True``. On the
+    CPU this precision is for trying things out: every operation makes float32 copies, which no memory plan counts.
 
-    ``tune=True`` has a GPU time the algorithms that cuBLASLt has for each matrix product, when it is first seen, and
-    use the fastest; it takes nvmath-python, and a second or so. Otherwise the algorithm is the one that cuBLASLt
-    foretells to be the fastest. What was chosen is part of :meth:`state_dict`, and so of a checkpoint, since another
-    algorithm rounds otherwise: a run that is resumed with the same cuBLASLt on such a GPU has the same bits, and a
-    :class:`TuningWarning` says where it has not. On the CPU there is nothing to choose.
+    ``tune=True`` makes a GPU time cuBLASLt's algorithms for each matrix product when it first meets that product, and
+    use the fastest. It needs nvmath-python, and takes about a second. Without it cuBLASLt predicts the fastest. The
+    choices are part of :meth:`state_dict`, and so of checkpoints, since another algorithm rounds differently: a run
+    resumed with the same cuBLASLt on the same kind of GPU gives the same bits, and a :class:`TuningWarning` says when
+    that is impossible. A CPU has nothing to choose.
 
-    ``parameters`` holds those of the k-th layer of a kind under the number k: W1, b1, gamma1, beta1, W2, ..., in this
-    order but for arrays of odd sizes, which come last: the others are aligned in memory then. ``buffers`` likewise
-    holds running_mean1, running_var1, ... A network is not to be used by two threads at a time, since they would share
-    its workspace.
+    ``parameters`` numbers the layers of a kind: W1, b1, gamma1, beta1, W2, ... They lie in this order in one buffer,
+    except that arrays of odd sizes come last, so that the others are aligned. ``buffers`` holds running_mean1,
+    running_var1, ... likewise. Two threads must not use a network at the same time: they would share its workspace.
     """
 
     def __init__(
@@ -130,13 +135,15 @@ class Network:
     # --- training ---
 
     def loss_and_grad(self, X: Array, Y: Array, micro_batch_size: int | None = None) -> tuple[float, FlatViews]:
-        """The loss of a training step, as a float, and its gradients, which overwrite ``parameters.grads``.
+        """Compute the loss of a training step, a float, and its gradients, which overwrite ``parameters.grads``.
 
-        ``micro_batch_size`` is how many rows are computed at a time, by default all: a workspace of that size will do,
-        and the gradients of the micro-batches are added up. To rounding the result is the same, with the same dropout;
-        but BatchNorm takes the statistics of each micro-batch, of no fewer than two rows.
+        Raises NonFiniteError if the loss is NaN or infinite; running statistics and dropout are then as before.
 
-        Raises NonFiniteError where the loss is NaN or infinite; running statistics and dropout are then as before.
+        X: ``(batch, features)``, of the network's dtype and device.
+        Y: what the loss compares the scores with, on the same device.
+        micro_batch_size: rows to compute at a time, by default all. A workspace of that size is enough, and the
+            gradients of the micro-batches are added up. Up to rounding the result is the same, with the same dropout;
+            but BatchNorm takes the statistics of each micro-batch, of at least two rows.
         """
         core = self._core
         core.check_batch(X, Y, values=True)
@@ -160,9 +167,9 @@ class Network:
         return loss, self.parameters.grads
 
     def step_loss(self, X: Array, Y: Array) -> Array:
-        """:meth:`loss_and_grad` without waiting for the device: the loss as an array of one element.
+        """Compute what :meth:`loss_and_grad` does without waiting for the device; the loss is an array of one element.
 
-        The next step overwrites it. Whether the loss is finite is not checked; nor, on a GPU, are the values of Y.
+        The next step overwrites that array. Nobody checks whether the loss is finite, nor, on a GPU, the values of Y.
         """
         return self._core.step(X, Y).loss.work["loss"]
 
@@ -171,8 +178,9 @@ class Network:
     def loss(self, X: Array, Y: Array, training: bool = False) -> float:
         """Mean loss and l2 term, with running statistics and without dropout; changes nothing.
 
-        ``training=True`` takes batch statistics and the dropout of the step to come. Raises NonFiniteError where the
-        loss is NaN or infinite.
+        Raises NonFiniteError if the loss is NaN or infinite.
+
+        training: whether to use batch statistics and the dropout of the next step instead.
         """
         if not training:
             return self.evaluate(X, Y)[0]
@@ -181,9 +189,11 @@ class Network:
             return self._core.finite(self._core.forward(X, Y).loss.work["loss"].item(), X, Y)
 
     def evaluate(self, X: Array, Y: Array, rows: int = EVALUATION_ROWS) -> tuple[float, float | None]:
-        """:meth:`loss` and :meth:`accuracy` in one pass; no accuracy (None) where nothing is right or wrong, as in mse.
+        """:meth:`loss` and :meth:`accuracy` in one pass; the accuracy is None for a loss without classes, such as mse.
 
-        At most ``rows`` rows are computed at a time. Raises NonFiniteError where the loss is NaN or infinite.
+        Raises NonFiniteError if the loss is NaN or infinite.
+
+        rows: the most rows to compute at a time.
         """
         check_int("rows", rows, 1)
         core, function = self._core, self._core.loss
@@ -209,7 +219,7 @@ class Network:
         return loss, right / compared if function.classifies else None
 
     def scores(self, X: Array) -> Array:
-        """What the last layer gives, ``(batch, outputs)``, as a new array of ``compute_dtype``."""
+        """The outputs of the last layer, ``(batch, outputs)``, as a new array of ``compute_dtype``."""
         self._core.check_inputs(X)
         result = self.backend.empty((len(X), self.outputs), self.compute_dtype)
         with self.backend.scope(), quiet():
@@ -218,9 +228,10 @@ class Network:
         return result
 
     def predict(self, X: Array) -> Array:
-        """Labels as int64: the highest score's class, or 1 where a score is above 0; with mse the scores themselves.
+        """Predicted labels as int64: the class of the highest score, or 1 where a score is above 0.
 
-        Shape ``(batch,)``; with sigmoid_cross_entropy and mse that of the scores, but ``(batch,)`` for one yes or no.
+        A loss without classes, such as mse, predicts the scores themselves. Shape ``(batch,)``; with
+        sigmoid_cross_entropy and mse that of the scores, but ``(batch,)`` for a single yes or no.
         """
         scores = self.scores(X)
         with self.backend.scope():
@@ -243,11 +254,14 @@ class Network:
     # --- memory ---
 
     def memory(self, batch_size: int) -> int:
-        """Bytes that training with this batch size and evaluation take, X and Y apart; nothing is allocated."""
+        """Bytes that training with this batch size and evaluation take, without X and Y; allocates nothing."""
         return sum(self.memory_parts(batch_size).values())
 
     def memory_parts(self, batch_size: int, evaluated: int = EVALUATION_ROWS) -> dict[str, int]:
-        """:meth:`memory` by what it is for; ``evaluated`` is how many rows are evaluated, of which 1024 at a time."""
+        """:meth:`memory` by purpose.
+
+        evaluated: how many rows are evaluated, of which 1024 at a time.
+        """
         core, rows = self._core, check_int("batch_size", batch_size, 1)
         at_once = min(check_int("evaluated", evaluated, 0), EVALUATION_ROWS)
         return {
@@ -260,16 +274,13 @@ class Network:
         }
 
     def reserve(self, batch_size: int) -> None:
-        """Allocate the workspace for steps of up to ``batch_size`` rows, where there is no such workspace yet."""
+        """Allocate the workspace for steps of up to ``batch_size`` rows, unless there is one already."""
         self._core.reserve(check_int("batch_size", batch_size, 1))
 
     # --- state ---
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of all parameters and buffers by name, and the step of dropout.
-
-        Where algorithms of matrix products were chosen, also these: ``products``.
-        """
+        """Copies of all parameters and buffers by name, the dropout step, and tuned algorithms of matrix products."""
         with self.backend.scope():
             chosen = self._core.products.choices()
             return {
@@ -280,7 +291,7 @@ class Network:
             }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave; NumPy arrays will do on any backend. All is checked before."""
+        """Load what :meth:`state_dict` gave, all of it checked first; any backend accepts NumPy arrays."""
         check_names("state", state, ["parameters", "buffers", "dropout_step"], ["products"])
         if "products" in state:
             check_choices(state["products"])
@@ -302,7 +313,7 @@ class Network:
 
 
 def core_of(net: Network) -> Core:
-    """What runs the network, for the rooms that train, capture and explore it."""
+    """The core that runs a network, for the packages that train, capture and explore it."""
     return net._core
 
 
@@ -331,9 +342,14 @@ def mlp(
     precision: str = "full",
     tune: bool = False,
 ) -> Network:
-    """A network of Dense layers of the given sizes, the inputs first and the outputs last.
+    """A network of Dense layers of the given sizes, with an activation between them.
 
-    After every hidden Dense come BatchNorm (with ``batch_norm``), the activation, and Dropout (if its rate is above 0).
+    sizes: the widths, inputs first and outputs last.
+    activation: a name, or a function declared with :func:`gpubatch.activation`.
+    batch_norm: whether BatchNorm comes after every hidden Dense, before the activation.
+    dropout: the rate of Dropout after every activation; 0 for none.
+
+    The other arguments are those of :class:`Network`.
     """
     if not hasattr(sizes, "__len__") or len(sizes) < 2:
         raise ArgumentError(f"sizes must be at least two integers, inputs first and outputs last, got {sizes!r}")
@@ -344,7 +360,7 @@ def mlp(
         kind = functools.partial(Elementwise, activation)
     check_bool("batch_norm", batch_norm)
     check_real("dropout", dropout, 0, 1, open_high=True)
-    # He's variance makes up for the half that these zero; the others, and the scores, keep theirs with Xavier's.
+    # These activations halve the variance, which He's initialisation makes up for; the rest keeps it with Xavier's.
     init = "he" if activation in ("relu", "leaky_relu", "gelu") else "xavier"
     layers: list[Layer] = []
     for inputs, features in itertools.pairwise([*hidden, last]):

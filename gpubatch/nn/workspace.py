@@ -31,16 +31,16 @@ __all__ = [
 ]
 
 ALIGNMENT = 256  # bytes; what GPU memory accesses like, and a multiple of every CPU's cache line
-SIZES_KEPT = 8  # batch sizes whose views are kept; a run has two or three
+SIZES_KEPT = 8  # batch sizes to keep views for; a run has two or three
 
 Bound = TypeVar("Bound")
 Arrange: TypeAlias = "Callable[[Layout, Mapping[str, Array]], Bound]"
 
 
 class Layout:
-    """Takes arrays for a batch of ``rows``, one after another, from a ``block`` of bytes.
+    """Takes the arrays of a batch of ``rows`` from a ``block`` of bytes, one after another.
 
-    Without a block every array is None, and ``end`` tells how many bytes they would take.
+    Without a block every array is None, and ``end`` counts the bytes they would take.
     """
 
     def __init__(self, rows: int, dtype: np.dtype[Any], block: Array = None) -> None:
@@ -58,7 +58,7 @@ class Layout:
         return {name: self.array(shape, dtype) for name, (shape, dtype) in spaces.items()}
 
     def overlaid(self, calls: Sequence[Mapping[str, Space]]) -> list[dict[str, Array]]:
-        """Arrays for calls that come one after another: those of each begin in the same place."""
+        """Arrays for successive calls, which share their memory: those of each call begin at the same place."""
         start, ends, found = self.end, [self.end], []
         for spaces in calls:
             self.end = start
@@ -68,7 +68,7 @@ class Layout:
         return found
 
     def in_turns(self, widths: Sequence[int]) -> list[Array]:
-        """Arrays of rows of these widths in two buffers, taken in turns: only neighbours are needed at a time."""
+        """Arrays of rows of these widths in two ping-pong buffers: only neighbours are needed at the same time."""
         starts = []
         for turn in range(min(2, len(widths))):
             starts.append(self.end)
@@ -84,9 +84,9 @@ class Layout:
 class Workspace(Generic[Bound]):
     """A block of memory for batches of up to ``rows`` rows.
 
-    ``arrange(layout, constants)`` takes the arrays of a batch from the layout. What it returns is bound to the block,
-    and kept for the batch sizes used last. ``constants`` are what a loss reads: ``offsets``, where each row of
-    ``outputs`` scores starts, and ``ticket``, what kernels/last_block.cuh counts in: as much apart as the block is.
+    ``arrange(layout, constants)`` takes the arrays of a batch from the layout; the workspace keeps what it returns for
+    the batch sizes used last. ``constants`` are what a loss reads: ``offsets``, where each row of ``outputs`` scores
+    starts, and ``ticket``, the counter of kernels/last_block.cuh. Two workspaces share neither block nor ticket.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Workspace(Generic[Bound]):
 
     @property
     def nbytes(self) -> int:
-        """What it takes."""
+        """Bytes of all its arrays."""
         return int(self._block.nbytes + self._offsets.nbytes + self._ticket.nbytes)
 
     def bind(self, rows: int) -> Bound:
@@ -127,7 +127,7 @@ def workspace_bytes(dtype: np.dtype[Any], rows: int, arrange: Arrange[Any]) -> i
 
 
 class Pass:
-    """All calls for a batch of a certain size, with their arrays: those of the layers, and that of the ``loss``."""
+    """All calls for a batch of one size, with their arrays: those of the layers, and that of the ``loss``."""
 
     def __init__(self, calls: list[tuple[Layer, Array, Array, Context]], loss: Context) -> None:
         self.calls, self.loss = calls, loss  # a call: layer, y, dx, context
@@ -159,10 +159,10 @@ def training_arrays(
     dscores: Array,
     afterwards: Mapping[str, Space],
 ) -> tuple[list[tuple[Array, Array, dict[str, Array]]], dict[str, Array]]:
-    """y, dx and work of each layer, and what is worked in when the layers are done.
+    """y, dx and work of each layer, and the arrays for what comes ``afterwards``.
 
-    Outputs and what a layer keeps last until backward, which ends with the ``first`` layer. Gradients take turns in two
-    places; scratch lasts for one call.
+    Outputs and what a layer keeps last until backward, which ends with the ``first`` layer. Gradients alternate between
+    two buffers; scratch lasts for one call.
     """
     ys: list[Array] = []
     kept = []
@@ -172,7 +172,7 @@ def training_arrays(
         kept.append(layout.arrays(needs.kept))
 
     dxs: list[Array] = [None] * len(stack)
-    wanted = range(len(stack) - 1, first, -1)  # the layers whose dx is
+    wanted = range(len(stack) - 1, first, -1)  # the layers that must write dx
     apart = [i for i in wanted if not stack[i].needs.in_place]
     turns = dict(zip(apart, layout.in_turns([stack[i].inputs for i in apart]), strict=True))
     dx = dscores
@@ -187,7 +187,7 @@ def training_arrays(
 def evaluation_arrays(
     layout: Layout, stack: Sequence[Stacked], scratch: Sequence[Mapping[str, Space]]
 ) -> list[tuple[Array, Array, dict[str, Array]]]:
-    """y, no dx, and work of each layer: nothing outlasts the next layer, so outputs take turns in two places."""
+    """y, no dx, and work of each layer: nothing outlasts the next layer, so outputs alternate between two buffers."""
     apart = [i for i, run in enumerate(stack) if not run.needs.in_place or i == 0]
     turns = dict(zip(apart, layout.in_turns([stack[i].needs.outputs for i in apart]), strict=True))
     works = layout.overlaid([{**run.needs.kept, **own} for run, own in zip(stack, scratch, strict=True)])
