@@ -92,7 +92,7 @@ class Bench:
             shape = tuple(rows if n == -1 else n for n in shape)
             return self.backend.asarray(draw.normal(1, 0.2, shape), workspace_dtype(kind, np.dtype(dtype)))
 
-        self.scratch = self.needs.scratch_in(ops_for(self.backend, np.dtype(dtype)), strided=True)
+        self.scratch = self.needs.scratch_in(ops_for(self.backend, np.dtype(dtype)), training=True, strided=True)
         self.x, self.dy = array((-1, FEATURES)), array((-1, self.needs.outputs))
         self.y, self.dx = array((-1, self.needs.outputs)), array((-1, FEATURES))
         self.mode = Mode(seed=3, training=True, step=2)

@@ -164,9 +164,10 @@ def train(case: Case, X: Any, Y: Any, held_out: Any, backend: Any = "cpu") -> tu
 
 
 def warm_up(backend: Any = "cpu") -> None:
-    """Run everything that a process does once: imports, kernels, permanent caches."""
-    case = Case(everything, 5, n=50, batch_size=20)
-    train(case, *arrays_of(case, Path()), backend)
+    """Let everything be done that is done once in a process: imports, kernels, the registers of formulas."""
+    for changed in ({}, {"loss": "mse"}, {"loss": "sigmoid_cross_entropy"}, {"dtype": "float64"}):
+        case = Case(everything, 5, n=50, batch_size=20, **changed)
+        train(case, *arrays_of(case, Path()), backend)
 
 
 def arrays_of(case: Case, folder: Path) -> tuple[Any, ...]:

@@ -278,7 +278,7 @@ class Core:
         if self.weights and self.backend.name == "cpu":
             largest = max(int(self.parameters[name].size) for name in self.weights)
             afterwards["l2"] = (min(largest, L2_BLOCK),), COMPUTE
-        scratch = scratch_of(self.stack, self.ops)
+        scratch = scratch_of(self.stack, self.ops, training=True)
         arrays, last = training_arrays(layout, self.stack, scratch, self.first, loss["dz"], afterwards)
         return self._pass(self.stack, arrays, {**loss, **last, **constants})
 
@@ -287,7 +287,7 @@ class Core:
     ) -> Pass:
         stack = self.stack if stack is None else stack
         loss = layout.arrays(self._loss_spaces())
-        arrays = evaluation_arrays(layout, stack, scratch_of(stack, self.ops))
+        arrays = evaluation_arrays(layout, stack, scratch_of(stack, self.ops, training=False))
         return self._pass(stack, arrays, {**loss, **constants})
 
     def _loss_spaces(self) -> Mapping[str, Space]:

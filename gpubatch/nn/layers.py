@@ -231,7 +231,7 @@ class Dense(Layer):
         if self.bias:
             parameters["b"] = Parameter((self.outputs,))
         uses = ("activation_gradient",) if self.bias else ()
-        return Needs(self.outputs, parameters, uses=uses, reads=("x",))
+        return Needs(self.outputs, parameters, uses_in_training=uses, reads=("x",))
 
     def forward(self, x: Array, y: Array, c: Context) -> None:
         """y = x W + b."""
@@ -271,7 +271,7 @@ class DenseActivation(Layer):
             dense.outputs,
             dense.parameters,
             kept=self.own.kept,
-            uses=dense.uses,
+            uses_in_training=dense.uses_in_training,
             reads=(*dense.reads, *self.own.reads),
         )
 
@@ -325,7 +325,8 @@ class BatchNorm(Layer):
             parameters={"gamma": Parameter((features,), 1.0), "beta": Parameter((features,))},
             buffers={"running_mean": Parameter((features,)), "running_var": Parameter((features,), 1.0)},
             kept={"normalised": full, "mean": one, "var": one, "inverse": one},
-            uses=("normalise", "batch_norm", "batch_norm_gradient", "update_running"),
+            uses=("normalise",),
+            uses_in_training=("batch_norm", "batch_norm_gradient", "update_running"),
             reads=(),
             in_place=True,
             least_rows=2,
@@ -372,7 +373,7 @@ class Dropout(Layer):
     def needs(self, features: int) -> Needs:
         """As many outputs as inputs, and the mask."""
         full = (-1, features)
-        return Needs(features, kept={"mask": (full, None)}, uses=("dropout",), reads=(), in_place=True)
+        return Needs(features, kept={"mask": (full, None)}, uses_in_training=("dropout",), reads=(), in_place=True)
 
     def forward(self, x: Array, y: Array, c: Context) -> None:
         """y = x mask; mask is 1/(1 - rate) where a uniform number is not below the rate, else 0."""

@@ -59,6 +59,7 @@ class Needs:
     kept: workspace that lasts from forward to backward, as (shape, dtype) by name; -1 in a shape is the batch size.
     scratch: workspace that lasts for one call.
     uses: names of the operations of ``c.ops`` that it calls on rows of its outputs; the network adds their scratch.
+    uses_in_training: the same, of operations that it calls in training steps only.
     reads: which of "x" and "y" backward reads again.
     in_place: whether y may be the same array as x, and dx the same as dy.
     least_rows: the smallest training batch.
@@ -70,6 +71,7 @@ class Needs:
     kept: Mapping[str, Space] = field(default_factory=dict)
     scratch: Mapping[str, Space] = field(default_factory=dict)
     uses: tuple[str, ...] = ()
+    uses_in_training: tuple[str, ...] = ()
     reads: tuple[str, ...] = ("x", "y")
     in_place: bool = False
     least_rows: int = 1
@@ -87,12 +89,12 @@ class Needs:
         check_bool("in_place", self.in_place)
         check_int("least_rows", self.least_rows, 1)
 
-    def scratch_in(self, ops: Ops, strided: bool = False) -> dict[str, Space]:
+    def scratch_in(self, ops: Ops, training: bool, strided: bool = False) -> dict[str, Space]:
         """All that lasts for one call: the layer's own, and what the operations it uses need and it does not keep.
 
         ``strided``: x may be a user's array, which a compiled operation may leave to NumPy.
         """
-        used = ops.scratch(self.uses, self.outputs, strided)
+        used = ops.scratch((*self.uses, *(self.uses_in_training if training else ())), self.outputs, strided)
         return {**{name: space for name, space in used.items() if name not in self.kept}, **self.scratch}
 
 

@@ -261,6 +261,8 @@ class Network:
         """:meth:`memory` by purpose.
 
         evaluated: how many rows are evaluated, of which 1024 at a time.
+
+        Without compiled kernels NumPy also works in up to 1 MiB for each formula, once per process.
         """
         core, rows = self._core, check_int("batch_size", batch_size, 1)
         at_once = min(check_int("evaluated", evaluated, 0), EVALUATION_ROWS)

@@ -198,12 +198,12 @@ def evaluation_arrays(
     return found
 
 
-def scratch_of(stack: Sequence[Stacked], ops: Ops) -> list[Mapping[str, Space]]:
+def scratch_of(stack: Sequence[Stacked], ops: Ops, training: bool) -> list[Mapping[str, Space]]:
     """The scratch of each layer; the first one is given X, which may be strided."""
     found: list[Mapping[str, Space]] = []
     for i, run in enumerate(stack):
         with told(f"{describe_layer(run.layer, run.place)}.needs({run.inputs})"):
-            found.append(run.needs.scratch_in(ops, strided=i == 0))
+            found.append(run.needs.scratch_in(ops, training, strided=i == 0))
     return found
 
 
