@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -206,6 +207,16 @@ def test_a_sound_layer_is_looked_at_once_for_each_batch_size(monkeypatch: pytest
     assert looked == 2 * [".forward", "backward"]
     net.scores(X)
     assert looked[4:] == [".forward"]
+
+
+def test_the_layer_in_the_docstring_is_sound() -> None:
+    text = (gb.Layer.__doc__ or "").partition("        class ")
+    found: dict[str, Any] = {"gb": gb}
+    exec(textwrap.dedent(text[1] + text[2]), found)
+    net = gb.Network([gb.Dense(5, 5), found["Scale"](), gb.Dense(5, 3)], backend="cpu", dtype="float64")
+    checks = gb.explore.check_network(net, X.astype(np.float64), Y)
+    assert set(checks) == {"W1", "b1", "s1", "W2", "b2"}
+    assert all(check.ok for check in checks.values())
 
 
 def test_evaluation_looks_too() -> None:

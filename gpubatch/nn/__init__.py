@@ -19,7 +19,6 @@ from gpubatch.nn.layers import (
 from gpubatch.nn.losses import LOSSES, Loss
 from gpubatch.nn.needs import Context, Needs, Parameter
 from gpubatch.nn.network import Network, core_of, mlp
-from gpubatch.nn.workspace import Pass, Workspace
 
 __all__ = [
     "ACTIVATIONS",
@@ -38,12 +37,10 @@ __all__ = [
     "Needs",
     "Network",
     "Parameter",
-    "Pass",
     "ReLU",
     "Sigmoid",
     "Step",
     "Tanh",
-    "Workspace",
     "core_of",
     "layers",
     "losses",

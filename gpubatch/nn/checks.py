@@ -58,6 +58,7 @@ class WatchedLayer(Layer):
     def __init__(self, run: Stacked) -> None:
         self.layer: Layer = run.layer
         self.name, self.least_rows = describe_layer(run.layer, run.place), run.needs.least_rows
+        self._forward, self._backward = f"{self.name}.forward(x, y, c)", f"{self.name}.backward(x, y, dy, dx, c)"
         self._proved = set[tuple[int, bool]]()
 
     def takes(self) -> int | None:
@@ -70,25 +71,25 @@ class WatchedLayer(Layer):
 
     def forward(self, x: Array, y: Array, c: Context) -> None:
         """See :class:`Layer`."""
-        method, call = f"{self.name}.forward(x, y, c)", (len(x), c.mode.training)
+        call = len(x), c.mode.training
         if c.mode.training and len(x) < self.least_rows:
             raise ArgumentError(f"{self.name} needs least_rows={self.least_rows} in a training batch, got {len(x)}")
         marks = None if call in self._proved or y is x else Marks({"y": y})
-        with told(method):
+        with told(self._forward):
             self.layer.forward(x, y, c)
         if marks is not None:
-            marks.check(method)
+            marks.check(self._forward)
             self._proved.add(call)
 
     def backward(self, x: Array, y: Array, dy: Array, dx: Array | None, c: Context) -> None:
         """See :class:`Layer`."""
-        method, call = f"{self.name}.backward(x, y, dy, dx, c)", (-len(x), True)
+        call = -len(x), True
         own = {} if dx is None or dx is dy else {"dx": dx}
         marks = None if call in self._proved else Marks({**own, **{f"c.g[{n!r}]": g for n, g in c.g.items()}})
-        with told(method):
+        with told(self._backward):
             self.layer.backward(x, y, dy, dx, c)
         if marks is not None:
-            marks.check(method)
+            marks.check(self._backward)
             self._proved.add(call)
 
 
