@@ -1,6 +1,6 @@
-"""The tests that a run skipped: ``python .ci/skipped.py RESULTS.xml``, for ``pytest @FILE``.
+"""Print the tests that a run skipped: ``python .ci/skipped.py RESULTS.xml``, for ``pytest @FILE``.
 
-Those marked gpu are left out by ``-m``.
+Tests marked gpu are excluded by ``-m``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 
 def skipped(results: Path) -> list[str]:
-    """Node ids, in order; of a file that was skipped whole, the file."""
+    """Node ids in order; for a file skipped as a whole, the file."""
     found = []
     for case in ElementTree.parse(results).iter("testcase"):
         if case.find("skipped") is not None:
