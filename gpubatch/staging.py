@@ -1,8 +1,8 @@
-"""Pinned memory for copies between host and device that nobody waits for.
+"""Pinned memory for asynchronous copies between host and device.
 
-A copy reads memory of the host until its stream has come so far: also ordinary memory, where the GPU reads that by
-itself and the driver does not copy it first. So what the host changes or gives back is copied from here, where a piece
-is written again only when the copy before is over.
+A copy may read the host's memory until its stream has reached it, ordinary memory too where the GPU reads that itself.
+So values that the host will change or free are copied from here, where a piece is written again only when the copy
+before is over.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Stages:
         wait_at_the_end(self, [stage.over for stage in self._stages])
 
     def next(self) -> Stage:
-        """The piece that was used longest ago, when its copy is over; it has been by then, but for hasty callers."""
+        """The least recently used stage. Waits for its copy, which has normally finished."""
         stage = self._stages.popleft()
         self._stages.append(stage)
         stage.over.synchronize()
@@ -75,7 +75,7 @@ def stages_for(backend: CudaBackend, out: Array) -> Stages:
 
 
 def wait_at_the_end(owner: Any, events: Sequence[Any]) -> None:
-    """When nobody has ``owner`` any more, wait for events before its memory is somebody else's."""
+    """When ``owner`` is garbage-collected, wait for these events before its memory is reused."""
     # Not at the end of the process, when all goes at once.
     weakref.finalize(owner, wait_for, events, os.getpid()).atexit = False
 

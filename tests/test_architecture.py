@@ -51,7 +51,7 @@ ORDER = {
     "ops": "program compile update grid operation elementwise losses normalisation dropout sums gather table products",
     "nn": "needs layers stack workspace losses checks core network",
     "sources": "arrays reader files tables",
-    "loader": "order feeding loader",
+    "loader": "order pinned columns windows ahead device feeds epochs loader",
     "train": "ledger loss_scale history display callbacks checks record graphs captured_step eager captured memory"
     " resume signals loop",
     "explore": "shared gradients search slices sweeps",

@@ -14,7 +14,7 @@ from stand_in import StandInBackend, queued_backend
 
 import gpubatch as gb
 import gpubatch.backend
-from gpubatch.loader import Loader
+from gpubatch.loader import Loader, epochs_of
 from gpubatch.nn import core_of
 from gpubatch.ops.products import ArrayProducts
 from gpubatch.optim import rehearse_update
@@ -53,7 +53,7 @@ def fit_with_checkpoint(device: StandInBackend, folder: Path) -> None:
 
 def iterate(device: StandInBackend, **options: Any) -> None:
     loader = Loader(X, Y, batch_size=8, backend=device, **options)
-    loader.peek()
+    epochs_of(loader).peek()
     for x, y in itertools.chain(loader, loader):
         device.to_numpy(x), device.to_numpy(y)
     device.to_numpy(loader.to_batch(X))

@@ -13,7 +13,7 @@ from stand_in import INDEX, queued_backend
 import gpubatch as gb
 import gpubatch.backend
 from gpubatch.backend import available_backends, get_backend
-from gpubatch.loader import Loader
+from gpubatch.loader import Loader, epochs_of
 
 X, Y = np.arange(24, dtype=np.float32).reshape(8, 3), np.arange(8) % 2
 
@@ -62,7 +62,7 @@ def test_asarray_copies_nothing(library: Any, backend: gb.Backend) -> None:
 def test_a_loader_takes_batches_from_the_same_memory(library: Any, backend: gb.Backend) -> None:
     x, y = library(X), library(Y.astype(np.int32))
     loader = Loader(x, y, batch_size=3, shuffle=False, backend=backend)
-    assert address(loader._columns[0].source.array) == address(x)
+    assert address(epochs_of(loader).columns[0].source.array) == address(x)
     found = [[backend.to_numpy(a) for a in batch] for batch in loader]
     np.testing.assert_array_equal(np.concatenate([a for a, _ in found]), X)
     np.testing.assert_array_equal(np.concatenate([b for _, b in found]), Y)
@@ -153,7 +153,7 @@ def test_what_is_on_the_device_stays_there(kind: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(gpubatch.backend, "load_cupy", lambda: types.SimpleNamespace(from_dlpack=lambda f: f.x))
     assert device.asarray(x) is x.x
     loader = Loader(x, Y, batch_size=3, shuffle=False, backend=device)
-    assert loader._columns[0].source.array is x.x
+    assert epochs_of(loader).columns[0].source.array is x.x
     found = [device.to_numpy(batch) for batch, _ in loader]
     np.testing.assert_array_equal(np.concatenate(found), X)
 

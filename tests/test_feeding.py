@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -20,14 +21,14 @@ from needs import missing
 from stand_in import TIMINGS, Event, QueuedStandIn, Stream, queued_backend
 
 import gpubatch as gb
-import gpubatch.loader.feeding
-import gpubatch.loader.loader
+import gpubatch.loader.feeds
+import gpubatch.loader.pinned
 import gpubatch.sources
 from gpubatch.backend import available_backends, get_backend
 from gpubatch.errors import ArgumentError, InsufficientMemoryError, NonFiniteError
-from gpubatch.loader import Loader
-from gpubatch.loader.feeding import on_device
-from gpubatch.sources import ArraySource
+from gpubatch.loader import Loader, epochs_of
+from gpubatch.loader.columns import Columns
+from gpubatch.loader.feeds import belongs_on_device
 
 BENCH = Path(__file__).parent.parent / "bench" / "feeding.py"
 
@@ -53,7 +54,7 @@ def device(request):
 
 @pytest.fixture(params=[False, True], ids=["in the caller", "in a thread"])
 def threaded(request, monkeypatch):
-    monkeypatch.setattr(gpubatch.loader.loader, "WORTH_A_THREAD", 0 if request.param else 1 << 60)
+    monkeypatch.setattr(gpubatch.loader.feeds, "WORTH_A_THREAD", 0 if request.param else 1 << 60)
     return request.param
 
 
@@ -192,8 +193,8 @@ def test_files(dtype, window, device, tmp_path):
 
 
 def test_large_batches_are_gathered_by_several(device, threaded, monkeypatch):
-    monkeypatch.setattr(gpubatch.loader.feeding, "PART", 16)
-    monkeypatch.setattr(gpubatch.loader.feeding, "HELPERS", 3)
+    monkeypatch.setattr(gpubatch.loader.pinned, "PART", 16)
+    monkeypatch.setattr(gpubatch.loader.pinned, "HELPERS", 3)
     check(device, X8, Y, batch_size=8, feed="host")
     assert not threads()
 
@@ -222,7 +223,7 @@ def test_any_batches(data):
     on_cpu = Loader(x, np.arange(n), backend="cpu", **arguments)
     left_at = draw(st.integers(0, len(there) - 1), "left at")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpubatch.loader.loader, "WORTH_A_THREAD", draw(st.sampled_from([0, 1 << 60]), "worth a thread"))
+        patch.setattr(gpubatch.loader.feeds, "WORTH_A_THREAD", draw(st.sampled_from([0, 1 << 60]), "worth a thread"))
         assert agree(device, on_cpu, there, 1)
         for loader in (on_cpu, there):  # leave it in the middle, and go on from there
             with contextlib.closing(iter(loader)) as iteration:
@@ -270,7 +271,7 @@ def test_each_batch_on_another_stream(feed, device, threaded):
 def test_the_first_batch_can_be_looked_at_at_any_time(feed, device):
     on_cpu, there = (Loader(X8, Y, batch_size=8, backend=backend, feed=feed) for backend in ("cpu", device))
     for _ in range(2):
-        for a, b in zip(on_cpu.peek(), host(device, there.peek()), strict=True):
+        for a, b in zip(epochs_of(on_cpu).peek(), host(device, tuple(epochs_of(there).peek())), strict=True):
             assert np.array_equal(a, b)
         assert agree(device, on_cpu, there, 1)
 
@@ -431,7 +432,7 @@ def test_memory_of_the_way(prefetch, threaded):
     for x, _ in there:
         assert len(device.cupy.pinned) == 2 * slots
         if len(x) == 8:
-            assert device.cupy.used == sum(there.memory_parts(8).values())
+            assert device.cupy.used == sum(there.plan.parts.values())
             assert device.cupy.used == slots * (8 * 7 + 8 * 8) + 8 * 8 + 8 * 7 * 4 + 8 * 8
     del x, _
     device.synchronize()
@@ -443,7 +444,7 @@ def test_memory_of_data_that_was_moved():
     there = Loader(X8, Y, batch_size=8, scale=0.5, backend=device)
     for x, _ in there:
         if len(x) == 8:
-            assert device.cupy.used == sum(there.memory_parts(8).values())
+            assert device.cupy.used == sum(there.plan.parts.values())
             assert device.cupy.used == X8.nbytes + Y.nbytes + 8 * N + 8 * 7 * 4 + 8 * 8
 
 
@@ -451,10 +452,10 @@ def test_data_that_was_moved_does_not_count_twice():
     """The plan has its bytes, so they no longer count as used by others."""
     device = queued_backend("early", available=6000)
     loader = Loader(X8, Y, batch_size="auto", scale=0.5, backend=device, feed="device")
-    before = loader.replan(lambda n: {"a model": 30 * n})
+    before = epochs_of(loader).replan(lambda n: {"a model": 30 * n})
     list(loader)
     assert device.cupy.used >= X8.nbytes + Y.nbytes
-    after = loader.replan(lambda n: {"a model": 30 * n})
+    after = epochs_of(loader).replan(lambda n: {"a model": 30 * n})
     assert after.batch_size == before.batch_size
     assert after.available == 6000 - device.cupy.used + X8.nbytes + Y.nbytes
 
@@ -476,8 +477,8 @@ PLACES = [
 
 @pytest.mark.parametrize(("available", "needed", "counted", "feed", "expected"), PLACES)
 def test_what_fits_moves(available, needed, counted, feed, expected):
-    sources = [ArraySource("X", X8, 0), ArraySource("Y", Y, 0)]
-    moves, words = on_device(sources, feed, N, needed, available, counted, queued_backend("late", available))
+    columns = Columns(X8, Y, backend=queued_backend("late", available))
+    moves, words = belongs_on_device(columns, feed, N, needed, available, counted)
     assert moves == expected
     assert words.startswith("batches are gathered on cuda:99" if moves else "batches go to cuda:99 through pinned mem")
     if feed == "auto":
@@ -486,9 +487,9 @@ def test_what_fits_moves(available, needed, counted, feed, expected):
 
 
 def test_memory_that_others_took_since_the_plan_counts():
-    sources = [ArraySource("X", X8, 0)]
-    assert on_device(sources, "auto", N, 0, 10**6, True, queued_backend("late", 2000))[0]
-    assert not on_device(sources, "auto", N, 0, 10**6, True, queued_backend("late", 1000))[0]
+    for available in (2000, 1000):
+        columns = Columns(X8, backend=queued_backend("late", available))
+        assert belongs_on_device(columns, "auto", N, 0, 10**6, True)[0] == (available == 2000)
 
 
 @pytest.mark.parametrize("kept", [0, 2])
@@ -504,9 +505,9 @@ def test_the_plan_decides_where_the_data_will_be_as_the_first_iteration_does(opt
     given = options.pop("given", "here")
     X, labels = (device.asarray(a) if given == "there" else a for a in (X8, Y))
     loader = Loader(X, labels, batch_size=8, scale=0.5, backend=device, **options)
-    loader.replan(lambda n: {"a model": 100 * n}, kept=kept)
+    epochs_of(loader).replan(lambda n: {"a model": 100 * n}, kept=kept)
     planned = loader.plan
-    gathers = loader.device_feed() is not None
+    gathers = epochs_of(loader).device_feed() is not None
     list(loader)
     moves = loader.feeding.startswith("batches are gathered on")
     assert gathers == (moves and loader.transform is None)
@@ -540,14 +541,14 @@ def test_a_plan_says_where_the_data_is_after_memory_has_become_less(monkeypatch)
 def test_a_copy_that_fails_is_an_end_only_where_it_was_asked_for(feed, monkeypatch):
     device = queued_backend("late")
     there = Loader(X8, Y, batch_size=8, backend=device, feed=feed)
-    original = gpubatch.loader.loader.moved
+    original = gpubatch.loader.feeds.copy_to_device
 
-    def full(source, backend):
-        if source.name == "Y":
+    def full(array, backend):
+        if array.ndim == 1:  # that of Y
             raise MemoryError("out of memory")
-        return original(source, backend)
+        return original(array, backend)
 
-    monkeypatch.setattr(gpubatch.loader.loader, "moved", full)
+    monkeypatch.setattr(gpubatch.loader.feeds, "copy_to_device", full)
     if feed == "device":
         with pytest.raises(MemoryError, match="out of memory"):
             next(iter(there))
@@ -558,7 +559,7 @@ def test_a_copy_that_fails_is_an_end_only_where_it_was_asked_for(feed, monkeypat
 
 def test_a_model_that_is_planned_for_counts(monkeypatch):
     there = Loader(X8, Y, batch_size=8, backend=queued_backend("late", 10_000))
-    there.replan(lambda batch_size: {"model": 9_000})
+    epochs_of(there).replan(lambda batch_size: {"model": 9_000})
     list(there)
     assert there.feeding.startswith("batches go to cuda:99 through pinned memory, since 915 bytes of data are with")
     assert "half" not in there.feeding
@@ -675,14 +676,14 @@ def test_an_exception_while_reading_surfaces_at_its_batch(device):
 
 
 def test_those_who_gather_are_gone_while_an_exception_is_kept(monkeypatch, threaded):
-    monkeypatch.setattr(gpubatch.loader.feeding, "PART", 16)
-    monkeypatch.setattr(gpubatch.loader.feeding, "HELPERS", 3)
+    monkeypatch.setattr(gpubatch.loader.pinned, "PART", 16)
+    monkeypatch.setattr(gpubatch.loader.pinned, "HELPERS", 3)
 
     def broken(*_):
         assert any(thread.name.startswith("gpubatch-gather") for thread in threads())
         raise OSError("the bus is broken")
 
-    monkeypatch.setattr(gpubatch.loader.feeding.Ring, "send", broken)
+    monkeypatch.setattr(gpubatch.loader.pinned.Ring, "send", broken)
     with pytest.raises(OSError, match="the bus is broken") as caught:
         next(iter(Loader(X8, Y, batch_size=8, backend=queued_backend("late"), feed="host")))
     assert not threads()
@@ -712,7 +713,7 @@ def test_a_forked_child_leaves_the_device_alone(monkeypatch):
         iteration = iter(Loader(X8, Y, batch_size=8, backend=device, feed=feed))
         next(iteration)
         with monkeypatch.context() as patch:
-            patch.setattr(gpubatch.loader.feeding.os, "getpid", lambda: 0)
+            patch.setattr(os, "getpid", lambda: 0)
             for method in ("synchronize", "wait_event"):
                 patch.setattr(Stream, method, lambda *_: pytest.fail("the child used the device"))
             iteration.close()
@@ -724,7 +725,7 @@ import atexit, sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
 from stand_in import Stream, queued_backend
-import gpubatch.loader.loader
+import gpubatch.loader.feeds
 
 def gone(*_):
     raise RuntimeError("the driver is gone")
@@ -733,7 +734,7 @@ def end():
     Stream.synchronize = Stream.wait_event = Stream.record = gone
 
 atexit.register(end)  # handlers run in reverse order, as gpubatch's before CuPy's
-gpubatch.loader.loader.WORTH_A_THREAD = int(sys.argv[3])
+gpubatch.loader.feeds.WORTH_A_THREAD = int(sys.argv[3])
 loader = gpubatch.Loader(np.zeros((100, 4), np.uint8), batch_size=8, backend=queued_backend("late"), feed=sys.argv[2])
 iteration = iter(loader)
 next(iteration)

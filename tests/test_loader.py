@@ -15,11 +15,13 @@ import pytest
 from families import drawn
 from hypothesis import given, settings, strategies as st
 
-import gpubatch.loader.loader
+import gpubatch.loader.epochs
+import gpubatch.loader.feeds
+import gpubatch.loader.order
 import gpubatch.sources
 from gpubatch.backend import get_backend
 from gpubatch.errors import ArgumentError, DeviceMismatchError, DTypeError, NonFiniteError, ShapeError
-from gpubatch.loader import Loader, LoaderStats, WindowOrder, epoch_order
+from gpubatch.loader import Loader, LoaderStats, WindowOrder, epoch_order, epochs_of
 from gpubatch.main_memory import Memory
 
 
@@ -30,7 +32,7 @@ def threads():
 @pytest.fixture(params=[False, True], ids=["in the caller", "in a thread"])
 def threaded(request, monkeypatch):
     """Whether a thread prepares the batches, even if small."""
-    monkeypatch.setattr(gpubatch.loader.loader, "WORTH_A_THREAD", 0 if request.param else 1 << 60)
+    monkeypatch.setattr(gpubatch.loader.feeds, "WORTH_A_THREAD", 0 if request.param else 1 << 60)
     return request.param
 
 
@@ -255,7 +257,7 @@ def labels(batches):
 @given(case=loaders(), epoch=st.integers(0, 3))
 def test_ranks_together_see_each_sample_once(case, epoch):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpubatch.loader.loader, "WORTH_A_THREAD", 0)
+        patch.setattr(gpubatch.loader.feeds, "WORTH_A_THREAD", 0)
         seen, sizes = [], []
         for rank in range(case["world_size"]):
             loader = make(**case, rank=rank)
@@ -290,7 +292,7 @@ def test_ranks_together_see_each_sample_once(case, epoch):
 @given(case=loaders(), data=st.data())
 def test_resumed_is_as_if_never_stopped(case, data):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpubatch.loader.loader, "WORTH_A_THREAD", 0)
+        patch.setattr(gpubatch.loader.feeds, "WORTH_A_THREAD", 0)
         whole = make(**case)
         expected = [labels(whole) for _ in range(3)]
         stop = data.draw(st.integers(0, 2 * len(whole)))
@@ -454,7 +456,7 @@ def test_dtypes(source, wanted, scale, backend, rng):
     X = rng.integers(0, 2 if source == "bool" else 128, (40, 3)).astype(source)
     loader = Loader(X, X[:, 0], batch_size=16, shuffle=False, dtype=wanted, scale=scale, backend=backend)
     expected = np.dtype(wanted or DTYPES[source])
-    assert (loader.dtype, loader.source_dtype, loader.scale) == (expected, X.dtype, scale)
+    assert (loader.dtype, epochs_of(loader).columns.source_dtype, loader.scale) == (expected, X.dtype, scale)
     batches = list(loader)
     for array in itertools.chain.from_iterable(batches):
         assert backend.owns(array)
@@ -590,7 +592,7 @@ def cpu_with(monkeypatch, available):
 def test_automatic_batch_size_follows_the_rule(monkeypatch):
     assert Loader(np.zeros((2000, 3)), backend="cpu").batch_size == 2000
     large = Loader(np.zeros((2001, 3)), backend="cpu")
-    assert (large.batch_size, large.automatic, len(large)) == (512, True, 4)
+    assert (large.batch_size, epochs_of(large).automatic, len(large)) == (512, True, 4)
     # 100 float32 features, used without a copy, a 64-bit label, and the position of every sample in the epoch
     X, Y = np.zeros((2001, 100), np.float32), np.zeros(2001, np.int64)
     needed = 128 * (400 + 8) + 8 * 2001
@@ -611,7 +613,7 @@ def test_replan_counts_the_model_too(monkeypatch):
     loader = Loader(X, shuffle=False, backend=backend)
     assert loader.batch_size == 512
     model = lambda n: {"steady": 60_000, "a step": 9_960 * n + n // 65}  # noqa: E731
-    plan = loader.replan(model)  # (900,000 - 60,000 - 8 * 5,000) / 10,000 = 80
+    plan = epochs_of(loader).replan(model)  # (900,000 - 60,000 - 8 * 5,000) / 10,000 = 80
     assert plan is loader.plan
     assert (loader.batch_size, plan.needed, plan.available) == (64, 740_000, 10**6)
     assert sum(plan.parts.values()) == plan.needed
@@ -625,24 +627,25 @@ def test_replan_counts_the_model_too(monkeypatch):
         "available            976.6 KiB",
     ]
     # Memory that the model already uses does not count again; the available memory can be given.
-    assert loader.replan(model, held=533_335).batch_size == 128
+    assert epochs_of(loader).replan(model, held=533_335).batch_size == 128
     assert loader.plan.available == 1_533_335
-    assert loader.replan(model, held=533_334).batch_size == 64  # 1,380,001 bytes, not a mean, are more than 90 %
-    assert loader.replan(model, available=400_000).batch_size == 16
-    loader.replan(model)
+    # 1,380,001 bytes, not a mean, are more than 90 %.
+    assert epochs_of(loader).replan(model, held=533_334).batch_size == 64
+    assert epochs_of(loader).replan(model, available=400_000).batch_size == 16
+    epochs_of(loader).replan(model)
     assert len(loader) == len(list(loader)) == 79
     assert Loader(X, batch_size="auto", backend="cpu", at_most=128).batch_size == 128
     for _ in loader:
         with pytest.raises(ArgumentError, match="replan must come between epochs, epoch 1"):
-            loader.replan(lambda n: {})
+            epochs_of(loader).replan(lambda n: {})
         break
-    loader.replan(lambda n: {})
+    epochs_of(loader).replan(lambda n: {})
     assert (loader.epoch, loader.state_dict()["batch"]) == (2, 0)
     loader.load_state_dict({**loader.state_dict(), "batch": 3})
     # What is loaded decides the size; the same words as for a size that was given.
     for decided in (loader, Loader(X, batch_size=512, backend="cpu")):
         before = decided.state_dict()
-        assert decided.replan(lambda n: {"model": 10**5 * n}).batch_size == 512
+        assert epochs_of(decided).replan(lambda n: {"model": 10**5 * n}).batch_size == 512
         assert decided.plan.parts["model"] == 512 * 10**5
         assert decided.state_dict() == before
 
@@ -651,7 +654,7 @@ def test_peek_shows_the_next_epochs_first_batch_and_moves_nothing():
     loader = Loader(np.arange(20.0)[:, None], np.arange(20), batch_size=6, backend="cpu")
     list(loader)
     before = loader.state_dict()
-    x, y = loader.peek()
+    x, y = epochs_of(loader).peek()
     assert loader.state_dict() == before
     first = next(iter(loader))
     np.testing.assert_array_equal(x, first[0])
@@ -727,7 +730,7 @@ def test_a_transform_is_applied_to_whole_batches(backend, threaded, rng):
         assert bool((x1 == x[:, ::-1] * 2).all() and (y1 == y).all())
         assert bool((x2 == x + 1).all() and (y2 == y % 2).all())
         assert bool((x3 == x * 3).all())
-    assert bool((of_both.peek()[0] == plain[0][0] + 1).all()) or of_both.epoch == 1
+    assert bool((epochs_of(of_both).peek()[0] == plain[0][0] + 1).all()) or of_both.epoch == 1
     assert np.array_equal(backend.to_numpy(of_x.to_batch(X)), X * np.float32(1 / 255))
 
 
@@ -764,7 +767,7 @@ class Clock:
 
 def test_statistics_tell_who_waits(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(gpubatch.loader.loader, "time", clock)
+    monkeypatch.setattr(gpubatch.loader.epochs, "time", clock)
     X = np.zeros((100, 6), np.uint8)
     loader = Loader(X, np.arange(100), batch_size=16, backend="cpu", transform=lambda x: clock.pass_by(2) or x)
     assert loader.stats == LoaderStats()
@@ -778,9 +781,9 @@ def test_statistics_tell_who_waits(monkeypatch):
 
 
 def test_nobody_waits_for_what_was_prepared_while_the_consumer_worked(monkeypatch):
-    monkeypatch.setattr(gpubatch.loader.loader, "WORTH_A_THREAD", 0)
+    monkeypatch.setattr(gpubatch.loader.feeds, "WORTH_A_THREAD", 0)
     clock, prepared = Clock(), threading.Semaphore(0)
-    monkeypatch.setattr(gpubatch.loader.loader, "time", clock)
+    monkeypatch.setattr(gpubatch.loader.epochs, "time", clock)
     loader = Loader(
         np.zeros((96, 6), np.uint8), batch_size=16, backend="cpu", transform=lambda x: prepared.release() or x
     )
@@ -826,42 +829,37 @@ def leave_to_the_garbage_collector(loader):
 )
 @pytest.mark.parametrize("prefetch", [1, 2, 5])
 def test_no_thread_is_left(leave, prefetch, monkeypatch):
-    monkeypatch.setattr(gpubatch.loader.loader, "WORTH_A_THREAD", 0)
+    monkeypatch.setattr(gpubatch.loader.feeds, "WORTH_A_THREAD", 0)
     leave(make(40, 0, batch_size=4, prefetch=prefetch))
     assert not threads()
 
 
 def test_thread_prepares_no_more_than_asked(monkeypatch):
-    monkeypatch.setattr(gpubatch.loader.loader, "WORTH_A_THREAD", 0)
-    loader = make(40, 0, batch_size=1, prefetch=3)
+    monkeypatch.setattr(gpubatch.loader.feeds, "WORTH_A_THREAD", 0)
     prepared, enough = [], threading.Semaphore(0)
-    original = gpubatch.loader.loader._Column.prepare
 
-    def count(column, index):
-        prepared.append(index)
+    def count(x):
+        prepared.append(x)
         enough.release()
-        return original(column, index)
+        return x
 
-    monkeypatch.setattr(gpubatch.loader.loader._Column, "prepare", count)
+    loader = make(40, 0, batch_size=1, prefetch=3, transform=count)
     iteration = iter(loader)
     next(iteration)
-    for _ in range(2 * (1 + 3)):  # x and y: one batch taken, three ahead
+    for _ in range(1 + 3):  # one batch taken, three ahead
         assert enough.acquire(timeout=60)
     assert not enough.acquire(timeout=0.05)
-    assert len(prepared) == 8
+    assert len(prepared) == 4
     iteration.close()
 
 
-def test_an_exception_in_the_thread_surfaces_with_its_traceback(monkeypatch, threaded):
-    loader = make(40, 0, batch_size=4)
-    original = gpubatch.loader.loader._Column.prepare
-
-    def a_disk_that_fails(column, index):
-        if 0 in index:
+def test_an_exception_in_the_thread_surfaces_with_its_traceback(threaded):
+    def a_disk_that_fails(x):
+        if 0 in x:
             raise OSError("unreadable sector")
-        return original(column, index)
+        return x
 
-    monkeypatch.setattr(gpubatch.loader.loader._Column, "prepare", a_disk_that_fails)
+    loader = make(40, 0, batch_size=4, transform=a_disk_that_fails)
     bad = epoch_order(40, 0, 0).tolist().index(0) // 4
     iteration = iter(loader)
     for _ in range(bad):
@@ -959,11 +957,11 @@ def test_an_order_that_was_foreseen_is_not_made_again(monkeypatch: pytest.Monkey
     X = np.arange(20, dtype=np.float32).reshape(20, 1)
     plain, loader = (Loader(X, batch_size=8, backend="cpu", world_size=2, rank=1) for _ in range(2))
     made: list[int] = []
-    original = gpubatch.loader.loader.epoch_order
-    monkeypatch.setattr(gpubatch.loader.loader, "epoch_order", lambda *a: made.append(a[2]) or original(*a))
+    original = gpubatch.loader.order.epoch_order
+    monkeypatch.setattr(gpubatch.loader.order, "epoch_order", lambda *a: made.append(a[2]) or original(*a))
     for _ in range(3):
         for x, expected in zip(loader, plain, strict=True):
-            loader.foresee()
+            epochs_of(loader).prepare_next_order()
             np.testing.assert_array_equal(x, expected)
     assert sorted(made) == [0, 0, 1, 1, 2, 2, 3]  # by each of the two once, and one that was not used
     loader.load_state_dict({**loader.state_dict(), "epoch": 7})

@@ -20,6 +20,7 @@ from stand_in import INDEX, QueuedStandIn, StandInBackend
 
 import gpubatch as gb
 from gpubatch.errors import MicroBatchWarning
+from gpubatch.loader import epochs_of
 from gpubatch.nn import Core, core_of
 from gpubatch.nn.workspace import evenly
 from gpubatch.ops import cuda_kernel, ops_for
@@ -162,15 +163,13 @@ def refusal() -> Iterator[Refusal]:
 
 @pytest.mark.parametrize(("layers", "window"), [("plain", None), ("plain", 40), ("dropout", None)])
 def test_every_allocation_of_a_training_is_refused_once(refusal: Refusal, layers: str, window: int | None) -> None:
-    expected_net, *others = parts(layers, window=window)
-    others[0].transform = From(refusal, 0).transform
+    expected_net, *others = parts(layers, window=window, transform=From(refusal, 0).transform)
     expected = run(expected_net, *others)
     total = refusal.count
     assert total > 50
     refusal.refuse(0)
     for number in range(1, total + 1):
-        net, loader, opt = parts(layers, window=window)
-        loader.transform = From(refusal, number).transform
+        net, loader, opt = parts(layers, window=window, transform=From(refusal, number).transform)
         with told() as warned:
             history = run(net, loader, opt)
         refusal.refuse(0)
@@ -262,7 +261,7 @@ def test_a_batch_size_that_was_chosen_is_a_size_that_was_run(refusal: Refusal, m
         refusal.refuse(0)
         for array, values in zip((net.parameters, *opt.state.values()), before, strict=True):
             np.testing.assert_array_equal(array.flat, values)
-        assert (opt.t, core_of(net).dropout_step, loader.epoch, loader.automatic) == (1, 0, 0, True)
+        assert (opt.t, core_of(net).dropout_step, loader.epoch, epochs_of(loader).automatic) == (1, 0, 0, True)
         return loader
 
     assert settled(0).batch_size == 512
@@ -315,7 +314,6 @@ def test_batch_norm_is_never_left_with_one_row(monkeypatch: pytest.MonkeyPatch) 
         return original(x, y)
 
     monkeypatch.setattr(core_of(net), "batch", scarce)
-    loader.transform = lambda x: x
     most["rows"] = 3
     with told() as warned:
         history = run(net, loader, opt)
@@ -332,9 +330,7 @@ def test_the_size_is_kept_in_checkpoints(tmp_path: Path, refusal: Refusal) -> No
     """A run resumed after memory ran out ends as the uninterrupted run, to the last bit."""
 
     def scarce() -> tuple[gb.Network, gb.Loader, gb.Optimizer]:
-        net, loader, opt = parts("dropout")
-        loader.transform = From(refusal, 3).transform
-        return net, loader, opt
+        return parts("dropout", transform=From(refusal, 3).transform)
 
     net, loader, opt = scarce()
     with pytest.warns(MicroBatchWarning):
@@ -342,8 +338,7 @@ def test_the_size_is_kept_in_checkpoints(tmp_path: Path, refusal: Refusal) -> No
     first, *others = scarce()
     with pytest.warns(MicroBatchWarning):
         gb.fit(first, *others, epochs=1, progress=False, checkpoint=tmp_path)
-    again, loader, opt = parts("dropout")
-    loader.transform = lambda x: x
+    again, loader, opt = parts("dropout", transform=lambda x: x)
     with told() as warned:
         history = gb.fit(again, loader, opt, epochs=3, progress=False, checkpoint=tmp_path, resume=True)
     assert not warned

@@ -19,7 +19,7 @@ from needs import missing
 
 from gpubatch import datasets, sources
 from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, NonFiniteError, ShapeError
-from gpubatch.loader import Loader
+from gpubatch.loader import Loader, epochs_of
 
 N = 500
 
@@ -204,7 +204,7 @@ def test_batches_are_those_of_the_arrays(kind, arguments, tmp_path, X):
             assert seen == sorted(seen)
     assert loader.stats.batches == len(loader)
     assert loader.stats.bytes_read >= loader.stats.samples * (truth[0].nbytes + Y.itemsize)
-    assert np.array_equal(loader.peek()[0], next(iter(loader))[0])
+    assert np.array_equal(epochs_of(loader).peek()[0], next(iter(loader))[0])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -321,7 +321,7 @@ def test_the_plan_has_what_is_held_of_a_window_and_of_its_order(kind, features, 
     n = 200_000
     source = kind(np.zeros((n, features), np.uint8 if features > 2 else np.float32), np.zeros(n, np.int64))
     loader = Loader(source, batch_size=100, prefetch=0, backend="cpu", **arguments)
-    loader.peek()
+    epochs_of(loader).peek()
     source.asked = source.told = deque(maxlen=0)
     tracemalloc.start()
     try:
@@ -368,7 +368,7 @@ def test_larger_than_memory(tmp_path):
     code = f"""if True:
         import resource, numpy as np, gpubatch as gb
         from gpubatch import sources
-        gb.Loader(np.zeros((4, 4), np.uint8), scale=0.5, backend="cpu", batch_size=2).peek()
+        next(iter(gb.Loader(np.zeros((4, 4), np.uint8), scale=0.5, backend="cpu", batch_size=2)))
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 150 * 2**20,) * 2)
         for window in ("32 MiB", None):

@@ -15,10 +15,9 @@ from stand_in import TIMINGS, queued_backend
 import gpubatch as gb
 from gpubatch import staging
 from gpubatch.backend import CudaBackend
-from gpubatch.loader.feeding import DeviceFeed, DeviceOrder, moved
+from gpubatch.loader.device import DeviceFeed, DeviceOrder, copy_to_device
 from gpubatch.ops import update
 from gpubatch.params import Parameters
-from gpubatch.sources import ArraySource
 from gpubatch.staging import Stages, stages_for
 
 
@@ -48,7 +47,7 @@ def order_of_an_epoch(device: CudaBackend, values: np.ndarray) -> Any:
 
 
 def data(device: CudaBackend, values: np.ndarray) -> Any:
-    return moved(ArraySource("X", values, 0), device).array
+    return copy_to_device(values, device)
 
 
 def staged(device: CudaBackend, values: np.ndarray) -> Any:
@@ -96,7 +95,7 @@ def test_an_array_of_any_form_is_copied(how: str, device: CudaBackend, monkeypat
         "of another byte order": values.astype(">f8"),
         "one large row": values.reshape(1, -1),
     }[how]
-    copy = moved(ArraySource("X", given, 0), device).array
+    copy = copy_to_device(given, device)
     np.testing.assert_array_equal(device.to_numpy(copy), given)
     assert_no_faults(device)
 

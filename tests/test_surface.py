@@ -23,6 +23,10 @@ NETWORK = """
 OPTIMIZER = """
     rule backend params state hyper lr t epoch step memory memory_parts state_dict load_state_dict
 """
+LOADER = """
+    at_most backend batch_size drop_last dtype feed prefetch rank replacement sample_axis scale seed shuffle transform
+    window world_size block epoch feeding load_state_dict n_samples plan state_dict stats to_batch
+"""
 
 
 def network() -> gb.Network:
@@ -31,12 +35,19 @@ def network() -> gb.Network:
     return net
 
 
+def loader() -> gb.Loader:
+    made = gb.Loader(np.zeros((5, 4), np.uint8), np.zeros(5, int), batch_size=2, backend="cpu")
+    assert len(list(made)) == 3
+    return made
+
+
 # An object after its first use, and its names.
 SURFACES = {
     "Network": (network, NETWORK),
     "mixed Network": (lambda: gb.mlp([4, 3, 2], backend="cpu", precision="mixed"), NETWORK),
     "Optimizer": (lambda: gb.Optimizer(gb.rules.sgd, [np.zeros(3)], lr=0.1), OPTIMIZER),
     "Adam": (lambda: gb.Adam([np.zeros(3)]), OPTIMIZER),
+    "Loader": (loader, LOADER),
 }
 
 

@@ -14,6 +14,7 @@ from gpubatch.cli import options
 from gpubatch.cli.data import Data
 from gpubatch.cli.shared import app, print_json, versions
 from gpubatch.errors import check_int
+from gpubatch.loader import epochs_of
 from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, parse_bytes
 from gpubatch.train import AHEAD, memory_parts, why_not_captured
 
@@ -60,8 +61,9 @@ def plan_memory(
         return memory_parts(net, opt, rows, len(X_test), X_test.size * net.dtype.itemsize)
 
     kept = 0 if why_not_captured(net, loader, opt) else AHEAD
-    plan = loader.replan(parts_of, available=available, kept=kept)
-    curve = {n: loader.parts(n, plan.available) for n in _sizes(plan, len(data.X))}
+    epochs = epochs_of(loader)
+    plan = epochs.replan(parts_of, available=available, kept=kept)
+    curve = {n: epochs.parts(n, plan.available) for n in _sizes(plan, len(data.X))}
     needed = {n: sum(parts.values()) for n, parts in curve.items()}
     words = data.words(activation, optimizer)
     title = f"gpubatch batch-size, {len(data.X):,} samples\n{words}"

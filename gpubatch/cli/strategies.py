@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gpubatch import explore
 from gpubatch.cli.data import Task
 from gpubatch.errors import NonFiniteError
-from gpubatch.loader import Loader
+from gpubatch.loader import Loader, epochs_of
 from gpubatch.optim import SGD
 from gpubatch.train import fit
 
@@ -58,7 +58,7 @@ def compare_strategies(
         results.append(StrategyResult(name, found.loss, found.accuracy, accuracy, seconds, found.history))
         net.load_state_dict(state)
     loader = Loader(X, Y, batch_size, seed=task.seed, backend=net.backend, dtype=net.dtype)
-    net.loss_and_grad(*loader.peek())  # allocates and compiles before any time is taken
+    net.loss_and_grad(*epochs_of(loader).peek())  # allocates and compiles before any time is taken
     net.load_state_dict(state)
     try:
         history = fit(net, loader, SGD(net.parameters, lr), epochs, progress=False, max_skipped=0)

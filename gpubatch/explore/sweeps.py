@@ -14,7 +14,7 @@ from gpubatch.averages import ewma
 from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, NonFiniteError, check_int, check_real
 from gpubatch.explore.shared import Progress, check_net, kept_as_it_is, loss_or_inf, positive_grid, report
-from gpubatch.loader import Loader
+from gpubatch.loader import Loader, epochs_of
 from gpubatch.nn import Network, core_of
 from gpubatch.optim import SGD, Adam, Momentum, Optimizer, RMSProp
 from gpubatch.params import Parameters
@@ -321,7 +321,7 @@ def _train(
     net.load_state_dict(state)
     loader = Loader(X, Y, batch_size=batch_size, seed=seed, backend=net.backend, dtype=net.dtype)
     opt = make(net.parameters, lr)
-    core_of(net).rehearse(*loader.peek())  # allocates and compiles before any time is taken
+    core_of(net).rehearse(*epochs_of(loader).peek())  # allocates and compiles before any time is taken
     history = History()
     reached = False
 

@@ -1,7 +1,23 @@
-"""How samples become batches: their order, the columns of a batch, and how they get to a device."""
+"""How samples become batches: their order, the columns of a batch, the ways to a backend, and the loader.
 
-from gpubatch.loader.feeding import DeviceFeed, needed
-from gpubatch.loader.loader import Loader, LoaderStats
+:class:`Loader` is for users; :func:`epochs_of` a loader and :func:`rows_of` it are for training.
+"""
+
+from gpubatch.loader.columns import captured_dtype
+from gpubatch.loader.device import DeviceFeed
+from gpubatch.loader.epochs import Epochs
+from gpubatch.loader.feeds import LoaderStats
+from gpubatch.loader.loader import Loader, epochs_of, rows_of
 from gpubatch.loader.order import WindowOrder, epoch_order
 
-__all__ = ["DeviceFeed", "Loader", "LoaderStats", "WindowOrder", "epoch_order", "needed"]
+__all__ = [
+    "DeviceFeed",
+    "Epochs",
+    "Loader",
+    "LoaderStats",
+    "WindowOrder",
+    "captured_dtype",
+    "epoch_order",
+    "epochs_of",
+    "rows_of",
+]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from gpubatch.errors import ArgumentError, check_bool, check_int
 
-__all__ = ["ORDER_PEAK", "WORD", "Indices", "WindowOrder", "epoch_order"]
+__all__ = ["PEAK", "WORD", "Indices", "Order", "WindowOrder", "epoch_order"]
 
 Indices: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 WORD = 2**64 - 1  # the largest seed and the largest epoch: together they are the key of the generator
 
-ORDER_PEAK = 26  # bytes a sample in the making of an order: words, their upper bits, places, and the words there
+PEAK = 26  # bytes a sample in the making of an order: words, their upper bits, places, and the words there
 
 
 def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True, replacement: bool = False) -> Indices:
@@ -130,3 +131,58 @@ class WindowOrder:
             samples, use = self.part(window)
             found.append(samples[use[a:b]])
         return np.concatenate(found)
+
+
+class Order:
+    """The samples of every epoch of one rank, in the order of their use.
+
+    ``window`` samples are shuffled together, in blocks of ``block`` neighbours; 0 and 0: the whole set is.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        replacement: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        window: int = 0,
+        block: int = 0,
+    ) -> None:
+        self.n, self.seed, self.shuffle, self.replacement = n, seed, shuffle, replacement
+        self.rank, self.world_size, self.window, self.block = rank, world_size, window, block
+        self.share = len(range(rank, n, world_size))  # this rank's samples in an epoch
+        self._next: tuple[int, Indices] | None = None  # an epoch to come and its order
+
+    def windows(self, epoch: int) -> WindowOrder:
+        """The order of an epoch that is shuffled by windows."""
+        return WindowOrder(self.n, self.seed, epoch, self.window, self.block, self.shuffle, self.rank, self.world_size)
+
+    def whole(self, epoch: int) -> Indices:
+        """All samples of an epoch."""
+        prepared, self._next = self._next, None
+        if prepared is not None and prepared[0] == epoch:
+            return prepared[1]
+        if self.window:
+            return self.windows(epoch).indices(0, self.share)
+        order = epoch_order(self.n, self.seed, epoch, self.shuffle, self.replacement)
+        return order[self.rank :: self.world_size]
+
+    def between(self, epoch: int) -> Callable[[int, int], Indices]:
+        """A function of two positions: the samples from one to the other."""
+        if self.window:
+            return self.windows(epoch).indices
+        mine = self.whole(epoch)
+        return lambda start, stop: mine[start:stop]
+
+    def prepare(self, epoch: int) -> None:
+        """Make the order of an epoch now, while a device works on the one before."""
+        if self._next is None or self._next[0] != epoch:
+            self._next = epoch, self.whole(epoch)
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of main memory: while the order of an epoch is made, and while it is used. Windows have their own."""
+        if self.window:
+            return 0, 0
+        return 0 if self.replacement or not self.shuffle else PEAK * self.n, 8 * self.n

@@ -6,7 +6,15 @@ than memory are opened here: :func:`npy`, :func:`raw`, :func:`idx`, :func:`cifar
 :func:`hdf5`. Anything else has to be a :class:`Source`.
 """
 
-from gpubatch.sources.arrays import ArraySource, array_source, check_finite, convert, largest_stored
+from gpubatch.sources.arrays import (
+    ArraySource,
+    check_finite,
+    checked_array,
+    contiguous,
+    convert,
+    largest_stored,
+    turned,
+)
 from gpubatch.sources.files import cifar10, idx, npy, raw
 from gpubatch.sources.reader import Part, Reader, Source
 from gpubatch.sources.tables import arrow, hdf5, parquet
@@ -16,10 +24,11 @@ __all__ = [
     "Part",
     "Reader",
     "Source",
-    "array_source",
     "arrow",
     "check_finite",
+    "checked_array",
     "cifar10",
+    "contiguous",
     "convert",
     "hdf5",
     "idx",
@@ -27,4 +36,5 @@ __all__ = [
     "npy",
     "parquet",
     "raw",
+    "turned",
 ]

@@ -13,34 +13,41 @@ from gpubatch.backend import Array, Backend, compute_dtype, from_dlpack, get_bac
 from gpubatch.errors import DeviceMismatchError, DTypeError, NonFiniteError, ShapeError
 from gpubatch.ops import gather_bytes, ops_for
 
-__all__ = ["ArraySource", "array_source", "check_finite", "check_kind", "convert", "holds_all", "largest_stored"]
+__all__ = [
+    "ArraySource",
+    "check_finite",
+    "check_kind",
+    "checked_array",
+    "contiguous",
+    "convert",
+    "holds_all",
+    "largest_stored",
+    "turned",
+]
 
 BLOCK = 1 << 18  # elements that are looked at at a time
 
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-    """The samples of ``array`` along ``axis``; ``name`` is what the caller calls it."""
+    """The rows of ``array`` as samples; ``name`` is the argument's, for messages.
+
+    With ``as_columns`` the rows that it makes are laid out so that they are C-contiguous when they are :func:`turned`.
+    """
 
     name: str
     array: Array
-    axis: int
+    as_columns: bool = False
 
     @property
     def n_samples(self) -> int:
         """How many samples there are."""
-        return int(self.array.shape[self.axis])
+        return len(self.array)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
         """The shape of one sample."""
-        shape = self.array.shape
-        return tuple(shape[: self.axis] + shape[self.axis + 1 :])
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of all samples."""
-        return tuple(self.array.shape)
+        return tuple(self.array.shape[1:])
 
     @property
     def on_host(self) -> bool:
@@ -58,15 +65,15 @@ class ArraySource:
         return math.prod(self.sample_shape) * dtype.itemsize
 
     def take(self, index: Array) -> Array:
-        """The samples at ``index``, as they are stored, in a new C-contiguous array where the source lives."""
-        if self.array.flags.c_contiguous:
-            return self.array.take(index, axis=self.axis)
-        # NumPy's take would first copy the whole array to make it contiguous; indexing follows the strides.
-        samples = self.array[index] if self.axis == 0 else self.array[:, index]
-        return samples if samples.flags.c_contiguous else samples.copy()
+        """The samples at ``index``, as they are stored, in a new array where the source lives."""
+        if not self.as_columns:
+            # NumPy's take would first copy a strided array to make it contiguous; indexing follows the strides.
+            return self.array.take(index, axis=0) if self.array.flags.c_contiguous else contiguous(self.array[index])
+        given = turned(self.array)
+        return turned(given.take(index, axis=1) if given.flags.c_contiguous else contiguous(given[:, index]))
 
     def gather(self, index: Array, dtype: np.dtype[Any], scale: float | None, backend: Backend) -> Array:
-        """The samples at ``index`` in a new C-contiguous array of ``dtype``, multiplied by ``scale``.
+        """The samples at ``index`` in a new array of ``dtype``, multiplied by ``scale``.
 
         ``backend`` is where the source lives.
         """
@@ -79,7 +86,9 @@ class ArraySource:
         # The kernels know that rows are whole: the compiled one copies in 0.65 of the time that take needs.
         if taken and dtype in (np.float32, np.float64):
             taken = ops_for(backend, dtype).by_numpy
-        if self.axis != 0 or not array.flags.c_contiguous:
+        if self.as_columns:
+            return lambda index: turned(convert(turned(self.take(index)), dtype, scale))
+        if not array.flags.c_contiguous:
             return lambda index: convert(self.take(index), dtype, scale)
         if taken:
             return lambda index: array.take(index, axis=0)
@@ -94,21 +103,32 @@ class ArraySource:
 
         return gathered
 
-    def beside(
-        self, rows: int, dtype: np.dtype[Any], scale: float | None, backend: Backend, moved: bool = False
+    def staging_bytes(
+        self, rows: int, dtype: np.dtype[Any], scale: float | None, backend: Backend, copied: bool = False
     ) -> int:
-        """Bytes of samples as they are stored that :meth:`gather` has beside its result of ``rows`` samples.
+        """Bytes of stored samples that :meth:`gather` holds beside its result of ``rows`` samples.
 
-        ``moved`` means from a copy of the array on the device, which is contiguous.
+        ``copied`` means from a copy of the array on the device, which is contiguous.
         """
         sample = self.bytes_per_sample(self.dtype)
-        if not (moved or self.array.flags.c_contiguous):
+        given = turned(self.array) if self.as_columns else self.array
+        if not (copied or given.flags.c_contiguous):
             return rows * sample
         if dtype == self.dtype and scale is None:
             return 0
-        if self.axis != 0:
+        if self.as_columns:
             return rows * sample
         return gather_bytes(ops_for(backend, dtype), self.dtype, rows, math.prod(self.sample_shape))
+
+
+def turned(x: Array) -> Array:
+    """Rows as columns, or columns as rows: a view with the first two axes exchanged; ``x`` if it has only one."""
+    return x.swapaxes(0, 1) if x.ndim > 1 else x
+
+
+def contiguous(x: Array) -> Array:
+    """``x`` if it is C-contiguous, else a copy that is."""
+    return x if x.flags.c_contiguous else x.copy()
 
 
 def convert(x: Array, dtype: np.dtype[Any], scale: float | None) -> Array:
@@ -124,11 +144,8 @@ def convert(x: Array, dtype: np.dtype[Any], scale: float | None) -> Array:
     return out.astype(dtype, copy=False)
 
 
-def array_source(name: str, x: Any, sample_axis: int, backend: Backend) -> ArraySource:
-    """The source of ``x``: an array on ``backend``, or an array or nested list on the host; DLPack copies nothing.
-
-    A one-dimensional ``x`` has its samples on axis 0.
-    """
+def checked_array(name: str, x: Any, backend: Backend) -> Array:
+    """``x`` as an array on ``backend``, or an array or nested list as one on the host; DLPack copies nothing."""
     try:
         with backend.scope():
             x = from_dlpack(x) if is_foreign(x) else x
@@ -140,14 +157,13 @@ def array_source(name: str, x: Any, sample_axis: int, backend: Backend) -> Array
     check_kind(name, array.dtype)
     if array.ndim == 0 or array.size == 0:
         raise ShapeError(f"{name} must hold at least one sample of at least one number, got shape {array.shape}")
-    return ArraySource(name, array, sample_axis if array.ndim > 1 else 0)
+    return array
 
 
-def check_finite(source: ArraySource, dtype: np.dtype[Any], scale: float | None, backend: Backend) -> None:
+def check_finite(name: str, array: Array, dtype: np.dtype[Any], scale: float | None, backend: Backend) -> None:
     """Raise ``NonFiniteError`` for the first value that is NaN or infinite, or becomes so in the batches."""
-    if holds_all(source.dtype, largest_stored(dtype, scale)):
+    if holds_all(array.dtype, largest_stored(dtype, scale)):
         return
-    array = source.array
     step = max(1, BLOCK // math.prod(array.shape[1:]))
     with backend.scope(), np.errstate(over="ignore"):
         for start in range(0, len(array), step):
@@ -157,9 +173,9 @@ def check_finite(source: ArraySource, dtype: np.dtype[Any], scale: float | None,
             first = tuple(int(i) for i in np.argwhere(~backend.to_numpy(finite))[0])
             first = (start + first[0], *first[1:])
             value = float(array[first])
-            where = f"{source.name}[{', '.join(map(str, first))}]"
+            where = f"{name}[{', '.join(map(str, first))}]"
             beyond = f", beyond the range of {dtype}" if math.isfinite(value) else ""
-            raise NonFiniteError(f"{source.name} must be finite, but {where} is {value!r}{beyond}")
+            raise NonFiniteError(f"{name} must be finite, but {where} is {value!r}{beyond}")
 
 
 def largest_stored(dtype: np.dtype[Any], scale: float | None) -> float:

@@ -152,18 +152,12 @@ class Part:
     number: int
     dtype: np.dtype[Any]
     sample_shape: tuple[int, ...]
-    axis: int = 0
     on_host: bool = True
 
     @property
     def n_samples(self) -> int:
         """How many samples there are."""
         return self.reader.n_samples
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of all samples."""
-        return (self.n_samples, *self.sample_shape)
 
     def bytes_per_sample(self, dtype: np.dtype[Any]) -> int:
         """The size of one sample whose elements are of ``dtype``."""

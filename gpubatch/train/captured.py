@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from gpubatch.backend import Array
 from gpubatch.errors import CaptureWarning
-from gpubatch.loader import DeviceFeed, Loader
+from gpubatch.loader import DeviceFeed, Epochs, epochs_of, rows_of
 from gpubatch.nn import core_of
 from gpubatch.optim import StepResult, scalars_ahead
 from gpubatch.train.callbacks import Watcher
@@ -70,16 +70,16 @@ class CapturedSteps:
     def _capture(self) -> str:
         """Capture the graphs of the loader's batches, as far as they are missing; in words, why CUDA refuses."""
         state = self._record.state
-        net, loader, opt = state.net, state.loader, state.opt
+        net, opt, epochs = state.net, state.opt, epochs_of(state.loader)
         if self._graphs is None or not self._graphs.fits(opt):
             self.release()
-            feed = loader.device_feed() or GivenArrays(*arrays_like(loader.peek()))
+            feed = epochs.device_feed() or GivenArrays(*arrays_like(epochs.peek()))
             self._graphs = StepGraphs(net, opt, feed, self._eager.max_norm)
         most = state.history.micro_batch_size
         try:
-            steps = len(loader) if isinstance(self._graphs.feed, DeviceFeed) else 1
-            self._graphs.prepare(loader.batch_size, most, steps)
-            self._graphs.prepare(loader.last_size, most, 1)
+            steps = len(epochs) if isinstance(self._graphs.feed, DeviceFeed) else 1
+            self._graphs.prepare(epochs.batch_size, most, steps)
+            self._graphs.prepare(epochs.last_size, most, 1)
         except RuntimeError as error:  # CuPy's errors, too
             return f"the capture failed: {error}"
         return ""
@@ -95,10 +95,11 @@ class CapturedSteps:
         loader = self._record.state.loader
         assert self._graphs is not None
         if isinstance(self._graphs.feed, DeviceFeed):
-            with loader.fed_by(self._graphs.feed) as count:
-                yield GatheredBatches(loader, self._record, count)
+            epochs = epochs_of(loader)
+            with epochs.gathered_by(self._graphs.feed) as count:
+                yield GatheredBatches(epochs, self._record, count)
         else:
-            with contextlib.closing(iter(loader)) as batches:
+            with contextlib.closing(rows_of(loader)) as batches:
                 yield CopiedBatches(batches)
                 if not self._record.remaining:
                     next(batches, None)
@@ -108,7 +109,8 @@ class CapturedSteps:
         """A queue of steps. However it is left, all applied steps are noted."""
         record = self._record
         assert self._graphs is not None
-        queue = Queue(self._graphs, record.epoch.batches, record.state.loader.size_of, record.history.micro_batch_size)
+        size_of = epochs_of(record.state.loader).size_of
+        queue = Queue(self._graphs, record.epoch.batches, size_of, record.history.micro_batch_size)
         try:
             yield queue
         finally:
@@ -250,14 +252,14 @@ class Batches(Protocol):
 class GatheredBatches:
     """Batches that graphs gather from the data on the device; ``count`` tells the loader how many more were used."""
 
-    def __init__(self, loader: Loader, record: Record, count: Callable[[int], None]) -> None:
-        self._loader, self._record, self._count = loader, record, count
+    def __init__(self, epochs: Epochs, record: Record, count: Callable[[int], None]) -> None:
+        self._epochs, self._record, self._count = epochs, record, count
 
     def fill(self, queue: Queue, room: int) -> None:
         """Queue steps; during the last ones, make the order of the next epoch."""
         queue.fill(room)
         if queue.in_flight == self._record.remaining:
-            self._loader.foresee()
+            self._epochs.prepare_next_order()
 
     def used(self, batches: int) -> None:
         """Move the loader on."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from gpubatch.backend import Array, CudaBackend
 from gpubatch.errors import ArgumentError, DTypeError
-from gpubatch.loader import Loader
+from gpubatch.loader import Loader, epochs_of
 from gpubatch.nn import Network, core_of, layers, losses
 from gpubatch.optim import MASTER, Optimizer
 from gpubatch.own import changed
@@ -16,7 +16,6 @@ from gpubatch.train.loss_scale import LossScale
 
 __all__ = [
     "HeldOut",
-    "as_rows",
     "check_bound",
     "check_parts",
     "scale_for",
@@ -28,7 +27,7 @@ __all__ = [
 
 def why_not_captured(net: Network, loader: Loader, opt: Optimizer, *others: Any) -> str:
     """Why the steps of a run cannot be captured, in words; empty where they can."""
-    return why_eager(net, opt, loader, *others) or ("samples are columns" if loader.sample_axis else "")
+    return why_eager(net, opt, loader, *others)
 
 
 def check_parts(net: Network, loader: Loader, opt: Optimizer) -> None:
@@ -45,7 +44,7 @@ def check_parts(net: Network, loader: Loader, opt: Optimizer) -> None:
         raise ArgumentError(
             f"loader makes {loader.dtype} batches, net {verb} {net.dtype}; give the loader dtype={net.dtype.name!r}"
         )
-    if not loader.labelled:
+    if not epochs_of(loader).columns.labelled:
         raise ArgumentError("loader must have labels: Loader(X, Y), this one has X alone")
     check_bound(net, opt)
     if net.dtype == np.float16 and MASTER not in opt.state:
@@ -53,11 +52,6 @@ def check_parts(net: Network, loader: Loader, opt: Optimizer) -> None:
             "opt must keep the float16 parameters in float32, too, where small steps are not lost in rounding: make it "
             "with master_weights=True"
         )
-
-
-def as_rows(array: Array, loader: Loader) -> Array:
-    """Samples as rows, as a network takes them."""
-    return array.T if loader.sample_axis == 1 and array.ndim == 2 else array
 
 
 def scale_for(net: Network, loss_scale: LossScale | None) -> LossScale | None:
@@ -84,15 +78,15 @@ def validation_arrays(net: Network, loader: Loader, validation: Any) -> HeldOut:
     X = loader.to_batch(validation[0], "validation[0]")
     Y = net.backend.asarray(validation[1])
     copied = sum(new.nbytes for new, given in zip((X, Y), validation, strict=True) if new is not given)
-    return HeldOut(as_rows(X, loader), as_rows(Y, loader), copied)
+    turn = epochs_of(loader).columns.turn  # into rows, as a network takes them
+    return HeldOut(turn(X), turn(Y), copied)
 
 
 # Captured steps stand for all that the classes of network, optimizer, loader, loss and layers define, but for what no
 # step calls. What else of it a user has written is to be run as often as on a CPU, so the steps are eager then.
 APART = frozenset(
-    "__deepcopy__ __init__ __init_subclass__ __reduce__ __repr__ accuracy evaluate hyper load_state_dict memory "
-    "memory_parts predict replan scores state_dict to_batch _choose _common_dtype _given _inputs _loaded _loaded_state "
-    "_take _takes_both _window".split()
+    "__copy__ __deepcopy__ __init__ __init_subclass__ __reduce__ __repr__ accuracy evaluate hyper load_state_dict "
+    "memory memory_parts predict scores state_dict to_batch _common_dtype _loaded _loaded_state _take".split()
 )
 
 

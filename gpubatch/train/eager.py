@@ -16,12 +16,12 @@ from gpubatch.errors import (
     check_int,
     check_real,
 )
+from gpubatch.loader import rows_of
 from gpubatch.nn import core_of, quiet
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import StepResult
 from gpubatch.params import FlatViews
 from gpubatch.train.callbacks import Watcher
-from gpubatch.train.checks import as_rows
 from gpubatch.train.record import Between, Record, warn_caller
 
 __all__ = ["EagerSteps", "Outcome"]
@@ -63,9 +63,9 @@ class EagerSteps:
     def run(self, between: Between) -> str:
         """Make the remaining steps of the epoch."""
         loader = self.record.state.loader
-        with contextlib.closing(iter(loader)) as batches:  # ends the loader's thread, however this is left
+        with contextlib.closing(rows_of(loader)) as batches:  # ends the loader's thread, however this is left
             while (batch := next(batches, None)) is not None:
-                x, y = (as_rows(array, loader) for array in batch)
+                x, y = batch
                 rows, outcome = len(x), self.step(x, y)
                 del batch, x, y  # before the next one is waited for
                 self.record.note(outcome.loss, outcome.result, rows)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from gpubatch.backend import Array, CudaBackend, compute_dtype
-from gpubatch.loader import needed
+from gpubatch.loader import captured_dtype
 from gpubatch.nn import Network, core_of
 from gpubatch.ops import MOST_THREADS, SQUARE_SUM_SIZE, cuda_kernel, source_of, square_grid
 from gpubatch.optim import Optimizer, captured_key, enqueue_update, scalars_ahead
@@ -57,7 +57,7 @@ class GivenArrays:
 
 def arrays_like(batch: Sequence[Array]) -> list[Array]:
     """New arrays for batches like this one. Labels become int64, the type that losses expect."""
-    return [array.astype(needed(array.dtype, array.ndim), copy=False) for array in batch]
+    return [array.astype(captured_dtype(array.dtype, array.ndim), copy=False) for array in batch]
 
 
 class Form(NamedTuple):

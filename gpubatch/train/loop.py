@@ -87,11 +87,11 @@ def fit(
     :class:`MicroBatchWarning`. Batches and updates stay the same, and no sample is lost. If not even one sample can be
     computed at a time, it raises :class:`InsufficientMemoryError`.
 
-    **Captured steps.** On a GPU, steps are captured as CUDA graphs and replayed if nvmath-python is installed, samples
-    are rows, no callback looks at every step, and every method that a step calls is gpubatch's own: no layer of yours,
-    no overridden or replaced method of network, optimizer, loader or loss scale. The host then reads the losses some
-    steps later. The numbers are those of eager steps; steps that are not finite, memory that runs out and checkpoints
-    are dealt with alike. ``history.execution`` says how the steps of the last epoch were run, and why.
+    **Captured steps.** On a GPU, steps are captured as CUDA graphs and replayed if nvmath-python is installed, no
+    callback looks at every step, and every method that a step calls is gpubatch's own: no layer of yours, no overridden
+    or replaced method of network, optimizer, loader or loss scale. The host then reads the losses some steps later. The
+    numbers are those of eager steps; steps that are not finite, memory that runs out and checkpoints are dealt with
+    alike. ``history.execution`` says how the steps of the last epoch were run, and why.
     """
     check_int("epochs", epochs, 0)
     check_bool("progress", progress)

@@ -8,11 +8,11 @@ import gc
 from collections.abc import Sequence
 
 from gpubatch.errors import InsufficientMemoryError, NonFiniteError
-from gpubatch.loader import Loader
+from gpubatch.loader import Loader, epochs_of
 from gpubatch.nn import EVALUATION_ROWS, Network, core_of
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import Optimizer, rehearse_update
-from gpubatch.train.checks import HeldOut, as_rows, why_not_captured
+from gpubatch.train.checks import HeldOut, why_not_captured
 from gpubatch.train.ledger import AHEAD
 from gpubatch.train.record import Record, Steps
 
@@ -49,7 +49,7 @@ def plan_batches(
     if captured is None:
         captured = not why_not_captured(net, loader, opt)
     parts_of = functools.partial(memory_parts, net, opt, evaluated=evaluated, copied=copied)
-    loader.replan(parts_of, allocated, most=most, kept=AHEAD if captured else 0)
+    epochs_of(loader).replan(parts_of, allocated, most=most, kept=AHEAD if captured else 0)
 
 
 def settle_batches(
@@ -58,7 +58,7 @@ def settle_batches(
     """Make the loader's plan; try a batch size that it chose, and a smaller one if memory runs out."""
     evaluated, copied = (0, 0) if held_out is None else (len(held_out.X), held_out.copied)
     plan_batches(net, loader, opt, evaluated, copied, captured=captured)
-    while loader.automatic and (failure := rehearse(net, loader, opt, held_out)) is not None:
+    while epochs_of(loader).automatic and (failure := rehearse(net, loader, opt, held_out)) is not None:
         core_of(net).release()
         free_unused(net)
         if loader.batch_size <= core_of(net).least_rows:
@@ -69,14 +69,13 @@ def settle_batches(
 def rehearse(net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | None) -> str | None:
     """Make steps of both sizes and validate, without a trace; for what there was no memory, in words."""
     try:
-        held = [loader.peek()]
-        held += [
-            [array.copy() for array in held[0]] for _ in range(1, loader.at_once)
-        ]  # the loader prepares them ahead
-        x, y = (as_rows(array, loader) for array in held[0])
+        epochs = epochs_of(loader)
+        held = [epochs.peek()]
+        held += [[array.copy() for array in held[0]] for _ in range(1, epochs.batches_held)]
+        x, y = held[0]
         core_of(net).rehearse(x, y)
-        if loader.last_size < len(x):
-            core_of(net).rehearse(x[: loader.last_size], y[: loader.last_size])
+        if epochs.last_size < len(x):
+            core_of(net).rehearse(x[: epochs.last_size], y[: epochs.last_size])
         rehearse_update(opt, net.parameters.grads)
         if held_out is not None:
             with contextlib.suppress(NonFiniteError):  # only memory is in question

@@ -1,0 +1,392 @@
+"""The columns of a batch, x and y: their checks, what becomes of their samples, and how a batch is delivered.
+
+Inside the package samples are rows. Where the caller has them as columns (``sample_axis=1``), they are turned here
+only: X and Y when they come in, batches in :meth:`Columns.deliver`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from gpubatch.backend import Array, Backend, compute_dtype, float_dtype
+from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_real
+from gpubatch.loader.order import Indices
+from gpubatch.loader.pinned import Form, take_into
+from gpubatch.sources import (
+    ArraySource,
+    Part,
+    Reader,
+    check_finite,
+    checked_array,
+    contiguous,
+    convert,
+    largest_stored,
+    turned,
+)
+
+__all__ = ["Column", "Columns", "Rows", "captured_dtype", "copy_into", "native"]
+
+Rows: TypeAlias = dict[Reader, list[np.ndarray]]  # what was read, as it is stored
+
+
+def native(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """``dtype`` in the byte order of this machine, which is that of the device."""
+    return dtype.newbyteorder("=")
+
+
+def captured_dtype(dtype: np.dtype[Any], dimensions: int) -> np.dtype[Any]:
+    """The element type in which a captured step has an array of ``dtype``: labels are int64, as losses expect."""
+    return np.dtype(np.int64) if dimensions == 1 and dtype.kind in "iu" else dtype
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Column:
+    """One of the arrays of a batch: its source, and the element type and scale of what its samples become."""
+
+    source: ArraySource | Part
+    dtype: np.dtype[Any]
+    scale: float | None
+    backend: Backend
+    axis: int = 0  # of the samples, as the caller has them
+
+    @property
+    def array(self) -> ArraySource | None:
+        """The source where it is an array; None where it is read."""
+        return self.source if isinstance(self.source, ArraySource) else None
+
+    @functools.cached_property
+    def on_backend(self) -> bool:
+        """Whether the source is an array on the backend, where it is gathered from."""
+        return self.array is not None and self.backend.owns(self.array.array)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of X or Y as the caller has it."""
+        shape = (self.source.n_samples, *self.source.sample_shape)
+        return (shape[1], shape[0], *shape[2:]) if self.axis else shape
+
+    @property
+    def limit(self) -> float:
+        """The largest stored number that the batches can hold."""
+        return largest_stored(self.dtype, self.scale)
+
+    @property
+    def captured_dtype(self) -> np.dtype[Any]:
+        """The element type of captured steps' batches."""
+        return captured_dtype(self.dtype, 1 + len(self.source.sample_shape))
+
+    @property
+    def form(self) -> Form:
+        """Shape and element type of one sample on its way to a device: as it is stored, or its number."""
+        return ((), np.dtype(np.int64)) if self.on_backend else (self.source.sample_shape, native(self.source.dtype))
+
+    def staging_bytes(self, rows: int, copied: bool = False) -> int:
+        """Bytes of stored samples that are held while a batch is made of them; ``copied`` as in the source's."""
+        if (source := self.array) is not None:
+            return source.staging_bytes(rows, self.dtype, self.scale, self.backend, copied)
+        as_it_is = self.dtype == self.source.dtype and self.scale is None
+        return 0 if as_it_is else rows * self.source.bytes_per_sample(self.source.dtype)
+
+    @functools.cached_property
+    def gather(self) -> Callable[[Array], Array]:
+        """A function that makes batches of the samples at an index; both are where the source lives."""
+        assert self.array is not None
+        return self.array.gatherer(self.dtype, self.scale, self.backend)
+
+    def stored(self, index: Indices) -> np.ndarray:
+        """The samples at ``index`` as they go to the backend: their numbers where they are there already."""
+        assert self.array is not None
+        return index if self.on_backend else self.array.take(index)
+
+    def on(self, array: Array) -> Column:
+        """The column of a copy of the source's array."""
+        assert self.array is not None
+        return dataclasses.replace(self, source=dataclasses.replace(self.array, array=array))
+
+    def made_of(self, there: Array) -> Array:
+        """The batch that is made on the backend of what :meth:`stored` gave."""
+        return self.gather(there) if self.on_backend else convert(there, self.dtype, self.scale)
+
+    def received(self, there: Array, rows: Array) -> Array:
+        """Likewise of what came through a buffer of the device, with which the batch shares no memory."""
+        if self.on_backend or (there.dtype == self.dtype and self.scale is None):
+            return self.gather(there) if self.on_backend else there.copy()
+        # All rows in their order are gathered and converted in one pass.
+        return ArraySource("", there).gather(rows[: len(there)], self.dtype, self.scale, self.backend)
+
+
+class Columns(Sequence[Column]):
+    """x, and y where there are labels, of ``n_samples``; what is read is read by ``readers``.
+
+    The values of ``readers`` are the largest numbers that batches can hold of each of a reader's arrays.
+    """
+
+    def __init__(
+        self,
+        X: Any,
+        Y: Any = None,
+        *,
+        backend: Backend,
+        sample_axis: int = 0,
+        dtype: Any = None,
+        scale: float | None = None,
+        transform: Callable[..., Any] | None = None,
+    ) -> None:
+        self.backend, self.sample_axis = backend, sample_axis
+        inputs = self._inputs(X, Y)
+        self.source_dtype, self.n_samples = inputs[0][0].dtype, inputs[0][0].n_samples
+        if dtype is not None:
+            self.dtype = float_dtype(dtype, half=True)
+        else:
+            wide = self.source_dtype.kind == "f" and self.source_dtype.itemsize == 8
+            self.dtype = np.dtype(np.float64 if wide else np.float32)
+        arithmetic = compute_dtype(self.dtype)
+        limit = float(np.finfo(arithmetic).max)
+        self.scale = None if scale is None else check_real("scale", scale, -limit, limit)
+        factor = None if self.scale is None else float(arithmetic.type(self.scale))  # a Python float promotes nothing
+        self._columns = [Column(inputs[0][0], self.dtype, factor, backend, inputs[0][1])]
+        self._columns += [Column(source, native(source.dtype), None, backend, axis) for source, axis in inputs[1:]]
+        self._check()
+        self.readers: dict[Reader, list[float]] = {}
+        for column in self:
+            if isinstance(column.source, Part):
+                self.readers.setdefault(column.source.reader, []).append(column.limit)
+        self.transform, self._both = transform, transform is not None and self._takes_both(transform)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._columns[number]
+
+    def __iter__(self) -> Iterator[Column]:
+        return iter(self._columns)
+
+    # --- checks ---
+
+    def _inputs(self, X: Any, Y: Any) -> list[tuple[ArraySource | Part, int]]:
+        """The sources of x and of the labels, and the axis that the samples have in each."""
+        inputs: list[tuple[ArraySource | Part, int]] = []
+        for name, given in (("X", X), ("Y", Y)):
+            if given is None and name == "Y":
+                continue
+            if not (hasattr(given, "read") and hasattr(given, "__len__")):
+                array = checked_array(name, given, self.backend)
+                axis = self.sample_axis if array.ndim > 1 else 0
+                if name == "X" and axis != self.sample_axis:
+                    raise ShapeError(f"X must be (features, samples) with sample_axis=1, got shape {array.shape}")
+                # In main memory columns are gathered as columns. On a device rows are, for kernels and captured steps.
+                as_columns = axis == 1 and self.backend.name == "cpu"
+                inputs.append((ArraySource(name, turned(array) if axis else array, as_columns), axis))
+                continue
+            parts = Reader(name, given).parts
+            if self.sample_axis:
+                raise ArgumentError(f"sample_axis=1 needs arrays, {name} is a source of rows")
+            if len(parts) > (1 if name == "Y" or Y is not None else 2):
+                raise ArgumentError(
+                    f"X and Y must be two arrays in all, {parts[0].reader.where} alone gives {len(parts)} for {name}"
+                )
+            inputs += [(part, 0) for part in parts]
+        return inputs
+
+    def _check(self) -> None:
+        x = self._columns[0]
+        for y in self._columns[1:]:
+            if y.source.n_samples != self.n_samples:
+                raise ShapeError(
+                    f"X and Y must have equal numbers of samples, got X of shape {x.shape} with {self.n_samples} along "
+                    f"axis {x.axis} and Y of shape {y.shape} with {y.source.n_samples} along axis {y.axis}"
+                )
+        for column in self:
+            if (source := column.array) is not None:
+                given = turned(source.array) if column.axis else source.array
+                check_finite(source.name, given, column.dtype, column.scale, self.backend)
+
+    def _takes_both(self, transform: Callable[..., Any]) -> bool:
+        """Whether ``transform`` takes x and y, and not x alone."""
+        if not callable(transform):
+            raise DTypeError(f"transform must be a function of x, or of x and y, got {type(transform).__name__}")
+        try:
+            parameters = inspect.signature(transform).parameters.values()
+        except ValueError:  # some builtins do not tell
+            return False
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        needed = sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
+        if needed > len(self):
+            raise ArgumentError(f"transform must take x{', or x and y' * self.labelled}; it takes {needed} arguments")
+        return needed == 2
+
+    # --- sizes ---
+
+    @property
+    def labelled(self) -> bool:
+        """Whether batches are pairs (x, y)."""
+        return len(self) > 1
+
+    @functools.cached_property
+    def stored_bytes(self) -> int:
+        """A sample's bytes as they are stored."""
+        return sum(column.source.bytes_per_sample(column.source.dtype) for column in self)
+
+    @functools.cached_property
+    def batch_bytes(self) -> int:
+        """A sample's bytes in a batch."""
+        return sum(column.source.bytes_per_sample(column.dtype) for column in self)
+
+    @functools.cached_property
+    def captured_bytes(self) -> int:
+        """A sample's bytes in the batches of captured steps."""
+        return sum(column.source.bytes_per_sample(column.captured_dtype) for column in self)
+
+    @functools.cached_property
+    def data_bytes(self) -> int:
+        """Bytes of all samples of the arrays that are not on the backend."""
+        away = (column.source for column in self if not column.on_backend)
+        return sum(source.n_samples * source.bytes_per_sample(source.dtype) for source in away)
+
+    @functools.cached_property
+    def host_elements(self) -> int:
+        """Elements of a sample that the host gathers or reads."""
+        return sum(math.prod(column.source.sample_shape) for column in self if column.source.on_host)
+
+    @functools.cached_property
+    def _array_bytes(self) -> int:
+        arrays = (source for column in self if (source := column.array) is not None)
+        return sum(source.bytes_per_sample(source.dtype) for source in arrays)
+
+    def bytes_read(self, samples: int = 0) -> int:
+        """Bytes that the readers have read so far, and those of so many ``samples`` in the arrays."""
+        read = sum(reader.bytes_read for reader in self.readers) if self.readers else 0
+        return read + samples * self._array_bytes
+
+    # --- rows of a batch ---
+
+    def at(self, index: Indices) -> list[Array]:
+        """The samples at ``index`` as rows of a batch."""
+        stored = self.stored(index)
+        with self.backend.scope():
+            return [column.made_of(self.backend.asarray(rows)) for column, rows in zip(self, stored, strict=True)]
+
+    def gathered(self, index: Array) -> list[Array]:
+        """The same where all columns are arrays on the backend, as ``index`` is."""
+        return [column.gather(index) for column in self._columns]
+
+    def stored(self, index: Indices) -> list[np.ndarray]:
+        """The samples at ``index`` as they go to the backend."""
+        read = {reader: reader.read(index, limits) for reader, limits in self.readers.items()}
+        return [
+            read[column.source.reader][column.source.number]
+            if isinstance(column.source, Part)
+            else column.stored(index)
+            for column in self
+        ]
+
+    def store(self, index: Indices, places: Sequence[np.ndarray], helpers: Executor) -> None:
+        """Write what :meth:`stored` would give into ``places``; ``helpers`` share the work on large batches."""
+        read: Rows = {reader: [] for reader in self.readers}
+        for column, place in zip(self, places, strict=True):
+            if isinstance(column.source, Part):
+                read[column.source.reader].append(place)
+            elif column.on_backend:
+                place[...] = index
+            else:
+                take_into(column.source.array, index, place, helpers)
+        for reader, of_reader in read.items():
+            if all(part.dtype == place.dtype for part, place in zip(reader.parts, of_reader, strict=True)):
+                reader.read_into(index, of_reader, self.readers[reader])
+            else:  # of another byte order
+                copy_into(of_reader, reader.read(index, self.readers[reader]))
+
+    def of_window(self, rows: Rows, samples: Indices, use: Indices) -> list[Array]:
+        """Rows of a batch in main memory: those at ``use`` of a window's ``samples``, of which it holds ``rows``."""
+        return [
+            _held(column.source, rows).gather(use, column.dtype, column.scale, self.backend)
+            if isinstance(column.source, Part)
+            else column.gather(samples[use])
+            for column in self
+        ]
+
+    def stored_of_window(self, rows: Rows, samples: Indices, use: Indices) -> list[np.ndarray]:
+        """The same samples as they go to the backend."""
+        return [
+            _held(column.source, rows).take(use) if isinstance(column.source, Part) else column.stored(samples[use])
+            for column in self
+        ]
+
+    # --- delivery ---
+
+    def deliver(self, rows: list[Array]) -> Any:
+        """A batch as the caller wants it, x or (x, y): transformed, and of columns where the samples are columns."""
+        arrays = self._delivered(rows) if self.sample_axis or self.transform is not None else rows
+        return tuple(arrays) if len(arrays) > 1 else arrays[0]
+
+    def as_rows(self, rows: list[Array]) -> list[Array]:
+        """A batch as a network wants it: transformed, and of rows."""
+        return rows if self.transform is None else [self.turn(array) for array in self._delivered(rows)]
+
+    def turn(self, array: Array) -> Array:
+        """Rows as the caller has samples, or the caller's samples as rows."""
+        return turned(array) if self.sample_axis else array
+
+    def delivery_bytes(self, as_rows: bool = False) -> int:
+        """A sample's bytes in the arrays from which a delivered batch is made."""
+        if self.transform is not None:
+            return self.batch_bytes
+        copied = [] if as_rows or self.backend.name == "cpu" else [column for column in self if column.axis]
+        return sum(column.source.bytes_per_sample(column.dtype) for column in copied)
+
+    def _delivered(self, rows: list[Array]) -> list[Array]:
+        with self.backend.scope():
+            arrays = [contiguous(self.turn(array)) for array in rows]
+            if self.transform is None:
+                return arrays
+            found = self.transform(*arrays) if self._both else (self.transform(arrays[0]), *arrays[1:])
+        if not isinstance(found, tuple) or len(found) != len(arrays):
+            raise DTypeError(f"transform must return a pair, as it takes x and y, got {type(found).__name__}")
+        for column, before, after in zip(self, arrays, found, strict=True):
+            axis = column.axis
+            self.backend.check("what transform returns", after)
+            if after.ndim <= axis or after.shape[axis] != before.shape[axis]:
+                raise ShapeError(
+                    f"transform must keep the {before.shape[axis]} samples along axis {axis}, it made shape "
+                    f"{after.shape} of {before.shape}"
+                )
+        return list(found)
+
+    def converted(self, X: Any, name: str) -> Array:
+        """``X`` in its own layout, converted as the samples of x are; ``X`` itself where nothing is to be done."""
+        x, array = self._columns[0], checked_array(name, X, self.backend)
+        shape = self.turn(array).shape
+        if array.ndim < 1 + x.axis or shape[1:] != x.source.sample_shape:
+            raise ShapeError(
+                f"{name} must have samples of shape {x.source.sample_shape} along axis {x.axis}, as the loader's X "
+                f"has, got shape {array.shape}"
+            )
+        if array.dtype not in (self.source_dtype, self.dtype):
+            raise DTypeError(
+                f"{name} must have the loader's source dtype {self.source_dtype}, to be converted, or its batch dtype "
+                f"{self.dtype}, to be taken as it is, got {array.dtype}"
+            )
+        scale = x.scale if array.dtype == self.source_dtype else None
+        check_finite(name, array, self.dtype, scale, self.backend)
+        with self.backend.scope():
+            return convert(self.backend.asarray(array), self.dtype, scale)
+
+
+def _held(part: Part, rows: Rows) -> ArraySource:
+    """The rows of a part as a source of their own."""
+    return ArraySource(part.reader.name, rows[part.reader][part.number])
+
+
+def copy_into(places: Sequence[np.ndarray], arrays: Sequence[np.ndarray]) -> None:
+    """Copy each of ``arrays`` to its place."""
+    for place, array in zip(places, arrays, strict=True):
+        place[...] = array

@@ -1,0 +1,96 @@
+"""Data on a CUDA device: copied there once, and gathered there in the order of an epoch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gpubatch.backend import Array, CudaBackend
+from gpubatch.loader.columns import native
+from gpubatch.ops import Grid, gather_batch, take_batch
+from gpubatch.staging import stages_for
+
+__all__ = ["DeviceFeed", "DeviceOrder", "copy_to_device"]
+
+
+def copy_to_device(array: np.ndarray, backend: CudaBackend) -> Array:
+    """A C-contiguous copy of ``array`` on the device, complete for every stream."""
+    with backend.scope():
+        copy = backend.empty(array.shape, native(array.dtype))
+        stages_for(backend, copy).copy(array, copy)
+        backend.current_stream().synchronize()
+    return copy
+
+
+class DeviceOrder:
+    """The order of an epoch, copied to the device once."""
+
+    def __init__(self, backend: CudaBackend, order: np.ndarray) -> None:
+        self._backend, self._process, self.nbytes = backend, os.getpid(), order.nbytes
+        self._home, self._ready = backend.current_stream(), backend.event()
+        with backend.scope():
+            self._order = backend.empty(order.shape, order.dtype)
+            # Not asarray, for which CuPy's pool would keep as much pinned memory for good.
+            self._stages = stages_for(backend, self._order)
+            self._stages.copy(order, self._order)
+            self._home.record(self._ready)
+        self._others = list[Any]()  # other streams that have used it
+
+    def part(self, start: int, stop: int) -> Array:
+        """The samples from one position to another, for work on the current stream."""
+        stream = self._backend.current_stream()
+        if stream != self._home and stream not in self._others:
+            stream.wait_event(self._ready)
+            self._others.append(stream)
+        return self._order[start:stop]
+
+    def close(self) -> None:
+        """Let the home stream wait for all uses, so that its next work may reuse the memory."""
+        if os.getpid() != self._process or not self._others:
+            return  # a forked child cannot use the device
+        with self._backend.scope():
+            for stream in self._others:
+                used = self._backend.event()
+                stream.record(used)
+                self._home.wait_event(used)
+        self._others.clear()
+
+
+class DeviceFeed:
+    """Batches that captured steps gather themselves: data, order and batch stay where they are on the device.
+
+    ``columns`` are the arrays on the device, each with the element type and the scale of its batches.
+    """
+
+    def __init__(
+        self,
+        backend: CudaBackend,
+        columns: Sequence[tuple[Array, np.dtype[Any], float | None]],
+        share: int,
+        batch_size: int,
+    ) -> None:
+        self._backend, self._columns, self.batch_size = backend, columns, batch_size
+        self._order = backend.zeros(share, np.int64)  # valid: a rehearsal gathers before the first order
+        self._stages = stages_for(backend, self._order)
+        self._batch = [backend.empty((batch_size, *array.shape[1:]), dtype) for array, dtype, _ in columns]
+
+    def begin(self, order: np.ndarray) -> None:
+        """Copy the order of the next epoch to the device."""
+        self._stages.copy(order, self._order)
+
+    def arrays(self, rows: int) -> list[Array]:
+        """The arrays into which a batch of ``rows`` samples is gathered."""
+        return [array[:rows] for array in self._batch]
+
+    def enqueue(self, rows: int, batch: Array) -> None:
+        """Enqueue the gathering of batch number ``*batch``; the number is read on the device when the kernel runs."""
+        for (source, dtype, scale), out in zip(self._columns, self.arrays(rows), strict=True):
+            if dtype.kind == "f":
+                factor = 1.0 if scale is None else scale
+                gather_batch(Grid(self._backend, dtype), source, self._order, batch, out, factor, 0.0, self.batch_size)
+            else:
+                grid = Grid(self._backend, np.dtype(np.float32))
+                take_batch(grid, source, self._order, batch, out, self.batch_size)

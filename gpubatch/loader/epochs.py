@@ -1,0 +1,325 @@
+"""The epochs of a loader as training goes through them: the plan of a batch, the feed, the position, the batches."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import Any, TypeVar
+
+from gpubatch.backend import Array, CudaBackend
+from gpubatch.errors import ArgumentError, DTypeError, InsufficientMemoryError, check_int
+from gpubatch.loader.columns import Columns
+from gpubatch.loader.device import DeviceFeed
+from gpubatch.loader.feeds import BatchFeed, LoaderStats, MainMemory, OnDevice, ThroughPinned, belongs_on_device
+from gpubatch.loader.order import WORD, Order
+from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, plan_batch_size
+
+__all__ = ["Epochs"]
+
+Batch = TypeVar("Batch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a plan counts beside the loader's own: a model, and the batches that its captured steps keep."""
+
+    parts_of: Callable[[int], ByPart] = lambda batch_size: {}
+    kept: int = 0
+    as_rows: bool = False
+
+
+class Epochs:
+    """The epochs of a loader, one after another; a :class:`Loader` shows what users need of them.
+
+    ``at_most``, ``drop_last``, ``prefetch`` and ``feed`` are the loader's arguments; ``batch_size`` too, None for
+    "auto". ``plan`` is the batch size and its reason, ``feeding`` says how batches get to the backend, and ``stats``
+    what the epoch that is running, or the last one, did.
+    """
+
+    def __init__(
+        self,
+        columns: Columns,
+        order: Order,
+        batch_size: int | None,
+        at_most: int = 512,
+        drop_last: bool = False,
+        prefetch: int = 2,
+        feed: str = "auto",
+    ) -> None:
+        self.columns, self.order, self.backend = columns, order, columns.backend
+        self.at_most, self.drop_last, self.prefetch, self.feed = at_most, drop_last, prefetch, feed
+        self.automatic = batch_size is None
+        self.stats = LoaderStats()
+        self._feed: BatchFeed | None = None  # None: not decided
+        if isinstance(self.backend, CudaBackend):
+            self._on_device = OnDevice(columns, order, self.backend)
+            self._through_pinned = ThroughPinned(columns, order, prefetch, self.backend)
+            self.feeding = "not decided before the first iteration"
+        else:
+            self._feed, self.feeding = MainMemory(columns, order, prefetch), "in main memory"
+        self._epoch = self._batch = 0  # the position: batches of this epoch that were yielded
+        self._run: object | None = None  # the iteration that is running
+        self._left = False  # whether the iteration before was left in the middle
+        self._why = f"batch_size={batch_size} was given"
+        self._model = Model()
+        if batch_size is None:
+            self.plan = self._choose()
+        elif drop_last and batch_size > order.share:
+            raise ArgumentError(
+                f"drop_last=True leaves no batch: batch_size={batch_size} is more than the {order.share} samples"
+            )
+        else:
+            self.plan = self._given(min(batch_size, order.share))
+
+    # --- sizes --------------------------------------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a batch; the last one of an epoch may have fewer."""
+        return self.plan.batch_size
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return self._batches_of(self.batch_size)
+
+    def _batches_of(self, batch_size: int) -> int:
+        return self.order.share // batch_size if self.drop_last else -(-self.order.share // batch_size)
+
+    @property
+    def last_size(self) -> int:
+        """Samples in the last batch of an epoch."""
+        return self.batch_size if self.drop_last else self.order.share - (len(self) - 1) * self.batch_size
+
+    def size_of(self, batch: int) -> int:
+        """Samples in the batch of this number, counted from 0."""
+        return self.batch_size if batch < len(self) - 1 else self.last_size
+
+    @property
+    def batches_held(self) -> int:
+        """Batches that are in the backend's memory at a time: the one in use, and those prepared ahead."""
+        return 1 + (self._feed.ahead(self.batch_size) if isinstance(self._feed, MainMemory) else 0)
+
+    # --- the plan -----------------------------------------------------------------------------------------------
+
+    def replan(
+        self,
+        parts_of: Callable[[int], ByPart],
+        held: int = 0,
+        available: int | None = None,
+        most: int | None = None,
+        kept: int = 0,
+    ) -> BatchPlan:
+        """Make the plan again with a model, which needs the bytes ``parts_of(batch_size)`` beside the loader's own.
+
+        ``kept`` is how many batches more than one captured steps keep that do not gather their own. ``available`` is a
+        number of bytes, by default what the backend has now and ``held``, which the model has already. An automatic
+        batch size is chosen again, which must not be in the middle of an epoch; one that is decided stays. ``most`` is
+        taken after a step of the size that was chosen found no memory.
+        """
+        self._model = Model(parts_of, kept, as_rows=True)
+        if not self.automatic:
+            self.plan = self._given(self.batch_size, held, available)
+            return self.plan
+        if self._run is not None:
+            raise ArgumentError(f"replan must come between epochs, epoch {self._epoch} is at batch {self._batch}")
+        if most is None:
+            plan = self._choose(held, available)
+        else:
+            self._why = f"a step of {self.batch_size} samples was tried and memory ran out, so the batch is {most}"
+            plan = self._given(most, held, available)
+        self._epoch, self._batch, self._left = self.epoch, 0, False
+        self.plan = plan
+        return plan
+
+    def _choose(self, held: int = 0, available: int | None = None) -> BatchPlan:
+        # By the largest rank's share, so that every rank of equal devices decides alike.
+        share = -(-self.order.n // self.order.world_size)
+        available = self._available() + held if available is None else available
+        plan = plan_batch_size(share, lambda n: self.parts(n, available), available, self.at_most)
+        return dataclasses.replace(plan, batch_size=min(plan.batch_size, self.order.share))
+
+    def _given(self, batch_size: int, held: int = 0, available: int | None = None) -> BatchPlan:
+        available = self._available() + held if available is None else available
+        parts, share = self.parts(batch_size, available), self.order.share
+        needed = sum(parts.values())
+        reason = self._why + ("" if batch_size < share else f", and all {share} samples are one batch")
+        reason += f"; it needs {format_bytes(needed)} of {format_bytes(available)} available"
+        reason += "" if fits(needed, available) else ", more than 90 % of that"
+        return BatchPlan(batch_size, reason, needed, available, parts)
+
+    def _available(self) -> int:
+        """Bytes for what the plan counts: those free now, and those of the data that were copied to the device."""
+        copied = self._feed.copied_bytes if isinstance(self._feed, OnDevice) else 0
+        return self.backend.memory().available + copied
+
+    def parts(self, batch_size: int, available: int) -> dict[str, int]:
+        """The bytes that the model of the plan and the loader need, by what they are for; ``available`` as in a plan.
+
+        The feed is the one that the first iteration will choose, if memory stays as it is until then.
+        """
+        feed = self._feed
+        if feed is None:
+            try:
+                feed, _ = self._choice(batch_size, available)
+            except InsufficientMemoryError:  # which is for the first iteration to say
+                feed = self._on_device
+        own = feed.memory_parts(batch_size, self._model.kept, self._model.as_rows)
+        return {**self._model.parts_of(batch_size), **own}
+
+    # --- the feed -----------------------------------------------------------------------------------------------
+
+    def _choice(self, batch_size: int, available: int) -> tuple[OnDevice | ThroughPinned, str]:
+        """The feed of a device, and in words why."""
+        model = self._model.parts_of(batch_size)
+        pinned = self._through_pinned.memory_parts(batch_size, self._model.kept, self._model.as_rows)
+        needed = sum(model.values()) + sum(pinned.values())
+        there, words = belongs_on_device(self.columns, self.feed, self.order.share, needed, available, bool(model))
+        return self._on_device if there else self._through_pinned, words
+
+    def _chosen(self, stats: LoaderStats) -> BatchFeed:
+        """The feed, chosen by the first iteration."""
+        if self._feed is not None:
+            return self._feed
+        feed, self.feeding = self._choice(self.batch_size, self.plan.available)
+        if isinstance(feed, OnDevice):
+            try:
+                feed.copy_data(stats)
+            except MemoryError:  # what is free is not in one piece, or others took it meanwhile
+                if self.feed == "device":
+                    raise
+                feed, why = self._through_pinned, "since a copy of the data failed"
+                self.feeding = f"batches go to {self.backend.spec} through pinned memory, {why}"
+        self._feed = feed
+        # It is not the one that was planned where memory has become less, or the copy failed.
+        parts = self.parts(self.batch_size, self.plan.available)
+        self.plan = dataclasses.replace(self.plan, parts=parts, needed=sum(parts.values()))
+        return feed
+
+    def device_feed(self) -> DeviceFeed | None:
+        """What gathers whole batches on the device without the host, where that can be."""
+        if not isinstance(self.backend, CudaBackend) or not self._on_device.gathers_whole:
+            return None
+        feed = self._chosen(self.stats)
+        return feed.captured(self.batch_size) if isinstance(feed, OnDevice) else None
+
+    # --- one epoch ----------------------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """The number of the epoch that is running, or else of the next one, counted from 0."""
+        return self._epoch + self._left
+
+    @contextlib.contextmanager
+    def _iteration(self) -> Iterator[Callable[[], None]]:
+        """One iteration, until its epoch ends or it is left; yields what raises when there is a newer one."""
+        if self._left or (self._run is not None and self._batch):
+            self._epoch, self._batch = self._epoch + 1, 0
+        self._left = False
+        run = self._run = object()
+
+        def check() -> None:
+            if self._run is not run:
+                raise ArgumentError("this iteration was ended by a newer one, or by load_state_dict")
+
+        try:
+            yield check
+            if self._batch == len(self):
+                self._epoch, self._batch = self._epoch + 1, 0
+        finally:
+            if self._run is run:
+                self._run, self._left = None, self._batch > 0
+
+    def batches(self, finish: Callable[[list[Array]], Batch]) -> Generator[Batch]:
+        """An epoch, or its rest: what ``finish`` makes of the rows of each batch."""
+        with self._iteration() as check:
+            stats, first = LoaderStats(), 0.0
+            self.stats = stats
+            read, size = self.columns.bytes_read(), self.batch_size
+            asked = time.perf_counter()
+            starts = range(self._batch * size, len(self) * size, size)
+            feed = self._chosen(stats)
+            with contextlib.closing(feed.batches(self._epoch, starts, finish, stats)) as batches:
+                for batch in batches:
+                    self._batch += 1
+                    now = time.perf_counter()
+                    if stats.batches:
+                        stats.waited += now - asked
+                        stats.seconds = now - first
+                    else:
+                        stats.wait_first, first = now - asked, now
+                    stats.batches += 1
+                    stats.samples = min(self._batch * size, self.order.share) - starts.start
+                    stats.bytes_read = self.columns.bytes_read(stats.samples) - read
+                    yield batch
+                    asked = time.perf_counter()
+                    del batch  # so that it can be freed before the next one is made
+                    check()
+
+    @contextlib.contextmanager
+    def gathered_by(self, feed: DeviceFeed) -> Iterator[Callable[[int], None]]:
+        """An epoch, or its rest, whose batches ``feed`` gathers; yields a function that is told how many were used."""
+        with self._iteration() as check:
+            stats, first = LoaderStats(bytes_copied=8 * self.order.share), self._batch
+            self.stats = stats
+            feed.begin(self.order.whole(self._epoch))
+
+            def used(batches: int) -> None:
+                check()
+                self._batch += batches
+                stats.batches += batches
+                stats.samples = min(self._batch * self.batch_size, self.order.share) - first * self.batch_size
+                stats.bytes_read = self.columns.bytes_read(stats.samples)
+
+            yield used
+
+    def prepare_next_order(self) -> None:
+        """Make the order of the next epoch now, while a device works on this one."""
+        self.order.prepare(self._epoch + 1)
+
+    def peek(self) -> list[Array]:
+        """The first batch of epoch ``epoch`` as rows; the position stays as it is."""
+        index = self.order.between(self.epoch)(0, min(self.batch_size, self.order.share))
+        return self.columns.as_rows(self.columns.at(index))
+
+    # --- state --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :meth:`Loader.state_dict`."""
+        complete, order = self._batch == len(self), self.order
+        return {
+            "seed": order.seed,
+            "epoch": self._epoch + complete,
+            "batch": 0 if complete else self._batch,
+            "batch_size": self.batch_size,
+            "n_samples": order.n,
+            "shuffle": order.shuffle,
+            "replacement": order.replacement,
+            "drop_last": self.drop_last,
+            "rank": order.rank,
+            "world_size": order.world_size,
+            "window": order.window,
+            "block": order.block,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See :meth:`Loader.load_state_dict`."""
+        if not isinstance(state, Mapping):
+            raise DTypeError(f"state must be a mapping from state_dict(), got {type(state).__name__}")
+        own = self.state_dict()
+        if wrong := sorted(set(own) ^ set(state)):
+            raise ArgumentError(f"state must have the keys {', '.join(own)}; missing or unknown: {', '.join(wrong)}")
+        position = ("epoch", "batch", "batch_size") if self.automatic else ("epoch", "batch")
+        for name in own:
+            if name not in position and state[name] != own[name]:
+                raise ArgumentError(f"state has {name}={state[name]!r}, this loader {name}={own[name]!r}")
+        epoch = check_int("state['epoch']", state["epoch"], 0, WORD)
+        batch_size = check_int("state['batch_size']", state["batch_size"], 1, self.order.share)
+        batch = check_int("state['batch']", state["batch"], 0, self._batches_of(batch_size) - 1)
+        if batch_size != self.batch_size:
+            self._why = f"batch_size={batch_size} was taken from a saved state"
+            self._model = Model()
+            self.plan = self._given(batch_size)
+        self.automatic = False  # it is decided: another size would make other batches of the epoch
+        self._epoch, self._batch, self._run, self._left = epoch, batch, None, False

@@ -1,0 +1,305 @@
+"""The three ways of batches to their backend, each with the memory that it takes; a loader chooses one of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from gpubatch.backend import Array, CudaBackend
+from gpubatch.errors import InsufficientMemoryError
+from gpubatch.loader.ahead import prepared
+from gpubatch.loader.columns import Column, Columns, copy_into
+from gpubatch.loader.device import DeviceFeed, DeviceOrder, copy_to_device
+from gpubatch.loader.order import Order
+from gpubatch.loader.pinned import Ring, Slot
+from gpubatch.loader.windows import Windows, window_bytes
+from gpubatch.sizing import fits, format_bytes
+
+__all__ = ["BatchFeed", "LoaderStats", "MainMemory", "OnDevice", "ThroughPinned", "belongs_on_device"]
+
+Batch = TypeVar("Batch")
+
+# From so many elements a batch on, preparing it is worth a thread. Handing a batch over costs 10 to 25 µs; gathering
+# takes 0.2 to 0.3 ns an element. Measured on two cores: a thread made bare iteration over batches of 256 x 784 up to
+# twice as slow and a consumer no faster; from 2048 x 784 on it hides the gathering (-16 %, and -20 % at 4096 x 784)
+# where a core is free, and is neutral (±6 %) where OpenBLAS keeps both cores.
+WORTH_A_THREAD = 1 << 20
+
+
+@dataclass
+class LoaderStats:
+    """What the epoch that is running, or the last one, has done so far.
+
+    ``wait_first`` is how many seconds the consumer waited for the first batch, ``waited`` for all the others;
+    ``seconds`` is the time from the first batch to the last one so far. ``bytes_read`` is what the sources gave,
+    ``bytes_copied`` what went from the host to a CUDA device: nothing on the CPU.
+    """
+
+    batches: int = 0
+    samples: int = 0
+    bytes_read: int = 0
+    wait_first: float = 0.0
+    waited: float = 0.0
+    seconds: float = 0.0
+    bytes_copied: int = 0
+
+
+class BatchFeed(Protocol):
+    """How batches get to the backend."""
+
+    def ahead(self, batch_size: int) -> int:
+        """Batches that a thread prepares before they are asked for."""
+
+    def memory_parts(self, batch_size: int, kept: int = 0, as_rows: bool = False) -> dict[str, int]:
+        """Bytes that :meth:`batches` needs on the backend when it needs most, by what they are for.
+
+        ``kept`` is how many batches more than one captured steps keep that do not gather their own; eager steps keep
+        none. ``as_rows`` says whether batches are finished by :meth:`Columns.as_rows`.
+        """
+
+    def batches(
+        self, epoch: int, starts: range, finish: Callable[[list[Array]], Batch], stats: LoaderStats
+    ) -> Generator[Batch]:
+        """What ``finish`` makes of the rows of each batch: those from each of ``starts`` to the next.
+
+        All memory is taken in here, and given back when the generator ends.
+        """
+
+
+def _ahead(columns: Columns, prefetch: int, batch_size: int) -> int:
+    worth_it = columns.readers or batch_size * columns.host_elements >= WORTH_A_THREAD
+    return prefetch if worth_it else 0
+
+
+class MainMemory:
+    """Batches of the CPU, finished by the thread that prepares them."""
+
+    def __init__(self, columns: Columns, order: Order, prefetch: int) -> None:
+        self._columns, self._order, self._prefetch = columns, order, prefetch
+
+    def ahead(self, batch_size: int) -> int:
+        """See :class:`BatchFeed`."""
+        return _ahead(self._columns, self._prefetch, batch_size)
+
+    def memory_parts(self, batch_size: int, kept: int = 0, as_rows: bool = False) -> dict[str, int]:
+        """See :class:`BatchFeed`; making an order, while there is no batch, may take most."""
+        columns, windows = self._columns, self._order.window > 0
+        # What is read by windows is converted from the window.
+        stored = sum(c.staging_bytes(batch_size) for c in columns if not windows or c.array is not None)
+        # A batch of two windows is put together from its parts. Each of these is gone before the next is made.
+        parts = batch_size * columns.batch_bytes if windows and columns.readers else 0
+        staging = max(stored, parts, batch_size * columns.delivery_bytes())
+        # The batch in use, and those prepared ahead; a loop that keeps it while it asks for the next has one more.
+        batches = (1 + self.ahead(batch_size)) * batch_size * columns.batch_bytes
+        making, order = self._order.memory()
+        window = {"window": window_bytes(self._order, columns.readers)} if windows else {}
+        if making > order + batches + staging:
+            return {"making of an epoch's order": making, **window}
+        return {"order of an epoch": order, "batches": batches, "conversion of a batch": staging, **window}
+
+    def batches(
+        self, epoch: int, starts: range, finish: Callable[[list[Array]], Batch], stats: LoaderStats
+    ) -> Generator[Batch]:
+        """See :class:`BatchFeed`."""
+        rows, share = self._rows(epoch), self._order.share
+        make: Callable[[int], Batch] = lambda start: finish(rows(start, min(start + starts.step, share)))  # noqa: E731
+        return prepared(make, starts, self.ahead(starts.step))
+
+    def _rows(self, epoch: int) -> Callable[[int, int], list[Array]]:
+        """A function of two positions: the rows of the samples from one to the other."""
+        columns = self._columns
+        if not (self._order.window and columns.readers):
+            index = self._order.between(epoch)
+            at = columns.at if columns.readers else columns.gathered
+            return lambda start, stop: at(index(start, stop))
+        windows = Windows(self._order, epoch, columns.readers)
+
+        def rows(start: int, stop: int) -> list[Array]:
+            parts = [columns.of_window(*part) for part in windows.parts(start, stop)]
+            return parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+
+        return rows
+
+
+class OnDevice:
+    """Batches gathered on the device, where the data and the order of the epoch are: none copies anything."""
+
+    def __init__(self, columns: Columns, order: Order, backend: CudaBackend) -> None:
+        self._columns, self._order, self._backend = columns, order, backend
+        self._there: list[Column] = []  # with the arrays that were copied
+        arrays = [source for column in columns if (source := column.array) is not None]
+        # Captured steps gather whole rows of contiguous arrays, as copies are.
+        self.gathers_whole = (
+            columns.transform is None
+            and not columns.readers
+            and all(s.array.flags.c_contiguous or not backend.owns(s.array) for s in arrays)
+        )
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of data that were copied to the device."""
+        return self._columns.data_bytes if self._there else 0
+
+    def copy_data(self, stats: LoaderStats) -> None:
+        """Copy what is not on the device, once."""
+        if self._there:
+            return
+        there = list[Column]()
+        for column in self._columns:
+            assert column.array is not None
+            if column.on_backend:
+                there.append(column)
+            else:
+                array = copy_to_device(column.array.array, self._backend)
+                stats.bytes_copied += array.nbytes
+                there.append(column.on(array))
+        self._there = there
+
+    def ahead(self, batch_size: int) -> int:
+        """See :class:`BatchFeed`; nothing is left for a thread to do."""
+        return 0
+
+    def memory_parts(self, batch_size: int, kept: int = 0, as_rows: bool = False) -> dict[str, int]:
+        """See :class:`BatchFeed`."""
+        columns = self._columns
+        batches = batch_size * columns.batch_bytes
+        stored = sum(column.staging_bytes(batch_size, copied=not column.on_backend) for column in columns)
+        staging = max(stored, batch_size * columns.delivery_bytes(as_rows))
+        if kept and self.gathers_whole:
+            batches, staging = batch_size * columns.captured_bytes, 0
+        elif kept:
+            batches = batch_size * columns.captured_bytes + kept * batches
+        data = {"data": columns.data_bytes, "order of an epoch": 8 * self._order.share}
+        return {**data, "batches": batches, "conversion of a batch": staging}
+
+    def batches(
+        self, epoch: int, starts: range, finish: Callable[[list[Array]], Batch], stats: LoaderStats
+    ) -> Generator[Batch]:
+        """See :class:`BatchFeed`."""
+        self.copy_data(stats)
+        first, share = starts.start, self._order.share
+        with contextlib.closing(DeviceOrder(self._backend, self._order.between(epoch)(first, share))) as order:
+            stats.bytes_copied += order.nbytes
+            for start in starts:
+                index = order.part(start - first, min(start + starts.step, share) - first)
+                yield finish(self._gathered(index))
+
+    def _gathered(self, index: Array) -> list[Array]:
+        with self._backend.scope():
+            return [column.gather(index) for column in self._there]
+
+    def captured(self, batch_size: int) -> DeviceFeed:
+        """What gathers whole batches inside captured steps."""
+        columns = [(c.array.array, c.captured_dtype, c.scale) for c in self._there if c.array is not None]
+        return DeviceFeed(self._backend, columns, self._order.share, batch_size)
+
+
+class ThroughPinned:
+    """Batches that go to the device as they are stored, while it works on others."""
+
+    def __init__(self, columns: Columns, order: Order, prefetch: int, backend: CudaBackend) -> None:
+        self._columns, self._order, self._prefetch, self._backend = columns, order, prefetch, backend
+
+    def ahead(self, batch_size: int) -> int:
+        """See :class:`BatchFeed`."""
+        return _ahead(self._columns, self._prefetch, batch_size)
+
+    def _slots(self, batch_size: int) -> int:
+        """Batches that are on their way at most: the one in use, and those that are filled and copied."""
+        return 1 + max(self.ahead(batch_size), 1)
+
+    def memory_parts(self, batch_size: int, kept: int = 0, as_rows: bool = False) -> dict[str, int]:
+        """See :class:`BatchFeed`."""
+        columns = self._columns
+        batches = batch_size * columns.batch_bytes
+        # Samples that are there already are gathered there; what comes through the buffers is made from these.
+        stored = sum(column.staging_bytes(batch_size) for column in columns if column.on_backend)
+        staging = max(stored, batch_size * columns.delivery_bytes(as_rows))
+        if kept:
+            batches = batch_size * columns.captured_bytes + kept * batches
+        buffers = self._slots(batch_size) * batch_size * columns.stored_bytes + 8 * batch_size
+        return {"buffers of batches": buffers, "batches": batches, "conversion of a batch": staging}
+
+    def batches(
+        self, epoch: int, starts: range, finish: Callable[[list[Array]], Batch], stats: LoaderStats
+    ) -> Generator[Batch]:
+        """See :class:`BatchFeed`."""
+        columns, size, share = self._columns, starts.step, self._order.share
+        forms = [((size, *shape), dtype) for shape, dtype in (column.form for column in columns)]
+        with contextlib.closing(Ring(self._backend, forms, self._slots(size))) as ring:
+            fill = self._fill(epoch, ring.helpers)
+
+            def prepare(start: int) -> Slot:
+                rows = min(start + size, share) - start
+                slot = ring.acquire([(rows, *shape[1:]) for shape, _ in forms])
+                fill(start, start + rows, slot.on_host())
+                ring.send(slot)
+                return slot
+
+            with contextlib.closing(prepared(prepare, starts, self.ahead(size))) as slots:
+                for slot in slots:
+                    stats.bytes_copied += slot.nbytes
+                    yield finish(self._received(ring, slot))
+
+    def _fill(self, epoch: int, helpers: Executor) -> Callable[[int, int, list[np.ndarray]], None]:
+        """A function of two positions that writes the samples from one to the other to places in pinned memory."""
+        columns = self._columns
+        if not (self._order.window and columns.readers):
+            index = self._order.between(epoch)
+            return lambda start, stop, places: columns.store(index(start, stop), places, helpers)
+        windows = Windows(self._order, epoch, columns.readers)
+
+        def fill(start: int, stop: int, places: list[np.ndarray]) -> None:
+            done = 0
+            for part in windows.parts(start, stop):
+                rows = len(part.use)
+                copy_into([place[done : done + rows] for place in places], columns.stored_of_window(*part))
+                done += rows
+
+        return fill
+
+    def _received(self, ring: Ring, slot: Slot) -> list[Any]:
+        with ring.received(slot) as arrays:
+            return [column.received(array, ring.rows) for column, array in zip(self._columns, arrays, strict=True)]
+
+
+def belongs_on_device(
+    columns: Columns, feed: str, order: int, needed: int, planned: int, counted: bool
+) -> tuple[bool, str]:
+    """Whether batches are gathered on the device, and how they get there, in words.
+
+    ``feed`` is the loader's argument, ``order`` the number of samples in an epoch, whose order is on the device, too.
+    All else needs ``needed`` of the ``planned`` bytes that a plan has found available; ``counted`` says whether a model
+    is in it.
+    """
+    spec, data = columns.backend.spec, columns.data_bytes
+    through = f"batches go to {spec} through pinned memory"
+    if columns.readers:
+        return False, f"{through}, since {next(iter(columns.readers)).where} is read"
+    if not data:
+        return True, f"batches are gathered on {spec}, where the data was given"
+    if feed == "host":
+        return False, f"{through}, since feed='host' was given"
+    total, available = data + 8 * order, columns.backend.memory().available
+    there = f"batches are gathered on {spec}, where {format_bytes(data)} of data were copied"
+    if feed == "device":
+        if total > available:
+            raise InsufficientMemoryError(
+                f"feed='device' needs {format_bytes(total)} on {spec} for the data and their order, got "
+                f"{format_bytes(available)} available"
+            )
+        return True, f"{there}, since feed='device' was given"
+    needed += total
+    # A plan that counts no model leaves half of the memory to it.
+    room, of = (planned, "available") if counted else (available // 2, "that are half of what is available")
+    fit = fits(needed, room) and fits(total, available)
+    why = (
+        f"with their order and the plan's bytes {format_bytes(needed)}, {'at most' if fit else 'more than'} 90 % of the"
+    )
+    through = f"{through}, since {format_bytes(data)} of data are"
+    return fit, f"{f'{there}:' if fit else through} {why} {format_bytes(room)} {of}"

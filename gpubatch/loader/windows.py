@@ -1,0 +1,140 @@
+"""Sets that are read and shuffled by windows: how large these are, what is held of them, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from gpubatch.errors import ArgumentError, check_int
+from gpubatch.loader.columns import Columns, Rows
+from gpubatch.loader.order import PEAK, Indices, Order
+from gpubatch.sizing import parse_bytes
+from gpubatch.sources import Reader
+
+__all__ = ["Windows", "window_and_block", "window_bytes"]
+
+DEFAULT_WINDOW = "256 MiB"  # for sources that read neighbours together
+BLOCKS = 32  # in what is shuffled together: so many places of the set meet in a batch
+PIECE = 1 << 20  # bytes of a window that are read at once: what is read is then looked at, and should be in the cache
+
+
+def window_and_block(window: int | str | None, replacement: bool, columns: Columns) -> tuple[int, int]:
+    """Samples that are shuffled together and how many neighbours among them are a block; zeros: all of the set.
+
+    ``window`` and ``replacement`` are the loader's arguments.
+    """
+    blocks = [reader.block for reader in columns.readers if reader.block is not None]
+    if window is None and (not blocks or replacement):
+        return 0, 0
+    if replacement:
+        raise ArgumentError(f"replacement=True draws from the whole set, so it has no window, got window={window!r}")
+    window, n = DEFAULT_WINDOW if window is None else window, columns.n_samples
+    if isinstance(window, str):
+        half = parse_bytes("window", window) // columns.stored_bytes // 2
+    else:
+        half = check_int("window", window, 2) // 2
+    half = max(1, min(half, n))
+    least = max(1, half // BLOCKS)
+    whole = max(blocks, default=1)
+    # Whole blocks of the source, so that none is read twice, unless not even one of them is within the bound.
+    block = min(-(-least // whole) * whole, half)
+    return (half if half < n else n + block - 1) // block * block, block
+
+
+def window_bytes(order: Order, readers: Collection[Reader]) -> int:
+    """Bytes of main memory when a window takes most: its halves and their order, and what is being read."""
+    blocks, windows = -(-order.n // order.block), -(-order.n // order.window)
+    n = min(order.window, order.n)
+    share, peak = -(-n // order.world_size), PEAK if order.shuffle else 9  # 9: which samples there are
+    rows, used, making = share * sum(reader.row_bytes for reader in readers), 16 * share, (8 + peak) * n
+    read = 0
+    if readers:
+        read = _read_at_once(readers, order.block) * sum(r.row_bytes for r in readers if not r.reads_into)
+    if windows == 1:
+        held = max(making, rows + used + read)
+    elif windows == 2:  # there is room for the second one's rows when its order has been made
+        held = max(rows + used + making, 2 * (rows + used) + read)
+    else:
+        held = 2 * rows + max(used + making, 2 * used + read)
+    return max(peak * blocks, 8 * blocks + 16 * windows + held)
+
+
+def _read_at_once(readers: Collection[Reader], block: int) -> int:
+    """How many samples of a window are read in a piece: at least as many as any of its sources decodes at once."""
+    piece = PIECE // max(reader.row_bytes for reader in readers)
+    return max(min(piece, block), *(reader.block or 1 for reader in readers))
+
+
+@dataclass(eq=False)
+class _Held:
+    """A window: its samples as they are read and used, the rows of the first ``count``; ``told`` are announced."""
+
+    samples: Indices
+    use: Indices
+    rows: Rows
+    count: int = 0
+    told: int = 0
+
+
+class WindowPart(NamedTuple):
+    """The samples of a batch that are in one window: at ``use`` of the window's ``samples`` and ``rows``."""
+
+    rows: Rows
+    samples: Indices
+    use: Indices
+
+
+class Windows:
+    """An epoch by windows: the rows of the window in use and of the next one, which is read as the first is used up.
+
+    So the reading is spread evenly over the batches, and no more than two windows are in memory.
+    """
+
+    def __init__(self, order: Order, epoch: int, readers: dict[Reader, list[float]]) -> None:
+        self._order, self._limits = order.windows(epoch), readers
+        self._capacity = -(-min(order.window, order.n) // order.world_size)
+        self._at_once = _read_at_once(readers, order.block)
+        self._held: dict[int, _Held] = {}
+        self._spare: list[Rows] = []
+
+    def parts(self, start: int, stop: int) -> Iterator[WindowPart]:
+        """The samples from one position to another; the rows of a part are there until the next is asked for."""
+        for window, a, b in self._order.pieces(start, stop):
+            for past in [w for w in self._held if w < window]:
+                self._spare.append(self._held.pop(past).rows)
+            held = self._read(window, 1, 1)
+            yield WindowPart(held.rows, held.samples, held.use[a:b])
+            if window + 1 < len(self._order):
+                self._read(window + 1, b, len(held.use))
+
+    def _read(self, window: int, part: int, whole: int) -> _Held:
+        """The window of which at least part/whole has been read."""
+        if window not in self._held:
+            self._held[window] = _Held(*self._order.part(window), self._spare.pop() if self._spare else self._empty())
+        held, at_once = self._held[window], self._at_once
+        wanted = -(-part * len(held.samples) // whole)
+        wanted = min(-(-wanted // at_once) * at_once, len(held.samples))
+        while held.count < wanted:
+            self._announce(held)
+            start, stop = held.count, min(wanted, held.count + at_once)
+            for reader, limits in self._limits.items():
+                reader.read_into(held.samples[start:stop], [rows[start:stop] for rows in held.rows[reader]], limits)
+            held.count = stop
+        return held
+
+    def _announce(self, held: _Held) -> None:
+        """Tell the sources of the two blocks that come next, which lie anywhere in a file, while others are used."""
+        block = self._order.block
+        while held.told < min(held.count + 2 * block, len(held.samples)):
+            for reader in self._limits:
+                reader.expect(held.samples[held.told : held.told + block])
+            held.told += block
+
+    def _empty(self) -> Rows:
+        return {
+            reader: [np.empty((self._capacity, *part.sample_shape), part.dtype) for part in reader.parts]
+            for reader in self._limits
+        }
