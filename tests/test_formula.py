@@ -302,6 +302,24 @@ def sum_of(w, g, t, *, lr):
     return w - lr * g / g.sum()
 
 
+def length_of_it(w, g, t, *, lr=1.0):
+    return w - lr * g * len(g)
+
+
+def many_of_it(w, g, t, *, k=3.0, lr=1.0):
+    for _ in range(k):
+        w = w - lr * g
+    return w
+
+
+def nothing_of_it(w, g, t, *, lr=1.0):
+    w = w - lr * g
+
+
+def list_of_it(w, g, t, *, lr=1.0):
+    return [w - lr * g]
+
+
 def one_of_it(w, g, t, *, lr):
     return w - lr * g[0]
 
@@ -356,6 +374,10 @@ def test_a_branch_is_refused_and_never_the_wrong_one(how: str) -> None:
         (norm_of, "one element at a time and cannot use np.linalg.norm; it can use"),
         (sum_of, "one element at a time: a value has no .sum; use operators and functions of NumPy"),
         (one_of_it, "it cannot index, measure or iterate"),
+        (length_of_it, "it cannot index, measure or iterate"),
+        (many_of_it, r"cannot use a value as a count or an index, as in range\(k\)"),
+        (nothing_of_it, "nothing_of_it must return values computed from its arguments, got None of type NoneType"),
+        (list_of_it, "list_of_it must return values computed from its arguments, got .* of type list"),
         (changing, "cannot change a value in place; return the new value"),
         (two_conditions, "cannot use np.add on conditions alone; combine them with &"),
         (not_conditions, r"can combine only conditions with &, \| and ~"),

@@ -254,9 +254,12 @@ class Symbol:
     def __float__(self) -> float:
         raise FormulaError("a formula cannot convert a value to float; use NumPy's functions, not the math module's")
 
-    __int__ = __index__ = __complex__ = __round__ = __floor__ = __ceil__ = __trunc__ = __float__
+    __int__ = __complex__ = __round__ = __floor__ = __ceil__ = __trunc__ = __float__
 
-    def __getitem__(self, _: Any) -> Any:
+    def __index__(self) -> int:
+        raise FormulaError("a formula cannot use a value as a count or an index, as in range(k)")
+
+    def __getitem__(self, *_: Any) -> Any:
         raise FormulaError("a formula works on one element at a time: it cannot index, measure or iterate over a value")
 
     __len__ = __iter__ = __getitem__
@@ -487,6 +490,11 @@ class Trace:
 
     def finish(self, results: Sequence[Any]) -> Trace:
         """Set the values that the formula returned as results."""
+        for x in results:
+            if not isinstance(x, (Symbol, numbers.Real)):
+                raise FormulaError(
+                    f"{self.name} must return values computed from its arguments, got {x!r} of type {type(x).__name__}"
+                )
         values = [_as_number(x) if isinstance(x, Symbol) else _number(x) for x in results]
         # An array returned as the new content of another is copied: it may be overwritten before it is read.
         self.results = tuple(
