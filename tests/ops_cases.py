@@ -1,4 +1,4 @@
-"""Every kernel of the core on arrays that it draws, for each form of it: the same numbers, by whoever runs them."""
+"""The table of cases for all kernels of the core; each case draws the same numbers for every form."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ CLASSES = [(1, 2), (40, 2), (301, 3), (33, 10), (9, 257), (3, 5000)]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a case runs: by whom, on what kind of arrays, and where its numbers come from.
+    """Where a case runs: the form (``ops``), the backend and dtype of arrays, and the source of its numbers.
 
-    Numbers are rounded to ``precision`` before they become ``dtype``: what is computed with is the same everywhere.
-    Statistics and scratch are of the dtype of the arithmetic.
+    Numbers are rounded to ``precision`` before conversion to ``dtype``, so that all forms get the same ones. Statistics
+    and scratch have the dtype of the arithmetic.
     """
 
     ops: Ops
@@ -49,7 +49,7 @@ class Place:
         return self.array((times * self.rng.standard_normal(shape) + plus).astype(self.precision), dtype)
 
     def grid(self, *shape: int) -> Array:
-        """Multiples of 1/8: sums and differences have no rounding, and some are equal."""
+        """Multiples of 1/8: sums and differences are exact, and some numbers are equal."""
         return self.array(np.round(8 * self.rng.standard_normal(shape)) / 8)
 
     def positive(self, *shape: int, dtype: Any = None) -> Array:
@@ -67,13 +67,13 @@ class Place:
         dtype = np.dtype(dtype or self.dtype)
         if not self.misaligned or dtype != self.dtype:
             return self.backend.empty(shape, dtype)
-        # One element after a 16-byte boundary; memory of a device begins at one, but that of NumPy may not.
+        # One element after a 16-byte boundary; device memory starts at one, but NumPy's may not.
         wide = self.backend.empty(int(np.prod(shape)) + 32 // dtype.itemsize, dtype)
         start = (-wide.ctypes.data % 16) // dtype.itemsize + 1 if isinstance(wide, np.ndarray) else 1
         return wide[start : start + int(np.prod(shape))].reshape(shape)
 
     def work(self, rows: int, features: int, **more: Array) -> dict[str, Array]:
-        """Everything that any of the methods works in, for NumPy and CUDA."""
+        """The work arrays of all methods, for NumPy and CUDA."""
         full = {name: self.empty(rows, features) for name in ("slope", "dz", "normalised", "mask")}
         scratch = {name: self.empty(rows, features, dtype=self.compute) for name in "tu"}
         columns = {name: self.empty(features, dtype=self.compute) for name in ("mean", "var", "inverse")}
@@ -103,11 +103,12 @@ Results = dict[str, Array]
 
 @dataclass(frozen=True)
 class Case:
-    """One use of a method. ``run`` returns what it wrote.
+    """One use of a method.
 
-    ``exact``: no number is rounded differently, so that NumPy gives the same bits in the same element type. ``grows``:
-    errors grow as the root of this many numbers that are added up, of (rows, features). ``rounded_inside``:
-    how many numbers that were rounded to float16 a result is computed from.
+    run: calls the method; returns the arrays that it wrote
+    exact: NumPy gives the same bits in the same element type
+    grows: of (rows, features): errors grow as the root of this number of terms in a sum
+    rounded_inside: number of float16-rounded values that a result depends on
     """
 
     method: str
@@ -395,11 +396,11 @@ FAST = {
 }
 
 
-# --- how they are compared -------------------------------------------------------------------------------------------
+# --- comparison ------------------------------------------------------------------------------------------------------
 
 
 def by_numpy(case: Case, size: tuple[int, int], dtype: np.dtype) -> Results:
-    """The results that are right: in float64, or in ``dtype`` where bits are compared."""
+    """The reference results: in float64, or in ``dtype`` for cases whose bits are compared."""
     computed = dtype if case.exact else np.dtype(np.float64)
     ops = Ops(half=True) if computed == np.float16 else Ops()
     place = Place(ops, gb.get_backend("cpu"), computed, dtype, np.random.default_rng(size))
@@ -414,9 +415,9 @@ def by_host(
 
 
 def compare(case: Case, size: tuple[int, int], ours: Results, right: Results, dtype: np.dtype) -> None:
-    """Within some roundings of the largest finite number; sums of many numbers within the root of how many times that.
+    """Compare to within some roundings of the largest finite number, times the root of the number of terms in a sum.
 
-    What is float16 is rounded once more, when it is stored. What is infinite or NaN must be just that.
+    float16 results are rounded once more, when stored. Infinity and NaN must be equal.
     """
     assert ours.keys() == right.keys()
     eps = np.finfo(np.float64 if case.method == "square_sum" else compute_dtype(dtype)).eps
