@@ -153,7 +153,7 @@ MEANWHILE: dict[str, Callable[[CudaBackend], object]] = {
     "a capture": lambda device: in_own_stream(device, lambda: device.capture(lambda: None).launch()),
     "a run": lambda device: assert_alike(trained(device), trained(get_backend("cpu"))),
     "a run whose batch size is found": lambda device: trained(device, "auto"),
-    "a workspace given back": lambda device: of_a_network(device).release(),
+    "a workspace given back": lambda device: core_of(of_a_network(device)).release(),
     "a step that leaves no trace": lambda device: of_a_network(device),
     "a batch size for any function": lambda device: gb.find_batch_size(
         lambda n: device.zeros(n, "u1"), 9, None, device
