@@ -14,7 +14,7 @@ from gpubatch.ops.operation import Widened, Work, operation
 __all__ = ["dropout", "dropout_gradient", "philox_generator"]
 
 
-@operation("y", "work.mask", numpy_scratch=lambda features: {"uniform": ((-1, features), np.float32)})
+@operation(numpy_scratch=lambda features: {"uniform": ((-1, features), np.float32)})
 def dropout(x: Array, y: Array, rate: float, key: tuple[int, int], step: int | Array, first: int, work: Work) -> None:
     """y = x mask, ``work["mask"]`` = 1/(1 - rate) where a uniform number is not below the rate, else 0.
 
@@ -70,7 +70,7 @@ def half_dropout(
     np.multiply(x, work["mask"], out=y)
 
 
-@operation("dx")
+@operation()  # a product of float16 is rounded once, in whatever it is computed
 def dropout_gradient(dy: Array, dx: Array, work: Work) -> None:
     """dx = dy ``work["mask"]``. dx may be dy."""
     np.multiply(dy, work["mask"], out=dx)

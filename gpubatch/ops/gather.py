@@ -20,7 +20,7 @@ __all__ = ["gather", "gather_batch", "gather_bytes", "take_batch"]
 BLOCK = 1 << 18  # elements that NumPy gathers, casts and scales at a time
 
 
-@operation("out")
+@operation()
 def gather(source: Array, index: Array, out: Array, scale: float, shift: float) -> None:
     """out = scale * source[index] + shift; source is (samples, ...) of any real dtype, index int64 and in range.
 

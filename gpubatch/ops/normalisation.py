@@ -133,7 +133,7 @@ def cuda_batch_norm_gradient(
         grid.on_tiles(source, "gradient", dy.shape, arrays, (1 / len(dy),))
 
 
-@operation(scratch=lambda features: {"row": ((features,), COMPUTE)})
+@operation(scratch=lambda features: {"row": ((features,), COMPUTE)})  # statistics are float32 anyway
 def update_running(running: Array, new: Array, weight: float, factor: float, work: Work) -> None:
     """running = (1 - weight) running + weight factor new, of ``(features,)``."""
     running *= 1 - weight

@@ -8,6 +8,7 @@ the loss and scratch: what layers ask for as :data:`COMPUTE`.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from types import MethodType, TracebackType
@@ -28,6 +29,8 @@ Spaces: TypeAlias = Callable[[int], Mapping[str, Space]]  # of the number of fea
 
 COMPUTE = "compute"  # as the dtype of an array of workspace: that of the arithmetic, float32 for float16
 
+HALF, WIDE = np.dtype(np.float16), np.dtype(np.float32)
+
 P = ParamSpec("P")
 
 
@@ -46,8 +49,9 @@ class Forms(Protocol):
 class Operation(Generic[P]):
     """An operation. As an attribute of a class of :class:`Forms` it is, in an instance, the form for that.
 
-    ``results`` names what it writes, "y" or "work.normal": what float16 on the CPU rounds back. ``scratch`` is what it
-    needs of ``work`` for one call, ``numpy_scratch`` what its NumPy form needs besides.
+    ``results`` names what the rule for float16 on the CPU rounds back, "y" or "work.dz"; without any, the NumPy form is
+    right for float16 as it stands. ``scratch`` is what the operation needs of ``work`` for one call, ``numpy_scratch``
+    what its NumPy form needs besides.
     """
 
     def __init__(
@@ -57,7 +61,7 @@ class Operation(Generic[P]):
         self._scratch, self._numpy_scratch = scratch, numpy_scratch
         self._compiled: Callable[Concatenate[Any, P], None] | None = None
         self._cuda: Callable[Concatenate[Grid, P], None] | None = None
-        self._half: Callable[Concatenate[Callable[P, None], P], None] = self._by_float32
+        self._half: Callable[Concatenate[Callable[P, None], P], None] | None = self._by_float32 if results else None
 
     def compiled(self, form: Callable[Concatenate[Any, P], None]) -> Callable[Concatenate[Any, P], None]:
         """Declare the form that calls ``gpubatch._host``, and the NumPy form for what that declines: strided arrays."""
@@ -88,7 +92,9 @@ class Operation(Generic[P]):
         if ops is None:
             return self
         form = self._form(ops.library, ops.grid)
-        ops.__dict__[self.name] = form = MethodType(self._half, form) if ops.half else form
+        if ops.half:
+            form = MethodType(self._half, form) if self._half else self.numpy
+        ops.__dict__[self.name] = form
         return form
 
     def _form(self, library: Any, grid: Grid | None) -> Callable[P, None]:
@@ -107,15 +113,27 @@ class Operation(Generic[P]):
         """Whether ``ops`` may run the NumPy form; compiled forms leave it ``strided`` arrays."""
         return ops.grid is None and (ops.library is None or self._compiled is None or strided)
 
+    @functools.cached_property
+    def _places(self) -> tuple[int, int, list[int], list[str]]:
+        """Where work, targets (-1: there are none) and results stand among the arguments, and the results in work."""
+        names = list(inspect.signature(self.numpy).parameters)
+        places = [names.index(name) for name in self.results if name in names]
+        in_work = [name.removeprefix("work.") for name in self.results if name not in names]
+        return names.index("work"), names.index("Y") if "Y" in names else -1, places, in_work
+
     def _by_float32(self, form: Callable[P, None], /, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Widen what is float16, call the form for float32, round the results back; targets Y stay as they are."""
-        given = inspect.signature(self.numpy).bind(*args, **kwargs).arguments
-        work = given.get("work", {})
-        arrays = {**given, **{f"work.{name}": work[name] for name in work}}
-        with Widened(work, *(arrays.get(name) for name in self.results)) as wide:
-            for name, x in given.items():
-                given[name] = wide if name == "work" else wide(x) if isinstance(x, np.ndarray) and name != "Y" else x
-            form(*given.values())  # type: ignore[call-arg]
+        """Widen what is float16, call the form for float32, round the results back; targets stay as they are."""
+        if kwargs:
+            args = inspect.signature(self.numpy).bind(*args, **kwargs).args  # type: ignore[assignment]
+        work_at, targets_at, places, in_work = self._places
+        given: list[Any] = list(args)
+        work = given[work_at]
+        with Widened(work, *[given[place] for place in places], *map(work.get, in_work)) as wide:
+            widened = list(map(wide, given))
+            widened[work_at] = wide
+            if targets_at >= 0:
+                widened[targets_at] = given[targets_at]
+            form(*widened)  # type: ignore[call-arg]
 
 
 def operation(
@@ -128,9 +146,9 @@ def operation(
 class Widened(Mapping[str, Array]):
     """float32 copies of float16 arrays for as long as a ``with`` lasts; at its end ``results`` are rounded back.
 
-    As a mapping it is the workspace; called with an array, it gives the copy of it, always the same one. An array that
-    is not float16 is given as it is. No plan counts these copies, of the arrays of one call: so a network of mixed
-    precision runs without a GPU, but is not meant to be fast there.
+    As a mapping it is the workspace; called with an array, it gives the copy of it, always the same one. No plan
+    counts these copies, of the arrays of one call: so a network of mixed precision runs without a GPU, but is not meant
+    to be fast there.
     """
 
     def __init__(self, work: Work, *results: Array | None) -> None:
@@ -138,12 +156,12 @@ class Widened(Mapping[str, Array]):
         self.copies: dict[int, tuple[Array, Array]] = {}
         self.quiet = np.errstate(over="ignore", invalid="ignore")  # what is too large for float16 is infinite
 
-    def __call__(self, x: Array | None) -> Array | None:
-        """The copy of an array, or an array that is not float16."""
-        if x is None or x.dtype != np.float16:
+    def __call__(self, x: Any) -> Any:
+        """The copy of an array of float16; whatever else, as it is."""
+        if not isinstance(x, np.ndarray) or x.dtype != HALF:
             return x
         if id(x) not in self.copies:
-            self.copies[id(x)] = x, x.astype(np.float32, order="C")
+            self.copies[id(x)] = x, x.astype(WIDE, order="C")
         return self.copies[id(x)][1]
 
     def __getitem__(self, name: str) -> Array:

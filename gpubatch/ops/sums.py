@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ SQUARE_PARTS = 256  # partial results of a sum of squares, on a GPU: so many blo
 SQUARE_SUM_SIZE = 3 + 2 * SQUARE_PARTS
 
 
-@operation()
+@operation()  # it widens float16 to double precision by itself
 def square_sum(x: Array, out: Array) -> None:
     """``out[0]`` += Σ x², in double precision, and ``out[1]`` += how many elements of x are not finite.
 
@@ -46,12 +45,6 @@ def cuda_square_sum(grid: Grid, x: Array, out: Array) -> None:
     grid.launch(source, "square_sum", square_grid(x), MOST_THREADS, x, x.size, out)
 
 
-@square_sum.half
-def half_square_sum(form: Callable[..., None], x: Array, out: Array) -> None:
-    """NumPy widens to double precision by itself."""
-    square_sum.numpy(x, out)
-
-
 def square_grid(x: Array) -> tuple[int]:
     """The grid of a kernel of MOST_THREADS that begins as kernels/square_sum.cuh has it."""
     return (max(1, min(-(-x.nbytes // (MOST_THREADS * AT_ONCE * 16)), SQUARE_PARTS)),)
@@ -60,7 +53,7 @@ def square_grid(x: Array) -> tuple[int]:
 # --- parts of a flat buffer: spans, int64 of (parts, 2), is where each begins and where it ends -----------------------
 
 
-@operation(scratch=lambda features: {"squares": ((1, 1), COMPUTE), "parts": ((SUM_PARTS,), np.float64)})
+@operation("loss", scratch=lambda features: {"squares": ((1, 1), COMPUTE), "parts": ((SUM_PARTS,), np.float64)})
 def l2_loss(w: Array, spans: Array, factor: float, loss: Array, work: Work) -> None:
     """loss += factor Σ w² over the parts; loss is of one element. BLAS does the sums."""
     for start, stop in spans.tolist():
