@@ -1,8 +1,9 @@
 // Gather samples by index and convert them from Sample, the type of the source, to Target, the type of the network.
 // Both are defined before this text.
 
-// out = scale * source[index] + shift, rows of `features` numbers. Indices must be in range. If `batch` is not null,
-// `index` covers all batches, `size` samples each, and the kernel gathers batch number *batch.
+// out = scale * source[index] + shift, rows of `features` numbers. Indices must be in range. If `index` is null, all
+// rows are converted in order. If `batch` is not null, `index` covers all batches, `size` samples each, and the kernel
+// gathers batch number *batch.
 extern "C" __global__ void gather(const Sample* source, const long long* index, const long long* batch, Target* out,
                                   long long rows, long long features, long long width, long long lanes, long long size,
                                   T scale, T shift) {

@@ -8,15 +8,15 @@ struct alignas(N * sizeof(E)) Lanes {
     E at[N];
 };
 
-// out = convert(source[index]), rows of `features` elements, N at a time; N divides `features`, and the arrays are
-// aligned to N elements.
+// out = convert(source[index]), or of all rows in order if `index` is null: rows of `features` elements, N at a time; N
+// divides `features`, and the arrays are aligned to N elements.
 template <int N, class F>
 __device__ inline void take_some(const Sample* source, const long long* index, Target* out, long long rows,
                                  long long features, long long width, F convert) {
     const Tile tile(rows, features / N, width);
     const auto* from = reinterpret_cast<const Lanes<Sample, N>*>(source);
     auto* to = reinterpret_cast<Lanes<Target, N>*>(out);
-    tile.each([&](long long row) { return from[tile.at(index[row])]; },
+    tile.each([&](long long row) { return from[tile.at(index ? index[row] : row)]; },
               [&](long long row, const Lanes<Sample, N>& values) {
                   Lanes<Target, N> made;
                   for (int lane = 0; lane < N; ++lane) made.at[lane] = convert(values.at[lane]);

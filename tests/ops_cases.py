@@ -251,7 +251,9 @@ def square_sum(p: Place, rows: int, features: int) -> Results:
     return {"sum": out[:2]}
 
 
-def gather(stored: str, scale: float, shift: float, p: Place, rows: int, features: int) -> Results:
+def gather(
+    stored: str, scale: float, shift: float, p: Place, rows: int, features: int, indexed: bool = True
+) -> Results:
     samples, dtype = 2 * rows + 1, np.dtype(stored)
     if dtype.kind == "f":
         values = p.rng.standard_normal((samples, features)).astype(stored)
@@ -261,7 +263,7 @@ def gather(stored: str, scale: float, shift: float, p: Place, rows: int, feature
         values = p.rng.integers(np.iinfo(stored).min, np.iinfo(stored).max, (samples, features), stored, endpoint=True)
     index = p.backend.asarray(p.rng.integers(0, samples, rows))
     out = p.empty(rows, features)
-    p.ops.gather(p.backend.asarray(values), index, out, scale, shift)
+    p.ops.gather(p.backend.asarray(values if indexed else values[:rows]), index if indexed else None, out, scale, shift)
     return {"out": out}
 
 
@@ -376,6 +378,9 @@ for stored in C_TYPES:
     CASES[f"gather {stored}"] = Case(
         "gather", source, functools.partial(gather, stored, 1.0, 0.0), [*sizes, (0, 5)], exact=True
     )
+CASES["gather all"] = replace(
+    CASES["gather uint8"], run=functools.partial(gather, "uint8", 1 / 255, 0.0, indexed=False)
+)
 CASES["gather scaled"] = replace(CASES["gather uint8"], run=functools.partial(gather, "uint8", 1 / 255, -0.5))
 
 
@@ -392,6 +397,7 @@ FAST = {
     "dropout 0.3 from 13",
     "dropout, its step in memory",
     "gather uint8",
+    "gather all",
     "gather scaled",
 }
 

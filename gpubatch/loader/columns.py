@@ -20,6 +20,7 @@ from gpubatch.backend import Array, Backend, compute_dtype, float_dtype
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_real
 from gpubatch.loader.order import Indices
 from gpubatch.loader.pinned import Form, take_into
+from gpubatch.ops import ops_for
 from gpubatch.sources import (
     ArraySource,
     Part,
@@ -115,12 +116,15 @@ class Column:
         """The batch that is made on the backend of what :meth:`stored` gave."""
         return self.gather(there) if self.on_backend else convert(there, self.dtype, self.scale)
 
-    def received(self, there: Array, rows: Array) -> Array:
+    def received(self, there: Array) -> Array:
         """Likewise of what came through a buffer of the device, with which the batch shares no memory."""
-        if self.on_backend or (there.dtype == self.dtype and self.scale is None):
-            return self.gather(there) if self.on_backend else there.copy()
-        # All rows in their order are gathered and converted in one pass.
-        return ArraySource("", there).gather(rows[: len(there)], self.dtype, self.scale, self.backend)
+        if self.on_backend:
+            return self.gather(there)
+        if there.dtype == self.dtype and self.scale is None:
+            return there.copy()
+        out = self.backend.empty(there.shape, self.dtype)
+        ops_for(self.backend, self.dtype).gather(there, None, out, 1.0 if self.scale is None else self.scale, 0.0)
+        return out
 
 
 class Columns(Sequence[Column]):

@@ -222,7 +222,7 @@ class ThroughPinned:
         staging = max(stored, batch_size * columns.delivery_bytes(as_rows))
         if kept:
             batches = batch_size * columns.captured_bytes + kept * batches
-        buffers = self._slots(batch_size) * batch_size * columns.stored_bytes + 8 * batch_size
+        buffers = self._slots(batch_size) * batch_size * columns.stored_bytes
         return {"buffers of batches": buffers, "batches": batches, "conversion of a batch": staging}
 
     def batches(
@@ -265,7 +265,7 @@ class ThroughPinned:
 
     def _received(self, ring: Ring, slot: Slot) -> list[Any]:
         with ring.received(slot) as arrays:
-            return [column.received(array, ring.rows) for column, array in zip(self._columns, arrays, strict=True)]
+            return [column.received(array) for column, array in zip(self._columns, arrays, strict=True)]
 
 
 def belongs_on_device(

@@ -63,16 +63,14 @@ def _shaped(buffer: Array, shape: tuple[int, ...]) -> Array:
 class Ring:
     """Slots through which batches of at most ``forms`` go to the device, in the order in which they are filled.
 
-    One thread fills and sends, another receives; at most ``slots`` are on their way, the received one included.
-    ``rows`` are the numbers 0, 1, ... of their rows, on the device. All memory is taken here and given back by
-    :meth:`close`.
+    One thread fills and sends, another receives; at most ``slots`` are on their way, the received one included. All
+    memory is taken here and given back by :meth:`close`.
     """
 
     def __init__(self, backend: CudaBackend, forms: list[Form], slots: int) -> None:
         self._backend, self._process = backend, os.getpid()
         with backend.scope():
             self._home, self._copies = backend.current_stream(), backend.stream()
-            self.rows = backend.asarray(np.arange(max(shape[0] for shape, _ in forms), dtype=np.int64))
             self._slots = [
                 Slot(
                     [backend.pinned(math.prod(shape), dtype) for shape, dtype in forms],
@@ -132,7 +130,7 @@ class Ring:
         for slot in self._slots:  # a traceback that somebody keeps holds slots
             slot.pinned.clear()
             slot.staged.clear()
-        self._slots, self.rows = [], None
+        self._slots = []
         self._free.clear()
 
 

@@ -21,17 +21,19 @@ BLOCK = 1 << 18  # elements that NumPy gathers, casts and scales at a time
 
 
 @operation()
-def gather(source: Array, index: Array, out: Array, scale: float, shift: float) -> None:
+def gather(source: Array, index: Array | None, out: Array, scale: float, shift: float) -> None:
     """out = scale * source[index] + shift; source is (samples, ...) of any real dtype, index int64 and in range.
+
+    Without an index all samples are converted, in their order.
 
     NumPy takes a few rows at a time, so that the passes (gather, cast, scale) meet in the cache. uint8 to scaled
     float32, batch 1024 x 784, Xeon (Sapphire Rapids, 2 MB of second-level cache): 0.30 ns an element, in one piece
     0.40.
     """
     rows = max(1, BLOCK // max(1, math.prod(source.shape[1:])))
-    for start in range(0, len(index), rows):
-        part = out[start : start + rows]
-        part[...] = source.take(index[start : start + rows], axis=0)
+    for start in range(0, len(out), rows):
+        part, which = out[start : start + rows], slice(start, start + rows)
+        part[...] = source[which] if index is None else source.take(index[which], axis=0)
         if scale != 1:
             part *= scale
         if shift != 0:
@@ -39,26 +41,28 @@ def gather(source: Array, index: Array, out: Array, scale: float, shift: float) 
 
 
 @gather.compiled
-def compiled_gather(library: Any, source: Array, index: Array, out: Array, scale: float, shift: float) -> None:
-    """One pass."""
-    if not library.gather(source, index, out, scale, shift):
+def compiled_gather(library: Any, source: Array, index: Array | None, out: Array, scale: float, shift: float) -> None:
+    """One pass, but for NumPy's where there is no index."""
+    if index is None or not library.gather(source, index, out, scale, shift):
         gather.numpy(source, index, out, scale, shift)
 
 
 @gather.cuda
-def cuda_gather(grid: Grid, source: Array, index: Array, out: Array, scale: float, shift: float) -> None:
+def cuda_gather(grid: Grid, source: Array, index: Array | None, out: Array, scale: float, shift: float) -> None:
     """One launch."""
     gather_batch(grid, source, index, None, out, scale, shift)
 
 
 @gather.half
-def half_gather(form: Callable[..., None], source: Array, index: Array, out: Array, scale: float, shift: float) -> None:
+def half_gather(
+    form: Callable[..., None], source: Array, index: Array | None, out: Array, scale: float, shift: float
+) -> None:
     """A few rows at a time."""
     rows = max(1, BLOCK // max(1, math.prod(out.shape[1:])))
-    wide = np.empty((min(rows, len(index)), *out.shape[1:]), np.float32)
-    for start in range(0, len(index), rows):
-        part = wide[: len(index) - start]
-        form(source, index[start : start + rows], part, scale, shift)
+    wide = np.empty((min(rows, len(out)), *out.shape[1:]), np.float32)
+    for start in range(0, len(out), rows):
+        part, which = wide[: len(out) - start], slice(start, start + rows)
+        form(*((source[which], None) if index is None else (source, index[which])), part, scale, shift)
         with np.errstate(over="ignore"):
             out[start : start + rows] = part
 
@@ -73,7 +77,14 @@ def gather_bytes(ops: Forms, stored: np.dtype[Any], rows: int, numbers: int) -> 
 
 
 def gather_batch(
-    grid: Grid, source: Array, order: Array, batch: Array | None, out: Array, scale: float, shift: float, size: int = 0
+    grid: Grid,
+    source: Array,
+    order: Array | None,
+    batch: Array | None,
+    out: Array,
+    scale: float,
+    shift: float,
+    size: int = 0,
 ) -> None:
     """Gather batch number ``*batch``, an int64 on the device (without it the first): rows ``order[batch * size:]``."""
     check_contiguous("source", source)
@@ -91,7 +102,14 @@ def take_batch(grid: Grid, source: Array, order: Array, batch: Array, out: Array
 
 
 def launch_over_rows(
-    grid: Grid, text: str, name: str, source: Array, order: Array, batch: Array | None, out: Array, *numbers: float
+    grid: Grid,
+    text: str,
+    name: str,
+    source: Array,
+    order: Array | None,
+    batch: Array | None,
+    out: Array,
+    *numbers: float,
 ) -> None:
     """A kernel that takes rows of ``source``, as kernels/rows.cuh does."""
     rows, features = len(out), math.prod(source.shape[1:])
