@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from needs import missing
 from ops_cases import CASES, Case, F, Place, by_host, by_numpy, compare, same
+from stand_in import stand_in_backend
 
 import gpubatch as gb
-from gpubatch.ops import SQUARE_SUM_SIZE, Ops, host_library, ops_for
+from gpubatch.ops import COMPUTE, SQUARE_SUM_SIZE, Grid, Ops, host_library, ops_for
+from gpubatch.ops.grid import PARTS
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -199,3 +201,36 @@ def test_callers_at_the_same_time_do_not_disturb_each_other(library: Any) -> Non
     for thread in threads:
         thread.join()
     assert (len(wrong), sum(wrong)) == (200, 0)
+
+
+# --- scratch ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_operation_gets_the_scratch_of_the_form_that_will_run(library: Any) -> None:
+    uniform = {"uniform": ((-1, 7), np.float32)}  # of NumPy alone
+    on_gpu = Ops(grid=Grid(stand_in_backend(), F))
+    assert Ops().scratch(["dropout"], 7) == uniform
+    assert Ops(library).scratch(["dropout"], 7) == {}
+    assert Ops(library).scratch(["dropout"], 7, strided=True) == uniform  # a compiled form leaves these to NumPy
+    assert on_gpu.scratch(["dropout"], 7, strided=True) == {}
+
+
+def test_without_a_compiled_form_numpy_may_do_it(library: Any) -> None:
+    assert Ops.update_running.numpy_may_do_it(Ops(library), strided=False)
+    assert not Ops.batch_norm.numpy_may_do_it(Ops(library), strided=False)
+
+
+def test_operations_of_one_layer_share_the_larger_array() -> None:
+    for names in (["activation_gradient", "batch_norm"], ["batch_norm", "activation_gradient"]):
+        assert Ops().scratch(names, 5) == {"partial": ((2 * PARTS, 5), COMPUTE)}
+
+
+def test_what_a_layer_keeps_is_no_scratch() -> None:
+    """Or the next layer would write over it before backward."""
+    needs = gb.Needs(5, kept={"inverse": ((5,), COMPUTE)}, scratch={"own": ((2,), None)}, uses=("normalise",))
+    assert needs.scratch_in(Ops(), training=True) == {"own": ((2,), None)}
+
+
+def test_an_operation_that_is_not_there_is_named() -> None:
+    with pytest.raises(gb.ArgumentError, match=r"uses must be one of 'activate', .*, got 'batchnorm'"):
+        gb.Needs(5, uses=("batchnorm",)).scratch_in(Ops(), training=False)
