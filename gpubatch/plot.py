@@ -1,4 +1,4 @@
-"""Pictures of a run. The only module that imports Matplotlib, when a picture is asked for."""
+"""Pictures of a run. The only module that imports Matplotlib, and only to draw one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RAW, SMOOTH, HELD_OUT, ACCURACY = "#c3cbd6", "#1f4e9e", "#d1603d", "#2b7a4b"
 
 
 def check_plot_file(path: str | Path) -> None:
-    """Find out before the work whether ``path`` can be drawn to: its ending, its folder, Matplotlib."""
+    """Raise unless a picture can be drawn to ``path``, before any work is done: its ending, its folder, Matplotlib."""
     if Path(path).suffix not in (".png", ".pdf", ".svg"):
         raise ArgumentError(f"the plot file must end in .png, .pdf or .svg, got {str(path)!r}")
     if not Path(path).absolute().parent.is_dir():
@@ -39,9 +39,11 @@ def check_plot_file(path: str | Path) -> None:
 
 
 def plot_training(history: History, path: str | Path, title: str) -> None:
-    """Cost of every step, raw and smoothed, with the validation cost; accuracy by epoch; the learning rate.
+    """Draw the cost of every step, raw and smoothed, with the validation cost; accuracy by epoch; the learning rate.
 
-    ``path`` ends in .png, .pdf or .svg. Raises :class:`ArgumentError` for a history without a step.
+    history: a run, of at least one step
+    path: a file that ends in .png, .pdf or .svg
+    title: of the picture
     """
     check_plot_file(path)
     if not history.step_loss:
@@ -97,7 +99,7 @@ def _draw_cost(axes: Any, history: History, steps: np.ndarray, ends: np.ndarray)
 
 
 def plot_slice(found: explore.LossSlice, path: str | Path, title: str, trail: np.ndarray | None = None) -> None:
-    """A curve, or filled contours on a logarithmic scale; ``trail`` is the path of training in the slice."""
+    """Draw a curve, or contours on a logarithmic scale; ``trail`` is the path of training in the slice."""
     figure, (axes,) = _panels(path, title, [5])
     if found.b is None:
         axes.plot(found.a, _finite(found.losses), color=SMOOTH)
@@ -135,7 +137,7 @@ def plot_slice(found: explore.LossSlice, path: str | Path, title: str, trail: np
 
 
 def plot_step_sizes(one: explore.StepSizeSweep, test: explore.RangeTest, path: str | Path, title: str) -> None:
-    """The loss after one step by its size; the cost while the learning rate rises, with the suggestion."""
+    """Draw the loss after one step by its size, and the cost while the learning rate rises, with the suggestion."""
     figure, (step, run) = _panels(path, title, [3, 3])
     # Beyond these limits it explodes, and nothing else could be seen.
     low = min(one.start, *one.losses)
@@ -165,7 +167,7 @@ def plot_step_sizes(one: explore.StepSizeSweep, test: explore.RangeTest, path: s
 
 
 def plot_batch_sizes(trials: list[explore.BatchSizeTrial], target: float, path: str | Path, title: str) -> None:
-    """Time of a sample, and time and epochs to the target, by batch size; powers of two are filled."""
+    """Draw the time of a sample, and time and epochs to the target, by batch size; powers of two are filled."""
     figure, (each, whole, count) = _panels(path, title, [3, 3, 2])
     panels: list[tuple[Any, str, str]] = [
         (each, "seconds_per_sample", "time per sample (µs)"),
@@ -198,7 +200,7 @@ def plot_batch_sizes(trials: list[explore.BatchSizeTrial], target: float, path: 
 
 
 def plot_optimizers(trials: list[explore.OptimizerTrial], path: str | Path, title: str) -> None:
-    """The smoothed cost of each optimizer at its best rate, and the loss at the end by rate."""
+    """Draw the smoothed cost of each optimizer at its best rate, and the loss at the end by rate."""
     figure, (cost, rate) = _panels(path, title, [3, 3])
     for trial, color in zip(trials, _colors(len(trials)), strict=True):
         smoothed = trial.history.smoothed(0.95)
@@ -227,7 +229,7 @@ class Strategy(Protocol):
 
 
 def plot_strategies(results: Sequence[Strategy], path: str | Path, title: str) -> None:
-    """The accuracy that each strategy reached, and how its loss fell."""
+    """Draw the accuracy that each strategy reached, and how its loss fell."""
     figure, (reached, falls) = _panels(path, title, [2, 3])
     colors = _colors(len(results))
     for k, (result, color) in enumerate(zip(results, colors, strict=True)):
@@ -261,7 +263,7 @@ MODEL = "model, optimizer, validation set"
 
 
 def plot_memory(plan: BatchPlan, parts: Mapping[int, ByPart], path: str | Path, title: str) -> None:
-    """Bytes by batch size, in all and by group of parts, with what is available and the size that was chosen."""
+    """Draw the bytes by batch size, in all and by group of parts, with what is available and the chosen size."""
     figure, (axes,) = _panels(path, title, [5])
     sizes, whole = list(parts), [sum(of_size.values()) for of_size in parts.values()]
     lines = {name: np.zeros(len(sizes)) for name in (MODEL, "workspaces", "loader")}

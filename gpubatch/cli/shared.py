@@ -30,8 +30,9 @@ PRINTED = {"as_json", "plot_file", "progress"}  # arguments that no result depen
 
 
 def arguments_of(context: typer.Context, **resolved: Any) -> dict[str, Any]:
-    """The arguments of a command, for its JSON; those that it had to resolve are given."""
-    return {**{name: value for name, value in context.params.items() if name not in PRINTED}, **resolved}
+    """The arguments of a command in the order of its help, for its JSON; ``resolved`` ones as the command used them."""
+    names = (parameter.name for parameter in context.command.params if parameter.name not in PRINTED)
+    return {name: resolved.get(name, context.params[name]) for name in names if name in context.params}
 
 
 def versions() -> dict[str, str]:

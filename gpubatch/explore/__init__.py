@@ -1,7 +1,7 @@
 """Look into training: check gradients, search without them, see the loss, find the step size and the batch size.
 
-What is given is left as it was: parameters, running statistics and the dropout step of a network are the same after a
-call as before it. Only the two random searches, which are asked for better parameters, leave these in the network.
+A call leaves a network as it was: parameters, running statistics and dropout step. Only the two random searches load
+what they found into it.
 """
 
 from gpubatch.explore.gradients import GradientCheck, Kink, check_network, gradient_check, numerical_gradient

@@ -31,7 +31,7 @@ Index: TypeAlias = tuple[int, ...]
 STEPS = {"float32": 1e-2, "float64": 1e-5}  # h: near the cube root of eps, where rounding and truncation balance
 TOLERANCES = {"float32": 1e-2, "float64": 1e-7}
 ROUNDING = 16  # roundings of f's own size that one evaluation of f may be off by
-RATIOS = (1.0, 1 / 3, 1 / 10)  # of h, the steps that are looked at where one is not enough
+RATIOS = (1.0, 1 / 3, 1 / 10)  # of h: the steps to compare if one is not enough
 STACK_BYTES = 1 << 26  # of points that numerical_gradient hands to a vectorized f at a time
 
 
@@ -44,14 +44,15 @@ def numerical_gradient(
 ) -> Array:
     """The gradient of ``f`` at ``x`` by differences: an array of x's shape and dtype.
 
-    "central" is (f(x+h) - f(x-h)) / 2h and "forward" (f(x+h) - f(x)) / h, for each element; f takes an array and
-    returns one real number. x, float32 or float64, is changed in place while f is called, so f may also look at an
-    array of which x is a view; afterwards, and if f raises, it is as before. ``h`` is 1e-5, in float32 1e-2, where
-    rounding leaves no more; what is divided by is the step that was really taken, after rounding. A step that rounding
-    swallows is an error.
+    f: a function of an array that returns one real number
+    x: an array of float32 or float64
+    h: the step; by default 1e-5, and 1e-2 in float32, whose rounding allows no smaller one
+    method: "central", (f(x+h) - f(x-h)) / 2h, or "forward", (f(x+h) - f(x)) / h
+    vectorized: f takes many points at a time, ``(points, *x.shape)``, and returns ``(points,)``
 
-    With ``vectorized=True`` f takes many points at a time, ``(points, *x.shape)``, and returns ``(points,)``; x itself
-    is then not touched.
+    x is changed in place while f is called, so f may also read an array of which x is a view; afterwards, and if f
+    raises, x is as before. With ``vectorized`` it is not touched. The difference is divided by the step that was really
+    taken, after rounding. A step that rounding swallows is an error.
 
     >>> numerical_gradient(lambda x: (x**2).sum(), np.array([1.0, -3.0])).round(6).tolist()
     [2.0, -6.0]

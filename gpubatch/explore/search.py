@@ -17,9 +17,9 @@ __all__ = ["SearchResult", "random_local_search", "random_search"]
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best that a search found, which the network now holds, and the best loss after each trial.
+    """The loss and accuracy of the best parameters, which the network now holds, and the best loss after each trial.
 
-    ``accuracy`` is None where the loss has no classes.
+    ``accuracy`` is None if the loss has no classes.
     """
 
     loss: float
@@ -36,9 +36,17 @@ def random_search(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> SearchResult:
-    """Try ``trials`` times parameters drawn from N(0, scale²), and load the best into ``net`` (CS231n, "Strategy #1").
+    """Draw parameters from N(0, scale²) again and again, and load the best into ``net`` (CS231n, "Strategy #1").
 
-    The same seed draws the same parameters on every backend. The loss is that of :meth:`Network.loss`, in evaluation.
+    net: the network
+    X: samples
+    Y: targets
+    trials: how many parameters to draw
+    scale: the standard deviation
+    seed: of the draws; the same seed draws the same parameters on every backend
+    progress: is called with the number of trials done and the number of all
+
+    The loss is that of :meth:`Network.loss`, in evaluation.
     """
     return _search(net, X, Y, trials, scale, seed, False, progress)
 
@@ -52,9 +60,10 @@ def random_local_search(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> SearchResult:
-    """Start from the parameters of ``net``, and take a step drawn from N(0, scale²) if it lowers the loss, else not.
+    """Start from the parameters of ``net``, and take a step drawn from N(0, scale²) if it lowers the loss.
 
-    ``trials`` steps are tried; the best parameters are in ``net`` at the end (CS231n, "Strategy #2").
+    The arguments are those of :func:`random_search`; ``trials`` is how many steps are tried. The best parameters are in
+    ``net`` at the end (CS231n, "Strategy #2").
     """
     return _search(net, X, Y, trials, scale, seed, True, progress)
 
@@ -67,7 +76,7 @@ def _search(
     check_real("scale", scale, 0, open_low=True)
     draw = np.random.default_rng(check_int("seed", seed, 0))
     flat, backend = net.parameters.flat, net.backend
-    start = net.loss(X, Y)  # finds what is wrong with X and Y before anything is changed
+    start = net.loss(X, Y)  # checks X and Y before anything is changed
     best, history = start if local else math.inf, []
     with backend.scope(), np.errstate(over="ignore"):
         best_flat = flat.copy()

@@ -1,4 +1,4 @@
-"""What the explorers share: the network left as it was, grids of numbers, and a report of progress."""
+"""Shared by the explorers: keeping the network as it is, grids of numbers, reporting progress."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpubatch.nn import Network
 
 __all__ = ["Progress", "check_net", "grid_of", "kept_as_it_is", "loss_or_inf", "positive_grid", "report"]
 
-Progress: TypeAlias = Callable[[int, int], Any]  # called with what is done and how much there is in all
+Progress: TypeAlias = Callable[[int, int], Any]  # of what is done, and of how much there is in all
 
 
 def grid_of(name: str, values: Any) -> np.ndarray:
@@ -43,7 +43,7 @@ def check_net(net: Any) -> None:
 
 @contextlib.contextmanager
 def kept_as_it_is(net: Network) -> Iterator[None]:
-    """Everything that ``net`` is made of is afterwards as it was before, gradients apart."""
+    """Restore parameters, running statistics and dropout step of ``net`` on exit."""
     state = net.state_dict()
     try:
         yield
@@ -52,7 +52,7 @@ def kept_as_it_is(net: Network) -> Iterator[None]:
 
 
 def loss_or_inf(net: Network, X: Array, Y: Array, training: bool = False) -> float:
-    """The loss; infinity where it is not finite."""
+    """The loss; infinity if it is not finite."""
     try:
         return net.loss(X, Y, training)
     except NonFiniteError:
@@ -68,6 +68,6 @@ def positive_grid(name: str, values: Any) -> tuple[float, ...]:
 
 
 def report(progress: Progress | None, done: int, total: int) -> None:
-    """Tell a caller who wants to know how far the work is."""
+    """Call ``progress``, if there is one."""
     if progress is not None:
         progress(done, total)

@@ -36,9 +36,9 @@ MakeOptimizer: TypeAlias = Callable[[Parameters, float], Optimizer]
 
 @dataclass(frozen=True)
 class StepSizeSweep:
-    """The loss before a step, ``start``, and after one step of each size, inf where it overflows.
+    """The loss before a step, ``start``, and after one step of each size, infinity if it overflows.
 
-    ``best`` is the step size with the lowest of all; None where every step raises the loss.
+    ``best`` is the step size with the lowest loss, None if every step raises it; ``reason`` says so in words.
     """
 
     step_sizes: tuple[float, ...]
@@ -77,9 +77,9 @@ def step_size_sweep(net: Network, X: Array, Y: Array, step_sizes: Any = None) ->
 
 @dataclass(frozen=True)
 class RangeTest:
-    """A run in which the learning rate rose from step to step: the cost at each rate, raw and smoothed.
+    """A run with a rising learning rate: the cost at each rate, raw and smoothed.
 
-    ``suggestion`` is a learning rate to train with, ``reason`` says why; None where the cost never fell.
+    ``suggestion`` is a learning rate to train with, None if the cost never fell; ``reason`` says why.
     """
 
     rates: tuple[float, ...]
@@ -102,10 +102,22 @@ def learning_rate_range_test(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> RangeTest:
-    """Train while the learning rate rises exponentially from ``low`` to ``high`` (Smith 2017, arXiv:1506.01186).
+    """Train while the learning rate rises exponentially (Smith 2017, arXiv:1506.01186).
 
-    ``optimizer(parameters, lr)`` makes the optimizer. The run ends early where the smoothed cost is above four times
-    its lowest. The suggestion is a tenth of the rate at which the smoothed cost is lowest.
+    net: the network
+    X: samples
+    Y: targets
+    optimizer: a function of parameters and learning rate that makes the optimizer
+    low: the first learning rate
+    high: the last one
+    steps: how many steps to make
+    batch_size: samples in a batch
+    beta: of the moving average that smooths the cost
+    seed: of the order of the samples
+    progress: is called with the number of steps done and the number of all
+
+    The run ends early if the smoothed cost exceeds four times its minimum. The suggestion is a tenth of the rate at
+    which the smoothed cost is lowest.
     """
     check_net(net)
     low = check_real("low", low, 0, open_low=True)
@@ -159,10 +171,15 @@ def _range_test(rates: list[float], found: list[float], smoothed: list[float], s
 
 @dataclass(frozen=True)
 class BatchSizeTrial:
-    """A training run with one batch size: times of the training alone, the median epoch's, and memory in bytes.
+    """A training run with one batch size; the times are the median epoch's, without the evaluation between epochs.
 
-    ``epochs_to_target`` and ``seconds_to_target`` are None where the loss was not reached; ``loss`` is that of the
-    whole set at the end of the run, None where it diverged. Memory is that of network and optimizer.
+    batch_size: samples in a batch
+    seconds_per_sample: None if not even one epoch was complete
+    seconds_per_epoch: likewise
+    memory: bytes of network and optimizer
+    epochs_to_target: None if the loss was not reached
+    seconds_to_target: likewise
+    loss: the loss of the whole set at the end, None if the run diverged
     """
 
     batch_size: int
@@ -186,11 +203,19 @@ def batch_size_sweep(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[BatchSizeTrial]:
-    """Train from the same parameters with each batch size, until the loss of the whole set is ``target``.
+    """Train from the same parameters with each batch size.
 
-    At most ``epochs`` each, and all of them without a target. ``sizes`` are by default the powers of two from 16 to
-    1024 and one size between each two, as far as there are samples. ``lr`` is a number, or a function of the batch
-    size. The loss is looked at after every epoch, and that takes no part in the times.
+    net: the network
+    X: samples
+    Y: targets
+    sizes: the batch sizes; by default the powers of two from 16 to 1024 and one size between each two, as far as there
+        are samples
+    target: the loss of the whole set at which a run ends; it is evaluated after every epoch
+    optimizer: a function of parameters and learning rate that makes the optimizer
+    lr: the learning rate, or a function of the batch size
+    epochs: at most so many per run, and all of them without a target
+    seed: of the order of the samples
+    progress: is called with the number of runs done and the number of all
     """
     check_net(net)
     default = [n for power in range(4, 11) for n in (1 << power, 3 << (power - 1)) if n <= min(1024, len(X))]
@@ -227,8 +252,8 @@ def batch_size_sweep(
 class OptimizerTrial:
     """An optimizer at its own best learning rate: the loss of the whole set at the end, and how it fell.
 
-    ``losses`` are those at each rate of the grid, inf where it diverged; ``at_edge`` says that the best rate is the
-    first or last of the grid, so that a better one may lie outside.
+    ``losses`` are those at each rate of the grid, infinity if the run diverged; ``at_edge`` tells that the best rate is
+    the first or last of the grid, so that a better one may lie outside.
     """
 
     name: str
@@ -257,9 +282,16 @@ def optimizer_sweep(
 ) -> list[OptimizerTrial]:
     """Compare optimizers on equal terms: same start, same batches, and each at its own best rate of the same grid.
 
-    By default SGD, momentum, RMSProp and Adam; ``optimizers`` maps names to functions (parameters, lr) -> optimizer.
-    ``rates`` are by default 1e-4 to 10, two in a decade. The best rate is the one with the lowest loss of the whole set
-    after ``epochs``.
+    net: the network
+    X: samples
+    Y: targets
+    optimizers: names, and functions of parameters and learning rate that make the optimizers; by default SGD, momentum,
+        RMSProp and Adam
+    rates: the learning rates to try, by default 1e-4 to 10, two per decade
+    epochs: the epochs of every run; the best rate has the lowest loss of the whole set after them
+    batch_size: samples in a batch
+    seed: of the order of the samples
+    progress: is called with the number of runs done and the number of all
     """
     check_net(net)
     makers = dict(OPTIMIZERS if optimizers is None else optimizers)
@@ -291,7 +323,7 @@ def optimizer_sweep(
 
 
 class TrialRun(NamedTuple):
-    """A training run: its loss and accuracy on the whole set at the end, None where it diverged."""
+    """A training run: its loss and accuracy on the whole set at the end, None if it diverged."""
 
     history: History
     reached: bool
@@ -317,7 +349,7 @@ def _train(
     seed: int,
     target: float | None,
 ) -> TrialRun:
-    """Train from ``state``, without a display, until the loss of the whole set is down to ``target``."""
+    """Train from ``state`` until the loss of the whole set is down to ``target``."""
     net.load_state_dict(state)
     loader = Loader(X, Y, batch_size=batch_size, seed=seed, backend=net.backend, dtype=net.dtype)
     opt = make(net.parameters, lr)

@@ -26,12 +26,12 @@ __all__ = [
 
 
 def why_not_captured(net: Network, loader: Loader, opt: Optimizer, *others: Any) -> str:
-    """Why the steps of a run cannot be captured, in words; empty where they can."""
+    """Why the steps of a run cannot be captured, in words; empty if they can."""
     return why_eager(net, opt, loader, *others)
 
 
 def check_parts(net: Network, loader: Loader, opt: Optimizer) -> None:
-    """Raise unless the three are what they should be, and fit together."""
+    """Raise unless the three have the right types and fit together."""
     for name, value, kind in (("net", net, Network), ("loader", loader, Loader), ("opt", opt, Optimizer)):
         if not isinstance(value, kind):
             raise DTypeError(f"{name} must be a gpubatch.{kind.__name__}, got {type(value).__name__}")
@@ -64,7 +64,7 @@ def scale_for(net: Network, loss_scale: LossScale | None) -> LossScale | None:
 
 
 class HeldOut(NamedTuple):
-    """The validation set as a network takes it, and how many bytes of it were newly made."""
+    """The validation set as a network takes it, and how many bytes were allocated for it."""
 
     X: Array
     Y: Array
@@ -82,8 +82,8 @@ def validation_arrays(net: Network, loader: Loader, validation: Any) -> HeldOut:
     return HeldOut(turn(X), turn(Y), copied)
 
 
-# Captured steps stand for all that the classes of network, optimizer, loader, loss and layers define, but for what no
-# step calls. What else of it a user has written is to be run as often as on a CPU, so the steps are eager then.
+# A graph replaces every method that a step calls. If a user has overridden one of them, steps are eager, so that it is
+# called as often as on a CPU. These are the methods that no step calls.
 APART = frozenset(
     "__copy__ __deepcopy__ __init__ __init_subclass__ __reduce__ __repr__ accuracy evaluate hyper load_state_dict "
     "memory memory_parts predict scores state_dict to_batch _common_dtype _loaded _loaded_state _take".split()
@@ -91,9 +91,9 @@ APART = frozenset(
 
 
 def why_eager(net: Network, *others: Any) -> str:
-    """Why the steps of ``net`` cannot be captured, in words; empty where they can.
+    """Why the steps of ``net`` cannot be captured, in words; empty if they can.
 
-    ``others`` are what else takes part in the steps, such as optimizer and loader.
+    ``others`` also take part in the steps, such as optimizer and loader.
     """
     if not isinstance(net.backend, CudaBackend):
         return f"graphs are for a GPU, the network is on {net.backend.spec!r}"
@@ -112,6 +112,6 @@ def why_eager(net: Network, *others: Any) -> str:
 
 
 def check_bound(net: Network, opt: Optimizer) -> None:
-    """Raise unless ``opt`` changes the parameters of ``net``."""
+    """Raise unless ``opt`` updates the parameters of ``net``."""
     if any(opt.params.get(name) is not p for name, p in net.parameters.items()):
         raise ArgumentError("opt must be bound to net.parameters, this one is bound to other arrays")

@@ -1,4 +1,4 @@
-"""What a run did and where it is, and the ways in which it ends early."""
+"""What a run did, what its callbacks see, and the ways to end it early."""
 
 from __future__ import annotations
 
@@ -19,16 +19,21 @@ __all__ = ["History", "StopTraining", "TrainingInterrupted", "TrainingState", "T
 
 @dataclass
 class History:
-    """What a run did: ``step_loss`` and ``step_lr`` have one number a step, the other lists one an epoch.
+    """What a run did. A list has one number per epoch, ``step_loss`` and ``step_lr`` one per applied step.
 
-    ``step_lr`` is empty where the rule has no learning rate. ``skipped`` counts the steps that were left out, which are
-    in no list; nor are ``overflows``, those that a loss scale left out to find its size. ``loss_scale`` is what it was
-    at the end of each epoch, empty where the network has none.
-
-    ``loss`` is the mean of the epoch's mini-batch costs, weighted by their samples; ``seconds`` leaves the validation
-    out. ``validation_accuracy`` is empty where the loss has no classes. ``execution`` says how the steps of the last
-    epoch were run: "captured"; "eager", on a CPU or because that was asked for; or "eager, since ..." and why.
-    ``micro_batch_size`` is how many samples of a batch are computed at a time since memory ran out, None if it did not.
+    step_loss: the cost of the mini-batch
+    step_lr: the learning rate; empty if the rule has none
+    loss: the mean of the epoch's mini-batch costs, weighted by their samples
+    validation_loss: the loss on the validation set
+    validation_accuracy: the accuracy on it; empty if the loss has no classes
+    seconds: the time of the epoch without validation
+    loss_scale: the loss scale at the end of the epoch; empty if the network has none
+    batch_size: samples in a batch
+    micro_batch_size: how many of them are computed at a time since memory ran out; None if it did not
+    skipped: how many steps were left out because their loss or gradient was not finite
+    overflows: how many steps were left out because the gradient overflowed at that loss scale
+    execution: how the steps of the last epoch were run: "captured"; "eager", on a CPU or on request; or "eager, since
+        ..." with the reason
     """
 
     step_loss: list[float] = field(default_factory=list)
@@ -49,13 +54,13 @@ class History:
         return np.asarray(ewma(self.step_loss, beta))
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON can hold it."""
+        """The history as JSON can hold it."""
         return dataclasses.asdict(self)
 
 
 @dataclass
 class TrainingState:
-    """What a callback sees: the parts of the run, the epoch that is running, and how many steps were made in all."""
+    """What a callback sees: network, loader, optimizer and history, the current epoch, and all steps made so far."""
 
     net: Network
     loader: Loader
@@ -70,7 +75,7 @@ class StopTraining(Exception):  # noqa: N818  like StopIteration: not an error
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C during :func:`fit`: the model holds the last complete step; ``history`` is what was done until then."""
+    """Ctrl-C during :func:`fit`: the model holds the last complete step, ``history`` the run until then."""
 
     def __init__(self, message: str, history: History) -> None:
         KeyboardInterrupt.__init__(self, message)
@@ -78,7 +83,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class TrainingTerminated(SystemExit):
-    """SIGTERM during :func:`fit`, otherwise as :class:`TrainingInterrupted`; ends the program with exit code 143."""
+    """SIGTERM during :func:`fit`, otherwise like :class:`TrainingInterrupted`; ends the program with exit code 143."""
 
     def __init__(self, message: str, history: History) -> None:
         SystemExit.__init__(self, 128 + signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""What the host and captured steps tell each other, in one block of device memory."""
+"""The ledger of captured steps: the block of device memory through which they and the host communicate."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from gpubatch.staging import Stage, Stages
 
 __all__ = ["AHEAD", "BATCH", "CHUNK", "HALTED", "STEP", "Ledger", "Report"]
 
-CHUNK = 64  # steps whose scalars go to the device, and whose losses come back, in one copy
-AHEAD = 2  # chunks that are queued beyond the one that the host waits for, or batches that are kept
-STAGES = 2 * (AHEAD + 2)  # copies between host and device that may be under way
-WORDS = 5  # of kernels/step.cuh, in this order
+CHUNK = 64  # steps whose scalars are copied to the device at a time, and whose losses are copied back
+AHEAD = 2  # chunks queued beyond the one that the host waits for; or batches kept
+STAGES = 2 * (AHEAD + 2)  # copies between host and device in flight
+WORDS = 5  # as kernels/step.cuh numbers them
 SLOT, HALTED, BATCH, STEP, TICKET = range(WORDS)
 
 
 class Report:
-    """How far the steps had come at one point of the stream; ``read`` waits for it."""
+    """The progress of the steps at one point of the stream; ``read`` waits for it."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
 
     def read(self) -> tuple[list[float], bool]:
-        """The losses of the steps that were applied since the ledger was written, and whether one halted."""
+        """The losses of the steps applied since the ledger was written, and whether a step halted."""
         self._stage.over.synchronize()
         words = self._stage.memory[: 8 * WORDS].view(np.int64)
         losses = self._stage.memory[8 * WORDS :].view(np.float64)
@@ -33,16 +33,15 @@ class Report:
 
 
 class Ledger:
-    """What the host and the captured steps tell each other, in one block on the device.
+    """A block on the device with the scalars and the losses of ``capacity`` steps, and their progress.
 
-    First the scalars of ``capacity`` steps, in ``rows``; then the words of kernels/step.cuh, ``progress``; then the
-    ``losses`` of as many steps. So what the host writes is in one piece, and what it reads in another; the slot is in
-    both.
+    First come the scalars, in ``rows``; then ``progress``, the words of kernels/step.cuh; then the ``losses``. So the
+    host writes one piece and reads another; both contain the slot.
     """
 
     def __init__(self, backend: CudaBackend, scalars: int, dtype: np.dtype[Any]) -> None:
         self._backend, self.capacity = backend, CHUNK
-        self._start = -(-CHUNK * scalars * dtype.itemsize // 8) * 8  # of the words
+        self._start = -(-CHUNK * scalars * dtype.itemsize // 8) * 8  # of the words, aligned to 8 bytes
         size = self._start + 8 * WORDS + 8 * CHUNK
         with backend.scope():
             self._block = backend.zeros(size, np.uint8)
@@ -53,11 +52,11 @@ class Ledger:
         self._stages = Stages(backend, size, STAGES)
 
     def word(self, number: int) -> Array:
-        """One of the words, where kernels find it."""
+        """One of the words, as an array on the device."""
         return self.progress[number : number + 1]
 
     def write(self, rows: np.ndarray) -> None:
-        """The scalars of the steps to come, for those that are given to the stream after this."""
+        """Write the scalars of the steps to be queued after this."""
         stage = self._stages.next()
         table = stage.memory[: rows.nbytes]
         table[...] = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
@@ -65,14 +64,14 @@ class Ledger:
         self._send(stage, 0, self._start + 8)
 
     def restart(self, batch: int, step: int) -> None:
-        """Go on with these, after whatever halted."""
+        """Have the steps queued after this begin with ``batch`` and dropout step ``step``, even after a halt."""
         stage = self._stages.next()
         start, stop = self._start + 8 * HALTED, self._start + 8 * TICKET
         stage.memory[start:stop].view(np.int64)[:] = 0, batch, step
         self._send(stage, start, stop)
 
     def report(self) -> Report:
-        """Have the words and the losses copied when the steps given so far are over; nothing is waited for."""
+        """Queue a copy of words and losses behind the steps queued so far; does not wait."""
         stage = self._stages.next()
         report = Stage(stage.memory[: self._block.size - self._start], stage.over)
         with self._backend.scope():

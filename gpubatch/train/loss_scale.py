@@ -1,4 +1,4 @@
-"""The factor that keeps gradients of float16 from vanishing: as large as they bear, found while training."""
+"""The loss scale: keeps float16 gradients from vanishing; as large as they allow, found while training."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from gpubatch.own import as_written
 
 __all__ = ["LossScale"]
 
-# A network that has learnt all there is has gradients that are zero, and nothing would stop the growth. From here it
-# takes eight steps that are left out to come back to where most trainings are, should they then be large again.
+# The gradients of a network that has learnt everything are zero, and nothing else would stop the growth. If they become
+# large again, eight skipped steps lead from here back to the usual scale.
 LARGEST = 2.0**24
 
 
 @as_written
 class LossScale:
-    """What the loss of a mixed network is multiplied by for its gradients: ``value``, adjusted step by step.
+    """The factor of a mixed network's loss, ``value``, adjusted step by step.
 
-    It is doubled after ``growth_interval`` steps in a row, and halved by a step whose gradient is not finite, which is
-    left out: the rule of Micikevicius et al. (arXiv:1710.03740, section 3.2), with the numbers of PyTorch's GradScaler.
-    It stays within 1 and 2²⁴, and a power of two, so that multiplying by it rounds nothing. ``initial`` is one, too.
+    initial: the first value, a power of two from 1 to 2²⁴
+    growth_interval: how many steps in a row must have a finite gradient before the value is doubled
+
+    A step whose gradient is not finite is left out and halves the value: the rule of Micikevicius et al.
+    (arXiv:1710.03740, section 3.2) with the numbers of PyTorch's GradScaler. The value stays a power of two from 1 to
+    2²⁴, so that multiplying by it never rounds.
     """
 
     def __init__(self, initial: float = 2.0**16, growth_interval: int = 2000) -> None:
@@ -35,18 +38,18 @@ class LossScale:
 
     @property
     def room(self) -> int:
-        """How many good steps there are until ``value`` changes, the last of them included."""
+        """Good steps until ``value`` changes, including the one that changes it."""
         return self.growth_interval - self.good_steps
 
     def good(self, steps: int = 1) -> None:
-        """Count steps, at most :attr:`room` of them, whose gradients were finite."""
+        """Count steps with a finite gradient, at most :attr:`room`."""
         assert 0 <= steps <= self.room
         self.good_steps += steps
         if self.good_steps == self.growth_interval:
             self.value, self.good_steps = min(2 * self.value, LARGEST), 0
 
     def overflow(self) -> bool:
-        """Give way to a gradient that is not finite; False where ``value`` is 1, so that it is not to blame."""
+        """Halve ``value`` after a gradient that is not finite; False if it is 1 and so not to blame."""
         self.good_steps = 0
         if self.value == 1:
             return False
@@ -54,7 +57,7 @@ class LossScale:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """What there is to save, as JSON can hold it."""
+        """The state as JSON can hold it."""
         return {"value": self.value, "good_steps": self.good_steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -63,7 +66,7 @@ class LossScale:
             raise ArgumentError(f"state must have value and good_steps, got {sorted(state)}")
         value = check_scale("state['value']", state["value"])
         good_steps = check_int("state['good_steps']", state["good_steps"], 0)
-        # A shorter interval than the one of the run that was saved may be over already.
+        # The saved run may have had a longer interval.
         self.value, self.good_steps = value, min(good_steps, self.growth_interval - 1)
 
 
