@@ -47,9 +47,9 @@ def of_rows(found: Any, rows: int) -> Array:
     return found
 
 
-def mark_of(array: Array) -> Any:
+def mark_of(array: Array) -> float:
     """A number near the end of the range of the array's type."""
-    return array.dtype.type(0.83 * float(np.finfo(array.dtype).min))
+    return float(array.dtype.type(0.83 * float(np.finfo(array.dtype).min)))  # exactly a number of this type
 
 
 class WatchedLayer(Layer):
