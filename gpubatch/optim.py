@@ -164,6 +164,8 @@ class Optimizer:
         self.backend = backend_of(*self._params.values()) if self._flat is None else self._flat.backend
         if backend is not None and get_backend(backend) != self.backend:
             raise DeviceMismatchError(f"backend is {get_backend(backend).spec!r}, params are on {self.backend.spec!r}")
+        if self._flat is None:
+            _check_apart(self._params)
         self._dtype = self._common_dtype()
         shapes = {name: tuple(p.shape) for name, p in self._params.items()}
         size = sum(p.size for p in self._params.values())
@@ -720,11 +722,17 @@ def named_arrays(arrays: Any, argument: str, *, writable: bool = False) -> dict[
         if writable and (frozen or not getattr(array.flags, "writeable", True)):
             raise ArgumentError(f"{label} is read-only: an optimizer changes it in place, give it a writable array")
         found[name] = array
-    if writable and (pair := find_overlap(list(found.values()))) is not None:
-        first, second = (f"{argument}[{list(found)[i]!r}]" for i in pair)
+    if writable and len({id(array) for array in given.values()}) < len(given):
+        raise ArgumentError(f"{argument} has the same array twice: it would be updated twice in a step")
+    return found
+
+
+def _check_apart(params: Mapping[str, Array]) -> None:
+    """Raise if parameters share memory."""
+    if (pair := find_overlap(list(params.values()))) is not None:
+        first, second = (f"params[{list(params)[i]!r}]" for i in pair)
         shared = f"elements of {first}" if first == second else f"{first} and {second}"
         raise ArgumentError(f"{shared} share memory, which would be updated twice in a step; give each its own")
-    return found
 
 
 def clip_by_global_norm(grads: Any, max_norm: float) -> float:

@@ -110,9 +110,9 @@ class Core:
 
     # --- a training step ---
 
-    def step(self, X: Array, Y: Array, values: bool = True) -> Pass:
-        """Make a training step, checked and counted; waits for the device only to check the ``values`` of Y."""
-        self.check_batch(X, Y, values)
+    def step(self, X: Array, Y: Array) -> Pass:
+        """Make a training step, checked and counted; on a GPU without a wait, so without the values of Y."""
+        self.check_batch(X, Y, values=self.backend.name == "cpu")
         with self.backend.scope(), quiet():
             run = self.forward(X, Y)
             if self.backend.name == "cpu" and math.isnan(run.loss.work["loss"].item()):
@@ -206,7 +206,7 @@ class Core:
         """Make a training step that leaves nothing but its workspace and the gradients: proof that the batch fits."""
         self.remember()
         try:
-            self.step(X, Y, self.backend.name == "cpu")
+            self.step(X, Y)
             self.backend.synchronize()
         finally:
             self.recall()
