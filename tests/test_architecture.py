@@ -186,7 +186,7 @@ CODE_LINES = {
     "ops": 1684,
     "sizing": 257,
     "params": 85,
-    "optim": 542,
+    "optim": 539,
     "nn": 1402,
     "datasets": 158,
     "sources": 608,
