@@ -491,7 +491,7 @@ class Trace:
     def finish(self, results: Sequence[Any]) -> Trace:
         """Set the values that the formula returned as results."""
         for x in results:
-            if not isinstance(x, (Symbol, numbers.Real)):
+            if not isinstance(x, (Symbol, numbers.Real, np.bool_)) and getattr(x, "shape", None) != ():
                 raise FormulaError(
                     f"{self.name} must return values computed from its arguments, got {x!r} of type {type(x).__name__}"
                 )
