@@ -40,7 +40,7 @@ class Finder(importlib.abc.MetaPathFinder):
     """Finds the modules of CuPy that need a step, as Python would."""
 
     STEPS: ClassVar[dict[str, str]] = {
-        "cupy_backends": "before_cupy",
+        "cupy_backends": "before_the_backends",
         "cupy_backends.cuda.api.runtime": "after_loading_the_runtime",
         "cupy.cuda.compiler": "after_the_compiler",
         "cupy": "after_cupy",
@@ -69,7 +69,8 @@ class Loader(importlib.abc.Loader):
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         from emulated_gpu import device
 
-        if self._step == "before_cupy":
+        if self._step in ("before_the_backends", "after_cupy"):
+            # CuPy's first lines look for NVIDIA's libraries already, and take a loaded one of the same name.
             device.load(Options.parse(os.environ[VARIABLE]))
         module: ModuleType | None = self._loader.create_module(spec)
         if self._step == "after_loading_the_runtime":
