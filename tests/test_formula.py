@@ -333,6 +333,10 @@ def two_conditions(w, g, t, *, lr):
     return w - lr * ((g > 0) + (w > 0))
 
 
+def an_option_and_a_number(w, g, t, *, lr, flag=True):
+    return np.where(np.logical_and(flag, g), w, g)
+
+
 def not_conditions(w, g, t, *, lr):
     return np.where((g > 0) & lr, w, g)
 
@@ -381,6 +385,7 @@ def test_a_branch_is_refused_and_never_the_wrong_one(how: str) -> None:
         (changing, "cannot change a value in place; return the new value"),
         (two_conditions, "cannot use np.add on conditions alone; combine them with &"),
         (not_conditions, r"can combine only conditions with &, \| and ~"),
+        (an_option_and_a_number, r"can combine only conditions with &, \| and ~"),
         (with_math, "cannot convert a value to float; use NumPy's functions, not the math module's"),
         (reducing, "np.add only as a plain function"),
         (with_array, "must be its arguments or finite numbers"),

@@ -332,8 +332,7 @@ def _key(x: Any) -> Any:
 def record(function: Any, *operands: Any) -> Symbol:
     """The symbol for ``function(*operands)``: an element if any operand is an element, otherwise a scalar."""
     if function in COMPOSED:
-        composed: Symbol = COMPOSED[function](*operands)
-        return composed
+        return COMPOSED[function](*operands)  # type: ignore[no-any-return]
     op = OPS.get(function)
     if op is None:
         known = ", ".join(_numpy_name(f) for f in (*OPS, *COMPOSED))
@@ -378,26 +377,30 @@ def is_condition(x: Any) -> bool:
 def _with_options(function: Any, operands: Sequence[Any]) -> Any:
     """Evaluate ``&``, ``|`` or ``~`` on operands of which some are the rule's bool options, known when tracing."""
     known = [bool(x) for x in operands if isinstance(x, (bool, np.bool_))]
-    rest = [x for x in operands if not isinstance(x, (bool, np.bool_))]
+    rest = _check_conditions([x for x in operands if not isinstance(x, (bool, np.bool_))])
     if function is np.logical_not:
         return not known[0]
     decided = any(known) if function is np.logical_or else not all(known)
     return rest[0] if rest and not decided else (function is np.logical_or) == decided
 
 
+def _check_conditions(operands: Sequence[Any]) -> tuple[Any, ...]:
+    """``operands``, if all are conditions."""
+    if not all(map(is_condition, operands)):
+        raise FormulaError("a formula can combine only conditions with &, | and ~, such as (g > 0) & (t == 1)")
+    return tuple(operands)
+
+
 def _with_conditions(function: Any, operands: tuple[Any, ...]) -> tuple[Any, ...]:
     """``operands`` with conditions converted to 1 or 0 in arithmetic, and numbers to conditions in ``np.where``."""
-    conditions = [is_condition(x) for x in operands]
     if function in LOGICAL:
-        if not all(conditions):
-            raise FormulaError("a formula can combine only conditions with &, | and ~, such as (g > 0) & (t == 1)")
-        return operands
+        return _check_conditions(operands)
     if function is np.where:
         condition, *rest = operands
-        if isinstance(condition, Element) and not conditions[0]:
+        if isinstance(condition, Element) and not is_condition(condition):
             condition = record(np.not_equal, condition, 0)
         return (condition, *map(_as_number, rest))
-    if any(conditions) and all(conditions) and function not in COMPARISONS:
+    if function not in COMPARISONS and all(map(is_condition, operands)):
         name = _numpy_name(function)
         raise FormulaError(f"a formula cannot use {name} on conditions alone; combine them with &, | and ~")
     return tuple(map(_as_number, operands))
