@@ -51,6 +51,7 @@ EDGES = {"plot", "cli", "__main__", "__init__"}
 ORDER = {
     "formula": "trace derivative elementwise update_rule rules activations scores",
     "ops": "program compile update grid operation elementwise losses normalisation dropout sums gather table products",
+    "optim": "arrays optimizer optimizers ahead",
     "nn": "needs layers stack workspace losses checks core network",
     "sources": "arrays reader files tables",
     "loader": "order pinned columns windows ahead device feeds epochs loader",
@@ -186,7 +187,7 @@ CODE_LINES = {
     "ops": 1684,
     "sizing": 257,
     "params": 85,
-    "optim": 539,
+    "optim": 556,
     "nn": 1402,
     "datasets": 158,
     "sources": 608,

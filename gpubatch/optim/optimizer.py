@@ -1,65 +1,33 @@
-"""Optimizers: an update rule bound to parameters, in place, with schedules and a state that can be saved."""
+"""An update rule bound to parameters: one step after another, in place, with a state that can be saved."""
 
 from __future__ import annotations
 
 import inspect
 import math
-import weakref
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, TypeAlias, TypedDict, Unpack
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from gpubatch import schedules
-from gpubatch.backend import (
-    Array,
-    Backend,
-    backend_of,
-    compute_dtype,
-    describe,
-    find_overlap,
-    float_dtype,
-    from_dlpack,
-    get_backend,
-    is_cupy,
-    is_foreign,
-    is_immutable,
-)
+from gpubatch.backend import Array, Backend, backend_of, compute_dtype, describe, float_dtype, get_backend
 from gpubatch.errors import (
     ArgumentError,
     DeviceMismatchError,
     DTypeError,
-    NonFiniteError,
     ShapeError,
     check_bool,
-    check_choice,
     check_int,
     check_known,
     check_real,
 )
 from gpubatch.formula import Rule, rules
-from gpubatch.ops import SQUARE_SUM_SIZE, CudaUpdate, ops_for, update_for
+from gpubatch.ops import CudaUpdate, update_for
+from gpubatch.optim.arrays import Gradients, check_apart, named_arrays
 from gpubatch.own import as_written
 from gpubatch.params import FlatViews, Parameters
 
-__all__ = [
-    "SGD",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "HeavyBall",
-    "Lion",
-    "Momentum",
-    "NAdam",
-    "Optimizer",
-    "RMSProp",
-    "StepResult",
-    "captured_key",
-    "clip_by_global_norm",
-    "enqueue_update",
-    "rehearse_update",
-    "scalars_ahead",
-]
+__all__ = ["MASTER", "Hyper", "Optimizer", "StepResult"]
 
 Hyper: TypeAlias = float | schedules.Schedule
 MASTER = "master"  # the name of the float32 copy of float16 parameters, beside the formula's state
@@ -85,36 +53,6 @@ class StepResult(NamedTuple):
     applied: bool
     t: int
     lr: float | None
-
-
-class Gradients(NamedTuple):
-    """Gradients on a GPU that passed the checks, and their names.
-
-    Checking many small arrays takes longer than updating all of them.
-    """
-
-    names: list[str] | None
-    arrays: list[weakref.ref[Array]]  # weak, so that no memory is kept
-
-    @staticmethod
-    def of(grads: Any, used: list[Array]) -> Gradients | None:
-        """Remember ``grads`` if they are the arrays that were ``used``; otherwise None."""
-        if type(grads) not in (dict, list, tuple):
-            return None
-        given = list(grads.values()) if isinstance(grads, dict) else list(grads)
-        if {id(g) for g in given} != {id(g) for g in used}:
-            return None
-        return Gradients(list(grads) if isinstance(grads, dict) else None, [weakref.ref(g) for g in given])
-
-    def same(self, grads: Any) -> bool:
-        """Whether ``grads`` are these very arrays in the same order."""
-        if type(grads) is dict:
-            if self.names is None or list(grads) != self.names:
-                return False
-            grads = grads.values()
-        elif self.names is not None or type(grads) not in (list, tuple):
-            return False
-        return len(grads) == len(self.arrays) and all(g is known() for g, known in zip(grads, self.arrays, strict=True))
 
 
 @as_written
@@ -165,7 +103,7 @@ class Optimizer:
         if backend is not None and get_backend(backend) != self.backend:
             raise DeviceMismatchError(f"backend is {get_backend(backend).spec!r}, params are on {self.backend.spec!r}")
         if self._flat is None:
-            _check_apart(self._params)
+            check_apart(self._params)
         self._dtype = self._common_dtype()
         shapes = {name: tuple(p.shape) for name, p in self._params.items()}
         size = sum(p.size for p in self._params.values())
@@ -445,315 +383,3 @@ def _saved(value: Any) -> Any:
     if type(value) in schedules.KINDS.values():
         return schedules.to_dict(value)
     return {"callable": getattr(value, "__qualname__", type(value).__qualname__)}
-
-
-# --- the optimizers, in the order of rules.py ----------------------------------------------------------------------
-
-
-class Common(TypedDict, total=False):
-    """What every optimizer takes, by name: see :class:`Optimizer`."""
-
-    weight_decay: Hyper
-    decoupled: bool
-    backend: str | Backend | None
-    master_weights: bool
-
-
-class SGD(Optimizer):
-    """Gradient descent: w -= lr*g."""
-
-    def __init__(self, params: Any, lr: Hyper, **common: Unpack[Common]) -> None:
-        Optimizer.__init__(self, rules.sgd, params, lr=lr, **common)
-
-
-class Momentum(Optimizer):
-    """Moving-average momentum: v = beta*v + (1-beta)*g; w -= lr*v.
-
-    It equals PyTorch's momentum at the learning rate lr*(1-beta). ``bias_correction`` divides v by 1 - beta**t.
-    """
-
-    def __init__(
-        self, params: Any, lr: Hyper, beta: Hyper = 0.9, bias_correction: bool = False, **common: Unpack[Common]
-    ) -> None:
-        Optimizer.__init__(self, rules.momentum, params, lr=lr, beta=beta, bias_correction=bias_correction, **common)
-
-
-class HeavyBall(Optimizer):
-    """Classical momentum: v = mu*v + g; w -= lr*v, as in PyTorch.
-
-    With ``lr_in_velocity``, v = mu*v - lr*g; w += v, as in Keras, CS231n and scikit-learn: the same while lr stays,
-    another path when it changes. ``nesterov`` looks ahead: w -= lr*(g + mu*v), or w += mu*v - lr*g.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: Hyper,
-        mu: Hyper = 0.9,
-        nesterov: bool = False,
-        lr_in_velocity: bool = False,
-        **common: Unpack[Common],
-    ) -> None:
-        inside = check_bool("lr_in_velocity", lr_in_velocity)
-        rule = rules.heavy_ball_lr_in_velocity if inside else rules.heavy_ball
-        Optimizer.__init__(self, rule, params, lr=lr, mu=mu, nesterov=nesterov, **common)
-
-
-class Adagrad(Optimizer):
-    """Adagrad: s += g*g; w -= lr*g/(sqrt(s) + eps) (PyTorch), or lr*g/sqrt(s + eps) with ``eps_at="inside"`` (Keras).
-
-    ``initial_accumulator`` is what s starts from.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: Hyper = 1e-2,
-        eps: Hyper = 1e-10,
-        eps_at: str = "outside",
-        initial_accumulator: float = 0.0,
-        **common: Unpack[Common],
-    ) -> None:
-        check_choice("eps_at", eps_at, ["outside", "inside"])
-        start = check_real("initial_accumulator", initial_accumulator, 0.0)
-        Optimizer.__init__(self, rules.adagrad, params, lr=lr, eps=eps, eps_at=eps_at, **common)
-        self._state["s"].flat.fill(start)
-
-
-class RMSProp(Optimizer):
-    """RMSProp: s = rho*s + (1-rho)*g*g; w -= lr*g/(sqrt(s) + eps).
-
-    ``eps_at`` is "outside" (PyTorch, CS231n, Chainer) or "inside", sqrt(s + eps) (Keras, optax, the course notes).
-    ``centered`` divides by the standard deviation instead; ``momentum`` is heavy-ball momentum on the scaled gradient
-    (PyTorch). PyTorch's defaults are lr 1e-2 and rho 0.99.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: Hyper = 1e-3,
-        rho: Hyper = 0.9,
-        eps: Hyper = 1e-8,
-        eps_at: str = "outside",
-        centered: bool = False,
-        momentum: Hyper = 0.0,
-        **common: Unpack[Common],
-    ) -> None:
-        check_choice("eps_at", eps_at, ["outside", "inside"])
-        if callable(momentum) or momentum != 0.0:
-            rule = rules.rmsprop_centered_momentum if check_bool("centered", centered) else rules.rmsprop_momentum
-            Optimizer.__init__(self, rule, params, lr=lr, rho=rho, eps=eps, eps_at=eps_at, momentum=momentum, **common)
-        else:
-            rule = rules.rmsprop_centered if check_bool("centered", centered) else rules.rmsprop
-            Optimizer.__init__(self, rule, params, lr=lr, rho=rho, eps=eps, eps_at=eps_at, **common)
-
-
-class Adam(Optimizer):
-    """Adam (Kingma & Ba 2015): bias-corrected averages of g and g*g; w -= lr * m_hat / (sqrt(v_hat) + eps).
-
-    ``eps_at`` is "outside" (the paper's algorithm 1, PyTorch, optax), "inside", sqrt(v_hat + eps) (the course notes),
-    or "hat", eps before the bias correction (Keras with eps 1e-7, scikit-learn, Chainer). ``amsgrad`` never lets the
-    second moment fall (Reddi et al. 2018; the maximum over the raw moment).
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: Hyper = 1e-3,
-        beta1: Hyper = 0.9,
-        beta2: Hyper = 0.999,
-        eps: Hyper = 1e-8,
-        eps_at: str = "outside",
-        amsgrad: bool = False,
-        **common: Unpack[Common],
-    ) -> None:
-        check_choice("eps_at", eps_at, ["outside", "inside", "hat"])
-        rule = rules.amsgrad if check_bool("amsgrad", amsgrad) else rules.adam
-        Optimizer.__init__(self, rule, params, lr=lr, beta1=beta1, beta2=beta2, eps=eps, eps_at=eps_at, **common)
-
-
-class AdamW(Optimizer):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019): w *= 1 - lr*weight_decay before Adam's update."""
-
-    def __init__(
-        self,
-        params: Any,
-        lr: Hyper = 1e-3,
-        beta1: Hyper = 0.9,
-        beta2: Hyper = 0.999,
-        eps: Hyper = 1e-8,
-        eps_at: str = "outside",
-        amsgrad: bool = False,
-        weight_decay: Hyper = 1e-2,
-        decoupled: bool = True,
-        backend: str | Backend | None = None,
-        master_weights: bool = False,
-    ) -> None:
-        common = Common(weight_decay=weight_decay, decoupled=decoupled, backend=backend, master_weights=master_weights)
-        Adam.__init__(self, params, lr, beta1, beta2, eps, eps_at, amsgrad, **common)  # type: ignore[arg-type]
-
-
-class NAdam(Optimizer):
-    """Adam with Nesterov momentum (Dozat 2016): the step already uses the momentum of the next one.
-
-    beta1 is constant (optax), or with ``momentum_decay`` follows Dozat's schedule: 4e-3 is PyTorch's value, 1 Keras'
-    (which also has eps = 1e-7).
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: Hyper = 1e-3,
-        beta1: Hyper = 0.9,
-        beta2: Hyper = 0.999,
-        eps: Hyper = 1e-8,
-        momentum_decay: float | None = None,
-        **common: Unpack[Common],
-    ) -> None:
-        if momentum_decay is None:
-            Optimizer.__init__(self, rules.nadam, params, lr=lr, beta1=beta1, beta2=beta2, eps=eps, **common)
-        else:
-            hyper = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "momentum_decay": momentum_decay}
-            Optimizer.__init__(self, rules.nadam_scheduled, params, **hyper, **common)
-
-
-class Lion(Optimizer):
-    """Lion (Chen et al. 2023): the sign of an interpolated momentum; the paper's weight decay is ``decoupled=True``."""
-
-    def __init__(
-        self, params: Any, lr: Hyper = 1e-4, beta1: Hyper = 0.9, beta2: Hyper = 0.99, **common: Unpack[Common]
-    ) -> None:
-        Optimizer.__init__(self, rules.lion, params, lr=lr, beta1=beta1, beta2=beta2, **common)
-
-
-# --- for the rooms that rehearse, capture and replay steps -----------------------------------------------------------
-
-
-def rehearse_update(opt: Optimizer, grads: Any = None) -> None:
-    """Do all that a step needs, without a step: compile its code, and take the memory of the state.
-
-    grads: as for :meth:`Optimizer.step`; their values do not matter.
-    """
-    control, t = opt.backend.zeros(2, compute_dtype(opt._dtype)), opt.t
-    with opt.backend.scope():
-        control.fill(1)  # the second one leaves the step out
-        for views in opt._state.values():
-            views.flat *= 1  # zeros are given by the system only when they are first written to
-    opt.step(grads, control)
-    opt.t = t
-
-
-def scalars_ahead(opt: Optimizer, start: int, count: int, least: int = 1) -> tuple[np.ndarray, list[float | None]]:
-    """The formula's scalars for each of ``count`` steps from ``start`` on, in rows, and the learning rates.
-
-    They are what :meth:`Optimizer.step` would compute while hyper-parameters and ``epoch`` stay. If a schedule raises,
-    stop there, because the run may end first; raise only if fewer than ``least`` rows were made.
-    """
-    fixed = {name: opt._at(name, start) for name in opt._trace.hyper if not callable(opt._hyper[name])}
-    moving = [name for name in opt._trace.hyper if name not in fixed]
-    rows, rates = list[tuple[float, ...]](), list[float | None]()
-    for t in range(start, start + count):
-        try:
-            hyper = fixed | {name: opt._at(name, t) for name in moving} if moving else fixed
-            rows.append(opt._trace.evaluate(t + 1, **hyper))
-        except Exception:
-            if len(rows) < least:
-                raise
-            break
-        rates.append(hyper.get("lr"))
-    scalars = np.zeros((len(rows), max(1, len(opt._trace.scalars))), compute_dtype(opt._dtype))
-    if rows and opt._trace.scalars:
-        scalars[...] = rows
-    return scalars, rates
-
-
-def enqueue_update(
-    opt: Optimizer, scalars: Array, control: Array | None, progress: Array, running: tuple[Array, Array] | None
-) -> Any:
-    """Launch what :meth:`Optimizer.step` launches on a GPU for ``params.grads``, so that it can be captured.
-
-    ``t`` stays. Returns what is to be kept as long as the graph.
-
-    scalars: rows of :func:`scalars_ahead`, on the device.
-    control, progress, running: as :meth:`CudaUpdate.launch` has them.
-    """
-    assert isinstance(opt._update, CudaUpdate)
-    with opt.backend.scope():
-        return opt._update.launch(opt._arrays(None), scalars, control, progress, running)
-
-
-def captured_key(opt: Optimizer) -> tuple[Any, ...]:
-    """What :func:`scalars_ahead` and :func:`enqueue_update` depend on: while it is the same, so are they.
-
-    The update, which graphs launch, comes first.
-    """
-    return opt._update, opt.t, opt.epoch, *opt._hyper.values()
-
-
-# --- arrays that the user gave -------------------------------------------------------------------------------------
-
-
-def named_arrays(arrays: Any, argument: str, *, writable: bool = False) -> dict[str, Array]:
-    """``arrays`` by name: a mapping as it is, a sequence by "0", "1", ..., one array as "0"."""
-    if isinstance(arrays, Mapping):
-        given = dict(arrays)
-    elif hasattr(arrays, "shape"):
-        given = {"0": arrays}
-    elif isinstance(arrays, Iterable) and not isinstance(arrays, (str, bytes)):
-        given = {str(i): array for i, array in enumerate(arrays)}
-    else:
-        hint = "; give its .parameters" if argument == "params" and hasattr(arrays, "parameters") else ""
-        raise DTypeError(
-            f"{argument} must be Parameters, or a mapping or sequence of arrays, got {describe(arrays)}{hint}"
-        )
-    if not given:
-        raise ArgumentError(f"{argument} must hold at least one array, got none")
-    found: dict[str, Array] = {}
-    for name, array in given.items():
-        label = f"{argument}[{name!r}]"
-        if not isinstance(name, str):
-            raise DTypeError(f"the names in {argument} must be strings, got {name!r}")
-        frozen = is_immutable(array)
-        if is_foreign(array):
-            # PyTorch exports no tensor that requires a gradient; its memory is what an optimizer updates.
-            array = from_dlpack(array.detach() if getattr(array, "requires_grad", False) else array)
-        elif not isinstance(array, np.ndarray) and not is_cupy(array):
-            raise DTypeError(f"{label} must be a NumPy or CuPy array, or speak DLPack, got {describe(array)}")
-        if writable and (frozen or not getattr(array.flags, "writeable", True)):
-            raise ArgumentError(f"{label} is read-only: an optimizer changes it in place, give it a writable array")
-        found[name] = array
-    if writable and len({id(array) for array in given.values()}) < len(given):
-        raise ArgumentError(f"{argument} has the same array twice: it would be updated twice in a step")
-    return found
-
-
-def _check_apart(params: Mapping[str, Array]) -> None:
-    """Raise if parameters share memory."""
-    if (pair := find_overlap(list(params.values()))) is not None:
-        first, second = (f"params[{list(params)[i]!r}]" for i in pair)
-        shared = f"elements of {first}" if first == second else f"{first} and {second}"
-        raise ArgumentError(f"{shared} share memory, which would be updated twice in a step; give each its own")
-
-
-def clip_by_global_norm(grads: Any, max_norm: float) -> float:
-    """Scale ``grads`` in place so that the norm over all of them is at most ``max_norm``; returns the norm before.
-
-    Pascanu, Mikolov & Bengio 2013, algorithm 1. ``grads`` is ``params.grads``, a mapping, a sequence or an array. A
-    norm that is not finite raises :class:`NonFiniteError` and leaves them as they were.
-    """
-    limit = check_real("max_norm", max_norm, 0.0, open_low=True)
-    arrays = (
-        [grads.flat] if isinstance(grads, FlatViews) else list(named_arrays(grads, "grads", writable=True).values())
-    )
-    backend = backend_of(*arrays)
-    with backend.scope():
-        sums = backend.zeros(SQUARE_SUM_SIZE, np.float64)
-        for a in arrays:
-            ops_for(backend, a.dtype).square_sum(a if a.flags.c_contiguous else a.astype(a.dtype, order="C"), sums)
-        norm = math.sqrt(float(sums[0]))
-        if not math.isfinite(norm):
-            raise NonFiniteError(f"the global norm of grads is {norm}: a gradient is NaN or infinite")
-        if norm > limit:
-            for a in arrays:
-                a *= limit / norm
-    return norm

@@ -1,0 +1,27 @@
+"""Optimizers: an update rule bound to parameters, in place, with schedules and a state that can be saved."""
+
+from gpubatch.optim.ahead import captured_key, enqueue_update, rehearse_update, scalars_ahead
+from gpubatch.optim.arrays import clip_by_global_norm
+from gpubatch.optim.optimizer import MASTER, Hyper, Optimizer, StepResult
+from gpubatch.optim.optimizers import SGD, Adagrad, Adam, AdamW, HeavyBall, Lion, Momentum, NAdam, RMSProp
+
+__all__ = [
+    "MASTER",
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "HeavyBall",
+    "Hyper",
+    "Lion",
+    "Momentum",
+    "NAdam",
+    "Optimizer",
+    "RMSProp",
+    "StepResult",
+    "captured_key",
+    "clip_by_global_norm",
+    "enqueue_update",
+    "rehearse_update",
+    "scalars_ahead",
+]

@@ -1,0 +1,74 @@
+"""What captured steps need of an optimizer: its scalars for steps ahead, and its launch without a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpubatch.backend import Array, compute_dtype
+from gpubatch.ops import CudaUpdate
+from gpubatch.optim.optimizer import Optimizer
+
+__all__ = ["captured_key", "enqueue_update", "rehearse_update", "scalars_ahead"]
+
+
+def rehearse_update(opt: Optimizer, grads: Any = None) -> None:
+    """Do all that a step needs, without a step: compile its code, and take the memory of the state.
+
+    grads: as for :meth:`Optimizer.step`; their values do not matter.
+    """
+    control, t = opt.backend.zeros(2, compute_dtype(opt._dtype)), opt.t
+    with opt.backend.scope():
+        control.fill(1)  # the second one leaves the step out
+        for views in opt._state.values():
+            views.flat *= 1  # zeros are given by the system only when they are first written to
+    opt.step(grads, control)
+    opt.t = t
+
+
+def scalars_ahead(opt: Optimizer, start: int, count: int, least: int = 1) -> tuple[np.ndarray, list[float | None]]:
+    """The formula's scalars for each of ``count`` steps from ``start`` on, in rows, and the learning rates.
+
+    They are what :meth:`Optimizer.step` would compute while hyper-parameters and ``epoch`` stay. If a schedule raises,
+    stop there, because the run may end first; raise only if fewer than ``least`` rows were made.
+    """
+    fixed = {name: opt._at(name, start) for name in opt._trace.hyper if not callable(opt._hyper[name])}
+    moving = [name for name in opt._trace.hyper if name not in fixed]
+    rows, rates = list[tuple[float, ...]](), list[float | None]()
+    for t in range(start, start + count):
+        try:
+            hyper = fixed | {name: opt._at(name, t) for name in moving} if moving else fixed
+            rows.append(opt._trace.evaluate(t + 1, **hyper))
+        except Exception:
+            if len(rows) < least:
+                raise
+            break
+        rates.append(hyper.get("lr"))
+    scalars = np.zeros((len(rows), max(1, len(opt._trace.scalars))), compute_dtype(opt._dtype))
+    if rows and opt._trace.scalars:
+        scalars[...] = rows
+    return scalars, rates
+
+
+def enqueue_update(
+    opt: Optimizer, scalars: Array, control: Array | None, progress: Array, running: tuple[Array, Array] | None
+) -> Any:
+    """Launch what :meth:`Optimizer.step` launches on a GPU for ``params.grads``, so that it can be captured.
+
+    ``t`` stays. Returns what is to be kept as long as the graph.
+
+    scalars: rows of :func:`scalars_ahead`, on the device.
+    control, progress, running: as :meth:`CudaUpdate.launch` has them.
+    """
+    assert isinstance(opt._update, CudaUpdate)
+    with opt.backend.scope():
+        return opt._update.launch(opt._arrays(None), scalars, control, progress, running)
+
+
+def captured_key(opt: Optimizer) -> tuple[Any, ...]:
+    """What :func:`scalars_ahead` and :func:`enqueue_update` depend on: while it is the same, so are they.
+
+    The update, which graphs launch, comes first.
+    """
+    return opt._update, opt.t, opt.epoch, *opt._hyper.values()
