@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpubatch.formula import Rule, Trace, activation_source, activations, rules, score_source, scores
 from gpubatch.ops.compile import COMPUTED, elementwise_digest, formula_digest
+from gpubatch.ops.host_source import rule_source
 
 
 def traces(rule: Rule) -> Iterator[Trace]:
@@ -26,42 +27,13 @@ def traces(rule: Rule) -> Iterator[Trace]:
             yield rule.trace(decay, **dict(zip(rule.options, values, strict=True)))
 
 
-def function(trace: Trace) -> str:
-    """The C++ loop of one formula over rows ``first`` to ``last`` of a table of pieces."""
-    kinds = {a: "const T" if a == "g" else "T" for a in trace.arrays}
-    width = len(trace.arrays) + 1  # a row of the table: the addresses, then the size
-    pointers = [
-        f"{kind}* __restrict__ {a}_at = reinterpret_cast<{kind}*>(row[{i}]);"
-        for i, (a, kind) in enumerate(kinds.items())
-    ]
-    # With scale 1 the product changes no bits.
-    body = [
-        *(f"{kind} {a} = {a}_at[i]{' * scale' if a == 'g' else ''};" for a, kind in kinds.items()),
-        *trace.c.splitlines(),
-        *(f"{a}_at[i] = {a};" for a in trace.targets),
-    ]
-    lines = [
-        f"static void update_{formula_digest(trace)}(const Int* table, const T* scalars, Int first, Int last) {{",
-        f"    T k[{max(1, len(trace.scalars))}];",
-        f"    for (int s = 0; s < {len(trace.scalars)}; ++s) k[s] = scalars[s];",
-        f"    const T scale = scalars[{len(trace.scalars)}];",
-        f"    for (const Int* row = table + {width} * first; row < table + {width} * last; row += {width}) {{",
-        *(f"        {line}" for line in pointers),
-        f"        for (Int i = 0; i < row[{width - 1}]; ++i) {{",
-        *(f"            {line}" for line in body),
-        "        }",
-        "    }",
-        "}",
-    ]
-    return "\n".join(lines)
-
-
 def formulas() -> str:
     """The C++ functions of all variants of all rules, for a type T, and a table of them."""
     every = {formula_digest(trace): trace for name in rules.__all__ for trace in traces(getattr(rules, name))}
     rows = ",\n".join(f'    {{"{digest}", update_{digest}}}' for digest in every)
     table = f"static constexpr Formula<T> formulas[] = {{\n{rows},\n}};"
-    return "\n".join([*map(function, every.values()), table]) + "\n"
+    functions = [rule_source(trace, f"update_{digest}") for digest, trace in every.items()]
+    return "\n".join([*functions, table]) + "\n"
 
 
 def elementwise(dtype: str) -> str:

@@ -9,24 +9,7 @@
 
 #define JOINED(a, b) a##b
 #define NAMED(a, b) JOINED(a, b)
-#define __device__
 #define __constant__ static
-
-// A loop whose iterations are independent, even if x and y are the same array.
-#if defined(__clang__)
-#define EACH _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define EACH _Pragma("GCC ivdep")
-#endif
-
-// Bytes of a SIMD register.
-#if defined(__AVX512F__)
-#define REGISTER 64
-#elif defined(__AVX__)
-#define REGISTER 32
-#else
-#define REGISTER 16
-#endif
 
 namespace NAMED(common_, LEVEL) {
 

@@ -2,10 +2,11 @@
 // `last`.
 #pragma once
 
-typedef long long Int;
+#include "host_simd.h"
+
 typedef unsigned long long Word;
 
-// A traced update rule, named by the digest of its text; see generate_host.py. `table` has a row for each piece: its
+// A traced update rule, named by the digest of its text; see gpubatch/ops/host_source.py. `table` has a row for each piece: its
 // address in each array, then its size in elements.
 template <class T>
 struct Formula {

@@ -1,6 +1,19 @@
-// exp, tanh, log and log1p as plain arithmetic, so that the compiler vectorises loops that call them. T is float or
-// double. Errors are within three units of the last place; infinity, zero and NaN result as from the library's
-// functions.
+// The functions of formulas for one element type T, float or double, that math.cuh does not have. exp, tanh, log and
+// log1p are plain arithmetic, so that the compiler vectorises loops that call them: errors are within three units of the
+// last place; infinity, zero and NaN result as from the library's functions.
+
+static inline float fabs(float x) { return __builtin_fabsf(x); }
+static inline double fabs(double x) { return __builtin_fabs(x); }
+static inline float sqrt(float x) { return __builtin_sqrtf(x); }
+static inline double sqrt(double x) { return __builtin_sqrt(x); }
+static inline float pow(float x, float y) { return __builtin_powf(x, y); }
+static inline double pow(double x, double y) { return __builtin_pow(x, y); }
+static inline float floor(float x) { return __builtin_floorf(x); }
+static inline double floor(double x) { return __builtin_floor(x); }
+static inline float fmod(float x, float y) { return __builtin_fmodf(x, y); }
+static inline double fmod(double x, double y) { return __builtin_fmod(x, y); }
+static inline float copysign(float x, float y) { return __builtin_copysignf(x, y); }
+static inline double copysign(double x, double y) { return __builtin_copysign(x, y); }
 
 static inline float power_of_two(float, int n) {
     const int bits = (n + 127) << 23;
