@@ -109,6 +109,13 @@ class BoundActivation:
         """Whether backward reads y."""
         return self.activation.form("float32").reads_y
 
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.activation, self.values))
+
+    def __hash__(self) -> int:  # programs and kernels are looked up by it in every call
+        return self._hash
+
     def scalars(self, trace: Trace) -> tuple[float, ...]:
         """The scalars of ``trace``, one of the activation's."""
         return trace.evaluate(0, *self.values)

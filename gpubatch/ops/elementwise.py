@@ -24,7 +24,7 @@ def activate(f: BoundActivation, x: Array, b: Array | None, y: Array, work: Work
     """y = f(x + b), and ``work["slope"]`` = f'(x + b) where ``f.keeps``; b is ``(features,)``. x may be y."""
     if b is not None:
         x = np.add(x, b, out=y)
-    if f == IDENTITY and x is y:
+    if x is y and f == IDENTITY:
         return
     kept = [work["slope"]] if f.keeps else []
     if x is y or np.may_share_memory(x, y):

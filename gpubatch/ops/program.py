@@ -6,8 +6,9 @@ Intermediate values go into a few registers of a block's size, so no allocation 
 from __future__ import annotations
 
 import functools
+import operator
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -41,28 +42,41 @@ class Program:
         self.names, self.written = slots_of(trace, same or {})
         self.block = block_bytes // dtype.itemsize
         self.dtype = dtype
-        self.steps, self.copies, register_types, constants = allocate(trace, same or {})
+        steps, self.copies, register_types, constants = allocate(trace, same or {})
+        self.steps = [(function, picker(operands), out) for function, operands, out in steps]
         self.registers = [np.empty(self.block, bool if boolean else dtype) for boolean in register_types]
         # As arrays without dimensions: NumPy takes these in half the time of a Python float.
         self.scalars = np.zeros(len(trace.scalars), dtype)
         self.scalar_slots = [self.scalars[i, ...] for i in range(len(trace.scalars))]
         self.scalar_slots += [np.array(x, dtype) for x in constants]
-        self.full_block = [*self.registers, *self.scalar_slots]
+        self.rest: list[Array] = []  # the slots after the arrays, for blocks of the shape of the last ones
+        self.shape: tuple[int, ...] | None = None
 
     def run(self, *arrays: Array) -> None:
         """The formula on whole arrays, one for each of ``names``, of one shape; those that are read, of any dtype."""
+        if arrays[0].size <= self.block:
+            self.on(*arrays)
+            return
         for blocks in blocks_of(arrays, self.block, self.written):
             self.on(*blocks)
 
     def on(self, *blocks: Array) -> None:
-        """The formula on one block of each array, with the scalars as they are."""
-        n = blocks[0].size
-        rest = self.full_block if n == self.block else [*(r[:n] for r in self.registers), *self.scalar_slots]
-        slots = [*blocks, *rest]
-        for function, operands, out in self.steps:
-            function(*[slots[i] for i in operands], out=slots[out])
+        """The formula on one block of each array, of one shape, with the scalars as they are."""
+        shape = blocks[0].shape
+        if shape != self.shape:
+            registers = [r[: blocks[0].size].reshape(shape) for r in self.registers]
+            self.rest, self.shape = [*registers, *self.scalar_slots], shape
+        slots = [*blocks, *self.rest]
+        for function, pick, out in self.steps:
+            function(*pick(slots), out=slots[out])
         for target, source in self.copies:
             slots[target][...] = slots[source]
+
+
+def picker(places: tuple[int, ...]) -> Callable[[list[Any]], Sequence[Any]]:
+    """What gives the elements of a list at ``places``, in a third of the time that a loop takes."""
+    first = places[0]
+    return operator.itemgetter(*places) if len(places) > 1 else operator.itemgetter(slice(first, first + 1))
 
 
 def program_of(
