@@ -68,6 +68,12 @@ def forgets_dx(self: Any, x: Any, y: Any, dy: Any, dx: Any, c: Any) -> None:
     dx = dy * 2  # noqa: F841
 
 
+def changes_x(self: Any, x: Any, y: Any, dy: Any, dx: Any, c: Any) -> None:
+    c.g["v"][...] = 0
+    x *= 2
+    dx[...] = dy
+
+
 WRONG_LAYERS: dict[str, tuple[Callable[[], gb.Layer], type[Exception], str]] = {
     "takes a string": (
         lambda: layer(takes=lambda self: "5"),
@@ -182,6 +188,21 @@ WRONG_LAYERS: dict[str, tuple[Callable[[], gb.Layer], type[Exception], str]] = {
         lambda: layer(backward=forgets_dx),
         gb.ArgumentError,
         f"{BACKWARD} must write dx in place, .* 30 of 30",
+    ),
+    "forward changes x": (
+        lambda: layer(forward=lambda self, x, y, c: (c.xp.maximum(x, 0, out=x), y.__setitem__(..., x))),
+        gb.ArgumentError,
+        f"{FORWARD} must not change x, which others read; work on a copy$",
+    ),
+    "forward swaps two numbers of x": (
+        lambda: layer(forward=lambda self, x, y, c: (x.__setitem__(0, x[0, ::-1].copy()), y.__setitem__(..., x))),
+        gb.ArgumentError,
+        f"{FORWARD} must not change x",
+    ),
+    "backward changes x": (
+        lambda: layer(backward=changes_x),
+        gb.ArgumentError,
+        f"{BACKWARD} must not change x",
     ),
     "backward of another shape": (
         lambda: layer(backward=lambda self, x, y, dy, dx, c: dx.__setitem__(..., dy[:, :2])),
@@ -335,6 +356,16 @@ WRONG_LOSSES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         gb.ArgumentError,
         r"Mine.run\(z, Y, c\) must write c.work\['dz'\] in place, .*; 18 of 18",
     ),
+    "run changes the scores": (
+        {"run": lambda self, z, Y, c: (z.__imul__(2), c.work["loss"].fill(1), c.work["dz"].fill(1))},
+        gb.ArgumentError,
+        r"Mine.run\(z, Y, c\) must not change z",
+    ),
+    "run changes the targets": (
+        {"run": lambda self, z, Y, c: (Y.__iadd__(1), c.work["loss"].fill(1), c.work["dz"].fill(1))},
+        gb.ArgumentError,
+        r"Mine.run\(z, Y, c\) must not change Y",
+    ),
     "run of another shape": (
         {"run": lambda self, z, Y, c: c.work["dz"].__setitem__(..., z[:, :2])},
         gb.ArgumentError,
@@ -372,8 +403,8 @@ WRONG_LOSSES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_what_is_wrong_with_a_loss_is_told(methods: dict[str, Any], error: type[Exception], message: str) -> None:
     def use() -> None:
         net = with_loss(**methods)
-        net.loss_and_grad(X, Y)
-        net.evaluate(X, Y)
+        net.loss_and_grad(X.copy(), Y.copy())
+        net.evaluate(X.copy(), Y.copy())
 
     with pytest.raises(error, match=f"^{message}"):
         use()

@@ -23,21 +23,35 @@ def of_the_user(x: Any) -> bool:
 
 
 class Marks:
-    """Arrays that a method must overwrite, filled with a number that it is unlikely to write."""
+    """Arrays that a method must overwrite, filled with a number that it is unlikely to write, and those it must leave.
 
-    def __init__(self, arrays: Mapping[str, Array]) -> None:
-        self.arrays = arrays
-        for array in arrays.values():
+    Of the latter it keeps sums alone: a copy of a batch is no part of the memory plan.
+    """
+
+    def __init__(self, results: Mapping[str, Array], inputs: Mapping[str, Array]) -> None:
+        self.results, self.inputs = results, inputs
+        self.sums = {name: sums_of_bits(array) for name, array in inputs.items()}
+        for array in results.values():
             array.fill(mark_of(array))
 
     def check(self, method: str) -> None:
-        """Raise if the method left an element unwritten."""
-        for name, array in self.arrays.items():
+        """Raise if the method left an element unwritten, or changed an input."""
+        for name, array in self.results.items():
             if left := int((array == mark_of(array)).sum()):
                 raise ArgumentError(
                     f"{method} must write {name} in place, as {name}[...] = values; {left} of {array.size} numbers "
                     "were not written"
                 )
+        for name, array in self.inputs.items():
+            pairs = zip(sums_of_bits(array), self.sums[name], strict=True)
+            if not all(bool((now == before).all()) for now, before in pairs):
+                raise ArgumentError(f"{method} must not change {name}, which others read; work on a copy")
+
+
+def sums_of_bits(array: Array) -> list[Array]:
+    """Sums of the elements' bits along each axis, which a change hardly ever leaves as they were."""
+    bits = array.view(f"u{array.itemsize}")
+    return [bits.sum(axis=axis, dtype="uint64") for axis in range(bits.ndim)]
 
 
 def of_rows(found: Any, rows: int) -> Array:
@@ -53,12 +67,13 @@ def mark_of(array: Array) -> float:
 
 
 class WatchedLayer(Layer):
-    """A user's layer. Its first call for each batch size must write every result completely."""
+    """A user's layer. Its first call for each batch size must write every result completely, and no input."""
 
     def __init__(self, run: Stacked) -> None:
         self.layer: Layer = run.layer
         self.name, self.least_rows = describe_layer(run.layer, run.place), run.needs.least_rows
         self._forward, self._backward = f"{self.name}.forward(x, y, c)", f"{self.name}.backward(x, y, dy, dx, c)"
+        self._reads_x = "x" in run.needs.reads
         self._proved = set[tuple[int, bool]]()
 
     def takes(self) -> int | None:
@@ -74,7 +89,7 @@ class WatchedLayer(Layer):
         call = len(x), c.mode.training
         if c.mode.training and len(x) < self.least_rows:
             raise ArgumentError(f"{self.name} needs least_rows={self.least_rows} in a training batch, got {len(x)}")
-        marks = None if call in self._proved or y is x else Marks({"y": y})
+        marks = None if call in self._proved or y is x else Marks({"y": y}, {"x": x})
         with told(self._forward):
             self.layer.forward(x, y, c)
         if marks is not None:
@@ -84,8 +99,12 @@ class WatchedLayer(Layer):
     def backward(self, x: Array, y: Array, dy: Array, dx: Array | None, c: Context) -> None:
         """See :class:`Layer`."""
         call = -len(x), True
-        own = {} if dx is None or dx is dy else {"dx": dx}
-        marks = None if call in self._proved else Marks({**own, **{f"c.g[{n!r}]": g for n, g in c.g.items()}})
+        marks = None
+        if call not in self._proved:
+            own = {} if dx is None or dx is dy else {"dx": dx}
+            # x is the output of the layer before. What this one does not read again may be memory of something else.
+            inputs = {"x": x} if self._reads_x and y is not x else {}
+            marks = Marks({**own, **{f"c.g[{n!r}]": g for n, g in c.g.items()}}, inputs)
         with told(self._backward):
             self.layer.backward(x, y, dy, dx, c)
         if marks is not None:
@@ -94,7 +113,7 @@ class WatchedLayer(Layer):
 
 
 class WatchedLoss(Loss):
-    """A user's loss. Its first call for each batch size must write every result completely."""
+    """A user's loss. Its first call for each batch size must write every result completely, and no input."""
 
     def __init__(self, loss: Loss) -> None:
         self.loss, self.classifies = loss, loss.classifies
@@ -136,7 +155,11 @@ class WatchedLoss(Loss):
         """See :class:`Loss`."""
         method, call = self._method("run(z, Y, c)"), (len(z), c.gradient)
         wanted = ("loss", "dz") if c.gradient else ("loss",)
-        marks = None if call in self._proved else Marks({f"c.work[{name!r}]": c.work[name] for name in wanted})
+        marks = (
+            None
+            if call in self._proved
+            else Marks({f"c.work[{name!r}]": c.work[name] for name in wanted}, {"z": z, "Y": Y})
+        )
         with told(method):
             self.loss.run(z, Y, c)
         if marks is not None:

@@ -38,8 +38,8 @@ __all__ = [
 class Layer(ABC):
     """A layer. Subclass it for your own and write four methods.
 
-    Write results into the arrays given, ``y[...] = values``: a new array under the same name would be lost. The
-    network checks that in the first call for each batch size.
+    Write results into the arrays given, ``y[...] = values``: a new array under the same name would be lost. Leave x as
+    it is, unless y is the same array. The network checks both in the first call for each batch size.
 
         class Scale(gb.Layer):
             def takes(self): return None

@@ -35,7 +35,7 @@ class Loss(ABC):
     """A loss. Subclass it where a ``gb.score_loss`` is not enough, and give an object to ``Network(loss=...)``.
 
     :meth:`run` writes the loss to ``c.work["loss"]``, an array of one element, and its gradient by the scores z to
-    ``c.work["dz"]``; :meth:`workspace` asks for both. Unless ``c.gradient``, dz is scratch. Do not change z.
+    ``c.work["dz"]``; :meth:`workspace` asks for both. Unless ``c.gradient``, dz is scratch. Do not change z or Y.
 
     least_outputs: how many outputs a network must have at least.
     classifies: whether predictions are right or wrong.
