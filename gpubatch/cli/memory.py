@@ -16,7 +16,7 @@ from gpubatch.cli.shared import app, print_json, versions
 from gpubatch.errors import check_int
 from gpubatch.loader import epochs_of
 from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, parse_bytes
-from gpubatch.train import AHEAD, memory_parts, why_not_captured
+from gpubatch.train import AHEAD, memory_parts, why_eager
 
 __all__ = ["plan_memory"]
 
@@ -60,7 +60,7 @@ def plan_memory(
     def parts_of(rows: int) -> ByPart:
         return memory_parts(net, opt, rows, len(X_test), X_test.size * net.dtype.itemsize)
 
-    kept = 0 if why_not_captured(net, loader, opt) else AHEAD
+    kept = 0 if why_eager(net, loader, opt) else AHEAD
     epochs = epochs_of(loader)
     plan = epochs.replan(parts_of, available=available, kept=kept)
     curve = {n: epochs.parts(n, plan.available) for n in _sizes(plan, len(data.X))}

@@ -123,7 +123,10 @@ class Network:
         return twin
 
     def __reduce__(self) -> Any:
-        raise DTypeError("a Network cannot be pickled; save its state_dict() and make it again")
+        raise DTypeError(
+            "a Network cannot be pickled; gb.Checkpoints(folder).save(net.state_dict()) keeps its arrays for "
+            "load_state_dict()"
+        )
 
     def __repr__(self) -> str:
         layers = ", ".join(map(repr, self.layers))

@@ -1,7 +1,7 @@
 """Training: the loop over epochs, its steps eager or captured as CUDA graphs, its checkpoints and its memory."""
 
 from gpubatch.train.captured_step import CapturedStep
-from gpubatch.train.checks import why_eager, why_not_captured
+from gpubatch.train.checks import why_eager
 from gpubatch.train.display import bar
 from gpubatch.train.history import History, StopTraining, TrainingInterrupted, TrainingState, TrainingTerminated
 from gpubatch.train.ledger import AHEAD
@@ -24,5 +24,4 @@ __all__ = [
     "memory_parts",
     "plan_batches",
     "why_eager",
-    "why_not_captured",
 ]

@@ -13,7 +13,7 @@ from gpubatch.loader import DeviceFeed, Epochs, epochs_of, rows_of
 from gpubatch.nn import core_of
 from gpubatch.optim import StepResult, scalars_ahead
 from gpubatch.train.callbacks import Watcher
-from gpubatch.train.checks import why_not_captured
+from gpubatch.train.checks import why_eager
 from gpubatch.train.eager import EagerSteps
 from gpubatch.train.graphs import GivenArrays, StepGraphs, arrays_like
 from gpubatch.train.ledger import AHEAD, BATCH, Report
@@ -37,7 +37,7 @@ class CapturedSteps:
         """Why steps cannot be captured, in words; empty where they can."""
         state, scale = self._record.state, self._record.scale
         others = [] if scale is None else [scale]
-        if why := self._disagreed or why_not_captured(state.net, state.loader, state.opt, *others):
+        if why := self._disagreed or why_eager(state.net, state.loader, state.opt, *others):
             return why
         looking = next((watcher.callback for watcher in self._watchers if watcher.looks_at_steps), None)
         return "" if looking is None else f"callback {looking!r} looks at every step"

@@ -21,13 +21,7 @@ __all__ = [
     "scale_for",
     "validation_arrays",
     "why_eager",
-    "why_not_captured",
 ]
-
-
-def why_not_captured(net: Network, loader: Loader, opt: Optimizer, *others: Any) -> str:
-    """Why the steps of a run cannot be captured, in words; empty if they can."""
-    return why_eager(net, opt, loader, *others)
 
 
 def check_parts(net: Network, loader: Loader, opt: Optimizer) -> None:

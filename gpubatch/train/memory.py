@@ -12,7 +12,7 @@ from gpubatch.loader import Loader, epochs_of
 from gpubatch.nn import EVALUATION_ROWS, Network, core_of
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import Optimizer, rehearse_update
-from gpubatch.train.checks import HeldOut, why_not_captured
+from gpubatch.train.checks import HeldOut, why_eager
 from gpubatch.train.ledger import AHEAD
 from gpubatch.train.record import Record, Steps
 
@@ -47,7 +47,7 @@ def plan_batches(
         held = {name: held[name] for name in ("parameters", "running statistics", "validation set")}
     allocated = sum(n for name, n in held.items() if not name.startswith("workspace"))
     if captured is None:
-        captured = not why_not_captured(net, loader, opt)
+        captured = not why_eager(net, loader, opt)
     parts_of = functools.partial(memory_parts, net, opt, evaluated=evaluated, copied=copied)
     epochs_of(loader).replan(parts_of, allocated, most=most, kept=AHEAD if captured else 0)
 
