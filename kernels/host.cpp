@@ -173,20 +173,23 @@ class Update {
         if (place < 0) throw nb::key_error(digest.c_str());
     }
 
-    // groups: tuples (w, g, state ...) of arrays of the same size, w and g of the same shape. scalars: the formula's,
-    // then the scale of g. Returns False, with nothing changed, if an array is unsuitable.
-    bool run(nb::list groups, nb::tuple scalars) {
-        return single ? run_as<float>(groups, scalars) : run_as<double>(groups, scalars);
+    // tuples: (w, g, state ...), arrays of the same size, w and g of the same shape. scalars: a row of the formula's
+    // scalars for each group of parameters. row_of: the number of each tuple's row; None: all take the first. scale: what
+    // g is multiplied by. Returns False, with nothing changed, if an array is unsuitable.
+    bool run(nb::list tuples, nb::list scalars, Any row_of, double scale) {
+        return single ? run_as<float>(tuples, scalars, row_of, scale) : run_as<double>(tuples, scalars, row_of, scale);
     }
 
   private:
     template <class T>
-    bool run_as(nb::list groups, nb::tuple scalars) {
+    bool run_as(nb::list tuples, nb::list scalars, Any row_of, double scale) {
         const Int width = arrays + 1;
-        Int elements = 0;
-        std::vector<Int> rows = std::move(memory);  // a concurrent caller then allocates its own
+        Int elements = 0, number = 0;
+        std::vector<Int> rows = std::move(memory), owners;  // a concurrent caller then allocates its own
         rows.clear();
-        for (nb::handle group : groups) {
+        for (nb::handle group : tuples) {
+            const Int owner = row_of.is_none() ? 0 : nb::cast<Int>(row_of[number++]);
+            if (owner < 0 || owner >= (Int)nb::len(scalars)) throw nb::index_error("row_of must name rows of scalars");
             if (!PyTuple_Check(group.ptr()) || PyTuple_GET_SIZE(group.ptr()) != arrays) return false;
             if (arrays > MOST_ARRAYS) return false;
             Int address[MOST_ARRAYS];
@@ -206,20 +209,30 @@ class Update {
             for (Int start = 0; start < size; start += PIECE) {
                 for (int i = 0; i < arrays; ++i) rows.push_back(address[i] + start * (Int)sizeof(T));
                 rows.push_back(std::min(PIECE, size - start));
+                if (!row_of.is_none()) owners.push_back(owner);
             }
             elements += size;
         }
         std::vector<T> k;
-        for (nb::handle scalar : scalars) k.push_back(nb::cast<T>(scalar));
+        for (nb::handle row : scalars) {
+            for (nb::handle scalar : nb::cast<nb::tuple>(row)) k.push_back(nb::cast<T>(scalar));
+            k.push_back((T)scale);
+        }
+        const Int stride = (Int)(k.size() / nb::len(scalars)), pieces = (Int)rows.size() / width;
         const Formula<T>* formula = &table<T>().formulas[place];
-        const Int pieces = (Int)rows.size() / width;
         const int workers = (int)std::min<Int>(most_threads, elements / WORTH);
+        const auto update = [&](Int first, Int last) {  // pieces that take the same row of scalars
+            formula->run(rows.data(), k.data() + (owners.empty() ? 0 : owners[first]) * stride, first, last);
+        };
         {
             nb::gil_scoped_release unlocked;
-            if (workers <= 1)
-                formula->run(rows.data(), k.data(), 0, pieces);
+            if (workers > 1)
+                pool().run(pieces, workers, [&](Int i) { update(i, i + 1); });
             else
-                pool().run(pieces, workers, [&](Int i) { formula->run(rows.data(), k.data(), i, i + 1); });
+                for (Int first = 0, last = 0; first < pieces; first = last) {
+                    for (last = first + 1; last < pieces && (owners.empty() || owners[last] == owners[first]);) ++last;
+                    update(first, last);
+                }
         }
         memory = std::move(rows);
         return true;
@@ -553,7 +566,7 @@ NB_MODULE(_host, m) {
     m.def("has", [](const std::string& digest) { return place_of(digest) >= 0; }, "Whether a rule is built in.");
     nb::class_<Update>(m, "Update")
         .def(nb::init<const std::string&, const std::string&, int>())
-        .def("run", &Update::run);
+        .def("run", &Update::run, nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
     m.def("activation_of", activation_of, "The index of an activation by its digest; -1 if it is not built in.");
     m.def("activate", activate, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none());
     m.def("activation_gradient", activation_gradient, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),

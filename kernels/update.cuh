@@ -63,10 +63,11 @@ struct Arrays {
     }
 };
 
-// Update the pieces in one row of the table, with one row of scalars; gradients are multiplied by `scale`.
+// Update the pieces in one row of the table, with their row of scalars; gradients are multiplied by `scale`.
 __device__ inline void update_row(const long long* row, const T* scalars, T scale) {
     const Arrays arrays(row);
     const long long n = row[STORED];
+    scalars += row[STORED + 1] * SCALARS;
     T k[SCALARS];  // a copy in registers: the compiler must assume that stores to arrays change *scalars
     for (int s = 0; s < SCALARS; ++s) k[s] = scalars[s];
 
@@ -84,17 +85,17 @@ __device__ inline void update_row(const long long* row, const T* scalars, T scal
     for (long long i = tail + threadIdx.x; i < n; i += blockDim.x) arrays.update_one(k, scale, i);
 }
 
-// One launch for any number of arrays, one block for each row of `table`: the addresses of a piece of each array, then
-// the piece's size in elements. Flat buffers are cut into pieces too. control[0] scales the gradients; if control[1] is
-// non-zero the step is skipped. `control` may be null; the host need not wait for the kernel that wrote it. `scalars`
-// is a table on the device, so that a captured launch reads the current step's row, progress[SLOT] (the first if
-// `progress` is null; see step.cuh). With `progress` this launch ends the step: the last block advances to the next
-// one, or restores the `count` running statistics from `before`.
-extern "C" __global__ void update_arrays(const long long* table, const T* scalars, const T* control,
+// One launch for any number of arrays, one block for each row of `table`: the addresses of a piece of each array, the
+// piece's size in elements, and the number of its row of scalars. Flat buffers are cut into pieces too. control[0]
+// scales the gradients; if control[1] is non-zero the step is skipped. `control` may be null; the host need not wait for
+// the kernel that wrote it. `scalars` has a row for each group of parameters, in all `step` numbers. A captured launch
+// reads those of the current step, the rows from progress[SLOT] * step on (see step.cuh). With `progress` this launch
+// ends the step: the last block advances to the next one, or restores the `count` running statistics from `before`.
+extern "C" __global__ void update_arrays(const long long* table, const T* scalars, long long step, const T* control,
                                          long long* progress, T* running, const T* before, long long count) {
     const bool halted = progress ? progress[HALTED] != 0 : control && control[1] != 0;
     if (!halted)
-        update_row(table + (long long)blockIdx.x * (STORED + 1), scalars + (progress ? progress[SLOT] * SCALARS : 0),
+        update_row(table + (long long)blockIdx.x * (STORED + 2), scalars + (progress ? progress[SLOT] * step : 0),
                    control ? control[0] : T(1));
     if (progress && last_block(reinterpret_cast<unsigned*>(progress + TICKET)))
         go_on(progress, running, before, count);

@@ -185,7 +185,7 @@ CODE_LINES = {
     "averages": 55,
     "backend": 485,
     "staging": 51,
-    "ops": 1730,
+    "ops": 1740,
     "sizing": 257,
     "params": 85,
     "optim": 556,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from gpubatch.ops import compile, update_for, update_source
 from gpubatch.ops.update import HostUpdate, cpu_update, piece_table
 
 PARAMETERS = (
-    *("const long long* table", "const T* scalars", "const T* control", "long long* progress"),
+    *("const long long* table", "const T* scalars", "long long step", "const T* control", "long long* progress"),
     *("T* running", "const T* before", "long long count"),
 )
 ALONE = (None, None, None, 0)  # the arguments after control, for an update outside a captured step
@@ -31,26 +32,29 @@ every_case = every("case", CASES, FAST)
 COUNTS = ("sgd", "adam", "amsgrad")  # two, four and five arrays
 
 
-def table_of(groups: list[tuple[np.ndarray, ...]]) -> np.ndarray:
-    addresses = np.array([[*(a.ctypes.data for a in group), group[0].size] for group in groups], np.int64)
+def table_of(groups: list[tuple[np.ndarray, ...]], row_of: Sequence[int] | None = None) -> np.ndarray:
+    rows = row_of or [0] * len(groups)
+    words = [[*(a.ctypes.data for a in group), group[0].size, row] for group, row in zip(groups, rows, strict=True)]
+    addresses = np.array(words, np.int64)
     return piece_table(addresses, np.array([a.itemsize for a in groups[0]]), 4096)
 
 
 def emulate(
     trace: Trace,
     groups: list[tuple[np.ndarray, ...]],
-    scalars: tuple[float, ...],
+    scalars: list[tuple[float, ...]],
     threads: int = 256,
     control: np.ndarray | None = None,
+    row_of: Sequence[int] | None = None,
 ) -> None:
     storage, master = groups[0][0].dtype, len(groups[0]) > len(trace.arrays)
     dtype = compute_dtype(storage)
     source = update_source(trace, dtype.name, storage.name, master)
     kernel = host_kernel(source, "update_arrays", *PARAMETERS)
-    table = table_of(groups)
-    device_scalars = np.array([*scalars, 0.0], dtype)
+    table = table_of(groups, row_of)
+    rows = np.array([row or (0.0,) for row in scalars], dtype)
     if len(table):  # as CudaUpdate: a launch of no blocks is an error
-        kernel(table, device_scalars, control, *ALONE, len(table), threads)
+        kernel(table, rows, rows.size, control, *ALONE, len(table), threads)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -77,7 +81,7 @@ def test_the_emulated_kernel_gives_the_bits_of_numpy(case: Case, dtype: np.dtype
             for a, b in zip(emulated, ours, strict=True):
                 a[...] = b
             outside = [a.copy() for a in theirs]
-            scalars = trace.evaluate(5, **hyper)
+            scalars = [trace.evaluate(5, **hyper)]
             numpy_update([ours], scalars)
             emulate(trace, [emulated], scalars)
             for a, b in zip(emulated, ours, strict=True):
@@ -94,15 +98,15 @@ def test_the_device_says_which_row_of_scalars_is_meant(dtype: np.dtype, rng: np.
     arrays = tuple(np.abs(rng.standard_normal(10)).astype(dtype) for _ in range(4))
     expected = tuple(a.copy() for a in arrays)
     for t in (3, 1):
-        HostUpdate(trace, dtype)([expected], trace.evaluate(t, **hyper))
-        kernel(table_of([arrays]), rows, None, np.array([t - 1, 0, 0, 0, 0]), *ALONE[1:], 1, 256)
+        HostUpdate(trace, dtype)([expected], [trace.evaluate(t, **hyper)])
+        kernel(table_of([arrays]), rows, rows.shape[1], None, np.array([t - 1, 0, 0, 0, 0]), *ALONE[1:], 1, 256)
     for a, b in zip(arrays, expected, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_one_launch_serves_arrays_that_lie_apart(dtype: np.dtype, rng: np.random.Generator) -> None:
     trace, _ = trace_of(CASES["adam"])
-    scalars = trace.evaluate(2, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8)
+    scalars = [trace.evaluate(2, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8)]
     sizes = [0, 1, 5, 4095, 4096, 4097, 20_000]
     groups = [tuple(np.abs(rng.standard_normal(n)).astype(dtype) for _ in range(4)) for n in sizes]
     expected = [tuple(a.copy() for a in group) for group in groups]
@@ -118,14 +122,14 @@ def test_one_launch_serves_arrays_that_lie_apart(dtype: np.dtype, rng: np.random
 def test_it_stays_within_its_arrays(name: str, order: str, dtype: np.dtype, rng: np.random.Generator) -> None:
     """Under the sanitizers: no access outside an array, no misaligned access."""
     trace, hyper = trace_of(CASES[name])
-    scalars = trace.evaluate(3, **hyper)
+    scalars = [trace.evaluate(3, **hyper)]
     count = len(trace.arrays)
     groups = []
     for size in (1, 3, 50, 4097):
         for starts in ([0] * count, [1] * count, [*range(count)]):
             groups.append(tuple(np.abs(rng.standard_normal(size + k)).astype(dtype)[k:] for k in starts))
     arrays = [a for group in groups for a in group]
-    arguments = [Table(table := table_of(groups), arrays), np.array(scalars, dtype), None, *ALONE]
+    arguments = [Table(table := table_of(groups), arrays), np.array(scalars, dtype), len(scalars[0]), None, *ALONE]
     *ours, _ = sanitized(
         update_source(trace, dtype.name), "update_arrays", PARAMETERS, arguments, len(table), 256, order
     )
@@ -139,7 +143,7 @@ def test_packs_that_are_not_aligned_would_be_caught() -> None:
     check = "(row[1] + head * (long long)sizeof(S)) % 16 == 0"
     assert source.count(check) == 1
     arrays = np.ones(50, np.float32), np.ones(51, np.float32)[1:]
-    arguments = [Table(table_of([arrays]), arrays), np.array([0.5], np.float32), None, *ALONE]
+    arguments = [Table(table_of([arrays]), arrays), np.array([0.5], np.float32), 1, None, *ALONE]
     w, _, _ = sanitized(source, "update_arrays", PARAMETERS, arguments, 1, 256)
     np.testing.assert_array_equal(w, 0.5)
     with pytest.raises(AssertionError, match="which requires 16 byte alignment"):
@@ -148,13 +152,14 @@ def test_packs_that_are_not_aligned_would_be_caught() -> None:
 
 def test_the_pieces_cover_every_element_once() -> None:
     sizes = np.array([0, 1, 4096, 4097, 100_000])
-    addresses = np.stack([1_000_000 * np.arange(1, 6), 9_000_000 * np.arange(1, 6), sizes], axis=1)
+    addresses = np.stack([1_000_000 * np.arange(1, 6), 9_000_000 * np.arange(1, 6), sizes, np.arange(5)], axis=1)
     table = piece_table(addresses, 4, 4096)
-    assert table[:, -1].min() > 0
-    assert table[:, -1].sum() == sizes.sum()
-    for address, _, size in addresses:
+    assert table[:, -2].min() > 0
+    assert table[:, -2].sum() == sizes.sum()
+    for address, _, size, number in addresses:
         pieces = [row for row in table if address <= row[0] < address + 4 * max(size, 1)]
-        assert [row[0] for row in pieces] == list(np.cumsum([address, *(4 * row[-1] for row in pieces)])[:-1])
+        assert all(row[-1] == number for row in pieces)
+        assert [row[0] for row in pieces] == list(np.cumsum([address, *(4 * row[-2] for row in pieces)])[:-1])
 
 
 def test_a_wrong_formula_would_be_caught(rng: np.random.Generator) -> None:
@@ -164,8 +169,8 @@ def test_a_wrong_formula_would_be_caught(rng: np.random.Generator) -> None:
     kernel = host_kernel(source, "update_arrays", *PARAMETERS)
     arrays = [np.abs(rng.standard_normal(10)).astype(np.float32) for _ in range(4)]
     expected = [a.copy() for a in arrays]
-    scalars = trace.evaluate(2, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8)
-    kernel(table_of([tuple(arrays)]), np.array(scalars, np.float32), None, *ALONE, 1, 256)
+    scalars = [trace.evaluate(2, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8)]
+    kernel(table_of([tuple(arrays)]), np.array(scalars, np.float32), len(scalars[0]), None, *ALONE, 1, 256)
     HostUpdate(trace, np.dtype(np.float32))([tuple(expected)], scalars)
     assert np.abs(arrays[0] - expected[0]).max() > 1e-3
 
@@ -179,7 +184,7 @@ def test_the_gradient_is_scaled_on_the_device(
     scale: float, size: int, dtype: np.dtype, rng: np.random.Generator
 ) -> None:
     trace, hyper = trace_of(CASES["adam"])
-    scalars = trace.evaluate(3, **hyper)
+    scalars = [trace.evaluate(3, **hyper)]
     w, g, m, v = (np.abs(rng.standard_normal(size)).astype(dtype) for _ in range(4))
     ours = tuple(a.copy() for a in (w, g, m, v))
     HostUpdate(trace, dtype)([(w, g * dtype.type(scale), m, v)], scalars)
@@ -193,7 +198,7 @@ def test_the_gradient_is_scaled_on_the_device(
 @pytest.mark.parametrize("storage", ["float16", "float32", "float64"])
 def test_a_step_that_is_to_be_skipped_changes_nothing(storage: str, rng: np.random.Generator) -> None:
     trace, hyper = trace_of(CASES["adam"])
-    scalars, dtype = trace.evaluate(3, **hyper), compute_dtype(np.dtype(storage))
+    scalars, dtype = [trace.evaluate(3, **hyper)], compute_dtype(np.dtype(storage))
     arrays = tuple(rng.standard_normal(5000).astype(storage if i < 2 else dtype) for i in range(4))
     arrays[1][7] = np.nan
     before = [a.copy() for a in arrays]
@@ -204,7 +209,34 @@ def test_a_step_that_is_to_be_skipped_changes_nothing(storage: str, rng: np.rand
 
 
 def emulate_with(trace: Trace) -> Any:
-    return lambda arrays, scalars, control: emulate(trace, arrays, scalars, control=control)
+    return lambda arrays, scalars, control=None, row_of=None: emulate(
+        trace, arrays, scalars, control=control, row_of=row_of
+    )
+
+
+@pytest.mark.parametrize("storage", ["float16", "float32", "float64"])
+@every_case
+def test_arrays_take_their_own_rows_of_scalars(case: Case, storage: str, rng: np.random.Generator) -> None:
+    """As if each were updated alone, with one thread or more, in every form."""
+    trace, hyper = trace_of(case)
+    dtype, wide = np.dtype(storage), compute_dtype(np.dtype(storage))
+    rows = [trace.evaluate(t, **hyper) for t in (1, 5, 2)]
+    row_of = [2, 0, 0, 1, 2, 1, 0]
+    sizes = [5, 40_000, 1, 30_000, 0, 9000, 3]
+    kinds = [dtype, dtype, *[wide] * (len(trace.arrays) - 2)]
+    start = [tuple(np.abs(rng.standard_normal(n)).astype(kind) for kind in kinds) for n in sizes]
+    alone = update_for(trace, dtype, gb.get_backend("cpu"))
+    forms = [update_for(trace, dtype, gb.get_backend("cpu")), emulate_with(trace)]
+    if dtype == wide:
+        forms.append(HostUpdate(trace, dtype))
+    for update in forms:
+        found, expected = ([tuple(a.copy() for a in arrays) for arrays in start] for _ in range(2))
+        update(found, rows, None, row_of)
+        for arrays, row in zip(expected, row_of, strict=True):
+            alone([arrays], [rows[row]])
+        for ours, theirs in zip(found, expected, strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                np.testing.assert_allclose(a, b, rtol=8 * np.finfo(dtype).eps if "pow" in trace.c else 0)
 
 
 @pytest.mark.parametrize("master", [False, True], ids=["rounded", "master"])
@@ -212,7 +244,7 @@ def emulate_with(trace: Trace) -> Any:
 def test_float16_is_computed_in_float32(name: str, master: bool, rng: np.random.Generator) -> None:
     """The oracle: the same rule on float32 copies, and NumPy's own rounding to float16."""
     trace, hyper = trace_of(CASES[name])
-    scalars = trace.evaluate(5, **hyper)
+    scalars = [trace.evaluate(5, **hyper)]
     for size in (0, 1, 7, 4097, 20_001):
         for start in (0, 1, 5):
             arrays = [np.abs(rng.standard_normal(size + start))[start:] for _ in range(len(trace.arrays) + master)]
@@ -248,9 +280,15 @@ def test_float16_compiles_and_stays_within_its_arrays(name: str, master: bool, r
             groups.append(tuple(numbers))
     words = np.concatenate([table_of([group]) for group in groups])
     arrays = [a for group in groups for a in group]
-    arguments = [Table(words, arrays), np.array(trace.evaluate(3, **hyper), np.float32), None, *ALONE]
+    arguments = [
+        Table(words, arrays),
+        np.array(trace.evaluate(3, **hyper), np.float32),
+        len(trace.scalars),
+        None,
+        *ALONE,
+    ]
     *ours, _ = sanitized(source, "update_arrays", PARAMETERS, arguments, len(words), 256)
-    update_for(trace, np.dtype(np.float16), gb.get_backend("cpu"), master)(groups, trace.evaluate(3, **hyper))
+    update_for(trace, np.dtype(np.float16), gb.get_backend("cpu"), master)(groups, [trace.evaluate(3, **hyper)])
     for a, b in zip(ours, arrays, strict=True):
         np.testing.assert_array_equal(a, b)
 

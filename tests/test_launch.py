@@ -69,12 +69,22 @@ def test_every_rule_is_compiled_and_gives_numpys_bits(
     groups += [tuple(a[:, ::2] for a in wide), tuple(a[1:, :5].T for a in tall)]
     expected = [tuple(a.copy() for a in group) for group in groups]
     for t, level in enumerate(every_level, 1):
-        scalars = trace.evaluate(t, **hyper)
+        scalars = [trace.evaluate(t, **hyper)]
         compiled(groups, scalars)
         plain(expected, scalars)
         for ours, theirs in zip(groups, expected, strict=True):
             for a, b in zip(ours, theirs, strict=True):
                 np.testing.assert_array_equal(a, b, err_msg=level)
+
+
+def test_a_row_of_scalars_that_is_not_there_is_refused(library: Any) -> None:
+    arrays = [(np.ones(3), np.ones(3))]
+    compiled = update.update_for(gb.rules.sgd.trace(), np.dtype("float64"), gb.get_backend("cpu"))
+    assert isinstance(compiled, update.CompiledUpdate)
+    for row_of in ([2], [-1]):
+        with pytest.raises(IndexError, match="row_of must name rows of scalars"):
+            compiled.at_once(arrays, [(0.1,), (0.2,)], None, row_of)
+    assert arrays[0][0].tolist() == [1, 1, 1]
 
 
 def test_other_arrays_are_noticed(library: Any, rng: np.random.Generator) -> None:
@@ -215,7 +225,7 @@ def test_a_strided_array_is_refused(device: CudaBackend) -> None:
     update = update_for(gb.rules.sgd.trace(), np.dtype("float32"), device)
     strided = device.zeros((4, 8), "float32")[:, ::2]
     with pytest.raises(gb.ShapeError, match="needs C-contiguous arrays"):
-        update([(strided, strided)], (0.1,), None)
+        update([(strided, strided)], [(0.1,)], None)
 
 
 def test_a_missing_kernel_file_says_where_it_was_looked_for() -> None:

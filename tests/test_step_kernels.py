@@ -131,11 +131,11 @@ def test_the_end_of_a_step(halted: int, n: int, order: str, dtype: np.dtype, rng
     arrays = [np.abs(rng.standard_normal(10_001)).astype(d) for d in (dtype, dtype, wide)]
     expected = [a.copy() if halted else a.astype(wide) for a in arrays]
     if not halted:
-        HostUpdate(trace, wide)([tuple(expected)], rows[2])
-    addresses = np.array([[*(a.ctypes.data for a in arrays), arrays[0].size]])
+        HostUpdate(trace, wide)([tuple(expected)], [rows[2]])
+    addresses = np.array([[*(a.ctypes.data for a in arrays), arrays[0].size, 0]])
     table = Table(piece_table(addresses, np.array([a.itemsize for a in arrays]), 4096), arrays)
     progress, running, before = np.array([2, halted, 7, 9, 0]), np.ones(n, wide), np.full(n, 2, wide)
-    arguments = [np.array(rows, wide), None, progress, running if n else None, before if n else None, n]
+    arguments = [np.array(rows, wide), len(rows[0]), None, progress, running if n else None, before if n else None, n]
     source = update_source(trace, wide.name, dtype.name)
     found = sanitized(
         source,

@@ -6,7 +6,9 @@ C++ compiler. A CUDA kernel is compiled on first use, and kept.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -23,19 +25,22 @@ THREADS = 256
 UPLOADS = 64  # copies of scalars that may be under way, hence steps that the host may be ahead of the device
 PACKS = 4  # 16-byte packs of each array that one thread moves
 
+Tuples: TypeAlias = list[tuple[Array, ...]]  # (w, g, state ...)
+Rows: TypeAlias = list[tuple[float, ...]]  # a row of a formula's scalars for each group of parameters
+
 
 class Update(Protocol):
     """A formula bound to an element type and a backend: ``update(arrays, scalars)`` changes ``arrays`` in place.
 
-    ``arrays`` is a list of (w, g, state ...) tuples, all of one shape within a tuple. Threads must not share an
-    update: the registers are its own.
+    The arrays of a tuple have one shape. ``row_of`` has the number of each tuple's row of ``scalars``; by default all
+    take the first. Threads must not share an update: the registers are its own.
 
     ``control`` is an array of two numbers on the backend: ``control[0]`` scales the gradients; if ``control[1]`` is
     non-zero the step is skipped. A GPU reads it when the kernel runs, so the host need not wait for its value.
     """
 
     def __call__(
-        self, arrays: list[tuple[Array, ...]], scalars: tuple[float, ...], control: Array | None = None
+        self, arrays: Tuples, scalars: Rows, control: Array | None = None, row_of: Sequence[int] | None = None
     ) -> None:
         """Change w and the state in place."""
 
@@ -73,13 +78,13 @@ class HostUpdate:
         self.scaled: Array = None
 
     def __call__(
-        self, arrays: list[tuple[Array, ...]], scalars: tuple[float, ...], control: Array | None = None
+        self, arrays: Tuples, scalars: Rows, control: Array | None = None, row_of: Sequence[int] | None = None
     ) -> None:
         if control is not None and control[1]:
             return
         program, scale = self.program, None if control is None or control[0] == 1 else control[0]
-        program.scalars[:] = scalars
-        for group in arrays:
+        for i, group in enumerate(arrays):
+            program.scalars[:] = scalars[row_of[i] if row_of else 0]
             for blocks in blocks_of(group, program.block, program.written):
                 if scale is not None:
                     w, g, *state = blocks
@@ -100,11 +105,12 @@ class HalfUpdate:
         self.w, self.g = (np.empty(BLOCK_BYTES // 4, np.float32) for _ in range(2))
 
     def __call__(
-        self, arrays: list[tuple[Array, ...]], scalars: tuple[float, ...], control: Array | None = None
+        self, arrays: Tuples, scalars: Rows, control: Array | None = None, row_of: Sequence[int] | None = None
     ) -> None:
         if control is not None and control[1]:
             return
-        for group in arrays:
+        for i, group in enumerate(arrays):
+            row = [scalars[row_of[i]]] if row_of else scalars
             for w, g, *state in blocks_of(group, self.w.size, [i for i in range(len(group)) if i != 1]):
                 wide, gradient = self.w[: w.size], self.g[: w.size]
                 gradient[...] = g
@@ -112,7 +118,7 @@ class HalfUpdate:
                     *state, wide = state
                 else:
                     wide[...] = w
-                self.update([(wide, gradient, *state)], scalars, control)
+                self.update([(wide, gradient, *state)], row, control)
                 with np.errstate(over="ignore"):  # beyond 65504 a weight is infinite, as arithmetic in float16 has it
                     w[...] = wide
 
@@ -132,20 +138,21 @@ class CompiledUpdate:
         self.numpy: HostUpdate | None = None
 
     def at_once(
-        self, arrays: list[tuple[Array, ...]], scalars: tuple[float, ...], control: Array | None = None
+        self, arrays: Tuples, scalars: Rows, control: Array | None = None, row_of: Sequence[int] | None = None
     ) -> bool:
         """Update all groups at once; False, with nothing changed, where the library declines shapes or types."""
         if control is None:
-            return bool(self.run(arrays, (*scalars, 1.0)))
-        return bool(control[1] or self.run(arrays, (*scalars, float(control[0]))))
+            return bool(self.run(arrays, scalars, row_of, 1.0))
+        return bool(control[1] or self.run(arrays, scalars, row_of, float(control[0])))
 
     def __call__(
-        self, arrays: list[tuple[Array, ...]], scalars: tuple[float, ...], control: Array | None = None
+        self, arrays: Tuples, scalars: Rows, control: Array | None = None, row_of: Sequence[int] | None = None
     ) -> None:
-        for group in arrays:
-            if not self.at_once([group], scalars, control):
+        for i, group in enumerate(arrays):
+            row = [scalars[row_of[i]]] if row_of else scalars
+            if not self.at_once([group], row, control):
                 self.numpy = self.numpy or HostUpdate(self.trace, self.dtype)
-                self.numpy([group], scalars, control)
+                self.numpy([group], row, control)
 
 
 # --- CUDA ----------------------------------------------------------------------------------------------------------
@@ -161,47 +168,52 @@ class CudaUpdate:
         # Bytes of an element: w and g as they are stored, then the state.
         self.itemsizes = np.array([storage.itemsize] * 2 + [dtype.itemsize] * (len(trace.arrays) - 2 + master))
         self.kernel = cuda_kernel(backend, update_source(trace, dtype.name, storage.name, master), "update_arrays")
-        self.scalars = backend.zeros(max(1, len(trace.scalars)), dtype)
+        self.dtype, self.columns = dtype, max(1, len(trace.scalars))
+        self.scalars = backend.zeros((1, self.columns), dtype)
         self.stages: Stages | None = None  # of the scalars
         self.key: tuple[Any, ...] = ()
         self.table: Array = None
         self.rows = 0
 
     def __call__(
-        self, arrays: list[tuple[Array, ...]], scalars: tuple[float, ...], control: Array | None = None
+        self, arrays: Tuples, scalars: Rows, control: Array | None = None, row_of: Sequence[int] | None = None
     ) -> None:
         """Copy the scalars to the device and launch."""
         with self.backend.scope():
             self._upload(scalars)
-            self.launch(arrays, self.scalars, control)
+            self.launch(arrays, self.scalars, control, row_of=row_of)
 
-    def again(self, scalars: tuple[float, ...], control: Array | None) -> None:
+    def again(self, scalars: Rows, control: Array | None) -> None:
         """Update the arrays of the last launch again."""
         with self.backend.scope():
             self._upload(scalars)
             self._launch(self.scalars, control)
 
-    def _upload(self, scalars: tuple[float, ...]) -> None:
-        if scalars:
+    def _upload(self, scalars: Rows) -> None:
+        if len(scalars) != len(self.scalars):
+            self.scalars, self.stages = self.backend.zeros((len(scalars), self.columns), self.dtype), None
+        if scalars[0]:
             if self.stages is None:
                 self.stages = Stages(self.backend, self.scalars.nbytes, UPLOADS)
-            self.stages.copy(np.array(scalars, self.scalars.dtype), self.scalars)
+            self.stages.copy(np.array(scalars, self.dtype), self.scalars)
 
     def launch(
         self,
-        arrays: list[tuple[Array, ...]],
+        arrays: Tuples,
         scalars: Array,
         control: Array | None,
         progress: Array | None = None,
         running: tuple[Array, Array] | None = None,
+        row_of: Sequence[int] | None = None,
     ) -> Array:
-        """Launch the update with ``scalars`` on the device. With ``progress`` it ends a captured step.
+        """Launch the update with ``scalars`` on the device, of shape (groups, scalars of the formula).
 
-        Then ``scalars`` has a row for each step, as kernels/step.cuh says, and ``running`` holds the running statistics
-        and a copy from before the step. Returns the table of addresses that the kernel reads; an update of other
-        arrays makes a new one.
+        With ``progress`` it ends a captured step. Then ``scalars`` is a stack of such rows, one for each step, as
+        kernels/step.cuh says, and ``running`` holds the running statistics and a copy from before the step. Returns the
+        table of addresses that the kernel reads; an update of other arrays makes a new one.
         """
-        key = tuple((*(a.data.ptr for a in group), group[0].size) for group in arrays)
+        rows = row_of or [0] * len(arrays)
+        key = tuple((*(a.data.ptr for a in group), group[0].size, r) for group, r in zip(arrays, rows, strict=True))
         if key != self.key:
             self._lay_out(arrays, key)
         self._launch(scalars, control, progress, running)
@@ -216,10 +228,11 @@ class CudaUpdate:
     ) -> None:
         if self.rows:
             count = np.int64(0 if running is None else running[0].size)
-            arguments = (self.table, scalars, control, progress, *(running or (None, None)), count)
+            step = np.int64(math.prod(scalars.shape[-2:]))
+            arguments = (self.table, scalars, step, control, progress, *(running or (None, None)), count)
             self.kernel((self.rows,), (THREADS,), tuple(np.uint64(0) if a is None else a for a in arguments))
 
-    def _lay_out(self, arrays: list[tuple[Array, ...]], key: tuple[Any, ...]) -> None:
+    def _lay_out(self, arrays: Tuples, key: tuple[Any, ...]) -> None:
         for group in arrays:
             if not all(a.flags.c_contiguous for a in group):
                 raise ShapeError("a CUDA update needs C-contiguous arrays, got a strided view; copy it first")
@@ -229,14 +242,17 @@ class CudaUpdate:
 
 
 def piece_table(addresses: np.ndarray, itemsizes: np.ndarray, piece: int) -> np.ndarray:
-    """Each row of ``addresses`` (one for each array, then a size) cut into rows of at most ``piece`` elements."""
-    sizes = addresses[:, -1]
+    """Each row of ``addresses`` cut into rows of at most ``piece`` elements.
+
+    A row has an address for each array, then the size, and the number of the row of scalars.
+    """
+    sizes = addresses[:, -2]
     pieces = -(-sizes // piece)
     row = np.repeat(np.arange(len(addresses)), pieces)
     number = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     table = addresses[row]
-    table[:, :-1] += (number * piece)[:, None] * itemsizes
-    table[:, -1] = np.minimum(sizes[row] - number * piece, piece)
+    table[:, :-2] += (number * piece)[:, None] * itemsizes
+    table[:, -2] = np.minimum(sizes[row] - number * piece, piece)
     return table
 
 

@@ -28,7 +28,7 @@ def rehearse_update(opt: Optimizer, grads: Any = None) -> None:
 
 
 def scalars_ahead(opt: Optimizer, start: int, count: int, least: int = 1) -> tuple[np.ndarray, list[float | None]]:
-    """The formula's scalars for each of ``count`` steps from ``start`` on, in rows, and the learning rates.
+    """The formula's scalars for ``count`` steps from ``start`` on, of shape (steps, groups, scalars); learning rates.
 
     They are what :meth:`Optimizer.step` would compute while hyper-parameters and ``epoch`` stay. If a schedule raises,
     stop there, because the run may end first; raise only if fewer than ``least`` rows were made.
@@ -45,9 +45,9 @@ def scalars_ahead(opt: Optimizer, start: int, count: int, least: int = 1) -> tup
                 raise
             break
         rates.append(hyper.get("lr"))
-    scalars = np.zeros((len(rows), max(1, len(opt._trace.scalars))), compute_dtype(opt._dtype))
+    scalars = np.zeros((len(rows), 1, max(1, len(opt._trace.scalars))), compute_dtype(opt._dtype))
     if rows and opt._trace.scalars:
-        scalars[...] = rows
+        scalars[:, 0] = rows
     return scalars, rates
 
 

@@ -128,7 +128,7 @@ class Optimizer:
             ``applied`` is False. A GPU reads them when it gets there: nobody waits, and the step is counted.
         """
         hyper = {name: self._now(name) for name in self._trace.hyper}
-        scalars = self._trace.evaluate(self.t + 1, **hyper)
+        scalars = [self._trace.evaluate(self.t + 1, **hyper)]
         if control is not None:
             self._check_control(control)
         if isinstance(self._update, CudaUpdate) and self._last is not None and self._last.same(grads):
@@ -140,7 +140,7 @@ class Optimizer:
         self.t += 1
         return StepResult(True, self.t, hyper.get("lr"))
 
-    def _first(self, grads: Any, scalars: tuple[float, ...], control: Array | None) -> None:
+    def _first(self, grads: Any, scalars: list[tuple[float, ...]], control: Array | None) -> None:
         """The update by gradients that have not been looked at."""
         self._last = None
         arrays = self._arrays(grads)

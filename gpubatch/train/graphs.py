@@ -92,7 +92,7 @@ class StepGraphs:
         self._guarded, self._max_norm = guarded, max_norm or 0.0
         self._update = captured_key(opt)[0]  # what the graphs launch, kept with its tables
         rows, _ = scalars_ahead(opt, opt.t, 1)
-        self.ledger = Ledger(net.backend, rows.shape[1], rows.dtype)
+        self.ledger = Ledger(net.backend, rows.shape[1:], rows.dtype)
         with net.backend.scope():
             self._squares = net.backend.zeros(SQUARE_SUM_SIZE, np.float64)
             self._total = net.backend.zeros(1, np.float64)

@@ -35,17 +35,20 @@ class Report:
 class Ledger:
     """A block on the device with the scalars and the losses of ``capacity`` steps, and their progress.
 
+    ``shape`` is that of the scalars of a step: groups of parameters, scalars of the formula.
+
     First come the scalars, in ``rows``; then ``progress``, the words of kernels/step.cuh; then the ``losses``. So the
     host writes one piece and reads another; both contain the slot.
     """
 
-    def __init__(self, backend: CudaBackend, scalars: int, dtype: np.dtype[Any]) -> None:
+    def __init__(self, backend: CudaBackend, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
         self._backend, self.capacity = backend, CHUNK
-        self._start = -(-CHUNK * scalars * dtype.itemsize // 8) * 8  # of the words, aligned to 8 bytes
+        nbytes = CHUNK * shape[0] * shape[1] * dtype.itemsize
+        self._start = -(-nbytes // 8) * 8  # of the words, aligned to 8 bytes
         size = self._start + 8 * WORDS + 8 * CHUNK
         with backend.scope():
             self._block = backend.zeros(size, np.uint8)
-            self.rows = self._block[: CHUNK * scalars * dtype.itemsize].view(dtype).reshape(CHUNK, scalars)
+            self.rows = self._block[:nbytes].view(dtype).reshape(CHUNK, *shape)
             self.progress = self._block[self._start : self._start + 8 * WORDS].view(np.int64)
             self.losses = self._block[self._start + 8 * WORDS :].view(np.float64)
             self.control = backend.zeros(2, dtype)  # of the update
