@@ -32,8 +32,8 @@ EXPORTS = {
         Tanh losses mlp
     """,
     "optim": """
-        SGD Adagrad Adam AdamW HeavyBall Lion Momentum NAdam Optimizer RMSProp StepResult
-        clip_by_global_norm
+        SGD AdaBelief Adadelta Adagrad Adam AdamW Adamax HeavyBall Lion Momentum NAdam Optimizer RAdam RMSProp
+        StepResult Yogi clip_by_global_norm
     """,
     "params": "Parameters",
     "schedules": "CosineDecay ExponentialDecay InverseTimeDecay Piecewise SqrtDecay StepDecay",
@@ -124,16 +124,21 @@ if TYPE_CHECKING:  # the same once more, for type checkers
     )
     from gpubatch.optim import (
         SGD as SGD,
+        AdaBelief as AdaBelief,
+        Adadelta as Adadelta,
         Adagrad as Adagrad,
         Adam as Adam,
+        Adamax as Adamax,
         AdamW as AdamW,
         HeavyBall as HeavyBall,
         Lion as Lion,
         Momentum as Momentum,
         NAdam as NAdam,
         Optimizer as Optimizer,
+        RAdam as RAdam,
         RMSProp as RMSProp,
         StepResult as StepResult,
+        Yogi as Yogi,
         clip_by_global_norm as clip_by_global_norm,
     )
     from gpubatch.params import Parameters as Parameters

@@ -180,7 +180,7 @@ CODE_LINES = {
     "errors": 97,
     "own": 27,
     "main_memory": 66,
-    "formula": 972,
+    "formula": 1038,
     "schedules": 130,
     "averages": 55,
     "backend": 485,
@@ -188,7 +188,7 @@ CODE_LINES = {
     "ops": 1740,
     "sizing": 257,
     "params": 85,
-    "optim": 556,
+    "optim": 670,
     "nn": 1421,
     "datasets": 158,
     "sources": 608,
@@ -199,7 +199,7 @@ CODE_LINES = {
     "plot": 276,
     "cli": 884,
     "__main__": 17,
-    "__init__": 160,
+    "__init__": 165,
 }
 
 

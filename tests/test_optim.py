@@ -46,7 +46,7 @@ def test_the_table_is_complete() -> None:
     for rule in {opt.rule for opt in made}:
         for name, default in rule.options.items():
             values = [True, False] if isinstance(default, bool) else ["outside", "inside"]
-            if rule in (rules.adam, rules.amsgrad):
+            if rule in (rules.adam, rules.amsgrad, rules.radam):
                 values.append("hat")
             assert {(rule.name, name, value) for value in values} <= tried
 
@@ -197,6 +197,62 @@ def test_nadam_of_keras() -> None:
     np.testing.assert_allclose(w, [0.4686, 1.4686, 2.4686, 3.4686], atol=5e-5)
 
 
+# Keras' own tests of correctness: five steps from ones, the first gradient 0.01, then 0.1, 0.2, ... 1.0.
+KERAS = {
+    "adadelta": (
+        lambda p: gb.Adadelta(p, lr=1.0, rho=0.8, eps=1e-6),
+        [[x] * 10 for x in (0.9978, 0.9947, 0.9915, 0.9882, 0.9849)],
+    ),
+    "adamax": (
+        lambda p: gb.Adamax(p, lr=0.2, beta1=0.85, beta2=0.95, eps=1e-6, eps_at="outside"),
+        [
+            [0.8] * 10,
+            [0.6827, 0.6873, 0.6888, 0.6896, 0.6901, 0.6904, 0.6906, 0.6908, 0.6909, 0.691],
+            [0.5333, 0.5407, 0.5431, 0.5444, 0.5451, 0.5456, 0.546, 0.5462, 0.5464, 0.5466],
+            [0.368, 0.3773, 0.3804, 0.382, 0.3829, 0.3835, 0.384, 0.3843, 0.3846, 0.3848],
+            [0.1933, 0.204, 0.2076, 0.2094, 0.2105, 0.2112, 0.2117, 0.2121, 0.2124, 0.2126],
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KERAS)
+def test_the_golden_numbers_of_keras(name: str) -> None:
+    make, golden = KERAS[name]
+    w = np.ones(10)
+    opt = make([w])
+    for i, expected in enumerate(golden):
+        opt.step([np.full(10, 0.01) if i == 0 else np.arange(1, 11) / 10])
+        np.testing.assert_allclose(w, expected, atol=6e-5)
+
+
+# The tests of TensorFlow Addons: a hundred steps of the same gradients in float32.
+TENSORFLOW_ADDONS = {
+    "radam": (
+        lambda p: gb.RAdam(p, lr=1e-3, eps=1e-7, eps_at="outside"),
+        [0.985769, 1.985269, 2.986119, 3.986068],
+    ),
+    "radam decoupled": (
+        lambda p: gb.RAdam(p, lr=1e-3, eps=1e-7, eps_at="outside", weight_decay=0.01, decoupled=True),
+        [0.984775, 1.983276, 2.983125, 3.982076],
+    ),
+    "adabelief": (
+        lambda p: gb.AdaBelief(p, lr=1e-3, eps=1e-14),
+        [0.66723955, 1.6672393, 2.6672382, 3.6672382],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TENSORFLOW_ADDONS)
+def test_the_golden_numbers_of_tensorflow_addons(name: str) -> None:
+    make, expected = TENSORFLOW_ADDONS[name]
+    w = np.array([1.0, 2.0, 3.0, 4.0])
+    opt = make([w])
+    for _ in range(100):
+        opt.step([np.array([0.1, 0.2, 0.03, 0.04])])
+    np.testing.assert_allclose(w, expected, atol=2e-6)
+
+
 def test_a_step_of_a_scheduled_momentum_costs_the_same_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The product of factors is kept from step to step, and ends when it is 0."""
     factors = []
@@ -293,6 +349,50 @@ def test_100_steps_agree_with_scikit_learn(make, theirs, rng: np.random.Generato
         opt.step([g])
         peer_opt.update_params(v, [g])
     np.testing.assert_allclose(w, v[0], rtol=0, atol=1e-10)
+
+
+def test_the_learning_rate_of_rmsprop_is_outside_in_pytorch_and_in_the_velocity_in_optax(
+    rng: np.random.Generator,
+) -> None:
+    """A constant rate would show no difference."""
+    torch, optax, jax = peer("torch"), peer("optax"), peer("jax")
+    rates = [0.03 if i < 10 else 0.001 for i in range(20)]
+    start, grads = rng.standard_normal(5), gradients(rng, 20, (5,))
+    outside, inside = start.copy(), start.copy()
+    for w, variant in ((outside, {}), (inside, {"eps_at": "inside", "lr_in_velocity": True})):
+        opt = gb.RMSProp([w], lr=lambda step, epoch: rates[step], momentum=0.8, **variant)
+        for g in grads:
+            opt.step([g])
+    theirs = torch.tensor(start.copy(), requires_grad=True)
+    peer_opt = torch.optim.RMSprop([theirs], 0.03, alpha=0.9, momentum=0.8)
+    for g, rate in zip(grads, rates, strict=True):
+        peer_opt.param_groups[0]["lr"] = rate
+        theirs.grad = torch.tensor(g)
+        peer_opt.step()
+    np.testing.assert_allclose(outside, theirs.detach().numpy(), rtol=0, atol=1e-12)
+    with jax.experimental.enable_x64() if hasattr(jax.experimental, "enable_x64") else jax.enable_x64(True):
+        w, by_count = jax.numpy.asarray(start), jax.numpy.asarray(rates)
+        rule = optax.rmsprop(lambda count: by_count[count], 0.9, momentum=0.8)
+        state = rule.init(w)
+        for g in grads:
+            updates, state = rule.update(jax.numpy.asarray(g), state, w)
+            w = optax.apply_updates(w, updates)
+    np.testing.assert_allclose(inside, np.asarray(w), rtol=0, atol=1e-12)
+    assert np.abs(inside - outside).max() > 0.01
+
+
+@pytest.mark.parametrize("beta2", [0.0, 0.5, 0.6, 2 / 3, 0.7, 0.8, 0.99])
+def test_radam_agrees_with_pytorch_where_the_average_is_short(beta2: float, rng: np.random.Generator) -> None:
+    """Up to beta2 = 2/3 it is never long enough; there the terms of the factor are zero or negative."""
+    torch = peer("torch")
+    w = rng.standard_normal(5)
+    theirs = torch.tensor(w.copy(), requires_grad=True)
+    opt, peer_opt = gb.RAdam([w], 0.03, beta2=beta2), torch.optim.RAdam([theirs], 0.03, betas=(0.9, beta2))
+    for g in gradients(rng, 30, w.shape):
+        opt.step([g])
+        theirs.grad = torch.tensor(g)
+        peer_opt.step()
+    np.testing.assert_allclose(w, theirs.detach().numpy(), rtol=0, atol=1e-12)
 
 
 def test_clipping_agrees_with_pytorch_and_optax(rng: np.random.Generator) -> None:
@@ -572,6 +672,33 @@ ERRORS = {
         lambda: gb.RMSProp([W], eps_at="hat"),
         ValueError,
         "eps_at must be one of 'outside', 'inside'",
+    ),
+    "no hat in adamax": (lambda: gb.Adamax([W], eps_at="hat"), ValueError, "eps_at must be one of .* got 'hat'"),
+    "no hat in a corrected maximum": (
+        lambda: gb.Adam([W], amsgrad="corrected", eps_at="hat"),
+        ValueError,
+        "eps_at must be one of 'outside', 'inside'",
+    ),
+    "unknown maximum": (
+        lambda: gb.AdamW([W], amsgrad="correct"),
+        ValueError,
+        "amsgrad must be one of 'corrected', got 'correct'; did you mean 'corrected'",
+    ),
+    "dampening and Nesterov": (
+        lambda: gb.HeavyBall([W], 0.1, nesterov=True, dampening=0.1),
+        ValueError,
+        "dampening must be 0 with nesterov=True, got 0.1",
+    ),
+    "dampening and lr in velocity": (
+        lambda: gb.HeavyBall([W], 0.1, lr_in_velocity=True, dampening=0.1),
+        ValueError,
+        "dampening must be 0 with lr_in_velocity=True, got 0.1",
+    ),
+    "dampening of one": (lambda: gb.HeavyBall([W], 0.1, dampening=1), ValueError, r"dampening .* \[0, 1\), got 1.0"),
+    "velocity without momentum": (
+        lambda: gb.RMSProp([W], lr_in_velocity=True),
+        ValueError,
+        "lr_in_velocity=True needs momentum, got momentum=0",
     ),
     "nothing": (lambda: gb.SGD([], 0.1), ValueError, "params must hold at least one array"),
     "no arrays": (lambda: gb.SGD(3.0, 0.1), TypeError, "params must be Parameters, or a mapping"),

@@ -15,20 +15,29 @@ from gpubatch.formula.trace import host_function
 from gpubatch.formula.update_rule import rule
 
 __all__ = [
+    "adabelief",
+    "adadelta",
     "adagrad",
     "adam",
+    "adamax",
     "amsgrad",
+    "amsgrad_corrected",
     "heavy_ball",
+    "heavy_ball_dampened",
     "heavy_ball_lr_in_velocity",
     "lion",
     "momentum",
     "nadam",
     "nadam_scheduled",
+    "radam",
     "rmsprop",
     "rmsprop_centered",
     "rmsprop_centered_momentum",
+    "rmsprop_centered_momentum_lr_in_velocity",
     "rmsprop_momentum",
+    "rmsprop_momentum_lr_in_velocity",
     "sgd",
+    "yogi",
 ]
 
 
@@ -59,6 +68,13 @@ def heavy_ball(w, g, v, t, *, lr, mu=0.9, nesterov=False):
 
 
 @rule
+def heavy_ball_dampened(w, g, v, t, *, lr, mu=0.9, dampening=0.0):
+    """PyTorch's SGD with momentum and dampening, which leaves the first gradient as it is."""
+    v = mu * v + (1 - dampening * (t > 1)) * g
+    return w - lr * v, v
+
+
+@rule
 def heavy_ball_lr_in_velocity(w, g, v, t, *, lr, mu=0.9, nesterov=False):
     """Momentum of Sutskever et al. 2013, CS231n, Keras and scikit-learn: a change of lr affects new gradients only."""
     v = mu * v - lr * g
@@ -70,6 +86,14 @@ def adagrad(w, g, s, t, *, lr=1e-2, eps=1e-10, eps_at="outside"):
     """Duchi, Hazan & Singer 2011; eps outside the root as in PyTorch, inside as in Keras."""
     s = s + g * g
     return w - lr * g / root(s, eps, eps_at), s
+
+
+@rule
+def adadelta(w, g, s, d, t, *, lr=1.0, rho=0.9, eps=1e-6):
+    """Zeiler 2012, algorithm 1, which has no learning rate: ``d`` averages the squares of its steps."""
+    s = rho * s + (1 - rho) * (g * g)
+    step = np.sqrt(d + eps) / np.sqrt(s + eps) * g
+    return w - lr * step, s, rho * d + (1 - rho) * (step * step)
 
 
 @rule
@@ -104,6 +128,25 @@ def rmsprop_centered_momentum(w, g, s, g_avg, b, t, *, lr=1e-3, rho=0.9, eps=1e-
     return w - lr * b, s, g_avg, b
 
 
+@rule
+def rmsprop_momentum_lr_in_velocity(w, g, s, b, t, *, lr=1e-3, rho=0.9, eps=1e-8, momentum=0.9, eps_at="outside"):
+    """RMSProp with momentum, the learning rate inside, as in Keras and optax."""
+    s = rho * s + (1 - rho) * (g * g)
+    b = momentum * b - lr * g / root(s, eps, eps_at)
+    return w + b, s, b
+
+
+@rule
+def rmsprop_centered_momentum_lr_in_velocity(
+    w, g, s, g_avg, b, t, *, lr=1e-3, rho=0.9, eps=1e-8, momentum=0.9, eps_at="outside"
+):
+    """The whole RMSProp of Graves 2013 (eq. 38 to 45, eps inside), as in Chainer; the variance clamped at zero."""
+    s = rho * s + (1 - rho) * (g * g)
+    g_avg = rho * g_avg + (1 - rho) * g
+    b = momentum * b - lr * g / root(np.maximum(s - g_avg * g_avg, 0.0), eps, eps_at)
+    return w + b, s, g_avg, b
+
+
 def corrected_step(w, m, v, t, lr, beta1, beta2, eps, eps_at):
     """Adam's step from its two moments.
 
@@ -131,6 +174,65 @@ def amsgrad(w, g, m, v, v_max, t, *, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, 
     v = beta2 * v + (1 - beta2) * (g * g)
     v_max = np.maximum(v_max, v)
     return corrected_step(w, m, v_max, t, lr, beta1, beta2, eps, eps_at), m, v, v_max
+
+
+@rule
+def amsgrad_corrected(w, g, m, v, v_max, t, *, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, eps_at="outside"):
+    """AMSGrad with the maximum over the bias-corrected second moment (optax)."""
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * (g * g)
+    v_max = np.maximum(v_max, v / (1 - beta2**t))
+    return w - lr * (m / (1 - beta1**t)) / root(v_max, eps, eps_at), m, v, v_max
+
+
+@rule
+def adamax(w, g, m, u, t, *, lr=2e-3, beta1=0.9, beta2=0.999, eps=1e-8, eps_at="inside"):
+    """Kingma & Ba 2015, algorithm 2, which has no eps: inside the maximum (PyTorch, optax), or outside (Keras)."""
+    m = beta1 * m + (1 - beta1) * g
+    u = np.maximum(beta2 * u, np.abs(g) + eps if eps_at == "inside" else np.abs(g))
+    return w - lr * (m / (1 - beta1**t)) / (u if eps_at == "inside" else u + eps), m, u
+
+
+@rule
+def adabelief(w, g, m, s, t, *, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-16):
+    """Zhuang et al. 2020, algorithm 2 (optax): the variance of g around m; eps in the average and outside the root."""
+    m = beta1 * m + (1 - beta1) * g
+    s = beta2 * s + (1 - beta2) * ((g - m) * (g - m)) + eps
+    return corrected_step(w, m, s, t, lr, beta1, beta2, eps, "outside"), m, s
+
+
+@rule
+def yogi(w, g, m, v, t, *, lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-3):
+    """Zaheer et al. 2018, algorithm 2, with bias correction (optax): v moves towards g*g by (1 - beta2) * g*g."""
+    m = beta1 * m + (1 - beta1) * g
+    v = v - (1 - beta2) * np.sign(v - g * g) * (g * g)
+    return corrected_step(w, m, v, t, lr, beta1, beta2, eps, "outside"), m, v
+
+
+@host_function
+def rectification(t, beta2):
+    """r_t of Liu et al. 2020, algorithm 2; 0 while the average of g*g is at most 5 steps long.
+
+    The paper's limit is 4; its authors' code, PyTorch and optax have 5.
+    """
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * t * beta2**t / (1 - beta2**t)
+    if length <= 5:
+        return 0.0
+    return ((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)) ** 0.5
+
+
+@rule
+def radam(w, g, m, v, t, *, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, eps_at="hat"):
+    """Liu et al. 2020, algorithm 2: without v in the first steps, then Adam with a rectified learning rate.
+
+    eps at "hat" as in PyTorch and the authors' code, "outside" as in optax.
+    """
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * (g * g)
+    r = rectification(t, beta2)
+    adapted = corrected_step(w, m, v, t, lr * r, beta1, beta2, eps, eps_at)
+    return np.where(r > 0, adapted, w - lr * (m / (1 - beta1**t))), m, v
 
 
 @rule

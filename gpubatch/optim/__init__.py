@@ -3,22 +3,42 @@
 from gpubatch.optim.ahead import captured_key, enqueue_update, rehearse_update, scalars_ahead
 from gpubatch.optim.arrays import clip_by_global_norm
 from gpubatch.optim.optimizer import MASTER, Hyper, Optimizer, StepResult
-from gpubatch.optim.optimizers import SGD, Adagrad, Adam, AdamW, HeavyBall, Lion, Momentum, NAdam, RMSProp
+from gpubatch.optim.optimizers import (
+    SGD,
+    AdaBelief,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    HeavyBall,
+    Lion,
+    Momentum,
+    NAdam,
+    RAdam,
+    RMSProp,
+    Yogi,
+)
 
 __all__ = [
     "MASTER",
     "SGD",
+    "AdaBelief",
+    "Adadelta",
     "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "HeavyBall",
     "Hyper",
     "Lion",
     "Momentum",
     "NAdam",
     "Optimizer",
+    "RAdam",
     "RMSProp",
     "StepResult",
+    "Yogi",
     "captured_key",
     "clip_by_global_norm",
     "enqueue_update",

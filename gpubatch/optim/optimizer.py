@@ -39,6 +39,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "beta1": (0.0, 1.0),
     "beta2": (0.0, 1.0),
     "mu": (0.0, 1.0),
+    "dampening": (0.0, 1.0),
     "rho": (0.0, 1.0),
     "momentum": (0.0, 1.0),
     "eps": (0.0, math.inf),

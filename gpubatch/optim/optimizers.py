@@ -5,11 +5,26 @@ from __future__ import annotations
 from typing import Any, TypedDict, Unpack
 
 from gpubatch.backend import Backend
-from gpubatch.errors import check_bool, check_choice, check_real
+from gpubatch.errors import ArgumentError, check_bool, check_choice, check_real
 from gpubatch.formula import rules
 from gpubatch.optim.optimizer import Hyper, Optimizer
 
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "HeavyBall", "Lion", "Momentum", "NAdam", "RMSProp"]
+__all__ = [
+    "SGD",
+    "AdaBelief",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "HeavyBall",
+    "Lion",
+    "Momentum",
+    "NAdam",
+    "RAdam",
+    "RMSProp",
+    "Yogi",
+]
 
 
 class Common(TypedDict, total=False):
@@ -44,7 +59,8 @@ class HeavyBall(Optimizer):
     """Classical momentum: v = mu*v + g; w -= lr*v, as in PyTorch.
 
     With ``lr_in_velocity``, v = mu*v - lr*g; w += v, as in Keras, CS231n and scikit-learn: the same while lr stays,
-    another path when it changes. ``nesterov`` looks ahead: w -= lr*(g + mu*v), or w += mu*v - lr*g.
+    another path when it changes. ``nesterov`` looks ahead: w -= lr*(g + mu*v), or w += mu*v - lr*g. ``dampening`` is
+    PyTorch's: v = g in the first step, then v = mu*v + (1-dampening)*g; PyTorch has it without ``nesterov`` only.
     """
 
     def __init__(
@@ -54,11 +70,18 @@ class HeavyBall(Optimizer):
         mu: Hyper = 0.9,
         nesterov: bool = False,
         lr_in_velocity: bool = False,
+        dampening: Hyper = 0.0,
         **common: Unpack[Common],
     ) -> None:
         inside = check_bool("lr_in_velocity", lr_in_velocity)
-        rule = rules.heavy_ball_lr_in_velocity if inside else rules.heavy_ball
-        Optimizer.__init__(self, rule, params, lr=lr, mu=mu, nesterov=nesterov, **common)
+        if callable(dampening) or dampening != 0.0:
+            if inside or check_bool("nesterov", nesterov):
+                other = "lr_in_velocity" if inside else "nesterov"
+                raise ArgumentError(f"dampening must be 0 with {other}=True, got {dampening!r}")
+            Optimizer.__init__(self, rules.heavy_ball_dampened, params, lr=lr, mu=mu, dampening=dampening, **common)
+        else:
+            rule = rules.heavy_ball_lr_in_velocity if inside else rules.heavy_ball
+            Optimizer.__init__(self, rule, params, lr=lr, mu=mu, nesterov=nesterov, **common)
 
 
 class Adagrad(Optimizer):
@@ -82,12 +105,27 @@ class Adagrad(Optimizer):
         self._state["s"].flat.fill(start)
 
 
+class Adadelta(Optimizer):
+    """Adadelta (Zeiler 2012): the step is g * sqrt(d + eps) / sqrt(s + eps), s and d averages of g*g and of its square.
+
+    Defaults are PyTorch's. The paper has rho 0.95 and, like optax, no learning rate, which is lr=1; Keras has lr 1e-3,
+    rho 0.95 and eps 1e-7.
+    """
+
+    def __init__(
+        self, params: Any, lr: Hyper = 1.0, rho: Hyper = 0.9, eps: Hyper = 1e-6, **common: Unpack[Common]
+    ) -> None:
+        Optimizer.__init__(self, rules.adadelta, params, lr=lr, rho=rho, eps=eps, **common)
+
+
 class RMSProp(Optimizer):
     """RMSProp: s = rho*s + (1-rho)*g*g; w -= lr*g/(sqrt(s) + eps).
 
     ``eps_at`` is "outside" (PyTorch, CS231n, Chainer) or "inside", sqrt(s + eps) (Keras, optax, the course notes).
-    ``centered`` divides by the standard deviation instead; ``momentum`` is heavy-ball momentum on the scaled gradient
-    (PyTorch). PyTorch's defaults are lr 1e-2 and rho 0.99.
+    ``centered`` divides by the standard deviation instead; ``momentum`` is heavy-ball momentum on the scaled gradient:
+    b = momentum*b + step; w -= lr*b (PyTorch), or with ``lr_in_velocity`` b = momentum*b - lr*step; w += b (Keras,
+    optax). PyTorch's defaults are lr 1e-2 and rho 0.99. Graves 2013 (arXiv:1308.0850, eq. 38 to 45; Chainer's
+    RMSpropGraves) is lr=1e-4, rho=0.95, momentum=0.9, eps=1e-4, eps_at="inside", centered=True, lr_in_velocity=True.
     """
 
     def __init__(
@@ -99,13 +137,20 @@ class RMSProp(Optimizer):
         eps_at: str = "outside",
         centered: bool = False,
         momentum: Hyper = 0.0,
+        lr_in_velocity: bool = False,
         **common: Unpack[Common],
     ) -> None:
         check_choice("eps_at", eps_at, ["outside", "inside"])
+        inside = check_bool("lr_in_velocity", lr_in_velocity)
         if callable(momentum) or momentum != 0.0:
-            rule = rules.rmsprop_centered_momentum if check_bool("centered", centered) else rules.rmsprop_momentum
+            if check_bool("centered", centered):
+                rule = rules.rmsprop_centered_momentum_lr_in_velocity if inside else rules.rmsprop_centered_momentum
+            else:
+                rule = rules.rmsprop_momentum_lr_in_velocity if inside else rules.rmsprop_momentum
             Optimizer.__init__(self, rule, params, lr=lr, rho=rho, eps=eps, eps_at=eps_at, momentum=momentum, **common)
         else:
+            if inside:
+                raise ArgumentError("lr_in_velocity=True needs momentum, got momentum=0")
             rule = rules.rmsprop_centered if check_bool("centered", centered) else rules.rmsprop
             Optimizer.__init__(self, rule, params, lr=lr, rho=rho, eps=eps, eps_at=eps_at, **common)
 
@@ -114,8 +159,9 @@ class Adam(Optimizer):
     """Adam (Kingma & Ba 2015): bias-corrected averages of g and g*g; w -= lr * m_hat / (sqrt(v_hat) + eps).
 
     ``eps_at`` is "outside" (the paper's algorithm 1, PyTorch, optax), "inside", sqrt(v_hat + eps) (the course notes),
-    or "hat", eps before the bias correction (Keras with eps 1e-7, scikit-learn, Chainer). ``amsgrad`` never lets the
-    second moment fall (Reddi et al. 2018; the maximum over the raw moment).
+    or "hat", eps before the bias correction (Keras with eps 1e-7, scikit-learn, Chainer). ``amsgrad=True`` never lets
+    the second moment fall (Reddi et al. 2018): its maximum is over the raw moment (PyTorch, Keras, Chainer), with
+    ``amsgrad="corrected"`` over the bias-corrected one (optax).
     """
 
     def __init__(
@@ -126,11 +172,16 @@ class Adam(Optimizer):
         beta2: Hyper = 0.999,
         eps: Hyper = 1e-8,
         eps_at: str = "outside",
-        amsgrad: bool = False,
+        amsgrad: bool | str = False,
         **common: Unpack[Common],
     ) -> None:
         check_choice("eps_at", eps_at, ["outside", "inside", "hat"])
-        rule = rules.amsgrad if check_bool("amsgrad", amsgrad) else rules.adam
+        if isinstance(amsgrad, str):
+            check_choice("amsgrad", amsgrad, ["corrected"])
+            check_choice("eps_at", eps_at, ["outside", "inside"])  # after the correction "hat" has no meaning
+            rule = rules.amsgrad_corrected
+        else:
+            rule = rules.amsgrad if check_bool("amsgrad", amsgrad) else rules.adam
         Optimizer.__init__(self, rule, params, lr=lr, beta1=beta1, beta2=beta2, eps=eps, eps_at=eps_at, **common)
 
 
@@ -145,7 +196,7 @@ class AdamW(Optimizer):
         beta2: Hyper = 0.999,
         eps: Hyper = 1e-8,
         eps_at: str = "outside",
-        amsgrad: bool = False,
+        amsgrad: bool | str = False,
         weight_decay: Hyper = 1e-2,
         decoupled: bool = True,
         backend: str | Backend | None = None,
@@ -153,6 +204,90 @@ class AdamW(Optimizer):
     ) -> None:
         common = Common(weight_decay=weight_decay, decoupled=decoupled, backend=backend, master_weights=master_weights)
         Adam.__init__(self, params, lr, beta1, beta2, eps, eps_at, amsgrad, **common)  # type: ignore[arg-type]
+
+
+class Adamax(Optimizer):
+    """Adamax (Kingma & Ba 2015, section 7.1): w -= lr*m_hat/u; u = max(beta2*u, |g| + eps) is the largest |g| of late.
+
+    ``eps_at`` is "inside" the maximum (PyTorch, optax), or "outside": u = max(beta2*u, |g|); w -= lr*m_hat/(u + eps)
+    (Keras, with lr 1e-3 and eps 1e-7). The paper has no eps.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 2e-3,
+        beta1: Hyper = 0.9,
+        beta2: Hyper = 0.999,
+        eps: Hyper = 1e-8,
+        eps_at: str = "inside",
+        **common: Unpack[Common],
+    ) -> None:
+        check_choice("eps_at", eps_at, ["outside", "inside"])
+        hyper = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps}
+        Optimizer.__init__(self, rules.adamax, params, **hyper, eps_at=eps_at, **common)
+
+
+class AdaBelief(Optimizer):
+    """AdaBelief (Zhuang et al. 2020): Adam with s = beta2*s + (1-beta2)*(g-m)**2 + eps in place of the second moment.
+
+    eps is also outside the root, as in the paper and optax. The authors' package decouples weight decay and rectifies
+    the step (:class:`RAdam`) by default; this has neither, unless ``decoupled`` asks for the first.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-3,
+        beta1: Hyper = 0.9,
+        beta2: Hyper = 0.999,
+        eps: Hyper = 1e-16,
+        **common: Unpack[Common],
+    ) -> None:
+        Optimizer.__init__(self, rules.adabelief, params, lr=lr, beta1=beta1, beta2=beta2, eps=eps, **common)
+
+
+class Yogi(Optimizer):
+    """Yogi (Zaheer et al. 2018): Adam with v -= (1-beta2)*sign(v - g*g)*g*g, so that v falls slowly.
+
+    As in optax there is bias correction, and m and v start from ``initial_accumulator``; lr and eps are the paper's.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-2,
+        beta1: Hyper = 0.9,
+        beta2: Hyper = 0.999,
+        eps: Hyper = 1e-3,
+        initial_accumulator: float = 1e-6,
+        **common: Unpack[Common],
+    ) -> None:
+        start = check_real("initial_accumulator", initial_accumulator, 0.0)
+        Optimizer.__init__(self, rules.yogi, params, lr=lr, beta1=beta1, beta2=beta2, eps=eps, **common)
+        for name in ("m", "v"):
+            self._state[name].flat.fill(start)
+
+
+class RAdam(Optimizer):
+    """RAdam (Liu et al. 2020): w -= lr*m_hat in the first steps, then Adam with lr times a factor that rises to 1.
+
+    ``eps_at`` is "hat", before the bias correction (PyTorch, the authors' code), "outside" (optax), or "inside".
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-3,
+        beta1: Hyper = 0.9,
+        beta2: Hyper = 0.999,
+        eps: Hyper = 1e-8,
+        eps_at: str = "hat",
+        **common: Unpack[Common],
+    ) -> None:
+        check_choice("eps_at", eps_at, ["outside", "inside", "hat"])
+        hyper = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps}
+        Optimizer.__init__(self, rules.radam, params, **hyper, eps_at=eps_at, **common)
 
 
 class NAdam(Optimizer):
