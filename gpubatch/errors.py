@@ -95,6 +95,9 @@ class BackendUnavailableError(GpubatchError, RuntimeError):
         RuntimeError.__init__(self, f"{message} Remedy: {remedy}")
         self.message, self.cause, self.remedy = message, cause, remedy
 
+    def __reduce__(self) -> Any:  # by its arguments: a pool of processes waits for ever for an error it cannot unpickle
+        return type(self), (self.message, self.cause, self.remedy)
+
 
 class InsufficientMemoryError(GpubatchError, MemoryError):
     """Memory does not hold even the smallest unit of work."""

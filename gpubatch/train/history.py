@@ -79,7 +79,10 @@ class TrainingInterrupted(KeyboardInterrupt):
 
     def __init__(self, message: str, history: History) -> None:
         KeyboardInterrupt.__init__(self, message)
-        self.history = history
+        self.message, self.history = message, history
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.message, self.history)
 
 
 class TrainingTerminated(SystemExit):
@@ -91,3 +94,6 @@ class TrainingTerminated(SystemExit):
 
     def __str__(self) -> str:
         return self.message
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.message, self.history)

@@ -1,0 +1,49 @@
+"""Every exception and warning of gpubatch survives the way between two processes."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import copy
+import multiprocessing
+import pickle
+
+import pytest
+
+import gpubatch as gb
+from gpubatch import errors
+from gpubatch.train import History, TrainingInterrupted, TrainingTerminated
+
+CAUSE = "no device", "plug one in."
+MADE: dict[type[BaseException], tuple[object, ...]] = {
+    errors.BackendUnavailableError: ("none.", *CAUSE),
+    TrainingInterrupted: ("stopped", History(loss=[0.5])),
+    TrainingTerminated: ("stopped", History(loss=[0.5])),
+}
+
+
+EVERY: list[type[BaseException]] = [
+    *(getattr(errors, name) for name in errors.__all__),
+    *(TrainingInterrupted, TrainingTerminated, gb.StopTraining),
+]
+
+
+@pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.__name__)
+def test_an_error_is_pickled_and_copied(kind: type[BaseException]) -> None:
+    error = kind(*MADE.get(kind, ("what is wrong",)))
+    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(twin) is kind
+        assert (str(twin), twin.args, vars(twin)) == (str(error), error.args, vars(error))
+
+
+def unavailable() -> None:
+    raise gb.BackendUnavailableError("none.", *CAUSE)
+
+
+def test_a_pool_of_processes_raises_the_error_itself() -> None:
+    context = multiprocessing.get_context("spawn")
+    with (
+        concurrent.futures.ProcessPoolExecutor(1, context) as pool,
+        pytest.raises(gb.BackendUnavailableError, match=r"^none\. Remedy: plug one in\.$") as raised,
+    ):
+        pool.submit(unavailable).result(timeout=60)
+    assert raised.value.cause == "no device"
