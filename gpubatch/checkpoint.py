@@ -77,6 +77,7 @@ class Checkpoints:
         self.keep = check_int("keep", keep, 1)
         self.background = check_bool("background", background)
         self.on_failure = check_choice("on_failure", on_failure, ["raise", "warn"])
+        self._opened = False
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -99,14 +100,18 @@ class Checkpoints:
             trial.rmdir()
         except OSError as error:
             raise CheckpointError(f"checkpoints cannot be written to {self.folder}: {_why(error)}") from error
+        self._opened = True
 
     def save(self, state: Mapping[str, Any]) -> bool:
         """Save ``state``, mappings and lists of arrays, numbers and text; return whether that succeeded.
 
+        The first call opens the folder if :meth:`open` did not.
         With ``background`` the arrays must not change until the next ``save`` or :meth:`wait`, which reports a failure.
         """
         self.wait()
         content = _split(state)
+        if not self._opened:
+            self.open()
         if self.background:
             self._writer = threading.Thread(target=self._try_to_write, args=content, name="gpubatch-checkpoint")
             self._writer.start()
@@ -149,6 +154,10 @@ class Checkpoints:
     def __repr__(self) -> str:
         when = "epoch" if self.every is None else f"{self.every} steps"
         return f"<Checkpoints in {str(self.folder)!r}, after every {when}, the last {self.keep} kept>"
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raise what :meth:`save` would raise for a part of a state that cannot be saved; write nothing."""
+        _split(state)
 
     # --- inside ---
 
@@ -255,9 +264,13 @@ def _without_arrays(value: Any, name: str, arrays: dict[str, np.ndarray]) -> Any
         arrays[name] = np.asarray(plain, plain.dtype.newbyteorder("="), order="C")
         return {ARRAY: name}
     if isinstance(value, Mapping):
+        if wrong := [key for key in value if not isinstance(key, str)]:
+            raise DTypeError(f"the keys of {name or 'state'} must be text to be saved, got {wrong[0]!r}; use str(key)")
         return {key: _without_arrays(item, f"{name}.{key}".lstrip("."), arrays) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_without_arrays(item, f"{name}.{i}", arrays) for i, item in enumerate(value)]
+    if isinstance(value, np.generic) and value.dtype.name in DTYPES:
+        value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise DTypeError(f"{name} must be made of arrays, numbers, text, lists and mappings, got {type(value).__name__}")

@@ -430,6 +430,22 @@ def test_a_kill_while_writing(call: str, newest: int, tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == store.files()
 
 
+def test_numbers_of_numpy_are_numbers(store: Checkpoints) -> None:
+    assert store.save({"best": np.argmin([3, 1, 2]), "loss": np.float32(0.5), "seen": np.bool_(True)})
+    found = store.newest()
+    assert found is not None
+    assert found[1] == {"best": 1, "loss": 0.5, "seen": True}
+    assert [type(value) for value in found[1].values()] == [int, float, bool]
+
+
+def test_save_opens_a_new_folder(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path / "a" / "b")
+    assert store.save({"number": 3})
+    found = store.newest()
+    assert found is not None
+    assert found[1] == {"number": 3}
+
+
 # --- errors --------------------------------------------------------------------------------------------------------
 
 ERRORS = {
@@ -451,6 +467,11 @@ ERRORS = {
         lambda: Checkpoints("x").save({"a": np.zeros(2, complex)}),
         TypeError,
         "a must hold real numbers.*complex",
+    ),
+    "a key that is no text": (
+        lambda: Checkpoints("x").save({"best": {1: 0.5, "1": 0.7}}),
+        TypeError,
+        r"the keys of best must be text to be saved, got 1; use str\(key\)",
     ),
     "one name": (
         lambda: Checkpoints("x").save({"a": {"b": np.zeros(1)}, "a.b": np.ones(1)}),

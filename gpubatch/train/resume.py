@@ -86,6 +86,11 @@ class RunCheckpoints:
             return f"; {error}"
         return ""
 
+    def try_callbacks(self) -> None:
+        """Raise at once what the first save would raise for a callback's state."""
+        if self.store is not None:
+            self.store.check({"callbacks": [callback.state_dict() for callback in self._callbacks]})
+
     def resume(self) -> None:
         """Go to where the newest checkpoint was saved, if there is one."""
         if self.store is not None and (found := self.store.newest()) is not None:
