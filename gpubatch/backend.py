@@ -30,6 +30,7 @@ from gpubatch.errors import (
     CaptureError,
     DeviceMismatchError,
     DTypeError,
+    NonFiniteError,
     check_choice,
 )
 from gpubatch.main_memory import Memory, main_memory
@@ -128,7 +129,7 @@ class Backend(ABC):
     def check(self, name: str, x: Any) -> Array:
         """``x``, if it is an array on this device; otherwise an error that names the argument and the remedy."""
         if self.owns(x):
-            return x
+            return unmasked(name, x)
         raise DeviceMismatchError(
             f"{name} must be an array on {self.spec!r}, got {describe(x)}; move it there with "
             f"get_backend({self.spec!r}).asarray(...)"
@@ -163,7 +164,7 @@ class CpuBackend(Backend):
             raise DeviceMismatchError(f"{describe(x)} is on a GPU; copy it with Backend.to_numpy(...) first")
         if is_foreign(x):
             x = self.check("x", from_dlpack(x))
-        return np.asarray(x, dtype=dtype)
+        return np.asarray(unmasked("x", x), dtype=dtype)
 
     def to_numpy(self, x: Array) -> np.ndarray:
         return to_numpy(x)
@@ -220,6 +221,7 @@ class CudaBackend(Backend):
                 x = from_dlpack(x)
         if is_cupy(x):
             self.check("x", x)
+        unmasked("x", x)
         return self._made(lambda: self.cupy.asarray(x, dtype=dtype))
 
     def to_numpy(self, x: Array) -> np.ndarray:
@@ -623,6 +625,18 @@ def _version(number: int) -> str:
 
 
 # --- looking at arrays ---------------------------------------------------------------------------------------------
+
+
+def unmasked(name: str, x: Any) -> Any:
+    """``x``, which must not be a masked array with a masked element: the value below a mask means nothing."""
+    if type(x) is np.ndarray or not isinstance(x, np.ndarray) or not isinstance(x, np.ma.MaskedArray):
+        return x
+    if count := int(np.ma.getmaskarray(x).sum()):
+        raise NonFiniteError(
+            f"{name} must have a value everywhere, but {count} of its {x.size} elements are masked; fill them with "
+            f"{name}.filled(...), or leave out their samples"
+        )
+    return x
 
 
 def is_cupy(x: Any) -> bool:

@@ -36,6 +36,21 @@ def threaded(request, monkeypatch):
     return request.param
 
 
+def test_masked_samples_are_refused_as_nan_is():
+    X = np.ma.masked_array([[1.0, 2.0], [3.0, 1e20], [5.0, 6.0]], mask=[[0, 0], [0, 1], [0, 0]])
+    with pytest.raises(
+        NonFiniteError, match=r"^X must have a value everywhere, but 1 of its 6 elements are masked; fill"
+    ):
+        Loader(X, batch_size=3, backend="cpu")
+    with pytest.raises(NonFiniteError, match=r"^Y must have a value everywhere, but 2 of its 3 elements are masked"):
+        Loader(X.data, np.ma.masked_array([0, 1, 2], mask=[1, 0, 1]), batch_size=3, backend="cpu")
+    (whole,) = Loader(np.ma.masked_array(X.data), batch_size=3, shuffle=False, backend="cpu")
+    np.testing.assert_array_equal(whole, X.data)
+    loader = Loader(X.data, batch_size=3, backend="cpu")
+    with pytest.raises(NonFiniteError, match=r"^X must have a value everywhere"):
+        loader.to_batch(X)
+
+
 # --- the order of an epoch ------------------------------------------------------------------------------------------
 
 
@@ -230,7 +245,9 @@ def loaders(draw):
     n = draw(st.integers(1, 60))
     world_size = draw(st.integers(1, min(n, 5)))
     batch_size = draw(st.integers(1, n + 3))
-    drop_last = draw(st.booleans()) and batch_size <= n // world_size
+    drop_last = draw(st.sampled_from([False, True, "single"]))
+    if drop_last is True and batch_size > n // world_size:
+        drop_last = False
     return {
         "n": n,
         "batch_size": batch_size,
@@ -273,8 +290,12 @@ def test_ranks_together_see_each_sample_once(case, epoch):
             lengths = [len(y) for _, y in batches]
             assert set(lengths[:-1]) <= {loader.batch_size}
             assert lengths[-1] <= loader.batch_size
-            if case["drop_last"]:
+            if case["drop_last"] is True:
                 assert lengths[-1] == case["batch_size"]
+            if case["drop_last"] == "single":
+                share = len(range(rank, case["n"], case["world_size"]))
+                alone = share > loader.batch_size and share % loader.batch_size == 1
+                assert sum(lengths) == share - alone
             seen += itertools.chain.from_iterable(labels(batches))
             sizes.append(sum(lengths))
             order = epoch_order(case["n"], case["seed"], epoch, case["shuffle"])
@@ -900,7 +921,7 @@ ERRORS = [
     (lambda: Loader(X5, scale="1/255"), DTypeError, "scale must be a real number"),
     (lambda: Loader(X5, prefetch=-1), ArgumentError, "prefetch must be an integer >= 0, got -1"),
     (lambda: Loader(X5, shuffle=1), DTypeError, "shuffle must be True or False, got 1"),
-    (lambda: Loader(X5, drop_last=None), DTypeError, "drop_last must be True or False, got None"),
+    (lambda: Loader(X5, drop_last=None), DTypeError, "drop_last must be False, True or 'single', got None"),
     (lambda: Loader(X5, shuffle=False, replacement=True), ArgumentError, "replacement=True draws at random, so it"),
     (lambda: Loader(X5, rank=2, world_size=2), ArgumentError, "rank must be an integer between 0 and 1, got 2"),
     (lambda: Loader(X5, world_size=6), ArgumentError, "world_size must be at most the 5 samples, got 6"),

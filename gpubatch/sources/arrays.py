@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gpubatch.backend import Array, Backend, compute_dtype, from_dlpack, get_backend, is_foreign
+from gpubatch.backend import Array, Backend, compute_dtype, from_dlpack, get_backend, is_foreign, unmasked
 from gpubatch.errors import DeviceMismatchError, DTypeError, NonFiniteError, ShapeError
 from gpubatch.ops import gather_bytes, ops_for
 
@@ -146,6 +146,7 @@ def convert(x: Array, dtype: np.dtype[Any], scale: float | None) -> Array:
 
 def checked_array(name: str, x: Any, backend: Backend) -> Array:
     """``x`` as an array on ``backend``, or an array or nested list as one on the host; DLPack copies nothing."""
+    unmasked(name, x)
     try:
         with backend.scope():
             x = from_dlpack(x) if is_foreign(x) else x
