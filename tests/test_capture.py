@@ -777,7 +777,7 @@ def test_steps_that_do_not_agree_are_not_trusted(feed: str, batch: int, monkeypa
 
     monkeypatch.setattr(graphs.StepGraphs, "launch", halts)
     training = Training(case, stand_in("late"))
-    with pytest.warns(gb.CaptureWarning, match=r"epoch 0, step \d\); the run goes on with eager steps"):
+    with pytest.warns(gb.CaptureWarning, match=r"epoch 1, step \d\); the run goes on with eager steps"):
         training.fit("auto", 3)
     reason = "a captured step was not finite, and the same step made eagerly was"
     assert training.history.execution == f"eager, since {reason}"

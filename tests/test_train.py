@@ -94,6 +94,112 @@ def test_it_trains_as_pytorch_does() -> None:
         np.testing.assert_allclose(net.parameters[name], tensor.detach().numpy(), rtol=0, atol=1e-10)
 
 
+# --- what is known before the first step -----------------------------------------------------------------------------
+
+WRONG_VALIDATION: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "fewer labels": (lambda X, Y: (X, Y[:-1]), "validation: X has 20 rows, Y has 19"),
+    "a label out of range": (lambda X, Y: (X, Y + 1), r"validation: .*labels.*3"),
+    "labels of floats": (lambda X, Y: (X, Y / 2), "validation: .*float64"),
+    "too many features": (lambda X, Y: (np.c_[X, X], Y), r"validation\[0\] must have samples of shape \(4,\)"),
+    "masked": (lambda X, Y: (np.ma.masked_array(X, mask=X > 0), Y), r"validation\[0\] must have a value everywhere"),
+    "masked labels": (lambda X, Y: (X, np.ma.masked_array(Y, mask=Y > 0)), r"validation\[1\] must have a value every"),
+    "no pair": (lambda X, Y: X, r"validation must be a pair \(X, Y\)"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_VALIDATION)
+def test_a_wrong_validation_set_is_refused_before_the_first_step(name: str, backend: gb.Backend) -> None:
+    make, message = WRONG_VALIDATION[name]
+    net, loader, opt = parts(backend)
+    with pytest.raises(gb.GpubatchError, match=f"^{message}"):
+        gb.fit(net, loader, opt, 2, validation=make(*blobs(20)), progress=False)
+    assert (opt.t, loader.epoch) == (0, 0)
+
+
+def test_a_validation_loss_that_overflows_is_said_to_be_one() -> None:
+    net, loader, opt = parts()
+    X, Y = blobs(20)
+    with pytest.raises(gb.NonFiniteError, match=r"^validation: loss is .* for a batch of shape \(20, 4\)") as raised:
+        gb.fit(net, loader, opt, 2, validation=(X * np.float32(3e38 / abs(X).max()), Y), progress=False)
+    assert len(raised.value.history.step_loss) == 12  # type: ignore[attr-defined]
+
+
+def test_any_error_has_the_history(tmp_path: Path) -> None:
+    def fail(state: TrainingState) -> None:
+        if len(state.history.loss) == 2:
+            raise RuntimeError("the user's")
+
+    net, loader, opt = parts()
+    with pytest.raises(RuntimeError, match="the user's") as raised:
+        gb.fit(net, loader, opt, 5, callbacks=[fail], progress=False)
+    assert len(raised.value.history.loss) == 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("samples", [101, 201])
+def test_a_last_batch_of_one_is_known_before_the_first_step(samples: int, backend: gb.Backend) -> None:
+    net = gb.mlp([4, 8, 3], batch_norm=True, backend=backend)
+    opt = gb.SGD(net.parameters, lr=0.1)
+
+    def loader(**arguments: Any) -> gb.Loader:
+        return gb.Loader(*blobs(samples), backend=backend, **arguments)
+
+    message = (
+        rf"^BatchNorm needs 2 samples in a training batch, the last one of an epoch has 1: {samples} samples in "
+        r"batches of 20; take another batch_size, or leave out that batch with Loader\(drop_last='single'\)$"
+    )
+    with pytest.raises(gb.ArgumentError, match=message):
+        gb.fit(net, loader(batch_size=20), opt, 2, progress=False)
+    assert opt.t == 0
+    history = gb.fit(net, loader(batch_size=20, drop_last="single"), opt, 2, progress=False)
+    assert len(history.step_loss) == 2 * (samples // 20)
+
+
+@pytest.mark.parametrize("samples", [2049, 5 * 512 + 1, 6 * 512 + 1, 2050])
+def test_auto_chooses_no_size_that_leaves_one_to_batch_norm(samples: int) -> None:
+    X, Y = np.zeros((samples, 4), np.float32), np.zeros(samples, np.int64)
+    for batch_norm in (False, True):
+        net, loader = gb.mlp([4, 8, 3], batch_norm=batch_norm, backend="cpu"), gb.Loader(X, Y, backend="cpu")
+        settle_batches(net, loader, gb.SGD(net.parameters, lr=0.1), None)
+        if batch_norm and samples % 512 == 1:
+            assert loader.batch_size in (320, 384, 448)
+            assert samples % loader.batch_size > 1
+            assert loader.plan.reason.startswith(
+                "batches of 512 would leave 1 to the last one, where the model needs 2"
+            )
+        else:
+            assert loader.batch_size == 512
+
+
+def test_auto_says_so_where_no_size_near_would_do() -> None:
+    samples = 105 * 512 + 1  # 384, 448 and 320 leave one, too
+    net = gb.mlp([4, 8, 3], batch_norm=True, backend="cpu")
+    loader = gb.Loader(np.zeros((samples, 4), np.float32), np.zeros(samples, np.int64), backend="cpu")
+    with pytest.raises(gb.ArgumentError, match=r"in batches of 512; take another batch_size, or leave out that batch"):
+        gb.fit(net, loader, gb.SGD(net.parameters, lr=0.1), 1, progress=False)
+
+
+def test_what_explores_leaves_a_last_sample_out() -> None:
+    net = gb.mlp([4, 8, 3], batch_norm=True, backend="cpu")
+    X, Y = blobs(129)
+    assert gb.explore.learning_rate_range_test(net, X, Y, steps=20).rates
+    assert gb.explore.optimizer_sweep(net, X, Y, batch_size=64, epochs=1)
+
+
+def test_a_callback_that_cannot_be_saved_is_told_before_the_first_step(tmp_path: Path) -> None:
+    class Keeps:
+        def on_epoch(self, state: TrainingState) -> None: ...
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"best": {1: 0.5}}
+
+        def load_state_dict(self, state: Any) -> None: ...
+
+    net, loader, opt = parts()
+    with pytest.raises(gb.DTypeError, match=r"^the keys of callbacks\.0\.best must be text to be saved, got 1"):
+        gb.fit(net, loader, opt, 5, callbacks=[Keeps()], checkpoint=tmp_path, progress=False)
+    assert opt.t == 0
+
+
 def test_schedules_see_steps_and_epochs() -> None:
     net, loader, opt = parts()
     opt.lr = gb.ExponentialDecay(0.1, rate=0.5)
@@ -232,7 +338,7 @@ def test_ctrl_c_lets_the_step_finish() -> None:
             if state.step == 7:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 0 after step 7; the model holds") as raised:
+    with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 1 after step 7; the model holds") as raised:
         gb.fit(net, loader, opt, callbacks=[Press()], progress=False)
     assert isinstance(raised.value, gb.TrainingInterrupted)
     assert len(raised.value.history.step_loss) == opt.t == 7
@@ -244,7 +350,7 @@ def test_ctrl_c_lets_the_step_finish() -> None:
 
 def test_ctrl_c_after_the_last_step_is_not_lost() -> None:
     net, loader, opt = parts()
-    with pytest.raises(gb.TrainingInterrupted, match="interrupted in epoch 0 after step 12;") as raised:
+    with pytest.raises(gb.TrainingInterrupted, match="interrupted in epoch 1 after step 12;") as raised:
         gb.fit(net, loader, opt, 1, callbacks=[lambda s: os.kill(os.getpid(), signal.SIGINT)], progress=False)
     assert len(raised.value.history.loss) == 1
 
@@ -279,7 +385,7 @@ def test_it_runs_in_another_thread() -> None:
 
 def test_sigterm_ends_the_program_as_is_usual() -> None:
     net_loader_opt = parts()
-    with pytest.raises(SystemExit, match="terminated in epoch 0 after step 12; the model holds") as raised:
+    with pytest.raises(SystemExit, match="terminated in epoch 1 after step 12; the model holds") as raised:
         gb.fit(*net_loader_opt, 2, callbacks=[lambda s: os.kill(os.getpid(), signal.SIGTERM)], progress=False)
     assert isinstance(raised.value, TrainingTerminated)
     assert (raised.value.code, len(raised.value.history.loss)) == (143, 1)
@@ -729,7 +835,7 @@ def test_a_bad_step_is_left_out_and_leaves_no_trace(way: str, value: float, back
 def test_too_many_bad_steps_in_a_row_end_it(tmp_path: Path) -> None:
     bad = {2, *range(6, 30)}
     run, seen = spoiled("cpu", "backward", bad)
-    message = r"in W1, b1, .* \(epoch 0, step 4, learning rate .*\); 3 steps in a row before it were left out"
+    message = r"in W1, b1, .* \(epoch 1, step 5, learning rate .*\); 3 steps in a row before it were left out"
     with pytest.warns(SkippedStepWarning, match="up to 3 in a row"), pytest.raises(gb.NonFiniteError, match=message):
         gb.fit(*run, 2, max_skipped=3, checkpoint=Checkpoints(tmp_path, every=1), progress=False)
     assert (len(seen), run[2].t) == (9, 4)
@@ -742,7 +848,7 @@ def test_too_many_bad_steps_in_a_row_end_it(tmp_path: Path) -> None:
 def test_the_first_bad_step_may_end_it() -> None:
     net, loader, _ = parts()
     opt = gb.SGD(net.parameters, lr=1e30)
-    with pytest.raises(gb.NonFiniteError, match=r"loss is .*\(epoch 0, step \d+, learning rate 1e\+30\)$"):
+    with pytest.raises(gb.NonFiniteError, match=r"loss is .*\(epoch 1, step \d+, learning rate 1e\+30\)$"):
         gb.fit(net, loader, opt, max_skipped=0, progress=False)
 
 

@@ -14,6 +14,7 @@ from gpubatch.cli.options import integer
 from gpubatch.errors import ArgumentError, check_choice
 from gpubatch.loader import Loader
 from gpubatch.nn import Network, mlp
+from gpubatch.train import drop_last_for
 
 __all__ = ["Data", "Task"]
 
@@ -52,9 +53,12 @@ class Data:
 
     def loader(self, batch_size: str, at_most: int) -> Loader:
         """Batches of the training set, pixels from 0 to 1."""
+        size = batch_size if batch_size == "auto" else integer("--batch-size", batch_size)
+        single = isinstance(size, int) and size > 0 and len(self.X) % size == 1
         return Loader(
             *(self.X, self.Y),
-            batch_size=batch_size if batch_size == "auto" else integer("--batch-size", batch_size),
+            batch_size=size,
+            drop_last=drop_last_for(self.net) if single else False,
             at_most=at_most,
             seed=self.seed,
             backend=self.net.backend,

@@ -14,8 +14,7 @@ from gpubatch.cli import options
 from gpubatch.cli.data import Task
 from gpubatch.cli.shared import app, arguments_of, print_json, versions
 from gpubatch.errors import ArgumentError, check_choice
-from gpubatch.loader import Loader
-from gpubatch.train import TrainingState, bar, fit
+from gpubatch.train import TrainingState, bar, fit, loader_for
 
 __all__ = ["landscape"]
 
@@ -114,7 +113,7 @@ def _train_and_watch(
     if wanted and epochs == 0:
         raise ArgumentError("--directions path needs --epochs of at least 1, got 0: there is no path")
     net = task.net
-    loader = Loader(task.X, task.Y, batch_size, seed=task.seed, backend=net.backend, dtype=net.dtype)
+    loader = loader_for(net, task.X, task.Y, batch_size, task.seed)
     steps = epochs * len(loader)
     if wanted and steps <= dimensions:
         raise ArgumentError(f"--directions path needs more than {dimensions} steps of training, got {steps}")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from gpubatch import explore
 from gpubatch.cli.data import Task
 from gpubatch.errors import NonFiniteError
-from gpubatch.loader import Loader, epochs_of
+from gpubatch.loader import epochs_of
 from gpubatch.optim import SGD
-from gpubatch.train import fit
+from gpubatch.train import fit, loader_for
 
 __all__ = ["StrategyResult", "compare_strategies"]
 
@@ -57,7 +57,7 @@ def compare_strategies(
         accuracy = net.evaluate(*test)[1]
         results.append(StrategyResult(name, found.loss, found.accuracy, accuracy, seconds, found.history))
         net.load_state_dict(state)
-    loader = Loader(X, Y, batch_size, seed=task.seed, backend=net.backend, dtype=net.dtype)
+    loader = loader_for(net, X, Y, batch_size, task.seed)
     net.loss_and_grad(*epochs_of(loader).peek())  # allocates and compiles before any time is taken
     net.load_state_dict(state)
     try:

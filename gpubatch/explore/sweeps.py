@@ -18,7 +18,7 @@ from gpubatch.loader import Loader, epochs_of
 from gpubatch.nn import Network, core_of
 from gpubatch.optim import SGD, Adam, Momentum, Optimizer, RMSProp
 from gpubatch.params import Parameters
-from gpubatch.train import History, StopTraining, TrainingState, fit
+from gpubatch.train import History, StopTraining, TrainingState, fit, loader_for
 
 __all__ = [
     "BatchSizeTrial",
@@ -125,7 +125,7 @@ def learning_rate_range_test(
     check_int("steps", steps, 2)
     check_real("beta", beta, 0, 1, open_high=True)
     net.loss(X, Y)
-    loader = Loader(X, Y, batch_size=batch_size, seed=seed, backend=net.backend, dtype=net.dtype)
+    loader = loader_for(net, X, Y, batch_size, seed)
     planned = np.geomspace(low, high, steps).tolist()
     found: list[float] = []
     with kept_as_it_is(net):
@@ -351,7 +351,7 @@ def _train(
 ) -> TrialRun:
     """Train from ``state`` until the loss of the whole set is down to ``target``."""
     net.load_state_dict(state)
-    loader = Loader(X, Y, batch_size=batch_size, seed=seed, backend=net.backend, dtype=net.dtype)
+    loader = loader_for(net, X, Y, batch_size, seed)
     opt = make(net.parameters, lr)
     core_of(net).rehearse(*epochs_of(loader).peek())  # allocates and compiles before any time is taken
     history = History()

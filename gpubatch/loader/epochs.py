@@ -23,11 +23,15 @@ Batch = TypeVar("Batch")
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What a plan counts beside the loader's own: a model, and the batches that its captured steps keep."""
+    """What a plan counts beside the loader's own: a model, and the batches that its captured steps keep.
+
+    ``least_rows`` is the smallest batch that it can train on.
+    """
 
     parts_of: Callable[[int], ByPart] = lambda batch_size: {}
     kept: int = 0
     as_rows: bool = False
+    least_rows: int = 1
 
 
 class Epochs:
@@ -44,7 +48,7 @@ class Epochs:
         order: Order,
         batch_size: int | None,
         at_most: int = 512,
-        drop_last: bool = False,
+        drop_last: bool | str = False,
         prefetch: int = 2,
         feed: str = "auto",
     ) -> None:
@@ -66,7 +70,7 @@ class Epochs:
         self._model = Model()
         if batch_size is None:
             self.plan = self._choose()
-        elif drop_last and batch_size > order.share:
+        elif drop_last is True and batch_size > order.share:
             raise ArgumentError(
                 f"drop_last=True leaves no batch: batch_size={batch_size} is more than the {order.share} samples"
             )
@@ -82,15 +86,20 @@ class Epochs:
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return self._batches_of(self.batch_size)
+        return self._batches_of(self.order.share, self.batch_size)
 
-    def _batches_of(self, batch_size: int) -> int:
-        return self.order.share // batch_size if self.drop_last else -(-self.order.share // batch_size)
+    def _batches_of(self, samples: int, batch_size: int) -> int:
+        full, rest = divmod(samples, batch_size)
+        left_out = self.drop_last is True or (self.drop_last == "single" and rest == 1 and full > 0)
+        return full if left_out else full + (rest > 0)
+
+    def _last_of(self, samples: int, batch_size: int) -> int:
+        return min(batch_size, samples - (self._batches_of(samples, batch_size) - 1) * batch_size)
 
     @property
     def last_size(self) -> int:
         """Samples in the last batch of an epoch."""
-        return self.batch_size if self.drop_last else self.order.share - (len(self) - 1) * self.batch_size
+        return self._last_of(self.order.share, self.batch_size)
 
     def size_of(self, batch: int) -> int:
         """Samples in the batch of this number, counted from 0."""
@@ -110,15 +119,17 @@ class Epochs:
         available: int | None = None,
         most: int | None = None,
         kept: int = 0,
+        least_rows: int = 1,
     ) -> BatchPlan:
         """Make the plan again with a model, which needs the bytes ``parts_of(batch_size)`` beside the loader's own.
 
         ``kept`` is how many batches more than one captured steps keep that do not gather their own. ``available`` is a
         number of bytes, by default what the backend has now and ``held``, which the model has already. An automatic
         batch size is chosen again, which must not be in the middle of an epoch; one that is decided stays. ``most`` is
-        taken after a step of the size that was chosen found no memory.
+        taken after a step of the size that was chosen found no memory. No batch of an automatic size has fewer than
+        ``least_rows`` samples, where such a size is found.
         """
-        self._model = Model(parts_of, kept, as_rows=True)
+        self._model = Model(parts_of, kept, True, least_rows)
         if not self.automatic:
             self.plan = self._given(self.batch_size, held, available)
             return self.plan
@@ -128,7 +139,7 @@ class Epochs:
             plan = self._choose(held, available)
         else:
             self._why = f"a step of {self.batch_size} samples was tried and memory ran out, so the batch is {most}"
-            plan = self._given(most, held, available)
+            plan = self._without_a_rest(self._given(most, held, available), held, available)
         self._epoch, self._batch, self._left = self.epoch, 0, False
         self.plan = plan
         return plan
@@ -138,7 +149,25 @@ class Epochs:
         share = -(-self.order.n // self.order.world_size)
         available = self._available() + held if available is None else available
         plan = plan_batch_size(share, lambda n: self.parts(n, available), available, self.at_most)
-        return dataclasses.replace(plan, batch_size=min(plan.batch_size, self.order.share))
+        plan = dataclasses.replace(plan, batch_size=min(plan.batch_size, self.order.share))
+        return self._without_a_rest(plan, held, available)
+
+    def _without_a_rest(self, plan: BatchPlan, held: int, available: int | None) -> BatchPlan:
+        """``plan``, or one of somewhat smaller batches if its last batch were too small for the model.
+
+        A power of two that leaves one sample is not mended by a smaller one, which leaves one, too.
+        """
+        size, least, order = plan.batch_size, self._model.least_rows, self.order
+        shares = order.n // order.world_size, -(-order.n // order.world_size)  # every rank decides alike
+
+        def last(batch_size: int) -> int:
+            return min(self._last_of(share, batch_size) for share in shares)
+
+        better = next((n for n in (size, *(size * i // 8 for i in (6, 7, 5))) if n >= least and last(n) >= least), size)
+        if better == size:
+            return plan
+        self._why = f"batches of {size} would leave {last(size)} to the last one, where the model needs {least}"
+        return self._given(better, held, available)
 
     def _given(self, batch_size: int, held: int = 0, available: int | None = None) -> BatchPlan:
         available = self._available() + held if available is None else available
@@ -316,7 +345,7 @@ class Epochs:
                 raise ArgumentError(f"state has {name}={state[name]!r}, this loader {name}={own[name]!r}")
         epoch = check_int("state['epoch']", state["epoch"], 0, WORD)
         batch_size = check_int("state['batch_size']", state["batch_size"], 1, self.order.share)
-        batch = check_int("state['batch']", state["batch"], 0, self._batches_of(batch_size) - 1)
+        batch = check_int("state['batch']", state["batch"], 0, self._batches_of(self.order.share, batch_size) - 1)
         if batch_size != self.batch_size:
             self._why = f"batch_size={batch_size} was taken from a saved state"
             self._model = Model()

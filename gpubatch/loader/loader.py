@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import Any
 
 from gpubatch.backend import Array, Backend, get_backend
-from gpubatch.errors import ArgumentError, check_bool, check_choice, check_int
+from gpubatch.errors import ArgumentError, DTypeError, check_bool, check_choice, check_int
 from gpubatch.loader.columns import Columns
 from gpubatch.loader.epochs import Epochs
 from gpubatch.loader.feeds import LoaderStats
@@ -32,7 +32,8 @@ class Loader:
     - ``shuffle``: False keeps the order of the set.
     - ``replacement``: draw samples with replacement.
     - ``seed``: decides the order, together with the number of the epoch.
-    - ``drop_last``: leave out a last batch that is not full.
+    - ``drop_last``: leave out a last batch that is not full; "single": only one of a single sample, which batch norm
+      cannot take.
     - ``sample_axis``: 0, X is (samples, ...) and x (batch, ...); or 1, (features, samples) and (features, batch).
     - ``backend``: where batches are, as in :func:`~gpubatch.backend.get_backend`.
     - ``dtype``: of x, "float32", "float64" or "float16"; by default X's own if it is float64, else float32.
@@ -85,7 +86,7 @@ class Loader:
         shuffle: bool = True,
         replacement: bool = False,
         seed: int = 0,
-        drop_last: bool = False,
+        drop_last: bool | str = False,
         sample_axis: int = 0,
         backend: str | Backend = "auto",
         dtype: Any = None,
@@ -101,7 +102,9 @@ class Loader:
         shuffle, replacement = check_bool("shuffle", shuffle), check_bool("replacement", replacement)
         if replacement and not shuffle:
             raise ArgumentError("replacement=True draws at random, so it needs shuffle=True, got shuffle=False")
-        seed, drop_last = check_int("seed", seed, 0, WORD), check_bool("drop_last", drop_last)
+        seed = check_int("seed", seed, 0, WORD)
+        if drop_last != "single" and not isinstance(drop_last, bool):
+            raise DTypeError(f"drop_last must be False, True or 'single', got {drop_last!r}")
         sample_axis, prefetch = check_int("sample_axis", sample_axis, 0, 1), check_int("prefetch", prefetch, 0)
         world_size = check_int("world_size", world_size, 1)
         rank, at_most = check_int("rank", rank, 0, world_size - 1), check_int("at_most", at_most, 1)
@@ -136,7 +139,7 @@ class Loader:
     dtype = property(attrgetter("_epochs.columns.dtype"), doc="The element type of x.")
     scale = property(attrgetter("_epochs.columns.scale"), doc="What x is multiplied by; None: nothing.")
     transform = property(attrgetter("_epochs.columns.transform"), doc="What is applied to each batch.")
-    drop_last = property(attrgetter("_epochs.drop_last"), doc="Whether a last batch that is not full is left out.")
+    drop_last = property(attrgetter("_epochs.drop_last"), doc="Which last batch is left out.")
     prefetch = property(attrgetter("_epochs.prefetch"), doc="Batches that a thread prepares ahead.")
     at_most = property(attrgetter("_epochs.at_most"), doc='The largest batch size that "auto" chooses.')
     feed = property(attrgetter("_epochs.feed"), doc="How batches were to get to a CUDA device.")

@@ -1,7 +1,7 @@
 """Training: the loop over epochs, its steps eager or captured as CUDA graphs, its checkpoints and its memory."""
 
 from gpubatch.train.captured_step import CapturedStep
-from gpubatch.train.checks import why_eager
+from gpubatch.train.checks import drop_last_for, loader_for, why_eager
 from gpubatch.train.display import bar
 from gpubatch.train.history import History, StopTraining, TrainingInterrupted, TrainingState, TrainingTerminated
 from gpubatch.train.ledger import AHEAD
@@ -20,7 +20,9 @@ __all__ = [
     "TrainingState",
     "TrainingTerminated",
     "bar",
+    "drop_last_for",
     "fit",
+    "loader_for",
     "memory_parts",
     "plan_batches",
     "why_eager",

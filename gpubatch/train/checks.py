@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpubatch.backend import Array, CudaBackend
-from gpubatch.errors import ArgumentError, DTypeError
+from gpubatch.backend import Array, CudaBackend, unmasked
+from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError
 from gpubatch.loader import Loader, epochs_of
 from gpubatch.nn import Network, core_of, layers, losses
 from gpubatch.optim import MASTER, Optimizer
@@ -16,8 +18,12 @@ from gpubatch.train.loss_scale import LossScale
 
 __all__ = [
     "HeldOut",
+    "about_validation",
     "check_bound",
+    "check_last_batch",
     "check_parts",
+    "drop_last_for",
+    "loader_for",
     "scale_for",
     "validation_arrays",
     "why_eager",
@@ -48,6 +54,30 @@ def check_parts(net: Network, loader: Loader, opt: Optimizer) -> None:
         )
 
 
+def check_last_batch(net: Network, loader: Loader) -> None:
+    """Raise if an epoch would end with a batch that is too small for batch norm."""
+    epochs, least = epochs_of(loader), core_of(net).least_rows
+    if min(epochs.last_size, loader.batch_size) < least:
+        layer = next(type(run.layer).__name__ for run in core_of(net).layers if run.needs.least_rows == least)
+        which = "'single'" if epochs.last_size == 1 else "True"
+        raise ArgumentError(
+            f"{layer} needs {least} samples in a training batch, the last one of an epoch has {epochs.last_size}: "
+            f"{epochs.order.share} samples in batches of {loader.batch_size}; take another batch_size, or "
+            f"leave out that batch with Loader(drop_last={which})"
+        )
+
+
+def drop_last_for(net: Network) -> bool | str:
+    """The loader's ``drop_last`` where nobody chose it: a network that cannot take a single sample leaves it out."""
+    return "single" if core_of(net).least_rows > 1 else False
+
+
+def loader_for(net: Network, X: Array, Y: Array, batch_size: int, seed: int) -> Loader:
+    """Batches of arrays that ``net`` takes as they are, none too small for it."""
+    where, drop_last = net.backend, drop_last_for(net)
+    return Loader(X, Y, batch_size, seed=seed, drop_last=drop_last, backend=where, dtype=net.dtype)
+
+
 def scale_for(net: Network, loss_scale: LossScale | None) -> LossScale | None:
     """The loss scale of a mixed network, by default a new one; None for another network."""
     if loss_scale is not None and not isinstance(loss_scale, LossScale):
@@ -70,10 +100,23 @@ def validation_arrays(net: Network, loader: Loader, validation: Any) -> HeldOut:
     if not isinstance(validation, (tuple, list)) or len(validation) != 2:
         raise DTypeError(f"validation must be a pair (X, Y), got {type(validation).__name__}")
     X = loader.to_batch(validation[0], "validation[0]")
-    Y = net.backend.asarray(validation[1])
+    Y = net.backend.asarray(unmasked("validation[1]", validation[1]))
     copied = sum(new.nbytes for new, given in zip((X, Y), validation, strict=True) if new is not given)
     turn = epochs_of(loader).columns.turn  # into rows, as a network takes them
-    return HeldOut(turn(X), turn(Y), copied)
+    held_out = HeldOut(turn(X), turn(Y), copied)
+    with about_validation(), net.backend.scope():
+        core_of(net).check_batch(held_out.X, held_out.Y)
+        core_of(net).loss.check_values(held_out.Y, net.outputs)
+    return held_out
+
+
+@contextlib.contextmanager
+def about_validation() -> Iterator[None]:
+    """Begin the messages of gpubatch's errors with the argument that they are about."""
+    try:
+        yield
+    except (ArgumentError, DTypeError, NonFiniteError) as error:
+        raise type(error)(f"validation: {error}") from error
 
 
 # A graph replaces every method that a step calls. If a user has overridden one of them, steps are eager, so that it is

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from gpubatch.checkpoint import Checkpoints
@@ -14,7 +14,7 @@ from gpubatch.nn import Network
 from gpubatch.optim import Optimizer
 from gpubatch.train.callbacks import watcher_of
 from gpubatch.train.captured import CapturedSteps
-from gpubatch.train.checks import HeldOut, check_parts, scale_for, validation_arrays
+from gpubatch.train.checks import HeldOut, about_validation, check_parts, scale_for, validation_arrays
 from gpubatch.train.display import display
 from gpubatch.train.eager import EagerSteps
 from gpubatch.train.history import History, StopTraining, TrainingState
@@ -71,7 +71,7 @@ def fit(
     Hyper-parameters are those that were saved. Callbacks with ``state_dict`` and ``load_state_dict`` are saved too,
     others begin anew. Another network, another optimizer or other batches are refused. Ctrl-C and SIGTERM let the
     current step finish, save the run, and raise :class:`TrainingInterrupted`, a KeyboardInterrupt, or
-    :class:`TrainingTerminated`, a SystemExit; both have the history.
+    :class:`TrainingTerminated`, a SystemExit. Both have the ``history``, and so has any other error that ends a run.
 
     **Numbers that are not finite.** A step whose loss or gradient is not finite is left out: parameters, running
     statistics and optimizer stay as they were. ``history.skipped`` counts it, and the first one gives a
@@ -117,7 +117,8 @@ def fit(
         between = BetweenSteps(record, checkpoints)
         done = len(record.history.loss)
         shown = display(progress, epochs, len(loader), done * len(loader) + record.epoch.batches)
-        with checkpoints.completed(), eager.scaling():
+        checkpoints.try_callbacks()
+        with history_in_errors(record), checkpoints.completed(), eager.scaling():
             with interruptible() as between.signals, shown as record.display:
                 with contextlib.suppress(StopTraining):
                     for number in range(done + 1, epochs + 1):
@@ -130,6 +131,17 @@ def fit(
                 checkpoints.save()
             between.stop_if_signalled()  # a signal that came after the last look
     return record.history
+
+
+@contextlib.contextmanager
+def history_in_errors(record: Record) -> Iterator[None]:
+    """Put the history into whatever error ends the run: the numbers of the epochs before are not lost."""
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(AttributeError):  # an error of the user's may have no room for it
+            error.history = record.history  # type: ignore[attr-defined]
+        raise
 
 
 class Run:
@@ -172,8 +184,9 @@ class Run:
 
     def _validate(self, held_out: HeldOut) -> None:
         record = self._record
-        while isinstance(found := evaluate(record.state.net, held_out, record.history.micro_batch_size), str):
-            halve(record, self._drivers, found)
+        with about_validation():
+            while isinstance(found := evaluate(record.state.net, held_out, record.history.micro_batch_size), str):
+                halve(record, self._drivers, found)
         record.warn_if_halved()
         loss, accuracy = found
         record.history.validation_loss.append(loss)

@@ -12,7 +12,7 @@ from gpubatch.loader import Loader, epochs_of
 from gpubatch.nn import EVALUATION_ROWS, Network, core_of
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import Optimizer, rehearse_update
-from gpubatch.train.checks import HeldOut, why_eager
+from gpubatch.train.checks import HeldOut, check_last_batch, why_eager
 from gpubatch.train.ledger import AHEAD
 from gpubatch.train.record import Record, Steps
 
@@ -49,7 +49,8 @@ def plan_batches(
     if captured is None:
         captured = not why_eager(net, loader, opt)
     parts_of = functools.partial(memory_parts, net, opt, evaluated=evaluated, copied=copied)
-    epochs_of(loader).replan(parts_of, allocated, most=most, kept=AHEAD if captured else 0)
+    kept, least_rows = AHEAD if captured else 0, core_of(net).least_rows
+    epochs_of(loader).replan(parts_of, allocated, most=most, kept=kept, least_rows=least_rows)
 
 
 def settle_batches(
@@ -58,12 +59,14 @@ def settle_batches(
     """Make the loader's plan; try a batch size that it chose, and a smaller one if memory runs out."""
     evaluated, copied = (0, 0) if held_out is None else (len(held_out.X), held_out.copied)
     plan_batches(net, loader, opt, evaluated, copied, captured=captured)
+    check_last_batch(net, loader)
     while epochs_of(loader).automatic and (failure := rehearse(net, loader, opt, held_out)) is not None:
         core_of(net).release()
         free_unused(net)
         if loader.batch_size <= core_of(net).least_rows:
             raise InsufficientMemoryError(f"there is no memory for a step of {loader.batch_size} samples: {failure}")
         plan_batches(net, loader, opt, evaluated, copied, power_below(loader.batch_size), captured)
+        check_last_batch(net, loader)
 
 
 def rehearse(net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | None) -> str | None:

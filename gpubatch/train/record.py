@@ -61,8 +61,8 @@ class Record:
 
     @property
     def place(self) -> str:
-        """Epoch and step, for messages."""
-        return f"epoch {self.state.epoch}, step {self.state.opt.t}"
+        """Epoch and step, for messages: both counted from 1, as the progress shows them."""
+        return f"epoch {self.state.epoch + 1}, step {self.state.opt.t + 1}"
 
     # --- an epoch ---
 

@@ -41,7 +41,7 @@ class BetweenSteps:
             return
         state, number = self._record.state, self.signals[0]
         verb = "terminated" if number == signal.SIGTERM else "interrupted"
-        message = f"{verb} in epoch {state.epoch} after step {state.step}; the model holds this last complete step"
+        message = f"{verb} in epoch {state.epoch + 1} after step {state.step}; the model holds this last complete step"
         kind = TrainingTerminated if number == signal.SIGTERM else TrainingInterrupted
         raise kind(message + self._checkpoints.save_at_last(), state.history)
 
