@@ -194,7 +194,7 @@ CODE_LINES = {
     "sources": 609,
     "loader": 1330,
     "checkpoint": 238,
-    "train": 1364,
+    "train": 1365,
     "explore": 870,
     "plot": 276,
     "cli": 887,
