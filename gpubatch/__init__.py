@@ -45,15 +45,15 @@ EXPORTS = {
 MODULES = tuple(
     """
     averages backend checkpoint datasets errors explore formula launch loader nn
-    optim params schedules sizing sources train
+    optim params plot schedules sizing sources train
     """.split()
 )
 HOMES = {name: module for module, names in EXPORTS.items() for name in names.split()}
 
-__all__ = [*HOMES, "datasets", "explore"]
+__all__ = [*HOMES, "datasets", "explore", "plot"]
 
 if TYPE_CHECKING:  # the same once more, for type checkers
-    from gpubatch import datasets as datasets, explore as explore
+    from gpubatch import datasets as datasets, explore as explore, plot as plot
     from gpubatch.averages import EWMA as EWMA, ewma as ewma
     from gpubatch.backend import (
         Backend as Backend,

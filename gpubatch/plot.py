@@ -1,8 +1,17 @@
-"""Pictures of a run. The only module that imports Matplotlib, and only to draw one."""
+"""Pictures of a run. The only module that imports Matplotlib, and only to draw one.
+
+Every function returns Matplotlib's figure, which a notebook shows, and takes these arguments:
+
+path: a file to save it in, that ends in .png, .pdf or .svg; by default none.
+title: above the picture.
+axes: axes of your own to draw in, as many as the picture has panels, from above; by default a new figure's.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,23 +43,26 @@ def check_plot_file(path: str | Path) -> None:
         raise ArgumentError(f"the plot file must end in .png, .pdf or .svg, got {str(path)!r}")
     if not Path(path).absolute().parent.is_dir():
         raise ArgumentError(f"the folder of the plot file must exist, got {str(path)!r}")
+    _check_matplotlib()
+
+
+def _check_matplotlib() -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise ArgumentError("plots need Matplotlib, which is not installed: pip install 'gpubatch[plot]'")
 
 
-def plot_training(history: History, path: str | Path, title: str) -> None:
+def plot_training(history: History, path: str | Path | None = None, title: str = "", axes: Any = None) -> Any:
     """Draw the cost of every step, raw and smoothed, with the validation cost; accuracy by epoch; the learning rate.
 
     history: a run, of at least one step
-    path: a file that ends in .png, .pdf or .svg
-    title: of the picture
+
+    path, title, axes: as for every picture, see :mod:`gpubatch.plot`.
     """
-    check_plot_file(path)
     if not history.step_loss:
         raise ArgumentError("history must have at least one step to be drawn, got none")
     with_accuracy = bool(history.validation_accuracy)
     heights = [3.3] + ([2.2] if with_accuracy else []) + ([1.5] if history.step_lr else [])
-    figure, (cost, *others) = _panels(path, title, heights)
+    figure, (cost, *others) = _panels(path, title, heights, axes)
 
     # The x axis counts steps everywhere; an epoch ends at these.
     steps = np.arange(1, len(history.step_loss) + 1)
@@ -79,7 +91,7 @@ def plot_training(history: History, path: str | Path, title: str) -> None:
     last.set_xlabel(f"step (mini-batches of {history.batch_size}; {epochs} epochs of {len(steps) // max(epochs, 1)})")
     for axes in (cost, *others):
         axes.set_xlim(0, len(steps))
-    _save(figure, path)
+    return _saved(figure, path)
 
 
 def _draw_cost(axes: Any, history: History, steps: np.ndarray, ends: np.ndarray) -> None:
@@ -98,17 +110,22 @@ def _draw_cost(axes: Any, history: History, steps: np.ndarray, ends: np.ndarray)
 # --- looking into training -----------------------------------------------------------------------------------------
 
 
-def plot_slice(found: explore.LossSlice, path: str | Path, title: str, trail: np.ndarray | None = None) -> None:
+def plot_slice(
+    found: explore.LossSlice,
+    path: str | Path | None = None,
+    title: str = "",
+    trail: np.ndarray | None = None,
+    axes: Any = None,
+) -> Any:
     """Draw a curve, or contours on a logarithmic scale; ``trail`` is the path of training in the slice."""
-    figure, (axes,) = _panels(path, title, [5])
+    figure, (axes,) = _panels(path, title, [5], axes)
     if found.b is None:
         axes.plot(found.a, _finite(found.losses), color=SMOOTH)
         axes.axvline(0, color=HELD_OUT, linewidth=1, linestyle="--", label="the network")
         axes.set_xlabel("a, in lengths of the direction W1")
         axes.set_ylabel("loss L(W + a W1)")
         axes.legend(frameon=False)
-        _save(figure, path)
-        return
+        return _saved(figure, path)
     values = _finite(found.losses).T
     low, high = np.nanmin(values), np.nanmax(values)
     logarithmic = low > 0 and high > 3 * low
@@ -133,12 +150,18 @@ def plot_slice(found: explore.LossSlice, path: str | Path, title: str, trail: np
     axes.set_xlim(found.a.min(), found.a.max())
     axes.set_ylim(found.b.min(), found.b.max())
     axes.grid(visible=False)
-    _save(figure, path)
+    return _saved(figure, path)
 
 
-def plot_step_sizes(one: explore.StepSizeSweep, test: explore.RangeTest, path: str | Path, title: str) -> None:
+def plot_step_sizes(
+    one: explore.StepSizeSweep,
+    test: explore.RangeTest,
+    path: str | Path | None = None,
+    title: str = "",
+    axes: Any = None,
+) -> Any:
     """Draw the loss after one step by its size, and the cost while the learning rate rises, with the suggestion."""
-    figure, (step, run) = _panels(path, title, [3, 3])
+    figure, (step, run) = _panels(path, title, [3, 3], axes)
     # Beyond these limits it explodes, and nothing else could be seen.
     low = min(one.start, *one.losses)
     limit = one.start + 2 * (one.start - low) if one.best is not None else 2 * one.start
@@ -163,12 +186,18 @@ def plot_step_sizes(one: explore.StepSizeSweep, test: explore.RangeTest, path: s
     for axes in (step, run):
         axes.set_xscale("log")
         axes.legend(frameon=False, fontsize=9)
-    _save(figure, path)
+    return _saved(figure, path)
 
 
-def plot_batch_sizes(trials: list[explore.BatchSizeTrial], target: float, path: str | Path, title: str) -> None:
+def plot_batch_sizes(
+    trials: list[explore.BatchSizeTrial],
+    target: float,
+    path: str | Path | None = None,
+    title: str = "",
+    axes: Any = None,
+) -> Any:
     """Draw the time of a sample, and time and epochs to the target, by batch size; powers of two are filled."""
-    figure, (each, whole, count) = _panels(path, title, [3, 3, 2])
+    figure, (each, whole, count) = _panels(path, title, [3, 3, 2], axes)
     panels: list[tuple[Any, str, str]] = [
         (each, "seconds_per_sample", "time per sample (µs)"),
         (whole, "seconds_to_target", f"time to loss {target:g} (s)"),
@@ -196,12 +225,14 @@ def plot_batch_sizes(trials: list[explore.BatchSizeTrial], target: float, path: 
         axes.set_xlim(min(t.batch_size for t in trials) / 1.2, max(t.batch_size for t in trials) * 1.2)
     each.legend(frameon=False, fontsize=9)
     count.set_xlabel("batch size (samples)")
-    _save(figure, path)
+    return _saved(figure, path)
 
 
-def plot_optimizers(trials: list[explore.OptimizerTrial], path: str | Path, title: str) -> None:
+def plot_optimizers(
+    trials: list[explore.OptimizerTrial], path: str | Path | None = None, title: str = "", axes: Any = None
+) -> Any:
     """Draw the smoothed cost of each optimizer at its best rate, and the loss at the end by rate."""
-    figure, (cost, rate) = _panels(path, title, [3, 3])
+    figure, (cost, rate) = _panels(path, title, [3, 3], axes)
     for trial, color in zip(trials, _colors(len(trials)), strict=True):
         smoothed = trial.history.smoothed(0.95)
         label = f"{trial.name}, learning rate {trial.best_lr:g}"
@@ -216,7 +247,7 @@ def plot_optimizers(trials: list[explore.OptimizerTrial], path: str | Path, titl
     for axes in (cost, rate):
         _logarithmic(axes, "y")
         axes.legend(frameon=False, fontsize=9)
-    _save(figure, path)
+    return _saved(figure, path)
 
 
 class Strategy(Protocol):
@@ -228,9 +259,11 @@ class Strategy(Protocol):
     history: tuple[float, ...]
 
 
-def plot_strategies(results: Sequence[Strategy], path: str | Path, title: str) -> None:
+def plot_strategies(
+    results: Sequence[Strategy], path: str | Path | None = None, title: str = "", axes: Any = None
+) -> Any:
     """Draw the accuracy that each strategy reached, and how its loss fell."""
-    figure, (reached, falls) = _panels(path, title, [2, 3])
+    figure, (reached, falls) = _panels(path, title, [2, 3], axes)
     colors = _colors(len(results))
     for k, (result, color) in enumerate(zip(results, colors, strict=True)):
         percent = 100 * (result.test_accuracy or 0.0)
@@ -249,7 +282,7 @@ def plot_strategies(results: Sequence[Strategy], path: str | Path, title: str) -
     falls.set_ylabel("best loss so far, or cost")
     _logarithmic(falls, "y")
     falls.legend(frameon=False, fontsize=9)
-    _save(figure, path)
+    return _saved(figure, path)
 
 
 # --- memory --------------------------------------------------------------------------------------------------------
@@ -262,9 +295,12 @@ GROUPS = {
 MODEL = "model, optimizer, validation set"
 
 
-def plot_memory(plan: BatchPlan, parts: Mapping[int, ByPart], path: str | Path, title: str) -> None:
+def plot_memory(
+    plan: BatchPlan, parts: Mapping[int, ByPart], path: str | Path | None = None, title: str = "", axes: Any = None
+) -> Any:
     """Draw the bytes by batch size, in all and by group of parts, with what is available and the chosen size."""
-    figure, (axes,) = _panels(path, title, [5])
+    in_own_figure = axes is None
+    figure, (axes,) = _panels(path, title, [5], axes)
     sizes, whole = list(parts), [sum(of_size.values()) for of_size in parts.values()]
     lines = {name: np.zeros(len(sizes)) for name in (MODEL, "workspaces", "loader")}
     for k, of_size in enumerate(parts.values()):
@@ -301,27 +337,54 @@ def plot_memory(plan: BatchPlan, parts: Mapping[int, ByPart], path: str | Path, 
     axes.minorticks_off()
     axes.set_xlabel("batch size (samples)")
     axes.set_ylabel("memory")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    _save(figure, path)
+    if in_own_figure:
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    else:
+        axes.legend(frameon=False, fontsize=9)
+    return _saved(figure, path)
 
 
 # --- pieces --------------------------------------------------------------------------------------------------------
 
 
-def _panels(path: str | Path, title: str, heights: list[float]) -> tuple[Any, list[Any]]:
-    """A figure 800 pixels wide with panels of these heights in inches, one above the other."""
-    check_plot_file(path)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot: no global state, no window system
-
-    figure = Figure(figsize=(8, sum(heights) + 1), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10)
-    panels = list(figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
-    for axes in panels:
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+def _panels(path: str | Path | None, title: str, heights: list[float], axes: Any = None) -> tuple[Any, list[Any]]:
+    """A figure 800 pixels wide with panels of these heights in inches, one above the other, or the user's axes."""
+    if path is not None:
+        check_plot_file(path)
+    _check_matplotlib()
+    if axes is None:
+        figure = _picture()(figsize=(8, sum(heights) + 1), layout="constrained")
+        figure.suptitle(title, fontsize=10)
+        panels = list(figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
+    else:
+        panels = list(np.ravel(np.asarray(axes, object)))
+        if len(panels) != len(heights) or not all(hasattr(panel, "plot") for panel in panels):
+            raise ArgumentError(f"axes must be {len(heights)} of Matplotlib's Axes for this picture, got {axes!r}")
+        figure = panels[0].figure
+        panels[0].set_title(title, fontsize=10)
+    for panel in panels:
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
     return figure, panels
+
+
+@functools.cache
+def _picture() -> Any:
+    """A figure without pyplot, which has global state and wants a window system; a notebook shows it by its PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    class Picture(Figure):
+        def __init__(self, **options: Any) -> None:
+            Figure.__init__(self, **options)
+            FigureCanvasAgg(self)
+
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, format="png", dpi=100)
+            return file.getvalue()
+
+    return Picture
 
 
 def _logarithmic(axes: Any, which: str) -> None:
@@ -335,8 +398,10 @@ def _logarithmic(axes: Any, which: str) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _save(figure: Any, path: str | Path) -> None:
-    figure.savefig(path, dpi=100)
+def _saved(figure: Any, path: str | Path | None) -> Any:
+    if path is not None:
+        figure.savefig(path, dpi=100)
+    return figure
 
 
 def _finite(values: Any) -> np.ndarray:

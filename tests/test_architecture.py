@@ -196,7 +196,7 @@ CODE_LINES = {
     "checkpoint": 238,
     "train": 1365,
     "explore": 870,
-    "plot": 276,
+    "plot": 327,
     "cli": 887,
     "__main__": 17,
     "__init__": 165,
