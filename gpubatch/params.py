@@ -10,8 +10,11 @@ import numpy as np
 
 from gpubatch.backend import Array, Backend, backend_of, float_dtype, get_backend
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_int
+from gpubatch.shown import numbers
 
 __all__ = ["FlatViews", "Parameters"]
+
+MOST_SHOWN = 20  # arrays in a repr
 
 
 class FlatViews(Mapping[str, Array]):
@@ -77,7 +80,15 @@ class FlatViews(Mapping[str, Array]):
         raise DTypeError(f"{type(self).__name__} cannot be pickled: its views would no longer share memory; save .flat")
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.shapes}, dtype={str(self.dtype)!r})"
+        """A line for each array, with its first and last numbers, which come from the device."""
+        head = f"<{type(self).__name__}: {self.size:,} numbers of {self.dtype} in {len(self)} arrays"
+        backend, lines = backend_of(self.flat), []
+        for name in list(self)[:MOST_SHOWN]:
+            flat = self[name].reshape(-1)
+            first, last = (backend.to_numpy(part).tolist() for part in (flat[:3], flat[-1:]))
+            lines.append(f"  {name} {self[name].shape}: {numbers(first, last[0] if last else 0.0, flat.size)}")
+        more = len(self) - MOST_SHOWN
+        return "\n".join([head, *lines, *([f"  and {more:,} more"] if more > 0 else [])]) + ">"
 
 
 class Parameters(FlatViews):

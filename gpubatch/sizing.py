@@ -50,7 +50,7 @@ class BatchPlan:
     reason: str
     needed: int
     available: int
-    parts: ByPart = field(default_factory=dict, compare=False)
+    parts: ByPart = field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
         rows = {**{f"  {name}": n for name, n in self.parts.items() if n}, "needed": self.needed}

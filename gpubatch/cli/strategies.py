@@ -10,13 +10,14 @@ from gpubatch.cli.data import Task
 from gpubatch.errors import NonFiniteError
 from gpubatch.loader import epochs_of
 from gpubatch.optim import SGD
+from gpubatch.shown import Shown
 from gpubatch.train import fit, loader_for
 
 __all__ = ["StrategyResult", "compare_strategies"]
 
 
-@dataclass
-class StrategyResult:
+@dataclass(repr=False)
+class StrategyResult(Shown):
     """What a strategy reached: loss and accuracy on the training set, accuracy on the test set, and in what time.
 
     ``history`` has the best loss after each trial of a search, or the mean cost of each epoch.

@@ -11,12 +11,13 @@ from gpubatch.backend import Array
 from gpubatch.errors import NonFiniteError, check_int, check_real
 from gpubatch.explore.shared import Progress, check_net, loss_or_inf, report
 from gpubatch.nn import Network
+from gpubatch.shown import Shown
 
 __all__ = ["SearchResult", "random_local_search", "random_search"]
 
 
-@dataclass(frozen=True)
-class SearchResult:
+@dataclass(frozen=True, repr=False)
+class SearchResult(Shown):
     """The loss and accuracy of the best parameters, which the network now holds, and the best loss after each trial.
 
     ``accuracy`` is None if the loss has no classes.

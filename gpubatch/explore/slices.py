@@ -16,6 +16,7 @@ from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_choice,
 from gpubatch.explore.shared import Progress, check_net, grid_of, report
 from gpubatch.nn import BatchNorm, Dense, Network, core_of
 from gpubatch.params import FlatViews
+from gpubatch.shown import Shown
 
 __all__ = ["LossSlice", "loss_slice", "principal_directions"]
 
@@ -25,8 +26,8 @@ SLICE_ROWS = {"cpu": 256, "cuda": 8192}
 SLICE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
-@dataclass(frozen=True, eq=False)
-class LossSlice:
+@dataclass(frozen=True, eq=False, repr=False)
+class LossSlice(Shown):
     """L(W + a W1), or L(W + a W1 + b W2): ``losses`` is ``(len(a),)`` or ``(len(a), len(b))``, inf where it overflows.
 
     ``directions`` are W1 and W2 as flat NumPy arrays in the order of ``net.parameters.flat``.

@@ -18,6 +18,7 @@ from gpubatch.loader import Loader, epochs_of
 from gpubatch.nn import Network, core_of
 from gpubatch.optim import SGD, Adam, Momentum, Optimizer, RMSProp
 from gpubatch.params import Parameters
+from gpubatch.shown import Shown
 from gpubatch.train import History, StopTraining, TrainingState, fit, loader_for
 
 __all__ = [
@@ -34,8 +35,8 @@ __all__ = [
 MakeOptimizer: TypeAlias = Callable[[Parameters, float], Optimizer]
 
 
-@dataclass(frozen=True)
-class StepSizeSweep:
+@dataclass(frozen=True, repr=False)
+class StepSizeSweep(Shown):
     """The loss before a step, ``start``, and after one step of each size, infinity if it overflows.
 
     ``best`` is the step size with the lowest loss, None if every step raises it; ``reason`` says so in words.
@@ -75,8 +76,8 @@ def step_size_sweep(net: Network, X: Array, Y: Array, step_sizes: Any = None) ->
     return StepSizeSweep(sizes, tuple(found), start, best, reason)
 
 
-@dataclass(frozen=True)
-class RangeTest:
+@dataclass(frozen=True, repr=False)
+class RangeTest(Shown):
     """A run with a rising learning rate: the cost at each rate, raw and smoothed.
 
     ``suggestion`` is a learning rate to train with, None if the cost never fell; ``reason`` says why.
@@ -169,8 +170,8 @@ def _range_test(rates: list[float], found: list[float], smoothed: list[float], s
 # --- training runs side by side --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class BatchSizeTrial:
+@dataclass(frozen=True, repr=False)
+class BatchSizeTrial(Shown):
     """A training run with one batch size; the times are the median epoch's, without the evaluation between epochs.
 
     batch_size: samples in a batch
@@ -248,8 +249,8 @@ def batch_size_sweep(
     return trials
 
 
-@dataclass(frozen=True)
-class OptimizerTrial:
+@dataclass(frozen=True, repr=False)
+class OptimizerTrial(Shown):
     """An optimizer at its own best learning rate: the loss of the whole set at the end, and how it fell.
 
     ``losses`` are those at each rate of the grid, infinity if the run diverged; ``at_edge`` tells that the best rate is

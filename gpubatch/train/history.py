@@ -13,12 +13,13 @@ from gpubatch.averages import ewma
 from gpubatch.loader import Loader
 from gpubatch.nn import Network
 from gpubatch.optim import Optimizer
+from gpubatch.shown import Shown
 
 __all__ = ["History", "StopTraining", "TrainingInterrupted", "TrainingState", "TrainingTerminated"]
 
 
-@dataclass
-class History:
+@dataclass(repr=False)
+class History(Shown):
     """What a run did. A list has one number per epoch, ``step_loss`` and ``step_lr`` one per applied step.
 
     step_loss: the cost of the mini-batch
