@@ -41,14 +41,17 @@ class Measurement(NamedTuple):
 
 def read(path: Path) -> tuple[list[Measurement], str]:
     """The measurements in a file, and their conditions (machine, versions, date)."""
-    data = json.loads(path.read_text())
-    if "benchmarks" not in data:
-        raise SystemExit(f"{path}: expected the JSON of pytest-benchmark, found no 'benchmarks'")
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path}: expected the JSON of pytest-benchmark: {error}") from None
+    wanted = ("benchmarks", "machine_info", "datetime")
+    if missing := [name for name in wanted if not isinstance(data, dict) or name not in data]:
+        raise SystemExit(f"{path}: expected the JSON of pytest-benchmark, found no {missing[0]!r}")
     machine = data["machine_info"]
-    conditions = f"{path.name}: {machine['cpu'].get('brand_raw', machine['machine'])}, "
-    conditions += (
-        f"{machine['cpu'].get('count', '?')} CPUs, Python {machine['python_version']}, {data['datetime'][:10]}"
-    )
+    cpu = machine.get("cpu", {})
+    conditions = f"{path.name}: {cpu.get('brand_raw', machine.get('machine', 'unknown processor'))}, "
+    conditions += f"{cpu.get('count', '?')} CPUs, Python {machine.get('python_version', '?')}, {data['datetime'][:10]}"
     return [found for entry in data["benchmarks"] if (found := measurement(entry)) is not None], conditions
 
 
@@ -71,7 +74,10 @@ def tables(found: Iterable[Measurement]) -> Iterable[str]:
     for function, group in itertools.groupby(sorted(found, key=lambda m: m.function), key=lambda m: m.function):
         entries = list(group)
         columns = list(dict.fromkeys(m.column for m in entries))
-        cells = {(m.row, m.column): m for m in entries}
+        cells: dict[tuple[int, str], Measurement] = {}
+        for m in entries:
+            if cells.setdefault((m.row, m.column), m) is not m:
+                raise SystemExit(f"two benchmarks of {function} with {m.counted}={m.row} are both {m.column!r}")
         one = per_one(entries[0])
         lines = [
             f"### {function}\n",
@@ -134,6 +140,16 @@ def draw(found: list[Measurement], path: Path, conditions: list[str]) -> None:
     figure.savefig(path, dpi=100)
 
 
+def names_of(paths: list[Path]) -> list[str]:
+    """The shortest ends of the paths, without suffix, in which all differ: several machines number files alike."""
+    parts = [path.absolute().with_suffix("").parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise SystemExit(f"a file must be given once, got {', '.join(map(str, paths))}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print the tables; with ``--plot`` draw them."""
     parser = argparse.ArgumentParser(description="Tables and a figure from the JSON of pytest-benchmark.")
@@ -142,10 +158,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     found: list[Measurement] = []
     conditions = []
-    for path in options.files:
+    for path, name in zip(options.files, names_of(options.files), strict=True):
         some, words = read(path)
         if len(options.files) > 1:
-            some = [m._replace(column=f"{m.column} ({path.stem})") for m in some]
+            some = [m._replace(column=f"{m.column} ({name})") for m in some]
         found += some
         conditions.append(words)
     if not found:

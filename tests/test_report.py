@@ -59,6 +59,32 @@ def test_files_stand_side_by_side_and_are_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    files = []
+    for machine, median in (("m1", 1e-6), ("m2", 1e-5)):
+        (tmp_path / machine).mkdir()
+        files.append(saved(tmp_path / machine, "run.json", entry("test_step", {"size": 10, "spec": "cpu"}, median)))
+    text = report(*files).stdout
+    assert "| size | cpu (m1/run) | per parameter | cpu (m2/run) | per parameter |" in text
+    assert "| 10 | 1 µs | 100 ns | 10 µs | 1 µs |" in text
+    assert "a file must be given once" in report(files[0], files[0], code=1).stderr
+
+
+def test_two_measurements_of_one_cell_are_refused(tmp_path: Path) -> None:
+    twice = [entry("test_step", {"size": 10, "spec": "cpu"}, median) for median in (1e-6, 2e-6)]
+    error = report(saved(tmp_path, "run.json", *twice), code=1).stderr
+    assert error == "two benchmarks of step with size=10 are both 'cpu'\n"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"benchmarks": []}', '{"benchmarks": [], "machine_info": {}}'])
+def test_a_file_of_something_else_is_told_in_a_line(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(text)
+    error = report(file, code=1).stderr
+    assert error.count("\n") == 1
+    assert error.startswith(f"{file}: expected the JSON of pytest-benchmark")
+
+
 def test_what_is_no_benchmark_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("{}")
     assert "expected the JSON of pytest-benchmark" in report(tmp_path / "other.json", code=1).stderr
