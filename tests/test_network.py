@@ -482,7 +482,9 @@ def test_predictions_of_yes_and_no() -> None:
 def test_predictions_of_numbers() -> None:
     net = Network([Dense(2, 1, init="zeros")], "mse", backend="cpu")
     net.parameters["b1"] = 7.0
-    np.testing.assert_array_equal(net.predict(np.zeros((3, 2), np.float32)), np.full((3, 1), 7))
+    np.testing.assert_array_equal(net.predict(np.zeros((3, 2), np.float32)), np.full(3, 7))
+    two = Network([Dense(2, 2, init="zeros")], "mse", backend="cpu")
+    assert two.predict(np.zeros((3, 2), np.float32)).shape == (3, 2)
     with pytest.raises(ArgumentError, match="accuracy needs a classification loss, and mse is none"):
         net.accuracy(np.zeros((3, 2), np.float32), np.zeros(3))
 

@@ -128,8 +128,8 @@ class OverScores(Loss):
         c.ops.score_loss(self.bound, z, Y, c.gradient, c.work)
 
     def predict(self, z: Array) -> Array:
-        """The scores themselves."""
-        return z.copy()
+        """The scores themselves; ``(batch,)`` where there is one output, so that ``predict(X) - Y`` is no table."""
+        return z[:, 0].copy() if z.shape[1] == 1 else z.copy()
 
     def truth(self, Y: Array, outputs: int) -> Array:
         """Refuse: a loss without classes has no right or wrong."""

@@ -233,8 +233,8 @@ class Network:
     def predict(self, X: Array) -> Array:
         """Predicted labels as int64: the class of the highest score, or 1 where a score is above 0.
 
-        A loss without classes, such as mse, predicts the scores themselves. Shape ``(batch,)``; with
-        sigmoid_cross_entropy and mse that of the scores, but ``(batch,)`` for a single yes or no.
+        A loss without classes, such as mse, predicts the scores themselves. Shape ``(batch,)``; with losses of single
+        scores, such as sigmoid_cross_entropy and mse, that of the scores where there is more than one output.
         """
         scores = self.scores(X)
         with self.backend.scope():
