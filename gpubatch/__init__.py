@@ -17,8 +17,8 @@ EXPORTS = {
     "checkpoint": "Checkpoints",
     "errors": """
         ArgumentError BackendFallbackWarning BackendUnavailableError CaptureError CaptureWarning
-        CheckpointError CheckpointWarning DTypeError DataFormatError DeviceMismatchError FormulaError GpubatchError
-        InsufficientMemoryError MicroBatchWarning NonFiniteError ShapeError SkippedStepWarning
+        CheckpointError CheckpointWarning CompilerWarning DTypeError DataFormatError DeviceMismatchError FormulaError
+        GpubatchError InsufficientMemoryError MicroBatchWarning NonFiniteError ShapeError SkippedStepWarning
         TuningWarning UnknownArgumentError
     """,
     "explore": """
@@ -45,7 +45,7 @@ EXPORTS = {
 MODULES = tuple(
     """
     averages backend checkpoint datasets errors explore formula launch loader nn
-    optim params plot schedules sizing sources torch train
+    optim params plot schedules sizing sources train
     """.split()
 )
 HOMES = {name: module for module, names in EXPORTS.items() for name in names.split()}
@@ -71,6 +71,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         CaptureWarning as CaptureWarning,
         CheckpointError as CheckpointError,
         CheckpointWarning as CheckpointWarning,
+        CompilerWarning as CompilerWarning,
         DataFormatError as DataFormatError,
         DeviceMismatchError as DeviceMismatchError,
         DTypeError as DTypeError,

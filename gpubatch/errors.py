@@ -17,6 +17,7 @@
     BackendFallbackWarning (UserWarning)     the CPU replaces an unusable device
     CaptureWarning (UserWarning)             captured steps differ from eager ones and are abandoned
     CheckpointWarning (UserWarning)          a corrupt checkpoint is skipped, or one was not written and the run goes on
+    CompilerWarning (UserWarning)            NumPy runs a user's formula that could be compiled
     MicroBatchWarning (UserWarning)          memory ran out: batches are split from here on
     SkippedStepWarning (UserWarning)         a step is skipped: its loss or gradient is not finite
     TuningWarning (UserWarning)              saved algorithms of matrix products cannot be used here
@@ -39,6 +40,7 @@ __all__ = [
     "CaptureWarning",
     "CheckpointError",
     "CheckpointWarning",
+    "CompilerWarning",
     "DTypeError",
     "DataFormatError",
     "DeviceMismatchError",
@@ -125,6 +127,10 @@ class CaptureWarning(UserWarning):
 
 class CheckpointWarning(UserWarning):
     """A torn or corrupt checkpoint is skipped, or one was not written and training continues."""
+
+
+class CompilerWarning(UserWarning):
+    """NumPy runs a formula of the user's own, because no compiler is found, or the one that is found fails."""
 
 
 class MicroBatchWarning(UserWarning):

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -149,9 +150,38 @@ static bool with_matrix(nb::handle x, const F& f) {
 
 typedef nb::handle Any;
 
-// --- update rules ---
+// --- formulas ---
 
-// The index of a formula in a table, the same for every element type and SIMD level; -1 if it is missing.
+enum Kind { RULE, ACTIVATION, SCORE_LOSS };
+
+static Kind kind_of(const std::string& name) {
+    if (name == "rule") return RULE;
+    if (name == "activation") return ACTIVATION;
+    if (name == "score loss") return SCORE_LOSS;
+    throw nb::value_error(("kind must be rule, activation or score loss; got " + name).c_str());
+}
+
+// A formula that was compiled on first use (gpubatch/ops/host_compiler.py): the functions of a row of its table, for
+// one element type. Its library stays loaded. The interpreter's lock guards these lists.
+struct Own {
+    bool single;
+    std::vector<std::uintptr_t> functions;
+};
+static std::vector<Own> own[3];
+
+// The place of a formula in its table, the same for every element type and SIMD level; places of own formulas follow.
+static Int count_of(Kind kind) {
+    const Table<float>& t = table<float>();
+    return kind == RULE ? t.formula_count : kind == ACTIVATION ? t.activation_count : t.score_loss_count;
+}
+
+static Int add_own(const std::string& kind, const std::string& dtype, const std::vector<std::uintptr_t>& functions) {
+    const Kind k = kind_of(kind);
+    if (functions.size() != (k == ACTIVATION ? 2 : 1)) throw nb::value_error("functions must be those of one formula");
+    own[k].push_back({dtype == "float32", functions});
+    return count_of(k) + (Int)own[k].size() - 1;
+}
+
 template <class Row>
 static Int place_in(const Row* rows, Int count, const std::string& digest) {
     for (Int i = 0; i < count; ++i)
@@ -159,18 +189,56 @@ static Int place_in(const Row* rows, Int count, const std::string& digest) {
     return -1;
 }
 
-static Int place_of(const std::string& digest) {
+// The place of a formula of the build; -1 if it has no such formula.
+static Int place_of(const std::string& kind, const std::string& digest) {
     const Table<float>& t = table<float>();
-    return place_in(t.formulas, t.formula_count, digest);
+    const Kind k = kind_of(kind);
+    if (k == RULE) return place_in(t.formulas, t.formula_count, digest);
+    if (k == ACTIVATION) return place_in(t.activations, t.activation_count, digest);
+    return place_in(t.score_losses, t.score_loss_count, digest);
 }
+
+// Function `number` of the own formula at `place`; null if it was compiled for the other element type.
+template <class T, class Function>
+static void take_own(Kind kind, Int place, int number, Function& function) {
+    const Own& found = own[kind].at(place - count_of(kind));
+    function = found.single == (sizeof(T) == 4) ? reinterpret_cast<Function>(found.functions[number]) : nullptr;
+}
+
+template <class T>
+static Formula<T> formula_at(Int place) {
+    if (place < count_of(RULE)) return table<T>().formulas[place];
+    Formula<T> row = {};
+    take_own<T>(RULE, place, 0, row.run);
+    return row;
+}
+
+template <class T>
+static Activation<T> activation_at(Int place) {
+    if (place < count_of(ACTIVATION)) return table<T>().activations[place];
+    Activation<T> row = {};
+    take_own<T>(ACTIVATION, place, 0, row.forward);
+    take_own<T>(ACTIVATION, place, 1, row.backward);
+    return row;
+}
+
+template <class T>
+static ScoreLoss<T> score_loss_at(Int place) {
+    if (place < count_of(SCORE_LOSS)) return table<T>().score_losses[place];
+    ScoreLoss<T> row = {};
+    take_own<T>(SCORE_LOSS, place, 0, row.run);
+    return row;
+}
+
+// --- update rules ---
 
 // An update rule for arrays of one element type. Every step checks the arrays again, in case one has moved or changed
 // shape; that takes nanoseconds.
 class Update {
   public:
-    Update(const std::string& digest, const std::string& dtype, int arrays)
-        : place(place_of(digest)), arrays(arrays), single(dtype == "float32") {
-        if (place < 0) throw nb::key_error(digest.c_str());
+    Update(Int place, const std::string& dtype, int arrays)
+        : place(place), arrays(arrays), single(dtype == "float32") {
+        if (place < 0) throw nb::value_error("place must be that of a rule, got -1");
     }
 
     // tuples: (w, g, state ...), arrays of the same size, w and g of the same shape. scalars: a row of the formula's
@@ -219,10 +287,11 @@ class Update {
             k.push_back((T)scale);
         }
         const Int stride = (Int)(k.size() / nb::len(scalars)), pieces = (Int)rows.size() / width;
-        const Formula<T>* formula = &table<T>().formulas[place];
+        const Formula<T> formula = formula_at<T>(place);
+        if (!formula.run) return false;
         const int workers = (int)std::min<Int>(most_threads, elements / WORTH);
         const auto update = [&](Int first, Int last) {  // pieces that take the same row of scalars
-            formula->run(rows.data(), k.data() + (owners.empty() ? 0 : owners[first]) * stride, first, last);
+            formula.run(rows.data(), k.data() + (owners.empty() ? 0 : owners[first]) * stride, first, last);
         };
         {
             nb::gil_scoped_release unlocked;
@@ -248,11 +317,6 @@ class Update {
 
 // --- activations and biases ---
 
-static Int activation_of(const std::string& digest) {
-    const Table<float>& t = table<float>();
-    return place_in(t.activations, t.activation_count, digest);
-}
-
 // The scalars of a formula as numbers of type T.
 template <class T>
 static std::vector<T> scalars_of(nb::tuple scalars) {
@@ -269,7 +333,8 @@ static bool activate(Int place, nb::tuple scalars, Any x, Any b, Any y, Any kept
         T *to = data<T>(y), *slope = data<T>(kept);
         const T *from = data<T>(x), *bias = data<T>(b);
         const std::vector<T> k = scalars_of<T>(scalars);
-        const auto forward = table<T>().activations[place].forward;
+        const auto forward = activation_at<T>(place).forward;
+        if (!forward) return false;
         nb::gil_scoped_release unlocked;
         in_pieces(rows, columns, [&](Int first, Int last) {
             forward(from, bias, to, slope, k.data(), columns, first, last);
@@ -288,7 +353,8 @@ static bool activation_gradient(Int place, nb::tuple scalars, Any kept, Any dy, 
         const T *from = data<T>(dy), *y = dx.is_none() ? nullptr : data<T>(kept);
         T *to = data<T>(dx), *bias = data<T>(db), *sums = data<T>(partial);
         const std::vector<T> k = scalars_of<T>(scalars);
-        const auto backward = table<T>().activations[place].backward;
+        const auto backward = activation_at<T>(place).backward;
+        if (!backward) return false;
         const auto gradient = [&](T* out, Int first, Int last) {
             if (to) backward(y, from, to, out, k.data(), columns, first, last);
             else table<T>().column_sums(from, out, columns, first, last);
@@ -335,11 +401,6 @@ static bool softmax_cross_entropy(Any z, Any labels, Any targets, Any dz, Any lo
     });
 }
 
-static Int score_loss_of(const std::string& digest) {
-    const Table<float>& t = table<float>();
-    return place_in(t.score_losses, t.score_loss_count, digest);
-}
-
 static bool score_loss(Int place, nb::tuple scalars, Any z, Any targets, Any dz, Any partial, Any loss, bool gradient) {
     return with_matrix(z, [&](auto zero, Int rows, Int columns) {
         typedef decltype(zero) T;
@@ -350,7 +411,8 @@ static bool score_loss(Int place, nb::tuple scalars, Any z, Any targets, Any dz,
         T *to = data<T>(dz), *mean = data<T>(loss);
         double* sums = data<double>(partial);
         const std::vector<T> k = scalars_of<T>(scalars);
-        const auto run = table<T>().score_losses[place].run;
+        const auto run = score_loss_at<T>(place).run;
+        if (!run) return false;
         nb::gil_scoped_release unlocked;
         in_parts(n, 8, parts, [&](Int part, Int first, Int last) {
             sums[part] = run(scores, y, to, k.data(), (T)(1.0 / (double)n), gradient, first, last);
@@ -563,17 +625,16 @@ NB_MODULE(_host, m) {
     m.def("use", use, "Set the SIMD level, for tests.");
     m.def("threads", [] { return most_threads; }, "The maximal number of threads of a loop.");
     m.def("set_threads", [](int n) { most_threads = std::max(1, n); }, "Set the maximal number of threads of a loop.");
-    m.def("has", [](const std::string& digest) { return place_of(digest) >= 0; }, "Whether a rule is built in.");
+    m.def("place_of", place_of, "The place of a formula by its kind and digest; -1 if it is not built in.");
+    m.def("add", add_own, "Add a formula by its kind, dtype and the addresses of its functions; returns its place.");
     nb::class_<Update>(m, "Update")
-        .def(nb::init<const std::string&, const std::string&, int>())
+        .def(nb::init<Int, const std::string&, int>())
         .def("run", &Update::run, nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
-    m.def("activation_of", activation_of, "The index of an activation by its digest; -1 if it is not built in.");
     m.def("activate", activate, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none());
     m.def("activation_gradient", activation_gradient, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
           nb::arg().none(), nb::arg().none(), nb::arg().none());
     m.def("softmax_cross_entropy", softmax_cross_entropy, nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(),
           nb::arg(), nb::arg(), nb::arg());
-    m.def("score_loss_of", score_loss_of, "The index of a score loss by its digest; -1 if it is not built in.");
     m.def("score_loss", score_loss);
     m.def("svm", svm);
     m.def("normalise", normalise);

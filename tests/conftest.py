@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from needs import missing
 from gpubatch.backend import Backend, available_backends, get_backend
 from gpubatch.ops import products
 
-__all__ = ["backend", "dtype", "pytest_addoption", "pytest_configure", "rng", "tolerance"]
+__all__ = ["backend", "dtype", "formula_cache", "pytest_addoption", "pytest_configure", "rng", "tolerance"]
 
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
@@ -41,6 +42,14 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 def tolerance(dtype: np.dtype) -> dict[str, float]:
     """Tolerances for results of a few hundred roundings; a GPU contracts a*b + c and flushes denormals."""
     return {"rtol": 64 * float(np.finfo(dtype).eps), "atol": 64 * float(np.finfo(dtype).eps)}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def formula_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Formulas that tests declare are compiled to a cache of their own, also by the processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPUBATCH_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -46,13 +46,13 @@ MAY_IMPORT = {
     "train": "nn optim loader checkpoint ops params averages staging backend errors own shown",
     "explore": "nn loader optim train averages params backend errors shown",
 }
-EDGES = {"plot", "cli", "torch", "__main__", "__init__"}
+EDGES = {"plot", "cli", "__main__", "__init__"}
 
 # Inside a package, each file may import the files to its left.
 ORDER = {
     "formula": "trace derivative elementwise update_rule rules activations scores",
-    "ops": "program compile host_source update grid operation elementwise losses normalisation dropout sums"
-    " gather table products",
+    "ops": "program compile host_source host_compiler update grid operation elementwise losses normalisation dropout"
+    " sums gather table products",
     "optim": "arrays optimizer optimizers ahead",
     "nn": "needs layers stack workspace losses checks core network",
     "sources": "arrays reader files tables",
@@ -178,19 +178,19 @@ def test_packages_are_no_larger_than_their_table_says() -> None:
 
 # The most code lines of each package or module.
 CODE_LINES = {
-    "errors": 99,
+    "errors": 101,
     "own": 27,
     "main_memory": 66,
     "shown": 30,
     "formula": 1038,
     "schedules": 130,
     "averages": 55,
-    "backend": 508,
+    "backend": 496,
     "staging": 51,
-    "ops": 1740,
+    "ops": 1968,
     "sizing": 257,
     "params": 94,
-    "optim": 674,
+    "optim": 673,
     "nn": 1421,
     "datasets": 158,
     "sources": 609,
@@ -199,19 +199,15 @@ CODE_LINES = {
     "train": 1366,
     "explore": 873,
     "plot": 327,
-    "cli": 888,
-    "torch": 403,
+    "cli": 889,
     "__main__": 17,
-    "__init__": 165,
+    "__init__": 166,
 }
 
 
 def test_no_class_has_the_name_of_another() -> None:
     names = Counter(
-        node.name
-        for name, source in SOURCES.items()
-        for node in ast.parse(source).body
-        if isinstance(node, ast.ClassDef) and (name, node.name) != ("torch", "Optimizer")  # PyTorch's form of ours
+        node.name for source in SOURCES.values() for node in ast.parse(source).body if isinstance(node, ast.ClassDef)
     )
     assert {name for name, count in names.items() if count > 1} == set()
 

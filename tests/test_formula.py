@@ -21,7 +21,7 @@ from gpubatch.ops.update import HostUpdate
 
 def run(rule: Rule, *arrays: np.ndarray, t: int = 1, **hyper: float) -> None:
     trace = rule.trace()
-    HostUpdate(trace, arrays[0].dtype)([arrays], trace.evaluate(t, **{**rule.defaults, **hyper}))
+    HostUpdate(trace, arrays[0].dtype)([arrays], [trace.evaluate(t, **{**rule.defaults, **hyper})])
 
 
 def test_scalars_are_folded_and_shared() -> None:

@@ -16,7 +16,7 @@ from gpubatch.cli import options
 from gpubatch.cli.shared import app, print_json, table_of, versions
 from gpubatch.errors import BackendUnavailableError, check_choice
 from gpubatch.formula import Rule, rules
-from gpubatch.ops import host_library, products_for, update_source
+from gpubatch.ops import host_library, own_form, products_for, update_source
 from gpubatch.sizing import format_bytes
 
 __all__ = ["info"]
@@ -39,7 +39,7 @@ def info(
     if as_json:
         backends = {be.spec: {"device": be.device, "memory": dataclasses.asdict(be.memory())} for be in found}
         cuda = {"cuda": why_not or "available", "matrix_products": _how_cuda_multiplies(found)}
-        print_json(backends=backends, **cuda, auto=get_backend().spec, versions=versions())
+        print_json(backends=backends, **cuda, own_formulas=own_form(), auto=get_backend().spec, versions=versions())
         return
     out = Console(highlight=False)
     out.print(", ".join(f"{name} {version}" for name, version in versions().items()))
@@ -57,6 +57,7 @@ def info(
     compiled = host_library()
     words = compiled if isinstance(compiled, str) else f"for {compiled.level()}, on {compiled.threads()} threads"
     out.print(f"kernels compiled for the CPU: {words}.", soft_wrap=True)
+    out.print(f"formulas of your own on a CPU: {own_form()}.", soft_wrap=True, markup=False)
     extras = {"cli": "typer", "plot": "matplotlib", "cuda": "cupy"}
     lacking = [name for name, module in extras.items() if importlib.util.find_spec(module) is None]
     out.print(f"extras that are not installed: {', '.join(lacking) or 'none'}.")

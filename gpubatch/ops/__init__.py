@@ -5,6 +5,7 @@ from gpubatch.ops.dropout import philox_generator
 from gpubatch.ops.elementwise import IDENTITY
 from gpubatch.ops.gather import gather_batch, gather_bytes, take_batch
 from gpubatch.ops.grid import MOST_THREADS, Grid
+from gpubatch.ops.host_compiler import own_form
 from gpubatch.ops.operation import COMPUTE, Space, workspace_dtype
 from gpubatch.ops.products import PRECISIONS, ArrayProducts, Products, check_choices, products_for
 from gpubatch.ops.program import check_slope
@@ -31,6 +32,7 @@ __all__ = [
     "gather_bytes",
     "host_library",
     "ops_for",
+    "own_form",
     "philox_generator",
     "products_for",
     "source_of",

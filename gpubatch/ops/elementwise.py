@@ -9,8 +9,9 @@ import numpy as np
 
 from gpubatch.backend import Array, compute_dtype
 from gpubatch.formula import BoundActivation, activation_source, activations
-from gpubatch.ops.compile import elementwise_digest, scalars_source, source_of
+from gpubatch.ops.compile import scalars_source, source_of
 from gpubatch.ops.grid import PARTS, Grid, check_contiguous, parts_of
+from gpubatch.ops.host_compiler import place_of
 from gpubatch.ops.operation import COMPUTE, Work, operation
 from gpubatch.ops.program import MOST_PROGRAMS, program_of
 
@@ -36,7 +37,7 @@ def activate(f: BoundActivation, x: Array, b: Array | None, y: Array, work: Work
 @activate.compiled
 def compiled_activate(library: Any, f: BoundActivation, x: Array, b: Array | None, y: Array, work: Work) -> None:
     """One pass."""
-    place, forward, _ = activation_place(library, f)
+    place, forward, _ = activation_place(library, library.level(), f, y.dtype)
     if place < 0 or not library.activate(place, forward, x, b, y, work["slope"] if f.keeps else None):
         activate.numpy(f, x, b, y, work)
 
@@ -73,7 +74,7 @@ def compiled_activation_gradient(
     library: Any, f: BoundActivation, y: Array, dy: Array, dx: Array | None, db: Array | None, work: Work
 ) -> None:
     """One pass, whose sums are added up afterwards."""
-    place, _, backward = activation_place(library, f)
+    place, _, backward = activation_place(library, library.level(), f, dy.dtype)
     kept, partial = work["slope"] if f.keeps else y, work.get("partial")
     if place < 0 or not library.activation_gradient(place, backward, kept, dy, dx, db, partial):
         activation_gradient.numpy(f, y, dy, dx, db, work)
@@ -99,10 +100,12 @@ def cuda_activation_gradient(
 
 
 @functools.lru_cache(maxsize=MOST_PROGRAMS)
-def activation_place(library: Any, f: BoundActivation) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """Where the library has an activation, -1 for nowhere; and the scalars of its two forms."""
-    form = f.activation.form("float64")
-    return library.activation_of(elementwise_digest(f.activation)), f.scalars(form.forward), f.scalars(form.backward)
+def activation_place(
+    library: Any, level: str, f: BoundActivation, dtype: np.dtype[Any]
+) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """Where the library has an activation at this SIMD ``level``, -1 for nowhere; and the scalars of its two forms."""
+    form, place = f.activation.form("float64"), place_of(library, f.activation, dtype.name)
+    return place.number, f.scalars(form.forward), f.scalars(form.backward)
 
 
 @functools.lru_cache(maxsize=MOST_PROGRAMS)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from gpubatch.formula import Trace
+from collections.abc import Sequence
 
-__all__ = ["rule_source"]
+from gpubatch.formula import Activation, ScoreLoss, Trace, activation_source, score_source
+from gpubatch.ops.compile import C_TYPES, kernel_source
+
+__all__ = ["library_source", "rule_source"]
 
 
 def rule_source(trace: Trace, name: str) -> str:
@@ -42,5 +45,37 @@ def rule_source(trace: Trace, name: str) -> str:
         "        }",
         "    }",
         "}",
+    ]
+    return "\n".join(lines)
+
+
+def library_source(formulas: Sequence[Trace | Activation | ScoreLoss], dtype: str) -> str:
+    """The whole text of a library of ``formulas`` for elements of ``dtype``.
+
+    It exports ``functions``: the addresses of each formula's functions, in the order of its row in a table of
+    ``kernels/host_kernels.h``, and a zero. It includes nothing, so its machine code depends on this text, the compiler
+    and the compiler's options alone.
+    """
+    texts, functions = list[str](), list[str]()
+    for i, formula in enumerate(formulas):
+        name = f"formula_{i}"
+        if isinstance(formula, Trace):
+            texts.append(rule_source(formula, name))
+            functions.append(name)
+        elif isinstance(formula, Activation):
+            texts.append(activation_source(formula, dtype, name))
+            functions += [f"activate<{name}>", f"activation_gradient<{name}>"]
+        else:
+            texts.append(score_source(formula, dtype, name))
+            functions.append(f"score_loss<{name}>")
+    lines = [
+        kernel_source("host_simd.h"),
+        "namespace own {",
+        f"typedef {C_TYPES[dtype]} T;",
+        *map(kernel_source, ("host_math.h", "math.cuh", "host_formulas.h")),
+        *texts,
+        'extern "C" { extern void* const functions[]; }',
+        f"void* const functions[] = {{{', '.join(f'(void*){function}' for function in functions)}, nullptr}};",
+        "}\n",
     ]
     return "\n".join(lines)

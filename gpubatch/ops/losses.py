@@ -15,8 +15,9 @@ import numpy as np
 
 from gpubatch.backend import Array, compute_dtype
 from gpubatch.formula import BoundScoreLoss, score_source
-from gpubatch.ops.compile import C_TYPES, elementwise_digest, scalars_source, source_of
+from gpubatch.ops.compile import C_TYPES, scalars_source, source_of
 from gpubatch.ops.grid import SUM_PARTS, SUM_THREADS, THREADS, WARP, Grid, total_grid
+from gpubatch.ops.host_compiler import place_of
 from gpubatch.ops.operation import COMPUTE, Space, Work, operation
 from gpubatch.ops.program import MOST_PROGRAMS, program_of
 
@@ -171,7 +172,7 @@ def score_loss(f: BoundScoreLoss, z: Array, Y: Array, gradient: bool, work: Work
 @score_loss.compiled
 def compiled_score_loss(library: Any, f: BoundScoreLoss, z: Array, Y: Array, gradient: bool, work: Work) -> None:
     """One pass; targets of another dtype are copied first."""
-    place, scalars = score_loss_place(library, f)
+    place, scalars = score_loss_place(library, library.level(), f, z.dtype)
     results = work["dz"], work["parts"], work["loss"]
     if place < 0 or not library.score_loss(place, scalars, z, rows_of(Y, z, work), *results, gradient):
         score_loss.numpy(f, z, Y, gradient, work)
@@ -191,10 +192,12 @@ def cuda_score_loss(grid: Grid, f: BoundScoreLoss, z: Array, Y: Array, gradient:
 
 
 @functools.lru_cache(maxsize=MOST_PROGRAMS)
-def score_loss_place(library: Any, f: BoundScoreLoss) -> tuple[int, tuple[float, ...]]:
-    """Where the library has a loss of single scores, -1 for nowhere; and its scalars."""
+def score_loss_place(
+    library: Any, level: str, f: BoundScoreLoss, dtype: np.dtype[Any]
+) -> tuple[int, tuple[float, ...]]:
+    """Where the library has a loss of single scores at this SIMD ``level``, -1 for nowhere; and its scalars."""
     form = f.loss.form("float64", "loss", "dz")
-    return library.score_loss_of(elementwise_digest(f.loss)), f.scalars(form)
+    return place_of(library, f.loss, dtype.name).number, f.scalars(form)
 
 
 @functools.lru_cache(maxsize=MOST_PROGRAMS)

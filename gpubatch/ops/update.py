@@ -1,7 +1,7 @@
 """Update rules, bound to a backend and an element type: in blocks with NumPy, compiled for the CPU, or on CUDA.
 
 NumPy runs a formula as :mod:`gpubatch.ops.program` has it. The build compiled the formulas of ``rules``, if it found a
-C++ compiler. A CUDA kernel is compiled on first use, and kept.
+C++ compiler; others are compiled on first use (:mod:`gpubatch.ops.host_compiler`), and so is a CUDA kernel.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 from gpubatch.backend import Array, Backend, CudaBackend, compute_dtype
 from gpubatch.errors import ShapeError
 from gpubatch.formula import Trace
-from gpubatch.ops.compile import C_TYPES, cuda_kernel, formula_digest, host_library, kernel_source
+from gpubatch.ops.compile import C_TYPES, cuda_kernel, host_library, kernel_source
+from gpubatch.ops.host_compiler import Place, place_of
 from gpubatch.ops.program import BLOCK_BYTES, Program, blocks_of
 from gpubatch.staging import Stages
 
@@ -37,7 +38,11 @@ class Update(Protocol):
 
     ``control`` is an array of two numbers on the backend: ``control[0]`` scales the gradients; if ``control[1]`` is
     non-zero the step is skipped. A GPU reads it when the kernel runs, so the host need not wait for its value.
+
+    ``form`` says in words what runs the formula.
     """
+
+    form: str
 
     def __call__(
         self, arrays: Tuples, scalars: Rows, control: Array | None = None, row_of: Sequence[int] | None = None
@@ -60,11 +65,12 @@ def update_for(trace: Trace, storage: np.dtype[Any], backend: Backend, master: b
 
 
 def cpu_update(trace: Trace, dtype: np.dtype[Any]) -> HostUpdate | CompiledUpdate:
-    """The update on the CPU, compiled if the build had this formula."""
+    """The update on the CPU, compiled where that is possible."""
     library = host_library()
-    if isinstance(library, str) or not library.has(formula_digest(trace)):
-        return HostUpdate(trace, dtype)
-    return CompiledUpdate(trace, dtype, library)
+    if isinstance(library, str):
+        return HostUpdate(trace, dtype, f"NumPy: {library}")
+    place = place_of(library, trace, dtype.name)
+    return HostUpdate(trace, dtype, place.form) if place.number < 0 else CompiledUpdate(trace, dtype, library, place)
 
 
 # --- NumPy ---------------------------------------------------------------------------------------------------------
@@ -73,7 +79,8 @@ def cpu_update(trace: Trace, dtype: np.dtype[Any]) -> HostUpdate | CompiledUpdat
 class HostUpdate:
     """The formula with NumPy, a block after another."""
 
-    def __init__(self, trace: Trace, dtype: np.dtype[Any]) -> None:
+    def __init__(self, trace: Trace, dtype: np.dtype[Any], form: str = "NumPy") -> None:
+        self.form = form
         self.program = Program(trace, dtype)
         self.scaled: Array = None
 
@@ -101,7 +108,7 @@ class HalfUpdate:
     """An update of float16 w and g by one for float32, a block at a time."""
 
     def __init__(self, update: HostUpdate | CompiledUpdate, master: bool) -> None:
-        self.update, self.master = update, master
+        self.update, self.master, self.form = update, master, update.form
         self.w, self.g = (np.empty(BLOCK_BYTES // 4, np.float32) for _ in range(2))
 
     def __call__(
@@ -127,14 +134,14 @@ class HalfUpdate:
 
 
 class CompiledUpdate:
-    """The formula as machine code from the build; the bits are those of :class:`HostUpdate`.
+    """The formula as machine code; the bits are those of :class:`HostUpdate`.
 
     NumPy does arrays that are strided, of another byte order, or that overlap with the gradient.
     """
 
-    def __init__(self, trace: Trace, dtype: np.dtype[Any], library: Any) -> None:
-        self.trace, self.dtype = trace, dtype
-        self.run = library.Update(formula_digest(trace), dtype.name, len(trace.arrays)).run
+    def __init__(self, trace: Trace, dtype: np.dtype[Any], library: Any, place: Place) -> None:
+        self.trace, self.dtype, self.form = trace, dtype, place.form
+        self.run = library.Update(place.number, dtype.name, len(trace.arrays)).run
         self.numpy: HostUpdate | None = None
 
     def at_once(
@@ -160,6 +167,8 @@ class CompiledUpdate:
 
 class CudaUpdate:
     """The formula as one kernel, launched once for all arrays; see ``kernels/update.cuh``."""
+
+    form = "CUDA kernel"
 
     def __init__(
         self, trace: Trace, dtype: np.dtype[Any], backend: CudaBackend, storage: np.dtype[Any], master: bool

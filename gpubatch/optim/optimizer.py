@@ -179,6 +179,11 @@ class Optimizer:
         """The state arrays, by the names of the formula; views by the names of the parameters."""
         return dict(self._state)
 
+    @property
+    def form(self) -> str:
+        """What runs the rule: "compiled", "compiled on first use by ...", "NumPy: ..." and why, or "CUDA kernel"."""
+        return self._update.form
+
     def memory(self) -> int:
         """Bytes of the optimizer's own arrays."""
         return sum(self.memory_parts().values())
