@@ -45,7 +45,7 @@ EXPORTS = {
 MODULES = tuple(
     """
     averages backend checkpoint datasets errors explore formula launch loader nn
-    optim params plot schedules sizing sources train
+    optim params plot schedules sizing sources torch train
     """.split()
 )
 HOMES = {name: module for module, names in EXPORTS.items() for name in names.split()}

@@ -316,6 +316,20 @@ class CudaBackend(Backend):
         with self.scope():
             return self.cupy.cuda.get_current_stream()
 
+    @contextlib.contextmanager
+    def on_stream(self, handle: int) -> Iterator[None]:
+        """Inside a ``with``, work goes to the stream of another library that has this CUDA handle; 0 is the default."""
+        with self.scope():
+            kind = self.cupy.cuda.Stream
+            if not handle:
+                stream = kind.null
+            elif hasattr(kind, "from_external"):  # since CuPy 14
+                stream = kind.from_external(types.SimpleNamespace(__cuda_stream__=lambda: (0, handle)))
+            else:
+                stream = self.cupy.cuda.ExternalStream(handle, self.index)
+            with stream:
+                yield
+
     def event(self) -> Any:
         """A new CUDA event without timing; a thread that waits for it sleeps."""
         with self.scope():

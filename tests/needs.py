@@ -16,7 +16,7 @@ def missing(what: str, reason: str) -> NoReturn:
     """Skip the test for want of ``what``, or fail it if ``what`` is expected."""
     if what in os.environ.get("GPUBATCH_EXPECT", "").split(","):
         pytest.fail(f"{what} is expected here, but {reason}")
-    pytest.skip(reason)
+    pytest.skip(reason, allow_module_level=True)
 
 
 def peer(module: str) -> Any:

@@ -7,7 +7,7 @@ of another library that uses the same formula.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ class Case:
     first: Callable[[np.ndarray], np.ndarray]
     torch: Callable[[Any, Any], Any] | None = None  # (torch.optim, parameters)
     optax: Callable[[Any], Any] | None = None  # (optax)
+    kind: str = ""  # the name of the class; a rule of the user's own has none
+    variant: dict[str, Any] = field(default_factory=dict)  # its arguments
 
 
 def trace_of(case: Case) -> tuple[Trace, dict[str, float]]:
@@ -33,7 +35,10 @@ def trace_of(case: Case) -> tuple[Trace, dict[str, float]]:
 
 
 def case(kind: Any, first: Any, torch: Any = None, optax: Any = None, **variant: Any) -> Case:
-    return Case(lambda params, **more: kind(params, **{"lr": LR, **variant, **more}), first, torch, optax)
+    arguments = {"lr": LR, **variant}
+    return Case(
+        lambda params, **more: kind(params, **{**arguments, **more}), first, torch, optax, kind.__name__, arguments
+    )
 
 
 def sign_step(factor: float = 1.0, eps: float = 1e-8) -> Callable[[np.ndarray], np.ndarray]:

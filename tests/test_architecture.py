@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "train": "nn optim loader checkpoint ops params averages staging backend errors own shown",
     "explore": "nn loader optim train averages params backend errors shown",
 }
-EDGES = {"plot", "cli", "__main__", "__init__"}
+EDGES = {"plot", "cli", "torch", "__main__", "__init__"}
 
 # Inside a package, each file may import the files to its left.
 ORDER = {
@@ -185,12 +185,12 @@ CODE_LINES = {
     "formula": 1038,
     "schedules": 130,
     "averages": 55,
-    "backend": 496,
+    "backend": 508,
     "staging": 51,
     "ops": 1968,
     "sizing": 257,
     "params": 94,
-    "optim": 673,
+    "optim": 677,
     "nn": 1421,
     "datasets": 158,
     "sources": 609,
@@ -200,6 +200,7 @@ CODE_LINES = {
     "explore": 873,
     "plot": 327,
     "cli": 889,
+    "torch": 403,
     "__main__": 17,
     "__init__": 166,
 }
@@ -207,7 +208,10 @@ CODE_LINES = {
 
 def test_no_class_has_the_name_of_another() -> None:
     names = Counter(
-        node.name for source in SOURCES.values() for node in ast.parse(source).body if isinstance(node, ast.ClassDef)
+        node.name
+        for name, source in SOURCES.items()
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef) and (name, node.name) != ("torch", "Optimizer")  # PyTorch's form of ours
     )
     assert {name for name, count in names.items() if count > 1} == set()
 

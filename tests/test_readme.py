@@ -1,12 +1,14 @@
-"""The README's examples run as they stand, one after another."""
+"""The README's examples, and those of the page for PyTorch, run as they stand, one after another."""
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from needs import peer
 from stand_in import queued_backend
 from stand_in_lt import StandInLt
 
@@ -14,10 +16,12 @@ import gpubatch
 from gpubatch.formula import rules
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
+FROM_PYTORCH = (Path(__file__).parent.parent / "docs" / "from-pytorch.md").read_text()
+NOT_HERE = {"ASGD", "Adafactor", "LBFGS", "Muon", "Rprop", "SparseAdam"}  # of torch.optim
 
 
-def blocks(language: str) -> list[str]:
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     return [text for kind, text in fenced if kind == language]
 
 
@@ -44,6 +48,43 @@ def test_the_block_for_a_gpu_runs_on_a_stand_in(
     (loss,) = re.findall(r"[\d.]+", capsys.readouterr().out)
     assert 0 < float(loss) < 5
     assert (device.cupy.graph_launches, device.cupy.faults) == (3, [])
+
+
+def test_the_block_for_pytorch_trains_its_model() -> None:
+    torch = peer("torch")
+    torch.manual_seed(0)
+    (block,) = blocks("python3")
+    (X, Y), _ = gpubatch.datasets.mnist_10k()
+    space: dict[str, object] = {"gb": gpubatch, "X": X, "Y": Y}
+    exec(block, space)
+    scores = space["model"](torch.from_numpy(X[:2000].astype("float32") / 255))  # type: ignore[operator]
+    assert (scores.argmax(1).numpy() == Y[:2000]).mean() > 0.85
+
+
+def test_the_blocks_of_the_page_for_pytorch_run() -> None:
+    peer("torch")
+    space: dict[str, object] = {}
+    for block in blocks("python", FROM_PYTORCH):
+        exec(block, space)
+
+
+def test_the_page_for_pytorch_pairs_optimizers_that_do_the_same() -> None:
+    torch = peer("torch")
+    ours = importlib.import_module("gpubatch.torch")
+    rows = re.findall(r"^\| `(\w+\(p[^`]*\))` \| `(\w+\(p[^`]*\))` \|$", FROM_PYTORCH, re.MULTILINE)
+    theirs = {name for name, kind in vars(torch.optim).items() if isinstance(kind, type)} - {"Optimizer", *NOT_HERE}
+    assert {row.partition("(")[0] for row, _ in rows} == theirs
+    assert all(name in FROM_PYTORCH for name in ours.__all__)
+    for row in rows:
+        found = []
+        for text, names in zip(row, (vars(torch.optim), vars(ours)), strict=True):
+            p = torch.linspace(-1, 1, 7, dtype=torch.float64).requires_grad_()
+            opt = eval(text, dict(names), {"p": [p]})
+            for step in range(10):
+                p.grad = torch.cos(p.detach() * 3 + step)
+                opt.step()
+            found.append(p.detach())
+        torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9, msg=lambda words, row=row: f"{row}: {words}")
 
 
 def test_the_first_two_shell_blocks_are_the_ones_that_are_run_by_machines() -> None:

@@ -7,10 +7,16 @@ from typing import Any
 import numpy as np
 
 from gpubatch.backend import Array, compute_dtype
+from gpubatch.formula import Trace
 from gpubatch.ops import CudaUpdate
 from gpubatch.optim.optimizer import Optimizer
 
-__all__ = ["captured_key", "enqueue_update", "rehearse_update", "scalars_ahead"]
+__all__ = ["captured_key", "enqueue_update", "rehearse_update", "scalars_ahead", "trace_of"]
+
+
+def trace_of(opt: Optimizer, decayed: bool) -> Trace:
+    """The formula that an optimizer applies, recorded with its options, and if ``decayed`` with its weight decay."""
+    return opt.rule.trace(("decoupled" if opt._decoupled else "coupled") if decayed else "", **opt._options)
 
 
 def rehearse_update(opt: Optimizer, grads: Any = None) -> None:

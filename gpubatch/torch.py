@@ -1,0 +1,556 @@
+"""Optimizers for PyTorch: every rule of gpubatch, and rules of your own, as a ``torch.optim.Optimizer``.
+
+``gpubatch.torch.RMSProp(model.parameters(), lr=1e-3)`` takes the place of an optimizer of ``torch.optim``: parameters,
+gradients and state are PyTorch's tensors, and the fused update works in their memory. Learning-rate schedulers,
+parameter groups, closures, hooks, ``GradScaler`` and ``state_dict`` work as PyTorch has them. Names, defaults and
+formulas are gpubatch's; docs/from-pytorch.md has both side by side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+try:
+    import torch
+except ImportError as error:
+    raise ImportError(f"gpubatch.torch needs PyTorch, which cannot be imported ({error}): pip install torch") from error
+
+from gpubatch import optim
+from gpubatch.backend import Array, CudaBackend, compute_dtype, find_overlap, get_backend
+from gpubatch.errors import (
+    ArgumentError,
+    CaptureError,
+    DeviceMismatchError,
+    DTypeError,
+    ShapeError,
+    UnknownArgumentError,
+    check_bool,
+    check_known,
+)
+from gpubatch.formula import Rule
+from gpubatch.ops import update_for
+
+Tensor: TypeAlias = Any  # torch.Tensor; a type checker need not have PyTorch
+
+# What every class takes beside the arguments of its rule.
+COMMON: dict[str, Any] = {"weight_decay": 0.0, "decoupled": False, "master_weights": False, "maximize": False}
+DTYPES: dict[Any, np.dtype[Any]] = {getattr(torch, name): np.dtype(name) for name in ("float32", "float64", "float16")}
+STEP = "step"  # the name of the count beside the formula's state
+
+# What arguments of torch.optim are called here; those with None are not needed.
+ELSEWHERE = {
+    "betas": "beta1= and beta2=",
+    "alpha": "rho=",
+    "momentum": "the class HeavyBall(params, lr, mu=...)",
+    "dampening": "the class HeavyBall(params, lr, mu=..., dampening=...)",
+    "nesterov": "the class HeavyBall(params, lr, mu=..., nesterov=True)",
+    "initial_accumulator_value": "initial_accumulator=",
+    "decoupled_weight_decay": "decoupled=",
+    "lr_decay": "torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 1 / (1 + t * lr_decay))",
+    "foreach": None,
+    "fused": None,
+    "capturable": None,
+    "differentiable": None,
+}
+
+
+class Optimizer(torch.optim.Optimizer):
+    """An update rule of your own as an optimizer for PyTorch.
+
+    params: ``model.parameters()``, ``model.named_parameters()``, or dictionaries, one for each group: ``"params"``, and
+        the arguments that differ in that group. Tensors of float32, float64 or float16, on the CPU or on CUDA devices.
+    rule: a function declared with :func:`gpubatch.rule`.
+    weight_decay: λ, which adds λw to the gradient.
+    decoupled: whether weight decay shrinks w by lr·λ before the update instead.
+    master_weights: whether to keep a float32 copy of float16 parameters and update that.
+    maximize: whether to go uphill.
+    hyper: the rule's hyper-parameters and options; numbers, since ``torch.optim.lr_scheduler`` has the schedules.
+
+    ``param_groups`` has all arguments by name, to be read and assigned. ``state[p]`` has ``step``, the number of
+    updates of p, and the state by the names of the formula. A parameter without a gradient keeps both.
+    """
+
+    _known: tuple[list[int], list[Any]] | None
+    _variants: list[Variant | None]
+    _lanes: list[Lane]
+    _engines: dict[Any, Engine]
+
+    def __init__(self, params: Any, rule: Rule, **hyper: Any) -> None:
+        if not isinstance(rule, Rule):
+            raise DTypeError(f"rule must be made with @gpubatch.rule, got {rule!r}")
+        check_names(rule.name, hyper, [*rule.hyper, *rule.options, *COMMON])
+        if missing := [name for name in rule.required if name not in hyper]:
+            raise ArgumentError(f"{rule.name} needs {', '.join(missing)}; none was given")
+        start(self, params, functools.partial(optim.Optimizer, rule), {**rule.defaults, **rule.options, **hyper})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group: ``"params"``, and the arguments that differ in it."""
+        torch.optim.Optimizer.add_param_group(self, param_group)
+        number, group = len(self.param_groups) - 1, self.param_groups[-1]
+        try:
+            check_names(f"group {number}", [name for name in group if name in ELSEWHERE], self._arguments)
+            Variant(self._make, {name: group[name] for name in self._arguments})
+            for i, p in enumerate(group["params"]):
+                check_parameter(p, name_of(group, number, i))
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update in place all parameters that have a gradient.
+
+        closure: computes the gradients and returns the loss, which is then returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update()
+        return loss
+
+    @torch._disable_dynamo  # what a compiled function calls: NumPy's views of tensors cannot be traced
+    def _update(self) -> None:
+        if not self._is_known():
+            self._look()
+        decayed = any(group["weight_decay"] != 0 for group in self.param_groups)
+        cohorts = [p for lane in self._lanes for p in lane.cohorts(self._variant(lane.number, decayed), self.state)]
+        if any(cohort.new for cohort in cohorts):
+            self._check_apart()
+            self._known = self._owned()
+        calls: dict[Any, list[Cohort]] = {}
+        for cohort in cohorts:
+            calls.setdefault(cohort.lane.key, []).append(cohort)
+        for key, together in calls.items():
+            if key not in self._engines:
+                self._engines[key] = Engine(together[0].lane)
+            self._engines[key].update(together)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over copies of what ``state_dict`` gave, checked whole before anything changes."""
+        taken: list[Mapping[str, Any]] = []
+        handle = self.register_load_state_dict_pre_hook(lambda _, d: taken.append(self._checked(d)))
+        try:
+            torch.optim.Optimizer.load_state_dict(self, state_dict)
+        finally:
+            handle.remove()
+        # PyTorch shares the tensors with the dictionary, and rounds the float32 state of float16 parameters.
+        for p, state in self._saved_states(taken[0]):
+            for name, value in state.items():
+                self.state[p][name] = value.to(value.device if name == STEP else p.device, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"_make": self._make, "_arguments": self._arguments}
+        return {**torch.optim.Optimizer.__getstate__(self), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)
+        for group in self.param_groups:
+            for name in self._arguments:
+                group.setdefault(name, self.defaults[name])
+        self._known, self._engines = None, {}
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _owned(self) -> tuple[list[int], list[Any]]:
+        """What lanes depend on: the addresses of the parameters, and the objects in groups and state."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        state = self.state.values()
+        objects = [*params, *state, *itertools.chain.from_iterable(map(dict.values, state))]
+        return list(map(torch.Tensor.data_ptr, params)), objects
+
+    def _is_known(self) -> bool:
+        """Whether groups and state are as the lanes have them."""
+        if self._known is None:
+            return False
+        (addresses, objects), (known_addresses, known) = self._owned(), self._known
+        return addresses == known_addresses and len(objects) == len(known) and all(map(operator.is_, objects, known))
+
+    def _look(self) -> None:
+        """Sort the parameters into lanes."""
+        lanes: dict[Any, Lane] = {}
+        for number, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                name = name_of(group, number, i)
+                check_parameter(p, name)
+                key = (number, p.device, p.dtype)
+                if key not in lanes:
+                    lanes[key] = Lane(number, p.device, p.dtype)
+                lanes[key].params.append(p)
+                lanes[key].names.append(name)
+        self._variants = [None] * len(self.param_groups)
+        self._lanes = list(lanes.values())
+        for lane in self._lanes:
+            lane.count(self.state)
+        self._known = self._owned()
+
+    def _variant(self, number: int, decayed: bool) -> Variant:
+        """The formula with the arguments that a group has now."""
+        group, variant = self.param_groups[number], self._variants[number]
+        values = [group[name] for name in self._arguments]
+        if variant is None or variant.values != values or variant.decayed != decayed:
+            variant = Variant(self._make, dict(zip(self._arguments, values, strict=True)), decayed)
+            self._variants[number] = variant
+        return variant
+
+    def _check_apart(self) -> None:
+        """Raise if parameters that are updated share memory."""
+        places = [(name, r.place) for lane in self._lanes for name, r in zip(lane.names, lane.bound, strict=True) if r]
+        if (pair := find_overlap([place for _, place in places])) is not None:
+            first, second = (places[i][0] for i in pair)
+            shared = f"elements of {first}" if first == second else f"{first} and {second}"
+            raise ArgumentError(f"{shared} share memory, which would be updated twice in a step; give each its own")
+
+    def _saved_states(self, d: Mapping[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """The parameters that a state_dict has state of, and that state."""
+        numbers = itertools.chain.from_iterable(group["params"] for group in d["param_groups"])
+        params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        for number, p in zip(numbers, params, strict=False):  # PyTorch compares the lengths
+            if number in d["state"]:
+                yield p, d["state"][number]
+
+    def _checked(self, d: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A state_dict, if it can be taken."""
+        for number, group in enumerate(d["param_groups"]):
+            if missing := [name for name in self._arguments if name not in group and name not in COMMON]:
+                raise ArgumentError(
+                    f"group {number} of state_dict lacks {', '.join(missing)}: it is not of {type(self).__name__}"
+                )
+            variant = Variant(self._make, {name: group.get(name, self.defaults[name]) for name in self._arguments})
+            known = [*variant.start, optim.MASTER, STEP]
+            for state in (d["state"][i] for i in group["params"] if i in d["state"]):
+                if other := set(state) - set(known):
+                    raise ArgumentError(f"the state must be {', '.join(known)}; state_dict has {', '.join(other)}")
+        for p, state in self._saved_states(d):
+            for name, value in state.items():
+                if name != STEP and (not torch.is_tensor(value) or value.shape != p.shape):
+                    found = tuple(value.shape) if torch.is_tensor(value) else value
+                    raise ShapeError(f"state_dict has {found} as {name} of a parameter of shape {tuple(p.shape)}")
+        return d
+
+
+def start(self: Optimizer, params: Any, make: Callable[..., optim.Optimizer], arguments: dict[str, Any]) -> None:
+    """Initialise an optimizer whose rule and hyper-parameters are those of ``make([w], **arguments)``."""
+    arguments = {**COMMON, **arguments}
+    self._make, self._arguments = make, tuple(arguments)
+    self._known, self._engines = None, {}
+    torch.optim.Optimizer.__init__(self, params, arguments)
+
+
+def check_names(owner: str, given: Any, known: Any) -> None:
+    """Raise for an argument that does not exist; those of torch.optim are said to be what they are here."""
+    for name in given:
+        if name in ELSEWHERE and name not in known:
+            instead = ELSEWHERE[name] or "nothing: every step is one fused call, outside of CUDA graphs and autograd"
+            raise UnknownArgumentError(f"{owner} has no argument {name!r} of torch.optim; here it is {instead}")
+    check_known(owner, given, known)
+
+
+def name_of(group: Mapping[str, Any], number: int, i: int) -> str:
+    """A parameter in words: its name, if it came from ``named_parameters``."""
+    return repr(group["param_names"][i]) if "param_names" in group else f"param_groups[{number}]['params'][{i}]"
+
+
+def check_parameter(p: Tensor, name: str) -> None:
+    """Raise for a tensor that cannot be updated."""
+    if type(p).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise DTypeError(f"{name} is a {type(p).__name__}: its values are not in memory of its own; give plain tensors")
+    if p.layout is not torch.strided:
+        raise DTypeError(f"{name} is sparse ({p.layout}); give dense parameters")
+    if p.dtype not in DTYPES:
+        hint = "; keep bfloat16 for autocast, and the parameters in float32" if p.dtype == torch.bfloat16 else ""
+        raise DTypeError(f"{name} must be float32, float64 or float16, got {p.dtype}{hint}")
+    if p.device.type not in ("cpu", "cuda"):
+        raise DeviceMismatchError(f"{name} must be on the CPU or on a CUDA device, it is on {p.device}")
+
+
+class Variant:
+    """The formula of a group, with the arguments that the group has.
+
+    values: those arguments.
+    decayed: whether the formula has weight decay. It has in all groups if one of them has, so that one call does all.
+    start: what the state starts from, by its names.
+    """
+
+    def __init__(self, make: Callable[..., optim.Optimizer], arguments: dict[str, Any], decayed: bool = False) -> None:
+        self.values, self.decayed = list(arguments.values()), decayed
+        for name, value in arguments.items():
+            if callable(value) or torch.is_tensor(value):
+                raise DTypeError(
+                    f"{name} must be a plain number, got {value!r}; schedules are those of torch.optim.lr_scheduler"
+                )
+        self.uphill = check_bool("maximize", arguments["maximize"])
+        self.master = check_bool("master_weights", arguments["master_weights"])
+        rest = {name: value for name, value in arguments.items() if name not in ("maximize", "master_weights")}
+        # An optimizer of one weight picks the rule, checks the arguments and has the initial state.
+        opt = make([np.zeros(1, np.float32)], **rest)
+        self.trace = optim.trace_of(opt, decayed)
+        self.hyper = {name: opt.hyper[name] for name in self.trace.hyper}
+        self.start = {name: float(views.flat[0]) for name, views in opt.state.items()}
+
+
+# --- parameters as the update sees them ------------------------------------------------------------------------------
+
+
+class BoundTensor(NamedTuple):
+    """A parameter that has state.
+
+    place: the array of its memory.
+    w: the array that the update works on: ``place``, or its elements in the order of memory.
+    copy: for a parameter with gaps between its elements, the tensor whose memory ``w`` is.
+    state: the state's arrays, laid out as ``w``.
+    checked: gives the array of a gradient.
+    quick: the same, if the gradient is what it nearly always is.
+    """
+
+    place: Array
+    w: Array
+    copy: Tensor
+    state: tuple[Array, ...]
+    checked: Callable[[Tensor], Array]
+    quick: Callable[[Tensor], Array]
+
+
+class Lane:
+    """The parameters of one group that share device and element type."""
+
+    def __init__(self, number: int, device: Any, dtype: Any) -> None:
+        self.number, self.device = number, device
+        self.dtype: np.dtype[Any] = DTYPES[dtype]
+        self.backend = get_backend("cpu" if device.type == "cpu" else f"cuda:{device.index}")
+        self.params: list[Tensor] = []
+        self.names: list[str] = []
+        self.bound: list[Any] = []  # a BoundTensor for each, or None before its first gradient
+        self.variant: Variant | None = None
+        self.state_names: tuple[str, ...] = ()
+        self.key: Any = None  # lanes of the same key are updated by one call
+
+    def count(self, state: Any) -> None:
+        """Let all counts be numbers in one array, which costs one operation per step."""
+        self.bound = [None] * len(self.params)
+        steps = torch.zeros(len(self.params), dtype=torch.int64)
+        self.counts, self.steps = steps.numpy(), steps.unbind()
+        for i, p in enumerate(self.params):
+            if p in state:
+                self.counts[i] = int(state[p].get(STEP, 0))
+                state[p][STEP] = self.steps[i]
+
+    def cohorts(self, variant: Variant, state: Any) -> list[Cohort]:
+        """The parameters that have a gradient, by their step count."""
+        if self.variant is not variant:
+            self._bind(variant)
+        grads = [p.grad for p in self.params]
+        active = [i for i, g in enumerate(grads) if g is not None]
+        if not active:
+            return []
+        new = [i for i in active if self.bound[i] is None]
+        with self.scope():
+            for i in new:
+                self.bound[i] = self._bound_tensor(i, variant, state)
+        counts = self.counts[active] if len(active) < len(grads) else self.counts
+        if (counts == counts[0]).all():
+            return [Cohort(self, active, grads, int(counts[0]) + 1, bool(new))]
+        by_count: dict[int, list[int]] = {}
+        for i in active:
+            by_count.setdefault(int(self.counts[i]), []).append(i)
+        return [Cohort(self, some, grads, count + 1, bool(new)) for count, some in by_count.items()]
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """The device, and PyTorch's current stream there."""
+        if not isinstance(self.backend, CudaBackend):
+            return contextlib.nullcontext()
+        if torch.cuda.is_current_stream_capturing():
+            raise CaptureError("step() cannot be captured in a CUDA graph: its scalars come from the host in each step")
+        return self.backend.on_stream(torch.cuda.current_stream(self.device).cuda_stream)
+
+    def _bind(self, variant: Variant) -> None:
+        """Take over a variant."""
+        self.variant, self.master = variant, variant.master and self.dtype == np.float16
+        names = (*variant.start, *([optim.MASTER] if self.master else []))
+        if names != self.state_names:
+            self.bound = [None] * len(self.params)
+        self.state_names = names
+        self.key = (self.device, self.dtype, id(variant.trace), self.master, variant.uphill)
+
+    def _bound_tensor(self, i: int, variant: Variant, state: Any) -> BoundTensor:
+        """The record of parameter i; state that it lacks is made."""
+        p = self.params[i].detach()
+        contiguous = p.is_contiguous()
+        gaps = not contiguous and torch.empty_like(p, device="meta").stride() != p.stride()
+        # What is updated, and how the state is laid out. Elements without gaps may have any order, if all agree on it.
+        body = torch.empty_like(p, memory_format=torch.contiguous_format) if gaps else p
+        kept = state[self.params[i]]
+        kept.setdefault(STEP, self.steps[i])
+        for name in self.state_names:
+            kind = {"dtype": torch.float32} if self.dtype == np.float16 else {}
+            if name not in kept:
+                kept[name] = torch.empty_like(body, **kind)
+                if name == optim.MASTER:
+                    kept[name].copy_(p)
+                else:
+                    kept[name].fill_(variant.start[name])
+            x = kept[name]
+            wanted = torch.empty_like(body, **kind)
+            if (x.dtype, x.device) != (wanted.dtype, wanted.device):
+                raise DeviceMismatchError(
+                    f"state {name} of {self.names[i]} is {x.dtype} on {x.device}, the parameter needs {wanted.dtype} "
+                    f"on {wanted.device}; state_dict and load_state_dict move it"
+                )
+            if not (x.is_contiguous() if contiguous else x.stride() == wanted.stride()):
+                kept[name] = wanted.copy_(x)
+        checked = functools.partial(self._gradient, i)
+        return BoundTensor(
+            place=self._view(p),
+            w=self._view(in_memory_order(body)),
+            copy=body if gaps else None,
+            state=tuple(self._view(in_memory_order(kept[name])) for name in self.state_names),
+            checked=checked,
+            quick=torch.Tensor.numpy if contiguous and self.device.type == "cpu" else checked,
+        )
+
+    def _view(self, x: Tensor) -> Array:
+        """The array of a tensor's memory: NumPy's, or CuPy's on the current stream."""
+        return x.numpy() if self.device.type == "cpu" else self.backend.asarray(x)
+
+    def _gradient(self, i: int, g: Tensor) -> Array:
+        """The array of the gradient of parameter i, laid out as the update has the parameter."""
+        p, record, name = self.params[i].detach(), self.bound[i], f"the gradient of {self.names[i]}"
+        if g.layout is not torch.strided:
+            raise DTypeError(f"{name} is sparse ({g.layout}); a layer with sparse=False gives a dense one")
+        if (g.dtype, g.device, g.shape) != (p.dtype, p.device, p.shape):
+            raise DTypeError(f"{name} is {g.dtype} on {g.device}, the parameter is {p.dtype} on {p.device}")
+        body = p if record.copy is None else record.copy
+        g = g.detach().resolve_neg()
+        shared = g.untyped_storage().data_ptr() == p.untyped_storage().data_ptr()
+        like = g.is_contiguous() if body.is_contiguous() else g.stride() == body.stride()
+        if shared or not like:
+            g = torch.empty_like(body).copy_(g)
+        return self._view(in_memory_order(g))
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """A tensor without gaps as it is if it is contiguous, else its elements in the order of memory."""
+    return x if x.is_contiguous() else x.as_strided((x.numel(),), (1,))
+
+
+class Cohort(NamedTuple):
+    """Parameters of a lane at the same step: they have one row of scalars.
+
+    lane: of all these parameters.
+    indices: of the parameters in the lane.
+    grads: of all parameters of the lane.
+    t: the step, from 1.
+    new: whether some are updated for the first time.
+    """
+
+    lane: Lane
+    indices: list[int]
+    grads: list[Tensor]
+    t: int
+    new: bool
+
+
+class Engine:
+    """The update of a formula, for an element type and a device."""
+
+    def __init__(self, lane: Lane) -> None:
+        variant = lane.variant
+        assert variant is not None
+        self.trace, self.scope = variant.trace, lane.scope
+        self.call = update_for(variant.trace, lane.dtype, lane.backend, lane.master)
+        self.at_once = getattr(self.call, "at_once", None)
+        sign = np.array([-1, 0], compute_dtype(lane.dtype))
+        self.control = lane.backend.asarray(sign) if variant.uphill else None
+
+    def update(self, cohorts: list[Cohort]) -> None:
+        """Update the parameters in one call, and count the step."""
+        rows = [self.trace.evaluate(cohort.t, **cohort.lane.variant.hyper) for cohort in cohorts]  # type: ignore[union-attr]
+        row_of = [i for i, cohort in enumerate(cohorts) for _ in cohort.indices] if len(cohorts) > 1 else None
+        params = [cohort.lane.params[i] for cohort in cohorts for i in cohort.indices]
+        records = [cohort.lane.bound[i] for cohort in cohorts for i in cohort.indices]
+        grads = [cohort.grads[i] for cohort in cohorts for i in cohort.indices]
+        copies = [(p, r.copy) for p, r in zip(params, records, strict=True) if r.copy is not None]
+        for p, copy in copies:
+            copy.copy_(p)
+        with self.scope():
+            if not self._at_once(records, grads, rows, row_of):
+                arrays = [(r.w, r.checked(g), *r.state) for r, g in zip(records, grads, strict=True)]
+                self.call(arrays, rows, self.control, row_of)
+        for p, copy in copies:
+            p.copy_(copy)
+        # NumPy's writes are not seen by autograd, which must refuse a backward pass through values that are gone.
+        torch.autograd.graph.increment_version(params)
+        for cohort in cohorts:
+            cohort.lane.counts[cohort.indices] += 1
+
+    def _at_once(self, records: list[BoundTensor], grads: list[Tensor], rows: Any, row_of: list[int] | None) -> bool:
+        """Update without a look at each gradient; False, with nothing changed, if one is unsuitable."""
+        if self.at_once is None:
+            return False
+        try:
+            arrays = [(r.w, r.quick(g), *r.state) for r, g in zip(records, grads, strict=True)]
+        except (RuntimeError, TypeError):  # a tensor that NumPy does not take as it is
+            return False
+        return bool(self.at_once(arrays, rows, self.control, row_of))
+
+
+# --- the library's rules ---------------------------------------------------------------------------------------------
+
+
+def _class_of(kind: type[optim.Optimizer]) -> type[Optimizer]:
+    """The class for PyTorch of one of gpubatch's optimizers, with its arguments and defaults."""
+    core = {name for name, p in inspect.signature(optim.Optimizer).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    here = [
+        p
+        for name, p in inspect.signature(kind).parameters.items()
+        if p.kind is not p.VAR_KEYWORD and (name in COMMON or name not in core)
+    ]
+    known = [p.name for p in here]
+    common = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value)
+        for name, value in COMMON.items()
+        if name not in known
+    ]
+    signature = inspect.Signature([*here, *common])
+
+    def begin(self: Optimizer, *given: Any, **arguments: Any) -> None:
+        check_names(kind.__name__, arguments, signature.parameters)
+        try:
+            bound = signature.bind(*given, **arguments)
+        except TypeError as error:
+            raise DTypeError(f"{kind.__name__}{signature}: {error}") from None
+        bound.apply_defaults()
+        params = bound.arguments.pop("params")
+        start(self, params, kind, bound.arguments)
+
+    body = {
+        "__init__": begin,
+        "__doc__": f"{kind.__doc__}\n\nAs an optimizer for PyTorch: see :class:`Optimizer`.",
+        "__module__": __name__,
+        "__signature__": signature,
+    }
+    return type(kind.__name__, (Optimizer,), body)
+
+
+KINDS = {
+    name: kind
+    for name in optim.__all__
+    if isinstance(kind := getattr(optim, name), type)
+    and issubclass(kind, optim.Optimizer)
+    and kind is not optim.Optimizer
+}
+globals().update({name: _class_of(kind) for name, kind in KINDS.items()})
+
+__all__ = ["Optimizer", *KINDS]
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any: ...
