@@ -291,7 +291,7 @@ class Variant:
         self.master = check_bool("master_weights", arguments["master_weights"])
         rest = {name: value for name, value in arguments.items() if name not in ("maximize", "master_weights")}
         # An optimizer of one weight picks the rule, checks the arguments and has the initial state.
-        opt = make([np.zeros(1, np.float32)], **rest)
+        opt = make([np.zeros(1)], **rest)
         self.trace = optim.trace_of(opt, decayed)
         self.hyper = {name: opt.hyper[name] for name in self.trace.hyper}
         self.start = {name: float(views.flat[0]) for name, views in opt.state.items()}
