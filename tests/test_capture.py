@@ -72,7 +72,7 @@ class Case:
     """A training to run eagerly and captured."""
 
     layers: Callable[[], list[gb.Layer]]
-    loss: str = "softmax_cross_entropy"
+    loss: Any = "softmax_cross_entropy"
     optimizer: Callable[[Any], gb.Optimizer] = gb.Adam
     l2: float = 0.0
     dtype: str = "float32"
@@ -97,8 +97,32 @@ def mixed(params: Any) -> gb.Optimizer:
     return gb.Adam(params, lr=0.01, master_weights=True)
 
 
+@gb.activation
+def silu(x, *, beta=1.0):
+    return x / (1 + np.exp(-beta * x))
+
+
+@gb.score_loss
+def huber(z, y, *, delta=1.0):
+    r = np.abs(z - y)
+    return np.where(r < delta, 0.5 * r * r, delta * (r - 0.5 * delta))
+
+
+@gb.rule
+def warm_momentum(w, g, v, t, *, lr=0.05, beta=0.9, limit=0.1):
+    """Its first steps, its gradient and its state have conditions."""
+    v = np.where(t == 1, g, beta * v + (1 - beta) * np.clip(g, -limit, limit))
+    return w - np.minimum(t / 4, 1) * lr * np.where(v * g > 0, v, 0.5 * v), v
+
+
+def users() -> list[gb.Layer]:
+    return [gb.Dense(FEATURES, 16), gb.BatchNorm(16), gb.Elementwise(silu, beta=1.5), gb.Dense(16, CLASSES)]
+
+
+OWN = "activation, loss and rule of the user's own"
 CASES = {
     "plain": Case(plain),
+    OWN: Case(users, huber.bind(delta=0.3), lambda p: gb.Optimizer(warm_momentum, p, lr=gb.ExponentialDecay(0.1, 0.9))),
     "norm, dropout, l2, schedule": Case(everything, optimizer=falling(gb.Adam, 0.01), l2=0.01, fit={"max_norm": 0.5}),
     "float64, amsgrad": Case(everything, dtype="float64", optimizer=lambda p: gb.Adam(p, amsgrad=True)),
     "mse, momentum, decay": Case(plain, "mse", lambda p: gb.HeavyBall(p, lr=0.01, weight_decay=0.1)),
@@ -130,7 +154,7 @@ every_case = every("case", CASES, ["norm, dropout, l2, schedule", "mixed, host, 
 def data(case: Case) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(5)
     Y: np.ndarray = rng.integers(0, CLASSES, N).astype(np.uint8)
-    if case.loss in ("mse", "sigmoid_cross_entropy"):
+    if case.loss not in ("softmax_cross_entropy", "svm"):
         Y = rng.random((N, CLASSES)).astype(np.float32)
     return rng.integers(0, 256, (N, FEATURES), np.uint8), Y
 
