@@ -16,7 +16,7 @@ def public(x: Any) -> set[str]:
 
 NETWORK = """
     layers loss_function loss_name l2 backend dtype seed precision tune
-    inputs outputs compute_dtype parameters buffers loss_scale
+    inputs outputs compute_dtype parameters buffers loss_scale forms
     loss_and_grad step_loss loss evaluate scores predict accuracy
     memory memory_parts reserve state_dict load_state_dict
 """

@@ -13,8 +13,8 @@ from gpubatch.backend import Array, Backend, float_dtype, get_backend
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_bool, check_choice, check_int, check_real
 from gpubatch.formula import Activation, BoundActivation, BoundScoreLoss, ScoreLoss
 from gpubatch.nn.core import EVALUATION_ROWS, Core, quiet
-from gpubatch.nn.layers import ACTIVATIONS, BatchNorm, Dense, Dropout, Elementwise, Layer
-from gpubatch.nn.losses import Loss, loss_of
+from gpubatch.nn.layers import ACTIVATIONS, ActivationLayer, BatchNorm, Dense, Dropout, Elementwise, Layer
+from gpubatch.nn.losses import Loss, OverScores, loss_of
 from gpubatch.nn.workspace import evenly
 from gpubatch.ops import PRECISIONS, check_choices
 from gpubatch.own import as_written
@@ -105,6 +105,16 @@ class Network:
     def loss_name(self) -> str:
         """What the loss is called."""
         return self.loss_function.name
+
+    @property
+    def forms(self) -> dict[str, str]:
+        """What runs each activation, and the loss if it is a formula, by name, in the words of ``Optimizer.form``."""
+        formulas: list[Activation | ScoreLoss] = [
+            layer.function.activation for layer in self.layers if isinstance(layer, ActivationLayer)
+        ]
+        if isinstance(self.loss_function, OverScores):
+            formulas.append(self.loss_function.bound.loss)
+        return {formula.name: self._core.ops.form(formula, self.dtype) for formula in formulas}
 
     @property
     def inputs(self) -> int:

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from gpubatch.backend import Backend, CudaBackend
+from gpubatch.backend import Backend, CudaBackend, compute_dtype
 from gpubatch.errors import check_choice
+from gpubatch.formula import Activation, ScoreLoss
 from gpubatch.ops import dropout as dropping, elementwise, gather as gathering, losses, normalisation, sums
 from gpubatch.ops.compile import host_library
 from gpubatch.ops.grid import Grid
+from gpubatch.ops.host_compiler import place_of
 from gpubatch.ops.operation import Operation, Space
 
 __all__ = ["OPERATIONS", "Ops", "ops_for"]
@@ -47,6 +49,14 @@ class Ops:
     def by_numpy(self) -> bool:
         """Whether NumPy does the work."""
         return self.library is None and self.grid is None
+
+    def form(self, formula: Activation | ScoreLoss, dtype: np.dtype[Any]) -> str:
+        """What runs an activation or a score loss on arrays of ``dtype``, in words; it is compiled if it is not yet."""
+        if self.grid is not None:
+            return "CUDA kernel"
+        if self.library is None:
+            return f"NumPy: {host_library()}"
+        return place_of(self.library, formula, compute_dtype(dtype).name).form
 
     def scratch(self, names: Iterable[str], features: int, strided: bool = False) -> dict[str, Space]:
         """The scratch of the operations ``names`` on rows of ``features`` numbers, in the forms that will run.
