@@ -409,6 +409,7 @@ def test_what_a_formula_cannot_do_is_said(formula: Any, message: str) -> None:
         (lambda w, g, t, *, sqrt=0.1: w, "'sqrt' is taken"),
         (lambda w, g, t, *, lr=None: w, "default of lr must be a number"),
         (lambda w, g, double, t: (w, double), "'double' cannot be a name in C"),
+        (lambda w, g, mutable, t: (w, mutable), "'mutable' cannot be a name in C"),
         (lambda w, g, β, t: (w, β), "'β' cannot be a name in C"),
     ],
     ids=["no gradient", "no step", "star", "decay", "function", "no number", "word of C", "not ascii"],

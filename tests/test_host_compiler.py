@@ -221,6 +221,21 @@ def test_any_expression_has_numpy_s_bits(many: list[tuple[Any, Any]], single: bo
             np.testing.assert_array_equal(a, b, err_msg=trace.c)
 
 
+@gb.rule
+def loop_names(w, g, i, row, table, first, scalars, array0, element1, formula_0, t, *, scale=0.5, T=2.0):
+    return w - scale * g * T, row, table, first, scalars, array0, element1, formula_0, i + 1
+
+
+def test_state_may_have_the_names_of_the_loop(library: Any) -> None:
+    trace = loop_names.trace()
+    [compiled], plain = updates([trace], F, library), HostUpdate(trace, F)
+    ours = tuple(np.full(5, number, F) for number, _ in enumerate(trace.arrays))
+    theirs = tuple(a.copy() for a in ours)
+    for update in (compiled, plain):
+        update([ours if update is compiled else theirs], [trace.evaluate(1, scale=0.5, T=2.0)])
+    np.testing.assert_array_equal(ours, theirs)
+
+
 def test_the_options_are_those_of_the_build() -> None:
     """Otherwise the bits might differ: an option on contraction, or on errno, chooses other instructions."""
     text = (Path(gb.__file__).parent.parent / "CMakeLists.txt").read_text()

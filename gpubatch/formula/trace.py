@@ -114,9 +114,13 @@ COMPOSED: dict[Any, Callable[..., Any]] = {
 # Names that a state array cannot have, because the C text uses them.
 C_WORDS = frozenset(
     """
-    k T element update auto bool case catch char class const default delete do double enum extern float goto inline
-    int long namespace new operator private protected public register short signed sizeof static struct switch
-    template this throw typedef typename union unsigned using virtual void volatile
+    k T element update EACH REGISTER
+    alignas alignof and and_eq asm auto bitand bitor bool case catch char char8_t char16_t char32_t class compl concept
+    const const_cast consteval constexpr constinit co_await co_return co_yield decltype default delete do double
+    dynamic_cast enum explicit export extern false float friend goto inline int long mutable namespace new noexcept not
+    not_eq nullptr operator or or_eq private protected public register reinterpret_cast requires short signed sizeof
+    static static_assert static_cast struct switch template this thread_local throw true typedef typeid typename union
+    unsigned using virtual void volatile wchar_t xor xor_eq
     sign_of larger_of smaller_of select both either not_so floor floor_quotient remainder_of
     sqrt exp log log1p tanh fabs pow
     """.split()
