@@ -412,7 +412,7 @@ def test_what_a_formula_cannot_do_is_said(formula: Any, message: str) -> None:
         (lambda w, g, mutable, t: (w, mutable), "'mutable' cannot be a name in C"),
         (lambda w, g, β, t: (w, β), "'β' cannot be a name in C"),
     ],
-    ids=["no gradient", "no step", "star", "decay", "function", "no number", "word of C", "not ascii"],
+    ids=["no gradient", "no step", "star", "decay", "function", "no number", "word of C", "word of C++", "not ascii"],
 )
 def test_a_signature_that_is_none_of_a_rule_is_refused(formula: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
