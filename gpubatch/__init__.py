@@ -29,7 +29,7 @@ EXPORTS = {
     "loader": "Loader",
     "nn": """
         GELU BatchNorm Context Dense Dropout Elementwise Layer LeakyReLU Loss Needs Network Parameter ReLU Sigmoid Step
-        Tanh losses mlp
+        Tanh losses mlp no_decay
     """,
     "optim": """
         SGD AdaBelief Adadelta Adagrad Adam AdamW Adamax HeavyBall Lion Momentum NAdam Optimizer RAdam RMSProp
@@ -122,6 +122,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         Tanh as Tanh,
         losses as losses,
         mlp as mlp,
+        no_decay as no_decay,
     )
     from gpubatch.optim import (
         SGD as SGD,

@@ -93,6 +93,16 @@ def falling(kind: Any, lr: float, **hyper: Any) -> Callable[[Any], gb.Optimizer]
     return lambda params: kind(params, lr=gb.ExponentialDecay(lr, 0.9, per="step"), **hyper)
 
 
+def deep() -> list[gb.Layer]:
+    return [*everything()[:4], gb.Dense(16, 8), gb.ReLU(), gb.Dense(8, CLASSES)]
+
+
+def grouped(params: Any, *frozen: str, **options: Any) -> gb.Optimizer:
+    rates = {"W*": {"lr": gb.ExponentialDecay(0.02, 0.8, per="step"), "beta1": 0.8}, "b*": {"weight_decay": 0.0}}
+    groups = {**{name: {"trainable": False} for name in frozen}, **rates}
+    return gb.Adam(params, gb.SqrtDecay(0.01, per="step"), weight_decay=0.1, groups=groups, **options)
+
+
 def mixed(params: Any) -> gb.Optimizer:
     return gb.Adam(params, lr=0.01, master_weights=True)
 
@@ -144,11 +154,23 @@ CASES = {
         fit={"loss_scale": (2.0**17, 3), "max_norm": 0.1},
     ),
     "a window and a rank": Case(plain, loader={"window": 20, "rank": 1, "world_size": 2}),
+    "groups, norm": Case(everything, optimizer=grouped, l2=0.01, fit={"max_norm": 0.5}),
+    "groups, the lowest layers frozen": Case(
+        deep, optimizer=lambda p: grouped(p, "[Wb]1", "gamma1", "beta1", "b3"), l2=0.01
+    ),
+    "groups, mixed": Case(
+        deep,
+        precision="mixed",
+        optimizer=lambda p: grouped(p, "W2", "b2", master_weights=True),
+        fit={"loss_scale": (2.0**17, 3)},
+    ),
     "columns": Case(everything, loader={"sample_axis": 1}),
     "columns of targets, through pinned memory": Case(plain, "mse", loader={"sample_axis": 1, "feed": "host"}),
     "columns, transformed": Case(plain, loader={"sample_axis": 1, "transform": lambda x: x * 2}),
 }
-every_case = every("case", CASES, ["norm, dropout, l2, schedule", "mixed, host, norm"])
+every_case = every(
+    "case", CASES, ["norm, dropout, l2, schedule", "mixed, host, norm", "groups, the lowest layers frozen"]
+)
 
 
 def data(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -578,7 +600,7 @@ WRITTEN = [
     ("net", "loss_and_grad", "Network.loss_and_grad"),
     ("net", "step_loss", "Network.step_loss"),
     ("opt", "step", "Adam.step"),
-    ("opt", "_at", "Adam._at"),
+    ("opt", "_scalars", "Adam._scalars"),
     ("loader", "__iter__", "Loader.__iter__"),
     ("loss_scale", "good", "LossScale.good"),
 ]

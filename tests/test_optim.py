@@ -711,8 +711,12 @@ ERRORS = {
     "no gradients": (lambda: gb.SGD([W], 0.1).step(), ValueError, "grads must be given"),
     "shape": (lambda: gb.SGD([W], 0.1).step([W.T]), ValueError, r"grads\['0'\] has shape \(3, 2\).*\(2, 3\)"),
     "type": (lambda: gb.SGD([W], 0.1).step([W.astype("f")]), TypeError, r"grads\['0'\] is float32.*float64"),
-    "names": (lambda: gb.SGD({"a": W}, 0.1).step({"b": W}), ValueError, "grads must be for a; got b"),
-    "none": (lambda: gb.SGD({"a": W}, 0.1).step({"a": None}), TypeError, r"grads\['a'\] must be a NumPy or CuPy"),
+    "names": (
+        lambda: gb.SGD({"a": W}, 0.1).step({"b": W}),
+        ValueError,
+        "grads must be for a; got b. Give None for a p",
+    ),
+    "a list": (lambda: gb.SGD({"a": W}, 0.1).step({"a": [1.0]}), TypeError, r"grads\['a'\] must be a NumPy or CuPy"),
     "not a rule": (lambda: gb.Optimizer(abs, [W]), TypeError, "rule must be made with @gpubatch.rule"),
     "bad schedule": (lambda: gb.SGD([W], lambda s, e: -1.0).step([W]), ValueError, "lr must be finite .* got -1.0"),
     "max_norm": (lambda: gb.clip_by_global_norm([W], 0), ValueError, r"max_norm .* \(0, inf\), got 0.0"),
@@ -735,6 +739,98 @@ ERRORS = {
         lambda: gb.Adam([W]).load_state_dict(gb.Adam([W.astype("f")]).state_dict()),
         TypeError,
         r"state\['m'\]\['0'\] is float32, expected float64",
+    ),
+    "groups of a wrong type": (
+        lambda: gb.SGD([W], 0.1, groups=[{"lr": 0.2}]),
+        TypeError,
+        r"groups must map patterns over the names of parameters to settings, got \[",
+    ),
+    "settings of a wrong type": (
+        lambda: gb.SGD([W], 0.1, groups={"0": 0.2}),
+        TypeError,
+        r"groups must map patterns to settings, as \{'b\*': .*, got '0': 0.2",
+    ),
+    "a pattern that matches nothing": (
+        lambda: gb.SGD({"W1": W, "b1": W.copy()}, 0.1, groups={"b*": {}, "c*": {}}),
+        ValueError,
+        r"groups\['c\*'\] matches none of the parameters W1, b1",
+    ),
+    "a pattern too late": (
+        lambda: gb.SGD({"W1": W, "b1": W.copy()}, 0.1, groups={"b*": {}, "b1": {}}),
+        ValueError,
+        r"groups\['b1'\] matches b1, which earlier patterns have taken: .*; the parameters are W1, b1",
+    ),
+    "unknown in a group": (
+        lambda: gb.Adam([W], groups={"0": {"beta": 0.5}}),
+        TypeError,
+        r"groups\['0'\] takes lr, beta1, beta2, eps, weight_decay, trainable; got 'beta'; did you mean 'beta",
+    ),
+    "an option in a group": (
+        lambda: gb.Adam([W], groups={"0": {"eps_at": "inside"}}),
+        TypeError,
+        r"groups\['0'\] takes lr, .*; got 'eps_at'",
+    ),
+    "out of range in a group": (
+        lambda: gb.Adam([W], groups={"0": {"beta2": 1.0}}),
+        ValueError,
+        r"beta2 of groups\['0'\] must be finite and in \[0, 1\), got 1.0",
+    ),
+    "bad schedule in a group": (
+        lambda: gb.SGD([W], 0.1, groups={"0": {"lr": lambda s, e: -1.0}}).step([W.copy()]),
+        ValueError,
+        r"lr of groups\['0'\] must be finite .* got -1.0",
+    ),
+    "no schedule in a group": (
+        lambda: gb.SGD([W], 0.1, groups={"0": {"lr": lambda s: 0.1}}),
+        TypeError,
+        r"lr of groups\['0'\] must be a number or a schedule",
+    ),
+    "trainable of a wrong type": (
+        lambda: gb.SGD([W], 0.1, groups={"0": {"trainable": 0}}),
+        TypeError,
+        r"trainable of groups\['0'\] must be",
+    ),
+    "frozen with a rate": (
+        lambda: gb.SGD([W, W.copy()], 0.1, groups={"0": {"trainable": False, "lr": 0.2}}),
+        ValueError,
+        r"groups\['0'\] is not trainable, so it cannot have lr",
+    ),
+    "all frozen": (
+        lambda: gb.SGD([W], 0.1, groups={"*": {"trainable": False}}),
+        ValueError,
+        "groups must leave at least one parameter trainable",
+    ),
+    "a group that is not there": (
+        lambda: gb.SGD([W], 0.1, groups={"0": {}}).set_group("1", lr=0.1),
+        ValueError,
+        r"pattern must be one of the groups' \('0'\), got '1'",
+    ),
+    "a rate for frozen": (
+        lambda: gb.SGD([W, W.copy()], 0.1, groups={"0": {"trainable": False}}).set_group("0", lr=0.1),
+        ValueError,
+        r"groups\['0'\] is not trainable, so it cannot have lr",
+    ),
+    "another value of a wrong type": (
+        lambda: gb.SGD([W], 0.1, groups={"0": {}}).set_group("0", lr="x"),
+        TypeError,
+        r"lr of groups\['0'\] must be a real number",
+    ),
+    "a state of other groups": (
+        lambda: gb.SGD([W], 0.1, groups={"0": {}}).load_state_dict(gb.SGD([W], 0.1).state_dict()),
+        ValueError,
+        "state_dict has the groups none, this optimizer '0'",
+    ),
+    "a state of frozen groups": (
+        lambda: gb.SGD([W, W.copy()], 0.1).load_state_dict(
+            gb.SGD([W, W.copy()], 0.1, groups={"1": {"trainable": False}}).state_dict()
+        ),
+        ValueError,
+        r"state_dict has the groups '1' \(not trainable\), this optimizer none",
+    ),
+    "a state with more missed than made": (
+        lambda: gb.SGD([W], 0.1).load_state_dict({**gb.SGD([W], 0.1).state_dict(), "missed": {"0": 1}}),
+        ValueError,
+        r"missed\['0'\] must be .* got 1",
     ),
     "part of a state": (lambda: gb.Adam([W]).load_state_dict({"t": 1}), ValueError, "state_dict lacks"),
 }

@@ -21,7 +21,8 @@ NETWORK = """
     memory memory_parts reserve state_dict load_state_dict
 """
 OPTIMIZER = """
-    rule backend params state hyper lr form t epoch step memory memory_parts state_dict load_state_dict
+    rule backend params state hyper groups set_group frozen lr form t epoch step memory memory_parts
+    state_dict load_state_dict
 """
 LOADER = """
     at_most backend batch_size drop_last dtype feed prefetch rank replacement sample_axis scale seed shuffle transform

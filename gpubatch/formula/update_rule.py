@@ -15,6 +15,9 @@ from gpubatch.formula.trace import C_WORDS, HOST_FUNCTIONS, Scalar, Trace, resta
 
 __all__ = ["Rule", "rule"]
 
+# Arguments of every optimizer, and of its groups.
+TAKEN = ("t", "weight_decay", "decoupled", "backend", "master_weights", "groups", "trainable")
+
 
 @dataclass(frozen=True, eq=False)
 class Rule:
@@ -92,7 +95,7 @@ def rule(formula: Callable[..., Any]) -> Rule:
             f"{name} must have the signature (w, g, *state names, t, *, hyper-parameters), got {positional}"
         )
     for p in named:
-        if p.name in ("t", "weight_decay", "decoupled", "backend", *HOST_FUNCTIONS) or keyword.iskeyword(p.name):
+        if p.name in (*TAKEN, *HOST_FUNCTIONS) or keyword.iskeyword(p.name):
             raise FormulaError(f"{name}: the name {p.name!r} is taken; rename the hyper-parameter")
         if p.default is not p.empty and not isinstance(p.default, (int, float, str)):
             raise FormulaError(

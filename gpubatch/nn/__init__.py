@@ -18,7 +18,7 @@ from gpubatch.nn.layers import (
 )
 from gpubatch.nn.losses import LOSSES, Loss
 from gpubatch.nn.needs import Context, Needs, Parameter
-from gpubatch.nn.network import Network, core_of, mlp
+from gpubatch.nn.network import Network, core_of, mlp, no_decay
 
 __all__ = [
     "ACTIVATIONS",
@@ -45,5 +45,6 @@ __all__ = [
     "layers",
     "losses",
     "mlp",
+    "no_decay",
     "quiet",
 ]

@@ -6,18 +6,19 @@ Users see it as a :class:`~gpubatch.nn.network.Network`. The packages that train
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpubatch.backend import Array, Backend, compute_dtype
 from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
 from gpubatch.nn.checks import WatchedLayer, WatchedLoss, of_the_user
-from gpubatch.nn.layers import Layer
+from gpubatch.nn.layers import BatchNorm, Dense, DenseActivation, Layer
 from gpubatch.nn.losses import Loss
 from gpubatch.nn.needs import Context, Mode, Normal, Parameter, Space
 from gpubatch.nn.stack import Stacked, describe_layer, fused, parameter_names, stacked, told
@@ -33,6 +34,7 @@ from gpubatch.nn.workspace import (
     workspace_bytes,
 )
 from gpubatch.ops import COMPUTE, ops_for, philox_generator, products_for
+from gpubatch.own import changed
 from gpubatch.params import FlatViews, Parameters, by_alignment
 
 __all__ = ["EVALUATION_ROWS", "Core", "quiet"]
@@ -40,6 +42,21 @@ __all__ = ["EVALUATION_ROWS", "Core", "quiet"]
 EVALUATION_ROWS = 1024  # rows that are evaluated at a time: large enough for full speed, and a bound on memory
 DRAWN = 1 << 16  # elements of first values that are drawn at a time: in double precision all would be the largest array
 L2_BLOCK = 1 << 15  # elements that the l2 gradient takes at a time on the CPU, small enough for the cache
+
+
+class Reach(NamedTuple):
+    """What a backward pass computes.
+
+    first: the place in the stack of the layer where it ends.
+    l2_spans: the weights to whose gradients the l2 term is added, as (start, stop) in the flat buffer.
+    statistics: the places below of batch normalisation, whose running statistics are updated all the same.
+    unwanted: gradients that a layer computes with the others although nobody trains the parameters; they become 0.
+    """
+
+    first: int
+    l2_spans: Array
+    statistics: tuple[int, ...] = ()
+    unwanted: tuple[Array, ...] = ()
 
 
 class Core:
@@ -80,9 +97,9 @@ class Core:
         self.stack = fused(self.layers)
         self._watched = {run.place: WatchedLayer(run) for run in self.layers if of_the_user(run.layer)}
         self.first = next(i for i, run in enumerate(self.stack) if run.needs.parameters)
-        self.weights = [self.names[i][name] for i, name, p in self._declared("parameters") if p.l2] if l2 else []
-        spans = [self.parameters.spans[name] for name in self.weights]
-        self.spans = backend.asarray(np.array(spans, np.int64).reshape(-1, 2))  # where l2 acts
+        self.weights = self.names_with(l2=True) if l2 else []
+        self.spans = self._spans_of(self.weights)
+        self._reach = Reach(self.first, self.spans)
         self._remembered = backend.empty(self.buffers.size, self.compute_dtype), 0
         self._sums: Array = None  # of the gradients of micro-batches
         self._training: Workspace[Pass] | None = None
@@ -135,10 +152,45 @@ class Core:
 
     def backward(self, run: Pass, X: Array) -> None:
         """All gradients, from the last layer to the first that has parameters."""
-        run.backward(X, self.first)
-        if self.weights:
+        reach = self._reach
+        run.backward(X, reach.first, reach.statistics)
+        if len(reach.l2_spans):
             weights, grads = self.parameters.flat, self.parameters.grads.flat
-            self.ops.l2_gradient(weights, self.spans, self.l2, grads, run.loss.work)
+            self.ops.l2_gradient(weights, reach.l2_spans, self.l2, grads, run.loss.work)
+        for gradient in reach.unwanted:
+            gradient.fill(0)
+
+    @contextlib.contextmanager
+    def freezing(self, names: Collection[str]) -> Iterator[None]:
+        """Meanwhile the parameters in ``names`` have gradients of 0, which are not computed where all of a layer are.
+
+        Layers below the lowest that is trained are left out, but for the running statistics of batch normalisation.
+        """
+        if not names:
+            yield
+            return
+        before, places, first, unwanted = self._reach, set[int](), len(self.stack), list[Array]()
+        for i, run in enumerate(self.stack):
+            own = {self.names[run.place][name] for name in run.needs.parameters}
+            if own and own <= set(names):
+                places.add(run.place)
+            # What a user's layer does with its buffers, it does in backward.
+            if not own <= set(names) or (run.needs.buffers and type(run.layer) is not BatchNorm):
+                first = min(i, first)
+            asks = run.place in places and type(run.layer) in (Dense, DenseActivation) and not changed(run.layer)
+            if i >= first and not asks:
+                unwanted += [self.parameters.grads[name] for name in own & set(names)]
+        statistics = tuple(i for i, run in enumerate(self.stack[:first]) if run.needs.buffers)
+        l2_spans = self._spans_of([name for name in self.weights if name not in names])
+        with self.backend.scope():
+            for name in names:
+                self.parameters.grads[name].fill(0)
+        try:
+            self.mode.frozen = frozenset(places)
+            self._reach = Reach(first, l2_spans, statistics, tuple(unwanted))
+            yield
+        finally:
+            self.mode.frozen, self._reach = frozenset(), before
 
     def add_l2(self, c: Context) -> None:
         """Add the l2 term to the loss in a workspace."""
@@ -323,6 +375,15 @@ class Core:
         return Pass(calls, loss)
 
     # --- first values ---
+
+    def names_with(self, l2: bool) -> list[str]:
+        """The names of the parameters whose layers declare that the l2 term counts them, or of the others."""
+        return [self.names[i][name] for i, name, p in self._declared("parameters") if p.l2 == l2]
+
+    def _spans_of(self, names: Sequence[str]) -> Array:
+        """Where these parameters lie in the flat buffer, as rows (start, stop) on the device."""
+        spans = [self.parameters.spans[name] for name in names]
+        return self.backend.asarray(np.array(spans, np.int64).reshape(-1, 2))
 
     def _declared(self, kind: str) -> Iterator[tuple[int, str, Parameter]]:
         for run in self.layers:

@@ -242,7 +242,7 @@ class Dense(Layer):
 
     def backward(self, x: Array, y: Array, dy: Array, dx: Array | None, c: Context) -> None:
         """dW = xᵀ dy, db = Σ dy, dx = dy Wᵀ."""
-        if not (self.bias and c.products.weight_gradient(x, dy, c.g["W"], c.g["b"])):
+        if not (c.frozen or (self.bias and c.products.weight_gradient(x, dy, c.g["W"], c.g["b"]))):
             if self.bias:
                 c.ops.activation_gradient(IDENTITY, y, dy, None, c.g["b"], c.work)
             c.products.multiply(x.T, dy, c.g["W"])
@@ -282,8 +282,9 @@ class DenseActivation(Layer):
     def backward(self, x: Array, y: Array, dy: Array, dx: Array | None, c: Context) -> None:
         """dW, db and dx from dy f'(x W + b)."""
         # The pass over dy sums it as well, so the product does not have to.
-        c.ops.activation_gradient(self.function, y, dy, dy, c.g["b"], c.work)
-        c.products.multiply(x.T, dy, c.g["W"])
+        c.ops.activation_gradient(self.function, y, dy, dy, None if c.frozen else c.g["b"], c.work)
+        if not c.frozen:
+            c.products.multiply(x.T, dy, c.g["W"])
         if dx is not None:
             c.products.multiply(dy, c.p["W"].T, dx)
 
@@ -345,9 +346,10 @@ class BatchNorm(Layer):
 
     def backward(self, x: Array, y: Array, dy: Array, dx: Array | None, c: Context) -> None:
         """dbeta = Σ dy, dgamma = Σ dy n, dx = gamma/sqrt(var + eps) (dy - dbeta/m - n dgamma/m); n is x normalised."""
-        c.ops.batch_norm_gradient(dy, c.p["gamma"], c.g["gamma"], c.g["beta"], dx, c.work)
+        if dx is not None or not c.frozen:
+            c.ops.batch_norm_gradient(dy, c.p["gamma"], c.g["gamma"], c.g["beta"], dx, c.work)
         # Not in forward: only a training step calls backward, and only after its loss proved finite.
-        m = len(dy)
+        m = len(y)
         unbiased = m / (m - 1) if self.unbiased_running else 1.0
         c.ops.update_running(c.buffers["running_mean"], c.work["mean"], self.momentum, 1.0, c.work)
         c.ops.update_running(c.buffers["running_var"], c.work["var"], self.momentum, unbiased, c.work)

@@ -131,13 +131,15 @@ def check_shape(name: str, shape: Any, low: int = 0) -> None:
 class Mode:
     """How a network runs now: ``training`` or evaluating, and at which training ``step``, counted from 0.
 
-    ``row`` is where the rows of a call begin in the batch: above 0 in a later micro-batch.
+    ``row`` is where the rows of a call begin in the batch: above 0 in a later micro-batch. ``frozen`` has the places of
+    the layers whose parameters are not trained.
     """
 
     seed: int
     training: bool = False
     step: int = 0
     row: int = 0
+    frozen: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -171,3 +173,8 @@ class Context:
     def gradient(self) -> bool:
         """Whether a loss must write its gradient: while the network trains."""
         return self.mode.training
+
+    @property
+    def frozen(self) -> bool:
+        """Whether backward may leave out the gradients ``g``, since none of the layer's parameters is trained."""
+        return self.index in self.mode.frozen

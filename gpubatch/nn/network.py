@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import glob
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from gpubatch.ops import PRECISIONS, check_choices
 from gpubatch.own import as_written
 from gpubatch.params import FlatViews
 
-__all__ = ["Network", "core_of", "mlp"]
+__all__ = ["Network", "core_of", "mlp", "no_decay"]
 
 COMPARED = 1 << 15  # scores that are compared with labels at a time, since predictions are new arrays
 MIXED = "mixed"  # the precision beside those of products
@@ -330,6 +331,17 @@ class Network:
 def core_of(net: Network) -> Core:
     """The core that runs a network, for the packages that train, capture and explore it."""
     return net._core
+
+
+def no_decay(net: Network) -> dict[str, dict[str, Any]]:
+    """Groups for an optimizer with weight decay, by the names of parameters that usually are not decayed.
+
+    They are those that their layers do not declare with ``l2=True``: biases, gamma and beta. As the first group that
+    matches counts, your own go before them: ``groups={"W1": {"lr": 1e-4}, **gb.no_decay(net)}``.
+    """
+    if not isinstance(net, Network):
+        raise DTypeError(f"net must be a gpubatch.Network, got {type(net).__name__}")
+    return {glob.escape(name): {"weight_decay": 0.0} for name in core_of(net).names_with(l2=False)}
 
 
 def check_names(what: str, found: Any, known: Any, optional: Sequence[str] = ()) -> None:

@@ -139,11 +139,15 @@ class Pass:
             layer.forward(x, y, context)
             x = y
 
-    def backward(self, x: Array, first: int) -> None:
-        """All layers from the last to the ``first``, backward from the gradient that the loss left."""
+    def backward(self, x: Array, first: int, statistics: Sequence[int]) -> None:
+        """All layers from the last to the ``first``, backward from the gradient that the loss left.
+
+        Layers in ``statistics``, below it, only update their running statistics.
+        """
         dy = self.loss.work["dz"]
-        for i in range(len(self.calls) - 1, first - 1, -1):
+        for i in (*range(len(self.calls) - 1, first - 1, -1), *statistics):
             layer, y, dx, context = self.calls[i]
+            dx = dx if i > first else None
             layer.backward(self.calls[i - 1][1] if i else x, y, dy, dx, context)
             dy = dx
 

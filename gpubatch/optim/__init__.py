@@ -2,7 +2,8 @@
 
 from gpubatch.optim.ahead import captured_key, enqueue_update, rehearse_update, scalars_ahead, trace_of
 from gpubatch.optim.arrays import clip_by_global_norm
-from gpubatch.optim.optimizer import MASTER, Hyper, Optimizer, StepResult
+from gpubatch.optim.groups import Hyper
+from gpubatch.optim.optimizer import MASTER, Optimizer, StepResult
 from gpubatch.optim.optimizers import (
     SGD,
     AdaBelief,

@@ -39,21 +39,21 @@ def scalars_ahead(opt: Optimizer, start: int, count: int, least: int = 1) -> tup
     They are what :meth:`Optimizer.step` would compute while hyper-parameters and ``epoch`` stay. If a schedule raises,
     stop there, because the run may end first; raise only if fewer than ``least`` rows were made.
     """
-    fixed = {name: opt._at(name, start) for name in opt._trace.hyper if not callable(opt._hyper[name])}
-    moving = [name for name in opt._trace.hyper if name not in fixed]
-    rows, rates = list[tuple[float, ...]](), list[float | None]()
+    arrangement = opt._whole()
+    steps, rates = list[list[tuple[float, ...]]](), list[float | None]()
     for t in range(start, start + count):
         try:
-            hyper = fixed | {name: opt._at(name, t) for name in moving} if moving else fixed
-            rows.append(opt._trace.evaluate(t + 1, **hyper))
+            rows, lr = opt._scalars(t)
         except Exception:
-            if len(rows) < least:
+            if len(steps) < least:
                 raise
             break
-        rates.append(hyper.get("lr"))
-    scalars = np.zeros((len(rows), 1, max(1, len(opt._trace.scalars))), compute_dtype(opt._dtype))
-    if rows and opt._trace.scalars:
-        scalars[:, 0] = rows
+        steps.append(rows)
+        rates.append(lr)
+    shape = len(steps), len(arrangement.rows), max(1, len(opt._trace.scalars))
+    scalars = np.zeros(shape, compute_dtype(opt._dtype))
+    if steps and opt._trace.scalars:
+        scalars[...] = steps
     return scalars, rates
 
 
@@ -69,12 +69,14 @@ def enqueue_update(
     """
     assert isinstance(opt._update, CudaUpdate)
     with opt.backend.scope():
-        return opt._update.launch(opt._arrays(None), scalars, control, progress, running)
+        arrays, row_of = opt._arrays(None)
+        return opt._update.launch(arrays, scalars, control, progress, running, row_of)
 
 
 def captured_key(opt: Optimizer) -> tuple[Any, ...]:
     """What :func:`scalars_ahead` and :func:`enqueue_update` depend on: while it is the same, so are they.
 
-    The update, which graphs launch, comes first.
+    What graphs launch, comes first.
     """
-    return opt._update, opt.t, opt.epoch, *opt._hyper.values()
+    own = (value for group in opt._groups for value in group.own.values())
+    return opt._whole(), opt.t, opt.epoch, *opt._hyper.values(), *own

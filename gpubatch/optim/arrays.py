@@ -17,8 +17,11 @@ from gpubatch.params import FlatViews
 __all__ = ["Gradients", "check_apart", "clip_by_global_norm", "named_arrays"]
 
 
-def named_arrays(arrays: Any, argument: str, *, writable: bool = False) -> dict[str, Array]:
-    """``arrays`` by name: a mapping as it is, a sequence by "0", "1", ..., one array as "0"."""
+def named_arrays(arrays: Any, argument: str, *, writable: bool = False, optional: bool = False) -> dict[str, Array]:
+    """``arrays`` by name: a mapping as it is, a sequence by "0", "1", ..., one array as "0".
+
+    With ``optional`` some may be None.
+    """
     if isinstance(arrays, Mapping):
         given = dict(arrays)
     elif hasattr(arrays, "shape"):
@@ -37,6 +40,9 @@ def named_arrays(arrays: Any, argument: str, *, writable: bool = False) -> dict[
         label = f"{argument}[{name!r}]"
         if not isinstance(name, str):
             raise DTypeError(f"the names in {argument} must be strings, got {name!r}")
+        if array is None and optional:
+            found[name] = None
+            continue
         frozen = is_immutable(array)
         if is_foreign(array):
             # PyTorch exports no tensor that requires a gradient; its memory is what an optimizer updates.
@@ -46,7 +52,8 @@ def named_arrays(arrays: Any, argument: str, *, writable: bool = False) -> dict[
         if writable and (frozen or not getattr(array.flags, "writeable", True)):
             raise ArgumentError(f"{label} is read-only: an optimizer changes it in place, give it a writable array")
         found[name] = array
-    if writable and len({id(array) for array in given.values()}) < len(given):
+    ids = [id(array) for array in given.values() if array is not None]
+    if writable and len(set(ids)) < len(ids):
         raise ArgumentError(f"{argument} has the same array twice: it would be updated twice in a step")
     return found
 
@@ -92,13 +99,18 @@ class Gradients(NamedTuple):
 def clip_by_global_norm(grads: Any, max_norm: float) -> float:
     """Scale ``grads`` in place so that the norm over all of them is at most ``max_norm``; returns the norm before.
 
-    Pascanu, Mikolov & Bengio 2013, algorithm 1. ``grads`` is ``params.grads``, a mapping, a sequence or an array. A
-    norm that is not finite raises :class:`NonFiniteError` and leaves them as they were.
+    Pascanu, Mikolov & Bengio 2013, algorithm 1. ``grads`` is ``params.grads``, a mapping, a sequence or an array; None
+    for a parameter counts as nothing. A norm that is not finite raises :class:`NonFiniteError` and leaves them as they
+    were.
     """
     limit = check_real("max_norm", max_norm, 0.0, open_low=True)
-    arrays = (
-        [grads.flat] if isinstance(grads, FlatViews) else list(named_arrays(grads, "grads", writable=True).values())
-    )
+    if isinstance(grads, FlatViews):
+        arrays = [grads.flat]
+    else:
+        named = named_arrays(grads, "grads", writable=True, optional=True)
+        arrays = [array for array in named.values() if array is not None]
+        if not arrays:
+            return 0.0
     backend = backend_of(*arrays)
     with backend.scope():
         sums = backend.zeros(SQUARE_SUM_SIZE, np.float64)

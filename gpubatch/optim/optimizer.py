@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,12 +24,12 @@ from gpubatch.errors import (
 from gpubatch.formula import Rule, rules
 from gpubatch.ops import CudaUpdate, update_for
 from gpubatch.optim.arrays import Gradients, check_apart, named_arrays
+from gpubatch.optim.groups import Arrangement, Hyper, arranged, partition
 from gpubatch.own import as_written
 from gpubatch.params import FlatViews, Parameters
 
-__all__ = ["MASTER", "Hyper", "Optimizer", "StepResult"]
+__all__ = ["MASTER", "Optimizer", "StepResult"]
 
-Hyper: TypeAlias = float | schedules.Schedule
 MASTER = "master"  # the name of the float32 copy of float16 parameters, beside the formula's state
 
 # The range of every hyper-parameter that gpubatch's own rules have: from low, included, to high, excluded.
@@ -49,7 +49,10 @@ RANGES: dict[str, tuple[float, float]] = {
 
 
 class StepResult(NamedTuple):
-    """What a step did: whether the update was ``applied``, the step count ``t`` and the learning rate ``lr`` used."""
+    """What a step did: whether the update was ``applied``, the step count ``t`` and the learning rate ``lr`` used.
+
+    The learning rate is that of the parameters in no group.
+    """
 
     applied: bool
     t: int
@@ -68,9 +71,17 @@ class Optimizer:
     backend: the device where the parameters must be.
     master_weights: whether to keep a float32 copy of float16 parameters and update that, so that rounding does not lose
         small steps (Micikevicius et al., arXiv:1710.03740).
+    groups: hyper-parameters for some parameters alone, by patterns over their names as in :mod:`fnmatch`, such as
+        ``{"beta*": {"trainable": False}, "b*": {"weight_decay": 0.0}, "W1": {"lr": schedule}}``. The first pattern that
+        matches a name counts. ``trainable=False`` freezes: such parameters have no state, and are never updated.
+        :func:`fit` does not compute their gradients where it need not, and has them be 0. :func:`no_decay` gives the
+        usual groups of a network.
     hyper: the rule's hyper-parameters: numbers, or schedules, callables (step, epoch) -> float, both counted from 0.
 
     For float16 the arithmetic and the state are float32.
+
+    A group follows the hyper-parameters that it does not have itself, so ``opt.lr = ...`` is for all parameters but
+    those whose group has its own.
     """
 
     def __init__(
@@ -82,6 +93,7 @@ class Optimizer:
         decoupled: bool = False,
         backend: str | Backend | None = None,
         master_weights: bool = False,
+        groups: Mapping[str, Mapping[str, Any]] | None = None,
         **hyper: Any,
     ) -> None:
         if not isinstance(rule, Rule):
@@ -106,15 +118,22 @@ class Optimizer:
         if self._flat is None:
             check_apart(self._params)
         self._dtype = self._common_dtype()
-        shapes = {name: tuple(p.shape) for name, p in self._params.items()}
-        size = sum(p.size for p in self._params.values())
+        self._groups, given = partition({} if groups is None else groups, list(self._params))
+        for group, values in zip(self._groups, given, strict=True):
+            group.own = self._own_values(group.pattern, values)
+        self._missed: dict[str, int] = {}  # how many steps a parameter was without a gradient
+        self._late: set[str] = set()  # those for which the arrangement is out of date
+        frozen = set(self.frozen)
+        self._trained = {name: p for name, p in self._params.items() if name not in frozen}
+        shapes = {name: tuple(p.shape) for name, p in self._trained.items()}
+        size = sum(p.size for p in self._trained.values())
         self._master = check_bool("master_weights", master_weights)
         if self._master and self._dtype != np.float16:
             raise ArgumentError(f"master_weights=True is for float16 parameters, these are {self._dtype}")
         kept, dtype = (*rule.state, *([MASTER] if self._master else [])), compute_dtype(self._dtype)
         self._state = {name: FlatViews(self.backend.zeros(size, dtype), shapes) for name in kept}
         if self._master:
-            for name, p in self._params.items():
+            for name, p in self._trained.items():
                 self._state[MASTER][name] = p
         self._last: Gradients | None = None  # of many arrays on a GPU, in the step before
         self._bind()
@@ -123,37 +142,49 @@ class Optimizer:
         """Update the parameters in place.
 
         grads: the gradients, given as ``params`` were, with their names, shapes, element type and device; by default
-            ``params.grads``.
+            ``params.grads``. A parameter whose gradient is None keeps its value, its state and its count of steps, as
+            in PyTorch; its hyper-parameters move on. Gradients of frozen parameters may be None or missing, and are
+            not looked at.
         control: two numbers in an array on their device, of the state's element type: ``control[0]`` scales the
             gradients; if ``control[1]`` is not 0 the update is skipped. A CPU does not count such a step, and
             ``applied`` is False. A GPU reads them when it gets there: nobody waits, and the step is counted.
         """
-        hyper = {name: self._now(name) for name in self._trace.hyper}
-        scalars = [self._trace.evaluate(self.t + 1, **hyper)]
         if control is not None:
             self._check_control(control)
         if isinstance(self._update, CudaUpdate) and self._last is not None and self._last.same(grads):
+            scalars, lr = self._scalars(self.t)
             self._update.again(scalars, control)
         else:
-            self._first(grads, scalars, control)
+            lr = self._first(grads, control)
         if control is not None and self.backend.name == "cpu" and control[1]:
-            return StepResult(False, self.t, hyper.get("lr"))
+            return StepResult(False, self.t, lr)
+        if self._absent:
+            if len(self._absent) == len(self._trained):
+                return StepResult(False, self.t, lr)
+            for name in self._absent:
+                self._missed[name] = self._missed.get(name, 0) + 1
+            self._late.update(self._absent)
         self.t += 1
-        return StepResult(True, self.t, hyper.get("lr"))
+        return StepResult(True, self.t, lr)
 
-    def _first(self, grads: Any, scalars: list[tuple[float, ...]], control: Array | None) -> None:
+    def _first(self, grads: Any, control: Array | None) -> float | None:
         """The update by gradients that have not been looked at."""
         self._last = None
-        arrays = self._arrays(grads)
-        if not self._at_once(arrays, scalars, control):
-            checked = [(w, self._gradient(i, g, w), *state) for i, (w, g, *state) in enumerate(arrays)]
-            self._update(checked, scalars, control)
+        arrays, row_of = self._arrays(grads)
+        scalars, lr = self._scalars(self.t)
+        if arrays and not self._at_once(arrays, scalars, control, row_of):
+            checked = [(w, self._gradient(g, w), *state) for w, g, *state in arrays]
+            self._update(checked, scalars, control, row_of)
             if len(arrays) > 1 and isinstance(self._update, CudaUpdate):
                 self._last = Gradients.of(grads, [g for _, g, *_ in checked])
+        return lr
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step; assign a number or a schedule at any time."""
+        """The learning rate of the next step, for all parameters but those whose group has its own.
+
+        Assign a number or a schedule at any time.
+        """
         if "lr" not in self._hyper:
             raise AttributeError(f"{self.rule.name} has no hyper-parameter 'lr'")
         return self._now("lr")
@@ -163,11 +194,42 @@ class Optimizer:
         if "lr" not in self._hyper:
             raise AttributeError(f"{self.rule.name} has no hyper-parameter 'lr'")
         self._hyper["lr"] = self._value("lr", value)
+        self._sort_hyper()
 
     @property
     def hyper(self) -> dict[str, Any]:
-        """The hyper-parameters as they were given: numbers, schedules, and the variant's options."""
+        """The hyper-parameters as they were given: numbers, schedules, and the variant's options.
+
+        They are those of all parameters, but for what :attr:`groups` have themselves.
+        """
         return {**self._hyper, "decoupled": self._decoupled, **self._options}
+
+    @property
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """The groups by their patterns: ``trainable``, the names in ``parameters``, and the hyper-parameters it has."""
+        return {
+            group.pattern: {"trainable": group.trainable, "parameters": tuple(group.names), **group.own}
+            for group in self._groups[1:]
+        }
+
+    def set_group(self, pattern: str, **hyper: Hyper) -> None:
+        """Give a group other hyper-parameters, numbers or schedules, from the next step on.
+
+        pattern: the group's pattern as it was given in ``groups``.
+        """
+        group = next((group for group in self._groups[1:] if group.pattern == pattern), None)
+        if group is None:
+            known = ", ".join(repr(group.pattern) for group in self._groups[1:]) or "none"
+            raise ArgumentError(f"pattern must be one of the groups' ({known}), got {pattern!r}")
+        if not group.trainable:
+            raise ArgumentError(f"groups[{pattern!r}] is not trainable, so it cannot have {', '.join(hyper)}")
+        group.own = {**group.own, **self._own_values(pattern, hyper)}
+        self._bind()
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The names of the parameters that are not trained."""
+        return tuple(name for group in self._groups if not group.trainable for name in group.names)
 
     @property
     def params(self) -> dict[str, Array]:
@@ -176,7 +238,7 @@ class Optimizer:
 
     @property
     def state(self) -> dict[str, FlatViews]:
-        """The state arrays, by the names of the formula; views by the names of the parameters."""
+        """The state arrays, by the names of the formula; views by the names of the parameters that are trained."""
         return dict(self._state)
 
     @property
@@ -193,7 +255,10 @@ class Optimizer:
         return {f"optimizer state {name}": int(views.flat.nbytes) for name, views in self._state.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs: {"rule", "t", "epoch", "hyper", "state"}; arrays are copies."""
+        """Everything a resumed run needs: {"rule", "t", "epoch", "hyper", "state"}; arrays are copies.
+
+        With groups there is "groups", and "missed" where a parameter was without a gradient in some steps.
+        """
         with self.backend.scope():
             state = {
                 name: {parameter: view.copy() for parameter, view in views.items()}
@@ -204,6 +269,8 @@ class Optimizer:
             "t": self.t,
             "epoch": self.epoch,
             "hyper": {name: _saved(value) for name, value in self.hyper.items()},
+            **({"groups": self._saved_groups()} if len(self._groups) > 1 else {}),
+            **({"missed": dict(self._missed)} if self._missed else {}),
             "state": state,
         }
 
@@ -218,15 +285,20 @@ class Optimizer:
         if d["rule"] != self.rule.name:
             raise ArgumentError(f"state_dict is of the rule {d['rule']!r}, this optimizer's is {self.rule.name!r}")
         t, epoch = check_int("t", d["t"], 0), check_int("epoch", d["epoch"], 0)
-        hyper = {name: self._loaded(name, value) for name, value in d["hyper"].items()}
+        hyper = {name: self._loaded(name, value, self._hyper) for name, value in d["hyper"].items()}
         if set(hyper) != set(self.hyper):
             raise ArgumentError(f"hyper must have {sorted(self.hyper)}, got {sorted(hyper)}")
         for name, option in {**self._options, "decoupled": self._decoupled}.items():
             if hyper[name] != option:
                 raise ArgumentError(f"state_dict has {name}={hyper[name]!r}, this optimizer has {name}={option!r}")
+        own = self._loaded_groups(d.get("groups", {}))
+        check_known("missed", missed := dict(d.get("missed", {})), self._trained)
+        missed = {name: check_int(f"missed[{name!r}]", n, 0, t) for name, n in missed.items()}
         arrays = self._loaded_state(d["state"])
-        self.t, self.epoch = t, epoch
+        self.t, self.epoch, self._missed = t, epoch, missed
         self._hyper = {name: hyper[name] for name in self._hyper}
+        for group, values in zip(self._groups[1:], own, strict=True):
+            group.own = values
         for state, parameter, array in arrays:
             self._state[state][parameter] = array
         self._bind()
@@ -236,13 +308,16 @@ class Optimizer:
 
     def __repr__(self) -> str:
         hyper = ", ".join(f"{name}={value!r}" for name, value in self.hyper.items())
-        return f"<{type(self).__name__} {self.rule.name}({hyper}), {len(self._params)} parameters, t={self.t}>"
+        groups = "".join(
+            f", groups[{group.pattern!r}]={group.own if group.trainable else 'frozen'}" for group in self._groups[1:]
+        )
+        return f"<{type(self).__name__} {self.rule.name}({hyper}){groups}, {len(self._params)} parameters, t={self.t}>"
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _take(self, given: dict[str, Any]) -> None:
         """Sort what was given into options and hyper-parameters; the rule's defaults fill the rest."""
-        common = ["weight_decay", "decoupled", "backend", "master_weights"]
+        common = ["weight_decay", "decoupled", "backend", "master_weights", "groups"]
         check_known(self.rule.name, given, [*self.rule.hyper, *self.rule.options, *common])
         for name, value in given.items():
             if name not in self.rule.options:
@@ -256,28 +331,47 @@ class Optimizer:
                 raise ArgumentError(f"{self.rule.name} needs {name}, a number or a schedule; none was given")
             self._hyper[name] = self._value(name, values[name])
 
-    def _value(self, name: str, value: Any) -> Hyper:
+    def _own_values(self, pattern: str, given: Mapping[str, Any]) -> dict[str, Hyper]:
+        """The hyper-parameters that a group is given, checked as those of all parameters are."""
+        check_known(f"groups[{pattern!r}]", given, [*self.rule.hyper, "weight_decay", "trainable"])
+        return {name: self._value(name, value, pattern) for name, value in given.items()}
+
+    def _value(self, name: str, value: Any, pattern: str = "") -> Hyper:
+        label = f"{name} of groups[{pattern!r}]" if pattern else name
         if callable(value):
-            check_schedule(name, value)
+            check_schedule(label, value)
             schedule: schedules.Schedule = value
             return schedule
         # Of a user's rule only these two are known to mean what they mean here.
         known = self._checked or name in ("lr", "weight_decay")
         low, high = RANGES[name] if known and name in RANGES else (-math.inf, math.inf)
-        return check_real(name, value, low, high, open_high=True)
+        return check_real(label, value, low, high, open_high=True)
 
     def _now(self, name: str) -> float:
         """The value of a hyper-parameter for the next step."""
-        return self._at(name, self.t)
+        return self._at(name, self._hyper[name], self.t)
 
-    def _at(self, name: str, t: int) -> float:
+    def _at(self, name: str, value: Hyper, t: int, pattern: str = "") -> float:
         """Its value for step ``t`` from 0, always a Python float: float32 stays float32."""
-        value = self._hyper[name]
         if not callable(value):
             return value
-        number = self._value(name, value(t, self.epoch))
+        number = self._value(name, value(t, self.epoch), pattern)
         assert isinstance(number, float)
         return number
+
+    def _scalars(self, t: int) -> tuple[list[tuple[float, ...]], float | None]:
+        """The rows of scalars for step ``t`` from 0, and the learning rate of the parameters in no group."""
+        common, evaluate = self._fixed, self._trace.evaluate
+        if self._moving:
+            common = common | {name: self._at(name, schedule, t) for name, schedule in self._moving.items()}
+        rows: list[tuple[float, ...]] = []
+        for group, missed in self._arrangement.rows:
+            hyper = common
+            if group.own:
+                own = {name: self._at(name, value, t, group.pattern) for name, value in group.own.items()}
+                hyper = {name: own.get(name, value) for name, value in common.items()}
+            rows.append(evaluate(t + 1 - missed, **hyper))
+        return rows, common.get("lr")
 
     def _common_dtype(self) -> np.dtype[Any]:
         first, *others = self._params
@@ -291,31 +385,89 @@ class Optimizer:
 
     def _bind(self) -> None:
         """Record the formula with its options, and with weight decay where there is any."""
-        decay = "" if self._hyper["weight_decay"] == 0.0 else "decoupled" if self._decoupled else "coupled"
+        decays = [
+            group.own.get("weight_decay", self._hyper["weight_decay"])
+            for group in self._groups
+            if group.trainable and group.names
+        ]
+        decay = "" if all(value == 0.0 for value in decays) else "decoupled" if self._decoupled else "coupled"
         self._trace = self.rule.trace(decay, **self._options)
         self._update = update_for(self._trace, self._dtype, self.backend, self._master)
-        self._at_once = getattr(self._update, "at_once", lambda arrays, scalars, control: False)
-        self._flat_state = [views.flat for views in self._state.values()]
-        self._last = None
+        self._at_once = getattr(self._update, "at_once", lambda arrays, scalars, control, row_of: False)
         self._numbered = list(self._params) == [str(i) for i in range(len(self._params))]
-        self._apart = [(p, [views[name] for views in self._state.values()]) for name, p in self._params.items()]
+        self._apart = [(p, [views[name] for views in self._state.values()]) for name, p in self._trained.items()]
+        self._sort_hyper()
+        self._arrange()
 
-    def _arrays(self, grads: Any) -> list[tuple[Array, ...]]:
-        """(w, g, state ...) tuples: one for a flat buffer, otherwise one for each parameter; g is yet unchecked."""
+    def _sort_hyper(self) -> None:
+        """Sort the hyper-parameters of the formula into numbers, which a step takes as they are, and schedules."""
+        given = {name: self._hyper[name] for name in self._trace.hyper}
+        self._fixed = {name: value for name, value in given.items() if not callable(value)}
+        self._moving = {name: value for name, value in given.items() if callable(value)}
+
+    def _arrange(self) -> None:
+        """Lay out the parameters by their rows of scalars."""
+        self._late.clear()
+        self._last = None
+        self._absent: Collection[str] = ()  # parameters without a gradient in the last step
+        self._arrangement = arranged(self._update, self._groups, list(self._trained), self._missed)
+        if self._flat is not None:
+            self._spans = self._arrangement.spans(self._flat.spans, list(self._trained))
+            self._grads = self._flat.grads.flat
+            self._pieces = self._flat_arrays(self._flat, self._grads)
+
+    def _whole(self) -> Arrangement:
+        """The arrangement for a step in which all parameters have a gradient."""
+        if self._late:
+            self._arrange()
+        return self._arrangement
+
+    def _flat_arrays(self, params: Parameters, grads: Array) -> list[tuple[Array, ...]]:
+        """The tuples of a flat buffer: one where all parameters have one row of scalars."""
+        states = [views.flat for views in self._state.values()]
+        if len(self._spans) == 1 and len(self._trained) == len(self._params):
+            return [(params.flat, grads, *states)]
+        return [
+            (params.flat[span.parameters], grads[span.parameters], *(state[span.state] for state in states))
+            for span in self._spans
+        ]
+
+    def _arrays(self, grads: Any) -> tuple[list[tuple[Array, ...]], list[int] | None]:
+        """(w, g, state ...) tuples, and their rows of scalars; g is yet unchecked.
+
+        There are few for a flat buffer, otherwise one for each parameter with a gradient.
+        """
         if self._flat is not None:
             flat = self._flat_grads(grads, self._flat)
             if flat is not None:
-                return [(self._flat.flat, flat, *self._flat_state)]
+                layout, self._absent = self._whole(), ()
+                pieces = self._pieces if flat is self._grads else self._flat_arrays(self._flat, flat)
+                return pieces, None if layout.row_of is None else [span.row for span in self._spans]
         if grads is None:
             raise ArgumentError("grads must be given: only gpubatch.Parameters has .grads, separate arrays have none")
         # The common case without a dictionary: many small arrays are a matter of microseconds.
         plain = isinstance(grads, (list, tuple)) and len(grads) == len(self._apart) and self._numbered
+        absent: set[str] = set()
         if not plain or not all(type(g) is np.ndarray for g in grads):
-            found = named_arrays(grads, "grads")
-            if found.keys() != self._params.keys():
-                raise ArgumentError(f"grads must be for {', '.join(self._params)}; got {', '.join(found)}")
-            grads = [found[name] for name in self._params]
-        return [(p, g, *state) for (p, state), g in zip(self._apart, grads, strict=True)]
+            found = named_arrays(grads, "grads", optional=True)
+            if not self._trained.keys() <= found.keys() <= self._params.keys():
+                raise ArgumentError(
+                    f"grads must be for {', '.join(self._trained)}; got {', '.join(found)}. Give None for a parameter "
+                    "without a gradient"
+                )
+            grads = [found[name] for name in self._trained]
+            absent = {name for name, g in zip(self._trained, grads, strict=True) if g is None}
+        if not self._late <= absent:
+            self._arrange()
+        self._absent = absent
+        arrays, row_of = (
+            [(p, g, *state) for (p, state), g in zip(self._apart, grads, strict=True)],
+            self._arrangement.row_of,
+        )
+        if absent:
+            present = [i for i, g in enumerate(grads) if g is not None]
+            arrays, row_of = [arrays[i] for i in present], None if row_of is None else [row_of[i] for i in present]
+        return arrays, row_of
 
     @staticmethod
     def _flat_grads(grads: Any, params: Parameters) -> Array | None:
@@ -327,12 +479,12 @@ class Optimizer:
             return grads.flat if same else None
         return grads if getattr(grads, "shape", None) == params.flat.shape else None
 
-    def _gradient(self, i: int, g: Any, p: Array) -> Array:
-        """Gradient i, checked; a copy where it is the parameter itself, as the gradient of w²/2 may be."""
+    def _gradient(self, g: Any, p: Array) -> Array:
+        """The gradient of ``p``, checked; a copy where it is the parameter itself, as the gradient of w²/2 may be."""
         if self.backend.owns(g) and g.shape == p.shape and g.dtype == p.dtype:
             shared = g is p or (isinstance(g, np.ndarray) and np.may_share_memory(g, p))
             return g.copy() if shared else g
-        label = "grads" if self._flat is not None and p is self._flat.flat else f"grads[{list(self._params)[i]!r}]"
+        label = next((f"grads[{name!r}]" for name, own in self._params.items() if own is p), "grads")
         self.backend.check(label, g)
         if g.shape != p.shape:
             raise ShapeError(f"{label} has shape {g.shape}, the parameter has {p.shape}")
@@ -344,14 +496,39 @@ class Optimizer:
         if control.shape != (2,) or control.dtype != dtype:
             raise ShapeError(f"control must be two numbers of {dtype}, got {describe(control)}")
 
-    def _loaded(self, name: str, value: Any) -> Any:
+    def _loaded(self, name: str, value: Any, own: Mapping[str, Hyper], pattern: str = "") -> Any:
+        """A hyper-parameter from a state_dict; a callable is the one that ``own`` has."""
         if isinstance(value, Mapping) and "schedule" in value:
             return schedules.from_dict(value)
         if isinstance(value, Mapping):
-            if not callable(self._hyper.get(name)):
-                raise ArgumentError(f"{name} was the callable {value.get('callable')!r}; give this optimizer one too")
-            return self._hyper[name]
-        return value if name in (*self._options, "decoupled") else self._value(name, value)
+            if not callable(own.get(name)):
+                label = f"{name} of groups[{pattern!r}]" if pattern else name
+                raise ArgumentError(f"{label} was the callable {value.get('callable')!r}; give this optimizer one too")
+            return own[name]
+        return value if name in (*self._options, "decoupled") else self._value(name, value, pattern)
+
+    def _saved_groups(self) -> dict[str, dict[str, Any]]:
+        return {
+            group.pattern: {"trainable": group.trainable, **{name: _saved(value) for name, value in group.own.items()}}
+            for group in self._groups[1:]
+        }
+
+    def _loaded_groups(self, saved: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Hyper]]:
+        """The hyper-parameters of each group from a state_dict with the same groups."""
+        kinds = [
+            ", ".join(
+                f"{pattern!r}{'' if values['trainable'] else ' (not trainable)'}" for pattern, values in of.items()
+            )
+            for of in (saved, self._saved_groups())
+        ]
+        if kinds[0] != kinds[1]:
+            raise ArgumentError(f"state_dict has the groups {kinds[0] or 'none'}, this optimizer {kinds[1] or 'none'}")
+        found = []
+        for group in self._groups[1:]:
+            values = {name: value for name, value in saved[group.pattern].items() if name != "trainable"}
+            check_known(f"groups[{group.pattern!r}]", values, [*self.rule.hyper, "weight_decay"])
+            found.append({name: self._loaded(name, value, group.own, group.pattern) for name, value in values.items()})
+        return found
 
     def _loaded_state(self, state: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, Array]]:
         if set(state) != set(self._state):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypedDict, Unpack
 
 from gpubatch.backend import Backend
 from gpubatch.errors import ArgumentError, check_bool, check_choice, check_real
 from gpubatch.formula import rules
-from gpubatch.optim.optimizer import Hyper, Optimizer
+from gpubatch.optim.groups import Hyper
+from gpubatch.optim.optimizer import Optimizer
 
 __all__ = [
     "SGD",
@@ -34,6 +36,7 @@ class Common(TypedDict, total=False):
     decoupled: bool
     backend: str | Backend | None
     master_weights: bool
+    groups: Mapping[str, Mapping[str, Any]] | None
 
 
 class SGD(Optimizer):
@@ -201,8 +204,15 @@ class AdamW(Optimizer):
         decoupled: bool = True,
         backend: str | Backend | None = None,
         master_weights: bool = False,
+        groups: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        common = Common(weight_decay=weight_decay, decoupled=decoupled, backend=backend, master_weights=master_weights)
+        common = Common(
+            weight_decay=weight_decay,
+            decoupled=decoupled,
+            backend=backend,
+            master_weights=master_weights,
+            groups=groups,
+        )
         Adam.__init__(self, params, lr, beta1, beta2, eps, eps_at, amsgrad, **common)  # type: ignore[arg-type]
 
 

@@ -48,15 +48,18 @@ class CapturedStep:
 
     def __call__(self) -> Array:
         """Queue the steps; return the loss of the last one."""
+        frozen: tuple[str, ...] = ()
         if self._graphs is None or not self._graphs.fits(self.opt):
             self._graphs, self._expected = StepGraphs(self.net, self.opt, self._feed, guarded=False), ()
+            frozen = self.opt.frozen  # this launch captures
         graphs = self._graphs
         if self._left < self.steps or self._expected != (*captured_key(self.opt), core_of(self.net).dropout_step):
             scalars, _ = scalars_ahead(self.opt, self.opt.t, graphs.ledger.capacity, self.steps)
             graphs.ledger.write(scalars)
             graphs.ledger.restart(0, core_of(self.net).dropout_step)
             self._left = len(scalars)
-        graphs.launch(self._form)
+        with core_of(self.net).freezing(frozen):
+            graphs.launch(self._form)
         self.opt.t += self.steps
         core_of(self.net).count_steps(self.steps)
         self._left -= self.steps

@@ -122,8 +122,9 @@ def about_validation() -> Iterator[None]:
 # A graph replaces every method that a step calls. If a user has overridden one of them, steps are eager, so that it is
 # called as often as on a CPU. These are the methods that no step calls.
 APART = frozenset(
-    "__copy__ __deepcopy__ __init__ __init_subclass__ __reduce__ __repr__ accuracy evaluate hyper load_state_dict "
-    "memory memory_parts predict scores state_dict to_batch _common_dtype _loaded _loaded_state _take".split()
+    "__copy__ __deepcopy__ __init__ __init_subclass__ __reduce__ __repr__ accuracy evaluate groups hyper "
+    "load_state_dict memory memory_parts predict scores set_group state_dict to_batch "
+    "_common_dtype _loaded _loaded_groups _loaded_state _own_values _saved_groups _take".split()
 )
 
 

@@ -90,7 +90,7 @@ class StepGraphs:
         assert isinstance(net.backend, CudaBackend)
         self.net, self.opt, self.feed, self._backend = net, opt, feed, net.backend
         self._guarded, self._max_norm = guarded, max_norm or 0.0
-        self._update = captured_key(opt)[0]  # what the graphs launch, kept with its tables
+        self._launched = captured_key(opt)[0]  # kept with its tables
         rows, _ = scalars_ahead(opt, opt.t, 1)
         self.ledger = Ledger(net.backend, rows.shape[1:], rows.dtype)
         with net.backend.scope():
@@ -104,8 +104,8 @@ class StepGraphs:
         wait_at_the_end(self, [self._over])
 
     def fits(self, opt: Optimizer) -> bool:
-        """Whether the graphs still launch the optimizer's update; a new formula makes another one."""
-        return self._update is captured_key(opt)[0]
+        """Whether the graphs still launch the optimizer's update; a new formula, or other groups, make another one."""
+        return self._launched is captured_key(opt)[0]
 
     def prepare(self, rows: int, micro_batch_size: int | None, steps: int) -> None:
         """Capture the graphs that :meth:`enqueue` may need for ``steps`` batches of ``rows`` samples."""

@@ -10,7 +10,7 @@ from typing import Any
 from gpubatch.checkpoint import Checkpoints
 from gpubatch.errors import ArgumentError, InsufficientMemoryError, check_bool, check_choice, check_int
 from gpubatch.loader import Loader
-from gpubatch.nn import Network
+from gpubatch.nn import Network, core_of
 from gpubatch.optim import Optimizer
 from gpubatch.train.callbacks import watcher_of
 from gpubatch.train.captured import CapturedSteps
@@ -82,6 +82,10 @@ def fit(
     gradients without it. A step whose gradient overflows at a scale above 1 is left out and lowers the scale;
     ``history.overflows`` counts it.
 
+    **Frozen parameters.** Those of groups with ``trainable=False`` have gradients of 0 meanwhile, so ``max_norm`` and
+    the search for numbers that are not finite do not count them. Where a whole layer is frozen the gradients are not
+    computed, and backward ends at the lowest layer that is trained.
+
     **Memory.** If memory runs out, ``fit`` frees what it can, and from that batch on computes half as many samples at a
     time (``micro_batch_size`` of :meth:`Network.loss_and_grad`), as often as it takes, with a
     :class:`MicroBatchWarning`. Batches and updates stay the same, and no sample is lost. If not even one sample can be
@@ -98,7 +102,7 @@ def fit(
     check_choice("execution", execution, EXECUTIONS)
     check_parts(net, loader, opt)
     # The caller may use what outlives the run, such as the parameters, on the stream that is current outside.
-    with net.backend.own_stream():
+    with net.backend.own_stream(), core_of(net).freezing(opt.frozen):
         scale = scale_for(net, loss_scale)
         record = Record(TrainingState(net, loader, opt, History(), loader.epoch, opt.t), scale)
         watchers = [watcher_of(callback) for callback in callbacks]
