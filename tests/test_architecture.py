@@ -182,7 +182,7 @@ CODE_LINES = {
     "own": 27,
     "main_memory": 66,
     "shown": 30,
-    "formula": 1039,
+    "formula": 1043,
     "schedules": 130,
     "averages": 55,
     "backend": 508,
