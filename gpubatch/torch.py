@@ -36,13 +36,15 @@ from gpubatch.errors import (
     check_known,
 )
 from gpubatch.formula import Rule
-from gpubatch.ops import update_for
+from gpubatch.ops import host_library, update_for
 
 Tensor: TypeAlias = Any  # torch.Tensor; a type checker need not have PyTorch
 
 # What every class takes beside the arguments of its rule.
 COMMON: dict[str, Any] = {"weight_decay": 0.0, "decoupled": False, "master_weights": False, "maximize": False}
 DTYPES: dict[Any, np.dtype[Any]] = {getattr(torch, name): np.dtype(name) for name in ("float32", "float64", "float16")}
+# DLPack's C functions of tensors, if PyTorch has them: a view takes a sixth of the time of Tensor.numpy.
+EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 STEP = "step"  # the name of the count beside the formula's state
 
 # What arguments of torch.optim are called here; those with None are not needed.
@@ -89,7 +91,12 @@ class Optimizer(torch.optim.Optimizer):
         check_names(rule.name, hyper, [*rule.hyper, *rule.options, *COMMON])
         if missing := [name for name in rule.required if name not in hyper]:
             raise ArgumentError(f"{rule.name} needs {', '.join(missing)}; none was given")
-        start(self, params, functools.partial(optim.Optimizer, rule), {**rule.defaults, **rule.options, **hyper})
+        start(
+            self,
+            params,
+            functools.partial(optim.Optimizer.__init__, rule=rule),
+            {**rule.defaults, **rule.options, **hyper},
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group: ``"params"``, and the arguments that differ in it."""
@@ -97,7 +104,7 @@ class Optimizer(torch.optim.Optimizer):
         number, group = len(self.param_groups) - 1, self.param_groups[-1]
         try:
             check_names(f"group {number}", [name for name in group if name in ELSEWHERE], self._arguments)
-            Variant(self._make, {name: group[name] for name in self._arguments})
+            Variant(self._init, {name: group[name] for name in self._arguments})
             for i, p in enumerate(group["params"]):
                 check_parameter(p, name_of(group, number, i))
         except Exception:
@@ -148,7 +155,7 @@ class Optimizer(torch.optim.Optimizer):
                 self.state[p][name] = value.to(value.device if name == STEP else p.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_make": self._make, "_arguments": self._arguments}
+        own = {"_init": self._init, "_arguments": self._arguments}
         return {**torch.optim.Optimizer.__getstate__(self), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -197,7 +204,7 @@ class Optimizer(torch.optim.Optimizer):
         group, variant = self.param_groups[number], self._variants[number]
         values = [group[name] for name in self._arguments]
         if variant is None or variant.values != values or variant.decayed != decayed:
-            variant = Variant(self._make, dict(zip(self._arguments, values, strict=True)), decayed)
+            variant = Variant(self._init, dict(zip(self._arguments, values, strict=True)), decayed)
             self._variants[number] = variant
         return variant
 
@@ -224,7 +231,7 @@ class Optimizer(torch.optim.Optimizer):
                 raise ArgumentError(
                     f"group {number} of state_dict lacks {', '.join(missing)}: it is not of {type(self).__name__}"
                 )
-            variant = Variant(self._make, {name: group.get(name, self.defaults[name]) for name in self._arguments})
+            variant = Variant(self._init, {name: group.get(name, self.defaults[name]) for name in self._arguments})
             known = [*variant.start, optim.MASTER, STEP]
             for state in (d["state"][i] for i in group["params"] if i in d["state"]):
                 if other := set(state) - set(known):
@@ -237,10 +244,10 @@ class Optimizer(torch.optim.Optimizer):
         return d
 
 
-def start(self: Optimizer, params: Any, make: Callable[..., optim.Optimizer], arguments: dict[str, Any]) -> None:
-    """Initialise an optimizer whose rule and hyper-parameters are those of ``make([w], **arguments)``."""
+def start(self: Optimizer, params: Any, init: Callable[..., None], arguments: dict[str, Any]) -> None:
+    """Initialise an optimizer whose rule and hyper-parameters are those of ``init``."""
     arguments = {**COMMON, **arguments}
-    self._make, self._arguments = make, tuple(arguments)
+    self._init, self._arguments = init, tuple(arguments)
     self._known, self._engines = None, {}
     torch.optim.Optimizer.__init__(self, params, arguments)
 
@@ -280,7 +287,7 @@ class Variant:
     start: what the state starts from, by its names.
     """
 
-    def __init__(self, make: Callable[..., optim.Optimizer], arguments: dict[str, Any], decayed: bool = False) -> None:
+    def __init__(self, init: Callable[..., None], arguments: dict[str, Any], decayed: bool = False) -> None:
         self.values, self.decayed = list(arguments.values()), decayed
         for name, value in arguments.items():
             if callable(value) or torch.is_tensor(value):
@@ -290,8 +297,7 @@ class Variant:
         self.uphill = check_bool("maximize", arguments["maximize"])
         self.master = check_bool("master_weights", arguments["master_weights"])
         rest = {name: value for name, value in arguments.items() if name not in ("maximize", "master_weights")}
-        # An optimizer of one weight picks the rule, checks the arguments and has the initial state.
-        opt = make([np.zeros(1)], **rest)
+        opt = optim.unbound(init, **rest)
         self.trace = optim.trace_of(opt, decayed)
         self.hyper = {name: opt.hyper[name] for name in self.trace.hyper}
         self.start = {name: float(views.flat[0]) for name, views in opt.state.items()}
@@ -307,16 +313,14 @@ class BoundTensor(NamedTuple):
     w: the array that the update works on: ``place``, or its elements in the order of memory.
     copy: for a parameter with gaps between its elements, the tensor whose memory ``w`` is.
     state: the state's arrays, laid out as ``w``.
-    checked: gives the array of a gradient.
-    quick: the same, if the gradient is what it nearly always is.
+    gradient: gives the array of a gradient, laid out as ``w``.
     """
 
     place: Array
     w: Array
     copy: Tensor
     state: tuple[Array, ...]
-    checked: Callable[[Tensor], Array]
-    quick: Callable[[Tensor], Array]
+    gradient: Callable[[Tensor], Array]
 
 
 class Lane:
@@ -355,13 +359,16 @@ class Lane:
         with self.scope():
             for i in new:
                 self.bound[i] = self._bound_tensor(i, variant, state)
-        counts = self.counts[active] if len(active) < len(grads) else self.counts
-        if (counts == counts[0]).all():
-            return [Cohort(self, active, grads, int(counts[0]) + 1, bool(new))]
+        if len(active) == len(grads) and (self.counts == self.counts[0]).all():
+            return [Cohort(self, slice(None), self.params, self.bound, grads, int(self.counts[0]) + 1, bool(new))]
         by_count: dict[int, list[int]] = {}
         for i in active:
             by_count.setdefault(int(self.counts[i]), []).append(i)
-        return [Cohort(self, some, grads, count + 1, bool(new)) for count, some in by_count.items()]
+        cohorts = []
+        for count, some in by_count.items():
+            params, bound, present = ([x[i] for i in some] for x in (self.params, self.bound, grads))
+            cohorts.append(Cohort(self, some, params, bound, present, count + 1, bool(new)))
+        return cohorts
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """The device, and PyTorch's current stream there."""
@@ -406,14 +413,12 @@ class Lane:
                 )
             if not (x.is_contiguous() if contiguous else x.stride() == wanted.stride()):
                 kept[name] = wanted.copy_(x)
-        checked = functools.partial(self._gradient, i)
         return BoundTensor(
             place=self._view(p),
             w=self._view(in_memory_order(body)),
             copy=body if gaps else None,
             state=tuple(self._view(in_memory_order(kept[name])) for name in self.state_names),
-            checked=checked,
-            quick=torch.Tensor.numpy if contiguous and self.device.type == "cpu" else checked,
+            gradient=functools.partial(self._gradient, i),
         )
 
     def _view(self, x: Tensor) -> Array:
@@ -444,18 +449,30 @@ def in_memory_order(x: Tensor) -> Tensor:
 class Cohort(NamedTuple):
     """Parameters of a lane at the same step: they have one row of scalars.
 
-    lane: of all these parameters.
-    indices: of the parameters in the lane.
-    grads: of all parameters of the lane.
+    where: the indices of the parameters in the lane.
     t: the step, from 1.
     new: whether some are updated for the first time.
     """
 
     lane: Lane
-    indices: list[int]
+    where: slice | list[int]
+    params: list[Tensor]
+    bound: list[BoundTensor]
     grads: list[Tensor]
     t: int
     new: bool
+
+
+def tensor_views(tensors: list[Tensor]) -> list[Array] | None:
+    """NumPy's views of tensors; None if there is none of one of them, or another tensor than float32 or float64."""
+    library = host_library()
+    if EXCHANGE is not None and not isinstance(library, str):
+        found: list[Array] | None = library.tensor_views(EXCHANGE, tensors)
+        return found
+    try:
+        return [x.numpy() for x in tensors]
+    except (RuntimeError, TypeError):
+        return None
 
 
 class Engine:
@@ -469,37 +486,45 @@ class Engine:
         self.at_once = getattr(self.call, "at_once", None)
         sign = np.array([-1, 0], compute_dtype(lane.dtype))
         self.control = lane.backend.asarray(sign) if variant.uphill else None
+        self.bound: list[BoundTensor] = []  # what was updated last, and its arrays
+        self.columns: list[list[Array]] = []
 
     def update(self, cohorts: list[Cohort]) -> None:
         """Update the parameters in one call, and count the step."""
-        rows = [self.trace.evaluate(cohort.t, **cohort.lane.variant.hyper) for cohort in cohorts]  # type: ignore[union-attr]
-        row_of = [i for i, cohort in enumerate(cohorts) for _ in cohort.indices] if len(cohorts) > 1 else None
-        params = [cohort.lane.params[i] for cohort in cohorts for i in cohort.indices]
-        records = [cohort.lane.bound[i] for cohort in cohorts for i in cohort.indices]
-        grads = [cohort.grads[i] for cohort in cohorts for i in cohort.indices]
-        copies = [(p, r.copy) for p, r in zip(params, records, strict=True) if r.copy is not None]
+        rows = [self.trace.evaluate(c.t, **c.lane.variant.hyper) for c in cohorts]  # type: ignore[union-attr]
+        if len(cohorts) == 1:
+            params, bound, grads, row_of = cohorts[0].params, cohorts[0].bound, cohorts[0].grads, None
+        else:
+            params = [p for c in cohorts for p in c.params]
+            bound = [x for c in cohorts for x in c.bound]
+            grads = [g for c in cohorts for g in c.grads]
+            row_of = [i for i, c in enumerate(cohorts) for _ in c.params]
+        copies = [(p, x.copy) for p, x in zip(params, bound, strict=True) if x.copy is not None]
         for p, copy in copies:
             copy.copy_(p)
         with self.scope():
-            if not self._at_once(records, grads, rows, row_of):
-                arrays = [(r.w, r.checked(g), *r.state) for r, g in zip(records, grads, strict=True)]
+            if not self._at_once(bound, grads, rows, row_of):
+                arrays = [(x.w, x.gradient(g), *x.state) for x, g in zip(bound, grads, strict=True)]
                 self.call(arrays, rows, self.control, row_of)
         for p, copy in copies:
             p.copy_(copy)
         # NumPy's writes are not seen by autograd, which must refuse a backward pass through values that are gone.
         torch.autograd.graph.increment_version(params)
-        for cohort in cohorts:
-            cohort.lane.counts[cohort.indices] += 1
+        for c in cohorts:
+            c.lane.counts[c.where] += 1
 
-    def _at_once(self, records: list[BoundTensor], grads: list[Tensor], rows: Any, row_of: list[int] | None) -> bool:
+    def _at_once(self, bound: list[BoundTensor], grads: list[Tensor], rows: Any, row_of: list[int] | None) -> bool:
         """Update without a look at each gradient; False, with nothing changed, if one is unsuitable."""
-        if self.at_once is None:
+        # PyTorch may keep the sign of a gradient in a bit of the tensor, which DLPack does not show.
+        if self.at_once is None or any(map(torch.Tensor.is_neg, grads)):
             return False
-        try:
-            arrays = [(r.w, r.quick(g), *r.state) for r, g in zip(records, grads, strict=True)]
-        except (RuntimeError, TypeError):  # a tensor that NumPy does not take as it is
+        if (views := tensor_views(grads)) is None:
             return False
-        return bool(self.at_once(arrays, rows, self.control, row_of))
+        if len(bound) != len(self.bound) or not all(map(operator.is_, bound, self.bound)):
+            self.bound = list(bound)
+            self.columns = [list(column) for column in zip(*((x.w, *x.state) for x in bound), strict=True)]
+        w, *state = self.columns
+        return bool(self.at_once(list(zip(w, views, *state, strict=True)), rows, self.control, row_of))
 
 
 # --- the library's rules ---------------------------------------------------------------------------------------------
@@ -529,7 +554,7 @@ def _class_of(kind: type[optim.Optimizer]) -> type[Optimizer]:
             raise DTypeError(f"{kind.__name__}{signature}: {error}") from None
         bound.apply_defaults()
         params = bound.arguments.pop("params")
-        start(self, params, kind, bound.arguments)
+        start(self, params, kind.__init__, bound.arguments)
 
     body = {
         "__init__": begin,

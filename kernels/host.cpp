@@ -613,6 +613,60 @@ static bool square_sum(Any x, Any out) {
     });
 }
 
+// --- tensors of other libraries ---
+
+// What DLPack 1 defines (dlpack.h), as far as it is used here.
+struct DLTensor {
+    void* data;
+    std::int32_t device_type, device_id, ndim;
+    std::uint8_t code, bits;
+    std::uint16_t lanes;
+    std::int64_t *shape, *strides;
+    std::uint64_t byte_offset;
+};
+
+struct DLPackExchangeAPI {
+    std::uint32_t major, minor;
+    void *previous, *allocator, *managed_from_object, *managed_to_object;
+    int (*tensor_from_object)(void* object, DLTensor* out);
+};
+
+// NumPy's views of float32 or float64 tensors in main memory, by the C functions that a library's tensors have as
+// __dlpack_c_exchange_api__; None if one of them is something else. This takes a sixth of the time of a method's call
+// for each tensor.
+static nb::object tensor_views(nb::handle capsule, nb::list tensors) {
+    const void* pointer = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+    if (!pointer) throw nb::python_error();
+    const auto* api = static_cast<const DLPackExchangeAPI*>(pointer);
+    if (api->major != 1) return nb::none();
+    nb::list views;
+    for (nb::handle tensor : tensors) {
+        DLTensor t;
+        if (api->tensor_from_object(tensor.ptr(), &t)) {
+            PyErr_Clear();
+            return nb::none();
+        }
+        const bool is_number = t.device_type == 1 && t.code == 2 && t.lanes == 1 && t.ndim <= NPY_MAXDIMS;
+        if (!is_number || (t.bits != 32 && t.bits != 64)) return nb::none();
+        npy_intp shape[NPY_MAXDIMS], strides[NPY_MAXDIMS];
+        npy_intp contiguous = t.bits / 8;
+        for (int i = t.ndim - 1; i >= 0; --i) {
+            shape[i] = t.shape[i];
+            strides[i] = t.strides ? t.strides[i] * t.bits / 8 : contiguous;
+            contiguous *= t.shape[i];
+        }
+        nb::object view = nb::steal(PyArray_New(&PyArray_Type, t.ndim, shape, t.bits == 32 ? NPY_FLOAT : NPY_DOUBLE,
+                                                strides, static_cast<char*>(t.data) + t.byte_offset, 0,
+                                                NPY_ARRAY_WRITEABLE, nullptr));
+        if (!view.is_valid()) throw nb::python_error();
+        Py_INCREF(tensor.ptr());  // the view keeps the tensor
+        if (PyArray_SetBaseObject(reinterpret_cast<PyArrayObject*>(view.ptr()), tensor.ptr()) < 0)
+            throw nb::python_error();
+        views.append(view);
+    }
+    return views;
+}
+
 // --- the module ---
 
 NB_MODULE(_host, m) {
@@ -644,4 +698,5 @@ NB_MODULE(_host, m) {
     m.def("dropout", dropout);
     m.def("gather", gather);
     m.def("square_sum", square_sum);
+    m.def("tensor_views", tensor_views, "NumPy's views of tensors by DLPack's C functions, or None.");
 }

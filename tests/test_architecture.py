@@ -190,7 +190,7 @@ CODE_LINES = {
     "ops": 1977,
     "sizing": 257,
     "params": 94,
-    "optim": 903,
+    "optim": 911,
     "nn": 1483,
     "datasets": 158,
     "sources": 609,
@@ -200,7 +200,7 @@ CODE_LINES = {
     "explore": 873,
     "plot": 327,
     "cli": 889,
-    "torch": 403,
+    "torch": 424,
     "__main__": 17,
     "__init__": 167,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import inspect
 import io
 import subprocess
@@ -465,6 +466,34 @@ def test_all_groups_are_updated_by_one_call(monkeypatch: pytest.MonkeyPatch) -> 
     assert calls == [(4, 2)] * 2
 
 
+@pytest.mark.parametrize("kind", [gt.Adam, functools.partial(gt.Optimizer, rule=custom)], ids=["Adam", "own"])
+def test_without_dlpacks_c_functions_the_bits_are_the_same(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    params, wanted = tensors(*SHAPES), tensors(*SHAPES)
+    train(kind(wanted), wanted, 0, 3)
+    monkeypatch.setattr(gt, "EXCHANGE", None)
+    opt = kind(params)
+    train(opt, params, 0, 3)
+    assert_same(params, wanted)
+    (params[0].grad,) = torch.autograd.grad(params[0].square().sum(), params[0], create_graph=True)
+    opt.step()  # Tensor.numpy refuses this gradient
+    assert int(opt.state[params[0]]["step"]) == 4
+
+
+def test_views_of_tensors_keep_them_alive_and_have_their_strides() -> None:
+    x = torch.arange(24.0).view(2, 3, 4)
+    seen = [x, x.transpose(0, 2), x[:, ::2], x[1, 1, 1], x.double(), torch.zeros(0, 3)]
+    wanted = [t.numpy().copy() for t in seen]
+    views = gt.tensor_views(seen)
+    assert [v.strides for v in views] == [t.numpy().strides for t in seen]
+    seen.clear()
+    x = None
+    for view, array in zip(views, wanted, strict=True):
+        np.testing.assert_array_equal(view, array)
+        assert view.dtype == array.dtype
+    for other in (torch.zeros(3).to_sparse(), torch.zeros(3, dtype=torch.bfloat16), torch.zeros(3, device="meta")):
+        assert gt.tensor_views([torch.zeros(3), other]) is None
+
+
 def test_autograd_sees_that_parameters_were_changed(make: Any) -> None:
     (w,) = tensors((3, 3))
     opt = make([w])
@@ -535,7 +564,9 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("of_gradient", ["same", "contiguous", "transposed", "expanded"])
-def test_parameters_and_gradients_may_have_any_strides(layout: str, of_gradient: str, make: Any) -> None:
+@pytest.mark.parametrize("kind", ["Adam", "own"])
+def test_parameters_and_gradients_may_have_any_strides(layout: str, of_gradient: str, kind: str) -> None:
+    make = functools.partial(gt.Optimizer, rule=custom) if kind == "own" else gt.Adam
     shape, lay_out = LAYOUTS[layout]
     (p,) = tensors(shape)
     q = torch.nn.Parameter(lay_out(p))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,26 @@ from gpubatch.formula import Trace
 from gpubatch.ops import CudaUpdate
 from gpubatch.optim.optimizer import Optimizer
 
-__all__ = ["captured_key", "enqueue_update", "rehearse_update", "scalars_ahead", "trace_of"]
+__all__ = ["captured_key", "enqueue_update", "rehearse_update", "scalars_ahead", "trace_of", "unbound"]
+
+
+class Unbound(Optimizer):
+    """See :func:`unbound`."""
+
+    def __init__(self, init: Callable[..., None], arguments: dict[str, Any]) -> None:
+        init(self, params=[np.zeros(1)], **arguments)
+
+    def _bind(self) -> None:
+        """Compile nothing."""
+
+
+def unbound(init: Callable[..., None], **arguments: Any) -> Optimizer:
+    """An optimizer of one weight that is never stepped: its rule, its checked arguments, and the initial state.
+
+    init: the ``__init__`` of a class of optimizers.
+    arguments: those of ``init``, apart from the parameters.
+    """
+    return Unbound(init, arguments)
 
 
 def trace_of(opt: Optimizer, decayed: bool) -> Trace:
