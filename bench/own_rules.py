@@ -9,6 +9,7 @@ the first step of a process, from making the optimizer, with an empty cache and 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -146,7 +147,10 @@ def elementwise(rounds: int) -> dict[str, Any]:
 
 
 def training(rounds: int) -> dict[str, Any]:
-    """An epoch of ``fit`` with rule, activation and loss of gpubatch, and with those of the user."""
+    """An epoch of ``fit`` with rule, activation and loss of gpubatch, and with those of the user.
+
+    Matrix products should be on one thread: those that wait for one another on busy cores hide all else.
+    """
     rng = np.random.default_rng(0)
     X, Y = rng.standard_normal((4096, 64), F), rng.standard_normal((4096, 8), F)
 
@@ -208,12 +212,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=41, help="rounds of each pair; a fifth for the largest")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of parameters")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--fit-alone", action="store_true", help="measure no more than fit")
     arguments = parser.parse_args()
+    if arguments.fit_alone:
+        print(json.dumps(training(max(3, arguments.rounds // 4))))
+        return
     if not own_form().startswith("compiled"):
         raise SystemExit(f"formulas of one's own are not compiled here: {own_form()}")
     rules = {}
     for size in arguments.sizes:
         rules[str(size)] = update_rule(size, max(3, arguments.rounds // (5 if size > 10**7 else 1)))
+    fit = [sys.executable, __file__, "--fit-alone", "--rounds", str(arguments.rounds)]
+    one_thread = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     results = {
         "date": date.today().isoformat(),
         "processor": f"{processor()}, {os.cpu_count()} cores",
@@ -223,7 +233,7 @@ def main() -> None:
         "first step": first_steps(5),
         "adam": rules,
         "elementwise": elementwise(arguments.rounds),
-        "fit": training(max(3, arguments.rounds // 4)),
+        "fit": json.loads(subprocess.run(fit, capture_output=True, check=True, env=one_thread).stdout),
     }
     record(results, arguments.out)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import stat
@@ -554,3 +555,13 @@ def test_a_compiler_that_fails_is_told_once_and_numpy_does_the_work(
     for t, g in enumerate((0.5, -1.0, 2.0), 1):
         plain([(expected, np.full(100, g), state)], [opt._trace.evaluate(t, lr=0.1, beta=0.75)])
     np.testing.assert_array_equal(steps_of(opt, w), expected)
+
+
+@pytest.mark.exhaustive
+def test_the_benchmark_runs(fresh: Path, tmp_path: Path) -> None:
+    """It checks that the two of a pair give the same bits; the times are not tested."""
+    script = Path(gb.__file__).parent.parent / "bench" / "own_rules.py"
+    out = tmp_path / "out.json"
+    command = [sys.executable, str(script), "--rounds", "1", "--sizes", "1000", "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert json.loads(out.read_text()).keys() >= {"date", "processor", "compiler", "adam", "elementwise", "fit"}
