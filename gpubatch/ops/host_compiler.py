@@ -44,7 +44,6 @@ __all__ = ["Place", "own_form", "place_of"]
 # As in CMakeLists.txt, for the bits of the build. The text needs no more than C++17, and no warning concerns the user.
 OPTIONS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-std=c++17", "-w", "-shared", "-fPIC"]
 SECONDS = 60  # until a compiler counts as hung; a formula takes a fraction of a second
-MARK = b"gpubatch"  # stands behind the library in a file of the cache, before the digest of key and library
 
 
 class CompilationError(Exception):
@@ -212,51 +211,45 @@ def load_functions(compiler: Compiler, source: str, level: str) -> list[int]:
     Raises :class:`CompilationError`.
     """
     text = "\n".join([compiler.identity(), *OPTIONS, *level_options(level), platform.machine(), source])
-    key, folder = hashlib.sha256(text.encode()).hexdigest(), cache_folder()
+    key, folder = hashlib.sha256(text.encode()).hexdigest()[:32], cache_folder()
     try:
         # OSError: the folder cannot be written, is full, or programs in it cannot be run. A private one will do.
         if folder is not None:
             with contextlib.suppress(OSError):
                 check_private(folder)
-                path = folder / f"{key}.so"
-                if is_sound(path, key):
-                    return functions_of(path)
-                return functions_of(compiled_to(path, compiler, source, level, key))
+                for path in folder.glob(f"{key}-*.so"):
+                    if is_sound(path, key):
+                        return functions_of(path)
+                return functions_of(compiled_into(folder, compiler, source, level, key))
         with tempfile.TemporaryDirectory(prefix="gpubatch-") as private:
-            return functions_of(compiled_to(Path(private, f"{key}.so"), compiler, source, level, key))
+            return functions_of(compiled_into(Path(private), compiler, source, level, key))
     except OSError as error:
         compiler.failure = f"what {compiler.program} makes cannot be written or loaded: {error}"
         raise CompilationError(compiler.failure) from None
 
 
-def compiled_to(path: Path, compiler: Compiler, source: str, level: str, key: str) -> Path:
-    """Compile ``source``, and put the library to ``path`` whole: other processes see all of the file or none."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as private:
-        made = compiler.compile(source, level, private)
-        os.chmod(made, 0o600)
-        with open(made, "r+b") as file:
-            library = file.read()
-            file.write(seal(key, library))
-        os.replace(made, path)
-    return path
+def compiled_into(folder: Path, compiler: Compiler, source: str, level: str, key: str) -> Path:
+    """Compile ``source`` to a file of ``folder``, whole: other processes see all of the library or none."""
+    with tempfile.TemporaryDirectory(dir=folder) as private:
+        made = Path(compiler.compile(source, level, private))
+        made.chmod(0o600)
+        return made.replace(folder / name_of(key, made.read_bytes()))
 
 
-def seal(key: str, library: bytes) -> bytes:
-    """What stands behind a library in its file, so that a truncated or foreign one is noticed before it is loaded."""
-    return MARK + hashlib.sha256(key.encode() + library).digest()
+def name_of(key: str, library: bytes) -> str:
+    """The name of a file of the cache, by which a truncated or foreign one is noticed before it is loaded."""
+    return f"{key}-{hashlib.sha256(key.encode() + library).hexdigest()[:32]}.so"
 
 
 def is_sound(path: Path, key: str) -> bool:
     """Whether a file of the cache is this user's, and as it was written for ``key``."""
     try:
         with open(path, "rb") as file:
-            found, content = os.fstat(file.fileno()), file.read()
+            found, library = os.fstat(file.fileno()), file.read()
     except OSError:
         return False
-    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return False
-    size = len(content) - len(MARK) - hashlib.sha256().digest_size
-    return size > 0 and content[size:] == seal(key, content[:size])
+    private = found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return private and path.name == name_of(key, library)
 
 
 def check_private(folder: Path) -> None:
