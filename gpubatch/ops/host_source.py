@@ -34,7 +34,7 @@ def rule_source(trace: Trace, name: str) -> str:
             f"        {kind}* __restrict__ array{i} = reinterpret_cast<{kind}*>(row[{i}]);"
             for i, kind in enumerate(kinds)
         ),
-        f"        for (Int i = 0; i < row[{len(kinds)}]; ++i) {{",
+        f"        EACH_ROLLED for (Int i = 0; i < row[{len(kinds)}]; ++i) {{",
         # With scale 1 the product changes no bits.
         *(
             f"            {kind} {element} = array{i}[i]{' * scale' if a == 'g' else ''};"
