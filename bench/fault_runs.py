@@ -40,7 +40,7 @@ class Training:
         self.samples = rng.standard_normal((500, 20)).astype(np.float32), rng.integers(0, 3, 500)
         self.net = gb.mlp([20, 32, 3], batch_norm=True, dropout=0.2, backend="cpu")
         self.loader = gb.Loader(*self.samples, batch_size=32, backend="cpu")
-        self.opt = gb.Adam(self.net.parameters, gb.CosineDecay(0.01, total=EPOCHS * len(self.loader)))
+        self.opt = gb.Adam(self.net.parameters, gb.CosineDecay(0.01, total=EPOCHS * len(self.loader), per="step"))
 
 
 def train(run: Training, folder: Path, background: bool) -> str:

@@ -14,6 +14,7 @@ callable of this form.
 from __future__ import annotations
 
 import math
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -165,17 +166,29 @@ class CosineDecay:
     total: the last n of the cosine, warm-up included, at least 1
     warmup: length of the warm-up, from 0 to total - 1
     final: the last learning rate, at least 0; not a fraction of ``lr``
+
+    Without ``per`` it counts epochs, as the other schedules do, and warns: it counted steps up to version 0.1.
     """
 
     lr: NonNegative
     total: Count
     warmup: int = 0
     final: NonNegative = 0.0
-    per: Unit = "step"
+    per: Unit = ""
 
     def __post_init__(self) -> None:
+        unsaid = self.per == ""
+        if unsaid:
+            object.__setattr__(self, "per", "epoch")
         _check_fields(self)
         object.__setattr__(self, "warmup", check_int("warmup", self.warmup, 0, self.total - 1))
+        if unsaid:
+            warnings.warn(
+                "CosineDecay without per= counts epochs now, as the other schedules do; it counted steps up to version "
+                "0.1: write per='epoch' or per='step'",
+                FutureWarning,
+                stacklevel=3,
+            )
 
     def __call__(self, step: int, epoch: int) -> float:
         """The value at ``step`` and ``epoch``, both counted from 0."""

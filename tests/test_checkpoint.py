@@ -156,7 +156,7 @@ def test_a_run_of_an_older_gpubatch_goes_on(backend: Backend, tmp_path: Path) ->
     layers = [gb.Dense(8, 7), gb.BatchNorm(7), gb.GELU(), gb.Dropout(0.1), gb.Dense(7, 3)]
     net = gb.Network(layers, l2=1e-3, dtype="float64", backend=backend, seed=3)
     loader = gb.Loader(X, Y, batch_size=16, seed=1, backend=backend, dtype="float64")
-    opt = gb.Adam(net.parameters, lr=gb.CosineDecay(1e-2, total=12), amsgrad=True)
+    opt = gb.Adam(net.parameters, lr=gb.CosineDecay(1e-2, total=12, per="step"), amsgrad=True)
     validation = backend.asarray(X[:20]), backend.asarray(Y[:20])
     checkpoints = Checkpoints(tmp_path, every=4)
     history = gb.fit(

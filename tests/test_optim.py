@@ -576,13 +576,13 @@ def test_any_hyper_parameter_may_be_a_schedule(rng: np.random.Generator) -> None
 
 
 def test_a_saved_schedule_comes_back() -> None:
-    opt = gb.Adam([np.zeros(2)], lr=gb.CosineDecay(0.1, total=100, warmup=10))
+    opt = gb.Adam([np.zeros(2)], lr=gb.CosineDecay(0.1, total=100, warmup=10, per="step"))
     other = gb.Adam([np.zeros(2)])
     other.load_state_dict(
         json.loads(json.dumps({**opt.state_dict(), "state": {"m": {"0": [0, 0]}, "v": {"0": [0, 0]}}}))
         | {"state": opt.state_dict()["state"]}
     )
-    assert other.hyper["lr"] == gb.CosineDecay(0.1, total=100, warmup=10)
+    assert other.hyper["lr"] == gb.CosineDecay(0.1, total=100, warmup=10, per="step")
 
 
 def test_a_step_reports_what_it_did() -> None:

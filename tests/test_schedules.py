@@ -43,12 +43,12 @@ TABLE = [
     (StepDecay(0.8, factor=0.1, every=3, per="step"), {0: 0.8, 2: 0.8, 3: 0.08, 6: 0.008}),
     (Piecewise([2, 5], [0.1, 0.01, 0.001]), {0: 0.1, 1: 0.1, 2: 0.01, 4: 0.01, 5: 0.001, 10**9: 0.001}),
     (Piecewise([], [0.1], per="step"), {0: 0.1, 7: 0.1}),
-    (CosineDecay(0.4, 6), {0: 0.4, 2: 0.3, 3: 0.2, 4: 0.1, 6: 0.0, 7: 0.0, 10**9: 0.0}),
+    (CosineDecay(0.4, 6, per="step"), {0: 0.4, 2: 0.3, 3: 0.2, 4: 0.1, 6: 0.0, 7: 0.0, 10**9: 0.0}),
     (
         CosineDecay(0.4, 10, warmup=4, final=0.04, per="epoch"),
         {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4, 4: 0.4, 6: 0.31, 7: 0.22, 8: 0.13, 10: 0.04, 11: 0.04},
     ),
-    (CosineDecay(0.4, 2, warmup=1), {0: 0.4, 1: 0.4, 2: 0.0}),
+    (CosineDecay(0.4, 2, warmup=1, per="step"), {0: 0.4, 1: 0.4, 2: 0.0}),
 ]
 table = pytest.mark.parametrize(("schedule", "known"), TABLE, ids=lambda x: None if isinstance(x, dict) else repr(x))
 kinds = {name: kind for name, kind in vars(schedules).items() if inspect.isclass(kind) and is_dataclass(kind)}
@@ -114,7 +114,7 @@ def test_fields_left_out_take_their_defaults():
 
 @given(st.floats(1e-6, 10), st.floats(0, 10), st.integers(1, 300), st.integers(0, 299), st.integers(0, 1000), st.data())
 def test_cosine_stays_between_its_ends(lr, final, total, warmup, n, data):
-    schedule = CosineDecay(lr, total, warmup % total, final)
+    schedule = CosineDecay(lr, total, warmup % total, final, per="step")
     low, high = sorted([lr, final])
     if n >= schedule.warmup:
         assert low * (1 - 1e-15) <= schedule(n, 0) <= high * (1 + 1e-15)
@@ -152,7 +152,10 @@ def cosine_after_warmup(s, o):
         (ExponentialDecay(0.3, 0.9), lambda s, o: s.ExponentialLR(o, gamma=0.9)),
         (StepDecay(0.3, factor=0.5, every=7), lambda s, o: s.StepLR(o, step_size=7, gamma=0.5)),
         (Piecewise([3, 20], [0.3, 0.03, 0.003]), lambda s, o: s.MultiStepLR(o, milestones=[3, 20], gamma=0.1)),
-        (CosineDecay(0.3, STEPS, final=0.01), lambda s, o: s.CosineAnnealingLR(o, T_max=STEPS, eta_min=0.01)),
+        (
+            CosineDecay(0.3, STEPS, final=0.01, per="step"),
+            lambda s, o: s.CosineAnnealingLR(o, T_max=STEPS, eta_min=0.01),
+        ),
     ],
     ids=lambda x: type(x).__name__,
 )
@@ -161,7 +164,7 @@ def test_as_in_torch(schedule, make):
 
 
 def test_warmup_and_cosine_as_in_torch():
-    ours = [CosineDecay(0.3, 40, warmup=8, final=0.01)(n, 0) for n in range(40)]
+    ours = [CosineDecay(0.3, 40, warmup=8, final=0.01, per="step")(n, 0) for n in range(40)]
     np.testing.assert_allclose(ours, torch_curve(cosine_after_warmup, 0.3)[:40], rtol=1e-12)
 
 
@@ -181,7 +184,7 @@ def test_warmup_and_cosine_as_in_torch():
             lambda o: o.piecewise_constant_schedule(0.3, {3: 0.1, 20: 0.1}),
         ),
         (
-            CosineDecay(0.3, 40, warmup=8, final=0.03),
+            CosineDecay(0.3, 40, warmup=8, final=0.03, per="step"),
             lambda o: o.join_schedules(
                 [o.linear_schedule(0.3 / 8, 0.3, 7), o.cosine_decay_schedule(0.3, 32, alpha=0.1)], [8]
             ),
@@ -281,3 +284,11 @@ def test_bad_dicts(d, message):
 def test_a_function_cannot_be_written_as_a_dict():
     with pytest.raises(DTypeError, match=r"one of InverseTimeDecay, .*CosineDecay.*<lambda>"):
         to_dict(lambda step, epoch: 0.1)
+
+
+def test_cosine_decay_counts_epochs_as_the_others_do_and_says_that_this_is_new() -> None:
+    with pytest.warns(FutureWarning, match="^CosineDecay without per= counts epochs now") as warned:
+        schedule = CosineDecay(0.4, 6)
+    assert warned[0].filename == __file__
+    assert schedule == CosineDecay(0.4, 6, per="epoch")
+    assert schedules.from_dict(schedules.to_dict(schedule)) == schedule

@@ -695,7 +695,7 @@ def test_a_tensor_whose_values_are_elsewhere_is_refused() -> None:
         ("SGD", {}, r"^SGD\(params.*missing a required argument: 'lr'"),
         ("Adam", {"lr": -1.0}, r"lr must be finite and in \[0, inf\), got -1.0"),
         ("Adam", {"lr": torch.tensor(0.1)}, "lr must be a plain number"),
-        ("Adam", {"lr": gb.CosineDecay(0.1, total=5)}, "schedules are those of torch.optim.lr_scheduler"),
+        ("Adam", {"lr": gb.CosineDecay(0.1, total=5, per="step")}, "schedules are those of torch.optim.lr_scheduler"),
         ("Adam", {"maximize": 1}, "maximize must be True or False"),
         ("Adam", {"eps_at": "side"}, "eps_at must be one of"),
     ],

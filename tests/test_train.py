@@ -477,7 +477,7 @@ def resumed_is_as_if_never_stopped(
 def test_every_optimizer_goes_on_where_it_was(name: str, dtype: str, tmp_path: Path) -> None:
     def make() -> tuple[gb.Network, gb.Loader, gb.Optimizer]:
         net, loader, _ = parts(dtype=dtype, batch_norm=True, dropout=0.2)
-        return net, loader, CASES[name].make(net.parameters, lr=gb.CosineDecay(0.05, total=36, warmup=3))
+        return net, loader, CASES[name].make(net.parameters, lr=gb.CosineDecay(0.05, total=36, warmup=3, per="step"))
 
     resumed_is_as_if_never_stopped(make, Checkpoints(tmp_path, every=5), [8, 19])
 
