@@ -18,8 +18,8 @@ EXPORTS = {
     "errors": """
         ArgumentError BackendFallbackWarning BackendUnavailableError CaptureError CaptureWarning
         CheckpointError CheckpointWarning CompilerWarning DTypeError DataFormatError DeviceMismatchError FormulaError
-        GpubatchError InsufficientMemoryError MicroBatchWarning NonFiniteError ShapeError SkippedStepWarning
-        TuningWarning UnknownArgumentError
+        GpubatchError IdleWarning InsufficientMemoryError MicroBatchWarning NonFiniteError ResumeWarning ShapeError
+        SkippedStepWarning TuningWarning UnknownArgumentError
     """,
     "explore": """
         GradientCheck batch_size_sweep gradient_check loss_slice numerical_gradient random_local_search
@@ -77,9 +77,11 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         DTypeError as DTypeError,
         FormulaError as FormulaError,
         GpubatchError as GpubatchError,
+        IdleWarning as IdleWarning,
         InsufficientMemoryError as InsufficientMemoryError,
         MicroBatchWarning as MicroBatchWarning,
         NonFiniteError as NonFiniteError,
+        ResumeWarning as ResumeWarning,
         ShapeError as ShapeError,
         SkippedStepWarning as SkippedStepWarning,
         TuningWarning as TuningWarning,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 
 
 def main() -> None:
@@ -16,6 +17,7 @@ def main() -> None:
     from gpubatch.cli import app
     from gpubatch.errors import GpubatchError
 
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         app()
     except (GpubatchError, OSError) as error:

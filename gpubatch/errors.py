@@ -18,7 +18,9 @@
     CaptureWarning (UserWarning)             captured steps differ from eager ones and are abandoned
     CheckpointWarning (UserWarning)          a corrupt checkpoint is skipped, or one was not written and the run goes on
     CompilerWarning (UserWarning)            NumPy runs a user's formula that could be compiled
+    IdleWarning (UserWarning)                a run has a learning rate of 0 in every step
     MicroBatchWarning (UserWarning)          memory ran out: batches are split from here on
+    ResumeWarning (UserWarning)              a resumed run goes on with other hyper-parameters than it was saved with
     SkippedStepWarning (UserWarning)         a step is skipped: its loss or gradient is not finite
     TuningWarning (UserWarning)              saved algorithms of matrix products cannot be used here
 
@@ -46,9 +48,11 @@ __all__ = [
     "DeviceMismatchError",
     "FormulaError",
     "GpubatchError",
+    "IdleWarning",
     "InsufficientMemoryError",
     "MicroBatchWarning",
     "NonFiniteError",
+    "ResumeWarning",
     "ShapeError",
     "SkippedStepWarning",
     "TuningWarning",
@@ -133,8 +137,16 @@ class CompilerWarning(UserWarning):
     """NumPy runs a formula of the user's own, because no compiler is found, or the one that is found fails."""
 
 
+class IdleWarning(UserWarning):
+    """A run has a learning rate of 0 in every step."""
+
+
 class MicroBatchWarning(UserWarning):
     """A training step ran out of memory: batches are split from here on, and their gradients accumulated."""
+
+
+class ResumeWarning(UserWarning):
+    """A resumed run goes on with other hyper-parameters than it was saved with."""
 
 
 class SkippedStepWarning(UserWarning):

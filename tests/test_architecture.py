@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "sources": "datasets ops backend errors",
     "loader": "sources ops staging backend sizing errors own",
     "checkpoint": "backend errors",
-    "train": "nn optim loader checkpoint ops params averages staging backend errors own shown",
+    "train": "nn optim loader checkpoint ops params schedules averages staging backend errors own shown",
     "explore": "nn loader optim train averages params backend errors shown",
 }
 EDGES = {"plot", "cli", "torch", "__main__", "__init__"}
@@ -53,7 +53,7 @@ ORDER = {
     "formula": "trace derivative elementwise update_rule rules activations scores",
     "ops": "program compile host_source host_compiler update grid operation elementwise losses normalisation dropout"
     " sums gather table products",
-    "optim": "arrays groups optimizer optimizers ahead",
+    "optim": "arrays groups optimizer optimizers ahead resumed",
     "nn": "needs layers stack workspace losses checks core network",
     "sources": "arrays reader files tables",
     "loader": "order pinned columns windows ahead device feeds epochs loader",
@@ -178,31 +178,31 @@ def test_packages_are_no_larger_than_their_table_says() -> None:
 
 # The most code lines of each package or module.
 CODE_LINES = {
-    "errors": 101,
+    "errors": 105,
     "own": 27,
     "main_memory": 66,
     "shown": 30,
     "formula": 1043,
-    "schedules": 130,
+    "schedules": 141,
     "averages": 55,
     "backend": 508,
     "staging": 51,
     "ops": 1977,
     "sizing": 257,
     "params": 94,
-    "optim": 911,
+    "optim": 947,
     "nn": 1483,
     "datasets": 158,
     "sources": 609,
     "loader": 1330,
     "checkpoint": 238,
-    "train": 1370,
+    "train": 1430,
     "explore": 873,
     "plot": 327,
     "cli": 889,
     "torch": 424,
-    "__main__": 17,
-    "__init__": 167,
+    "__main__": 19,
+    "__init__": 169,
 }
 
 

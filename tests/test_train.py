@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -607,6 +609,114 @@ def test_a_learning_rate_that_a_callback_changed_is_kept(tmp_path: Path) -> None
     assert history.step_lr == expected.step_lr
 
 
+def test_more_epochs_follow_the_schedule_that_is_given_now(tmp_path: Path) -> None:
+    """Train 4, look, train 4 more: the usual way to go on, which once went on at a learning rate of 0."""
+
+    def run(epochs: int, resume: bool = True) -> gb.History:
+        net, loader, opt = parts()
+        opt.lr = gb.CosineDecay(0.01, total=epochs, per="epoch")
+        return gb.fit(net, loader, opt, epochs, checkpoint=tmp_path, resume=resume, progress=False)
+
+    assert run(4, resume=False).step_lr[::12] == [gb.CosineDecay(0.01, 4, per="epoch")(0, n) for n in range(4)]
+    message = (
+        r"^the run goes on with other hyper-parameters:\nlr: CosineDecay\(lr=0.01, total=4, .*\) before, "
+        r"CosineDecay\(lr=0.01, total=8, .*\) now$"
+    )
+    with pytest.warns(gb.ResumeWarning, match=message) as warned:
+        history = run(8)
+    assert warned[0].filename == __file__
+    assert history.step_lr[4 * 12 :: 12] == [gb.CosineDecay(0.01, 8, per="epoch")(0, n) for n in range(4, 8)]
+
+
+GIVEN_NOW: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "a number": ({"lr": 0.1}, {"lr": 0.001}, ["lr: 0.1 before, 0.001 now"]),
+    "two": (
+        {"weight_decay": 0.1},
+        {"lr": 0.01, "weight_decay": 0.0},
+        ["lr: 0.001 before, 0.01 now", "weight_decay: 0.1 before, 0.0 now"],
+    ),
+    "a schedule for a number": (
+        {"lr": 0.1},
+        {"lr": gb.StepDecay(0.1)},
+        ["lr: 0.1 before, StepDecay(lr=0.1, factor=0.5, every=10, per='epoch') now"],
+    ),
+    "a callable": ({"lr": 0.1}, {"lr": lambda step, epoch: 0.2}, ["lr: 0.1 before, <lambda> now"]),
+    "groups": (
+        {},
+        {"groups": {"b*": {"lr": 0.5}}},
+        ["groups: none before, 'b*' (trainable=True, lr=0.5) now"],
+    ),
+    "the same": ({"lr": 0.1, "beta1": 0.8}, {"lr": 0.1, "beta1": 0.8}, []),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN_NOW)
+def test_what_is_given_now_is_used_and_said(name: str, tmp_path: Path) -> None:
+    before, now, lines = GIVEN_NOW[name]
+
+    def run(epochs: int, hyper: dict[str, Any], resume: bool) -> gb.Optimizer:
+        net, loader, _ = parts()
+        opt = gb.Adam(net.parameters, **hyper)
+        gb.fit(net, loader, opt, epochs, checkpoint=tmp_path, resume=resume, progress=False)
+        return opt
+
+    run(1, before, False)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        opt = run(2, now, True)
+        again = run(3, now, True)  # is as the run is by now, so nothing is to be said
+    told = [str(w.message).splitlines()[1:] for w in warned if w.category is gb.ResumeWarning]
+    assert told == ([lines] if lines else [])
+    for name, value in now.items():
+        for one in (opt, again):
+            assert one.groups if name == "groups" else one.hyper[name] == value
+
+
+def test_a_schedule_that_an_earlier_run_has_used_up_is_told() -> None:
+    net, loader, opt = parts()
+    opt.lr = gb.CosineDecay(0.01, total=3, per="epoch")
+    gb.fit(net, loader, opt, 3, progress=False)
+    message = (
+        r"^the learning rate is 0 in all 24 steps of this run: CosineDecay\(.*\) has ended by step 36, epoch 3; give"
+    )
+    with pytest.warns(gb.IdleWarning, match=message):
+        assert set(gb.fit(net, loader, opt, 2, progress=False).step_lr) == {0.0}
+
+
+BATCHES: dict[str, tuple[dict[str, Any], str]] = {
+    "scale": ({"scale": 2.0}, r"a loader with scale=0\.5, this one has 2\.0"),
+    "transform": ({"transform": np.negative}, r"a loader with transform=None, this one has 'negative'"),
+    "samples": ({"X": blobs(seed=1)[0]}, "a loader with other samples"),
+    "labels": ({"Y": 2 - blobs()[1]}, "a loader with other samples"),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_other_batches_are_refused(name: str, tmp_path: Path) -> None:
+    other, message = BATCHES[name]
+
+    def run(resume: bool, **other: Any) -> None:
+        X, Y = blobs()
+        arguments = {"X": X, "Y": Y, "batch_size": 50, "scale": 0.5, "backend": "cpu", **other}
+        net, _, opt = parts()
+        gb.fit(net, gb.Loader(**arguments), opt, 1, checkpoint=tmp_path, resume=resume, progress=False)
+
+    run(False)
+    run(True)
+    with pytest.raises(gb.ArgumentError, match=f"cannot be resumed here: it is of {message}"):
+        run(True, **other)
+
+
+def test_a_resumed_run_says_from_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gb.fit(*parts(), 2, checkpoint=tmp_path, progress=False)
+    gb.fit(*parts(), 3, checkpoint=tmp_path, resume=True)
+    gb.fit(*parts(), 3, checkpoint=tmp_path, resume=True)
+    first, epoch, second = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"resumed after step 24, in epoch 3, saved at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", first)
+    assert epoch.startswith("epoch 3/3")
+    assert second.endswith("; the run has made its 3 epochs, nothing is left to do")
+
+
 def test_an_automatic_batch_size_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if another size would be chosen now, because other sizes make other batches."""
 
@@ -685,7 +795,7 @@ def test_a_file_that_fit_did_not_write_is_refused(tmp_path: Path) -> None:
 
 def test_a_new_run_does_not_replace_an_old_one(tmp_path: Path) -> None:
     gb.fit(*parts(), 1, checkpoint=tmp_path, progress=False)
-    with pytest.raises(gb.ArgumentError, match="has checkpoints of another run: go on from them with resume=True, or"):
+    with pytest.raises(gb.ArgumentError, match="has checkpoints of a run: go on from them with resume=True"):
         gb.fit(*parts(), 1, checkpoint=tmp_path, progress=False)
     with pytest.raises(gb.ArgumentError, match="resume=True needs checkpoint=, the folder"):
         gb.fit(*parts(), 1, resume=True, progress=False)

@@ -20,6 +20,7 @@ from gpubatch.optim.optimizers import (
     RMSProp,
     Yogi,
 )
+from gpubatch.optim.resumed import given_hyper, load_resumed
 
 __all__ = [
     "MASTER",
@@ -43,6 +44,8 @@ __all__ = [
     "captured_key",
     "clip_by_global_norm",
     "enqueue_update",
+    "given_hyper",
+    "load_resumed",
     "rehearse_update",
     "scalars_ahead",
     "trace_of",

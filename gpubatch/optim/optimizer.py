@@ -268,7 +268,7 @@ class Optimizer:
             "rule": self.rule.name,
             "t": self.t,
             "epoch": self.epoch,
-            "hyper": {name: _saved(value) for name, value in self.hyper.items()},
+            "hyper": self._saved_hyper(),
             **({"groups": self._saved_groups()} if len(self._groups) > 1 else {}),
             **({"missed": dict(self._missed)} if self._missed else {}),
             "state": state,
@@ -506,6 +506,9 @@ class Optimizer:
                 raise ArgumentError(f"{label} was the callable {value.get('callable')!r}; give this optimizer one too")
             return own[name]
         return value if name in (*self._options, "decoupled") else self._value(name, value, pattern)
+
+    def _saved_hyper(self) -> dict[str, Any]:
+        return {name: _saved(value) for name, value in self.hyper.items()}
 
     def _saved_groups(self) -> dict[str, dict[str, Any]]:
         return {

@@ -49,6 +49,9 @@ class Display(Protocol):
     def epoch(self, number: int, history: History) -> None:
         """Epoch ``number``, counted from 1, is complete."""
 
+    def note(self, text: str) -> None:
+        """Something to know of the run, in a line."""
+
 
 @contextlib.contextmanager
 def display(progress: bool, epochs: int, steps: int, done: int = 0) -> Iterator[Display]:
@@ -74,6 +77,9 @@ class Silent:
     def epoch(self, number: int, history: History) -> None:
         """Nothing."""
 
+    def note(self, text: str) -> None:
+        """Nothing."""
+
 
 class Lines:
     """A line for each epoch."""
@@ -86,7 +92,11 @@ class Lines:
 
     def epoch(self, number: int, history: History) -> None:
         """Print it."""
-        print(epoch_line(number, self.epochs, history), file=sys.stderr, flush=True)
+        self.note(epoch_line(number, self.epochs, history))
+
+    def note(self, text: str) -> None:
+        """Print it."""
+        print(text, file=sys.stderr, flush=True)
 
 
 class Live:
@@ -106,7 +116,11 @@ class Live:
 
     def epoch(self, number: int, history: History) -> None:
         """Print it above the bar."""
-        self.live.console.print(epoch_line(number, self.epochs, history), highlight=False)
+        self.note(epoch_line(number, self.epochs, history))
+
+    def note(self, text: str) -> None:
+        """Print it above the bar."""
+        self.live.console.print(text, highlight=False)
 
 
 def epoch_line(number: int, epochs: int, history: History) -> str:

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from gpubatch.checkpoint import Checkpoints
-from gpubatch.errors import ArgumentError, InsufficientMemoryError, check_bool, check_choice, check_int
+from gpubatch.errors import ArgumentError, IdleWarning, InsufficientMemoryError, check_bool, check_choice, check_int
 from gpubatch.loader import Loader
 from gpubatch.nn import Network, core_of
 from gpubatch.optim import Optimizer
+from gpubatch.schedules import KINDS
 from gpubatch.train.callbacks import watcher_of
 from gpubatch.train.captured import CapturedSteps
 from gpubatch.train.checks import HeldOut, about_validation, check_parts, scale_for, validation_arrays
@@ -20,7 +21,7 @@ from gpubatch.train.eager import EagerSteps
 from gpubatch.train.history import History, StopTraining, TrainingState
 from gpubatch.train.loss_scale import LossScale
 from gpubatch.train.memory import evaluate, halve, memory_message, settle_batches
-from gpubatch.train.record import Between, Record, Steps
+from gpubatch.train.record import Between, Record, Steps, warn_caller
 from gpubatch.train.resume import RunCheckpoints, open_checkpoints
 from gpubatch.train.signals import BetweenSteps, interruptible
 
@@ -68,7 +69,8 @@ def fit(
 
     **Checkpoints.** The run is saved after every epoch, or every so many steps, and at its end. A run that was killed
     and is resumed ends as if it had never stopped: with the same parameters and the same history, but for ``seconds``.
-    Hyper-parameters are those that were saved. Callbacks with ``state_dict`` and ``load_state_dict`` are saved too,
+    Hyper-parameters that are given otherwise than when the run began are used, with a :class:`ResumeWarning` that names
+    them; all others are those that were saved. Callbacks with ``state_dict`` and ``load_state_dict`` are saved too,
     others begin anew. Another network, another optimizer or other batches are refused. Ctrl-C and SIGTERM let the
     current step finish, save the run, and raise :class:`TrainingInterrupted`, a KeyboardInterrupt, or
     :class:`TrainingTerminated`, a SystemExit. Both have the ``history``, and so has any other error that ends a run.
@@ -117,6 +119,7 @@ def fit(
         settle_batches(net, loader, opt, held_out, may_capture and not captured.why_not())
         record.history.batch_size = loader.batch_size
         drivers: list[Steps] = [captured, eager] if may_capture else [eager]
+        warn_if_idle(opt, loader, (epochs - len(record.history.loss)) * len(loader) - record.epoch.batches)
         run = Run(record, drivers, execution == "captured", held_out)
         between = BetweenSteps(record, checkpoints)
         done = len(record.history.loss)
@@ -124,6 +127,9 @@ def fit(
         checkpoints.try_callbacks()
         with history_in_errors(record), checkpoints.completed(), eager.scaling():
             with interruptible() as between.signals, shown as record.display:
+                if checkpoints.resumed:
+                    left = "" if done < epochs else f"; the run has made its {epochs} epochs, nothing is left to do"
+                    record.display.note(checkpoints.resumed + left)
                 with contextlib.suppress(StopTraining):
                     for number in range(done + 1, epochs + 1):
                         run.epoch(between)
@@ -135,6 +141,20 @@ def fit(
                 checkpoints.save()
             between.stop_if_signalled()  # a signal that came after the last look
     return record.history
+
+
+def warn_if_idle(opt: Optimizer, loader: Loader, steps: int) -> None:
+    """Warn if a schedule has the learning rate 0 in every step to come, as after an earlier run has used it up."""
+    schedule = opt.hyper.get("lr")
+    if steps < 1 or not callable(schedule) or type(schedule) not in KINDS.values():
+        return
+    ahead = (0, steps // 2, steps - 1)
+    if all(schedule(opt.t + n, loader.epoch + n // len(loader)) == 0 for n in ahead):
+        warn_caller(
+            f"the learning rate is 0 in all {steps} steps of this run: {schedule!r} has ended by step {opt.t}, epoch "
+            f"{loader.epoch}; give the optimizer another: opt.lr = ...",
+            IdleWarning,
+        )
 
 
 @contextlib.contextmanager

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
+import hashlib
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from gpubatch.checkpoint import Checkpoints
-from gpubatch.errors import ArgumentError, CheckpointError, DataFormatError, GpubatchError
+from gpubatch.errors import ArgumentError, CheckpointError, DataFormatError, GpubatchError, ResumeWarning
+from gpubatch.loader import Loader, epochs_of
 from gpubatch.nn import Network
+from gpubatch.optim import given_hyper, load_resumed
 from gpubatch.train.history import History
-from gpubatch.train.record import EpochProgress, Record
+from gpubatch.train.record import EpochProgress, Record, warn_caller
 
 __all__ = ["RunCheckpoints", "check_same_network", "describe_network", "open_checkpoints"]
 
@@ -31,6 +36,12 @@ class RunCheckpoints:
         self.store, self._record = store, record
         self._callbacks = [c for c in callbacks if hasattr(c, "state_dict") and hasattr(c, "load_state_dict")]
         self._saved_at = record.state.opt.t
+        self._given = given_hyper(record.state.opt)
+        self.resumed = ""  # where the run goes on from, in words
+
+    @functools.cached_property
+    def _batches(self) -> dict[str, Any]:
+        return describe_batches(self._record.state.loader)
 
     @property
     def steps_left(self) -> int | None:
@@ -62,7 +73,9 @@ class RunCheckpoints:
         saved = {
             "network": state.net.state_dict(),
             "optimizer": state.opt.state_dict(),
+            "given": self._given,
             "loader": state.loader.state_dict(),
+            "batches": self._batches,
             "description": describe_network(state.net),
             "plan": dataclasses.asdict(state.loader.plan),
             "history": history,
@@ -102,6 +115,7 @@ class RunCheckpoints:
         before = state.net.state_dict()
         try:
             check_same_network(saved["description"], describe_network(state.net))
+            check_same_batches(saved.get("batches", {}), self._batches)
             copy.copy(state.loader).load_state_dict(saved["loader"])  # whether it would
             history = {
                 name: value.tolist() if isinstance(value, np.ndarray) else value
@@ -115,7 +129,7 @@ class RunCheckpoints:
                     f"{len(self._callbacks)} have state_dict and load_state_dict"
                 )
             state.net.load_state_dict(saved["network"])
-            state.opt.load_state_dict(saved["optimizer"])
+            changed = load_resumed(state.opt, saved["optimizer"], saved.get("given"))
             state.loader.load_state_dict(saved["loader"])
             if record.scale is not None:
                 record.scale.load_state_dict(saved["loss_scale"])
@@ -127,6 +141,10 @@ class RunCheckpoints:
                 raise type(error)(f"{path} cannot be resumed here: {error}") from error
             raise DataFormatError(f"{path} was not saved by fit: {error!r}") from error
         state.step = self._saved_at = state.opt.t
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+        self.resumed = f"resumed after step {state.step}, in epoch {len(state.history.loss) + 1}, saved at {when}"
+        if changed:
+            warn_caller("the run goes on with other hyper-parameters:\n" + "\n".join(changed), ResumeWarning)
 
     @contextlib.contextmanager
     def completed(self) -> Iterator[None]:
@@ -155,7 +173,8 @@ def open_checkpoints(checkpoint: Any, resume: bool) -> Checkpoints | None:
     if not resume and store.files():
         # A new run would remove them, one after another.
         raise ArgumentError(
-            f"{store.folder} has checkpoints of another run: go on from them with resume=True, or take another folder"
+            f"{store.folder} has checkpoints of a run: go on from them with resume=True (--resume), or take another "
+            "folder"
         )
     return store
 
@@ -169,6 +188,35 @@ def describe_network(net: Network) -> dict[str, Any]:
     }
     common = {"dtype": net.dtype.name, "precision": net.precision, "loss": net.loss_name, "l2": net.l2}
     return {**common, "seed": net.seed, "number of layers": len(layers), **layers}
+
+
+def describe_batches(loader: Loader) -> dict[str, Any]:
+    """What makes a loader's batches what they are, besides their order, which its own state has, as JSON can hold it.
+
+    Of the samples there is a digest of the first one, the one in the middle, and the last one.
+    """
+    columns, n = epochs_of(loader).columns, loader.n_samples
+    some = columns.at(np.unique([0, n // 2, n - 1]))
+    digest = hashlib.sha256(b"".join(loader.backend.to_numpy(array).tobytes() for array in some))
+    return {
+        "dtype": loader.dtype.name,
+        "scale": loader.scale,
+        "transform": getattr(loader.transform, "__qualname__", None if loader.transform is None else "a callable"),
+        "shapes": [list(array.shape[1:]) for array in some],
+        "samples": digest.hexdigest()[:16],
+    }
+
+
+def check_same_batches(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise an error that names the first difference between two loaders' batches; older checkpoints say nothing."""
+    for name, value in own.items():
+        if saved.get(name, value) != value:
+            what = {"samples": "other samples", "shapes": f"samples of the shapes {saved[name]}"}
+            here = {"samples": "", "shapes": f", this one has {value}"}
+            raise ArgumentError(
+                f"it is of a loader with {what.get(name, f'{name}={saved[name]!r}')}"
+                f"{here.get(name, f', this one has {value!r}')}"
+            )
 
 
 def check_same_network(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -1,0 +1,52 @@
+"""A resumed run's optimizer: its state as it was saved, its hyper-parameters as they are given now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gpubatch import schedules
+from gpubatch.optim.optimizer import Optimizer
+
+__all__ = ["given_hyper", "load_resumed"]
+
+
+def given_hyper(opt: Optimizer) -> dict[str, Any]:
+    """The hyper-parameters of an optimizer and of its groups, as a checkpoint can hold them."""
+    return {"hyper": opt._saved_hyper(), "groups": opt._saved_groups()}
+
+
+def load_resumed(opt: Optimizer, saved: Mapping[str, Any], given: Mapping[str, Any] | None) -> list[str]:
+    """Load a state_dict, but keep the hyper-parameters that are now given otherwise; what differs, a line each.
+
+    saved: of :meth:`Optimizer.state_dict`.
+    given: of :func:`given_hyper` when that run began; None: of a checkpoint without it. What a callback has changed
+        since then is in ``saved``, and is no difference.
+    """
+    now, groups = given_hyper(opt), saved.get("groups", {})
+    before = {"hyper": saved["hyper"], "groups": groups} if given is None else given
+    hyper, lines = dict(saved["hyper"]), list[str]()
+    for name, value in now["hyper"].items():
+        # Options are part of the formula, so another one is refused when the dictionary is loaded.
+        if name in opt._hyper and before["hyper"].get(name) != value:
+            hyper[name] = value
+            lines.append(f"{name}: {_in_words(before['hyper'].get(name))} before, {_in_words(value)} now")
+    if before["groups"] != now["groups"]:
+        groups = now["groups"]
+        lines.append(f"groups: {_groups_in_words(before['groups'])} before, {_groups_in_words(groups)} now")
+    opt.load_state_dict({**saved, "hyper": hyper, "groups": groups})
+    return lines
+
+
+def _in_words(saved: Any) -> str:
+    if isinstance(saved, Mapping):
+        return repr(schedules.from_dict(saved)) if "schedule" in saved else str(saved.get("callable"))
+    return repr(saved)
+
+
+def _groups_in_words(groups: Mapping[str, Mapping[str, Any]]) -> str:
+    each = (
+        f"{pattern!r} ({', '.join(f'{name}={_in_words(value)}' for name, value in values.items())})"
+        for pattern, values in groups.items()
+    )
+    return ", ".join(each) or "none"
