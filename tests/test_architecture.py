@@ -190,7 +190,7 @@ CODE_LINES = {
     "ops": 1977,
     "sizing": 257,
     "params": 94,
-    "optim": 947,
+    "optim": 1005,
     "nn": 1483,
     "datasets": 158,
     "sources": 609,

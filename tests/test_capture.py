@@ -877,7 +877,7 @@ def by_hand(
 
 @every("steps", {"1": 1, "3": 3}, ["3"])
 def test_a_captured_step_is_step_loss_and_step(steps: int, device: Callable[[], CudaBackend]) -> None:
-    for optimizer in (gb.Adam, falling(gb.Momentum, 0.1)):
+    for optimizer in (gb.Adam, falling(gb.Momentum, 0.1), lambda p: grouped(p, "[Wb]1", "gamma1")):
         assert by_hand(device(), True, steps, optimizer) == by_hand(device(), False, steps, optimizer)
 
 

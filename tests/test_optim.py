@@ -650,6 +650,78 @@ def test_a_norm_that_is_not_finite_leaves_the_gradients(bad: float) -> None:
     np.testing.assert_array_equal(g, [1.0, bad])
 
 
+# --- numbers that are not finite -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+@pytest.mark.parametrize("form", ["flat", "groups", "named", "apart", "half"])
+def test_a_checked_step_refuses_gradients_before_anything_changes(form: str, bad: float, backend: gb.Backend) -> None:
+    dtype = "float16" if form == "half" else "float32"
+    params = gb.Parameters({"a": (3,), "b": (2, 2), "c": (5,)}, backend, dtype)
+    groups = {"a": {"lr": 0.5}, "c": {"trainable": False}} if form == "groups" else None
+    opt = gb.Adam(dict(params) if form == "apart" else params, check=True, groups=groups)
+    grads = dict(params.grads) if form in ("named", "apart") else None
+    params.grads.flat[...] = 300.0  # float16 has no number for the square
+    params.grads["c"][...] = bad if form == "groups" else 1.0
+    assert opt.step(grads).applied
+    arrays = [params.flat, *(views.flat for views in opt.state.values())]
+    before = [backend.to_numpy(array).copy() for array in arrays]
+    params.grads["b"][0, 1] = bad
+    with pytest.raises(
+        gb.NonFiniteError, match=r"^1 of 4 numbers of grads\['b'\] are NaN or infinite at step 2; nothing"
+    ):
+        opt.step(grads)
+    for array, values in zip(arrays, before, strict=True):
+        np.testing.assert_array_equal(backend.to_numpy(array), values)
+    assert opt.t == 1
+    opt.step(grads, backend.asarray(np.array([1, 1], np.float32)))  # a step that is left out looks at nothing
+    for array, values in zip(arrays, before, strict=True):
+        np.testing.assert_array_equal(backend.to_numpy(array), values)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_cpu_notices_parameters_that_are_not_finite(apart: bool) -> None:
+    """After the first step, and after each hundredth: what is NaN stays NaN."""
+    for at, noticed in ((1, 1), (2, 101), (101, 101)):
+        params = gb.Parameters({"a": (3,), "b": (2,)}, "cpu")
+        opt = gb.SGD(dict(params) if apart else params, 0.5)
+        for step in range(1, 150):
+            params.grads.flat[...] = 1.0
+            if step == at:
+                params.grads["b"][0] = np.inf
+            if step == noticed:
+                text = (
+                    rf"^1 of 2 numbers of params\['b'\] are NaN or infinite after step {step}: in one of the last 100 "
+                )
+                with pytest.raises(gb.NonFiniteError, match=text):
+                    opt.step(dict(params.grads) if apart else None)
+                break
+            opt.step(dict(params.grads) if apart else None)
+        assert params["a"].tolist() == [-0.5 * noticed] * 3
+
+
+@pytest.mark.parametrize("check", [None, False])
+def test_what_nobody_looks_at_is_not_finite(check: bool | None, backend: gb.Backend) -> None:
+    """On request, and on a GPU, where nobody waits for it."""
+    if check is None and backend.name == "cpu":
+        pytest.skip("a CPU looks")
+    w = backend.asarray(np.zeros(3))
+    opt = gb.SGD([w], 0.5, check=check)
+    assert opt.step([backend.asarray(np.full(3, np.nan))]).applied
+    assert np.isnan(backend.to_numpy(w)).all()
+
+
+def test_frozen_parameters_may_be_anything() -> None:
+    params = gb.Parameters({"a": (3,), "b": (2,)}, "cpu")
+    params["a"][...] = np.nan
+    opt = gb.SGD(params, 0.5, groups={"a": {"trainable": False}})
+    params.grads.flat[...] = 1.0
+    assert opt.step().applied
+    params.grads["a"][...] = np.nan
+    assert gb.SGD(params, 0.5, groups={"a": {"trainable": False}}, check=True).step().applied
+    assert params["b"].tolist() == [-1.0, -1.0]
+
+
 # --- errors --------------------------------------------------------------------------------------------------------
 
 
@@ -739,6 +811,11 @@ ERRORS = {
         lambda: gb.Adam([W]).load_state_dict(gb.Adam([W.astype("f")]).state_dict()),
         TypeError,
         r"state\['m'\]\['0'\] is float32, expected float64",
+    ),
+    "check of a wrong type": (
+        lambda: gb.SGD([W], 0.1, check="yes"),
+        TypeError,
+        "check must be True or False, got 'yes'",
     ),
     "groups of a wrong type": (
         lambda: gb.SGD([W], 0.1, groups=[{"lr": 0.2}]),

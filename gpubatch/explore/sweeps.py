@@ -16,7 +16,7 @@ from gpubatch.errors import ArgumentError, NonFiniteError, check_int, check_real
 from gpubatch.explore.shared import Progress, check_net, kept_as_it_is, loss_or_inf, positive_grid, report
 from gpubatch.loader import Loader, epochs_of
 from gpubatch.nn import Network, core_of
-from gpubatch.optim import SGD, Adam, Momentum, Optimizer, RMSProp
+from gpubatch.optim import SGD, Adam, Momentum, Optimizer, RMSProp, unchecked
 from gpubatch.params import Parameters
 from gpubatch.shown import Shown
 from gpubatch.train import History, StopTraining, TrainingState, fit, loader_for
@@ -131,7 +131,7 @@ def learning_rate_range_test(
     found: list[float] = []
     with kept_as_it_is(net):
         opt = optimizer(net.parameters, low)
-        with contextlib.closing(_endless(loader)) as batches:
+        with contextlib.closing(_endless(loader)) as batches, unchecked(opt):  # to diverge is part of it
             for rate, (x, y) in zip(planned, batches, strict=False):
                 report(progress, len(found), steps)
                 try:

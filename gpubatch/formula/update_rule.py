@@ -16,7 +16,7 @@ from gpubatch.formula.trace import C_WORDS, HOST_FUNCTIONS, Scalar, Trace, resta
 __all__ = ["Rule", "rule"]
 
 # Arguments of every optimizer, and of its groups.
-TAKEN = ("t", "weight_decay", "decoupled", "backend", "master_weights", "groups", "trainable")
+TAKEN = ("t", "weight_decay", "decoupled", "backend", "master_weights", "groups", "check", "trainable")
 
 
 @dataclass(frozen=True, eq=False)

@@ -248,7 +248,7 @@ class Core:
                 self.micro_batches(X, Y, micro_batch_size, one)
         finally:
             self.mode.step = own
-        return self._training, self._sums, self.products
+        return self._training, self._sums, self._reach, self.products
 
     def count_steps(self, steps: int) -> None:
         """Count training steps that were made by :meth:`enqueue`."""

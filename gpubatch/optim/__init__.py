@@ -1,6 +1,14 @@
 """Optimizers: an update rule bound to parameters, in place, with schedules and a state that can be saved."""
 
-from gpubatch.optim.ahead import captured_key, enqueue_update, rehearse_update, scalars_ahead, trace_of, unbound
+from gpubatch.optim.ahead import (
+    captured_key,
+    enqueue_update,
+    rehearse_update,
+    scalars_ahead,
+    trace_of,
+    unbound,
+    unchecked,
+)
 from gpubatch.optim.arrays import clip_by_global_norm
 from gpubatch.optim.groups import Hyper
 from gpubatch.optim.optimizer import MASTER, Optimizer, StepResult
@@ -50,4 +58,5 @@ __all__ = [
     "scalars_ahead",
     "trace_of",
     "unbound",
+    "unchecked",
 ]

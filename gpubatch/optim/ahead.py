@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from gpubatch.formula import Trace
 from gpubatch.ops import CudaUpdate
 from gpubatch.optim.optimizer import Optimizer
 
-__all__ = ["captured_key", "enqueue_update", "rehearse_update", "scalars_ahead", "trace_of", "unbound"]
+__all__ = ["captured_key", "enqueue_update", "rehearse_update", "scalars_ahead", "trace_of", "unbound", "unchecked"]
 
 
 class Unbound(Optimizer):
@@ -37,6 +38,16 @@ def unbound(init: Callable[..., None], **arguments: Any) -> Optimizer:
 def trace_of(opt: Optimizer, decayed: bool) -> Trace:
     """The formula that an optimizer applies, recorded with its options, and if ``decayed`` with its weight decay."""
     return opt.rule.trace(("decoupled" if opt._decoupled else "coupled") if decayed else "", **opt._options)
+
+
+@contextlib.contextmanager
+def unchecked(opt: Optimizer) -> Iterator[None]:
+    """Meanwhile the optimizer does not look for numbers that are not finite: the caller does, and knows what to do."""
+    before, opt._check = opt._check, False
+    try:
+        yield
+    finally:
+        opt._check = before
 
 
 def rehearse_update(opt: Optimizer, grads: Any = None) -> None:

@@ -14,7 +14,7 @@ from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, check_rea
 from gpubatch.ops import SQUARE_SUM_SIZE, ops_for
 from gpubatch.params import FlatViews
 
-__all__ = ["Gradients", "check_apart", "clip_by_global_norm", "named_arrays"]
+__all__ = ["Gradients", "check_apart", "clip_by_global_norm", "named_arrays", "not_finite"]
 
 
 def named_arrays(arrays: Any, argument: str, *, writable: bool = False, optional: bool = False) -> dict[str, Array]:
@@ -94,6 +94,21 @@ class Gradients(NamedTuple):
         elif self.names is not None or type(grads) not in (list, tuple):
             return False
         return len(grads) == len(self.arrays) and all(g is known() for g, known in zip(grads, self.arrays, strict=True))
+
+
+def not_finite(arrays: Mapping[str, Array]) -> str:
+    """The arrays with numbers that are NaN or infinite, in words; empty if there are none."""
+    backend, found = backend_of(*arrays.values()), list[str]()
+    with backend.scope(), np.errstate(over="ignore", invalid="ignore"):
+        for name, array in arrays.items():
+            if isinstance(array, np.ndarray) and array.flags.c_contiguous:
+                # BLAS is the quickest to tell that all is well: what is not finite has no finite sum of squares.
+                flat = array.reshape(-1)
+                if math.isfinite(float(np.dot(flat, flat))):
+                    continue
+            if count := int(array.size) - int(backend.xp.isfinite(array).sum()):
+                found.append(f"{count} of {array.size} numbers of {name} are NaN or infinite")
+    return ", ".join(found)
 
 
 def clip_by_global_norm(grads: Any, max_norm: float) -> float:

@@ -15,6 +15,7 @@ from gpubatch.errors import (
     ArgumentError,
     DeviceMismatchError,
     DTypeError,
+    NonFiniteError,
     ShapeError,
     check_bool,
     check_int,
@@ -23,13 +24,14 @@ from gpubatch.errors import (
 )
 from gpubatch.formula import Rule, rules
 from gpubatch.ops import CudaUpdate, update_for
-from gpubatch.optim.arrays import Gradients, check_apart, named_arrays
+from gpubatch.optim.arrays import Gradients, check_apart, named_arrays, not_finite
 from gpubatch.optim.groups import Arrangement, Hyper, arranged, partition
 from gpubatch.own import as_written
 from gpubatch.params import FlatViews, Parameters
 
 __all__ = ["MASTER", "Optimizer", "StepResult"]
 
+LOOKS = 100  # steps from one look at the parameters to the next; a look takes up to half a step
 MASTER = "master"  # the name of the float32 copy of float16 parameters, beside the formula's state
 
 # The range of every hyper-parameter that gpubatch's own rules have: from low, included, to high, excluded.
@@ -76,6 +78,11 @@ class Optimizer:
         matches a name counts. ``trainable=False`` freezes: such parameters have no state, and are never updated.
         :func:`fit` does not compute their gradients where it need not, and has them be 0. :func:`no_decay` gives the
         usual groups of a network.
+    check: what is done about gradients that are NaN or infinite. None: a CPU looks at the parameters after the first
+        step and after every hundredth, since what is NaN stays NaN, and raises :class:`NonFiniteError`; that takes no
+        time worth mentioning. True: every step looks at the gradients first, and raises with nothing changed; on a CPU
+        that takes from a quarter of a step of Adam to a whole one of SGD, and a GPU waits for it. False: nobody looks,
+        as on a GPU by default. :func:`fit` looks at all gradients itself, whatever this is.
     hyper: the rule's hyper-parameters: numbers, or schedules, callables (step, epoch) -> float, both counted from 0.
 
     For float16 the arithmetic and the state are float32.
@@ -94,6 +101,7 @@ class Optimizer:
         backend: str | Backend | None = None,
         master_weights: bool = False,
         groups: Mapping[str, Mapping[str, Any]] | None = None,
+        check: bool | None = None,
         **hyper: Any,
     ) -> None:
         if not isinstance(rule, Rule):
@@ -136,6 +144,7 @@ class Optimizer:
             for name, p in self._trained.items():
                 self._state[MASTER][name] = p
         self._last: Gradients | None = None  # of many arrays on a GPU, in the step before
+        self._check = None if check is None else check_bool("check", check)
         self._bind()
 
     def step(self, grads: Any = None, control: Array | None = None) -> StepResult:
@@ -151,7 +160,8 @@ class Optimizer:
         """
         if control is not None:
             self._check_control(control)
-        if isinstance(self._update, CudaUpdate) and self._last is not None and self._last.same(grads):
+        known = self._last is not None and not self._check and self._last.same(grads)
+        if known and isinstance(self._update, CudaUpdate):
             scalars, lr = self._scalars(self.t)
             self._update.again(scalars, control)
         else:
@@ -165,6 +175,8 @@ class Optimizer:
                 self._missed[name] = self._missed.get(name, 0) + 1
             self._late.update(self._absent)
         self.t += 1
+        if self.t % LOOKS == 1 and self._check is None and self.backend.name == "cpu":
+            self._look_at_parameters()
         return StepResult(True, self.t, lr)
 
     def _first(self, grads: Any, control: Array | None) -> float | None:
@@ -172,12 +184,36 @@ class Optimizer:
         self._last = None
         arrays, row_of = self._arrays(grads)
         scalars, lr = self._scalars(self.t)
+        if self._check and not (control is not None and control[1]):
+            self._look_at_gradients(grads, [self._gradient(g, w) for w, g, *_ in arrays])
         if arrays and not self._at_once(arrays, scalars, control, row_of):
             checked = [(w, self._gradient(g, w), *state) for w, g, *state in arrays]
             self._update(checked, scalars, control, row_of)
             if len(arrays) > 1 and isinstance(self._update, CudaUpdate):
                 self._last = Gradients.of(grads, [g for _, g, *_ in checked])
         return lr
+
+    def _look_at_gradients(self, grads: Any, arrays: list[Array]) -> None:
+        """Raise if one of ``arrays``, which are those in ``grads``, is not finite."""
+        if not arrays or not not_finite({str(i): g for i, g in enumerate(arrays)}):
+            return
+        named: Mapping[str, Array]
+        if self._flat is not None and (flat := self._flat_grads(grads, self._flat)) is not None:
+            named = FlatViews(flat, self._flat.shapes)
+        else:
+            named = named_arrays(grads, "grads", optional=True)
+        what = not_finite({f"grads[{name!r}]": named[name] for name in self._trained if named[name] is not None})
+        raise NonFiniteError(f"{what} at step {self.t + 1}; nothing was changed")
+
+    def _look_at_parameters(self) -> None:
+        """Raise if a parameter that is trained is not finite."""
+        if self._flat is not None and not not_finite({"": self._flat.flat}):
+            return
+        if what := not_finite({f"params[{name!r}]": p for name, p in self._trained.items()}):
+            raise NonFiniteError(
+                f"{what} after step {self.t}: in one of the last {LOOKS} steps a gradient was not finite, or the step "
+                "too large; with check=True every step looks at the gradients first"
+            )
 
     @property
     def lr(self) -> float:
@@ -317,7 +353,7 @@ class Optimizer:
 
     def _take(self, given: dict[str, Any]) -> None:
         """Sort what was given into options and hyper-parameters; the rule's defaults fill the rest."""
-        common = ["weight_decay", "decoupled", "backend", "master_weights", "groups"]
+        common = ["weight_decay", "decoupled", "backend", "master_weights", "groups", "check"]
         check_known(self.rule.name, given, [*self.rule.hyper, *self.rule.options, *common])
         for name, value in given.items():
             if name not in self.rule.options:

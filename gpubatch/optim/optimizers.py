@@ -37,6 +37,7 @@ class Common(TypedDict, total=False):
     backend: str | Backend | None
     master_weights: bool
     groups: Mapping[str, Mapping[str, Any]] | None
+    check: bool | None
 
 
 class SGD(Optimizer):
@@ -205,6 +206,7 @@ class AdamW(Optimizer):
         backend: str | Backend | None = None,
         master_weights: bool = False,
         groups: Mapping[str, Mapping[str, Any]] | None = None,
+        check: bool | None = None,
     ) -> None:
         common = Common(
             weight_decay=weight_decay,
@@ -212,6 +214,7 @@ class AdamW(Optimizer):
             backend=backend,
             master_weights=master_weights,
             groups=groups,
+            check=check,
         )
         Adam.__init__(self, params, lr, beta1, beta2, eps, eps_at, amsgrad, **common)  # type: ignore[arg-type]
 

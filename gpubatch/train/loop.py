@@ -11,7 +11,7 @@ from gpubatch.checkpoint import Checkpoints
 from gpubatch.errors import ArgumentError, IdleWarning, InsufficientMemoryError, check_bool, check_choice, check_int
 from gpubatch.loader import Loader
 from gpubatch.nn import Network, core_of
-from gpubatch.optim import Optimizer
+from gpubatch.optim import Optimizer, unchecked
 from gpubatch.schedules import KINDS
 from gpubatch.train.callbacks import watcher_of
 from gpubatch.train.captured import CapturedSteps
@@ -104,7 +104,7 @@ def fit(
     check_choice("execution", execution, EXECUTIONS)
     check_parts(net, loader, opt)
     # The caller may use what outlives the run, such as the parameters, on the stream that is current outside.
-    with net.backend.own_stream(), core_of(net).freezing(opt.frozen):
+    with net.backend.own_stream(), core_of(net).freezing(opt.frozen), unchecked(opt):
         scale = scale_for(net, loss_scale)
         record = Record(TrainingState(net, loader, opt, History(), loader.epoch, opt.t), scale)
         watchers = [watcher_of(callback) for callback in callbacks]
