@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from emulate import ORDERS, Table, check_compiles_everywhere, host_kernel, launch_bounds, ptx_of, sanitized
-from families import every
+from expressions import programs, value
+from families import drawn, every
+from hypothesis import strategies as st
 from kernel_report import sources
 from needs import missing
 from optimizer_table import CASES, FAST, Case, trace_of
@@ -173,6 +175,27 @@ def test_a_wrong_formula_would_be_caught(rng: np.random.Generator) -> None:
     kernel(table_of([tuple(arrays)]), np.array(scalars, np.float32), len(scalars[0]), None, *ALONE, 1, 256)
     HostUpdate(trace, np.dtype(np.float32))([tuple(expected)], scalars)
     assert np.abs(arrays[0] - expected[0]).max() > 1e-3
+
+
+@drawn(1, 25, some=st.lists(programs(), min_size=6, max_size=6), single=st.booleans())
+def test_any_expression_is_computed_as_numpy_does(some: list[Any], single: bool) -> None:
+    """Six expressions in one kernel. Functions of libm may differ in the last bits, and decide at a jump."""
+
+    @gb.rule
+    def any_rule(w, g, a, b, c, d, e, f, t, *, lr):
+        leaves = [2, -1.25, t, lr, b, a, g, w]
+        return *(value(program, leaves) for program in some), g
+
+    dtype = np.dtype(np.float32 if single else np.float64)
+    trace, tolerance = any_rule.trace(), 1e4 * np.finfo(dtype).eps
+    scalars = [trace.evaluate(3, lr=0.7)]
+    arrays = tuple(np.random.default_rng(5).standard_normal((8, 40)).astype(dtype))
+    expected = tuple(a.copy() for a in arrays)
+    HostUpdate(trace, dtype)([expected], scalars)
+    emulate(trace, [arrays], scalars)
+    for found, right in zip(arrays, expected, strict=True):
+        close = np.isclose(found, right, rtol=tolerance, atol=tolerance)
+        assert (~close).sum() <= len(right) // 10, (found[~close], right[~close])
 
 
 # --- scale and skip, float16 ------------------------------------------------------------------------------------------
