@@ -355,10 +355,10 @@ class Lane:
         active = [i for i, g in enumerate(grads) if g is not None]
         if not active:
             return []
-        new = [i for i in active if self.bound[i] is None]
-        with self.scope():
-            for i in new:
-                self.bound[i] = self._bound_tensor(i, variant, state)
+        if new := [i for i in active if self.bound[i] is None]:
+            with self.scope():
+                for i in new:
+                    self.bound[i] = self._bound_tensor(i, variant, state)
         if len(active) == len(grads) and (self.counts == self.counts[0]).all():
             return [Cohort(self, slice(None), self.params, self.bound, grads, int(self.counts[0]) + 1, bool(new))]
         by_count: dict[int, list[int]] = {}
