@@ -336,6 +336,18 @@ def test_what_is_loaded_is_a_copy() -> None:
         assert_same(list(opt.state_dict()["state"][number].values()), list(state.values()))
 
 
+def test_state_of_another_element_type_is_converted() -> None:
+    params, wide = tensors(*SHAPES), tensors(*SHAPES, dtype=torch.float64)
+    opt, other = gt.Adam(params), gt.Adam(wide)
+    train(other, wide, 0, 2)
+    opt.load_state_dict(other.state_dict())
+    train(opt, params, 2, 3)
+    assert {opt.state[p]["m"].dtype for p in params} == {torch.float32}
+    torch.testing.assert_close(
+        opt.state[params[0]]["m"], 0.9 * other.state[wide[0]]["m"].float() + 0.1 * params[0].grad
+    )
+
+
 def test_a_state_dict_from_before_an_argument_existed_takes_its_default(make: Any) -> None:
     params = tensors(*SHAPES)
     opt = make(params)
@@ -815,6 +827,9 @@ class DeviceTensors:
         buffer = (ctypes.c_byte * array.nbytes).from_address(array.data.ptr)
         return torch.frombuffer(buffer, dtype=dtype or x.dtype).view(x.shape)
 
+    def state_like(self, params: list[Tensor]) -> list[Tensor]:
+        return [self.like(p, torch.float32 if p.dtype == torch.float16 else p.dtype) for p in params]
+
     def view(self, x: Tensor) -> Any:
         """As CuPy's from_dlpack has it."""
         cuda = self.backend.cupy.cuda
@@ -840,7 +855,7 @@ def test_on_a_gpu_the_kernel_works_in_the_memory_of_tensors(
 
     monkeypatch.setattr(gt, "get_backend", lambda spec: backend)
     monkeypatch.setattr(gt.Lane, "_view", lambda lane, x: device.view(x))
-    monkeypatch.setattr(torch, "empty_like", device.like)
+    monkeypatch.setattr(gt, "state_like", device.state_like)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=stream.ptr))
     opt = variant(name, [{"params": params[:2]}, {"params": params[2:], "lr": 0.5 * LR, "weight_decay": 0.1}])
