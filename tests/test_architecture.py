@@ -200,7 +200,7 @@ CODE_LINES = {
     "explore": 873,
     "plot": 327,
     "cli": 889,
-    "torch": 424,
+    "torch": 443,
     "__main__": 19,
     "__init__": 169,
 }
