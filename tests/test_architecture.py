@@ -190,7 +190,7 @@ CODE_LINES = {
     "ops": 1977,
     "sizing": 257,
     "params": 94,
-    "optim": 1005,
+    "optim": 1011,
     "nn": 1483,
     "datasets": 158,
     "sources": 609,

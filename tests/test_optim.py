@@ -887,6 +887,16 @@ ERRORS = {
         ValueError,
         r"groups\['0'\] is not trainable, so it cannot have lr",
     ),
+    "to freeze later": (
+        lambda: gb.SGD([W], 0.1, groups={"0": {}}).set_group("0", trainable=False),
+        ValueError,
+        r"groups\['0'\] was made trainable: to freeze it, make another optimizer",
+    ),
+    "gradients of the trained alone": (
+        lambda: gb.SGD([W, W.copy()], 0.1, groups={"0": {"trainable": False}}).step([W.copy()]),
+        ValueError,
+        "grads must be for 1; got 0. Give None",
+    ),
     "another value of a wrong type": (
         lambda: gb.SGD([W], 0.1, groups={"0": {}}).set_group("0", lr="x"),
         TypeError,

@@ -160,10 +160,10 @@ class Optimizer:
         """
         if control is not None:
             self._check_control(control)
-        known = self._last is not None and not self._check and self._last.same(grads)
-        if known and isinstance(self._update, CudaUpdate):
+        update, last = self._update, self._last
+        if last is not None and isinstance(update, CudaUpdate) and not self._check and last.same(grads):
             scalars, lr = self._scalars(self.t)
-            self._update.again(scalars, control)
+            update.again(scalars, control)
         else:
             lr = self._first(grads, control)
         if control is not None and self.backend.name == "cpu" and control[1]:
@@ -257,6 +257,9 @@ class Optimizer:
         if group is None:
             known = ", ".join(repr(group.pattern) for group in self._groups[1:]) or "none"
             raise ArgumentError(f"pattern must be one of the groups' ({known}), got {pattern!r}")
+        if "trainable" in hyper:
+            kind, other = ("trainable", "freeze") if group.trainable else ("not trainable", "train")
+            raise ArgumentError(f"groups[{pattern!r}] was made {kind}: to {other} it, make another optimizer")
         if not group.trainable:
             raise ArgumentError(f"groups[{pattern!r}] is not trainable, so it cannot have {', '.join(hyper)}")
         group.own = {**group.own, **self._own_values(pattern, hyper)}
@@ -430,7 +433,7 @@ class Optimizer:
         self._trace = self.rule.trace(decay, **self._options)
         self._update = update_for(self._trace, self._dtype, self.backend, self._master)
         self._at_once = getattr(self._update, "at_once", lambda arrays, scalars, control, row_of: False)
-        self._numbered = list(self._params) == [str(i) for i in range(len(self._params))]
+        self._numbered = list(self._trained) == [str(i) for i in range(len(self._params))]
         self._apart = [(p, [views[name] for views in self._state.values()]) for name, p in self._trained.items()]
         self._sort_hyper()
         self._arrange()
@@ -451,6 +454,8 @@ class Optimizer:
             self._spans = self._arrangement.spans(self._flat.spans, list(self._trained))
             self._grads = self._flat.grads.flat
             self._pieces = self._flat_arrays(self._flat, self._grads)
+            whole = self._arrangement.row_of is None
+            self._rows_of_pieces = None if whole else [span.row for span in self._spans]
 
     def _whole(self) -> Arrangement:
         """The arrangement for a step in which all parameters have a gradient."""
@@ -476,9 +481,11 @@ class Optimizer:
         if self._flat is not None:
             flat = self._flat_grads(grads, self._flat)
             if flat is not None:
-                layout, self._absent = self._whole(), ()
+                if self._late:
+                    self._arrange()
+                self._absent = ()
                 pieces = self._pieces if flat is self._grads else self._flat_arrays(self._flat, flat)
-                return pieces, None if layout.row_of is None else [span.row for span in self._spans]
+                return pieces, self._rows_of_pieces
         if grads is None:
             raise ArgumentError("grads must be given: only gpubatch.Parameters has .grads, separate arrays have none")
         # The common case without a dictionary: many small arrays are a matter of microseconds.
@@ -496,13 +503,12 @@ class Optimizer:
         if not self._late <= absent:
             self._arrange()
         self._absent = absent
-        arrays, row_of = (
-            [(p, g, *state) for (p, state), g in zip(self._apart, grads, strict=True)],
-            self._arrangement.row_of,
-        )
+        arrays = [(p, g, *state) for (p, state), g in zip(self._apart, grads, strict=True)]
+        row_of = self._arrangement.row_of
         if absent:
             present = [i for i, g in enumerate(grads) if g is not None]
-            arrays, row_of = [arrays[i] for i in present], None if row_of is None else [row_of[i] for i in present]
+            arrays = [arrays[i] for i in present]
+            row_of = None if row_of is None else [row_of[i] for i in present]
         return arrays, row_of
 
     @staticmethod
