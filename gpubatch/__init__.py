@@ -25,14 +25,14 @@ EXPORTS = {
         GradientCheck batch_size_sweep gradient_check loss_slice numerical_gradient random_local_search
         random_search step_size_sweep
     """,
-    "formula": "activation normal_cdf rule rules score_loss",
+    "formula": "activation max_abs mean norm normal_cdf rule rules score_loss",
     "loader": "Loader",
     "nn": """
         GELU BatchNorm Context Dense Dropout Elementwise Layer LeakyReLU Loss Needs Network Parameter ReLU Sigmoid Step
         Tanh losses mlp no_decay
     """,
     "optim": """
-        SGD AdaBelief Adadelta Adagrad Adam AdamW Adamax HeavyBall Lion Momentum NAdam Optimizer RAdam RMSProp
+        LAMB LARS SGD AdaBelief Adadelta Adagrad Adam AdamW Adamax HeavyBall Lion Momentum NAdam Optimizer RAdam RMSProp
         StepResult Yogi clip_by_global_norm
     """,
     "params": "Parameters",
@@ -99,6 +99,9 @@ if TYPE_CHECKING:  # the same once more, for type checkers
     )
     from gpubatch.formula import (
         activation as activation,
+        max_abs as max_abs,
+        mean as mean,
+        norm as norm,
         normal_cdf as normal_cdf,
         rule as rule,
         rules as rules,
@@ -127,6 +130,8 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         no_decay as no_decay,
     )
     from gpubatch.optim import (
+        LAMB as LAMB,
+        LARS as LARS,
         SGD as SGD,
         AdaBelief as AdaBelief,
         Adadelta as Adadelta,

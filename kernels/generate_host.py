@@ -22,7 +22,7 @@ from gpubatch.ops.host_source import rule_source
 def traces(rule: Rule) -> Iterator[Trace]:
     """The traces of all variants of a rule; some may be equal."""
     choices = [(True, False) if isinstance(v, bool) else ("outside", "inside", "hat") for v in rule.options.values()]
-    for decay in ("", "coupled", *(["decoupled"] if "lr" in rule.hyper else [])):
+    for decay in rule.decays:
         for values in itertools.product(*choices):
             yield rule.trace(decay, **dict(zip(rule.options, values, strict=True)))
 

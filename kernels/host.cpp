@@ -232,12 +232,26 @@ static ScoreLoss<T> score_loss_at(Int place) {
 
 // --- update rules ---
 
+typedef std::vector<std::vector<std::string>> Names;
+
+// A reduction of the array of `size` elements from the totals of its pieces, as gpubatch/formula/reductions.py has it.
+static double combined(const std::string& reduction, double x, double y) {
+    if (reduction == "max_abs") return x > y || x != x ? x : y;
+    return x + y;
+}
+
+static double finished(const std::string& reduction, double total, Int size) {
+    if (reduction == "norm") return std::sqrt(total);
+    return reduction == "mean" ? total / (double)std::max<Int>(size, 1) : total;
+}
+
 // An update rule for arrays of one element type. Every step checks the arrays again, in case one has moved or changed
 // shape; that takes nanoseconds.
 class Update {
   public:
-    Update(Int place, const std::string& dtype, int arrays)
-        : place(place), arrays(arrays), single(dtype == "float32") {
+    // reductions: the names of those of each pass but the last.
+    Update(Int place, const std::string& dtype, int arrays, const Names& reductions)
+        : place(place), arrays(arrays), single(dtype == "float32"), reductions(reductions) {
         if (place < 0) throw nb::value_error("place must be that of a rule, got -1");
     }
 
@@ -252,11 +266,15 @@ class Update {
     template <class T>
     bool run_as(nb::list tuples, nb::list scalars, Any row_of, double scale) {
         const Int width = arrays + 1;
-        Int elements = 0, number = 0;
-        std::vector<Int> rows = std::move(memory), owners;  // a concurrent caller then allocates its own
+        Int elements = 0;
+        std::vector<Int> rows = std::move(memory);  // a concurrent caller then allocates its own
         rows.clear();
+        // Of each tuple its row of scalars and its size, and of each piece the number of its tuple; all pieces are as
+        // those of the first one if neither scalars nor reductions distinguish them.
+        const bool apart = !row_of.is_none() || !reductions.empty();
+        std::vector<Int> scalar_rows, sizes, owners;
         for (nb::handle group : tuples) {
-            const Int owner = row_of.is_none() ? 0 : nb::cast<Int>(row_of[number++]);
+            const Int number = (Int)sizes.size(), owner = row_of.is_none() ? 0 : nb::cast<Int>(row_of[number]);
             if (owner < 0 || owner >= (Int)nb::len(scalars)) throw nb::index_error("row_of must name rows of scalars");
             if (!PyTuple_Check(group.ptr()) || PyTuple_GET_SIZE(group.ptr()) != arrays) return false;
             if (arrays > MOST_ARRAYS) return false;
@@ -277,8 +295,10 @@ class Update {
             for (Int start = 0; start < size; start += PIECE) {
                 for (int i = 0; i < arrays; ++i) rows.push_back(address[i] + start * (Int)sizeof(T));
                 rows.push_back(std::min(PIECE, size - start));
-                if (!row_of.is_none()) owners.push_back(owner);
+                if (apart) owners.push_back(number);
             }
+            scalar_rows.push_back(owner);
+            sizes.push_back(size);
             elements += size;
         }
         std::vector<T> k;
@@ -290,18 +310,40 @@ class Update {
         const Formula<T> formula = formula_at<T>(place);
         if (!formula.run) return false;
         const int workers = (int)std::min<Int>(most_threads, elements / WORTH);
-        const auto update = [&](Int first, Int last) {  // pieces that take the same row of scalars
-            formula.run(rows.data(), k.data() + (owners.empty() ? 0 : owners[first]) * stride, first, last);
+        Int count = 0, most = 0;  // of reductions, in all and in a pass
+        for (const auto& names : reductions) {
+            count += (Int)names.size();
+            most = std::max(most, (Int)names.size());
+        }
+        std::vector<T> values(sizes.size() * count);
+        std::vector<double> totals(pieces * most);
+        Int pass = 0, known = 0;
+        const auto update = [&](Int first, Int last) {  // pieces of one tuple, or of any if they are alike
+            const Int tuple = apart ? owners[first] : 0;
+            formula.run(rows.data(), k.data() + scalar_rows[tuple] * stride, values.data() + tuple * count,
+                        totals.data(), pass, first, last);
         };
         {
             nb::gil_scoped_release unlocked;
-            if (workers > 1)
-                pool().run(pieces, workers, [&](Int i) { update(i, i + 1); });
-            else
-                for (Int first = 0, last = 0; first < pieces; first = last) {
-                    for (last = first + 1; last < pieces && (owners.empty() || owners[last] == owners[first]);) ++last;
-                    update(first, last);
-                }
+            for (; pass <= (Int)reductions.size(); ++pass) {
+                if (workers > 1)
+                    pool().run(pieces, workers, [&](Int i) { update(i, i + 1); });
+                else
+                    for (Int first = 0, last = 0; first < pieces; first = last) {
+                        for (last = first + 1; last < pieces && (!apart || owners[last] == owners[first]);) ++last;
+                        update(first, last);
+                    }
+                if (pass == (Int)reductions.size()) break;
+                const auto& names = reductions[pass];
+                for (Int j = 0; j < (Int)names.size(); ++j, ++known)
+                    for (Int piece = 0; piece < pieces;) {
+                        const Int tuple = owners[piece];
+                        double total = 0;
+                        for (; piece < pieces && owners[piece] == tuple; ++piece)
+                            total = combined(names[j], totals[piece * (Int)names.size() + j], total);
+                        values[tuple * count + known] = (T)finished(names[j], total, sizes[tuple]);
+                    }
+            }
         }
         memory = std::move(rows);
         return true;
@@ -312,6 +354,7 @@ class Update {
     Int place;
     int arrays;
     bool single;
+    Names reductions;
     std::vector<Int> memory;  // the table's, reused from step to step
 };
 
@@ -682,7 +725,7 @@ NB_MODULE(_host, m) {
     m.def("place_of", place_of, "The place of a formula by its kind and digest; -1 if it is not built in.");
     m.def("add", add_own, "Add a formula by its kind, dtype and the addresses of its functions; returns its place.");
     nb::class_<Update>(m, "Update")
-        .def(nb::init<Int, const std::string&, int>())
+        .def(nb::init<Int, const std::string&, int, const Names&>())
         .def("run", &Update::run, nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
     m.def("activate", activate, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none());
     m.def("activation_gradient", activation_gradient, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),

@@ -83,3 +83,66 @@ static double score_loss(const T* z, const T* y, T* dz, const T* k, T share, boo
     }
     return total;
 }
+
+// --- reductions in update rules: their terms in double precision, and how terms are combined ---
+
+typedef double Doubles __attribute__((vector_size(REGISTER)));
+typedef Int Mask __attribute__((vector_size(REGISTER)));
+
+struct Numbers {
+    static Doubles term(Doubles x) { return x; }
+    static Doubles combine(Doubles x, Doubles y) { return x + y; }
+};
+
+struct Squares {
+    static Doubles term(Doubles x) { return x * x; }
+    static Doubles combine(Doubles x, Doubles y) { return x + y; }
+};
+
+struct Sizes {  // |x|, of which the largest counts; NaN remains
+    static Doubles term(Doubles x) { return (Doubles)((Mask)x & ~(Int)(1ULL << 63)); }
+    static Doubles combine(Doubles x, Doubles y) { return (x > y) | (x != x) ? x : y; }
+};
+
+constexpr Int AT_ONCE = 512;  // elements whose operands are computed before they are added
+
+// The total over a piece of an array, in the order of gpubatch/formula/reductions.py.
+template <class F>
+struct Total {
+    static constexpr int TERMS = 32, WIDTH = REGISTER / sizeof(double), COUNT = TERMS / WIDTH;
+    Doubles lanes[COUNT] = {};
+
+    // Go on with n elements, a multiple of TERMS but in the last call.
+    void add(const T* x, Int n) {
+        typedef T Narrow __attribute__((vector_size(WIDTH * sizeof(T))));
+        Doubles sums[COUNT];  // a copy in registers
+        for (int r = 0; r < COUNT; ++r) sums[r] = lanes[r];
+        for (Int i = 0; i < n; i += TERMS) {
+            T rest[TERMS] = {};  // a term of 0 changes nothing
+            const T* from = x + i;
+            if (i + TERMS > n) {
+                for (Int j = i; j < n; ++j) rest[j - i] = x[j];
+                from = rest;
+            }
+            for (int r = 0; r < COUNT; ++r) {
+                Narrow narrow;
+                __builtin_memcpy(&narrow, from + r * WIDTH, sizeof narrow);
+                sums[r] = F::combine(sums[r], F::term(__builtin_convertvector(narrow, Doubles)));
+            }
+        }
+        for (int r = 0; r < COUNT; ++r) lanes[r] = sums[r];
+    }
+
+    double sum() const {
+        Doubles x[COUNT];
+        for (int r = 0; r < COUNT; ++r) x[r] = lanes[r];
+        for (int count = COUNT / 2; count; count /= 2)
+            for (int r = 0; r < count; ++r) x[r] = F::combine(x[r], x[r + count]);
+        for (int width = WIDTH / 2; width; width /= 2) {
+            Doubles upper = x[0];
+            for (int l = 0; l < width; ++l) upper[l] = x[0][l + width];
+            x[0] = F::combine(x[0], upper);
+        }
+        return x[0][0];
+    }
+};

@@ -6,12 +6,13 @@
 
 typedef unsigned long long Word;
 
-// A traced update rule, named by the digest of its text; see gpubatch/ops/host_source.py. `table` has a row for each piece: its
-// address in each array, then its size in elements.
+// A traced update rule, named by the digest of its text; see gpubatch/ops/host_source.py. `table` has a row for each
+// piece: its address in each array, then its size in elements. A pass but the last writes the totals of its reductions
+// over each row to `totals`; `values` are the reductions of earlier passes over the array of these rows.
 template <class T>
 struct Formula {
     const char* name;
-    void (*run)(const Int* table, const T* scalars, Int first, Int last);
+    void (*run)(const Int* table, const T* scalars, const T* values, double* totals, Int pass, Int first, Int last);
 };
 
 // An activation, named likewise. `k` are the scalars of the formula.

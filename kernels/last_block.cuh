@@ -3,11 +3,10 @@
 
 enum : int { MOST_THREADS = 1024 };  // per block; kernels without launch bounds run with 256
 
-// Whether this block is the last to arrive; it then sees all earlier writes of the others. *ticket is 0 before and
-// after a launch. All threads must call it.
-__device__ inline bool last_block(unsigned* ticket) {
+// Whether this block is the last of `blocks` to arrive; it then sees all earlier writes of the others. *ticket is 0
+// before and after a launch. All threads must call it.
+__device__ inline bool last_block(unsigned* ticket, unsigned blocks) {
     __shared__ bool last;
-    const unsigned blocks = gridDim.x * gridDim.y;
     __syncthreads();  // all threads have written before the first one's fence
     if (blocks == 1) return true;
     if (threadIdx.x == 0) {
@@ -18,3 +17,5 @@ __device__ inline bool last_block(unsigned* ticket) {
     __syncthreads();
     return last;
 }
+
+__device__ inline bool last_block(unsigned* ticket) { return last_block(ticket, gridDim.x * gridDim.y); }

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+import gpubatch as gb
+
 UNARY_FUNCTIONS: dict[str, Any] = {
     "neg": lambda x: -x,
     "abs": abs,
@@ -40,6 +42,8 @@ COMPARED: dict[str, Any] = {
     "==": lambda x, y: x == y,
     "!=": lambda x, y: x != y,
 }
+# Over all elements of an array; the operand differs from element to element.
+REDUCTIONS: dict[str, Any] = {"norm": gb.norm, "mean": gb.mean, "max_abs": gb.max_abs}
 CONDITIONS: dict[str, Any] = {
     "not": np.logical_not,
     "&": np.logical_and,
@@ -49,7 +53,16 @@ CONDITIONS: dict[str, Any] = {
 
 def programs() -> st.SearchStrategy[Any]:
     """Up to 12 steps: an operation, and how far back its operands were made. Every value stays finite."""
-    names = [*UNARY_FUNCTIONS, *BINARY_FUNCTIONS, *COMPARED, *CONDITIONS, "where", "times condition"]
+    return steps([*UNARY_FUNCTIONS, *BINARY_FUNCTIONS, *COMPARED, *CONDITIONS, "where", "times condition"])
+
+
+def smooth_programs() -> st.SearchStrategy[Any]:
+    """The same with reductions and without jumps: at one, a rounding of a reduction decides for all elements."""
+    jumps = ("sign", "floor", "ceil", "//", "%")
+    return steps([name for name in (*UNARY_FUNCTIONS, *BINARY_FUNCTIONS) if name not in jumps] + 3 * [*REDUCTIONS])
+
+
+def steps(names: list[str]) -> st.SearchStrategy[Any]:
     back = st.integers(0, 9)
     return st.lists(st.tuples(st.sampled_from(names), back, back), min_size=1, max_size=12)
 
@@ -63,6 +76,8 @@ def value(program: Any, leaves: list[Any]) -> Any:
             values.append(UNARY_FUNCTIONS[name](x))
         elif name in BINARY_FUNCTIONS:
             values.append(BINARY_FUNCTIONS[name](x, y))
+        elif name in REDUCTIONS:
+            values.append(REDUCTIONS[name](np.tanh(x) + leaves[-1]))
         elif name in COMPARED or not conditions:
             conditions.append(COMPARED.get(name, np.less)(x, y))
         else:

@@ -13,7 +13,7 @@ from ops_cases import CASES
 from optimizer_table import CASES as RULES, trace_of
 
 from gpubatch.backend import compute_dtype
-from gpubatch.ops import source_of, update_source
+from gpubatch.ops import reduce_sources, source_of, update_source
 from gpubatch.ops.compile import C_TYPES
 from gpubatch.ops.gather import take_source
 from gpubatch.train.graphs import step_source
@@ -30,8 +30,10 @@ def sources() -> dict[str, str]:
             found.setdefault(source_of(dtype, file), f"{file}, {dtype}")
         for name, rule in RULES.items():
             for master in (False, True) if dtype == "float16" else (False,):
-                source = update_source(trace_of(rule)[0], compute_dtype(np.dtype(dtype)).name, dtype, master)
-                found[source] = f"update {name}, {dtype}{', master' if master else ''}"
+                stored = compute_dtype(np.dtype(dtype)).name, dtype, master
+                trace, told = trace_of(rule)[0], f"{name}, {dtype}{', master' if master else ''}"
+                found[update_source(trace, *stored)] = f"update {told}"
+                found |= dict.fromkeys(reduce_sources(trace, *stored), f"reduce {told}")
     for stored in C_TYPES:
         for target in {stored, "uint8", "int64"}:
             found.setdefault(take_source(stored, target), f"take {stored} as {target}")

@@ -244,6 +244,25 @@ CASES: dict[str, Case] = {
         weight_decay=0.1,
         decoupled=True,
     ),
+    # From zero weights without weight decay, LARS' first step is that of gradient descent, LAMB's is Adam's.
+    "lars": case(gb.LARS, lambda g: -LR * g, weight_decay=0.1),
+    "lars nesterov": case(gb.LARS, lambda g: -LR * 1.9 * g, nesterov=True, weight_decay=0.1),
+    "lars optax": case(
+        gb.LARS, lambda g: -LR * g, optax=lambda o: o.lars(LR, 0.1), decay_in_norm=True, weight_decay=0.1
+    ),
+    "lars optax nesterov": case(
+        gb.LARS,
+        lambda g: -LR * 1.9 * g,
+        optax=lambda o: o.lars(LR, 0.1, nesterov=True),
+        decay_in_norm=True,
+        nesterov=True,
+        weight_decay=0.1,
+    ),
+    "lars without decay": case(
+        gb.LARS, lambda g: -LR * g, optax=lambda o: o.lars(LR, trust_coefficient=0.02), trust_coefficient=0.02
+    ),
+    "lamb": case(gb.LAMB, sign_step(eps=1e-6), optax=lambda o: o.lamb(LR)),
+    "lamb decayed": case(gb.LAMB, sign_step(eps=1e-6), optax=lambda o: o.lamb(LR, weight_decay=0.1), weight_decay=0.1),
     "custom": Case(
         lambda params, **more: gb.Optimizer(custom, params, **more),
         lambda g: -LR * 0.5 * np.sign(g) * np.sqrt(0.2 * np.minimum(np.abs(g), 0.5)),
@@ -280,5 +299,7 @@ FAST = {
     "nadam",
     "nadam scheduled",
     "lion decoupled",
+    "lars optax nesterov",
+    "lamb decayed",
     "custom",
 }

@@ -140,6 +140,13 @@ CASES = {
         plain, "sigmoid_cross_entropy", lambda p: gb.AdamW(p, lr=gb.InverseTimeDecay(0.01, 0.5))
     ),
     "svm, sgd, every batch whole": Case(plain, "svm", lambda p: gb.SGD(p, lr=0.1), loader={"drop_last": True}),
+    "lamb, norm": Case(everything, optimizer=falling(gb.LAMB, 0.01), fit={"max_norm": 0.5}),
+    "mixed, lars": Case(
+        plain,
+        precision="mixed",
+        optimizer=lambda p: gb.LARS(p, 0.1, weight_decay=0.1, master_weights=True),
+        fit={"loss_scale": (2.0**17, 3)},
+    ),
     "one batch": Case(plain, loader={"batch_size": N}),
     "with replacement, in order of the host": Case(everything, loader={"replacement": True, "feed": "host"}),
     "through pinned memory, norm": Case(everything, loader={"feed": "host"}, fit={"max_norm": 0.5}),
@@ -169,7 +176,9 @@ CASES = {
     "columns, transformed": Case(plain, loader={"sample_axis": 1, "transform": lambda x: x * 2}),
 }
 every_case = every(
-    "case", CASES, ["norm, dropout, l2, schedule", "mixed, host, norm", "groups, the lowest layers frozen"]
+    "case",
+    CASES,
+    ["norm, dropout, l2, schedule", "mixed, host, norm", "groups, the lowest layers frozen", "lamb, norm"],
 )
 
 

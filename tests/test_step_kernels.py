@@ -135,7 +135,8 @@ def test_the_end_of_a_step(halted: int, n: int, order: str, dtype: np.dtype, rng
     addresses = np.array([[*(a.ctypes.data for a in arrays), arrays[0].size, 0]])
     table = Table(piece_table(addresses, np.array([a.itemsize for a in arrays]), 4096), arrays)
     progress, running, before = np.array([2, halted, 7, 9, 0]), np.ones(n, wide), np.full(n, 2, wide)
-    arguments = [np.array(rows, wide), len(rows[0]), None, progress, running if n else None, before if n else None, n]
+    kept = (running, before, n) if n else (None, None, 0)
+    arguments = [np.array(rows, wide), len(rows[0]), None, progress, *kept, None]
     source = update_source(trace, wide.name, dtype.name)
     found = sanitized(
         source,

@@ -16,7 +16,7 @@ from gpubatch.cli import options
 from gpubatch.cli.shared import app, print_json, table_of, versions
 from gpubatch.errors import BackendUnavailableError, check_choice
 from gpubatch.formula import Rule, rules
-from gpubatch.ops import host_library, own_form, products_for, update_source
+from gpubatch.ops import host_library, own_form, products_for, reduce_sources, update_source
 from gpubatch.sizing import format_bytes
 
 __all__ = ["info"]
@@ -32,7 +32,8 @@ def info(
     if kernel is not None:
         known: dict[str, Rule] = {name: getattr(rules, name) for name in rules.__all__}
         rule = known[check_choice("--kernel", kernel, known)]
-        typer.echo(update_source(rule.trace(), float_dtype(dtype, "--dtype").name))
+        of_kernel = rule.trace(), float_dtype(dtype, "--dtype").name
+        typer.echo("\n".join([*reduce_sources(*of_kernel), update_source(*of_kernel)]))
         return
     found = [get_backend(spec) for spec in available_backends()]
     why_not = _why_no_cuda()

@@ -13,16 +13,20 @@ from gpubatch.formula.elementwise import (
     score_loss,
     score_source,
 )
-from gpubatch.formula.trace import Element, Op, Scalar, Trace, host_function
+from gpubatch.formula.reductions import PIECE, max_abs, mean, norm, reduction_room, total_of
+from gpubatch.formula.trace import Element, FormulaPass, Op, Reduction, Scalar, Trace, host_function
 from gpubatch.formula.update_rule import Rule, rule
 
 __all__ = [
+    "PIECE",
     "Activation",
     "ActivationForm",
     "BoundActivation",
     "BoundScoreLoss",
     "Element",
+    "FormulaPass",
     "Op",
+    "Reduction",
     "Rule",
     "Scalar",
     "ScoreLoss",
@@ -31,10 +35,15 @@ __all__ = [
     "activation_source",
     "activations",
     "host_function",
+    "max_abs",
+    "mean",
+    "norm",
     "normal_cdf",
+    "reduction_room",
     "rule",
     "rules",
     "score_loss",
     "score_source",
     "scores",
+    "total_of",
 ]

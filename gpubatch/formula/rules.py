@@ -11,6 +11,7 @@ import functools
 
 import numpy as np
 
+from gpubatch.formula.reductions import norm
 from gpubatch.formula.trace import host_function
 from gpubatch.formula.update_rule import rule
 
@@ -25,6 +26,8 @@ __all__ = [
     "heavy_ball",
     "heavy_ball_dampened",
     "heavy_ball_lr_in_velocity",
+    "lamb",
+    "lars",
     "lion",
     "momentum",
     "nadam",
@@ -285,3 +288,28 @@ def lion(w, g, m, t, *, lr=1e-4, beta1=0.9, beta2=0.99):
     """Chen et al. 2023, algorithm 2: the sign of an interpolated momentum."""
     step = np.sign(beta1 * m + (1 - beta1) * g)
     return w - lr * step, beta2 * m + (1 - beta2) * g
+
+
+def trust_ratio(of_weights, of_step):
+    """The ratio of two norms, or 1 where one of them is 0 (You et al. 2020, section 3.1; optax)."""
+    proper = (of_weights != 0) & (of_step != 0)
+    return np.where(proper, of_weights, 1.0) / np.where(proper, of_step, 1.0)
+
+
+@rule
+def lars(w, g, v, t, *, lr, mu=0.9, weight_decay=0.0, trust_coefficient=1e-3, nesterov=False, decay_in_norm=False):
+    """You, Gitman & Ginsburg 2017, algorithm 1, with λ‖w‖ in the denominator, or ``decay_in_norm`` ‖g + λw‖ (optax)."""
+    decayed = g + weight_decay * w
+    length = norm(decayed) if decay_in_norm else norm(g) + weight_decay * norm(w)
+    step = lr * trust_ratio(trust_coefficient * norm(w), length) * decayed
+    v = mu * v - step
+    return (w + mu * v - step if nesterov else w + v), v
+
+
+@rule
+def lamb(w, g, m, v, t, *, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-6, weight_decay=0.0):
+    """You et al. 2020, algorithm 2: Adam's step with weight decay, scaled in each array to the length of w."""
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * (g * g)
+    step = m / (1 - beta1**t) / (np.sqrt(v / (1 - beta2**t)) + eps) + weight_decay * w
+    return w - lr * trust_ratio(norm(w), norm(step)) * step, m, v

@@ -14,18 +14,31 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 import numbers
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpubatch.errors import FormulaError
 
-__all__ = ["Element", "Op", "Scalar", "Symbol", "Trace", "host_function", "record", "restated"]
+__all__ = [
+    "Element",
+    "FormulaPass",
+    "Op",
+    "Reduction",
+    "Scalar",
+    "Symbol",
+    "Trace",
+    "host_function",
+    "record",
+    "reduced",
+    "restated",
+]
 
 SUM, PRODUCT, PRIMARY = 3, 4, 6  # operator precedence in C and Python, to write the fewest parentheses
 COMPARISON, UNARY = 2, 5
@@ -42,6 +55,19 @@ class Op:
     strength: int = PRIMARY
     boolean: bool = False
     in_place: bool = True  # whether the result may overwrite an operand
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction(Op):
+    """One number of all elements x of an array: ``numpy(x)`` computes it, gb.``name`` records it.
+
+    It is ``finish(total, size)``, where ``fold`` (np.add or np.maximum) combines the float64 ``terms`` of all x.
+    """
+
+    name: str = ""
+    terms: Callable[..., Any] = np.positive
+    fold: Any = np.add
+    finish: Callable[[Any, int], Any] = lambda total, size: total
 
 
 def _select(condition: Any, x: Any, y: Any, out: np.ndarray) -> None:
@@ -111,10 +137,13 @@ COMPOSED: dict[Any, Callable[..., Any]] = {
     np.invert: np.logical_not,
 }
 
+# What a formula that reduces with NumPy is told.
+INSTEAD = "; over a whole parameter a rule has gb.norm(x), gb.mean(x) and gb.max_abs(x)"
+
 # Names that a state array cannot have, because the C text uses them.
 C_WORDS = frozenset(
     """
-    k T element update EACH REGISTER
+    k T element update reduced operand EACH REGISTER
     alignas alignof and and_eq asm auto bitand bitor bool case catch char char8_t char16_t char32_t class compl concept
     const const_cast consteval constexpr constinit co_await co_return co_yield decltype default delete do double
     dynamic_cast enum explicit export extern false float friend goto inline int long mutable namespace new noexcept not
@@ -241,12 +270,16 @@ class Symbol:
 
     def __array_ufunc__(self, ufunc: Any, method: str, *operands: Any, **options: Any) -> Symbol:
         if method != "__call__" or options:
-            raise FormulaError(f"a formula can call np.{ufunc.__name__} only as a plain function of its operands")
+            instead = INSTEAD if method in ("reduce", "accumulate") else ""
+            raise FormulaError(
+                f"a formula can call np.{ufunc.__name__} only as a plain function of its operands{instead}"
+            )
         return record(ufunc, *operands)
 
     def __array_function__(self, function: Any, types: Any, operands: Any, options: Any) -> Symbol:
         if options:
-            raise FormulaError(f"a formula can call {_numpy_name(function)} only with plain operands")
+            instead = "" if function in OPS or function in COMPOSED else INSTEAD
+            raise FormulaError(f"a formula can call {_numpy_name(function)} only with plain operands{instead}")
         return record(function, *operands)
 
     def __bool__(self) -> bool:
@@ -280,7 +313,8 @@ class Symbol:
         if name.startswith("_"):  # Python and NumPy look up optional special attributes
             raise AttributeError(name)
         raise FormulaError(
-            f"a formula works on one element at a time: a value has no .{name}; use operators and functions of NumPy"
+            f"a formula works on one element at a time: a value has no .{name}; "
+            f"use operators and functions of NumPy{INSTEAD}"
         )
 
 
@@ -307,13 +341,21 @@ class Scalar(Symbol):
 
 
 class Element(Symbol):
-    """One element of an array, or a value computed from elements; ``number`` is its index in the trace."""
+    """One element of an array, or a value computed from elements; ``number`` is its index in the trace.
 
-    __slots__ = ("name", "number", "op", "operands", "trace")
+    ``uniform`` tells whether it is the same number for all elements of the array: a reduction, or computed from some.
+    """
+
+    __slots__ = ("name", "number", "op", "operands", "trace", "uniform")
 
     def __init__(self, trace: Trace, op: Op | None, operands: tuple[Any, ...], name: str = "") -> None:
         self.trace, self.op, self.operands, self.name = trace, op, operands, name
         self.number = len(trace.elements)
+        if op is None:
+            self.uniform = name in trace.values
+        else:
+            of = (x.uniform for x in operands if isinstance(x, Element))
+            self.uniform = isinstance(op, Reduction) or all(of)
         trace.elements.append(self)
 
 
@@ -341,7 +383,8 @@ def record(function: Any, *operands: Any) -> Symbol:
     if op is None:
         known = ", ".join(_numpy_name(f) for f in (*OPS, *COMPOSED))
         raise FormulaError(
-            f"a formula works on one element at a time and cannot use {_numpy_name(function)}; it can use {known}"
+            f"a formula works on one element at a time and cannot use {_numpy_name(function)}; "
+            f"it can use {known}{INSTEAD}"
         )
     if function is np.where:
         if len(operands) != 3:
@@ -366,6 +409,16 @@ def record(function: Any, *operands: Any) -> Symbol:
         # A division costs ten times as much as a product; the host computes the reciprocal, in double precision.
         return record(np.multiply, operands[0], record(np.divide, 1, operands[1]))
     return element(owner.trace, op, operands)
+
+
+def reduced(op: Reduction, x: Symbol) -> Element:
+    """The element for a reduction of ``x`` over an array."""
+    if not isinstance(x, Element) or x.uniform:
+        kind = "a number that is the same for all elements" if isinstance(x, Element) else "a hyper-parameter or t"
+        raise FormulaError(f"gb.{op.name} must be of a value of each element, got {kind}")
+    if not x.trace.reducible:
+        raise FormulaError(f"gb.{op.name} is for update rules; {x.trace.name} works on one element at a time")
+    return element(x.trace, op, (_as_number(x),))
 
 
 def _are(operands: Sequence[Any], values: Sequence[float]) -> bool:
@@ -477,6 +530,9 @@ class Trace:
     targets: names of the arrays it writes
     hyper: names of the hyper-parameters in its scalars
     dtype: element type, if the formula depends on it
+    reducible: whether it may have reductions
+    values: names of the numbers that it reads, one for a whole array
+    whole: the formula that this one is a part of, with all scalars
     elements: all values, in order of computation
     computed: the elements by operation and operands
     results: the new values of ``targets``
@@ -487,13 +543,16 @@ class Trace:
     targets: tuple[str, ...]
     hyper: tuple[str, ...] = ()
     dtype: str = ""
+    reducible: bool = False
+    values: tuple[str, ...] = ()
+    whole: Trace | None = None
     elements: list[Element] = field(default_factory=list)
     computed: dict[Any, Element] = field(default_factory=dict)
     results: tuple[Any, ...] = ()
 
     def inputs(self) -> list[Element]:
-        """The symbols of ``arrays``, the formula's arguments."""
-        return [Element(self, None, (), name) for name in self.arrays]
+        """The symbols of ``arrays``, the formula's arguments, then of ``values``."""
+        return [Element(self, None, (), name) for name in (*self.arrays, *self.values)]
 
     def finish(self, results: Sequence[Any]) -> Trace:
         """Set the values that the formula returned as results."""
@@ -513,6 +572,8 @@ class Trace:
     @functools.cached_property
     def scalars(self) -> dict[str, int]:
         """The text of each scalar used by an element, and its index in the list that the host computes."""
+        if self.whole is not None:
+            return self.whole.scalars
         return {text: i for i, text in enumerate(dict.fromkeys(x.text for x in self._used_scalars()))}
 
     def _used_scalars(self) -> list[Scalar]:
@@ -534,6 +595,30 @@ class Trace:
         exec(source, names)
         found: Callable[..., tuple[float, ...]] = names["evaluate"]
         return found
+
+    @functools.cached_property
+    def passes(self) -> tuple[FormulaPass, ...]:
+        """The passes over the elements of an array, one more than reductions depend on each other.
+
+        The last one computes the results. What several passes need is computed in each.
+        """
+        level = [0] * len(self.elements)  # the first pass that can compute it
+        for x in self.elements:
+            level[x.number] = max((level[y.number] for y in x.operands if isinstance(y, Element)), default=0)
+            level[x.number] += isinstance(x.op, Reduction)
+        every = sorted((x for x in self.elements if isinstance(x.op, Reduction)), key=lambda x: level[x.number])
+        if not every:
+            return (FormulaPass(self),)
+        names = {x: f"{x.op.name}{i}" for i, x in enumerate(every) if isinstance(x.op, Reduction)}
+        inputs = dict(zip((x for x in self.elements if x.op is None), self.arrays, strict=True))
+        found, known = list[FormulaPass](), dict[Element, str]()
+        for _, group in itertools.groupby(every, key=lambda x: level[x.number]):
+            new = {x: names[x] for x in group}
+            trace = restated(self.name, inputs, {f"of_{name}": x.operands[0] for x, name in new.items()}, known, self)
+            found.append(FormulaPass(trace, tuple(x.op for x in new if isinstance(x.op, Reduction))))
+            known |= new
+        results = dict(zip(self.targets, self.results, strict=True))
+        return (*found, FormulaPass(restated(self.name, inputs, results, known, self)))
 
     @functools.cached_property
     def c(self) -> str:
@@ -571,11 +656,32 @@ class Trace:
         return "\n".join(lines)
 
 
-def restated(name: str, inputs: dict[Element, str], results: dict[str, Any]) -> Trace:
-    """A new trace of ``results`` (target: value) that reads ``inputs`` (value: name); it has only what they need."""
-    source = next(iter(inputs)).trace
-    trace = Trace(name, tuple(inputs.values()), tuple(results), source.hyper, source.dtype)
-    new = dict(zip((x.number for x in inputs), trace.inputs(), strict=True))
+class FormulaPass(NamedTuple):
+    """A pass over the elements of an array.
+
+    trace: it reads the ``values`` of earlier passes, and computes the operands of ``reductions``, or the new arrays
+    reductions: none in the last pass
+    """
+
+    trace: Trace
+    reductions: tuple[Reduction, ...] = ()
+
+
+def restated(
+    name: str,
+    inputs: dict[Element, str],
+    results: dict[str, Any],
+    values: dict[Element, str] | None = None,
+    whole: Trace | None = None,
+) -> Trace:
+    """A new trace of ``results`` (target: value) that reads ``inputs`` (value: name); it has only what they need.
+
+    ``values`` are further inputs, each one number for a whole array; ``whole`` is as :class:`Trace` has it.
+    """
+    source, values = next(iter(inputs)).trace, values or {}
+    arrays, numbers = tuple(inputs.values()), tuple(values.values())
+    trace = Trace(name, arrays, tuple(results), source.hyper, source.dtype, source.reducible, numbers, whole)
+    new = dict(zip((x.number for x in (*inputs, *values)), trace.inputs(), strict=True))
     needed = {x.number for x in results.values() if isinstance(x, Element)}
     for x in reversed(source.elements):
         if x.number in needed and x.number not in new:

@@ -16,7 +16,7 @@ from gpubatch.formula.trace import C_WORDS, HOST_FUNCTIONS, Scalar, Trace, resta
 __all__ = ["Rule", "rule"]
 
 # Arguments of every optimizer, and of its groups.
-TAKEN = ("t", "weight_decay", "decoupled", "backend", "master_weights", "groups", "check", "trainable")
+TAKEN = ("t", "decoupled", "backend", "master_weights", "groups", "check", "trainable")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +43,20 @@ class Rule:
         """The names of all hyper-parameters."""
         return (*self.required, *self.defaults)
 
+    @property
+    def decays(self) -> tuple[str, ...]:
+        """The forms of weight decay: "" for none, or the rule's own where ``weight_decay`` is its hyper-parameter."""
+        if "weight_decay" in self.hyper:
+            return ("",)
+        return ("", "coupled", "decoupled") if "lr" in self.hyper else ("", "coupled")
+
     @functools.cache  # noqa: B019  a rule lives as long as its module; each variant is traced once
     def trace(self, decay: str = "", **options: str | bool) -> Trace:
-        """The traced formula; ``decay`` is the weight decay: "", "coupled" or "decoupled"."""
+        """The traced formula; ``decay`` is the optimizer's weight decay: "", "coupled" or "decoupled"."""
+        if decay and "weight_decay" in self.hyper:
+            return self.trace(**options)
         hyper = (*self.hyper, *(["weight_decay"] if decay else []))
-        trace = Trace(self.name, ("w", "g", *self.state), ("w", *self.state), hyper)
+        trace = Trace(self.name, ("w", "g", *self.state), ("w", *self.state), hyper, reducible=True)
         inputs = trace.inputs()
         w, g, *state = inputs
         symbols = {name: Scalar(name) for name in self.hyper}
@@ -79,6 +88,8 @@ def rule(formula: Callable[..., Any]) -> Rule:
 
     The function takes the weights ``w``, the gradient ``g``, state arrays (initially zero), the step ``t`` (from 1),
     and after ``*`` its hyper-parameters. It returns the new weights and the new state, in the order of its arguments.
+    It works on one element at a time, but for :func:`norm`, :func:`mean` and :func:`max_abs` over a whole parameter. A
+    rule with ``weight_decay`` among its hyper-parameters applies it itself; otherwise the optimizer does, as for all.
     Raises :class:`FormulaError` for any other signature.
 
     >>> @rule
@@ -102,7 +113,8 @@ def rule(formula: Callable[..., Any]) -> Rule:
                 f"{name}: the default of {p.name} must be a number, a string or a bool, got {p.default!r}"
             )
     for array in positional[2:-1]:
-        if not array.isascii() or array in C_WORDS or array.endswith("_new") or re.fullmatch(r"x\d+", array):
+        taken = array.endswith("_new") or re.fullmatch(r"x\d+|(of_)?(norm|mean|max_abs)\d+", array)
+        if not array.isascii() or array in C_WORDS or taken:
             raise FormulaError(f"{name}: the state {array!r} cannot be a name in C; rename it")
     defaults = {p.name: p.default for p in named if p.default is not p.empty}
     return Rule(

@@ -11,7 +11,7 @@ from gpubatch.ops.products import PRECISIONS, ArrayProducts, Products, check_cho
 from gpubatch.ops.program import check_slope
 from gpubatch.ops.sums import SQUARE_SUM_SIZE, square_grid
 from gpubatch.ops.table import Ops, ops_for
-from gpubatch.ops.update import CudaUpdate, Update, update_for, update_source
+from gpubatch.ops.update import CudaUpdate, Update, reduce_sources, update_for, update_source
 
 __all__ = [
     "COMPUTE",
@@ -36,6 +36,7 @@ __all__ = [
     "own_form",
     "philox_generator",
     "products_for",
+    "reduce_sources",
     "source_of",
     "square_grid",
     "take_batch",

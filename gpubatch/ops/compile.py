@@ -73,7 +73,14 @@ def scalars_source(name: str, scalars: tuple[float, ...]) -> str:
 
 def formula_digest(trace: Trace) -> str:
     """The name of an update rule's compiled form: a digest of all that the form depends on."""
-    text = "\n".join([*trace.arrays, trace.c, str(len(trace.scalars)), kernel_source("math.cuh")])
+    text = "\n".join(
+        [
+            *trace.arrays,
+            *(of_pass.trace.c for of_pass in trace.passes),
+            str(len(trace.scalars)),
+            kernel_source("math.cuh"),
+        ]
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

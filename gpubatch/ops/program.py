@@ -9,7 +9,7 @@ import functools
 import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -42,9 +42,9 @@ class Program:
         self.names, self.written = slots_of(trace, same or {})
         self.block = block_bytes // dtype.itemsize
         self.dtype = dtype
-        steps, self.copies, register_types, constants = allocate(trace, same or {})
+        steps, self.copies, self.kinds, constants = allocate(trace, same or {})
         self.steps = [(function, picker(operands), out) for function, operands, out in steps]
-        self.registers = [np.empty(self.block, bool if boolean else dtype) for boolean in register_types]
+        self.registers = [np.empty(1 if x.uniform else self.block, bool if x.boolean else dtype) for x in self.kinds]
         # As arrays without dimensions: NumPy takes these in half the time of a Python float.
         self.scalars = np.zeros(len(trace.scalars), dtype)
         self.scalar_slots = [self.scalars[i, ...] for i in range(len(trace.scalars))]
@@ -64,7 +64,10 @@ class Program:
         """The formula on one block of each array, of one shape, with the scalars as they are."""
         shape = blocks[0].shape
         if shape != self.shape:
-            registers = [r[: blocks[0].size].reshape(shape) for r in self.registers]
+            registers = [
+                r if kind.uniform else r[: blocks[0].size].reshape(shape)
+                for r, kind in zip(self.registers, self.kinds, strict=True)
+            ]
             self.rest, self.shape = [*registers, *self.scalar_slots], shape
         slots = [*blocks, *self.rest]
         for function, pick, out in self.steps:
@@ -121,7 +124,7 @@ def bound_program(
 
 def slots_of(trace: Trace, same: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """The names of the arrays that a formula reads or writes, and which of them it writes."""
-    names = tuple(dict.fromkeys([*trace.arrays, *(same.get(name, name) for name in trace.targets)]))
+    names = tuple(dict.fromkeys([*trace.arrays, *trace.values, *(same.get(name, name) for name in trace.targets)]))
     return names, tuple(names.index(same.get(name, name)) for name in trace.targets)
 
 
@@ -140,11 +143,20 @@ def blocks_of(arrays: Sequence[Array], size: int, written: Sequence[int]) -> Ite
             yield from pieces
 
 
-Allocation: TypeAlias = tuple[list[tuple[Any, tuple[int, ...], int]], list[tuple[int, int]], list[bool], list[float]]
+class Register(NamedTuple):
+    """What a register is for: conditions or numbers, one of each element or one for a whole array."""
+
+    boolean: bool
+    uniform: bool
+
+
+Allocation: TypeAlias = tuple[
+    list[tuple[Any, tuple[int, ...], int]], list[tuple[int, int]], list[Register], list[float]
+]
 
 
 def allocate(trace: Trace, same: Mapping[str, str] | None = None) -> Allocation:
-    """(steps, copies, whether each register is boolean, constants): the slot that each value of ``trace`` lives in.
+    """(steps, copies, registers, constants): the slot that each value of ``trace`` lives in.
 
     A step is a function, the slots of its operands, and that of its result. Slots are numbered: arrays first, then
     registers, scalars and constants. A value is computed straight into the array that it is the result for, once
@@ -166,30 +178,32 @@ def allocate(trace: Trace, same: Mapping[str, str] | None = None) -> Allocation:
     def is_free(until: int, x: Element, op: Op) -> bool:
         return until < x.number or (until == x.number and op.in_place)
 
-    # Element number i is the old content of array i, for those that are read.
-    slot_of = {i: i for i in range(len(trace.arrays))}
+    # Element number i is the old content of array i, for those that are read, then the values.
+    read = len(trace.arrays) + len(trace.values)
+    slot_of = {i: i for i in range(read)}
     homes: dict[int, int] = {}
     for slot, result in wanted:
-        if not isinstance(result, Element) or result.op is None or result.number in homes:
+        if not isinstance(result, Element) or result.op is None or result.uniform or result.number in homes:
             continue
-        if slot >= len(trace.arrays) or is_free(last_use[slot], result, result.op):
+        if slot >= read or is_free(last_use[slot], result, result.op):
             homes[result.number] = slot
 
-    booleans: list[bool] = []
+    registers: list[Register] = []
     busy_until: list[int] = []
     for x, op in computed:
         if x.number in homes:
             slot_of[x.number] = homes[x.number]
             continue
-        fitting = (r for r, b in enumerate(booleans) if b == op.boolean and is_free(busy_until[r], x, op))
-        r = next(fitting, len(booleans))
-        if r == len(booleans):
-            booleans.append(op.boolean)
+        wants = Register(op.boolean, x.uniform)
+        fitting = (r for r, kind in enumerate(registers) if kind == wants and is_free(busy_until[r], x, op))
+        r = next(fitting, len(registers))
+        if r == len(registers):
+            registers.append(wants)
             busy_until.append(0)
         busy_until[r] = last_use[x.number]
         slot_of[x.number] = len(names) + r
 
-    first_scalar = len(names) + len(booleans)
+    first_scalar = len(names) + len(registers)
     constants: list[float] = []
 
     def place(x: Any) -> int:
@@ -202,7 +216,7 @@ def allocate(trace: Trace, same: Mapping[str, str] | None = None) -> Allocation:
 
     steps = [(op.numpy, tuple(map(place, x.operands)), slot_of[x.number]) for x, op in computed]
     copies = [(slot, source) for slot, source in ((slot, place(x)) for slot, x in wanted) if slot != source]
-    return steps, copies, booleans, constants
+    return steps, copies, registers, constants
 
 
 @functools.lru_cache(maxsize=256)

@@ -6,21 +6,23 @@ C++ compiler; others are compiled on first use (:mod:`gpubatch.ops.host_compiler
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
 from gpubatch.backend import Array, Backend, CudaBackend, compute_dtype
 from gpubatch.errors import ShapeError
-from gpubatch.formula import Trace
+from gpubatch.formula import Element, Trace
 from gpubatch.ops.compile import C_TYPES, cuda_kernel, host_library, kernel_source
 from gpubatch.ops.host_compiler import Place, place_of
 from gpubatch.ops.program import BLOCK_BYTES, Program, blocks_of
+from gpubatch.ops.reduce import Reducer, blocks_in_order
 from gpubatch.staging import Stages
 
-__all__ = ["CudaUpdate", "Update", "update_for", "update_source"]
+__all__ = ["CudaUpdate", "Update", "reduce_sources", "update_for", "update_source"]
 
 THREADS = 256
 UPLOADS = 64  # copies of scalars that may be under way, hence steps that the host may be ahead of the device
@@ -60,7 +62,7 @@ def update_for(trace: Trace, storage: np.dtype[Any], backend: Backend, master: b
     if isinstance(backend, CudaBackend):
         return CudaUpdate(trace, dtype, backend, storage, master)
     if storage != dtype:
-        return HalfUpdate(cpu_update(trace, dtype), master)
+        return HalfUpdate(trace, master)
     return cpu_update(trace, dtype)
 
 
@@ -77,11 +79,13 @@ def cpu_update(trace: Trace, dtype: np.dtype[Any]) -> HostUpdate | CompiledUpdat
 
 
 class HostUpdate:
-    """The formula with NumPy, a block after another."""
+    """The formula with NumPy, a block after another; one pass more for reductions."""
 
     def __init__(self, trace: Trace, dtype: np.dtype[Any], form: str = "NumPy") -> None:
+        *before, last = trace.passes
         self.form = form
-        self.program = Program(trace, dtype)
+        self.program = Program(last.trace, dtype)
+        self.reducers = [Reducer(of_pass, dtype) for of_pass in before]
         self.scaled: Array = None
 
     def __call__(
@@ -89,26 +93,55 @@ class HostUpdate:
     ) -> None:
         if control is not None and control[1]:
             return
-        program, scale = self.program, None if control is None or control[0] == 1 else control[0]
+        size, written = self.program.block, self.program.written
         for i, group in enumerate(arrays):
-            program.scalars[:] = scalars[row_of[i] if row_of else 0]
-            for blocks in blocks_of(group, program.block, program.written):
-                if scale is not None:
-                    w, g, *state = blocks
-                    blocks = (w, self._scaled(g, scale), *state)
-                program.on(*blocks)
+            if not group[0].size:
+                continue
+            row = scalars[row_of[i] if row_of else 0]
+            values = self.values(functools.partial(blocks_in_order, group, size), row, control)
+            self.on_blocks(blocks_of(group, size, written), row, control, values)
 
-    def _scaled(self, g: Array, scale: Any) -> Array:
+    def values(
+        self, read: Callable[[], Iterator[tuple[Array, ...]]], scalars: tuple[float, ...], control: Array | None
+    ) -> list[Array]:
+        """The reductions over an array that ``read()`` gives, a whole block after another, for each pass again."""
+        values: list[Array] = []
+        for reducer in self.reducers:
+            reducer.program.scalars[:] = scalars
+            for blocks in read():
+                reducer.add(self._scaled(blocks, control), values)
+            values += reducer.finish()
+        return values
+
+    def on_blocks(
+        self,
+        pieces: Iterator[tuple[Array, ...]],
+        scalars: tuple[float, ...],
+        control: Array | None,
+        values: list[Array],
+    ) -> None:
+        """Update the blocks of an array."""
+        self.program.scalars[:] = scalars
+        for blocks in pieces:
+            self.program.on(*self._scaled(blocks, control), *values)
+
+    def _scaled(self, blocks: tuple[Array, ...], control: Array | None) -> tuple[Array, ...]:
+        """``blocks`` with g scaled."""
+        if control is None or control[0] == 1:
+            return blocks
         if self.scaled is None:
             self.scaled = np.empty(self.program.block, self.program.dtype)
-        return np.multiply(g, scale, out=self.scaled[: g.size])
+        w, g, *state = blocks
+        return w, np.multiply(g, control[0], out=self.scaled[: g.size]), *state
 
 
 class HalfUpdate:
-    """An update of float16 w and g by one for float32, a block at a time."""
+    """An update of float16 w and g by one for float32, a block at a time; reductions are NumPy's."""
 
-    def __init__(self, update: HostUpdate | CompiledUpdate, master: bool) -> None:
-        self.update, self.master, self.form = update, master, update.form
+    def __init__(self, trace: Trace, master: bool) -> None:
+        dtype = np.dtype(np.float32)
+        self.update = cpu_update(trace, dtype) if len(trace.passes) == 1 else HostUpdate(trace, dtype)
+        self.master, self.form = master, self.update.form
         self.w, self.g = (np.empty(BLOCK_BYTES // 4, np.float32) for _ in range(2))
 
     def __call__(
@@ -117,17 +150,38 @@ class HalfUpdate:
         if control is not None and control[1]:
             return
         for i, group in enumerate(arrays):
-            row = [scalars[row_of[i]]] if row_of else scalars
-            for w, g, *state in blocks_of(group, self.w.size, [i for i in range(len(group)) if i != 1]):
-                wide, gradient = self.w[: w.size], self.g[: w.size]
-                gradient[...] = g
-                if self.master:
-                    *state, wide = state
-                else:
-                    wide[...] = w
-                self.update([(wide, gradient, *state)], row, control)
-                with np.errstate(over="ignore"):  # beyond 65504 a weight is infinite, as arithmetic in float16 has it
-                    w[...] = wide
+            if not group[0].size:
+                continue
+            row = scalars[row_of[i] if row_of else 0]
+            if isinstance(self.update, HostUpdate):
+                values = self.update.values(functools.partial(self._widened_in_order, group), row, control)
+                self.update.on_blocks(self._widened(group), row, control, values)
+            else:
+                for blocks in self._widened(group):
+                    self.update([blocks], [row], control)
+
+    def _widened_in_order(self, group: tuple[Array, ...]) -> Iterator[tuple[Array, ...]]:
+        """The blocks in float32, to read."""
+        return map(self._wide, blocks_in_order(group, self.w.size))
+
+    def _widened(self, group: tuple[Array, ...]) -> Iterator[tuple[Array, ...]]:
+        """The blocks in float32; w is rounded when the next ones are taken."""
+        for w, *others in blocks_of(group, self.w.size, [i for i in range(len(group)) if i != 1]):
+            wide = self._wide((w, *others))
+            yield wide
+            with np.errstate(over="ignore"):  # beyond 65504 a weight is infinite, as arithmetic in float16 has it
+                w[...] = wide[0]
+
+    def _wide(self, blocks: tuple[Array, ...]) -> tuple[Array, ...]:
+        w, g, *state = blocks
+        gradient = self.g[: g.size]
+        gradient[...] = g
+        if self.master:
+            *state, wide = state
+        else:
+            wide = self.w[: w.size]
+            wide[...] = w
+        return wide, gradient, *state
 
 
 # --- compiled for the CPU ------------------------------------------------------------------------------------------
@@ -141,7 +195,8 @@ class CompiledUpdate:
 
     def __init__(self, trace: Trace, dtype: np.dtype[Any], library: Any, place: Place) -> None:
         self.trace, self.dtype, self.form = trace, dtype, place.form
-        self.run = library.Update(place.number, dtype.name, len(trace.arrays)).run
+        reductions = [[r.name for r in of_pass.reductions] for of_pass in trace.passes[:-1]]
+        self.run = library.Update(place.number, dtype.name, len(trace.arrays), reductions).run
         self.numpy: HostUpdate | None = None
 
     def at_once(
@@ -166,7 +221,10 @@ class CompiledUpdate:
 
 
 class CudaUpdate:
-    """The formula as one kernel, launched once for all arrays; see ``kernels/update.cuh``."""
+    """The formula as one kernel, launched once for all arrays; see ``kernels/update.cuh``.
+
+    A pass for reductions is a launch before it; see ``kernels/reduce.cuh``.
+    """
 
     form = "CUDA kernel"
 
@@ -176,7 +234,13 @@ class CudaUpdate:
         self.backend = backend
         # Bytes of an element: w and g as they are stored, then the state.
         self.itemsizes = np.array([storage.itemsize] * 2 + [dtype.itemsize] * (len(trace.arrays) - 2 + master))
-        self.kernel = cuda_kernel(backend, update_source(trace, dtype.name, storage.name, master), "update_arrays")
+        stored = dtype.name, storage.name, master
+        self.kernel = cuda_kernel(backend, update_source(trace, *stored), "update_arrays")
+        self.reduce = [cuda_kernel(backend, source, "reduce_arrays") for source in reduce_sources(trace, *stored)]
+        self.most = max((len(of_pass.reductions) for of_pass in trace.passes), default=0)
+        self.count = len(trace.passes[-1].trace.values)
+        # For the reductions of a parameter's rows, its values, and its ticket.
+        self.totals = self.values = self.tickets = None
         self.dtype, self.columns = dtype, max(1, len(trace.scalars))
         self.scalars = backend.zeros((1, self.columns), dtype)
         self.stages: Stages | None = None  # of the scalars
@@ -214,19 +278,19 @@ class CudaUpdate:
         progress: Array | None = None,
         running: tuple[Array, Array] | None = None,
         row_of: Sequence[int] | None = None,
-    ) -> Array:
+    ) -> tuple[Array, ...]:
         """Launch the update with ``scalars`` on the device, of shape (groups, scalars of the formula).
 
         With ``progress`` it ends a captured step. Then ``scalars`` is a stack of such rows, one for each step, as
         kernels/step.cuh says, and ``running`` holds the running statistics and a copy from before the step. Returns the
-        table of addresses that the kernel reads; an update of other arrays makes a new one.
+        table of addresses and the scratch that the kernels use; an update of other arrays makes new ones.
         """
         rows = row_of or [0] * len(arrays)
         key = tuple((*(a.data.ptr for a in group), group[0].size, r) for group, r in zip(arrays, rows, strict=True))
         if key != self.key:
             self._lay_out(arrays, key)
         self._launch(scalars, control, progress, running)
-        return self.table
+        return self.table, self.totals, self.values, self.tickets
 
     def _launch(
         self,
@@ -238,39 +302,107 @@ class CudaUpdate:
         if self.rows:
             count = np.int64(0 if running is None else running[0].size)
             step = np.int64(math.prod(scalars.shape[-2:]))
-            arguments = (self.table, scalars, step, control, progress, *(running or (None, None)), count)
-            self.kernel((self.rows,), (THREADS,), tuple(np.uint64(0) if a is None else a for a in arguments))
+            of_step = self.table, scalars, step, control, progress
+            for kernel in self.reduce:
+                self._run(kernel, *of_step, self.totals, self.values, self.tickets)
+            self._run(self.kernel, *of_step, *(running or (None, None)), count, self.values)
+
+    def _run(self, kernel: Any, *arguments: Any) -> None:
+        kernel((self.rows,), (THREADS,), tuple(np.uint64(0) if a is None else a for a in arguments))
 
     def _lay_out(self, arrays: Tuples, key: tuple[Any, ...]) -> None:
         for group in arrays:
             if not all(a.flags.c_contiguous for a in group):
                 raise ShapeError("a CUDA update needs C-contiguous arrays, got a strided view; copy it first")
-        piece = THREADS * PACKS * (16 // int(self.itemsizes[0]))
-        table = piece_table(np.array(key, np.int64).reshape(len(arrays), -1), self.itemsizes, piece)
+        table = piece_table(
+            np.array(key, np.int64).reshape(len(arrays), -1), self.itemsizes, self.piece, self.count > 0
+        )
         self.key, self.rows, self.table = key, len(table), self.backend.asarray(table)
+        if self.count:
+            self.totals = self.backend.zeros(len(table) * self.most, np.float64)
+            self.values = self.backend.zeros(len(arrays) * self.count, np.float64)
+            self.tickets = self.backend.zeros(len(arrays), np.uint32)
+
+    @property
+    def piece(self) -> int:
+        """The most elements of a row of the table."""
+        return THREADS * PACKS * (16 // int(self.itemsizes[0]))
+
+    def reduction_bytes(self, sizes: Sequence[int]) -> int:
+        """The memory for reductions over parameters of these sizes; the table of addresses is not counted."""
+        rows = sum(-(-n // self.piece) for n in sizes)
+        return 8 * rows * self.most + (8 * self.count + 4) * len(sizes)
 
 
-def piece_table(addresses: np.ndarray, itemsizes: np.ndarray, piece: int) -> np.ndarray:
+def piece_table(addresses: np.ndarray, itemsizes: np.ndarray, piece: int, reductions: bool = False) -> np.ndarray:
     """Each row of ``addresses`` cut into rows of at most ``piece`` elements.
 
-    A row has an address for each array, then the size, and the number of the row of scalars.
+    A row has an address for each array, then the size, and the number of the row of scalars. For ``reductions`` there
+    follow the number of the row of ``addresses``, its size, its first row in the table and how many it has there.
     """
     sizes = addresses[:, -2]
     pieces = -(-sizes // piece)
     row = np.repeat(np.arange(len(addresses)), pieces)
-    number = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    first = (np.cumsum(pieces) - pieces)[row]
+    number = np.arange(len(row)) - first
     table = addresses[row]
     table[:, :-2] += (number * piece)[:, None] * itemsizes
     table[:, -2] = np.minimum(sizes[row] - number * piece, piece)
-    return table
+    return np.column_stack([table, row, sizes[row], first, pieces[row]]) if reductions else table
 
 
 def update_source(trace: Trace, dtype: str = "float32", storage: str | None = None, master: bool = False) -> str:
-    """The whole CUDA source of a formula: the generated part, then the loop around it.
+    """The whole CUDA source of a formula's last pass: the generated part, then the loop around it.
 
     ``storage`` is the type in which w and g are stored: that of ``dtype``, or float16.
     """
-    names = ", ".join(f"{'const T ' if a == 'g' else 'T& '}{a} = element[{i}]" for i, a in enumerate(trace.arrays))
+    last, names = trace.passes[-1].trace, [("const T" if a == "g" else "T&", a) for a in trace.arrays]
+    body = [
+        "__device__ inline void update(T* element, const T* k, const T* reduced) {",
+        *(f"    {kind} {a} = element[{i}];" for i, (kind, a) in enumerate(names)),
+        *(f"    const T {name} = reduced[{i}];" for i, name in enumerate(last.values)),
+        *(f"    {line}" for line in last.c.splitlines()),
+        "}",
+    ]
+    return _source(trace, len(last.values), ["step.cuh", "arrays.cuh"], body, "update.cuh", dtype, storage, master)
+
+
+def reduce_sources(trace: Trace, dtype: str = "float32", storage: str | None = None, master: bool = False) -> list[str]:
+    """The whole CUDA source of each pass before the last: what :func:`update_source` is for that."""
+    sources = []
+    for of_pass, reductions in trace.passes[:-1]:
+        read = {x.name for y in of_pass.elements for x in y.operands if isinstance(x, Element)}
+        listed = " ".join(f"DO({j}, {STRUCTS[r.name]})" for j, r in enumerate(reductions))
+        body = [
+            f"constexpr int REDUCTIONS = {len(reductions)};",
+            f"#define EACH_REDUCTION(DO) {listed}",
+            "__device__ inline void operands(const T* element, const T* k, const T* reduced, T* operand) {",
+            *(f"    const T {a} = element[{i}];" for i, a in enumerate(of_pass.arrays) if a in read),
+            *(f"    const T {name} = reduced[{i}];" for i, name in enumerate(of_pass.values) if name in read),
+            *(f"    T& {target} = operand[{j}];" for j, target in enumerate(of_pass.targets)),
+            *(f"    {line}" for line in of_pass.c.splitlines()),
+            "}",
+        ]
+        shared = ["step.cuh", "block.cuh", "arrays.cuh"]
+        sources.append(_source(trace, len(of_pass.values), shared, body, "reduce.cuh", dtype, storage, master))
+    return sources
+
+
+# The struct of each reduction in kernels/reduce.cuh.
+STRUCTS = {"norm": "Norm", "mean": "Mean", "max_abs": "MaxAbs"}
+
+
+def _source(
+    trace: Trace,
+    known: int,
+    shared: list[str],
+    body: list[str],
+    kernel: str,
+    dtype: str,
+    storage: str | None,
+    master: bool,
+) -> str:
+    """The source of a pass that reads ``known`` reductions: ``body`` between the files ``shared`` and ``kernel``."""
     half = storage == "float16"
     return "\n".join(
         [
@@ -280,15 +412,13 @@ def update_source(trace: Trace, dtype: str = "float32", storage: str | None = No
             f"typedef {'Half' if half else 'T'} S;",
             f"constexpr bool MASTER = {str(master).lower()};",
             f"constexpr int ARRAYS = {len(trace.arrays)};   // {', '.join(trace.arrays)}",
+            f"constexpr int VALUES = {len(trace.passes[-1].trace.values)}, KNOWN = {known};",
             f"constexpr int SCALARS = {max(1, len(trace.scalars))};  // computed on the host in double, once a step:",
             *(f"//     k[{i}] = {text}" for text, i in trace.scalars.items()),
             "",
-            *map(kernel_source, ("math.cuh", "last_block.cuh", "step.cuh")),
-            "__device__ inline void update(T* element, const T* k) {",
-            *(f"    {declaration};" for declaration in names.split(", ")),
-            *(f"    {line}" for line in trace.c.splitlines()),
-            "}",
+            *map(kernel_source, ("math.cuh", "last_block.cuh", *shared)),
+            *body,
             "",
-            kernel_source("update.cuh"),
+            kernel_source(kernel),
         ]
     )

@@ -13,6 +13,8 @@ from gpubatch.optim.arrays import clip_by_global_norm
 from gpubatch.optim.groups import Hyper
 from gpubatch.optim.optimizer import MASTER, Optimizer, StepResult
 from gpubatch.optim.optimizers import (
+    LAMB,
+    LARS,
     SGD,
     AdaBelief,
     Adadelta,
@@ -31,6 +33,8 @@ from gpubatch.optim.optimizers import (
 from gpubatch.optim.resumed import given_hyper, load_resumed
 
 __all__ = [
+    "LAMB",
+    "LARS",
     "MASTER",
     "SGD",
     "AdaBelief",

@@ -88,16 +88,19 @@ class Arrangement:
     rows: list[tuple[Group, int]]
     row_of: list[int] | None  # None: there is one row
 
-    def spans(self, parameters: Mapping[str, tuple[int, int]], trained: Sequence[str]) -> list[Span]:
+    def spans(
+        self, parameters: Mapping[str, tuple[int, int]], trained: Sequence[str], apart: bool = False
+    ) -> list[Span]:
         """The parts of a flat buffer that have one row each, as few as can be.
 
         parameters: where each parameter lies in its buffer; the state has those of ``trained`` without gaps.
+        apart: whether each parameter is a part of its own.
         """
         found, end = list[Span](), 0
         for name, row in zip(trained, self.row_of or [0] * len(trained), strict=True):
             start, stop = parameters[name]
             begin, end = end, end + stop - start
-            if found and (found[-1].parameters.stop, found[-1].row) == (start, row):
+            if found and not apart and (found[-1].parameters.stop, found[-1].row) == (start, row):
                 start, begin = found[-1].parameters.start, found.pop().state.start
             found.append(Span(slice(start, stop), slice(begin, end), row))
         return found

@@ -47,6 +47,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "eps": (0.0, math.inf),
     "momentum_decay": (0.0, math.inf),
     "weight_decay": (0.0, math.inf),
+    "trust_coefficient": (0.0, math.inf),
 }
 
 
@@ -68,7 +69,8 @@ class Optimizer:
     rule: a function declared with :func:`gpubatch.rule`.
     params: a :class:`Parameters`, or a mapping or sequence of arrays: NumPy, CuPy, or of any library that speaks DLPack
         and lets them be written; all float32, all float64 or all float16, on one device.
-    weight_decay: λ, which adds λw to the gradient.
+    weight_decay: λ, which adds λw to the gradient; by default 0. A rule that has it as a hyper-parameter applies it
+        itself, and may have another default.
     decoupled: whether weight decay shrinks w by lr·λ before the update instead (Loshchilov & Hutter 2019).
     backend: the device where the parameters must be.
     master_weights: whether to keep a float32 copy of float16 parameters and update that, so that rounding does not lose
@@ -96,7 +98,7 @@ class Optimizer:
         rule: Rule,
         params: Any,
         *,
-        weight_decay: Hyper = 0.0,
+        weight_decay: Hyper | None = None,
         decoupled: bool = False,
         backend: str | Backend | None = None,
         master_weights: bool = False,
@@ -113,8 +115,9 @@ class Optimizer:
         self._decoupled = check_bool("decoupled", decoupled)
         self._options = {**rule.options}
         self._hyper: dict[str, Hyper] = {}
-        self._take(dict(hyper))
-        self._hyper["weight_decay"] = self._value("weight_decay", weight_decay)
+        self._take(dict(hyper) if weight_decay is None else {**hyper, "weight_decay": weight_decay})
+        if decoupled and "weight_decay" in rule.hyper:
+            raise ArgumentError(f"decoupled must be False: {rule.name} applies weight decay itself")
         if decoupled and "lr" not in rule.hyper:
             raise ArgumentError(f"decoupled must be False: {rule.name} has no hyper-parameter 'lr' to scale the decay")
 
@@ -290,8 +293,11 @@ class Optimizer:
         return sum(self.memory_parts().values())
 
     def memory_parts(self) -> dict[str, int]:
-        """:meth:`memory` by the names of the state."""
-        return {f"optimizer state {name}": int(views.flat.nbytes) for name, views in self._state.items()}
+        """:meth:`memory` by the names of the state; with reductions on a GPU also what they need."""
+        parts = {f"optimizer state {name}": int(views.flat.nbytes) for name, views in self._state.items()}
+        if isinstance(self._update, CudaUpdate) and self._update.reduce:
+            parts["optimizer reductions"] = self._update.reduction_bytes([p.size for p in self._trained.values()])
+        return parts
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: {"rule", "t", "epoch", "hyper", "state"}; arrays are copies.
@@ -364,8 +370,12 @@ class Optimizer:
             if type(value) is not type(self.rule.options[name]):
                 raise DTypeError(f"{name} must be like {self.rule.options[name]!r}, got {value!r}")
             self._options[name] = value
-        values = {**self.rule.defaults, **{k: v for k, v in given.items() if k not in self.rule.options}}
-        for name in self.rule.hyper:
+        values = {
+            "weight_decay": 0.0,
+            **self.rule.defaults,
+            **{k: v for k, v in given.items() if k not in self.rule.options},
+        }
+        for name in dict.fromkeys([*self.rule.hyper, "weight_decay"]):
             if name not in values:
                 raise ArgumentError(f"{self.rule.name} needs {name}, a number or a schedule; none was given")
             self._hyper[name] = self._value(name, values[name])
@@ -451,7 +461,8 @@ class Optimizer:
         self._absent: Collection[str] = ()  # parameters without a gradient in the last step
         self._arrangement = arranged(self._update, self._groups, list(self._trained), self._missed)
         if self._flat is not None:
-            self._spans = self._arrangement.spans(self._flat.spans, list(self._trained))
+            apart = len(self._trace.passes) > 1  # reductions are over each parameter
+            self._spans = self._arrangement.spans(self._flat.spans, list(self._trained), apart)
             self._grads = self._flat.grads.flat
             self._pieces = self._flat_arrays(self._flat, self._grads)
             whole = self._arrangement.row_of is None
@@ -464,7 +475,7 @@ class Optimizer:
         return self._arrangement
 
     def _flat_arrays(self, params: Parameters, grads: Array) -> list[tuple[Array, ...]]:
-        """The tuples of a flat buffer: one where all parameters have one row of scalars."""
+        """The tuples of a flat buffer: one where all parameters have one row of scalars and no reductions."""
         states = [views.flat for views in self._state.values()]
         if len(self._spans) == 1 and len(self._trained) == len(self._params):
             return [(params.flat, grads, *states)]

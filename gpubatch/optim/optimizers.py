@@ -12,6 +12,8 @@ from gpubatch.optim.groups import Hyper
 from gpubatch.optim.optimizer import Optimizer
 
 __all__ = [
+    "LAMB",
+    "LARS",
     "SGD",
     "AdaBelief",
     "Adadelta",
@@ -334,3 +336,42 @@ class Lion(Optimizer):
         self, params: Any, lr: Hyper = 1e-4, beta1: Hyper = 0.9, beta2: Hyper = 0.99, **common: Unpack[Common]
     ) -> None:
         Optimizer.__init__(self, rules.lion, params, lr=lr, beta1=beta1, beta2=beta2, **common)
+
+
+class LARS(Optimizer):
+    """LARS (You et al. 2017): momentum whose step in each array is trust_coefficient·‖w‖/(‖g‖ + λ‖w‖) of g + λw.
+
+    λ is ``weight_decay``. ``decay_in_norm`` divides by ‖g + λw‖ instead (optax). The learning rate is in the velocity;
+    ``nesterov`` looks ahead. An array that is zero, or whose gradient is, takes momentum's step.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper,
+        mu: Hyper = 0.9,
+        trust_coefficient: Hyper = 1e-3,
+        nesterov: bool = False,
+        decay_in_norm: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        hyper = {"lr": lr, "mu": mu, "trust_coefficient": trust_coefficient}
+        Optimizer.__init__(self, rules.lars, params, **hyper, nesterov=nesterov, decay_in_norm=decay_in_norm, **common)
+
+
+class LAMB(Optimizer):
+    """LAMB (You et al. 2020): Adam's step plus λw, scaled in each array to the length of w; λ is ``weight_decay``.
+
+    An array that is zero, or whose step is, takes the step as it is (optax).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-3,
+        beta1: Hyper = 0.9,
+        beta2: Hyper = 0.999,
+        eps: Hyper = 1e-6,
+        **common: Unpack[Common],
+    ) -> None:
+        Optimizer.__init__(self, rules.lamb, params, lr=lr, beta1=beta1, beta2=beta2, eps=eps, **common)
