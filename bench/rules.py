@@ -7,7 +7,8 @@ of foreach and its loop over tensors), optax compiled by JAX where PyTorch has n
 turns for several rounds, on the same cores with as many threads, and must end with the same numbers.
 
 The CUDA form is not timed: an emulated device shows that its numbers are right, and says nothing about its speed.
-``--table FILE`` prints the table of an earlier run. Arrays of 50 million need 6 GB for all contenders together.
+``--table FILE`` prints an earlier run, ``--summary FILE`` a line for each of its rules. Arrays of 50 million need 6 GB
+for all contenders together.
 """
 
 from __future__ import annotations
@@ -285,6 +286,22 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def summary(found: Mapping[str, Any]) -> str:
+    """A row for each rule: by size, the compiled form's time, and how many times that time the best of others takes."""
+    sizes = list(dict.fromkeys(row["size"] for row in found["rows"]))
+    lines = [f"| rule | beside | {' | '.join(f'{size:,}' for size in sizes)} |", "|---|---|" + "--:|" * len(sizes)]
+    for rule in dict.fromkeys(row["rule"] for row in found["rows"]):
+        rows = [row for row in found["rows"] if row["rule"] == rule]
+        names = " or ".join(dict.fromkeys(row["best_peer"] or "none" for row in rows))
+        cells = [
+            milliseconds(row["microseconds"]["compiled"])
+            + ("" if row["best_peer"] is None else f", {row['peer_over_compiled']:.1f}x")
+            for row in rows
+        ]
+        lines.append(f"| {rule} | {names} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def milliseconds(microseconds: float | None) -> str:
     """A time with its unit, or nothing."""
     if microseconds is None:
@@ -293,14 +310,15 @@ def milliseconds(microseconds: float | None) -> str:
 
 
 def main() -> None:
-    """Time all rules; with ``--table`` print an earlier run, with ``--work`` be a contender."""
+    """Time all rules, or print an earlier run; with ``--work`` be a contender."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="number of rounds")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds")
     parser.add_argument("--threads", type=int, default=2, help="number of cores and of threads")
     parser.add_argument("--rules", default=",".join(gb.rules.__all__), help="names of rules, by comma")
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="numbers of parameters, by comma")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--table", type=Path, help="print the table of this JSON file")
+    parser.add_argument("--summary", type=Path, help="print a line for each rule of this JSON file")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
@@ -308,6 +326,9 @@ def main() -> None:
         return
     if arguments.table:
         print(table(json.loads(arguments.table.read_text())))
+        return
+    if arguments.summary:
+        print(summary(json.loads(arguments.summary.read_text())))
         return
     if not 1 <= arguments.threads <= available_cores():
         parser.error(f"--threads must be from 1 to {available_cores()} (available cores), got {arguments.threads}")

@@ -78,6 +78,9 @@ def test_ratios_are_medians_over_the_rounds() -> None:
     assert (row["own_rule_over_compiled"], row["bytes_per_parameter"]) == (None, 28)
     text = bench.table({"rows": [row]})
     assert text.splitlines()[-1] == ("| radam | 1,000 | 1e+03 ms | 100 ms |  | 400 ms (PyTorch loop) | 3.0x | 1.00x |")
+    assert bench.summary({"rows": [row, {**row, "size": 2000, "best_peer": None}]}).splitlines()[-1] == (
+        "| radam | PyTorch loop or none | 100 ms, 3.0x | 100 ms |"
+    )
 
 
 def test_a_contender_with_another_result_is_refused() -> None:
