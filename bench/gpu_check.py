@@ -71,6 +71,7 @@ SIZES = [784, 512, 256, 10]
 BYTES_PER_PARAMETER = {"adam": 28, "rmsprop": 20, "momentum": 20}  # read and written by a float32 step
 ASKED = {"adam": 1.0, "rmsprop": 2.0, "momentum": 1.0}  # targets, times as fast as PyTorch
 OURS = "gpubatch"
+THEIRS = "gpubatch.torch"  # our update of PyTorch's tensors
 KERNEL = re.compile(r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(")
 
 Work = Callable[[], Any]
@@ -296,6 +297,7 @@ def optimizers(place: Place) -> Iterator[dict[str, Any]]:
         entries = {OURS: partial(our_update, place, kind, n), "copy": partial(copy, place, n)}
         if has(place, "torch"):
             entries[peer] = partial(torch_update, place, name, [n], **{form: True})
+            entries[THEIRS] = partial(our_torch_update, place, name, [n])
         row = race(place, f"{name}, {n:,} float32 parameters", entries, {peer: ASKED[name]}, budget=0.4)
         seconds = row["seconds"]
         if OURS in seconds and "copy" in seconds:
@@ -308,6 +310,7 @@ def optimizers(place: Place) -> Iterator[dict[str, Any]]:
         entries = {OURS: partial(our_many, place, count)}
         if has(place, "torch"):
             entries["torch fused"] = partial(torch_update, place, "adam", [10_000] * count, fused=True)
+            entries[THEIRS] = partial(our_torch_update, place, "adam", [10_000] * count)
         work = f"adam, {count} arrays of 10,000, {'cold L2' if cold else 'one after another'}"
         yield race(place, work, entries, {"torch fused": 3.0}, cold=cold)
 
@@ -338,15 +341,34 @@ def copy(place: Place, n: int) -> Contender:
 def torch_update(place: Place, name: str, sizes: list[int], **form: bool) -> Contender:
     import torch
 
-    params = [torch.zeros(n, device=place.torch, requires_grad=True) for n in sizes]
-    for p in params:
-        p.grad = torch.full_like(p, 0.01)
+    params = torch_parameters(place, sizes)
     makers: dict[str, Callable[[Any], Any]] = {
         "adam": lambda p: torch.optim.Adam(p, **form),
         "rmsprop": lambda p: torch.optim.RMSprop(p, **form),
         "momentum": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, **form),
     }
     return Contender(makers[name](params).step, "torch")
+
+
+def our_torch_update(place: Place, name: str, sizes: list[int]) -> Contender:
+    """Our update of PyTorch's tensors, on PyTorch's stream."""
+    import gpubatch.torch
+
+    makers: dict[str, Callable[[Any], Any]] = {
+        "adam": gpubatch.torch.Adam,
+        "rmsprop": gpubatch.torch.RMSProp,
+        "momentum": lambda p: gpubatch.torch.HeavyBall(p, lr=1e-3),
+    }
+    return Contender(makers[name](torch_parameters(place, sizes)).step, "torch")
+
+
+def torch_parameters(place: Place, sizes: list[int]) -> list[Any]:
+    import torch
+
+    params = [torch.zeros(n, device=place.torch, requires_grad=True) for n in sizes]
+    for p in params:
+        p.grad = torch.full_like(p, 0.01)
+    return params
 
 
 def free_pools(place: Place) -> None:

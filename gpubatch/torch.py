@@ -24,7 +24,7 @@ except ImportError as error:
     raise ImportError(f"gpubatch.torch needs PyTorch, which cannot be imported ({error}): pip install torch") from error
 
 from gpubatch import optim
-from gpubatch.backend import Array, CudaBackend, compute_dtype, find_overlap, get_backend
+from gpubatch.backend import Array, Backend, CudaBackend, compute_dtype, find_overlap, get_backend
 from gpubatch.errors import (
     ArgumentError,
     CaptureError,
@@ -92,12 +92,8 @@ class Optimizer(torch.optim.Optimizer):
         check_names(rule.name, hyper, [*rule.hyper, *rule.options, *COMMON])
         if missing := [name for name in rule.required if name not in hyper]:
             raise ArgumentError(f"{rule.name} needs {', '.join(missing)}; none was given")
-        start(
-            self,
-            params,
-            functools.partial(optim.Optimizer.__init__, rule=rule),
-            {**rule.defaults, **rule.options, **hyper},
-        )
+        init = functools.partial(optim.Optimizer.__init__, rule=rule)
+        start(self, params, init, {**rule.defaults, **rule.options, **hyper})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group: ``"params"``, and the arguments that differ in it."""
@@ -278,6 +274,12 @@ def check_parameter(p: Tensor, name: str) -> None:
         raise DTypeError(f"{name} must be float32, float64 or float16, got {p.dtype}{hint}")
     if p.device.type not in ("cpu", "cuda"):
         raise DeviceMismatchError(f"{name} must be on the CPU or on a CUDA device, it is on {p.device}")
+    backend_for(p.device)
+
+
+def backend_for(device: Any) -> Backend:
+    """gpubatch's backend for a device of PyTorch; on CUDA it says what is missing, if CuPy cannot be used."""
+    return get_backend("cpu" if device.type == "cpu" else f"cuda:{device.index}")
 
 
 class Variant:
@@ -359,7 +361,7 @@ class Lane:
     def __init__(self, number: int, device: Any, dtype: Any) -> None:
         self.number, self.device = number, device
         self.dtype: np.dtype[Any] = DTYPES[dtype]
-        self.backend = get_backend("cpu" if device.type == "cpu" else f"cuda:{device.index}")
+        self.backend = backend_for(device)
         self.params: list[Tensor] = []
         self.names: list[str] = []
         self.bound: list[Any] = []  # a BoundTensor for each, or None before its first gradient
@@ -560,7 +562,7 @@ class Engine:
 # --- the library's rules ---------------------------------------------------------------------------------------------
 
 
-def _class_of(kind: type[optim.Optimizer]) -> type[Optimizer]:
+def class_of(kind: type[optim.Optimizer]) -> type[Optimizer]:
     """The class for PyTorch of one of gpubatch's optimizers, with its arguments and defaults."""
     core = {name for name, p in inspect.signature(optim.Optimizer).parameters.items() if p.kind is p.KEYWORD_ONLY}
     here = [
@@ -602,10 +604,10 @@ KINDS = {
     and issubclass(kind, optim.Optimizer)
     and kind is not optim.Optimizer
 }
-globals().update({name: _class_of(kind) for name, kind in KINDS.items()})
+globals().update({name: class_of(kind) for name, kind in KINDS.items()})
 
 __all__ = ["Optimizer", *KINDS]
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the classes are made above
 
     def __getattr__(name: str) -> Any: ...

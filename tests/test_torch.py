@@ -16,7 +16,7 @@ from typing import Any
 import emulated_gpu
 import numpy as np
 import pytest
-from needs import missing, peer
+from needs import peer
 from optimizer_table import CASES, FAST, LR, custom
 from stand_in import queued_backend
 
@@ -696,6 +696,13 @@ def test_a_tensor_whose_values_are_elsewhere_is_refused() -> None:
         gt.Adam([wrapped])
 
 
+def test_a_cuda_device_needs_cupy_and_it_is_said_when_the_optimizer_is_made() -> None:
+    if "cuda:0" in gb.available_backends():
+        pytest.skip("there is a device")
+    with pytest.raises(gb.BackendUnavailableError, match="'cuda' cannot be used"):
+        gt.backend_for(torch.device("cuda", 0))
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
@@ -845,7 +852,7 @@ def test_on_a_gpu_the_kernel_works_in_the_memory_of_tensors(
     name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not emulated_gpu.installed():
-        missing("gpu", "PyTorch's tensors are in the memory of the emulated device only")
+        pytest.skip("PyTorch's tensors are in the memory of the emulated device only")
     backend = get_backend("cuda:0")
     device, stream = DeviceTensors(backend), backend.stream()
     wanted = tensors(*SHAPES, (300, 70), (0,), dtype=getattr(torch, dtype))
@@ -871,6 +878,52 @@ def test_on_a_gpu_the_kernel_works_in_the_memory_of_tensors(
     assert device.streams == {stream.ptr}
     (engine,) = opt._engines.values()
     assert isinstance(engine.call, CudaUpdate)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_tensors_on_a_gpu_get_the_values_of_those_on_the_cpu(name: str, dtype: str) -> None:
+    if emulated_gpu.installed() or not torch.cuda.is_available():
+        pytest.skip("PyTorch has no CUDA device here")
+    wanted = [*tensors(*SHAPES, (300, 70), (0,)), *tensors((6, 4))]
+    wanted[-1] = torch.nn.Parameter(wanted[-1].detach().t())
+    wanted = [torch.nn.Parameter(p.detach().to(getattr(torch, dtype))) for p in wanted]
+    params = [torch.nn.Parameter(p.detach().cuda()) for p in wanted]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        opts = [variant(name, [{"params": x[:2]}, {"params": x[2:], "lr": 0.5 * LR}]) for x in (wanted, params)]
+        for step in range(4):
+            set_gradients(wanted, step)
+            for p, q in zip(params, wanted, strict=True):
+                p.grad = q.grad.to("cuda", non_blocking=True)
+            for opt in opts:
+                opt.step()
+            if step == 1:
+                opts[1].load_state_dict(through_a_file(opts[1].state_dict()))
+    stream.synchronize()
+    tolerance = 2e-3 if dtype == "float16" else 1e-5
+    for p, q in zip(params, wanted, strict=True):
+        torch.testing.assert_close(p.cpu(), q, rtol=tolerance, atol=tolerance)
+        assert {x.device.type for key, x in opts[1].state[p].items() if key != "step"} <= {"cuda"}
+
+
+@pytest.mark.gpu
+def test_loss_scaling_works_on_a_gpu() -> None:
+    if emulated_gpu.installed() or not torch.cuda.is_available():
+        pytest.skip("PyTorch has no CUDA device here")
+    model = module().cuda()
+    opt, scaler = gt.Adam(model.parameters(), lr=0.01), torch.amp.GradScaler("cuda")
+    x, losses = torch.randn(64, 5, device="cuda"), []
+    for _ in range(30):
+        opt.zero_grad()
+        with torch.autocast("cuda", torch.float16):
+            loss = model(x).square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(opt)
+        scaler.update()
+        losses.append(float(loss))
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_a_step_in_a_graph_that_is_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
