@@ -138,7 +138,7 @@ class CapturedSteps:
             return
         self.release()
         self._disagreed = "a captured step was not finite, and the same step made eagerly was"
-        place = f"epoch {record.state.epoch}, step {outcome.result.t}"
+        place = f"epoch {record.state.epoch + 1}, step {outcome.result.t}"
         warn_caller(f"{self._disagreed} ({place}); the run goes on with eager steps", CaptureWarning)
 
 
