@@ -201,7 +201,23 @@ def test_activations_and_losses_have_no_reductions() -> None:
 
 def after(rule: Any, arrays: list[np.ndarray], t: int, **hyper: float) -> list[np.ndarray]:
     """What the rule returns when it is called with arrays."""
-    return [np.broadcast_to(x, arrays[0].shape) for x in rule(*arrays, t, **{**rule.defaults, **hyper})]
+    found = rule(*arrays, t, **{**rule.defaults, **hyper})
+    return [np.broadcast_to(x, arrays[0].shape) for x in (found if isinstance(found, tuple) else (found,))]
+
+
+@gb.rule
+def through_others(w, g, t, *, lr=0.1):
+    """The last pass reads no g, and not the mean."""
+    return w * (1 - lr * gb.norm(g - gb.mean(g)))
+
+
+def test_what_a_pass_does_not_read_is_not_in_its_text(rng: np.random.Generator) -> None:
+    """A compiler would warn of it, and the emulated one takes warnings for errors."""
+    w, g = rng.standard_normal((2, 100))
+    (right,) = after(through_others, [w, g], 1)
+    trace = through_others.trace()
+    emulate(trace, [(w, g)], [trace.evaluate(1, lr=0.1)])
+    np.testing.assert_allclose(w, right, rtol=1e-14)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -210,8 +226,11 @@ def test_recorded_and_called_it_computes_the_same(size: int, dtype: np.dtype, rn
     trace = every_kind.trace()
     scalars = [trace.evaluate(2, **every_kind.defaults)]
     expected = after(every_kind, start, 2)
-    emulated, by_numpy = ([a.copy() for a in start] for _ in range(2))
+    emulated, by_numpy, compiled = ([a.copy() for a in start] for _ in range(3))
     HostUpdate(trace, dtype)([tuple(by_numpy)], scalars)
+    cpu_update(trace, dtype)([tuple(compiled)], scalars)
+    for x, y in zip(compiled, by_numpy, strict=True):
+        np.testing.assert_array_equal(x, y)
     emulate(trace, [tuple(emulated)], scalars)
     for found in (by_numpy, emulated):
         for x, right in zip([found[0], found[2]], expected, strict=True):
@@ -221,6 +240,11 @@ def test_recorded_and_called_it_computes_the_same(size: int, dtype: np.dtype, rn
 @drawn(30, 500, for_w=smooth_programs(), for_a=smooth_programs())
 def test_any_expression_with_reductions_is_recorded_as_numpy_computes_it(for_w: Any, for_a: Any) -> None:
     recorded_as_computed(for_w, for_a, lambda trace: HostUpdate(trace, np.dtype(np.float64)))
+
+
+@drawn(3, 100, for_w=smooth_programs(), for_a=smooth_programs())
+def test_compiled_on_first_use_too(for_w: Any, for_a: Any) -> None:
+    recorded_as_computed(for_w, for_a, lambda trace: cpu_update(trace, np.dtype(np.float64)))
 
 
 @pytest.mark.exhaustive

@@ -357,10 +357,11 @@ def update_source(trace: Trace, dtype: str = "float32", storage: str | None = No
     ``storage`` is the type in which w and g are stored: that of ``dtype``, or float16.
     """
     last, names = trace.passes[-1].trace, [("const T" if a == "g" else "T&", a) for a in trace.arrays]
+    read = read_by(last)
     body = [
         "__device__ inline void update(T* element, const T* k, const T* reduced) {",
-        *(f"    {kind} {a} = element[{i}];" for i, (kind, a) in enumerate(names)),
-        *(f"    const T {name} = reduced[{i}];" for i, name in enumerate(last.values)),
+        *(f"    {kind} {a} = element[{i}];" for i, (kind, a) in enumerate(names) if a in last.targets or a in read),
+        *(f"    const T {name} = reduced[{i}];" for i, name in enumerate(last.values) if name in read),
         *(f"    {line}" for line in last.c.splitlines()),
         "}",
     ]
@@ -371,7 +372,7 @@ def reduce_sources(trace: Trace, dtype: str = "float32", storage: str | None = N
     """The whole CUDA source of each pass before the last: what :func:`update_source` is for that."""
     sources = []
     for of_pass, reductions in trace.passes[:-1]:
-        read = {x.name for y in of_pass.elements for x in y.operands if isinstance(x, Element)}
+        read = read_by(of_pass)
         listed = " ".join(f"DO({j}, {STRUCTS[r.name]})" for j, r in enumerate(reductions))
         body = [
             f"constexpr int REDUCTIONS = {len(reductions)};",
@@ -386,6 +387,11 @@ def reduce_sources(trace: Trace, dtype: str = "float32", storage: str | None = N
         shared = ["step.cuh", "block.cuh", "arrays.cuh"]
         sources.append(_source(trace, len(of_pass.values), shared, body, "reduce.cuh", dtype, storage, master))
     return sources
+
+
+def read_by(trace: Trace) -> set[str]:
+    """The names of the inputs that a formula uses: a compiler would warn of others."""
+    return {x.name for y in trace.elements for x in y.operands if isinstance(x, Element)}
 
 
 # The struct of each reduction in kernels/reduce.cuh.
