@@ -83,8 +83,9 @@ class Optimizer:
     check: what is done about gradients that are NaN or infinite. None: a CPU looks at the parameters after the first
         step and after every hundredth, since what is NaN stays NaN, and raises :class:`NonFiniteError`; that takes no
         time worth mentioning. True: every step looks at the gradients first, and raises with nothing changed; on a CPU
-        that takes from a quarter of a step of Adam to a whole one of SGD, and a GPU waits for it. False: nobody looks,
-        as on a GPU by default. :func:`fit` looks at all gradients itself, whatever this is.
+        that takes from a quarter of a step of Adam to a whole one of SGD, of hundreds of separate arrays two more
+        steps, and a GPU waits for it. False: nobody looks, as on a GPU by default. :func:`fit` looks at all gradients
+        itself, whatever this is.
     hyper: the rule's hyper-parameters: numbers, or schedules, callables (step, epoch) -> float, both counted from 0.
 
     For float16 the arithmetic and the state are float32.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gpubatch import schedules
+from gpubatch.errors import ArgumentError
 from gpubatch.optim.optimizer import Optimizer
 
 __all__ = ["given_hyper", "load_resumed"]
@@ -31,6 +32,10 @@ def load_resumed(opt: Optimizer, saved: Mapping[str, Any], given: Mapping[str, A
         if name in opt._hyper and before["hyper"].get(name) != value:
             hyper[name] = value
             lines.append(f"{name}: {_in_words(before['hyper'].get(name))} before, {_in_words(value)} now")
+    for kept in saved["state"].values():
+        if differ := sorted(set(kept) ^ set(opt._trained)):
+            verb = "frozen now, and was trained" if differ[0] in kept else "trained now, and was frozen"
+            raise ArgumentError(f"{differ[0]} is {verb} in the saved run: groups must leave the same ones trainable")
     if before["groups"] != now["groups"]:
         groups = now["groups"]
         lines.append(f"groups: {_groups_in_words(before['groups'])} before, {_groups_in_words(groups)} now")
