@@ -190,7 +190,7 @@ CODE_LINES = {
     "ops": 2178,
     "sizing": 257,
     "params": 94,
-    "optim": 1053,
+    "optim": 1058,
     "nn": 1483,
     "datasets": 158,
     "sources": 609,
