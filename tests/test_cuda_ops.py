@@ -374,8 +374,8 @@ def test_every_number_of_16_bits(dtype: np.dtype, device: CudaBackend) -> None:
     np.testing.assert_array_equal(np.signbit(out.get())[numbers], np.signbit(right)[numbers])
 
 
-@pytest.mark.parametrize("target", ["float32", "float16", "float64", "as stored", "int64"])
-@pytest.mark.parametrize("stored", ["uint8", "float16", "int32", "float64"])
+@every("target", ["float32", "float16", "float64", "as stored", "int64"], ["float32", "float16", "as stored"])
+@every("stored", ["uint8", "float16", "int32", "float64"], ["uint8", "float16"])
 def test_rows_move_sixteen_bytes_at_a_time(stored: str, target: str, rng: np.random.Generator) -> None:
     """For aligned arrays with rows of multiples of 16 bytes: 16 bytes of the larger type at a time."""
     device, kept = stand_in_backend(sanitize=True), target in ("as stored", "int64")

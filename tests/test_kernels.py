@@ -265,7 +265,7 @@ def emulate_with(trace: Trace) -> Any:
     )
 
 
-@pytest.mark.parametrize("storage", ["float16", "float32", "float64"])
+@every("storage", ["float16", "float32", "float64"], ["float16"])
 @every_case
 def test_arrays_take_their_own_rows_of_scalars(case: Case, storage: str, rng: np.random.Generator) -> None:
     """As if each were updated alone, with one thread or more, in every form."""

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from families import every
 from needs import missing
-from optimizer_table import CASES, Case, trace_of
+from optimizer_table import CASES, FAST, Case, trace_of
 from stand_in import StandIn, stand_in_backend
 
 import gpubatch as gb
@@ -127,7 +128,7 @@ def test_it_can_be_switched_off() -> None:
 SHAPES = {"W": (300, 70), "b": (70,), "none": (0, 3)}
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@every("case", CASES, FAST)
 def test_a_step_is_one_launch_for_each_pass_and_gives_numpys_bits(
     case: Case, cupy: StandIn, device: CudaBackend, rng: np.random.Generator
 ) -> None:

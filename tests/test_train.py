@@ -685,7 +685,7 @@ def test_a_schedule_that_an_earlier_run_has_used_up_is_told() -> None:
 
 BATCHES: dict[str, tuple[dict[str, Any], str]] = {
     "scale": ({"scale": 2.0}, r"a loader with scale=0\.5, this one has 2\.0"),
-    "transform": ({"transform": np.negative}, r"a loader with transform=None, this one has 'negative'"),
+    "transform": ({"transform": np.negative}, r"a loader with transform=None, this one has 'a function'"),
     "samples": ({"X": blobs(seed=1)[0]}, "a loader with other samples"),
     "labels": ({"Y": 2 - blobs()[1]}, "a loader with other samples"),
 }
