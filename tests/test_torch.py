@@ -885,7 +885,7 @@ def test_on_a_gpu_the_kernel_works_in_the_memory_of_tensors(
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_tensors_on_a_gpu_get_the_values_of_those_on_the_cpu(name: str, dtype: str) -> None:
     if emulated_gpu.installed() or not torch.cuda.is_available():
-        pytest.skip("PyTorch has no CUDA device here")
+        pytest.skip("PyTorch has no CUDA here")
     wanted = [*tensors(*SHAPES, (300, 70), (0,)), *tensors((6, 4))]
     wanted[-1] = torch.nn.Parameter(wanted[-1].detach().t())
     wanted = [torch.nn.Parameter(p.detach().to(getattr(torch, dtype))) for p in wanted]
@@ -911,7 +911,7 @@ def test_tensors_on_a_gpu_get_the_values_of_those_on_the_cpu(name: str, dtype: s
 @pytest.mark.gpu
 def test_loss_scaling_works_on_a_gpu() -> None:
     if emulated_gpu.installed() or not torch.cuda.is_available():
-        pytest.skip("PyTorch has no CUDA device here")
+        pytest.skip("PyTorch has no CUDA here")
     model = module().cuda()
     opt, scaler = gt.Adam(model.parameters(), lr=0.01), torch.amp.GradScaler("cuda")
     x, losses = torch.randn(64, 5, device="cuda"), []
