@@ -67,6 +67,8 @@ def gpubatch_step(rule: str, n: int, form: str) -> Step:
         raise SkippedError(f"{form}: it runs as {opt.form}")
 
     def step() -> Any:
+        if opt.t == WARM_UP:
+            opt.lr = 0.0  # weights that a constant gradient drives on, as LAMB's are, would overflow
         opt.step()
         return params.flat
 
