@@ -712,7 +712,7 @@ def test_a_resumed_run_says_from_where(tmp_path: Path, capsys: pytest.CaptureFix
     gb.fit(*parts(), 3, checkpoint=tmp_path, resume=True)
     gb.fit(*parts(), 3, checkpoint=tmp_path, resume=True)
     first, epoch, second = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"resumed after step 24, in epoch 3, saved at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", first)
+    assert re.fullmatch(r"resumed after step 24, at the end of epoch 2, saved at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", first)
     assert epoch.startswith("epoch 3/3")
     assert second.endswith("; the run has made its 3 epochs, nothing is left to do")
 
@@ -731,6 +731,7 @@ def test_an_automatic_batch_size_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(type(last[0].backend), "memory", lambda self: gb.Memory(10**12, 2 * room))
     assert gb.fit(*last, 1, checkpoint=tmp_path, resume=True, progress=False).batch_size == 64
     assert last[1].batch_size == 64
+    assert last[1].plan.reason.startswith("batch_size=64 was taken from a saved state")
 
 
 def test_a_run_with_a_users_layer_and_schedule_goes_on(tmp_path: Path) -> None:

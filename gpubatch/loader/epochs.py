@@ -346,8 +346,9 @@ class Epochs:
         epoch = check_int("state['epoch']", state["epoch"], 0, WORD)
         batch_size = check_int("state['batch_size']", state["batch_size"], 1, self.order.share)
         batch = check_int("state['batch']", state["batch"], 0, self._batches_of(self.order.share, batch_size) - 1)
-        if batch_size != self.batch_size:
+        if self.automatic:
             self._why = f"batch_size={batch_size} was taken from a saved state"
+        if batch_size != self.batch_size:
             self._model = Model()
             self.plan = self._given(batch_size)
         self.automatic = False  # it is decided: another size would make other batches of the epoch

@@ -142,7 +142,9 @@ class RunCheckpoints:
             raise DataFormatError(f"{path} was not saved by fit: {error!r}") from error
         state.step = self._saved_at = state.opt.t
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
-        self.resumed = f"resumed after step {state.step}, in epoch {len(state.history.loss) + 1}, saved at {when}"
+        done = len(state.history.loss)
+        place = f"in epoch {done + 1}" if record.epoch.batches else f"at the end of epoch {done}"
+        self.resumed = f"resumed after step {state.step}, {place}, saved at {when}"
         if changed:
             warn_caller("the run goes on with other hyper-parameters:\n" + "\n".join(changed), ResumeWarning)
 
