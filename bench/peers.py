@@ -562,6 +562,39 @@ def time_apart(work: str, contender: str, budget: float) -> dict[str, Any]:
     return found
 
 
+class Worker:
+    """A contender of another script in a process of its own, which waits without work between commands.
+
+    script: is run with ``--work contender`` and ``options``; it reads a command a line and answers in a line, in JSON.
+    environment: of the process; by default this one's.
+    """
+
+    def __init__(self, script: str, contender: str, *options: str, environment: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, script, "--work", contender, *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def ask(self, **command: Any) -> dict[str, Any]:
+        """The answer to a command."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit(f"a contender failed at {command}; its error is above")
+        found: dict[str, Any] = json.loads(answer)
+        return found
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.communicate()
+
+
 def compare(work: str, peers: list[str], rounds: int, budget: float) -> list[dict[str, Any]]:
     """Run gpubatch and ``peers`` in turn; return a row for each peer."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("gpubatch", *peers)}

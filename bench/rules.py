@@ -21,7 +21,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers import GRADIENT, ROOT, SkippedError, available_cores, conditions, copy_loop, limit_threads
+from peers import GRADIENT, ROOT, SkippedError, Worker, available_cores, conditions, copy_loop, limit_threads
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -195,34 +194,11 @@ def timed(step: Step) -> float:
     return time.perf_counter() - start
 
 
-class Worker:
-    """A contender in a process of its own, which waits without work between commands."""
-
-    def __init__(self, contender: str) -> None:
-        environment = {**os.environ, **({"GPUBATCH_HOST": "0"} if contender == "NumPy" else {})}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--work", contender],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-
-    def ask(self, **command: Any) -> dict[str, Any]:
-        """The answer to a command."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            sys.exit(f"a contender failed at {command}; its error is above")
-        found: dict[str, Any] = json.loads(answer)
-        return found
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.communicate()
+def worker_of(contender: str) -> Worker:
+    """A contender in a process of its own."""
+    return Worker(
+        __file__, contender, environment={**os.environ, "GPUBATCH_HOST": "0"} if contender == "NumPy" else None
+    )
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -339,7 +315,7 @@ def main() -> None:
         parser.error(f"--rules must be of {', '.join(gb.rules.__all__)}; got {', '.join(sorted(unknown))}")
     limit_threads(arguments.threads)
     found: dict[str, Any] = {**conditions(arguments.threads, arguments.rounds), "rows": []}
-    workers = {name: Worker(name) for name in CONTENDERS}
+    workers = {name: worker_of(name) for name in CONTENDERS}
     start = time.perf_counter()
     for number, rule in enumerate(rules, 1):
         print(f"{number} of {len(rules)}: {rule}", file=sys.stderr, flush=True)

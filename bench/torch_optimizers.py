@@ -16,14 +16,13 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peers import available_cores, conditions, limit_threads
+from peers import Worker, available_cores, conditions, limit_threads
 
 SHAPES = {"1 x 1,000,000": [(1000, 1000)], "10 x 1,000,000": [(1000, 1000)] * 10, "500 x 100": [(100,)] * 500}
 OURS = "gpubatch.torch"
@@ -123,32 +122,9 @@ def work(contender: str, threads: int) -> None:
         print(json.dumps(found), flush=True)
 
 
-class Worker:
-    """A contender in a process of its own, which waits without work between commands."""
-
-    def __init__(self, contender: str, threads: int) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--work", contender, "--threads", str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def ask(self, **command: Any) -> dict[str, Any]:
-        """The answer to a command."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            sys.exit(f"a contender failed at {command}; its error is above")
-        found: dict[str, Any] = json.loads(answer)
-        return found
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.communicate()
+def worker_of(contender: str, threads: int) -> Worker:
+    """A contender in a process of its own."""
+    return Worker(__file__, contender, "--threads", str(threads))
 
 
 def compare(rule: str, shapes: str, ask: dict[str, Callable[..., dict[str, Any]]], rounds: int) -> dict[str, Any]:
@@ -222,7 +198,7 @@ def main() -> None:
         parser.error(f"--rules must be of {', '.join(RULES)}; got {', '.join(sorted(unknown))}")
     limit_threads(arguments.threads)
     found: dict[str, Any] = {**conditions(arguments.threads, arguments.rounds), "rows": []}
-    workers = {name: Worker(name, arguments.threads) for name in (OURS, *FORMS)}
+    workers = {name: worker_of(name, arguments.threads) for name in (OURS, *FORMS)}
     ask = {name: worker.ask for name, worker in workers.items()}
     for rule in rules:
         for shapes in SHAPES:

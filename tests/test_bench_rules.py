@@ -37,7 +37,7 @@ def test_contenders_do_the_same_work(rule: str) -> None:
 
 
 def test_a_contender_is_a_process_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = bench.Worker("NumPy")
+    worker = bench.worker_of("NumPy")
     found = worker.ask(rule="sgd", size=1000)
     assert found["result"] == pytest.approx(-3 * 0.03 * peers.GRADIENT, rel=1e-6)
     assert worker.ask(steps=2)["seconds"] > 0

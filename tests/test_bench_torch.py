@@ -55,7 +55,7 @@ def test_contenders_that_end_elsewhere_stop_the_run() -> None:
 
 def test_a_contender_is_a_process_that_answers() -> None:
     peer("torch")
-    worker = bench.Worker(bench.OURS, 1)
+    worker = bench.worker_of(bench.OURS, 1)
     assert worker.ask(rule="SGD", shapes="500 x 100")["seconds"] > 0
     assert worker.ask(steps=2)["seconds"] > 0
     worker.close()

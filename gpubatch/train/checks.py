@@ -57,7 +57,7 @@ def check_parts(net: Network, loader: Loader, opt: Optimizer) -> None:
 def check_last_batch(net: Network, loader: Loader) -> None:
     """Raise if an epoch would end with a batch that is too small for batch norm."""
     epochs, least = epochs_of(loader), core_of(net).least_rows
-    if min(epochs.last_size, loader.batch_size) < least:
+    if epochs.last_size < least:
         layer = next(type(run.layer).__name__ for run in core_of(net).layers if run.needs.least_rows == least)
         which = "'single'" if epochs.last_size == 1 else "True"
         raise ArgumentError(
