@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 import gpubatch as gb
+from gpubatch.formula import Rule
 
 UNARY_FUNCTIONS: dict[str, Any] = {
     "neg": lambda x: -x,
@@ -87,3 +88,21 @@ def value(program: Any, leaves: list[Any]) -> Any:
             else:
                 values.append(np.where(c, x, y) if name == "where" else c * y)
     return values[-1]
+
+
+def rule_of(for_w: Any, for_a: Any) -> Rule:
+    """A rule with the state a and b, whose new w and a two programs compute."""
+
+    @gb.rule
+    def any_rule(w, g, a, b, t, *, lr):
+        leaves = [2, -1.25, t, lr, b, a, g, w]
+        return value(for_w, leaves), value(for_a, leaves), b
+
+    return any_rule
+
+
+def computed(for_w: Any, for_a: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Arrays w, g, a and b for :func:`rule_of`, and what NumPy makes of w and a where t = 3 and lr = 0.7."""
+    arrays = list(np.random.default_rng(5).standard_normal((4, 40)))
+    leaves = [2, -1.25, np.float64(3), np.float64(0.7), *(x.copy() for x in reversed(arrays))]
+    return arrays, [np.broadcast_to(value(program, leaves), 40).astype(float) for program in (for_w, for_a)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from expressions import programs, value
+from expressions import computed, programs, rule_of
 from families import drawn
 from hypothesis import given, strategies as st
 from needs import missing
@@ -272,15 +272,8 @@ def same_or_at_a_jump(found: np.ndarray, right: np.ndarray) -> None:
 
 @drawn(100, 2000, for_w=programs(), for_a=programs())
 def test_any_expression_is_recorded_as_numpy_computes_it(for_w: Any, for_a: Any) -> None:
-    @gb.rule
-    def any_rule(w, g, a, b, t, *, lr):
-        leaves = [2, -1.25, t, lr, b, a, g, w]
-        return value(for_w, leaves), value(for_a, leaves), b
-
-    arrays = list(np.random.default_rng(5).standard_normal((4, 40)))
-    leaves = [2, -1.25, np.float64(3), np.float64(0.7), *(x.copy() for x in reversed(arrays))]
-    expected = [np.broadcast_to(value(program, leaves), 40).astype(float) for program in (for_w, for_a)]
-    run(any_rule, *arrays, t=3, lr=0.7)
+    arrays, expected = computed(for_w, for_a)
+    run(rule_of(for_w, for_a), *arrays, t=3, lr=0.7)
     for i, right in zip([0, 2], expected, strict=True):
         same_or_at_a_jump(arrays[i], right)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from expressions import programs, value
+from expressions import programs, rule_of
 from families import drawn, every
 from hypothesis import strategies as st
 from needs import missing
@@ -192,22 +192,13 @@ def applied(update: CompiledUpdate) -> Callable[..., None]:
     return call
 
 
-def recorded(for_w: Any, for_a: Any) -> Trace:
-    @gb.rule
-    def any_rule(w, g, a, b, t, *, lr):
-        leaves = [2, -1.25, t, lr, b, a, g, w]
-        return value(for_w, leaves), value(for_a, leaves), b
-
-    return any_rule.trace()
-
-
 @drawn(1, 25, many=st.lists(st.tuples(programs(), programs()), min_size=8, max_size=20), single=st.booleans())
 def test_any_expression_has_numpy_s_bits(many: list[tuple[Any, Any]], single: bool) -> None:
     """NumPy's form with the compiled exp, log, log1p, tanh and power; all else is exact."""
     library = host_library()
     if isinstance(library, str) or isinstance(jit.compiler(), str):
         missing("compiler", "formulas cannot be compiled")
-    dtype, traces = np.dtype(np.float32 if single else np.float64), [recorded(*each) for each in many]
+    dtype, traces = np.dtype(np.float32 if single else np.float64), [rule_of(*each).trace() for each in many]
     compiled = updates([*(rule.trace() for rule in ROUNDED.values()), *traces], dtype, library)
     functions = dict(zip(ROUNDED, map(applied, compiled), strict=False))
     for trace, update in zip(traces, compiled[len(ROUNDED) :], strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from expressions import smooth_programs, value
+from expressions import computed, rule_of, smooth_programs
 from families import drawn
 from needs import missing
 from optimizer_table import CASES, trace_of
@@ -254,15 +254,8 @@ def test_on_the_device_too(for_w: Any, for_a: Any) -> None:
 
 
 def recorded_as_computed(for_w: Any, for_a: Any, update: Callable[[Trace], Any]) -> None:
-    @gb.rule
-    def any_rule(w, g, a, b, t, *, lr):
-        leaves = [2, -1.25, t, lr, b, a, g, w]
-        return value(for_w, leaves), value(for_a, leaves), b
-
-    arrays = list(np.random.default_rng(5).standard_normal((4, 40)))
-    leaves = [2, -1.25, np.float64(3), np.float64(0.7), *(x.copy() for x in reversed(arrays))]
-    expected = [np.broadcast_to(value(program, leaves), 40).astype(float) for program in (for_w, for_a)]
-    trace = any_rule.trace()
+    arrays, expected = computed(for_w, for_a)
+    trace = rule_of(for_w, for_a).trace()
     update(trace)([tuple(arrays)], [trace.evaluate(3, lr=0.7)])
     for i, right in zip([0, 2], expected, strict=True):
         np.testing.assert_allclose(arrays[i], right, rtol=1e-9, atol=1e-9)
