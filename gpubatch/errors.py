@@ -216,8 +216,14 @@ def check_known(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
             raise UnknownArgumentError(f"{owner} takes {', '.join(names)}; got {name!r}{_nearest(name, names)}")
 
 
+# What other libraries call an argument that has another name here.
+ELSEWHERE = {"learning_rate": "lr", "epsilon": "eps", "alpha": "rho"}
+
+
 def _nearest(value: Any, known: list[str]) -> str:
     import difflib  # imported for error messages only
 
     near = difflib.get_close_matches(value, known, n=1) if isinstance(value, str) else []
+    if ELSEWHERE.get(value) in known:
+        near = [ELSEWHERE[value]]
     return f"; did you mean {near[0]!r}?" if near else ""

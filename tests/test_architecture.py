@@ -178,7 +178,7 @@ def test_packages_are_no_larger_than_their_table_says() -> None:
 
 # The most code lines of each package or module.
 CODE_LINES = {
-    "errors": 105,
+    "errors": 108,
     "own": 27,
     "main_memory": 66,
     "shown": 30,
@@ -187,7 +187,7 @@ CODE_LINES = {
     "averages": 55,
     "backend": 508,
     "staging": 51,
-    "ops": 2178,
+    "ops": 2195,
     "sizing": 257,
     "params": 94,
     "optim": 1058,

@@ -35,6 +35,14 @@ def test_an_error_is_pickled_and_copied(kind: type[BaseException]) -> None:
         assert (str(twin), twin.args, vars(twin)) == (str(error), error.args, vars(error))
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"), [("learning_rate", "lr"), ("epsilon", "eps"), ("alpha", "rho"), ("beta_1", "beta1")]
+)
+def test_the_name_that_another_library_has_is_translated(given: str, meant: str) -> None:
+    with pytest.raises(errors.UnknownArgumentError, match=f"got '{given}'; did you mean '{meant}'\\?$"):
+        errors.check_known("the rule", [given], ["lr", "eps", "rho", "beta1", "beta2"])
+
+
 def unavailable() -> None:
     raise gb.BackendUnavailableError("none.", *CAUSE)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import math
 import os
+import shutil
 import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from stand_in import StandIn, stand_in_backend
 
 import gpubatch as gb
 from gpubatch.backend import CudaBackend
+from gpubatch.errors import ArgumentError
 from gpubatch.ops import compile, update, update_for
 
 
@@ -121,6 +124,29 @@ def test_it_can_be_switched_off() -> None:
     env = {**os.environ, "GPUBATCH_HOST": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert done.stdout == "switched off by GPUBATCH_HOST=0\n"
+
+
+@pytest.mark.parametrize("variable", ["GPUBATCH_HOST", "GPUBATCH_JIT"])
+def test_a_switch_is_0_or_1(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "maybe")
+    with pytest.raises(ArgumentError, match=f"^{variable} must be 0 or 1, got 'maybe'$"):
+        compile.switched_off(variable)
+    for value, off in (("0", True), ("1", False), ("", False)):
+        monkeypatch.setenv(variable, value)
+        assert compile.switched_off(variable) == off
+
+
+def test_compiled_kernels_that_a_source_tree_hides_are_named(library: Any, tmp_path: Path) -> None:
+    tree = Path(gb.__file__).parent
+    shutil.copytree(tree, tmp_path / "gpubatch", ignore=shutil.ignore_patterns("_host*", "__pycache__"))
+    code = "from gpubatch.ops import compile; print(compile.host_library())"
+    env = {**os.environ, "PYTHONPATH": str(Path(library.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env, cwd=tmp_path
+    )
+    assert str(tmp_path) in done.stdout
+    assert "pip install -e" in done.stdout
+    assert "CompilerWarning: NumPy does the work of the compiled kernels" in done.stderr
 
 
 # --- CUDA ----------------------------------------------------------------------------------------------------------

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.machinery
 import importlib.util
 import os
+import sys
+import warnings
 from typing import Any
 
 import numpy as np
 
 from gpubatch.backend import Backend, CudaBackend, compute_dtype
+from gpubatch.errors import ArgumentError, CompilerWarning
 from gpubatch.formula import Activation, ScoreLoss, Trace, activation_source, score_source
 
 __all__ = [
@@ -23,6 +27,7 @@ __all__ = [
     "kernel_source",
     "scalars_source",
     "source_of",
+    "switched_off",
 ]
 
 # The C type of every element type in which samples, targets or parameters may be stored.
@@ -42,6 +47,8 @@ C_TYPES = {
 }
 COMPUTED = ("float32", "float64")  # the types of arithmetic
 
+PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
 
 # --- texts -----------------------------------------------------------------------------------------------------------
 
@@ -49,8 +56,7 @@ COMPUTED = ("float32", "float64")  # the types of arithmetic
 @functools.cache
 def kernel_source(name: str) -> str:
     """The text of a file of ``kernels/``: inside the package when installed, beside it in a checkout."""
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    folders = [os.path.join(package, "kernels"), os.path.join(os.path.dirname(package), "kernels")]
+    folders = [os.path.join(folder, "kernels") for folder in (PACKAGE, os.path.dirname(PACKAGE))]
     for folder in folders:
         if os.path.isfile(path := os.path.join(folder, name)):
             with open(path, encoding="utf-8") as file:
@@ -100,14 +106,36 @@ def elementwise_digest(declared: Activation | ScoreLoss) -> str:
 @functools.cache
 def host_library() -> Any:
     """The kernels compiled for the CPU, or in words why there are none."""
-    if os.environ.get("GPUBATCH_HOST") == "0":
+    if switched_off("GPUBATCH_HOST"):
         return "switched off by GPUBATCH_HOST=0"
-    if importlib.util.find_spec("gpubatch._host") is None:
-        return "not built: no C++ compiler was found when gpubatch was installed"
-    try:
-        return importlib.import_module("gpubatch._host")
-    except ImportError as error:
-        return f"cannot be loaded: {error}"
+    if importlib.util.find_spec("gpubatch._host") is not None:
+        try:
+            return importlib.import_module("gpubatch._host")
+        except ImportError as error:
+            return f"cannot be loaded: {error}"
+    if installed := installed_elsewhere():
+        why = (
+            f"those of the gpubatch in {installed} are not used: Python imports the source tree in "
+            f"{os.path.dirname(PACKAGE)}; start it in another folder, or install that tree with pip install -e"
+        )
+        warnings.warn(f"NumPy does the work of the compiled kernels: {why}", CompilerWarning, stacklevel=2)
+        return why
+    return "not built: no C++ compiler was found when gpubatch was installed"
+
+
+def installed_elsewhere() -> str | None:
+    """The folder of a gpubatch with compiled kernels that another one hides, as Python does in a clone."""
+    folders = [os.path.join(folder, "gpubatch") for folder in sys.path]
+    found = importlib.machinery.PathFinder.find_spec("_host", folders)
+    return None if found is None or found.origin is None else os.path.dirname(found.origin)
+
+
+def switched_off(variable: str) -> bool:
+    """Whether an environment variable is "0"; unset, empty and "1" mean on."""
+    value = os.environ.get(variable) or "1"
+    if value not in ("0", "1"):
+        raise ArgumentError(f"{variable} must be 0 or 1, got {value!r}")
+    return value == "0"
 
 
 @functools.cache

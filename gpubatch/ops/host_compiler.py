@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 from gpubatch.errors import CompilerWarning
 from gpubatch.formula import Activation, ScoreLoss, Trace
-from gpubatch.ops.compile import elementwise_digest, formula_digest, host_library
+from gpubatch.ops.compile import elementwise_digest, formula_digest, host_library, switched_off
 from gpubatch.ops.host_source import library_source
 
 __all__ = ["Place", "own_form", "place_of"]
@@ -105,7 +105,7 @@ def own_form() -> str:
 @functools.cache
 def warn(reason: str) -> None:
     """Say once that NumPy runs what could be compiled."""
-    if os.environ.get("GPUBATCH_JIT") != "0":
+    if not switched_off("GPUBATCH_JIT"):
         warnings.warn(
             f"formulas of your own run on NumPy, and slower than gpubatch's: {reason}. "
             f"GPUBATCH_JIT=0 accepts that without this warning",
@@ -177,7 +177,7 @@ def level_options(level: str) -> list[str]:
 @functools.cache
 def compiler() -> Compiler | str:
     """The compiler that ``CXX`` names, or the first of c++, g++ and clang++; in words why there is none."""
-    if os.environ.get("GPUBATCH_JIT") == "0":
+    if switched_off("GPUBATCH_JIT"):
         return "switched off by GPUBATCH_JIT=0"
     if sys.platform == "win32":
         return "gpubatch does not compile formulas on Windows"
