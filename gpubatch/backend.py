@@ -50,6 +50,8 @@ __all__ = [
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray: no type that both share exists
 Shape: TypeAlias = tuple[int, ...]
 
+GENERATOR_THREADS = 1 << 15  # of a CuPy generator: each makes a part of the numbers from 64 bytes of state
+
 INSTALL_CUPY = "pip install 'gpubatch[cuda13]' (CUDA 13) or 'gpubatch[cuda12]' (CUDA 12)."
 
 
@@ -61,11 +63,13 @@ class Backend(ABC):
     spec: the argument of :func:`get_backend` that returns this backend again, such as "cuda:0".
     xp: its Array-API namespace.
     reason: why it was chosen.
+    generator_bytes: memory of a :meth:`generator` on the device.
     """
 
     name: str
     spec: str
     reason: str
+    generator_bytes = 0
 
     @property
     @abstractmethod
@@ -92,6 +96,10 @@ class Backend(ABC):
     @abstractmethod
     def zeros(self, shape: int | Shape, dtype: Any) -> Array:
         """A C-contiguous array of zeros."""
+
+    @abstractmethod
+    def generator(self, seed: int, epoch: int, number: int) -> Any:
+        """The library's random ``Generator`` for one batch: a function of the three integers alone."""
 
     @abstractmethod
     def owns(self, x: Any) -> bool:
@@ -175,6 +183,11 @@ class CpuBackend(Backend):
     def zeros(self, shape: int | Shape, dtype: Any) -> Array:
         return np.zeros(shape, dtype)
 
+    def generator(self, seed: int, epoch: int, number: int) -> np.random.Generator:
+        # The orders of samples have the same key, and zero in the third word of the counter, which batches count in.
+        key, counter = np.array([seed, epoch], np.uint64), np.array([0, 0, number + 1, 0], np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
     def owns(self, x: Any) -> bool:
         return isinstance(x, np.ndarray)
 
@@ -198,6 +211,7 @@ class CudaBackend(Backend):
     """CuPy arrays on one CUDA device."""
 
     name = "cuda"
+    generator_bytes = 64 * GENERATOR_THREADS
 
     def __init__(self, cupy: Any, index: int, reason: str) -> None:
         self.cupy, self.index, self.reason = cupy, index, reason
@@ -246,6 +260,11 @@ class CudaBackend(Backend):
                     raise
             self.free_unused()
             return make()
+
+    def generator(self, seed: int, epoch: int, number: int) -> Any:
+        random, sequence = self.cupy.random, np.random.SeedSequence([seed, epoch, number])
+        with self.scope():
+            return random.Generator(random.Philox4x3210(sequence, size=GENERATOR_THREADS))
 
     def owns(self, x: Any) -> bool:
         return is_cupy(x) and x.device.id == self.index

@@ -98,6 +98,21 @@ class StandIn:
     def asarray(self, x: Any, dtype: Any = None) -> np.ndarray:
         return x if isinstance(x, DeviceArray) and dtype in (None, x.dtype) else np.array(x, dtype).view(DeviceArray)
 
+    @property
+    def random(self) -> Any:
+        """Generators that draw the numbers of a CPU's, which CuPy's do not."""
+
+        def bits(sequence: np.random.SeedSequence, size: int) -> np.random.Philox:
+            seed, epoch, number = sequence.entropy  # type: ignore[misc]
+            key, counter = np.array([seed, epoch], np.uint64), np.array([0, 0, number + 1, 0], np.uint64)
+            return np.random.Philox(key=key, counter=counter)
+
+        def generator(bits: np.random.Philox) -> Any:
+            draw = np.random.Generator(bits)
+            return types.SimpleNamespace(random=lambda shape: self.asarray(draw.random(shape)))
+
+        return types.SimpleNamespace(Philox4x3210=bits, Generator=generator)
+
     def start(self, work: Callable[[], None]) -> None:
         work()
 

@@ -120,6 +120,8 @@ CASES = {
     "one sample": (X8[:1], Y[:1], {}),
     "transform": (X8, Y, {"transform": lambda x: x * 2 + 1}),
     "transform of both": (X8, Y, {"transform": lambda x, y: (x[:, ::-1] * 2, y * y)}),
+    "prepare and augment": (X8, Y, {"prepare": lambda x: x * 2, "augment": lambda x, y, draw: (x[::-1], y[::-1])}),
+    "float64 of a function": (X8, Y, {"prepare": lambda x: x.astype(np.float64) / 3}),
     "window of arrays": (X8, Y, {"window": 20}),
     "no prefetch": (X8, Y, {"prefetch": 0}),
     "far ahead": (X8, Y, {"prefetch": 7}),
@@ -274,6 +276,48 @@ def test_the_first_batch_can_be_looked_at_at_any_time(feed, device):
         for a, b in zip(epochs_of(on_cpu).peek(), host(device, tuple(epochs_of(there).peek())), strict=True):
             assert np.array_equal(a, b)
         assert agree(device, on_cpu, there, 1)
+
+
+NOISE = {"augment": lambda x, draw: x + draw.random(x.shape)}
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("source", ["array", "read", "window"])
+def test_random_numbers_depend_on_seed_epoch_and_batch_alone(source, columns, device, threaded):
+    """On every feed, with and without a thread: those of batch 3 of epoch 1 are drawn anew from their key."""
+    if columns and source != "array":
+        pytest.skip("a source has no columns")
+    X = X8.T if columns else X8 if source == "array" else Samples(X8, Y, labelled=False)
+    options = {
+        "batch_size": 8,
+        "seed": 5,
+        "sample_axis": int(columns),
+        **({"window": 20} if source == "window" else {}),
+    }
+    ahead, at_once = ({"prefetch": n, **options, **NOISE} for n in (3, 0))
+    draws = [Loader(X, Y, backend="cpu", **a) for a in (ahead, at_once)]
+    plain = Loader(X, Y, backend="cpu", **options)
+    if hasattr(device.cupy, "faults"):  # CuPy's generators draw other numbers
+        draws += [Loader(X, Y, backend=device, feed="host", **ahead)]
+        draws += [Loader(X, Y, backend=device, feed="device", **ahead)] if source == "array" else []
+    for epoch in range(2):
+        for number, ((x, _), *augmented) in enumerate(zip(plain, *draws, strict=True)):
+            generator = np.random.Philox(key=np.array([5, epoch], "u8"), counter=np.array([0, 0, number + 1, 0], "u8"))
+            expected = (x + np.random.Generator(generator).random(x.shape)).astype("f4")
+            for batch in augmented:
+                assert host(get_backend("cpu") if isinstance(batch[0], np.ndarray) else device, batch)[0].tobytes() == (
+                    expected.tobytes()
+                )
+
+
+def test_a_generator_is_the_library_s_own(device):
+    kinds = set()
+    for feed in ("host", "device"):
+        augment = lambda x, draw: kinds.add(type(draw)) or x  # noqa: E731
+        list(Loader(X8, batch_size=8, augment=augment, backend=device, feed=feed))
+    assert len(kinds) == 1
+    if not hasattr(device.cupy, "faults"):
+        assert kinds == {device.cupy.random.Generator}
 
 
 def test_a_transform_runs_in_the_caller(device, threaded):

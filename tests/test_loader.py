@@ -584,10 +584,12 @@ def test_to_batch_converts_as_the_loader_does(backend, rng):
     assert np.array_equal(backend.to_numpy(loader.to_batch(X)), backend.to_numpy(x))
     ready = X[:5].astype(np.float32)
     assert np.array_equal(backend.to_numpy(loader.to_batch(ready)), ready)  # used without a copy
-    with pytest.raises(DTypeError, match=r"Xv must have the loader's source dtype uint8.* or its batch dtype float32"):
-        loader.to_batch(X.astype(np.float64), name="Xv")
-    with pytest.raises(ShapeError, match=r"Xv must have samples of shape \(4,\).* got shape \(20, 3\)"):
-        loader.to_batch(X[:, :3], name="Xv")
+    assert np.array_equal(
+        backend.to_numpy(loader.to_batch(ready.astype(np.float64))), ready
+    )  # prepared, as pixels / 255
+    assert np.array_equal(backend.to_numpy(loader.to_batch(X.astype(np.int64))), backend.to_numpy(x))
+    with pytest.raises(ShapeError, match=r"X must have samples of shape \(4,\).* got shape \(20, 3\)"):
+        loader.to_batch(X[:, :3])
 
 
 def test_to_batch_where_source_and_batches_have_one_dtype():
@@ -736,7 +738,7 @@ def test_bad_states(change, error, message):
         loader.load_state_dict({k: v for k, v in loader.state_dict().items() if k != "batch"})
 
 
-# --- a transform ----------------------------------------------------------------------------------------------------
+# --- functions of a batch -------------------------------------------------------------------------------------------
 
 
 def test_a_transform_is_applied_to_whole_batches(backend, threaded, rng):
@@ -752,13 +754,20 @@ def test_a_transform_is_applied_to_whole_batches(backend, threaded, rng):
         assert bool((x2 == x + 1).all() and (y2 == y % 2).all())
         assert bool((x3 == x * 3).all())
     assert bool((epochs_of(of_both).peek()[0] == plain[0][0] + 1).all()) or of_both.epoch == 1
-    assert np.array_equal(backend.to_numpy(of_x.to_batch(X)), X * np.float32(1 / 255))
+    assert np.array_equal(backend.to_numpy(of_x.to_batch(X)), (X * np.float32(1 / 255))[:, ::-1] * 2)
+    x, y = of_both.to_batch(X, Y)
+    assert np.array_equal(backend.to_numpy(x), X * np.float32(1 / 255) + 1)
+    assert np.array_equal(backend.to_numpy(y), Y % 2)
+    with pytest.raises(ArgumentError, match=r"transform takes x and y, so to_batch needs both: to_batch\(X, Y\)"):
+        of_both.to_batch(X)
 
 
 TRANSFORMS = [
     (lambda x: x[1:], ShapeError, "transform must keep the 5 samples along axis 0, it made shape (4, 2) of (5, 2)"),
     (lambda x, y: x, DTypeError, "transform must return a pair, as it takes x and y, got ndarray"),
-    (lambda x: None, DeviceMismatchError, "what transform returns must be an array on 'cpu', got a NoneType"),
+    (lambda x: None, DTypeError, "transform must return what takes the place of x, got None; a function that changes"),
+    (lambda x: [1] * 5, DeviceMismatchError, "what transform returns must be an array on 'cpu', got a list"),
+    (lambda x: x.astype(complex), DTypeError, "what transform returns must hold integers"),
     (lambda x, y, z: x, ArgumentError, "transform must take x, or x and y; it takes 3 arguments"),
     ("flip", DTypeError, "transform must be a function of x, or of x and y, got str"),
 ]
@@ -768,6 +777,45 @@ TRANSFORMS = [
 def test_transforms_that_are_wrong(transform, error, message):
     with pytest.raises(error, match=re.escape(message)):
         list(Loader(X5, np.arange(5), transform=transform, backend="cpu"))
+
+
+AUGMENTS = [
+    (lambda x: x, ArgumentError, "augment must take x, or x and y and a generator; it takes 1 arguments"),
+    (lambda x, y, g, z: x, ArgumentError, "augment must take x, or x and y and a generator; it takes 4 arguments"),
+    (lambda x, y, g: x, DTypeError, "augment must return a pair, as it takes x and y, got ndarray"),
+    (lambda x, g: g, DeviceMismatchError, "what augment returns must be an array on 'cpu', got a numpy.random"),
+    (5, DTypeError, "augment must be a function of x, or of x and y and a generator, got int"),
+]
+
+
+@pytest.mark.parametrize(("augment", "error", "message"), AUGMENTS, ids=lambda v: v if isinstance(v, str) else "")
+def test_augmentations_that_are_wrong(augment, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        list(Loader(X5, np.arange(5), augment=augment, backend="cpu"))
+
+
+def test_prepare_is_for_all_samples_and_augment_for_training_alone(rng):
+    X, Y = rng.integers(0, 256, (50, 4)).astype(np.uint8), np.arange(50)
+    centre = lambda x: x - np.float64(0.5)  # noqa: E731  float64, which batches are not
+    loader = Loader(X, Y, 16, scale=1 / 255, prepare=centre, augment=lambda x, g: x * 0, backend="cpu")
+    assert (loader.prepare, loader.transform) == (centre, centre)
+    assert [x.dtype for x, _ in loader] == [np.float32] * 4
+    assert not any(x.any() for x, _ in loader)
+    assert np.array_equal(loader.to_batch(X), X * np.float32(1 / 255) - np.float32(0.5))
+    with pytest.raises(ArgumentError, match="transform is another name of prepare: give one of them, got both"):
+        Loader(X, Y, prepare=centre, transform=centre, backend="cpu")
+
+
+def test_prepare_may_work_in_place_and_changes_no_array_of_the_caller():
+    def shift(x):
+        x -= 1
+        return x
+
+    X = np.ones((5, 2), np.float32)
+    loader = Loader(X, prepare=shift, shuffle=False, backend="cpu")
+    assert not loader.to_batch(X).any()
+    assert not next(iter(loader)).any()
+    assert X.all()
 
 
 # --- statistics -----------------------------------------------------------------------------------------------------

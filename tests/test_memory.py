@@ -122,6 +122,13 @@ CASES = {
     "columns": Case(wide, 1024, batch_size=1250, n=6000, loader={"prefetch": 0, "sample_axis": 1}),
     "strided": Case(wide, 1024, batch_size=1250, n=6000, source="strided", loader={"prefetch": 0}),
     "transformed": Case(wide, 1024, batch_size=1250, n=6000, loader={"prefetch": 0, "transform": lambda x: x - 1}),
+    "augmented": Case(
+        wide,
+        1024,
+        batch_size=1250,
+        n=6000,
+        loader={"prefetch": 0, "prepare": lambda x: x - 1, "augment": lambda x, draw: x + 1},
+    ),
     "a rank": Case(linear, 8, n=700_000, batch_size=4096, loader={"rank": 1, "world_size": 2}),
     "whole": Case(deep, batch_size="auto", n=1500, loader={"prefetch": 0}),
     "read": Case(linear, 2048, batch_size=600, n=2500, source="npy", stored="float64", loader={"prefetch": 0}),

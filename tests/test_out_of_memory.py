@@ -125,7 +125,7 @@ class From:
     def __init__(self, refusal: Refusal, number: int, steps: int = 0) -> None:
         self.refusal, self.number, self.steps, self.begun = refusal, number, steps, False
 
-    def transform(self, x: np.ndarray) -> np.ndarray:
+    def augment(self, x: np.ndarray, draw: Any) -> np.ndarray:
         if self.steps == 0 and not self.begun:
             self.begin()
         return x
@@ -163,13 +163,13 @@ def refusal() -> Iterator[Refusal]:
 
 @pytest.mark.parametrize(("layers", "window"), [("plain", None), ("plain", 40), ("dropout", None)])
 def test_every_allocation_of_a_training_is_refused_once(refusal: Refusal, layers: str, window: int | None) -> None:
-    expected_net, *others = parts(layers, window=window, transform=From(refusal, 0).transform)
+    expected_net, *others = parts(layers, window=window, augment=From(refusal, 0).augment)
     expected = run(expected_net, *others)
     total = refusal.count
     assert total > 50
     refusal.refuse(0)
     for number in range(1, total + 1):
-        net, loader, opt = parts(layers, window=window, transform=From(refusal, number).transform)
+        net, loader, opt = parts(layers, window=window, augment=From(refusal, number).augment)
         with told() as warned:
             history = run(net, loader, opt)
         refusal.refuse(0)
@@ -330,7 +330,7 @@ def test_the_size_is_kept_in_checkpoints(tmp_path: Path, refusal: Refusal) -> No
     """A run resumed after memory ran out ends as the uninterrupted run, to the last bit."""
 
     def scarce() -> tuple[gb.Network, gb.Loader, gb.Optimizer]:
-        return parts("dropout", transform=From(refusal, 3).transform)
+        return parts("dropout", augment=From(refusal, 3).augment)
 
     net, loader, opt = scarce()
     with pytest.warns(MicroBatchWarning):
@@ -338,7 +338,7 @@ def test_the_size_is_kept_in_checkpoints(tmp_path: Path, refusal: Refusal) -> No
     first, *others = scarce()
     with pytest.warns(MicroBatchWarning):
         gb.fit(first, *others, epochs=1, progress=False, checkpoint=tmp_path)
-    again, loader, opt = parts("dropout", transform=lambda x: x)
+    again, loader, opt = parts("dropout", augment=lambda x, draw: x)
     with told() as warned:
         history = gb.fit(again, loader, opt, epochs=3, progress=False, checkpoint=tmp_path, resume=True)
     assert not warned

@@ -25,8 +25,8 @@ OPTIMIZER = """
     state_dict load_state_dict
 """
 LOADER = """
-    at_most backend batch_size drop_last dtype feed prefetch rank replacement sample_axis scale seed shuffle transform
-    window world_size block epoch feeding load_state_dict n_samples plan state_dict stats to_batch
+    at_most augment backend batch_size drop_last dtype feed prefetch prepare rank replacement sample_axis scale seed
+    shuffle transform window world_size block epoch feeding load_state_dict n_samples plan state_dict stats to_batch
 """
 
 

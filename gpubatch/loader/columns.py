@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -17,7 +16,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from gpubatch.backend import Array, Backend, compute_dtype, float_dtype
-from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_real
+from gpubatch.errors import ArgumentError, ShapeError, check_real
+from gpubatch.loader.functions import named_function
 from gpubatch.loader.order import Indices
 from gpubatch.loader.pinned import Form, take_into
 from gpubatch.ops import ops_for
@@ -142,7 +142,10 @@ class Columns(Sequence[Column]):
         sample_axis: int = 0,
         dtype: Any = None,
         scale: float | None = None,
-        transform: Callable[..., Any] | None = None,
+        prepare: Callable[..., Any] | None = None,
+        augment: Callable[..., Any] | None = None,
+        seed: int = 0,
+        prepare_name: str = "prepare",
     ) -> None:
         self.backend, self.sample_axis = backend, sample_axis
         inputs = self._inputs(X, Y)
@@ -163,7 +166,9 @@ class Columns(Sequence[Column]):
         for column in self:
             if isinstance(column.source, Part):
                 self.readers.setdefault(column.source.reader, []).append(column.limit)
-        self.transform, self._both = transform, transform is not None and self._takes_both(transform)
+        self.prepare = named_function(prepare_name, prepare, self.labelled)
+        self.augment = named_function("augment", augment, self.labelled, " and a generator")
+        self._seed = seed
 
     def __len__(self) -> int:
         return len(self._columns)
@@ -213,20 +218,6 @@ class Columns(Sequence[Column]):
             if (source := column.array) is not None:
                 given = turned(source.array) if column.axis else source.array
                 check_finite(source.name, given, column.dtype, column.scale, self.backend)
-
-    def _takes_both(self, transform: Callable[..., Any]) -> bool:
-        """Whether ``transform`` takes x and y, and not x alone."""
-        if not callable(transform):
-            raise DTypeError(f"transform must be a function of x, or of x and y, got {type(transform).__name__}")
-        try:
-            parameters = inspect.signature(transform).parameters.values()
-        except ValueError:  # some builtins do not tell
-            return False
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        needed = sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
-        if needed > len(self):
-            raise ArgumentError(f"transform must take x{', or x and y' * self.labelled}; it takes {needed} arguments")
-        return needed == 2
 
     # --- sizes ---
 
@@ -327,62 +318,130 @@ class Columns(Sequence[Column]):
 
     # --- delivery ---
 
-    def deliver(self, rows: list[Array]) -> Any:
-        """A batch as the caller wants it, x or (x, y): transformed, and of columns where the samples are columns."""
-        arrays = self._delivered(rows) if self.sample_axis or self.transform is not None else rows
+    @property
+    def given_prepare(self) -> Callable[..., Any] | None:
+        """The loader's ``prepare``."""
+        return None if self.prepare is None else self.prepare.function
+
+    @property
+    def given_augment(self) -> Callable[..., Any] | None:
+        """The loader's ``augment``."""
+        return None if self.augment is None else self.augment.function
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether functions of the user's are applied to batches."""
+        return self.prepare is not None or self.augment is not None
+
+    def deliver(self, rows: list[Array], epoch: int, number: int) -> Any:
+        """A batch as the caller wants it, x or (x, y): prepared, and of columns where the samples are columns.
+
+        It is batch ``number`` of ``epoch``, on which its augmentation depends.
+        """
+        arrays = self._delivered(rows, epoch, number) if self.sample_axis or self.has_functions else rows
         return tuple(arrays) if len(arrays) > 1 else arrays[0]
 
-    def as_rows(self, rows: list[Array]) -> list[Array]:
-        """A batch as a network wants it: transformed, and of rows."""
-        return rows if self.transform is None else [self.turn(array) for array in self._delivered(rows)]
+    def as_rows(self, rows: list[Array], epoch: int, number: int) -> list[Array]:
+        """A batch as a network wants it: prepared, and of rows."""
+        return [self.turn(array) for array in self._delivered(rows, epoch, number)] if self.has_functions else rows
 
     def turn(self, array: Array) -> Array:
         """Rows as the caller has samples, or the caller's samples as rows."""
         return turned(array) if self.sample_axis else array
 
-    def delivery_bytes(self, as_rows: bool = False) -> int:
-        """A sample's bytes in the arrays from which a delivered batch is made."""
-        if self.transform is not None:
-            return self.batch_bytes
+    def delivery_bytes(self, batch_size: int, as_rows: bool = False) -> int:
+        """Bytes of the arrays from which a delivered batch is made."""
+        if self.has_functions:
+            arrays = batch_size * self.batch_bytes
+            augmented = 0 if self.augment is None else arrays + self.backend.generator_bytes
+            return augmented + (0 if self.prepare is None else arrays)
         copied = [] if as_rows or self.backend.name == "cpu" else [column for column in self if column.axis]
-        return sum(column.source.bytes_per_sample(column.dtype) for column in copied)
+        return batch_size * sum(column.source.bytes_per_sample(column.dtype) for column in copied)
 
-    def _delivered(self, rows: list[Array]) -> list[Array]:
+    def _delivered(self, rows: list[Array], epoch: int, number: int) -> list[Array]:
         with self.backend.scope():
-            arrays = [contiguous(self.turn(array)) for array in rows]
-            if self.transform is None:
-                return arrays
-            found = self.transform(*arrays) if self._both else (self.transform(arrays[0]), *arrays[1:])
-        if not isinstance(found, tuple) or len(found) != len(arrays):
-            raise DTypeError(f"transform must return a pair, as it takes x and y, got {type(found).__name__}")
-        for column, before, after in zip(self, arrays, found, strict=True):
-            axis = column.axis
-            self.backend.check("what transform returns", after)
-            if after.ndim <= axis or after.shape[axis] != before.shape[axis]:
-                raise ShapeError(
-                    f"transform must keep the {before.shape[axis]} samples along axis {axis}, it made shape "
-                    f"{after.shape} of {before.shape}"
-                )
-        return list(found)
+            arrays = self._prepared(rows)
+            if self.augment is not None:
+                draw = self.backend.generator(self._seed, epoch, number)
+                arrays = self.augment(arrays, self._axes, self.dtype, self.backend, draw)
+        return arrays
 
-    def converted(self, X: Any, name: str) -> Array:
-        """``X`` in its own layout, converted as the samples of x are; ``X`` itself where nothing is to be done."""
-        x, array = self._columns[0], checked_array(name, X, self.backend)
-        shape = self.turn(array).shape
-        if array.ndim < 1 + x.axis or shape[1:] != x.source.sample_shape:
+    def _prepared(self, rows: Sequence[Array]) -> list[Array]:
+        """Rows as the caller has samples, prepared."""
+        arrays = [contiguous(self.turn(array)) for array in rows]
+        return arrays if self.prepare is None else self.prepare(arrays, self._axes, self.dtype, self.backend)
+
+    def summary_of(self, rows: Sequence[Array]) -> list[float]:
+        """Mean, spread and largest size of the numbers that ``prepare`` makes of these rows; empty without it."""
+        if self.prepare is None:
+            return []
+        with self.backend.scope():
+            x = self.backend.to_numpy(self._prepared([array.copy() for array in rows])[0]).astype(np.float64)
+        return [float(x.mean()), float(x.std()), float(abs(x).max())]
+
+    @property
+    def _axes(self) -> list[int]:
+        return [column.axis for column in self]
+
+    # --- samples from elsewhere ---
+
+    def converted(self, X: Any, Y: Any = None, names: tuple[str, str] = ("X", "Y"), most: int | None = None) -> Any:
+        """``X`` in its own layout, or (X, Y), as batches have samples, but for ``augment``.
+
+        X itself where nothing is to be done. ``names`` are those of the arguments, for messages. ``prepare`` gets at
+        most ``most`` samples at a time.
+        """
+        x, prepare = self._columns[0], self.prepare
+        array = checked_array(names[0], X, self.backend)
+        # Floats where the loader has integers, pixels say, are what the user has made of them.
+        ready = array.dtype.kind == "f" and self.source_dtype.kind != "f"
+        if array.ndim < 1 + x.axis or (
+            self.turn(array).shape[1:] != x.source.sample_shape and not (ready and prepare is not None)
+        ):
             raise ShapeError(
-                f"{name} must have samples of shape {x.source.sample_shape} along axis {x.axis}, as the loader's X "
+                f"{names[0]} must have samples of shape {x.source.sample_shape} along axis {x.axis}, as the loader's X "
                 f"has, got shape {array.shape}"
             )
-        if array.dtype not in (self.source_dtype, self.dtype):
-            raise DTypeError(
-                f"{name} must have the loader's source dtype {self.source_dtype}, to be converted, or its batch dtype "
-                f"{self.dtype}, to be taken as it is, got {array.dtype}"
-            )
-        scale = x.scale if array.dtype == self.source_dtype else None
-        check_finite(name, array, self.dtype, scale, self.backend)
+        scale = None if ready else x.scale
+        check_finite(names[0], array, self.dtype, scale, self.backend)
+        given = [array]
+        if Y is not None:
+            given.append(checked_array(names[1], Y, self.backend))
+            check_finite(names[1], given[1], given[1].dtype, None, self.backend)
+            axis = x.axis if given[1].ndim > 1 else 0
+            if given[1].shape[axis] != array.shape[x.axis]:
+                raise ShapeError(
+                    f"{names[0]} and {names[1]} must have equal numbers of samples, got shapes {array.shape} and "
+                    f"{given[1].shape}"
+                )
+        if prepare is not None and prepare.takes > len(given) and not ready:
+            raise ArgumentError(f"{prepare.name} takes x and y, so to_batch needs both: to_batch(X, Y)")
         with self.backend.scope():
-            return convert(self.backend.asarray(array), self.dtype, scale)
+            if prepare is None or ready:
+                return self._at_once(given, scale)
+            rows = [self.turn(a) for a in given]
+            return self._prepared_by_parts(rows, scale, len(rows[0]) if most is None else most)
+
+    def _at_once(self, given: list[Array], scale: float | None) -> Any:
+        x = convert(self.backend.asarray(given[0]), self.dtype, scale)
+        return x if len(given) == 1 else (x, self.backend.asarray(given[1]))
+
+    def _prepared_by_parts(self, rows: list[Array], scale: float | None, most: int) -> Any:
+        """The same of rows that are prepared, ``most`` at a time."""
+        made: list[Array] = []
+        for start in range(0, len(rows[0]), most):
+            part = [self.backend.asarray(array[start : start + most]).copy() for array in rows]  # it may change them
+            part[0] = convert(part[0], self.dtype, scale)
+            found = [self.turn(array) for array in self._prepared(part)]
+            if len(rows[0]) <= most:
+                made = found
+                break
+            if not made:
+                made = [self.backend.empty((len(rows[0]), *a.shape[1:]), a.dtype) for a in found]
+            for whole, array in zip(made, found, strict=True):
+                whole[start : start + most] = array
+        made = [self.turn(array) for array in made]
+        return made[0] if len(made) == 1 else tuple(made)
 
 
 def _held(part: Part, rows: Rows) -> ArraySource:

@@ -12,7 +12,15 @@ from gpubatch.backend import Array, CudaBackend
 from gpubatch.errors import ArgumentError, DTypeError, InsufficientMemoryError, check_int
 from gpubatch.loader.columns import Columns
 from gpubatch.loader.device import DeviceFeed
-from gpubatch.loader.feeds import BatchFeed, LoaderStats, MainMemory, OnDevice, ThroughPinned, belongs_on_device
+from gpubatch.loader.feeds import (
+    BatchFeed,
+    Finish,
+    LoaderStats,
+    MainMemory,
+    OnDevice,
+    ThroughPinned,
+    belongs_on_device,
+)
 from gpubatch.loader.order import WORD, Order
 from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, plan_batch_size
 
@@ -260,8 +268,8 @@ class Epochs:
             if self._run is run:
                 self._run, self._left = None, self._batch > 0
 
-    def batches(self, finish: Callable[[list[Array]], Batch]) -> Generator[Batch]:
-        """An epoch, or its rest: what ``finish`` makes of the rows of each batch."""
+    def batches(self, finish: Finish[Batch]) -> Generator[Batch]:
+        """An epoch, or its rest: what ``finish`` makes of each batch."""
         with self._iteration() as check:
             stats, first = LoaderStats(), 0.0
             self.stats = stats
@@ -310,7 +318,7 @@ class Epochs:
     def peek(self) -> list[Array]:
         """The first batch of epoch ``epoch`` as rows; the position stays as it is."""
         index = self.order.between(self.epoch)(0, min(self.batch_size, self.order.share))
-        return self.columns.as_rows(self.columns.at(index))
+        return self.columns.as_rows(self.columns.at(index), self.epoch, 0)
 
     # --- state --------------------------------------------------------------------------------------------------
 

@@ -42,14 +42,22 @@ class Loader:
     - ``rank``, ``world_size``: take the positions rank, rank + world_size, ... of each epoch.
     - ``at_most``: the largest batch size that "auto" chooses.
     - ``window``: samples, or bytes such as "1 GiB", that are held of a set that is read.
-    - ``transform``: a function of x, or of x and y, whose results take their place in a batch.
+    - ``prepare``: a function of x, or of x and y, whose results take their place in a batch: the same for the same
+      samples, as a shift is. It is applied to the validation set and by ``to_batch``, too.
+    - ``augment``: likewise, for training alone, and random: ``augment(x, generator)``, or of x, y and a generator.
+    - ``transform``: another name of ``prepare``.
     - ``feed``: how batches get to a CUDA device: "device", "host" or "auto".
 
     Every batch is a new C-contiguous array, which may be kept or changed. A one-dimensional Y has its samples on axis 0
     whatever ``sample_axis`` is. X and floating Y must be finite; arrays are checked here, sources as they are read. Y
     keeps its element type. float16 is for a network with ``precision="mixed"``: x is converted and multiplied in
-    float32 and then rounded. ``transform`` gets whole arrays on the backend, in the thread that prepares on a CPU, and
-    returns one entry a sample; ``to_batch`` leaves it out.
+    float32 and then rounded.
+
+    **Functions.** ``prepare`` and then ``augment`` get whole arrays on the backend, converted and scaled, in the thread
+    that prepares on a CPU. They return one entry a sample; x is then converted to ``dtype``. Whether a function gives
+    the same result for the same samples, nobody can tell: ``prepare`` must, and must keep no state. The generator is
+    NumPy's on a CPU and CuPy's on a GPU, and depends on ``seed``, the epoch and the number of the batch alone: so a
+    resumed run draws the same numbers, however many batches are prepared ahead.
 
     **Order.** It is :func:`epoch_order` of ``seed`` and ``epoch``, the same on every device and after a resume. The
     ranks together see each sample once, and their shares differ by one sample at most. ``epoch`` is the epoch that is
@@ -98,6 +106,8 @@ class Loader:
         window: int | str | None = None,
         transform: Callable[..., Any] | None = None,
         feed: str = "auto",
+        prepare: Callable[..., Any] | None = None,
+        augment: Callable[..., Any] | None = None,
     ) -> None:
         shuffle, replacement = check_bool("shuffle", shuffle), check_bool("replacement", replacement)
         if replacement and not shuffle:
@@ -114,8 +124,19 @@ class Loader:
         else:
             size = check_int("batch_size", batch_size, 1)
 
-        where = get_backend(backend)
-        columns = Columns(X, Y, backend=where, sample_axis=sample_axis, dtype=dtype, scale=scale, transform=transform)
+        if prepare is not None and transform is not None:
+            raise ArgumentError("transform is another name of prepare: give one of them, got both")
+        columns = Columns(
+            *(X, Y),
+            backend=get_backend(backend),
+            sample_axis=sample_axis,
+            dtype=dtype,
+            scale=scale,
+            prepare=prepare if transform is None else transform,
+            prepare_name="prepare" if transform is None else "transform",
+            augment=augment,
+            seed=seed,
+        )
         n, (together, block) = columns.n_samples, window_and_block(window, replacement, columns)
         check_choice("feed", feed, ["auto", "device", "host"])
         for reader in columns.readers:
@@ -138,7 +159,9 @@ class Loader:
     sample_axis = property(attrgetter("_epochs.columns.sample_axis"), doc="0: samples are rows; 1: columns.")
     dtype = property(attrgetter("_epochs.columns.dtype"), doc="The element type of x.")
     scale = property(attrgetter("_epochs.columns.scale"), doc="What x is multiplied by; None: nothing.")
-    transform = property(attrgetter("_epochs.columns.transform"), doc="What is applied to each batch.")
+    prepare = property(attrgetter("_epochs.columns.given_prepare"), doc="What is applied to each batch.")
+    augment = property(attrgetter("_epochs.columns.given_augment"), doc="What is applied to each batch of training.")
+    transform = property(attrgetter("_epochs.columns.given_prepare"), doc="Another name of ``prepare``.")
     drop_last = property(attrgetter("_epochs.drop_last"), doc="Which last batch is left out.")
     prefetch = property(attrgetter("_epochs.prefetch"), doc="Batches that a thread prepares ahead.")
     at_most = property(attrgetter("_epochs.at_most"), doc='The largest batch size that "auto" chooses.')
@@ -183,14 +206,14 @@ class Loader:
     def __iter__(self) -> Generator[Any]:
         return self._epochs.batches(self._epochs.columns.deliver)
 
-    def to_batch(self, X: Any, name: str = "X") -> Array:
-        """``X``, samples of the same shape, as the loader would yield them; fit does it to the validation set.
+    def to_batch(self, X: Any, Y: Any = None) -> Any:
+        """``X``, samples of the same shape, as batches have them, for evaluation and prediction; with ``Y`` both.
 
-        An array of the source's dtype is converted and scaled. One that has the dtype of the batches already, where the
-        source's is another, is taken as it is. Where nothing is to be done the result is ``X`` itself. Anything else is
-        a ``DTypeError``. ``name`` is the argument's name, for messages.
+        They are converted, scaled and prepared, and not augmented. Where nothing is to be done the result is ``X``
+        itself. Floating numbers where the source has integers, such as pixels that were divided by 255, are only
+        converted: they are taken as prepared.
         """
-        return self._epochs.columns.converted(X, name)
+        return self._epochs.columns.converted(X, Y)
 
     def state_dict(self) -> dict[str, Any]:
         """The position and what decides the batches, as JSON can hold it; ``batch`` counts those that were yielded."""

@@ -9,6 +9,7 @@ than memory are opened here: :func:`npy`, :func:`raw`, :func:`idx`, :func:`cifar
 from gpubatch.sources.arrays import (
     ArraySource,
     check_finite,
+    check_kind,
     checked_array,
     contiguous,
     convert,
@@ -26,6 +27,7 @@ __all__ = [
     "Source",
     "arrow",
     "check_finite",
+    "check_kind",
     "checked_array",
     "cifar10",
     "contiguous",

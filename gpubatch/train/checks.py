@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpubatch.backend import Array, CudaBackend, unmasked
-from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError
+from gpubatch.backend import Array, CudaBackend
+from gpubatch.errors import ArgumentError, DTypeError, GpubatchError, InsufficientMemoryError
 from gpubatch.loader import Loader, epochs_of
-from gpubatch.nn import Network, core_of, layers, losses
+from gpubatch.nn import EVALUATION_ROWS, Network, core_of, layers, losses
 from gpubatch.optim import MASTER, Optimizer
 from gpubatch.own import changed
 from gpubatch.train.loss_scale import LossScale
@@ -99,12 +99,11 @@ def validation_arrays(net: Network, loader: Loader, validation: Any) -> HeldOut:
     """The pair (X, Y) as the network takes it."""
     if not isinstance(validation, (tuple, list)) or len(validation) != 2:
         raise DTypeError(f"validation must be a pair (X, Y), got {type(validation).__name__}")
-    X = loader.to_batch(validation[0], "validation[0]")
-    Y = net.backend.asarray(unmasked("validation[1]", validation[1]))
-    copied = sum(new.nbytes for new, given in zip((X, Y), validation, strict=True) if new is not given)
-    turn = epochs_of(loader).columns.turn  # into rows, as a network takes them
-    held_out = HeldOut(turn(X), turn(Y), copied)
+    columns, names = epochs_of(loader).columns, ("validation[0]", "validation[1]")
     with about_validation(), net.backend.scope():
+        X, Y = columns.converted(validation[0], validation[1], names, EVALUATION_ROWS)
+        copied = sum(new.nbytes for new, given in zip((X, Y), validation, strict=True) if new is not given)
+        held_out = HeldOut(columns.turn(X), columns.turn(Y), copied)  # rows, as a network takes them
         core_of(net).check_batch(held_out.X, held_out.Y)
         core_of(net).loss.check_values(held_out.Y, net.outputs)
     return held_out
@@ -115,7 +114,11 @@ def about_validation() -> Iterator[None]:
     """Begin the messages of gpubatch's errors with the argument that they are about."""
     try:
         yield
-    except (ArgumentError, DTypeError, NonFiniteError) as error:
+    except InsufficientMemoryError:
+        raise
+    except GpubatchError as error:
+        if str(error).startswith("validation"):
+            raise
         raise type(error)(f"validation: {error}") from error
 
 
