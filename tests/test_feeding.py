@@ -201,7 +201,7 @@ def test_large_batches_are_gathered_by_several(device, threaded, monkeypatch):
     assert not threads()
 
 
-@drawn(15, 60, data=st.data())
+@drawn(5, 60, data=st.data())
 def test_any_batches(data):
     draw = data.draw
     n = draw(st.integers(1, 90), "n")

@@ -350,6 +350,7 @@ def test_the_outcome_of_the_tests_is_told_as_far_as_they_came() -> None:
     assert not gpu_check.judged("\n".join(lines[4:5]), "")["passed"]  # nothing but skipped tests
 
 
+@pytest.mark.exhaustive  # it waits five seconds
 def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     inner = f"import fcntl, time; f = open({str(lock)!r}, 'w'); fcntl.flock(f, 2); print('held', flush=True); "
