@@ -311,6 +311,9 @@ CASES["svm, scaled"] = replace(CASES["svm int64"], run=functools.partial(svm, "i
 for method, targets in (
     ("mse", ("float32", "float64", "float16", "strided")),
     ("sigmoid_cross_entropy", ("uint8", "float32", "bool", "int64", "strided")),
+    *((name, ("float32",)) for name in ("mae", "huber", "log_cosh", "quantile", "poisson", "focal")),
+    ("hinge", ("uint8",)),
+    ("squared_hinge", ("uint8",)),
 ):
     for stored in targets:
         source = functools.partial(
@@ -322,7 +325,7 @@ for method, targets in (
             method,
             stored,
         )
-        sizes = SIZES if stored == targets[0] else [(67, 257), (67, 1)]
+        sizes = SIZES if stored == targets[0] and len(targets) > 1 else [(67, 257), (67, 1)]
         run = functools.partial(over_scores, method, stored, True, 1)
         CASES[f"{method} {stored}"] = Case("score_loss", source, run, sizes)
     case = CASES[f"{method} {targets[0]}"]

@@ -139,6 +139,7 @@ CASES = {
     "sigmoid, adamw by epoch": Case(
         plain, "sigmoid_cross_entropy", lambda p: gb.AdamW(p, lr=gb.InverseTimeDecay(0.01, 0.5))
     ),
+    "focal": Case(plain, "focal"),
     "svm, sgd, every batch whole": Case(plain, "svm", lambda p: gb.SGD(p, lr=0.1), loader={"drop_last": True}),
     "lamb, norm": Case(everything, optimizer=falling(gb.LAMB, 0.01), fit={"max_norm": 0.5}),
     "mixed, lars": Case(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from needs import peer
 
+import gpubatch as gb
 from gpubatch.backend import Backend
-from gpubatch.errors import ArgumentError, DeviceMismatchError, DTypeError, ShapeError
+from gpubatch.errors import ArgumentError, DeviceMismatchError, DTypeError, FormulaError, ShapeError
 from gpubatch.nn import losses
-from gpubatch.nn.losses import LOSSES, mse, sigmoid_cross_entropy, softmax_cross_entropy, svm
+from gpubatch.nn.losses import LOSSES, LossFunction, mse, sigmoid_cross_entropy, softmax_cross_entropy, svm
 
 
 def labels(draw: np.random.Generator, rows: int, outputs: int) -> np.ndarray:
@@ -35,6 +38,16 @@ def numbers(draw: np.random.Generator, rows: int, outputs: int) -> np.ndarray:
     return draw.normal(size=(rows, outputs))
 
 
+def counts(draw: np.random.Generator, rows: int, outputs: int) -> np.ndarray:
+    return draw.poisson(2.0, (rows, outputs))
+
+
+def given_parameters(loss: LossFunction, **parameters: float) -> Any:
+    bound = functools.partial(loss, **parameters)
+    bound.__name__, bound.parameters = loss.__name__, parameters
+    return bound
+
+
 # Every loss with every form of targets that it takes.
 CASES = {
     "softmax_cross_entropy, labels": (softmax_cross_entropy, labels),
@@ -45,6 +58,19 @@ CASES = {
     "sigmoid_cross_entropy, hard": (sigmoid_cross_entropy, one_hot),
     "mse": (mse, numbers),
     "svm": (svm, labels),
+    "mae": (losses.mae, numbers),
+    "huber": (losses.huber, numbers),
+    "huber, small delta": (given_parameters(losses.huber, delta=0.3), numbers),
+    "log_cosh": (losses.log_cosh, numbers),
+    "quantile": (losses.quantile, numbers),
+    "quantile, q": (given_parameters(losses.quantile, q=0.9), numbers),
+    "poisson": (losses.poisson, counts),
+    "focal, hard": (losses.focal, one_hot),
+    "focal, soft": (losses.focal, unit),
+    "focal, gamma below 1": (given_parameters(losses.focal, gamma=0.5, alpha=0.6), one_hot),
+    "focal, no weights": (given_parameters(losses.focal, alpha=-1.0), one_hot),
+    "hinge": (losses.hinge, one_hot),
+    "squared_hinge": (losses.squared_hinge, one_hot),
 }
 every_case = pytest.mark.parametrize(("loss", "targets"), CASES.values(), ids=CASES)
 
@@ -81,7 +107,9 @@ def test_the_gradient_has_the_dtype_of_the_scores_and_the_scores_stay(loss, targ
     assert bool((z == before).all())
 
 
-@every_case
+@pytest.mark.parametrize(
+    ("loss", "targets"), [c for name, c in CASES.items() if name != "poisson"], ids=[c for c in CASES if c != "poisson"]
+)
 @pytest.mark.parametrize("scale", [1e4, -1e4])
 def test_extreme_scores_stay_finite(loss, targets, scale, dtype, rng) -> None:
     z = (rng.choice([-1.0, 1.0], size=(8, 5)) * scale).astype(dtype)
@@ -99,25 +127,81 @@ def test_the_loss_is_a_mean_over_the_batch(loss, targets, rng) -> None:
     np.testing.assert_allclose(twice[1], np.tile(once[1], (2, 1)) / 2, rtol=1e-12, atol=1e-17)
 
 
+def of_pytorch(name: str) -> Any:
+    """PyTorch's loss, or what its documentation, torchvision's or a paper says in PyTorch's operations."""
+    torch = peer("torch")
+    F = torch.nn.functional
+
+    def focal(z: Any, y: Any, gamma: float = 2.0, alpha: float = 0.25) -> Any:  # torchvision's sigmoid_focal_loss
+        p = torch.sigmoid(z)
+        entropy = F.binary_cross_entropy_with_logits(z, y, reduction="none")
+        loss = entropy * (1 - (p * y + (1 - p) * (1 - y))) ** gamma
+        return (loss if alpha < 0 else (alpha * y + (1 - alpha) * (1 - y)) * loss).mean()
+
+    def margins(z: Any, y: Any) -> Any:  # as Keras' hinge: labels -1 and 1
+        return torch.clamp(1 - torch.where(y == 0, -1, 1) * z, min=0)
+
+    theirs: dict[str, Any] = {
+        "softmax_cross_entropy": F.cross_entropy,
+        "sigmoid_cross_entropy": F.binary_cross_entropy_with_logits,
+        "mse": F.mse_loss,
+        # PyTorch divides by the number of classes too.
+        "svm": lambda z, y: F.multi_margin_loss(z, y) * z.shape[1],
+        "mae": F.l1_loss,
+        "huber": F.huber_loss,
+        "log_cosh": lambda z, y: torch.log(torch.cosh(z - y)).mean(),
+        "quantile": lambda z, y, q=0.5: torch.maximum(q * (y - z), (q - 1) * (y - z)).mean(),
+        "poisson": F.poisson_nll_loss,
+        "focal": focal,
+        "hinge": lambda z, y: margins(z, y).mean(),
+        "squared_hinge": lambda z, y: (margins(z, y) ** 2).mean(),
+    }
+    return theirs[name]
+
+
 @every_case
 @pytest.mark.parametrize("shape", [(16, 10), (3, 2)])
 def test_agrees_with_pytorch(loss, targets, shape, rng) -> None:
+    theirs = of_pytorch(loss.__name__)
     torch = peer("torch")
-    F = torch.nn.functional
-    theirs = {
-        softmax_cross_entropy: F.cross_entropy,
-        sigmoid_cross_entropy: F.binary_cross_entropy_with_logits,
-        mse: F.mse_loss,
-        # PyTorch divides by the number of classes too.
-        svm: lambda z, y: F.multi_margin_loss(z, y) * z.shape[1],
-    }[loss]
     z, y = rng.normal(size=shape) * 3, targets(rng, *shape)
     zt = torch.tensor(z, requires_grad=True)
-    expected = theirs(zt, torch.tensor(y))
+    expected = theirs(zt, torch.tensor(y), **getattr(loss, "parameters", {}))
     expected.backward()
     value, gradient = loss(z, y)
     np.testing.assert_allclose(value, expected.item(), rtol=1e-12)
     np.testing.assert_allclose(gradient, zt.grad.numpy(), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.exhaustive
+def test_agrees_with_optax(rng) -> None:
+    jax, optax = peer("jax"), peer("optax")
+    z, y, hard = rng.normal(size=(9, 4)) * 3, rng.normal(size=(9, 4)), (rng.random((9, 4)) > 0.5) * 1.0
+    theirs = {
+        losses.huber: (optax.huber_loss, y),
+        losses.log_cosh: (optax.log_cosh, y),
+        losses.hinge: (lambda z, y: optax.hinge_loss(z, 2 * y - 1), hard),
+        given_parameters(losses.focal, alpha=-1.0): (optax.sigmoid_focal_loss, hard),
+        losses.focal: (functools.partial(optax.sigmoid_focal_loss, alpha=0.25), hard),
+    }
+    with jax.enable_x64(True):
+        for loss, (function, targets) in theirs.items():
+            of = jax.value_and_grad(lambda z, targets=targets, function=function: function(z, targets).mean())
+            expected, slope = of(jax.numpy.asarray(z))
+            value, gradient = loss(z, targets)
+            np.testing.assert_allclose(value, float(expected), rtol=1e-12)
+            np.testing.assert_allclose(gradient, np.asarray(slope), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.exhaustive
+def test_agrees_with_scikit_learn(rng) -> None:
+    metrics = peer("sklearn.metrics")
+    z, y = rng.normal(size=30), rng.normal(size=30)
+    assert losses.quantile(z[:, None], y, q=0.2)[0] == pytest.approx(metrics.mean_pinball_loss(y, z, alpha=0.2), 1e-12)
+    assert losses.mae(z[:, None], y)[0] == pytest.approx(metrics.mean_absolute_error(y, z), 1e-12)
+    assert losses.hinge(z[:, None], y > 0)[0] == pytest.approx(metrics.hinge_loss(y > 0, z), 1e-12)
+    deviance = 2 * (losses.poisson(z[:, None], np.exp(y))[0] - losses.poisson(y[:, None], np.exp(y))[0])
+    assert deviance == pytest.approx(metrics.mean_poisson_deviance(np.exp(y), np.exp(z)), 1e-12)
 
 
 # --- known numbers ---------------------------------------------------------------------------------------------------
@@ -197,6 +281,66 @@ def test_one_output_takes_flat_targets(rng) -> None:
         np.testing.assert_array_equal(flat[1], column[1])
 
 
+def test_a_small_log_cosh_has_all_its_digits(dtype) -> None:
+    d = np.geomspace(1e-8, 0.02, 50).astype(dtype)
+    series = d**2 / 2 - d**4 / 12 + d**6 / 45 - 17 * d**8 / 2520
+    for x, expected in zip(d, series, strict=True):
+        value, gradient = losses.log_cosh(np.array([[x]]), np.zeros((1, 1)))
+        assert value == pytest.approx(expected, rel=8 * float(np.finfo(dtype).eps))
+        assert gradient[0, 0] == pytest.approx(math.tanh(x), rel=8 * float(np.finfo(dtype).eps))
+
+
+def test_slopes_at_the_kinks(dtype) -> None:
+    """As PyTorch and Keras: 0 where a difference is 0 or a margin is just kept; huber's two branches meet."""
+    z, y = np.array([[0.0, 1.0]], dtype), np.array([[0.0, 1.0]])
+    for loss in (losses.mae, losses.quantile):
+        np.testing.assert_array_equal(loss(z, y)[1], 0)
+    for loss in (losses.hinge, losses.squared_hinge):
+        np.testing.assert_array_equal(loss(2 * z - 1, y)[1], 0)
+    assert losses.huber(z + 2, y, delta=2.0) == (2.0, pytest.approx(np.array([[1.0, 1.0]])))
+
+
+def test_poisson_of_extreme_scores(dtype) -> None:
+    value, gradient = losses.poisson(np.array([[-1e4, 2.0]], dtype), np.array([[0, 0]]))
+    assert value == pytest.approx(math.exp(2) / 2)
+    np.testing.assert_allclose(gradient, [[0, math.exp(2) / 2]], rtol=1e-6)
+    assert losses.poisson(np.array([[1e4]], dtype), np.array([[1]]))[0] == math.inf  # as it is
+
+
+# --- as the loss of a network ----------------------------------------------------------------------------------------
+
+
+def test_a_network_takes_a_name_a_function_and_a_function_with_parameters() -> None:
+    for loss, name in (
+        ("huber", "huber(delta=1.0)"),
+        (losses.huber, "huber(delta=1.0)"),
+        (losses.huber.bind(delta=2), "huber(delta=2.0)"),
+        (losses.mse, "mse"),
+        (losses.svm, "svm"),
+        (losses.softmax_cross_entropy, "softmax_cross_entropy"),
+    ):
+        net = gb.mlp([3, 2], loss=loss, backend="cpu")
+        assert (net.loss_name, repr(net.loss_function)) == (name, f"<loss {name}>")
+
+
+def test_predictions_of_each_loss() -> None:
+    """Losses of two classes predict 0 or 1, poisson the rate, those of differences the score."""
+    X, Y = np.array([[1.5], [-0.5], [0.0]]), np.array([1, 1, 0])
+    for name in sorted({"focal", "hinge", "squared_hinge", "sigmoid_cross_entropy"}):
+        net = gb.Network([gb.Dense(1, 1, bias=False, init=1.0)], name, backend="cpu", dtype="float64")
+        net.parameters["W1"][...] = 1
+        np.testing.assert_array_equal(net.predict(X), [1, 0, 0])
+        assert net.accuracy(X, Y) == net.evaluate(X, Y)[1] == pytest.approx(2 / 3)
+    for name, expected in {
+        "poisson": np.exp(X[:, 0]),
+        **dict.fromkeys(("mse", "mae", "huber", "log_cosh", "quantile"), X[:, 0]),
+    }.items():
+        net = gb.Network([gb.Dense(1, 1, bias=False, init=1.0)], name, backend="cpu", dtype="float64")
+        net.parameters["W1"][...] = 1
+        np.testing.assert_allclose(net.predict(X), expected, rtol=1e-15)
+        assert net.evaluate(X, Y)[1] is None
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +367,17 @@ def test_one_output_takes_flat_targets(rng) -> None:
         (sigmoid_cross_entropy, (2, 1), np.array([0, 2]), ArgumentError, r"Y must be in \[0, 1\] .*, got 2"),
         (sigmoid_cross_entropy, (2, 1), np.array([0, math.nan]), ArgumentError, "got nan"),
         (sigmoid_cross_entropy, (2, 2), np.array([0, 1]), ShapeError, r"shape of the scores, \(2, 2\), got \(2,\)"),
+        (
+            losses.focal,
+            (2, 1),
+            np.array([0, 2]),
+            ArgumentError,
+            r"Y must be in \[0, 1\] for focal\(gamma=2.0, .*, got 2",
+        ),
+        (losses.hinge, (2, 1), np.array([-1, 1]), ArgumentError, "0 or 1 for hinge, got -1; for labels -1 and 1 give"),
+        (losses.squared_hinge, (2, 1), np.array([0.5, 1]), ArgumentError, "0 or 1 for squared_hinge, got 0.5"),
+        (losses.hinge, (2, 1), np.array([math.nan, 1]), ArgumentError, "0 or 1 for hinge, got nan"),
+        (losses.poisson, (2, 1), np.array([3, -1]), ArgumentError, "Y must be at least 0 for poisson, got -1"),
         (mse, (2, 2), np.zeros((3, 2)), ShapeError, "X has 2 rows, Y has 3"),
         (mse, (2, 2), np.zeros((2, 2), complex), DTypeError, "real numbers, got dtype complex128"),
         (mse, (2, 2), np.zeros((2, 2, 1)), ShapeError, r"\(2, 2\), got \(2, 2, 1\)"),
@@ -231,6 +386,22 @@ def test_one_output_takes_flat_targets(rng) -> None:
 def test_bad_targets_are_named(loss, z, y, error, message) -> None:
     with pytest.raises(error, match=message):
         loss(np.zeros(z), y)
+
+
+@pytest.mark.parametrize(
+    ("loss", "parameters", "error", "message"),
+    [
+        (losses.huber, {"delta": 0}, ArgumentError, r"delta of huber must be .* \(0, inf\), got 0"),
+        (losses.quantile, {"q": 1}, ArgumentError, r"q of quantile must be .* \(0, 1\), got 1"),
+        (losses.focal, {"gamma": -1}, ArgumentError, r"gamma of focal must be .* \[0, inf\), got -1"),
+        (losses.focal, {"alpha": 2}, ArgumentError, r"alpha of focal must be .*1\], got 2"),
+        (losses.huber, {"beta": 1}, FormulaError, r"huber has the parameters delta; missing \[\], unknown \['beta'\]"),
+        (losses.huber, {"delta": "1"}, FormulaError, "delta of loss huber must be a finite number, got '1'"),
+    ],
+)
+def test_bad_parameters_are_named(loss, parameters, error, message) -> None:
+    with pytest.raises(error, match=message):
+        loss.bind(**parameters)
 
 
 def test_bad_scores_are_named() -> None:

@@ -6,13 +6,14 @@ loss is also a function, ``softmax_cross_entropy(scores, Y) -> (loss, dscores)``
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from gpubatch.backend import Array, backend_of, describe
-from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_choice
+from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_choice, check_real
 from gpubatch.formula import BoundScoreLoss, ScoreLoss, scores
 from gpubatch.nn.needs import Context, Mode, Space
 from gpubatch.nn.workspace import Layout, Workspace
@@ -22,10 +23,19 @@ from gpubatch.own import as_written
 __all__ = [
     "LOSSES",
     "Loss",
+    "LossFunction",
+    "focal",
+    "hinge",
+    "huber",
+    "log_cosh",
     "loss_of",
+    "mae",
     "mse",
+    "poisson",
+    "quantile",
     "sigmoid_cross_entropy",
     "softmax_cross_entropy",
+    "squared_hinge",
     "svm",
 ]
 
@@ -63,6 +73,9 @@ class Loss(ABC):
 
     def __init_subclass__(cls) -> None:
         as_written(cls)
+
+    def __repr__(self) -> str:
+        return f"<loss {self.name}>"
 
     @abstractmethod
     def workspace(self, outputs: int) -> Mapping[str, Space]:
@@ -138,8 +151,8 @@ class OverScores(Loss):
         )
 
 
-class SigmoidCrossEntropy(OverScores):
-    """-y log σ(z) - (1 - y) log(1 - σ(z)), mean over all elements; Y holds numbers in [0, 1]."""
+class TwoClasses(OverScores):
+    """A loss of scores that are above 0 for yes and below for no, such as sigmoid cross-entropy; Y is in [0, 1]."""
 
     classifies = True
 
@@ -147,7 +160,7 @@ class SigmoidCrossEntropy(OverScores):
         """Targets are probabilities."""
         low, high = Y.min().item(), Y.max().item()
         if not (low >= 0 and high <= 1):
-            raise ArgumentError(f"Y must be in [0, 1] for sigmoid_cross_entropy, got {high if low >= 0 else low}")
+            raise ArgumentError(f"Y must be in [0, 1] for {self.name}, got {high if low >= 0 else low}")
 
     def predict(self, z: Array) -> Array:
         """1 where the score is above 0, else 0; ``(batch,)`` where there is one output."""
@@ -158,6 +171,53 @@ class SigmoidCrossEntropy(OverScores):
         """1 where the target is above a half, else 0."""
         positive = (Y > 0.5).astype(np.int64)
         return positive.reshape(-1) if outputs == 1 else positive
+
+
+class Margin(TwoClasses):
+    """A loss of the margin between two classes: Y is 0 or 1 and nothing between."""
+
+    def check_values(self, Y: Array, outputs: int) -> None:
+        """Targets are classes."""
+        wrong = Y[(Y != 0) & (Y != 1)]
+        if wrong.size:
+            hint = "; for labels -1 and 1 give Y > 0" if wrong[0] == -1 else ""
+            raise ArgumentError(f"Y must be 0 or 1 for {self.name}, got {wrong[0].item()}{hint}")
+
+
+class Counts(OverScores):
+    """A loss of the logarithms of rates, such as poisson; Y is not negative."""
+
+    def check_values(self, Y: Array, outputs: int) -> None:
+        """Counts are not negative."""
+        if not (low := Y.min().item()) >= 0:
+            raise ArgumentError(f"Y must be at least 0 for {self.name}, got {low}")
+
+    def predict(self, z: Array) -> Array:
+        """The rates exp(z); ``(batch,)`` where there is one output."""
+        rates = np.exp(z)
+        return rates[:, 0] if z.shape[1] == 1 else rates
+
+
+Range = functools.partial(functools.partial, check_real)
+# Losses of single scores whose targets, predictions or parameters are not any numbers: the class, and the ranges.
+FORMULAS: dict[ScoreLoss, tuple[type[OverScores], dict[str, Callable[[str, float], float]]]] = {
+    scores.focal: (TwoClasses, {"gamma": Range(low=0), "alpha": Range(high=1)}),
+    scores.hinge: (Margin, {}),
+    scores.huber: (OverScores, {"delta": Range(low=0, open_low=True)}),
+    scores.poisson: (Counts, {}),
+    scores.quantile: (OverScores, {"q": Range(low=0, high=1, open_low=True, open_high=True)}),
+    scores.sigmoid_cross_entropy: (TwoClasses, {}),
+    scores.squared_hinge: (Margin, {}),
+}
+
+
+def over_scores(bound: BoundScoreLoss) -> OverScores:
+    """The loss object of a formula with its parameters, which must be in their ranges."""
+    kind, ranges = FORMULAS.get(bound.loss, (OverScores, {}))
+    for name, value in zip((*bound.loss.required, *bound.loss.defaults), bound.values, strict=True):
+        if name in ranges:
+            ranges[name](f"{name} of {bound.loss.name}", value)
+    return kind(bound)
 
 
 # --- one class of many -----------------------------------------------------------------------------------------------
@@ -245,9 +305,17 @@ class SoftmaxCrossEntropy(Loss):
 
 LOSSES: dict[str, Loss] = {
     "softmax_cross_entropy": SoftmaxCrossEntropy(),
-    "sigmoid_cross_entropy": SigmoidCrossEntropy(scores.sigmoid_cross_entropy.bind()),
-    "mse": OverScores(scores.mse.bind()),
+    "sigmoid_cross_entropy": over_scores(scores.sigmoid_cross_entropy.bind()),
+    "mse": over_scores(scores.mse.bind()),
     "svm": SVM(),
+    "mae": over_scores(scores.mae.bind()),
+    "huber": over_scores(scores.huber.bind()),
+    "log_cosh": over_scores(scores.log_cosh.bind()),
+    "quantile": over_scores(scores.quantile.bind()),
+    "poisson": over_scores(scores.poisson.bind()),
+    "focal": over_scores(scores.focal.bind()),
+    "hinge": over_scores(scores.hinge.bind()),
+    "squared_hinge": over_scores(scores.squared_hinge.bind()),
 }
 
 
@@ -259,14 +327,16 @@ def results_of(outputs: int) -> dict[str, Space]:
     return {"loss": ((1,), COMPUTE), "dz": ((-1, outputs), None)}
 
 
-def loss_of(loss: str | ScoreLoss | BoundScoreLoss | Loss) -> Loss:
-    """The loss object for a name, a formula or an object."""
+def loss_of(loss: str | ScoreLoss | BoundScoreLoss | LossFunction | Loss) -> Loss:
+    """The loss object for a name, a formula, a function of ``gb.losses``, or an object."""
     if isinstance(loss, Loss):
         return loss
-    if isinstance(loss, ScoreLoss):
+    if isinstance(loss, (ScoreLoss, LossFunction)):
         loss = loss.bind()
+    if isinstance(loss, Loss):
+        return loss
     if isinstance(loss, BoundScoreLoss):
-        return OverScores(loss)
+        return over_scores(loss)
     if not isinstance(loss, str):
         raise DTypeError(
             f"loss must be one of {', '.join(map(repr, LOSSES))}, a function declared with @gb.score_loss, or an "
@@ -305,34 +375,94 @@ def check_targets(Y: Array, rows: int, outputs: int, hint: str = "") -> None:
 # --- without a network -----------------------------------------------------------------------------------------------
 
 
-def softmax_cross_entropy(scores: Array, Y: Array) -> tuple[float, Array]:
+class LossFunction:
+    """A loss of scores without a network, and what makes the object that a network takes.
+
+    ``huber(scores, Y, delta=2.0)`` returns the loss, a float, and its gradient by the scores ``(batch, outputs)``.
+    ``Network(loss=huber.bind(delta=2.0))``, or ``Network(loss=huber)`` for the defaults, trains by it.
+    """
+
+    def __init__(self, name: str, bind: Callable[..., Loss], text: str) -> None:
+        self.__name__, self.bind, self.__doc__ = name, bind, text
+
+    def __repr__(self) -> str:
+        return f"<loss {self.__name__}>"
+
+    def __call__(self, scores: Array, Y: Array, **parameters: float) -> tuple[float, Array]:
+        """Loss and gradient by the scores."""
+        return _alone(self.bind(**parameters), scores, Y)
+
+
+def of_formula(loss: ScoreLoss, text: str) -> LossFunction:
+    """The function of a loss of single scores; Y has one number for each score."""
+
+    def bind(**parameters: float) -> Loss:
+        return over_scores(loss.bind(**parameters))
+
+    return LossFunction(loss.name, bind, text)
+
+
+softmax_cross_entropy = LossFunction(
+    "softmax_cross_entropy",
+    lambda: LOSSES["softmax_cross_entropy"],
     """Loss and gradient by the scores ``(batch, classes)``; Y integer labels ``(batch,)`` or rows of probabilities.
 
     >>> import numpy as np
     >>> loss, dscores = softmax_cross_entropy(np.zeros((2, 4)), np.array([0, 3]))
     >>> round(loss, 4), dscores[0].tolist()
     (1.3863, [-0.375, 0.125, 0.125, 0.125])
-    """
-    return _alone("softmax_cross_entropy", scores, Y)
+    """,
+)
+svm = LossFunction(
+    "svm",
+    lambda: LOSSES["svm"],
+    """Multiclass hinge loss and its gradient by the scores ``(batch, classes)``; Y integer labels ``(batch,)``.""",
+)
+sigmoid_cross_entropy = of_formula(
+    scores.sigmoid_cross_entropy,
+    """Loss and gradient by the scores ``(batch, outputs)``; Y in [0, 1], one for each score.""",
+)
+focal = of_formula(
+    scores.focal,
+    """-α_t (1 - p_t)^γ log p_t of p = σ(z): cross-entropy that easy samples hardly count in (Lin et al. 2017, eq. 5).
+
+    Y in [0, 1], one for each score; gamma >= 0; alpha the weight of class 1, that of class 0 is 1 - alpha, and a
+    negative one is for no weights. As torchvision's ``sigmoid_focal_loss``.
+    """,
+)
+hinge = of_formula(scores.hinge, """max(0, 1 - s z), s = 1 for Y = 1 and -1 for Y = 0, a mean over the scores.""")
+squared_hinge = of_formula(scores.squared_hinge, """The square of :data:`hinge`, a mean over the scores.""")
+mse = of_formula(
+    scores.mse,
+    """Mean squared difference and its gradient by the scores ``(batch, outputs)``; Y one number for each score.""",
+)
+mae = of_formula(scores.mae, """Mean absolute difference and its gradient, which is 0 where there is none.""")
+huber = of_formula(
+    scores.huber,
+    """(z - y)²/2 up to ``delta``, linear from there (Huber 1964), a mean over the scores; as PyTorch's ``huber_loss``.
+
+    PyTorch's ``smooth_l1_loss(beta=delta)`` is this, divided by delta.
+    """,
+)
+log_cosh = of_formula(scores.log_cosh, """log cosh(z - y), a mean over the scores.""")
+quantile = of_formula(
+    scores.quantile,
+    """q (y - z) where y > z, else (1 - q)(z - y): the scores become the ``q``-quantile of Y, 0 < q < 1, 0.5 the median.
+
+    Koenker & Bassett 1978; scikit-learn's ``mean_pinball_loss(alpha=q)``.
+    """,
+)
+poisson = of_formula(
+    scores.poisson,
+    """exp(z) - y z for counts Y of rates exp(z), a mean over the scores.
+
+    PyTorch's ``poisson_nll_loss(log_input=True)``. Keras' ``poisson`` is given the rate, of which z is the logarithm.
+    """,
+)
 
 
-def sigmoid_cross_entropy(scores: Array, Y: Array) -> tuple[float, Array]:
-    """Loss and gradient by the scores ``(batch, outputs)``; Y in [0, 1], one for each score."""
-    return _alone("sigmoid_cross_entropy", scores, Y)
-
-
-def mse(scores: Array, Y: Array) -> tuple[float, Array]:
-    """Mean squared difference and its gradient by the scores ``(batch, outputs)``; Y one number for each score."""
-    return _alone("mse", scores, Y)
-
-
-def svm(scores: Array, Y: Array) -> tuple[float, Array]:
-    """Multiclass hinge loss and its gradient by the scores ``(batch, classes)``; Y integer labels ``(batch,)``."""
-    return _alone("svm", scores, Y)
-
-
-def _alone(name: str, z: Array, Y: Array) -> tuple[float, Array]:
-    backend, loss = backend_of(z, Y), LOSSES[name]
+def _alone(loss: Loss, z: Array, Y: Array) -> tuple[float, Array]:
+    backend = backend_of(z, Y)
     if z.ndim != 2 or min(z.shape) < 1 or z.shape[1] < loss.least_outputs:
         raise ShapeError(f"scores must have shape (batch, at least {loss.least_outputs}), got {z.shape}")
     if z.dtype not in (np.float32, np.float64):
