@@ -74,7 +74,7 @@ def source_of(dtype: str, *files: str, before: str = "") -> str:
 
 def scalars_source(name: str, scalars: tuple[float, ...]) -> str:
     """The scalars of a formula as an initializer: as part of the source they take no memory on the device."""
-    return f"#define {name} {{{', '.join(f'T({x!r})' for x in scalars or (0.0,))}}}"
+    return f"#define {name} {{{', '.join(f'T({float(x)!r})' for x in scalars or (0.0,))}}}"
 
 
 def formula_digest(trace: Trace) -> str:
