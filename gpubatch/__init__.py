@@ -17,9 +17,9 @@ EXPORTS = {
     "checkpoint": "Checkpoints",
     "errors": """
         ArgumentError BackendFallbackWarning BackendUnavailableError CaptureError CaptureWarning
-        CheckpointError CheckpointWarning CompilerWarning DTypeError DataFormatError DeviceMismatchError FormulaError
-        GpubatchError IdleWarning InsufficientMemoryError MicroBatchWarning NonFiniteError ResumeWarning ShapeError
-        SkippedStepWarning TuningWarning UnknownArgumentError
+        CheckpointError CheckpointWarning CompilerWarning DTypeError DataFormatError DeviceMismatchError FewStepsWarning
+        FormulaError GpubatchError IdleWarning InsufficientMemoryError MicroBatchWarning NonFiniteError ResumeWarning
+        ShapeError SkippedStepWarning TuningWarning UnknownArgumentError
     """,
     "explore": """
         GradientCheck batch_size_sweep gradient_check loss_slice numerical_gradient random_local_search
@@ -39,7 +39,8 @@ EXPORTS = {
     "schedules": "CosineDecay ExponentialDecay InverseTimeDecay Piecewise SqrtDecay StepDecay",
     "sizing": "BatchPlan choose_batch_size find_batch_size",
     "train": """
-        CapturedStep History LossScale StopTraining TrainingInterrupted TrainingState TrainingTerminated fit
+        BestWeights CapturedStep EarlyStopping History LossScale ReduceOnPlateau StopTraining TrainingInterrupted
+        TrainingState TrainingTerminated fit
     """,
 }
 MODULES = tuple(
@@ -75,6 +76,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         DataFormatError as DataFormatError,
         DeviceMismatchError as DeviceMismatchError,
         DTypeError as DTypeError,
+        FewStepsWarning as FewStepsWarning,
         FormulaError as FormulaError,
         GpubatchError as GpubatchError,
         IdleWarning as IdleWarning,
@@ -165,9 +167,12 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         find_batch_size as find_batch_size,
     )
     from gpubatch.train import (
+        BestWeights as BestWeights,
         CapturedStep as CapturedStep,
+        EarlyStopping as EarlyStopping,
         History as History,
         LossScale as LossScale,
+        ReduceOnPlateau as ReduceOnPlateau,
         StopTraining as StopTraining,
         TrainingInterrupted as TrainingInterrupted,
         TrainingState as TrainingState,

@@ -18,6 +18,7 @@
     CaptureWarning (UserWarning)             captured steps differ from eager ones and are abandoned
     CheckpointWarning (UserWarning)          a corrupt checkpoint is skipped, or one was not written and the run goes on
     CompilerWarning (UserWarning)            NumPy runs a user's formula that could be compiled
+    FewStepsWarning (UserWarning)            a run has hardly any steps
     IdleWarning (UserWarning)                a run has a learning rate of 0 in every step
     MicroBatchWarning (UserWarning)          memory ran out: batches are split from here on
     ResumeWarning (UserWarning)              a resumed run goes on with other hyper-parameters than it was saved with
@@ -46,6 +47,7 @@ __all__ = [
     "DTypeError",
     "DataFormatError",
     "DeviceMismatchError",
+    "FewStepsWarning",
     "FormulaError",
     "GpubatchError",
     "IdleWarning",
@@ -135,6 +137,10 @@ class CheckpointWarning(UserWarning):
 
 class CompilerWarning(UserWarning):
     """NumPy runs a formula of the user's own, because no compiler is found, or the one that is found fails."""
+
+
+class FewStepsWarning(UserWarning):
+    """A run has so few steps that hardly any network learns in them."""
 
 
 class IdleWarning(UserWarning):

@@ -15,6 +15,7 @@ from needs import missing
 
 from gpubatch.backend import Backend, available_backends, get_backend
 from gpubatch.ops import products
+from gpubatch.train import loop
 
 __all__ = ["backend", "dtype", "formula_cache", "pytest_addoption", "pytest_configure", "rng", "tolerance"]
 
@@ -50,6 +51,14 @@ def formula_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Formulas that tests declare are compiled to a cache of their own, also by the processes that tests start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPUBATCH_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_steps() -> Iterator[None]:
+    """The runs of tests may be short without a warning."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "FEW_STEPS", 0)
         yield
 
 

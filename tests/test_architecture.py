@@ -57,8 +57,8 @@ ORDER = {
     "nn": "needs layers stack workspace losses checks core network",
     "sources": "arrays reader files tables",
     "loader": "order pinned functions columns windows ahead device feeds epochs loader",
-    "train": "ledger loss_scale history display callbacks checks record graphs captured_step eager captured memory"
-    " resume signals loop",
+    "train": "ledger loss_scale history display callbacks monitors checks record graphs captured_step eager captured"
+    " memory resume signals loop",
     "explore": "shared gradients search slices sweeps",
     "cli": "shared options data strategies train info gradients landscape sweep memory",
 }
@@ -178,7 +178,7 @@ def test_packages_are_no_larger_than_their_table_says() -> None:
 
 # The most code lines of each package or module.
 CODE_LINES = {
-    "errors": 108,
+    "errors": 110,
     "own": 27,
     "main_memory": 66,
     "shown": 30,
@@ -191,18 +191,18 @@ CODE_LINES = {
     "sizing": 257,
     "params": 94,
     "optim": 1058,
-    "nn": 1594,
+    "nn": 1595,
     "datasets": 158,
     "sources": 611,
     "loader": 1444,
     "checkpoint": 238,
-    "train": 1444,
-    "explore": 873,
+    "train": 1820,
+    "explore": 874,
     "plot": 327,
-    "cli": 895,
+    "cli": 897,
     "torch": 443,
     "__main__": 19,
-    "__init__": 174,
+    "__init__": 179,
 }
 
 

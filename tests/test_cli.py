@@ -62,7 +62,9 @@ def test_train_ends_with_the_test_accuracy() -> None:
     last = done.stdout.splitlines()[-1]
     assert re.fullmatch(r"test accuracy \d\d\.\d\d % \([\d,]+ of 2,000\), test loss [\d.]+, in [\d.]+ s", last)
     assert "batches    64: " in done.stdout
-    assert done.stderr.startswith("epoch 1/1  loss ")
+    steps, epoch = done.stderr.splitlines()
+    assert steps == "125 steps an epoch, 125 in all, batches of 64"
+    assert epoch.startswith("epoch 1/1  loss ")
 
 
 @pytest.mark.exhaustive

@@ -378,4 +378,4 @@ def test_a_limit_of_the_process_is_met_with_micro_batches() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split(maxsplit=3) == ["8192", "2", "2", "['MicroBatchWarning']\n"]
+    assert done.stdout.split(maxsplit=3) == ["8192", "2", "2", "['FewStepsWarning', 'MicroBatchWarning']\n"]

@@ -1180,10 +1180,11 @@ def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[st
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
-    assert len(lines) == 2
-    assert lines[0].startswith("epoch 1/2  loss ")
-    assert "  validation loss " in lines[1]
-    assert " %  " in lines[1]
+    assert lines[0] == "12 steps an epoch, 24 in all, batches of 50"
+    assert len(lines) == 3
+    assert lines[1].startswith("epoch 1/2  loss ")
+    assert "  validation loss " in lines[2]
+    assert " %  " in lines[2]
 
 
 def test_nothing_without_progress(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from gpubatch.cli import options
 from gpubatch.cli.data import Task
 from gpubatch.cli.shared import app, arguments_of, print_json, versions
 from gpubatch.errors import ArgumentError, check_choice
-from gpubatch.train import TrainingState, bar, fit, loader_for
+from gpubatch.train import TrainingState, bar, fit, loader_for, short_runs
 
 __all__ = ["landscape"]
 
@@ -129,7 +129,8 @@ def _train_and_watch(
 
     with bar("training", progress) as show:
         if epochs:
-            fit(net, loader, opt, epochs, callbacks=[Watch()], progress=False, max_skipped=0)
+            with short_runs():
+                fit(net, loader, opt, epochs, callbacks=[Watch()], progress=False, max_skipped=0)
     return np.stack(path)
 
 

@@ -11,7 +11,7 @@ from gpubatch.errors import NonFiniteError
 from gpubatch.loader import epochs_of
 from gpubatch.optim import SGD
 from gpubatch.shown import Shown
-from gpubatch.train import fit, loader_for
+from gpubatch.train import fit, loader_for, short_runs
 
 __all__ = ["StrategyResult", "compare_strategies"]
 
@@ -62,7 +62,8 @@ def compare_strategies(
     net.loss_and_grad(*epochs_of(loader).peek())  # allocates and compiles before any time is taken
     net.load_state_dict(state)
     try:
-        history = fit(net, loader, SGD(net.parameters, lr), epochs, progress=False, max_skipped=0)
+        with short_runs():
+            history = fit(net, loader, SGD(net.parameters, lr), epochs, progress=False, max_skipped=0)
         (loss, accuracy), (_, test_accuracy) = net.evaluate(X, Y), net.evaluate(*test)
     except NonFiniteError:
         raise NonFiniteError(f"gradient descent diverged with lr={lr:g}: take a lower one") from None

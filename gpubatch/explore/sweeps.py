@@ -19,7 +19,7 @@ from gpubatch.nn import Network, core_of
 from gpubatch.optim import SGD, Adam, Momentum, Optimizer, RMSProp, unchecked
 from gpubatch.params import Parameters
 from gpubatch.shown import Shown
-from gpubatch.train import History, StopTraining, TrainingState, fit, loader_for
+from gpubatch.train import History, StopTraining, TrainingState, fit, loader_for, short_runs
 
 __all__ = [
     "BatchSizeTrial",
@@ -367,7 +367,8 @@ def _train(
 
     memory = net.memory(batch_size) + opt.memory()
     try:
-        fit(net, loader, opt, epochs, callbacks=[watch], progress=False, max_skipped=0)
+        with short_runs():
+            fit(net, loader, opt, epochs, callbacks=[watch], progress=False, max_skipped=0)
         loss, accuracy = net.evaluate(X, Y)
     except NonFiniteError:
         return TrialRun(history, False, None, None, memory)

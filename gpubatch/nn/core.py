@@ -265,8 +265,9 @@ class Core:
 
     def remember(self) -> None:
         """Save what a training step changes besides the gradients: running statistics, and the dropout step."""
-        with self.backend.scope():
-            self._remembered[0][...] = self.buffers.flat
+        if self.buffers.size:
+            with self.backend.scope():
+                self._remembered[0][...] = self.buffers.flat
         self._remembered = self._remembered[0], self.mode.step
 
     def recall(self) -> None:

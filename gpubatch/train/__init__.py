@@ -5,16 +5,20 @@ from gpubatch.train.checks import drop_last_for, loader_for, why_eager
 from gpubatch.train.display import bar
 from gpubatch.train.history import History, StopTraining, TrainingInterrupted, TrainingState, TrainingTerminated
 from gpubatch.train.ledger import AHEAD
-from gpubatch.train.loop import EXECUTIONS, fit
+from gpubatch.train.loop import EXECUTIONS, fit, short_runs
 from gpubatch.train.loss_scale import LossScale
 from gpubatch.train.memory import memory_parts, plan_batches
+from gpubatch.train.monitors import BestWeights, EarlyStopping, ReduceOnPlateau
 
 __all__ = [
     "AHEAD",
     "EXECUTIONS",
+    "BestWeights",
     "CapturedStep",
+    "EarlyStopping",
     "History",
     "LossScale",
+    "ReduceOnPlateau",
     "StopTraining",
     "TrainingInterrupted",
     "TrainingState",
@@ -25,5 +29,6 @@ __all__ = [
     "loader_for",
     "memory_parts",
     "plan_batches",
+    "short_runs",
     "why_eager",
 ]

@@ -1,40 +1,114 @@
-"""Callbacks: functions of the training state, called after every step or epoch."""
+"""Callbacks: objects, or functions, that a run calls at set places."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from gpubatch.errors import DTypeError
-from gpubatch.train.history import TrainingState
+from gpubatch.errors import DTypeError, check_known
+from gpubatch.params import FlatViews
+from gpubatch.train.history import StopTraining, TrainingState
 
-__all__ = ["Watcher", "watcher_of"]
+__all__ = ["HOOKS", "Callbacks"]
 
-
-@dataclass
-class Watcher:
-    """A callback, and what is called after every step and every epoch."""
-
-    callback: Any
-    on_step: Callable[[TrainingState], Any]
-    on_epoch: Callable[[TrainingState], Any]
-
-    @property
-    def looks_at_steps(self) -> bool:
-        """Whether it is called after every step."""
-        return self.on_step is not ignore
+# The methods of a callback, each called with the training state; on_gradient with the gradients, too.
+HOOKS = ("on_start", "on_gradient", "on_step", "on_validation", "on_epoch", "on_end")
+AVERAGED = "averaged"  # the method of gpubatch's own that gives validation other weights
 
 
-def watcher_of(callback: Any) -> Watcher:
-    """``callback`` as a watcher; one without ``on_step`` and ``on_epoch`` is called after every epoch."""
-    on_step, on_epoch = getattr(callback, "on_step", None), getattr(callback, "on_epoch", None)
-    if on_step is None and on_epoch is None:
+class Callbacks:
+    """The callbacks of a run in their order, and their methods by the place where they are called.
+
+    given: objects with methods of ``HOOKS``, or functions, which are called after every epoch.
+    """
+
+    def __init__(self, given: Iterable[Any] = ()) -> None:
+        if not isinstance(given, Iterable):
+            raise DTypeError(f"callbacks must be a list of callbacks, got one {named(given)}: write callbacks=[...]")
+        self.all = list(given)
+        methods = [methods_of(callback) for callback in self.all]
+        self._methods = {hook: [found[hook] for found in methods if hook in found] for hook in HOOKS}
+        self.on_gradient, self.on_step = self._methods["on_gradient"], self._methods["on_step"]
+        self._stopped: str | None = None
+
+    def having(self, hook: str) -> Any:
+        """The first callback with a method; None if there is none."""
+        return next((callback for callback in self.all if hasattr(callback, hook)), None)
+
+    def start(self, state: TrainingState) -> str | None:
+        """Before the first step. Why there is to be none, in words, perhaps no words; None if the run is to go on."""
+        return self._tell("on_start", state)
+
+    def gradient(self, state: TrainingState, grads: FlatViews) -> None:
+        """Between the gradient of a batch and its clipping; who stops the training here, does so after the step."""
+        for change in self.on_gradient:
+            try:
+                change(state, grads)
+            except StopTraining as stop:
+                self._stopped = self._stopped or str(stop)
+
+    def step(self, state: TrainingState) -> None:
+        """After a step."""
+        if self.on_step:
+            self._tell_or_stop("on_step", state)
+        if self._stopped is not None:
+            raise StopTraining(self._stopped)
+
+    def validation(self, state: TrainingState) -> None:
+        """After the validation of an epoch, with the weights that were validated."""
+        self._tell_or_stop("on_validation", state)
+
+    def epoch(self, state: TrainingState) -> None:
+        """After an epoch."""
+        self._tell_or_stop("on_epoch", state)
+
+    def end(self, state: TrainingState) -> None:
+        """After the last epoch and its checkpoint. Averages take the place of the weights first."""
+        for averages in (True, False):
+            for callback in self.all:
+                if hasattr(callback, "on_end") and hasattr(callback, AVERAGED) == averages:
+                    callback.on_end(state)
+
+    def validating(self, state: TrainingState) -> contextlib.AbstractContextManager[Any]:
+        """Meanwhile the network has the weights that are to be validated."""
+        averages = self.having(AVERAGED)
+        return contextlib.nullcontext() if averages is None else averages.averaged(state)
+
+    def _tell(self, hook: str, state: TrainingState) -> str | None:
+        """Call all, even if one of them stops the training: a log is to have the last epoch, too."""
+        stopped: str | None = None
+        for look in self._methods[hook]:
+            try:
+                look(state)
+            except StopTraining as stop:
+                stopped = stopped or str(stop)
+        return stopped
+
+    def _tell_or_stop(self, hook: str, state: TrainingState) -> None:
+        if (why := self._tell(hook, state)) is not None:
+            raise StopTraining(why)
+
+
+def methods_of(callback: Any) -> dict[str, Callable[..., Any]]:
+    """The methods of a callback by their names; a function is its ``on_epoch``."""
+    if isinstance(callback, type):
+        name = callback.__name__
+        raise DTypeError(f"a callback must be an object, got the class {name}: write {name}()")
+    check_known(f"a callback, {named(callback)},", methods_named_on(callback), HOOKS)
+    found = {hook: method for hook in HOOKS if callable(method := getattr(callback, hook, None))}
+    if not found:
         if not callable(callback):
-            raise DTypeError(f"a callback must be callable or have on_step or on_epoch, got {callback!r}")
-        on_epoch = callback
-    return Watcher(callback, on_step or ignore, on_epoch or ignore)
+            raise DTypeError(f"a callback must be callable or have {', '.join(HOOKS)}, got {callback!r}")
+        found = {"on_epoch": callback}
+    return found
 
 
-def ignore(state: TrainingState) -> None:
-    """Stands for the method that a callback does not have."""
+def methods_named_on(callback: Any) -> Iterator[str]:
+    """The names of methods that look as if a run called them."""
+    return (name for name in dir(callback) if name.startswith("on_") and callable(getattr(callback, name, None)))
+
+
+def named(callback: Any) -> str:
+    """A callback in words."""
+    return getattr(callback, "__name__", type(callback).__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple, Protocol
 
 from gpubatch.backend import Array
@@ -12,7 +12,7 @@ from gpubatch.errors import CaptureWarning
 from gpubatch.loader import DeviceFeed, Epochs, epochs_of, rows_of
 from gpubatch.nn import core_of
 from gpubatch.optim import StepResult, scalars_ahead
-from gpubatch.train.callbacks import Watcher
+from gpubatch.train.callbacks import Callbacks
 from gpubatch.train.checks import why_eager
 from gpubatch.train.eager import EagerSteps
 from gpubatch.train.graphs import GivenArrays, StepGraphs, arrays_like
@@ -28,8 +28,8 @@ class CapturedSteps:
     A step that halts is made again by ``eager``, which finds out what is wrong with it.
     """
 
-    def __init__(self, record: Record, eager: EagerSteps, watchers: Sequence[Watcher] = ()) -> None:
-        self._record, self._eager, self._watchers = record, eager, watchers
+    def __init__(self, record: Record, eager: EagerSteps, callbacks: Callbacks | None = None) -> None:
+        self._record, self._eager, self._callbacks = record, eager, callbacks or Callbacks()
         self._graphs: StepGraphs | None = None
         self._disagreed = ""  # how a captured step differed from the eager one
 
@@ -39,8 +39,10 @@ class CapturedSteps:
         others = [] if scale is None else [scale]
         if why := self._disagreed or why_eager(state.net, state.loader, state.opt, *others):
             return why
-        looking = next((watcher.callback for watcher in self._watchers if watcher.looks_at_steps), None)
-        return "" if looking is None else f"callback {looking!r} looks at every step"
+        if (looking := self._callbacks.having("on_step")) is not None:
+            return f"callback {looking!r} looks at every step"
+        changing = self._callbacks.having("on_gradient")
+        return "" if changing is None else f"callback {changing!r} changes every gradient"
 
     def release(self) -> None:
         """Let go of the graphs and of the memory that they work in."""

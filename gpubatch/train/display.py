@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from gpubatch.train.history import History
 
 __all__ = ["Display", "Silent", "bar", "display"]
+
+MOVED = 0.05  # seconds from one move of a run's bar to the next; Rich draws it ten times a second
 
 
 def live_bar(column: str) -> Any:
@@ -104,15 +107,18 @@ class Live:
 
     def __init__(self, live: Any, epochs: int, steps: int, done: int) -> None:
         self.live, self.epochs, self.steps, self.done = live, epochs, steps, done
+        self._shown = 0.0  # when the bar was moved last
         self.task = live.add_task(self._title(), total=epochs * steps, completed=done, loss="")
 
     def _title(self) -> str:
         return f"epoch {min(self.done // self.steps + 1, self.epochs):>3}/{self.epochs}"
 
     def step(self, loss: float) -> None:
-        """Move the bar."""
+        """Move the bar, as often as it is drawn: doing that takes as long as a small step."""
         self.done += 1
-        self.live.update(self.task, advance=1, loss=f"loss {loss:.4f}", description=self._title())
+        if (now := time.perf_counter()) - self._shown >= MOVED:
+            self._shown = now
+            self.live.update(self.task, completed=self.done, loss=f"loss {loss:.4f}", description=self._title())
 
     def epoch(self, number: int, history: History) -> None:
         """Print it above the bar."""

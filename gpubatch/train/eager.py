@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from gpubatch.nn import core_of, quiet
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import StepResult
 from gpubatch.params import FlatViews
-from gpubatch.train.callbacks import Watcher
+from gpubatch.train.callbacks import Callbacks
 from gpubatch.train.record import Between, Record, warn_caller
 
 __all__ = ["EagerSteps", "Outcome"]
@@ -49,12 +49,12 @@ class EagerSteps:
     def __init__(
         self,
         record: Record,
-        watchers: Sequence[Watcher] = (),
+        callbacks: Callbacks | None = None,
         max_norm: float | None = None,
         max_skipped: int = 10,
     ) -> None:
         net = record.state.net
-        self.record, self.net, self.opt, self._watchers = record, net, record.state.opt, watchers
+        self.record, self.net, self.opt, self._callbacks = record, net, record.state.opt, callbacks or Callbacks()
         self.max_norm = None if max_norm is None else check_real("max_norm", max_norm, 0.0, open_low=True)
         self._max_skipped = check_int("max_skipped", max_skipped, 0)
         self._squares = net.backend.zeros(SQUARE_SUM_SIZE, np.float64)
@@ -71,8 +71,7 @@ class EagerSteps:
                 self.record.note(outcome.loss, outcome.result, rows)
                 self.record.warn_if_halved()
                 if outcome.result is not None:
-                    for watcher in self._watchers:
-                        watcher.on_step(self.record.state)
+                    self._callbacks.step(self.record.state)
                 between()
         return ""
 
@@ -96,6 +95,9 @@ class EagerSteps:
             self._leave_out(str(error))
             return Outcome(math.nan, None)
         squares, not_finite = self._look_at(grads)
+        if self._callbacks.on_gradient and not not_finite:
+            self._callbacks.gradient(self.record.state, grads)
+            squares, not_finite = self._look_at(grads)
         if not_finite or not math.isfinite(squares):
             core_of(self.net).recall()  # running statistics had changed before this was found
             scale = self.record.scale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +62,12 @@ class History(Shown):
 
 @dataclass
 class TrainingState:
-    """What a callback sees: network, loader, optimizer and history, the current epoch, and all steps made so far."""
+    """What a callback sees: network, loader, optimizer and history, the current epoch, and all steps made so far.
+
+    monitors: the names of the numbers that the history has for every epoch of this run
+    resumed: whether :func:`fit` was called with ``resume=True``
+    note: shows a line where the run shows its progress
+    """
 
     net: Network
     loader: Loader
@@ -69,10 +75,13 @@ class TrainingState:
     history: History
     epoch: int
     step: int
+    monitors: tuple[str, ...] = ("loss",)
+    resumed: bool = False
+    note: Callable[[str], None] = field(default=lambda text: None, repr=False)
 
 
 class StopTraining(Exception):  # noqa: N818  like StopIteration: not an error
-    """Raise it in a callback to end the training after this step or epoch."""
+    """Raise it in a callback to end the training after this step or epoch; its words, if any, are shown."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):

@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from gpubatch.checkpoint import Checkpoints
-from gpubatch.errors import ArgumentError, IdleWarning, InsufficientMemoryError, check_bool, check_choice, check_int
-from gpubatch.loader import Loader
+from gpubatch.errors import (
+    ArgumentError,
+    FewStepsWarning,
+    IdleWarning,
+    InsufficientMemoryError,
+    check_bool,
+    check_choice,
+    check_int,
+)
+from gpubatch.loader import Loader, epochs_of
 from gpubatch.nn import Network, core_of
 from gpubatch.optim import Optimizer, unchecked
 from gpubatch.schedules import KINDS
-from gpubatch.train.callbacks import watcher_of
+from gpubatch.train.callbacks import Callbacks
 from gpubatch.train.captured import CapturedSteps
 from gpubatch.train.checks import HeldOut, about_validation, check_parts, scale_for, validation_arrays
 from gpubatch.train.display import display
 from gpubatch.train.eager import EagerSteps
 from gpubatch.train.history import History, StopTraining, TrainingState
 from gpubatch.train.loss_scale import LossScale
-from gpubatch.train.memory import evaluate, halve, memory_message, settle_batches
+from gpubatch.train.memory import evaluate, halve, memory_message, power_below, settle_batches
 from gpubatch.train.record import Between, Record, Steps, warn_caller
 from gpubatch.train.resume import RunCheckpoints, open_checkpoints
 from gpubatch.train.signals import BetweenSteps, interruptible
 
-__all__ = ["EXECUTIONS", "fit"]
+__all__ = ["EXECUTIONS", "fit", "short_runs"]
 
 EXECUTIONS = ("auto", "eager", "captured")
+FEW_STEPS = 100  # a run of fewer is warned about
+USUAL_SIZE = 32  # the largest batch size that is then proposed
 
 
 def fit(
@@ -54,8 +65,7 @@ def fit(
     epochs: epochs in all, counted from the run's first
     validation: (X, Y), converted as the loader converts its own; the loss and accuracy on it are measured after every
         epoch
-    callbacks: functions of the :class:`TrainingState`, called after every epoch, or objects with methods ``on_step``
-        or ``on_epoch``
+    callbacks: a list of gpubatch's, such as :class:`EarlyStopping`, and of your own, see below
     checkpoint: a folder, or :class:`~gpubatch.checkpoint.Checkpoints` with one, to save the run in
     resume: go on from the newest checkpoint, if there is one
     progress: show the progress on standard error
@@ -66,6 +76,13 @@ def fit(
     loss_scale: the factor of the loss of a network with ``precision="mixed"``; by default a :class:`LossScale`
 
     Returns the :class:`History` of the run.
+
+    **Callbacks.** A callback is a function of the :class:`TrainingState`, called after every epoch, or an object with
+    some of the methods ``on_start``, before the first step; ``on_gradient(state, grads)``, which may change the whole
+    gradient of a batch before it is clipped and applied; ``on_step``; ``on_validation``, after the validation of an
+    epoch and with the weights that were validated; ``on_epoch``; and ``on_end``, after the last checkpoint of a run
+    that was not interrupted. All callbacks are called in their order. One that raises :class:`StopTraining` ends the
+    run after the others were called.
 
     **Checkpoints.** The run is saved after every epoch, or every so many steps, and at its end. A run that was killed
     and is resumed ends as if it had never stopped: with the same parameters and the same history, but for ``seconds``.
@@ -107,20 +124,25 @@ def fit(
     with net.backend.own_stream(), core_of(net).freezing(opt.frozen), unchecked(opt):
         scale = scale_for(net, loss_scale)
         record = Record(TrainingState(net, loader, opt, History(), loader.epoch, opt.t), scale)
-        watchers = [watcher_of(callback) for callback in callbacks]
-        eager = EagerSteps(record, watchers, max_norm, max_skipped)
-        captured = CapturedSteps(record, eager, watchers)
+        watching = Callbacks(callbacks)
+        eager = EagerSteps(record, watching, max_norm, max_skipped)
+        captured = CapturedSteps(record, eager, watching)
         may_capture = execution == "captured" or (execution == "auto" and net.backend.name != "cpu")
         held_out = None if validation is None else validation_arrays(net, loader, validation)
+        record.state.monitors = monitors(net, held_out)
+        record.state.note = lambda text: record.display.note(text)
         store = open_checkpoints(checkpoint, check_bool("resume", resume))
-        checkpoints = RunCheckpoints(store, record, [watcher.callback for watcher in watchers])
+        checkpoints = RunCheckpoints(store, record, watching.all)
         if resume:
             checkpoints.resume()
+            record.state.resumed = True
+        stopped = watching.start(record.state)
         settle_batches(net, loader, opt, held_out, may_capture and not captured.why_not())
         record.history.batch_size = loader.batch_size
         drivers: list[Steps] = [captured, eager] if may_capture else [eager]
         warn_if_idle(opt, loader, (epochs - len(record.history.loss)) * len(loader) - record.epoch.batches)
-        run = Run(record, drivers, execution == "captured", held_out)
+        warn_if_few(loader, epochs)
+        run = Run(record, drivers, execution == "captured", held_out, watching)
         between = BetweenSteps(record, checkpoints)
         done = len(record.history.loss)
         shown = display(progress, epochs, len(loader), done * len(loader) + record.epoch.batches)
@@ -130,17 +152,60 @@ def fit(
                 if checkpoints.resumed:
                     left = "" if done < epochs else f"; the run has made its {epochs} epochs, nothing is left to do"
                     record.display.note(checkpoints.resumed + left)
-                with contextlib.suppress(StopTraining):
-                    for number in range(done + 1, epochs + 1):
+                elif epochs:
+                    record.display.note(f"{in_steps(loader, epochs)}, batches of {loader.batch_size:,}")
+                try:
+                    for number in range(done + 1, epochs + 1) if stopped is None else ():
                         run.epoch(between)
                         record.display.epoch(number, record.history)
-                        for watcher in watchers:
-                            watcher.on_epoch(record.state)
+                        watching.epoch(record.state)
                         checkpoints.after_epoch()
                         between.stop_if_signalled()
+                except StopTraining as stop:
+                    stopped = str(stop)
+                if stopped:
+                    record.state.note(stopped)
                 checkpoints.save()
+                if not between.signals:
+                    watching.end(record.state)
             between.stop_if_signalled()  # a signal that came after the last look
     return record.history
+
+
+def monitors(net: Network, held_out: HeldOut | None) -> tuple[str, ...]:
+    """The names of the numbers that the history will have for every epoch."""
+    if held_out is None:
+        return ("loss",)
+    accuracy = ("validation_accuracy",) if core_of(net).loss.classifies else ()
+    return ("loss", "validation_loss", *accuracy)
+
+
+def in_steps(loader: Loader, epochs: int) -> str:
+    """The steps of an epoch and of a run, in words."""
+    steps = len(loader)
+    return f"{steps:,} step{'s' * (steps != 1)} an epoch, {epochs * steps:,} in all"
+
+
+def warn_if_few(loader: Loader, epochs: int) -> None:
+    """Warn of a whole run with so few steps that hardly any network learns in them."""
+    total, samples = epochs * len(loader), epochs * epochs_of(loader).order.share
+    if not 0 < total < FEW_STEPS:
+        return
+    size = min(USUAL_SIZE, power_below(samples // FEW_STEPS + 1)) if samples >= FEW_STEPS else 0
+    smaller = f"a smaller batch_size, such as {size}, or " if 0 < size < loader.batch_size else ""
+    warn_caller(
+        f"the run has few steps: {in_steps(loader, epochs)}, with batches of {loader.batch_size:,} samples; a network "
+        f"needs hundreds: take {smaller}more epochs",
+        FewStepsWarning,
+    )
+
+
+@contextlib.contextmanager
+def short_runs() -> Iterator[None]:
+    """Runs that are meant to be short, as a sweep's are: no warning of few steps."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FewStepsWarning)
+        yield
 
 
 def warn_if_idle(opt: Optimizer, loader: Loader, steps: int) -> None:
@@ -162,7 +227,7 @@ def history_in_errors(record: Record) -> Iterator[None]:
     """Put the history into whatever error ends the run: the numbers of the epochs before are not lost."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # a second Ctrl-C, too
         with contextlib.suppress(AttributeError):  # an error of the user's may have no room for it
             error.history = record.history  # type: ignore[attr-defined]
         raise
@@ -171,8 +236,16 @@ def history_in_errors(record: Record) -> Iterator[None]:
 class Run:
     """Makes the epochs of a run: by the first of its drivers that can, within the memory there is."""
 
-    def __init__(self, record: Record, drivers: Sequence[Steps], must_capture: bool, held_out: HeldOut | None) -> None:
+    def __init__(
+        self,
+        record: Record,
+        drivers: Sequence[Steps],
+        must_capture: bool,
+        held_out: HeldOut | None,
+        callbacks: Callbacks,
+    ) -> None:
         self._record, self._drivers, self._must_capture, self._held_out = record, drivers, must_capture, held_out
+        self._callbacks = callbacks
 
     def epoch(self, between: Between) -> None:
         """Make an epoch, or what remains of it, and add it to the history with its validation."""
@@ -183,7 +256,9 @@ class Run:
                 record.rewind()
         record.close_epoch()
         if self._held_out is not None:
-            self._validate(self._held_out)
+            with self._callbacks.validating(record.state):
+                self._validate(self._held_out)
+                self._callbacks.validation(record.state)
 
     def _steps_or_failure(self, between: Between) -> str | None:
         """Make the remaining steps; None if the epoch is complete, else for what there was no memory, in words."""

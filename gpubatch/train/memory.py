@@ -16,7 +16,7 @@ from gpubatch.train.checks import HeldOut, check_last_batch, why_eager
 from gpubatch.train.ledger import AHEAD
 from gpubatch.train.record import Record, Steps
 
-__all__ = ["evaluate", "halve", "memory_message", "memory_parts", "plan_batches", "settle_batches"]
+__all__ = ["evaluate", "halve", "memory_message", "memory_parts", "plan_batches", "power_below", "settle_batches"]
 
 
 def memory_parts(net: Network, opt: Optimizer, batch_size: int, evaluated: int = 0, copied: int = 0) -> dict[str, int]:

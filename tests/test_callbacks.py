@@ -1,0 +1,433 @@
+"""The callbacks that come with gpubatch, and where a run calls its callbacks: by closed forms, and beside PyTorch's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from families import every
+from needs import peer
+from test_train import Kill, Killed, blobs, everything, numbers, parts
+
+import gpubatch as gb
+from gpubatch.checkpoint import Checkpoints
+from gpubatch.train import TrainingState, loop
+
+NAN = math.nan
+FEW_STEPS = loop.FEW_STEPS
+
+
+class Plan:
+    """Makes the validation loss of each epoch a number of the test's: as the callback before the others."""
+
+    def __init__(self, *values: float) -> None:
+        self.values = values
+
+    def on_validation(self, state: TrainingState) -> None:
+        state.history.validation_loss[-1] = self.values[len(state.history.loss) - 1]
+
+
+def run(callbacks: Any, epochs: int = 10, **options: Any) -> tuple[Any, gb.History]:
+    made = parts(**options.pop("network", {}))
+    options = {"validation": blobs(60, seed=1), "progress": False, **options}
+    return made, gb.fit(*made, epochs, callbacks=callbacks, **options)
+
+
+# --- where callbacks are called --------------------------------------------------------------------------------------
+
+
+def test_the_places_of_a_run_in_their_order() -> None:
+    seen: list[str] = []
+
+    class Watch:
+        def __getattr__(self, name: str) -> Any:
+            if name not in ("on_start", "on_gradient", "on_step", "on_validation", "on_epoch", "on_end"):
+                raise AttributeError(name)
+            return lambda *given: seen.append(name)
+
+    run([Watch()], 2, network={"batch_size": 300})
+    epoch = ["on_gradient", "on_step", "on_gradient", "on_step", "on_validation", "on_epoch"]
+    assert seen == ["on_start", *epoch, *epoch, "on_end"]
+
+
+def test_all_see_the_epoch_in_which_one_of_them_stops() -> None:
+    seen: list[int] = []
+
+    def stop(state: TrainingState) -> None:
+        raise gb.StopTraining("enough")
+
+    _, history = run([stop, lambda state: seen.append(state.epoch)])
+    assert seen == [0]
+    assert len(history.loss) == 1
+
+
+def test_the_words_of_a_stop_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(state: TrainingState) -> None:
+        state.note("a note")
+        raise gb.StopTraining("enough")
+
+    run([stop], progress=True)
+    assert capsys.readouterr().err.splitlines()[-2:] == ["a note", "enough"]
+
+
+class Stops:
+    def on_gradient(self, state: TrainingState, grads: Any) -> None:
+        raise gb.StopTraining
+
+
+def test_a_stop_between_gradient_and_update_comes_after_the_step() -> None:
+    (_, loader, opt), history = run([Stops()])
+    assert (opt.t, len(history.step_loss), loader.state_dict()["batch"]) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("rows", [None, 20])
+def test_a_hook_sees_the_whole_gradient_before_it_is_clipped(rows: int | None, backend: gb.Backend) -> None:
+    class Look:
+        norms: list[float] = []  # noqa: RUF012
+
+        def on_gradient(self, state: TrainingState, grads: Any) -> None:
+            state.history.micro_batch_size = rows
+            self.norms.append(float((grads.flat**2).sum()) ** 0.5)
+            grads.flat *= 2
+
+    net, loader, opt = parts(backend, dtype="float64")
+    twin = parts(backend, dtype="float64")[0]
+    x, y = next(iter(loader))
+    norm = float((twin.loss_and_grad(x, y)[1].flat ** 2).sum()) ** 0.5
+    net, loader, _ = parts(backend, dtype="float64")
+    opt = gb.SGD(net.parameters, 1.0)
+    before, look = net.parameters.flat.copy(), Look()
+    with pytest.raises(Killed):
+        gb.fit(net, loader, opt, 1, callbacks=[look, Kill(1)], max_norm=norm, progress=False)
+    assert look.norms[0] == pytest.approx(norm, rel=1e-12)
+    assert float(((net.parameters.flat - before) ** 2).sum()) ** 0.5 == pytest.approx(norm, rel=1e-12)  # not 2 norm
+
+
+def test_a_frozen_layer_by_a_hook() -> None:
+    class Freeze:
+        def on_gradient(self, state: TrainingState, grads: Any) -> None:
+            grads["W1"].fill(0)
+
+    net, loader, _ = parts()
+    before = {name: p.copy() for name, p in net.parameters.items()}
+    gb.fit(net, loader, gb.SGD(net.parameters, 0.1), 1, callbacks=[Freeze()], progress=False)
+    assert (net.parameters["W1"] == before["W1"]).all()
+    assert (net.parameters["W2"] != before["W2"]).any()
+
+
+class Misspelt:
+    def on_epoch_end(self) -> None: ...
+
+    def __call__(self, state: TrainingState) -> None: ...
+
+
+class Plateau:
+    def on_epoch(self, state: TrainingState) -> None: ...
+
+
+WRONG: dict[str, tuple[Any, type[Exception], str]] = {
+    "not a list": (Plateau(), gb.DTypeError, r"must be a list of callbacks, got one Plateau: write callbacks=\[...\]"),
+    "misspelt, and a function": ([Misspelt()], gb.UnknownArgumentError, "Misspelt, takes .*; did you mean 'on_epoch'?"),
+    "a class": ([gb.EarlyStopping], gb.DTypeError, r"an object, got the class EarlyStopping: write EarlyStopping\(\)"),
+    "neither": ([3], gb.DTypeError, "a callback must be callable or have on_start, .*, got 3"),
+    "no such monitor": (
+        [gb.EarlyStopping(monitor="val_loss")],
+        gb.ArgumentError,
+        "monitor must be one of 'loss', 'validation_loss', 'validation_accuracy', got 'val_loss'; did you mean 'valid",
+    ),
+    "no learning rate": ([gb.ReduceOnPlateau()], gb.ArgumentError, "opt must have a learning rate to reduce, .* none"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_told_before_the_first_step(name: str) -> None:
+    callbacks, kind, message = WRONG[name]
+    net, loader, opt = parts()
+
+    @gb.rule
+    def plain(w: Any, g: Any, t: Any, *, step: Any = 0.1) -> Any:
+        return w - step * g
+
+    if name == "no learning rate":
+        opt = gb.Optimizer(plain, net.parameters)
+    with pytest.raises(kind, match=message):
+        gb.fit(net, loader, opt, 2, validation=blobs(60), callbacks=callbacks, progress=False)
+    assert opt.t == 0
+
+
+@pytest.mark.parametrize("kind", [gb.EarlyStopping, gb.BestWeights, gb.ReduceOnPlateau])
+def test_a_monitor_of_validation_needs_one(kind: Any) -> None:
+    with pytest.raises(gb.ArgumentError, match="monitor must be one of 'loss', got 'validation_loss'"):
+        run([kind()], validation=None)
+
+
+# --- early stopping and the best weights -----------------------------------------------------------------------------
+
+# validation losses, arguments, epochs made, and the epoch whose weights the network has
+STOPS: dict[str, tuple[list[float], dict[str, Any], int, int]] = {
+    "no better": ([3, 2, 2, 2.5, 1], {"patience": 2}, 4, 2),
+    "always better": ([5, 4, 3, 2, 1], {"patience": 1}, 5, 5),
+    "better again in time": ([3, 4, 2, 3, 3], {"patience": 2}, 5, 3),
+    "by too little": ([3, 2.9, 2.8, 2.7, 2.6], {"patience": 3, "min_delta": 0.25}, 5, 4),
+    "by far too little": ([3, 2.9, 2.8, 2.7, 2.6], {"patience": 2, "min_delta": 0.5}, 3, 1),
+    "NaN": ([3, NAN, 2, NAN, NAN], {"patience": 2}, 5, 3),
+    "NaN first": ([NAN, 3, NAN, NAN, 1], {"patience": 2}, 4, 2),
+    "NaN alone": ([NAN, NAN, NAN, NAN, NAN], {"patience": 3}, 3, 3),
+    "higher": ([1, 3, 2, 2, 2], {"patience": 2, "mode": "max"}, 4, 2),
+    "nothing restored": ([3, 2, 2, 2.5, 1], {"patience": 2, "restore_best": False}, 4, 4),
+}
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_early_stopping(name: str) -> None:
+    values, arguments, made, best = STOPS[name]
+    weights: list[np.ndarray] = []
+    stop = gb.EarlyStopping(**arguments)
+    keep = lambda state: weights.append(state.net.parameters.flat.copy())  # noqa: E731
+    (net, *_), history = run([Plan(*values), stop, keep], 5)
+    assert len(history.loss) == made
+    assert [i for i, w in enumerate(weights, 1) if (w == net.parameters.flat).all()] == [best]
+    assert stop.stopped_epoch == (0 if made == 5 and stop.wait < stop.patience else made)
+    by_hand = gb.EarlyStopping(**arguments)
+    assert [by_hand.update(value) for value in values[:made]] == [False] * (made - 1) + [stop.stopped_epoch > 0]
+
+
+def test_an_accuracy_is_better_if_it_is_higher() -> None:
+    assert gb.EarlyStopping(monitor="validation_accuracy").monitor.mode == "max"
+    assert gb.BestWeights("loss").monitor.mode == "min"
+
+
+@pytest.mark.parametrize("monitor", ["loss", "validation_accuracy"])
+def test_the_weights_of_the_best_epoch(monitor: str, backend: gb.Backend) -> None:
+    numbers: list[float] = []
+    kept: list[Any] = []
+
+    def keep(state: TrainingState) -> None:
+        numbers.append(getattr(state.history, monitor)[-1])
+        kept.append(backend.to_numpy(state.net.parameters.flat).copy())
+        kept[-1] = kept[-1], backend.to_numpy(state.net.buffers.flat).copy()
+        if state.epoch == 2:
+            state.opt.lr = 3.0  # from here on it gets worse
+
+    best = gb.BestWeights(monitor)
+    made = parts(backend, batch_norm=True)
+    gb.fit(*made, 5, validation=blobs(60, seed=1), callbacks=[best, keep], progress=False)
+    pick = (np.argmax if "accuracy" in monitor else np.argmin)(numbers)
+    assert best.best_epoch == pick + 1 < 5
+    assert best.best == numbers[pick]
+    np.testing.assert_array_equal(backend.to_numpy(made[0].parameters.flat), kept[pick][0])
+    np.testing.assert_array_equal(backend.to_numpy(made[0].buffers.flat), kept[pick][1])
+
+
+def test_best_weights_by_hand() -> None:
+    net, best = parts()[0], gb.BestWeights()
+    assert not best.restore_best(net)
+    for value in (3.0, 1.0, 2.0):
+        net.parameters.flat.fill(value)
+        best.update(value, net)
+    assert best.restore_best(net)
+    assert (net.parameters.flat == 1).all()
+
+
+def test_a_network_that_was_interrupted_has_its_last_weights() -> None:
+    net, loader, opt = parts()
+
+    def fail(state: TrainingState) -> None:
+        if state.epoch == 2:
+            net.parameters.flat.fill(7)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        gb.fit(
+            *(net, loader, opt, 5, blobs(60)),
+            callbacks=[Plan(1, 2, 3), gb.EarlyStopping(), fail],
+            progress=False,
+        )
+    assert (net.parameters.flat == 7).all()
+
+
+def test_master_weights_follow_the_best_ones() -> None:
+    net = gb.mlp([4, 16, 3], backend="cpu", precision="mixed")
+    loader = gb.Loader(*blobs(), batch_size=50, backend="cpu", dtype="float16")
+    opt = gb.SGD(net.parameters, 0.1, master_weights=True)
+    gb.fit(net, loader, opt, 3, blobs(60), callbacks=[Plan(1, 2, 3), gb.BestWeights()], progress=False)
+    np.testing.assert_array_equal(opt.state["master"].flat, net.parameters.flat.astype("float32"))
+
+
+# --- the learning rate -----------------------------------------------------------------------------------------------
+
+PLATEAUS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "impatient": {"patience": 0, "factor": 0.5},
+    "cooldown": {"patience": 1, "factor": 0.5, "cooldown": 3},
+    "absolute": {"patience": 1, "threshold": 0.05, "threshold_mode": "abs"},
+    "relative": {"patience": 1, "threshold": 0.1, "threshold_mode": "rel"},
+    "max": {"patience": 2, "mode": "max", "threshold": 0.01},
+    "max absolute": {"patience": 2, "mode": "max", "threshold": 0.01, "threshold_mode": "abs"},
+    "least": {"patience": 0, "factor": 0.5, "min_lr": 0.01},
+    "eps": {"patience": 0, "factor": 0.5, "eps": 0.02},
+}
+
+
+@every("name", list(PLATEAUS), ["defaults", "cooldown", "relative", "max", "least"])
+def test_it_reduces_as_pytorch_does(name: str) -> None:
+    torch = peer("torch")
+    rng = np.random.default_rng(3)
+    values = (2 * np.exp(-np.arange(120) / 10) + 0.2 * rng.random(120)).tolist()
+    values[40] = values[77] = NAN
+    arguments = PLATEAUS[name]
+    w, own = [np.zeros(2), np.ones(3)], {"1": {"lr": 0.02}}
+    opt = gb.SGD(w, 0.1, groups=own)
+    plateau = gb.ReduceOnPlateau(monitor="loss", **arguments)
+    tensors = [torch.zeros(2), torch.ones(3)]
+    theirs = torch.optim.SGD([{"params": tensors[:1], "lr": 0.1}, {"params": tensors[1:], "lr": 0.02}])
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(theirs, **{"mode": "min", **arguments})
+    for value in values:
+        plateau.update(value, opt)
+        scheduler.step(value)
+        assert (opt.lr, opt.groups["1"]["lr"]) == tuple(group["lr"] for group in theirs.param_groups)
+        assert (plateau.wait, plateau.cooling) == (scheduler.num_bad_epochs, scheduler.cooldown_counter)
+    assert opt.lr < 0.1
+
+
+def test_a_schedule_goes_on_and_is_multiplied() -> None:
+    schedule = gb.ExponentialDecay(0.1, rate=0.9)
+    net, loader, _ = parts()
+    opt = gb.SGD(net.parameters, schedule)
+    plateau = gb.ReduceOnPlateau(0.5, patience=0, min_lr=0.02)
+    history = gb.fit(
+        *(net, loader, opt, 7, blobs(60)),
+        callbacks=[Plan(3, 2, 2, 1, 1, 1, 1), plateau],
+        progress=False,
+    )
+    times = [1, 1, 1, 0.5, 0.5, 0.25, 0.125]
+    expected = [min(0.1 * 0.9**n, max(0.1 * 0.9**n * f, 0.02)) for n, f in enumerate(times)]
+    assert history.step_lr[::12] == pytest.approx(expected, rel=1e-12)
+    assert history.step_lr[-1] == 0.02
+
+
+def test_a_reduction_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    run([Plan(2, 2), gb.ReduceOnPlateau(0.5, patience=0)], 2, progress=True)
+    assert "validation_loss got no better: learning rate 0.01, from now on 0.005" in capsys.readouterr().err
+
+
+# --- killed and resumed ----------------------------------------------------------------------------------------------
+
+Make = Callable[[Path], Any]
+# Callbacks whose runs must end alike, whether they were killed or not.
+RESUMED: dict[str, tuple[Make, dict[str, Any]]] = {
+    "EarlyStopping": (lambda folder: gb.EarlyStopping(patience=1), {}),
+    "BestWeights": (lambda folder: gb.BestWeights(), {}),
+    "ReduceOnPlateau": (lambda folder: gb.ReduceOnPlateau(0.3, patience=0), {}),
+    "ReduceOnPlateau of a schedule": (
+        lambda folder: gb.ReduceOnPlateau(0.3, patience=0),
+        {"lr": gb.ExponentialDecay(0.1, rate=0.9)},
+    ),
+}
+LOSSES = (4.0, 3.0, 3.5, 3.6, 2.0)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("every_steps", [5, None])
+def test_a_run_that_was_killed_ends_alike(name: str, every_steps: int | None, tmp_path: Path) -> None:
+    make, options = RESUMED[name]
+
+    def train(folder: Path | None, stop: int | None, epochs: int = 5) -> tuple[Any, gb.History, Any]:
+        net, loader, _ = parts(batch_norm=True, dropout=0.2)
+        opt = gb.Adam(net.parameters, lr=options.get("lr", 0.01))
+        callback = make(tmp_path)
+        callbacks = [Plan(*LOSSES), callback, *([] if stop is None else [Kill(stop)])]
+        store = None if folder is None else Checkpoints(folder, every=every_steps)
+        made = net, loader, opt
+        history = gb.fit(
+            *(*made, epochs, blobs(60)),
+            callbacks=callbacks,
+            checkpoint=store,
+            resume=folder is not None,
+            progress=False,
+        )
+        return made, history, callback
+
+    whole, expected, callback = train(None, None)
+    for stop in (17, 29, 36, 43):
+        if stop < whole[2].t:
+            with pytest.raises(Killed):
+                train(tmp_path / "run", stop)
+    for _ in range(2):  # a second time, when there is nothing left to do
+        again, history, resumed = train(tmp_path / "run", None)
+        assert numbers(history) == numbers(expected)
+        np.testing.assert_equal(everything(*again), everything(*whole))
+        np.testing.assert_equal(resumed.state_dict(), callback.state_dict())
+
+
+def test_a_stopped_run_goes_on_with_more_patience(tmp_path: Path) -> None:
+    made = [
+        run([Plan(1, 2, 3, 4, 5, 6), gb.EarlyStopping(patience=n)], 6, checkpoint=tmp_path, resume=True)[1]
+        for n in (2, 2, 4)
+    ]
+    assert [len(history.loss) for history in made] == [3, 3, 5]
+
+
+# --- the memory of a run ---------------------------------------------------------------------------------------------
+
+
+def test_the_copy_is_there_before_batches_are_planned() -> None:
+    best, net = gb.BestWeights("loss"), parts()[0]
+    state = TrainingState(net, parts()[1], parts()[2], gb.History(), 0, 0)
+    best.on_start(state)
+    assert not best.kept.filled
+    assert sum(array.nbytes for array in best.kept._arrays.values()) == net.parameters.flat.nbytes
+
+
+# --- how many steps --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("samples", "size", "epochs", "words"),
+    [
+        (
+            600,
+            "auto",
+            10,
+            r"1 step an epoch, 10 in all, with batches of 600 samples; .*batch_size, such as 32, or more",
+        ),
+        (600, 50, 2, "12 steps an epoch, 24 in all, .* smaller batch_size, such as 8, or more epochs"),
+        (40, 2, 1, "20 steps an epoch, 20 in all, .*: take more epochs"),
+    ],
+)
+def test_a_run_of_few_steps_is_warned_about(
+    samples: int, size: Any, epochs: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "FEW_STEPS", FEW_STEPS)  # conftest.py lets all other tests have few steps
+    net = gb.mlp([4, 16, 3], backend="cpu")
+    loader = gb.Loader(*blobs(samples), batch_size=size, backend="cpu")
+    with pytest.warns(gb.FewStepsWarning, match=words):
+        gb.fit(net, loader, gb.Adam(net.parameters), epochs, progress=False)
+
+
+def test_enough_steps_are_not_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "FEW_STEPS", FEW_STEPS)
+    net, loader, opt = parts(batch_size=6)
+    gb.fit(net, loader, opt, 1, progress=False)
+    gb.fit(net, loader, opt, 0, progress=False)
+
+
+def test_a_run_says_how_many_steps_it_has(capsys: pytest.CaptureFixture[str]) -> None:
+    run([], 2, progress=True)
+    assert capsys.readouterr().err.splitlines()[0] == "12 steps an epoch, 24 in all, batches of 50"
+
+
+def test_bad_arguments() -> None:
+    for make, message in {
+        lambda: gb.EarlyStopping(0): "patience must be an integer >= 1, got 0",
+        lambda: gb.EarlyStopping(mode="least"): "mode must be one of 'auto', 'min', 'max', got 'least'",
+        lambda: gb.EarlyStopping(min_delta=-1): r"min_delta must be finite and in \[0, inf\), got -1.0",
+        lambda: gb.ReduceOnPlateau(1.0): r"factor must be finite and in \(0, 1\), got 1.0",
+        lambda: gb.ReduceOnPlateau(threshold_mode="x"): "threshold_mode must be one of 'rel', 'abs', got 'x'",
+    }.items():
+        with pytest.raises(gb.ArgumentError, match=message):
+            make()
