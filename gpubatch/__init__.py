@@ -27,6 +27,7 @@ EXPORTS = {
     """,
     "formula": "activation max_abs mean norm normal_cdf rule rules score_loss",
     "loader": "Loader",
+    "model": "Model load save",
     "nn": """
         GELU BatchNorm Context Dense Dropout Elementwise Layer LeakyReLU Loss Needs Network Parameter ReLU Sigmoid Step
         Tanh losses mlp no_decay
@@ -45,7 +46,7 @@ EXPORTS = {
 }
 MODULES = tuple(
     """
-    averages backend checkpoint datasets errors explore formula launch loader nn
+    averages backend checkpoint datasets errors explore formula launch loader model nn
     optim params plot schedules sizing sources torch train
     """.split()
 )
@@ -110,6 +111,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         score_loss as score_loss,
     )
     from gpubatch.loader import Loader as Loader
+    from gpubatch.model import Model as Model, load as load, save as save
     from gpubatch.nn import (
         GELU as GELU,
         BatchNorm as BatchNorm,

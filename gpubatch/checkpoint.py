@@ -20,9 +20,9 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -35,12 +35,13 @@ from gpubatch.errors import (
     CheckpointWarning,
     DataFormatError,
     DTypeError,
+    GpubatchError,
     check_bool,
     check_choice,
     check_int,
 )
 
-__all__ = ["Checkpoints", "read"]
+__all__ = ["DTYPES", "Checkpoints", "open_tensors", "read", "versions", "write_tensors"]
 
 FORMAT = 1  # version of the JSON; a reader refuses any other
 NAME = re.compile(r"checkpoint-(\d{6,})-([0-9a-f]{16})\.safetensors")
@@ -207,20 +208,66 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if name is None:
         raise DataFormatError(f"{path} must have its original name, checkpoint-NUMBER-CHECKSUM.safetensors")
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(HEADER_LIMIT, size - 8):
-            raise DataFormatError(
-                f"{path} is torn or corrupt: a header of {length} bytes in a file of {size}; at most {HEADER_LIMIT}"
-            )
+        size = _check_header(path, file, HEADER_LIMIT)
         file.seek(0)
         if not hashlib.file_digest(file, "sha256").hexdigest().startswith(name[2]):
             raise DataFormatError(f"{path} is torn or corrupt: its {size} bytes do not match the checksum in its name")
+    with open_tensors(path, HEADER_LIMIT, "a checkpoint") as content:
+        return _join(content.metadata() or {}, content.get_tensors())
+
+
+def write_tensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write one safetensors file: under a temporary name beside it, synced and then renamed."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.unfinished")
+    try:
+        unfinished.unlink(missing_ok=True)
+        _write_synced(unfinished, arrays, metadata)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path, limit: int, what: str) -> Iterator[Any]:
+    """A safetensors file as that library opens it, with a header of at most ``limit`` bytes.
+
+    What the library and Python raise inside for a file that is damaged, or no ``what``, is a :class:`DataFormatError`.
+    """
+    with path.open("rb") as file:
+        _check_header(path, file, limit)
     try:
         with safe_open(path, "np", backend="pread") as content:  # not mapped: another process may truncate the file
-            return _join(content.metadata() or {}, content.get_tensors())
-    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise DataFormatError(f"{path} is not a checkpoint: {error}") from error
+            yield content
+    except UNREADABLE as error:
+        if isinstance(error, GpubatchError):
+            raise
+        raise DataFormatError(f"{path} is not {what}: {error}") from error
+
+
+# What safetensors, JSON and Python raise for what is in a file.
+UNREADABLE = (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+
+
+def versions() -> str:
+    """The versions that wrote a file, as JSON."""
+    of = {
+        "gpubatch": sys.modules["gpubatch"].__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+    return json.dumps(of)
+
+
+def _check_header(path: Path, file: BinaryIO, limit: int) -> int:
+    """Raise DataFormatError if the header is longer than ``limit`` or the file; return the file's size."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(limit, size - 8):
+        raise DataFormatError(
+            f"{path} is torn or corrupt: a header of {length} bytes in a file of {size}; at most {limit}"
+        )
+    return size
 
 
 # --- the state and the file ----------------------------------------------------------------------------------------
@@ -230,12 +277,7 @@ def _split(state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, s
     """The arrays of ``state``, copied only if not contiguous, and the rest as metadata."""
     arrays: dict[str, np.ndarray] = {}
     tree = _without_arrays(state, "", arrays)
-    versions = {
-        "gpubatch": sys.modules["gpubatch"].__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
-    metadata = {"format": str(FORMAT), "state": json.dumps(tree), "versions": json.dumps(versions)}
+    metadata = {"format": str(FORMAT), "state": json.dumps(tree), "versions": versions()}
     length = len(json.dumps(metadata)) + sum(len(json.dumps([*x.shape, name])) + ENTRY for name, x in arrays.items())
     if length > HEADER_LIMIT:
         raise ArgumentError(f"state needs a header of {length} bytes, more than {HEADER_LIMIT}")

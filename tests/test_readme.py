@@ -25,8 +25,11 @@ def blocks(language: str, page: str = README) -> list[str]:
     return [text for kind, text in fenced if kind == language]
 
 
-def test_the_python_blocks_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_blocks_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("GPUBATCH_BACKEND", "cpu")
+    monkeypatch.chdir(tmp_path)
     space: dict[str, object] = {}
     for block in blocks("python"):
         exec(block, space)

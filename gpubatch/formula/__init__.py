@@ -14,10 +14,12 @@ from gpubatch.formula.elementwise import (
     score_source,
 )
 from gpubatch.formula.reductions import PIECE, max_abs, mean, norm, reduction_room, total_of
-from gpubatch.formula.trace import Element, FormulaPass, Op, Reduction, Scalar, Trace, host_function
+from gpubatch.formula.text import formula_of_text, text_of_formula
+from gpubatch.formula.trace import OPS, Element, FormulaPass, Op, Reduction, Scalar, Trace, host_function
 from gpubatch.formula.update_rule import Rule, rule
 
 __all__ = [
+    "OPS",
     "PIECE",
     "Activation",
     "ActivationForm",
@@ -34,6 +36,7 @@ __all__ = [
     "activation",
     "activation_source",
     "activations",
+    "formula_of_text",
     "host_function",
     "max_abs",
     "mean",
@@ -45,5 +48,6 @@ __all__ = [
     "score_loss",
     "score_source",
     "scores",
+    "text_of_formula",
     "total_of",
 ]

@@ -32,6 +32,8 @@ __all__ = [
     "normal_cdf",
     "score_loss",
     "score_source",
+    "symbols",
+    "with_derivative",
 ]
 
 
@@ -83,8 +85,8 @@ class Activation:
         """The traces for elements of ``dtype``, "float32" or "float64"."""
         trace = Trace(self.name, ("x", "dy"), ("y", "slope"), parameter_names(self), dtype)
         x, dy = trace.inputs()
-        returned = self.formula(x, **_symbols(self))
-        y, slope = _with_derivative(self.name, returned, x, "y, or y and its slope")
+        returned = self.formula(x, **symbols(self))
+        y, slope = with_derivative(self.name, returned, x, "y, or y and its slope")
         keeps, reads_y = _needs(slope, y)
         forward = restated(self.name, {x: "x"}, {"y": y, "slope": slope} if keeps else {"y": y})
         kept = {slope: "kept"} if keeps else {y: "kept"} if reads_y else {}
@@ -171,8 +173,8 @@ class ScoreLoss:
         """The trace for elements of ``dtype``, from z and y to ``targets``: "loss", the gradient "dz", or both."""
         trace = Trace(self.name, ("z", "y"), ("loss", "dz"), parameter_names(self), dtype)
         z, y = trace.inputs()
-        returned = self.formula(z, y, **_symbols(self))
-        loss, dz = _with_derivative(self.name, returned, z, "the loss, or the loss and its slope")
+        returned = self.formula(z, y, **symbols(self))
+        loss, dz = with_derivative(self.name, returned, z, "the loss, or the loss and its slope")
         results = {"loss": loss, "dz": dz}
         return restated(self.name, {z: "z", y: "y"}, {target: results[target] for target in targets})
 
@@ -239,7 +241,8 @@ def _name(formula: Callable[..., Any]) -> str:
     return getattr(formula, "__name__", "formula")
 
 
-def _symbols(declared: Activation | ScoreLoss) -> dict[str, Scalar]:
+def symbols(declared: Activation | ScoreLoss) -> dict[str, Scalar]:
+    """The parameters as a trace has them."""
     return {name: Scalar(name) for name in parameter_names(declared)}
 
 
@@ -259,7 +262,7 @@ def _parameters(formula: Callable[..., Any], wanted: list[str]) -> tuple[tuple[s
     return tuple(p.name for p in named if p.default is p.empty), defaults
 
 
-def _with_derivative(name: str, returned: Any, by: Element, expected: str) -> tuple[Any, Any]:
+def with_derivative(name: str, returned: Any, by: Element, expected: str) -> tuple[Any, Any]:
     """(value, derivative): both as the formula returned them, or with the derivative derived."""
     if not isinstance(returned, tuple):
         return returned, derivative(returned, by)

@@ -27,6 +27,8 @@ import numpy as np
 from gpubatch.errors import FormulaError
 
 __all__ = [
+    "INDICATOR",
+    "OPS",
     "Element",
     "FormulaPass",
     "Op",
@@ -35,9 +37,11 @@ __all__ = [
     "Symbol",
     "Trace",
     "host_function",
+    "number_text",
     "record",
     "reduced",
     "restated",
+    "text_of",
 ]
 
 SUM, PRODUCT, PRIMARY = 3, 4, 6  # operator precedence in C and Python, to write the fewest parentheses
@@ -398,7 +402,7 @@ def record(function: Any, *operands: Any) -> Symbol:
         return element(operands[0].trace, INDICATOR, operands[:1])
     owner = next((x for x in operands if isinstance(x, Element)), None)
     if owner is None:
-        return Scalar(_write(op, [_scalar_text(x) for x in operands]), op.strength, operands, op.boolean)
+        return Scalar(text_of(op, [number_text(x) for x in operands]), op.strength, operands, op.boolean)
     if function is np.power and owner is operands[0]:
         # As ndarray does for ** 2 and ** 0.5: identical bits, far cheaper than pow.
         if _are(operands[1:], (2,)):
@@ -487,13 +491,14 @@ def _number(x: Any) -> int | float:
     return int(x) if isinstance(x, numbers.Integral) else float(x)
 
 
-def _scalar_text(x: Any) -> tuple[str, int]:
+def number_text(x: Any) -> tuple[str, int]:
+    """The text of a scalar or a number, and its precedence."""
     if isinstance(x, Scalar):
         return x.text, x.strength
     return repr(x), PRIMARY if x >= 0 else UNARY
 
 
-def _write(op: Op, operands: list[tuple[str, int]]) -> str:
+def text_of(op: Op, operands: list[tuple[str, int]]) -> str:
     """The text of ``op``, with parentheses around operands of too low precedence."""
     if op.strength == PRIMARY:
         return op.text.format(*(text for text, _ in operands))
@@ -513,7 +518,7 @@ def host_function(function: Callable[..., float]) -> Callable[..., Any]:
         if any(isinstance(x, Element) for x in operands):
             raise FormulaError(f"operands of {function.__name__} must be hyper-parameters or t, got an array element")
         if any(isinstance(x, Scalar) for x in operands):
-            return Scalar(f"{function.__name__}({', '.join(_scalar_text(x)[0] for x in operands)})", of=operands)
+            return Scalar(f"{function.__name__}({', '.join(number_text(x)[0] for x in operands)})", of=operands)
         return function(*operands)
 
     return call
@@ -574,16 +579,17 @@ class Trace:
         """The text of each scalar used by an element, and its index in the list that the host computes."""
         if self.whole is not None:
             return self.whole.scalars
-        return {text: i for i, text in enumerate(dict.fromkeys(x.text for x in self._used_scalars()))}
+        return {text: i for i, text in enumerate(dict.fromkeys(x.text for x in self.used_scalars()))}
 
-    def _used_scalars(self) -> list[Scalar]:
+    def used_scalars(self) -> list[Scalar]:
+        """The scalars among the operands and the results."""
         used = [x for element in self.elements for x in element.operands]
         return [x for x in (*used, *self.results) if isinstance(x, Scalar)]
 
     @functools.cached_property
     def evaluate(self) -> Callable[..., tuple[float, ...]]:
         """A Python function of ``t`` and the hyper-parameters that computes all scalars in double precision."""
-        definitions = dict(item for x in self._used_scalars() for item in x.definitions.items())
+        definitions = dict(item for x in self.used_scalars() for item in x.definitions.items())
         source = "\n".join(
             [
                 f"def evaluate({', '.join(('t', *self.hyper))}):",
@@ -645,7 +651,7 @@ class Trace:
             if element.op is None:
                 written.append((element.name, PRIMARY))
             else:
-                written.append((_write(element.op, [text(x) for x in element.operands]), element.op.strength))
+                written.append((text_of(element.op, [text(x) for x in element.operands]), element.op.strength))
                 if element.number in names or uses[element.number] > 1 or depth == DEEPEST:
                     kind = "bool" if element.op.boolean else "T"
                     name = names.get(element.number, f"x{element.number}")

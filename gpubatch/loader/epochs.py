@@ -30,7 +30,7 @@ Batch = TypeVar("Batch")
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class Memories:
     """What a plan counts beside the loader's own: a model, and the batches that its captured steps keep.
 
     ``least_rows`` is the smallest batch that it can train on.
@@ -75,7 +75,7 @@ class Epochs:
         self._run: object | None = None  # the iteration that is running
         self._left = False  # whether the iteration before was left in the middle
         self._why = f"batch_size={batch_size} was given"
-        self._model = Model()
+        self._model = Memories()
         if batch_size is None:
             self.plan = self._choose()
         elif drop_last is True and batch_size > order.share:
@@ -137,7 +137,7 @@ class Epochs:
         taken after a step of the size that was chosen found no memory. No batch of an automatic size has fewer than
         ``least_rows`` samples, where such a size is found.
         """
-        self._model = Model(parts_of, kept, True, least_rows)
+        self._model = Memories(parts_of, kept, True, least_rows)
         if not self.automatic:
             self.plan = self._given(self.batch_size, held, available)
             return self.plan
@@ -357,7 +357,7 @@ class Epochs:
         if self.automatic:
             self._why = f"batch_size={batch_size} was taken from a saved state"
         if batch_size != self.batch_size:
-            self._model = Model()
+            self._model = Memories()
             self.plan = self._given(batch_size)
         self.automatic = False  # it is decided: another size would make other batches of the epoch
         self._epoch, self._batch, self._run, self._left = epoch, batch, None, False

@@ -16,9 +16,10 @@ from gpubatch.nn.layers import (
     Step,
     Tanh,
 )
-from gpubatch.nn.losses import LOSSES, Loss
+from gpubatch.nn.losses import LOSSES, Loss, loss_of
 from gpubatch.nn.needs import Context, Needs, Parameter
 from gpubatch.nn.network import Network, core_of, mlp, no_decay
+from gpubatch.nn.stack import parameter_names, stacked
 
 __all__ = [
     "ACTIVATIONS",
@@ -43,8 +44,11 @@ __all__ = [
     "Tanh",
     "core_of",
     "layers",
+    "loss_of",
     "losses",
     "mlp",
     "no_decay",
+    "parameter_names",
     "quiet",
+    "stacked",
 ]

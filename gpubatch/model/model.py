@@ -1,0 +1,233 @@
+"""A trained network with the preparation of its samples and the names of its classes: what predicts, as one file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gpubatch.backend import Array, Backend
+from gpubatch.errors import ArgumentError, DTypeError, ShapeError
+from gpubatch.loader import Loader, epochs_of, rows_of
+from gpubatch.model.file import check_path, read_file, write_file
+from gpubatch.model.preparation import Preparation
+from gpubatch.nn import EVALUATION_ROWS, Network
+
+__all__ = ["Model", "load", "save"]
+
+COMPARED = 1 << 12  # rows of raw samples that are looked at together
+MOST_LISTED = 10  # class names in a message
+
+
+class Model:
+    """A network that takes raw samples: they are prepared as the training loader prepared them.
+
+    net: the network.
+    loader: the loader that it was trained on, for its ``scale``, ``sample_axis`` and ``prepare``; None where samples
+        go to the network as they are, but for their element type.
+    classes: the names of the classes, text or integers, in the order of the labels 0, 1, ...; None for the labels.
+
+    Raw samples, ``raw``, are what the loader's X was: an array on the host or the network's device, a memory map, or a
+    source (:mod:`gpubatch.sources`). They are scaled whatever their element type is; fractions are an error where the
+    loader's X held integers, since they were scaled before. They are computed 1024 at a time, so that only the results,
+    arrays of NumPy, grow with their number.
+    """
+
+    def __init__(self, net: Network, loader: Loader | None = None, classes: Sequence[Any] | None = None) -> None:
+        if not isinstance(net, Network):
+            raise DTypeError(f"net must be a gpubatch.Network, got {type(net).__name__}")
+        preparation = None if loader is None else Preparation.of(loader)
+        if loader is not None and loader.dtype != net.dtype:
+            raise DTypeError(f"loader makes {loader.dtype} batches, net takes {net.dtype}")
+        self._set(net, preparation, checked_classes(classes, net), {})
+
+    def _set(
+        self, net: Network, preparation: Preparation | None, classes: list[Any] | None, versions: dict[str, str]
+    ) -> None:
+        self.net, self.preparation, self.classes, self.versions = net, preparation, classes, versions
+
+    def __repr__(self) -> str:
+        prepared = "" if self.preparation is None else f", {self.preparation}"
+        named = "" if self.classes is None else f", {len(self.classes)} classes"
+        return f"<Model of {self.net!r}{prepared}{named}>"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Save it as :func:`save` does."""
+        write_file(check_path(path), self.net, self.preparation, self.classes)
+
+    # --- what it computes ---
+
+    def scores(self, raw: Any) -> np.ndarray:
+        """The outputs of the last layer, ``(samples, outputs)``."""
+        return self._whole(raw, self.net.scores)
+
+    def predict(self, raw: Any) -> np.ndarray:
+        """What :meth:`Network.predict` predicts; class names where there are any and a prediction is one class."""
+        found = self._whole(raw, self.net.predict)
+        return found if self.classes is None or found.ndim != 1 else np.array(self.classes)[found]
+
+    def probabilities(self, raw: Any) -> np.ndarray:
+        """The probabilities of the classes, ``(samples, outputs)``, in the order of ``classes``.
+
+        Raises ArgumentError for a loss whose scores are no logarithms of probabilities.
+        """
+        return probabilities_of(self.net, self.scores(raw))
+
+    def evaluate(self, raw: Any, y: Any) -> tuple[float, float | None]:
+        """The loss and the accuracy, as :meth:`Network.evaluate`; ``y`` has class names where the model has any."""
+        loader = self._loader(raw, self._labels(y))
+        loss, right, n = 0.0, 0.0, 0
+        accuracy: float | None = None
+        for x, labels in rows_of(loader):
+            of_batch, accuracy = self.net.evaluate(x, labels)
+            loss, n = loss + of_batch * len(x), n + len(x)
+            right += 0.0 if accuracy is None else accuracy * len(x)
+        return loss / n, None if accuracy is None else right / n
+
+    # --- inside ---
+
+    def _loader(self, raw: Any, y: Any = None) -> Loader:
+        """A loader of raw samples in their order, prepared."""
+        of = self.preparation or Preparation(None, 0, (self.net.inputs,), self.net.dtype)
+        if not hasattr(raw, "read"):
+            if hasattr(raw, "__len__") and len(raw) == 0:
+                raise ShapeError("raw must hold at least one sample, got none")
+            check_whole_numbers(raw, of)
+        loader = Loader(
+            *(raw, y),
+            batch_size=EVALUATION_ROWS,
+            shuffle=False,
+            sample_axis=of.sample_axis,
+            backend=self.net.backend,
+            dtype=self.net.dtype,
+            scale=of.scale,
+            prefetch=2 if hasattr(raw, "read") or isinstance(raw, np.memmap) else 0,
+            prepare=of.prepare,
+        )
+        if (shape := epochs_of(loader).columns[0].source.sample_shape) != of.sample_shape:
+            raise ShapeError(f"raw must have samples of shape {of.sample_shape}, got {shape}")
+        return loader
+
+    def _whole(self, raw: Any, compute: Callable[[Array], Array]) -> np.ndarray:
+        """What ``compute`` gives for all batches, as one array of NumPy."""
+        loader = self._loader(raw)
+        whole, start = np.empty(0), 0
+        for x, *_ in rows_of(loader):
+            found = self.net.backend.to_numpy(compute(x))
+            if start == 0:
+                whole = np.empty((loader.n_samples, *found.shape[1:]), found.dtype)
+            whole[start : start + len(found)] = found
+            start += len(found)
+        return whole
+
+    def _labels(self, y: Any) -> Any:
+        """Class names as labels from 0; ``y`` itself where there are no names, or more than one class a sample."""
+        y = y if hasattr(y, "shape") or hasattr(y, "read") else np.asarray(y)
+        if self.classes is None or hasattr(y, "read") or y.ndim != 1:
+            return y
+        names, where = np.unique(self.net.backend.to_numpy(y), return_inverse=True)
+        numbers = {name: label for label, name in enumerate(self.classes)}
+        if unknown := [name for name in names.tolist() if name not in numbers]:
+            raise ArgumentError(f"y must hold the names of classes, {listed(self.classes)}; got {unknown[0]!r}")
+        return np.array([numbers[name] for name in names.tolist()])[where]
+
+
+def probabilities_of(net: Network, scores: np.ndarray) -> np.ndarray:
+    """The probabilities that scores are logarithms of."""
+    name = net.loss_name.partition("(")[0]
+    if name == "softmax_cross_entropy":
+        found: np.ndarray = np.exp(scores - scores.max(axis=1, keepdims=True))
+        found /= found.sum(axis=1, keepdims=True)
+    elif name == "sigmoid_cross_entropy":
+        found = np.exp(-np.logaddexp(0, -scores))
+    else:
+        raise ArgumentError(f"probabilities need softmax or sigmoid cross-entropy, the loss is {net.loss_name}")
+    return found
+
+
+def listed(classes: Sequence[Any]) -> str:
+    """Class names in words, the first of many."""
+    more = f", ... ({len(classes)} in all)" if len(classes) > MOST_LISTED else ""
+    return ", ".join(map(repr, classes[:MOST_LISTED])) + more
+
+
+def checked_classes(classes: Any, net: Network) -> list[Any] | None:
+    """Class names as a list: one for each label that the network predicts."""
+    if classes is None:
+        return None
+    if isinstance(classes, str) or not hasattr(classes, "__len__") or not hasattr(classes, "__getitem__"):
+        raise DTypeError(f"classes must be a list of the names of the classes, got {classes!r}")
+    names = [x.item() if isinstance(x, np.generic) else x for x in classes]
+    if wrong := [x for x in names if isinstance(x, bool) or not isinstance(x, (str, int))]:
+        raise DTypeError(f"classes must hold text or integers, got {wrong[0]!r}")
+    if not net.loss_function.classifies:
+        raise ArgumentError(f"classes must be None: {net.loss_name} has none, got {listed(names)}")
+    wanted = 2 if net.outputs == 1 else net.outputs
+    if len(names) != wanted or len({*names}) != wanted:
+        raise ArgumentError(
+            f"classes must be {wanted} different names, as the network has classes, got {listed(names)}"
+        )
+    return names
+
+
+def check_whole_numbers(raw: Any, of: Preparation) -> None:
+    """Raise where floats that are no whole numbers take the place of integers: they have been scaled already."""
+    dtype = getattr(raw, "dtype", None)
+    if of.dtype.kind not in "iub" or of.scale is None or getattr(dtype, "kind", "") != "f":
+        return
+    for start in range(0, len(raw), COMPARED):
+        part = raw[start : start + COMPARED]
+        if not bool((part == part.round()).all()):
+            raise ArgumentError(
+                f"raw must hold what the loader's X held, whole numbers of {of.dtype}, which are multiplied by "
+                f"{of.scale:.6g} here; samples that were scaled before go to model.net, got fractions of {dtype}"
+            )
+
+
+def save(
+    path: str | os.PathLike[str],
+    net: Network | Model,
+    loader: Loader | None = None,
+    classes: Sequence[Any] | None = None,
+) -> None:
+    """Save a trained network as one safetensors file, whole or not at all; :func:`load` makes a :class:`Model` of it.
+
+    path: ends in .safetensors; a file of that name is replaced.
+    net: the network, or a model, which has the rest.
+    loader, classes: as :class:`Model` takes them.
+
+    The format is described in :mod:`gpubatch.model.file`. A formula of your own is saved by its text. Your own class of
+    layers or losses is saved by its import path and the arguments of its constructor, which it must keep in attributes
+    of the same names; a ``prepare`` by its import path, and the state of an object that has ``state_dict()`` and
+    ``load_state_dict(state)``. Raises ArgumentError or DTypeError for what a file cannot hold, and OSError.
+    """
+    if isinstance(net, Model) and (loader is not None or classes is not None):
+        raise ArgumentError("loader and classes must be None where a Model is saved: it has both")
+    (net if isinstance(net, Model) else Model(net, loader, classes)).save(path)
+
+
+def load(
+    path: str | os.PathLike[str],
+    backend: str | Backend = "auto",
+    custom: Iterable[Any] | Mapping[str, Any] = (),
+    into: Network | None = None,
+) -> Model:
+    """Load a model that :func:`save` wrote, on any backend. Nothing that is in the file is executed or imported.
+
+    path: of the file.
+    backend: where the network is to be.
+    custom: your own classes and functions that the file names, in a list, or by those names in a mapping. A layer's or
+        loss's class may be left out if its module was imported before.
+    into: an existing network, which gets the parameters if it has the same layers and loss; ``backend`` is then its.
+
+    Raises DataFormatError for a file that is damaged, no model, or of a later version; ArgumentError for one that names
+    what is not there, or that differs from ``into``; OSError.
+    """
+    if into is not None and not isinstance(into, Network):
+        raise DTypeError(f"into must be a gpubatch.Network, got {type(into).__name__}")
+    net, preparation, classes, versions = read_file(check_path(path), backend, custom, into)
+    model = object.__new__(Model)
+    model._set(net, preparation, checked_classes(classes, net), versions)
+    return model

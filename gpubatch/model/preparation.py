@@ -1,0 +1,105 @@
+"""What becomes of raw samples before a network takes them, as the training loader did it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpubatch.checkpoint import DTYPES
+from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, check_choice, check_int, check_real
+from gpubatch.loader import Loader, epochs_of
+from gpubatch.model.describe import path_of
+
+__all__ = ["Preparation"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """Raw samples are multiplied by ``scale`` and converted, then ``prepare`` is applied to each batch.
+
+    sample_axis: 0 where samples are rows, 1 where they are columns
+    sample_shape: of one sample
+    dtype: of the samples that the network was trained on
+    prepare: a function of a batch, or None
+    """
+
+    scale: float | None
+    sample_axis: int
+    sample_shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    prepare: Callable[[Any], Any] | None = None
+
+    @classmethod
+    def of(cls, loader: Loader) -> Preparation:
+        """What a loader does to its samples."""
+        if not isinstance(loader, Loader):
+            raise DTypeError(f"loader must be the gb.Loader that the network was trained on, got {loader!r}")
+        columns = epochs_of(loader).columns
+        x = columns[0].source
+        return cls(loader.scale, loader.sample_axis, tuple(x.sample_shape), columns.source_dtype, loader.prepare)
+
+    def to_json(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+        """For a file. An object with ``state_dict()`` also has its state there: numbers, text and arrays."""
+        found: dict[str, Any] = {
+            "scale": self.scale,
+            "sample_axis": self.sample_axis,
+            "sample_shape": list(self.sample_shape),
+            "dtype": self.dtype.name,
+            "prepare": None,
+        }
+        if isinstance(self.prepare, np.ufunc):
+            found["prepare"] = {"numpy": self.prepare.__name__}
+        elif self.prepare is not None:
+            found["prepare"] = {"name": path_of(self.prepare)}
+            if hasattr(self.prepare, "state_dict") and hasattr(self.prepare, "load_state_dict"):
+                found["prepare"]["state"] = _state(self.prepare.state_dict(), arrays)
+        return found
+
+    @classmethod
+    def from_json(
+        cls, found: Any, path: Path, arrays: Mapping[str, np.ndarray], custom: Callable[[Any, str], Any]
+    ) -> Preparation:
+        """Of a file; ``custom(name, what)`` gives the user's function or object for its name."""
+        try:
+            scale = None if found["scale"] is None else check_real("scale", found["scale"])
+            axis = check_int("sample_axis", found["sample_axis"], 0, 1)
+            shape = tuple(check_int("sample_shape", n, 0) for n in found["sample_shape"])
+            dtype = np.dtype(check_choice("dtype", found["dtype"], DTYPES))
+            of = found["prepare"]
+            given, name, state = None, "", None
+            if of is not None and "numpy" in of:
+                given = vars(np).get(of["numpy"])
+                if not isinstance(given, np.ufunc) or (given.nin, given.nout) != (1, 1):
+                    raise DataFormatError(f"prepare is np.{str(of['numpy'])[:99]}, which is no function of elements")
+            elif of is not None:
+                name, state = of["name"], of.get("state")
+        except (ArgumentError, DTypeError, TypeError, LookupError, ValueError) as error:
+            raise DataFormatError(f"{path} is damaged: its preparation: {error}") from error
+        if of is not None and "numpy" not in of:
+            given = custom(name, "the loader's prepare")
+            if isinstance(given, type) and state is None:
+                raise ArgumentError(f"{path}: the loader's prepare was an object: custom must have one, got {given!r}")
+            given = given() if isinstance(given, type) else given
+            if state is not None:
+                given.load_state_dict(_with_arrays(state, arrays))
+        return cls(scale, axis, shape, dtype, given)
+
+
+def _state(state: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """A state for JSON, its arrays among those of the file."""
+    found: dict[str, Any] = {}
+    for name, value in state.items():
+        if hasattr(value, "dtype") and value.shape:
+            arrays[f"prepare.{name}"] = np.ascontiguousarray(value)
+            found[name] = {"array": f"prepare.{name}"}
+        else:
+            found[name] = value.item() if isinstance(value, np.generic) else value
+    return found
+
+
+def _with_arrays(state: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return {name: arrays[x["array"]] if isinstance(x, dict) else x for name, x in state.items()}
