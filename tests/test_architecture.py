@@ -58,6 +58,7 @@ ORDER = {
     "nn": "needs layers stack workspace losses checks core network",
     "sources": "arrays reader files tables",
     "loader": "order pinned functions columns windows ahead device feeds epochs loader",
+    "model": "describe preparation file model",
     "train": "ledger loss_scale history display callbacks monitors checks record graphs captured_step eager captured"
     " memory resume signals loop",
     "explore": "shared gradients search slices sweeps",
@@ -197,6 +198,7 @@ CODE_LINES = {
     "sources": 611,
     "loader": 1444,
     "checkpoint": 262,
+    "model": 645,
     "train": 1820,
     "explore": 874,
     "plot": 327,
