@@ -134,7 +134,7 @@ def scores(batch: int, outputs: str) -> Arrays:
         "Y": np.random.default_rng(0).integers(0, classes, batch),
         "offsets": np.arange(batch) * classes,
         **empty("dz", "t", shape=z.shape),
-        **empty("row", "sum", "log", "weight", shape=(batch,)),
+        **empty("row", "sum", "log", "mass", shape=(batch,)),
         **empty("index", shape=(batch,), dtype=np.int64),
         **empty("loss", shape=(1,)),
         **empty("parts", shape=(SUM_PARTS,), dtype=np.float64),

@@ -29,8 +29,8 @@ EXPORTS = {
     "loader": "Loader",
     "model": "Model load save",
     "nn": """
-        GELU BatchNorm Context Dense Dropout Elementwise Layer LeakyReLU Loss Needs Network Parameter ReLU Sigmoid Step
-        Tanh losses mlp no_decay
+        GELU SVM BatchNorm Context Dense Dropout Elementwise Layer LeakyReLU Loss Needs Network Parameter ReLU Sigmoid
+        SoftmaxCrossEntropy Step Tanh losses mlp no_decay
     """,
     "optim": """
         LAMB LARS SGD AdaBelief Adadelta Adagrad Adam AdamW Adamax HeavyBall Lion Momentum NAdam Optimizer RAdam RMSProp
@@ -114,6 +114,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
     from gpubatch.model import Model as Model, load as load, save as save
     from gpubatch.nn import (
         GELU as GELU,
+        SVM as SVM,
         BatchNorm as BatchNorm,
         Context as Context,
         Dense as Dense,
@@ -127,6 +128,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         Parameter as Parameter,
         ReLU as ReLU,
         Sigmoid as Sigmoid,
+        SoftmaxCrossEntropy as SoftmaxCrossEntropy,
         Step as Step,
         Tanh as Tanh,
         losses as losses,

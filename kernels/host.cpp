@@ -427,30 +427,36 @@ static void mean_of(const T* losses, Int rows, T* loss) {
     *loss = (T)(total / (double)rows);
 }
 
-static bool softmax_cross_entropy(Any z, Any labels, Any targets, Any dz, Any losses, Any loss, bool gradient) {
+// Weights may be None in all of them: every row then counts 1.
+static bool softmax_cross_entropy(Any z, Any labels, Any targets, Any dz, Any losses, Any loss, bool gradient,
+                                  Any weights) {
     return with_matrix(z, [&](auto zero, Int rows, Int columns) {
         typedef decltype(zero) T;
         if (!fits(dz, TYPE<T>, rows * columns) || !fits(losses, TYPE<T>, rows) || !fits(loss, TYPE<T>, 1)) return false;
         if (labels.is_none() ? !fits(targets, TYPE<T>, rows * columns) : !fits(labels, NPY_INT64, rows)) return false;
-        const T *scores = data<T>(z), *numbers = data<T>(targets);
+        if (!(weights.is_none() || fits(weights, TYPE<T>, rows))) return false;
+        const T *scores = data<T>(z), *numbers = data<T>(targets), *of_rows = data<T>(weights);
         const Int* places = data<Int>(labels);
         T *to = data<T>(dz), *each = data<T>(losses), *mean = data<T>(loss);
         nb::gil_scoped_release unlocked;
         in_pieces(rows, 8 * columns, [&](Int first, Int last) {
-            table<T>().softmax(scores, places, numbers, to, each, (T)(1.0 / rows), gradient, columns, first, last);
+            table<T>().softmax(scores, places, numbers, of_rows, to, each, (T)(1.0 / rows), gradient, columns, first,
+                               last);
         });
         mean_of(each, rows, mean);
         return true;
     });
 }
 
-static bool score_loss(Int place, nb::tuple scalars, Any z, Any targets, Any dz, Any partial, Any loss, bool gradient) {
+static bool score_loss(Int place, nb::tuple scalars, Any z, Any targets, Any dz, Any partial, Any loss, bool gradient,
+                       Any weights) {
     return with_matrix(z, [&](auto zero, Int rows, Int columns) {
         typedef decltype(zero) T;
         const Int n = rows * columns, parts = parts_of(n, 1 << 12);
         if (!fits(targets, TYPE<T>, n) || !fits(dz, TYPE<T>, n) || !fits(loss, TYPE<T>, 1)) return false;
         if (!has_room(partial, NPY_DOUBLE, PARTS)) return false;
-        const T *scores = data<T>(z), *y = data<T>(targets);
+        if (!(weights.is_none() || fits(weights, TYPE<T>, rows))) return false;
+        const T *scores = data<T>(z), *y = data<T>(targets), *of_rows = data<T>(weights);
         T *to = data<T>(dz), *mean = data<T>(loss);
         double* sums = data<double>(partial);
         const std::vector<T> k = scalars_of<T>(scalars);
@@ -458,7 +464,7 @@ static bool score_loss(Int place, nb::tuple scalars, Any z, Any targets, Any dz,
         if (!run) return false;
         nb::gil_scoped_release unlocked;
         in_parts(n, 8, parts, [&](Int part, Int first, Int last) {
-            sums[part] = run(scores, y, to, k.data(), (T)(1.0 / (double)n), gradient, first, last);
+            sums[part] = run(scores, y, to, k.data(), (T)(1.0 / (double)n), of_rows, columns, gradient, first, last);
         });
         double total = 0;
         for (Int part = 0; part < parts; ++part) total += sums[part];
@@ -467,17 +473,17 @@ static bool score_loss(Int place, nb::tuple scalars, Any z, Any targets, Any dz,
     });
 }
 
-static bool svm(Any z, Any labels, Any dz, Any losses, Any loss, bool gradient) {
+static bool svm(Any z, Any labels, Any dz, Any losses, Any loss, bool gradient, Any weights) {
     return with_matrix(z, [&](auto zero, Int rows, Int columns) {
         typedef decltype(zero) T;
         if (!fits(dz, TYPE<T>, rows * columns) || !fits(losses, TYPE<T>, rows) || !fits(loss, TYPE<T>, 1)) return false;
-        if (!fits(labels, NPY_INT64, rows)) return false;
-        const T* scores = data<T>(z);
+        if (!fits(labels, NPY_INT64, rows) || !(weights.is_none() || fits(weights, TYPE<T>, rows))) return false;
+        const T *scores = data<T>(z), *of_rows = data<T>(weights);
         const Int* places = data<Int>(labels);
         T *to = data<T>(dz), *each = data<T>(losses), *mean = data<T>(loss);
         nb::gil_scoped_release unlocked;
         in_pieces(rows, 2 * columns, [&](Int first, Int last) {
-            table<T>().svm(scores, places, to, each, (T)(1.0 / rows), gradient, columns, first, last);
+            table<T>().svm(scores, places, of_rows, to, each, (T)(1.0 / rows), gradient, columns, first, last);
         });
         mean_of(each, rows, mean);
         return true;
@@ -731,9 +737,10 @@ NB_MODULE(_host, m) {
     m.def("activation_gradient", activation_gradient, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
           nb::arg().none(), nb::arg().none(), nb::arg().none());
     m.def("softmax_cross_entropy", softmax_cross_entropy, nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(),
-          nb::arg(), nb::arg(), nb::arg());
-    m.def("score_loss", score_loss);
-    m.def("svm", svm);
+          nb::arg(), nb::arg(), nb::arg(), nb::arg().none() = nb::none());
+    m.def("score_loss", score_loss, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+          nb::arg(), nb::arg().none() = nb::none());
+    m.def("svm", svm, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none() = nb::none());
     m.def("normalise", normalise);
     m.def("batch_norm", batch_norm);
     m.def("batch_norm_gradient", batch_norm_gradient, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),

@@ -67,15 +67,24 @@ static inline T sum(const T* x, Int n) {
     return total;
 }
 
-// Works on PIECE scores at a time: their losses stay in the first-level cache, and sum() adds them.
+// Works on PIECE scores at a time: their losses stay in the first-level cache, and sum() adds them. With `weights`, one
+// for each row of so many `columns`, both results are multiplied by the row's; a weight of 0 makes them 0.
 template <class F>
-static double score_loss(const T* z, const T* y, T* dz, const T* k, T share, bool gradient, Int first, Int last) {
+static double score_loss(const T* z, const T* y, T* dz, const T* k, T share, const T* weights, Int columns,
+                         bool gradient, Int first, Int last) {
     constexpr Int PIECE = 256;
     double total = 0;
     for (Int start = first; start < last; start += PIECE) {
         const Int n = last - start < PIECE ? last - start : PIECE;
         T losses[PIECE], slopes[PIECE];
         EACH for (Int i = 0; i < n; ++i) losses[i] = F::f(z[start + i], y[start + i], k, slopes[i]);
+        if (weights) {
+            for (Int i = 0; i < n; ++i) {
+                const T weight = weights[(start + i) / columns];
+                losses[i] = weight == 0 ? T(0) : losses[i] * weight;
+                slopes[i] = weight == 0 ? T(0) : slopes[i] * weight;
+            }
+        }
         total += sum(losses, n);
         if (gradient) {
             EACH for (Int i = 0; i < n; ++i) dz[start + i] = slopes[i] * share;

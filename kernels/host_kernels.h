@@ -29,7 +29,8 @@ struct Activation {
 template <class T>
 struct ScoreLoss {
     const char* name;
-    double (*run)(const T* z, const T* y, T* dz, const T* k, T share, bool gradient, Int first, Int last);
+    double (*run)(const T* z, const T* y, T* dz, const T* k, T share, const T* weights, Int columns, bool gradient,
+                  Int first, Int last);
 };
 
 // The storage types of samples: bool and uint8, int8, uint16, int16, uint32, int32, uint64, int64, float16, float32,
@@ -52,11 +53,12 @@ struct Table {
     void (*add_parts)(const T* sums, T factor, T* out, Int parts, Int columns);
 
     // The losses of the rows; with `gradient` dz = scale * gradient, otherwise dz is scratch. Either labels or targets,
-    // rows of numbers. A label out of range gives its row a NaN loss and gradient.
-    void (*softmax)(const T* z, const Int* labels, const T* targets, T* dz, T* losses, T scale, bool gradient,
-                    Int columns, Int first, Int last);
-    void (*svm)(const T* z, const Int* labels, T* dz, T* losses, T scale, bool gradient, Int columns, Int first,
-                Int last);
+    // rows of numbers. A label out of range gives its row a NaN loss and gradient. Both are multiplied by the row's
+    // weight; a weight of 0 makes them 0 whatever the row holds, and without weights each is 1.
+    void (*softmax)(const T* z, const Int* labels, const T* targets, const T* weights, T* dz, T* losses, T scale,
+                    bool gradient, Int columns, Int first, Int last);
+    void (*svm)(const T* z, const Int* labels, const T* weights, T* dz, T* losses, T scale, bool gradient, Int columns,
+                Int first, Int last);
 
     // y = gamma (x - mean) inverse + beta.
     void (*normalise)(const T* x, const T* mean, const T* inverse, const T* gamma, const T* beta, T* y, Int columns,

@@ -54,8 +54,8 @@ static inline T dot(const T* x, const T* y, Int n) {
     return total;
 }
 
-static void softmax(const T* z, const Int* labels, const T* targets, T* dz, T* losses, T scale, bool gradient,
-                    Int columns, Int first, Int last) {
+static void softmax(const T* z, const Int* labels, const T* targets, const T* weights, T* dz, T* losses, T scale,
+                    bool gradient, Int columns, Int first, Int last) {
     // Works on as many rows at a time as fit into the first-level cache: one exp loop covers them all, even short rows.
     const Int step = columns < 2048 ? 2048 / columns : 1;
     for (Int start = first; start < last; start += step) {
@@ -74,27 +74,39 @@ static void softmax(const T* z, const Int* labels, const T* targets, T* dz, T* l
         for (Int row = start; row < stop; ++row) {
             T* d = dz + row * columns;
             const T* y = targets + row * columns;
-            const T exponentials = sum(d, columns), weight = targets ? sum(y, columns) : T(1);
-            losses[row] = log(exponentials) * weight - losses[row];
+            if (weights && weights[row] == 0) {
+                EACH for (Int j = 0; j < columns; ++j) d[j] = 0;
+                losses[row] = 0;
+                continue;
+            }
+            const T exponentials = sum(d, columns), mass = targets ? sum(y, columns) : T(1);
+            losses[row] = log(exponentials) * mass - losses[row];
+            if (weights) losses[row] *= weights[row];
             if (!gradient) continue;
+            const T share = weights ? scale * weights[row] : scale;
             const bool number = losses[row] == losses[row];  // if NaN, the label may be out of range
-            const T factor = number ? scale / exponentials * weight : losses[row];
+            const T factor = number ? share / exponentials * mass : losses[row];
             if (targets) {
-                EACH for (Int j = 0; j < columns; ++j) d[j] = d[j] * factor - scale * y[j];
+                EACH for (Int j = 0; j < columns; ++j) d[j] = d[j] * factor - share * y[j];
             } else {
                 EACH for (Int j = 0; j < columns; ++j) d[j] *= factor;
-                if (number) d[labels[row]] -= scale;
+                if (number) d[labels[row]] -= share;
             }
         }
     }
 }
 
-static void svm(const T* z, const Int* labels, T* dz, T* losses, T scale, bool gradient, Int columns, Int first,
-                Int last) {
+static void svm(const T* z, const Int* labels, const T* weights, T* dz, T* losses, T scale, bool gradient, Int columns,
+                Int first, Int last) {
     for (Int row = first; row < last; ++row) {
         const T* x = z + row * columns;
         T* d = dz + row * columns;
         const Int label = labels[row];
+        if (weights && weights[row] == 0) {
+            EACH for (Int j = 0; j < columns; ++j) d[j] = 0;
+            losses[row] = 0;
+            continue;
+        }
         if (label < 0 || label >= columns) {
             for (Int j = 0; j < columns; ++j) d[j] = T(__builtin_nan(""));
             losses[row] = d[0];
@@ -104,11 +116,12 @@ static void svm(const T* z, const Int* labels, T* dz, T* losses, T scale, bool g
         EACH for (Int j = 0; j < columns; ++j) d[j] = larger_of(x[j] - own + 1, T(0));
         d[label] = 0;
         losses[row] = sum(d, columns);
+        if (weights) losses[row] *= weights[row];
         if (!gradient) continue;
         EACH for (Int j = 0; j < columns; ++j) d[j] = sign_of(d[j]);  // 1 for a violated margin, else 0
-        const T violated = sum(d, columns);
-        EACH for (Int j = 0; j < columns; ++j) d[j] *= scale;
-        d[label] = -violated * scale;
+        const T violated = sum(d, columns), share = weights ? scale * weights[row] : scale;
+        EACH for (Int j = 0; j < columns; ++j) d[j] *= share;
+        d[label] = -violated * share;
     }
 }
 

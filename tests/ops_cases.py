@@ -18,7 +18,7 @@ from gpubatch.ops.compile import C_TYPES
 from gpubatch.ops.elementwise import elementwise_source
 from gpubatch.ops.gather import gather_source
 from gpubatch.ops.grid import PARTS, SUM_PARTS
-from gpubatch.ops.losses import score_loss_source
+from gpubatch.ops.losses import score_loss_source, weigh_source
 
 F = np.dtype(np.float32)
 HALF = 2.0**-11  # largest relative error of rounding to float16, except for subnormal numbers
@@ -77,7 +77,7 @@ class Place:
         full = {name: self.empty(rows, features) for name in ("slope", "dz", "normalised", "mask")}
         scratch = {name: self.empty(rows, features, dtype=self.compute) for name in "tu"}
         columns = {name: self.empty(features, dtype=self.compute) for name in ("mean", "var", "inverse")}
-        lines = {name: self.empty(rows, dtype=self.compute) for name in ("sum", "log", "weight")}
+        lines = {name: self.empty(rows, dtype=self.compute) for name in ("sum", "log", "mass")}
         return {
             **full,
             **scratch,
@@ -149,7 +149,22 @@ def of_factor(p: Place, factor: float) -> dict[str, Array]:
     return {} if factor == 1 else {"factor": p.array(np.full(1, factor), p.compute)}
 
 
-def softmax(truth: str, gradient: bool, factor: float, p: Place, rows: int, classes: int) -> Results:
+def sample_weights(p: Place, rows: int) -> Array:
+    """Weights of rows, of which every third is 0; the first is not."""
+    return p.array(np.where(np.arange(rows) % 3 == 1, 0, p.rng.uniform(0.1, 2, rows)).astype(p.precision), p.compute)
+
+
+def weigh(weight: str, labels: str, p: Place, rows: int, features: int) -> Results:
+    w = p.backend.asarray((10 * p.rng.uniform(0, 2, rows)).astype(weight)) if weight else None
+    Y = p.labels(rows, 3, labels) if labels else None
+    out, whole = p.empty(rows, dtype=p.compute), p.empty(1, dtype=np.float64)
+    p.ops.weigh(w, Y, 2, out, whole, {})
+    return {"out": out, "sum": whole}
+
+
+def softmax(
+    truth: str, gradient: bool, factor: float, p: Place, rows: int, classes: int, weighted: bool = False
+) -> Results:
     z, work = p.real(rows, classes, times=5), p.work(rows, classes, **of_factor(p, factor))
     if truth == "rows":
         Y = p.positive(rows, classes)
@@ -157,18 +172,35 @@ def softmax(truth: str, gradient: bool, factor: float, p: Place, rows: int, clas
         Y = p.backend.asarray(np.eye(classes, dtype=np.uint8)[p.rng.integers(0, classes, rows)])
     else:
         Y = p.labels(rows, min(classes, 100), truth)
-    p.ops.softmax_cross_entropy(z, Y, gradient, work)
+    weights = sample_weights(p, rows) if weighted else None
+    if truth == "int64" and weighted:
+        Y[1::3] = -100  # nobody looks at the label of a row that is left out
+    p.ops.softmax_cross_entropy(z, Y, gradient, work, *([weights] if weighted else []))
     return {"loss": work["loss"], **({"dz": work["dz"]} if gradient else {})}
 
 
-def svm(labels: str, gradient: bool, factor: float, p: Place, rows: int, classes: int) -> Results:
+def svm(
+    labels: str, gradient: bool, factor: float, p: Place, rows: int, classes: int, weighted: bool = False
+) -> Results:
     z, Y, work = p.grid(rows, classes), p.labels(rows, min(classes, 100), labels), p.work(rows, classes)
     work.update(of_factor(p, factor))
-    p.ops.svm(z, Y, gradient, work)
+    weights = sample_weights(p, rows) if weighted else None
+    if weighted:
+        Y[1::3] = 2**40
+    p.ops.svm(z, Y, gradient, work, weights)
     return {"loss": work["loss"], **({"dz": work["dz"]} if gradient else {})}
 
 
-def over_scores(method: str, stored: str, gradient: bool, factor: float, p: Place, rows: int, features: int) -> Results:
+def over_scores(
+    method: str,
+    stored: str,
+    gradient: bool,
+    factor: float,
+    p: Place,
+    rows: int,
+    features: int,
+    weighted: bool = False,
+) -> Results:
     """Targets are numbers from 0 to 1, in rows, or alone where there is one score; "strided" are between others."""
     strided = stored == "strided"
     z, work = p.real(rows, features, times=5), p.work(rows, features, **of_factor(p, factor))
@@ -176,7 +208,11 @@ def over_scores(method: str, stored: str, gradient: bool, factor: float, p: Plac
     values = p.rng.uniform(0, 1, (rows, 2 * features if strided else features))
     Y = p.backend.asarray((values if dtype.kind == "f" else np.round(values)).astype(dtype))
     Y = Y[:, ::2] if strided else Y.reshape(-1) if features == 1 else Y
-    p.ops.score_loss(getattr(scores, method).bind(), z, Y, gradient, work)
+    weights = sample_weights(p, rows) if weighted else None
+    if weighted:
+        z[1::3] = np.inf  # nor at its scores
+    with np.errstate(invalid="ignore"):
+        p.ops.score_loss(getattr(scores, method).bind(), z, Y, gradient, work, weights)
     return {"loss": work["loss"], **({"dz": work["dz"]} if gradient else {})}
 
 
@@ -331,6 +367,27 @@ for method, targets in (
     case = CASES[f"{method} {targets[0]}"]
     CASES[f"{method}, loss alone"] = replace(case, run=functools.partial(over_scores, method, targets[0], False, 1))
     CASES[f"{method}, scaled"] = replace(case, run=functools.partial(over_scores, method, targets[0], True, 8))
+for name, run in {
+    "softmax int64": functools.partial(softmax, "int64", True, 8),
+    "softmax rows": functools.partial(softmax, "rows", True, 1),
+    "svm int64": functools.partial(svm, "int64", True, 8),
+    "mse float32": functools.partial(over_scores, "mse", "float32", True, 8),
+    "sigmoid_cross_entropy uint8": functools.partial(over_scores, "sigmoid_cross_entropy", "uint8", True, 1),
+}.items():
+    CASES[f"{name}, weighted"] = replace(CASES[name], run=functools.partial(run, weighted=True))
+for weight, labels in (("float32", ""), ("float64", "int64"), ("uint8", "int8"), ("", "uint64")):
+    CASES[f"weigh {weight or 'nothing'}, labels {labels or 'none'}"] = Case(
+        "weigh",
+        functools.partial(
+            lambda weight, labels, dtype: weigh_source(
+                dtype, weight or compute_dtype(np.dtype(dtype)).name, labels or "int64"
+            ),
+            weight,
+            labels,
+        ),
+        functools.partial(weigh, weight, labels),
+        [(rows, features) for rows, features in SIZES if rows > 4],
+    )
 CASES["l2_loss"] = Case("l2_loss", file("l2.cu", "total.cuh"), l2_loss, SIZES)
 CASES["l2_gradient"] = Case("l2_gradient", file("l2.cu", "total.cuh"), functools.partial(l2_gradient, 1), SIZES)
 CASES["l2_gradient, scaled"] = replace(CASES["l2_gradient"], run=functools.partial(l2_gradient, 8))
@@ -395,6 +452,10 @@ FAST = {
     "activation_gradient of biases alone",
     "softmax rows",
     "softmax int64, scaled",
+    "softmax int64, weighted",
+    "softmax rows, weighted",
+    "svm int64, weighted",
+    "mse float32, weighted",
     "batch_norm new",
     "batch_norm_gradient none",
     "dropout 0.3 from 13",

@@ -173,7 +173,7 @@ def check_argument(source: str, parameter: str, argument: Any) -> None:
 def types_of(source: str) -> dict[str, Any]:
     """The NumPy type of each C type in a source's parameters; None if the source does not define it."""
     of: dict[str, Any] = dict(NUMBERS)
-    for name in ("T", "S", "Sample", "Target"):
+    for name in ("T", "S", "Sample", "Target", "Weight", "Label"):
         defined = (np.dtype(dtype).type for dtype, c in C_TYPES.items() if f"typedef {c} {name};" in source)
         of[name] = next(defined, None)
     return of

@@ -474,6 +474,9 @@ FAULTS = {
     ),
     "a sum is not scaled down": ("sum *= exp(top - of.z);", "", "softmax int64"),
     "the gradient is not scaled": ("share * value_at(scale, 1)", "share", "softmax int64, scaled"),
+    "a weight of another row": ("lost * weights[row]", "lost * weights[0]", "softmax int64, weighted"),
+    "a weight of another score": ("weights[i / outputs]", "weights[0]", "mse float32, weighted"),
+    "weights are not relative": ("T(w * factor)", "w", "weigh float32, labels none"),
     "the label counts as a margin": ("if (j == label) return;", "", "svm int64"),
     "rows are left out": ("gridDim.y * lanes;", "gridDim.y * lanes + 1;", "activation_gradient relu new"),
     "a bias of another column": ("b[tile.column]", "b[0]", "activate relu with bias"),
@@ -519,6 +522,7 @@ def test_a_planted_fault_is_noticed(fault: str, device: CudaBackend, monkeypatch
         *((module, "source_of") for module in (compile, grid, gather, losses, elementwise)),
         (elementwise, "elementwise_source"),
         (losses, "score_loss_source"),
+        (losses, "weigh_source"),
         (gather, "gather_source"),
     ):
         monkeypatch.setattr(module, write, getattr(module, write).__wrapped__)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpubatch.backend import Array
-from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_choice, check_int
+from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError, check_choice, check_int
 from gpubatch.explore.shared import Progress, check_net, grid_of, report
 from gpubatch.nn import BatchNorm, Dense, Network, core_of
 from gpubatch.params import FlatViews
@@ -138,7 +138,7 @@ def _penalties(net: Network, directions: list[np.ndarray], points: np.ndarray) -
     """The l2 term at every point, a polynomial of second degree: |W + a W1 + b W2|² of the weights."""
     if not net.l2:
         return np.zeros(len(points))
-    counted = core_of(net).weights
+    counted = core_of(net).l2_names
     mask = np.concatenate([np.full(math.prod(s), name in counted) for name, s in net.parameters.shapes.items()])
     vectors = np.stack([net.backend.to_numpy(net.parameters.flat).astype(np.float64), *directions])[:, mask]
     return np.asarray(net.l2 / 2 * np.einsum("pi,ij,pj->p", points, vectors @ vectors.T, points))
@@ -151,7 +151,7 @@ def _data_losses(
     basis = net.backend.empty((points.shape[1], net.parameters.size), net.dtype)
     for row, values in zip(basis, (net.parameters.flat, *directions), strict=True):
         row[...] = net.backend.asarray(values, net.dtype)
-    sums = np.zeros(len(points))
+    sums, counted = np.zeros(len(points)), 0.0
     most = SLICE_ROWS[net.backend.name]
     starts = range(0, len(X), most)
     for block, start in enumerate(starts):
@@ -160,9 +160,12 @@ def _data_losses(
         for begin in range(0, len(points), side.points):
             report(progress, block * len(points) + begin, len(starts) * len(points))
             some = slice(begin, begin + side.points)
-            sums[some] += side.evaluate(points[some]) * (rows.stop - rows.start)
+            sums[some] += side.evaluate(points[some]) * side.counted if side.counted else 0
+        counted += side.counted
     report(progress, len(starts) * len(points), len(starts) * len(points))
-    return sums / len(X)
+    if not counted:
+        raise NonFiniteError("the loss has no mean, since all labels are ignored")
+    return sums / counted
 
 
 class SideBySide:
@@ -180,6 +183,9 @@ class SideBySide:
         self.points = min(most, max(1, SLICE_ELEMENTS[net.backend.name] // (self.rows * max(net.inputs, widest))))
         self.all = core.apart(self.points * self.rows)  # the points one after another
         self.one = core.apart(self.rows).bind(self.rows)
+        weights = core.weights(Y, None)  # of ignored labels
+        self.loss = self.one.weighing(weights)
+        self.counted = self.rows if weights is None else core.sum_of_weights
 
         # Dense and BatchNorm are linear in their parameters; of one's own layers nobody knows.
         head = next(i for i, run in enumerate(core.layers) if run.needs.parameters)
@@ -220,7 +226,7 @@ class SideBySide:
     def evaluate(self, points: np.ndarray) -> np.ndarray:
         """The mean losses at ``points``, ``(points, coordinates)``."""
         n = len(points)
-        calls, loss, self.core.mode.training = self.all.bind(n * self.rows).calls, self.one.loss, False
+        calls, loss, self.core.mode.training = self.all.bind(n * self.rows).calls, self.loss, False
         coordinates = self.net.backend.asarray(points, self.net.dtype)
         self.xp.matmul(coordinates, self.basis, out=self.stack[:n])
         x = None

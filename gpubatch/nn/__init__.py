@@ -16,7 +16,7 @@ from gpubatch.nn.layers import (
     Step,
     Tanh,
 )
-from gpubatch.nn.losses import LOSSES, Loss, loss_of
+from gpubatch.nn.losses import LOSSES, SVM, Loss, SoftmaxCrossEntropy, loss_of
 from gpubatch.nn.needs import Context, Needs, Parameter
 from gpubatch.nn.network import Network, core_of, mlp, no_decay
 from gpubatch.nn.stack import parameter_names, stacked
@@ -26,6 +26,7 @@ __all__ = [
     "EVALUATION_ROWS",
     "GELU",
     "LOSSES",
+    "SVM",
     "BatchNorm",
     "Context",
     "Core",
@@ -40,6 +41,7 @@ __all__ = [
     "Parameter",
     "ReLU",
     "Sigmoid",
+    "SoftmaxCrossEntropy",
     "Step",
     "Tanh",
     "core_of",

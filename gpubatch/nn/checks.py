@@ -117,6 +117,7 @@ class WatchedLoss(Loss):
 
     def __init__(self, loss: Loss) -> None:
         self.loss, self.classifies = loss, loss.classifies
+        self.takes_weights = loss.takes_weights
         with told(f"{type(loss).__name__}.least_outputs"):
             self.least_outputs = check_int("its value", loss.least_outputs, 1)
         self._proved = set[tuple[int, bool]]()
@@ -125,6 +126,11 @@ class WatchedLoss(Loss):
     def name(self) -> str:
         """See :class:`Loss`."""
         return self.loss.name
+
+    @property
+    def ignore_label(self) -> int | None:
+        """See :class:`Loss`."""
+        return self.loss.ignore_label
 
     def workspace(self, outputs: int) -> Mapping[str, Space]:
         """See :class:`Loss`."""

@@ -19,7 +19,7 @@ from gpubatch.backend import Array, Backend, compute_dtype
 from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
 from gpubatch.nn.checks import WatchedLayer, WatchedLoss, of_the_user
 from gpubatch.nn.layers import BatchNorm, Dense, DenseActivation, Layer
-from gpubatch.nn.losses import Loss
+from gpubatch.nn.losses import NO_MEAN, Loss, Weighing, check_weight, check_weight_values, counts_of, no_mean
 from gpubatch.nn.needs import Context, Mode, Normal, Parameter, Space
 from gpubatch.nn.stack import Stacked, describe_layer, fused, parameter_names, stacked, told
 from gpubatch.nn.workspace import (
@@ -86,6 +86,8 @@ class Core:
                 f"{loss.name} needs at least {self.loss.least_outputs} outputs, the last layer gives {self.outputs}; "
                 "for yes or no use loss='sigmoid_cross_entropy'"
             )
+        if self.loss.ignore_label is not None and not self.loss.takes_weights:
+            raise ArgumentError(f"{loss.name} has ignore_label, but takes no weights: its class needs takes_weights")
         self.xp, self.ops, self.mode = backend.xp, ops_for(backend, dtype), Mode(seed)
         largest = max((math.prod(p.shape) for run in self.layers for p in run.needs.parameters.values()), default=0)
         self.products = products_for(backend, dtype, precision, tune, largest)
@@ -97,11 +99,12 @@ class Core:
         self.stack = fused(self.layers)
         self._watched = {run.place: WatchedLayer(run) for run in self.layers if of_the_user(run.layer)}
         self.first = next(i for i, run in enumerate(self.stack) if run.needs.parameters)
-        self.weights = self.names_with(l2=True) if l2 else []
-        self.spans = self._spans_of(self.weights)
+        self.l2_names = self.names_with(l2=True) if l2 else []
+        self.spans = self._spans_of(self.l2_names)
         self._reach = Reach(self.first, self.spans)
         self._remembered = backend.empty(self.buffers.size, self.compute_dtype), 0
         self._sums: Array = None  # of the gradients of micro-batches
+        self._weighing = Weighing(backend, self.compute_dtype)
         self._training: Workspace[Pass] | None = None
         self._evaluation: Workspace[Pass] | None = None
 
@@ -127,26 +130,43 @@ class Core:
 
     # --- a training step ---
 
-    def step(self, X: Array, Y: Array) -> Pass:
-        """Make a training step, checked and counted; on a GPU without a wait, so without the values of Y."""
-        self.check_batch(X, Y, values=self.backend.name == "cpu")
+    def step(self, X: Array, Y: Array, weight: Array | None = None) -> Pass:
+        """Make a training step, checked and counted; on a GPU without a wait, so without the values of Y and weight."""
+        self.check_batch(X, Y, values=self.backend.name == "cpu", weight=weight)
         with self.backend.scope(), quiet():
-            run = self.forward(X, Y)
+            run = self.forward(X, Y, self.weights(Y, weight))
             if self.backend.name == "cpu" and math.isnan(run.loss.work["loss"].item()):
-                self.loss.check_values(Y, self.outputs)
+                self.check_values(Y, weight)
             self.backward(run, X)
         self.mode.step += 1
         return run
 
-    def forward(self, X: Array, Y: Array) -> Pass:
-        """Scores, loss with its gradient by them, and l2 term of a training batch."""
+    def weights(self, Y: Array, weight: Array | None) -> Array | None:
+        """What each sample of a training batch counts, its weight over the mean; None where all count alike.
+
+        The array is valid until the next call.
+        """
+        return self._weighing.of(self.loss, Y, weight)
+
+    @property
+    def sum_of_weights(self) -> float:
+        """The sum of the weights that :meth:`weights` was given last; on a GPU this waits for the device."""
+        return float(self._weighing.sum.item())
+
+    def check_mean(self, X: Array, Y: Array, weight: Array | None) -> None:
+        """Raise if the weights that :meth:`weights` was given last have no mean."""
+        if not 0 < self.sum_of_weights < math.inf:
+            self.finite(math.nan, X, Y, weight)
+
+    def forward(self, X: Array, Y: Array, weights: Array | None = None) -> Pass:
+        """Scores, loss with its gradient by them, and l2 term of a training batch; ``weights`` as :meth:`weights`."""
         self.reserve(len(X))
         assert self._training is not None
         self.mode.training = True
         run = self._training.bind(len(X))
         run.forward(X)
-        self.loss.run(run.scores, Y, run.loss)
-        if self.weights:
+        self.loss.run(run.scores, Y, run.weighing(weights))
+        if self.l2_names:
             self.add_l2(run.loss)
         return run
 
@@ -181,7 +201,7 @@ class Core:
             if i >= first and not asks:
                 unwanted += [self.parameters.grads[name] for name in own & set(names)]
         statistics = tuple(i for i, run in enumerate(self.stack[:first]) if run.needs.buffers)
-        l2_spans = self._spans_of([name for name in self.weights if name not in names])
+        l2_spans = self._spans_of([name for name in self.l2_names if name not in names])
         with self.backend.scope():
             for name in names:
                 self.parameters.grads[name].fill(0)
@@ -196,15 +216,29 @@ class Core:
         """Add the l2 term to the loss in a workspace."""
         self.ops.l2_loss(self.parameters.flat, self.spans, self.l2 / 2, c.work["loss"], c.work)
 
-    def batch(self, X: Array, Y: Array) -> float:
-        """Compute the loss of these rows, which must be finite, and their gradients."""
-        run = self.forward(X, Y)
-        loss = self.finite(run.loss.work["loss"].item(), X, Y)
+    def batch(self, X: Array, Y: Array, weights: Array | None = None, weight: Array | None = None) -> float:
+        """Compute the loss of these rows, which must be finite, and their gradients.
+
+        ``weights`` are made of ``weight``, as :meth:`weights` does, which is for messages.
+        """
+        run = self.forward(X, Y, weights)
+        loss = self.finite(run.loss.work["loss"].item(), X, Y, weight)
         self.backward(run, X)
         return loss
 
-    def micro_batches(self, X: Array, Y: Array, rows: int, one: Callable[[Array, Array, float], None]) -> None:
-        """Add up the gradients of a batch from about equal parts of at most ``rows`` rows; ``one`` computes each."""
+    def micro_batches(
+        self,
+        X: Array,
+        Y: Array,
+        weights: Array | None,
+        rows: int,
+        one: Callable[[Array, Array, Array | None, float], None],
+    ) -> None:
+        """Add up the gradients of a batch from about equal parts of at most ``rows`` rows; ``one`` computes each.
+
+        ``weights`` are those of the whole batch, whose mean is 1: the means of the parts, each with its share, add up
+        to the mean of the batch.
+        """
         if self._sums is None:
             self._sums = self.backend.empty(self.parameters.flat.shape, self.compute_dtype)
         grads = self.parameters.grads.flat
@@ -213,7 +247,7 @@ class Core:
             share = (part.stop - part.start) / len(X)
             self.mode.row = part.start
             try:
-                one(X[part], Y[part], share)
+                one(X[part], Y[part], None if weights is None else weights[part], share)
             finally:
                 self.mode.row = 0
             if self._sums.dtype == grads.dtype:
@@ -226,7 +260,13 @@ class Core:
         grads[...] = self._sums
 
     def enqueue(
-        self, X: Array, Y: Array, step: Array, micro_batch_size: int, add: Callable[[Array, float], None]
+        self,
+        X: Array,
+        Y: Array,
+        weight: Array | None,
+        step: Array,
+        micro_batch_size: int,
+        add: Callable[[Array, float], None],
     ) -> Any:
         """Launch what a training step launches on a GPU, and nothing else, so that it can be captured in a CUDA graph.
 
@@ -235,30 +275,31 @@ class Core:
         the memory the graph works in: keep them as long as the graph.
         """
 
-        def one(x: Array, y: Array, share: float) -> None:
-            run = self.forward(x, y)
+        def one(x: Array, y: Array, weights: Array | None, share: float) -> None:
+            run = self.forward(x, y, weights)
             add(run.loss.work["loss"], share)
             self.backward(run, x)
 
         own, self.mode.step = self.mode.step, step.view(np.uint64)
         try:
+            weights = self.weights(Y, weight)
             if len(X) <= micro_batch_size:
-                one(X, Y, 1.0)
+                one(X, Y, weights, 1.0)
             else:
-                self.micro_batches(X, Y, micro_batch_size, one)
+                self.micro_batches(X, Y, weights, micro_batch_size, one)
         finally:
             self.mode.step = own
-        return self._training, self._sums, self._reach, self.products
+        return self._training, self._sums, self._weighing.owned, self._reach, self.products
 
     def count_steps(self, steps: int) -> None:
         """Count training steps that were made by :meth:`enqueue`."""
         self.mode.step += steps
 
-    def rehearse(self, X: Array, Y: Array) -> None:
+    def rehearse(self, X: Array, Y: Array, weight: Array | None = None) -> None:
         """Make a training step that leaves nothing but its workspace and the gradients: proof that the batch fits."""
         self.remember()
         try:
-            self.step(X, Y)
+            self.step(X, Y, weight)
             self.backend.synchronize()
         finally:
             self.recall()
@@ -328,8 +369,8 @@ class Core:
     def _training_pass(self, layout: Layout, constants: Mapping[str, Array]) -> Pass:
         loss = layout.arrays(self._loss_spaces())
         afterwards: dict[str, Space] = {}
-        if self.weights and self.backend.name == "cpu":
-            largest = max(int(self.parameters[name].size) for name in self.weights)
+        if self.l2_names and self.backend.name == "cpu":
+            largest = max(int(self.parameters[name].size) for name in self.l2_names)
             afterwards["l2"] = (min(largest, L2_BLOCK),), COMPUTE
         scratch = scratch_of(self.stack, self.ops, training=True)
         arrays, last = training_arrays(layout, self.stack, scratch, self.first, loss["dz"], afterwards)
@@ -345,7 +386,7 @@ class Core:
 
     def _loss_spaces(self) -> Mapping[str, Space]:
         """What the loss and the l2 term work in."""
-        l2 = self.ops.scratch(["l2_loss"], self.outputs) if self.weights else {}
+        l2 = self.ops.scratch(["l2_loss"], self.outputs) if self.l2_names else {}
         return {**self.loss.workspace(self.outputs), **l2}
 
     def _pass(
@@ -424,11 +465,17 @@ class Core:
 
     # --- checks ---
 
-    def check_batch(self, X: Any, Y: Any, values: bool = False) -> None:
-        """Raise unless X and Y can be a batch, by shape, element type and device, and with ``values`` by those of Y."""
+    def check_batch(self, X: Any, Y: Any, values: bool = False, weight: Any = None) -> None:
+        """Raise unless X and Y can be a batch, by shape, element type and device, and with ``values`` by those of Y.
+
+        Values of ``weight`` that cannot be make the loss NaN, and nobody has to look at them before.
+        """
         self.check_inputs(X)
         self.backend.check("Y", Y)
         self.loss.check(Y, len(X), self.outputs)
+        if weight is not None:
+            self.backend.check("weight", weight)
+            check_weight(weight, len(X), self.loss)
         if values and not self.loss.nan_marks_bad_labels(Y):
             with self.backend.scope():
                 self.loss.check_values(Y, self.outputs)
@@ -454,11 +501,19 @@ class Core:
                 f"X.astype('{self.dtype}'), or let Loader do it (dtype=, and scale=1/255 for images of uint8)"
             )
 
-    def finite(self, loss: float, X: Array, Y: Array) -> float:
+    def check_values(self, Y: Array, weight: Array | None = None) -> None:
+        """Raise if a value of Y or of ``weight`` is out of range."""
+        self.loss.check_values(Y, self.outputs)
+        if weight is not None:
+            check_weight_values(weight)
+
+    def finite(self, loss: float, X: Array, Y: Array, weight: Array | None = None) -> float:
         """The loss, if it is finite; otherwise an error that says why it may not be."""
         if math.isfinite(loss):
             return loss
-        self.loss.check_values(Y, self.outputs)
+        self.check_values(Y, weight)
+        if no_mean(counts_of(self.loss, Y, weight)):
+            raise NonFiniteError(f"loss is {loss} for a batch of shape {X.shape}: {NO_MEAN}")
         if not self.xp.isfinite(X).all().item():
             cause = "X holds NaN or infinity"
         elif not self.xp.isfinite(self.parameters.flat).all().item():

@@ -1,19 +1,31 @@
 """Losses: one number for a batch of scores, and its gradient by them; forward and backward side by side.
 
-Scores are ``(batch, outputs)``; the loss is a mean over the batch, so its size does not depend on the batch size. Each
-loss is also a function, ``softmax_cross_entropy(scores, Y) -> (loss, dscores)``, for use without a network.
+Scores are ``(batch, outputs)``; the loss is a mean over the batch, so its size does not depend on the batch size. With
+weights w of the samples it is Σ w l / Σ w. Each loss is also a function, ``softmax_cross_entropy(scores, Y) -> (loss,
+dscores)``, for use without a network.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
-from gpubatch.backend import Array, backend_of, describe
-from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_choice, check_real
+from gpubatch.backend import Array, Backend, backend_of, describe
+from gpubatch.errors import (
+    ArgumentError,
+    DTypeError,
+    NonFiniteError,
+    ShapeError,
+    check_choice,
+    check_int,
+    check_real,
+)
 from gpubatch.formula import BoundScoreLoss, ScoreLoss, scores
 from gpubatch.nn.needs import Context, Mode, Space
 from gpubatch.nn.workspace import Layout, Workspace
@@ -22,8 +34,12 @@ from gpubatch.own import as_written
 
 __all__ = [
     "LOSSES",
+    "SVM",
     "Loss",
     "LossFunction",
+    "SoftmaxCrossEntropy",
+    "check_weight",
+    "check_weight_values",
     "focal",
     "hinge",
     "huber",
@@ -49,10 +65,12 @@ class Loss(ABC):
 
     least_outputs: how many outputs a network must have at least.
     classifies: whether predictions are right or wrong.
+    takes_weights: whether :meth:`run` multiplies the loss and the gradient of each sample by ``c.weights``, where these
+        are not None, before it takes the mean. A weight given to a loss that does not is an error.
     name: what checkpoints and messages call it.
 
-        class WeightedHinge(gb.Loss):
-            name = "weighted hinge"
+        class ScaledHinge(gb.Loss):
+            name = "scaled hinge"
             least_outputs = 2
 
             def workspace(self, outputs): return {"loss": ((1,), None), "dz": ((-1, outputs), None)}
@@ -65,17 +83,30 @@ class Loss(ABC):
 
     least_outputs = 1
     classifies = True
+    takes_weights = False
+
+    @property
+    def ignore_label(self) -> int | None:
+        """Samples with this label have the weight 0; None for none."""
+        return None
 
     @property
     def name(self) -> str:
-        """Its name in checkpoints and messages."""
-        return next((name for name, loss in LOSSES.items() if loss is self), type(self).__name__)
+        """Its name in checkpoints and messages, with the options that are not the usual ones."""
+        known = next((name for name, loss in LOSSES.items() if type(loss) is type(self)), type(self).__name__)
+        return known + (f"({listed(self.options())})" if self.options() else "")
 
     def __init_subclass__(cls) -> None:
+        if "run" in vars(cls) and "takes_weights" not in vars(cls):
+            cls.takes_weights = False  # another run than the one that says it does
         as_written(cls)
 
     def __repr__(self) -> str:
         return f"<loss {self.name}>"
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of the loss that are not the usual ones, by name."""
+        return {}
 
     @abstractmethod
     def workspace(self, outputs: int) -> Mapping[str, Space]:
@@ -116,6 +147,7 @@ class OverScores(Loss):
     """
 
     classifies = False
+    takes_weights = True
 
     def __init__(self, loss: BoundScoreLoss) -> None:
         self.bound = loss
@@ -138,7 +170,7 @@ class OverScores(Loss):
 
     def run(self, z: Array, Y: Array, c: Context) -> None:
         """The mean of f(z, y) over the scores, and its gradient."""
-        c.ops.score_loss(self.bound, z, Y, c.gradient, c.work)
+        c.ops.score_loss(self.bound, z, Y, c.gradient, c.work, c.weights)
 
     def predict(self, z: Array) -> Array:
         """The scores themselves; ``(batch,)`` where there is one output, so that ``predict(X) - Y`` is no table."""
@@ -223,13 +255,34 @@ def over_scores(bound: BoundScoreLoss) -> OverScores:
 # --- one class of many -----------------------------------------------------------------------------------------------
 
 
+def checked_ignore(label: int | None) -> int | None:
+    """The argument ``ignore_label``."""
+    return None if label is None else check_int("ignore_label", label, -(2**63), 2**63 - 1)
+
+
 class SVM(Loss):
     """Multiclass hinge loss Σ_{j≠y} max(0, z_j - z_y + 1), mean over the batch (Weston & Watkins 1999, CS231n).
 
     Y holds integer labels ``(batch,)``.
+
+    ignore_label: samples with this label count for nothing, neither in the mean nor in accuracy; any integer, None for
+        no label.
     """
 
     least_outputs = 2
+    takes_weights = True
+
+    def __init__(self, ignore_label: int | None = None) -> None:
+        self._ignored = checked_ignore(ignore_label)
+
+    @property
+    def ignore_label(self) -> int | None:
+        """See :class:`Loss`."""
+        return self._ignored
+
+    def options(self) -> dict[str, Any]:
+        """See :class:`Loss`."""
+        return {} if self._ignored is None else {"ignore_label": self._ignored}
 
     def workspace(self, outputs: int) -> Mapping[str, Space]:
         """The results, and the operation's scratch."""
@@ -241,7 +294,7 @@ class SVM(Loss):
 
     def check_values(self, Y: Array, outputs: int) -> None:
         """Labels count from 0."""
-        check_label_values(Y, outputs)
+        check_label_values(Y, outputs, self.ignore_label)
 
     def nan_marks_bad_labels(self, Y: Array) -> bool:
         """The kernels compare labels with the number of classes."""
@@ -249,7 +302,7 @@ class SVM(Loss):
 
     def run(self, z: Array, Y: Array, c: Context) -> None:
         """L = Σ max(0, z_j - z_y + 1) / n, without j = y."""
-        c.ops.svm(z, Y, c.gradient, c.work)
+        c.ops.svm(z, Y, c.gradient, c.work, c.weights)
 
     def predict(self, z: Array) -> Array:
         """The class of the highest score."""
@@ -264,9 +317,25 @@ class SoftmaxCrossEntropy(Loss):
     """-Σ_j y_j log softmax(z)_j, mean over the batch.
 
     Y holds integer labels ``(batch,)``, or a row of probabilities (one-hot, say) for each row of scores.
+
+    ignore_label: samples with this label count for nothing, neither in the mean nor in accuracy; any integer, None for
+        no label. Rows of probabilities have no label.
     """
 
     least_outputs = 2
+    takes_weights = True
+
+    def __init__(self, ignore_label: int | None = None) -> None:
+        self._ignored = checked_ignore(ignore_label)
+
+    @property
+    def ignore_label(self) -> int | None:
+        """See :class:`Loss`."""
+        return self._ignored
+
+    def options(self) -> dict[str, Any]:
+        """See :class:`Loss`."""
+        return {} if self._ignored is None else {"ignore_label": self._ignored}
 
     def workspace(self, outputs: int) -> Mapping[str, Space]:
         """The results, and the operation's scratch."""
@@ -282,7 +351,7 @@ class SoftmaxCrossEntropy(Loss):
     def check_values(self, Y: Array, outputs: int) -> None:
         """Labels count from 0; probabilities are not negative."""
         if Y.ndim == 1:
-            check_label_values(Y, outputs)
+            check_label_values(Y, outputs, self.ignore_label)
         elif not (low := Y.min().item()) >= 0:
             raise ArgumentError(f"Y must hold probabilities, got {low}")
 
@@ -292,7 +361,7 @@ class SoftmaxCrossEntropy(Loss):
 
     def run(self, z: Array, Y: Array, c: Context) -> None:
         """L = Σ log Σ_j exp(z_j) - z_y / n, dz = (softmax(z) Σ_j y_j - y) / n."""
-        c.ops.softmax_cross_entropy(z, Y, c.gradient, c.work)
+        c.ops.softmax_cross_entropy(z, Y, c.gradient, c.work, c.weights)
 
     def predict(self, z: Array) -> Array:
         """The class of the highest score."""
@@ -355,11 +424,42 @@ def check_labels(Y: Array, rows: int, takes: str) -> None:
         raise DTypeError(f"{takes}: Y of shape {Y.shape} has dtype {Y.dtype}; convert it with Y.astype('int64')")
 
 
-def check_label_values(Y: Array, outputs: int) -> None:
-    """Labels must be 0 to outputs - 1."""
+def check_label_values(Y: Array, outputs: int, ignored: int | None = None) -> None:
+    """Labels must be 0 to outputs - 1, or the one that is ignored."""
+    if ignored is not None:
+        Y = Y[ignored != Y]
+        if not Y.size:
+            return
     low, high = Y.min().item(), Y.max().item()
     if low < 0 or high >= outputs:
-        raise ArgumentError(f"Y must hold labels from 0 to {outputs - 1}, got {high if low >= 0 else low}")
+        others = "" if ignored is None else f", or {ignored}, which is ignored"
+        raise ArgumentError(f"Y must hold labels from 0 to {outputs - 1}{others}, got {high if low >= 0 else low}")
+
+
+def check_weight(weight: Array, rows: int, loss: Loss) -> None:
+    """A weight must be a real number for each row, and the loss must take weights."""
+    if not loss.takes_weights:
+        raise ArgumentError(
+            f"{loss.name} takes no weights: its run(z, Y, c) must multiply the losses and gradients of the samples by "
+            "c.weights, and its class say so with takes_weights = True"
+        )
+    if weight.shape != (rows,):
+        raise ShapeError(f"weight must have shape ({rows},), one number for each sample, got {weight.shape}")
+    if weight.dtype.kind not in "fiub":
+        raise DTypeError(f"weight must hold real numbers, got dtype {weight.dtype}")
+
+
+def check_weight_values(weight: Array, name: str = "weight") -> None:
+    """Weights must be finite and not negative."""
+    if bool(((weight >= 0) & (weight < math.inf)).all()):
+        return
+    first = int((~((weight >= 0) & (weight < math.inf))).argmax())
+    raise ArgumentError(f"{name} must hold finite numbers that are not negative, got {name}[{first}] = {weight[first]}")
+
+
+def listed(options: Mapping[str, Any]) -> str:
+    """Arguments as a call has them."""
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 def check_targets(Y: Array, rows: int, outputs: int, hint: str = "") -> None:
@@ -372,6 +472,56 @@ def check_targets(Y: Array, rows: int, outputs: int, hint: str = "") -> None:
         raise DTypeError(f"Y must hold real numbers, got dtype {Y.dtype}")
 
 
+# --- weights of samples ----------------------------------------------------------------------------------------------
+
+
+class Weighing:
+    """Makes what each sample of a batch counts, in memory that it keeps; ``sum`` has the sum of a batch's weights.
+
+    ``dtype`` is that of the arithmetic.
+    """
+
+    def __init__(self, backend: Backend, dtype: np.dtype[Any]) -> None:
+        self._backend, self._dtype, self._ops = backend, dtype, ops_for(backend, dtype)
+        self._room: Array = None
+        self.sum: Array = None
+
+    def of(self, loss: Loss, Y: Array, weight: Array | None) -> Array | None:
+        """The weights of a batch over their mean; None where all its samples count alike."""
+        ignored = loss.ignore_label
+        labels = Y if ignored is not None and Y.ndim == 1 else None
+        if weight is None and labels is None:
+            return None
+        if self._room is None or len(self._room) < len(Y):
+            if self._room is not None:
+                self._backend.synchronize()  # the stream that works in the memory may not be the one that gets it next
+            self._room, self.sum = self._backend.empty(len(Y), self._dtype), self._backend.empty(1, np.float64)
+        out = self._room[: len(Y)]
+        self._ops.weigh(weight, labels, ignored or 0, out, self.sum, {})
+        return out
+
+    @property
+    def owned(self) -> Any:
+        """What a captured step must keep."""
+        return self._room, self.sum
+
+
+def counts_of(loss: Loss, Y: Array, weight: Array | None) -> Array | None:
+    """The weights of samples as they were given, 0 where the label is ignored; None where all count 1."""
+    if (ignored := loss.ignore_label) is None or Y.ndim > 1:
+        return weight
+    kept = ignored != Y
+    return kept if weight is None else weight * kept
+
+
+def no_mean(counts: Array | None) -> bool:
+    """Whether all samples have the weight 0."""
+    return counts is not None and not bool(counts.any())
+
+
+NO_MEAN = "all its weights are 0, or all its labels are ignored, so there is nothing to take the mean of"
+
+
 # --- without a network -----------------------------------------------------------------------------------------------
 
 
@@ -380,6 +530,10 @@ class LossFunction:
 
     ``huber(scores, Y, delta=2.0)`` returns the loss, a float, and its gradient by the scores ``(batch, outputs)``.
     ``Network(loss=huber.bind(delta=2.0))``, or ``Network(loss=huber)`` for the defaults, trains by it.
+
+    weight: numbers ``(batch,)``, finite and not negative: the loss is then Σ w l / Σ w, of which l is the loss of a
+        sample, a mean over its scores where every score has one; by default all count alike. Raises NonFiniteError if
+        all are 0: there is no mean.
     """
 
     def __init__(self, name: str, bind: Callable[..., Loss], text: str) -> None:
@@ -388,9 +542,9 @@ class LossFunction:
     def __repr__(self) -> str:
         return f"<loss {self.__name__}>"
 
-    def __call__(self, scores: Array, Y: Array, **parameters: float) -> tuple[float, Array]:
+    def __call__(self, scores: Array, Y: Array, weight: Array | None = None, **parameters: Any) -> tuple[float, Array]:
         """Loss and gradient by the scores."""
-        return _alone(self.bind(**parameters), scores, Y)
+        return _alone(self.bind(**parameters), scores, Y, weight)
 
 
 def of_formula(loss: ScoreLoss, text: str) -> LossFunction:
@@ -404,8 +558,10 @@ def of_formula(loss: ScoreLoss, text: str) -> LossFunction:
 
 softmax_cross_entropy = LossFunction(
     "softmax_cross_entropy",
-    lambda: LOSSES["softmax_cross_entropy"],
+    SoftmaxCrossEntropy,
     """Loss and gradient by the scores ``(batch, classes)``; Y integer labels ``(batch,)`` or rows of probabilities.
+
+    ``ignore_label`` as in :class:`SoftmaxCrossEntropy`.
 
     >>> import numpy as np
     >>> loss, dscores = softmax_cross_entropy(np.zeros((2, 4)), np.array([0, 3]))
@@ -415,8 +571,11 @@ softmax_cross_entropy = LossFunction(
 )
 svm = LossFunction(
     "svm",
-    lambda: LOSSES["svm"],
-    """Multiclass hinge loss and its gradient by the scores ``(batch, classes)``; Y integer labels ``(batch,)``.""",
+    SVM,
+    """Multiclass hinge loss and its gradient by the scores ``(batch, classes)``; Y integer labels ``(batch,)``.
+
+    ``ignore_label`` as in :class:`SVM`.
+    """,
 )
 sigmoid_cross_entropy = of_formula(
     scores.sigmoid_cross_entropy,
@@ -461,8 +620,8 @@ poisson = of_formula(
 )
 
 
-def _alone(loss: Loss, z: Array, Y: Array) -> tuple[float, Array]:
-    backend = backend_of(z, Y)
+def _alone(loss: Loss, z: Array, Y: Array, weight: Array | None) -> tuple[float, Array]:
+    backend = backend_of(z, Y) if weight is None else backend_of(z, Y, weight)
     if z.ndim != 2 or min(z.shape) < 1 or z.shape[1] < loss.least_outputs:
         raise ShapeError(f"scores must have shape (batch, at least {loss.least_outputs}), got {z.shape}")
     if z.dtype not in (np.float32, np.float64):
@@ -476,7 +635,13 @@ def _alone(loss: Loss, z: Array, Y: Array) -> tuple[float, Array]:
         return Context(backend, backend.xp, ops_for(backend, z.dtype), 0, Mode(0, True), {}, {}, {}, work, products)
 
     with backend.scope(), np.errstate(over="ignore", invalid="ignore"):
+        if weight is not None:
+            check_weight(weight, rows, loss)
+            check_weight_values(weight)
         loss.check_values(Y, outputs)
         c = Workspace(backend, z.dtype, rows, outputs, arrange).bind(rows)
-        loss.run(z, Y, c)
+        weights = Weighing(backend, z.dtype).of(loss, Y, weight)
+        if weights is not None and no_mean(counts_of(loss, Y, weight)):
+            raise NonFiniteError(f"loss is nan for a batch of shape {z.shape}; {NO_MEAN}")
+        loss.run(z, Y, dataclasses.replace(c, weights=weights))
         return float(c.work["loss"].item()), c.work["dz"].copy()

@@ -152,6 +152,8 @@ class Context:
     mode: ``training``, ``step`` and ``row``.
     p, g: the layer's parameters and their gradients, by the names in its :class:`Needs`; backward overwrites g.
     buffers: its buffers.
+    weights: for a loss, what each sample counts, ``(batch,)`` of the dtype "compute"; None where all count 1. The loss
+        of the batch is the mean of weights times losses. A weight of 0 leaves a sample out, whatever its scores are.
     work: its workspace, or the one that the loss's ``workspace`` asked for. A loss also finds "offsets" there, where
         each row of scores starts, in int64, and "ticket", for the kernels of a GPU.
 
@@ -168,6 +170,7 @@ class Context:
     buffers: Mapping[str, Array]
     work: Mapping[str, Array]
     products: Products
+    weights: Array | None = None
 
     @property
     def gradient(self) -> bool:

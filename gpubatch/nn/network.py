@@ -5,17 +5,27 @@ from __future__ import annotations
 import functools
 import glob
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from gpubatch.backend import Array, Backend, float_dtype, get_backend
-from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_bool, check_choice, check_int, check_real
+from gpubatch.errors import (
+    ArgumentError,
+    DTypeError,
+    NonFiniteError,
+    ShapeError,
+    check_bool,
+    check_choice,
+    check_int,
+    check_real,
+)
 from gpubatch.formula import Activation, BoundActivation, BoundScoreLoss, ScoreLoss
 from gpubatch.nn.core import EVALUATION_ROWS, Core, quiet
 from gpubatch.nn.layers import ACTIVATIONS, ActivationLayer, BatchNorm, Dense, Dropout, Elementwise, Layer
-from gpubatch.nn.losses import Loss, OverScores, loss_of
+from gpubatch.nn.losses import NO_MEAN, Loss, OverScores, Weighing, counts_of, loss_of
 from gpubatch.nn.workspace import evenly
 from gpubatch.ops import PRECISIONS, check_choices
 from gpubatch.own import as_written
@@ -148,7 +158,9 @@ class Network:
 
     # --- training ---
 
-    def loss_and_grad(self, X: Array, Y: Array, micro_batch_size: int | None = None) -> tuple[float, FlatViews]:
+    def loss_and_grad(
+        self, X: Array, Y: Array, micro_batch_size: int | None = None, weight: Array | None = None
+    ) -> tuple[float, FlatViews]:
         """Compute the loss of a training step, a float, and its gradients, which overwrite ``parameters.grads``.
 
         Raises NonFiniteError if the loss is NaN or infinite; running statistics and dropout are then as before.
@@ -158,78 +170,106 @@ class Network:
         micro_batch_size: rows to compute at a time, by default all. A workspace of that size is enough, and the
             gradients of the micro-batches are added up. Up to rounding the result is the same, with the same dropout;
             but BatchNorm takes the statistics of each micro-batch, of at least two rows.
+        weight: what each sample counts, real numbers ``(batch,)`` on the same device, finite and not negative: the loss
+            is Σ w l / Σ w over the batch, micro-batches or not, and the l2 term. By default all count alike. If all are
+            0 there is no mean, and the loss is NaN.
         """
         core = self._core
-        core.check_batch(X, Y, values=True)
+        core.check_batch(X, Y, values=True, weight=weight)
         loss = 0.0
 
-        def add(x: Array, y: Array, share: float) -> None:
+        def add(x: Array, y: Array, weights: Array | None, share: float) -> None:
             nonlocal loss
-            loss += share * core.batch(x, y)
+            loss += share * core.batch(x, y, weights)
 
         with self.backend.scope(), quiet():
             if micro_batch_size is None or len(X) <= check_int("micro_batch_size", micro_batch_size, 1):
-                loss = core.batch(X, Y)
+                loss = core.batch(X, Y, core.weights(Y, weight), weight)
             else:
                 core.remember()
                 try:
-                    core.micro_batches(X, Y, micro_batch_size, add)
+                    weights = core.weights(Y, weight)
+                    if weights is not None:
+                        core.check_mean(X, Y, weight)
+                    core.micro_batches(X, Y, weights, micro_batch_size, add)
                 except BaseException:
                     core.recall()
                     raise
         core.count_steps(1)
         return loss, self.parameters.grads
 
-    def step_loss(self, X: Array, Y: Array) -> Array:
+    def step_loss(self, X: Array, Y: Array, weight: Array | None = None) -> Array:
         """Compute what :meth:`loss_and_grad` does without waiting for the device; the loss is an array of one element.
 
-        The next step overwrites that array. Nobody checks whether the loss is finite, nor, on a GPU, the values of Y.
+        The next step overwrites that array. Nobody checks whether the loss is finite, nor, on a GPU, the values of Y
+        and of ``weight``; one that is negative or not finite makes the loss NaN.
         """
-        return self._core.step(X, Y).loss.work["loss"]
+        return self._core.step(X, Y, weight).loss.work["loss"]
 
     # --- evaluation ---
 
-    def loss(self, X: Array, Y: Array, training: bool = False) -> float:
+    def loss(self, X: Array, Y: Array, training: bool = False, weight: Array | None = None) -> float:
         """Mean loss and l2 term, with running statistics and without dropout; changes nothing.
 
         Raises NonFiniteError if the loss is NaN or infinite.
 
         training: whether to use batch statistics and the dropout of the next step instead.
+        weight: what each sample counts, as in :meth:`loss_and_grad`.
         """
         if not training:
-            return self.evaluate(X, Y)[0]
-        self._core.check_batch(X, Y, values=True)
+            return self.evaluate(X, Y, weight=weight)[0]
+        core = self._core
+        core.check_batch(X, Y, values=True, weight=weight)
         with self.backend.scope(), quiet():
-            return self._core.finite(self._core.forward(X, Y).loss.work["loss"].item(), X, Y)
+            run = core.forward(X, Y, core.weights(Y, weight))
+            return core.finite(run.loss.work["loss"].item(), X, Y, weight)
 
-    def evaluate(self, X: Array, Y: Array, rows: int = EVALUATION_ROWS) -> tuple[float, float | None]:
+    def evaluate(
+        self,
+        X: Array,
+        Y: Array,
+        rows: int = EVALUATION_ROWS,
+        weight: Array | None = None,
+        loss_weight: Array | None = None,
+    ) -> tuple[float, float | None]:
         """:meth:`loss` and :meth:`accuracy` in one pass; the accuracy is None for a loss without classes, such as mse.
 
         Raises NonFiniteError if the loss is NaN or infinite.
 
         rows: the most rows to compute at a time.
+        weight: what each sample counts in both, as in :meth:`loss_and_grad`.
+        loss_weight: what it counts in the loss, where that is not ``weight``: the weights of classes, say.
         """
         check_int("rows", rows, 1)
         core, function = self._core, self._core.loss
-        core.check_batch(X, Y, values=True)
+        in_loss = weight if loss_weight is None else loss_weight
+        core.check_batch(X, Y, values=True, weight=weight)
+        if loss_weight is not None:
+            core.check_batch(X, Y, weight=loss_weight)
         with self.backend.scope(), quiet():
-            total = 0.0
-            right = compared = 0
+            weighing = Weighing(self.backend, self.compute_dtype)
+            total = counted = 0.0
+            right = compared = 0.0
             for part, run in core.evaluate(X, rows):
-                function.run(run.scores, Y[part], run.loss)
-                total += run.loss.work["loss"].item() * len(run.scores)
+                y = Y[part]
+                weights = weighing.of(function, y, None if in_loss is None else in_loss[part])
+                whole = len(y) if weights is None else weighing.sum.item()
+                if whole != 0:
+                    function.run(run.scores, y, run.weighing(weights))
+                    total += run.loss.work["loss"].item() * whole
+                counted += whole
                 at_once = max(1, COMPARED // self.outputs) if function.classifies else 0
-                for some in evenly(len(run.scores), at_once) if at_once else ():
-                    found = self._right(function.predict(run.scores[some]), Y[part][some])
-                    right += found.sum().item()
-                    compared += found.size
-            loss = total / len(X)
-            if core.weights:
+                for some in evenly(len(y), at_once) if at_once else ():
+                    found = self._right(function.predict(run.scores[some]), y[some])
+                    of_some = self._counted(found, y[some], None if weight is None else weight[part][some])
+                    right, compared = right + of_some[0], compared + of_some[1]
+            loss = total / counted if counted else math.nan
+            if core.l2_names:
                 penalty = run.loss.work["loss"]
                 penalty.fill(0)
                 core.add_l2(run.loss)
                 loss += penalty.item()
-            core.finite(loss, X, Y)
+            core.finite(loss, X, Y, in_loss)
         return loss, right / compared if function.classifies else None
 
     def scores(self, X: Array) -> Array:
@@ -251,12 +291,28 @@ class Network:
         with self.backend.scope():
             return self._core.loss.predict(scores)
 
-    def accuracy(self, X: Array, Y: Array) -> float:
-        """The fraction of predictions that are right."""
-        self._core.check_batch(X, Y, values=True)
+    def accuracy(self, X: Array, Y: Array, weight: Array | None = None) -> float:
+        """The fraction of predictions that are right, of those whose label is not ignored.
+
+        weight: what each sample counts, as in :meth:`loss_and_grad`; the fraction is Σ w right / Σ w, as scikit-learn's
+            ``score(sample_weight=)``.
+        """
+        self._core.check_batch(X, Y, values=True, weight=weight)
         with self.backend.scope():
-            self._core.loss.check_values(Y, self.outputs)
-            return float(self._right(self.predict(X), Y).mean())
+            self._core.check_values(Y, weight)
+            right, compared = self._counted(self._right(self.predict(X), Y), Y, weight)
+            if not compared:
+                raise NonFiniteError(f"accuracy has no value for a batch of shape {X.shape}: {NO_MEAN}")
+            return right / compared
+
+    def _counted(self, right: Array, Y: Array, weight: Array | None) -> tuple[float, float]:
+        """What the predictions that are right count, and what all count."""
+        counts = counts_of(self._core.loss, Y, weight)
+        if counts is None:
+            return right.sum().item(), right.size
+        of_rows = right.reshape(len(right), -1)
+        total = of_rows.shape[1] * counts.sum(dtype=np.float64)
+        return (of_rows.sum(axis=1) * counts).sum(dtype=np.float64).item(), total.item()
 
     def _right(self, predicted: Array, Y: Array) -> Array:
         """Which predictions are right."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
@@ -132,6 +133,10 @@ class Pass:
     def __init__(self, calls: list[tuple[Layer, Array, Array, Context]], loss: Context) -> None:
         self.calls, self.loss = calls, loss  # a call: layer, y, dx, context
         self.scores = calls[-1][1]
+
+    def weighing(self, weights: Array | None) -> Context:
+        """What the loss is given where its samples have ``weights``."""
+        return self.loss if weights is None else replace(self.loss, weights=weights)
 
     def forward(self, x: Array) -> None:
         """All layers forward."""

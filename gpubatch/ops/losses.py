@@ -1,8 +1,11 @@
-"""Losses: the mean over a batch of scores z, ``(batch, outputs)``, and its gradient by them.
+"""Losses: the mean over a batch of scores z, ``(batch, outputs)``, and its gradient by them; weights of samples.
 
 The loss goes to ``work["loss"]``, of one element, and with ``gradient`` its gradient to ``work["dz"]``, multiplied
 before it is stored by ``work["factor"]``, of one element, if that is there. ``work["ticket"]``, a uint32, is zero at
 first; no other kernel may use it at the same time.
+
+``weights``, an array of the arithmetic's dtype that :func:`weigh` makes, multiply each sample's loss; without them all
+count 1. A sample of weight 0 is left out: nothing depends on its scores, its label or its targets.
 """
 
 from __future__ import annotations
@@ -21,12 +24,53 @@ from gpubatch.ops.host_compiler import place_of
 from gpubatch.ops.operation import COMPUTE, Space, Work, operation
 from gpubatch.ops.program import MOST_PROGRAMS, program_of
 
-__all__ = ["score_loss", "softmax_cross_entropy", "svm"]
+__all__ = ["score_loss", "softmax_cross_entropy", "svm", "weigh"]
 
 WARP_CLASSES = 256  # up to which a warp has a row of scores for itself
 BLOCK_CLASSES = 4096  # from which a block of the most threads has it
 
 PARTIAL_SUMS: Space = ((SUM_PARTS,), np.float64)
+
+
+# --- weights of samples ----------------------------------------------------------------------------------------------
+
+
+@operation()
+def weigh(weight: Array | None, labels: Array | None, ignored: int, out: Array, sum_out: Array, work: Work) -> None:
+    """out = weight / mean(weight), so that the mean of weighted losses is Σ w l / Σ w; Σ w to ``sum_out``.
+
+    weight is of any real dtype, None for 1 each; where there are labels, samples with the label ``ignored`` weigh 0.
+    All results are NaN if all weights are 0, or one is negative or not finite. ``sum_out`` is a float64 of one element.
+    """
+    out[...] = 1 if weight is None else weight
+    if labels is not None:
+        np.copyto(out, 0, where=labels == ignored)
+    out.sum(dtype=np.float64, keepdims=True, out=sum_out)
+    if not out.min() >= 0:
+        sum_out.fill(math.nan)
+    whole = sum_out.item()
+    # In double precision and only then rounded: the weights may be very small or very large.
+    np.multiply(
+        out, len(out) / whole if 0 < whole < math.inf else math.nan, out=out, dtype=np.float64, casting="same_kind"
+    )
+
+
+@weigh.cuda
+def cuda_weigh(
+    grid: Grid, weight: Array | None, labels: Array | None, ignored: int, out: Array, sum_out: Array, work: Work
+) -> None:
+    """One launch of one block."""
+    weight, labels = (x if x is None or x.flags.c_contiguous else x.copy() for x in (weight, labels))
+    kinds = (out if weight is None else weight).dtype.name, "int64" if labels is None else labels.dtype.name
+    source = weigh_source(grid.dtype.name, *kinds)
+    grid.launch(source, "weigh", (1,), SUM_THREADS, weight, labels, ignored, out, sum_out, len(out))
+
+
+@functools.lru_cache(maxsize=MOST_PROGRAMS)
+def weigh_source(dtype: str, weight: str, label: str) -> str:
+    """The CUDA source of :func:`weigh` for weights and labels of these dtypes, with arithmetic of ``dtype``'s."""
+    types = f"typedef {C_TYPES[weight]} Weight;\ntypedef {C_TYPES[label]} Label;"
+    return source_of(dtype, "total.cuh", "weigh.cu", before=types)
 
 
 # --- one class of many -----------------------------------------------------------------------------------------------
@@ -40,21 +84,20 @@ PARTIAL_SUMS: Space = ((SUM_PARTS,), np.float64)
         "index": ((-1,), np.int64),
         "parts": PARTIAL_SUMS,
     },
-    numpy_scratch=lambda outputs: dict.fromkeys(("sum", "log", "weight"), ((-1,), COMPUTE)),
+    numpy_scratch=lambda outputs: dict.fromkeys(("sum", "log", "mass"), ((-1,), COMPUTE)),
 )
-def softmax_cross_entropy(z: Array, Y: Array, gradient: bool, work: Work) -> None:
+def softmax_cross_entropy(z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None) -> None:
     """-Σ_j y_j log softmax(z)_j.
 
     Y are labels ``(batch,)`` of any integer type, or numbers of the shape of z. A label that is out of range makes the
     loss NaN. NumPy needs ``work["offsets"]``, where each row of scores starts.
     """
     dz, row, sums, log, index = (work[name] for name in ("dz", "row", "sum", "log", "index"))
-    if Y.ndim == 1 and not labels_fit(Y, z, work):
+    if Y.ndim == 1 and not places_of(Y, z, work, weights):
         return
     z.max(axis=1, out=row)
     np.subtract(z, row[:, None], out=dz)
     if Y.ndim == 1:
-        places_of(Y, work)
         take(dz, index, row)
     else:
         np.multiply(dz, Y, out=work["t"]).sum(axis=1, out=row)
@@ -62,8 +105,8 @@ def softmax_cross_entropy(z: Array, Y: Array, gradient: bool, work: Work) -> Non
     dz.sum(axis=1, out=sums)
     np.log(sums, out=log)  # the largest exponential is 1, so the logarithm is finite
     if Y.ndim == 2:
-        log *= Y.sum(axis=1, dtype=z.dtype, out=work["weight"])
-    total(np.subtract(log, row, out=log), work["loss"], 1 / len(z))
+        log *= Y.sum(axis=1, dtype=z.dtype, out=work["mass"])
+    total(weighted(np.subtract(log, row, out=log), weights), work["loss"], 1 / len(z))
     if not gradient:
         return
     np.divide(1 / len(z), sums, out=row)
@@ -73,75 +116,80 @@ def softmax_cross_entropy(z: Array, Y: Array, gradient: bool, work: Work) -> Non
         row -= 1 / len(z)
         dz.reshape(-1)[index] = row
     else:
-        row *= work["weight"]
+        row *= work["mass"]
         dz *= row[:, None]
         t = work["t"]
         t[...] = Y  # into the scores' dtype before anything is rounded
         t *= 1 / len(z)
         dz -= t
+    weighted(dz, weights)
     scale_gradient(work)
 
 
 @softmax_cross_entropy.compiled
-def compiled_softmax_cross_entropy(library: Any, z: Array, Y: Array, gradient: bool, work: Work) -> None:
+def compiled_softmax_cross_entropy(
+    library: Any, z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None
+) -> None:
     """A row after another."""
     labels, rows = labels_or_rows(Y, work)
-    if not library.softmax_cross_entropy(z, labels, rows, work["dz"], work["row"], work["loss"], gradient):
-        softmax_cross_entropy.numpy(z, Y, gradient, work)
+    if not library.softmax_cross_entropy(z, labels, rows, work["dz"], work["row"], work["loss"], gradient, weights):
+        softmax_cross_entropy.numpy(z, Y, gradient, work, weights)
     elif gradient:
         scale_gradient(work)
 
 
 @softmax_cross_entropy.cuda
-def cuda_softmax_cross_entropy(grid: Grid, z: Array, Y: Array, gradient: bool, work: Work) -> None:
+def cuda_softmax_cross_entropy(
+    grid: Grid, z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None
+) -> None:
     """One launch; a label out of range makes NaN of the loss and of its row of the gradient."""
-    launch_over_rows(grid, "softmax_cross_entropy", z, labels_or_rows(Y, work), gradient, work)
+    launch_over_rows(grid, "softmax_cross_entropy", z, (*labels_or_rows(Y, work), weights), gradient, work)
 
 
 @operation(
     "work.dz",
     scratch=lambda outputs: {"row": ((-1,), COMPUTE), "index": ((-1,), np.int64), "parts": PARTIAL_SUMS},
 )
-def svm(z: Array, Y: Array, gradient: bool, work: Work) -> None:
+def svm(z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None) -> None:
     """Σ_{j≠y} max(0, z_j - z_y + 1) for integer labels Y: dz_j = 1/n for a violated margin, dz_y = -(how many)/n."""
     dz, row, index = work["dz"], work["row"], work["index"]
-    if not labels_fit(Y, z, work):
+    if not places_of(Y, z, work, weights):
         return
-    places_of(Y, work)
     take(z, index, row)
     np.subtract(z, row[:, None], out=dz)
     dz += 1
     np.maximum(dz, 0, out=dz)
     dz.reshape(-1)[index] = 0
-    total(dz, work["loss"], 1 / len(z))
+    total(dz if weights is None else weighted(dz.sum(axis=1, out=row), weights), work["loss"], 1 / len(z))
     if gradient:
         np.sign(dz, out=dz)  # margins are not negative, so this is 1 where one is violated
         dz.sum(axis=1, out=row)
         dz.reshape(-1)[index] = np.negative(row, out=row)
         dz *= 1 / len(z)
+        weighted(dz, weights)
         scale_gradient(work)
 
 
 @svm.compiled
-def compiled_svm(library: Any, z: Array, Y: Array, gradient: bool, work: Work) -> None:
+def compiled_svm(library: Any, z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None) -> None:
     """A row after another."""
     labels, _ = labels_or_rows(Y, work)
-    if not library.svm(z, labels, work["dz"], work["row"], work["loss"], gradient):
-        svm.numpy(z, Y, gradient, work)
+    if not library.svm(z, labels, work["dz"], work["row"], work["loss"], gradient, weights):
+        svm.numpy(z, Y, gradient, work, weights)
     elif gradient:
         scale_gradient(work)
 
 
 @svm.cuda
-def cuda_svm(grid: Grid, z: Array, Y: Array, gradient: bool, work: Work) -> None:
+def cuda_svm(grid: Grid, z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None) -> None:
     """One launch; a label out of range makes NaN of the loss and of its row of the gradient."""
-    launch_over_rows(grid, "svm", z, labels_or_rows(Y, work)[:1], gradient, work)
+    launch_over_rows(grid, "svm", z, (labels_or_rows(Y, work)[0], weights), gradient, work)
 
 
 def launch_over_rows(
     grid: Grid, name: str, z: Array, truth: tuple[Array | None, ...], gradient: bool, work: Work
 ) -> None:
-    """A kernel of loss.cu, with a warp for a row of few scores and otherwise a block."""
+    """A kernel of loss.cu, with a warp for a row of few scores and otherwise a block; ``truth`` ends with weights."""
     rows, classes = z.shape
     threads = THREADS if classes < BLOCK_CLASSES else SUM_THREADS
     team = WARP if classes <= WARP_CLASSES else threads
@@ -155,38 +203,44 @@ def launch_over_rows(
 
 
 @operation("work.dz", scratch=lambda outputs: {"t": ((-1, outputs), COMPUTE), "parts": PARTIAL_SUMS})
-def score_loss(f: BoundScoreLoss, z: Array, Y: Array, gradient: bool, work: Work) -> None:
+def score_loss(f: BoundScoreLoss, z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None) -> None:
     """f(z, y), a mean over all elements.
 
     Y are numbers of any real dtype, as many as there are in z; they may be strided.
     """
     dz, Y = work["dz"], Y.reshape(z.shape)
     program_of(f, "loss", z.dtype).run(z, Y, dz)  # dz holds the losses before it holds their gradient
-    total(dz, work["loss"], 1 / z.size)
+    total(weighted(dz, weights), work["loss"], 1 / z.size)
     if gradient:
         program_of(f, "dz", z.dtype).run(z, Y, dz)
         dz *= 1 / z.size
+        weighted(dz, weights)
         scale_gradient(work)
 
 
 @score_loss.compiled
-def compiled_score_loss(library: Any, f: BoundScoreLoss, z: Array, Y: Array, gradient: bool, work: Work) -> None:
+def compiled_score_loss(
+    library: Any, f: BoundScoreLoss, z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None
+) -> None:
     """One pass; targets of another dtype are copied first."""
     place, scalars = score_loss_place(library, library.level(), f, z.dtype)
     results = work["dz"], work["parts"], work["loss"]
-    if place < 0 or not library.score_loss(place, scalars, z, rows_of(Y, z, work), *results, gradient):
-        score_loss.numpy(f, z, Y, gradient, work)
+    if place < 0 or not library.score_loss(place, scalars, z, rows_of(Y, z, work), *results, gradient, weights):
+        score_loss.numpy(f, z, Y, gradient, work, weights)
     elif gradient:
         scale_gradient(work)
 
 
 @score_loss.cuda
-def cuda_score_loss(grid: Grid, f: BoundScoreLoss, z: Array, Y: Array, gradient: bool, work: Work) -> None:
+def cuda_score_loss(
+    grid: Grid, f: BoundScoreLoss, z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None
+) -> None:
     """One launch; targets are read as they are, of any dtype."""
     if not Y.flags.c_contiguous:
         Y = rows_of(Y, z, work)
     source = score_loss_source(grid.dtype.name, Y.dtype.name, f)
-    arguments = (z, Y, work["dz"] if gradient else None, work.get("factor"), z.size, 1 / z.size)
+    of_gradient = work["dz"] if gradient else None, work.get("factor")
+    arguments = (z, Y, weights, *of_gradient, z.size, z.shape[1], 1 / z.size)
     results = work["parts"], work["ticket"], work["loss"]
     grid.launch(source, "score_loss", total_grid(z.size), SUM_THREADS, *arguments, *results)
 
@@ -248,20 +302,30 @@ def total(x: Array, out: Array, scale: float) -> None:
     out *= scale
 
 
-def labels_fit(labels: Array, z: Array, work: Work) -> bool:
-    """Whether all labels are columns of z; the loss is NaN if not."""
-    if labels.min() >= 0 and labels.max() < z.shape[1]:
+def weighted(x: Array, weights: Array | None) -> Array:
+    """Multiply each row of x, a number or several, by its weight; 0 times anything is 0."""
+    if weights is not None:
+        of_rows = weights if x.ndim == 1 else weights[:, None]
+        np.copyto(x, 0, where=of_rows == 0)
+        x *= of_rows
+    return x
+
+
+def places_of(labels: Array, z: Array, work: Work, weights: Array | None) -> bool:
+    """Write to ``work["index"]`` where the score of each row's label stands among all scores.
+
+    Whether all labels are columns of z; the loss is NaN if not. What has the weight 0 stands in the first column.
+    """
+    index = work["index"]
+    index[...] = labels  # any integer type becomes int64 here
+    if weights is not None:
+        np.copyto(index, 0, where=weights == 0)
+    if index.min() >= 0 and index.max() < z.shape[1]:
+        index += work["offsets"]
         return True
     work["loss"].fill(math.nan)
     work["dz"].fill(math.nan)
     return False
-
-
-def places_of(labels: Array, work: Work) -> None:
-    """Write to ``work["index"]`` where the score of each row's label stands among all scores."""
-    index = work["index"]
-    index[...] = labels  # any integer type becomes int64 here
-    index += work["offsets"]
 
 
 def take(x: Array, index: Array, out: Array) -> None:

@@ -28,6 +28,7 @@ class Ops:
 
     activate = elementwise.activate
     activation_gradient = elementwise.activation_gradient
+    weigh = losses.weigh
     softmax_cross_entropy = losses.softmax_cross_entropy
     svm = losses.svm
     score_loss = losses.score_loss

@@ -35,7 +35,7 @@ class Feed(Protocol):
     """Makes the batches of captured steps, in arrays that stay where they are."""
 
     def arrays(self, rows: int) -> list[Array]:
-        """The arrays x and y of a batch of ``rows`` samples."""
+        """The arrays x and y, and perhaps weights, of a batch of ``rows`` samples."""
 
     def enqueue(self, rows: int, batch: Array) -> None:
         """Enqueue the making of batch number ``*batch``; the number is read on the device when the kernel runs."""
@@ -148,7 +148,7 @@ class StepGraphs:
     def _step(self, rows: int, micro_batch_size: int) -> None:
         """Enqueue a step; this is captured."""
         net, ledger = self.net, self.ledger
-        x, y = self.feed.arrays(rows)
+        x, y, *weight = self.feed.arrays(rows)
         grads = net.parameters.grads.flat
         losses: list[Array] = []
 
@@ -160,7 +160,7 @@ class StepGraphs:
         if self._before.size:
             self._before[...] = net.buffers.flat
         self.feed.enqueue(rows, ledger.word(BATCH))
-        kept = core_of(net).enqueue(x, y, ledger.word(STEP), micro_batch_size, add)
+        kept = core_of(net).enqueue(x, y, next(iter(weight), None), ledger.word(STEP), micro_batch_size, add)
         loss = self.loss = losses[0] if rows <= micro_batch_size else None
         control = ledger.control if self._guarded else None
         if self._guarded:
