@@ -1,9 +1,10 @@
-"""Optimizers for PyTorch: every rule of gpubatch, and rules of your own, as a ``torch.optim.Optimizer``.
+"""For PyTorch: every rule of gpubatch, and rules of your own, as a ``torch.optim.Optimizer``; and states of networks.
 
 ``gpubatch.torch.RMSProp(model.parameters(), lr=1e-3)`` takes the place of an optimizer of ``torch.optim``: parameters,
 gradients and state are PyTorch's tensors, and the fused update works in their memory. Learning-rate schedulers,
 parameter groups, closures, hooks, ``GradScaler`` and ``state_dict`` work as PyTorch has them. Names, defaults and
-formulas are gpubatch's; docs/from-pytorch.md has both side by side.
+formulas are gpubatch's; docs/from-pytorch.md has both side by side. :func:`to_state_dict` and
+:func:`from_state_dict` move the parameters of a network.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import functools
 import inspect
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -36,6 +37,7 @@ from gpubatch.errors import (
     check_known,
 )
 from gpubatch.formula import Rule
+from gpubatch.nn import BatchNorm, Dense, Layer, Network, core_of
 from gpubatch.ops import host_library, update_for
 
 Tensor: TypeAlias = Any  # torch.Tensor; a type checker need not have PyTorch
@@ -606,7 +608,106 @@ KINDS = {
 }
 globals().update({name: class_of(kind) for name, kind in KINDS.items()})
 
-__all__ = ["Optimizer", *KINDS]
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+# For each layer, what PyTorch calls its parameters and buffers, in PyTorch's order, and whether it is transposed.
+STATES: dict[type[Layer], dict[str, tuple[str, bool]]] = {
+    Dense: {"weight": ("W", True), "bias": ("b", False)},
+    BatchNorm: {
+        "weight": ("gamma", False),
+        "bias": ("beta", False),
+        "running_mean": ("running_mean", False),
+        "running_var": ("running_var", False),
+    },
+}
+COUNT = "num_batches_tracked"  # of PyTorch's BatchNorm, which reads it where momentum=None alone
+
+
+def to_state_dict(net: Network, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """The parameters and running statistics of a network as a ``state_dict`` of PyTorch, of new tensors on its device.
+
+    net: of Dense and BatchNorm layers, and layers without parameters.
+    names: what PyTorch's modules for the layers with parameters are called, such as ``["fc1", "norm", "fc2"]``; by
+        default their places among all layers, as ``torch.nn.Sequential`` of the same layers names them.
+
+    ``Linear.weight`` is Dense's W transposed. What is no array is not in it: give eps and momentum of ``BatchNorm1d``
+    and p of ``Dropout`` yourself. gpubatch's initial weights, activations and means of losses are PyTorch's where they
+    have the same name.
+    """
+    wanted = arrays_of(net)
+    keys = [str(place) for place, _ in wanted] if names is None else list(names)
+    if len(keys) != len(wanted) or len(set(keys)) != len(keys):
+        raise ArgumentError(f"names must be {len(wanted)} different ones, of the layers with parameters, got {names!r}")
+    found: dict[str, Tensor] = {}
+    for key, (place, arrays) in zip(keys, wanted, strict=True):
+        for name, (array, transposed) in arrays.items():
+            with net.backend.scope():
+                copy = (array.T if transposed else array).copy(order="C")
+            found[f"{key}.{name}"] = torch.from_dlpack(copy)
+        if type(net.layers[place]) is BatchNorm:
+            found[f"{key}.{COUNT}"] = torch.tensor(core_of(net).dropout_step)
+    return found
+
+
+def from_state_dict(net: Network, state: Mapping[str, Any]) -> None:
+    """Load a ``state_dict`` of PyTorch, of a module with the same layers in the same order, whatever they are called.
+
+    net: of Dense and BatchNorm layers, and layers without parameters.
+    state: tensors or arrays, on any device; they are converted to the network's element type.
+
+    Linear and BatchNorm modules are taken in the order of ``state``, in which PyTorch registered them. Raises
+    ArgumentError or ShapeError, and changes nothing, where they are not the network's layers.
+    """
+    wanted = arrays_of(net)
+    modules: dict[str, dict[str, Any]] = {}
+    if not isinstance(state, Mapping):
+        raise DTypeError(f"state must be a state_dict of PyTorch, got {type(state).__name__}")
+    for key, value in state.items():
+        module, _, name = key.rpartition(".")
+        if name != COUNT:
+            modules.setdefault(module, {})[name] = value
+    if len(modules) != len(wanted):
+        raise ArgumentError(
+            f"state must have {len(wanted)} modules with parameters, as the network has layers with them, got "
+            f"{', '.join(modules)}"
+        )
+    pairs = list[tuple[Array, Array]]()
+    for (key, values), (place, arrays) in zip(modules.items(), wanted, strict=True):
+        layer = f"layer {place + 1} ({type(net.layers[place]).__name__})"
+        if values.keys() != arrays.keys():
+            raise ArgumentError(f"{key} of state has {', '.join(values)}, {layer} needs {', '.join(arrays)}")
+        for name, (array, transposed) in arrays.items():
+            value = values[name]
+            if isinstance(value, torch.Tensor):
+                value = value.detach().cpu()
+                value = (value if value.dtype in DTYPES else value.float()).numpy()
+            shape = array.shape[::-1] if transposed else array.shape
+            if np.shape(value) != shape:
+                raise ShapeError(f"{key}.{name} has shape {np.shape(value)}, {layer} needs {shape}")
+            plain = np.asarray(value).astype(array.dtype)
+            pairs.append((array, net.backend.asarray(np.ascontiguousarray(plain.T if transposed else plain))))
+    with net.backend.scope():
+        for array, value in pairs:
+            array[...] = value
+
+
+def arrays_of(net: Network) -> list[tuple[int, dict[str, tuple[Array, bool]]]]:
+    """For each layer with parameters its place, and its arrays by PyTorch's names, and whether they are transposed."""
+    if not isinstance(net, Network):
+        raise DTypeError(f"net must be a gpubatch.Network, got {type(net).__name__}")
+    found = []
+    both = {**net.parameters, **net.buffers}
+    for place, (layer, names) in enumerate(zip(net.layers, core_of(net).names, strict=True)):
+        if names and type(layer) not in STATES:
+            raise ArgumentError(f"layer {place + 1} ({type(layer).__name__}) has parameters and no module of PyTorch")
+        if names:
+            own = STATES[type(layer)]
+            found.append((place, {name: (both[names[k]], t) for name, (k, t) in own.items() if k in names}))
+    return found
+
+
+__all__ = ["Optimizer", "from_state_dict", "to_state_dict", *KINDS]
 
 if TYPE_CHECKING:  # the classes are made above
 

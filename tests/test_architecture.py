@@ -203,7 +203,7 @@ CODE_LINES = {
     "explore": 880,
     "plot": 327,
     "cli": 897,
-    "torch": 443,
+    "torch": 511,
     "__main__": 19,
     "__init__": 183,
 }
