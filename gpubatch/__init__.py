@@ -18,8 +18,8 @@ EXPORTS = {
     "errors": """
         ArgumentError BackendFallbackWarning BackendUnavailableError CaptureError CaptureWarning
         CheckpointError CheckpointWarning CompilerWarning DTypeError DataFormatError DeviceMismatchError FewStepsWarning
-        FormulaError GpubatchError IdleWarning InsufficientMemoryError MicroBatchWarning NonFiniteError ResumeWarning
-        ShapeError SkippedStepWarning TuningWarning UnknownArgumentError
+        FormulaError GpubatchError IdleWarning InUseError InsufficientMemoryError MicroBatchWarning NonFiniteError
+        ResumeWarning ShapeError SkippedStepWarning TuningWarning UnknownArgumentError
     """,
     "explore": """
         GradientCheck batch_size_sweep gradient_check loss_slice numerical_gradient random_local_search
@@ -82,6 +82,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         GpubatchError as GpubatchError,
         IdleWarning as IdleWarning,
         InsufficientMemoryError as InsufficientMemoryError,
+        InUseError as InUseError,
         MicroBatchWarning as MicroBatchWarning,
         NonFiniteError as NonFiniteError,
         ResumeWarning as ResumeWarning,

@@ -12,6 +12,7 @@
     ├── InsufficientMemoryError (MemoryError)    not even one sample fits
     ├── CheckpointError (OSError)            a checkpoint cannot be written
     ├── CaptureError (RuntimeError)          work that a CUDA graph cannot hold
+    ├── InUseError (RuntimeError)            another thread trains the network
     └── NonFiniteError (ArithmeticError)     NaN or infinity in data, loss or gradient
 
     BackendFallbackWarning (UserWarning)     the CPU replaces an unusable device
@@ -51,6 +52,7 @@ __all__ = [
     "FormulaError",
     "GpubatchError",
     "IdleWarning",
+    "InUseError",
     "InsufficientMemoryError",
     "MicroBatchWarning",
     "NonFiniteError",
@@ -117,6 +119,10 @@ class CheckpointError(GpubatchError, OSError):
 
 class CaptureError(GpubatchError, RuntimeError):
     """A CUDA graph cannot hold this work."""
+
+
+class InUseError(GpubatchError, RuntimeError):
+    """Another thread trains the network meanwhile."""
 
 
 class NonFiniteError(GpubatchError, ArithmeticError):

@@ -180,7 +180,7 @@ def test_packages_are_no_larger_than_their_table_says() -> None:
 
 # The most code lines of each package or module.
 CODE_LINES = {
-    "errors": 110,
+    "errors": 112,
     "own": 27,
     "main_memory": 66,
     "shown": 30,
@@ -193,7 +193,7 @@ CODE_LINES = {
     "sizing": 257,
     "params": 94,
     "optim": 1058,
-    "nn": 1790,
+    "nn": 1828,
     "datasets": 158,
     "sources": 611,
     "loader": 1444,
@@ -205,7 +205,7 @@ CODE_LINES = {
     "cli": 897,
     "torch": 511,
     "__main__": 19,
-    "__init__": 183,
+    "__init__": 184,
 }
 
 

@@ -333,7 +333,7 @@ def test_memory_is_told_by_part() -> None:
     fewer = net.memory_parts(200, evaluated=300)
     assert {name for name in parts if parts[name] != fewer[name]} == {"workspace of evaluation"}
     net.loss(np.zeros((300, 64), np.float32), np.zeros(300, int))
-    held = core_of(net)._evaluation.nbytes
+    held = core_of(net)._evaluation.workspace.nbytes
     assert fewer["workspace of evaluation"] == held < parts["workspace of evaluation"]
     assert net.memory_parts(200, 0)["workspace of evaluation"] == 0
     assert net.memory_parts(200, 10**9) == parts

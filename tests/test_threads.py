@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +20,7 @@ import pytest
 import gpubatch as gb
 from gpubatch import sources
 from gpubatch.checkpoint import Checkpoints
+from gpubatch.nn import core_of
 
 SIZE = 3 * 2**16 + 5  # elements, enough for the compiled library to use threads
 
@@ -373,3 +376,94 @@ def test_an_exception_in_one_thread_leaves_the_other_alone() -> None:
                 in_the_loop()
 
     assert at_once([lambda: network(1), fails])[0] == alone
+
+
+# --- one network -----------------------------------------------------------------------------------------------------
+
+
+def served(backend: str = "cpu") -> tuple[gb.Network, np.ndarray, np.ndarray]:
+    net = gb.mlp([50, 256, 10], batch_norm=True, dropout=0.3, backend=backend, l2=0.01, seed=1)
+    draw = np.random.default_rng(3)
+    return net, draw.standard_normal((300, 50), np.float32), draw.integers(0, 10, 300)
+
+
+@pytest.mark.parametrize("method", ["scores", "predict", "evaluate", "loss", "accuracy"])
+def test_threads_evaluate_one_network(method: str) -> None:
+    """Batches of several sizes, each with its own right result."""
+    net, X, Y = served()
+    parts = [slice(0, 300), slice(10, 160), slice(200, 207)]
+
+    def result(part: slice) -> Any:
+        found = getattr(net, method)(X[part], *(() if method in ("scores", "predict") else (Y[part],)))
+        return found.tobytes() if isinstance(found, np.ndarray) else found
+
+    right = [result(part) for part in parts]
+    assert at_once([lambda part=part: [result(part) for _ in range(30)] for part in parts]) == [  # type: ignore[misc]
+        [one] * 30 for one in right
+    ]
+
+
+def test_the_workspace_of_a_thread_ends_with_it_or_is_released() -> None:
+    net, X, _ = served()
+    found: list[Any] = []
+
+    def evaluate() -> None:
+        net.scores(X)
+        found.append(weakref.ref(core_of(net)._evaluation.workspace))
+
+    thread = threading.Thread(target=evaluate)
+    thread.start()
+    thread.join()
+    assert found[0]() is None
+    evaluate()
+    evaluate()
+    assert found[1]() is found[2]() is not None
+    core_of(net).release()
+    assert found[1]() is None
+
+
+def test_only_one_thread_trains() -> None:
+    """While a thread is in ``fit``, others can neither train nor evaluate; a copy made between two steps can be."""
+    net, X, Y = served()
+    copied, told = net, list[str]()
+
+    def use(action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except gb.InUseError as error:
+            told.append(str(error))
+
+    def on_epoch(state: gb.TrainingState) -> None:
+        nonlocal copied
+        copied = copy.deepcopy(net)
+        right = copied.scores(X)  # by the thread that trains, as is net.scores
+        assert (net.scores(X) == right).all()
+        actions: list[Callable[[], Any]] = [
+            *(lambda: net.scores(X), lambda: net.evaluate(X, Y), lambda: net.predict(X)),
+            *(lambda: net.loss_and_grad(X, Y), lambda: net.step_loss(X, Y), lambda: net.loss(X, Y, training=True)),
+            lambda: gb.fit(net, state.loader, state.opt, 5, progress=False),
+        ]
+        for action in actions:
+            thread = threading.Thread(target=use, args=(action,))
+            thread.start()
+            thread.join()
+        thread = threading.Thread(target=lambda: told.append(str((copied.scores(X) == right).all())))
+        thread.start()
+        thread.join()
+
+    loader, opt = gb.Loader(X, Y, batch_size=50, backend="cpu"), gb.Adam(net.parameters)
+    gb.fit(net, loader, opt, 1, callbacks=[on_epoch], progress=False)
+    assert [text[:35] for text in told] == ["another thread trains this network,"] * 3 + [
+        "another thread trains this network:"
+    ] * 4 + ["True"]
+    use(lambda: net.scores(X))  # the run is over
+    use(lambda: net.loss_and_grad(X, Y))
+    assert len(told) == 8
+
+
+def test_an_error_in_a_step_lets_another_thread_train() -> None:
+    net, X, Y = served()
+    X[0] = np.nan
+    with pytest.raises(gb.NonFiniteError):
+        net.loss_and_grad(X, Y)
+    assert len(at_once([lambda: net.loss_and_grad(X[1:], Y[1:])])) == 1

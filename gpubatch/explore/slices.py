@@ -212,7 +212,6 @@ class SideBySide:
 
     def _head_outputs(self, basis: Array) -> Array:
         """What the first layer with parameters gives for each row of the basis, ``(coordinates, rows * features)``."""
-        self.core.mode.training = False
         result = self._empty((len(basis), self.one.calls[self.begin - 1][1].size))
         for flat, output in zip(basis, result, strict=True):
             views, x = FlatViews(flat, self.net.parameters.shapes), self.X
@@ -226,7 +225,7 @@ class SideBySide:
     def evaluate(self, points: np.ndarray) -> np.ndarray:
         """The mean losses at ``points``, ``(points, coordinates)``."""
         n = len(points)
-        calls, loss, self.core.mode.training = self.all.bind(n * self.rows).calls, self.loss, False
+        calls, loss = self.all.bind(n * self.rows).calls, self.loss
         coordinates = self.net.backend.asarray(points, self.net.dtype)
         self.xp.matmul(coordinates, self.basis, out=self.stack[:n])
         x = None

@@ -25,6 +25,8 @@ from gpubatch.nn.stack import Stacked, describe_layer, fused, parameter_names, s
 from gpubatch.nn.workspace import (
     Arrange,
     Layout,
+    OfThread,
+    OwnedByThread,
     Pass,
     Workspace,
     evaluation_arrays,
@@ -63,7 +65,8 @@ class Core:
     """Layers and a loss over one flat buffer of parameters, and the workspaces they run in.
 
     ``layers`` holds what the user gave; ``stack`` what runs, where Dense and its activation are one; backward ends at
-    ``first``. ``mode`` counts the steps that dropout depends on.
+    ``first``. ``mode`` counts the steps that dropout depends on. ``training`` is held by the thread that trains; others
+    may evaluate while nobody does, each in a workspace of its own.
     """
 
     def __init__(
@@ -88,7 +91,8 @@ class Core:
             )
         if self.loss.ignore_label is not None and not self.loss.takes_weights:
             raise ArgumentError(f"{loss.name} has ignore_label, but takes no weights: its class needs takes_weights")
-        self.xp, self.ops, self.mode = backend.xp, ops_for(backend, dtype), Mode(seed)
+        self.xp, self.ops, self.mode = backend.xp, ops_for(backend, dtype), Mode(seed, training=True)
+        self.training = OwnedByThread()
         largest = max((math.prod(p.shape) for run in self.layers for p in run.needs.parameters.values()), default=0)
         self.products = products_for(backend, dtype, precision, tune, largest)
         self.names = parameter_names(self.layers)
@@ -106,7 +110,7 @@ class Core:
         self._sums: Array = None  # of the gradients of micro-batches
         self._weighing = Weighing(backend, self.compute_dtype)
         self._training: Workspace[Pass] | None = None
-        self._evaluation: Workspace[Pass] | None = None
+        self._evaluation = OfThread()
 
     @property
     def inputs(self) -> int:
@@ -133,12 +137,12 @@ class Core:
     def step(self, X: Array, Y: Array, weight: Array | None = None) -> Pass:
         """Make a training step, checked and counted; on a GPU without a wait, so without the values of Y and weight."""
         self.check_batch(X, Y, values=self.backend.name == "cpu", weight=weight)
-        with self.backend.scope(), quiet():
+        with self.training, self.backend.scope(), quiet():
             run = self.forward(X, Y, self.weights(Y, weight))
             if self.backend.name == "cpu" and math.isnan(run.loss.work["loss"].item()):
                 self.check_values(Y, weight)
             self.backward(run, X)
-        self.mode.step += 1
+            self.mode.step += 1
         return run
 
     def weights(self, Y: Array, weight: Array | None) -> Array | None:
@@ -162,7 +166,6 @@ class Core:
         """Scores, loss with its gradient by them, and l2 term of a training batch; ``weights`` as :meth:`weights`."""
         self.reserve(len(X))
         assert self._training is not None
-        self.mode.training = True
         run = self._training.bind(len(X))
         run.forward(X)
         self.loss.run(run.scores, Y, run.weighing(weights))
@@ -280,15 +283,16 @@ class Core:
             add(run.loss.work["loss"], share)
             self.backward(run, x)
 
-        own, self.mode.step = self.mode.step, step.view(np.uint64)
-        try:
-            weights = self.weights(Y, weight)
-            if len(X) <= micro_batch_size:
-                one(X, Y, weights, 1.0)
-            else:
-                self.micro_batches(X, Y, weights, micro_batch_size, one)
-        finally:
-            self.mode.step = own
+        with self.training:
+            own, self.mode.step = self.mode.step, step.view(np.uint64)
+            try:
+                weights = self.weights(Y, weight)
+                if len(X) <= micro_batch_size:
+                    one(X, Y, weights, 1.0)
+                else:
+                    self.micro_batches(X, Y, weights, micro_batch_size, one)
+            finally:
+                self.mode.step = own
         return self._training, self._sums, self._weighing.owned, self._reach, self.products
 
     def count_steps(self, steps: int) -> None:
@@ -319,15 +323,16 @@ class Core:
     # --- evaluation ---
 
     def evaluate(self, X: Array, rows: int = EVALUATION_ROWS) -> Iterator[tuple[slice, Pass]]:
-        """Compute the scores of X, at most ``rows`` rows at a time, in the workspace for evaluation."""
-        most = min(len(X), rows)
-        if self._evaluation is None or most > self._evaluation.rows:
-            self._evaluation = self._released(self._evaluation)
-            self._evaluation = self._workspace(most, self._evaluation_pass)
+        """Compute the scores of X, at most ``rows`` rows at a time, in the thread's workspace for evaluation."""
+        self.training.check()
+        most, own = min(len(X), rows), self._evaluation
+        if own.workspace is None or most > own.workspace.rows:
+            own.workspace = self._released(own.workspace)
+            own.workspace = self._workspace(most, self._evaluation_pass)
+        workspace = own.workspace
         for start in range(0, len(X), most):
             part = slice(start, min(start + most, len(X)))
-            self.mode.training = False
-            run = self._evaluation.bind(part.stop - start)
+            run = workspace.bind(part.stop - start)
             run.forward(X[part])
             yield part, run
 
@@ -354,7 +359,9 @@ class Core:
 
     def release(self) -> None:
         """Free the workspaces; the next step or evaluation allocates new ones."""
-        self._training, self._evaluation = self._released(self._training), self._released(self._evaluation)
+        self._training = self._released(self._training)
+        self._released(self._evaluation.workspace)
+        self._evaluation = OfThread()  # the workspaces of all threads
 
     def _workspace(self, rows: int, arrange: Arrange[Pass]) -> Workspace[Pass]:
         return Workspace(self.backend, self.dtype, rows, self.outputs, arrange)
@@ -374,7 +381,7 @@ class Core:
             afterwards["l2"] = (min(largest, L2_BLOCK),), COMPUTE
         scratch = scratch_of(self.stack, self.ops, training=True)
         arrays, last = training_arrays(layout, self.stack, scratch, self.first, loss["dz"], afterwards)
-        return self._pass(self.stack, arrays, {**loss, **last, **constants})
+        return self._pass(self.stack, arrays, {**loss, **last, **constants}, self.mode)
 
     def _evaluation_pass(
         self, layout: Layout, constants: Mapping[str, Array], stack: Sequence[Stacked] | None = None
@@ -382,7 +389,7 @@ class Core:
         stack = self.stack if stack is None else stack
         loss = layout.arrays(self._loss_spaces())
         arrays = evaluation_arrays(layout, stack, scratch_of(stack, self.ops, training=False))
-        return self._pass(stack, arrays, {**loss, **constants})
+        return self._pass(stack, arrays, {**loss, **constants}, Mode(self.mode.seed))
 
     def _loss_spaces(self) -> Mapping[str, Space]:
         """What the loss and the l2 term work in."""
@@ -394,12 +401,13 @@ class Core:
         stack: Sequence[Stacked],
         arrays: Sequence[tuple[Array, Array, Mapping[str, Array]]],
         of_loss: Mapping[str, Array],
+        mode: Mode,
     ) -> Pass:
         """The calls of a stack, each with the arrays that it works on."""
         if self.loss_scale is not None:
             of_loss = {**of_loss, "factor": self.loss_scale}
         loss = Context(
-            *(self.backend, self.xp, self.ops, len(self.layers), self.mode),
+            *(self.backend, self.xp, self.ops, len(self.layers), mode),
             *({}, {}, {}, of_loss, self.products),
         )
         calls = []

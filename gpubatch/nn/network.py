@@ -70,7 +70,13 @@ class Network:
 
     ``parameters`` numbers the layers of a kind: W1, b1, gamma1, beta1, W2, ... They lie in this order in one buffer,
     except that arrays of odd sizes come last, so that the others are aligned. ``buffers`` holds running_mean1,
-    running_var1, ... likewise. Two threads must not use a network at the same time: they would share its workspace.
+    running_var1, ... likewise.
+
+    **Threads.** Any number of threads may evaluate a network at the same time: ``scores``, ``predict``, ``evaluate``,
+    ``loss`` and ``accuracy``. Each works in a workspace of its own, which ends with the thread; memory plans count one.
+    One thread at a time may train it: another that makes a step, or evaluates during ``fit`` or a step, gets an
+    :class:`InUseError`, because the parameters change meanwhile. ``copy.deepcopy(net)``, made in a callback or between
+    two steps, is a network that can be evaluated while this one is trained.
     """
 
     def __init__(
@@ -182,7 +188,7 @@ class Network:
             nonlocal loss
             loss += share * core.batch(x, y, weights)
 
-        with self.backend.scope(), quiet():
+        with core.training, self.backend.scope(), quiet():
             if micro_batch_size is None or len(X) <= check_int("micro_batch_size", micro_batch_size, 1):
                 loss = core.batch(X, Y, core.weights(Y, weight), weight)
             else:
@@ -195,7 +201,7 @@ class Network:
                 except BaseException:
                     core.recall()
                     raise
-        core.count_steps(1)
+            core.count_steps(1)
         return loss, self.parameters.grads
 
     def step_loss(self, X: Array, Y: Array, weight: Array | None = None) -> Array:
@@ -220,7 +226,7 @@ class Network:
             return self.evaluate(X, Y, weight=weight)[0]
         core = self._core
         core.check_batch(X, Y, values=True, weight=weight)
-        with self.backend.scope(), quiet():
+        with core.training, self.backend.scope(), quiet():
             run = core.forward(X, Y, core.weights(Y, weight))
             return core.finite(run.loss.work["loss"].item(), X, Y, weight)
 

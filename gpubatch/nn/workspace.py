@@ -7,6 +7,7 @@ is run once without memory, to count the bytes. A smaller batch runs in views of
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -14,6 +15,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import numpy as np
 
 from gpubatch.backend import Array, Backend
+from gpubatch.errors import InUseError
 from gpubatch.nn.layers import Layer
 from gpubatch.nn.needs import Context, Shape, Space
 from gpubatch.nn.stack import Stacked, describe_layer, told
@@ -22,6 +24,8 @@ from gpubatch.ops import Ops, workspace_dtype
 __all__ = [
     "Arrange",
     "Layout",
+    "OfThread",
+    "OwnedByThread",
     "Pass",
     "Workspace",
     "evaluation_arrays",
@@ -155,6 +159,48 @@ class Pass:
             dx = dx if i > first else None
             layer.backward(self.calls[i - 1][1] if i else x, y, dy, dx, context)
             dy = dx
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+class OwnedByThread:
+    """Code that one thread at a time may be in, as often as it likes; another is told so and does not wait."""
+
+    def __init__(self) -> None:
+        self._lock, self._owner, self._depth = threading.Lock(), 0, 0
+
+    def __enter__(self) -> None:
+        own = threading.get_ident()
+        if self._owner != own:
+            if not self._lock.acquire(blocking=False):
+                raise InUseError(
+                    "another thread trains this network: train in one thread, or give each a network of its own, "
+                    "copy.deepcopy(net)"
+                )
+            self._owner = own
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._owner = 0
+            self._lock.release()
+
+    def check(self) -> None:
+        """Raise if another thread is in the block."""
+        owner = self._owner
+        if owner and owner != threading.get_ident():
+            raise InUseError(
+                "another thread trains this network, whose parameters change meanwhile: predict with a copy made "
+                "between two steps, copy.deepcopy(net) in a callback, say"
+            )
+
+
+class OfThread(threading.local):
+    """The evaluation workspace of each thread, which ends with the thread."""
+
+    workspace: Workspace[Pass] | None = None
 
 
 # --- where the arrays of a pass lie -----------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def fit(
     check_choice("execution", execution, EXECUTIONS)
     check_parts(net, loader, opt)
     # The caller may use what outlives the run, such as the parameters, on the stream that is current outside.
-    with net.backend.own_stream(), core_of(net).freezing(opt.frozen), unchecked(opt):
+    with core_of(net).training, net.backend.own_stream(), core_of(net).freezing(opt.frozen), unchecked(opt):
         scale = scale_for(net, loss_scale)
         record = Record(TrainingState(net, loader, opt, History(), loader.epoch, opt.t), scale)
         watching = Callbacks(callbacks)
