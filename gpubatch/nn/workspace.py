@@ -10,6 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from threading import get_ident
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
@@ -168,29 +169,25 @@ class OwnedByThread:
     """Code that one thread at a time may be in, as often as it likes; another is told so and does not wait."""
 
     def __init__(self) -> None:
-        self._lock, self._owner, self._depth = threading.Lock(), 0, 0
+        lock = threading.RLock()
+        self._acquire, self._release, self._owner, self._depth = lock.acquire, lock.release, 0, 0
 
     def __enter__(self) -> None:
-        own = threading.get_ident()
-        if self._owner != own:
-            if not self._lock.acquire(blocking=False):
-                raise InUseError(
-                    "another thread trains this network: train in one thread, or give each a network of its own, "
-                    "copy.deepcopy(net)"
-                )
-            self._owner = own
+        if not self._acquire(False):
+            raise InUseError(
+                "another thread trains this network: train in one thread, or give each a network of its own, "
+                "copy.deepcopy(net)"
+            )
         self._depth += 1
+        self._owner = get_ident()
 
     def __exit__(self, *_: object) -> None:
         self._depth -= 1
-        if not self._depth:
-            self._owner = 0
-            self._lock.release()
+        self._release()
 
     def check(self) -> None:
         """Raise if another thread is in the block."""
-        owner = self._owner
-        if owner and owner != threading.get_ident():
+        if self._depth and self._owner != get_ident():
             raise InUseError(
                 "another thread trains this network, whose parameters change meanwhile: predict with a copy made "
                 "between two steps, copy.deepcopy(net) in a callback, say"
