@@ -26,7 +26,7 @@ EXPORTS = {
         random_search step_size_sweep
     """,
     "formula": "activation max_abs mean norm normal_cdf rule rules score_loss",
-    "loader": "Loader",
+    "loader": "Loader WeightedOrder",
     "model": "Model load save",
     "nn": """
         GELU SVM BatchNorm Context Dense Dropout Elementwise Layer LeakyReLU Loss Needs Network Parameter ReLU Sigmoid
@@ -111,7 +111,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         rules as rules,
         score_loss as score_loss,
     )
-    from gpubatch.loader import Loader as Loader
+    from gpubatch.loader import Loader as Loader, WeightedOrder as WeightedOrder
     from gpubatch.model import Model as Model, load as load, save as save
     from gpubatch.nn import (
         GELU as GELU,

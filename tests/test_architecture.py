@@ -60,7 +60,7 @@ ORDER = {
     "loader": "order pinned functions columns windows ahead device feeds epochs loader",
     "model": "describe preparation file model",
     "train": "ledger loss_scale history display callbacks monitors checks record graphs captured_step eager captured"
-    " memory resume signals loop",
+    " validation memory resume signals loop",
     "explore": "shared gradients search slices sweeps",
     "cli": "shared options data strategies train info gradients landscape sweep memory",
 }
@@ -196,10 +196,10 @@ CODE_LINES = {
     "nn": 1828,
     "datasets": 158,
     "sources": 611,
-    "loader": 1444,
+    "loader": 1607,
     "checkpoint": 262,
     "model": 645,
-    "train": 1820,
+    "train": 1946,
     "explore": 880,
     "plot": 327,
     "cli": 897,

@@ -26,7 +26,7 @@ import gpubatch.loader.pinned
 import gpubatch.sources
 from gpubatch.backend import available_backends, get_backend
 from gpubatch.errors import ArgumentError, InsufficientMemoryError, NonFiniteError
-from gpubatch.loader import Loader, epochs_of
+from gpubatch.loader import Loader, WeightedOrder, epochs_of
 from gpubatch.loader.columns import Columns
 from gpubatch.loader.feeds import belongs_on_device
 
@@ -114,6 +114,7 @@ CASES = {
     "columns of C": (np.ascontiguousarray(X32[..., 0].T), Y, {"sample_axis": 1}),
     "in order": (X8, Y, {"shuffle": False}),
     "replacement": (X8, Y, {"replacement": True}),
+    "weighted": (X8, Y, {"order": WeightedOrder(np.arange(N))}),
     "drop_last": (X8, Y, {"drop_last": True}),
     "rank": (X8, Y, {"rank": 1, "world_size": 3}),
     "one batch": (X8, Y, {"batch_size": N}),

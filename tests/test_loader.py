@@ -20,8 +20,16 @@ import gpubatch.loader.feeds
 import gpubatch.loader.order
 import gpubatch.sources
 from gpubatch.backend import get_backend
-from gpubatch.errors import ArgumentError, DeviceMismatchError, DTypeError, NonFiniteError, ShapeError
-from gpubatch.loader import Loader, LoaderStats, WindowOrder, epoch_order, epochs_of
+from gpubatch.errors import (
+    ArgumentError,
+    DeviceMismatchError,
+    DTypeError,
+    InsufficientMemoryError,
+    NonFiniteError,
+    ShapeError,
+)
+from gpubatch.loader import Loader, LoaderStats, WeightedOrder, WindowOrder, epoch_order, epochs_of
+from gpubatch.loader.order import Order, split
 from gpubatch.main_memory import Memory
 
 
@@ -154,6 +162,101 @@ def test_every_place_is_equally_likely_for_every_sample():
     for epoch in range(epochs):
         counts[np.arange(n), epoch_order(n, 5, epoch)] += 1
     assert 0.4 < chi_square(counts) < 1.9  # 49 degrees of freedom: 1 ± 0.2
+
+
+def test_weighted_draws_follow_the_paper_s_words():
+    weights = [0.0, 2.0, 0.5, 0.0, 1.25, 3.25, 0.0]
+    loader = Loader(np.arange(7)[:, None], batch_size=7, seed=3, order=WeightedOrder(weights), backend="cpu")
+    for epoch in range(50):
+        (x,) = loader
+        numbers = [(word >> 11) / 2**53 * sum(weights) for word in random_words(7, 3, epoch)]
+        expected = [next(i for i in range(7) if sum(weights[: i + 1]) > number) for number in numbers]
+        assert x[:, 0].tolist() == expected
+
+
+def test_weighted_draws_have_the_probabilities_of_their_weights():
+    """Counts against n p, by chi-square with 9 degrees of freedom; its 0.999 quantile is 27.9."""
+    weights = np.arange(10.0)
+    order = Order(200_000, 1, True, True, weighted=WeightedOrder(np.tile(weights, 20_000)))
+    counts = np.bincount(order.whole(0) % 10, minlength=10)
+    assert counts[0] == 0
+    expected = 200_000 * weights / weights.sum()
+    assert ((counts - expected)[1:] ** 2 / expected[1:]).sum() < 27.9
+    Y = np.repeat([0, 1, 2], [900, 90, 10])
+    balanced = Order(1000, 1, True, True, weighted=WeightedOrder(1 / np.bincount(Y)[Y]))
+    drawn = np.bincount(Y[np.concatenate([balanced.whole(epoch) for epoch in range(100)])])
+    assert (abs(drawn - 100_000 / 3) < 4 * (100_000 * 2 / 9) ** 0.5).all()  # four standard deviations
+
+
+@pytest.mark.parametrize("weighted", [None, WeightedOrder(np.arange(1003))], ids=["uniform", "weighted"])
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_huge_set_is_drawn_and_used_in_order_without_an_array_of_all(shuffle, rank, weighted, monkeypatch):
+    if weighted and not shuffle:
+        pytest.skip("weights are for drawing")
+    order = Order(1003, 5, shuffle, shuffle, rank, 3, weighted=weighted)
+    whole = order.whole(4)
+    monkeypatch.setattr(gpubatch.loader.order, "LARGE", 1)
+    between = order.between(4)
+    for start, stop in ((0, 1), (0, 334), (1, 6), (97, 230), (331, 334)):
+        assert np.array_equal(between(start, stop), whole[start:stop])
+    huge = Order(1 << 33, 5, shuffle, shuffle)
+    assert (huge.between(0)(1 << 32, (1 << 32) + 3) < 1 << 33).all()
+    assert huge.memory() == (0, 0)
+
+
+def test_there_is_no_memory_for_the_order_of_a_huge_set():
+    with pytest.raises(InsufficientMemoryError, match=r"order of 1125899906842624 samples.*Loader\(window='1 GiB'\)"):
+        Order(1 << 50).between(0)
+
+
+WEIGHTS = [
+    ([[1.0, 2.0]], ShapeError, "weights must be one for each sample, of shape (samples,), got shape (1, 2)"),
+    ([1.0, -1.0], ArgumentError, "weights must be at least 0, got -1 at 1"),
+    ([0, 0], ArgumentError, "weights must have a finite sum above 0, got 0"),
+    ([1.0, np.nan], NonFiniteError, "weights must be finite, but weights[1] is nan"),
+    (["a"], DTypeError, "weights must hold integers"),
+]
+
+
+@pytest.mark.parametrize(("weights", "error", "message"), WEIGHTS, ids=lambda v: v if isinstance(v, str) else "")
+def test_weights_that_are_wrong(weights, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        WeightedOrder(weights)
+
+
+def test_a_weighted_loader_is_told_from_others():
+    order = WeightedOrder([1.0, 2, 3, 4, 5])
+    loader = Loader(X5, order=order, batch_size=2, backend="cpu")
+    assert (loader.order, loader.replacement) == (order, True)
+    assert "drawn by weights" in repr(loader)
+    state = loader.state_dict()
+    Loader(X5, order=WeightedOrder([1, 2, 3, 4, 5]), batch_size=2, backend="cpu").load_state_dict(state)
+    for other in (WeightedOrder([1, 2, 3, 4, 6]), None):
+        with pytest.raises(ArgumentError, match="weights"):
+            Loader(X5, order=other, batch_size=2, replacement=True, backend="cpu").load_state_dict(state)
+    for arguments, message in (
+        ({"order": WeightedOrder([1, 2])}, "order must have a weight for each of the 5 samples, got 2"),
+        ({"order": order, "shuffle": False}, r"order=WeightedOrder\(...\) draws at random, so it needs shuffle=True"),
+        ({"order": [1] * 5}, "order must be a gpubatch.WeightedOrder or None, got list"),
+        ({"order": order, "window": 4}, "so it has no window"),
+    ):
+        with pytest.raises((ArgumentError, DTypeError), match=message):
+            Loader(X5, backend="cpu", **arguments)
+
+
+@pytest.mark.parametrize("labels", [None, np.repeat([3, 0, 7], [700, 290, 13])], ids=["no labels", "classes"])
+def test_a_split_is_at_random_and_takes_its_share_of_each_class(labels):
+    kept, held = split(1003, 0.1, 5, labels)
+    assert np.array_equal(np.sort(np.concatenate([kept, held])), np.arange(1003))
+    assert len(held) == 100
+    assert all((np.diff(part) > 0).all() for part in (kept, held))
+    again, other = split(1003, 0.1, 5, labels)[1], split(1003, 0.1, 6, labels)[1]
+    assert np.array_equal(again, held)
+    assert len(np.intersect1d(held, other)) < 30  # 10 of 100 by chance
+    if labels is not None:
+        for label in (3, 0, 7):
+            assert abs((labels[held] == label).sum() - 0.1 * (labels == label).sum()) <= 1
 
 
 def test_draws_with_replacement_are_uniform_and_repeat():
@@ -633,7 +736,7 @@ def test_automatic_batch_size_follows_the_rule(monkeypatch):
 def test_replan_counts_the_model_too(monkeypatch):
     X = np.zeros((5000, 10), np.float32)
     backend = cpu_with(monkeypatch, 10**6)
-    loader = Loader(X, shuffle=False, backend=backend)
+    loader = Loader(X, replacement=True, backend=backend)
     assert loader.batch_size == 512
     model = lambda n: {"steady": 60_000, "a step": 9_960 * n + n // 65}  # noqa: E731
     plan = epochs_of(loader).replan(model)  # (900,000 - 60,000 - 8 * 5,000) / 10,000 = 80

@@ -25,8 +25,8 @@ from gpubatch.nn import Core, core_of
 from gpubatch.nn.workspace import evenly
 from gpubatch.ops import cuda_kernel, ops_for
 from gpubatch.train import TrainingState
-from gpubatch.train.checks import HeldOut
 from gpubatch.train.memory import settle_batches
+from gpubatch.train.validation import InMemory
 
 SAMPLES, BATCH = 100, 48  # the last batch of an epoch has four
 
@@ -248,7 +248,7 @@ def test_a_batch_size_that_was_chosen_is_a_size_that_was_run(refusal: Refusal, m
 
     monkeypatch.setattr(Core, "forward", noted(Core.forward, run))
     monkeypatch.setattr(gb.Network, "evaluate", noted(gb.Network.evaluate, evaluated))
-    held_out = HeldOut(*validation(), 0)
+    held_out = InMemory(*validation(), 0)
     tried = []
 
     def settled(number: int) -> gb.Loader:

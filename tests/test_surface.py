@@ -26,7 +26,8 @@ OPTIMIZER = """
 """
 LOADER = """
     at_most augment backend batch_size drop_last dtype feed prefetch prepare rank replacement sample_axis scale seed
-    shuffle transform window world_size block epoch feeding load_state_dict n_samples plan state_dict stats to_batch
+    shuffle transform window world_size block epoch feeding load_state_dict n_samples order plan state_dict stats
+    to_batch
 """
 
 

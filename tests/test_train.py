@@ -736,6 +736,174 @@ def test_validation_is_prepared_as_training_is(rows: int, backend: gb.Backend) -
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5)
 
 
+class Read:
+    """A source, which counts the most samples that are read at a time."""
+
+    def __init__(self, *arrays: np.ndarray) -> None:
+        self.arrays, self.most = arrays, 0
+
+    def __len__(self) -> int:
+        return len(self.arrays[0])
+
+    def read(self, indices: np.ndarray) -> Any:
+        self.most = max(self.most, len(indices))
+        found = tuple(array[indices] for array in self.arrays)
+        return found if len(found) > 1 else found[0]
+
+
+def mapped(X: np.ndarray, folder: Path) -> np.ndarray:
+    np.save(folder / "X.npy", X)
+    return np.load(folder / "X.npy", mmap_mode="r")
+
+
+class Reversed(gb.Loader):
+    """A loader with an iteration of its own."""
+
+    def __iter__(self) -> Any:
+        yield from reversed(list(gb.Loader.__iter__(self)))
+
+
+# Forms of the validation set (X, Y): functions of both, of a folder, and of the backend.
+FORMS: dict[str, Callable[..., Any]] = {
+    "arrays": lambda X, Y, folder, backend: (X, Y),
+    "lists": lambda X, Y, folder, backend: [X.tolist(), Y.tolist()],
+    "a source": lambda X, Y, folder, backend: Read(X, Y),
+    "a source and labels": lambda X, Y, folder, backend: (Read(X), Y),
+    "two sources": lambda X, Y, folder, backend: (Read(X), Read(Y)),
+    "a mapped file": lambda X, Y, folder, backend: (mapped(X, folder), Y),
+    "a loader": lambda X, Y, folder, backend: gb.Loader(
+        X, Y, batch_size=7, scale=0.5, prepare=shifted, augment=lambda x, draw: x * 0, backend=backend
+    ),
+    "a loader's own iteration": lambda X, Y, folder, backend: Reversed(
+        X, Y, batch_size=70, scale=0.5, prepare=shifted, backend=backend
+    ),
+}
+
+
+def shifted(x: Any) -> Any:
+    return x - 0.25
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_a_validation_set_gives_what_evaluate_does(
+    name: str, backend: gb.Backend, tmp_path: Path
+) -> None:
+    X, Y = blobs()
+    Xv, Yv = blobs(2500, seed=1)
+    Xv = np.round(20 * Xv + 100).astype(np.int16)
+    net = gb.mlp([4, 16, 3], backend=backend, l2=0.01, loss="softmax_cross_entropy")
+    train = np.round(20 * X + 100).astype(np.int16)
+    loader = gb.Loader(train, Y, batch_size=50, scale=0.5, prepare=shifted, backend=backend)
+    validation = FORMS[name](Xv, Yv, tmp_path, backend)
+    found = []
+
+    def measured(state: gb.TrainingState) -> None:
+        found.append(net.evaluate(backend.asarray(Xv * np.float32(0.5) - np.float32(0.25)), backend.asarray(Yv)))
+
+    history = gb.fit(net, loader, gb.SGD(net.parameters, 1e-4), 2, validation, [measured], progress=False)
+    np.testing.assert_allclose(history.validation_loss, [loss for loss, _ in found], rtol=1e-6)
+    assert history.validation_accuracy == pytest.approx([accuracy for _, accuracy in found], abs=1e-12)
+    sources = validation if isinstance(validation, tuple) else (validation,)
+    assert all(source.most == 1024 for source in sources if isinstance(source, Read))
+
+
+def test_ignored_labels_do_not_count_where_validation_is_read() -> None:
+    """Unequally many in the batches, and all of one."""
+    X, Y = blobs(2500)
+    Y[1024:2048], Y[:300] = -1, -1
+    results = []
+    for validation in ((X, Y), Read(X, Y)):
+        net = gb.mlp([4, 8, 3], backend="cpu", l2=0.1, loss=gb.SoftmaxCrossEntropy(ignore_label=-1))
+        loader = gb.Loader(*blobs(), batch_size=50, backend="cpu")
+        history = gb.fit(net, loader, gb.Adam(net.parameters), 2, validation, progress=False)
+        results.append([*history.validation_loss, *history.validation_accuracy])
+    assert results[1] == pytest.approx(results[0], rel=1e-12)
+
+
+HELD: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "a rank": {"rank": 1, "world_size": 2},
+    "a window": {"window": 40},
+    "in order": {"shuffle": False},
+    "weighted": {"order": gb.WeightedOrder(np.arange(200))},
+    "one batch": {"batch_size": 200},
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_fraction_is_held_out_during_the_run_alone(name: str, backend: gb.Backend) -> None:
+    X = np.arange(200, dtype=np.float32)[:, None] / 200
+    Y = np.repeat([0, 1], [160, 40])
+    net = gb.mlp([1, 8, 2], backend=backend)
+    seen, held = set[float](), set[float]()
+
+    def note(x: Any, draw: Any) -> Any:
+        seen.update(backend.to_numpy(x)[:, 0].tolist())
+        return x
+
+    def look(x: Any) -> Any:
+        held.update(backend.to_numpy(x)[:, 0].tolist())
+        return x
+
+    options = {"batch_size": 20, "seed": 3, "prepare": look, "augment": note, **HELD[name]}
+    loader = gb.Loader(X, Y, backend=backend, **options)
+    before = len(loader), loader.n_samples, loader.batch_size
+    history = gb.fit(net, loader, gb.Adam(net.parameters), 3, validation=0.25, progress=False)
+    assert len(history.validation_loss) == 3
+    held -= seen
+    assert len(held) >= 50
+    assert len(history.step_loss) == 3 * -(-150 // options.get("world_size", 1) // options["batch_size"])
+    assert (len(loader), loader.n_samples, loader.batch_size) == before
+    assert loader.epoch == 3
+    if name == "plain":
+        assert len(seen) == 150
+        assert len(held) == 50
+        assert sum(x < 0.8 for x in held) == 40  # in proportion from each class
+
+
+def test_a_fraction_is_captured_and_goes_on_as_it_was(tmp_path: Path, backend: gb.Backend) -> None:
+    def run(epochs: int, resume: bool = False, validation: Any = 0.2, **options: Any) -> gb.History:
+        net = gb.mlp([4, 8, 3], backend=backend)
+        loader = gb.Loader(*blobs(), batch_size=50, backend=backend)
+        return gb.fit(
+            net, loader, gb.Adam(net.parameters), epochs, validation, resume=resume, progress=False, **options
+        )
+
+    whole = run(3)
+    assert whole.execution == ("eager" if backend.name == "cpu" else "captured")
+    run(1, checkpoint=tmp_path)
+    assert numbers(run(3, True, checkpoint=tmp_path)) == numbers(whole)
+    for other in (0.1, None):
+        with pytest.raises(gb.ArgumentError, match="a loader with 120 samples held out for validation, this one holds"):
+            run(3, True, other, checkpoint=tmp_path)
+
+
+UNFIT: dict[str, tuple[Callable[[], Any], str]] = {
+    "a generator": (lambda: (x for x in [1]), "must be a pair .*, got generator"),
+    "a dict": (lambda: {"X": 1}, "must be a pair .*, got dict"),
+    "three": (lambda: (1, 2, 3), "must be a pair .*, got 3 items"),
+    "no labels": (lambda: Read(blobs()[0]), "must have labels"),
+    "None for Y": (lambda: (blobs()[0], None), "must be a pair"),
+    "a loader without labels": (lambda: gb.Loader(blobs()[0], backend="cpu"), "must have labels"),
+    "a loader of float64": (lambda: gb.Loader(*blobs(), dtype="float64", backend="cpu"), "must be a Loader of float32"),
+    "labels of a source": (lambda: Read(blobs()[0], blobs()[1] + 1), ": Y must hold labels from 0 to 2, got 3"),
+    "NaN in a source": (lambda: (Read(blobs()[0] * np.float32(np.nan)), blobs()[1]), ": .*samples must be finite"),
+    "targets that are NaN": (lambda: (blobs()[0], blobs()[1] * np.nan), r"\[1\] must be finite"),
+    "too much": (lambda: 1.0, r"validation must be finite and in \(0, 1\), got 1.0"),
+    "too little": (lambda: 1e-6, "validation=1e-06 of 600 samples leaves 0"),
+    "True": (lambda: True, "must be a pair .*, got bool"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_cannot_be_a_validation_set_is_told_before_the_first_step(name: str) -> None:
+    make, message = UNFIT[name]
+    net, loader, opt = parts()
+    with pytest.raises(gb.GpubatchError, match=f"^validation.*{message.removeprefix('validation')}"):
+        gb.fit(net, loader, opt, 2, validation=make(), progress=False)
+    assert opt.t == 0
+
+
 @pytest.mark.parametrize("name", BATCHES)
 def test_other_batches_are_refused(name: str, tmp_path: Path) -> None:
     other, message = BATCHES[name]
@@ -1154,7 +1322,7 @@ ERRORS = {
         ValueError,
         "3",
     ),
-    "validation": (lambda: other(validation=X), TypeError, r"validation must be a pair \(X, Y\), got ndarray"),
+    "validation": (lambda: other(validation=X), TypeError, r"validation must be a pair \(X, Y\) .*, got ndarray"),
     "validation features": (lambda: other(validation=(X[:, :2], Y)), ValueError, r"validation\[0\] must have samples"),
     "callback": (lambda: other(callbacks=[3]), TypeError, "a callback must be callable"),
     "max_norm": (lambda: other(max_norm=0), ValueError, r"max_norm must be finite and in \(0, inf\), got 0\.0"),

@@ -8,13 +8,14 @@ from gpubatch.loader.device import DeviceFeed
 from gpubatch.loader.epochs import Epochs
 from gpubatch.loader.feeds import LoaderStats
 from gpubatch.loader.loader import Loader, epochs_of, rows_of
-from gpubatch.loader.order import WindowOrder, epoch_order
+from gpubatch.loader.order import WeightedOrder, WindowOrder, epoch_order
 
 __all__ = [
     "DeviceFeed",
     "Epochs",
     "Loader",
     "LoaderStats",
+    "WeightedOrder",
     "WindowOrder",
     "captured_dtype",
     "epoch_order",

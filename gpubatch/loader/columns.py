@@ -6,6 +6,7 @@ only: X and Y when they come in, batches in :meth:`Columns.deliver`.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -169,6 +170,32 @@ class Columns(Sequence[Column]):
         self.prepare = named_function(prepare_name, prepare, self.labelled)
         self.augment = named_function("augment", augment, self.labelled, " and a generator")
         self._seed = seed
+
+    def like(self, X: Any, Y: Any) -> Columns:
+        """Other samples that are converted and prepared as these are, and not augmented."""
+        prepare = self.prepare
+        options: dict[str, Any] = {"backend": self.backend, "sample_axis": self.sample_axis, "dtype": self.dtype}
+        other = Columns(X, Y, **options)
+        # Floats where there were integers, pixels say, are what the user has made of them.
+        ready = other.source_dtype.kind == "f" and self.source_dtype.kind != "f"
+        if ready or (self.scale is None and prepare is None):
+            return other
+        if prepare is not None:
+            options |= {"prepare": prepare.function, "prepare_name": prepare.name}
+        return Columns(X, Y, scale=self.scale, **options)
+
+    def unaugmented(self) -> Columns:
+        """The same columns without ``augment``, for validation."""
+        twin = copy.copy(self)
+        twin.augment = None
+        return twin
+
+    def labels(self) -> np.ndarray | None:
+        """Y on the host where it is an array of one integer a sample."""
+        y = self._columns[1].array if self.labelled else None
+        if y is None or y.sample_shape or y.dtype.kind not in "biu":
+            return None
+        return self.backend.to_numpy(y.array)
 
     def __len__(self) -> int:
         return len(self._columns)

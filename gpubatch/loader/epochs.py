@@ -21,7 +21,7 @@ from gpubatch.loader.feeds import (
     ThroughPinned,
     belongs_on_device,
 )
-from gpubatch.loader.order import WORD, Order
+from gpubatch.loader.order import WORD, Indices, Order, split
 from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, plan_batch_size
 
 __all__ = ["Epochs"]
@@ -76,6 +76,7 @@ class Epochs:
         self._left = False  # whether the iteration before was left in the middle
         self._why = f"batch_size={batch_size} was given"
         self._model = Memories()
+        self._trained: Epochs | None = None  # those whose data these share
         if batch_size is None:
             self.plan = self._choose()
         elif drop_last is True and batch_size > order.share:
@@ -205,6 +206,44 @@ class Epochs:
         own = feed.memory_parts(batch_size, self._model.kept, self._model.as_rows)
         return {**self._model.parts_of(batch_size), **own}
 
+    # --- validation ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def of_columns(cls, columns: Columns, batch_size: int) -> Epochs:
+        """All samples of ``columns`` in their order."""
+        return cls(columns, Order(columns.n_samples, shuffle=False), min(batch_size, columns.n_samples), feed="host")
+
+    def in_order(self, batch_size: int, chosen: Indices | None = None) -> Epochs:
+        """The same samples for validation, in the order of the set, without augmentation; ``chosen`` ones, or all.
+
+        On a device they are taken from where they are, and move there through pinned memory.
+        """
+        order = Order(self.order.n, 0, False, False, self.order.rank, self.order.world_size)
+        order = order if chosen is None else Order(self.columns.n_samples, shuffle=False)
+        order.choose(chosen)
+        feed = "device" if self.feed == "device" and chosen is None else "host"
+        found = Epochs(self.columns.unaugmented(), order, batch_size, prefetch=self.prefetch, feed=feed)
+        found._trained = None if chosen is None else self
+        return found
+
+    @contextlib.contextmanager
+    def holding_out(self, fraction: float) -> Iterator[Indices]:
+        """Meanwhile leave out ``fraction`` of the samples, a function of the seed; yields them."""
+        columns, order, before = self.columns, self.order, self.plan
+        kept, held = split(columns.n_samples, fraction, order.seed, columns.labels())
+        if len(kept) < order.world_size:
+            raise ArgumentError(f"validation={fraction:g} leaves {len(kept)} samples to {order.world_size} ranks")
+        try:
+            order.choose(kept)
+            self._epoch, self._batch, self._run, self._left = self.epoch, 0, None, False
+            if self.batch_size > order.share:
+                self.plan = self._given(order.share)
+            yield held
+        finally:
+            order.choose(None)
+            if before.batch_size > self.batch_size and not self.automatic:
+                self.plan = before
+
     # --- the feed -----------------------------------------------------------------------------------------------
 
     def _choice(self, batch_size: int, available: int) -> tuple[OnDevice | ThroughPinned, str]:
@@ -218,6 +257,9 @@ class Epochs:
     def _chosen(self, stats: LoaderStats) -> BatchFeed:
         """The feed, chosen by the first iteration."""
         if self._feed is not None:
+            return self._feed
+        if self._trained is not None and isinstance(there := self._trained._feed, OnDevice):
+            self._feed, self.feeding = there.of(self.order), self._trained.feeding
             return self._feed
         feed, self.feeding = self._choice(self.batch_size, self.plan.available)
         if isinstance(feed, OnDevice):
@@ -338,6 +380,7 @@ class Epochs:
             "world_size": order.world_size,
             "window": order.window,
             "block": order.block,
+            **({} if order.weighted is None else {"weights": order.weighted.digest}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -139,6 +139,12 @@ class OnDevice:
             and all(s.array.flags.c_contiguous or not backend.owns(s.array) for s in arrays)
         )
 
+    def of(self, order: Order) -> OnDevice:
+        """Batches of the same data in another order."""
+        other = OnDevice(self._columns.unaugmented(), order, self._backend)
+        other._there = self._there
+        return other
+
     @property
     def copied_bytes(self) -> int:
         """Bytes of data that were copied to the device."""

@@ -8,11 +8,11 @@ from operator import attrgetter
 from typing import Any
 
 from gpubatch.backend import Array, Backend, get_backend
-from gpubatch.errors import ArgumentError, DTypeError, check_bool, check_choice, check_int
+from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_bool, check_choice, check_int
 from gpubatch.loader.columns import Columns
 from gpubatch.loader.epochs import Epochs
 from gpubatch.loader.feeds import LoaderStats
-from gpubatch.loader.order import WORD, Order
+from gpubatch.loader.order import WORD, Order, WeightedOrder
 from gpubatch.loader.windows import window_and_block
 from gpubatch.own import as_written
 from gpubatch.sizing import BatchPlan
@@ -46,6 +46,7 @@ class Loader:
       samples, as a shift is. It is applied to the validation set and by ``to_batch``, too.
     - ``augment``: likewise, for training alone, and random: ``augment(x, generator)``, or of x, y and a generator.
     - ``transform``: another name of ``prepare``.
+    - ``order``: a :class:`WeightedOrder`, to draw samples by their weights.
     - ``feed``: how batches get to a CUDA device: "device", "host" or "auto".
 
     Every batch is a new C-contiguous array, which may be kept or changed. A one-dimensional Y has its samples on axis 0
@@ -108,10 +109,15 @@ class Loader:
         feed: str = "auto",
         prepare: Callable[..., Any] | None = None,
         augment: Callable[..., Any] | None = None,
+        order: WeightedOrder | None = None,
     ) -> None:
         shuffle, replacement = check_bool("shuffle", shuffle), check_bool("replacement", replacement)
-        if replacement and not shuffle:
-            raise ArgumentError("replacement=True draws at random, so it needs shuffle=True, got shuffle=False")
+        if order is not None and not isinstance(order, WeightedOrder):
+            raise DTypeError(f"order must be a gpubatch.WeightedOrder or None, got {type(order).__name__}")
+        if (replacement or order is not None) and not shuffle:
+            argument = "replacement=True" if order is None else "order=WeightedOrder(...)"
+            raise ArgumentError(f"{argument} draws at random, so it needs shuffle=True, got shuffle=False")
+        replacement = replacement or order is not None
         seed = check_int("seed", seed, 0, WORD)
         if drop_last != "single" and not isinstance(drop_last, bool):
             raise DTypeError(f"drop_last must be False, True or 'single', got {drop_last!r}")
@@ -144,11 +150,14 @@ class Loader:
                 raise ArgumentError(f"feed='device' needs arrays, that can be moved there; {reader.where} is read")
         if n < world_size:
             raise ArgumentError(f"world_size must be at most the {n} samples, got {world_size}")
-        order = Order(n, seed, shuffle, replacement, rank, world_size, together, block)
-        self._epochs = Epochs(columns, order, size, at_most, drop_last, prefetch, feed)
+        if order is not None and len(order) != n:
+            raise ShapeError(f"order must have a weight for each of the {n} samples, got {len(order)}")
+        drawn = Order(n, seed, shuffle, replacement, rank, world_size, together, block, order)
+        self._epochs = Epochs(columns, drawn, size, at_most, drop_last, prefetch, feed)
 
     shuffle = property(attrgetter("_epochs.order.shuffle"), doc="Whether the samples are shuffled.")
     replacement = property(attrgetter("_epochs.order.replacement"), doc="Whether samples are drawn with replacement.")
+    order = property(attrgetter("_epochs.order.weighted"), doc="The weights by which samples are drawn; None: none.")
     seed = property(attrgetter("_epochs.order.seed"), doc="What decides the order, together with the epoch.")
     rank = property(attrgetter("_epochs.order.rank"), doc="Which of the ranks takes its share of each epoch here.")
     world_size = property(attrgetter("_epochs.order.world_size"), doc="The number of ranks.")
@@ -229,7 +238,15 @@ class Loader:
     def __repr__(self) -> str:
         columns = self._epochs.columns
         x = columns[0].source
-        order = "drawn with replacement" if self.replacement else "shuffled" if self.shuffle else "in order"
+        order = (
+            "drawn by weights"
+            if self.order
+            else "drawn with replacement"
+            if self.replacement
+            else "shuffled"
+            if self.shuffle
+            else "in order"
+        )
         order += f" by blocks of {self.block}, {self.window} together" if self.window and self.shuffle else ""
         conversion = f"{x.dtype} as {self.dtype}" + ("" if self.scale is None else f" times {self.scale:.6g}")
         shard = "" if self.world_size == 1 else f", rank {self.rank} of {self.world_size}"

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from gpubatch.errors import ArgumentError, check_bool, check_int
+from gpubatch.backend import get_backend
+from gpubatch.errors import (
+    ArgumentError,
+    InsufficientMemoryError,
+    ShapeError,
+    check_bool,
+    check_int,
+    check_real,
+)
+from gpubatch.sources import check_finite, checked_array
 
-__all__ = ["PEAK", "WORD", "Indices", "Order", "WindowOrder", "epoch_order"]
+__all__ = ["PEAK", "WORD", "Indices", "Order", "WeightedOrder", "WindowOrder", "epoch_order", "split"]
 
 Indices: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 WORD = 2**64 - 1  # the largest seed and the largest epoch: together they are the key of the generator
+
+DRAWING = 32  # bytes a sample in the making of an order by weights: words twice, numbers, and samples
+
+LARGE = 1 << 24  # samples, from which on nothing of 8 bytes a sample is made where it can be avoided
 
 PEAK = 26  # bytes a sample in the making of an order: words, their upper bits, places, and the words there
 
@@ -33,10 +47,75 @@ def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True, replacement
     # them in shuffle() or permutation() may change from one version to the next.
     draw = np.random.Philox(key=key).random_raw
     if check_bool("replacement", replacement):
-        words = draw(n)
-        words %= np.uint64(n)
-        return words.view(np.int64)
+        return _uniform(draw(n), n)
     return _permutation(draw(n))
+
+
+def split(n: int, fraction: float, seed: int, labels: np.ndarray | None = None) -> tuple[Indices, Indices]:
+    """``n`` samples split at random: those to train on, and ``fraction`` of them to validate on, each in order.
+
+    Where there are integer ``labels`` every class has its share of both, to one sample.
+    """
+    held = round(check_real("validation", fraction, 0.0, 1.0, open_low=True, open_high=True) * n)
+    if not 0 < held < n:
+        raise ArgumentError(
+            f"validation={fraction:g} of {n} samples leaves {held} to validate on and {n - held} to train"
+        )
+    # The counter's second word keeps these numbers apart from those of all orders.
+    key, counter = np.array([seed, 0], np.uint64), np.array([0, 1, 0, 0], np.uint64)
+    words = np.random.Philox(key=key, counter=counter).random_raw(n)
+    ranked = words.argsort(kind="stable") if labels is None else np.lexsort((words, labels))
+    places = np.arange(n, dtype=np.int64)
+    chosen = (places + 1) * held // n > places * held // n  # evenly, so in proportion from each class
+    return np.sort(ranked[~chosen]), np.sort(ranked[chosen])
+
+
+class WeightedOrder:
+    """Samples drawn with replacement, each with a probability in proportion to its weight: ``Loader(order=...)``.
+
+    weights: one for each sample, not negative, not all 0
+
+    An epoch has as many draws as there are samples. It is a function of the loader's seed and of the epoch alone, the
+    same on every device and after a resume. Weights of 1 / (samples of its class) show all classes equally often:
+    ``gb.WeightedOrder(1 / np.bincount(Y)[Y])``.
+    """
+
+    def __init__(self, weights: Any) -> None:
+        array = checked_array("weights", weights, get_backend("cpu"))
+        if array.ndim != 1:
+            raise ShapeError(f"weights must be one for each sample, of shape (samples,), got shape {array.shape}")
+        check_finite("weights", array, array.dtype, None, get_backend("cpu"))
+        self.weights = array.astype(np.float64)
+        self.weights.flags.writeable = False
+        if (low := float(self.weights.min())) < 0:
+            raise ArgumentError(f"weights must be at least 0, got {low:g} at {int(self.weights.argmin())}")
+        if not 0 < (total := float(self.weights.sum())) < np.inf:
+            raise ArgumentError(f"weights must have a finite sum above 0, got {total:g}")
+
+    @property
+    def digest(self) -> str:
+        """A digest of the weights, by which saved states are compared."""
+        return hashlib.sha256(self.weights.astype("<f8").tobytes()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+        return len(self.weights)
+
+    def __repr__(self) -> str:
+        return f"<WeightedOrder of {len(self)} weights from {self.weights.min():.6g} to {self.weights.max():.6g}>"
+
+
+def _uniform(words: np.ndarray[Any, np.dtype[np.uint64]], n: int) -> Indices:
+    """Draws from ``n`` samples that random ``words`` decide."""
+    words %= np.uint64(n)
+    return words.view(np.int64)
+
+
+def _words(key: np.ndarray, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """The words from one position to another of those that ``Philox(key).random_raw`` gives: four for each count."""
+    first = start // 4
+    counter = np.array([first, 0, 0, 0], np.uint64)
+    return np.random.Philox(key=key, counter=counter).random_raw(stop - 4 * first)[start - 4 * first :]
 
 
 def _permutation(words: np.ndarray[Any, np.dtype[np.uint64]]) -> Indices:
@@ -61,7 +140,8 @@ class WindowOrder:
 
     The set is cut into blocks of ``block`` neighbours, their list is shuffled, and each window is as many of the next
     blocks as hold ``together`` samples, shuffled. All of it is a function of the arguments; without ``shuffle`` the
-    order is that of the set. Positions are those of ``rank``: of the epoch's, rank, rank + world_size, ...
+    order is that of the set. Positions are those of ``rank``: of the epoch's, rank, rank + world_size, ... The
+    samples are those in ``chosen``, or all.
     """
 
     def __init__(
@@ -74,8 +154,10 @@ class WindowOrder:
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        chosen: Indices | None = None,
     ) -> None:
         self.n, self.block, self.shuffle, self.rank, self.world_size = n, block, shuffle, rank, world_size
+        self._chosen = chosen
         self._key = np.array([seed, epoch], np.uint64)
         count = -(-n // block)
         self._blocks = self._shuffled(count, 0)
@@ -111,6 +193,8 @@ class WindowOrder:
             use = use[(self.rank - int(self._starts[window])) % self.world_size :: self.world_size]
             kept = np.sort(use)
             samples, use = samples[kept], np.searchsorted(kept, use)
+        if self._chosen is not None:
+            samples = self._chosen[samples]
         self._last = window, (samples, use)
         return samples, use
 
@@ -136,7 +220,8 @@ class WindowOrder:
 class Order:
     """The samples of every epoch of one rank, in the order of their use.
 
-    ``window`` samples are shuffled together, in blocks of ``block`` neighbours; 0 and 0: the whole set is.
+    ``window`` samples are shuffled together, in blocks of ``block`` neighbours; 0 and 0: the whole set is. With
+    ``weighted`` they are drawn by its weights.
     """
 
     def __init__(
@@ -149,30 +234,54 @@ class Order:
         world_size: int = 1,
         window: int = 0,
         block: int = 0,
+        weighted: WeightedOrder | None = None,
     ) -> None:
-        self.n, self.seed, self.shuffle, self.replacement = n, seed, shuffle, replacement
+        self.seed, self.shuffle, self.replacement, self.weighted = seed, shuffle, replacement, weighted
         self.rank, self.world_size, self.window, self.block = rank, world_size, window, block
-        self.share = len(range(rank, n, world_size))  # this rank's samples in an epoch
+        self._all = n
+        self.choose(None)
+
+    def choose(self, chosen: Indices | None) -> None:
+        """Use the samples at ``chosen`` alone from now on; None: all."""
+        self.chosen, self.n = chosen, self._all if chosen is None else len(chosen)
+        self.share = len(range(self.rank, self.n, self.world_size))  # this rank's samples in an epoch
         self._next: tuple[int, Indices] | None = None  # an epoch to come and its order
+        self._sums: np.ndarray | None = None  # of the weights up to each sample
+        if self.weighted is not None:
+            weights = self.weighted.weights
+            self._sums = np.cumsum(weights if chosen is None else weights[chosen])
 
     def windows(self, epoch: int) -> WindowOrder:
         """The order of an epoch that is shuffled by windows."""
-        return WindowOrder(self.n, self.seed, epoch, self.window, self.block, self.shuffle, self.rank, self.world_size)
+        of_rank = self.rank, self.world_size, self.chosen
+        return WindowOrder(self.n, self.seed, epoch, self.window, self.block, self.shuffle, *of_rank)
 
     def whole(self, epoch: int) -> Indices:
         """All samples of an epoch."""
         prepared, self._next = self._next, None
         if prepared is not None and prepared[0] == epoch:
             return prepared[1]
+        if self._by_arithmetic or self.weighted is not None:
+            return self._at(epoch, 0, self.share)
         if self.window:
             return self.windows(epoch).indices(0, self.share)
-        order = epoch_order(self.n, self.seed, epoch, self.shuffle, self.replacement)
-        return order[self.rank :: self.world_size]
+        try:
+            order = epoch_order(self.n, self.seed, epoch, self.shuffle, self.replacement)
+        except MemoryError as error:
+            if self.n < LARGE:
+                raise
+            raise InsufficientMemoryError(
+                f"there is no memory for the order of {self.n} samples, {PEAK} bytes each while it is made ({error}); "
+                "shuffle by parts of the set: Loader(window='1 GiB')"
+            ) from error
+        return self._samples(order[self.rank :: self.world_size])
 
     def between(self, epoch: int) -> Callable[[int, int], Indices]:
         """A function of two positions: the samples from one to the other."""
         if self.window:
             return self.windows(epoch).indices
+        if self._by_arithmetic:
+            return lambda start, stop: self._at(epoch, start, stop)
         mine = self.whole(epoch)
         return lambda start, stop: mine[start:stop]
 
@@ -183,6 +292,27 @@ class Order:
 
     def memory(self) -> tuple[int, int]:
         """Bytes of main memory: while the order of an epoch is made, and while it is used. Windows have their own."""
-        if self.window:
-            return 0, 0
-        return 0 if self.replacement or not self.shuffle else PEAK * self.n, 8 * self.n
+        held = 8 * self.n * ((self.chosen is not None) + (self._sums is not None))
+        if self.window or self._by_arithmetic:
+            return held, held
+        making = DRAWING if self.weighted is not None else 0 if self.replacement else PEAK
+        return held + making * self.n, held + 8 * self.n
+
+    @property
+    def _by_arithmetic(self) -> bool:
+        """Whether the samples at any positions are known without the order of the epoch."""
+        return not self.window and (not self.shuffle or (self.replacement and self.n >= LARGE))
+
+    def _at(self, epoch: int, start: int, stop: int) -> Indices:
+        """The samples at these positions, in order or drawn."""
+        first, end, step = self.rank + start * self.world_size, self.rank + stop * self.world_size, self.world_size
+        if not self.shuffle:
+            return self._samples(np.arange(first, end, step, dtype=np.int64))
+        words = _words(np.array([self.seed, epoch], np.uint64), first, end)[::step]
+        if self._sums is None:
+            return self._samples(_uniform(words, self.n))
+        numbers = (words >> np.uint64(11)) * (2.0**-53 * self._sums[-1])  # of 53 bits, from 0 to the sum of the weights
+        return self._samples(self._sums.searchsorted(numbers, side="right"))
+
+    def _samples(self, places: Indices) -> Indices:
+        return places if self.chosen is None else self.chosen[places]

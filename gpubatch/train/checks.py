@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from gpubatch.backend import Array, CudaBackend
-from gpubatch.errors import ArgumentError, DTypeError, GpubatchError, InsufficientMemoryError
+from gpubatch.errors import ArgumentError, DTypeError
 from gpubatch.loader import Loader, epochs_of
-from gpubatch.nn import EVALUATION_ROWS, Network, core_of, layers, losses
+from gpubatch.nn import Network, core_of, layers, losses
 from gpubatch.optim import MASTER, Optimizer
 from gpubatch.own import changed
 from gpubatch.train.loss_scale import LossScale
 
 __all__ = [
-    "HeldOut",
-    "about_validation",
     "check_bound",
     "check_last_batch",
     "check_parts",
     "drop_last_for",
     "loader_for",
     "scale_for",
-    "validation_arrays",
     "why_eager",
 ]
 
@@ -85,41 +80,6 @@ def scale_for(net: Network, loss_scale: LossScale | None) -> LossScale | None:
     if loss_scale is not None and net.loss_scale is None:
         raise ArgumentError(f"loss_scale is for a network with precision='mixed', this one has {net.precision!r}")
     return None if net.loss_scale is None else loss_scale or LossScale()
-
-
-class HeldOut(NamedTuple):
-    """The validation set as a network takes it, and how many bytes were allocated for it."""
-
-    X: Array
-    Y: Array
-    copied: int
-
-
-def validation_arrays(net: Network, loader: Loader, validation: Any) -> HeldOut:
-    """The pair (X, Y) as the network takes it."""
-    if not isinstance(validation, (tuple, list)) or len(validation) != 2:
-        raise DTypeError(f"validation must be a pair (X, Y), got {type(validation).__name__}")
-    columns, names = epochs_of(loader).columns, ("validation[0]", "validation[1]")
-    with about_validation(), net.backend.scope():
-        X, Y = columns.converted(validation[0], validation[1], names, EVALUATION_ROWS)
-        copied = sum(new.nbytes for new, given in zip((X, Y), validation, strict=True) if new is not given)
-        held_out = HeldOut(columns.turn(X), columns.turn(Y), copied)  # rows, as a network takes them
-        core_of(net).check_batch(held_out.X, held_out.Y)
-        core_of(net).loss.check_values(held_out.Y, net.outputs)
-    return held_out
-
-
-@contextlib.contextmanager
-def about_validation() -> Iterator[None]:
-    """Begin the messages of gpubatch's errors with the argument that they are about."""
-    try:
-        yield
-    except InsufficientMemoryError:
-        raise
-    except GpubatchError as error:
-        if str(error).startswith("validation"):
-            raise
-        raise type(error)(f"validation: {error}") from error
 
 
 # A graph replaces every method that a step calls. If a user has overridden one of them, steps are eager, so that it is

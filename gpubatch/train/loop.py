@@ -24,7 +24,7 @@ from gpubatch.optim import Optimizer, unchecked
 from gpubatch.schedules import KINDS
 from gpubatch.train.callbacks import Callbacks
 from gpubatch.train.captured import CapturedSteps
-from gpubatch.train.checks import HeldOut, about_validation, check_parts, scale_for, validation_arrays
+from gpubatch.train.checks import check_parts, scale_for
 from gpubatch.train.display import display
 from gpubatch.train.eager import EagerSteps
 from gpubatch.train.history import History, StopTraining, TrainingState
@@ -33,6 +33,7 @@ from gpubatch.train.memory import evaluate, halve, memory_message, power_below, 
 from gpubatch.train.record import Between, Record, Steps, warn_caller
 from gpubatch.train.resume import RunCheckpoints, open_checkpoints
 from gpubatch.train.signals import BetweenSteps, interruptible
+from gpubatch.train.validation import HeldOut, about_validation, validated
 
 __all__ = ["EXECUTIONS", "fit", "short_runs"]
 
@@ -46,7 +47,7 @@ def fit(
     loader: Loader,
     opt: Optimizer,
     epochs: int = 10,
-    validation: tuple[Any, Any] | None = None,
+    validation: Any = None,
     callbacks: Iterable[Any] = (),
     checkpoint: str | os.PathLike[str] | Checkpoints | None = None,
     resume: bool = False,
@@ -63,8 +64,9 @@ def fit(
         tried before the first epoch
     opt: the optimizer, bound to ``net.parameters``
     epochs: epochs in all, counted from the run's first
-    validation: (X, Y), converted as the loader converts its own; the loss and accuracy on it are measured after every
-        epoch
+    validation: what the loss and accuracy are measured on after every epoch: (X, Y), a source of pairs, or (source, Y),
+        converted and prepared as the loader does its own; a Loader; or the fraction of the loader's samples that this
+        run holds out, see below
     callbacks: a list of gpubatch's, such as :class:`EarlyStopping`, and of your own, see below
     checkpoint: a folder, or :class:`~gpubatch.checkpoint.Checkpoints` with one, to save the run in
     resume: go on from the newest checkpoint, if there is one
@@ -91,6 +93,13 @@ def fit(
     others begin anew. Another network, another optimizer or other batches are refused. Ctrl-C and SIGTERM let the
     current step finish, save the run, and raise :class:`TrainingInterrupted`, a KeyboardInterrupt, or
     :class:`TrainingTerminated`, a SystemExit. Both have the ``history``, and so has any other error that ends a run.
+
+    **Validation.** The set is checked whole before the first step. Arrays are converted once; what is read, a Loader's
+    samples and those of a fraction are converted and moved batch by batch, in order and not augmented, so the set may
+    be larger than memory; their loss is that of one array but for rounding. A fraction is drawn at random by the
+    loader's seed, the same for every device, rank and resume, and in proportion from each class where Y is an array of
+    integers. During this run the loader leaves it out. Where samples depend on one another, as in a time series, give
+    (X, Y) that you have split yourself.
 
     **Numbers that are not finite.** A step whose loss or gradient is not finite is left out: parameters, running
     statistics and optimizer stay as they were. ``history.skipped`` counts it, and the first one gives a
@@ -121,14 +130,17 @@ def fit(
     check_choice("execution", execution, EXECUTIONS)
     check_parts(net, loader, opt)
     # The caller may use what outlives the run, such as the parameters, on the stream that is current outside.
-    with core_of(net).training, net.backend.own_stream(), core_of(net).freezing(opt.frozen), unchecked(opt):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(core_of(net).training)
+        for context in (net.backend.own_stream(), core_of(net).freezing(opt.frozen), unchecked(opt)):
+            stack.enter_context(context)
         scale = scale_for(net, loss_scale)
         record = Record(TrainingState(net, loader, opt, History(), loader.epoch, opt.t), scale)
         watching = Callbacks(callbacks)
         eager = EagerSteps(record, watching, max_norm, max_skipped)
         captured = CapturedSteps(record, eager, watching)
         may_capture = execution == "captured" or (execution == "auto" and net.backend.name != "cpu")
-        held_out = None if validation is None else validation_arrays(net, loader, validation)
+        held_out = stack.enter_context(validated(net, loader, validation))
         record.state.monitors = monitors(net, held_out)
         record.state.note = lambda text: record.display.note(text)
         store = open_checkpoints(checkpoint, check_bool("resume", resume))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
+import math
 from collections.abc import Sequence
 
 from gpubatch.errors import InsufficientMemoryError, NonFiniteError
 from gpubatch.loader import Loader, epochs_of
 from gpubatch.nn import EVALUATION_ROWS, Network, core_of
+from gpubatch.nn.losses import counts_of
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import Optimizer, rehearse_update
-from gpubatch.train.checks import HeldOut, check_last_batch, why_eager
+from gpubatch.train.checks import check_last_batch, why_eager
 from gpubatch.train.ledger import AHEAD
 from gpubatch.train.record import Record, Steps
+from gpubatch.train.validation import HeldOut
 
 __all__ = ["evaluate", "halve", "memory_message", "memory_parts", "plan_batches", "power_below", "settle_batches"]
 
@@ -37,10 +39,12 @@ def plan_batches(
     copied: int = 0,
     most: int | None = None,
     captured: bool | None = None,
+    read: int = 0,
 ) -> None:
     """Make the loader's plan with :func:`memory_parts` counted; ``most`` is the largest batch size to choose.
 
-    ``captured`` tells whether steps are captured; by default they are wherever they can be.
+    ``captured`` tells whether steps are captured; by default they are wherever they can be. ``read`` is how many bytes
+    the batches of a validation set take that is read.
     """
     held = memory_parts(net, opt, 1, 0, copied)
     if net.backend.name == "cpu" and opt.t == 0:  # an operating system takes memory on first write
@@ -48,7 +52,11 @@ def plan_batches(
     allocated = sum(n for name, n in held.items() if not name.startswith("workspace"))
     if captured is None:
         captured = not why_eager(net, loader, opt)
-    parts_of = functools.partial(memory_parts, net, opt, evaluated=evaluated, copied=copied)
+
+    def parts_of(batch_size: int) -> dict[str, int]:
+        batches = {"batches of validation": read} if read else {}
+        return {**memory_parts(net, opt, batch_size, evaluated, copied), **batches}
+
     kept, least_rows = AHEAD if captured else 0, core_of(net).least_rows
     epochs_of(loader).replan(parts_of, allocated, most=most, kept=kept, least_rows=least_rows)
 
@@ -57,15 +65,17 @@ def settle_batches(
     net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | None, captured: bool | None = None
 ) -> None:
     """Make the loader's plan; try a batch size that it chose, and a smaller one if memory runs out."""
-    evaluated, copied = (0, 0) if held_out is None else (len(held_out.X), held_out.copied)
-    plan_batches(net, loader, opt, evaluated, copied, captured=captured)
+    evaluated, copied, read = 0, 0, 0
+    if held_out is not None:
+        evaluated, copied, read = held_out.samples, held_out.copied, held_out.batch_bytes
+    plan_batches(net, loader, opt, evaluated, copied, captured=captured, read=read)
     check_last_batch(net, loader)
     while epochs_of(loader).automatic and (failure := rehearse(net, loader, opt, held_out)) is not None:
         core_of(net).release()
         free_unused(net)
         if loader.batch_size <= core_of(net).least_rows:
             raise InsufficientMemoryError(f"there is no memory for a step of {loader.batch_size} samples: {failure}")
-        plan_batches(net, loader, opt, evaluated, copied, power_below(loader.batch_size), captured)
+        plan_batches(net, loader, opt, evaluated, copied, power_below(loader.batch_size), captured, read)
         check_last_batch(net, loader)
 
 
@@ -82,7 +92,7 @@ def rehearse(net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | N
         rehearse_update(opt, net.parameters.grads)
         if held_out is not None:
             with contextlib.suppress(NonFiniteError):  # only memory is in question
-                net.evaluate(held_out.X[:EVALUATION_ROWS], held_out.Y[:EVALUATION_ROWS])
+                net.evaluate(*held_out.first())
     except MemoryError as error:
         return memory_message(error)
     return None
@@ -102,11 +112,31 @@ def halve(record: Record, drivers: Sequence[Steps], failure: str) -> None:
 
 
 def evaluate(net: Network, held_out: HeldOut, rows: int | None) -> tuple[float, float | None] | str:
-    """Loss and accuracy, at most ``rows`` samples at a time; or for what there was no memory, in words."""
+    """Loss and accuracy, at most ``rows`` samples at a time; or for what there was no memory, in words.
+
+    Those of several batches are means over all samples that count: as if they were one, but for rounding.
+    """
+    rows = min(rows or EVALUATION_ROWS, EVALUATION_ROWS)
+    found, sizes = [], []
     try:
-        return net.evaluate(held_out.X, held_out.Y, min(rows or EVALUATION_ROWS, EVALUATION_ROWS))
+        with held_out.batches() as batches:
+            for X, Y in batches:
+                counts = counts_of(core_of(net).loss, Y, None)
+                size = len(X) if counts is None else counts.sum().item()
+                if size:
+                    found.append(net.evaluate(X, Y, rows))
+                    sizes.append(size)
+            if not found:
+                return net.evaluate(X, Y, rows)  # which says that there is nothing to take the mean of
+    except InsufficientMemoryError:
+        raise
     except MemoryError as error:
         return memory_message(error)
+    if len(found) == 1:
+        return found[0]
+    loss = math.fsum(size * loss for size, (loss, _) in zip(sizes, found, strict=True)) / sum(sizes)
+    right = [size * accuracy for size, (_, accuracy) in zip(sizes, found, strict=True) if accuracy is not None]
+    return loss, math.fsum(right) / sum(sizes) if right else None
 
 
 def memory_message(error: MemoryError) -> str:

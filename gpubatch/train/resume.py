@@ -201,6 +201,7 @@ def describe_batches(loader: Loader) -> dict[str, Any]:
     some = columns.at(np.unique([0, n // 2, n - 1]))
     digest = hashlib.sha256(b"".join(loader.backend.to_numpy(array).tobytes() for array in some))
     return {
+        "held out": columns.n_samples - n,
         "dtype": loader.dtype.name,
         "scale": loader.scale,
         # Whether a function is the same one, nobody can tell; what it makes of three samples says much of it.
@@ -220,11 +221,17 @@ def check_same_batches(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None
             continue  # other devices round otherwise
         if before != value:
             what = {
+                "held out": f"{before} samples held out for validation",
                 "samples": "other samples",
                 "shapes": f"samples of the shapes {saved[name]}",
                 "prepared": "another prepare, which makes other numbers of the same samples",
             }
-            here = {"samples": "", "shapes": f", this one has {value}", "prepared": ""}
+            here = {
+                "samples": "",
+                "shapes": f", this one has {value}",
+                "prepared": "",
+                "held out": f", this one holds out {value}",
+            }
             raise ArgumentError(
                 f"it is of a loader with {what.get(name, f'{name}={saved[name]!r}')}"
                 f"{here.get(name, f', this one has {value!r}')}"

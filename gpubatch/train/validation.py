@@ -1,0 +1,187 @@
+"""The validation set of a run: taken in whichever form it was given, checked whole, and evaluated."""
+
+from __future__ import annotations
+
+import contextlib
+import numbers
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from gpubatch.backend import Array
+from gpubatch.errors import ArgumentError, DTypeError, GpubatchError, InsufficientMemoryError
+from gpubatch.loader import Epochs, Loader, epochs_of, rows_of
+from gpubatch.nn import EVALUATION_ROWS, Network, core_of
+
+__all__ = ["HeldOut", "HeldOutBatches", "InMemory", "about_validation", "validated"]
+
+FORMS = "a pair (X, Y) of arrays or sources, a source of pairs, a Loader, or a fraction between 0 and 1"
+
+
+class HeldOut(Protocol):
+    """A validation set."""
+
+    @property
+    def samples(self) -> int:
+        """How many samples there are."""
+
+    @property
+    def copied(self) -> int:
+        """Bytes that were allocated for it."""
+
+    @property
+    def batch_bytes(self) -> int:
+        """Bytes that are allocated while it is evaluated, besides the network's."""
+
+    def first(self) -> list[Array]:
+        """The first of the batches."""
+
+    def batches(self) -> contextlib.AbstractContextManager[Iterator[list[Array]]]:
+        """X and Y as the network takes them, in one batch or in several, always the same."""
+
+
+class InMemory(NamedTuple):
+    """Arrays that the network takes as they are."""
+
+    X: Array
+    Y: Array
+    copied: int
+
+    @property
+    def samples(self) -> int:
+        """See :class:`HeldOut`."""
+        return len(self.X)
+
+    @property
+    def batch_bytes(self) -> int:
+        """See :class:`HeldOut`."""
+        return 0
+
+    def first(self) -> list[Array]:
+        """See :class:`HeldOut`."""
+        return [self.X[:EVALUATION_ROWS], self.Y[:EVALUATION_ROWS]]
+
+    @contextlib.contextmanager
+    def batches(self) -> Iterator[Iterator[list[Array]]]:
+        """See :class:`HeldOut`."""
+        yield iter([[self.X, self.Y]])
+
+
+class HeldOutBatches:
+    """Samples that are read, converted and moved batch by batch, in order, however many there are.
+
+    The batches are those of ``epochs``, or of a loader with an iteration of its own.
+    """
+
+    copied = 0
+
+    def __init__(self, epochs: Epochs, loader: Loader | None = None) -> None:
+        self._epochs, self._loader = epochs, loader
+
+    @property
+    def samples(self) -> int:
+        """See :class:`HeldOut`."""
+        return self._epochs.order.share
+
+    @property
+    def batch_bytes(self) -> int:
+        """See :class:`HeldOut`."""
+        return self._epochs.plan.needed
+
+    def first(self) -> list[Array]:
+        """See :class:`HeldOut`."""
+        return self._epochs.peek()
+
+    @contextlib.contextmanager
+    def batches(self) -> Iterator[Iterator[list[Array]]]:
+        """See :class:`HeldOut`."""
+        if self._loader is None:
+            found = self._epochs.batches(self._epochs.columns.as_rows)
+        else:
+            self._loader.load_state_dict({**self._loader.state_dict(), "epoch": 0, "batch": 0})
+            found = rows_of(self._loader)
+        with contextlib.closing(found) as batches:  # ends the loader's thread
+            yield batches
+
+
+@contextlib.contextmanager
+def validated(net: Network, loader: Loader, validation: Any) -> Iterator[HeldOut | None]:
+    """The validation set that ``fit`` was given; of a fraction, the loader leaves it out meanwhile."""
+    epochs = epochs_of(loader)
+    held_out: HeldOut | None = None
+    with contextlib.ExitStack() as stack:
+        if is_fraction(validation):
+            held = stack.enter_context(epochs.holding_out(float(validation)))
+            held_out = HeldOutBatches(epochs.in_order(EVALUATION_ROWS, held))
+        elif validation is not None:
+            with about_validation(), net.backend.scope():
+                held_out = held_out_of(net, loader, validation)
+        if held_out is not None:
+            with about_validation(), net.backend.scope(), held_out.batches() as batches:
+                for X, Y in batches:
+                    core_of(net).check_batch(X, Y)
+                    core_of(net).loss.check_values(Y, net.outputs)
+        yield held_out
+
+
+def held_out_of(net: Network, loader: Loader, validation: Any) -> HeldOut:
+    """The validation set that is not a part of the training set."""
+    columns = epochs_of(loader).columns
+    if isinstance(validation, Loader):
+        return held_out_of_loader(net, validation)
+    if is_read(validation):
+        X, Y = validation, None
+    elif isinstance(validation, (tuple, list)) and len(validation) == 2:
+        X, Y = validation
+    else:
+        words = f"{len(validation)} items" if isinstance(validation, (tuple, list)) else type(validation).__name__
+        raise DTypeError(f"validation must be {FORMS}, got {words}")
+    if Y is None and not is_read(X):
+        raise DTypeError("validation must be a pair (X, Y), got None for Y")
+    if is_read(X) or is_read(Y):
+        other = columns.like(X, Y)
+        if not other.labelled:
+            raise ArgumentError("validation must have labels, as (source, Y); this source gives X alone")
+        return HeldOutBatches(Epochs.of_columns(other, EVALUATION_ROWS))
+    names = ("validation[0]", "validation[1]")
+    x, y = columns.converted(X, Y, names, EVALUATION_ROWS)
+    copied = sum(new.nbytes for new, given in ((x, X), (y, Y)) if new is not given)
+    return InMemory(columns.turn(x), columns.turn(y), copied)  # rows, as a network takes them
+
+
+def held_out_of_loader(net: Network, loader: Loader) -> HeldOut:
+    """All samples of a loader in order, not augmented; or its own iteration where a subclass has one."""
+    epochs = epochs_of(loader)
+    if loader.backend != net.backend or loader.dtype != net.dtype:
+        raise ArgumentError(
+            f"validation must be a Loader of {net.dtype} on {net.backend.spec!r}, as net is; this one makes "
+            f"{loader.dtype} on {loader.backend.spec!r}"
+        )
+    if not epochs.columns.labelled:
+        raise ArgumentError("validation must have labels: Loader(X, Y), this one has X alone")
+    own = loader if type(loader).__iter__ is not Loader.__iter__ else None
+    return HeldOutBatches(epochs.in_order(EVALUATION_ROWS), own)
+
+
+def is_fraction(x: Any) -> bool:
+    """Whether ``x`` is a real number."""
+    return not isinstance(x, bool) and isinstance(x, numbers.Real)
+
+
+def is_read(x: Any) -> bool:
+    """Whether samples are read from ``x``, which may be larger than memory."""
+    return isinstance(x, np.memmap) or (hasattr(x, "read") and hasattr(x, "__len__"))
+
+
+@contextlib.contextmanager
+def about_validation() -> Iterator[None]:
+    """Begin the messages of gpubatch's errors with the argument that they are about."""
+    try:
+        yield
+    except InsufficientMemoryError:
+        raise
+    except GpubatchError as error:
+        if str(error).startswith("validation"):
+            raise
+        raise type(error)(f"validation: {error}") from error
