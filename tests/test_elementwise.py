@@ -264,7 +264,7 @@ LOSSES: dict[str, tuple[ScoreLoss, dict[str, float]]] = {
     "huber": (huber, {"delta": 0.5}),
     "quantile": (quantile, {"q": 0.3}),
     "focal": (focal, {}),
-    **{name: (getattr(scores, name), {}) for name in scores.__all__},
+    **{name: (getattr(scores, name), {}) for name in ("mse", "sigmoid_cross_entropy")},
 }
 
 
