@@ -27,7 +27,7 @@ EXPORTS = {
     """,
     "formula": "activation max_abs mean norm normal_cdf rule rules score_loss",
     "loader": "Loader WeightedOrder",
-    "model": "Model load save",
+    "model": "Model export_onnx load save",
     "nn": """
         GELU SVM BatchNorm Context Dense Dropout Elementwise Layer LeakyReLU Loss Needs Network Parameter ReLU Sigmoid
         SoftmaxCrossEntropy Step Tanh losses mlp no_decay
@@ -112,7 +112,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         score_loss as score_loss,
     )
     from gpubatch.loader import Loader as Loader, WeightedOrder as WeightedOrder
-    from gpubatch.model import Model as Model, load as load, save as save
+    from gpubatch.model import Model as Model, export_onnx as export_onnx, load as load, save as save
     from gpubatch.nn import (
         GELU as GELU,
         SVM as SVM,

@@ -41,7 +41,7 @@ from gpubatch.errors import (
     check_int,
 )
 
-__all__ = ["DTYPES", "Checkpoints", "open_tensors", "read", "versions", "write_tensors"]
+__all__ = ["DTYPES", "Checkpoints", "open_tensors", "read", "replacing", "versions", "write_tensors"]
 
 FORMAT = 1  # version of the JSON; a reader refuses any other
 NAME = re.compile(r"checkpoint-(\d{6,})-([0-9a-f]{16})\.safetensors")
@@ -216,16 +216,23 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         return _join(content.metadata() or {}, content.get_tensors())
 
 
-def write_tensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write one safetensors file: under a temporary name beside it, synced and then renamed."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``, for a file that then takes its place at once; if it fails, nothing is left."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.unfinished")
     try:
         unfinished.unlink(missing_ok=True)
-        _write_synced(unfinished, arrays, metadata)
+        yield unfinished
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def write_tensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write one safetensors file, whole or not at all."""
+    with replacing(path) as unfinished:
+        _write_synced(unfinished, arrays, metadata)
 
 
 @contextlib.contextmanager

@@ -15,10 +15,23 @@ from gpubatch.formula.elementwise import (
 )
 from gpubatch.formula.reductions import PIECE, max_abs, mean, norm, reduction_room, total_of
 from gpubatch.formula.text import formula_of_text, text_of_formula
-from gpubatch.formula.trace import OPS, Element, FormulaPass, Op, Reduction, Scalar, Trace, host_function
+from gpubatch.formula.trace import (
+    COPY,
+    INDICATOR,
+    OPS,
+    Element,
+    FormulaPass,
+    Op,
+    Reduction,
+    Scalar,
+    Trace,
+    host_function,
+)
 from gpubatch.formula.update_rule import Rule, rule
 
 __all__ = [
+    "COPY",
+    "INDICATOR",
     "OPS",
     "PIECE",
     "Activation",

@@ -27,6 +27,7 @@ import numpy as np
 from gpubatch.errors import FormulaError
 
 __all__ = [
+    "COPY",
     "INDICATOR",
     "OPS",
     "Element",

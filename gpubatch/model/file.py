@@ -49,12 +49,12 @@ NETWORK: dict[str, Any] = {
 }
 
 
-def check_path(path: Any) -> Path:
-    """``path``, which must end in .safetensors."""
+def check_path(path: Any, suffix: str = ".safetensors") -> Path:
+    """``path``, which must end in ``suffix``."""
     if not isinstance(path, (str, os.PathLike)):
         raise DTypeError(f"path must be a path, got {path!r}")
-    if Path(path).suffix != ".safetensors":
-        raise ArgumentError(f"path must end in .safetensors, got {str(path)!r}")
+    if Path(path).suffix != suffix:
+        raise ArgumentError(f"path must end in {suffix}, got {str(path)!r}")
     return Path(path)
 
 

@@ -5,6 +5,7 @@ from gpubatch.nn.core import EVALUATION_ROWS, Core, quiet
 from gpubatch.nn.layers import (
     ACTIVATIONS,
     GELU,
+    ActivationLayer,
     BatchNorm,
     Dense,
     Dropout,
@@ -27,6 +28,7 @@ __all__ = [
     "GELU",
     "LOSSES",
     "SVM",
+    "ActivationLayer",
     "BatchNorm",
     "Context",
     "Core",
