@@ -16,10 +16,11 @@ EXPORTS = {
     "backend": "Backend Memory array_namespace available_backends get_backend",
     "checkpoint": "Checkpoints",
     "errors": """
-        ArgumentError BackendFallbackWarning BackendUnavailableError CaptureError CaptureWarning
-        CheckpointError CheckpointWarning CompilerWarning DTypeError DataFormatError DeviceMismatchError FewStepsWarning
-        FormulaError GpubatchError IdleWarning InUseError InsufficientMemoryError MicroBatchWarning NonFiniteError
-        ResumeWarning ShapeError SkippedStepWarning TuningWarning UnknownArgumentError
+        ArgumentError BackendFallbackWarning BackendUnavailableError CaptureError CaptureWarning CheckpointError
+        CheckpointWarning CompilerWarning DTypeError DataFormatError DeviceMismatchError EpochWarning
+        FewStepsWarning FormulaError GpubatchError IdleWarning InUseError InsufficientMemoryError
+        MicroBatchWarning NonFiniteError ResumeWarning ShapeError SkippedStepWarning TuningWarning
+        UnknownArgumentError
     """,
     "explore": """
         GradientCheck batch_size_sweep gradient_check loss_slice numerical_gradient random_local_search
@@ -77,6 +78,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         DataFormatError as DataFormatError,
         DeviceMismatchError as DeviceMismatchError,
         DTypeError as DTypeError,
+        EpochWarning as EpochWarning,
         FewStepsWarning as FewStepsWarning,
         FormulaError as FormulaError,
         GpubatchError as GpubatchError,

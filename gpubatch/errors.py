@@ -19,6 +19,7 @@
     CaptureWarning (UserWarning)             captured steps differ from eager ones and are abandoned
     CheckpointWarning (UserWarning)          a corrupt checkpoint is skipped, or one was not written and the run goes on
     CompilerWarning (UserWarning)            NumPy runs a user's formula that could be compiled
+    EpochWarning (UserWarning)               a schedule by epoch stands still: nothing counts the epochs
     FewStepsWarning (UserWarning)            a run has hardly any steps
     IdleWarning (UserWarning)                a run has a learning rate of 0 in every step
     MicroBatchWarning (UserWarning)          memory ran out: batches are split from here on
@@ -48,6 +49,7 @@ __all__ = [
     "DTypeError",
     "DataFormatError",
     "DeviceMismatchError",
+    "EpochWarning",
     "FewStepsWarning",
     "FormulaError",
     "GpubatchError",
@@ -143,6 +145,10 @@ class CheckpointWarning(UserWarning):
 
 class CompilerWarning(UserWarning):
     """NumPy runs a formula of the user's own, because no compiler is found, or the one that is found fails."""
+
+
+class EpochWarning(UserWarning):
+    """A schedule by epoch stands still: no batch is a loader's, and nobody assigns the optimizer's epoch."""
 
 
 class FewStepsWarning(UserWarning):

@@ -10,6 +10,7 @@ import numpy as np
 
 from gpubatch.backend import Array, Backend, backend_of, float_dtype, get_backend
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_int
+from gpubatch.passes import DataPass
 from gpubatch.shown import numbers
 
 __all__ = ["FlatViews", "Parameters"]
@@ -94,6 +95,8 @@ class FlatViews(Mapping[str, Array]):
 class Parameters(FlatViews):
     """All parameters of a model in one buffer, initially zero; ``grads`` has the same views of their gradients.
 
+    ``fed`` is the pass over a loader whose batch the network computed the gradients of last; None: of none.
+
     shapes: maps each name to a shape, or to an array to copy
     backend: "auto", "numpy", "cupy" or a backend
     dtype: "float16", "float32" or "float64"
@@ -114,6 +117,7 @@ class Parameters(FlatViews):
         size = sum(map(math.prod, dimensions.values()))
         FlatViews.__init__(self, self.backend.zeros(size, dtype), dimensions)
         self.grads = FlatViews(self.backend.zeros(size, dtype), dimensions)
+        self.fed: DataPass | None = None
         for name, value in shapes.items():
             if hasattr(value, "shape"):
                 self[name] = self.backend.asarray(value, dtype)

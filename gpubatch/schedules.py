@@ -32,6 +32,7 @@ __all__ = [
     "Schedule",
     "SqrtDecay",
     "StepDecay",
+    "counts_epochs",
     "from_dict",
     "to_dict",
 ]
@@ -227,6 +228,11 @@ def from_dict(d: Mapping[str, Any]) -> Schedule:
         raise ArgumentError(f"{kind.__name__} needs {', '.join(missing)}, got {', '.join(given) or 'nothing'}")
     schedule: Schedule = kind(**given)
     return schedule
+
+
+def counts_epochs(value: Any) -> bool:
+    """Whether a hyper-parameter is a schedule of this module by epoch."""
+    return type(value) in KINDS.values() and value.per == "epoch"
 
 
 def _count(per: str, step: int, epoch: int) -> int:

@@ -290,7 +290,7 @@ def test_without_groups_the_state_has_no_new_entries() -> None:
     w = np.zeros(2)
     opt = gb.Adam([w])
     opt.step([w])
-    assert set(opt.state_dict()) == {"rule", "t", "epoch", "hyper", "state"}
+    assert set(opt.state_dict()) == {"rule", "t", "epoch", "pass", "hyper", "state"}
     opt.load_state_dict(opt.state_dict())
 
 

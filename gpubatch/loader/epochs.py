@@ -22,6 +22,7 @@ from gpubatch.loader.feeds import (
     belongs_on_device,
 )
 from gpubatch.loader.order import WORD, Indices, Order, split
+from gpubatch.passes import DataPass
 from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, plan_batch_size
 
 __all__ = ["Epochs"]
@@ -74,6 +75,7 @@ class Epochs:
         self._epoch = self._batch = 0  # the position: batches of this epoch that were yielded
         self._run: object | None = None  # the iteration that is running
         self._left = False  # whether the iteration before was left in the middle
+        self._source, self._pass = object(), DataPass(None, 0)  # the source is that of the passes of this loader
         self._why = f"batch_size={batch_size} was given"
         self._model = Memories()
         self._trained: Epochs | None = None  # those whose data these share
@@ -85,6 +87,13 @@ class Epochs:
             )
         else:
             self.plan = self._given(min(batch_size, order.share))
+
+    def __copy__(self) -> Epochs:
+        """The same epochs, with a position and passes of their own."""
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        twin._source, twin._pass = object(), DataPass(None, 0)
+        return twin
 
     # --- sizes --------------------------------------------------------------------------------------------------
 
@@ -290,6 +299,14 @@ class Epochs:
         """The number of the epoch that is running, or else of the next one, counted from 0."""
         return self._epoch + self._left
 
+    def coming_pass(self) -> DataPass:
+        """The pass of the next iteration: that of the epoch, however often it is gone on with."""
+        if self._pass.source is not self._source or self._pass.epoch != self.epoch:
+            self._pass.end()
+            self._pass = DataPass(self._source, self.epoch)
+        self._pass.start = self._pass.batches = 0 if self._left else self._batch
+        return self._pass
+
     @contextlib.contextmanager
     def _iteration(self) -> Iterator[Callable[[], None]]:
         """One iteration, until its epoch ends or it is left; yields what raises when there is a newer one."""
@@ -297,6 +314,8 @@ class Epochs:
             self._epoch, self._batch = self._epoch + 1, 0
         self._left = False
         run = self._run = object()
+        self._pass.end()
+        self.coming_pass().begin()
 
         def check() -> None:
             if self._run is not run:
@@ -309,6 +328,7 @@ class Epochs:
         finally:
             if self._run is run:
                 self._run, self._left = None, self._batch > 0
+                self._pass.end()
 
     def batches(self, finish: Finish[Batch]) -> Generator[Batch]:
         """An epoch, or its rest: what ``finish`` makes of each batch."""
@@ -331,6 +351,7 @@ class Epochs:
                     stats.batches += 1
                     stats.samples = min(self._batch * size, self.order.share) - starts.start
                     stats.bytes_read = self.columns.bytes_read(stats.samples) - read
+                    self._pass.give_out(batch)
                     yield batch
                     asked = time.perf_counter()
                     del batch  # so that it can be freed before the next one is made
@@ -347,6 +368,7 @@ class Epochs:
             def used(batches: int) -> None:
                 check()
                 self._batch += batches
+                self._pass.batches += batches
                 stats.batches += batches
                 stats.samples = min(self._batch * self.batch_size, self.order.share) - first * self.batch_size
                 stats.bytes_read = self.columns.bytes_read(stats.samples)
@@ -404,3 +426,4 @@ class Epochs:
             self.plan = self._given(batch_size)
         self.automatic = False  # it is decided: another size would make other batches of the epoch
         self._epoch, self._batch, self._run, self._left = epoch, batch, None, False
+        self._pass.end()

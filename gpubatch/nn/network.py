@@ -30,6 +30,7 @@ from gpubatch.nn.workspace import evenly
 from gpubatch.ops import PRECISIONS, check_choices
 from gpubatch.own import as_written
 from gpubatch.params import FlatViews
+from gpubatch.passes import pass_of
 
 __all__ = ["Network", "core_of", "mlp", "no_decay"]
 
@@ -182,6 +183,7 @@ class Network:
         """
         core = self._core
         core.check_batch(X, Y, values=True, weight=weight)
+        self.parameters.fed = pass_of(X)
         loss = 0.0
 
         def add(x: Array, y: Array, weights: Array | None, share: float) -> None:
@@ -210,6 +212,7 @@ class Network:
         The next step overwrites that array. Nobody checks whether the loss is finite, nor, on a GPU, the values of Y
         and of ``weight``; one that is negative or not finite makes the loss NaN.
         """
+        self.parameters.fed = pass_of(X)
         return self._core.step(X, Y, weight).loss.work["loss"]
 
     # --- evaluation ---

@@ -3,6 +3,8 @@
 from gpubatch.optim.ahead import (
     captured_key,
     enqueue_update,
+    epoch_in,
+    follow_pass,
     rehearse_update,
     scalars_ahead,
     trace_of,
@@ -56,6 +58,8 @@ __all__ = [
     "captured_key",
     "clip_by_global_norm",
     "enqueue_update",
+    "epoch_in",
+    "follow_pass",
     "given_hyper",
     "load_resumed",
     "rehearse_update",

@@ -11,9 +11,21 @@ import numpy as np
 from gpubatch.backend import Array, compute_dtype
 from gpubatch.formula import Trace
 from gpubatch.ops import CudaUpdate
+from gpubatch.optim.epochs import EpochCount
 from gpubatch.optim.optimizer import Optimizer
+from gpubatch.passes import DataPass, pass_under_way
 
-__all__ = ["captured_key", "enqueue_update", "rehearse_update", "scalars_ahead", "trace_of", "unbound", "unchecked"]
+__all__ = [
+    "captured_key",
+    "enqueue_update",
+    "epoch_in",
+    "follow_pass",
+    "rehearse_update",
+    "scalars_ahead",
+    "trace_of",
+    "unbound",
+    "unchecked",
+]
 
 
 class Unbound(Optimizer):
@@ -55,13 +67,16 @@ def rehearse_update(opt: Optimizer, grads: Any = None) -> None:
 
     grads: as for :meth:`Optimizer.step`; their values do not matter.
     """
-    control, t = opt.backend.zeros(2, compute_dtype(opt._dtype)), opt.t
+    control, t, epochs = opt.backend.zeros(2, compute_dtype(opt._dtype)), opt.t, opt._epochs
     with opt.backend.scope():
         control.fill(1)  # the second one leaves the step out
         for views in opt._state.values():
             views.flat *= 1  # zeros are given by the system only when they are first written to
-    opt.step(grads, control)
-    opt.t = t
+    opt._epochs = EpochCount()
+    try:
+        opt.step(grads, control)
+    finally:
+        opt.t, opt._epochs = t, epochs
 
 
 def scalars_ahead(opt: Optimizer, start: int, count: int, least: int = 1) -> tuple[np.ndarray, list[float | None]]:
@@ -110,4 +125,22 @@ def captured_key(opt: Optimizer) -> tuple[Any, ...]:
     What graphs launch, comes first.
     """
     own = (value for group in opt._groups for value in group.own.values())
-    return opt._whole(), opt.t, opt.epoch, *opt._hyper.values(), *own
+    return opt._whole(), opt.t, opt._epochs.epoch, *opt._hyper.values(), *own
+
+
+def epoch_in(opt: Optimizer, known: DataPass) -> int:
+    """The epoch of steps in the pass ``known``, if that is the next one."""
+    return opt._epochs.in_pass(known)
+
+
+def follow_pass(opt: Optimizer, known: DataPass | None = None) -> None:
+    """Count the epoch of the steps to come, which :meth:`Optimizer.step` would count.
+
+    known: their pass; by default the one that a step made now is of.
+    """
+    if known is not None:
+        opt._epochs.begin(known)
+        if opt._flat is not None:
+            opt._flat.fed = known
+    else:
+        opt._epochs.meet(pass_under_way(None if opt._flat is None else opt._flat.fed))

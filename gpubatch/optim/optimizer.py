@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from gpubatch.errors import (
     ArgumentError,
     DeviceMismatchError,
     DTypeError,
+    EpochWarning,
     NonFiniteError,
     ShapeError,
     check_bool,
@@ -25,13 +27,15 @@ from gpubatch.errors import (
 from gpubatch.formula import Rule, rules
 from gpubatch.ops import CudaUpdate, update_for
 from gpubatch.optim.arrays import Gradients, check_apart, named_arrays, not_finite
+from gpubatch.optim.epochs import EpochCount
 from gpubatch.optim.groups import Arrangement, Hyper, arranged, partition
 from gpubatch.own import as_written
 from gpubatch.params import FlatViews, Parameters
+from gpubatch.passes import pass_under_way
 
 __all__ = ["MASTER", "Optimizer", "StepResult"]
 
-LOOKS = 100  # steps from one look at the parameters to the next; a look takes up to half a step
+LOOKS = 100  # steps from one look at parameters and epoch to the next; a look takes up to half a step
 MASTER = "master"  # the name of the float32 copy of float16 parameters, beside the formula's state
 
 # The range of every hyper-parameter that gpubatch's own rules have: from low, included, to high, excluded.
@@ -111,7 +115,7 @@ class Optimizer:
             raise DTypeError(f"rule must be made with @gpubatch.rule, got {rule!r}")
         self.rule = rule
         self.t = 0
-        self.epoch = 0
+        self._epochs = EpochCount()
         self._checked = rule.name in rules.__all__ and getattr(rules, rule.name) is rule
         self._decoupled = check_bool("decoupled", decoupled)
         self._options = {**rule.options}
@@ -164,6 +168,9 @@ class Optimizer:
         """
         if control is not None:
             self._check_control(control)
+        fed = None if self._flat is None else self._flat.fed
+        if fed is None or fed is not self._epochs.last or not fed.running:
+            self._epochs.meet(pass_under_way(fed))
         update, last = self._update, self._last
         if last is not None and isinstance(update, CudaUpdate) and not self._check and last.same(grads):
             scalars, lr = self._scalars(self.t)
@@ -179,8 +186,8 @@ class Optimizer:
                 self._missed[name] = self._missed.get(name, 0) + 1
             self._late.update(self._absent)
         self.t += 1
-        if self.t % LOOKS == 1 and self._check is None and self.backend.name == "cpu":
-            self._look_at_parameters()
+        if self.t % LOOKS == 1:
+            self._look()
         return StepResult(True, self.t, lr)
 
     def _first(self, grads: Any, control: Array | None) -> float | None:
@@ -209,6 +216,22 @@ class Optimizer:
         what = not_finite({f"grads[{name!r}]": named[name] for name in self._trained if named[name] is not None})
         raise NonFiniteError(f"{what} at step {self.t + 1}; nothing was changed")
 
+    def _look(self) -> None:
+        if self._check is None and self.backend.name == "cpu":
+            self._look_at_parameters()
+        if not self._epochs.stands_still():
+            return
+        moving = [value for values in (self._hyper, *(group.own for group in self._groups)) for value in values.items()]
+        if found := next((name for name, value in moving if schedules.counts_epochs(value)), None):
+            self._epochs.told = True
+            warnings.warn(
+                f"{found} is a schedule by epoch, and the last {LOOKS} steps are all of epoch {self._epochs.epoch}: "
+                "passes over a gpubatch.Loader count epochs; with batches from elsewhere assign opt.epoch in every "
+                "epoch, or make the schedule with per='step'",
+                EpochWarning,
+                stacklevel=3,
+            )
+
     def _look_at_parameters(self) -> None:
         """Raise if a parameter that is trained is not finite."""
         if self._flat is not None and not not_finite({"": self._flat.flat}):
@@ -220,6 +243,26 @@ class Optimizer:
             )
 
     @property
+    def epoch(self) -> int:
+        """The epoch that schedules are called with, counted from 0: one more for every pass over a loader.
+
+        A pass begins with the first step on a batch that ``for batch in loader`` gave out in it. The epoch goes on
+        from loader to loader. Iterations without a step do not count; neither do those over another loader while one is
+        under way, nor the rest of a pass that is resumed. The pass is that of the batch that ``net.loss_and_grad`` got
+        last, or without a network, the innermost that the thread is in.
+
+        Assign a number at any time: the next step is of that epoch, and passes after that step's go on from it. A loop
+        without a loader must assign it for schedules with ``per="epoch"``; one that assigns it in every epoch counts
+        for itself.
+        """
+        fed = None if self._flat is None else self._flat.fed
+        return self._epochs.ahead(pass_under_way(fed), fed)
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self._epochs.assign(check_int("epoch", value, 0))
+
+    @property
     def lr(self) -> float:
         """The learning rate of the next step, for all parameters but those whose group has its own.
 
@@ -227,7 +270,7 @@ class Optimizer:
         """
         if "lr" not in self._hyper:
             raise AttributeError(f"{self.rule.name} has no hyper-parameter 'lr'")
-        return self._now("lr")
+        return self._at("lr", self._hyper["lr"], self.t, self.epoch)
 
     @lr.setter
     def lr(self, value: Hyper) -> None:
@@ -313,7 +356,8 @@ class Optimizer:
         return {
             "rule": self.rule.name,
             "t": self.t,
-            "epoch": self.epoch,
+            "epoch": self._epochs.epoch,
+            "pass": self._epochs.saved(),
             "hyper": self._saved_hyper(),
             **({"groups": self._saved_groups()} if len(self._groups) > 1 else {}),
             **({"missed": dict(self._missed)} if self._missed else {}),
@@ -341,7 +385,9 @@ class Optimizer:
         check_known("missed", missed := dict(d.get("missed", {})), self._trained)
         missed = {name: check_int(f"missed[{name!r}]", n, 0, t) for name, n in missed.items()}
         arrays = self._loaded_state(d["state"])
-        self.t, self.epoch, self._missed = t, epoch, missed
+        # Up to version 0.1 the loader's number of an epoch was the optimizer's.
+        self._epochs.load(epoch, d.get("pass", [epoch, 0] if t else None))
+        self.t, self._missed = t, missed
         self._hyper = {name: hyper[name] for name in self._hyper}
         for group, values in zip(self._groups[1:], own, strict=True):
             group.own = values
@@ -397,28 +443,24 @@ class Optimizer:
         low, high = RANGES[name] if known and name in RANGES else (-math.inf, math.inf)
         return check_real(label, value, low, high, open_high=True)
 
-    def _now(self, name: str) -> float:
-        """The value of a hyper-parameter for the next step."""
-        return self._at(name, self._hyper[name], self.t)
-
-    def _at(self, name: str, value: Hyper, t: int, pattern: str = "") -> float:
-        """Its value for step ``t`` from 0, always a Python float: float32 stays float32."""
+    def _at(self, name: str, value: Hyper, t: int, epoch: int, pattern: str = "") -> float:
+        """The value of a hyper-parameter for step ``t`` from 0, always a Python float: float32 stays float32."""
         if not callable(value):
             return value
-        number = self._value(name, value(t, self.epoch), pattern)
+        number = self._value(name, value(t, epoch), pattern)
         assert isinstance(number, float)
         return number
 
     def _scalars(self, t: int) -> tuple[list[tuple[float, ...]], float | None]:
         """The rows of scalars for step ``t`` from 0, and the learning rate of the parameters in no group."""
-        common, evaluate = self._fixed, self._trace.evaluate
+        common, evaluate, epoch = self._fixed, self._trace.evaluate, self._epochs.epoch
         if self._moving:
-            common = common | {name: self._at(name, schedule, t) for name, schedule in self._moving.items()}
+            common = common | {name: self._at(name, schedule, t, epoch) for name, schedule in self._moving.items()}
         rows: list[tuple[float, ...]] = []
         for group, missed in self._arrangement.rows:
             hyper = common
             if group.own:
-                own = {name: self._at(name, value, t, group.pattern) for name, value in group.own.items()}
+                own = {name: self._at(name, value, t, epoch, group.pattern) for name, value in group.own.items()}
                 hyper = {name: own.get(name, value) for name, value in common.items()}
             rows.append(evaluate(t + 1 - missed, **hyper))
         return rows, common.get("lr")

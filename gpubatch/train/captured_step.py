@@ -7,7 +7,7 @@ from typing import Any
 from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, check_int
 from gpubatch.nn import Network, core_of
-from gpubatch.optim import Optimizer, captured_key, scalars_ahead
+from gpubatch.optim import Optimizer, captured_key, follow_pass, scalars_ahead
 from gpubatch.train.checks import check_bound, why_eager
 from gpubatch.train.graphs import Form, GivenArrays, StepGraphs
 from gpubatch.train.ledger import CHUNK
@@ -53,6 +53,7 @@ class CapturedStep:
             self._graphs, self._expected = StepGraphs(self.net, self.opt, self._feed, guarded=False), ()
             frozen = self.opt.frozen  # this launch captures
         graphs = self._graphs
+        follow_pass(self.opt)
         if self._left < self.steps or self._expected != (*captured_key(self.opt), core_of(self.net).dropout_step):
             scalars, _ = scalars_ahead(self.opt, self.opt.t, graphs.ledger.capacity, self.steps)
             graphs.ledger.write(scalars)

@@ -20,7 +20,7 @@ from gpubatch.errors import (
 )
 from gpubatch.loader import Loader, epochs_of
 from gpubatch.nn import Network, core_of
-from gpubatch.optim import Optimizer, unchecked
+from gpubatch.optim import Optimizer, epoch_in, unchecked
 from gpubatch.schedules import KINDS
 from gpubatch.train.callbacks import Callbacks
 from gpubatch.train.captured import CapturedSteps
@@ -225,11 +225,11 @@ def warn_if_idle(opt: Optimizer, loader: Loader, steps: int) -> None:
     schedule = opt.hyper.get("lr")
     if steps < 1 or not callable(schedule) or type(schedule) not in KINDS.values():
         return
-    ahead = (0, steps // 2, steps - 1)
-    if all(schedule(opt.t + n, loader.epoch + n // len(loader)) == 0 for n in ahead):
+    ahead, epoch = (0, steps // 2, steps - 1), epoch_in(opt, epochs_of(loader).coming_pass())
+    if all(schedule(opt.t + n, epoch + n // len(loader)) == 0 for n in ahead):
         warn_caller(
             f"the learning rate is 0 in all {steps} steps of this run: {schedule!r} has ended by step {opt.t}, epoch "
-            f"{loader.epoch}; give the optimizer another: opt.lr = ...",
+            f"{epoch}; give the optimizer another: opt.lr = ...",
             IdleWarning,
         )
 

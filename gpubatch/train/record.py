@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from gpubatch.errors import MicroBatchWarning
-from gpubatch.optim import StepResult
+from gpubatch.loader import epochs_of
+from gpubatch.optim import StepResult, follow_pass
 from gpubatch.train.display import Display, Silent
 from gpubatch.train.history import History, TrainingState
 from gpubatch.train.loss_scale import LossScale
@@ -71,8 +72,11 @@ class Record:
         state = self.state
         if self.epoch.batches == 0:
             self.epoch.epoch = state.loader.epoch
-        state.epoch = state.opt.epoch = self.epoch.epoch
-        return self.epoch.batches == 0 or state.loader.state_dict()["batch"] > 0
+        state.epoch = self.epoch.epoch
+        if self.epoch.batches and not state.loader.state_dict()["batch"]:
+            return False
+        follow_pass(state.opt, epochs_of(state.loader).coming_pass())
+        return True
 
     def start_clock(self) -> None:
         """Count the seconds of the epoch from here on."""
