@@ -41,8 +41,8 @@ EXPORTS = {
     "schedules": "CosineDecay ExponentialDecay InverseTimeDecay Piecewise SqrtDecay StepDecay",
     "sizing": "BatchPlan choose_batch_size find_batch_size",
     "train": """
-        BestWeights CapturedStep EarlyStopping History LossScale ReduceOnPlateau StopTraining TrainingInterrupted
-        TrainingState TrainingTerminated fit
+        BestWeights CapturedStep ClipByValue EarlyStopping GradientNoise History LossScale ReduceOnPlateau StopTraining
+        TrainingInterrupted TrainingState TrainingTerminated WeightAverage fit
     """,
 }
 MODULES = tuple(
@@ -176,7 +176,9 @@ if TYPE_CHECKING:  # the same once more, for type checkers
     from gpubatch.train import (
         BestWeights as BestWeights,
         CapturedStep as CapturedStep,
+        ClipByValue as ClipByValue,
         EarlyStopping as EarlyStopping,
+        GradientNoise as GradientNoise,
         History as History,
         LossScale as LossScale,
         ReduceOnPlateau as ReduceOnPlateau,
@@ -184,6 +186,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         TrainingInterrupted as TrainingInterrupted,
         TrainingState as TrainingState,
         TrainingTerminated as TrainingTerminated,
+        WeightAverage as WeightAverage,
         fit as fit,
     )
 

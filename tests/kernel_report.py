@@ -17,6 +17,7 @@ from gpubatch.ops import reduce_sources, source_of, update_source
 from gpubatch.ops.compile import C_TYPES
 from gpubatch.ops.gather import take_source
 from gpubatch.train.graphs import step_source
+from gpubatch.train.parts import parts_source
 
 
 def sources() -> dict[str, str]:
@@ -26,6 +27,7 @@ def sources() -> dict[str, str]:
         for name, case in CASES.items():
             found.setdefault(case.source(dtype), f"{name}, {dtype}")
         found.setdefault(step_source(dtype), f"step, {dtype}")
+        found.setdefault(parts_source(dtype), f"parts of callbacks, {dtype}")
         for file in ("columns.cu", "transpose.cu"):
             found.setdefault(source_of(dtype, file), f"{file}, {dtype}")
         for name, rule in RULES.items():

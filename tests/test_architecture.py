@@ -60,8 +60,8 @@ ORDER = {
     "sources": "arrays reader files tables",
     "loader": "order pinned functions columns windows ahead device feeds epochs loader",
     "model": "describe preparation file model export",
-    "train": "ledger loss_scale history display callbacks monitors checks record graphs captured_step eager captured"
-    " validation memory resume signals loop",
+    "train": "ledger loss_scale history display parts callbacks monitors checks record graphs captured_step eager"
+    " captured validation memory resume signals loop",
     "explore": "shared gradients search slices sweeps",
     "cli": "shared options data strategies train info gradients landscape sweep memory",
 }
@@ -191,7 +191,7 @@ CODE_LINES = {
     "averages": 55,
     "backend": 520,
     "staging": 51,
-    "ops": 2237,
+    "ops": 2238,
     "sizing": 257,
     "params": 96,
     "optim": 1165,
@@ -201,13 +201,13 @@ CODE_LINES = {
     "loader": 1626,
     "checkpoint": 266,
     "model": 830,
-    "train": 1951,
+    "train": 2212,
     "explore": 880,
     "plot": 327,
     "cli": 897,
     "torch": 511,
     "__main__": 19,
-    "__init__": 186,
+    "__init__": 189,
 }
 
 

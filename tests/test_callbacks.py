@@ -327,6 +327,8 @@ RESUMED: dict[str, tuple[Make, dict[str, Any]]] = {
         lambda folder: gb.ReduceOnPlateau(0.3, patience=0),
         {"lr": gb.ExponentialDecay(0.1, rate=0.9)},
     ),
+    "WeightAverage": (lambda folder: gb.WeightAverage(0.9, every=2), {}),
+    "GradientNoise": (lambda folder: gb.GradientNoise(0.1), {}),
 }
 LOSSES = (4.0, 3.0, 3.5, 3.6, 2.0)
 
@@ -361,7 +363,8 @@ def test_a_run_that_was_killed_ends_alike(name: str, every_steps: int | None, tm
         again, history, resumed = train(tmp_path / "run", None)
         assert numbers(history) == numbers(expected)
         np.testing.assert_equal(everything(*again), everything(*whole))
-        np.testing.assert_equal(resumed.state_dict(), callback.state_dict())
+        if hasattr(callback, "state_dict"):
+            np.testing.assert_equal(resumed.state_dict(), callback.state_dict())
 
 
 def test_a_stopped_run_goes_on_with_more_patience(tmp_path: Path) -> None:
@@ -427,7 +430,233 @@ def test_bad_arguments() -> None:
         lambda: gb.EarlyStopping(mode="least"): "mode must be one of 'auto', 'min', 'max', got 'least'",
         lambda: gb.EarlyStopping(min_delta=-1): r"min_delta must be finite and in \[0, inf\), got -1.0",
         lambda: gb.ReduceOnPlateau(1.0): r"factor must be finite and in \(0, 1\), got 1.0",
+        lambda: gb.ClipByValue(0): r"value must be finite and in \(0, inf\), got 0.0",
+        lambda: gb.GradientNoise(-1): r"eta must be finite and in \(0, inf\), got -1.0",
+        lambda: gb.WeightAverage(1.0): r"decay must be finite and in \[0, 1\), got 1.0",
+        lambda: gb.WeightAverage(warmup=True, bias_correction=True): "warmup and bias_correction are two ways",
+        lambda: gb.WeightAverage().update(): r"net is needed for a loop by hand: WeightAverage\(net=net\)",
         lambda: gb.ReduceOnPlateau(threshold_mode="x"): "threshold_mode must be one of 'rel', 'abs', got 'x'",
     }.items():
         with pytest.raises(gb.ArgumentError, match=message):
             make()
+
+
+# --- parts of a step: the gradient -----------------------------------------------------------------------------------
+
+
+def gradient_of(backend: gb.Backend, part: Any, dtype: str = "float32", t: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """The gradient of a batch before and after a part of gpubatch's."""
+    net, loader, _ = parts(backend, dtype=dtype)
+    grads = net.loss_and_grad(*next(iter(loader)))[1].flat
+    before = backend.to_numpy(grads).copy()
+    part.make(net, t)
+    return before, backend.to_numpy(grads)
+
+
+def test_values_are_clipped(backend: gb.Backend) -> None:
+    before, after = gradient_of(backend, gb.ClipByValue(0.05))
+    assert abs(before).max() > 0.1
+    np.testing.assert_array_equal(after, np.clip(before, np.float32(-0.05), np.float32(0.05)))
+
+
+def test_what_is_not_finite_is_not_clipped(backend: gb.Backend) -> None:
+    net = parts(backend)[0]
+    net.parameters.grads.flat[:3] = net.backend.asarray(np.array([np.inf, -np.inf, np.nan], np.float32))
+    gb.ClipByValue(1.0).apply(net)
+    np.testing.assert_array_equal(backend.to_numpy(net.parameters.grads.flat[:3]), [np.inf, -np.inf, np.nan])
+
+
+def test_values_are_clipped_as_pytorch_does() -> None:
+    torch = peer("torch")
+    before, after = gradient_of(gb.get_backend("cpu"), gb.ClipByValue(0.05), "float64")
+    tensor = torch.zeros(before.size, dtype=torch.float64)
+    tensor.grad = torch.tensor(before)
+    torch.nn.utils.clip_grad_value_([tensor], 0.05)
+    np.testing.assert_array_equal(after, tensor.grad.numpy())
+
+
+def test_noise_has_its_variance_and_is_the_same_for_a_seed_and_a_step(backend: gb.Backend) -> None:
+    net = gb.mlp([300, 100, 10], backend=backend)
+    flat = net.parameters.grads.flat
+
+    def drawn(t: int, **options: Any) -> np.ndarray:
+        flat.fill(0)
+        gb.GradientNoise(0.3, **options).apply(net, t)
+        return backend.to_numpy(flat).copy()
+
+    first = drawn(0)
+    for t, gamma in ((0, 0.55), (9, 0.55), (9, 0.0)):
+        z = drawn(t, gamma=gamma) / math.sqrt(0.3 / (1 + t) ** gamma)
+        n = len(z)
+        moments = [(z**k).mean() for k in (1, 2, 3, 4)]
+        errors = [math.sqrt(of / n) for of in (1, 2, 15, 96)]  # of the moments of a normal number
+        for found, expected, error in zip(moments, (0, 1, 0, 3), errors, strict=True):
+            assert abs(found - expected) < 5 * error
+        assert abs(np.corrcoef(z[:-1], z[1:])[0, 1]) < 5 / math.sqrt(n)
+    assert (drawn(0) == first).all()
+    assert (drawn(1) != first).any()
+    assert (drawn(0, seed=1) != first).any()
+
+
+def test_noise_is_that_of_box_and_muller(backend: gb.Backend) -> None:
+    """From NumPy's generator, on every device, and whatever the size: 8 numbers to a counter."""
+    net = parts(backend, dtype="float64")[0]
+    net.parameters.grads.flat.fill(0)
+    gb.GradientNoise(1.0, 0.0, seed=7).apply(net, 5)
+    key, counter = np.array([7, 2**64 - 1], np.uint64), np.array([0, 5, 0, 0], np.uint64)
+    u = np.random.Generator(np.random.Philox(key=key, counter=counter)).random(400, np.float32).astype(float)
+    r, angle = np.sqrt(-2 * np.log(1 - u[::2])), 2 * np.pi * u[1::2]
+    expected = np.stack([r * np.cos(angle), r * np.sin(angle)], 1).reshape(-1)
+    flat = backend.to_numpy(net.parameters.grads.flat)
+    np.testing.assert_allclose(flat, expected[: flat.size], rtol=0, atol=2e-6)
+
+
+@every("place", ["max_norm", "none"], ["max_norm"])
+def test_parts_come_before_the_norm_is_clipped(place: str, backend: gb.Backend) -> None:
+    options = {"max_norm": 0.1} if place == "max_norm" else {}
+    net, loader, _ = parts(backend, dtype="float64")
+    twin, again, _ = parts(backend, dtype="float64")
+    opt, other = gb.SGD(net.parameters, 1.0), gb.SGD(twin.parameters, 1.0)
+    clip, noise = gb.ClipByValue(0.03), gb.GradientNoise(0.01)
+    gb.fit(net, loader, opt, 1, callbacks=[clip, noise], progress=False, **options)
+    for x, y in again:
+        twin.loss_and_grad(x, y)
+        clip.apply(twin)
+        noise.apply(twin, other.t)
+        if options:
+            gb.clip_by_global_norm(twin.parameters.grads, 0.1)
+        other.step()
+    np.testing.assert_allclose(
+        *(backend.to_numpy(of.parameters.flat) for of in (net, twin)), rtol=0, atol=1e-12 if options else 0
+    )
+
+
+# --- parts of a step: averages of weights ----------------------------------------------------------------------------
+
+
+def averaged(average: Any, steps: int = 12, dtype: str = "float64") -> tuple[Any, list[np.ndarray]]:
+    """The average of a network's weights by hand, and the weights after each step."""
+    net, loader, opt = parts(dtype=dtype, batch_norm=True)
+    average = average(net)
+    weights = []
+    for x, y in loader:
+        net.loss_and_grad(x, y)
+        opt.step()
+        average.update()
+        weights.append(net.parameters.flat.copy())
+    average.apply(net)
+    return net, weights[:steps]
+
+
+def test_an_equal_average_is_the_mean() -> None:
+    net, weights = averaged(lambda net: gb.WeightAverage(None, net=net))
+    np.testing.assert_allclose(net.parameters.flat, np.mean(weights, axis=0), rtol=1e-13)
+    net, weights = averaged(lambda net: gb.WeightAverage(None, every=5, net=net))
+    np.testing.assert_allclose(net.parameters.flat, (weights[4] + weights[9]) / 2, rtol=1e-13)
+
+
+def test_a_corrected_average_is_that_of_ewma() -> None:
+    net, weights = averaged(lambda net: gb.WeightAverage(0.9, bias_correction=True, net=net))
+    np.testing.assert_allclose(net.parameters.flat, gb.ewma(weights, 0.9)[-1], rtol=1e-12)
+
+
+def test_a_warm_average_follows_its_closed_form() -> None:
+    net, weights = averaged(lambda net: gb.WeightAverage(0.5, warmup=True, net=net))
+    mean = weights[0]
+    for n, w in enumerate(weights[1:], 2):
+        decay = min(0.5, (1 + n) / (10 + n))
+        mean = decay * mean + (1 - decay) * w
+    np.testing.assert_allclose(net.parameters.flat, mean, rtol=1e-12)
+
+
+@pytest.mark.parametrize("decay", [0.9, None])
+@pytest.mark.parametrize("buffers", [True, False])
+def test_it_averages_as_pytorch_does(decay: float | None, buffers: bool) -> None:
+    """torch.optim.swa_utils.AveragedModel, with its buffers and without."""
+    torch = peer("torch")
+    utils = torch.optim.swa_utils
+
+    class Twin(torch.nn.Module):
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+            self.w = torch.nn.Parameter(torch.zeros(net.parameters.size, dtype=torch.float64))
+            self.register_buffer("b", torch.zeros(net.buffers.size, dtype=torch.float64))
+
+    net, loader, opt = parts(dtype="float64", batch_norm=True)
+    twin = Twin()
+    # PyTorch's form for several tensors at once has the weight of an equal average in float32.
+    how = utils.get_ema_avg_fn(decay) if decay else utils.get_swa_avg_fn()
+    theirs = utils.AveragedModel(twin, avg_fn=how, use_buffers=buffers)
+    average = gb.WeightAverage(decay, buffers=buffers, net=net)
+    for x, y in loader:
+        net.loss_and_grad(x, y)
+        opt.step()
+        average.update()
+        twin.w.data.copy_(torch.tensor(net.parameters.flat))
+        twin.b.copy_(torch.tensor(net.buffers.flat))
+        theirs.update_parameters(twin)
+    average.apply(net)
+    np.testing.assert_allclose(net.parameters.flat, theirs.module.w.detach().numpy(), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(net.buffers.flat, theirs.module.b.numpy(), rtol=1e-12)
+
+
+def test_validation_is_of_the_average_and_so_is_the_result(
+    backend: gb.Backend, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = blobs(60, seed=1)
+    average, seen = gb.WeightAverage(0.8), list[float]()
+    net, loader, opt = parts(backend, batch_norm=True, dtype="float64")
+
+    def look(state: TrainingState) -> None:
+        seen.append(net.loss(*(backend.asarray(a) for a in (held_out[0].astype("float64"), held_out[1]))))
+
+    gb.fit(net, loader, opt, 2, (held_out[0].astype("float64"), held_out[1]), callbacks=[average, look])
+    twin, again, other = parts(backend, batch_norm=True, dtype="float64")
+    by_hand, of_average, plain = gb.WeightAverage(0.8, net=twin), list[float](), list[float]()
+    X, Y = (backend.asarray(a) for a in (held_out[0].astype("float64"), held_out[1]))
+    for _ in range(2):
+        for x, y in again:
+            twin.loss_and_grad(x, y)
+            other.step()
+            by_hand.update()
+        plain.append(twin.loss(X, Y))
+        state = twin.state_dict()
+        by_hand.apply(twin)
+        of_average.append(twin.loss(X, Y))
+        last = backend.to_numpy(twin.parameters.flat).copy()
+        twin.load_state_dict(state)
+    history = capsys.readouterr().err
+    assert "validation is of the averaged weights" in history
+    assert "the network has the average of the weights in 24 steps" in history
+    assert seen == plain
+    np.testing.assert_array_equal(backend.to_numpy(net.parameters.flat), last)
+    assert net.loss(X, Y) == of_average[-1] != plain[-1]
+
+
+def test_the_best_weights_are_averaged_ones() -> None:
+    """Those that were validated, not those in training, and they stay although the average is applied at the end."""
+    kept: list[np.ndarray] = []
+
+    class Keep:
+        def on_validation(self, state: TrainingState) -> None:
+            kept.append(state.net.parameters.flat.copy())
+
+    (net, *_), _ = run([Plan(2, 1, 3, 4), gb.BestWeights(), gb.WeightAverage(0.9), Keep()], 4)
+    np.testing.assert_array_equal(net.parameters.flat, kept[1])
+
+
+def test_an_average_that_is_not_applied() -> None:
+    average, net = gb.WeightAverage(0.9, apply=False), parts()[0]
+    (last, *_), _ = run([average], 2)
+    np.testing.assert_array_equal(last.parameters.flat, run([], 2)[0][0].parameters.flat)
+    average.apply(net)
+    assert (net.parameters.flat != last.parameters.flat).any()
+    assert (average.steps, average.updates) == (24, 24)
+
+
+def test_an_average_of_master_weights() -> None:
+    net = gb.mlp([4, 16, 3], backend="cpu", precision="mixed", batch_norm=True)
+    loader = gb.Loader(*blobs(), batch_size=50, backend="cpu", dtype="float16")
+    opt = gb.SGD(net.parameters, 0.1, master_weights=True)
+    gb.fit(net, loader, opt, 2, blobs(60), callbacks=[gb.WeightAverage(0.9)], progress=False)
+    np.testing.assert_array_equal(opt.state["master"].flat, net.parameters.flat.astype("float32"))

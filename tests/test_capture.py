@@ -537,6 +537,72 @@ def test_a_signal_ends_between_steps(case: str, device: Callable[[], CudaBackend
     assert resumed.result() == whole.result()
 
 
+# --- what callbacks add to a step ------------------------------------------------------------------------------------
+
+# The makers of callbacks, each with its place in a step.
+ADDED: dict[str, Callable[[], list[Any]]] = {
+    "clip": lambda: [gb.ClipByValue(0.002)],
+    "noise": lambda: [gb.GradientNoise(0.01, seed=3)],
+    "average": lambda: [gb.WeightAverage(0.9, every=3)],
+    "equal average": lambda: [gb.WeightAverage(None)],
+    "all": lambda: [gb.ClipByValue(0.002), gb.WeightAverage(0.9, warmup=True), gb.GradientNoise(0.01)],
+}
+
+
+@every("name", list(ADDED), ["all"])
+@pytest.mark.parametrize("case", ["norm, dropout, l2, schedule", "mixed, host, norm"])
+def test_parts_of_callbacks_are_captured(name: str, case: str, device: Callable[[], CudaBackend]) -> None:
+    found = {}
+    for execution in ("eager", "captured"):
+        made = ADDED[name]()
+        training = Training(CASES[case], device()).fit(execution, 2, callbacks=made)
+        assert training.history.execution == execution
+        averages = [part.state_dict() for part in made if hasattr(part, "state_dict")]
+        found[execution] = training.result(), [(of["steps"], to_bytes(of["mean"], training)) for of in averages]
+    assert found["captured"] == found["eager"]
+    plain = Training(CASES[case], device()).fit("captured", 2).result()
+    assert plain["parameters"] != found["captured"][0]["parameters"]
+
+
+def to_bytes(arrays: dict[str, Any], training: Training) -> dict[str, bytes]:
+    return {name: training.device.to_numpy(array).tobytes() for name, array in arrays.items()}
+
+
+def test_parts_and_a_step_that_is_left_out(device: Callable[[], CudaBackend]) -> None:
+    """The average does not see it, the noise of the next step is that of its number, and infinity is not clipped."""
+    found = []
+    for execution in ("eager", "captured"):
+        training = Training(CASES["plain"], device(), with_a_sample_that_is_too_large())
+        with pytest.warns(gb.SkippedStepWarning):
+            training.fit(execution, 2, callbacks=ADDED["all"]())
+        assert training.history.skipped == 4
+        found.append(training.result())
+    assert found[0] == found[1]
+
+
+def test_a_part_that_the_user_changed_is_not_passed_over(device: Callable[[], CudaBackend]) -> None:
+    class Own(gb.ClipByValue):
+        def on_gradient(self, state: gb.TrainingState, grads: Any) -> None: ...
+
+    history = Training(CASES["plain"], device()).fit("auto", 1, callbacks=[Own(1.0)]).history
+    assert history.execution == "eager, since Own.on_gradient is not gpubatch's own"
+
+
+def test_a_part_is_resumed_in_the_middle_of_an_epoch(device: Callable[[], CudaBackend], tmp_path: Path) -> None:
+    case = CASES["norm, dropout, l2, schedule"]
+    whole = Training(case, device()).fit("captured", 3, callbacks=ADDED["all"]())
+
+    def fails(state: gb.TrainingState) -> None:
+        if state.epoch == 1:
+            raise RuntimeError("the power goes")
+
+    store = gb.Checkpoints(tmp_path, every=3, keep=100)
+    with pytest.raises(RuntimeError, match="the power goes"):
+        Training(case, device()).fit("captured", 3, callbacks=[*ADDED["all"](), fails], checkpoint=store)
+    resumed = Training(case, device()).fit("captured", 3, callbacks=ADDED["all"](), checkpoint=tmp_path, resume=True)
+    assert resumed.result() == whole.result()
+
+
 # --- steps that cannot be captured -----------------------------------------------------------------------------------
 
 
@@ -552,6 +618,14 @@ class Looks:
         return "Looks()"
 
 
+class Changes:
+    def on_gradient(self, state: gb.TrainingState, grads: Any) -> None:
+        """Called with every gradient."""
+
+    def __repr__(self) -> str:
+        return "Changes()"
+
+
 REASONS: dict[str, tuple[Case, dict[str, Any], str]] = {
     "layer": (
         Case(lambda: [gb.Dense(FEATURES, 16), Own(), gb.Dense(16, CLASSES)]),
@@ -559,6 +633,7 @@ REASONS: dict[str, tuple[Case, dict[str, Any], str]] = {
         "layer 2 (Own) is not one of gpubatch's, so it may do what a graph cannot",
     ),
     "callback": (CASES["plain"], {"callbacks": [Looks()]}, "callback Looks() looks at every step"),
+    "hook": (CASES["plain"], {"callbacks": [Changes()]}, "callback Changes() changes every gradient"),
 }
 
 

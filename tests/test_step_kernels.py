@@ -18,6 +18,7 @@ from gpubatch.ops.compile import C_TYPES
 from gpubatch.ops.gather import take_source
 from gpubatch.ops.update import HostUpdate, piece_table
 from gpubatch.train.graphs import step_source
+from gpubatch.train.parts import parts_source
 
 SLOT, HALTED, BATCH, STEP, TICKET = range(5)  # of kernels/step.cuh
 LARGEST = float(np.finfo(np.float32).max)
@@ -31,6 +32,8 @@ def launch(name: str, dtype: str, *arguments: Any, blocks: int = 1, threads: int
 def test_they_compile_for_real_architectures(dtype: np.dtype) -> None:
     names = {report.name for reports in check_compiles_everywhere(step_source(dtype.name)) for report in reports}
     assert names == {"add_loss", "judge"}
+    names = {report.name for reports in check_compiles_everywhere(parts_source(dtype.name)) for report in reports}
+    assert names == {"clip_values", "add_noise", "average"}
 
 
 @pytest.mark.parametrize("stored", C_TYPES)

@@ -4,7 +4,7 @@ from gpubatch.ops.compile import cuda_kernel, host_library, source_of
 from gpubatch.ops.dropout import philox_generator
 from gpubatch.ops.elementwise import IDENTITY
 from gpubatch.ops.gather import gather_batch, gather_bytes, take_batch
-from gpubatch.ops.grid import MOST_THREADS, Grid
+from gpubatch.ops.grid import MOST_THREADS, Grid, blocks_for
 from gpubatch.ops.host_compiler import own_form
 from gpubatch.ops.operation import COMPUTE, Space, workspace_dtype
 from gpubatch.ops.products import PRECISIONS, ArrayProducts, Products, check_choices, products_for
@@ -26,6 +26,7 @@ __all__ = [
     "Products",
     "Space",
     "Update",
+    "blocks_for",
     "check_choices",
     "check_slope",
     "cuda_kernel",

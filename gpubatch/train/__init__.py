@@ -9,13 +9,16 @@ from gpubatch.train.loop import EXECUTIONS, fit, short_runs
 from gpubatch.train.loss_scale import LossScale
 from gpubatch.train.memory import memory_parts, plan_batches
 from gpubatch.train.monitors import BestWeights, EarlyStopping, ReduceOnPlateau
+from gpubatch.train.parts import ClipByValue, GradientNoise, WeightAverage
 
 __all__ = [
     "AHEAD",
     "EXECUTIONS",
     "BestWeights",
     "CapturedStep",
+    "ClipByValue",
     "EarlyStopping",
+    "GradientNoise",
     "History",
     "LossScale",
     "ReduceOnPlateau",
@@ -23,6 +26,7 @@ __all__ = [
     "TrainingInterrupted",
     "TrainingState",
     "TrainingTerminated",
+    "WeightAverage",
     "bar",
     "drop_last_for",
     "fit",

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from gpubatch.errors import DTypeError, check_known
+from gpubatch.own import changed
 from gpubatch.params import FlatViews
 from gpubatch.train.history import StopTraining, TrainingState
+from gpubatch.train.parts import StepPart
 
 __all__ = ["HOOKS", "Callbacks"]
 
@@ -30,6 +32,8 @@ class Callbacks:
         methods = [methods_of(callback) for callback in self.all]
         self._methods = {hook: [found[hook] for found in methods if hook in found] for hook in HOOKS}
         self.on_gradient, self.on_step = self._methods["on_gradient"], self._methods["on_step"]
+        self.parts = [callback for callback in self.all if isinstance(callback, StepPart)]
+        self._late = [part for part in self.parts if part.late]
         self._stopped: str | None = None
 
     def having(self, hook: str) -> Any:
@@ -47,6 +51,23 @@ class Callbacks:
                 change(state, grads)
             except StopTraining as stop:
                 self._stopped = self._stopped or str(stop)
+
+    def updated(self, state: TrainingState) -> None:
+        """After the update of a step that was made eagerly."""
+        for part in self._late:
+            part.make(state.net, state.opt.t - 1)
+
+    def why_not_captured(self) -> str:
+        """Why a graph cannot hold what callbacks do in a step, in words; empty where it can."""
+        for callback in self.all:
+            if isinstance(callback, StepPart):
+                if name := changed(callback):
+                    return f"{name} is not gpubatch's own"
+            elif hasattr(callback, "on_step"):
+                return f"callback {callback!r} looks at every step"
+            elif hasattr(callback, "on_gradient"):
+                return f"callback {callback!r} changes every gradient"
+        return ""
 
     def step(self, state: TrainingState) -> None:
         """After a step."""

@@ -39,10 +39,7 @@ class CapturedSteps:
         others = [] if scale is None else [scale]
         if why := self._disagreed or why_eager(state.net, state.loader, state.opt, *others):
             return why
-        if (looking := self._callbacks.having("on_step")) is not None:
-            return f"callback {looking!r} looks at every step"
-        changing = self._callbacks.having("on_gradient")
-        return "" if changing is None else f"callback {changing!r} changes every gradient"
+        return self._callbacks.why_not_captured()
 
     def release(self) -> None:
         """Let go of the graphs and of the memory that they work in."""
@@ -76,7 +73,7 @@ class CapturedSteps:
         if self._graphs is None or not self._graphs.fits(opt):
             self.release()
             feed = epochs.device_feed() or GivenArrays(*arrays_like(epochs.peek()))
-            self._graphs = StepGraphs(net, opt, feed, self._eager.max_norm)
+            self._graphs = StepGraphs(net, opt, feed, self._eager.max_norm, parts=self._callbacks.parts)
         most = state.history.micro_batch_size
         try:
             steps = len(epochs) if isinstance(self._graphs.feed, DeviceFeed) else 1
@@ -207,7 +204,7 @@ class Queue:
         scalars, rates = scalars_ahead(opt, opt.t + self.in_flight, count, 0 if self._chunks else 1)
         rows = [self._rows_of(first + i) for i in range(len(rates))]
         if rows:
-            ledger.write(scalars)
+            ledger.write(scalars, self._graphs.numbers(opt.t + self.in_flight, len(rows)))
             self._graphs.enqueue(rows, self._most)
             self._chunks.append(Chunk(ledger.report(), rates, rows))
         return bool(rows)

@@ -112,6 +112,7 @@ class EagerSteps:
         result = self._step_if_finite(grads) if on_trial else self.opt.step(grads, control)
         if result is not None:
             self.count_applied()
+            self._callbacks.updated(self.record.state)
         return Outcome(loss, result, on_trial)
 
     def count_applied(self, steps: int = 1) -> None:

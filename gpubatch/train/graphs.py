@@ -25,6 +25,7 @@ from gpubatch.ops import MOST_THREADS, SQUARE_SUM_SIZE, cuda_kernel, source_of, 
 from gpubatch.optim import Optimizer, captured_key, enqueue_update, scalars_ahead
 from gpubatch.staging import wait_at_the_end
 from gpubatch.train.ledger import BATCH, HALTED, STEP, Ledger
+from gpubatch.train.parts import StepPart
 
 __all__ = ["Form", "GivenArrays", "StepGraphs", "arrays_like"]
 
@@ -81,18 +82,26 @@ class StepGraphs:
     """The graphs of the steps of ``net`` and ``opt`` on the batches of ``feed``, launched on the current stream.
 
     With ``guarded``, steps whose loss or gradient is not finite halt, ``max_norm`` bounds the gradient's norm, and
-    gradients are divided by the network's loss scale. All memory is taken when a form of batch is prepared.
+    gradients are divided by the network's loss scale. All memory is taken when a form of batch is prepared. ``parts``
+    are what callbacks do in a step.
     """
 
     def __init__(
-        self, net: Network, opt: Optimizer, feed: Feed, max_norm: float | None = None, guarded: bool = True
+        self,
+        net: Network,
+        opt: Optimizer,
+        feed: Feed,
+        max_norm: float | None = None,
+        guarded: bool = True,
+        parts: Sequence[StepPart] = (),
     ) -> None:
         assert isinstance(net.backend, CudaBackend)
         self.net, self.opt, self.feed, self._backend = net, opt, feed, net.backend
         self._guarded, self._max_norm = guarded, max_norm or 0.0
         self._launched = captured_key(opt)[0]  # kept with its tables
         rows, _ = scalars_ahead(opt, opt.t, 1)
-        self.ledger = Ledger(net.backend, rows.shape[1:], rows.dtype)
+        self._parts, self._count = parts, sum(part.count for part in parts)
+        self.ledger = Ledger(net.backend, rows.shape[1:], rows.dtype, self._count)
         with net.backend.scope():
             self._squares = net.backend.zeros(SQUARE_SUM_SIZE, np.float64)
             self._total = net.backend.zeros(1, np.float64)
@@ -106,6 +115,12 @@ class StepGraphs:
     def fits(self, opt: Optimizer) -> bool:
         """Whether the graphs still launch the optimizer's update; a new formula, or other groups, make another one."""
         return self._launched is captured_key(opt)[0]
+
+    def numbers(self, start: int, steps: int) -> np.ndarray | None:
+        """The numbers of callbacks for ``steps`` steps from ``start`` on; None if there are none."""
+        if not self._parts:
+            return None
+        return np.array([[x for part in self._parts for x in part.numbers(start + i)] for i in range(steps)])
 
     def prepare(self, rows: int, micro_batch_size: int | None, steps: int) -> None:
         """Capture the graphs that :meth:`enqueue` may need for ``steps`` batches of ``rows`` samples."""
@@ -163,6 +178,7 @@ class StepGraphs:
         kept = core_of(net).enqueue(x, y, next(iter(weight), None), ledger.word(STEP), micro_batch_size, add)
         loss = self.loss = losses[0] if rows <= micro_batch_size else None
         control = ledger.control if self._guarded else None
+        self._make_parts(late=False)
         if self._guarded:
             numbers = np.float64(self._max_norm), np.float64(np.finfo(compute_dtype(net.dtype)).max)
             of_gradient = grads, np.int64(grads.size), self._squares
@@ -171,7 +187,15 @@ class StepGraphs:
             self._launch("judge", square_grid(grads), MOST_THREADS, *arguments)
         running = (net.buffers.flat, self._before) if self._before.size else None
         table = enqueue_update(self.opt, ledger.rows, control, ledger.progress, running)
+        self._make_parts(late=True)
         self._kept.append((kept, table))
+
+    def _make_parts(self, late: bool) -> None:
+        first = 0
+        for part in self._parts:
+            if part.late == late:
+                part.by_kernels(self.net, self.ledger.numbers[0, first:], self._count, self.ledger.progress)
+            first += part.count
 
     def _launch(self, name: str, grid: tuple[int], threads: int, *arguments: Any) -> None:
         kernel = cuda_kernel(self._backend, step_source(self.net.dtype.name), name)

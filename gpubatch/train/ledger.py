@@ -35,20 +35,23 @@ class Report:
 class Ledger:
     """A block on the device with the scalars and the losses of ``capacity`` steps, and their progress.
 
-    ``shape`` is that of the scalars of a step: groups of parameters, scalars of the formula.
+    ``shape`` is that of the scalars of a step: groups of parameters, scalars of the formula; ``count`` is how many
+    numbers callbacks have for a step.
 
-    First come the scalars, in ``rows``; then ``progress``, the words of kernels/step.cuh; then the ``losses``. So the
-    host writes one piece and reads another; both contain the slot.
+    First come the scalars, in ``rows``; then the ``numbers`` of callbacks; then ``progress``, the words of
+    kernels/step.cuh; then the ``losses``. So the host writes one piece and reads another; both contain the slot.
     """
 
-    def __init__(self, backend: CudaBackend, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
+    def __init__(self, backend: CudaBackend, shape: tuple[int, int], dtype: np.dtype[Any], count: int = 0) -> None:
         self._backend, self.capacity = backend, CHUNK
         nbytes = CHUNK * shape[0] * shape[1] * dtype.itemsize
-        self._start = -(-nbytes // 8) * 8  # of the words, aligned to 8 bytes
+        self._of_parts = -(-nbytes // 8) * 8  # where the numbers of parts begin, aligned to 8 bytes
+        self._start = self._of_parts + 8 * CHUNK * count  # of the words
         size = self._start + 8 * WORDS + 8 * CHUNK
         with backend.scope():
             self._block = backend.zeros(size, np.uint8)
             self.rows = self._block[:nbytes].view(dtype).reshape(CHUNK, *shape)
+            self.numbers = self._block[self._of_parts : self._start].view(np.float64).reshape(CHUNK, count)
             self.progress = self._block[self._start : self._start + 8 * WORDS].view(np.int64)
             self.losses = self._block[self._start + 8 * WORDS :].view(np.float64)
             self.control = backend.zeros(2, dtype)  # of the update
@@ -58,9 +61,11 @@ class Ledger:
         """One of the words, as an array on the device."""
         return self.progress[number : number + 1]
 
-    def write(self, rows: np.ndarray) -> None:
-        """Write the scalars of the steps to be queued after this."""
+    def write(self, rows: np.ndarray, numbers: np.ndarray | None = None) -> None:
+        """Write the scalars of the steps to be queued after this, and the numbers of callbacks."""
         stage = self._stages.next()
+        if numbers is not None:
+            stage.memory[self._of_parts : self._of_parts + numbers.nbytes].view(np.float64)[:] = numbers.reshape(-1)
         table = stage.memory[: rows.nbytes]
         table[...] = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
         stage.memory[self._start : self._start + 8].view(np.int64)[0] = 0

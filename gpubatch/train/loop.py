@@ -142,7 +142,8 @@ def fit(
         may_capture = execution == "captured" or (execution == "auto" and net.backend.name != "cpu")
         held_out = stack.enter_context(validated(net, loader, validation))
         record.state.monitors = monitors(net, held_out)
-        record.state.note = lambda text: record.display.note(text)
+        early = list[str]()  # what is to be noted before there is a display
+        record.state.note = early.append
         store = open_checkpoints(checkpoint, check_bool("resume", resume))
         checkpoints = RunCheckpoints(store, record, watching.all)
         if resume:
@@ -161,11 +162,14 @@ def fit(
         checkpoints.try_callbacks()
         with history_in_errors(record), checkpoints.completed(), eager.scaling():
             with interruptible() as between.signals, shown as record.display:
+                record.state.note = record.display.note
                 if checkpoints.resumed:
                     left = "" if done < epochs else f"; the run has made its {epochs} epochs, nothing is left to do"
                     record.display.note(checkpoints.resumed + left)
                 elif epochs:
                     record.display.note(f"{in_steps(loader, epochs)}, batches of {loader.batch_size:,}")
+                for text in early:
+                    record.state.note(text)
                 try:
                     for number in range(done + 1, epochs + 1) if stopped is None else ():
                         run.epoch(between)

@@ -350,6 +350,8 @@ inline emulated::u64 __umul64hi(emulated::u64 a, emulated::u64 b) {
     return (emulated::u64)(((unsigned __int128)a * b) >> 64);
 }
 inline double __dadd_rn(double a, double b) { return a + b; }
+inline float cospif(float x) { return (float)std::cos(3.141592653589793 * x); }
+inline float sinpif(float x) { return (float)std::sin(3.141592653589793 * x); }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline unsigned __float_as_uint(float x) {
