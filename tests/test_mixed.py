@@ -495,7 +495,7 @@ def test_bad_arguments(rng: np.random.Generator) -> None:
     net, loader, opt = parts(rng)
     full = gb.Network(STACKS["plain"](), backend="cpu")
     X, Y = data(rng, "softmax_cross_entropy")
-    wide = gb.Loader(X, Y, batch_size=20, backend="cpu")
+    wide = gb.Loader(X, Y, batch_size=20, dtype="float32", backend="cpu")
     for call, error, message in (
         (
             lambda: gb.mlp([4, 3], backend="cpu", precision="mixed", dtype="float64"),
@@ -503,7 +503,7 @@ def test_bad_arguments(rng: np.random.Generator) -> None:
             "dtype must be float32 with precision='mixed', which computes in it, got 'float64'",
         ),
         (
-            lambda: net.scores(X),
+            lambda: net.loss_and_grad(X, Y),
             gb.DTypeError,
             r"X has dtype float32, the network stores float16; .*astype\('float16'\)",
         ),

@@ -597,15 +597,7 @@ GOOD_X, GOOD_Y = np.zeros((4, 5), np.float32), np.array([0, 1, 2, 0])
         (GOOD_X[None], GOOD_Y, ShapeError, r"X must have shape \(batch, 5\), got \(1, 4, 5\)"),
         (GOOD_X[:0], GOOD_Y[:0], ShapeError, "X must have at least one row"),
         (GOOD_X, GOOD_Y[:3], ShapeError, "X has 4 rows, Y has 3"),
-        (
-            GOOD_X.astype("f8"),
-            GOOD_Y,
-            DTypeError,
-            r"X has dtype float64, .* float32; convert it with X.astype\('float32'",
-        ),
-        (GOOD_X.astype("u1"), GOOD_Y, DTypeError, "scale=1/255"),
-        (GOOD_X.tolist(), GOOD_Y, DeviceMismatchError, "X must be an array on 'cpu', got a list"),
-        (GOOD_X, GOOD_Y.tolist(), DeviceMismatchError, "Y must be an array on 'cpu', got a list"),
+        (np.ma.masked_array(GOOD_X, GOOD_X == 0), GOOD_Y, NonFiniteError, "X must have a value everywhere"),
         (GOOD_X, GOOD_Y + 1, ArgumentError, "Y must hold labels from 0 to 2, got 3"),
         (GOOD_X, GOOD_Y - 1, ArgumentError, "Y must hold labels from 0 to 2, got -1"),
         (GOOD_X, GOOD_Y + 0.5, DTypeError, "integer labels"),
@@ -618,6 +610,116 @@ def test_bad_batches_are_named(X, Y, error, message) -> None:
             call(X, Y)
     assert core_of(net).planned == 0 or "labels from" in message  # labels are compared where they are used
     assert core_of(net).dropout_step == 0
+
+
+@pytest.mark.parametrize(
+    ("X", "Y", "error", "message"),
+    [
+        (
+            GOOD_X.astype("f8"),
+            GOOD_Y,
+            DTypeError,
+            r"X has dtype float64, .* float32; convert it with X.astype\('float32'",
+        ),
+        (GOOD_X.astype("u1"), GOOD_Y, DTypeError, "scale=1/255"),
+        (GOOD_X.tolist(), GOOD_Y, DeviceMismatchError, "X must be an array on 'cpu', got a list"),
+        (GOOD_X, GOOD_Y.tolist(), DeviceMismatchError, "Y must be an array on 'cpu', got a list"),
+    ],
+)
+def test_a_training_step_converts_nothing(X, Y, error, message) -> None:
+    net = mlp([5, 4, 3], backend="cpu")
+    for call in (net.loss_and_grad, net.step_loss):
+        with pytest.raises(error, match=message):
+            call(X, Y)
+
+
+class Table:
+    """What a data frame is to NumPy."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
+        return self.array
+
+
+class Foreign:
+    """An array of another library, which speaks DLPack."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __dlpack__(self, **options: object) -> object:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+
+GIVEN = {
+    "float64": lambda x: x.astype(np.float64),
+    "float16": lambda x: x.astype(np.float16),
+    "int64": lambda x: x.astype(np.int64),
+    "bool": lambda x: x > 0,
+    "lists": lambda x: x.tolist(),
+    "a table": lambda x: Table(x.astype(np.float64)),
+    "DLPack": lambda x: Foreign(x.astype(np.float64)),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_is_evaluated_is_converted(name: str, dtype: str) -> None:
+    """As if X had been converted to the network's dtype before."""
+    net = mlp([5, 4, 3], backend="cpu", dtype=dtype)
+    X = np.round(GOOD_X * 4)
+    X = (X > 0) if name == "bool" else X
+    ready, given = X.astype(dtype), GIVEN[name](X)
+    Y = GOOD_Y.tolist() if name == "lists" else GOOD_Y
+    np.testing.assert_array_equal(net.scores(given), net.scores(ready))
+    np.testing.assert_array_equal(net.predict(given), net.predict(ready))
+    assert net.evaluate(given, Y) == net.evaluate(ready, GOOD_Y)
+    assert net.accuracy(given, Y) == net.accuracy(ready, GOOD_Y)
+    assert net.loss(given, Y) == net.loss(ready, GOOD_Y)
+    assert net.loss(given, Y, training=True) == net.loss(ready, GOOD_Y, training=True)
+
+
+def test_numbers_of_another_type_are_converted_on_their_device(backend: Backend) -> None:
+    net = mlp([5, 4, 3], backend=backend)
+    X = backend.asarray(GOOD_X.astype(np.float64))
+    assert np.array_equal(backend.to_numpy(net.scores(X)), backend.to_numpy(net.scores(backend.asarray(GOOD_X))))
+    if backend.name != "cpu":
+        for other in (GOOD_X, GOOD_X.astype(np.float64), GOOD_X.tolist()):
+            with pytest.raises(DeviceMismatchError, match="X must be an array on 'cuda:0', got a NumPy array"):
+                net.predict(other)
+
+
+class Sparse:
+    def toarray(self) -> None: ...
+
+
+UNFIT = {
+    "bytes": (GOOD_X.astype("u1"), r"X has dtype uint8, as pixels have .*loader.to_batch\(X\)"),
+    "a path": ("X.npy", r"got the path 'X.npy'; .*gb.sources.npy\('X.npy'\)"),
+    "a pair": ((GOOD_X, GOOD_Y), "must be one array, got a pair of arrays"),
+    "a dict": ({"X": 1}, "got a dict with the keys 'X'"),
+    "a generator": ((x for x in GOOD_X), r"got a generator.* np.stack\(list\(X\)\)"),
+    "sparse": (Sparse(), r"got a sparse Sparse; give X.toarray\(\)"),
+    "words": ([["a"] * 5], r"dtype <U1; numbers for words are np.unique"),
+    "complex": (GOOD_X.astype(complex), "got dtype complex"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_cannot_be_evaluated_is_told(name: str) -> None:
+    X, message = UNFIT[name]
+    with pytest.raises(DTypeError, match=message):
+        mlp([5, 4, 3], backend="cpu").predict(X)
+
+
+def test_samples_of_one_feature_are_a_column() -> None:
+    with pytest.raises(ShapeError, match=r"samples of one feature are X\[:, None\]"):
+        mlp([1, 4, 3], backend="cpu").predict(np.zeros(7, np.float32))
 
 
 @pytest.mark.parametrize(

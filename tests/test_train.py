@@ -736,6 +736,25 @@ def test_validation_is_prepared_as_training_is(rows: int, backend: gb.Backend) -
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["full", "mixed"])
+@pytest.mark.parametrize("read", [False, True])
+def test_a_loader_without_a_dtype_takes_the_network_s(read: bool, precision: str, backend: gb.Backend) -> None:
+    """float64 is NumPy's default; the numbers are those of float32 given before."""
+    X, Y = blobs()
+    results = []
+    for wide in (False, True):
+        net = gb.mlp([4, 8, 3], backend=backend, precision=precision)
+        given = X.astype(np.float64) if wide else X
+        options = {} if wide else {"dtype": net.dtype}
+        loader = gb.Loader(Read(given, Y) if read else given, None if read else Y, 50, backend=backend, **options)
+        next(iter(loader))  # a batch of float64, before anybody knows of the network
+        opt = gb.Adam(net.parameters, master_weights=precision == "mixed")
+        history = gb.fit(net, loader, opt, 2, (given, Y), progress=False)
+        assert loader.dtype == net.dtype
+        results.append((history.step_loss, history.validation_loss))
+    assert results[0] == results[1]
+
+
 class Read:
     """A source, which counts the most samples that are read at a time."""
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from gpubatch.backend import Array, Backend, compute_dtype, float_dtype
 from gpubatch.errors import ArgumentError, ShapeError, check_real
+from gpubatch.inputs import checked_array
 from gpubatch.loader.functions import named_function
 from gpubatch.loader.order import Indices
 from gpubatch.loader.pinned import Form, take_into
@@ -27,7 +28,6 @@ from gpubatch.sources import (
     Part,
     Reader,
     check_finite,
-    checked_array,
     contiguous,
     convert,
     largest_stored,
@@ -151,25 +151,42 @@ class Columns(Sequence[Column]):
         self.backend, self.sample_axis = backend, sample_axis
         inputs = self._inputs(X, Y)
         self.source_dtype, self.n_samples = inputs[0][0].dtype, inputs[0][0].n_samples
+        self.dtype_is_given = dtype is not None
         if dtype is not None:
             self.dtype = float_dtype(dtype, half=True)
         else:
             wide = self.source_dtype.kind == "f" and self.source_dtype.itemsize == 8
             self.dtype = np.dtype(np.float64 if wide else np.float32)
-        arithmetic = compute_dtype(self.dtype)
-        limit = float(np.finfo(arithmetic).max)
+        limit = float(np.finfo(compute_dtype(self.dtype)).max)
         self.scale = None if scale is None else check_real("scale", scale, -limit, limit)
-        factor = None if self.scale is None else float(arithmetic.type(self.scale))  # a Python float promotes nothing
-        self._columns = [Column(inputs[0][0], self.dtype, factor, backend, inputs[0][1])]
+        self._columns = [Column(inputs[0][0], self.dtype, self._factor, backend, inputs[0][1])]
         self._columns += [Column(source, native(source.dtype), None, backend, axis) for source, axis in inputs[1:]]
         self._check()
-        self.readers: dict[Reader, list[float]] = {}
-        for column in self:
-            if isinstance(column.source, Part):
-                self.readers.setdefault(column.source.reader, []).append(column.limit)
+        self.readers = self._limits()
         self.prepare = named_function(prepare_name, prepare, self.labelled)
         self.augment = named_function("augment", augment, self.labelled, " and a generator")
         self._seed = seed
+
+    @property
+    def _factor(self) -> float | None:
+        """The scale, rounded; a Python float promotes nothing."""
+        return None if self.scale is None else float(compute_dtype(self.dtype).type(self.scale))
+
+    def _limits(self) -> dict[Reader, list[float]]:
+        readers: dict[Reader, list[float]] = {}
+        for column in self:
+            if isinstance(column.source, Part):
+                readers.setdefault(column.source.reader, []).append(column.limit)
+        return readers
+
+    def take(self, dtype: np.dtype[Any]) -> None:
+        """Make batches of ``dtype`` from now on, where none was given."""
+        self.dtype = dtype
+        self._columns[0] = dataclasses.replace(self._columns[0], dtype=dtype, scale=self._factor)
+        self._check()
+        self.readers = self._limits()
+        for name in ("batch_bytes", "captured_bytes"):
+            vars(self).pop(name, None)
 
     def like(self, X: Any, Y: Any) -> Columns:
         """Other samples that are converted and prepared as these are, and not augmented."""

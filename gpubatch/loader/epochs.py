@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
+
 from gpubatch.backend import Array, CudaBackend
 from gpubatch.errors import ArgumentError, DTypeError, InsufficientMemoryError, check_int
 from gpubatch.loader.columns import Columns
@@ -65,13 +67,7 @@ class Epochs:
         self.at_most, self.drop_last, self.prefetch, self.feed = at_most, drop_last, prefetch, feed
         self.automatic = batch_size is None
         self.stats = LoaderStats()
-        self._feed: BatchFeed | None = None  # None: not decided
-        if isinstance(self.backend, CudaBackend):
-            self._on_device = OnDevice(columns, order, self.backend)
-            self._through_pinned = ThroughPinned(columns, order, prefetch, self.backend)
-            self.feeding = "not decided before the first iteration"
-        else:
-            self._feed, self.feeding = MainMemory(columns, order, prefetch), "in main memory"
+        self._choose_feeds()
         self._epoch = self._batch = 0  # the position: batches of this epoch that were yielded
         self._run: object | None = None  # the iteration that is running
         self._left = False  # whether the iteration before was left in the middle
@@ -94,6 +90,21 @@ class Epochs:
         vars(twin).update(vars(self))
         twin._source, twin._pass = object(), DataPass(None, 0)
         return twin
+
+    def _choose_feeds(self) -> None:
+        """Begin with no batch made: the feed of a device is chosen by the first iteration."""
+        self._feed: BatchFeed | None = None  # None: not decided
+        if isinstance(self.backend, CudaBackend):
+            self._on_device = OnDevice(self.columns, self.order, self.backend)
+            self._through_pinned = ThroughPinned(self.columns, self.order, self.prefetch, self.backend)
+            self.feeding = "not decided before the first iteration"
+        else:
+            self._feed, self.feeding = MainMemory(self.columns, self.order, self.prefetch), "in main memory"
+
+    def take_dtype(self, dtype: np.dtype[Any]) -> None:
+        """Make batches of ``dtype`` from the next iteration on."""
+        self.columns.take(dtype)
+        self._choose_feeds()
 
     # --- sizes --------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from gpubatch.backend import Array, Backend
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError
-from gpubatch.sources import check_kind
+from gpubatch.inputs import check_kind
 
 __all__ = ["BatchFunction", "named_function"]
 

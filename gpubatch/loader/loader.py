@@ -36,7 +36,8 @@ class Loader:
       cannot take.
     - ``sample_axis``: 0, X is (samples, ...) and x (batch, ...); or 1, (features, samples) and (features, batch).
     - ``backend``: where batches are, as in :func:`~gpubatch.backend.get_backend`.
-    - ``dtype``: of x, "float32", "float64" or "float16"; by default X's own if it is float64, else float32.
+    - ``dtype``: of x, "float32", "float64" or "float16"; by default X's own if it is float64, else float32, until
+      :func:`~gpubatch.fit` gives it the network's.
     - ``scale``: multiplies x after the conversion.
     - ``prefetch``: batches that a thread prepares ahead; 0 prepares all in the caller.
     - ``rank``, ``world_size``: take the positions rank, rank + world_size, ... of each epoch.

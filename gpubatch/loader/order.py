@@ -17,7 +17,8 @@ from gpubatch.errors import (
     check_int,
     check_real,
 )
-from gpubatch.sources import check_finite, checked_array
+from gpubatch.inputs import checked_array
+from gpubatch.sources import check_finite
 
 __all__ = ["PEAK", "WORD", "Indices", "Order", "WeightedOrder", "WindowOrder", "epoch_order", "split"]
 

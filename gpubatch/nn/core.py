@@ -17,6 +17,7 @@ import numpy as np
 
 from gpubatch.backend import Array, Backend, compute_dtype
 from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
+from gpubatch.inputs import check_kind, taken
 from gpubatch.nn.checks import WatchedLayer, WatchedLoss, of_the_user
 from gpubatch.nn.layers import BatchNorm, Dense, DenseActivation, Layer
 from gpubatch.nn.losses import NO_MEAN, Loss, Weighing, check_weight, check_weight_values, counts_of, no_mean
@@ -488,11 +489,28 @@ class Core:
             with self.backend.scope():
                 self.loss.check_values(Y, self.outputs)
 
+    def given(self, X: Any) -> Array:
+        """``X`` for evaluation, on this device and of this dtype; numbers of other types are converted there."""
+        if self.backend.owns(X) and X.dtype == self.dtype:
+            return X
+        X = taken("X", X, self.backend)
+        if X.dtype == self.dtype:
+            return X
+        check_kind("X", X.dtype)
+        if X.dtype.itemsize == 1 and X.dtype.kind != "b":
+            raise DTypeError(
+                f"X has dtype {X.dtype}, as pixels have that a Loader scales; give loader.to_batch(X), which makes of "
+                f"X what the network was trained on, or X.astype('{self.dtype}') if it was trained on such numbers"
+            )
+        with self.backend.scope(), np.errstate(over="ignore"):
+            return X.astype(self.dtype)
+
     def check_inputs(self, X: Any) -> None:
         """Raise unless X can be a batch, by shape, element type and device."""
         self.backend.check("X", X)
         if X.ndim != 2:
             hint = "; a single sample is X[None]" if X.ndim == 1 else ""
+            hint = "; samples of one feature are X[:, None]" if hint and self.inputs == 1 else hint
             raise ShapeError(f"X must have shape (batch, {self.inputs}), got {X.shape}{hint}")
         if X.shape[1] != self.inputs:
             taker = next(run for run in self.layers if run.layer.takes() is not None)

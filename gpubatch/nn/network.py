@@ -23,6 +23,7 @@ from gpubatch.errors import (
     check_real,
 )
 from gpubatch.formula import Activation, BoundActivation, BoundScoreLoss, ScoreLoss
+from gpubatch.inputs import taken
 from gpubatch.nn.core import EVALUATION_ROWS, Core, quiet
 from gpubatch.nn.layers import ACTIVATIONS, ActivationLayer, BatchNorm, Dense, Dropout, Elementwise, Layer
 from gpubatch.nn.losses import NO_MEAN, Loss, OverScores, Weighing, counts_of, loss_of
@@ -72,6 +73,12 @@ class Network:
     ``parameters`` numbers the layers of a kind: W1, b1, gamma1, beta1, W2, ... They lie in this order in one buffer,
     except that arrays of odd sizes come last, so that the others are aligned. ``buffers`` holds running_mean1,
     running_var1, ... likewise.
+
+    ``loss``, ``evaluate``, ``scores``, ``predict`` and ``accuracy`` convert X and Y on their device: numbers of other
+    types, lists, tables, arrays of other libraries. Bytes, as pixels are, have to be scaled as in training first, by
+    ``Loader.to_batch``.
+
+
 
     **Threads.** Any number of threads may evaluate a network at the same time: ``scores``, ``predict``, ``evaluate``,
     ``loss`` and ``accuracy``. Each works in a workspace of its own, which ends with the thread; memory plans count one.
@@ -228,6 +235,7 @@ class Network:
         if not training:
             return self.evaluate(X, Y, weight=weight)[0]
         core = self._core
+        X, Y = core.given(X), taken("Y", Y, self.backend)
         core.check_batch(X, Y, values=True, weight=weight)
         with core.training, self.backend.scope(), quiet():
             run = core.forward(X, Y, core.weights(Y, weight))
@@ -251,6 +259,7 @@ class Network:
         """
         check_int("rows", rows, 1)
         core, function = self._core, self._core.loss
+        X, Y = core.given(X), taken("Y", Y, self.backend)
         in_loss = weight if loss_weight is None else loss_weight
         core.check_batch(X, Y, values=True, weight=weight)
         if loss_weight is not None:
@@ -283,6 +292,7 @@ class Network:
 
     def scores(self, X: Array) -> Array:
         """The outputs of the last layer, ``(batch, outputs)``, as a new array of ``compute_dtype``."""
+        X = self._core.given(X)
         self._core.check_inputs(X)
         result = self.backend.empty((len(X), self.outputs), self.compute_dtype)
         with self.backend.scope(), quiet():
@@ -306,6 +316,7 @@ class Network:
         weight: what each sample counts, as in :meth:`loss_and_grad`; the fraction is Σ w right / Σ w, as scikit-learn's
             ``score(sample_weight=)``.
         """
+        X, Y = self._core.given(X), taken("Y", Y, self.backend)
         self._core.check_batch(X, Y, values=True, weight=weight)
         with self.backend.scope():
             self._core.check_values(Y, weight)

@@ -9,8 +9,6 @@ than memory are opened here: :func:`npy`, :func:`raw`, :func:`idx`, :func:`cifar
 from gpubatch.sources.arrays import (
     ArraySource,
     check_finite,
-    check_kind,
-    checked_array,
     contiguous,
     convert,
     largest_stored,
@@ -27,8 +25,6 @@ __all__ = [
     "Source",
     "arrow",
     "check_finite",
-    "check_kind",
-    "checked_array",
     "cifar10",
     "contiguous",
     "convert",

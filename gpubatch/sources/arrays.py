@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from gpubatch.backend import Array, Backend, compute_dtype, from_dlpack, get_backend, is_foreign, unmasked
-from gpubatch.errors import DeviceMismatchError, DTypeError, NonFiniteError, ShapeError
+from gpubatch.backend import Array, Backend, compute_dtype
+from gpubatch.errors import NonFiniteError
 from gpubatch.ops import gather_bytes, ops_for
 
 __all__ = [
     "ArraySource",
     "check_finite",
-    "check_kind",
-    "checked_array",
     "contiguous",
     "convert",
     "holds_all",
@@ -144,23 +142,6 @@ def convert(x: Array, dtype: np.dtype[Any], scale: float | None) -> Array:
     return out.astype(dtype, copy=False)
 
 
-def checked_array(name: str, x: Any, backend: Backend) -> Array:
-    """``x`` as an array on ``backend``, or an array or nested list as one on the host; DLPack copies nothing."""
-    unmasked(name, x)
-    try:
-        with backend.scope():
-            x = from_dlpack(x) if is_foreign(x) else x
-        array = backend.asarray(x) if backend.owns(x) else get_backend("cpu").asarray(x)
-    except DeviceMismatchError as error:
-        raise DeviceMismatchError(f"{name} must be a NumPy array or an array on {backend.spec!r}: {error}") from error
-    except ValueError as error:
-        raise ShapeError(f"{name} must be an array, or nested lists of equal lengths: {error}") from error
-    check_kind(name, array.dtype)
-    if array.ndim == 0 or array.size == 0:
-        raise ShapeError(f"{name} must hold at least one sample of at least one number, got shape {array.shape}")
-    return array
-
-
 def check_finite(name: str, array: Array, dtype: np.dtype[Any], scale: float | None, backend: Backend) -> None:
     """Raise ``NonFiniteError`` for the first value that is NaN or infinite, or becomes so in the batches."""
     if holds_all(array.dtype, largest_stored(dtype, scale)):
@@ -190,9 +171,3 @@ def largest_stored(dtype: np.dtype[Any], scale: float | None) -> float:
 def holds_all(stored: np.dtype[Any], limit: float) -> bool:
     """Whether no element of the type ``stored`` is NaN or beyond ``limit``."""
     return stored.kind != "f" and (stored.kind == "b" or np.iinfo(stored).max <= limit)
-
-
-def check_kind(name: str, dtype: np.dtype[Any]) -> None:
-    """Raise ``DTypeError`` unless batches can be made of elements of ``dtype``."""
-    if dtype.kind not in "biuf" or dtype.itemsize > 8:
-        raise DTypeError(f"{name} must hold integers, booleans, float16, float32 or float64, got dtype {dtype}")

@@ -25,7 +25,7 @@ from gpubatch.datasets import (
     read_idx_header,
 )
 from gpubatch.errors import DataFormatError, GpubatchError, InsufficientMemoryError, check_bool, check_choice, check_int
-from gpubatch.sources.arrays import check_kind
+from gpubatch.inputs import check_kind
 from gpubatch.sources.reader import Source
 
 __all__ = ["check_exists", "cifar10", "idx", "naming_the_file", "npy", "raw", "runs_of"]

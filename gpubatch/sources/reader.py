@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gpubatch.backend import Array
+from gpubatch.backend import Array, unmasked
 from gpubatch.errors import DataFormatError, DTypeError, NonFiniteError, ShapeError, check_int
-from gpubatch.sources.arrays import check_kind, holds_all
+from gpubatch.inputs import check_kind
+from gpubatch.sources.arrays import holds_all
 
 __all__ = ["Part", "Reader", "Source"]
 
@@ -109,6 +110,7 @@ class Reader:
         for array in arrays:
             if not isinstance(array, np.ndarray):
                 raise DTypeError(f"{self.where}: read must return NumPy arrays, got {type(array).__name__}")
+            unmasked(f"what is read of {self.where}", array)
         return arrays
 
     def _compare(self, index: Array, arrays: list[np.ndarray]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, ShapeError
-from gpubatch.sources.arrays import check_kind
+from gpubatch.inputs import check_kind
 from gpubatch.sources.files import check_exists, naming_the_file, runs_of
 from gpubatch.sources.reader import Source
 

@@ -26,7 +26,7 @@ __all__ = [
 
 
 def check_parts(net: Network, loader: Loader, opt: Optimizer) -> None:
-    """Raise unless the three have the right types and fit together."""
+    """Raise unless the three have the right types and fit together; a loader without a dtype takes the network's."""
     for name, value, kind in (("net", net, Network), ("loader", loader, Loader), ("opt", opt, Optimizer)):
         if not isinstance(value, kind):
             raise DTypeError(f"{name} must be a gpubatch.{kind.__name__}, got {type(value).__name__}")
@@ -34,6 +34,8 @@ def check_parts(net: Network, loader: Loader, opt: Optimizer) -> None:
         raise ArgumentError(
             f"loader is on {loader.backend.spec!r}, net on {net.backend.spec!r}; give both one backend="
         )
+    if loader.dtype != net.dtype and not epochs_of(loader).columns.dtype_is_given:
+        epochs_of(loader).take_dtype(net.dtype)
     if loader.dtype != net.dtype:
         verb = "computes in" if net.loss_scale is None else "stores"
         raise ArgumentError(

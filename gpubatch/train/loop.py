@@ -61,7 +61,7 @@ def fit(
 
     net: the network to train
     loader: its batches; with ``batch_size="auto"`` it gets its final batch size here, and one step of that size is
-        tried before the first epoch
+        tried before the first epoch; without a dtype of its own it takes the network's
     opt: the optimizer, bound to ``net.parameters``
     epochs: epochs in all, counted from the run's first
     validation: what the loss and accuracy are measured on after every epoch: (X, Y), a source of pairs, or (source, Y),
