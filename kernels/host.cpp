@@ -358,6 +358,164 @@ class Update {
     std::vector<Int> memory;  // the table's, reused from step to step
 };
 
+// --- matrix products ---
+
+// The BLAS that NumPy uses, if it is OpenBLAS with threads of its own; Index is its type of integers.
+template <class T, class Index>
+struct Blas {
+    typedef void Gemm(int, int, int, Index, Index, Index, T, const T*, Index, const T*, Index, T, T*, Index);
+    typedef void Gemv(int, int, Index, Index, T, const T*, Index, const T*, Index, T, T*, Index);
+};
+constexpr int ROW_MAJOR = 101, PLAIN = 111, TRANSPOSED = 112;  // of cblas.h
+
+static struct {
+    std::uintptr_t gemm[2], gemv[2];  // of float and of double
+    int (*threads)();
+    void (*set_threads)(int);
+    bool wide;  // whether its integers have 64 bits
+} blas;
+
+// Meanwhile BLAS works on one thread, that of its caller. Its number of threads is the process's: as long as several
+// products run at a time, it is that which the first one found that the last one restores.
+class OneThread {
+  public:
+    OneThread() {
+        std::lock_guard<std::mutex> lock(shared().guard);
+        if (shared().inside++ == 0 && (shared().before = blas.threads()) != 1) blas.set_threads(1);
+        before = shared().before;
+    }
+    ~OneThread() {
+        std::lock_guard<std::mutex> lock(shared().guard);
+        if (--shared().inside == 0 && shared().before != 1) blas.set_threads(shared().before);
+    }
+    int before;
+
+    // In a forked child: the threads that were inside are not there.
+    static void forked() {
+        const bool changed = shared().inside > 0 && shared().before != 1;
+        const int before = shared().before;
+        new (&shared()) Shared;  // its mutex may have been locked
+        if (changed) blas.set_threads(before);
+    }
+
+  private:
+    struct Shared {
+        std::mutex guard;
+        int inside = 0, before = 1;
+    };
+    static Shared& shared() {
+        static Shared one;
+        return one;
+    }
+};
+
+static void use_blas(const std::vector<std::uintptr_t>& f, bool wide) {
+    const bool first = !blas.threads;
+    blas = {{f.at(0), f.at(1)}, {f.at(2), f.at(3)}, reinterpret_cast<int (*)()>(f.at(4)),
+            reinterpret_cast<void (*)(int)>(f.at(5)), wide};
+#if !defined(_WIN32)
+    if (first) pthread_atfork(nullptr, nullptr, OneThread::forked);
+#endif
+}
+
+// A matrix as BLAS takes it: its rows, or with `transposed` its columns, are contiguous and `stride` elements apart.
+struct Matrix {
+    Int rows, columns, stride;
+    bool transposed;
+    char* at;
+};
+
+static bool as_matrix(nb::handle x, int type, Matrix& m) {
+    PyArrayObject* a = array(x);
+    if (!a || PyArray_TYPE(a) != type || PyArray_NDIM(a) != 2 || !PyArray_ISALIGNED(a) || !PyArray_ISNOTSWAPPED(a))
+        return false;
+    const Int size = PyArray_ITEMSIZE(a), down = PyArray_STRIDE(a, 0), across = PyArray_STRIDE(a, 1);
+    m = {PyArray_DIM(a, 0), PyArray_DIM(a, 1), 0, false, PyArray_BYTES(a)};
+    for (const bool transposed : {false, true}) {
+        const Int rows = transposed ? m.columns : m.rows, columns = transposed ? m.rows : m.columns;
+        const Int apart = transposed ? across : down, step = transposed ? down : across;
+        m.transposed = transposed;
+        m.stride = rows == 1 ? columns : apart / size;  // along an axis of one element a stride may be anything
+        if ((columns == 1 || step == size) && (rows == 1 || (m.stride >= columns && apart % size == 0))) return true;
+    }
+    return false;
+}
+
+constexpr Int UNIT = 64;           // rows or columns: pieces end where BLAS's own blocks do
+constexpr Int PIECE_WORK = 1 << 20;  // least multiplications of a piece: about as long as waking a thread takes
+
+static Int power_of_two(Int most) {
+    Int n = 1;
+    while (2 * n <= most) n *= 2;
+    return n;
+}
+
+// The pieces of `n` rows or columns, at most `most` of whole units.
+struct Cut {
+    Int n, pieces;
+    Cut(Int n, Int most) : n(n), pieces(power_of_two(std::max<Int>(1, std::min(most, n / UNIT)))) {}
+    Int start(Int i) const { return i == pieces ? n : n / UNIT * i / pieces * UNIT; }
+};
+
+// body(first row, rows, first column, columns) over the pieces of an m x n matrix, products along k, in threads. The
+// pieces depend on m, n and k alone. Every piece packs its rows of one factor and columns of the other anew, which for
+// `side` of them costs about 8 / side of its time: so the longer side of the matrix is cut first, and large pieces stay.
+template <class Body>
+static void in_blocks(Int m, Int n, Int k, const Body& body) {
+    const Int work = std::max<Int>(1, (Int)((double)m * (double)n * (double)k / PIECE_WORK));
+    const Int along = std::min(work, std::max<Int>(4, std::min<Int>(16, std::max(m, n) / 192)));
+    const Cut longer(std::max(m, n), along), shorter(std::min(m, n), std::min(work / longer.pieces, std::min(m, n) / 512));
+    const Cut &rows = m >= n ? longer : shorter, &columns = m >= n ? shorter : longer;
+    const OneThread blas;
+    pool().run(rows.pieces * columns.pieces, std::min(most_threads, blas.before), [&](Int i) {
+        const Int row = rows.start(i / columns.pieces), column = columns.start(i % columns.pieces);
+        body(row, rows.start(i / columns.pieces + 1) - row, column, columns.start(i % columns.pieces + 1) - column);
+    });
+}
+
+template <class T, class Index>
+static void multiply_as(const Matrix& a, const Matrix& b, T* out) {
+    const auto gemm = reinterpret_cast<typename Blas<T, Index>::Gemm*>(blas.gemm[sizeof(T) == 8]);
+    const auto gemv = reinterpret_cast<typename Blas<T, Index>::Gemv*>(blas.gemv[sizeof(T) == 8]);
+    const T *A = reinterpret_cast<const T*>(a.at), *B = reinterpret_cast<const T*>(b.at);
+    const int of_a = a.transposed ? TRANSPOSED : PLAIN, of_b = b.transposed ? TRANSPOSED : PLAIN;
+    const Int m = a.rows, n = b.columns, k = a.columns;
+    in_blocks(m, n, k, [&](Int row, Int rows, Int column, Int columns) {
+        const T* from_a = A + row * (a.transposed ? 1 : a.stride);
+        const T* from_b = B + column * (b.transposed ? b.stride : 1);
+        T* to = out + row * n + column;
+        const Int step_a = a.transposed ? a.stride : 1, step_b = b.transposed ? 1 : b.stride;  // along k
+        if (n == 1)  // as NumPy does: for a vector this is faster
+            gemv(ROW_MAJOR, of_a, (Index)(a.transposed ? k : rows), (Index)(a.transposed ? rows : k), 1, from_a,
+                 (Index)a.stride, from_b, (Index)step_b, 0, to, 1);
+        else if (m == 1)
+            gemv(ROW_MAJOR, b.transposed ? PLAIN : TRANSPOSED, (Index)(b.transposed ? columns : k),
+                 (Index)(b.transposed ? k : columns), 1, from_b, (Index)b.stride, from_a, (Index)step_a, 0, to, 1);
+        else
+            gemm(ROW_MAJOR, of_a, of_b, (Index)rows, (Index)columns, (Index)k, 1, from_a, (Index)a.stride, from_b,
+                 (Index)b.stride, 0, to, (Index)n);
+    });
+}
+
+// out = a b, matrices of float or double; a and b may be transposed views. BLAS computes pieces of it, each on one
+// thread: with threads of its own it makes them wait for one another, spinning, and gives other bits.
+static bool multiply(Any a, Any b, Any out) {
+    PyArrayObject* c = array(out);
+    if (!blas.threads || !c || PyArray_NDIM(c) != 2 || !PyArray_ISCARRAY(c)) return false;
+    const int type = PyArray_TYPE(c);
+    Matrix A, B;
+    if ((type != NPY_FLOAT && type != NPY_DOUBLE) || !as_matrix(a, type, A) || !as_matrix(b, type, B)) return false;
+    if (A.columns != B.rows || A.columns == 0 || A.rows != PyArray_DIM(c, 0) || B.columns != PyArray_DIM(c, 1)) return false;
+    return with_type(out, [&](auto zero) {
+        typedef decltype(zero) T;
+        T* to = data<T>(out);
+        nb::gil_scoped_release unlocked;
+        if (blas.wide) multiply_as<T, std::int64_t>(A, B, to);
+        else multiply_as<T, std::int32_t>(A, B, to);
+        return true;
+    });
+}
+
 // --- activations and biases ---
 
 // The scalars of a formula as numbers of type T.
@@ -733,6 +891,9 @@ NB_MODULE(_host, m) {
     nb::class_<Update>(m, "Update")
         .def(nb::init<Int, const std::string&, int, const Names&>())
         .def("run", &Update::run, nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
+    m.def("use_blas", use_blas, "Set the addresses of OpenBLAS's functions, and whether its integers have 64 bits.");
+    m.def("multiply", multiply, "Write the product of two matrices to a third one.");
+    nb::class_<Crew>(m, "Crew").def(nb::init<>()).def("size", &Crew::size).def("report", &Crew::report);
     m.def("activate", activate, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none());
     m.def("activation_gradient", activation_gradient, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
           nb::arg().none(), nb::arg().none(), nb::arg().none());

@@ -152,10 +152,11 @@ def test_info_shows_what_multiplies_in_a_captured_step(there: bool, monkeypatch:
     monkeypatch.setattr(info, "get_backend", lambda spec="cpu": backends[spec])
     words = "cuBLASLt 12.9.3" if there else "none, nvmath-python is not installed: pip install 'gpubatch[cuda13]' (CUDA"
     lines = CliRunner().invoke(app, ["info"]).stdout.splitlines()
-    (row,) = (line for line in lines if "products" in line)
+    (row,) = (line for line in lines if "products of a captured step" in line)
     assert row.startswith(f"matrix products of a captured step on cuda:99: {words}")
     result = json.loads(CliRunner().invoke(app, ["info", "--json"]).stdout)
     assert result["matrix_products"]["cuda:99"].startswith(words)
+    assert f"matrix products on the CPU: {result['matrix_products']['cpu']}." in lines
 
 
 @pytest.mark.parametrize(("execution", "found"), [("auto", "captured"), ("captured", "captured"), ("eager", "eager")])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -16,7 +16,7 @@ from gpubatch.cli import options
 from gpubatch.cli.shared import app, print_json, table_of, versions
 from gpubatch.errors import BackendUnavailableError, check_choice
 from gpubatch.formula import Rule, rules
-from gpubatch.ops import host_library, own_form, products_for, reduce_sources, update_source
+from gpubatch.ops import cpu_products, host_library, own_form, products_for, reduce_sources, update_source
 from gpubatch.sizing import format_bytes
 
 __all__ = ["info"]
@@ -39,7 +39,8 @@ def info(
     why_not = _why_no_cuda()
     if as_json:
         backends = {be.spec: {"device": be.device, "memory": dataclasses.asdict(be.memory())} for be in found}
-        cuda = {"cuda": why_not or "available", "matrix_products": _how_cuda_multiplies(found)}
+        products = {"cpu": cpu_products(), **_how_cuda_multiplies(found)}
+        cuda = {"cuda": why_not or "available", "matrix_products": products}
         print_json(backends=backends, **cuda, own_formulas=own_form(), auto=get_backend().spec, versions=versions())
         return
     out = Console(highlight=False)
@@ -56,12 +57,19 @@ def info(
     for spec, how in _how_cuda_multiplies(found).items():
         out.print(f"matrix products of a captured step on {spec}: {how}.", soft_wrap=True, markup=False)
     compiled = host_library()
-    words = compiled if isinstance(compiled, str) else f"for {compiled.level()}, on {compiled.threads()} threads"
+    words = compiled if isinstance(compiled, str) else f"for {compiled.level()}, {threads_in_words(compiled)}"
     out.print(f"kernels compiled for the CPU: {words}.", soft_wrap=True)
+    out.print(f"matrix products on the CPU: {cpu_products()}.", soft_wrap=True, markup=False)
     out.print(f"formulas of your own on a CPU: {own_form()}.", soft_wrap=True, markup=False)
     extras = {"cli": "typer", "plot": "matplotlib", "cuda": "cupy"}
     lacking = [name for name, module in extras.items() if importlib.util.find_spec(module) is None]
     out.print(f"extras that are not installed: {', '.join(lacking) or 'none'}.")
+
+
+def threads_in_words(library: Any) -> str:
+    """On how many threads loops run on the CPU."""
+    most = library.threads()
+    return f"on up to {most} threads, and on fewer while others use the processors" if most > 1 else "on one thread"
 
 
 def _why_no_cuda() -> str | None:

@@ -1,5 +1,6 @@
 """The core's operations, each with its NumPy, compiled and CUDA form; update rules, and matrix products."""
 
+from gpubatch.ops.blas import cpu_products
 from gpubatch.ops.compile import cuda_kernel, host_library, source_of
 from gpubatch.ops.dropout import philox_generator
 from gpubatch.ops.elementwise import IDENTITY
@@ -29,6 +30,7 @@ __all__ = [
     "blocks_for",
     "check_choices",
     "check_slope",
+    "cpu_products",
     "cuda_kernel",
     "gather_batch",
     "gather_bytes",

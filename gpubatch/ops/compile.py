@@ -46,6 +46,7 @@ C_TYPES = {
     "float64": "double",
 }
 COMPUTED = ("float32", "float64")  # the types of arithmetic
+MOST_CPU_THREADS = 256  # of kernels/threads.h
 
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -105,14 +106,16 @@ def elementwise_digest(declared: Activation | ScoreLoss) -> str:
 
 @functools.cache
 def host_library() -> Any:
-    """The kernels compiled for the CPU, or in words why there are none."""
+    """The kernels compiled for the CPU, on at most ``GPUBATCH_THREADS`` threads, or in words why there are none."""
     if switched_off("GPUBATCH_HOST"):
         return "switched off by GPUBATCH_HOST=0"
     if importlib.util.find_spec("gpubatch._host") is not None:
         try:
-            return importlib.import_module("gpubatch._host")
+            library = importlib.import_module("gpubatch._host")
         except ImportError as error:
             return f"cannot be loaded: {error}"
+        library.set_threads(wanted_threads(library.threads()))
+        return library
     if installed := installed_elsewhere():
         why = (
             f"those of the gpubatch in {installed} are not used: Python imports the source tree in "
@@ -128,6 +131,14 @@ def installed_elsewhere() -> str | None:
     folders = [os.path.join(folder, "gpubatch") for folder in sys.path]
     found = importlib.machinery.PathFinder.find_spec("_host", folders)
     return None if found is None or found.origin is None else os.path.dirname(found.origin)
+
+
+def wanted_threads(processors: int) -> int:
+    """The most threads of a loop on the CPU: ``GPUBATCH_THREADS``, or as many as there are processors."""
+    value = os.environ.get("GPUBATCH_THREADS") or str(min(processors, MOST_CPU_THREADS))
+    if not value.isdecimal() or not 1 <= int(value) <= MOST_CPU_THREADS:
+        raise ArgumentError(f"GPUBATCH_THREADS must be an integer from 1 to {MOST_CPU_THREADS}, got {value!r}")
+    return int(value)
 
 
 def switched_off(variable: str) -> bool:

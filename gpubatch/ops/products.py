@@ -23,6 +23,7 @@ import numpy as np
 from gpubatch.backend import INSTALL_CUPY, Array, Backend, CudaBackend
 from gpubatch.errors import ArgumentError, BackendUnavailableError, DTypeError, TuningWarning
 from gpubatch.formula import BoundActivation, activations
+from gpubatch.ops.blas import multiply, multiply_in_float32
 from gpubatch.ops.compile import cuda_kernel, source_of
 from gpubatch.ops.elementwise import IDENTITY
 
@@ -115,7 +116,7 @@ def products_for(
     largest: the number of elements of the largest weight matrix.
     """
     if not isinstance(backend, CudaBackend):
-        matmul = multiply_in_float32 if dtype == np.float16 else backend.xp.matmul
+        matmul = multiply_in_float32 if dtype == np.float16 else multiply
         return ArrayProducts(matmul, "the CPU has no graphs to capture")
     try:
         with backend.scope():
@@ -149,7 +150,7 @@ def check_choices(saved: Any) -> None:
 
 
 class ArrayProducts(Products):
-    """``matmul`` of NumPy or CuPy; both sum products of float16 in float32."""
+    """``matmul(a, b, out=)``: CuPy's, or on the CPU :func:`multiply`; both sum products of float16 in float32."""
 
     capturable = False
 
@@ -180,11 +181,6 @@ class ArrayProducts(Products):
     def take_choices(self, saved: Mapping[str, Any]) -> None:
         """See :class:`Products`; never."""
         warn_of_others(saved, "this network's products are not cuBLASLt's")
-
-
-def multiply_in_float32(a: Array, b: Array, out: Array) -> None:
-    """out = a b of float16 on the CPU, by float32 copies: BLAS is a hundred times faster than NumPy's own loop."""
-    out[...] = np.matmul(a.astype(np.float32), b.astype(np.float32))
 
 
 # --- cuBLASLt --------------------------------------------------------------------------------------------------------
