@@ -31,7 +31,7 @@ EXPORTS = {
     "model": "Model export_onnx load save",
     "nn": """
         GELU SVM BatchNorm Context Dense Dropout Elementwise Layer LeakyReLU Loss Needs Network Parameter ReLU Sigmoid
-        SoftmaxCrossEntropy Step Tanh losses mlp no_decay
+        SigmoidCrossEntropy SoftmaxCrossEntropy Step Tanh losses mlp no_decay
     """,
     "optim": """
         LAMB LARS SGD AdaBelief Adadelta Adagrad Adam AdamW Adamax HeavyBall Lion Momentum NAdam Optimizer RAdam RMSProp
@@ -131,6 +131,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         Parameter as Parameter,
         ReLU as ReLU,
         Sigmoid as Sigmoid,
+        SigmoidCrossEntropy as SigmoidCrossEntropy,
         SoftmaxCrossEntropy as SoftmaxCrossEntropy,
         Step as Step,
         Tanh as Tanh,

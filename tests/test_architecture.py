@@ -197,7 +197,7 @@ CODE_LINES = {
     "sizing": 257,
     "params": 96,
     "optim": 1165,
-    "nn": 1851,
+    "nn": 2022,
     "datasets": 158,
     "sources": 611,
     "loader": 1645,
@@ -209,7 +209,7 @@ CODE_LINES = {
     "cli": 902,
     "torch": 511,
     "__main__": 19,
-    "__init__": 189,
+    "__init__": 190,
 }
 
 

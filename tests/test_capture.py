@@ -140,6 +140,16 @@ CASES = {
         plain, "sigmoid_cross_entropy", lambda p: gb.AdamW(p, lr=gb.InverseTimeDecay(0.01, 0.5))
     ),
     "focal": Case(plain, "focal"),
+    "smoothed labels": Case(plain, gb.SoftmaxCrossEntropy(label_smoothing=0.1)),
+    "smoothed labels, mixed": Case(
+        plain,
+        gb.SoftmaxCrossEntropy(label_smoothing=0.1),
+        precision="mixed",
+        optimizer=mixed,
+        fit={"loss_scale": (2.0**17, 3)},
+    ),
+    "smoothed sigmoid": Case(plain, gb.SigmoidCrossEntropy(label_smoothing=0.1)),
+    "svm, delta": Case(plain, gb.SVM(delta=0.5)),
     "svm, sgd, every batch whole": Case(plain, "svm", lambda p: gb.SGD(p, lr=0.1), loader={"drop_last": True}),
     "lamb, norm": Case(everything, optimizer=falling(gb.LAMB, 0.01), fit={"max_norm": 0.5}),
     "mixed, lars": Case(
@@ -186,7 +196,9 @@ every_case = every(
 def data(case: Case) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(5)
     Y: np.ndarray = rng.integers(0, CLASSES, N).astype(np.uint8)
-    if case.loss not in ("softmax_cross_entropy", "svm"):
+    if case.loss not in ("softmax_cross_entropy", "svm") and not isinstance(
+        case.loss, (gb.SoftmaxCrossEntropy, gb.SVM)
+    ):
         Y = rng.random((N, CLASSES)).astype(np.float32)
     return rng.integers(0, 256, (N, FEATURES), np.uint8), Y
 

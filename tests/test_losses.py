@@ -71,13 +71,21 @@ CASES = {
     "focal, no weights": (given_parameters(losses.focal, alpha=-1.0), one_hot),
     "hinge": (losses.hinge, one_hot),
     "squared_hinge": (losses.squared_hinge, one_hot),
+    "softmax_cross_entropy, smoothed labels": (given_parameters(softmax_cross_entropy, label_smoothing=0.1), labels),
+    "softmax_cross_entropy, smoothed rows": (
+        given_parameters(softmax_cross_entropy, label_smoothing=0.3),
+        probabilities,
+    ),
+    "sigmoid_cross_entropy, smoothed": (given_parameters(sigmoid_cross_entropy, label_smoothing=0.1), one_hot),
+    "svm, delta": (given_parameters(svm, delta=0.7), labels),
 }
 every_case = pytest.mark.parametrize(("loss", "targets"), CASES.values(), ids=CASES)
 
 
 def test_the_table_is_complete() -> None:
     assert {loss.__name__ for loss, _ in CASES.values()} == set(LOSSES)
-    classes = {c for c in vars(losses).values() if isinstance(c, type) and issubclass(c, losses.Loss)} - {losses.Loss}
+    classes = {c for c in vars(losses).values() if isinstance(c, type) and issubclass(c, losses.Loss)}
+    classes -= {losses.Loss, losses.TwoClasses}  # of which others are made
     assert {type(loss) for loss in LOSSES.values()} == classes
 
 
@@ -143,10 +151,13 @@ def of_pytorch(name: str) -> Any:
 
     theirs: dict[str, Any] = {
         "softmax_cross_entropy": F.cross_entropy,
-        "sigmoid_cross_entropy": F.binary_cross_entropy_with_logits,
+        # Keras' BinaryCrossentropy(label_smoothing=): "squeezes labels towards 0.5".
+        "sigmoid_cross_entropy": lambda z, y, label_smoothing=0.0: F.binary_cross_entropy_with_logits(
+            z, y * (1 - label_smoothing) + 0.5 * label_smoothing
+        ),
         "mse": F.mse_loss,
         # PyTorch divides by the number of classes too.
-        "svm": lambda z, y: F.multi_margin_loss(z, y) * z.shape[1],
+        "svm": lambda z, y, delta=1.0: F.multi_margin_loss(z, y, margin=delta) * z.shape[1],
         "mae": F.l1_loss,
         "huber": F.huber_loss,
         "log_cosh": lambda z, y: torch.log(torch.cosh(z - y)).mean(),
@@ -307,6 +318,64 @@ def test_poisson_of_extreme_scores(dtype) -> None:
     assert losses.poisson(np.array([[1e4]], dtype), np.array([[1]]))[0] == math.inf  # as it is
 
 
+# --- single samples --------------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_losses_of_single_samples(loss, targets, backend, rng) -> None:
+    """Each is what the sample alone gives; their sum and its gradient are the mean's, times how many there are."""
+    z, y = backend.asarray(rng.normal(size=(6, 4))), backend.asarray(targets(rng, 6, 4))
+    weight = backend.asarray(rng.uniform(0.1, 2, 6))
+    each, gradient = loss(z, y, reduction="none")
+    alone = [loss(z[i : i + 1], y[i : i + 1]) for i in range(6)]
+    found = backend.to_numpy(each).reshape(6, -1).mean(axis=1)
+    np.testing.assert_allclose(found, [value for value, _ in alone], rtol=1e-12)
+    count = each.size // 6
+    expected = np.concatenate([backend.to_numpy(slope) for _, slope in alone]) * count
+    np.testing.assert_allclose(backend.to_numpy(gradient), expected, rtol=1e-11, atol=1e-15)
+    total, of_total = loss(z, y, weight, reduction="sum")
+    of_each = backend.to_numpy(each).reshape(6, -1).sum(axis=1)
+    assert total == pytest.approx(float((of_each * backend.to_numpy(weight)).sum()), rel=1e-12)
+    mean, of_mean = loss(z, y, weight)
+    factor = count * float(weight.sum())
+    assert mean * factor == pytest.approx(total, rel=1e-12)
+    np.testing.assert_allclose(backend.to_numpy(of_total), backend.to_numpy(of_mean) * factor, rtol=1e-12, atol=1e-15)
+
+
+def test_ignored_labels_of_single_samples(rng) -> None:
+    z, y = rng.normal(size=(3, 4)), np.array([2, -1, 0])
+    for loss in (softmax_cross_entropy, given_parameters(softmax_cross_entropy, label_smoothing=0.2), svm):
+        each, gradient = loss(z, y, ignore_label=-1, reduction="none")
+        np.testing.assert_allclose(each[[0, 2]], loss(z[[0, 2]], y[[0, 2]], reduction="none")[0], rtol=1e-14)
+        np.testing.assert_allclose(gradient[[0, 2]], loss(z[[0, 2]], y[[0, 2]], reduction="sum")[1], rtol=1e-13)
+        assert each[1] == 0
+        assert not gradient[1].any()
+
+
+def test_sample_losses_of_a_network(rng) -> None:
+    for name, kind in (("softmax_cross_entropy", labels), ("svm", labels), ("huber", numbers)):
+        X, Y = rng.normal(size=(2000, 3)), kind(rng, 2000, 4)
+        net = gb.mlp([3, 5, 4], loss=name, backend="cpu", dtype="float64")
+        found = net.sample_losses(X, Y)
+        assert found.shape == (2000,)
+        assert found.mean() == pytest.approx(net.loss(X, Y), rel=1e-13)
+
+
+def test_probabilities(rng) -> None:
+    special = peer("scipy.special")
+    X = rng.normal(size=(1500, 3)) * 40
+    for loss in ("softmax_cross_entropy", gb.SoftmaxCrossEntropy(label_smoothing=0.1)):
+        net = gb.mlp([3, 5, 4], loss=loss, backend="cpu", dtype="float64")
+        np.testing.assert_allclose(net.probabilities(X), special.softmax(net.scores(X), axis=1), rtol=1e-12)
+    for loss in ("sigmoid_cross_entropy", "focal"):
+        for outputs in (1, 2):
+            net = gb.mlp([3, 5, outputs], loss=loss, backend="cpu", dtype="float64")
+            expected = special.expit(net.scores(X))
+            np.testing.assert_allclose(net.probabilities(X), expected[:, 0] if outputs == 1 else expected, rtol=1e-12)
+    with pytest.raises(ArgumentError, match="the scores of svm are no probabilities; those of softmax_cross_entropy, "):
+        gb.mlp([3, 4], loss="svm", backend="cpu").probabilities(X.astype(np.float32))
+
+
 # --- as the loss of a network ----------------------------------------------------------------------------------------
 
 
@@ -392,6 +461,9 @@ def test_bad_targets_are_named(loss, z, y, error, message) -> None:
     ("loss", "parameters", "error", "message"),
     [
         (losses.huber, {"delta": 0}, ArgumentError, r"delta of huber must be .* \(0, inf\), got 0"),
+        (softmax_cross_entropy, {"label_smoothing": 1}, ArgumentError, r"label_smoothing must be .* \[0, 1\), got 1"),
+        (sigmoid_cross_entropy, {"label_smoothing": -0.1}, ArgumentError, r"label_smoothing must be .* \[0, 1\)"),
+        (svm, {"delta": 0}, ArgumentError, r"delta must be .* \(0, inf\), got 0"),
         (losses.quantile, {"q": 1}, ArgumentError, r"q of quantile must be .* \(0, 1\), got 1"),
         (losses.focal, {"gamma": -1}, ArgumentError, r"gamma of focal must be .* \[0, inf\), got -1"),
         (losses.focal, {"alpha": 2}, ArgumentError, r"alpha of focal must be .*1\], got 2"),

@@ -119,7 +119,9 @@ LAYERS: dict[str, Callable[[], gb.Layer]] = {
 LOSSES: dict[str, Callable[[], Any]] = {
     **{name: (lambda name=name: name) for name in nn.LOSSES},
     "SoftmaxCrossEntropy": nn.losses.SoftmaxCrossEntropy,
-    "SVM": nn.losses.SVM,
+    "SVM": lambda: nn.losses.SVM(delta=0.5),
+    "SigmoidCrossEntropy": lambda: nn.losses.SigmoidCrossEntropy(label_smoothing=0.1),
+    "smoothed softmax": lambda: nn.losses.SoftmaxCrossEntropy(label_smoothing=0.1),
     "own formula": lambda: tilted.bind(tilt=3.0),
     "own": lambda: Cubed(2.0),
 }

@@ -13,6 +13,7 @@ from families import every
 from hypothesis import given, settings, strategies as st
 from needs import peer
 
+import gpubatch as gb
 from gpubatch.backend import Array, Backend
 from gpubatch.errors import ArgumentError, DeviceMismatchError, DTypeError, NonFiniteError, ShapeError
 from gpubatch.nn import Context, Needs, Parameter, core_of, workspace
@@ -803,3 +804,23 @@ def test_a_batch_on_another_device(backend: Backend) -> None:
     net = mlp([5, 4, 3], backend=backend)
     with pytest.raises(DeviceMismatchError, match="X must be an array on 'cuda:0', got a NumPy array"):
         net.loss_and_grad(GOOD_X, GOOD_Y)
+
+
+# --- summary ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_summary_is_a_table_of_eighty_columns() -> None:
+    net = build("norm and dropout", "softmax_cross_entropy", dtype="float32")
+    summary = net.summary()
+    assert summary.parameters == net.parameters.size
+    assert summary.bytes == net.parameters.flat.nbytes + net.buffers.flat.nbytes
+    assert [row.outputs for row in summary.layers] == [7, 7, 7, 7, 8, 8, 8, 3][: len(summary.layers)]
+    lines = str(summary).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) == len(net.layers) + 5
+    assert lines[-2].split() == ["in", "all", f"{net.parameters.size:,}", f"{summary.bytes:,}"]
+    assert lines[-1] == "5 inputs, loss softmax_cross_entropy, float32, cpu"
+    assert repr(summary) == str(summary)
+    assert summary._repr_html_().count("<tr>") == len(net.layers) + 2
+    huge = str(gb.mlp([10, 20_000, 30, 10], batch_norm=True, dropout=0.5, activation="leaky_relu").summary())
+    assert max(map(len, huge.splitlines())) <= 80

@@ -17,7 +17,7 @@ from gpubatch.nn.layers import (
     Step,
     Tanh,
 )
-from gpubatch.nn.losses import LOSSES, SVM, Loss, SoftmaxCrossEntropy, loss_of
+from gpubatch.nn.losses import LOSSES, SVM, Loss, SigmoidCrossEntropy, SoftmaxCrossEntropy, loss_of
 from gpubatch.nn.needs import Context, Needs, Parameter
 from gpubatch.nn.network import Network, core_of, mlp, no_decay
 from gpubatch.nn.stack import parameter_names, stacked
@@ -43,6 +43,7 @@ __all__ = [
     "Parameter",
     "ReLU",
     "Sigmoid",
+    "SigmoidCrossEntropy",
     "SoftmaxCrossEntropy",
     "Step",
     "Tanh",

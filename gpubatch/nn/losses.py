@@ -37,6 +37,7 @@ __all__ = [
     "SVM",
     "Loss",
     "LossFunction",
+    "SigmoidCrossEntropy",
     "SoftmaxCrossEntropy",
     "check_weight",
     "check_weight_values",
@@ -136,6 +137,20 @@ class Loss(ABC):
     def truth(self, Y: Array, outputs: int) -> Array:
         """The targets in the form that :meth:`predict` gives, to be compared with it."""
 
+    def each(self, z: Array, Y: Array) -> Array:
+        """The losses of single samples ``(batch,)``, or of single scores, as a new array; 0 for an ignored label."""
+        raise ArgumentError(f"{self.name} has no losses of single samples: its class needs each(z, Y)")
+
+    def check_probabilities(self) -> None:
+        """Raise unless the loss has :meth:`probabilities`."""
+        if type(self).probabilities is Loss.probabilities:
+            known = "softmax_cross_entropy, sigmoid_cross_entropy and focal"
+            raise ArgumentError(f"the scores of {self.name} are no probabilities; those of {known} are")
+
+    def probabilities(self, z: Array) -> Array:
+        """The probabilities that scores z stand for, as a new array."""
+        raise NotImplementedError
+
 
 # --- every score for itself -------------------------------------------------------------------------------------------
 
@@ -176,6 +191,12 @@ class OverScores(Loss):
         """The scores themselves; ``(batch,)`` where there is one output, so that ``predict(X) - Y`` is no table."""
         return z[:, 0].copy() if z.shape[1] == 1 else z.copy()
 
+    def each(self, z: Array, Y: Array) -> Array:
+        """See :class:`Loss`; one for each score."""
+        names = (*self.bound.loss.required, *self.bound.loss.defaults)
+        Y = Y.reshape(z.shape).astype(z.dtype)
+        return self.bound.loss(z, Y, **dict(zip(names, self.bound.values, strict=True)))
+
     def truth(self, Y: Array, outputs: int) -> Array:
         """Refuse: a loss without classes has no right or wrong."""
         raise ArgumentError(
@@ -203,6 +224,54 @@ class TwoClasses(OverScores):
         """1 where the target is above a half, else 0."""
         positive = (Y > 0.5).astype(np.int64)
         return positive.reshape(-1) if outputs == 1 else positive
+
+
+class LogOdds(TwoClasses):
+    """A loss of scores that are logarithms of odds: σ(z) is the probability of yes."""
+
+    def probabilities(self, z: Array) -> Array:
+        """σ(z); ``(batch,)`` where there is one output."""
+        small = np.exp(-np.abs(z))
+        found = np.where(z < 0, small, 1) / (1 + small)
+        return found[:, 0] if z.shape[1] == 1 else found
+
+
+class SigmoidCrossEntropy(LogOdds):
+    """-y log σ(z) - (1 - y) log(1 - σ(z)), mean over all elements; Y holds numbers in [0, 1].
+
+    label_smoothing: from 0 up to 1; the targets are then (1 - label_smoothing) y + label_smoothing/2, as in Keras.
+    """
+
+    takes_weights = True
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        OverScores.__init__(self, scores.sigmoid_cross_entropy.bind())
+        self.label_smoothing = checked_smoothing(label_smoothing)
+
+    @property
+    def name(self) -> str:
+        """With the options that are not the usual ones."""
+        options = self.options()
+        return repr(self.bound) + (f"({listed(options)})" if options else "")
+
+    def options(self) -> dict[str, Any]:
+        """See :class:`Loss`."""
+        return {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
+
+    def workspace(self, outputs: int) -> Mapping[str, Space]:
+        """The results, the operation's scratch, and the smoothed targets."""
+        return {**results_of(outputs), **Ops.score_loss.scratch(outputs), **smoothed_space(self, outputs)}
+
+    def run(self, z: Array, Y: Array, c: Context) -> None:
+        """The mean of the cross-entropies, and its gradient."""
+        if self.label_smoothing:
+            Y = smoothed(Y.reshape(z.shape), self.label_smoothing, 2, c.work["smoothed"])
+        c.ops.score_loss(self.bound, z, Y, c.gradient, c.work, c.weights)
+
+    def each(self, z: Array, Y: Array) -> Array:
+        """See :class:`Loss`; one for each score."""
+        Y = smoothed(Y.reshape(z.shape), self.label_smoothing, 2, np.empty_like(z))
+        return self.bound.loss(z, Y)
 
 
 class Margin(TwoClasses):
@@ -233,14 +302,32 @@ class Counts(OverScores):
 Range = functools.partial(functools.partial, check_real)
 # Losses of single scores whose targets, predictions or parameters are not any numbers: the class, and the ranges.
 FORMULAS: dict[ScoreLoss, tuple[type[OverScores], dict[str, Callable[[str, float], float]]]] = {
-    scores.focal: (TwoClasses, {"gamma": Range(low=0), "alpha": Range(high=1)}),
+    scores.focal: (LogOdds, {"gamma": Range(low=0), "alpha": Range(high=1)}),
     scores.hinge: (Margin, {}),
     scores.huber: (OverScores, {"delta": Range(low=0, open_low=True)}),
     scores.poisson: (Counts, {}),
     scores.quantile: (OverScores, {"q": Range(low=0, high=1, open_low=True, open_high=True)}),
-    scores.sigmoid_cross_entropy: (TwoClasses, {}),
+    scores.sigmoid_cross_entropy: (LogOdds, {}),
     scores.squared_hinge: (Margin, {}),
 }
+
+
+def checked_smoothing(value: float) -> float:
+    """The argument ``label_smoothing``."""
+    return check_real("label_smoothing", value, 0, 1, open_high=True)
+
+
+def smoothed_space(loss: SigmoidCrossEntropy | SoftmaxCrossEntropy, outputs: int) -> dict[str, Space]:
+    """Room for the smoothed targets, if there are any."""
+    return {"smoothed": ((-1, outputs), COMPUTE)} if loss.label_smoothing else {}
+
+
+def smoothed(Y: Array, smoothing: float, classes: int, out: Array) -> Array:
+    """(1 - smoothing) Y + smoothing / classes, written to ``out``."""
+    out[...] = Y
+    out *= 1 - smoothing
+    out += smoothing / classes
+    return out
 
 
 def over_scores(bound: BoundScoreLoss) -> OverScores:
@@ -261,10 +348,11 @@ def checked_ignore(label: int | None) -> int | None:
 
 
 class SVM(Loss):
-    """Multiclass hinge loss Σ_{j≠y} max(0, z_j - z_y + 1), mean over the batch (Weston & Watkins 1999, CS231n).
+    """Multiclass hinge loss Σ_{j≠y} max(0, z_j - z_y + delta), mean over the batch (Weston & Watkins 1999, CS231n).
 
     Y holds integer labels ``(batch,)``.
 
+    delta: the margin, above 0.
     ignore_label: samples with this label count for nothing, neither in the mean nor in accuracy; any integer, None for
         no label.
     """
@@ -272,8 +360,9 @@ class SVM(Loss):
     least_outputs = 2
     takes_weights = True
 
-    def __init__(self, ignore_label: int | None = None) -> None:
+    def __init__(self, ignore_label: int | None = None, delta: float = 1.0) -> None:
         self._ignored = checked_ignore(ignore_label)
+        self.delta = check_real("delta", delta, 0, open_low=True)
 
     @property
     def ignore_label(self) -> int | None:
@@ -282,11 +371,13 @@ class SVM(Loss):
 
     def options(self) -> dict[str, Any]:
         """See :class:`Loss`."""
-        return {} if self._ignored is None else {"ignore_label": self._ignored}
+        found: dict[str, Any] = {} if self._ignored is None else {"ignore_label": self._ignored}
+        return found if self.delta == 1 else {**found, "delta": self.delta}
 
     def workspace(self, outputs: int) -> Mapping[str, Space]:
-        """The results, and the operation's scratch."""
-        return {**results_of(outputs), **Ops.svm.scratch(outputs)}
+        """The results, the operation's scratch, and the scores over delta."""
+        more: dict[str, Space] = {} if self.delta == 1 else {"scaled": ((-1, outputs), COMPUTE)}
+        return {**results_of(outputs), **Ops.svm.scratch(outputs), **more}
 
     def check(self, Y: Array, rows: int, outputs: int) -> None:
         """Y must be integers, one for each row."""
@@ -301,8 +392,12 @@ class SVM(Loss):
         return True
 
     def run(self, z: Array, Y: Array, c: Context) -> None:
-        """L = Σ max(0, z_j - z_y + 1) / n, without j = y."""
-        c.ops.svm(z, Y, c.gradient, c.work, c.weights)
+        """L = Σ max(0, z_j - z_y + delta) / n, without j = y: delta times that of z / delta for a margin of 1."""
+        if self.delta != 1:
+            z = np.divide(z, self.delta, out=c.work["scaled"])
+        c.ops.svm(z, Y, c.gradient, c.work, c.weights)  # the gradient is the same for both
+        if self.delta != 1:
+            np.multiply(c.work["loss"], self.delta, out=c.work["loss"])
 
     def predict(self, z: Array) -> Array:
         """The class of the highest score."""
@@ -312,12 +407,20 @@ class SVM(Loss):
         """The labels."""
         return Y
 
+    def each(self, z: Array, Y: Array) -> Array:
+        """See :class:`Loss`."""
+        kept, labels = kept_labels(Y, self.ignore_label)
+        margins = np.maximum(z - z[np.arange(len(z)), labels][:, None] + self.delta, 0)
+        return kept * (margins.sum(axis=1) - self.delta)
+
 
 class SoftmaxCrossEntropy(Loss):
     """-Σ_j y_j log softmax(z)_j, mean over the batch.
 
     Y holds integer labels ``(batch,)``, or a row of probabilities (one-hot, say) for each row of scores.
 
+    label_smoothing: from 0 up to 1; the targets, labels as one-hot rows, are then (1 - label_smoothing) y +
+        label_smoothing/classes, as in PyTorch's ``cross_entropy`` (Szegedy et al. 2016, section 7).
     ignore_label: samples with this label count for nothing, neither in the mean nor in accuracy; any integer, None for
         no label. Rows of probabilities have no label.
     """
@@ -325,8 +428,9 @@ class SoftmaxCrossEntropy(Loss):
     least_outputs = 2
     takes_weights = True
 
-    def __init__(self, ignore_label: int | None = None) -> None:
-        self._ignored = checked_ignore(ignore_label)
+    def __init__(self, ignore_label: int | None = None, label_smoothing: float = 0.0) -> None:
+        self._ignored, self.label_smoothing = checked_ignore(ignore_label), checked_smoothing(label_smoothing)
+        self._classes: dict[tuple[Backend, int], Array] = {}
 
     @property
     def ignore_label(self) -> int | None:
@@ -335,11 +439,13 @@ class SoftmaxCrossEntropy(Loss):
 
     def options(self) -> dict[str, Any]:
         """See :class:`Loss`."""
-        return {} if self._ignored is None else {"ignore_label": self._ignored}
+        found: dict[str, Any] = {} if self._ignored is None else {"ignore_label": self._ignored}
+        return {**found, "label_smoothing": self.label_smoothing} if self.label_smoothing else found
 
     def workspace(self, outputs: int) -> Mapping[str, Space]:
-        """The results, and the operation's scratch."""
-        return {**results_of(outputs), **Ops.softmax_cross_entropy.scratch(outputs)}
+        """The results, the operation's scratch, and the smoothed targets."""
+        scratch = Ops.softmax_cross_entropy.scratch(outputs)
+        return {**results_of(outputs), **scratch, **smoothed_space(self, outputs)}
 
     def check(self, Y: Array, rows: int, outputs: int) -> None:
         """Y must be integers, one for each row, or real numbers, one for each score."""
@@ -357,11 +463,22 @@ class SoftmaxCrossEntropy(Loss):
 
     def nan_marks_bad_labels(self, Y: Array) -> bool:
         """The kernels compare labels with the number of classes."""
-        return bool(Y.ndim == 1)
+        return bool(Y.ndim == 1) and not self.label_smoothing
 
     def run(self, z: Array, Y: Array, c: Context) -> None:
         """L = Σ log Σ_j exp(z_j) - z_y / n, dz = (softmax(z) Σ_j y_j - y) / n."""
+        if self.label_smoothing:
+            Y = self._smoothed(Y, z.shape[1], c.backend, c.work["smoothed"])
         c.ops.softmax_cross_entropy(z, Y, c.gradient, c.work, c.weights)
+
+    def _smoothed(self, Y: Array, classes: int, backend: Backend, out: Array) -> Array:
+        """The smoothed rows of labels, or of rows."""
+        if Y.ndim == 1:
+            key = backend, classes
+            if key not in self._classes:  # kept for captured steps, which read it at every replay
+                self._classes[key] = backend.asarray(np.arange(classes))
+            Y = np.equal(Y[:, None], self._classes[key], out=out)
+        return smoothed(Y, self.label_smoothing, classes, out)
 
     def predict(self, z: Array) -> Array:
         """The class of the highest score."""
@@ -371,10 +488,26 @@ class SoftmaxCrossEntropy(Loss):
         """The labels, or the most probable class of each row."""
         return Y if Y.ndim == 1 else Y.argmax(axis=1)
 
+    def probabilities(self, z: Array) -> Array:
+        """softmax(z)."""
+        found = np.exp(z - z.max(axis=1, keepdims=True))
+        found /= found.sum(axis=1, keepdims=True)
+        return found
+
+    def each(self, z: Array, Y: Array) -> Array:
+        """See :class:`Loss`."""
+        z = z - z.max(axis=1, keepdims=True)
+        logs = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+        if Y.ndim > 1:
+            return -(smoothed(Y, self.label_smoothing, z.shape[1], np.empty_like(z)) * logs).sum(axis=1)
+        kept, labels = kept_labels(Y, self.ignore_label)
+        right = logs[np.arange(len(z)), labels]
+        return kept * -((1 - self.label_smoothing) * right + self.label_smoothing * logs.mean(axis=1))
+
 
 LOSSES: dict[str, Loss] = {
     "softmax_cross_entropy": SoftmaxCrossEntropy(),
-    "sigmoid_cross_entropy": over_scores(scores.sigmoid_cross_entropy.bind()),
+    "sigmoid_cross_entropy": SigmoidCrossEntropy(),
     "mse": over_scores(scores.mse.bind()),
     "svm": SVM(),
     "mae": over_scores(scores.mae.bind()),
@@ -422,6 +555,14 @@ def check_labels(Y: Array, rows: int, takes: str) -> None:
         raise ShapeError(f"X has {rows} rows, Y has {len(Y)}")
     if Y.dtype.kind not in "iu":
         raise DTypeError(f"{takes}: Y of shape {Y.shape} has dtype {Y.dtype}; convert it with Y.astype('int64')")
+
+
+def kept_labels(Y: Array, ignored: int | None) -> tuple[Array | int, Array]:
+    """1 for each label that counts and 0 for each that is ignored; and the labels, 0 in place of those."""
+    if ignored is None:
+        return 1, Y
+    kept = ignored != Y
+    return kept, Y * kept
 
 
 def check_label_values(Y: Array, outputs: int, ignored: int | None = None) -> None:
@@ -525,6 +666,9 @@ NO_MEAN = "all its weights are 0, or all its labels are ignored, so there is not
 # --- without a network -----------------------------------------------------------------------------------------------
 
 
+REDUCTIONS = ("mean", "sum", "none")
+
+
 class LossFunction:
     """A loss of scores without a network, and what makes the object that a network takes.
 
@@ -534,6 +678,8 @@ class LossFunction:
     weight: numbers ``(batch,)``, finite and not negative: the loss is then Σ w l / Σ w, of which l is the loss of a
         sample, a mean over its scores where every score has one; by default all count alike. Raises NonFiniteError if
         all are 0: there is no mean.
+    reduction: "mean"; "sum", Σ w l over samples and scores; or "none", the w l themselves, ``(batch,)``, of losses of
+        single scores ``(batch, outputs)``. With both of these dscores is the gradient of the sum.
     """
 
     def __init__(self, name: str, bind: Callable[..., Loss], text: str) -> None:
@@ -542,9 +688,22 @@ class LossFunction:
     def __repr__(self) -> str:
         return f"<loss {self.__name__}>"
 
-    def __call__(self, scores: Array, Y: Array, weight: Array | None = None, **parameters: Any) -> tuple[float, Array]:
+    def __call__(
+        self, scores: Array, Y: Array, weight: Array | None = None, reduction: str = "mean", **parameters: Any
+    ) -> tuple[Any, Array]:
         """Loss and gradient by the scores."""
-        return _alone(self.bind(**parameters), scores, Y, weight)
+        check_choice("reduction", reduction, REDUCTIONS)
+        loss = self.bind(**parameters)
+        mean, gradient = _alone(loss, scores, Y, weight)
+        if reduction == "mean":
+            return mean, gradient
+        with backend_of(scores).scope(), np.errstate(over="ignore", invalid="ignore"):
+            each = loss.each(scores, Y)
+            if weight is not None:
+                each *= weight.astype(each.dtype).reshape(-1, *[1] * (each.ndim - 1))
+            counts = counts_of(loss, Y, weight)
+            gradient *= (len(scores) if counts is None else float(counts.sum())) * (each.size // len(scores))
+            return each if reduction == "none" else float(each.sum(dtype=np.float64).item()), gradient
 
 
 def of_formula(loss: ScoreLoss, text: str) -> LossFunction:
@@ -561,7 +720,7 @@ softmax_cross_entropy = LossFunction(
     SoftmaxCrossEntropy,
     """Loss and gradient by the scores ``(batch, classes)``; Y integer labels ``(batch,)`` or rows of probabilities.
 
-    ``ignore_label`` as in :class:`SoftmaxCrossEntropy`.
+    ``ignore_label`` and ``label_smoothing`` as in :class:`SoftmaxCrossEntropy`.
 
     >>> import numpy as np
     >>> loss, dscores = softmax_cross_entropy(np.zeros((2, 4)), np.array([0, 3]))
@@ -574,12 +733,16 @@ svm = LossFunction(
     SVM,
     """Multiclass hinge loss and its gradient by the scores ``(batch, classes)``; Y integer labels ``(batch,)``.
 
-    ``ignore_label`` as in :class:`SVM`.
+    ``ignore_label`` and ``delta`` as in :class:`SVM`.
     """,
 )
-sigmoid_cross_entropy = of_formula(
-    scores.sigmoid_cross_entropy,
-    """Loss and gradient by the scores ``(batch, outputs)``; Y in [0, 1], one for each score.""",
+sigmoid_cross_entropy = LossFunction(
+    "sigmoid_cross_entropy",
+    SigmoidCrossEntropy,
+    """Loss and gradient by the scores ``(batch, outputs)``; Y in [0, 1], one for each score.
+
+    ``label_smoothing`` as in :class:`SigmoidCrossEntropy`.
+    """,
 )
 focal = of_formula(
     scores.focal,

@@ -27,6 +27,7 @@ from gpubatch.inputs import taken
 from gpubatch.nn.core import EVALUATION_ROWS, Core, quiet
 from gpubatch.nn.layers import ACTIVATIONS, ActivationLayer, BatchNorm, Dense, Dropout, Elementwise, Layer
 from gpubatch.nn.losses import NO_MEAN, Loss, OverScores, Weighing, counts_of, loss_of
+from gpubatch.nn.summary import LayerSummary, Summary
 from gpubatch.nn.workspace import evenly
 from gpubatch.ops import PRECISIONS, check_choices
 from gpubatch.own import as_written
@@ -170,6 +171,17 @@ class Network:
         dtype = self.compute_dtype.name
         return f"Network([{layers}], loss={self.loss_name!r}, l2={self.l2}, dtype={dtype!r}{options})"
 
+    def summary(self) -> Summary:
+        """Layers with the shapes of their outputs, parameters and bytes: a table to print, or to show in a notebook."""
+        rows = []
+        for run, names in zip(self._core.layers, self._core.names, strict=True):
+            own = [self.parameters[names[name]] for name in run.needs.parameters]
+            kept = [self.buffers[names[name]] for name in run.needs.buffers]
+            counts = sum(int(view.size) for view in own), sum(int(view.nbytes) for view in (*own, *kept))
+            rows.append(LayerSummary(repr(run.layer), run.needs.outputs, *counts))
+        words = f"{self.inputs:,} inputs, loss {self.loss_name}, {self.dtype.name}, {self.backend.spec}"
+        return Summary(tuple(rows), words, sum(row.parameters for row in rows), sum(row.bytes for row in rows))
+
     # --- training ---
 
     def loss_and_grad(
@@ -309,6 +321,28 @@ class Network:
         scores = self.scores(X)
         with self.backend.scope():
             return self._core.loss.predict(scores)
+
+    def probabilities(self, X: Array) -> Array:
+        """What the scores say of each class: ``(batch, classes)``, rows that add up to 1, with softmax_cross_entropy.
+
+        With sigmoid_cross_entropy and focal the probability of class 1, ``(batch, outputs)``; ``(batch,)`` where there
+        is one output. Raises ArgumentError for a loss whose scores are no probabilities.
+        """
+        self._core.given_loss.check_probabilities()
+        scores = self.scores(X)
+        with self.backend.scope(), quiet():
+            return self._core.given_loss.probabilities(scores)
+
+    def sample_losses(self, X: Array, Y: Array) -> Array:
+        """The loss of each sample, ``(batch,)``, without the l2 term; :meth:`loss` is the mean of these.
+
+        It is 0 where the label is ignored. A loss of single scores has a mean over the outputs for each sample.
+        """
+        self._core.check_batch(X, Y, values=True)
+        scores = self.scores(X)
+        with self.backend.scope(), quiet():
+            self._core.check_values(Y, None)
+            return self._core.given_loss.each(scores, Y).reshape(len(X), -1).mean(axis=1)
 
     def accuracy(self, X: Array, Y: Array, weight: Array | None = None) -> float:
         """The fraction of predictions that are right, of those whose label is not ignored.
