@@ -57,7 +57,7 @@ ORDER = {
     "ops": "program reduce compile host_source host_compiler update grid operation elementwise losses normalisation"
     " dropout sums gather table products",
     "optim": "arrays groups epochs optimizer optimizers ahead resumed",
-    "nn": "needs layers stack workspace losses checks core network",
+    "nn": "needs layers stack workspace losses checks core summary network",
     "sources": "arrays reader files tables",
     "loader": "order pinned functions columns windows ahead device feeds epochs loader",
     "model": "describe preparation file model export",

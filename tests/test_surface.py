@@ -17,7 +17,7 @@ def public(x: Any) -> set[str]:
 NETWORK = """
     layers loss_function loss_name l2 backend dtype seed precision tune
     inputs outputs compute_dtype parameters buffers loss_scale forms
-    loss_and_grad step_loss loss evaluate scores predict accuracy
+    loss_and_grad step_loss loss evaluate scores predict accuracy probabilities sample_losses summary
     memory memory_parts reserve state_dict load_state_dict
 """
 OPTIMIZER = """
