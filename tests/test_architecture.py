@@ -55,7 +55,7 @@ EDGES = {"plot", "cli", "torch", "__main__", "__init__"}
 ORDER = {
     "formula": "trace reductions derivative elementwise text update_rule rules activations scores",
     "ops": "program reduce compile host_source host_compiler update grid operation elementwise losses normalisation"
-    " dropout sums gather table products",
+    " dropout sums gather table blas products",
     "optim": "arrays groups epochs optimizer optimizers ahead resumed",
     "nn": "needs layers stack workspace losses checks core summary network",
     "sources": "arrays reader files tables",
