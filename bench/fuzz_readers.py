@@ -3,8 +3,9 @@
 Inputs are small valid files with random changes: bits flipped, bytes cut off, added, or moved within and between files,
 numbers in headers set to 0, -1, 2^31, 2^40, 2^63, words of JSON replaced. Each input is read to its end, through a
 loader if the reader returns a source. For checkpoints, the table has one row with the checksum of the damaged bytes in
-the file's name, and one with the original checksum. An input depends only on its number and ``--seed``:
-``--reader npy --first 812 --inputs 1`` repeats one.
+the file's name, and one with the original checksum. Models have a row for whole files, one where their digest is taken
+as right, and one for their JSON alone, which is damaged before it becomes a part of the header. An input depends only
+on its number and ``--seed``: ``--reader npy --first 812 --inputs 1`` repeats one.
 
 A reader may read the file, or raise a documented error: ``GpubatchError`` or ``OSError``. Anything else, warnings
 included, is undocumented: it is counted, its traceback is printed, and the exit status is 1. This includes
@@ -45,11 +46,12 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 import gpubatch as gb
-from gpubatch import checkpoint, datasets, sources
+from gpubatch import checkpoint, datasets, model, sources
 
 BOUND = 64 << 20  # bytes of address space
 DOCUMENTED = (gb.GpubatchError, OSError)
@@ -313,6 +315,69 @@ def read_checkpoint(folder: Path, data: bytes, named_after: bytes) -> None:
         path.unlink()
 
 
+@gb.activation
+def leaky_swish(x: Any, *, beta: float = 1.5, low: float = 0.0) -> Any:
+    return np.where(x < -3, low, x / (1 + np.exp(-beta * x)))
+
+
+@functools.cache
+def model_files() -> list[bytes]:
+    """Models with layers of each kind, a formula by its text, losses by name and by their arguments, a preparation."""
+    X = np.zeros((4, 3), np.uint8)
+    networks = [
+        gb.Network([gb.Dense(3, 4), gb.BatchNorm(4), gb.Elementwise(leaky_swish), gb.Dense(4, 2)], backend="cpu"),
+        gb.Network([gb.Dense(3, 2), gb.GELU("tanh"), gb.Dropout(0.2), gb.Dense(2, 1)], "mse", 0.1, "cpu", "float64"),
+        gb.mlp([3, 2], loss=gb.SoftmaxCrossEntropy(ignore_label=5), backend="cpu"),
+    ]
+    loaders = [
+        gb.Loader(X, backend="cpu", scale=1 / 255, prepare=np.sqrt),
+        gb.Loader(X.T, backend="cpu", dtype="float64", sample_axis=1),
+        None,
+    ]
+    files = []
+    with tempfile.TemporaryDirectory() as folder:
+        for net, loader in zip(networks, loaders, strict=True):
+            path = Path(folder) / "m.safetensors"
+            gb.save(path, net, loader, ["yes", "no"] if net.loss_function.classifies else None)
+            files.append(path.read_bytes())
+    return files
+
+
+def read_model(path: Path) -> None:
+    """Load a model and predict with it."""
+    found = gb.load(path, backend="cpu")
+    of = found.preparation
+    shape = (2, *of.sample_shape) if of is not None else (2, found.net.inputs)
+    raw = np.zeros(shape, found.net.dtype if of is None else of.dtype)
+    found.predict(np.moveaxis(raw, 0, of.sample_axis) if of is not None else raw)
+
+
+def read_with_any_digest(path: Path) -> None:
+    """The same, whatever digest the file has."""
+    with mock.patch.object(model.file, "digest_of", return_value=mock.ANY):
+        read_model(path)
+
+
+def model_texts() -> list[bytes]:
+    """What the models say of themselves, as JSON."""
+    found = []
+    for data in model_files():
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        found.append(header["__metadata__"]["model"].encode())
+    return found
+
+
+def read_model_text(folder: Path, data: bytes, original: bytes) -> None:
+    """Put a damaged text into the model that the undamaged one is of."""
+    whole = model_files()[model_texts().index(original)]
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
+    header["__metadata__"]["model"] = data.decode(errors="replace")
+    text = json.dumps(header).encode()
+    path = put(folder / "m.safetensors", len(text).to_bytes(8, "little") + text + whole[8 + size :])
+    read_with_any_digest(path)
+
+
 READERS = {
     "IDX": Reader(idx_files, lambda folder, data, _: datasets.read_idx(put(folder / "a.idx", data))),
     "IDX, gzip": Reader(idx_files_packed, lambda folder, data, _: datasets.read_idx(put(folder / "a.gz", data))),
@@ -335,6 +400,13 @@ READERS = {
     "checkpoint, checksum right": Reader(
         checkpoint_files, lambda folder, data, _: read_checkpoint(folder, data, data), header_repaired(8, 0)
     ),
+    "model": Reader(model_files, lambda folder, data, _: read_model(put(folder / "m.safetensors", data))),
+    "model, digest right": Reader(
+        model_files,
+        lambda folder, data, _: read_with_any_digest(put(folder / "m.safetensors", data)),
+        header_repaired(8, 0),
+    ),
+    "model's text": Reader(model_texts, read_model_text),
     "Parquet": Reader(
         parquet_files, lambda folder, data, _: read_table(sources.parquet, folder, data), needs="pyarrow"
     ),
@@ -441,7 +513,12 @@ def fuzz(name: str, inputs: int, seed: int = 0, first: int = 0) -> Found:
     """Run a reader on ``inputs`` inputs, in child processes."""
     found = Found(inputs, collections.Counter(), 0.0, 0, "")
     # The system's allocator and one thread: others reserve far more address space than they use.
-    alone = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
+    alone = {
+        "ARROW_DEFAULT_MEMORY_POOL": "system",
+        "MALLOC_ARENA_MAX": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "GPUBATCH_JIT": "0",
+    }
     end = first + inputs
     with tempfile.TemporaryDirectory() as folder:
         while first < end:

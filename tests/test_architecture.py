@@ -187,7 +187,7 @@ CODE_LINES = {
     "main_memory": 66,
     "shown": 30,
     "passes": 49,
-    "formula": 1462,
+    "formula": 1482,
     "schedules": 144,
     "averages": 55,
     "backend": 520,

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 import fuzz_readers
 
-# 2,000 in all.
+# 2,300 in all.
 INPUTS = {
     "IDX": 300,
     "IDX, gzip": 200,
@@ -28,6 +28,9 @@ INPUTS = {
     "raw": 100,
     "checkpoint": 100,
     "checkpoint, checksum right": 300,
+    "model": 50,
+    "model, digest right": 100,
+    "model's text": 150,
     "Parquet": 150,
     "Arrow": 150,
     "HDF5": 100,
@@ -47,7 +50,7 @@ def test_a_damaged_file_is_read_or_refused_with_a_documented_error(name: str) ->
 
 def test_every_reader_has_its_share() -> None:
     assert INPUTS.keys() == fuzz_readers.READERS.keys()
-    assert sum(INPUTS.values()) == 2000
+    assert sum(INPUTS.values()) == 2300
 
 
 def test_an_input_is_a_function_of_its_seed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -548,3 +549,22 @@ def test_a_formula_that_calls_a_function_of_the_host_cannot_be_text() -> None:
 
     with pytest.raises(gb.FormulaError, match="twice"):
         text_of_formula(doubled, "float32")
+
+
+def test_several_threads_predict_with_one_model(rng: np.random.Generator) -> None:
+    X = rng.standard_normal((4000, 20)).astype("float32")
+    model = gb.Model(gb.mlp([20, 64, 3], backend="cpu"))
+    parts = [X[k::4] for k in range(4)]
+    expected, found = [model.scores(part) for part in parts], [np.empty(0)] * 4
+
+    def predict(k: int) -> None:
+        for _ in range(5):
+            found[k] = model.scores(parts[k])
+
+    threads = [threading.Thread(target=predict, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)

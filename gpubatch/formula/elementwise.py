@@ -80,9 +80,18 @@ class Activation:
         """The activation with values for its parameters."""
         return BoundActivation(self, parameter_values("activation", self, parameters))
 
-    @functools.cache  # noqa: B019  an activation lives as long as its module; it is traced once for each dtype
+    @functools.cached_property
+    def _forms(self) -> dict[str, ActivationForm]:
+        return {}
+
     def form(self, dtype: str) -> ActivationForm:
-        """The traces for elements of ``dtype``, "float32" or "float64"."""
+        """The traces for elements of ``dtype``, "float32" or "float64"; made once."""
+        found = self._forms.get(dtype)
+        if found is None:
+            found = self._forms[dtype] = self._traced(dtype)
+        return found
+
+    def _traced(self, dtype: str) -> ActivationForm:
         trace = Trace(self.name, ("x", "dy"), ("y", "slope"), parameter_names(self), dtype)
         x, dy = trace.inputs()
         returned = self.formula(x, **symbols(self))
@@ -168,9 +177,18 @@ class ScoreLoss:
         """The loss with values for its parameters."""
         return BoundScoreLoss(self, parameter_values("loss", self, parameters))
 
-    @functools.cache  # noqa: B019  as Activation.form
+    @functools.cached_property
+    def _forms(self) -> dict[tuple[str, ...], Trace]:
+        return {}
+
     def form(self, dtype: str, *targets: str) -> Trace:
         """The trace for elements of ``dtype``, from z and y to ``targets``: "loss", the gradient "dz", or both."""
+        found = self._forms.get((dtype, *targets))
+        if found is None:
+            found = self._forms[dtype, *targets] = self._traced(dtype, *targets)
+        return found
+
+    def _traced(self, dtype: str, *targets: str) -> Trace:
         trace = Trace(self.name, ("z", "y"), ("loss", "dz"), parameter_names(self), dtype)
         z, y = trace.inputs()
         returned = self.formula(z, y, **symbols(self))

@@ -9,6 +9,8 @@ again, so the formula that it returns computes the same bits. Nothing is evaluat
 from __future__ import annotations
 
 import ast
+import functools
+import json
 import keyword
 import math
 import re
@@ -102,7 +104,16 @@ def text_of_formula(declared: Activation | ScoreLoss, dtype: str) -> dict[str, A
 
 
 def formula_of_text(text: Any, dtype: str) -> Activation | ScoreLoss:
-    """The activation or score loss that a text describes, recorded once; raises FormulaError for any other text."""
+    """The activation or score loss that a text describes, recorded; raises FormulaError for any other text.
+
+    It is the same object for the same text, so that a model that is loaded again finds what was compiled for it.
+    """
+    return _read(json.dumps(text, allow_nan=False), dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _read(content: str, dtype: str) -> Activation | ScoreLoss:
+    text = json.loads(content)
     if not isinstance(text, Mapping) or text.get("kind") not in KINDS:
         raise FormulaError(
             f"a formula must be a mapping with a kind, one of {', '.join(KINDS)}, got {str(text)[:99]!r}"

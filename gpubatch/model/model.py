@@ -32,7 +32,7 @@ class Model:
     Raw samples, ``raw``, are what the loader's X was: an array on the host or the network's device, a memory map, or a
     source (:mod:`gpubatch.sources`). They are scaled whatever their element type is; fractions are an error where the
     loader's X held integers, since they were scaled before. They are computed 1024 at a time, so that only the results,
-    arrays of NumPy, grow with their number.
+    arrays of NumPy, grow with their number. Several threads may use a model at once.
     """
 
     def __init__(self, net: Network, loader: Loader | None = None, classes: Sequence[Any] | None = None) -> None:
