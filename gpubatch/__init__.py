@@ -41,8 +41,8 @@ EXPORTS = {
     "schedules": "CosineDecay ExponentialDecay InverseTimeDecay Piecewise SqrtDecay StepDecay",
     "sizing": "BatchPlan choose_batch_size find_batch_size",
     "train": """
-        BestWeights CapturedStep ClipByValue EarlyStopping GradientNoise History LossScale ReduceOnPlateau StopTraining
-        TrainingInterrupted TrainingState TrainingTerminated WeightAverage fit
+        BestWeights CSVLog CapturedStep ClipByValue EarlyStopping GradientNoise History Logging LossScale
+        ReduceOnPlateau StopTraining TensorBoard TrainingInterrupted TrainingState TrainingTerminated WeightAverage fit
     """,
 }
 MODULES = tuple(
@@ -178,12 +178,15 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         BestWeights as BestWeights,
         CapturedStep as CapturedStep,
         ClipByValue as ClipByValue,
+        CSVLog as CSVLog,
         EarlyStopping as EarlyStopping,
         GradientNoise as GradientNoise,
         History as History,
+        Logging as Logging,
         LossScale as LossScale,
         ReduceOnPlateau as ReduceOnPlateau,
         StopTraining as StopTraining,
+        TensorBoard as TensorBoard,
         TrainingInterrupted as TrainingInterrupted,
         TrainingState as TrainingState,
         TrainingTerminated as TrainingTerminated,

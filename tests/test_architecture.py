@@ -61,8 +61,8 @@ ORDER = {
     "sources": "arrays reader files tables",
     "loader": "order pinned functions columns windows ahead device feeds epochs loader",
     "model": "describe preparation file model export",
-    "train": "ledger loss_scale history display parts callbacks monitors checks record graphs captured_step eager"
-    " captured validation memory resume signals loop",
+    "train": "ledger loss_scale history display parts callbacks monitors logs checks record graphs captured_step"
+    " eager captured validation memory resume signals loop",
     "explore": "shared gradients search slices sweeps",
     "cli": "shared options data strategies train info gradients landscape sweep memory",
 }
@@ -203,13 +203,13 @@ CODE_LINES = {
     "loader": 1645,
     "checkpoint": 266,
     "model": 830,
-    "train": 2214,
+    "train": 2333,
     "explore": 880,
     "plot": 327,
     "cli": 902,
     "torch": 511,
     "__main__": 19,
-    "__init__": 190,
+    "__init__": 193,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,13 @@ def test_the_places_of_a_run_in_their_order() -> None:
 
     class Watch:
         def __getattr__(self, name: str) -> Any:
-            if name not in ("on_start", "on_gradient", "on_step", "on_validation", "on_epoch", "on_end"):
+            if name not in ("on_start", "on_gradient", "on_step", "on_validation", "on_epoch", "on_end", "on_exit"):
                 raise AttributeError(name)
             return lambda *given: seen.append(name)
 
     run([Watch()], 2, network={"batch_size": 300})
     epoch = ["on_gradient", "on_step", "on_gradient", "on_step", "on_validation", "on_epoch"]
-    assert seen == ["on_start", *epoch, *epoch, "on_end"]
+    assert seen == ["on_start", *epoch, *epoch, "on_end", "on_exit"]
 
 
 def test_all_see_the_epoch_in_which_one_of_them_stops() -> None:
@@ -660,3 +661,134 @@ def test_an_average_of_master_weights() -> None:
     opt = gb.SGD(net.parameters, 0.1, master_weights=True)
     gb.fit(net, loader, opt, 2, blobs(60), callbacks=[gb.WeightAverage(0.9)], progress=False)
     np.testing.assert_array_equal(opt.state["master"].flat, net.parameters.flat.astype("float32"))
+
+
+# --- logs ------------------------------------------------------------------------------------------------------------
+
+
+def logged(make: Callable[[], Any], folder: Path, stops: list[int], every: int | None = 5, epochs: int = 4) -> None:
+    """A run that is killed at some steps and resumed, with a log."""
+    for i, stop in enumerate([*stops, 0]):
+        store, kill = Checkpoints(folder / "run", every=every), [Kill(stop)] if stop else []
+        try:
+            gb.fit(
+                *(*parts(), epochs, blobs(60, seed=1)),
+                callbacks=[make(), *kill],
+                checkpoint=store,
+                resume=i > 0,
+                progress=False,
+            )
+        except Killed:
+            assert stop
+
+
+def rows(path: Path) -> list[list[str]]:
+    return [line.split(",")[:-1] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("every_steps", [5, None])
+def test_a_csv_file_has_each_row_once(every_steps: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    history = run([gb.CSVLog(path)], 4)[1]
+    found = path.read_text().splitlines()
+    assert found[0] == "epoch,step,loss,validation_loss,validation_accuracy,lr,seconds"
+    for n, row in enumerate(found[1:]):
+        numbers = history.loss[n], history.validation_loss[n], history.validation_accuracy[n], 0.01, history.seconds[n]
+        assert [float(x) for x in row.split(",")] == [n + 1, 12 * n + 12, *numbers]
+    for stops in ([3], [14, 17, 30], [12, 24, 25]):
+        folder = tmp_path / str(stops)
+        logged(lambda folder=folder: gb.CSVLog(folder.with_suffix(".csv")), folder, stops, every_steps)
+        assert rows(folder.with_suffix(".csv")) == rows(path)
+
+
+def test_a_row_that_was_cut_off_is_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    logged(lambda: gb.CSVLog(path), tmp_path, [30], None)
+    whole = rows(path)
+    path.write_text(path.read_text()[:-20] + "\nof an epoch after the checkpoint")
+    gb.fit(
+        *(*parts(), 4, blobs(60, seed=1)),
+        callbacks=[gb.CSVLog(path)],
+        checkpoint=tmp_path / "run",
+        resume=True,
+        progress=False,
+    )
+    assert rows(path) == whole
+
+
+def test_a_log_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    run([gb.CSVLog(path)], 1)
+    before = path.read_text()
+    with pytest.raises(
+        gb.ArgumentError, match="log.csv has a log: take another path, remove it, or go on with resume="
+    ):
+        run([gb.CSVLog(path)], 1)
+    assert path.read_text() == before
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run([gb.CSVLog(tmp_path / "nowhere" / "log.csv")], 1)
+
+
+def test_a_second_run_of_the_same_log_goes_on(tmp_path: Path) -> None:
+    made, log = parts(), gb.CSVLog(tmp_path / "log.csv")
+    for _ in range(2):
+        gb.fit(*made, 2, callbacks=[log], progress=False)
+    assert [row[0] for row in rows(log.path)] == ["epoch", "1", "2", "3", "4"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_told_with_the_file_and_the_history(tmp_path: Path) -> None:
+    log = gb.CSVLog(tmp_path / "log.csv")
+
+    def fill(state: TrainingState) -> None:
+        log.path = Path("/dev/full")
+
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'") as raised:
+        run([log, fill], 3)
+    assert len(raised.value.history.loss) == 2  # type: ignore[attr-defined]
+
+
+def test_epochs_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="training"):
+        _, history = run([gb.Logging("training")], 2)
+    assert [record.epoch["loss"] for record in caplog.records] == history.loss
+    assert caplog.messages[1].startswith(f"epoch 2, step 24, loss {history.loss[1]:.6g}, validation_loss ")
+    assert caplog.records[0].name == "training"
+
+
+def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The points that TensorBoard shows: a file of a run that went on discards what it has from there on."""
+    proto = pytest.importorskip("tensorboardX.proto.event_pb2")
+    found: dict[str, list[tuple[int, float]]] = {}
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            event, data = proto.Event.FromString(data[12 : 12 + length]), data[16 + length :]
+            if event.HasField("session_log") and event.session_log.status == proto.SessionLog.START:
+                found = {tag: [p for p in of if p[0] < event.step] for tag, of in found.items()}
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return found
+
+
+@pytest.mark.parametrize("stops", [[], [14, 30]], ids=["whole", "killed"])
+def test_tensorboard_has_each_point_once(stops: list[int], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    logged(lambda: gb.TensorBoard(tmp_path / "events"), tmp_path, stops)
+    history = run([], 4)[1]
+    found = events(tmp_path / "events")
+    steps = [(i, np.float32(x)) for i, x in enumerate(history.step_loss, 1)]
+    assert found["step/loss"] == steps
+    assert found["step/lr"] == [(i, np.float32(0.01)) for i in range(1, 49)]
+    for name in ("loss", "validation_loss", "validation_accuracy"):
+        values = getattr(history, name)
+        assert found[f"epoch/{name}"] == [(12 * n, np.float32(x)) for n, x in enumerate(values, 1)]
+
+
+def test_tensorboard_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboardX.event_file_writer", None)
+    with pytest.raises(
+        gb.ArgumentError, match=r"TensorBoard needs tensorboardX: pip install 'gpubatch\[tensorboard\]'"
+    ):
+        run([gb.TensorBoard(tmp_path)], 1)

@@ -5,6 +5,7 @@ from gpubatch.train.checks import drop_last_for, loader_for, why_eager
 from gpubatch.train.display import bar
 from gpubatch.train.history import History, StopTraining, TrainingInterrupted, TrainingState, TrainingTerminated
 from gpubatch.train.ledger import AHEAD
+from gpubatch.train.logs import CSVLog, Logging, TensorBoard
 from gpubatch.train.loop import EXECUTIONS, fit, short_runs
 from gpubatch.train.loss_scale import LossScale
 from gpubatch.train.memory import memory_parts, plan_batches
@@ -15,14 +16,17 @@ __all__ = [
     "AHEAD",
     "EXECUTIONS",
     "BestWeights",
+    "CSVLog",
     "CapturedStep",
     "ClipByValue",
     "EarlyStopping",
     "GradientNoise",
     "History",
+    "Logging",
     "LossScale",
     "ReduceOnPlateau",
     "StopTraining",
+    "TensorBoard",
     "TrainingInterrupted",
     "TrainingState",
     "TrainingTerminated",

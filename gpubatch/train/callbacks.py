@@ -15,7 +15,7 @@ from gpubatch.train.parts import StepPart
 __all__ = ["HOOKS", "Callbacks"]
 
 # The methods of a callback, each called with the training state; on_gradient with the gradients, too.
-HOOKS = ("on_start", "on_gradient", "on_step", "on_validation", "on_epoch", "on_end")
+HOOKS = ("on_start", "on_gradient", "on_step", "on_validation", "on_epoch", "on_end", "on_exit")
 AVERAGED = "averaged"  # the method of gpubatch's own that gives validation other weights
 
 
@@ -90,6 +90,15 @@ class Callbacks:
             for callback in self.all:
                 if hasattr(callback, "on_end") and hasattr(callback, AVERAGED) == averages:
                     callback.on_end(state)
+
+    @contextlib.contextmanager
+    def told_of_the_exit(self, state: TrainingState) -> Iterator[None]:
+        """Tell them when the run is left, by an error too."""
+        try:
+            yield
+        finally:
+            for leave in self._methods["on_exit"]:
+                leave(state)
 
     def validating(self, state: TrainingState) -> contextlib.AbstractContextManager[Any]:
         """Meanwhile the network has the weights that are to be validated."""

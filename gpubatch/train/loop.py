@@ -82,9 +82,9 @@ def fit(
     **Callbacks.** A callback is a function of the :class:`TrainingState`, called after every epoch, or an object with
     some of the methods ``on_start``, before the first step; ``on_gradient(state, grads)``, which may change the whole
     gradient of a batch before it is clipped and applied; ``on_step``; ``on_validation``, after the validation of an
-    epoch and with the weights that were validated; ``on_epoch``; and ``on_end``, after the last checkpoint of a run
-    that was not interrupted. All callbacks are called in their order. One that raises :class:`StopTraining` ends the
-    run after the others were called.
+    epoch and with the weights that were validated; ``on_epoch``; ``on_end``, after the last checkpoint of a run that
+    was not interrupted; and ``on_exit``, however it ends. All callbacks are called in their order. One that raises
+    :class:`StopTraining` ends the run after the others were called.
 
     **Checkpoints.** The run is saved after every epoch, or every so many steps, and at its end. A run that was killed
     and is resumed ends as if it had never stopped: with the same parameters and the same history, but for ``seconds``.
@@ -160,7 +160,8 @@ def fit(
         done = len(record.history.loss)
         shown = display(progress, epochs, len(loader), done * len(loader) + record.epoch.batches)
         checkpoints.try_callbacks()
-        with history_in_errors(record), checkpoints.completed(), eager.scaling():
+        exits = watching.told_of_the_exit(record.state)
+        with history_in_errors(record), exits, checkpoints.completed(), eager.scaling():
             with interruptible() as between.signals, shown as record.display:
                 record.state.note = record.display.note
                 if checkpoints.resumed:
