@@ -249,22 +249,32 @@ def test_wrong_usage_is_exit_code_2() -> None:
     assert "No such option" in run("train", "--nonsense", code=2).stderr
 
 
-def test_ctrl_c_leaves_one_line() -> None:
+def test_ctrl_c_leaves_one_line_and_what_was_done(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "curves.png"
     process = subprocess.Popen(
-        [sys.executable, "-m", "gpubatch", "train", "--epochs", "1000"],
+        [sys.executable, "-m", "gpubatch", "train", "--epochs", "1000", "--json", "--plot", str(picture)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "GPUBATCH_BACKEND": "cpu"},
     )
     assert process.stderr is not None
-    process.stderr.readline()  # the first epoch is done, the second is running
+    for _ in range(2):
+        process.stderr.readline()  # how many steps there are; the first epoch is done, the second is running
     time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=120)[1].splitlines()
+    printed, told = process.communicate(timeout=120)
+    rest = told.splitlines()
     assert process.returncode == 130
     assert [line for line in rest if not line.startswith("epoch ")] == [rest[-1]]
-    assert re.fullmatch(r"interrupted in epoch \d+ after step \d+; the model holds this last complete step", rest[-1])
+    assert re.fullmatch(
+        r"interrupted in epoch \d+ after step \d+; nothing of it is saved without --checkpoint DIR", rest[-1]
+    )
+    found = json.loads(printed)
+    assert found["interrupted"] == rest[-1]
+    assert found["test_accuracy"] == found["history"]["validation_accuracy"][-1]
+    assert picture.stat().st_size > 1000
 
 
 def killed_after_two_epochs(signal_number: int, *options: str) -> tuple[int, str]:
@@ -313,6 +323,20 @@ def test_a_signal_saves_the_run(number: int, verb: str, code: int, mnist: Path, 
     )
     epochs = int(last.split()[3]) + 2
     assert "test accuracy" in run("train", *options, "--resume", "--epochs", str(epochs)).stdout
+
+
+def test_callbacks_by_options(mnist: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    options = ["--early-stop", "1", "--average", "0.9", "--plateau", "0", "--log", str(log), "--lr", "0.5"]
+    done = run("train", str(mnist), "--layers", "8", "--batch-size", "50", "--epochs", "40", *options, "--json")
+    found = json.loads(done.stdout)
+    losses = found["history"]["validation_loss"]
+    assert losses[-1] > min(losses) == found["test_loss"] == losses[found["epoch"] - 1]
+    assert found["epoch"] == len(losses) - 1 < 39
+    assert len(log.read_text().splitlines()) == len(losses) + 1
+    assert "validation is of the averaged weights" in done.stderr
+    assert f"stopped early: validation_loss was no better in 1 epochs than {min(losses):.4g}" in done.stderr
+    assert (found["arguments"]["early_stop"], found["arguments"]["average"]) == (1, 0.9)
 
 
 def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,18 @@ from gpubatch.cli import options
 from gpubatch.cli.data import Data
 from gpubatch.cli.shared import app, arguments_of, print_json, versions
 from gpubatch.errors import ArgumentError, check_choice
-from gpubatch.train import EXECUTIONS, TrainingInterrupted, TrainingTerminated, fit
+from gpubatch.train import (
+    EXECUTIONS,
+    BestWeights,
+    CSVLog,
+    EarlyStopping,
+    History,
+    ReduceOnPlateau,
+    TrainingInterrupted,
+    TrainingTerminated,
+    WeightAverage,
+    fit,
+)
 
 __all__ = ["train"]
 
@@ -48,6 +60,19 @@ def train(
     execution: Annotated[
         str, typer.Option(help="Of steps: captured as CUDA graphs, eager one by one, or auto: captured where possible.")
     ] = "auto",
+    early_stop: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many epochs with no better test loss; take the best one.")
+    ] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="Take the weights of the epoch with the best test loss.")
+    ] = False,
+    average: Annotated[
+        float | None, typer.Option(help="Average the weights over the steps, the past with this weight, such as 0.999.")
+    ] = None,
+    plateau: Annotated[
+        int | None, typer.Option(min=0, help="Halve the learning rate after more epochs than this with no better loss.")
+    ] = None,
+    log: Annotated[Path | None, typer.Option(help="CSV file with a row for every epoch.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Folder to save the run in, so that it can go on.")] = None,
     every: Annotated[int | None, typer.Option(help="Steps between checkpoints; by default an epoch.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
@@ -82,32 +107,44 @@ def train(
     out.print(f"network    {' - '.join(map(str, data.sizes))}, {activation}, {net.parameters.size:,} parameters")
     out.print(f"optimizer  {optimizer}, learning rate {rate:g}, decay {decay}")
     out.print(f"backend    {where.device}, {dtype}, precision {precision}")
-    started = time.perf_counter()
+    started, ended = time.perf_counter(), ""
+    code = 0
+    callbacks: list[Any] = [] if plateau is None else [ReduceOnPlateau(0.5, plateau)]
+    callbacks += [] if average is None else [WeightAverage(average)]
+    keeps: list[Any] = [EarlyStopping(early_stop)] if early_stop is not None else [BestWeights()] if best else []
+    callbacks += keeps if log is None else [*keeps, CSVLog(log)]
     try:
         history = fit(
             *(net, loader, opt, epochs, (X_test, Y_test)),
+            callbacks=callbacks,
             checkpoint=store,
             resume=resume,
             progress=progress,
             execution=execution,
         )
     except (TrainingInterrupted, TrainingTerminated) as end:
-        typer.echo(end, err=True)
+        history, ended = end.history, end.message
+        if store is None:
+            ended = f"{ended.partition(';')[0]}; nothing of it is saved without --checkpoint DIR"
+        typer.echo(ended, err=True)
         # What a shell reports for a program that Ctrl-C or SIGTERM ended.
-        raise typer.Exit(130 if isinstance(end, TrainingInterrupted) else 143) from None
+        code = 130 if isinstance(end, TrainingInterrupted) else 143
     seconds = time.perf_counter() - started
     out.print(f"batches    {loader.batch_size}: {loader.plan.reason}")
     out.print(f"steps      {history.execution}")
 
-    if plot_file is not None:
+    if plot_file is not None and history.step_loss:
         title = f"gpubatch train on {data.name}: {optimizer}, batch size {loader.batch_size}, {dtype}, {where.spec}"
-        plot.plot_training(history, plot_file, title)
+        plot.plot_training(complete(history, len(loader)), plot_file, title)
         out.print(f"curves     {plot_file}")
-    accuracy, loss = history.validation_accuracy[-1], history.validation_loss[-1]
-    out.print(
-        f"test accuracy {100 * accuracy:.2f} % ({round(accuracy * len(X_test)):,} of {len(X_test):,}), "
-        f"test loss {loss:.4f}, in {seconds:.1f} s"
-    )
+    # The epoch whose weights the network has: the best one where they were kept, but not after an interruption.
+    epoch = keeps[0].best_epoch if keeps and not ended and keeps[0].best_epoch else len(history.validation_loss)
+    accuracy, loss = (x[epoch - 1] if x else None for x in (history.validation_accuracy, history.validation_loss))
+    if accuracy is not None and loss is not None:
+        out.print(
+            f"test accuracy {100 * accuracy:.2f} % ({round(accuracy * len(X_test)):,} of {len(X_test):,}), "
+            f"test loss {loss:.4f}, in {seconds:.1f} s"
+        )
     if as_json:
         print_json(
             test_accuracy=accuracy,
@@ -120,4 +157,14 @@ def train(
             history=history.to_dict(),
             arguments=arguments_of(context, layers=data.hidden, lr=rate, backend=where.spec),
             versions=versions(),
+            **({"epoch": epoch} if keeps else {}),
+            **({"interrupted": ended} if ended else {}),
         )
+    if ended:
+        raise typer.Exit(code)
+
+
+def complete(history: History, steps: int) -> History:
+    """A run without the steps of an epoch that was interrupted, if an earlier one is complete."""
+    end = len(history.loss) * steps or None
+    return dataclasses.replace(history, step_loss=history.step_loss[:end], step_lr=history.step_lr[:end])

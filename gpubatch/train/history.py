@@ -91,6 +91,9 @@ class TrainingInterrupted(KeyboardInterrupt):
         KeyboardInterrupt.__init__(self, message)
         self.message, self.history = message, history
 
+    def __str__(self) -> str:
+        return f"{self.message}; the history until then is .history of this error, in a REPL sys.last_value.history"
+
     def __reduce__(self) -> Any:
         return type(self), (self.message, self.history)
 
