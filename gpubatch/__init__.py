@@ -38,7 +38,10 @@ EXPORTS = {
         StepResult Yogi clip_by_global_norm
     """,
     "params": "Parameters",
-    "schedules": "CosineDecay ExponentialDecay InverseTimeDecay Piecewise SqrtDecay StepDecay",
+    "schedules": """
+        CosineDecay CosineRestarts Cyclic ExponentialDecay InverseTimeDecay LinearDecay OneCycle Piecewise
+        PolynomialDecay SqrtDecay StepDecay chain product
+    """,
     "sizing": "BatchPlan choose_batch_size find_batch_size",
     "train": """
         BestWeights CSVLog CapturedStep ClipByValue EarlyStopping GradientNoise History Logging LossScale
@@ -163,11 +166,18 @@ if TYPE_CHECKING:  # the same once more, for type checkers
     from gpubatch.params import Parameters as Parameters
     from gpubatch.schedules import (
         CosineDecay as CosineDecay,
+        CosineRestarts as CosineRestarts,
+        Cyclic as Cyclic,
         ExponentialDecay as ExponentialDecay,
         InverseTimeDecay as InverseTimeDecay,
+        LinearDecay as LinearDecay,
+        OneCycle as OneCycle,
         Piecewise as Piecewise,
+        PolynomialDecay as PolynomialDecay,
         SqrtDecay as SqrtDecay,
         StepDecay as StepDecay,
+        chain as chain,
+        product as product,
     )
     from gpubatch.sizing import (
         BatchPlan as BatchPlan,

@@ -56,6 +56,7 @@ ORDER = {
     "formula": "trace reductions derivative elementwise text update_rule rules activations scores",
     "ops": "program reduce compile host_source host_compiler update grid operation elementwise losses normalisation"
     " dropout sums gather table blas products",
+    "schedules": "counted decays cycles combined saved",
     "optim": "arrays groups epochs optimizer optimizers ahead resumed",
     "nn": "needs layers stack workspace losses checks core summary network",
     "sources": "arrays reader files tables",
@@ -188,7 +189,7 @@ CODE_LINES = {
     "shown": 30,
     "passes": 49,
     "formula": 1482,
-    "schedules": 144,
+    "schedules": 420,
     "averages": 55,
     "backend": 520,
     "staging": 51,
@@ -206,10 +207,10 @@ CODE_LINES = {
     "train": 2335,
     "explore": 880,
     "plot": 327,
-    "cli": 945,
+    "cli": 953,
     "torch": 511,
     "__main__": 19,
-    "__init__": 193,
+    "__init__": 203,
 }
 
 

@@ -111,13 +111,34 @@ def test_every_optimizer_learns_at_its_usual_rate(optimizer: str, mnist: Path) -
     assert np.mean(result["history"]["step_loss"][-5:]) < 0.8 * np.mean(result["history"]["step_loss"][:5])
 
 
-@every("decay", ["none", "inverse", "exponential", "sqrt", "staircase", "cosine"], ["none", "cosine"])
-def test_every_decay_starts_at_the_rate(decay: str, mnist: Path) -> None:
+DECAYS = "none inverse exponential sqrt staircase linear polynomial cosine restarts one-cycle".split()
+
+
+@every("decay", DECAYS, ["none", "one-cycle"])
+def test_every_decay_has_the_rate_as_its_highest(decay: str, mnist: Path) -> None:
     options = ["--layers", "8", "--epochs", "3", "--lr", "0.01", "--no-progress", "--json"]
     result = json.loads(run("train", str(mnist), "--decay", decay, *options).stdout)
     rates = result["history"]["step_lr"]
-    assert rates[0] == 0.01
-    assert (rates[-1] < 0.01) is (decay != "none")
+    assert max(rates) == rates[len(rates) // 2 if decay == "one-cycle" else 0] == 0.01
+    assert (rates[-1] < 0.01) is (decay not in ("none", "restarts"))
+
+
+@every("epochs", ["1", "2", "3", "4", "7", "10", "50"], ["10"])
+def test_schedules_of_decays_are_made_for_the_number_of_epochs(epochs: str) -> None:
+    """Each has the rate in some epoch, and what falls to 0 does so after the last one."""
+    made, n = importlib.import_module("gpubatch.cli.options").DECAYS, int(epochs)
+    assert [*made] == DECAYS
+    for name, make in made.items():
+        if name == "one-cycle" and n < 3:
+            with pytest.raises(gpubatch.ArgumentError, match=f"one-cycle needs --epochs of at least 3, got {n}"):
+                make(0.3, n)
+            continue
+        schedule = make(0.3, n)
+        rates = [schedule(0, epoch) if callable(schedule) else schedule for epoch in range(n)]
+        assert max(rates) == 0.3, name
+        assert min(rates) > 0, name
+        if name in ("linear", "polynomial", "cosine"):
+            assert schedule(0, n) == 0  # type: ignore[operator]
 
 
 def test_curves_are_drawn(tmp_path: Path) -> None:

@@ -49,6 +49,15 @@ OPTIMIZERS: dict[str, tuple[Callable[..., optim.Optimizer], float]] = {
     "nadam": (optim.NAdam, 0.003),
     "lion": (optim.Lion, 0.0005),
 }
+
+
+def one_cycle(lr: float, epochs: int) -> optim.Hyper:
+    """From lr / 25 up to the rate in the first half of the epochs, and down to lr / 25 in what would be one more."""
+    if epochs < 3:
+        raise ArgumentError(f"--decay one-cycle needs --epochs of at least 3, got {epochs}")
+    return schedules.OneCycle(lr, epochs + 1, rise=((epochs - 1) // 2 + 1) / (epochs + 1), final=lr / 25, per="epoch")
+
+
 # Decays of the learning rate by name, each from epoch to epoch: functions of the rate and of the number of epochs.
 DECAYS: dict[str, Callable[[float, int], optim.Hyper]] = {
     "none": lambda lr, epochs: lr,
@@ -56,7 +65,11 @@ DECAYS: dict[str, Callable[[float, int], optim.Hyper]] = {
     "exponential": lambda lr, epochs: schedules.ExponentialDecay(lr, rate=0.95),
     "sqrt": lambda lr, epochs: schedules.SqrtDecay(lr),
     "staircase": lambda lr, epochs: schedules.StepDecay(lr, every=max(1, epochs // 3)),
+    "linear": lambda lr, epochs: schedules.LinearDecay(lr, total=epochs),
+    "polynomial": lambda lr, epochs: schedules.PolynomialDecay(lr, total=epochs, power=2),
     "cosine": lambda lr, epochs: schedules.CosineDecay(lr, total=epochs, per="epoch"),
+    "restarts": lambda lr, epochs: schedules.CosineRestarts(lr, length=max(1, -(-epochs // 3))),
+    "one-cycle": one_cycle,
 }
 
 Folder = Annotated[

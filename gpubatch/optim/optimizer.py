@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Collection, Mapping
@@ -435,9 +434,7 @@ class Optimizer:
     def _value(self, name: str, value: Any, pattern: str = "") -> Hyper:
         label = f"{name} of groups[{pattern!r}]" if pattern else name
         if callable(value):
-            check_schedule(label, value)
-            schedule: schedules.Schedule = value
-            return schedule
+            return schedules.check_schedule(label, value)
         # Of a user's rule only these two are known to mean what they mean here.
         known = self._checked or name in ("lr", "weight_decay")
         low, high = RANGES[name] if known and name in RANGES else (-math.inf, math.inf)
@@ -604,11 +601,14 @@ class Optimizer:
         return value if name in (*self._options, "decoupled") else self._value(name, value, pattern)
 
     def _saved_hyper(self) -> dict[str, Any]:
-        return {name: _saved(value) for name, value in self.hyper.items()}
+        return {name: schedules.saved(value) for name, value in self.hyper.items()}
 
     def _saved_groups(self) -> dict[str, dict[str, Any]]:
         return {
-            group.pattern: {"trainable": group.trainable, **{name: _saved(value) for name, value in group.own.items()}}
+            group.pattern: {
+                "trainable": group.trainable,
+                **{name: schedules.saved(value) for name, value in group.own.items()},
+            }
             for group in self._groups[1:]
         }
 
@@ -644,24 +644,3 @@ class Optimizer:
                     raise DTypeError(f"state[{name!r}][{parameter!r}] is {array.dtype}, expected {view.dtype}")
                 arrays.append((name, parameter, array))
         return arrays
-
-
-def check_schedule(name: str, schedule: Any) -> None:
-    """A schedule must take a step and an epoch."""
-    try:
-        signature = inspect.signature(schedule)
-    except (TypeError, ValueError):
-        return  # some built-in functions have none
-    try:
-        signature.bind(0, 0)
-    except TypeError as error:
-        raise DTypeError(f"{name} must be a number or a schedule, called as schedule(step, epoch): {error}") from None
-
-
-def _saved(value: Any) -> Any:
-    """A hyper-parameter for a state_dict: a schedule as a dictionary, another callable by its name alone."""
-    if not callable(value):
-        return value
-    if type(value) in schedules.KINDS.values():
-        return schedules.to_dict(value)
-    return {"callable": getattr(value, "__qualname__", type(value).__qualname__)}

@@ -29,14 +29,14 @@ def load_resumed(opt: Optimizer, saved: Mapping[str, Any], given: Mapping[str, A
     hyper, lines = dict(saved["hyper"]), list[str]()
     for name, value in now["hyper"].items():
         # Options are part of the formula, so another one is refused when the dictionary is loaded.
-        if name in opt._hyper and before["hyper"].get(name) != value:
+        if name in opt._hyper and schedules.up_to_date(before["hyper"].get(name)) != value:
             hyper[name] = value
             lines.append(f"{name}: {_in_words(before['hyper'].get(name))} before, {_in_words(value)} now")
     for kept in saved["state"].values():
         if differ := sorted(set(kept) ^ set(opt._trained)):
             verb = "frozen now, and was trained" if differ[0] in kept else "trained now, and was frozen"
             raise ArgumentError(f"{differ[0]} is {verb} in the saved run: groups must leave the same ones trainable")
-    if before["groups"] != now["groups"]:
+    if schedules.up_to_date(before["groups"]) != now["groups"]:
         groups = now["groups"]
         lines.append(f"groups: {_groups_in_words(before['groups'])} before, {_groups_in_words(groups)} now")
     opt.load_state_dict({**saved, "hyper": hyper, "groups": groups})

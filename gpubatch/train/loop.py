@@ -21,7 +21,7 @@ from gpubatch.errors import (
 from gpubatch.loader import Loader, epochs_of
 from gpubatch.nn import Network, core_of
 from gpubatch.optim import Optimizer, epoch_in, unchecked
-from gpubatch.schedules import KINDS
+from gpubatch.schedules import is_known
 from gpubatch.train.callbacks import Callbacks
 from gpubatch.train.captured import CapturedSteps
 from gpubatch.train.checks import check_parts, scale_for
@@ -228,7 +228,7 @@ def short_runs() -> Iterator[None]:
 def warn_if_idle(opt: Optimizer, loader: Loader, steps: int) -> None:
     """Warn if a schedule has the learning rate 0 in every step to come, as after an earlier run has used it up."""
     schedule = opt.hyper.get("lr")
-    if steps < 1 or not callable(schedule) or type(schedule) not in KINDS.values():
+    if steps < 1 or not callable(schedule) or not is_known(schedule):
         return
     ahead, epoch = (0, steps // 2, steps - 1), epoch_in(opt, epochs_of(loader).coming_pass())
     if all(schedule(opt.t + n, epoch + n // len(loader)) == 0 for n in ahead):
