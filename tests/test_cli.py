@@ -99,6 +99,16 @@ def test_a_folder_of_ones_own(mnist: Path) -> None:
     assert "network    784 - 10, gelu, 7,850 parameters" in done.stdout
 
 
+@pytest.mark.exhaustive
+def test_classes_may_weigh_alike(mnist: Path) -> None:
+    options = [str(mnist), "--layers", "", "--epochs", "2", "--no-progress", "--json"]
+    plain, balanced = (
+        json.loads(run("train", *options, *more).stdout) for more in ([], ["--class-weight", "balanced"])
+    )
+    assert balanced["arguments"]["class_weight"] == "balanced"
+    assert balanced["test_loss"] != plain["test_loss"]
+
+
 @every(
     "optimizer",
     ["sgd", "momentum", "heavy-ball", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "nadam", "lion"],
@@ -239,6 +249,10 @@ ERRORS = {
     "backend": (["train", "--backend", "gpu"], "error: backend must be 'auto', 'cpu', 'cuda', 'cuda:N'.* got 'gpu'"),
     "precision": (["train", "--precision", "ful"], "error: precision must be .*; did you mean 'full'?"),
     "execution": (["train", "--execution", "graph"], "error: --execution must be one of 'auto', .* got 'graph'"),
+    "class weight": (
+        ["train", "--class-weight", "even"],
+        "error: --class-weight must be one of 'balanced', got 'even'",
+    ),
     "no graphs": (
         ["train", "--execution", "captured", "--no-progress"],
         "error: execution must be 'auto' or 'eager' here, got 'captured': graphs are for a GPU",

@@ -137,6 +137,7 @@ CASES = {
     "large": Case(
         lambda n, m: [gb.Dense(n, 2500), gb.GELU(), gb.Dense(2500, 2500), gb.BatchNorm(2500), *wide(2500, m)]
     ),
+    "weights": Case(wide, loader={"class_weight": "balanced", "weight": np.linspace(0, 1, 600)}),
     "a window": Case(wide, source="npy", loader={"window": "3 MB"}, n=6000),
 }
 

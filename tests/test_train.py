@@ -900,7 +900,7 @@ def test_a_fraction_is_captured_and_goes_on_as_it_was(tmp_path: Path, backend: g
 UNFIT: dict[str, tuple[Callable[[], Any], str]] = {
     "a generator": (lambda: (x for x in [1]), "must be a pair .*, got generator"),
     "a dict": (lambda: {"X": 1}, "must be a pair .*, got dict"),
-    "three": (lambda: (1, 2, 3), "must be a pair .*, got 3 items"),
+    "four": (lambda: (1, 2, 3, 4), "must be a pair .*, got 4 items"),
     "no labels": (lambda: Read(blobs()[0]), "must have labels"),
     "None for Y": (lambda: (blobs()[0], None), "must be a pair"),
     "a loader without labels": (lambda: gb.Loader(blobs()[0], backend="cpu"), "must have labels"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from needs import peer
 
 import gpubatch as gb
+from gpubatch.backend import Backend
 from gpubatch.nn import LOSSES, losses
 
 ROWS, CLASSES = 12, 4
@@ -301,3 +304,274 @@ def test_a_users_loss_takes_weights_or_refuses_them(rng: np.random.Generator) ->
         softer.loss_and_grad(X, np.zeros(9, int), weight=w)
     with pytest.raises(gb.ArgumentError, match=r"Softer.* has ignore_label, but takes no weights"):
         gb.mlp([3, 2], loss=Softer(ignore_label=-1), backend="cpu")
+
+
+# --- loaders ---------------------------------------------------------------------------------------------------------
+
+N = 301
+
+
+def numbered(draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Samples, labels and weights, all of which tell the number of the sample."""
+    X = np.arange(N, dtype=np.float32)[:, None] * np.ones((1, 3), np.float32)
+    return X, np.arange(N) % 7, np.arange(N) / 8  # exact in float32
+
+
+LOADERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "in order": {"shuffle": False, "batch_size": 64, "drop_last": True},
+    "drawn": {"replacement": True, "seed": 3},
+    "columns": {"sample_axis": 1},
+    "the second rank": {"rank": 1, "world_size": 3},
+    "a window": {"window": 40, "source": True},
+    "prepared": {"prepare": lambda x, y: (x + 0, y), "augment": lambda x, draw: x + 0},
+    "half": {"dtype": "float16"},
+    "through pinned memory": {"feed": "host"},
+    "no feature but one": {"sample_axis": 1, "feed": "host"},
+}
+
+
+@pytest.mark.parametrize("case", LOADERS)
+def test_weights_go_with_their_samples(case: str, backend: Backend, tmp_path: Path, rng: np.random.Generator) -> None:
+    options = dict(LOADERS[case])
+    X, Y, weight = numbered(rng)
+    given: Any = X.T if options.get("sample_axis") else X
+    if options.pop("source", False):
+        np.save(tmp_path / "X.npy", X)
+        given = gb.sources.npy(tmp_path / "X.npy")
+    loader = gb.Loader(given, Y, **{"batch_size": 32, **options}, backend=backend, weight=weight, class_weight={2: 3.0})
+    for x, y, w in loader:
+        numbers = backend.to_numpy(x[0] if loader.sample_axis else x[:, 0]).astype(int)
+        np.testing.assert_array_equal(backend.to_numpy(y), numbers % 7)
+        np.testing.assert_array_equal(backend.to_numpy(w), numbers / 8 * np.where(numbers % 7 == 2, 3, 1))
+        assert w.dtype == np.float32
+
+
+def test_balanced_weights_are_scikit_learns(backend: Backend, rng: np.random.Generator) -> None:
+    utils = peer("sklearn.utils.class_weight")
+    X, Y = np.zeros((200, 1)), rng.choice([0, 1, 4], 200, p=[0.7, 0.1, 0.2])
+    right = utils.compute_sample_weight("balanced", Y)
+    one = gb.Loader(X, backend.asarray(Y), 200, shuffle=False, backend=backend, class_weight="balanced")
+    np.testing.assert_allclose(backend.to_numpy(next(iter(one))[2]), right, rtol=1e-15)
+    mapping = {0: 0.5, 4: 2.0}
+    two = gb.Loader(X, Y, 200, shuffle=False, backend=backend, class_weight=mapping)
+    np.testing.assert_array_equal(backend.to_numpy(next(iter(two))[2]), [mapping.get(y, 1) for y in Y])
+    table = np.array([0.5, 1, 9, 9, 2])
+    three = gb.Loader(X, Y.astype(np.uint8), 200, shuffle=False, backend=backend, class_weight=table)
+    np.testing.assert_array_equal(backend.to_numpy(next(iter(three))[2]), table[Y])
+
+
+REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "negative": ({"weight": [1.0, -1, 1]}, gb.ArgumentError, r"weight must hold finite .* got weight\[1\] = -1"),
+    "NaN": ({"weight": [1.0, 1, math.nan]}, gb.ArgumentError, r"weight\[2\] = nan"),
+    "all 0": ({"weight": [0.0, 0, 0]}, gb.ArgumentError, "weight must be above 0 for some of the samples"),
+    "none by class": (
+        {"weight": [1, 0, 0], "class_weight": {0: 0}},
+        gb.ArgumentError,
+        "weight times class_weight must be above 0",
+    ),
+    "too small for float32": ({"weight": [1e-60] * 3}, gb.ArgumentError, "must be above 0 for some"),
+    "too large for float32": ({"weight": [1, 1, 1e60]}, gb.ArgumentError, r"weight\[2\] = inf"),
+    "shape": ({"weight": [1.0, 2]}, gb.ShapeError, r"weight must have shape \(3,\).*got \(2,\)"),
+    "text": ({"class_weight": "even"}, gb.ArgumentError, "class_weight.* 'balanced', got 'even'"),
+    "an unknown label": ({"class_weight": {5: 1.0}}, gb.ArgumentError, "the label 5, which Y does not have"),
+    "a negative class": ({"class_weight": {1: -1.0}}, gb.GpubatchError, r"class_weight\[1\] must be"),
+    "few classes": ({"class_weight": [1, 2]}, gb.ShapeError, r"labels 0 to 2, got an array of shape \(2,\)"),
+    "an object": ({"class_weight": object()}, gb.DTypeError, "class_weight must be 'balanced', a mapping"),
+    "floating labels": ({"Y": np.ones(3), "class_weight": "balanced"}, gb.DTypeError, "needs integer labels"),
+    "no labels": ({"Y": None, "weight": [1, 1, 1]}, gb.ArgumentError, "weight needs Y"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_weights_of_loaders_are_named(case: str) -> None:
+    options, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        gb.Loader(np.zeros((3, 1), np.float32), **{"Y": np.array([0, 1, 2]), "backend": "cpu", **options})
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def run(
+    folder: Path | None = None,
+    epochs: int = 3,
+    backend: Any = "cpu",
+    weight: Any = "given",
+    loader: Any = (),
+    **options: Any,
+) -> tuple[gb.Network, gb.History]:
+    draw = np.random.default_rng(5)
+    X, Y, w = draw.normal(size=(150, 5)).astype("f4"), draw.integers(-1, CLASSES, 150), draw.uniform(0, 2, 150)
+    net = gb.mlp([5, 8, CLASSES], loss=gb.SoftmaxCrossEntropy(ignore_label=-1), dropout=0.2, backend=backend)
+    weight = w if isinstance(weight, str) else weight
+    batches = gb.Loader(X, Y, 32, backend=backend, weight=weight, **{"class_weight": "balanced", **dict(loader)})
+    opt = gb.Adam(net.parameters, 0.01)
+    return net, gb.fit(net, batches, opt, epochs, (X, Y, w), checkpoint=folder, progress=False, **options)
+
+
+def test_fit_is_the_loop_by_hand(rng: np.random.Generator) -> None:
+    X, Y, w = rng.normal(size=(90, 5)), rng.integers(0, CLASSES, 90), rng.uniform(0, 2, 90)
+    found = []
+    for by_hand in (True, False):
+        net = gb.mlp([5, 8, CLASSES], dtype="float64", backend="cpu")
+        loader = gb.Loader(X, Y, 32, backend="cpu", weight=w, class_weight="balanced")
+        opt = gb.Adam(net.parameters, 0.01)
+        if by_hand:
+            for _ in range(2):
+                for x, y, weight in loader:
+                    net.loss_and_grad(x, y, weight=weight)
+                    opt.step()
+        else:
+            gb.fit(net, loader, opt, 2, progress=False)
+        found.append(net.parameters.flat.copy())
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_loader_of_float64_takes_the_dtype_of_the_network(rng: np.random.Generator) -> None:
+    loader = gb.Loader(rng.normal(size=(300, 5)), rng.integers(0, 2, 300), 2, backend="cpu", class_weight={1: 2.0})
+    assert next(iter(loader))[2].dtype == np.float64
+    net = gb.mlp([5, 2], backend="cpu")
+    gb.fit(net, loader, gb.SGD(net.parameters, 0.1), 1, progress=False)
+    assert {array.dtype.name for array in next(iter(loader))} == {"float32", "int64"}
+
+
+def test_weights_are_repeated_samples_in_fit(rng: np.random.Generator) -> None:
+    X, Y, times = rng.normal(size=(40, 5)), rng.integers(0, CLASSES, 40), rng.integers(0, 4, 40)
+    found = []
+    for x, y, more in ((X, Y, {"weight": times}), (np.repeat(X, times, 0), np.repeat(Y, times), {})):
+        net = gb.mlp([5, 8, CLASSES], dtype="float64", backend="cpu")
+        loader = gb.Loader(x, y, len(x), backend="cpu", **more)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("warnings.warn", lambda *_, **__: None)  # a run of few steps is warned about
+            gb.fit(net, loader, gb.SGD(net.parameters, 0.1), 5, (x, y, *more.values()), progress=False)
+        found.append(net.parameters.flat.copy())
+    np.testing.assert_allclose(*found, rtol=1e-10)
+
+
+def test_validation_is_weighted() -> None:
+    net, history = run()
+    draw = np.random.default_rng(5)
+    X, Y, w = draw.normal(size=(150, 5)).astype("f4"), draw.integers(-1, CLASSES, 150), draw.uniform(0, 2, 150)
+    kept = Y >= 0
+    scores = net.scores(X).astype(np.float64)
+    each = np.log(np.exp(scores).sum(axis=1)) - scores[np.arange(150), Y]
+    of_class = 150 / np.bincount(Y[kept])  # but for a factor
+    both = w * of_class[Y]
+    assert history.validation_loss[-1] == pytest.approx((both * each)[kept].sum() / both[kept].sum(), rel=1e-5)
+    right = net.predict(X) == Y
+    assert history.validation_accuracy[-1] == pytest.approx((w * right)[kept].sum() / w[kept].sum(), rel=1e-6)
+
+
+FORMS = ["a Loader", "a fraction", "a source"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_validation_is_weighted_in_every_form(form: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    """Several batches of validation are what net.evaluate gives at once: of a fraction, of the samples held out."""
+    X, Y, w = rng.normal(size=(4000, 5)), rng.integers(0, CLASSES, 4000), rng.uniform(0, 2, 4000)
+    w[:1500] = 0  # a whole batch of validation has no mean
+    net = gb.mlp([5, 8, CLASSES], dtype="float64", backend="cpu")
+    loader = gb.Loader(X, Y, 64, backend="cpu", weight=w, class_weight=[1, 2, 3, 4])
+    of_class, validation, given = np.array([1.0, 2, 3, 4])[Y], None, w
+    if form == "a Loader":
+        validation = gb.Loader(X, Y, 64, backend="cpu", weight=w, class_weight=[1, 2, 3, 4])
+    elif form == "a source":
+        np.save(tmp_path / "X.npy", X)
+        validation, given = (gb.sources.npy(tmp_path / "X.npy"), Y), np.ones(4000)
+    else:
+        validation = 0.5
+    seen: list[np.ndarray] = []  # of the samples that a run trains on
+
+    def look(state: gb.TrainingState) -> None:
+        seen.append(np.concatenate([x[:, 0] for x, _, _ in copy.copy(state.loader)]))
+
+    history = gb.fit(net, loader, gb.SGD(net.parameters, 0.0), 1, validation, [look], progress=False)
+    rows = ~np.isin(X[:, 0], seen[0]) if form == "a fraction" else np.ones(4000, bool)
+    assert rows.sum() == (2000 if form == "a fraction" else 4000)
+    right = net.evaluate(X[rows], Y[rows], 1024, given[rows], (given * of_class)[rows])
+    found = history.validation_loss[-1], history.validation_accuracy[-1]
+    assert found == pytest.approx(right, rel=1e-12)
+
+
+def test_validation_weights_are_checked_before_the_first_step() -> None:
+    net = gb.mlp([2, 3], backend="cpu")
+    X, Y = np.zeros((6, 2), np.float32), np.array([0, 0, 0, 1, 1, 1])
+    loader = gb.Loader(X, Y, 2, backend="cpu", class_weight="balanced")
+    opt = gb.SGD(net.parameters, 0.1)
+    for validation, message in (
+        ((X, Y, -np.ones(6)), r"^validation.*got validation\[2\]\[0\] = -1"),
+        ((X, Y, np.ones(5)), r"^validation.* shape \(6,\)"),
+        ((X, np.full(6, 2)), r"^validation.* has the label 2, for which class_weight has no weight"),
+    ):
+        with pytest.raises(gb.GpubatchError, match=message):
+            gb.fit(net, loader, opt, 1, validation, progress=False)
+    plain = gb.mlp([2, 2], loss=Absolute(), backend="cpu")
+    with pytest.raises(gb.ArgumentError, match="loader has weights, which the loss of net, Absolute, does not take"):
+        gb.fit(plain, loader, gb.SGD(plain.parameters, 0.1), 1, progress=False)
+
+
+def test_a_resumed_run_has_the_same_bits_and_refuses_other_weights(tmp_path: Path) -> None:
+    whole, _ = run(epochs=4)
+    run(tmp_path, epochs=2)
+    resumed, _ = run(tmp_path, epochs=4, resume=True)
+    np.testing.assert_array_equal(resumed.parameters.flat, whole.parameters.flat)
+    for changed in (
+        {"weight": np.linspace(0, 1, 150)},
+        {"weight": None},
+        {"loader": {"class_weight": {0: 2.0}}},
+        {"loader": {"class_weight": None}},
+    ):
+        with pytest.raises(gb.ArgumentError, match="it is of a loader with other weights of samples or classes"):
+            run(tmp_path, epochs=6, resume=True, **changed)
+    with pytest.raises(gb.ArgumentError, match=r"with other weights .*, this one has none"):
+        run(tmp_path, epochs=6, resume=True, weight=None, loader={"class_weight": None})
+
+
+def test_a_batch_of_nothing_is_left_out_and_told() -> None:
+    weight = np.ones(150)
+    weight[:32] = 0
+    with pytest.warns(gb.SkippedStepWarning, match="all its weights are 0, or all its labels are ignored.*left out"):
+        net, history = run(weight=weight, loader={"shuffle": False})
+    assert history.skipped == 3
+    assert np.isfinite(net.parameters.flat).all()
+    message = re.escape("all its weights are 0")
+    with pytest.warns(gb.SkippedStepWarning), pytest.raises(gb.NonFiniteError, match=message):
+        run(weight=np.arange(150) == 149, loader={"shuffle": False}, max_skipped=2)
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loader", [{}, {"feed": "host"}, {"class_weight": None}], ids=repr)
+def test_captured_steps_are_eager_bit_for_bit(loader: dict[str, Any], backend: Backend) -> None:
+    if backend.name == "cpu":
+        return
+    eager, _ = run(backend=backend, execution="eager", loader=loader)
+    captured, history = run(backend=backend, execution="captured", loader=loader)
+    assert history.execution == "captured"
+    np.testing.assert_array_equal(captured.parameters.flat.get(), eager.parameters.flat.get())
+    on_cpu, _ = run(loader={name: x for name, x in loader.items() if name != "feed"})
+    np.testing.assert_allclose(captured.parameters.flat.get(), on_cpu.parameters.flat, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weight", ["float32", "float64", "uint8"])
+def test_a_captured_step_takes_weights(weight: str, backend: Backend, rng: np.random.Generator) -> None:
+    if backend.name == "cpu":
+        return
+    X, Y = backend.asarray(rng.normal(size=(20, 5)), "float32"), backend.asarray(rng.integers(-1, CLASSES, 20))
+    w = backend.asarray((10 * rng.uniform(0, 2, 20)).astype(weight))
+    found = []
+    for captured in (False, True):
+        net = gb.mlp([5, 8, CLASSES], loss=gb.SVM(ignore_label=-1), backend=backend)
+        opt = gb.SGD(net.parameters, 0.1)
+        step = gb.CapturedStep(net, opt, X, Y, weight=w) if captured else None
+        for _ in range(3):
+            loss = net.step_loss(X, Y, w) if step is None else step()
+            if step is None:
+                opt.step()
+        found.append((loss.item(), net.parameters.flat.get()))
+    assert found[0][0] == found[1][0]
+    np.testing.assert_array_equal(found[0][1], found[1][1])

@@ -51,8 +51,8 @@ class Data:
         parts = ["-".join(map(str, self.sizes)), *more, self.name, net.compute_dtype.name, net.backend.spec]
         return ", ".join(parts)
 
-    def loader(self, batch_size: str, at_most: int) -> Loader:
-        """Batches of the training set, pixels from 0 to 1."""
+    def loader(self, batch_size: str, at_most: int, class_weight: str | None = None) -> Loader:
+        """Batches of the training set, pixels from 0 to 1, perhaps with weights."""
         size = batch_size if batch_size == "auto" else integer("--batch-size", batch_size)
         single = isinstance(size, int) and size > 0 and len(self.X) % size == 1
         return Loader(
@@ -64,6 +64,7 @@ class Data:
             backend=self.net.backend,
             dtype=self.net.dtype,
             scale=1 / 255,
+            class_weight=class_weight,
         )
 
 

@@ -51,6 +51,9 @@ def train(
     l2: Annotated[float, typer.Option(help="Weight of l2/2 * Σ W² in the cost.")] = 0.0,
     dropout: options.WithDropout = 0.3,
     batch_norm: options.WithBatchNorm = True,
+    class_weight: Annotated[
+        str | None, typer.Option(help="balanced: every class counts as much as any other in the loss.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of split, first weights, order and dropout.")] = 0,
     backend: options.BackendName = "auto",
     dtype: options.DtypeName = "float32",
@@ -98,7 +101,9 @@ def train(
     }
     data = Data(folder, layers, backend, dtype, seed, **kind)
     net, where, (X_test, Y_test) = data.net, data.net.backend, data.test
-    loader = data.loader(batch_size, at_most)
+    if class_weight is not None:
+        check_choice("--class-weight", class_weight, ["balanced"])
+    loader = data.loader(batch_size, at_most, class_weight)
     rate = usual_lr if lr is None else lr
     opt = make(net.parameters, schedule(rate, epochs), master_weights=precision == "mixed")
 

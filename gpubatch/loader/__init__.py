@@ -3,7 +3,7 @@
 :class:`Loader` is for users; :func:`epochs_of` a loader and :func:`rows_of` it are for training.
 """
 
-from gpubatch.loader.columns import captured_dtype
+from gpubatch.loader.columns import Columns, captured_dtype
 from gpubatch.loader.device import DeviceFeed
 from gpubatch.loader.epochs import Epochs
 from gpubatch.loader.feeds import LoaderStats
@@ -11,6 +11,7 @@ from gpubatch.loader.loader import Loader, epochs_of, rows_of
 from gpubatch.loader.order import WeightedOrder, WindowOrder, epoch_order
 
 __all__ = [
+    "Columns",
     "DeviceFeed",
     "Epochs",
     "Loader",

@@ -22,6 +22,7 @@ from gpubatch.inputs import checked_array
 from gpubatch.loader.functions import named_function
 from gpubatch.loader.order import Indices
 from gpubatch.loader.pinned import Form, take_into
+from gpubatch.loader.weights import ClassWeights, class_weights, sample_weights
 from gpubatch.ops import ops_for
 from gpubatch.sources import (
     ArraySource,
@@ -129,7 +130,7 @@ class Column:
 
 
 class Columns(Sequence[Column]):
-    """x, and y where there are labels, of ``n_samples``; what is read is read by ``readers``.
+    """x, y where there are labels, and their weights if there are any, of ``n_samples``; ``readers`` read what is read.
 
     The values of ``readers`` are the largest numbers that batches can hold of each of a reader's arrays.
     """
@@ -147,6 +148,8 @@ class Columns(Sequence[Column]):
         augment: Callable[..., Any] | None = None,
         seed: int = 0,
         prepare_name: str = "prepare",
+        weight: Any = None,
+        class_weight: Any = None,
     ) -> None:
         self.backend, self.sample_axis = backend, sample_axis
         inputs = self._inputs(X, Y)
@@ -162,6 +165,11 @@ class Columns(Sequence[Column]):
         self._columns = [Column(inputs[0][0], self.dtype, self._factor, backend, inputs[0][1])]
         self._columns += [Column(source, native(source.dtype), None, backend, axis) for source, axis in inputs[1:]]
         self._check()
+        self.weights: Array = None  # of all samples
+        self.class_weights: ClassWeights | None = None
+        self.samples_weighted = weight is not None
+        if weight is not None or class_weight is not None:
+            self._add_weights(weight, class_weight)
         self.readers = self._limits()
         self.prepare = named_function(prepare_name, prepare, self.labelled)
         self.augment = named_function("augment", augment, self.labelled, " and a generator")
@@ -183,6 +191,9 @@ class Columns(Sequence[Column]):
         """Make batches of ``dtype`` from now on, where none was given."""
         self.dtype = dtype
         self._columns[0] = dataclasses.replace(self._columns[0], dtype=dtype, scale=self._factor)
+        if self.weights is not None:
+            with self.backend.scope(), np.errstate(over="ignore"):
+                self._set_weights(self.weights.astype(compute_dtype(dtype)))
         self._check()
         self.readers = self._limits()
         for name in ("batch_bytes", "captured_bytes"):
@@ -263,11 +274,24 @@ class Columns(Sequence[Column]):
                 given = turned(source.array) if column.axis else source.array
                 check_finite(source.name, given, column.dtype, column.scale, self.backend)
 
+    def _add_weights(self, weight: Any, class_weight: Any) -> None:
+        """Add the column of weights, of the dtype in which the loss is computed."""
+        if not self.labelled:
+            raise ArgumentError(f"{'weight' if class_weight is None else 'class_weight'} needs Y")
+        labels, dtype = self._columns[1].source, compute_dtype(self.dtype)
+        if class_weight is not None:
+            self.class_weights = class_weights(class_weight, labels, self.backend)
+        self._set_weights(sample_weights(weight, self.class_weights, labels, self.n_samples, dtype, self.backend))
+
+    def _set_weights(self, weights: Array) -> None:
+        self.weights = weights
+        self._columns[2:] = [Column(ArraySource("weight", weights), weights.dtype, None, self.backend)]
+
     # --- sizes ---
 
     @property
     def labelled(self) -> bool:
-        """Whether batches are pairs (x, y)."""
+        """Whether batches have a y."""
         return len(self) > 1
 
     @functools.cached_property
@@ -378,9 +402,10 @@ class Columns(Sequence[Column]):
         return self.prepare is not None or self.augment is not None
 
     def deliver(self, rows: list[Array], epoch: int, number: int) -> Any:
-        """A batch as the caller wants it, x or (x, y): prepared, and of columns where the samples are columns.
+        """A batch as the caller wants it, x, (x, y) or (x, y, weight).
 
-        It is batch ``number`` of ``epoch``, on which its augmentation depends.
+        It is prepared, and of columns where the samples are columns. Its augmentation depends on its ``number`` in
+        ``epoch``.
         """
         arrays = self._delivered(rows, epoch, number) if self.sample_axis or self.has_functions else rows
         return tuple(arrays) if len(arrays) > 1 else arrays[0]
@@ -403,12 +428,13 @@ class Columns(Sequence[Column]):
         return batch_size * sum(column.source.bytes_per_sample(column.dtype) for column in copied)
 
     def _delivered(self, rows: list[Array], epoch: int, number: int) -> list[Array]:
+        rows, weights = rows[:2], rows[2:]
         with self.backend.scope():
             arrays = self._prepared(rows)
             if self.augment is not None:
                 draw = self.backend.generator(self._seed, epoch, number)
                 arrays = self.augment(arrays, self._axes, self.dtype, self.backend, draw)
-        return arrays
+        return [*arrays, *weights]
 
     def _prepared(self, rows: Sequence[Array]) -> list[Array]:
         """Rows as the caller has samples, prepared."""
@@ -425,7 +451,7 @@ class Columns(Sequence[Column]):
 
     @property
     def _axes(self) -> list[int]:
-        return [column.axis for column in self]
+        return [column.axis for column in self._columns[:2]]
 
     # --- samples from elsewhere ---
 
@@ -469,6 +495,36 @@ class Columns(Sequence[Column]):
     def _at_once(self, given: list[Array], scale: float | None) -> Any:
         x = convert(self.backend.asarray(given[0]), self.dtype, scale)
         return x if len(given) == 1 else (x, self.backend.asarray(given[1]))
+
+    def weights_elsewhere(self, Y: Any, weight: Any = None) -> dict[str, Array]:
+        """The weights of a validation set with labels Y, as arguments of :meth:`Network.evaluate`.
+
+        Those of samples count in loss and accuracy, those of classes in the loss.
+        """
+        if weight is None and self.class_weights is None:
+            return {}
+        labels = ArraySource("validation[1]", checked_array("validation[1]", Y, self.backend))
+        n, dtype = labels.array.shape[self._columns[1].axis], compute_dtype(self.dtype)
+        names = "validation[2]", "validation[1]"
+        kinds = {"weight": None} if self.class_weights is None else {"weight": None, "loss_weight": self.class_weights}
+        found = {
+            name: sample_weights(weight, of_classes, labels, n, dtype, self.backend, names)
+            for name, of_classes in kinds.items()
+        }
+        return {name: self.backend.asarray(array) for name, array in found.items() if array is not None}
+
+    def weights_of(self, y: Array, weight: Array | None = None) -> dict[str, Array]:
+        """The same of a batch with labels y, whose ``weight`` is that of the samples times that of the classes."""
+        if self.class_weights is None:
+            return {} if weight is None else {"weight": weight}
+        if weight is not None and not self.samples_weighted:
+            return {"loss_weight": weight}
+        with self.backend.scope():
+            of_class = self.class_weights.of(y, "Y", self.backend).astype(compute_dtype(self.dtype))
+            if weight is None:
+                return {"loss_weight": of_class}
+            of_sample = weight / (of_class + (of_class == 0))  # a class of weight 0 counts in neither
+        return {"loss_weight": weight, "weight": of_sample}
 
     def _prepared_by_parts(self, rows: list[Array], scale: float | None, most: int) -> Any:
         """The same of rows that are prepared, ``most`` at a time."""

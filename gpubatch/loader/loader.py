@@ -24,7 +24,9 @@ __all__ = ["Loader", "epochs_of", "rows_of"]
 class Loader:
     """Mini-batches on a backend: ``for x, y in loader`` is one epoch; ``for x in loader`` where there is no Y.
 
-    The arguments, of which all but X and Y are attributes, too:
+    With weights it is ``for x, y, weight in loader``.
+
+    The arguments, of which all but X, Y, weight and class_weight are attributes, too:
 
     - ``X``: samples, an array or a :class:`~gpubatch.sources.Source`, which may be larger than memory.
     - ``Y``: labels, one a sample, likewise; not where ``X`` is a source of pairs.
@@ -49,6 +51,10 @@ class Loader:
     - ``transform``: another name of ``prepare``.
     - ``order``: a :class:`WeightedOrder`, to draw samples by their weights.
     - ``feed``: how batches get to a CUDA device: "device", "host" or "auto".
+    - ``weight``: what each sample counts in the loss, an array (samples,) of finite numbers, none negative.
+    - ``class_weight``: what each label counts, times ``weight`` where both are given: "balanced", scikit-learn's
+      n / (k * bincount(Y)) for k classes; a mapping {label: weight}, 1 for labels that it does not name; or an array
+      of weights by label. It needs integer labels that are an array.
 
     Every batch is a new C-contiguous array, which may be kept or changed. A one-dimensional Y has its samples on axis 0
     whatever ``sample_axis`` is. X and floating Y must be finite; arrays are checked here, sources as they are read. Y
@@ -60,6 +66,11 @@ class Loader:
     the same result for the same samples, nobody can tell: ``prepare`` must, and must keep no state. The generator is
     NumPy's on a CPU and CuPy's on a GPU, and depends on ``seed``, the epoch and the number of the batch alone: so a
     resumed run draws the same numbers, however many batches are prepared ahead.
+
+    **Weights.** With ``weight`` or ``class_weight`` batches are (x, y, weight), the last of float32, or of float64
+    where x is. The loss of a batch is Σ w l / Σ w, so only the ratios within a batch count; ``fit`` uses them. Class
+    weights belong to Y as it is given, whatever ``prepare`` and ``augment`` make of it; a negative label is no class,
+    and weighs 1.
 
     **Order.** It is :func:`epoch_order` of ``seed`` and ``epoch``, the same on every device and after a resume. The
     ranks together see each sample once, and their shares differ by one sample at most. ``epoch`` is the epoch that is
@@ -111,6 +122,8 @@ class Loader:
         prepare: Callable[..., Any] | None = None,
         augment: Callable[..., Any] | None = None,
         order: WeightedOrder | None = None,
+        weight: Any = None,
+        class_weight: Any = None,
     ) -> None:
         shuffle, replacement = check_bool("shuffle", shuffle), check_bool("replacement", replacement)
         if order is not None and not isinstance(order, WeightedOrder):
@@ -143,6 +156,8 @@ class Loader:
             prepare_name="prepare" if transform is None else "transform",
             augment=augment,
             seed=seed,
+            weight=weight,
+            class_weight=class_weight,
         )
         n, (together, block) = columns.n_samples, window_and_block(window, replacement, columns)
         check_choice("feed", feed, ["auto", "device", "host"])
@@ -252,6 +267,7 @@ class Loader:
         conversion = f"{x.dtype} as {self.dtype}" + ("" if self.scale is None else f" times {self.scale:.6g}")
         shard = "" if self.world_size == 1 else f", rank {self.rank} of {self.world_size}"
         labels = f" with labels {columns[1].source.dtype}" if columns.labelled else ""
+        labels += " and weights" if columns.weights is not None else ""
         return (
             f"<Loader of {self.n_samples} samples {x.sample_shape} {conversion}{labels}: {len(self)} batches of "
             f"{self.batch_size} an epoch, {order}, on {self.backend.spec}{shard}>"

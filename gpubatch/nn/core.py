@@ -352,6 +352,14 @@ class Core:
         """Bytes of the workspace for batches of so many rows; allocates nothing."""
         return workspace_bytes(self.dtype, rows, self._training_pass if training else self._evaluation_pass)
 
+    def weighs(self, weighted: bool) -> bool:
+        """Whether samples have weights: given ones, or labels are ignored."""
+        return weighted or self.loss.ignore_label is not None
+
+    def weights_bytes(self, rows: int, evaluated: int) -> int:
+        """Bytes for the weights of a batch and of the rows evaluated at a time, and NumPy's for which of them are 0."""
+        return (self.compute_dtype.itemsize + 1) * (rows + evaluated) + 16
+
     def reserve(self, rows: int) -> None:
         """Allocate the workspace for steps of up to so many rows, unless there is one already."""
         if rows > self.planned:

@@ -381,10 +381,11 @@ class Network:
         """Bytes that training with this batch size and evaluation take, without X and Y; allocates nothing."""
         return sum(self.memory_parts(batch_size).values())
 
-    def memory_parts(self, batch_size: int, evaluated: int = EVALUATION_ROWS) -> dict[str, int]:
+    def memory_parts(self, batch_size: int, evaluated: int = EVALUATION_ROWS, weighted: bool = False) -> dict[str, int]:
         """:meth:`memory` by purpose.
 
         evaluated: how many rows are evaluated, of which 1024 at a time.
+        weighted: whether steps and evaluation are given weights; with ``ignore_label`` they always have some.
 
         Without compiled kernels NumPy also works in up to 1 MiB for each formula, once per process.
         """
@@ -397,6 +398,7 @@ class Network:
             **core.products.memory_parts(),
             "workspace of a step": core.workspace_bytes(rows, True) + int(core.spans.nbytes),
             "workspace of evaluation": core.workspace_bytes(at_once, False) if at_once else 0,
+            **({"workspace of weights": core.weights_bytes(rows, at_once)} if core.weighs(weighted) else {}),
         }
 
     def reserve(self, batch_size: int) -> None:

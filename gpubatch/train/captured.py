@@ -126,11 +126,11 @@ class CapturedSteps:
             self._record.warn_if_halved()
         return len(applied)
 
-    def _make_again(self, queue: Queue, x: Array, y: Array) -> None:
+    def _make_again(self, queue: Queue, *batch: Array) -> None:
         """Rerun the halted step eagerly to find out what went wrong."""
         record = self._record
-        outcome = self._eager.step(x, y)
-        record.note(outcome.loss, outcome.result, len(x))
+        outcome = self._eager.step(*batch)
+        record.note(outcome.loss, outcome.result, len(batch[0]))
         record.warn_if_halved()
         if outcome.result is None or outcome.on_trial:
             queue.go_on(record.epoch.batches)
@@ -191,9 +191,9 @@ class Queue:
             if not self._add(count):
                 return
 
-    def queue_batch(self, x: Array, y: Array) -> bool:
+    def queue_batch(self, *batch: Array) -> bool:
         """Queue the step on a batch, which is copied; False if those in flight must be read first."""
-        for place, array in zip(self._graphs.feed.arrays(len(x)), (x, y), strict=True):
+        for place, array in zip(self._graphs.feed.arrays(len(batch[0])), batch, strict=True):
             place[...] = array
         return self._add(1)
 

@@ -23,6 +23,7 @@ class CapturedStep:
     X: samples, an array on the device, as for :meth:`Network.step_loss`
     Y: targets, likewise
     steps: how many steps a call makes, from 1 to 64, all on the same batch
+    weight: what each sample counts, likewise, or None
 
     The first call captures, which takes memory and time. A call queues the steps on the current stream and does not
     wait: they read X and Y when the device comes to them. Write the next batch into X and Y afterwards, ``X[...] =
@@ -33,14 +34,16 @@ class CapturedStep:
     Raises ArgumentError if the steps cannot be captured, and says why.
     """
 
-    def __init__(self, net: Network, opt: Optimizer, X: Array, Y: Array, steps: int = 1) -> None:
+    def __init__(
+        self, net: Network, opt: Optimizer, X: Array, Y: Array, steps: int = 1, weight: Array | None = None
+    ) -> None:
         for name, reason in {"net": why_eager(net), "opt": why_eager(net, opt)}.items():
             if reason:
                 raise ArgumentError(f"{name} cannot be captured: {reason}")
         self.net, self.opt, self.steps = net, opt, check_int("steps", steps, 1, CHUNK)
         check_bound(net, opt)
-        core_of(net).check_batch(X, Y)
-        self._feed = GivenArrays(X, Y)
+        core_of(net).check_batch(X, Y, weight=weight)
+        self._feed = GivenArrays(X, Y) if weight is None else GivenArrays(X, Y, weight)
         self._form = Form(len(X), len(X), self.steps)
         self._graphs: StepGraphs | None = None
         self._left = 0  # steps whose scalars are on the device

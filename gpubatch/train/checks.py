@@ -43,6 +43,8 @@ def check_parts(net: Network, loader: Loader, opt: Optimizer) -> None:
         )
     if not epochs_of(loader).columns.labelled:
         raise ArgumentError("loader must have labels: Loader(X, Y), this one has X alone")
+    if epochs_of(loader).columns.weights is not None and not core_of(net).loss.takes_weights:
+        raise ArgumentError(f"loader has weights, which the loss of net, {net.loss_name}, does not take")
     check_bound(net, opt)
     if net.dtype == np.float16 and MASTER not in opt.state:
         raise ArgumentError(

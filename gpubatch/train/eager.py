@@ -65,9 +65,8 @@ class EagerSteps:
         loader = self.record.state.loader
         with contextlib.closing(rows_of(loader)) as batches:  # ends the loader's thread, however this is left
             while (batch := next(batches, None)) is not None:
-                x, y = batch
-                rows, outcome = len(x), self.step(x, y)
-                del batch, x, y  # before the next one is waited for
+                rows, outcome = len(batch[0]), self.step(*batch)
+                del batch  # before the next one is waited for
                 self.record.note(outcome.loss, outcome.result, rows)
                 self.record.warn_if_halved()
                 if outcome.result is not None:
@@ -79,18 +78,19 @@ class EagerSteps:
         """Let go of the network's workspaces."""
         core_of(self.net).release()
 
-    def step(self, x: Array, y: Array) -> Outcome:
+    def step(self, x: Array, y: Array, weight: Array | None = None) -> Outcome:
         """Make the step on a batch. If memory runs out, network and optimizer are as before."""
         core_of(self.net).remember()
         try:
-            return self._step(x, y)
+            return self._step(x, y, weight)
         except MemoryError:
             core_of(self.net).recall()  # the step will be made again
             raise
 
-    def _step(self, x: Array, y: Array) -> Outcome:
+    def _step(self, x: Array, y: Array, weight: Array | None) -> Outcome:
+        given = {} if weight is None else {"weight": weight}  # a network of the user's own may not take it
         try:
-            loss, grads = self.net.loss_and_grad(x, y, self.record.history.micro_batch_size)
+            loss, grads = self.net.loss_and_grad(x, y, self.record.history.micro_batch_size, **given)
         except NonFiniteError as error:
             self._leave_out(str(error))
             return Outcome(math.nan, None)

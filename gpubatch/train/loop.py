@@ -64,9 +64,9 @@ def fit(
         tried before the first epoch; without a dtype of its own it takes the network's
     opt: the optimizer, bound to ``net.parameters``
     epochs: epochs in all, counted from the run's first
-    validation: what the loss and accuracy are measured on after every epoch: (X, Y), a source of pairs, or (source, Y),
-        converted and prepared as the loader does its own; a Loader; or the fraction of the loader's samples that this
-        run holds out, see below
+    validation: what the loss and accuracy are measured on after every epoch: (X, Y), perhaps with weights of the
+        samples, (X, Y, weight), a source of pairs, or (source, Y), converted and prepared as the loader does its own; a
+        Loader; or the fraction of the loader's samples that this run holds out, see below
     callbacks: a list of gpubatch's, such as :class:`EarlyStopping`, and of your own, see below
     checkpoint: a folder, or :class:`~gpubatch.checkpoint.Checkpoints` with one, to save the run in
     resume: go on from the newest checkpoint, if there is one
@@ -109,6 +109,12 @@ def fit(
     with ``master_weights=True``. Its gradients are those of the loss times the loss scale; ``max_norm`` is for the
     gradients without it. A step whose gradient overflows at a scale above 1 is left out and lowers the scale;
     ``history.overflows`` counts it.
+
+    **Weights.** Where the loader has weights, a step's loss is Σ w l / Σ w over its batch, also in micro-batches;
+    ``history.loss`` is the mean of the steps' losses, each times its number of samples. A batch whose weights are all 0
+    has no mean: its step is left out as one whose loss is not finite. Weights of the validation samples count in the
+    loss and the accuracy on them, those of classes in the loss alone: the loader's, or those that a Loader given as
+    ``validation`` has.
 
     **Frozen parameters.** Those of groups with ``trainable=False`` have gradients of 0 meanwhile, so ``max_norm`` and
     the search for numbers that are not finite do not count them. Where a whole layer is frozen the gradients are not

@@ -7,6 +7,9 @@ import gc
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
+from gpubatch.backend import Array
 from gpubatch.errors import InsufficientMemoryError, NonFiniteError
 from gpubatch.loader import Loader, epochs_of
 from gpubatch.nn import EVALUATION_ROWS, Network, core_of
@@ -21,13 +24,16 @@ from gpubatch.train.validation import HeldOut
 __all__ = ["evaluate", "halve", "memory_message", "memory_parts", "plan_batches", "power_below", "settle_batches"]
 
 
-def memory_parts(net: Network, opt: Optimizer, batch_size: int, evaluated: int = 0, copied: int = 0) -> dict[str, int]:
+def memory_parts(
+    net: Network, opt: Optimizer, batch_size: int, evaluated: int = 0, copied: int = 0, weighted: bool = False
+) -> dict[str, int]:
     """The bytes that training needs beside those of the loader, by what they are for; allocates nothing.
 
-    ``evaluated`` is how many samples are evaluated after an epoch, ``copied`` how many bytes were allocated for them.
+    ``evaluated`` is how many samples are evaluated after an epoch, ``copied`` how many bytes were allocated for them,
+    ``weighted`` whether samples have weights.
     """
     norm = 8 * SQUARE_SUM_SIZE + 2 * net.compute_dtype.itemsize
-    of_net = net.memory_parts(batch_size, evaluated)
+    of_net = net.memory_parts(batch_size, evaluated, weighted)
     return {**of_net, **opt.memory_parts(), "norm of the gradient": norm, "validation set": copied}
 
 
@@ -53,9 +59,11 @@ def plan_batches(
     if captured is None:
         captured = not why_eager(net, loader, opt)
 
+    weighted = epochs_of(loader).columns.weights is not None
+
     def parts_of(batch_size: int) -> dict[str, int]:
         batches = {"batches of validation": read} if read else {}
-        return {**memory_parts(net, opt, batch_size, evaluated, copied), **batches}
+        return {**memory_parts(net, opt, batch_size, evaluated, copied, weighted), **batches}
 
     kept, least_rows = AHEAD if captured else 0, core_of(net).least_rows
     epochs_of(loader).replan(parts_of, allocated, most=most, kept=kept, least_rows=least_rows)
@@ -85,14 +93,14 @@ def rehearse(net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | N
         epochs = epochs_of(loader)
         held = [epochs.peek()]
         held += [[array.copy() for array in held[0]] for _ in range(1, epochs.batches_held)]
-        x, y = held[0]
-        core_of(net).rehearse(x, y)
-        if epochs.last_size < len(x):
-            core_of(net).rehearse(x[: epochs.last_size], y[: epochs.last_size])
+        core_of(net).rehearse(*held[0])
+        if epochs.last_size < len(held[0][0]):
+            core_of(net).rehearse(*(array[: epochs.last_size] for array in held[0]))
         rehearse_update(opt, net.parameters.grads)
         if held_out is not None:
             with contextlib.suppress(NonFiniteError):  # only memory is in question
-                net.evaluate(*held_out.first())
+                X, Y, weights = held_out.first()
+                net.evaluate(X, Y, **weights)
     except MemoryError as error:
         return memory_message(error)
     return None
@@ -117,26 +125,32 @@ def evaluate(net: Network, held_out: HeldOut, rows: int | None) -> tuple[float, 
     Those of several batches are means over all samples that count: as if they were one, but for rounding.
     """
     rows = min(rows or EVALUATION_ROWS, EVALUATION_ROWS)
-    found, sizes = [], []
+    found, sizes = list[tuple[float, float | None]](), list[tuple[float, float]]()
+
+    def size(X: Array, Y: Array, weight: Array | None) -> float:
+        counts = counts_of(core_of(net).loss, Y, weight)
+        return float(len(X) if counts is None else counts.sum(dtype=np.float64).item())
+
     try:
         with held_out.batches() as batches:
-            for X, Y in batches:
-                counts = counts_of(core_of(net).loss, Y, None)
-                size = len(X) if counts is None else counts.sum().item()
-                if size:
-                    found.append(net.evaluate(X, Y, rows))
-                    sizes.append(size)
+            for X, Y, weights in batches:
+                weight = weights.get("weight")
+                in_loss = size(X, Y, weights.get("loss_weight", weight))
+                if in_loss:
+                    found.append(net.evaluate(X, Y, rows, **weights))
+                    sizes.append((in_loss, size(X, Y, weight)))
             if not found:
-                return net.evaluate(X, Y, rows)  # which says that there is nothing to take the mean of
+                return net.evaluate(X, Y, rows, **weights)  # which says that there is nothing to take the mean of
     except InsufficientMemoryError:
         raise
     except MemoryError as error:
         return memory_message(error)
     if len(found) == 1:
         return found[0]
-    loss = math.fsum(size * loss for size, (loss, _) in zip(sizes, found, strict=True)) / sum(sizes)
-    right = [size * accuracy for size, (_, accuracy) in zip(sizes, found, strict=True) if accuracy is not None]
-    return loss, math.fsum(right) / sum(sizes) if right else None
+    in_losses, compared = zip(*sizes, strict=True)
+    loss = math.fsum(size * loss for size, (loss, _) in zip(in_losses, found, strict=True)) / sum(in_losses)
+    right = [size * accuracy for size, (_, accuracy) in zip(compared, found, strict=True) if accuracy is not None]
+    return loss, math.fsum(right) / sum(compared) if right else None
 
 
 def memory_message(error: MemoryError) -> str:

@@ -195,10 +195,11 @@ def describe_network(net: Network) -> dict[str, Any]:
 def describe_batches(loader: Loader) -> dict[str, Any]:
     """What makes a loader's batches what they are, besides their order, which its own state has, as JSON can hold it.
 
-    Of the samples there is a digest of the first one, the one in the middle, and the last one.
+    Of the samples there is a digest of the first one, the one in the middle, and the last one; of weights one of all.
     """
     columns, n = epochs_of(loader).columns, loader.n_samples
-    some = columns.at(np.unique([0, n // 2, n - 1]))
+    some = columns.at(np.unique([0, n // 2, n - 1]))[:2]
+    weights = None if columns.weights is None else loader.backend.to_numpy(columns.weights).tobytes()
     digest = hashlib.sha256(b"".join(loader.backend.to_numpy(array).tobytes() for array in some))
     return {
         "held out": columns.n_samples - n,
@@ -210,11 +211,14 @@ def describe_batches(loader: Loader) -> dict[str, Any]:
         "prepared": columns.summary_of(some),
         "shapes": [list(array.shape[1:]) for array in some],
         "samples": digest.hexdigest()[:16],
+        "weights": None if weights is None else hashlib.sha256(weights).hexdigest()[:16],
     }
 
 
 def check_same_batches(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise an error that names the first difference between two loaders' batches; older checkpoints say nothing."""
+    if saved:
+        saved = {"weights": None, **saved}  # checkpoints from before there were any
     for name, value in own.items():
         before = saved.get(name, value)
         if name == "prepared" and before and value and np.allclose(before, value, rtol=1e-3, atol=1e-6):
@@ -225,9 +229,11 @@ def check_same_batches(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None
                 "samples": "other samples",
                 "shapes": f"samples of the shapes {saved[name]}",
                 "prepared": "another prepare, which makes other numbers of the same samples",
+                "weights": "other weights of samples or classes" if before else "no weights",
             }
             here = {
                 "samples": "",
+                "weights": "" if before and value else f", this one has {'some' if value else 'none'}",
                 "shapes": f", this one has {value}",
                 "prepared": "",
                 "held out": f", this one holds out {value}",

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import numbers
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
 from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, DTypeError, GpubatchError, InsufficientMemoryError
-from gpubatch.loader import Epochs, Loader, epochs_of, rows_of
+from gpubatch.loader import Columns, Epochs, Loader, epochs_of, rows_of
 from gpubatch.nn import EVALUATION_ROWS, Network, core_of
 
 __all__ = ["HeldOut", "HeldOutBatches", "InMemory", "about_validation", "validated"]
 
-FORMS = "a pair (X, Y) of arrays or sources, a source of pairs, a Loader, or a fraction between 0 and 1"
+# X, Y, and the weights of Network.evaluate by the names of its arguments.
+Batch: TypeAlias = tuple[Array, Array, Mapping[str, Array]]
+FORMS = (
+    "a pair (X, Y) of arrays or sources, arrays (X, Y, weight), a source of pairs, a Loader, or a fraction between 0 "
+    "and 1"
+)
 
 
 class HeldOut(Protocol):
@@ -34,11 +39,11 @@ class HeldOut(Protocol):
     def batch_bytes(self) -> int:
         """Bytes that are allocated while it is evaluated, besides the network's."""
 
-    def first(self) -> list[Array]:
+    def first(self) -> Batch:
         """The first of the batches."""
 
-    def batches(self) -> contextlib.AbstractContextManager[Iterator[list[Array]]]:
-        """X and Y as the network takes them, in one batch or in several, always the same."""
+    def batches(self) -> contextlib.AbstractContextManager[Iterator[Batch]]:
+        """X, Y and weights as the network takes them, in one batch or in several, always the same."""
 
 
 class InMemory(NamedTuple):
@@ -46,6 +51,7 @@ class InMemory(NamedTuple):
 
     X: Array
     Y: Array
+    weights: Mapping[str, Array]
     copied: int
 
     @property
@@ -58,26 +64,28 @@ class InMemory(NamedTuple):
         """See :class:`HeldOut`."""
         return 0
 
-    def first(self) -> list[Array]:
+    def first(self) -> Batch:
         """See :class:`HeldOut`."""
-        return [self.X[:EVALUATION_ROWS], self.Y[:EVALUATION_ROWS]]
+        some = slice(EVALUATION_ROWS)
+        return self.X[some], self.Y[some], {name: weight[some] for name, weight in self.weights.items()}
 
     @contextlib.contextmanager
-    def batches(self) -> Iterator[Iterator[list[Array]]]:
+    def batches(self) -> Iterator[Iterator[Batch]]:
         """See :class:`HeldOut`."""
-        yield iter([[self.X, self.Y]])
+        yield iter([(self.X, self.Y, self.weights)])
 
 
 class HeldOutBatches:
     """Samples that are read, converted and moved batch by batch, in order, however many there are.
 
-    The batches are those of ``epochs``, or of a loader with an iteration of its own.
+    The batches are those of ``epochs``, or of a loader with an iteration of its own; class weights are those of
+    ``weighted_by``.
     """
 
     copied = 0
 
-    def __init__(self, epochs: Epochs, loader: Loader | None = None) -> None:
-        self._epochs, self._loader = epochs, loader
+    def __init__(self, epochs: Epochs, weighted_by: Columns, loader: Loader | None = None) -> None:
+        self._epochs, self._weighted_by, self._loader = epochs, weighted_by, loader
 
     @property
     def samples(self) -> int:
@@ -89,12 +97,16 @@ class HeldOutBatches:
         """See :class:`HeldOut`."""
         return self._epochs.plan.needed
 
-    def first(self) -> list[Array]:
+    def first(self) -> Batch:
         """See :class:`HeldOut`."""
-        return self._epochs.peek()
+        return self._batch(self._epochs.peek())
+
+    def _batch(self, arrays: Sequence[Array]) -> Batch:
+        X, Y, *weights = arrays
+        return X, Y, self._weighted_by.weights_of(Y, *weights)
 
     @contextlib.contextmanager
-    def batches(self) -> Iterator[Iterator[list[Array]]]:
+    def batches(self) -> Iterator[Iterator[Batch]]:
         """See :class:`HeldOut`."""
         if self._loader is None:
             found = self._epochs.batches(self._epochs.columns.as_rows)
@@ -102,7 +114,7 @@ class HeldOutBatches:
             self._loader.load_state_dict({**self._loader.state_dict(), "epoch": 0, "batch": 0})
             found = rows_of(self._loader)
         with contextlib.closing(found) as batches:  # ends the loader's thread
-            yield batches
+            yield map(self._batch, batches)
 
 
 @contextlib.contextmanager
@@ -113,41 +125,49 @@ def validated(net: Network, loader: Loader, validation: Any) -> Iterator[HeldOut
     with contextlib.ExitStack() as stack:
         if is_fraction(validation):
             held = stack.enter_context(epochs.holding_out(float(validation)))
-            held_out = HeldOutBatches(epochs.in_order(EVALUATION_ROWS, held))
+            held_out = HeldOutBatches(epochs.in_order(EVALUATION_ROWS, held), epochs.columns)
         elif validation is not None:
             with about_validation(), net.backend.scope():
                 held_out = held_out_of(net, loader, validation)
         if held_out is not None:
             with about_validation(), net.backend.scope(), held_out.batches() as batches:
-                for X, Y in batches:
+                for X, Y, weights in batches:
                     core_of(net).check_batch(X, Y)
+                    for weight in weights.values():
+                        core_of(net).check_batch(X, Y, weight=weight)
                     core_of(net).loss.check_values(Y, net.outputs)
         yield held_out
 
 
 def held_out_of(net: Network, loader: Loader, validation: Any) -> HeldOut:
     """The validation set that is not a part of the training set."""
-    columns = epochs_of(loader).columns
+    columns, weight = epochs_of(loader).columns, None
     if isinstance(validation, Loader):
         return held_out_of_loader(net, validation)
     if is_read(validation):
         X, Y = validation, None
     elif isinstance(validation, (tuple, list)) and len(validation) == 2:
         X, Y = validation
+    elif isinstance(validation, (tuple, list)) and len(validation) == 3:
+        X, Y, weight = validation
     else:
         words = f"{len(validation)} items" if isinstance(validation, (tuple, list)) else type(validation).__name__
         raise DTypeError(f"validation must be {FORMS}, got {words}")
     if Y is None and not is_read(X):
         raise DTypeError("validation must be a pair (X, Y), got None for Y")
     if is_read(X) or is_read(Y):
+        if weight is not None:
+            raise ArgumentError("validation must be arrays where it has weights, or a Loader with weight=")
         other = columns.like(X, Y)
         if not other.labelled:
             raise ArgumentError("validation must have labels, as (source, Y); this source gives X alone")
-        return HeldOutBatches(Epochs.of_columns(other, EVALUATION_ROWS))
+        return HeldOutBatches(Epochs.of_columns(other, EVALUATION_ROWS), columns)
     names = ("validation[0]", "validation[1]")
     x, y = columns.converted(X, Y, names, EVALUATION_ROWS)
     copied = sum(new.nbytes for new, given in ((x, X), (y, Y)) if new is not given)
-    return InMemory(columns.turn(x), columns.turn(y), copied)  # rows, as a network takes them
+    weights = columns.weights_elsewhere(Y, weight)
+    copied += sum(array.nbytes for array in weights.values())
+    return InMemory(columns.turn(x), columns.turn(y), weights, copied)  # rows, as a network takes them
 
 
 def held_out_of_loader(net: Network, loader: Loader) -> HeldOut:
@@ -161,7 +181,7 @@ def held_out_of_loader(net: Network, loader: Loader) -> HeldOut:
     if not epochs.columns.labelled:
         raise ArgumentError("validation must have labels: Loader(X, Y), this one has X alone")
     own = loader if type(loader).__iter__ is not Loader.__iter__ else None
-    return HeldOutBatches(epochs.in_order(EVALUATION_ROWS), own)
+    return HeldOutBatches(epochs.in_order(EVALUATION_ROWS), epochs.columns, own)
 
 
 def is_fraction(x: Any) -> bool:

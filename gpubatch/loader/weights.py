@@ -1,0 +1,145 @@
+"""What each sample counts in the loss: weights that are given, times those of classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gpubatch.backend import Array, Backend
+from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_choice, check_int, check_real
+from gpubatch.inputs import checked_array
+from gpubatch.sources import ArraySource, Part
+
+__all__ = ["ClassWeights", "class_weights", "sample_weights"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClassWeights:
+    """The weights of labels 0, 1, ...; ``other`` is that of labels beyond. NaN is for labels that have none.
+
+    Negative labels are no classes: they weigh 1, and losses ignore or refuse them.
+    """
+
+    table: np.ndarray
+    other: float
+
+    def of(self, Y: Array, name: str, backend: Backend) -> Array:
+        """The weights of the labels Y, in double precision, where Y is."""
+        check_labels(name, Y)
+        last = len(self.table)
+        of_label = np.append(self.table, self.other)
+        with backend.scope():
+            place = np.clip(Y.astype(np.int64), 0, last)
+            found = (of_label if isinstance(Y, np.ndarray) else backend.asarray(of_label))[place]
+            found[Y < 0] = 1
+            if bool((missing := found != found).any()):
+                label = int(Y[int(missing.argmax())])
+                raise ArgumentError(f"{name} has the label {label}, for which class_weight has no weight")
+        return found
+
+
+def class_weights(given: Any, Y: ArraySource | Part | None, backend: Backend) -> ClassWeights:
+    """The argument ``class_weight`` for the labels of a loader."""
+    labels = labels_of(Y)
+    with backend.scope():
+        high = int(labels.max())
+        if high >= 2 * len(labels) + 1000:
+            raise ArgumentError(f"class_weight is for labels that count classes from 0, got the label {high}")
+        counts = np.asarray(backend.to_numpy(np.bincount(labels[labels >= 0].astype(np.int64), minlength=1)))
+    if isinstance(given, str):
+        check_choice("class_weight, if not a mapping or an array,", given, ["balanced"])
+        with np.errstate(divide="ignore"):
+            balanced = counts.sum() / (np.count_nonzero(counts) * counts)
+        return ClassWeights(np.where(counts > 0, balanced, math.nan), math.nan)
+    if isinstance(given, Mapping):
+        table = np.ones(len(counts))
+        for label, weight in given.items():
+            label = check_int("the labels of class_weight", label, 0)
+            if label >= len(counts) or not counts[label]:
+                raise ArgumentError(f"class_weight has the label {label}, which Y does not have")
+            table[label] = check_real(f"class_weight[{label}]", weight, 0)
+        return ClassWeights(table, 1.0)
+    try:
+        table = np.asarray(backend.to_numpy(given) if backend.owns(given) else given, np.float64)
+    except (TypeError, ValueError):
+        raise DTypeError(
+            f"class_weight must be 'balanced', a mapping from labels to weights, or an array of weights, got {given!r}"
+        ) from None
+    if table.ndim != 1 or len(table) <= high:
+        raise ShapeError(
+            f"class_weight must have one weight for each of the labels 0 to {high}, got an array of shape {table.shape}"
+        )
+    check_weights("class_weight", table)
+    return ClassWeights(table, math.nan)
+
+
+def sample_weights(
+    weight: Any,
+    of_classes: ClassWeights | None,
+    Y: ArraySource | Part | None,
+    n: int,
+    dtype: np.dtype[Any],
+    backend: Backend,
+    names: tuple[str, str] = ("weight", "Y"),
+) -> Array | None:
+    """The weights of ``n`` samples as a new array of ``dtype``, or None; on the device if one of their factors is.
+
+    ``names`` are those of the arguments, for messages.
+    """
+    if weight is not None:
+        weight = checked_array(names[0], weight, backend)
+        if weight.shape != (n,):
+            raise ShapeError(f"{names[0]} must have shape ({n},), one number for each sample, got {weight.shape}")
+        check_weights(names[0], weight)
+    if of_classes is None:
+        found = weight
+    else:
+        found = of_classes.of(labels_of(Y), names[1], backend)
+        if weight is not None:
+            here = isinstance(found, np.ndarray) and isinstance(weight, np.ndarray)
+            found = found * weight if here else backend.asarray(found) * backend.asarray(weight)
+    if found is None:
+        return None
+    with backend.scope(), np.errstate(over="ignore"):
+        found = found.astype(dtype)
+        what = names[0] if of_classes is None else "class_weight"
+        what = f"{names[0]} times class_weight" if of_classes is not None and weight is not None else what
+        if not bool(found.any()):
+            raise ArgumentError(f"{what} must be above 0 for some of the samples, got 0 for all of them")
+        check_weights(what, found)
+    return found
+
+
+def labels_of(Y: ArraySource | Part | None) -> Array:
+    """The labels to which class weights belong."""
+    if Y is None:
+        raise ArgumentError("class_weight needs Y, the labels of the samples")
+    if isinstance(Y, Part):
+        raise ArgumentError(
+            f"class_weight needs labels that are an array, {Y.reader.where} is read; give each sample its weight=, an "
+            "array"
+        )
+    check_labels("Y", Y.array)
+    return Y.array
+
+
+def check_labels(name: str, Y: Array) -> None:
+    """Raise unless Y are labels of classes."""
+    if Y.ndim != 1 or Y.dtype.kind not in "iub":
+        raise DTypeError(
+            f"class_weight needs integer labels of shape (samples,), {name} has shape {Y.shape} and dtype {Y.dtype}"
+        )
+
+
+def check_weights(name: str, weights: Array) -> None:
+    """Raise unless all weights are finite and not negative."""
+    wrong = ~((weights >= 0) & (weights < math.inf))
+    if bool(wrong.any()):
+        first = int(wrong.argmax())
+        raise ArgumentError(
+            f"{name} must hold finite numbers that are not negative, got {name}[{first}] = {float(weights[first])}"
+        )
