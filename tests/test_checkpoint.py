@@ -149,12 +149,35 @@ def test_a_checkpoint_is_as_readable_as_any_file(store: Checkpoints) -> None:
 MIDDLE, END = sorted((Path(__file__).parent / "golden").glob("checkpoint-*.safetensors"))
 
 
-def test_a_run_of_an_older_gpubatch_goes_on(backend: Backend, tmp_path: Path) -> None:
+def old_network(made: str, backend: Any) -> gb.Network:
+    """The network of that run, made in one of the ways that there are now."""
+    common = {"l2": 1e-3, "dtype": "float64", "backend": backend, "seed": 3}
+    if made == "of layers":
+        layers = [gb.Dense(8, 7), gb.BatchNorm(7), gb.GELU(), gb.Dropout(0.1), gb.Dense(7, 3, init=0.5)]
+        return gb.Network(layers, **common)
+    return gb.mlp([8, 7, 3], "gelu", True, 0.1, init="v0.1" if made == "as in 0.1" else "auto", **common)
+
+
+def test_an_older_network_with_a_bias_before_batch_norm_is_refused(tmp_path: Path) -> None:
+    """Its parameters and optimizer state are other ones; the message says how to make the old network."""
+    shutil.copy(MIDDLE, tmp_path)
+    net = old_network("as mlp does now", "cpu")
+    X, Y = np.zeros((96, 8)), np.zeros(96, int)
+    loader = gb.Loader(X, Y, batch_size=16, dtype="float64", backend="cpu")
+    before = net.parameters.flat.copy()
+    message = r"biases before batch norm; make the network with gb.mlp\(..., init='v0.1'\), or Dense\(bias=True\)"
+    with pytest.raises(gb.ArgumentError, match=message):
+        gb.fit(net, loader, gb.Adam(net.parameters), 2, checkpoint=tmp_path, resume=True, progress=False)
+    assert (net.parameters.flat == before).all()
+
+
+@pytest.mark.parametrize("made", ["of layers", "as in 0.1"])
+def test_a_run_of_an_older_gpubatch_goes_on(made: str, backend: Backend, tmp_path: Path) -> None:
+    """How the first weights would be drawn now makes no difference."""
     shutil.copy(MIDDLE, tmp_path)
     rng = np.random.default_rng(0)
     X, Y = rng.normal(size=(96, 8)), rng.integers(3, size=96)
-    layers = [gb.Dense(8, 7), gb.BatchNorm(7), gb.GELU(), gb.Dropout(0.1), gb.Dense(7, 3)]
-    net = gb.Network(layers, l2=1e-3, dtype="float64", backend=backend, seed=3)
+    net = old_network(made, backend)
     loader = gb.Loader(X, Y, batch_size=16, seed=1, backend=backend, dtype="float64")
     opt = gb.Adam(net.parameters, lr=gb.CosineDecay(1e-2, total=12, per="step"), amsgrad=True)
     validation = backend.asarray(X[:20]), backend.asarray(Y[:20])

@@ -343,6 +343,18 @@ def test_a_run_that_was_killed_goes_on(mnist: Path, tmp_path: Path) -> None:
     assert (resumed["test_loss"], resumed["test_accuracy"]) == (whole["test_loss"], whole["test_accuracy"])
 
 
+@pytest.mark.parametrize("of_0_1", [True, False])
+def test_a_run_of_version_0_1_goes_on(of_0_1: bool, mnist: Path, tmp_path: Path) -> None:
+    """It has biases before batch norm, and --resume makes them; "auto" is what is given where nothing is."""
+    options = [str(mnist), "--layers", "16", "--batch-size", "32", "--json", "--no-progress", "--decay", "none"]
+    saved = [*options, "--checkpoint", str(tmp_path / "run")]
+    first = json.loads(run("train", *saved, "--epochs", "1", *(["--init", "v0.1"] if of_0_1 else [])).stdout)
+    assert first["parameters"] == 784 * 16 + 2 * 16 + 16 * 10 + 10 + (16 if of_0_1 else 0)
+    resumed = json.loads(run("train", *saved, "--epochs", "2", "--resume").stdout)
+    assert resumed["parameters"] == first["parameters"]
+    assert resumed["history"]["loss"][0] == first["history"]["loss"][0]
+
+
 @pytest.mark.parametrize(
     ("number", "verb", "code"), [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)]
 )

@@ -34,7 +34,7 @@ def test_every_layer_and_loss_is_checked() -> None:
     assert found["max_relative_error"] <= 1e-7
     assert list(found["checks"]) == list(CHECKED)
     assert {type(make(3)).__name__ for make in CHECKED.values()} == set(layers.__all__) - {
-        *("ACTIVATIONS", "ActivationLayer", "Elementwise", "Layer")
+        *("ACTIVATIONS", "AUTO", "INITS", "check_bias", "ActivationLayer", "Elementwise", "Layer")
     }
     for name, row in found["checks"].items():
         assert list(row) == (list(losses.LOSSES) if name == "Tanh" else list(WITH_EVERY_LAYER))

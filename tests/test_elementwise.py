@@ -387,7 +387,9 @@ def test_what_one_sees() -> None:
     assert repr(elu) == "<activation elu>"
     assert repr(gb.Elementwise(elu, alpha=0.5)) == "Elementwise(elu(alpha=0.5))"
     net = gb.mlp([3, 4, 1], activation=silu, loss=huber)
-    assert repr(net).startswith("Network([Dense(inputs=3, outputs=4, bias=True, init='xavier'), Elementwise(silu), ")
+    assert repr(net).startswith(
+        "Network([Dense(inputs=3, outputs=4, bias=True, init='auto', bias_init=None), Elementwise(silu), "
+    )
     assert net.loss_name == "huber(delta=1.0)"
     np.testing.assert_allclose(elu(np.array([-1.0, 2.0])), [np.expm1(-1), 2])
     np.testing.assert_allclose(huber(np.array([3.0]), np.array([0.0])), [2.5])

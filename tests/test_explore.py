@@ -27,6 +27,7 @@ from gpubatch.explore import (
     random_search,
     step_size_sweep,
 )
+from gpubatch.explore.sweeps import RangeTest, _range_test
 from gpubatch.nn import LOSSES, Context, Dense, Layer, Needs, Network, Parameter, ReLU, Tanh, core_of, mlp
 from gpubatch.optim import SGD, Adam
 
@@ -535,6 +536,54 @@ def test_the_range_test_suggests_a_rate_that_trains() -> None:
     never = learning_rate_range_test(net, X, Y, low=1e20, high=1e21, batch_size=50)
     assert never.suggestion is None
     assert "take a lower range" in never.reason
+
+
+def range_test_of(found: np.ndarray, beta: float = 0.9) -> RangeTest:
+    return _range_test(np.geomspace(1e-5, 10, len(found)).tolist(), found.tolist(), beta, len(found))
+
+
+def test_noise_alone_suggests_no_rate() -> None:
+    """A smoothed cost has a lowest value even where it does not fall: of 400 runs of pure noise hardly one passes."""
+    noise = np.random.default_rng(0).normal(1, 0.1, size=(400, 200))
+    results = [range_test_of(found) for found in noise]
+    assert sum(result.suggestion is not None for result in results) <= 4
+    assert "the network may be trained already" in results[0].reason
+    assert all(
+        range_test_of(found[:n], beta).suggestion is None for found in noise[:9] for n in (2, 9) for beta in (0, 0.9)
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_fall_that_exceeds_the_noise_suggests_a_rate(seed: int) -> None:
+    """The cost falls by 1 between steps 100 and 150, and then explodes: the average is lowest about step 150."""
+    steps = np.arange(200)
+    cost = 2 - np.clip((steps - 100) / 50, 0, 1) + 0.05 * np.maximum(steps - 150, 0)
+    found = cost + np.random.default_rng(seed).normal(0, 0.1, 200)
+    result = range_test_of(found)
+    assert result.suggestion is not None
+    assert 148 <= int(np.argmin(result.smoothed)) <= 156
+    lowest = result.rates[int(np.argmin(result.smoothed))]
+    assert result.suggestion == pytest.approx(lowest / 10, rel=0.05)
+    # Where noise is as large as the fall, there is none; without noise, the smallest fall counts.
+    assert range_test_of(cost + np.random.default_rng(seed).normal(0, 1, 200)).suggestion is None
+    assert (
+        range_test_of(2 - 1e-3 * np.clip((steps - 100) / 50, 0, 1) + np.maximum(steps - 150, 0)).suggestion is not None
+    )
+
+
+def test_a_network_that_is_trained_gets_no_rate() -> None:
+    net = mlp([6, 16, 3], backend="cpu", dtype="float64")
+    X, Y = task(net, 600)
+    Y = np.where(np.random.default_rng(0).uniform(size=600) < 0.2, 0, Y)  # what cannot be learned
+    optimizer_sweep(net, X, Y, {"adam": Adam}, [0.01], epochs=1)
+    fresh = [learning_rate_range_test(net, X, Y, batch_size=50, seed=seed) for seed in range(4)]
+    assert all(result.suggestion is not None for result in fresh)
+    opt = Adam(net.parameters, 0.02)
+    for _ in range(200):
+        net.loss_and_grad(X, Y)
+        opt.step()
+    trained = [learning_rate_range_test(net, X, Y, batch_size=50, seed=seed) for seed in range(4)]
+    assert [result.suggestion for result in trained] == [None] * 4
 
 
 def test_batch_sizes_are_timed_until_the_target() -> None:

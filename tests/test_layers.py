@@ -10,11 +10,12 @@ from needs import peer
 
 import gpubatch as gb
 from gpubatch.backend import Array, Backend, get_backend
-from gpubatch.errors import ArgumentError, DTypeError
+from gpubatch.errors import ArgumentError, DTypeError, ShapeError
 from gpubatch.nn import Context, layers
 from gpubatch.nn.layers import (
     ACTIVATIONS,
     GELU,
+    INITS,
     ActivationLayer,
     BatchNorm,
     Dense,
@@ -264,17 +265,73 @@ def test_step() -> None:
 # --- dense -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("init", "std"), [("he", math.sqrt(2 / 300)), ("xavier", math.sqrt(2 / 500)), ("zeros", 0), (0.01, 0.01), (0, 0)]
-)
-def test_first_weights_of_dense(init, std, rng) -> None:
+# Of 300 inputs and 200 outputs: the standard deviation of W, the bound if it is uniform, and the bound of b.
+FIRST = {
+    "he": (math.sqrt(2 / 300), None, 0),
+    "he_uniform": (math.sqrt(2 / 300), math.sqrt(6 / 300), 0),
+    "xavier": (math.sqrt(2 / 500), None, 0),
+    "xavier_uniform": (math.sqrt(2 / 500), math.sqrt(6 / 500), 0),
+    "lecun": (math.sqrt(1 / 300), None, 0),
+    "lecun_uniform": (math.sqrt(1 / 300), math.sqrt(3 / 300), 0),
+    "pytorch": (math.sqrt(1 / 900), math.sqrt(1 / 300), math.sqrt(1 / 300)),
+    "small": (math.sqrt(8 / 4500), 2 / 3 * math.sqrt(6 / 500), math.sqrt(1 / 300)),
+    "large": (math.sqrt(9 / 1000), 3 / 2 * math.sqrt(6 / 500), math.sqrt(1 / 300)),
+    "zeros": (0, None, 0),
+    0.01: (0.01, None, 0),
+    0: (0, None, 0),
+    "auto": (math.sqrt(8 / 4500), 2 / 3 * math.sqrt(6 / 500), math.sqrt(1 / 300)),
+}
+
+
+@pytest.mark.parametrize("init", FIRST)
+def test_first_weights_of_dense(init, rng) -> None:
+    std, bound, bias = FIRST[init]
     parameters = Dense(300, 200, init=init).needs(300).parameters
     W = parameters["W"].init(rng, parameters["W"].shape)
     assert W.shape == (300, 200)
     assert W.std() == pytest.approx(std, rel=0.02)
     assert abs(W.mean()) <= 5 * std / math.sqrt(W.size)
-    assert parameters["b"].init == 0
+    if bound is None:
+        assert abs(W).max() >= 3 * std
+    else:
+        assert 0.99 * bound <= abs(W).max() <= bound
+    b = parameters["b"].init
+    b = b(rng, (200,)) if callable(b) else np.full(200, b)
+    assert 0.95 * bias <= abs(b).max() <= bias
     assert [name for name, p in parameters.items() if p.l2] == ["W"]
+
+
+def test_every_init_is_tested() -> None:
+    assert {init for init in FIRST if isinstance(init, str)} == {*INITS, "auto"}
+
+
+@pytest.mark.parametrize("init", ["he_uniform", "xavier", "xavier_uniform", "pytorch"])
+def test_first_weights_are_distributed_as_pytorchs(init, rng) -> None:
+    torch = peer("torch")
+    torch.manual_seed(0)
+    theirs = torch.nn.Linear(300, 200)
+    if init != "pytorch":
+        fill = {"he_uniform": "kaiming_uniform_", "xavier": "xavier_normal_", "xavier_uniform": "xavier_uniform_"}[init]
+        options = {"nonlinearity": "relu"} if init == "he_uniform" else {}
+        getattr(torch.nn.init, fill)(theirs.weight, **options)
+        torch.nn.init.zeros_(theirs.bias)
+    parameters = Dense(300, 200, init=init).needs(300).parameters
+    W = parameters["W"].init(rng, (300, 200)).ravel()
+    levels = [0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99]
+    there = theirs.weight.detach().numpy().ravel()
+    np.testing.assert_allclose(np.quantile(W, levels), np.quantile(there, levels), atol=0.03 * W.std())
+    b = parameters["b"].init
+    b = b(rng, (200,)) if callable(b) else np.zeros(200)
+    there = theirs.bias.detach().numpy()
+    np.testing.assert_allclose(np.quantile(b, levels), np.quantile(there, levels), atol=0.35 * b.std())
+
+
+@pytest.mark.parametrize(("given", "expected"), [(2, [2, 2, 2]), ([1, 2, 3], [1, 2, 3]), (np.ones(3), [1, 1, 1])])
+def test_a_bias_starts_where_it_is_told(given, expected, rng) -> None:
+    layer = Dense(4, 3, init="pytorch", bias_init=given)
+    init = layer.needs(4).parameters["b"].init
+    assert (init(rng, (3,)).tolist() if callable(init) else [init] * 3) == expected
+    assert eval(repr(layer), {"Dense": Dense}).bias_init == layer.bias_init  # it is kept as Python's numbers
 
 
 # --- batch normalisation ---------------------------------------------------------------------------------------------
@@ -366,7 +423,15 @@ def test_a_mask_is_a_function_of_seed_layer_step_and_place() -> None:
         (lambda: Dense(0, 3), ArgumentError, "inputs must be an integer >= 1, got 0"),
         (lambda: Dense(3, 2.0), DTypeError, "outputs must be an integer >= 1, got 2.0"),
         (lambda: Dense(3, 2, bias=1), DTypeError, "bias must be True or False, got 1"),
-        (lambda: Dense(3, 2, init="hee"), ArgumentError, "init must be one of 'he', 'xavier', 'zeros', got 'hee'"),
+        (lambda: Dense(3, 2, init="hee"), ArgumentError, "init must be one of 'he', .*, got 'hee'; did you mean 'he'"),
+        (lambda: Dense(3, 2, bias_init=[1, 2, 3]), ShapeError, r"bias_init must have shape \(\) or \(2,\), got \(3,\)"),
+        (
+            lambda: Dense(3, 2, bias_init="mean"),
+            DTypeError,
+            "bias_init must be a number or one for each output, got 'mean'",
+        ),
+        (lambda: Dense(3, 2, bias_init=math.nan), ArgumentError, "bias_init must be finite, got nan"),
+        (lambda: Dense(3, 2, bias=False, bias_init=1), ArgumentError, "bias_init is the start of a bias"),
         (lambda: Dense(3, 2, init=-1.0), ArgumentError, r"init must be finite and in \[0, inf\), got -1.0"),
         (lambda: LeakyReLU(1.0), ArgumentError, r"slope must be finite and in \[0, 1\), got 1.0"),
         (lambda: GELU("erf"), ArgumentError, "approximate must be one of 'none', 'tanh', got 'erf'"),

@@ -20,6 +20,7 @@ from gpubatch.nn import Context, Needs, Parameter, core_of, workspace
 from gpubatch.nn.layers import (
     ACTIVATIONS,
     GELU,
+    INITS,
     BatchNorm,
     Dense,
     Dropout,
@@ -161,10 +162,11 @@ def test_a_whole_mlp_agrees_with_pytorch(activation, batch_norm, rng) -> None:
     net = mlp(sizes, activation, batch_norm, l2=l2, backend="cpu", dtype="float64", seed=1)
     modules, linears, norms = [], [], []
     for i in (1, 2, 3):
-        linears.append(nn.Linear(sizes[i - 1], sizes[i], dtype=torch.float64))
+        linears.append(nn.Linear(sizes[i - 1], sizes[i], bias=i == 3 or not batch_norm, dtype=torch.float64))
         with torch.no_grad():
             linears[-1].weight.copy_(torch.tensor(net.parameters[f"W{i}"].T.copy()))
-            linears[-1].bias.zero_()
+            if linears[-1].bias is not None:
+                linears[-1].bias.copy_(torch.tensor(net.parameters[f"b{i}"].copy()))
         modules.append(linears[-1])
         if i < 3:
             if batch_norm:
@@ -183,7 +185,9 @@ def test_a_whole_mlp_agrees_with_pytorch(activation, batch_norm, rng) -> None:
         np.testing.assert_allclose(value, expected.item(), rtol=1e-12)
         for i, linear in enumerate(linears, 1):
             np.testing.assert_allclose(grads[f"W{i}"], linear.weight.grad.numpy().T, **close)
-            np.testing.assert_allclose(grads[f"b{i}"], linear.bias.grad.numpy(), **close)
+            assert (linear.bias is None) == (f"b{i}" not in grads)
+            if linear.bias is not None:
+                np.testing.assert_allclose(grads[f"b{i}"], linear.bias.grad.numpy(), **close)
         for i, norm in enumerate(norms, 1):
             np.testing.assert_allclose(grads[f"gamma{i}"], norm.weight.grad.numpy(), **close)
             np.testing.assert_allclose(net.buffers[f"running_var{i}"], norm.running_var.numpy(), **close)
@@ -196,7 +200,7 @@ def test_l2_counts_weights_alone(backend, dtype, tolerance, rng) -> None:
     Y = backend.asarray(rng.integers(0, 4, 8))
     nets = [mlp([300, 120, 4], batch_norm=True, l2=l2, backend=backend, dtype=dtype) for l2 in (0.0, 0.5)]
     for net in nets:
-        net.parameters["b1"] = 3.0
+        net.parameters["beta1"] = 3.0
     (plain, grads), (value, penalised) = (net.loss_and_grad(X, Y) for net in nets)
     weights = {name: backend.to_numpy(nets[0].parameters[name]) for name in ("W1", "W2")}
     assert value - plain == pytest.approx(0.25 * sum((w.astype("f8") ** 2).sum() for w in weights.values()), rel=1e-4)
@@ -352,7 +356,7 @@ def test_a_narrow_layer_takes_no_wide_place() -> None:
 def test_a_network_is_made_in_little_more_than_its_parameters() -> None:
     tracemalloc.start()
     try:
-        net = Network([Dense(3000, 700)], backend="cpu", seed=9)
+        net = Network([Dense(3000, 700, init="he")], backend="cpu", seed=9)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -499,11 +503,9 @@ def test_parameters_are_numbered_for_each_kind() -> None:
     assert [type(layer) for layer in net.layers] == [Dense, BatchNorm, ReLU, Dropout] * 2 + [Dense]
     assert net.parameters.shapes == {
         "W1": (6, 5),
-        "b1": (5,),
         "gamma1": (5,),
         "beta1": (5,),
         "W2": (5, 4),
-        "b2": (4,),
         "gamma2": (4,),
         "beta2": (4,),
         "W3": (4, 3),
@@ -516,26 +518,90 @@ def test_parameters_are_numbered_for_each_kind() -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_mlp_starts_hidden_layers_by_their_activation(activation) -> None:
-    net = mlp([600, 500, 400], activation, backend="cpu")
-    assert type(net.layers[1]) is ACTIVATIONS[activation]
+def test_the_networks_of_version_0_1(activation) -> None:
+    net = mlp([600, 500, 400], activation, True, backend="cpu", init="v0.1")
+    assert type(net.layers[2]) is ACTIVATIONS[activation]
     hidden = 2 / 600 if activation in ("relu", "leaky_relu", "gelu") else 2 / 1100
     assert net.parameters["W1"].var() == pytest.approx(hidden, rel=0.02)
     assert net.parameters["W2"].var() == pytest.approx(2 / 900, rel=0.02)
+    assert net.parameters.shapes["b1"] == (500,)
     assert not net.parameters["b1"].any()
+
+
+CLASSES = ["softmax_cross_entropy", "sigmoid_cross_entropy", "svm", "focal", "hinge", "squared_hinge"]
+OF_NUMBERS = ["mse", "mae", "huber", "log_cosh", "quantile", "poisson"]
+# Of 600-500-400-300 by loss: the bounds of W3; those of the other weights and of all biases do not depend on it.
+AUTO = {**dict.fromkeys(CLASSES, 1.5 * math.sqrt(6 / 700)), **dict.fromkeys(OF_NUMBERS, 400**-0.5)}
+
+
+@pytest.mark.parametrize("loss", AUTO)
+def test_first_weights_depend_on_the_loss(loss) -> None:
+    assert AUTO.keys() == LOSSES.keys()
+    bounds = {f"b{i}": inputs**-0.5 for i, inputs in enumerate([600, 500, 400], 1)}
+    bounds |= {"W1": math.sqrt(8 / 3 / 1100), "W2": math.sqrt(8 / 3 / 900), "W3": AUTO[loss]}
+    net = mlp([600, 500, 400, 300], loss=loss, backend="cpu")
+    for name, values in net.parameters.items():
+        assert bounds[name] * 0.95 <= abs(values).max() <= bounds[name]
+        assert values.var() == pytest.approx(bounds[name] ** 2 / 3, rel=0.15)
+
+
+def test_the_last_dense_layer_is_the_last() -> None:
+    """Whatever comes after it; one whose init is given takes no place from it."""
+    layers = [Dense(300, 300), ReLU(), Dense(300, 300, init=1.0), ReLU(), Dense(300, 200), Dropout(0.1)]
+    p = Network(layers, "mse", backend="cpu").parameters
+    found = [p[name].var() for name in ("W1", "W2", "W3")]
+    np.testing.assert_allclose(found, [8 / 9 / 600, 1, 1 / 900], rtol=0.02)
+
+
+def test_every_layer_has_the_init_that_mlp_is_given() -> None:
+    for init in (*INITS, 0.5):
+        layers = [layer for layer in mlp([5, 4, 3], backend="cpu", init=init).layers if isinstance(layer, Dense)]
+        assert [layer.init for layer in layers] == [init, init]
+    with pytest.raises(ArgumentError, match=r"init must be one of .*'v0\.1', got 'glorot'"):
+        mlp([5, 4, 3], backend="cpu", init="glorot")
 
 
 def test_the_seed_alone_decides_the_first_weights(backend) -> None:
     def weights(**options) -> np.ndarray:
         return backend.to_numpy(mlp([5, 4, 3], backend=backend, **options).parameters.flat)
 
-    np.testing.assert_array_equal(weights(seed=4), weights(seed=4))
-    np.testing.assert_array_equal(weights(seed=4), weights(seed=4, dtype="float64").astype(np.float32))
-    assert not (weights(seed=4)[:20] == weights(seed=5)[:20]).any()
-    first = np.random.Generator(np.random.Philox(key=[4, 0])).normal(0, math.sqrt(2 / 5), 20)
-    third = np.random.Generator(np.random.Philox(key=[4, 2])).normal(0, math.sqrt(2 / 7), 12)
+    def draw(place: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=[4, place]))
+
+    for init in ("auto", "v0.1"):
+        np.testing.assert_array_equal(weights(seed=4, init=init), weights(seed=4, init=init))
+        double = weights(seed=4, init=init, dtype="float64")
+        np.testing.assert_array_equal(weights(seed=4, init=init), double.astype(np.float32))
+        assert not (double[:20] == weights(seed=5, init=init)[:20]).any()
+    first, third = draw(0).normal(0, math.sqrt(2 / 5), 20), draw(2).normal(0, math.sqrt(2 / 7), 12)
     expected = np.concatenate([first, np.zeros(4), third, np.zeros(3)])
-    np.testing.assert_array_equal(weights(seed=4, dtype="float64"), expected)
+    np.testing.assert_array_equal(weights(seed=4, dtype="float64", init="v0.1"), expected)
+    first, third = draw(0), draw(2)
+    expected = [
+        *(math.sqrt(8 / 3 / 9) * first.uniform(-1, 1, 20), math.sqrt(1 / 5) * first.uniform(-1, 1, 4)),
+        *(1.5 * math.sqrt(6 / 7) * third.uniform(-1, 1, 12), math.sqrt(1 / 4) * third.uniform(-1, 1, 3)),
+    ]
+    np.testing.assert_allclose(weights(seed=4, dtype="float64"), np.concatenate(expected), rtol=1e-12)
+
+
+def test_large_matrices_are_drawn_in_parts_as_in_one() -> None:
+    net = Network([Dense(1100, 90, init="pytorch")], "mse", backend="cpu", dtype="float64")
+    draw = np.random.Generator(np.random.Philox(key=[0, 0]))
+    expected = [draw.uniform(-1, 1, shape) / math.sqrt(1100) for shape in [(1100, 90), 90]]
+    for name, value in zip(["W1", "b1"], expected, strict=True):
+        np.testing.assert_allclose(net.parameters[name], value, rtol=1e-14, atol=1e-17)
+
+
+def test_a_network_with_output_bias_predicts_it(backend, rng) -> None:
+    """With weights of 0 in the last layer, the loss is the variance of the targets."""
+    Y = rng.normal([20, -3], [5, 1], size=(40, 2))
+    net = mlp([6, 5, 2], loss="mse", backend=backend, dtype="float64", output_bias=Y.mean(axis=0))
+    net.parameters["W2"] = 0.0
+    X = backend.asarray(rng.normal(size=(40, 6)))
+    np.testing.assert_allclose(backend.to_numpy(net.predict(X)), np.tile(Y.mean(axis=0), (40, 1)))
+    assert net.loss(X, backend.asarray(Y)) == pytest.approx(Y.var(axis=0).mean())
+    one = mlp([6, 5, 1], loss="mse", backend="cpu", output_bias=Y[:, :1].mean(axis=0))
+    assert one.parameters["b2"].tolist() == pytest.approx([Y[:, 0].mean()])
 
 
 def test_state_goes_round_and_training_goes_on_exactly(backend, rng) -> None:

@@ -122,7 +122,7 @@ def test_a_wrong_validation_set_is_refused_before_the_first_step(name: str, back
 
 
 def test_a_validation_loss_that_overflows_is_said_to_be_one() -> None:
-    net, loader, opt = parts()
+    net, loader, opt = parts(init=2.0)
     X, Y = blobs(20)
     with pytest.raises(gb.NonFiniteError, match=r"^validation: loss is .* for a batch of shape \(20, 4\)") as raised:
         gb.fit(net, loader, opt, 2, validation=(X * np.float32(3e38 / abs(X).max()), Y), progress=False)

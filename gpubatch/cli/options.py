@@ -11,7 +11,7 @@ import typer
 
 from gpubatch import optim, schedules
 from gpubatch.errors import ArgumentError, check_choice
-from gpubatch.nn import ACTIVATIONS
+from gpubatch.nn import ACTIVATIONS, INITS
 
 __all__ = [
     "DECAYS",
@@ -22,6 +22,7 @@ __all__ = [
     "BackendName",
     "BatchSize",
     "DtypeName",
+    "FirstWeights",
     "Folder",
     "HiddenLayers",
     "LossName",
@@ -80,6 +81,9 @@ HiddenLayers = Annotated[str, typer.Option(help="Widths of the hidden layers, by
 Activation = Annotated[str, typer.Option(help=f"One of {', '.join(ACTIVATIONS)}.")]
 WithDropout = Annotated[float, typer.Option(help="Fraction of the hidden activations that a step leaves out.")]
 WithBatchNorm = Annotated[bool, typer.Option(help="Normalise the hidden layers over each batch.")]
+FirstWeights = Annotated[
+    str, typer.Option("--init", help=f"How the weights start: auto, v0.1 (as in that version), {', '.join(INITS)}.")
+]
 LossName = Annotated[str, typer.Option(help="softmax_cross_entropy or svm.")]
 OptimizerName = Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")]
 Rate = Annotated[float | None, typer.Option(help="Learning rate; by default one that suits the optimizer.")]

@@ -27,6 +27,7 @@ from gpubatch.train import (
     TrainingTerminated,
     WeightAverage,
     fit,
+    init_to_resume,
 )
 
 __all__ = ["train"]
@@ -54,6 +55,7 @@ def train(
     class_weight: Annotated[
         str | None, typer.Option(help="balanced: every class counts as much as any other in the loss.")
     ] = None,
+    init: options.FirstWeights = "auto",
     seed: Annotated[int, typer.Option(help="Of split, first weights, order and dropout.")] = 0,
     backend: options.BackendName = "auto",
     dtype: options.DtypeName = "float32",
@@ -98,6 +100,7 @@ def train(
         "dropout": dropout,
         "l2": l2,
         "precision": precision,
+        "init": init_to_resume(store) if resume and store is not None and init == "auto" else init,
     }
     data = Data(folder, layers, backend, dtype, seed, **kind)
     net, where, (X_test, Y_test) = data.net, data.net.backend, data.test

@@ -32,6 +32,7 @@ __all__ = [
     "step_size_sweep",
 ]
 
+SIGNIFICANT = 4.0  # standard deviations by which a cost must fall; the lowest of 200 averages of noise is below 3
 MakeOptimizer: TypeAlias = Callable[[Parameters, float], Optimizer]
 
 
@@ -80,7 +81,7 @@ def step_size_sweep(net: Network, X: Array, Y: Array, step_sizes: Any = None) ->
 class RangeTest(Shown):
     """A run with a rising learning rate: the cost at each rate, raw and smoothed.
 
-    ``suggestion`` is a learning rate to train with, None if the cost never fell; ``reason`` says why.
+    ``suggestion`` is a learning rate to train with, None if the cost fell by no more than noise; ``reason`` says why.
     """
 
     rates: tuple[float, ...]
@@ -118,7 +119,8 @@ def learning_rate_range_test(
     progress: is called with the number of steps done and the number of all
 
     The run ends early if the smoothed cost exceeds four times its minimum. The suggestion is a tenth of the rate at
-    which the smoothed cost is lowest.
+    which the smoothed cost is lowest. There is none if the cost falls by less than four times the standard deviation
+    that the batches give its average, as with a network that is trained already.
     """
     check_net(net)
     low = check_real("low", low, 0, open_low=True)
@@ -145,7 +147,7 @@ def learning_rate_range_test(
                 opt.lr = rate
                 opt.step(grads)
     report(progress, steps, steps)
-    return _range_test(planned[: len(found)], found, ewma(found, beta).tolist(), steps)
+    return _range_test(planned[: len(found)], found, beta, steps)
 
 
 def _endless(loader: Loader) -> Generator[Any]:
@@ -153,17 +155,37 @@ def _endless(loader: Loader) -> Generator[Any]:
         yield from loader
 
 
-def _range_test(rates: list[float], found: list[float], smoothed: list[float], steps: int) -> RangeTest:
-    lowest = smoothed.index(min(smoothed))
-    if lowest == 0:
-        words = f"the smoothed cost never falls below its start, {smoothed[0]:.4g}: take a lower range"
-        return RangeTest(tuple(rates), tuple(found), tuple(smoothed), None, words)
-    suggestion = float(f"{rates[lowest] / 10:.2g}")
+def _range_test(rates: list[float], found: list[float], beta: float, steps: int) -> RangeTest:
+    """The result of the costs ``found`` at ``rates``, of ``steps`` that were planned."""
+    smoothed = ewma(found, beta).tolist()
+    window = min(round(1 / (1 - beta)), max(1, len(found) // 4))  # steps that the average spans; it needs as many
+    start = math.fsum(found[:window]) / window
+    lowest = smoothed.index(min(smoothed[window - 1 :]), window - 1)
+    # Between neighbours the cost differs by the noise of two batches, and hardly by the training.
+    changes = np.diff(found[: max(lowest + 1, 2 * window)])
+    noise = math.sqrt(float((changes**2).mean()) / 2) if changes.size else math.inf
+    # The variance of an average of t values with bias correction, and of the mean at the start, in those of one batch.
+    past = beta ** (lowest + 1)
+    noise *= math.sqrt((1 - beta) / (1 + beta) * (1 + past) / (1 - past) + 1 / window)
+    fall = start - smoothed[lowest]
+    suggestion = None
     end = "was given up" if len(rates) < steps else "ended"
-    words = (
-        f"the smoothed cost is lowest, {smoothed[lowest]:.4g}, at {rates[lowest]:.2g}, and the run {end} at "
-        f"{rates[-1]:.2g}; a tenth of the first leaves room, and the cost falls there"
-    )
+    if fall > SIGNIFICANT * noise:
+        suggestion = float(f"{rates[lowest] / 10:.2g}")
+        words = (
+            f"the smoothed cost is lowest, {smoothed[lowest]:.4g}, at {rates[lowest]:.2g}, and the run {end} at "
+            f"{rates[-1]:.2g}; a tenth of the first leaves room, and the cost falls there"
+        )
+    elif len(found) < min(steps, 2 * window + 1):
+        words = (
+            f"the cost never falls below its start, {start:.4g}, and the run {end} at {rates[-1]:.2g}: take a lower "
+            "range"
+        )
+    else:
+        words = (
+            f"the smoothed cost falls from {start:.4g} to {smoothed[lowest]:.4g} at the lowest, which may be the noise "
+            f"between batches, ±{noise:.2g}: the network may be trained already; larger batches have less noise"
+        )
     return RangeTest(tuple(rates), tuple(found), tuple(smoothed), suggestion, words)
 
 

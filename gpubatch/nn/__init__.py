@@ -5,6 +5,7 @@ from gpubatch.nn.core import EVALUATION_ROWS, Core, quiet
 from gpubatch.nn.layers import (
     ACTIVATIONS,
     GELU,
+    INITS,
     ActivationLayer,
     BatchNorm,
     Dense,
@@ -26,6 +27,7 @@ __all__ = [
     "ACTIVATIONS",
     "EVALUATION_ROWS",
     "GELU",
+    "INITS",
     "LOSSES",
     "SVM",
     "ActivationLayer",

@@ -21,7 +21,7 @@ from gpubatch.inputs import check_kind, taken
 from gpubatch.nn.checks import WatchedLayer, WatchedLoss, of_the_user
 from gpubatch.nn.layers import BatchNorm, Dense, DenseActivation, Layer
 from gpubatch.nn.losses import NO_MEAN, Loss, Weighing, check_weight, check_weight_values, counts_of, no_mean
-from gpubatch.nn.needs import Context, Mode, Normal, Parameter, Space
+from gpubatch.nn.needs import ByPlace, Context, Mode, Parameter, Random, Space
 from gpubatch.nn.stack import Stacked, describe_layer, fused, parameter_names, stacked, told
 from gpubatch.nn.workspace import (
     Arrange,
@@ -457,6 +457,7 @@ class Core:
         parameters = Parameters(by_alignment(shapes), self.backend, self.dtype)
         kept = {self.names[i][name]: p.shape for i, name, p in self._declared("buffers")}
         buffers = FlatViews(self.backend.zeros(sum(map(math.prod, kept.values())), self.compute_dtype), kept)
+        last = max((run.place for run in self.layers if isinstance(run.layer, Dense)), default=-1)
         for run, names in zip(self.layers, self.names, strict=True):
             draw = philox_generator(self.mode.seed, run.place)
             for own, wanted in ((parameters, run.needs.parameters), (buffers, run.needs.buffers)):
@@ -465,17 +466,18 @@ class Core:
                         self.backend.scope(),
                         told(f"{describe_layer(run.layer, run.place)}: init of {name!r}"),
                     ):
-                        self._draw(p, draw, own[names[name]])
+                        self._draw(p, draw, own[names[name]], run.place == last)
         return parameters, buffers
 
-    def _draw(self, p: Parameter, draw: np.random.Generator, view: Array) -> None:
-        if not callable(p.init):
-            view.fill(p.init)
+    def _draw(self, p: Parameter, draw: np.random.Generator, view: Array, last: bool) -> None:
+        init = p.init.choose(self.loss.classifies, last) if isinstance(p.init, ByPlace) else p.init
+        if not callable(init):
+            view.fill(init)
             return
-        rows = max(1, DRAWN // math.prod(p.shape[1:])) if isinstance(p.init, Normal) else p.shape[0]
+        rows = max(1, DRAWN // math.prod(p.shape[1:])) if isinstance(init, Random) else p.shape[0]
         for part in evenly(p.shape[0], rows):
             shape = part.stop - part.start, *p.shape[1:]
-            values = p.init(draw, shape)
+            values = init(draw, shape)
             if getattr(values, "shape", None) != shape:
                 raise ShapeError(f"it must return an array of shape {shape}, got {getattr(values, 'shape', values)!r}")
             view[part] = self.backend.asarray(values, view.dtype)

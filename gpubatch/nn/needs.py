@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -12,21 +13,53 @@ from gpubatch.backend import Array, Backend
 from gpubatch.errors import ArgumentError, DTypeError, check_bool, check_int
 from gpubatch.ops import Ops, Products, Space, workspace_dtype
 
-__all__ = ["Context", "Initializer", "Mode", "Needs", "Normal", "Parameter", "Shape", "Space", "check_spaces"]
+__all__ = [
+    "ByPlace",
+    "Context",
+    "Initializer",
+    "Mode",
+    "Needs",
+    "Parameter",
+    "Random",
+    "Shape",
+    "Space",
+    "check_spaces",
+]
 
 Shape: TypeAlias = tuple[int, ...]
 Initializer: TypeAlias = "Callable[[np.random.Generator, Shape], np.ndarray]"  # in quotes: NumPy loads random late
 
 
 @dataclass(frozen=True)
-class Normal:
-    """Normal numbers around zero. Several calls draw the same rows as a single one for all of them."""
+class Random:
+    """Random numbers around zero, normal or uniform, of one variance. Several calls draw the same rows as one for all.
+
+    std: the standard deviation.
+    uniform: whether they are uniform, between ±√3 std.
+    """
 
     std: float
+    uniform: bool = False
 
     def __call__(self, draw: np.random.Generator, shape: Shape) -> np.ndarray:
         """The first values of an array."""
-        return draw.normal(0, self.std, shape)
+        bound = math.sqrt(3) * self.std
+        return draw.uniform(-bound, bound, shape) if self.uniform else draw.normal(0, self.std, shape)
+
+
+@dataclass(frozen=True)
+class ByPlace:
+    """First values that the network chooses by its loss and the layer's place.
+
+    choose: a function of whether the loss has classes and whether the layer is the last Dense one.
+    """
+
+    choose: Callable[[bool, bool], float | Initializer]
+
+    def __call__(self, draw: np.random.Generator, shape: Shape) -> np.ndarray:
+        """What a hidden layer under a loss with classes has, for a caller that knows no network."""
+        init = self.choose(True, False)
+        return init(draw, shape) if callable(init) else np.full(shape, init)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,18 @@ from gpubatch.errors import (
 from gpubatch.formula import Activation, BoundActivation, BoundScoreLoss, ScoreLoss
 from gpubatch.inputs import taken
 from gpubatch.nn.core import EVALUATION_ROWS, Core, quiet
-from gpubatch.nn.layers import ACTIVATIONS, ActivationLayer, BatchNorm, Dense, Dropout, Elementwise, Layer
+from gpubatch.nn.layers import (
+    ACTIVATIONS,
+    AUTO,
+    INITS,
+    ActivationLayer,
+    BatchNorm,
+    Dense,
+    Dropout,
+    Elementwise,
+    Layer,
+    check_bias,
+)
 from gpubatch.nn.losses import NO_MEAN, Loss, OverScores, Weighing, counts_of, loss_of
 from gpubatch.nn.summary import LayerSummary, Summary
 from gpubatch.nn.workspace import evenly
@@ -37,6 +48,7 @@ from gpubatch.passes import pass_of
 __all__ = ["Network", "core_of", "mlp", "no_decay"]
 
 COMPARED = 1 << 15  # scores that are compared with labels at a time, since predictions are new arrays
+V0_1 = "v0.1"  # the init of mlp() that makes the networks of that version
 MIXED = "mixed"  # the precision beside those of products
 
 
@@ -480,6 +492,8 @@ def mlp(
     seed: int = 0,
     precision: str = "full",
     tune: bool = False,
+    init: str | float = AUTO,
+    output_bias: float | Sequence[float] | None = None,
 ) -> Network:
     """A network of Dense layers of the given sizes, with an activation between them.
 
@@ -487,6 +501,11 @@ def mlp(
     activation: a name, or a function declared with :func:`gpubatch.activation`.
     batch_norm: whether BatchNorm comes after every hidden Dense, before the activation.
     dropout: the rate of Dropout after every activation; 0 for none.
+    init: how the weights of all layers start, as in :class:`Dense`. "v0.1" makes the network of gpubatch 0.1: "he", or
+        "xavier" with activations other than relu, leaky_relu and gelu; "xavier" in the last layer; biases of 0, also
+        before batch norm, where they do nothing. A run that 0.1 saved with batch norm is resumed with it.
+    output_bias: how the last bias starts, a number or one for each output. The mean of the targets, ``Y.mean(axis=0)``,
+        is what a regression would otherwise learn first.
 
     The other arguments are those of :class:`Network`.
     """
@@ -499,13 +518,18 @@ def mlp(
         kind = functools.partial(Elementwise, activation)
     check_bool("batch_norm", batch_norm)
     check_real("dropout", dropout, 0, 1, open_high=True)
-    # These activations halve the variance, which He's initialisation makes up for; the rest keeps it with Xavier's.
-    init = "he" if activation in ("relu", "leaky_relu", "gelu") else "xavier"
+    old, init_of_last = init == V0_1, init
+    if old:
+        # ReLU and its like halve the variance, which He's makes up for.
+        init, init_of_last = "he" if activation in ("relu", "leaky_relu", "gelu") else "xavier", "xavier"
+    elif isinstance(init, str):
+        check_choice("init", init, [*INITS, AUTO, V0_1])
     layers: list[Layer] = []
     for inputs, features in itertools.pairwise([*hidden, last]):
-        layers.append(Dense(inputs, features, init=init))
+        # Batch norm subtracts the mean, and with it a bias.
+        layers.append(Dense(inputs, features, bias=old or not batch_norm, init=init))
         layers += [BatchNorm(features)] if batch_norm else []
         layers.append(kind())
         layers += [Dropout(dropout)] if dropout else []
-    layers.append(Dense(last, outputs, init="xavier"))
+    layers.append(Dense(last, outputs, init=init_of_last, bias_init=check_bias("output_bias", output_bias, outputs)))
     return Network(layers, loss, l2, backend, dtype, seed, precision, tune)

@@ -11,6 +11,7 @@ from gpubatch.train.loss_scale import LossScale
 from gpubatch.train.memory import memory_parts, plan_batches
 from gpubatch.train.monitors import BestWeights, EarlyStopping, ReduceOnPlateau
 from gpubatch.train.parts import ClipByValue, GradientNoise, WeightAverage
+from gpubatch.train.resume import init_to_resume
 
 __all__ = [
     "AHEAD",
@@ -34,6 +35,7 @@ __all__ = [
     "bar",
     "drop_last_for",
     "fit",
+    "init_to_resume",
     "loader_for",
     "memory_parts",
     "plan_batches",

@@ -7,8 +7,10 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import re
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,25 @@ from typing import Any
 import numpy as np
 
 from gpubatch.checkpoint import Checkpoints
-from gpubatch.errors import ArgumentError, CheckpointError, DataFormatError, GpubatchError, ResumeWarning
+from gpubatch.errors import (
+    ArgumentError,
+    CheckpointError,
+    CheckpointWarning,
+    DataFormatError,
+    GpubatchError,
+    ResumeWarning,
+)
 from gpubatch.loader import Loader, epochs_of
 from gpubatch.nn import Network
 from gpubatch.optim import given_hyper, load_resumed
 from gpubatch.train.history import History
 from gpubatch.train.record import EpochProgress, Record, warn_caller
 
-__all__ = ["RunCheckpoints", "check_same_network", "describe_network", "open_checkpoints"]
+__all__ = ["RunCheckpoints", "check_same_network", "describe_network", "init_to_resume", "open_checkpoints"]
+
+# What the words for a Dense layer say of its first weights.
+FIRST_VALUES = r", init=(?:'[^']*'|[^,()]*)(?:, bias_init=(?:[^,()]*|\([^()]*\)))?"
+DENSE = re.compile(rf"(\w+\(inputs=\d+, outputs=\d+, bias=(?:True|False)){FIRST_VALUES}")
 
 
 class RunCheckpoints:
@@ -182,14 +195,41 @@ def open_checkpoints(checkpoint: Any, resume: bool) -> Checkpoints | None:
 
 
 def describe_network(net: Network) -> dict[str, Any]:
-    """What two networks must have in common for one to go on with the other's parameters, as JSON can hold it."""
+    """What two networks must have in common for one to go on with the other's parameters, as JSON can hold it.
+
+    How a Dense layer drew its first weights has no effect any more and is left out.
+    """
     layers = {
         # Functions in a user's layer are shown with their address, which differs from process to process.
-        f"layer {i + 1}": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(layer))
+        f"layer {i + 1}": without_init(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(layer)))
         for i, layer in enumerate(net.layers)
     }
     common = {"dtype": net.dtype.name, "precision": net.precision, "loss": net.loss_name, "l2": net.l2}
     return {**common, "seed": net.seed, "number of layers": len(layers), **layers}
+
+
+def without_init(layer: str) -> str:
+    """The words for a layer, without ``init`` and ``bias_init`` if it is a Dense one."""
+    return DENSE.sub(r"\1", layer)
+
+
+def has_old_biases(saved: Mapping[str, Any]) -> bool:
+    """Whether a saved network has biases before batch norm, as ``mlp`` of version 0.1 made them."""
+    layers = [str(saved.get(f"layer {i + 1}")) for i in range(len(saved))]
+    return any(
+        layer.startswith("Dense(") and "bias=True" in layer and following.startswith("BatchNorm(")
+        for layer, following in itertools.pairwise(layers)
+    )
+
+
+def init_to_resume(store: Checkpoints) -> str:
+    """The ``init`` with which :func:`~gpubatch.nn.mlp` makes the network that was saved in ``store`` again."""
+    with warnings.catch_warnings(), contextlib.suppress(DataFormatError):  # fit tells of damaged files
+        warnings.simplefilter("ignore", CheckpointWarning)
+        found = store.newest()
+        if found is not None and has_old_biases(found[1].get("description", {})):
+            return "v0.1"
+    return "auto"
 
 
 def describe_batches(loader: Loader) -> dict[str, Any]:
@@ -247,6 +287,13 @@ def check_same_batches(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None
 def check_same_network(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise an error that names the first difference between two networks."""
     saved = {"precision": "full", **saved}  # checkpoints from before there was another
+    saved = {name: without_init(value) if isinstance(value, str) else value for name, value in saved.items()}
     for name, value in own.items():
         if saved[name] != value:
-            raise ArgumentError(f"it is of a network whose {name} is {saved[name]}, this one's is {value}")
+            remedy = ""
+            if has_old_biases(saved) and str(saved[name]).replace("bias=True", "bias=False") == value:
+                remedy = (
+                    ": gpubatch 0.1 made biases before batch norm; make the network with gb.mlp(..., init='v0.1'), or "
+                    "Dense(bias=True), to go on with them"
+                )
+            raise ArgumentError(f"it is of a network whose {name} is {saved[name]}, this one's is {value}{remedy}")
