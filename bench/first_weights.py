@@ -292,20 +292,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file; its rows are kept")
     arguments = parser.parse_args()
     hidden = None if arguments.hidden is None else tuple(map(int, arguments.hidden.split(",")))
-    rows: list[dict[str, Any]] = []
     for name in arguments.sets.split(","):
         for optimizer in arguments.optimizers.split(","):
-            rows += compare(name, optimizer, arguments.activation, hidden, arguments)
-    if arguments.out is not None:
-        before = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
-        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-        about = {
-            "date": date.today().isoformat(),
-            "processor": processor(),
-            "versions": {"python": platform.python_version(), **versions},
-            "seeds": arguments.seeds,
-        }
-        arguments.out.write_text(json.dumps({**about, "rows": before + rows}, indent=1) + "\n")
+            rows = compare(name, optimizer, arguments.activation, hidden, arguments)
+            if arguments.out is not None:
+                add(arguments.out, rows, arguments.seeds)
+
+
+def add(file: Path, rows: list[dict[str, Any]], seeds: int) -> None:
+    """Add rows to those in a JSON file."""
+    before = json.loads(file.read_text())["rows"] if file.exists() else []
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    about = {
+        "date": date.today().isoformat(),
+        "processor": processor(),
+        "versions": {"python": platform.python_version(), **versions},
+        "seeds": seeds,
+    }
+    file.write_text(json.dumps({**about, "rows": before + rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ CODE_LINES = {
     "sources": 611,
     "loader": 1808,
     "checkpoint": 266,
-    "model": 830,
+    "model": 831,
     "train": 2406,
     "explore": 897,
     "plot": 327,

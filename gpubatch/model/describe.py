@@ -284,13 +284,14 @@ def differences(found: Any, own: Any, where: str = "") -> list[str]:
         if "class" in found and found["class"] != own.get("class"):
             return [f"{where} is {found['class']} in the file, and {own.get('class')} here"]
         if found.keys() == own.keys():
-            named = {key: where if key in PASSED else f"{where} {key}".strip() for key in found if key != "init"}
+            named = {key: where if key in PASSED else f"{where} {key}".strip() for key in found if key not in FIRST}
             return [text for key, name in named.items() for text in differences(found[key], own[key], name)]
     if found == own:
         return []
     return [f"{where} is {_short(found)} in the file, and {_short(own)} here"]
 
 
+FIRST = ("init", "bias_init")  # how parameters began
 PASSED = ("arguments", "formula", "text", "parameters")  # keys that say nothing to a reader
 
 
