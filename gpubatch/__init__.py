@@ -50,16 +50,16 @@ EXPORTS = {
 }
 MODULES = tuple(
     """
-    averages backend checkpoint datasets errors explore formula launch loader model nn
+    averages backend checkpoint datasets errors explore formula launch loader metrics model nn
     optim params plot schedules sizing sources torch train
     """.split()
 )
 HOMES = {name: module for module, names in EXPORTS.items() for name in names.split()}
 
-__all__ = [*HOMES, "datasets", "explore", "plot"]
+__all__ = [*HOMES, "datasets", "explore", "metrics", "plot"]
 
 if TYPE_CHECKING:  # the same once more, for type checkers
-    from gpubatch import datasets as datasets, explore as explore, plot as plot
+    from gpubatch import datasets as datasets, explore as explore, metrics as metrics, plot as plot
     from gpubatch.averages import EWMA as EWMA, ewma as ewma
     from gpubatch.backend import (
         Backend as Backend,
