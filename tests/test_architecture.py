@@ -205,6 +205,7 @@ CODE_LINES = {
     "loader": 1808,
     "checkpoint": 266,
     "model": 831,
+    "metrics": 266,
     "train": 2406,
     "explore": 897,
     "plot": 327,
