@@ -48,7 +48,7 @@ class Crew {
     void report(double time, int threads, double seconds, double by_half) {
         credit = std::min(credit + by_half - seconds, MOST_CREDIT);
         if (credit >= 0) return;
-        rest = time - since > rest ? SHORTEST : std::min(2 * rest, LONGEST);
+        rest = time - since > LASTING * rest ? std::max(rest / 2, SHORTEST) : std::min(2 * rest, LONGEST);
         limit = std::max(1, threads / 2);
         next_trial = time + rest;
         credit = FIRST_CREDIT;
@@ -56,7 +56,8 @@ class Crew {
 
   private:
     static constexpr double FIRST_CREDIT = 3e-4, MOST_CREDIT = 2e-3;  // a wait that happens once changes nothing
-    static constexpr double SHORTEST = 4e-3, LONGEST = 0.5;  // between trials: a failed one costs a few milliseconds
+    static constexpr double SHORTEST = 4e-3, LONGEST = 0.25;  // between trials: a failed one costs a few milliseconds
+    static constexpr double LASTING = 10;  // a trial has succeeded if it lasts so many times as long as the rest before
     int limit = 1 << 30;
     double credit = MOST_CREDIT, since = 0, next_trial = 0, rest = SHORTEST;
 };
