@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "sources": "datasets ops inputs backend errors",
     "loader": "sources inputs ops staging backend sizing errors own passes",
     "checkpoint": "backend errors",
-    "model": "nn loader checkpoint formula backend errors own",
+    "model": "nn loader inputs checkpoint formula backend errors own",
     "metrics": "nn loader backend errors",
     "train": "nn optim loader checkpoint ops params schedules averages staging backend errors own shown",
     "explore": "nn loader optim train averages params backend errors shown",

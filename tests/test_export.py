@@ -137,7 +137,7 @@ def test_what_a_graph_cannot_have_is_refused(tmp_path: Path) -> None:
     for given, options, message in (
         (gb.Network([gb.Dense(4, 3), Own()], backend="cpu"), {}, r"layer 2 \(Own\) cannot be exported"),
         (gb.Model(net, loader), {}, "prepare=.* cannot be exported; export model.net"),
-        (gb.mlp([4, 3], loss="svm", backend="cpu"), {"probabilities": True}, "probabilities need"),
+        (gb.mlp([4, 3], loss="svm", backend="cpu"), {"probabilities": True}, "probabilities"),
     ):
         with pytest.raises(gb.ArgumentError, match=message):
             gb.export_onnx(given, path, **options)

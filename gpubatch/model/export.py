@@ -17,7 +17,7 @@ from gpubatch.formula import COPY, INDICATOR, OPS, BoundActivation, Element, Sca
 from gpubatch.model.file import check_path
 from gpubatch.model.model import Model
 from gpubatch.model.preparation import Preparation
-from gpubatch.nn import ActivationLayer, BatchNorm, Dense, Dropout, Layer, Network, core_of
+from gpubatch.nn import ActivationLayer, BatchNorm, Dense, Dropout, Layer, Network, core_of, losses
 from gpubatch.own import changed
 
 __all__ = ["export_onnx"]
@@ -225,9 +225,10 @@ class Graph:
 
     def probabilities(self, scores: str) -> str:
         """Add what makes probabilities of scores."""
-        name = self._net.loss_name.partition("(")[0]
-        if name == "softmax_cross_entropy":
+        loss = self._net.loss_function
+        loss.check_probabilities()
+        if isinstance(loss, losses.SoftmaxCrossEntropy):
             return self.add("Softmax", scores, axis=1)
-        if name == "sigmoid_cross_entropy":
+        if isinstance(loss, losses.LogOdds):
             return self.add("Sigmoid", scores)
-        raise ArgumentError(f"probabilities need softmax or sigmoid cross-entropy, the loss is {self._net.loss_name}")
+        raise ArgumentError(f"probabilities of {loss.name} cannot be exported")

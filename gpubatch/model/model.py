@@ -10,6 +10,7 @@ import numpy as np
 
 from gpubatch.backend import Array, Backend
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError
+from gpubatch.inputs import checked_array
 from gpubatch.loader import Loader, epochs_of, rows_of
 from gpubatch.model.file import check_path, read_file, write_file
 from gpubatch.model.preparation import Preparation
@@ -29,10 +30,10 @@ class Model:
         go to the network as they are, but for their element type.
     classes: the names of the classes, text or integers, in the order of the labels 0, 1, ...; None for the labels.
 
-    Raw samples, ``raw``, are what the loader's X was: an array on the host or the network's device, a memory map, or a
-    source (:mod:`gpubatch.sources`). They are scaled whatever their element type is; fractions are an error where the
-    loader's X held integers, since they were scaled before. They are computed 1024 at a time, so that only the results,
-    arrays of NumPy, grow with their number. Several threads may use a model at once.
+    Raw samples, ``raw``, are what the loader's X was: an array on the host or the network's device, a list, a table, a
+    memory map, or a source (:mod:`gpubatch.sources`). They are scaled whatever their element type is; fractions are an
+    error where the loader's X held integers, since they were scaled before. They are computed 1024 at a time, so that
+    only the results, arrays of NumPy, grow with their number. Several threads may use a model at once.
     """
 
     def __init__(self, net: Network, loader: Loader | None = None, classes: Sequence[Any] | None = None) -> None:
@@ -69,11 +70,10 @@ class Model:
         return found if self.classes is None or found.ndim != 1 else np.array(self.classes)[found]
 
     def probabilities(self, raw: Any) -> np.ndarray:
-        """The probabilities of the classes, ``(samples, outputs)``, in the order of ``classes``.
-
-        Raises ArgumentError for a loss whose scores are no logarithms of probabilities.
+        """What :meth:`Network.probabilities` gives: a column for each class, in the order of ``classes``; or, with one
+        output, the probability of the second class, ``(samples,)``.
         """
-        return probabilities_of(self.net, self.scores(raw))
+        return self._whole(raw, self.net.probabilities)
 
     def evaluate(self, raw: Any, y: Any) -> tuple[float, float | None]:
         """The loss and the accuracy, as :meth:`Network.evaluate`; ``y`` has class names where the model has any."""
@@ -91,9 +91,11 @@ class Model:
     def _loader(self, raw: Any, y: Any = None) -> Loader:
         """A loader of raw samples in their order, prepared."""
         of = self.preparation or Preparation(None, 0, (self.net.inputs,), self.net.dtype)
+        mapped = hasattr(raw, "read") or isinstance(raw, np.memmap)
         if not hasattr(raw, "read"):
-            if hasattr(raw, "__len__") and len(raw) == 0:
-                raise ShapeError("raw must hold at least one sample, got none")
+            raw = checked_array("raw", raw, self.net.backend)
+            if raw.shape[:1] == (0,):
+                raise ShapeError(f"raw must hold at least one sample, got shape {raw.shape}")
             check_whole_numbers(raw, of)
         loader = Loader(
             *(raw, y),
@@ -103,7 +105,7 @@ class Model:
             backend=self.net.backend,
             dtype=self.net.dtype,
             scale=of.scale,
-            prefetch=2 if hasattr(raw, "read") or isinstance(raw, np.memmap) else 0,
+            prefetch=2 if mapped else 0,
             prepare=of.prepare,
         )
         if (shape := epochs_of(loader).columns[0].source.sample_shape) != of.sample_shape:
@@ -134,19 +136,6 @@ class Model:
         return np.array([numbers[name] for name in names.tolist()])[where]
 
 
-def probabilities_of(net: Network, scores: np.ndarray) -> np.ndarray:
-    """The probabilities that scores are logarithms of."""
-    name = net.loss_name.partition("(")[0]
-    if name == "softmax_cross_entropy":
-        found: np.ndarray = np.exp(scores - scores.max(axis=1, keepdims=True))
-        found /= found.sum(axis=1, keepdims=True)
-    elif name == "sigmoid_cross_entropy":
-        found = np.exp(-np.logaddexp(0, -scores))
-    else:
-        raise ArgumentError(f"probabilities need softmax or sigmoid cross-entropy, the loss is {net.loss_name}")
-    return found
-
-
 def listed(classes: Sequence[Any]) -> str:
     """Class names in words, the first of many."""
     more = f", ... ({len(classes)} in all)" if len(classes) > MOST_LISTED else ""
@@ -172,17 +161,16 @@ def checked_classes(classes: Any, net: Network) -> list[Any] | None:
     return names
 
 
-def check_whole_numbers(raw: Any, of: Preparation) -> None:
+def check_whole_numbers(raw: Array, of: Preparation) -> None:
     """Raise where floats that are no whole numbers take the place of integers: they have been scaled already."""
-    dtype = getattr(raw, "dtype", None)
-    if of.dtype.kind not in "iub" or of.scale is None or getattr(dtype, "kind", "") != "f":
+    if of.dtype.kind not in "iub" or of.scale is None or raw.dtype.kind != "f":
         return
     for start in range(0, len(raw), COMPARED):
         part = raw[start : start + COMPARED]
         if not bool((part == part.round()).all()):
             raise ArgumentError(
                 f"raw must hold what the loader's X held, whole numbers of {of.dtype}, which are multiplied by "
-                f"{of.scale:.6g} here; samples that were scaled before go to model.net, got fractions of {dtype}"
+                f"{of.scale:.6g} here; samples that were scaled before go to model.net, got fractions of {raw.dtype}"
             )
 
 
