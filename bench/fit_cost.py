@@ -6,7 +6,8 @@ with one thread. Both take turns in one process; the result is the median over t
 are arguments of ``fit`` and callbacks, so that the price of each is seen beside that of none.
 
 With ``--tree DIR``, another checkout of gpubatch with its compiled kernels, processes of both trees take turns: what a
-step costs without a feature must not grow when the feature is added.
+step costs without a feature must not grow when the feature is added. In bench/results/2026-11-29-cpu-fit-cost.json
+"there" is the tree before there were callbacks to import.
 """
 
 from __future__ import annotations
@@ -41,6 +42,20 @@ SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {
     "max_norm": lambda: {"max_norm": 1e3},
     "a callback after epochs": lambda: {"callbacks": [lambda state: None]},
 }
+# The same of callbacks, which a tree to compare with may not have.
+CALLBACKS: dict[str, Callable[[], Any]] = {
+    "EarlyStopping": lambda: gb.EarlyStopping(monitor="loss"),
+    "ReduceOnPlateau": lambda: gb.ReduceOnPlateau(monitor="loss"),
+    "ClipByValue": lambda: gb.ClipByValue(1.0),
+    "GradientNoise": lambda: gb.GradientNoise(1e-6),
+    "WeightAverage": lambda: gb.WeightAverage(0.99),
+}
+
+
+def settings() -> dict[str, Callable[[], dict[str, Any]]]:
+    """All settings that this gpubatch has."""
+    there = {name: make for name, make in CALLBACKS.items() if hasattr(gb, name)}
+    return SETTINGS | {name: (lambda make=make: {"callbacks": [make()]}) for name, make in there.items()}
 
 
 def parts(rng: np.random.Generator) -> tuple[gb.Network, gb.Loader, gb.Optimizer]:
@@ -53,7 +68,7 @@ def parts(rng: np.random.Generator) -> tuple[gb.Network, gb.Loader, gb.Optimizer
 def by_fit(setting: str) -> float:
     """Microseconds of CPU time for a step of ``fit``."""
     net, loader, opt = parts(np.random.default_rng(0))
-    arguments = {"progress": False, **SETTINGS[setting]()}
+    arguments = {"progress": False, **settings()[setting]()}
     with contextlib.redirect_stderr(io.StringIO()):
         began = time.process_time()
         gb.fit(net, loader, opt, EPOCHS, **arguments)
@@ -73,7 +88,7 @@ def by_hand() -> float:
 
 def measure(rounds: int) -> dict[str, list[float]]:
     """Microseconds of a step, by setting, one for each round; by hand under ""."""
-    found: dict[str, list[float]] = {name: [] for name in ("", *SETTINGS)}
+    found: dict[str, list[float]] = {name: [] for name in ("", *settings())}
     for number in range(rounds + 1):
         for name, of in found.items():
             microseconds = by_fit(name) if name else by_hand()

@@ -140,6 +140,15 @@ def test_any_error_has_the_history(tmp_path: Path) -> None:
     assert len(raised.value.history.loss) == 2  # type: ignore[attr-defined]
 
 
+def test_a_second_ctrl_c_has_the_history_too() -> None:
+    def press(state: TrainingState) -> None:
+        raise KeyboardInterrupt  # as Python does when the first one was noted
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        gb.fit(*parts(), 5, callbacks=[press], progress=False)
+    assert len(raised.value.history.loss) == 1  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("samples", [101, 201])
 def test_a_last_batch_of_one_is_known_before_the_first_step(samples: int, backend: gb.Backend) -> None:
     net = gb.mlp([4, 8, 3], batch_norm=True, backend=backend)
@@ -346,6 +355,9 @@ def test_ctrl_c_lets_the_step_finish() -> None:
     with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 1 after step 7; the model holds") as raised:
         gb.fit(net, loader, opt, callbacks=[Press()], progress=False)
     assert isinstance(raised.value, gb.TrainingInterrupted)
+    assert str(raised.value).endswith(
+        "the history until then is .history of this error, in a REPL sys.last_value.history"
+    )
     assert len(raised.value.history.step_loss) == opt.t == 7
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     for _, (x, y) in zip(range(7), whole[1], strict=False):

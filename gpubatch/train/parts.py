@@ -131,8 +131,8 @@ class GradientNoise(StepPart):
     gamma: how fast it falls, at least 0; 0.55 there
     seed: decides the noise, together with t: a resumed run has the same
 
-    The noise comes before ``max_norm`` clips the gradient. The numbers are Box and Muller's of float32 uniform ones, up
-    to 5.8 standard deviations; CPU and GPU have the same to rounding.
+    The noise comes before ``max_norm`` clips the gradient, whose norm counts that of frozen parameters too. The numbers
+    are Box and Muller's of float32 uniform ones, up to 5.8 standard deviations; CPU and GPU have the same to rounding.
 
     >>> gb.fit(net, loader, opt, callbacks=[gb.GradientNoise(0.01)])  # doctest: +SKIP
 
