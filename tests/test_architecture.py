@@ -206,7 +206,7 @@ CODE_LINES = {
     "checkpoint": 266,
     "model": 831,
     "metrics": 266,
-    "train": 2406,
+    "train": 2407,
     "explore": 897,
     "plot": 327,
     "cli": 966,

@@ -436,6 +436,7 @@ def test_bad_arguments() -> None:
         lambda: gb.WeightAverage(1.0): r"decay must be finite and in \[0, 1\), got 1.0",
         lambda: gb.WeightAverage(warmup=True, bias_correction=True): "warmup and bias_correction are two ways",
         lambda: gb.WeightAverage().update(): r"net is needed for a loop by hand: WeightAverage\(net=net\)",
+        lambda: gb.ReduceOnPlateau(threshold=1): r"threshold must be finite and in \[0, 1\), got 1.0",
         lambda: gb.ReduceOnPlateau(threshold_mode="x"): "threshold_mode must be one of 'rel', 'abs', got 'x'",
     }.items():
         with pytest.raises(gb.ArgumentError, match=message):
@@ -721,7 +722,7 @@ def test_a_log_is_not_overwritten(tmp_path: Path) -> None:
     run([gb.CSVLog(path)], 1)
     before = path.read_text()
     with pytest.raises(
-        gb.ArgumentError, match="log.csv has a log: take another path, remove it, or go on with resume="
+        gb.ArgumentError, match=r"log\.csv has a log: take another path, remove it, or go on with resume="
     ):
         run([gb.CSVLog(path)], 1)
     assert path.read_text() == before

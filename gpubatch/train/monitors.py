@@ -351,7 +351,8 @@ class ReduceOnPlateau:
         self.patience, self.cooldown = check_int("patience", patience, 0), check_int("cooldown", cooldown, 0)
         self.min_lr, self.eps = check_real("min_lr", min_lr, 0), check_real("eps", eps, 0)
         relative = check_choice("threshold_mode", threshold_mode, ("rel", "abs")) == "rel"
-        self.monitor = Monitor(monitor, mode, check_real("threshold", threshold, 0), relative)
+        most = 1 if relative else math.inf
+        self.monitor = Monitor(monitor, mode, check_real("threshold", threshold, 0, most, open_high=True), relative)
         self.wait = self.cooling = self.reductions = 0
         self._made: dict[str, Reduced] = {}  # the schedules in force, by the pattern of their group
 
