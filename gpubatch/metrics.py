@@ -32,6 +32,7 @@ __all__ = [
     "measure",
     "measures_of",
     "mse",
+    "of_batches",
     "precision",
     "r2",
     "recall",
@@ -344,8 +345,8 @@ def measure(
     return of_batches(net, batches, metrics)
 
 
-def of_batches(net: Network, batches: Iterable[Sequence[Array]], metrics: Sequence[str]) -> dict[str, Any]:
-    """Metrics of a network's predictions for batches ``(x, y)`` or ``(x, y, weight)``."""
+def of_batches(net: Network, batches: Iterable[Sequence[Any]], metrics: Sequence[str]) -> dict[str, Any]:
+    """Metrics of a network's predictions for batches ``(x, y)`` or ``(x, y, weight)``; a weight may be None."""
     found, loss = measures_of(net, metrics), net.loss_function
     by_scores = {id(m): (m, scored) for _, m, _, scored in found}.values()
     for x, y, *weights in batches:

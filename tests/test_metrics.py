@@ -31,7 +31,7 @@ OF_NUMBERS: dict[str, tuple[Callable[..., Any], str]] = {
 
 
 def test_the_tables_have_every_metric() -> None:
-    functions = {name for name in metrics.__all__ if name[0].islower()}
+    functions = {name for name in metrics.__all__ if name[0].islower()} - {"of_batches"}
     assert functions == {*OF_LABELS, *OF_NUMBERS, "top_k_accuracy", "measure", "measures_of"}
 
 
@@ -162,3 +162,61 @@ def test_what_is_refused(call: Callable[[gb.Network], Any], error: type[Exceptio
         call(gb.mlp([3, 2], backend="cpu"))
     with pytest.raises(ArgumentError, match="'f1' needs a loss with classes, and mse has none"):
         metrics.measure(gb.mlp([3, 1], loss="mse", backend="cpu"), np.zeros((2, 3), "f4"), np.zeros(2), ["f1"])
+
+
+# --- of a run --------------------------------------------------------------------------------------------------------
+
+
+def run(folder: Any, epochs: int, backend: Backend, resume: bool = False, **options: Any) -> tuple[gb.Network, Any]:
+    draw = np.random.default_rng(5)
+    X, Y = draw.normal(size=(90, 4)).astype("f4"), draw.integers(0, 3, 90)
+    net = gb.mlp([4, 8, 3], seed=0, backend=backend)
+    loader = gb.Loader(X[:60], Y[:60], batch_size=20, backend=backend)
+    options = {"checkpoint": folder, "resume": resume, "progress": False, "metrics": ["f1", "top_2"], **options}
+    history = gb.fit(net, loader, gb.Adam(net.parameters, lr=0.05), epochs, (X[60:], Y[60:]), **options)
+    return net, history
+
+
+def test_metrics_of_a_run(backend: Backend, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    net, history = run(tmp_path / "whole", 4, backend, progress=True)
+    draw = np.random.default_rng(5)
+    X, Y = (backend.asarray(a) for a in (draw.normal(size=(90, 4)).astype("f4"), draw.integers(0, 3, 90)))
+    last = metrics.measure(net, X[60:], Y[60:], ["f1", "top_2"])
+    assert {name: values[-1] for name, values in history.metrics.items()} == last
+    assert [len(values) for values in history.metrics.values()] == [4, 4]
+    assert f"f1 {last['f1']:.4f}  top_2 {last['top_2']:.4f}" in capsys.readouterr().err
+    run(tmp_path / "parts", 2, backend)
+    _, resumed = run(tmp_path / "parts", 4, backend, resume=True)
+    assert resumed.metrics == history.metrics
+    assert resumed.to_dict()["metrics"] == history.metrics
+    run(tmp_path / "later", 2, backend, metrics=[])
+    _, later = run(tmp_path / "later", 4, backend, resume=True)
+    assert np.isnan(later.metrics["f1"][:2]).all()
+    assert later.metrics["f1"][2:] == history.metrics["f1"][2:]
+
+
+def test_a_metric_is_a_monitor(tmp_path: Any) -> None:
+    best = gb.BestWeights("validation_f1")
+    log = gb.CSVLog(tmp_path / "log.csv")
+    _, history = run(None, 5, gb.get_backend("cpu"), callbacks=[best, log])
+    assert best.best == max(history.metrics["f1"])
+    text = (tmp_path / "log.csv").read_text().splitlines()
+    assert text[0] == "epoch,step,loss,validation_loss,validation_accuracy,validation_f1,validation_top_2,lr,seconds"
+    assert [float(line.split(",")[5]) for line in text[1:]] == history.metrics["f1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metrics": ["f2"]}, "a metric must be one of .* got 'f2'"),
+        ({"metrics": "f1"}, "metrics must be a list"),
+        ({"metrics": ["confusion_matrix"]}, "metrics of a run are numbers, and 'confusion_matrix' is none"),
+        ({"metrics": ["f1"], "validation": None}, "metrics are measured on the validation set: give validation="),
+    ],
+)
+def test_metrics_that_a_run_cannot_have(options: dict[str, Any], message: str) -> None:
+    X, Y = np.zeros((9, 4), "f4"), np.zeros(9, int)
+    net = gb.mlp([4, 3], backend="cpu")
+    options = {"validation": (X, Y), **options}
+    with pytest.raises(ArgumentError, match=message):
+        gb.fit(net, gb.Loader(X, Y, batch_size=3, backend="cpu"), gb.Adam(net.parameters), 1, progress=False, **options)

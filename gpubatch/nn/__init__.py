@@ -22,6 +22,7 @@ from gpubatch.nn.losses import LOSSES, SVM, Loss, SigmoidCrossEntropy, SoftmaxCr
 from gpubatch.nn.needs import Context, Needs, Parameter
 from gpubatch.nn.network import Network, core_of, mlp, no_decay
 from gpubatch.nn.stack import parameter_names, stacked
+from gpubatch.nn.workspace import evenly
 
 __all__ = [
     "ACTIVATIONS",
@@ -50,6 +51,7 @@ __all__ = [
     "Step",
     "Tanh",
     "core_of",
+    "evenly",
     "layers",
     "loss_of",
     "losses",

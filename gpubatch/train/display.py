@@ -136,5 +136,6 @@ def epoch_line(number: int, epochs: int, history: History) -> str:
         parts.append(f"validation loss {history.validation_loss[-1]:.4f}")
     if history.validation_accuracy:
         parts.append(f"accuracy {100 * history.validation_accuracy[-1]:6.2f} %")
+    parts += [f"{name} {values[-1]:.4f}" for name, values in history.metrics.items()]
     parts.append(f"{history.seconds[-1]:.2f} s")
     return "  ".join(parts)

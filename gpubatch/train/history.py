@@ -28,6 +28,8 @@ class History(Shown):
     loss: the mean of the epoch's mini-batch costs, weighted by their samples
     validation_loss: the loss on the validation set
     validation_accuracy: the accuracy on it; empty if the loss has no classes
+    metrics: a list for each of the ``metrics`` that ``fit`` was given, on the validation set, by name; NaN for epochs
+        before it was given
     seconds: the time of the epoch without validation
     loss_scale: the loss scale at the end of the epoch; empty if the network has none
     batch_size: samples in a batch
@@ -43,6 +45,7 @@ class History(Shown):
     loss: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
     validation_accuracy: list[float] = field(default_factory=list)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     loss_scale: list[float] = field(default_factory=list)
     batch_size: int = 0
@@ -54,6 +57,12 @@ class History(Shown):
     def smoothed(self, beta: float = 0.9) -> np.ndarray:
         """The cost of each step as an exponentially weighted average over about 1/(1-beta) steps."""
         return np.asarray(ewma(self.step_loss, beta))
+
+    def last(self, name: str) -> float:
+        """The number of the last epoch by its name, that of a metric after "validation_": "validation_f1"."""
+        metric = self.metrics.get(name.removeprefix("validation_"))
+        values: list[float] = getattr(self, name) if metric is None or hasattr(self, name) else metric
+        return values[-1]
 
     def to_dict(self) -> dict[str, Any]:
         """The history as JSON can hold it."""

@@ -26,7 +26,7 @@ def row_of(state: TrainingState) -> list[float | None]:
     """An epoch, counted from 1: the steps until its end, its numbers, the last learning rate if there is one."""
     history = state.history
     rate = history.step_lr[-1] if history.step_lr else None
-    return [state.epoch + 1, state.step, *(getattr(history, x)[-1] for x in state.monitors), rate, history.seconds[-1]]
+    return [state.epoch + 1, state.step, *(history.last(x) for x in state.monitors), rate, history.seconds[-1]]
 
 
 class CSVLog:
@@ -161,7 +161,7 @@ class TensorBoard:
                 for i in range(self._written, len(values)):
                     self._point(f"step/{name}", values[i], before + i + 1)
         for name in (*state.monitors, "seconds"):
-            self._point(f"epoch/{name}", getattr(history, name)[-1], state.step)
+            self._point(f"epoch/{name}", history.last(name), state.step)
         self._written = len(history.step_loss)
         self._writer.flush()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from gpubatch.errors import (
     check_int,
 )
 from gpubatch.loader import Loader, epochs_of
+from gpubatch.metrics import measures_of
 from gpubatch.nn import Network, core_of
 from gpubatch.optim import Optimizer, epoch_in, unchecked
 from gpubatch.schedules import is_known
@@ -29,7 +31,7 @@ from gpubatch.train.display import display
 from gpubatch.train.eager import EagerSteps
 from gpubatch.train.history import History, StopTraining, TrainingState
 from gpubatch.train.loss_scale import LossScale
-from gpubatch.train.memory import evaluate, halve, memory_message, power_below, settle_batches
+from gpubatch.train.memory import evaluate, halve, measured, memory_message, power_below, settle_batches
 from gpubatch.train.record import Between, Record, Steps, warn_caller
 from gpubatch.train.resume import RunCheckpoints, open_checkpoints
 from gpubatch.train.signals import BetweenSteps, interruptible
@@ -56,6 +58,7 @@ def fit(
     max_skipped: int = 10,
     execution: str = "auto",
     loss_scale: LossScale | None = None,
+    metrics: Sequence[str] = (),
 ) -> History:
     """Train a network by mini-batches.
 
@@ -76,6 +79,8 @@ def fit(
     execution: "auto" captures steps as CUDA graphs where it can, "eager" never, "captured" raises ArgumentError where
         it cannot
     loss_scale: the factor of the loss of a network with ``precision="mixed"``; by default a :class:`LossScale`
+    metrics: names of what else is measured on the validation set after every epoch, as :func:`gpubatch.metrics.measure`
+        has them, such as "f1"; in ``history.metrics``, and for callbacks "validation_f1"
 
     Returns the :class:`History` of the run.
 
@@ -147,7 +152,7 @@ def fit(
         captured = CapturedSteps(record, eager, watching)
         may_capture = execution == "captured" or (execution == "auto" and net.backend.name != "cpu")
         held_out = stack.enter_context(validated(net, loader, validation))
-        record.state.monitors = monitors(net, held_out)
+        record.state.monitors = monitors(net, held_out, metrics)
         early = list[str]()  # what is to be noted before there is a display
         record.state.note = early.append
         store = open_checkpoints(checkpoint, check_bool("resume", resume))
@@ -161,7 +166,7 @@ def fit(
         drivers: list[Steps] = [captured, eager] if may_capture else [eager]
         warn_if_idle(opt, loader, (epochs - len(record.history.loss)) * len(loader) - record.epoch.batches)
         warn_if_few(loader, epochs)
-        run = Run(record, drivers, execution == "captured", held_out, watching)
+        run = Run(record, drivers, execution == "captured", held_out, watching, metrics)
         between = BetweenSteps(record, checkpoints)
         done = len(record.history.loss)
         shown = display(progress, epochs, len(loader), done * len(loader) + record.epoch.batches)
@@ -195,12 +200,18 @@ def fit(
     return record.history
 
 
-def monitors(net: Network, held_out: HeldOut | None) -> tuple[str, ...]:
-    """The names of the numbers that the history will have for every epoch."""
+def monitors(net: Network, held_out: HeldOut | None, metrics: Sequence[str]) -> tuple[str, ...]:
+    """The names of the numbers that the history will have for every epoch; metrics must be numbers of the network."""
+    measures_of(net, metrics)
+    if held_out is None and len(metrics):
+        raise ArgumentError("metrics are measured on the validation set: give validation=, too")
+    if "confusion_matrix" in metrics:
+        raise ArgumentError("metrics of a run are numbers, and 'confusion_matrix' is none; gb.metrics.measure has it")
     if held_out is None:
         return ("loss",)
     accuracy = ("validation_accuracy",) if core_of(net).loss.classifies else ()
-    return ("loss", "validation_loss", *accuracy)
+    others = (f"validation_{name}" for name in metrics if f"validation_{name}" not in accuracy)
+    return ("loss", "validation_loss", *accuracy, *others)
 
 
 def in_steps(loader: Loader, epochs: int) -> str:
@@ -266,9 +277,10 @@ class Run:
         must_capture: bool,
         held_out: HeldOut | None,
         callbacks: Callbacks,
+        metrics: Sequence[str],
     ) -> None:
         self._record, self._drivers, self._must_capture, self._held_out = record, drivers, must_capture, held_out
-        self._callbacks = callbacks
+        self._callbacks, self._metrics = callbacks, metrics
 
     def epoch(self, between: Between) -> None:
         """Make an epoch, or what remains of it, and add it to the history with its validation."""
@@ -314,3 +326,18 @@ class Run:
         record.history.validation_loss.append(loss)
         if accuracy is not None:
             record.history.validation_accuracy.append(accuracy)
+        if self._metrics:
+            self._measure(held_out)
+
+    def _measure(self, held_out: HeldOut) -> None:
+        record, history = self._record, self._record.history
+        with about_validation():
+            while isinstance(
+                found := measured(record.state.net, held_out, history.micro_batch_size, self._metrics), str
+            ):
+                halve(record, self._drivers, found)
+        record.warn_if_halved()
+        for name, value in found.items():
+            values = history.metrics.setdefault(name, [])
+            values += [math.nan] * (len(history.loss) - 1 - len(values))
+            values.append(value)

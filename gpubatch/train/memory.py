@@ -12,7 +12,8 @@ import numpy as np
 from gpubatch.backend import Array
 from gpubatch.errors import InsufficientMemoryError, NonFiniteError
 from gpubatch.loader import Loader, epochs_of
-from gpubatch.nn import EVALUATION_ROWS, Network, core_of
+from gpubatch.metrics import of_batches
+from gpubatch.nn import EVALUATION_ROWS, Network, core_of, evenly
 from gpubatch.nn.losses import counts_of
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import Optimizer, rehearse_update
@@ -151,6 +152,23 @@ def evaluate(net: Network, held_out: HeldOut, rows: int | None) -> tuple[float, 
     loss = math.fsum(size * loss for size, (loss, _) in zip(in_losses, found, strict=True)) / sum(in_losses)
     right = [size * accuracy for size, (_, accuracy) in zip(compared, found, strict=True) if accuracy is not None]
     return loss, math.fsum(right) / sum(compared) if right else None
+
+
+def measured(net: Network, held_out: HeldOut, rows: int | None, metrics: Sequence[str]) -> dict[str, float] | str:
+    """Metrics on the validation set, at most ``rows`` samples at a time; or for what there was no memory, in words."""
+    most = min(rows or EVALUATION_ROWS, EVALUATION_ROWS)
+    try:
+        with held_out.batches() as batches:
+            parts = (
+                (X[part], Y[part], None if (weight := weights.get("weight")) is None else weight[part])
+                for X, Y, weights in batches
+                for part in evenly(len(X), most)
+            )
+            return of_batches(net, parts, metrics)
+    except InsufficientMemoryError:
+        raise
+    except MemoryError as error:
+        return memory_message(error)
 
 
 def memory_message(error: MemoryError) -> str:

@@ -58,8 +58,7 @@ class Monitor:
 
     def value(self, state: TrainingState) -> float:
         """The number of the last epoch."""
-        found: float = getattr(state.history, self.name)[-1]
-        return found
+        return state.history.last(self.name)
 
     @property
     def validated(self) -> bool:
