@@ -10,6 +10,7 @@ import gc
 import queue
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -449,13 +450,72 @@ def test_copies_of_a_loader_have_passes_of_their_own() -> None:
     assert a.halvings == [0] * 3 + [1] * 3 + [2] * 3
 
 
-# --- captured steps ---------------------------------------------------------------------------------------------------
-
-
 def gpu() -> gb.Backend:
     if "cuda:0" not in gb.available_backends():
         missing("gpu", "no CUDA device can be used here")
     return gb.get_backend("cuda:0")
+
+
+# --- schedules through checkpoints, and in graphs ---------------------------------------------------------------------
+
+WAYS: dict[str, gb.schedules.Schedule] = {
+    "linear": gb.LinearDecay(0.1, total=4, warmup=1, first=0.01, start=2, final=0.02),
+    "polynomial": gb.PolynomialDecay(0.1, total=12, power=2, per="step"),
+    "cosine": gb.CosineDecay(0.1, total=4, warmup=2, first=0.0, final=0.01, per="epoch"),
+    "restarts": gb.CosineRestarts(0.1, length=2, factor=2, shrink=0.5, per="step"),
+    "cyclic": gb.Cyclic(0.01, 0.1, up=2, down=3, mode="triangular2", per="step"),
+    "one cycle": gb.OneCycle(0.1, total=12, per="step"),
+    "chain": gb.chain([gb.LinearDecay(0.01, 4, final=0.1, per="step"), gb.StepDecay(0.1, every=2)], [4], per="step"),
+    "chain in a product": gb.product(gb.chain([0.1, gb.ExponentialDecay(0.1)], [1]), gb.SqrtDecay(1.0, per="step")),
+}
+
+
+def bits(a: Setup) -> bytes:
+    return bytes(a.net.backend.to_numpy(a.net.parameters.flat).tobytes())
+
+
+@pytest.mark.parametrize("schedule", WAYS.values(), ids=WAYS.keys())
+def test_a_run_with_it_is_resumed_in_the_middle(schedule: gb.schedules.Schedule, tmp_path: Path) -> None:
+    """Stopped after step 7 of 12, and gone on with after step 5, in the second epoch, by new objects: the same bits."""
+
+    class Stop:
+        def on_step(self, state: gb.TrainingState) -> None:
+            if state.step == 7:
+                raise KeyboardInterrupt
+
+    whole, a, b = (Setup(schedule=schedule) for _ in range(3))
+    rates = gb.fit(whole.net, whole.loader(), whole.opt, 4, progress=False).step_lr
+    assert rates == [schedule(step, step // 3) for step in range(12)]
+    store = gb.Checkpoints(tmp_path, every=5)
+    with pytest.raises(KeyboardInterrupt):
+        gb.fit(a.net, a.loader(), a.opt, 4, callbacks=[Stop()], checkpoint=store, progress=False)
+    history = gb.fit(b.net, b.loader(), b.opt, 4, checkpoint=tmp_path, resume=True, progress=False)
+    assert history.step_lr == rates
+    assert bits(b) == bits(whole)
+    assert b.opt.hyper["lr"] == schedule
+
+
+def test_a_longer_schedule_that_is_given_with_a_resumed_run_is_used(tmp_path: Path) -> None:
+    a, b = Setup(schedule=gb.LinearDecay(0.1, total=2)), Setup(schedule=gb.LinearDecay(0.1, total=4))
+    gb.fit(a.net, a.loader(), a.opt, 2, checkpoint=tmp_path, progress=False)
+    with pytest.warns(gb.ResumeWarning, match=r"lr: LinearDecay\(.*total=2.*\) before, LinearDecay\(.*total=4.*\) now"):
+        history = gb.fit(b.net, b.loader(), b.opt, 4, checkpoint=tmp_path, resume=True, progress=False)
+    assert history.step_lr[6:] == [0.05] * 3 + [0.1 * (1 - 3 / 4)] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("schedule", WAYS.values(), ids=WAYS.keys())
+def test_captured_steps_with_it_are_the_eager_ones(schedule: gb.schedules.Schedule) -> None:
+    runs = {}
+    for execution in ("captured", "eager"):
+        a = Setup(gpu(), schedule=schedule)
+        rates = gb.fit(a.net, a.loader(), a.opt, 4, progress=False, execution=execution).step_lr
+        runs[execution] = rates, bits(a)
+    assert runs["captured"] == runs["eager"]
+    assert runs["eager"][0] == [schedule(step, step // 3) for step in range(12)]
+
+
+# --- captured steps ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
