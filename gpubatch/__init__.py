@@ -20,7 +20,7 @@ EXPORTS = {
         CheckpointWarning CompilerWarning DTypeError DataFormatError DeviceMismatchError EpochWarning
         FewStepsWarning FormulaError GpubatchError IdleWarning InUseError InsufficientMemoryError
         MicroBatchWarning NonFiniteError ResumeWarning ShapeError SkippedStepWarning TuningWarning
-        UnknownArgumentError
+        UnknownArgumentError UnscaledWarning
     """,
     "explore": """
         GradientCheck batch_size_sweep gradient_check loss_slice numerical_gradient random_local_search
@@ -95,6 +95,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         SkippedStepWarning as SkippedStepWarning,
         TuningWarning as TuningWarning,
         UnknownArgumentError as UnknownArgumentError,
+        UnscaledWarning as UnscaledWarning,
     )
     from gpubatch.explore import (
         GradientCheck as GradientCheck,

@@ -3,7 +3,7 @@
 Each loader returns ``(X_train, y_train), (X_test, y_test)``. X is uint8, y int64 (samples,). Its options:
 
 normalize: X as float32 in [0, 1]
-one_hot: y as float32 (samples, 10)
+one_hot: y as float32 (samples, classes)
 flatten: X as (samples, features); False: as images
 """
 
@@ -108,13 +108,21 @@ def _take(read: Callable[[int], bytes], size: int) -> bytearray:
 def mnist(
     folder: str | os.PathLike[str], *, normalize: bool = False, one_hot: bool = False, flatten: bool = True
 ) -> tuple[Samples, Samples]:
-    """MNIST, or a set in its format such as Fashion-MNIST, from its four files in ``folder``, plain or gzip.
+    """MNIST, or a set in its format, from its four files in ``folder``, plain or gzip.
 
-    X is (60000, 784) and (10000, 784), or (samples, 28, 28).
+    Such sets are Fashion-MNIST, KMNIST, and those of EMNIST, whose names have more before "train" or "test". X of MNIST
+    is (60000, 784) and (10000, 784), or (samples, 28, 28). Other sets may have other sizes, and labels up to 255; with
+    ``one_hot`` y has a column for each label up to the largest.
     """
     home = _existing(folder)
-    train, test = _mnist_part(home, "train"), _mnist_part(home, "t10k")
-    return _prepare(*train, normalize, one_hot, flatten), _prepare(*test, normalize, one_hot, flatten)
+    train, test = _mnist_part(home, "train"), _mnist_part(home, "t10k", "test")
+    if train[0].shape[1:] != test[0].shape[1:]:
+        raise DataFormatError(
+            f"{home}: expected images of one size, found {train[0].shape[1:]} to train on, {test[0].shape[1:]} to test"
+        )
+    classes = max(CLASSES, *(int(labels.max()) + 1 for _, labels in (train, test)))
+    options = normalize, one_hot, flatten
+    return _prepare(*train, *options, classes=classes), _prepare(*test, *options, classes=classes)
 
 
 def mnist_10k(
@@ -171,28 +179,34 @@ def cifar10_records(folder: str | os.PathLike[str], *parts: str) -> list[tuple[P
     return [(path, _whole_records(path, path.stat().st_size)) for path in paths]
 
 
-def _mnist_part(home: Path, part: str) -> Samples:
-    image_path, label_path = _find(home, f"{part}-images", "idx3-ubyte"), _find(home, f"{part}-labels", "idx1-ubyte")
+def _mnist_part(home: Path, *parts: str) -> Samples:
+    image_path = _find(home, [f"{part}-images" for part in parts], "idx3-ubyte")
+    label_path = _find(home, [f"{part}-labels" for part in parts], "idx1-ubyte")
     images, labels = read_idx(image_path), read_idx(label_path)
-    if images.dtype != np.uint8 or images.shape[1:] != (28, 28):
+    if images.dtype != np.uint8 or images.ndim != 3 or images.size == 0:
         raise DataFormatError(
-            f"{image_path}: expected uint8 images of shape (samples, 28, 28), found {images.dtype} {images.shape}"
+            f"{image_path}: expected uint8 images (samples, height, width), found {images.dtype} {images.shape}"
         )
     if labels.dtype != np.uint8 or labels.shape != images.shape[:1]:
         raise DataFormatError(
             f"{label_path}: expected {len(images)} uint8 labels, one for each image of {image_path.name}, "
             f"found {labels.dtype} {labels.shape}"
         )
-    check_labels(label_path, labels)
     return images, labels
 
 
-def _find(home: Path, stem: str, ending: str) -> Path:
-    names = [f"{stem}{mark}{ending}{packed}" for mark in "-." for packed in ("", ".gz")]
+def _find(home: Path, stems: list[str], ending: str) -> Path:
+    """The file of one of these names, perhaps with more before it."""
+    names = [f"{stem}{mark}{ending}{packed}" for stem in stems for mark in "-." for packed in ("", ".gz")]
     for name in names:
         if (home / name).is_file():
             return home / name
-    raise FileNotFoundError(f"no {stem} in {home}: looked for {', '.join(names)}")
+    found = sorted(path.name for path in home.iterdir() if path.name.endswith(tuple(f"-{name}" for name in names)))
+    if not found:
+        raise FileNotFoundError(f"no {stems[0]} in {home}: looked for {', '.join(names)}")
+    if len({name.removesuffix(".gz") for name in found}) > 1:
+        raise DataFormatError(f"{home}: expected one set, found {', '.join(found)}; give each a folder of its own")
+    return home / found[0]
 
 
 def _cifar_batch(path: Path) -> Samples:
@@ -225,12 +239,14 @@ def _existing(folder: str | os.PathLike[str]) -> Path:
     return home
 
 
-def _prepare(images: np.ndarray, labels: np.ndarray, normalize: bool, one_hot: bool, flatten: bool) -> Samples:
+def _prepare(
+    images: np.ndarray, labels: np.ndarray, normalize: bool, one_hot: bool, flatten: bool, classes: int = CLASSES
+) -> Samples:
     samples = len(images)
     if check_bool("flatten", flatten):
         images = images.reshape(samples, math.prod(images.shape[1:]))
     if check_bool("normalize", normalize):
         images = np.divide(images, 255, dtype=np.float32)
     if check_bool("one_hot", one_hot):
-        return images, np.eye(CLASSES, dtype=np.float32)[labels]
+        return images, np.eye(classes, dtype=np.float32)[labels]
     return images, labels.astype(np.int64)

@@ -26,6 +26,7 @@
     ResumeWarning (UserWarning)              a resumed run goes on with other hyper-parameters than it was saved with
     SkippedStepWarning (UserWarning)         a step is skipped: its loss or gradient is not finite
     TuningWarning (UserWarning)              saved algorithms of matrix products cannot be used here
+    UnscaledWarning (UserWarning)            inputs are far larger than any that the network was trained on
 
 Each is also the built-in exception that a NumPy user expects.
 """
@@ -63,6 +64,7 @@ __all__ = [
     "SkippedStepWarning",
     "TuningWarning",
     "UnknownArgumentError",
+    "UnscaledWarning",
 ]
 
 
@@ -173,6 +175,10 @@ class SkippedStepWarning(UserWarning):
 
 class TuningWarning(UserWarning):
     """Saved algorithms of matrix products cannot be used here; results may differ in the last bits."""
+
+
+class UnscaledWarning(UserWarning):
+    """Inputs are far larger than any that the network was trained on: a Loader scaled those."""
 
 
 def check_real(

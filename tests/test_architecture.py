@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "checkpoint": "backend errors",
     "model": "nn loader inputs checkpoint formula backend errors own",
     "metrics": "nn loader backend errors",
-    "train": "metrics nn optim loader checkpoint ops params schedules averages staging backend errors own shown",
+    "train": "metrics nn optim loader sources checkpoint ops params schedules averages staging backend errors own shown",
     "explore": "nn loader optim train averages params backend errors shown",
 }
 EDGES = {"plot", "cli", "torch", "__main__", "__init__"}
@@ -60,7 +60,7 @@ ORDER = {
     "schedules": "counted decays cycles combined saved",
     "optim": "arrays groups epochs optimizer optimizers ahead resumed",
     "nn": "needs layers stack workspace losses checks core summary network",
-    "sources": "arrays reader files tables",
+    "sources": "arrays reader files chunked tables",
     "loader": "order pinned functions weights columns windows ahead device feeds epochs loader",
     "model": "describe preparation file model export",
     "train": "ledger loss_scale history display parts callbacks monitors logs checks record graphs captured_step"
@@ -184,7 +184,7 @@ def test_packages_are_no_larger_than_their_table_says() -> None:
 
 # The most code lines of each package or module.
 CODE_LINES = {
-    "errors": 114,
+    "errors": 116,
     "own": 27,
     "main_memory": 66,
     "shown": 30,
@@ -199,20 +199,20 @@ CODE_LINES = {
     "sizing": 257,
     "params": 96,
     "optim": 1165,
-    "nn": 2123,
-    "datasets": 158,
-    "sources": 611,
-    "loader": 1808,
+    "nn": 2138,
+    "datasets": 171,
+    "sources": 630,
+    "loader": 1824,
     "checkpoint": 266,
     "model": 831,
     "metrics": 267,
-    "train": 2451,
+    "train": 2454,
     "explore": 897,
     "plot": 327,
     "cli": 966,
     "torch": 511,
     "__main__": 19,
-    "__init__": 203,
+    "__init__": 204,
 }
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import itertools
 import json
+import pickle
 import re
 import threading
 import traceback
@@ -880,6 +882,13 @@ TRANSFORMS = [
 def test_transforms_that_are_wrong(transform, error, message):
     with pytest.raises(error, match=re.escape(message)):
         list(Loader(X5, np.arange(5), transform=transform, backend="cpu"))
+
+
+def test_a_loader_cannot_be_pickled_and_says_what_to_do():
+    loader = Loader(X5, backend="cpu")
+    with pytest.raises(DTypeError, match="make it again in the other process"):
+        pickle.dumps(loader)
+    assert copy.deepcopy(loader).state_dict() == loader.state_dict()
 
 
 AUGMENTS = [

@@ -639,3 +639,67 @@ def test_a_library_that_is_missing(library, open_it, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ArgumentError, match=rf"needs {library}.*pip install 'gpubatch\[data\]'"):
         open_it()
+
+
+class Slices:
+    """An array that is read by slices, as zarr's and netCDF4's are."""
+
+    def __init__(self, array, chunks=None):
+        self.array, self.shape, self.dtype, self.most = array, array.shape, array.dtype, 0
+        if chunks is not None:
+            self.chunks = chunks
+
+    def __getitem__(self, key):
+        self.most = max(self.most, key.stop - key.start)
+        return self.array[key]
+
+
+@pytest.mark.parametrize("chunks", [None, (16, 3), ((16, 16, 16, 13), (3,))], ids=["none", "zarr", "dask"])
+def test_arrays_that_are_read_by_slices_are_sources(chunks):
+    X, Y = np.arange(61 * 3).reshape(61, 3), np.arange(61) % 4
+    given = Slices(X, chunks), Slices(Y)
+    batches = list(Loader(*given, batch_size=8, window=32, backend="cpu"))
+    found = np.concatenate([np.c_[x, y] for x, y in batches])
+    assert np.array_equal(found[found[:, 0].argsort()], np.c_[X, Y])
+    assert given[0].most < 61  # never all
+    whole = list(Loader(*given, batch_size=8, shuffle=False, backend="cpu"))
+    assert np.array_equal(np.concatenate([x for x, _ in whole]), X)
+
+
+def test_a_mask_of_what_is_read_is_not_lost():
+    X = np.ma.masked_array(np.ones((9, 2)), np.arange(18).reshape(9, 2) == 7)
+    source = type("Masked", (), {"__len__": lambda _: 9, "read": lambda _, indices: X[indices]})
+    for given in (Slices(X), source()):
+        with pytest.raises(NonFiniteError, match=r"1 of its .* elements are masked"):
+            list(Loader(given, batch_size=9, shuffle=False, backend="cpu"))
+
+
+def test_images_in_files_may_be_flattened(tmp_path):
+    images = np.arange(5 * 4 * 3, dtype=np.uint8).reshape(5, 4, 3)
+    np.save(tmp_path / "x.npy", images)
+    (tmp_path / "x.idx").write_bytes(bytes([0, 0, 8, 3]) + np.array(images.shape, ">u4").tobytes() + images.tobytes())
+    with optional("h5py").File(tmp_path / "x.h5", "w") as file:
+        file["x"], file["y"], file["s"] = images, np.arange(5), 3
+    index = np.array([4, 0, 2])
+    for made in (sources.npy(tmp_path / "x.npy", flatten=True), sources.idx(tmp_path / "x.idx", flatten=True)):
+        assert np.array_equal(made.read(index), images.reshape(5, 12)[index])
+    x, y = sources.hdf5(tmp_path / "x.h5", "x", "y", flatten=True).read(index)
+    assert np.array_equal(x, images.reshape(5, 12)[index])
+    assert np.array_equal(y, index)
+    with pytest.raises(DataFormatError, match="expected samples, found a single number in 's'"):
+        sources.hdf5(tmp_path / "x.h5", "s")
+    with pytest.raises(ArgumentError, match="has the datasets x, y; got 'z'"):
+        sources.hdf5(tmp_path / "x.h5", "z")
+
+
+def test_columns_of_a_table_are_each_one(tmp_path):
+    pa, pq = optional("pyarrow"), optional("pyarrow.parquet")
+    arrays = [pa.array([1.0, 2.0]), pa.array([3.0, 4.0]), pa.array([0, 1])]
+    pq.write_table(pa.Table.from_arrays(arrays, names=["a", "b", "y"]), tmp_path / "t.parquet")
+    pq.write_table(pa.Table.from_arrays(arrays, names=["a", "a", "y"]), tmp_path / "twice.parquet")
+    x, y = sources.parquet(tmp_path / "t.parquet", None, "y").read(np.arange(2))
+    assert (x.tolist(), y.tolist()) == ([[1.0, 3.0], [2.0, 4.0]], [0, 1])
+    with pytest.raises(DataFormatError, match="expected one column 'a', found 2"):
+        sources.parquet(tmp_path / "twice.parquet", "a")
+    with pytest.raises(DataFormatError, match="expected a file, found a folder"):
+        sources.parquet(tmp_path, "a")

@@ -767,6 +767,23 @@ def test_a_loader_without_a_dtype_takes_the_network_s(read: bool, precision: str
     assert results[0] == results[1]
 
 
+def test_unscaled_pixels_are_told_after_a_training_on_scaled_ones() -> None:
+    X, Y = blobs()
+    pixels = np.clip(20 * X + 100, 0, 255).astype(np.uint8)
+    net, *_ = parts()
+    loader = gb.Loader(pixels, Y, batch_size=50, scale=1 / 255, backend="cpu")
+    message = r"X reaches \d+, and the network was trained on numbers up to 1, .*loader.to_batch\(X\)"
+    unscaled = pixels.astype(np.float32)
+    with pytest.warns(gb.UnscaledWarning, match=message):
+        gb.fit(net, loader, gb.Adam(net.parameters), 1, (unscaled, Y), progress=False)
+    with pytest.warns(gb.UnscaledWarning, match=message):
+        net.predict(unscaled)
+    gb.fit(net, loader, gb.Adam(net.parameters), 1, (pixels, Y), progress=False)
+    net.predict(loader.to_batch(pixels))
+    with pytest.raises(gb.DTypeError, match="X has dtype uint8, as pixels have"):
+        net.predict(pixels)
+
+
 class Read:
     """A source, which counts the most samples that are read at a time."""
 

@@ -26,11 +26,13 @@ from gpubatch.loader.weights import ClassWeights, class_weights, sample_weights
 from gpubatch.ops import ops_for
 from gpubatch.sources import (
     ArraySource,
+    Chunked,
     Part,
     Reader,
     check_finite,
     contiguous,
     convert,
+    is_chunked,
     largest_stored,
     turned,
 )
@@ -242,6 +244,7 @@ class Columns(Sequence[Column]):
         for name, given in (("X", X), ("Y", Y)):
             if given is None and name == "Y":
                 continue
+            given = Chunked(given) if is_chunked(given) else given
             if not (hasattr(given, "read") and hasattr(given, "__len__")):
                 array = checked_array(name, given, self.backend)
                 axis = self.sample_axis if array.ndim > 1 else 0
@@ -395,6 +398,14 @@ class Columns(Sequence[Column]):
     def given_augment(self) -> Callable[..., Any] | None:
         """The loader's ``augment``."""
         return None if self.augment is None else self.augment.function
+
+    @property
+    def largest(self) -> float | None:
+        """The largest number that scaled bytes or 16-bit integers can become in batches; None for other samples."""
+        scaled = self.scale is not None and not self.has_functions
+        if scaled and self.source_dtype.kind in "iu" and self.source_dtype.itemsize <= 2:
+            return abs(self.scale or 0.0) * int(np.iinfo(self.source_dtype).max)
+        return None
 
     @property
     def has_functions(self) -> bool:

@@ -199,6 +199,16 @@ class Loader:
         twin._epochs = copy.copy(self._epochs)
         return twin
 
+    def __deepcopy__(self, memo: Any) -> Loader:
+        """As a copy: the data are never changed."""
+        return copy.copy(self)
+
+    def __reduce__(self) -> Any:
+        raise DTypeError(
+            "a Loader cannot be pickled; make it again in the other process, from the same arrays or files, and give "
+            "it the place by load_state_dict(loader.state_dict())"
+        )
+
     @property
     def batch_size(self) -> int:
         """Samples in a batch; the last one of an epoch may have fewer."""

@@ -10,13 +10,14 @@ import contextlib
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpubatch.backend import Array, Backend, compute_dtype
-from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
+from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError, UnscaledWarning
 from gpubatch.inputs import check_kind, taken
 from gpubatch.nn.checks import WatchedLayer, WatchedLoss, of_the_user
 from gpubatch.nn.layers import BatchNorm, Dense, DenseActivation, Layer
@@ -94,6 +95,7 @@ class Core:
             raise ArgumentError(f"{loss.name} has ignore_label, but takes no weights: its class needs takes_weights")
         self.xp, self.ops, self.mode = backend.xp, ops_for(backend, dtype), Mode(seed, training=True)
         self.training = OwnedByThread()
+        self.largest_trained: float | None = None  # what scaled integers became at most, until the next evaluation
         largest = max((math.prod(p.shape) for run in self.layers for p in run.needs.parameters.values()), default=0)
         self.products = products_for(backend, dtype, precision, tune, largest)
         self.names = parameter_names(self.layers)
@@ -502,10 +504,12 @@ class Core:
     def given(self, X: Any) -> Array:
         """``X`` for evaluation, on this device and of this dtype; numbers of other types are converted there."""
         if self.backend.owns(X) and X.dtype == self.dtype:
+            if self.largest_trained is not None:
+                self.warn_if_unscaled(X)
             return X
         X = taken("X", X, self.backend)
         if X.dtype == self.dtype:
-            return X
+            return self.given(X)
         check_kind("X", X.dtype)
         if X.dtype.itemsize == 1 and X.dtype.kind != "b":
             raise DTypeError(
@@ -513,7 +517,20 @@ class Core:
                 f"X what the network was trained on, or X.astype('{self.dtype}') if it was trained on such numbers"
             )
         with self.backend.scope(), np.errstate(over="ignore"):
-            return X.astype(self.dtype)
+            return self.given(X.astype(self.dtype))
+
+    def warn_if_unscaled(self, X: Array) -> None:
+        """Warn, once after a training, if X is far larger than the training's batches can have been."""
+        largest, self.largest_trained = self.largest_trained, None
+        with self.backend.scope():
+            found = abs(X[:EVALUATION_ROWS]).max().item() if X.size else 0.0
+        if largest is not None and found > 2 * largest:
+            warnings.warn(
+                f"X reaches {found:.6g}, and the network was trained on numbers up to {largest:.6g}, which a Loader "
+                "had scaled; give loader.to_batch(X)",
+                UnscaledWarning,
+                stacklevel=3,
+            )
 
     def check_inputs(self, X: Any) -> None:
         """Raise unless X can be a batch, by shape, element type and device."""

@@ -3,7 +3,8 @@
 A source is read and never changed. Arrays go to :class:`~gpubatch.loader.Loader` as they are, ``np.memmap`` too: it is
 not copied, but floating values are looked at once when the loader is made, a block at a time. Files that may be larger
 than memory are opened here: :func:`npy`, :func:`raw`, :func:`idx`, :func:`cifar10`, :func:`parquet`, :func:`arrow`,
-:func:`hdf5`. Anything else has to be a :class:`Source`.
+:func:`hdf5`. Arrays that are read by slices, as zarr's,
+h5py's and netCDF4's are, go to the loader as they are, too. Anything else has to be a :class:`Source`.
 """
 
 from gpubatch.sources.arrays import (
@@ -14,12 +15,14 @@ from gpubatch.sources.arrays import (
     largest_stored,
     turned,
 )
+from gpubatch.sources.chunked import Chunked, is_chunked
 from gpubatch.sources.files import cifar10, idx, npy, raw
 from gpubatch.sources.reader import Part, Reader, Source
 from gpubatch.sources.tables import arrow, hdf5, parquet
 
 __all__ = [
     "ArraySource",
+    "Chunked",
     "Part",
     "Reader",
     "Source",
@@ -30,6 +33,7 @@ __all__ = [
     "convert",
     "hdf5",
     "idx",
+    "is_chunked",
     "largest_stored",
     "npy",
     "parquet",

@@ -28,14 +28,17 @@ from gpubatch.errors import DataFormatError, GpubatchError, InsufficientMemoryEr
 from gpubatch.inputs import check_kind
 from gpubatch.sources.reader import Source
 
-__all__ = ["check_exists", "cifar10", "idx", "naming_the_file", "npy", "raw", "runs_of"]
+__all__ = ["check_exists", "cifar10", "flat", "idx", "naming_the_file", "npy", "raw", "runs_of"]
 
 AT_ONCE = 1 << 20  # bytes that a system is asked to read ahead: Linux does not heed what is beyond a device's limit
 NPY_START = 1 << 16  # bytes of an .npy file; NumPy refuses headers of more than 10,000
 
 
-def npy(path: str | os.PathLike[str]) -> Source:
-    """The rows of an array that ``np.save`` wrote; read as they are asked for, not mapped."""
+def npy(path: str | os.PathLike[str], *, flatten: bool = False) -> Source:
+    """The rows of an array that ``np.save`` wrote; read as they are asked for, not mapped.
+
+    ``flatten=True`` makes samples, such as images, one-dimensional.
+    """
     with open(path, "rb") as file:
         start = io.BytesIO(file.read(NPY_START))  # else NumPy would ask for as much memory as the header claims to need
     try:
@@ -52,7 +55,7 @@ def npy(path: str | os.PathLike[str]) -> Source:
             f"{os.fspath(path)}: expected samples one after another (C order), found Fortran order; save "
             "np.ascontiguousarray(array)"
         )
-    return _Rows(path, shape, dtype, offset)
+    return _Rows(path, flat(shape, flatten), dtype, offset)
 
 
 def raw(path: str | os.PathLike[str], sample_shape: tuple[int, ...], dtype: Any, offset: int = 0) -> Source:
@@ -66,8 +69,11 @@ def raw(path: str | os.PathLike[str], sample_shape: tuple[int, ...], dtype: Any,
     return _Rows(path, (size // extra, *sample_shape), dtype, offset)
 
 
-def idx(path: str | os.PathLike[str]) -> Source:
-    """The samples of an IDX file (MNIST and its kin), which must be unpacked, since they are read by place."""
+def idx(path: str | os.PathLike[str], *, flatten: bool = False) -> Source:
+    """The samples of an IDX file (MNIST and its kin), which must be unpacked, since they are read by place.
+
+    ``flatten=True`` makes images one-dimensional.
+    """
     with open(path, "rb") as file:
         if file.read(2) == GZIP_MAGIC:
             raise DataFormatError(
@@ -77,7 +83,7 @@ def idx(path: str | os.PathLike[str]) -> Source:
         file.seek(0)
         dtype, shape = read_idx_header(path, file.read)
         offset = file.tell()
-    return _Rows(path, shape, dtype, offset)
+    return _Rows(path, flat(shape, flatten), dtype, offset)
 
 
 def cifar10(folder: str | os.PathLike[str], part: str = "train", *, flatten: bool = True) -> Source:
@@ -88,6 +94,11 @@ def cifar10(folder: str | os.PathLike[str], part: str = "train", *, flatten: boo
     """
     files = cifar10_records(folder, check_choice("part", part, CIFAR_PARTS))
     return _Cifar10(folder, files, (math.prod(CIFAR_IMAGE),) if check_bool("flatten", flatten) else CIFAR_IMAGE)
+
+
+def flat(shape: tuple[int, ...], flatten: bool) -> tuple[int, ...]:
+    """The shape of samples, or with ``flatten`` of samples of one dimension."""
+    return (shape[0], math.prod(shape[1:])) if check_bool("flatten", flatten) and len(shape) > 1 else shape
 
 
 class _Rows:
@@ -206,6 +217,8 @@ def runs_of(indices: np.ndarray) -> Iterator[tuple[int, int, int]]:
 
 def check_exists(path: str | os.PathLike[str]) -> None:
     """Raise ``FileNotFoundError`` or another ``OSError`` where there is nothing to read."""
+    if os.path.isdir(path):
+        raise DataFormatError(f"{os.fspath(path)}: expected a file, found a folder; open its files one by one")
     with open(path, "rb"):
         pass
 

@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, ShapeError
+from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, ShapeError, check_bool
 from gpubatch.inputs import check_kind
-from gpubatch.sources.files import check_exists, naming_the_file, runs_of
+from gpubatch.sources.files import check_exists, flat, naming_the_file, runs_of
 from gpubatch.sources.reader import Source
 
 __all__ = ["arrow", "hdf5", "parquet"]
 
 
-def parquet(path: str | os.PathLike[str], columns: str | Sequence[str], label: str | None = None) -> Source:
+def parquet(path: str | os.PathLike[str], columns: str | Sequence[str] | None, label: str | None = None) -> Source:
     """The rows of a Parquet file, of which a row group is decoded at a time; needs pyarrow.
 
-    x has the columns side by side: (samples, columns), each of them numbers; or, of one column of lists, (samples,
-    length of the lists); or, where ``columns`` is a string, (samples,) or that column's lists. With ``label`` pairs
-    (x, y) are read. Missing values are errors.
+    x has the columns side by side, with ``columns=None`` all but the label: (samples, columns), each of them numbers;
+    or, of one column of lists, (samples, length of the lists); or, where ``columns`` is a string, (samples,) or that
+    column's lists. With ``label`` pairs (x, y) are read. Missing values are errors.
     """
     pq = _need("pyarrow.parquet")
     check_exists(path)
@@ -33,7 +33,7 @@ def parquet(path: str | os.PathLike[str], columns: str | Sequence[str], label: s
     return _Table(path, columns, label, names, sizes, lambda group, chosen: file.read_row_group(group, columns=chosen))
 
 
-def arrow(path: str | os.PathLike[str], columns: str | Sequence[str], label: str | None = None) -> Source:
+def arrow(path: str | os.PathLike[str], columns: str | Sequence[str] | None, label: str | None = None) -> Source:
     """The rows of an Arrow IPC file (Feather 2), of which a record batch is read at a time; as :func:`parquet`."""
     pa = _need("pyarrow")
     check_exists(path)
@@ -59,7 +59,7 @@ class _Table:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        columns: str | Sequence[str],
+        columns: str | Sequence[str] | None,
         label: str | None,
         names: list[str],
         sizes: list[int],
@@ -143,9 +143,11 @@ class _Table:
 
 
 def _columns(
-    path: str | os.PathLike[str], columns: str | Sequence[str], label: str | None, names: list[str]
+    path: str | os.PathLike[str], columns: str | Sequence[str] | None, label: str | None, names: list[str]
 ) -> list[str]:
     """The columns of x and then the label's, if the file has them."""
+    if columns is None:
+        columns = [name for name in names if name != label]
     chosen = [columns] if isinstance(columns, str) else list(columns)
     if not chosen:
         raise ArgumentError(f"columns must name at least one column of {os.fspath(path)}, got {columns!r}")
@@ -153,14 +155,19 @@ def _columns(
     for name in chosen:
         if name not in names:
             raise ArgumentError(f"{os.fspath(path)} has the columns {', '.join(names)}; got {name!r}")
+        if names.count(name) > 1:
+            raise DataFormatError(f"{os.fspath(path)}: expected one column {name!r}, found {names.count(name)}")
     return chosen
 
 
 # --- HDF5 ---------------------------------------------------------------------------------------------------------
 
 
-def hdf5(path: str | os.PathLike[str], dataset: str, label: str | None = None) -> Source:
-    """The rows of a dataset in an HDF5 file, or with the dataset ``label`` pairs (x, y); needs h5py."""
+def hdf5(path: str | os.PathLike[str], dataset: str, label: str | None = None, *, flatten: bool = False) -> Source:
+    """The rows of a dataset in an HDF5 file, or with the dataset ``label`` pairs (x, y); needs h5py.
+
+    ``flatten=True`` makes the samples of ``dataset``, such as images, one-dimensional.
+    """
     h5py = _need("h5py")
     check_exists(path)
     with naming_the_file(path, "an HDF5 file"):
@@ -169,7 +176,9 @@ def hdf5(path: str | os.PathLike[str], dataset: str, label: str | None = None) -
     for name in (dataset, *([] if label is None else [label])):
         with naming_the_file(path, f"the dataset {name!r}"):
             found = file.get(name)
-            if not isinstance(found, h5py.Dataset) or not found.shape:
+            if isinstance(found, h5py.Dataset) and not found.shape:
+                raise DataFormatError(f"{os.fspath(path)}: expected samples, found a single number in {name!r}")
+            if not isinstance(found, h5py.Dataset):
                 raise ArgumentError(
                     f"{os.fspath(path)} has the datasets {', '.join(_datasets(file)) or '(none)'}; got {name!r}"
                 )
@@ -182,19 +191,20 @@ def hdf5(path: str | os.PathLike[str], dataset: str, label: str | None = None) -
     if len({len(found) for found in chosen}) > 1:
         lengths = " and ".join(f"{found.name!r} of shape {found.shape}" for found in chosen)
         raise ShapeError(f"{os.fspath(path)}: datasets must have equal numbers of samples, got {lengths}")
-    return _Datasets(path, file, chosen)
+    return _Datasets(path, file, chosen, check_bool("flatten", flatten))
 
 
 def _datasets(group: Any) -> list[str]:
     found: list[str] = []
-    group.visititems(lambda name, item: found.append(name) if hasattr(item, "dtype") else None)
+    group.visititems(lambda name, item: found.append(name) if getattr(item, "shape", ()) else None)
     return found
 
 
 class _Datasets:
     """Datasets of an HDF5 file."""
 
-    def __init__(self, path: str | os.PathLike[str], file: Any, datasets: list[Any]) -> None:
+    def __init__(self, path: str | os.PathLike[str], file: Any, datasets: list[Any], flatten: bool) -> None:
+        self._flatten = flatten
         self.path, self._file, self._datasets, self._n = os.fspath(path), file, datasets, len(datasets[0])
         self.block = max(1 if dataset.chunks is None else int(dataset.chunks[0]) for dataset in datasets)
 
@@ -212,6 +222,7 @@ class _Datasets:
                 with naming_the_file(self.path, f"samples {first} to {last} of {dataset.name!r}"):
                     dataset.read_direct(array, np.s_[first : last + 1], np.s_[start:stop])
             out.append(array if len(places) == len(indices) and np.array_equal(places, indices) else array[back])
+        out[0] = out[0].reshape(flat(out[0].shape, self._flatten))
         return tuple(out) if len(out) > 1 else out[0]
 
 

@@ -145,6 +145,8 @@ def fit(
         stack.enter_context(core_of(net).training)
         for context in (net.backend.own_stream(), core_of(net).freezing(opt.frozen), unchecked(opt)):
             stack.enter_context(context)
+        core_of(net).largest_trained = largest = epochs_of(loader).columns.largest
+        stack.callback(setattr, core_of(net), "largest_trained", largest)
         scale = scale_for(net, loss_scale)
         record = Record(TrainingState(net, loader, opt, History(), loader.epoch, opt.t), scale)
         watching = Callbacks(callbacks)

@@ -13,6 +13,7 @@ from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, DTypeError, GpubatchError, InsufficientMemoryError
 from gpubatch.loader import Columns, Epochs, Loader, epochs_of, rows_of
 from gpubatch.nn import EVALUATION_ROWS, Network, core_of
+from gpubatch.sources import is_chunked
 
 __all__ = ["HeldOut", "HeldOutBatches", "InMemory", "about_validation", "validated"]
 
@@ -191,7 +192,7 @@ def is_fraction(x: Any) -> bool:
 
 def is_read(x: Any) -> bool:
     """Whether samples are read from ``x``, which may be larger than memory."""
-    return isinstance(x, np.memmap) or (hasattr(x, "read") and hasattr(x, "__len__"))
+    return isinstance(x, np.memmap) or is_chunked(x) or (hasattr(x, "read") and hasattr(x, "__len__"))
 
 
 @contextlib.contextmanager
