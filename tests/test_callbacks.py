@@ -335,7 +335,7 @@ LOSSES = (4.0, 3.0, 3.5, 3.6, 2.0)
 
 
 @pytest.mark.parametrize("name", RESUMED)
-@pytest.mark.parametrize("every_steps", [5, None])
+@pytest.mark.parametrize("every_steps", [5, pytest.param(None, marks=pytest.mark.exhaustive)])
 def test_a_run_that_was_killed_ends_alike(name: str, every_steps: int | None, tmp_path: Path) -> None:
     make, options = RESUMED[name]
 
@@ -687,7 +687,7 @@ def rows(path: Path) -> list[list[str]]:
     return [line.split(",")[:-1] for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("every_steps", [5, None])
+@pytest.mark.parametrize("every_steps", [5, pytest.param(None, marks=pytest.mark.exhaustive)])
 def test_a_csv_file_has_each_row_once(every_steps: int | None, tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     history = run([gb.CSVLog(path)], 4)[1]

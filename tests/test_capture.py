@@ -562,7 +562,7 @@ ADDED: dict[str, Callable[[], list[Any]]] = {
 
 
 @every("name", list(ADDED), ["all"])
-@pytest.mark.parametrize("case", ["norm, dropout, l2, schedule", "mixed, host, norm"])
+@every("case", ["norm, dropout, l2, schedule", "mixed, host, norm"], ["mixed, host, norm"])
 def test_parts_of_callbacks_are_captured(name: str, case: str, device: Callable[[], CudaBackend]) -> None:
     found = {}
     for execution in ("eager", "captured"):
@@ -600,6 +600,7 @@ def test_a_part_that_the_user_changed_is_not_passed_over(device: Callable[[], Cu
     assert history.execution == "eager, since Own.on_gradient is not gpubatch's own"
 
 
+@pytest.mark.exhaustive
 def test_a_part_is_resumed_in_the_middle_of_an_epoch(device: Callable[[], CudaBackend], tmp_path: Path) -> None:
     case = CASES["norm, dropout, l2, schedule"]
     whole = Training(case, device()).fit("captured", 3, callbacks=ADDED["all"]())

@@ -372,6 +372,7 @@ def test_a_signal_saves_the_run(number: int, verb: str, code: int, mnist: Path, 
     assert "test accuracy" in run("train", *options, "--resume", "--epochs", str(epochs)).stdout
 
 
+@pytest.mark.exhaustive
 def test_callbacks_by_options(mnist: Path, tmp_path: Path) -> None:
     log = tmp_path / "log.csv"
     options = ["--early-stop", "1", "--average", "0.9", "--plateau", "0", "--log", str(log), "--lr", "0.5"]
