@@ -1403,6 +1403,22 @@ def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[st
     assert " %  " in lines[2]
 
 
+def test_a_notebook_without_ipywidgets_has_a_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rich would print 'install "ipywidgets"' and show none."""
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.setattr("gpubatch.train.display.REWRITTEN", 0.0)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    gb.fit(*parts(), epochs=2)
+    told = capsys.readouterr().err
+    assert "ipywidgets" not in told
+    bars = [text for text in told.split("\r") if "█" in text or "░" in text]
+    assert len(bars) == 24
+    assert re.fullmatch(r"epoch 2/2 █{16}░{14}  54%  loss \d\.\d{4} *", bars[12])
+    assert [line.split("\r")[-1].split("  ")[0] for line in told.split("\n")[-3:-1]] == ["epoch 1/2", "epoch 2/2"]
+
+
 def test_nothing_without_progress(capsys: pytest.CaptureFixture[str]) -> None:
     gb.fit(*parts(), epochs=1, progress=False)
     assert capsys.readouterr() == ("", "")

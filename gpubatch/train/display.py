@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,16 +15,22 @@ __all__ = ["Display", "Silent", "bar", "display"]
 
 MOVED = 0.05  # seconds from one move of a run's bar to the next; Rich draws it ten times a second
 
+REWRITTEN, LINE, WIDTH = 0.2, 79, 30  # seconds between two bars of characters, and columns of a line and of its bar
+
 
 def live_bar(column: str) -> Any:
-    """Rich's progress bar, ``column`` behind it; None if rich is not installed or nobody would see the bar."""
+    """Rich's progress bar, ``column`` behind it; None if rich is not installed or nobody would see the bar.
+
+    A notebook shows it by ipywidgets. Without them rich would warn of that and show nothing.
+    """
     try:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     except ImportError:
         return None
     console = Console(stderr=True)
-    if not console.is_terminal and not console.is_jupyter:
+    shown = importlib.util.find_spec("ipywidgets") is not None if console.is_jupyter else console.is_terminal
+    if not shown:
         return None
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn(column), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True)
@@ -58,7 +65,7 @@ class Display(Protocol):
 
 @contextlib.contextmanager
 def display(progress: bool, epochs: int, steps: int, done: int = 0) -> Iterator[Display]:
-    """A live bar in a terminal, plain lines elsewhere, nothing without ``progress``.
+    """A live bar in a terminal or a notebook, plain lines elsewhere, nothing without ``progress``.
 
     ``done`` of the ``epochs * steps`` steps were made before.
     """
@@ -67,8 +74,15 @@ def display(progress: bool, epochs: int, steps: int, done: int = 0) -> Iterator[
     elif (live := live_bar("{task.fields[loss]}")) is not None:
         with live:
             yield Live(live, epochs, steps, done)
+    elif in_a_notebook():
+        yield Rewritten(epochs, steps, done)
     else:
         yield Lines(epochs)
+
+
+def in_a_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    return "ipykernel" in sys.modules
 
 
 class Silent:
@@ -100,6 +114,29 @@ class Lines:
     def note(self, text: str) -> None:
         """Print it."""
         print(text, file=sys.stderr, flush=True)
+
+
+class Rewritten(Lines):
+    """A line for each epoch, and below it a bar of characters that is written over: what a notebook shows of itself."""
+
+    def __init__(self, epochs: int, steps: int, done: int) -> None:
+        self.epochs, self.steps, self.done = epochs, steps, done
+        self._shown = time.perf_counter()  # when the bar was written last
+
+    def step(self, loss: float) -> None:
+        """Write the bar anew, some times a second."""
+        self.done += 1
+        if (now := time.perf_counter()) - self._shown >= REWRITTEN:
+            self._shown = now
+            share = self.done / (self.epochs * self.steps)
+            drawn = "█" * round(WIDTH * share)
+            epoch = min(self.done // self.steps + 1, self.epochs)
+            text = f"epoch {epoch}/{self.epochs} {drawn:░<{WIDTH}} {share:4.0%}  loss {loss:.4f}"
+            print(f"\r{text:<{LINE}}", end="", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """Print it over the bar."""
+        print(f"\r{text:<{LINE}}", file=sys.stderr, flush=True)
 
 
 class Live:
