@@ -26,6 +26,7 @@ from gpubatch.train import History
 __all__ = [
     "check_plot_file",
     "plot_batch_sizes",
+    "plot_confusion",
     "plot_memory",
     "plot_optimizers",
     "plot_slice",
@@ -282,6 +283,47 @@ def plot_strategies(
     falls.set_ylabel("best loss so far, or cost")
     _logarithmic(falls, "y")
     falls.legend(frameon=False, fontsize=9)
+    return _saved(figure, path)
+
+
+# --- classes -------------------------------------------------------------------------------------------------------
+
+MOST_NUMBERED = 20  # classes up to which each field of a confusion matrix has its number
+
+
+def plot_confusion(
+    matrix: np.ndarray,
+    classes: Sequence[Any] | None = None,
+    path: str | Path | None = None,
+    title: str = "",
+    axes: Any = None,
+) -> Any:
+    """Draw a confusion matrix: each field has its count, its colour is the part of the samples of its class.
+
+    matrix: what :func:`gpubatch.metrics.confusion_matrix` returns
+    classes: the names of the classes; by default their numbers
+
+    path, title, axes: as for every picture, see :mod:`gpubatch.plot`.
+    """
+    matrix = np.asarray(matrix)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ArgumentError(f"matrix must have shape (classes, classes), got {matrix.shape}")
+    names = [f"{name}" for name in (range(len(matrix)) if classes is None else classes)]
+    if len(names) != len(matrix):
+        raise ArgumentError(f"classes must have a name for each of {len(matrix)} classes, got {len(names)}")
+    figure, (panel,) = _panels(path, title, [6.5], axes)
+    parts = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1e-300)
+    panel.grid(False)
+    image = panel.imshow(parts, cmap="Blues", vmin=0, vmax=1)
+    if len(names) <= MOST_NUMBERED:
+        panel.set_xticks(range(len(names)), names)
+        panel.set_yticks(range(len(names)), names)
+        for i, j in np.ndindex(*matrix.shape):
+            color = "white" if parts[i, j] > 0.5 else "black"
+            panel.text(j, i, f"{matrix[i, j]:g}", ha="center", va="center", color=color, fontsize=8)
+    panel.set_xlabel("predicted class")
+    panel.set_ylabel("class")
+    figure.colorbar(image, ax=panel, label="part of the samples of the class")
     return _saved(figure, path)
 
 

@@ -373,6 +373,22 @@ def test_a_signal_saves_the_run(number: int, verb: str, code: int, mnist: Path, 
 
 
 @pytest.mark.exhaustive
+def test_loss_and_metrics_by_options(mnist: Path) -> None:
+    small = ("train", str(mnist), *SMALL)
+    done = run(*small, "--label-smoothing", "0.1", "--metrics", "f1,top_3", "--json")
+    result = json.loads(done.stdout)
+    assert result["arguments"]["label_smoothing"] == 0.1
+    assert list(result["history"]["metrics"]) == ["f1", "top_3"]
+    assert "  top_3 " in done.stderr
+    assert "loss       svm" in run(*small, "--loss", "svm").stdout
+    assert run(*small, "--loss", "svm", "--label-smoothing", "0.1", code=1).stderr.startswith(
+        "error: --label-smoothing"
+    )
+    swept = run("sweep", str(mnist), "--step-size", "--layers", "8", "--label-smoothing", "0.1")
+    assert "softmax_cross_entropy(label_smoothing=0.1)" in swept.stdout
+
+
+@pytest.mark.exhaustive
 def test_callbacks_by_options(mnist: Path, tmp_path: Path) -> None:
     log = tmp_path / "log.csv"
     options = ["--early-stop", "1", "--average", "0.9", "--plateau", "0", "--log", str(log), "--lr", "0.5"]

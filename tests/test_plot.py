@@ -70,13 +70,23 @@ def sweep(name: str) -> Any:
         "batch_sizes": lambda: (explore.batch_size_sweep(net, X, Y, [16, 20, 32], target=1.0, epochs=2), 1.0),
         "optimizers": lambda: (explore.optimizer_sweep(net, X, Y, batch_size=20, epochs=1),),
         "memory": lambda: (plan := gb.Loader(X, Y, backend="cpu").plan, {16: plan.parts, 32: plan.parts}),
+        "confusion": lambda: (np.array([[8, 2, 0], [1, 9, 0], [0, 3, 7]]), ["cat", "dog", "bird"]),
         "strategies": lambda: ([SimpleNamespace(name="a", test_accuracy=0.9, seconds=1.0, history=(2.0, 1.0))],),
         "training": lambda: (history(),),
     }
     return found[name]()
 
 
-PANELS = {"slice": 1, "step_sizes": 2, "batch_sizes": 3, "optimizers": 2, "memory": 1, "strategies": 2, "training": 3}
+PANELS = {
+    "slice": 1,
+    "step_sizes": 2,
+    "batch_sizes": 3,
+    "optimizers": 2,
+    "memory": 1,
+    "strategies": 2,
+    "training": 3,
+    "confusion": 1,
+}
 
 
 def test_the_table_of_pictures_is_complete() -> None:

@@ -10,8 +10,8 @@ import numpy as np
 
 from gpubatch import datasets
 from gpubatch.backend import Array, get_backend
-from gpubatch.cli.options import integer
-from gpubatch.errors import ArgumentError, check_choice
+from gpubatch.cli.options import integer, loss_named
+from gpubatch.errors import ArgumentError
 from gpubatch.loader import Loader
 from gpubatch.nn import Network, mlp
 from gpubatch.train import drop_last_for
@@ -89,16 +89,16 @@ class Task:
         backend: str,
         dtype: str,
         samples: int | None = None,
+        label_smoothing: float = 0.0,
     ) -> Task:
         """The task that options name; ``samples`` of the training set, None for all."""
-        check_choice("--loss", loss, ["softmax_cross_entropy", "svm"])
-        data = Data(folder, hidden, backend, dtype, seed, samples, loss=loss)
+        data = Data(folder, hidden, backend, dtype, seed, samples, loss=loss_named(loss, label_smoothing))
         net = data.net
 
         def ready(X: np.ndarray, Y: np.ndarray) -> tuple[Array, Array]:
             return net.backend.asarray(np.multiply(X, 1 / 255, dtype=net.dtype)), net.backend.asarray(Y)
 
-        return cls(net, *ready(data.X, data.Y), ready(*data.test), seed, data.words(loss))
+        return cls(net, *ready(data.X, data.Y), ready(*data.test), seed, data.words(data.net.loss_name))
 
 
 def load(folder: Path | None, seed: int) -> tuple[str, datasets.Samples, datasets.Samples]:

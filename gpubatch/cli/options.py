@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from gpubatch import optim, schedules
-from gpubatch.errors import ArgumentError, check_choice
-from gpubatch.nn import ACTIVATIONS, INITS
+from gpubatch.errors import ArgumentError, check_choice, check_real
+from gpubatch.nn import ACTIVATIONS, INITS, LOSSES, Loss, SoftmaxCrossEntropy
 
 __all__ = [
     "DECAYS",
@@ -25,6 +25,7 @@ __all__ = [
     "FirstWeights",
     "Folder",
     "HiddenLayers",
+    "LabelSmoothing",
     "LossName",
     "OptimizerName",
     "PlotFile",
@@ -34,6 +35,7 @@ __all__ = [
     "WithBatchNorm",
     "WithDropout",
     "integer",
+    "loss_named",
     "optimizer_named",
 ]
 
@@ -85,6 +87,9 @@ FirstWeights = Annotated[
     str, typer.Option("--init", help=f"How the weights start: auto, v0.1 (as in that version), {', '.join(INITS)}.")
 ]
 LossName = Annotated[str, typer.Option(help="softmax_cross_entropy or svm.")]
+LabelSmoothing = Annotated[
+    float, typer.Option(help="Part of every target that softmax_cross_entropy spreads over all classes.")
+]
 OptimizerName = Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")]
 Rate = Annotated[float | None, typer.Option(help="Learning rate; by default one that suits the optimizer.")]
 BatchSize = Annotated[str, typer.Option(help="Samples in a batch; auto: the most that fit.")]
@@ -100,6 +105,16 @@ Progress = Annotated[bool, typer.Option(help="Show a bar on standard error, if t
 def optimizer_named(name: str) -> tuple[Callable[..., optim.Optimizer], float]:
     """The optimizer that --optimizer names, and its usual learning rate."""
     return OPTIMIZERS[check_choice("--optimizer", name, OPTIMIZERS)]
+
+
+def loss_named(name: str, label_smoothing: float) -> Loss:
+    """The loss that --loss and --label-smoothing name; both take labels."""
+    if check_choice("--loss", name, ["softmax_cross_entropy", "svm"]) == "svm":
+        if label_smoothing:
+            raise ArgumentError(f"--label-smoothing is for softmax_cross_entropy, got {label_smoothing:g} with svm")
+        return LOSSES["svm"]
+    check_real("--label-smoothing", label_smoothing, 0, 1, open_high=True)
+    return SoftmaxCrossEntropy(label_smoothing=label_smoothing) if label_smoothing else LOSSES[name]
 
 
 def integer(option: str, text: str) -> int:

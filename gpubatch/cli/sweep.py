@@ -35,6 +35,7 @@ def sweep(
     strategy: Annotated[bool, typer.Option("--strategy", help="Random, local search, gradient descent.")] = False,
     layers: options.HiddenLayers = "128",
     loss: options.LossName = "softmax_cross_entropy",
+    label_smoothing: options.LabelSmoothing = 0.0,
     samples: Annotated[int | None, typer.Option(min=2, help="Of the training set; by default all.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of every run; by default it depends.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples in a batch, where that is not what varies.")] = 128,
@@ -59,7 +60,7 @@ def sweep(
         raise ArgumentError(f"sweep needs one of {', '.join(chosen)}, got {sum(chosen.values())} of them")
     if plot_file is not None:
         plot.check_plot_file(plot_file)
-    task = Task.of(folder, layers, loss, seed, backend, dtype, samples)
+    task = Task.of(folder, layers, loss, seed, backend, dtype, samples, label_smoothing)
     option = next(name for name, wanted in chosen.items() if wanted)
     title = f"gpubatch sweep {option}, {len(task.X):,} samples\n{task.words}"
     with bar("sweep", progress) as show:

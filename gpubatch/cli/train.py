@@ -43,6 +43,8 @@ def train(
     folder: options.Folder = None,
     layers: options.HiddenLayers = "512,512",
     activation: options.Activation = "gelu",
+    loss: options.LossName = "softmax_cross_entropy",
+    label_smoothing: options.LabelSmoothing = 0.0,
     optimizer: options.OptimizerName = "adam",
     lr: options.Rate = None,
     decay: Annotated[str, typer.Option(help=f"Of the learning rate: {', '.join(options.DECAYS)}.")] = "cosine",
@@ -79,6 +81,7 @@ def train(
     ] = None,
     log: Annotated[Path | None, typer.Option(help="CSV file with a row for every epoch.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Folder to save the run in, so that it can go on.")] = None,
+    metrics: Annotated[str, typer.Option(help="More to measure after every epoch, by comma: f1,top_3.")] = "",
     every: Annotated[int | None, typer.Option(help="Steps between checkpoints; by default an epoch.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the curves: a .png, .pdf or .svg.")] = None,
@@ -96,6 +99,7 @@ def train(
     check_choice("--execution", execution, EXECUTIONS)
     kind: dict[str, Any] = {
         "activation": activation,
+        "loss": options.loss_named(loss, label_smoothing),
         "batch_norm": batch_norm,
         "dropout": dropout,
         "l2": l2,
@@ -113,6 +117,8 @@ def train(
     out = Console(quiet=as_json, highlight=False, soft_wrap=True, markup=False, emoji=False)
     out.print(f"data       {data.name}: {len(data.X):,} to train on, {len(X_test):,} to test")
     out.print(f"network    {' - '.join(map(str, data.sizes))}, {activation}, {net.parameters.size:,} parameters")
+    if net.loss_name != "softmax_cross_entropy":
+        out.print(f"loss       {net.loss_name}")
     out.print(f"optimizer  {optimizer}, learning rate {rate:g}, decay {decay}")
     out.print(f"backend    {where.device}, {dtype}, precision {precision}")
     started, ended = time.perf_counter(), ""
@@ -129,6 +135,7 @@ def train(
             resume=resume,
             progress=progress,
             execution=execution,
+            metrics=[name for name in metrics.split(",") if name],
         )
     except (TrainingInterrupted, TrainingTerminated) as end:
         history, ended = end.history, end.message
@@ -147,16 +154,16 @@ def train(
         out.print(f"curves     {plot_file}")
     # The epoch whose weights the network has: the best one where they were kept, but not after an interruption.
     epoch = keeps[0].best_epoch if keeps and not ended and keeps[0].best_epoch else len(history.validation_loss)
-    accuracy, loss = (x[epoch - 1] if x else None for x in (history.validation_accuracy, history.validation_loss))
-    if accuracy is not None and loss is not None:
+    accuracy, test_loss = (x[epoch - 1] if x else None for x in (history.validation_accuracy, history.validation_loss))
+    if accuracy is not None and test_loss is not None:
         out.print(
             f"test accuracy {100 * accuracy:.2f} % ({round(accuracy * len(X_test)):,} of {len(X_test):,}), "
-            f"test loss {loss:.4f}, in {seconds:.1f} s"
+            f"test loss {test_loss:.4f}, in {seconds:.1f} s"
         )
     if as_json:
         print_json(
             test_accuracy=accuracy,
-            test_loss=loss,
+            test_loss=test_loss,
             seconds=seconds,
             batch_size=loader.batch_size,
             batch_reason=loader.plan.reason,
