@@ -8,21 +8,25 @@ import warnings
 
 
 def main() -> None:
-    """Run the command line; 1 for an error, 2 for wrong usage, 130 after Ctrl-C."""
+    """Run the command line.
+
+    Exit codes: 0; 1 for an error in data, training or the machine; 2 for a wrong option or value; 130 after Ctrl-C, 143
+    after SIGTERM.
+    """
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if missing:
         print(f"the command line needs {' and '.join(missing)}: pip install 'gpubatch[cli]'", file=sys.stderr)
         sys.exit(1)
     # Only here: without the extra these cannot be imported.
     from gpubatch.cli import app
-    from gpubatch.errors import GpubatchError
+    from gpubatch.errors import ArgumentError, DataFormatError, GpubatchError
 
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         app()
     except (GpubatchError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, ArgumentError) and not isinstance(error, DataFormatError) else 1)
 
 
 if __name__ == "__main__":

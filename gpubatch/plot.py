@@ -73,7 +73,7 @@ def plot_training(history: History, path: str | Path | None = None, title: str =
     if with_accuracy:
         accuracy = others[0]
         percent = 100 * np.array(history.validation_accuracy)
-        accuracy.plot(ends, percent, "o-", color=ACCURACY, markersize=4)
+        accuracy.plot(ends, percent, "o-", color=ACCURACY, markersize=4, clip_on=False)  # the last is on the edge
         accuracy.annotate(
             f"{percent[-1]:.2f} %",
             (ends[-1], percent[-1]),
@@ -100,7 +100,9 @@ def _draw_cost(axes: Any, history: History, steps: np.ndarray, ends: np.ndarray)
     axes.plot(steps, history.step_loss, color=RAW, linewidth=0.8, label="mini-batch cost")
     axes.plot(steps, history.smoothed(beta), color=SMOOTH, label=f"smoothed (moving average, β = {beta})")
     if history.validation_loss:
-        axes.plot(ends, history.validation_loss, "o-", color=HELD_OUT, markersize=4, label="validation cost")
+        axes.plot(
+            ends, history.validation_loss, "o-", color=HELD_OUT, markersize=4, label="validation cost", clip_on=False
+        )
     lowest = min([*history.step_loss, *history.validation_loss])
     if lowest > 0:
         axes.set_yscale("log")
@@ -269,15 +271,21 @@ def plot_strategies(
     for k, (result, color) in enumerate(zip(results, colors, strict=True)):
         percent = 100 * (result.test_accuracy or 0.0)
         reached.barh(k, percent, color=color)
+        inside = percent > 75  # beside a longer bar there is no room
         reached.annotate(
-            f"{percent:.1f} %, {result.seconds:.1f} s", (percent, k), (4, 0), textcoords="offset points", va="center"
+            f"{percent:.1f} %, {result.seconds:.1f} s",
+            (percent, k),
+            (-4 if inside else 4, 0),
+            textcoords="offset points",
+            va="center",
+            ha="right" if inside else "left",
+            color="white" if inside else "black",
         )
         done = np.arange(1, len(result.history) + 1) / len(result.history)
         falls.plot(100 * done, _finite(result.history), color=color, label=result.name)
     reached.set_yticks(range(len(results)), [result.name for result in results])
     reached.invert_yaxis()
-    reached.set_xlim(0, 115)
-    reached.set_xticks(range(0, 101, 20))
+    reached.set_xlim(0, 100)
     reached.set_xlabel("test accuracy (%), and the time that it took")
     falls.set_xlabel("part of the trials, or of the epochs, that are done (%)")
     falls.set_ylabel("best loss so far, or cost")

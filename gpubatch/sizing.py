@@ -180,8 +180,9 @@ def find_batch_size(
 
     Two small sizes are run, and their peak memory is measured: of this process, and on a CUDA ``backend`` of CuPy's
     pool. A line through the peaks predicts the largest power of two (or the whole set, up to 2000 samples) that needs
-    at most 90 % of the memory. That size is run too: its peak refines the line, a ``MemoryError`` halves the size, and
-    so on until the chosen size has run. The plan's reason and the log list the trials.
+    at most 90 % of the memory. That size is run too: its peak refines the line, a ``MemoryError``, or what PyTorch and
+    JAX raise instead, halves the size, and so on until the chosen size has run. The plan's reason and the log list the
+    trials.
 
     step: called as ``step(batch_size)``; does one whole step of any kind
     n_samples: size of the set, at least 1
@@ -252,20 +253,33 @@ def _found(
 
 
 def _peaks(step: Callable[[int], Any], size: int, meters: list[Meter]) -> list[int] | None:
-    """The peak of ``step(size)`` on each meter; None if it raised MemoryError."""
+    """The peak of ``step(size)`` on each meter; None if memory ran out."""
     gc.collect()
     for meter in meters:
         meter.reset()
     failed = False
     try:
         step(size)
-    except MemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         failed = True  # nothing else here: the traceback keeps the step's arrays alive until the block ends
     peaks = [meter.peak() for meter in meters]
     gc.collect()
     for meter in meters:
         meter.reset()
     return None if failed else peaks
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out: NumPy's and CuPy's are MemoryErrors, PyTorch's and JAX's are not.
+
+    JAX has one type for all errors of XLA, whose text begins with a status code.
+    """
+    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    if jax is not None and isinstance(error, jax.errors.JaxRuntimeError):
+        return str(error).startswith("RESOURCE_EXHAUSTED")
+    return isinstance(error, MemoryError if torch is None else (MemoryError, torch.OutOfMemoryError))
 
 
 def _fits(size: int, peaks: dict[int, list[int]], meters: list[Meter]) -> bool:

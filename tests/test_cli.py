@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,8 +112,11 @@ def test_classes_may_weigh_alike(mnist: Path) -> None:
 
 @every(
     "optimizer",
-    ["sgd", "momentum", "heavy-ball", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "nadam", "lion"],
-    ["nesterov", "adamw"],
+    (
+        "sgd momentum heavy-ball nesterov adagrad rmsprop adam adamw nadam lion adamax radam adadelta adabelief yogi "
+        "lars lamb"
+    ).split(),
+    ["nesterov", "lamb"],
 )
 def test_every_optimizer_learns_at_its_usual_rate(optimizer: str, mnist: Path) -> None:
     options = ["--layers", "32", "--epochs", "3", "--batch-size", "20", "--no-progress", "--json"]
@@ -275,13 +279,30 @@ ERRORS = {
 def test_errors_are_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, message = ERRORS[name]
     monkeypatch.chdir(tmp_path)
-    done = run(*arguments, code=1)
+    done = run(*arguments, code=2)
     assert re.match(message, done.stderr), done.stderr
     assert done.stderr.count("\n") == 1
 
 
 def test_wrong_usage_is_exit_code_2() -> None:
     assert "No such option" in run("train", "--nonsense", code=2).stderr
+
+
+def test_damaged_data_is_exit_code_1(mnist: Path, tmp_path: Path) -> None:
+    shutil.copytree(mnist, tmp_path / "data")
+    for path in (tmp_path / "data").iterdir():
+        path.write_bytes(path.read_bytes()[:20])
+    assert run("train", str(tmp_path / "data"), "--no-progress", code=1).stderr.startswith("error: ")
+
+
+def test_the_version() -> None:
+    assert run("--version").stdout == f"gpubatch {gpubatch.__version__}\n"
+    assert "2 for a wrong option or value" in " ".join(run("--help").stdout.replace("│", "").split())
+
+
+def test_learning_rate_is_another_name_of_lr(mnist: Path) -> None:
+    options = ["train", str(mnist), "--layers", "8", "--epochs", "1", "--json", "--no-progress"]
+    assert json.loads(run(*options, "--learning-rate", "0.25").stdout)["arguments"]["lr"] == 0.25
 
 
 def test_ctrl_c_leaves_one_line_and_what_was_done(tmp_path: Path) -> None:

@@ -166,6 +166,8 @@ ERRORS = {
     "target": (["sweep", "--batch-size", "--target", "-1"], "error: target must be finite and in"),
     "scale": (["sweep", "--strategy", "--scale", "0"], "error: scale must be finite and in"),
     "loss": (["sweep", "--optimizer", "--loss", "mse"], "error: --loss must be one of 'softmax_cross_entropy', 'svm'"),
+    "optimizer": (["sweep", "--optimizer", "adam"], "error: --optimizer of sweep takes no value, got 'adam'"),
+    "batch size": (["sweep", "--batch-size", "64"], "error: --batch-size of sweep takes no value, .* give --sizes 64"),
     "plot": (["sweep", "--optimizer", "--plot", "a.gif"], "error: the plot file must end in .png"),
     "directions": (["landscape", "--directions", "pth"], "error: --directions must be one of .*did you mean 'path'"),
     "no path": (["landscape", "--epochs", "0"], "error: --directions path needs --epochs of at least 1, got 0"),
@@ -181,7 +183,7 @@ ERRORS = {
 def test_errors_are_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, message = ERRORS[name]
     monkeypatch.chdir(tmp_path)
-    done = run(*arguments, code=1)
+    done = run(*arguments, code=2)
     assert re.match(message, done.stderr), done.stderr
     assert done.stderr.count("\n") == 1
 

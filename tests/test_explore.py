@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -536,6 +537,17 @@ def test_the_range_test_suggests_a_rate_that_trains() -> None:
     never = learning_rate_range_test(net, X, Y, low=1e20, high=1e21, batch_size=50)
     assert never.suggestion is None
     assert "take a lower range" in never.reason
+
+
+def test_a_check_is_printed_in_words() -> None:
+    x = np.array([1.0, 2.0])
+    wrong = gradient_check(lambda x: (x**2).sum(), x, np.array([2.0, 4.1]))
+    assert re.fullmatch(
+        r"wrong at \(1,\): 4.1, numerically 4; relative error 0.024, tolerance 1e-07, 2 compared", str(wrong)
+    )
+    assert str(gradient_check(lambda x: (x**2).sum(), x, 2 * x)).startswith("right, worst at (")
+    kink = gradient_check(lambda x: abs(x).sum(), np.zeros(1), np.zeros(1))
+    assert str(kink) == "nothing was compared, 1 at kinks"
 
 
 def range_test_of(found: np.ndarray, beta: float = 0.9) -> RangeTest:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from families import marks
 from hypothesis import given, strategies as st
+from needs import peer
 
 import gpubatch.sizing
 from gpubatch.backend import CudaBackend
@@ -269,6 +270,25 @@ def test_found_within_the_bounds(n, at_most, limit, size, words):
     assert f"{len(step.run)} trial" in plan.reason
     assert max(step.run) <= min(n, at_most or n)
     assert len(step.run) == len(set(step.run))
+
+
+@pytest.mark.parametrize("library", ["torch", "jax"])
+def test_other_libraries_errors_say_that_memory_ran_out(library):
+    """On a CPU neither runs out of a device's memory, so their errors are made here."""
+    module = peer(library)
+    if library == "torch":
+        out, other = module.OutOfMemoryError("no"), RuntimeError("out of memory")
+    else:
+        kind = module.errors.JaxRuntimeError
+        out, other = kind("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte"), kind("INTERNAL: out of memory")
+
+    def step(size, error):
+        if size > 10:
+            raise error
+
+    assert find_batch_size(lambda size: step(size, out), 1000, backend="cpu").batch_size == 8
+    with pytest.raises(type(other), match="out of memory"):
+        find_batch_size(lambda size: step(size, other), 1000, backend="cpu")
 
 
 def test_nothing_fits(monkeypatch):

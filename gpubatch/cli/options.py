@@ -15,6 +15,7 @@ from gpubatch.nn import ACTIVATIONS, INITS, LOSSES, Loss, SoftmaxCrossEntropy
 
 __all__ = [
     "DECAYS",
+    "LR",
     "OPTIMIZERS",
     "Activation",
     "AsJson",
@@ -51,6 +52,13 @@ OPTIMIZERS: dict[str, tuple[Callable[..., optim.Optimizer], float]] = {
     "adamw": (optim.AdamW, 0.003),
     "nadam": (optim.NAdam, 0.003),
     "lion": (optim.Lion, 0.0005),
+    "adamax": (optim.Adamax, 0.005),
+    "radam": (optim.RAdam, 0.003),
+    "adadelta": (optim.Adadelta, 1.0),
+    "adabelief": (optim.AdaBelief, 0.003),
+    "yogi": (optim.Yogi, 0.01),
+    "lars": (optim.LARS, 5.0),
+    "lamb": (optim.LAMB, 0.01),
 }
 
 
@@ -91,7 +99,8 @@ LabelSmoothing = Annotated[
     float, typer.Option(help="Part of every target that softmax_cross_entropy spreads over all classes.")
 ]
 OptimizerName = Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")]
-Rate = Annotated[float | None, typer.Option(help="Learning rate; by default one that suits the optimizer.")]
+LR = ("--lr", "--learning-rate")
+Rate = Annotated[float | None, typer.Option(*LR, help="Learning rate; by default one that suits the optimizer.")]
 BatchSize = Annotated[str, typer.Option(help="Samples in a batch; auto: the most that fit.")]
 AtMost = Annotated[int, typer.Option(help="What auto does not exceed, if there are more than 2000 samples.")]
 Seed = Annotated[int, typer.Option(help="Of split, first weights, order and random directions.")]

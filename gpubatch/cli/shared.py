@@ -7,7 +7,7 @@ import json
 import math
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -19,12 +19,31 @@ import gpubatch
 __all__ = ["app", "arguments_of", "number_or_dash", "print_json", "table_of", "versions"]
 
 app = typer.Typer(
-    help="Train networks by mini-batches on NumPy or CuPy arrays.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+
+def print_version(wanted: bool) -> None:
+    """End with the version, if it is asked for."""
+    if wanted:
+        typer.echo(f"gpubatch {gpubatch.__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog="Exit codes: 0; 1 for an error in data, training or the machine; 2 for a wrong option or value; 130 after "
+    "Ctrl-C, 143 after SIGTERM."
+)
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=print_version)
+    ] = False,
+) -> None:
+    """Train networks by mini-batches on NumPy or CuPy arrays."""
+
 
 PRINTED = {"as_json", "plot_file", "progress"}  # arguments that no result depends on
 

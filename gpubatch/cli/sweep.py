@@ -41,7 +41,9 @@ def sweep(
     batch: Annotated[int, typer.Option(min=1, help="Samples in a batch, where that is not what varies.")] = 128,
     sizes: Annotated[str, typer.Option(help="Batch sizes to try, by comma; by default 16 to 1024.")] = "",
     target: Annotated[float, typer.Option(help="Loss that the runs of --batch-size are to reach.")] = 0.3,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of --batch-size (of size 128) or --strategy.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(*options.LR, help="Learning rate of --batch-size (of size 128) or --strategy.")
+    ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Of each search of --strategy.")] = 1000,
     scale: Annotated[float, typer.Option(help="Standard deviation of what the searches draw.")] = 0.01,
     seed: options.Seed = 0,
@@ -58,10 +60,19 @@ def sweep(
     chosen = {"--step-size": step_size, "--batch-size": batch_size, "--optimizer": optimizer, "--strategy": strategy}
     if sum(chosen.values()) != 1:
         raise ArgumentError(f"sweep needs one of {', '.join(chosen)}, got {sum(chosen.values())} of them")
+    option = next(name for name, wanted in chosen.items() if wanted)
+    value = "" if folder is None or folder.exists() else str(folder)
+    if optimizer and value in options.OPTIMIZERS:
+        raise ArgumentError(f"--optimizer of sweep takes no value, got {value!r}: it compares several optimizers")
+    if batch_size and value.isdecimal():
+        raise ArgumentError(
+            f"--batch-size of sweep takes no value, got {value}: give --sizes {value}, or several by comma"
+        )
     if plot_file is not None:
         plot.check_plot_file(plot_file)
     task = Task.of(folder, layers, loss, seed, backend, dtype, samples, label_smoothing)
     option = next(name for name, wanted in chosen.items() if wanted)
+    task = Task.of(folder, layers, loss, seed, backend, dtype, samples)
     title = f"gpubatch sweep {option}, {len(task.X):,} samples\n{task.words}"
     with bar("sweep", progress) as show:
         if step_size:

@@ -177,6 +177,14 @@ class GradientCheck:
     compared: int
     kinks: tuple[Kink, ...]
 
+    def __str__(self) -> str:
+        at_kinks = f", {len(self.kinks)} at kinks" if self.kinks else ""
+        if self.worst_index is None:
+            return f"nothing was compared{at_kinks}"
+        place = f"{self.worst_index}: {self.analytic:.6g}, numerically {self.numerical:.6g}"
+        error = f"relative error {self.max_relative_error:.2g}, tolerance {self.tolerance:.2g}"
+        return f"{'right, worst' if self.ok else 'wrong'} at {place}; {error}, {self.compared} compared{at_kinks}"
+
 
 @dataclass(frozen=True)
 class Probe:
