@@ -71,8 +71,6 @@ def sweep(
     if plot_file is not None:
         plot.check_plot_file(plot_file)
     task = Task.of(folder, layers, loss, seed, backend, dtype, samples, label_smoothing)
-    option = next(name for name, wanted in chosen.items() if wanted)
-    task = Task.of(folder, layers, loss, seed, backend, dtype, samples)
     title = f"gpubatch sweep {option}, {len(task.X):,} samples\n{task.words}"
     with bar("sweep", progress) as show:
         if step_size:
