@@ -29,7 +29,7 @@ OURS, ALONE, BEFORE, TORCH = "gpubatch", "one thread", "before", "PyTorch"
 STATES = ("quiet", "busy")
 LEAST_STEPS = 3
 WARM_UP = 0.3  # of a turn: for steps that are not counted
-OTHERS, TRIES = 0.1, 30  # cores that other processes may take, and how often a turn is repeated for that
+OTHERS, TRIES = 0.1, 10  # cores that other processes may take, and how often a turn is repeated for that
 
 
 def work(contender: str) -> None:
