@@ -248,7 +248,7 @@ def test_a_batch_size_that_was_chosen_is_a_size_that_was_run(refusal: Refusal, m
 
     monkeypatch.setattr(Core, "forward", noted(Core.forward, run))
     monkeypatch.setattr(gb.Network, "evaluate", noted(gb.Network.evaluate, evaluated))
-    held_out = InMemory(*validation(), 0)
+    held_out = InMemory(*validation(), None, 0)
     tried = []
 
     def settled(number: int) -> gb.Loader:
