@@ -248,7 +248,7 @@ def test_a_batch_size_that_was_chosen_is_a_size_that_was_run(refusal: Refusal, m
 
     monkeypatch.setattr(Core, "forward", noted(Core.forward, run))
     monkeypatch.setattr(gb.Network, "evaluate", noted(gb.Network.evaluate, evaluated))
-    held_out = InMemory(*validation(), None, 0)
+    held_out = InMemory(*validation(), {}, 0)
     tried = []
 
     def settled(number: int) -> gb.Loader:
@@ -308,10 +308,10 @@ def test_batch_norm_is_never_left_with_one_row(monkeypatch: pytest.MonkeyPatch) 
     most = {"rows": 48}
     original = core_of(net).batch
 
-    def scarce(x: np.ndarray, y: np.ndarray) -> float:
+    def scarce(x: np.ndarray, y: np.ndarray, *weights: Any) -> float:
         if len(x) > most["rows"]:
             raise MemoryError
-        return original(x, y)
+        return original(x, y, *weights)
 
     monkeypatch.setattr(core_of(net), "batch", scarce)
     most["rows"] = 3
