@@ -699,7 +699,7 @@ def test_the_products_of_a_step_are_captured_with_it(timing: str, rng: np.random
     step = device.zeros((), np.int64)
 
     def work() -> None:
-        kept.append(core_of(net).enqueue(x, y, step, 20, lambda loss, share: None))
+        kept.append(core_of(net).enqueue(x, y, None, step, 20, lambda loss, share: None))
 
     kept: list[Any] = []
     eager = [device.to_numpy(net.loss_and_grad(*map(device.asarray, batch))[1].flat) for batch in batches]
