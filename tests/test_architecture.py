@@ -67,7 +67,7 @@ ORDER = {
     "train": "ledger loss_scale history display parts callbacks monitors logs checks record graphs captured_step"
     " eager captured validation memory resume signals loop",
     "explore": "shared gradients search slices sweeps",
-    "cli": "shared options data strategies train info gradients landscape sweep memory",
+    "cli": "shared options data strategies train models info gradients landscape sweep memory",
 }
 
 
@@ -210,7 +210,7 @@ CODE_LINES = {
     "train": 2476,
     "explore": 904,
     "plot": 364,
-    "cli": 1018,
+    "cli": 1110,
     "torch": 511,
     "__main__": 19,
     "__init__": 204,

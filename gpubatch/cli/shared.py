@@ -45,7 +45,7 @@ def common(
     """Train networks by mini-batches on NumPy or CuPy arrays."""
 
 
-PRINTED = {"as_json", "plot_file", "progress"}  # arguments that no result depends on
+PRINTED = {"as_json", "plot_file", "save_file", "progress"}  # arguments that no result depends on
 
 
 def arguments_of(context: typer.Context, **resolved: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from gpubatch.cli import options
 from gpubatch.cli.data import Data
 from gpubatch.cli.shared import app, arguments_of, print_json, versions
 from gpubatch.errors import ArgumentError, check_choice
+from gpubatch.model import check_writable, save
 from gpubatch.train import (
     EXECUTIONS,
     BestWeights,
@@ -36,7 +37,8 @@ __all__ = ["train"]
 @app.command(
     epilog="**Examples:** `gpubatch train` learns the bundled digits. `gpubatch train data/mnist --layers 1024,512 "
     "--epochs 20 --plot curves.png` learns from the files in a folder and draws the curves. "
-    "`gpubatch train --checkpoint run --resume` goes on where it was stopped or killed."
+    "`gpubatch train --checkpoint run --resume` goes on where it was stopped or killed. "
+    "`gpubatch train --save digits.safetensors` keeps the model for `gpubatch predict`."
 )
 def train(
     context: typer.Context,
@@ -84,6 +86,9 @@ def train(
     metrics: Annotated[str, typer.Option(help="More to measure after every epoch, by comma: f1,top_3.")] = "",
     every: Annotated[int | None, typer.Option(help="Steps between checkpoints; by default an epoch.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
+    save_file: Annotated[
+        Path | None, typer.Option("--save", help="Save the trained model as this .safetensors file.")
+    ] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the curves: a .png, .pdf or .svg.")] = None,
     as_json: options.AsJson = False,
     progress: Annotated[bool, typer.Option(help="Show the progress on standard error.")] = True,
@@ -94,6 +99,8 @@ def train(
     store = None if checkpoint is None else Checkpoints(checkpoint, every)
     if plot_file is not None:
         plot.check_plot_file(plot_file)
+    if save_file is not None:
+        check_writable(save_file)
     make, usual_lr = options.optimizer_named(optimizer)
     schedule = options.DECAYS[check_choice("--decay", decay, options.DECAYS)]
     check_choice("--execution", execution, EXECUTIONS)
@@ -139,7 +146,7 @@ def train(
         )
     except (TrainingInterrupted, TrainingTerminated) as end:
         history, ended = end.history, end.message
-        if store is None:
+        if store is None and save_file is None:
             ended = f"{ended.partition(';')[0]}; nothing of it is saved without --checkpoint DIR"
         typer.echo(ended, err=True)
         # What a shell reports for a program that Ctrl-C or SIGTERM ended.
@@ -148,6 +155,9 @@ def train(
     out.print(f"batches    {loader.batch_size}: {loader.plan.reason}")
     out.print(f"steps      {history.execution}")
 
+    if save_file is not None:
+        save(save_file, net, loader)
+        out.print(f"model      {save_file}")
     if plot_file is not None and history.step_loss:
         title = f"gpubatch train on {data.name}: {optimizer}, batch size {loader.batch_size}, {dtype}, {where.spec}"
         plot.plot_training(complete(history, len(loader)), plot_file, title)
