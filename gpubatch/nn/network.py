@@ -289,13 +289,13 @@ class Network:
         if loss_weight is not None:
             core.check_batch(X, Y, weight=loss_weight)
         with self.backend.scope(), quiet():
-            weighing = Weighing(self.backend, self.compute_dtype)
+            weighing = Weighing(self.backend, self.compute_dtype) if core.weighs(in_loss is not None) else None
             total = counted = 0.0
             right = compared = 0.0
             for part, run in core.evaluate(X, rows):
                 y = Y[part]
-                weights = weighing.of(function, y, None if in_loss is None else in_loss[part])
-                whole = len(y) if weights is None else weighing.sum.item()
+                weights = weighing and weighing.of(function, y, None if in_loss is None else in_loss[part])
+                whole = len(y) if weighing is None or weights is None else weighing.sum.item()
                 if whole != 0:
                     function.run(run.scores, y, run.weighing(weights))
                     total += run.loss.work["loss"].item() * whole
