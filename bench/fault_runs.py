@@ -63,6 +63,7 @@ def start(run: Training, folder: Path, result: Path, background: bool = False) -
     status = 1
     try:
         warnings.simplefilter("error")  # a skipped checkpoint is a failure
+        warnings.simplefilter("ignore", gb.FewStepsWarning)  # short runs are meant
         result.write_text(train(run, folder, background))
         status = 0
     except BaseException:

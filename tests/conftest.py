@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 import zlib
 from collections.abc import Iterator
@@ -73,9 +72,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """An address in a test's id differs between the processes of pytest-xdist, which then run nothing."""
     if named := [item.nodeid for item in items if re.search(r"0x[0-9a-f]{6,}", item.nodeid)]:
         raise pytest.UsageError(f"an address in the id of {named[0]}; give the parameter an id")
-
-
-def pytest_collection_finish() -> None:
-    """Have garbage collections pass over the 8,000 tests: gpubatch collects between trials of a batch size."""
-    gc.collect()
-    gc.freeze()
