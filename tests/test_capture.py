@@ -189,7 +189,7 @@ CASES = {
 every_case = every(
     "case",
     CASES,
-    ["norm, dropout, l2, schedule", "mixed, host, norm", "groups, the lowest layers frozen", "lamb, norm"],
+    ["norm, dropout, l2, schedule", "mixed, host, norm"],
 )
 
 
@@ -308,6 +308,7 @@ def test_in_whatever_order_streams_do_their_work(feed: str, timing: str) -> None
     assert_no_faults(captured)
 
 
+@pytest.mark.exhaustive
 def test_more_steps_than_a_chunk_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of five, graphs of two steps: no two boundaries coincide."""
     monkeypatch.setattr(ledger, "CHUNK", 5)
@@ -389,7 +390,7 @@ def with_a_sample_that_is_too_large() -> np.ndarray:
     return X
 
 
-@pytest.mark.parametrize("feed", ["device", "host"])
+@every("feed", ["device", "host"], ["device"])
 def test_a_step_that_is_not_finite_is_left_out(feed: str, device: Callable[[], CudaBackend]) -> None:
     case = dataclasses.replace(CASES["norm, dropout, l2, schedule"], loader={"feed": feed})
     results, texts = [], []
@@ -505,7 +506,7 @@ def test_after_memory_ran_out_parts_are_captured(
 # --- saved, interrupted ----------------------------------------------------------------------------------------------
 
 
-@every("case", ["norm, dropout, l2, schedule", "through pinned memory, norm", "mixed"], ["mixed"])
+@every("case", ["norm, dropout, l2, schedule", "through pinned memory, norm", "mixed"], ["through pinned memory, norm"])
 def test_a_run_is_saved_and_resumed_in_the_middle_of_an_epoch(
     case: str, device: Callable[[], CudaBackend], tmp_path: Path
 ) -> None:
@@ -580,6 +581,7 @@ def to_bytes(arrays: dict[str, Any], training: Training) -> dict[str, bytes]:
     return {name: training.device.to_numpy(array).tobytes() for name, array in arrays.items()}
 
 
+@pytest.mark.exhaustive
 def test_parts_and_a_step_that_is_left_out(device: Callable[[], CudaBackend]) -> None:
     """The average does not see it, the noise of the next step is that of its number, and infinity is not clipped."""
     found = []
@@ -734,6 +736,7 @@ def test_what_the_user_wrote_is_called_as_often_as_on_a_cpu(
     assert (counts[0] > 0) == (method != "step_loss")
 
 
+@pytest.mark.exhaustive
 def test_functions_that_are_put_into_classes_are_called(
     device: Callable[[], CudaBackend], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -811,6 +814,7 @@ def test_subclasses_that_change_no_step_are_captured(device: Callable[[], CudaBa
     )
 
 
+@pytest.mark.exhaustive
 def test_every_method_that_a_step_calls_is_looked_at() -> None:
     """No method that an eager step calls, on either device, is in the list of methods that no step calls."""
     called = dict[tuple[type, str], int]()
@@ -979,6 +983,7 @@ def test_a_captured_step_is_step_loss_and_step(steps: int, device: Callable[[], 
         assert by_hand(device(), True, steps, optimizer) == by_hand(device(), False, steps, optimizer)
 
 
+@pytest.mark.exhaustive
 def test_scalars_go_to_the_device_again_when_they_are_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "CHUNK", 4)
     for steps in (1, 3):

@@ -39,6 +39,7 @@ def test_it_is_the_plan_of_fit() -> None:
     assert list(found["needed_by_size"].values()) == sorted(found["needed_by_size"].values())
 
 
+@pytest.mark.exhaustive
 def test_less_memory_is_a_smaller_batch() -> None:
     sizes = result(*SMALL)["needed_by_size"]
     between = (sizes["64"] + sizes["128"]) / 2 / 0.9

@@ -140,10 +140,11 @@ def test_compiled_kernels_that_a_source_tree_hides_are_named(library: Any, tmp_p
     tree = Path(gb.__file__).parent
     shutil.copytree(tree, tmp_path / "gpubatch", ignore=shutil.ignore_patterns("_host*", "__pycache__"))
     code = "from gpubatch.ops import compile; print(compile.host_library())"
-    env = {**os.environ, "PYTHONPATH": str(Path(library.__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env, cwd=tmp_path
-    )
+    # Without the .pth files of site-packages, by which an installation with -e comes before the folder.
+    path = [str(Path(library.__file__).parents[1]), *filter(None, sys.path)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    python = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(python, capture_output=True, text=True, check=True, env=env, cwd=tmp_path)
     assert str(tmp_path) in done.stdout
     assert "pip install -e" in done.stdout
     assert "CompilerWarning: NumPy does the work of the compiled kernels" in done.stderr

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from families import every
 from needs import missing
 
 from gpubatch import datasets, sources
@@ -299,7 +300,7 @@ def test_a_source_that_fills_what_it_is_given_hears_of_blocks_before_it_reads_th
 
 
 @pytest.mark.parametrize("kind", [Memory, Filling])
-@pytest.mark.parametrize("features", [2, 400])
+@every("features", {"2": 2, "400": 400}, ["2"])
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -172,8 +172,7 @@ class Network:
 
     def __reduce__(self) -> Any:
         raise DTypeError(
-            "a Network cannot be pickled; gb.Checkpoints(folder).save(net.state_dict()) keeps its arrays for "
-            "load_state_dict()"
+            "a Network cannot be pickled; gb.save(path, net) writes it to a file, and gb.load(path) makes it again"
         )
 
     def __repr__(self) -> str:

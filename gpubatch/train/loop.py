@@ -41,7 +41,7 @@ __all__ = ["EXECUTIONS", "fit", "short_runs"]
 
 EXECUTIONS = ("auto", "eager", "captured")
 FEW_STEPS = 100  # a run of fewer is warned about
-USUAL_SIZE = 32  # the largest batch size that is then proposed
+USUAL_SIZES = range(8, 33)  # the batch sizes that are then proposed
 
 
 def fit(
@@ -227,8 +227,8 @@ def warn_if_few(loader: Loader, epochs: int) -> None:
     total, samples = epochs * len(loader), epochs * epochs_of(loader).order.share
     if not 0 < total < FEW_STEPS:
         return
-    size = min(USUAL_SIZE, power_below(samples // FEW_STEPS + 1)) if samples >= FEW_STEPS else 0
-    smaller = f"a smaller batch_size, such as {size}, or " if 0 < size < loader.batch_size else ""
+    size = min(USUAL_SIZES[-1], power_below(samples // FEW_STEPS + 1)) if samples >= FEW_STEPS else 0
+    smaller = f"a smaller batch_size, such as {size}, or " if size in USUAL_SIZES and size < loader.batch_size else ""
     warn_caller(
         f"the run has few steps: {in_steps(loader, epochs)}, with batches of {loader.batch_size:,} samples; a network "
         f"needs hundreds: take {smaller}more epochs",
