@@ -250,7 +250,7 @@ ERRORS = {
     "lr": (["train", "--lr", "-1", "--no-progress"], r"error: lr must be finite and in \[0, inf\), got -1.0"),
     "layers": (["train", "--layers", "5,x"], "error: --layers must be made of integers, got 'x'"),
     "batch": (["train", "--batch-size", "0"], "error: batch_size must be an integer >= 1, got 0"),
-    "dtype": (["train", "--dtype", "float16"], "error: dtype must be float32 or float64, got 'float16'"),
+    "dtype": (["train", "--dtype", "float16"], "error: --dtype must be one of 'float32', 'float64', got 'float16'"),
     "backend": (["train", "--backend", "gpu"], "error: backend must be 'auto', 'cpu', 'cuda', 'cuda:N'.* got 'gpu'"),
     "precision": (["train", "--precision", "ful"], "error: precision must be .*; did you mean 'full'?"),
     "execution": (["train", "--execution", "graph"], "error: --execution must be one of 'auto', .* got 'graph'"),
@@ -403,7 +403,7 @@ def test_loss_and_metrics_by_options(mnist: Path) -> None:
     assert list(result["history"]["metrics"]) == ["f1", "top_3"]
     assert "  top_3 " in done.stderr
     assert "loss       svm" in run(*small, "--loss", "svm").stdout
-    assert run(*small, "--loss", "svm", "--label-smoothing", "0.1", code=1).stderr.startswith(
+    assert run(*small, "--loss", "svm", "--label-smoothing", "0.1", code=2).stderr.startswith(
         "error: --label-smoothing"
     )
     swept = run("sweep", str(mnist), "--step-size", "--layers", "8", "--label-smoothing", "0.1")

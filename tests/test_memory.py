@@ -53,7 +53,7 @@ class Pace(gb.Layer):
     def __init__(self, loader_length: int) -> None:
         self.length, self.prepared, self.steps, self.news = loader_length, 0, 0, threading.Condition()
 
-    def transform(self, x: Any) -> Any:
+    def transform(self, x: Any, draw: Any) -> Any:
         found = x - 1
         with self.news:
             self.prepared += 1
@@ -116,7 +116,7 @@ CASES = {
     "amsgrad": Case(wide, optimizer=lambda p: gb.Adam(p, amsgrad=True)),
     "many samples": Case(linear, 8, n=700_000, batch_size=4096),
     "drawn": Case(linear, 8, n=2_000_000, batch_size=4096, loader={"replacement": True}),
-    "in order": Case(linear, 512, n=9_000, batch_size=4096, loader={"shuffle": False}),
+    "in order": Case(linear, 512, n=20_000, batch_size=4096, loader={"shuffle": False, "prefetch": 0}),
     "a thread": Case(wide, 1024, batch_size=1250, n=6000, paced=True),
     "no thread": Case(wide, 1024, batch_size=1250, n=6000, loader={"prefetch": 0}),
     "columns": Case(wide, 1024, batch_size=1250, n=6000, loader={"prefetch": 0, "sample_axis": 1}),
@@ -158,7 +158,7 @@ def train(case: Case, X: Any, Y: Any, held_out: Any, backend: Any = "cpu") -> tu
     layers, options = case.layers(case.features, case.outputs), case.loader
     if case.paced:
         pace = Pace(-(-case.n // int(case.batch_size)))
-        layers, options = [pace, *layers], {"transform": pace.transform}
+        layers, options = [pace, *layers], {"augment": pace.transform}
     net = gb.Network(layers, case.loss, case.l2, backend, case.dtype)
     loader = gb.Loader(X, Y, case.batch_size, backend=backend, dtype=case.dtype, scale=scale, **options)
     opt = case.optimizer(net.parameters)

@@ -10,8 +10,8 @@ import numpy as np
 
 from gpubatch import datasets
 from gpubatch.backend import Array, get_backend
-from gpubatch.cli.options import integer, loss_named
-from gpubatch.errors import ArgumentError
+from gpubatch.cli.options import DTYPES, integer, loss_named
+from gpubatch.errors import ArgumentError, check_choice
 from gpubatch.loader import Loader
 from gpubatch.nn import Network, mlp
 from gpubatch.train import drop_last_for
@@ -39,7 +39,7 @@ class Data:
         **network: Any,
     ) -> None:
         self.hidden = [integer("--layers", width) for width in hidden.split(",") if hidden]
-        where = get_backend(backend)
+        where, dtype = get_backend(backend), check_choice("--dtype", dtype, DTYPES)
         self.name, (X, Y), self.test = load(folder, seed)
         self.sizes = [X.shape[1], *self.hidden, int(Y.max()) + 1]
         self.X, self.Y, self.seed = X[:samples], Y[:samples], seed

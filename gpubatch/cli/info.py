@@ -11,7 +11,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from gpubatch.backend import Backend, available_backends, float_dtype, get_backend, load_cupy
+from gpubatch.backend import Backend, available_backends, get_backend, load_cupy
 from gpubatch.cli import options
 from gpubatch.cli.shared import app, print_json, table_of, versions
 from gpubatch.errors import BackendUnavailableError, check_choice
@@ -32,7 +32,7 @@ def info(
     if kernel is not None:
         known: dict[str, Rule] = {name: getattr(rules, name) for name in rules.__all__}
         rule = known[check_choice("--kernel", kernel, known)]
-        of_kernel = rule.trace(), float_dtype(dtype, "--dtype").name
+        of_kernel = rule.trace(), check_choice("--dtype", dtype, options.DTYPES)
         typer.echo("\n".join([*reduce_sources(*of_kernel), update_source(*of_kernel)]))
         return
     found = [get_backend(spec) for spec in available_backends()]

@@ -15,6 +15,7 @@ from gpubatch.nn import ACTIVATIONS, INITS, LOSSES, Loss, SoftmaxCrossEntropy
 
 __all__ = [
     "DECAYS",
+    "DTYPES",
     "LR",
     "OPTIMIZERS",
     "Activation",
@@ -105,6 +106,7 @@ BatchSize = Annotated[str, typer.Option(help="Samples in a batch; auto: the most
 AtMost = Annotated[int, typer.Option(help="What auto does not exceed, if there are more than 2000 samples.")]
 Seed = Annotated[int, typer.Option(help="Of split, first weights, order and random directions.")]
 BackendName = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DTYPES = ("float32", "float64")
 DtypeName = Annotated[str, typer.Option(help="float32 or float64.")]
 PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw it: a .png, .pdf or .svg.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
