@@ -65,7 +65,7 @@ def test_a_module_takes_the_state_and_computes_the_same(
     backend: Backend, dtype: np.dtype, rng: np.random.Generator
 ) -> None:
     if backend.name == "cuda" and not torch.cuda.is_available():
-        pytest.skip("PyTorch has no CUDA device here")
+        pytest.skip("PyTorch has no CUDA here")
     net, model = trained(network(dtype, backend=backend), rng), module(dtype)
     state = gt.to_state_dict(net)
     assert list(state) == list(model.state_dict())

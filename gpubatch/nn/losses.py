@@ -195,7 +195,8 @@ class OverScores(Loss):
         """See :class:`Loss`; one for each score."""
         names = (*self.bound.loss.required, *self.bound.loss.defaults)
         Y = Y.reshape(z.shape).astype(z.dtype)
-        return self.bound.loss(z, Y, **dict(zip(names, self.bound.values, strict=True)))
+        values = map(z.dtype.type, self.bound.values)  # CuPy's where takes no condition of Python numbers alone
+        return self.bound.loss(z, Y, **dict(zip(names, values, strict=True)))
 
     def truth(self, Y: Array, outputs: int) -> Array:
         """Refuse: a loss without classes has no right or wrong."""
