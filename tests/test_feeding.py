@@ -282,9 +282,7 @@ def test_the_first_batch_can_be_looked_at_at_any_time(feed, device):
 NOISE = {"augment": lambda x, draw: x + draw.random(x.shape)}
 
 
-@pytest.mark.parametrize(
-    ("source", "columns"), [("array", False), ("array", True), ("read", False), ("window", False)]
-)
+@pytest.mark.parametrize(("source", "columns"), [("array", False), ("array", True), ("read", False), ("window", False)])
 def test_random_numbers_depend_on_seed_epoch_and_batch_alone(source, columns, device, threaded):
     """On every feed, with and without a thread: those of batch 3 of epoch 1 are drawn anew from their key."""
     X = X8.T if columns else X8 if source == "array" else Samples(X8, Y, labelled=False)

@@ -116,7 +116,9 @@ CASES = {
     "amsgrad": Case(wide, optimizer=lambda p: gb.Adam(p, amsgrad=True)),
     "many samples": Case(linear, 8, n=700_000, batch_size=4096),
     "drawn": Case(linear, 8, n=2_000_000, batch_size=4096, loader={"replacement": True}),
-    "in order": Case(linear, 512, n=20_480, batch_size=4096, stored="float32", loader={"shuffle": False, "prefetch": 0}),
+    "in order": Case(
+        linear, 512, n=20_480, batch_size=4096, stored="float32", loader={"shuffle": False, "prefetch": 0}
+    ),
     "a thread": Case(wide, 1024, batch_size=1250, n=6000, paced=True),
     "no thread": Case(wide, 1024, batch_size=1250, n=6000, loader={"prefetch": 0}),
     "columns": Case(wide, 1024, batch_size=1250, n=6000, loader={"prefetch": 0, "sample_axis": 1}),
