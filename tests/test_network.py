@@ -762,6 +762,13 @@ def test_numbers_of_another_type_are_converted_on_their_device(backend: Backend)
 
 
 class Sparse:
+    """As SciPy's matrices are: with slices, too."""
+
+    shape, dtype = GOOD_X.shape, GOOD_X.dtype
+
+    def __getitem__(self, rows: slice) -> Sparse:
+        return self
+
     def toarray(self) -> None: ...
 
 
@@ -782,6 +789,13 @@ def test_what_cannot_be_evaluated_is_told(name: str) -> None:
     X, message = UNFIT[name]
     with pytest.raises(DTypeError, match=message):
         mlp([5, 4, 3], backend="cpu").predict(X)
+
+
+@pytest.mark.parametrize("name", ["a path", "a pair", "a dict", "a generator", "sparse", "words"])
+def test_what_cannot_be_loaded_is_told_likewise(name: str) -> None:
+    X, message = UNFIT[name]
+    with pytest.raises(DTypeError, match=message):
+        gb.Loader(X, GOOD_Y, backend="cpu")
 
 
 def test_samples_of_one_feature_are_a_column() -> None:

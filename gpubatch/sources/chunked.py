@@ -13,8 +13,8 @@ __all__ = ["Chunked", "is_chunked"]
 
 
 def is_chunked(x: Any) -> bool:
-    """Whether ``x`` is no array of NumPy, CuPy or DLPack and no table, but is described and read as an array is."""
-    if isinstance(x, np.ndarray) or is_cupy(x) or is_foreign(x) or hasattr(x, "to_numpy"):
+    """Whether ``x`` is no array of NumPy, CuPy or DLPack, no table and not sparse, but is read as an array is."""
+    if isinstance(x, np.ndarray) or is_cupy(x) or is_foreign(x) or hasattr(x, "to_numpy") or hasattr(x, "toarray"):
         return False
     return all(hasattr(x, name) for name in ("shape", "dtype", "__getitem__")) and len(x.shape) > 0
 
