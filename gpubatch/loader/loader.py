@@ -264,15 +264,8 @@ class Loader:
     def __repr__(self) -> str:
         columns = self._epochs.columns
         x = columns[0].source
-        order = (
-            "drawn by weights"
-            if self.order
-            else "drawn with replacement"
-            if self.replacement
-            else "shuffled"
-            if self.shuffle
-            else "in order"
-        )
+        drawn = "drawn by weights" if self.order else "drawn with replacement" if self.replacement else ""
+        order = drawn or ("shuffled" if self.shuffle else "in order")
         order += f" by blocks of {self.block}, {self.window} together" if self.window and self.shuffle else ""
         conversion = f"{x.dtype} as {self.dtype}" + ("" if self.scale is None else f" times {self.scale:.6g}")
         shard = "" if self.world_size == 1 else f", rank {self.rank} of {self.world_size}"

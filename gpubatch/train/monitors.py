@@ -123,7 +123,23 @@ def flats_of(net: Network) -> dict[str, Array]:
     return {"parameters": net.parameters.flat, "buffers": net.buffers.flat}
 
 
-class BestWeights:
+class Watching:
+    """What has a best number so far, which ``monitor`` knows."""
+
+    monitor: Monitor
+
+    @property
+    def best(self) -> float:
+        """The best number so far; infinite if there was none."""
+        return self.monitor.best
+
+    @property
+    def best_epoch(self) -> int:
+        """Its epoch, counted from 1; 0 if there was none."""
+        return self.monitor.best_epoch
+
+
+class BestWeights(Watching):
     """Keeps the weights of the best epoch, and puts them back when the run is complete.
 
     monitor: the number of an epoch that says how good it was: "loss", "validation_loss" or "validation_accuracy"
@@ -145,16 +161,6 @@ class BestWeights:
     ) -> None:
         self.monitor, self.kept = Monitor(monitor, mode, min_delta), KeptWeights()
         self.restore = check_bool("restore", restore)
-
-    @property
-    def best(self) -> float:
-        """The best number so far; infinite if there was none."""
-        return self.monitor.best
-
-    @property
-    def best_epoch(self) -> int:
-        """Its epoch, counted from 1; 0 if there was none."""
-        return self.monitor.best_epoch
 
     def update(self, value: float, net: Network, epoch: int = 0) -> bool:
         """By hand, after an epoch: keep the weights if ``value`` is better than all before; whether it is."""
@@ -199,7 +205,7 @@ class BestWeights:
         self.kept.load_state_dict(state["weights"])
 
 
-class EarlyStopping:
+class EarlyStopping(Watching):
     """Stops a run whose number of an epoch gets no better, and puts the weights of its best epoch back.
 
     patience: how many epochs in a row may be no better than the best one before; the run stops after them, as Keras,
@@ -235,16 +241,6 @@ class EarlyStopping:
         self.weights = BestWeights(monitor, mode, min_delta)
         self.monitor = self.weights.monitor
         self.wait = self.stopped_epoch = self._epochs = 0
-
-    @property
-    def best(self) -> float:
-        """The best number so far; infinite if there was none."""
-        return self.monitor.best
-
-    @property
-    def best_epoch(self) -> int:
-        """Its epoch, counted from 1; 0 if there was none."""
-        return self.monitor.best_epoch
 
     def update(self, value: float, net: Network | None = None) -> bool:
         """By hand, after an epoch: whether to stop; with ``net`` and ``restore_best`` the best weights are kept."""
