@@ -380,28 +380,42 @@ static struct {
 class OneThread {
   public:
     OneThread() {
-        std::lock_guard<std::mutex> lock(shared().guard);
-        if (shared().inside++ == 0 && (shared().before = blas.threads()) != 1) blas.set_threads(1);
-        before = shared().before;
+        Shared& all = shared();
+        std::unique_lock<std::mutex> lock(all.guard);
+        all.changed.wait(lock, [&] { return all.forks == 0; });
+        if (all.inside++ == 0 && (all.before = blas.threads()) != 1) blas.set_threads(1);
+        before = all.before;
     }
     ~OneThread() {
-        std::lock_guard<std::mutex> lock(shared().guard);
-        if (--shared().inside == 0 && shared().before != 1) blas.set_threads(shared().before);
+        Shared& all = shared();
+        std::lock_guard<std::mutex> lock(all.guard);
+        if (--all.inside > 0) return;
+        if (all.before != 1) blas.set_threads(all.before);
+        if (all.forks > 0) all.changed.notify_all();
     }
     int before;
 
-    // In a forked child: the threads that were inside are not there.
-    static void forked() {
-        const bool changed = shared().inside > 0 && shared().before != 1;
-        const int before = shared().before;
-        new (&shared()) Shared;  // its mutex may have been locked
-        if (changed) blas.set_threads(before);
+    // A fork waits until no product is computed, and products wait for the fork: a lock that a thread of BLAS holds at
+    // that moment would be locked in the child for ever. No product needs Python's lock, which a fork may hold.
+    static void before_fork() {
+        Shared& all = shared();
+        std::unique_lock<std::mutex> lock(all.guard);
+        ++all.forks;
+        all.changed.wait(lock, [&] { return all.inside == 0; });
     }
+    static void after_fork() {
+        Shared& all = shared();
+        std::lock_guard<std::mutex> lock(all.guard);
+        if (--all.forks == 0) all.changed.notify_all();
+    }
+    // Threads that waited are not in the child, and its mutex may have been locked by one of them.
+    static void in_child() { new (&shared()) Shared; }
 
   private:
     struct Shared {
         std::mutex guard;
-        int inside = 0, before = 1;
+        std::condition_variable changed;
+        int inside = 0, before = 1, forks = 0;
     };
     static Shared& shared() {
         static Shared one;
@@ -414,7 +428,7 @@ static void use_blas(const std::vector<std::uintptr_t>& f, bool wide) {
     blas = {{f.at(0), f.at(1)}, {f.at(2), f.at(3)}, reinterpret_cast<int (*)()>(f.at(4)),
             reinterpret_cast<void (*)(int)>(f.at(5)), wide};
 #if !defined(_WIN32)
-    if (first) pthread_atfork(nullptr, nullptr, OneThread::forked);
+    if (first) pthread_atfork(OneThread::before_fork, OneThread::after_fork, OneThread::in_child);
 #endif
 }
 
