@@ -162,10 +162,8 @@ SANITIZED = [name for name in CASES if "activat" not in name or "gelu " in name]
 TOUCHING = {
     "softmax int64",
     "mse float32",
-    "l2_gradient",
     "batch_norm new",
     "dropout_gradient new",
-    "square_sum",
     "gather bool",
 }
 # Those that look at sixteen bytes at a time, which are more numbers of float16.

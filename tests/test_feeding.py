@@ -265,7 +265,7 @@ def on_other_streams(device, feed):
     return all(good)
 
 
-@pytest.mark.parametrize("feed", ["host", "device"])
+@every("feed", ["host", "device"], ["device"])
 def test_each_batch_on_another_stream(feed, device, threaded):
     assert on_other_streams(device, feed)
 
@@ -687,7 +687,7 @@ LEAVES = [
 ]
 
 
-@pytest.mark.parametrize("feed", ["host", "device"])
+@every("feed", ["host", "device"], ["device"])
 @every("leave", {leave.__name__: leave for leave in LEAVES}, ["leave_by_break", "leave_to_the_garbage_collector"])
 def test_nothing_is_left(leave, feed, device, threaded):
     loader = Loader(X8, Y, batch_size=4, backend=device, feed=feed)

@@ -266,7 +266,7 @@ def emulate_with(trace: Trace) -> Any:
 
 
 @every("storage", ["float16", "float32", "float64"], ["float16"])
-@every_case
+@every("case", CASES, COUNTS)
 def test_arrays_take_their_own_rows_of_scalars(case: Case, storage: str, rng: np.random.Generator) -> None:
     """As if each were updated alone, with one thread or more, in every form."""
     trace, hyper = trace_of(case)
