@@ -12,6 +12,7 @@ from __future__ import annotations
 import gzip
 import math
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable
@@ -22,7 +23,16 @@ import numpy as np
 
 from gpubatch.errors import DataFormatError, check_bool, check_int
 
-__all__ = ["check_labels", "cifar10", "cifar10_records", "mnist", "mnist_10k", "read_idx", "read_idx_header"]
+__all__ = [
+    "check_labels",
+    "cifar10",
+    "cifar10_records",
+    "mnist",
+    "mnist_10k",
+    "mnist_sets",
+    "read_idx",
+    "read_idx_header",
+]
 
 Samples: TypeAlias = tuple[np.ndarray, np.ndarray]
 
@@ -34,6 +44,8 @@ CLASSES = 10
 CIFAR_IMAGE = (3, 32, 32)
 CIFAR_RECORD = 1 + math.prod(CIFAR_IMAGE)  # bytes: a label, and the image
 CIFAR_PARTS = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
+# What the files of a set in MNIST's format are called: the set's name, the part, and the format.
+IDX_NAME = r"(?:(?P<set>.+?)-)?(?P<stem>(?:train|t10k|test)-(?:images|labels))[-.]idx\d[-.]\w+(?:\.gz)?"
 BUNDLED = Path(__file__).parent / "data" / "mnist10k"
 
 
@@ -110,12 +122,14 @@ def mnist(
 ) -> tuple[Samples, Samples]:
     """MNIST, or a set in its format, from its four files in ``folder``, plain or gzip.
 
-    Such sets are Fashion-MNIST, KMNIST, and those of EMNIST, whose names have more before "train" or "test". X of MNIST
-    is (60000, 784) and (10000, 784), or (samples, 28, 28). Other sets may have other sizes, and labels up to 255; with
-    ``one_hot`` y has a column for each label up to the largest.
+    Such sets are Fashion-MNIST, KMNIST, and those of EMNIST, whose names have more before "train" or "test". Where a
+    folder has several, as EMNIST's has, ``folder`` is that folder and the name of one: "gzip/emnist-letters". X of
+    MNIST is (60000, 784) and (10000, 784), or (samples, 28, 28). Other sets may have images of other sizes, also of
+    several channels, and labels of any integer type; with ``one_hot`` y has a column for each label up to the largest.
+    EMNIST stores an image's columns as rows; they are left so.
     """
-    home = _existing(folder)
-    train, test = _mnist_part(home, "train"), _mnist_part(home, "t10k", "test")
+    home, name = _named_set(folder)
+    train, test = _mnist_part(home, name, "train"), _mnist_part(home, name, "t10k", "test")
     if train[0].shape[1:] != test[0].shape[1:]:
         raise DataFormatError(
             f"{home}: expected images of one size, found {train[0].shape[1:]} to train on, {test[0].shape[1:]} to test"
@@ -123,6 +137,12 @@ def mnist(
     classes = max(CLASSES, *(int(labels.max()) + 1 for _, labels in (train, test)))
     options = normalize, one_hot, flatten
     return _prepare(*train, *options, classes=classes), _prepare(*test, *options, classes=classes)
+
+
+def mnist_sets(folder: str | os.PathLike[str]) -> list[str]:
+    """The names of the sets in MNIST's format that have files in ``folder``: what stands before "train", or ""."""
+    found = (re.fullmatch(IDX_NAME, path.name) for path in _existing(folder).iterdir())
+    return sorted({match["set"] or "" for match in found if match})
 
 
 def mnist_10k(
@@ -133,7 +153,7 @@ def mnist_10k(
     X is (8000, 784) and (2000, 784), or (samples, 28, 28). Source and licence: ``gpubatch/data/mnist10k/README.md``.
     """
     seed = check_int("seed", seed, 0, 2**64 - 1)
-    images, labels = _mnist_part(BUNDLED, "t10k")
+    images, labels = _mnist_part(BUNDLED, "", "t10k")
     # NumPy guarantees the stream of a bit generator, not the results of Generator.permutation: sort random words.
     # Each word has its index in its low bits, so there are no ties.
     words, low = np.random.Philox(key=seed).random_raw(len(images)), np.uint64(2**14 - 1)
@@ -179,34 +199,46 @@ def cifar10_records(folder: str | os.PathLike[str], *parts: str) -> list[tuple[P
     return [(path, _whole_records(path, path.stat().st_size)) for path in paths]
 
 
-def _mnist_part(home: Path, *parts: str) -> Samples:
-    image_path = _find(home, [f"{part}-images" for part in parts], "idx3-ubyte")
-    label_path = _find(home, [f"{part}-labels" for part in parts], "idx1-ubyte")
+def _named_set(folder: str | os.PathLike[str]) -> tuple[Path, str]:
+    """The folder of a set in MNIST's format, and the set's name; "" where its files have the names of MNIST's."""
+    place = Path(folder)
+    if not place.is_dir() and place.parent.is_dir() and place.name in mnist_sets(place.parent):
+        return place.parent, place.name
+    sets = mnist_sets(folder)
+    if len(sets) > 1 and "" not in sets:
+        raise DataFormatError(
+            f"{place}: expected one set, found {', '.join(sets)}; name one, as {place / sets[0]}, or give each a "
+            "folder of its own"
+        )
+    return place, sets[0] if sets else ""
+
+
+def _mnist_part(home: Path, name: str, *parts: str) -> Samples:
+    image_path, label_path = (_find(home, name, [f"{part}-{what}" for part in parts]) for what in ("images", "labels"))
     images, labels = read_idx(image_path), read_idx(label_path)
-    if images.dtype != np.uint8 or images.ndim != 3 or images.size == 0:
+    if images.dtype != np.uint8 or images.ndim < 2 or images.size == 0:
         raise DataFormatError(
             f"{image_path}: expected uint8 images (samples, height, width), found {images.dtype} {images.shape}"
         )
-    if labels.dtype != np.uint8 or labels.shape != images.shape[:1]:
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
         raise DataFormatError(
-            f"{label_path}: expected {len(images)} uint8 labels, one for each image of {image_path.name}, "
+            f"{label_path}: expected {len(images)} integer labels, one for each image of {image_path.name}, "
             f"found {labels.dtype} {labels.shape}"
         )
+    if (least := int(labels.min())) < 0:
+        raise DataFormatError(f"{label_path}: expected labels from 0 on, found {least} at {int(labels.argmin())}")
     return images, labels
 
 
-def _find(home: Path, stems: list[str], ending: str) -> Path:
-    """The file of one of these names, perhaps with more before it."""
-    names = [f"{stem}{mark}{ending}{packed}" for stem in stems for mark in "-." for packed in ("", ".gz")]
-    for name in names:
-        if (home / name).is_file():
-            return home / name
-    found = sorted(path.name for path in home.iterdir() if path.name.endswith(tuple(f"-{name}" for name in names)))
-    if not found:
-        raise FileNotFoundError(f"no {stems[0]} in {home}: looked for {', '.join(names)}")
-    if len({name.removesuffix(".gz") for name in found}) > 1:
-        raise DataFormatError(f"{home}: expected one set, found {', '.join(found)}; give each a folder of its own")
-    return home / found[0]
+def _find(home: Path, name: str, stems: list[str]) -> Path:
+    """The file of the set ``name`` that has one of these stems, unpacked where both are there."""
+    named = {path.name: re.fullmatch(IDX_NAME, path.name) for path in home.iterdir() if path.is_file()}
+    for stem in stems:
+        if found := [file for file, m in named.items() if m and (m["set"] or "", m["stem"]) == (name, stem)]:
+            return home / min(found)
+    kind, before = f"idx{3 if 'images' in stems[0] else 1}-ubyte", f"{name}-" if name else ""
+    looked = [f"{before}{stem}{mark}{kind}{packed}" for stem in stems for mark in "-." for packed in ("", ".gz")]
+    raise FileNotFoundError(f"no {before}{stems[0]} in {home}: looked for {', '.join(looked)}")
 
 
 def _cifar_batch(path: Path) -> Samples:

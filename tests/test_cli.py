@@ -26,6 +26,8 @@ from gpubatch.formula import rules
 if importlib.util.find_spec("typer") is None:
     pytest.skip("the command line's extra is not installed", allow_module_level=True)
 
+from gpubatch.cli.data import Data
+
 SMALL = ["--layers", "16", "--epochs", "1"]
 
 
@@ -99,6 +101,24 @@ def test_a_folder_of_ones_own(mnist: Path) -> None:
     done = run("train", str(mnist), "--layers", "", "--no-batch-norm", "--dropout", "0", "--batch-size", "50")
     assert f"MNIST in {mnist}: 300 to train on, 100 to test" in done.stdout
     assert "network    784 - 10, gelu, 7,850 parameters" in done.stdout
+
+
+def test_a_set_of_other_names_sizes_and_labels(tmp_path: Path) -> None:
+    """As EMNIST's folder: several sets, of which FOLDER/SET is one; a label that only the test set has is a class."""
+    for name, highest in (("emnist-letters", 26), ("emnist-digits", 9)):
+        for part, n in (("train", 40), ("test", 60)):
+            labels = np.arange(n, dtype=np.uint8) % (highest + (part == "test"))
+            (tmp_path / f"{name}-{part}-images-idx3-ubyte.gz").write_bytes(
+                gzip.compress(idx(np.zeros((n, 6, 5), "u1")))
+            )
+            (tmp_path / f"{name}-{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
+    data = Data(tmp_path / "emnist-letters", "8", "cpu", "float32")
+    assert (data.name, data.sizes) == (f"emnist-letters in {tmp_path}", [30, 8, 27])
+    with pytest.raises(gpubatch.DataFormatError, match="expected one set, found emnist-digits, emnist-letters; name"):
+        Data(tmp_path, "8", "cpu", "float32")
+    for path in tmp_path.glob("emnist-digits-*"):
+        path.unlink()
+    assert Data(tmp_path, "8", "cpu", "float32").name == f"emnist-letters in {tmp_path}"
 
 
 @pytest.mark.exhaustive

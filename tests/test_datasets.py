@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import pickle
+import re
 import struct
 import tracemalloc
 import zlib
@@ -234,13 +235,14 @@ def test_a_missing_file_names_all_that_were_looked_for(folder):
         (
             "train-labels-idx1-ubyte",
             np.zeros(4, np.uint8),
-            r"labels-idx1-ubyte: expected 5 uint8 labels, one for each image of train-images-.*found uint8 \(4,\)",
+            r"labels-idx1-ubyte: expected 5 integer labels, one for each image of train-images-.*found uint8 \(4,\)",
         ),
-        ("train-labels-idx1-ubyte", np.zeros(5, np.int32), r"expected 5 uint8 labels.*found int32 \(5,\)"),
-        ("t10k-images-idx3-ubyte", np.zeros((2, 784), np.uint8), r"images \(samples, height, width\), .*\(2, 784\)"),
+        ("train-labels-idx1-ubyte", np.zeros((5, 8), np.int32), r"expected 5 integer labels.*found int32 \(5, 8\)"),
+        ("train-labels-idx1-ubyte", -np.ones(5, np.int8), r"expected labels from 0 on, found -1 at 0"),
+        ("t10k-images-idx3-ubyte", np.zeros(784, np.uint8), r"images \(samples, height, width\), .*\(784,\)"),
         ("t10k-images-idx3-ubyte", np.zeros((2, 28, 28), np.int8), r"expected uint8 images .* found int8"),
     ],
-    ids=["count", "label type", "image shape", "image type"],
+    ids=["count", "label shape", "negative label", "image shape", "image type"],
 )
 def test_files_that_do_not_fit_each_other(folder, name, array, message):
     (folder / name).write_bytes(idx_bytes(array))
@@ -407,9 +409,32 @@ def test_sets_in_mnist_s_format_may_have_other_names_sizes_and_labels(tmp_path: 
     one_hot = mnist(tmp_path, one_hot=True)[0][1]
     assert (one_hot.shape, one_hot.argmax(1).tolist()) == ((2, 27), [1, 26])
     write_idx(tmp_path / "emnist-digits-train-images-idx3-ubyte", images)
-    with pytest.raises(DataFormatError, match=r"expected one set, found emnist-digits-.*, emnist-letters-"):
+    assert datasets.mnist_sets(tmp_path) == ["emnist-digits", "emnist-letters"]
+    name = re.escape(str(tmp_path / "emnist-digits"))
+    with pytest.raises(DataFormatError, match=rf"one set, found emnist-digits, emnist-letters; name one, as {name}"):
         mnist(tmp_path)
+    assert mnist(tmp_path / "emnist-letters")[0][1].tolist() == [1, 26]
+    with pytest.raises(
+        FileNotFoundError, match=r"no emnist-digits-train-labels in .*: looked for emnist-digits-train-l"
+    ):
+        mnist(tmp_path / "emnist-digits")
+    with pytest.raises(FileNotFoundError, match="folder must be an existing folder"):
+        mnist(tmp_path / "emnist-balanced")
     (tmp_path / "emnist-digits-train-images-idx3-ubyte").unlink()
     write_idx(tmp_path / "emnist-letters-test-images-idx3-ubyte", images[:, :3])
     with pytest.raises(DataFormatError, match=r"images of one size, found \(5, 4\) to train on, \(3, 4\) to test"):
         mnist(tmp_path)
+
+
+def test_images_may_have_channels_and_labels_any_integer_type(tmp_path: Path) -> None:
+    """A set in MNIST's format of colour images, with labels of 32 bits, as many sets are that people made."""
+    images = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), np.uint8)
+    labels = np.array([0, 300, 7, 46, 0, 1], np.int32)
+    for part, packed in (("train", True), ("t10k", False)):
+        for what, array in (("images-idx4-ubyte", images), ("labels.idx1.int", labels)):
+            content = idx_bytes(array)
+            (tmp_path / f"{part}-{what}{'.gz' * packed}").write_bytes(gzip.compress(content) if packed else content)
+    for (X, y), flatten in ((mnist(tmp_path)[0], True), (mnist(tmp_path, flatten=False)[1], False)):
+        assert np.array_equal(X, images.reshape(6, -1) if flatten else images)
+        assert (y.dtype, y.tolist()) == (np.int64, labels.tolist())
+    assert mnist(tmp_path, one_hot=True)[0][1].shape == (6, 301)

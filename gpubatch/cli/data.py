@@ -41,7 +41,7 @@ class Data:
         self.hidden = [integer("--layers", width) for width in hidden.split(",") if hidden]
         where, dtype = get_backend(backend), check_choice("--dtype", dtype, DTYPES)
         self.name, (X, Y), self.test = load(folder, seed)
-        self.sizes = [X.shape[1], *self.hidden, int(Y.max()) + 1]
+        self.sizes = [X.shape[1], *self.hidden, int(max(Y.max(), self.test[1].max())) + 1]
         self.X, self.Y, self.seed = X[:samples], Y[:samples], seed
         self.net = mlp(self.sizes, backend=where, dtype=dtype, seed=seed, **network)
 
@@ -105,11 +105,13 @@ def load(folder: Path | None, seed: int) -> tuple[str, datasets.Samples, dataset
     """The data in words, its training set and its test set: those in a folder, or the bundled digits."""
     if folder is None:
         return ("10,000 bundled MNIST digits", *datasets.mnist_10k(seed))
+    if not folder.is_dir() and folder.parent.is_dir() and folder.name in datasets.mnist_sets(folder.parent):
+        return (f"{folder.name} in {folder.parent}", *datasets.mnist(folder))
     if not folder.is_dir():
         raise ArgumentError(f"FOLDER must be a folder with MNIST or CIFAR-10 files, got {str(folder)!r}")
     names = {path.name for path in folder.iterdir()}
     if any("idx" in name for name in names):
-        return (f"MNIST in {folder}", *datasets.mnist(folder))
+        return (f"{next(iter(datasets.mnist_sets(folder)), '') or 'MNIST'} in {folder}", *datasets.mnist(folder))
     if any(name.startswith(("data_batch", "cifar-10")) for name in names):
         return (f"CIFAR-10 in {folder}", *datasets.cifar10(folder))
     raise ArgumentError(

@@ -86,7 +86,9 @@ DECAYS: dict[str, Callable[[float, int], optim.Hyper]] = {
 
 Folder = Annotated[
     Path | None,
-    typer.Argument(help="MNIST (IDX files) or CIFAR-10 (binary version). By default the bundled 10,000 digits."),
+    typer.Argument(
+        help="MNIST or a set like it (IDX files), or CIFAR-10 (binary version). By default the bundled digits."
+    ),
 ]
 HiddenLayers = Annotated[str, typer.Option(help="Widths of the hidden layers, by comma; '' for none.")]
 Activation = Annotated[str, typer.Option(help=f"One of {', '.join(ACTIVATIONS)}.")]
