@@ -61,7 +61,7 @@ ORDER = {
     "schedules": "counted decays cycles combined saved",
     "optim": "arrays groups epochs optimizer optimizers ahead resumed",
     "nn": "needs layers stack workspace losses checks core summary network",
-    "sources": "arrays reader files chunked tables",
+    "sources": "arrays reader opener files chunked tables",
     "loader": "order pinned functions weights columns windows ahead device feeds epochs loader",
     "model": "describe preparation file model export",
     "train": "ledger loss_scale history display parts callbacks monitors logs checks record graphs captured_step"
@@ -202,7 +202,7 @@ CODE_LINES = {
     "optim": 1165,
     "nn": 2138,
     "datasets": 194,
-    "sources": 630,
+    "sources": 819,
     "loader": 1824,
     "checkpoint": 266,
     "model": 831,

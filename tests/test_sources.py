@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import re
@@ -127,6 +128,14 @@ def write_arrow(folder, X):
     return sources.arrow(folder / "t.arrow", "list", label="y"), None
 
 
+def write_stream(folder, X):
+    pa = optional("pyarrow")
+    made = table(X).append_column("word", pa.array(["a", "b"] * (N // 2)).dictionary_encode())
+    with pa.OSFile(str(folder / "t.arrows"), "wb") as file, pa.ipc.new_stream(file, made.schema) as writer:
+        writer.write_table(made, max_chunksize=50)
+    return sources.arrow(folder / "t.arrows", [f"c{i}" for i in range(6)], label="y"), None
+
+
 def write_hdf5(folder, X):
     with optional("h5py").File(folder / "t.h5", "w") as file:
         file.create_dataset("x", data=X, chunks=(32, 6), compression="gzip")
@@ -144,7 +153,7 @@ def write_own(folder, X):
 
 
 SINGLE = [write_npy, write_raw, write_idx, write_cifar, write_map, write_own]  # single samples are read as well
-KINDS = [*SINGLE, write_parquet, write_vectors, write_lists, write_arrow, write_hdf5]
+KINDS = [*SINGLE, write_parquet, write_vectors, write_lists, write_arrow, write_stream, write_hdf5]
 
 
 def test_every_kind_of_file_is_in_the_table():
@@ -239,6 +248,71 @@ def test_row_groups_are_decoded_once(tmp_path, X):
     source._group = -1  # the one that the loader looked at is still there
     list(loader)
     assert sorted(decoded) == list(range(8))
+
+
+@pytest.mark.parametrize("compression", [None, "lz4"])
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_rows_of_an_arrow_file_are_counted_without_reading_a_batch(kind, compression, tmp_path, monkeypatch):
+    pa = optional("pyarrow")
+    batches = [pa.record_batch({"a": np.arange(n, dtype=np.float32), "y": np.arange(n)}) for n in (7, 0, 300, 1)]
+    options, path = pa.ipc.IpcWriteOptions(compression=compression), tmp_path / "t.arrow"
+    make = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
+    with pa.OSFile(str(path), "wb") as file, make(file, batches[0].schema, options=options) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    read, original = [], sources.opener.ByPlace.read_into
+    monkeypatch.setattr(
+        sources.opener.ByPlace,
+        "read_into",
+        lambda self, view, place: read.append(len(view)) or original(self, view, place),
+    )
+    source = sources.arrow(path, None, "y")
+    assert len(source) == 308
+    assert sum(read) < 1000  # the schema of a stream
+    x, y = source.read(np.array([306, 0, 307]))
+    assert (x.tolist(), y.tolist()) == ([[299], [0], [0]], [299, 0, 0])
+    os.truncate(path, 3000)
+    with pytest.raises(DataFormatError, match=r"t\.arrow: expected "):
+        sources.arrow(path, None, "y").read(np.array([100]))
+
+
+class Elsewhere:
+    """A file in memory, which is opened as one of another machine is."""
+
+    def __init__(self, path):
+        self.path, self.data, self.opened = path.name, path.read_bytes(), []
+
+    def open(self):
+        self.opened.append(io.BytesIO(self.data))
+        return self.opened[-1]
+
+    def size(self):
+        return len(self.data)
+
+    def identity(self):
+        return f"{len(self.data)} bytes"
+
+
+@pytest.mark.parametrize(
+    "kind", [write_npy, write_raw, write_idx, write_vectors, write_arrow, write_stream, write_hdf5]
+)
+def test_a_file_may_be_given_by_what_opens_it_and_is_opened_again_when_it_was_closed(kind, tmp_path, X, monkeypatch):
+    files = []
+    for name in ("files", "tables"):
+        module = sys.modules[f"gpubatch.sources.{name}"]
+        monkeypatch.setattr(module, "opener_of", lambda path: files.append(Elsewhere(Path(path))) or files[-1])
+    source, _ = kind(tmp_path, X)
+    file, index = files[0], np.array([499, 3, 3, 77])
+    found = source.read(index)
+    assert np.array_equal(found[0] if isinstance(found, tuple) else found, X[index])
+    source.close()
+    assert all(opened.closed for opened in file.opened)
+    again = source.read(index)
+    assert np.array_equal(again[0] if isinstance(again, tuple) else again, X[index])
+    source.close()
+    file.data += b"0"
+    with pytest.raises(DataFormatError, match="it was changed while it was in use"):
+        source.read(index)
 
 
 def test_single_samples_are_read_alone_and_neighbours_together(tmp_path, X, monkeypatch):

@@ -17,12 +17,15 @@ from gpubatch.sources.arrays import (
 )
 from gpubatch.sources.chunked import Chunked, is_chunked
 from gpubatch.sources.files import cifar10, idx, npy, raw
+from gpubatch.sources.opener import LocalFile, Opener
 from gpubatch.sources.reader import Part, Reader, Source
 from gpubatch.sources.tables import arrow, hdf5, parquet
 
 __all__ = [
     "ArraySource",
     "Chunked",
+    "LocalFile",
+    "Opener",
     "Part",
     "Reader",
     "Source",

@@ -7,8 +7,8 @@ import io
 import itertools
 import math
 import os
+import struct
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,64 +26,64 @@ from gpubatch.datasets import (
 )
 from gpubatch.errors import DataFormatError, GpubatchError, InsufficientMemoryError, check_bool, check_choice, check_int
 from gpubatch.inputs import check_kind
-from gpubatch.sources.reader import Source
+from gpubatch.sources.opener import ByPlace, LocalFile, Opener, Reopened, opener_of
+from gpubatch.sources.reader import Form, Source
 
-__all__ = ["check_exists", "cifar10", "flat", "idx", "naming_the_file", "npy", "raw", "runs_of"]
+__all__ = ["check_exists", "cifar10", "flat", "idx", "in_order_of_use", "naming_the_file", "npy", "raw", "runs_of"]
 
-AT_ONCE = 1 << 20  # bytes that a system is asked to read ahead: Linux does not heed what is beyond a device's limit
 NPY_START = 1 << 16  # bytes of an .npy file; NumPy refuses headers of more than 10,000
 
 
-def npy(path: str | os.PathLike[str], *, flatten: bool = False) -> Source:
+def npy(path: str | os.PathLike[str] | Opener, *, flatten: bool = False) -> Source:
     """The rows of an array that ``np.save`` wrote; read as they are asked for, not mapped.
 
     ``flatten=True`` makes samples, such as images, one-dimensional.
     """
-    with open(path, "rb") as file:
+    of = opener_of(path)
+    with of.open() as file:
         start = io.BytesIO(file.read(NPY_START))  # else NumPy would ask for as much memory as the header claims to need
     try:
         version = np.lib.format.read_magic(start)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = header(start)
     except Exception as error:  # NumPy parses the header as Python, so ValueError is not all that it raises
-        raise DataFormatError(
-            f"{os.fspath(path)}: expected an .npy file, found another or a damaged one ({error})"
-        ) from error
+        raise DataFormatError(f"{of.path}: expected an .npy file, found another or a damaged one ({error})") from error
     offset = start.tell()
     if fortran and len(shape) > 1:
         raise DataFormatError(
-            f"{os.fspath(path)}: expected samples one after another (C order), found Fortran order; save "
+            f"{of.path}: expected samples one after another (C order), found Fortran order; save "
             "np.ascontiguousarray(array)"
         )
-    return _Rows(path, flat(shape, flatten), dtype, offset)
+    return _Rows(of, flat(shape, flatten), dtype, offset)
 
 
-def raw(path: str | os.PathLike[str], sample_shape: tuple[int, ...], dtype: Any, offset: int = 0) -> Source:
+def raw(path: str | os.PathLike[str] | Opener, sample_shape: tuple[int, ...], dtype: Any, offset: int = 0) -> Source:
     """The samples of ``sample_shape`` that fill a file from byte ``offset`` on, such as ``array.tofile`` writes."""
-    dtype = np.dtype(dtype)
-    size, extra = os.path.getsize(path) - check_int("offset", offset, 0), math.prod(sample_shape) * dtype.itemsize
+    of, dtype = opener_of(path), np.dtype(dtype)
+    size, extra = of.size() - check_int("offset", offset, 0), math.prod(sample_shape) * dtype.itemsize
     if extra == 0 or size < 0 or size % extra:
         raise DataFormatError(
-            f"{os.fspath(path)}: expected samples of {extra} bytes, {dtype} {tuple(sample_shape)}, found {size} bytes"
+            f"{of.path}: expected samples of {extra} bytes, {dtype} {tuple(sample_shape)}, found {size} bytes"
         )
-    return _Rows(path, (size // extra, *sample_shape), dtype, offset)
+    return _Rows(of, (size // extra, *sample_shape), dtype, offset)
 
 
-def idx(path: str | os.PathLike[str], *, flatten: bool = False) -> Source:
+def idx(path: str | os.PathLike[str] | Opener, *, flatten: bool = False) -> Source:
     """The samples of an IDX file (MNIST and its kin), which must be unpacked, since they are read by place.
 
     ``flatten=True`` makes images one-dimensional.
     """
-    with open(path, "rb") as file:
+    of = opener_of(path)
+    with of.open() as file:
         if file.read(2) == GZIP_MAGIC:
             raise DataFormatError(
-                f"{os.fspath(path)}: expected an IDX file, found a gzip file, which cannot be read by place; "
+                f"{of.path}: expected an IDX file, found a gzip file, which cannot be read by place; "
                 "unpack it, or read it whole with gpubatch.datasets.read_idx"
             )
         file.seek(0)
-        dtype, shape = read_idx_header(path, file.read)
+        dtype, shape = read_idx_header(of.path, file.read)
         offset = file.tell()
-    return _Rows(path, flat(shape, flatten), dtype, offset)
+    return _Rows(of, flat(shape, flatten), dtype, offset)
 
 
 def cifar10(folder: str | os.PathLike[str], part: str = "train", *, flatten: bool = True) -> Source:
@@ -108,25 +108,24 @@ class _Rows:
     become shorter the process is killed instead of told.
     """
 
-    def __init__(self, path: str | os.PathLike[str], shape: tuple[int, ...], dtype: np.dtype[Any], offset: int) -> None:
-        self.path = os.fspath(path)
+    def __init__(self, file: Opener, shape: tuple[int, ...], dtype: np.dtype[Any], offset: int) -> None:
+        self.path, self.file = file.path, file
         check_kind(self.path, dtype)
         if not shape:
             raise DataFormatError(f"{self.path}: expected samples, found a single number")
         if any(not 0 <= n <= sys.maxsize for n in shape):
             raise DataFormatError(f"{self.path}: expected a shape that fits into memory, found {shape}")
         self._shape, self._dtype, self._offset = shape, dtype, offset
+        self.forms: list[Form] = [(dtype, shape[1:])]
         self._row = math.prod(shape[1:]) * dtype.itemsize
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  open as long as the source is used
-        self._lock = threading.Lock()
-        needed, found = offset + shape[0] * self._row, os.fstat(self._file.fileno()).st_size
+        needed, found = offset + shape[0] * self._row, file.size()
         if found < needed:
-            self._file.close()
             raise DataFormatError(f"{self.path}: expected {needed} bytes for {dtype} {shape}, found {found}")
+        self._bytes = Reopened(file, lambda: ByPlace(file.open()))
 
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            self._file.close()
+    def close(self) -> None:
+        """Close the file until it is next read."""
+        self._bytes.close()
 
     def __len__(self) -> int:
         return self._shape[0]
@@ -144,14 +143,9 @@ class _Rows:
             self._fill(view[start * row : stop * row], place)
 
     def expect(self, indices: np.ndarray, /) -> None:
-        """Have the system read the samples at ``indices`` into its cache, while others are used."""
-        if not hasattr(os, "posix_fadvise"):
-            return
+        """Have the samples at ``indices`` read ahead, while others are used."""
         for place, start, stop in runs_of(indices):
-            offset, end = (self._offset + row * self._row for row in (place, place + stop - start))
-            for piece in range(offset, end, AT_ONCE):
-                size = min(AT_ONCE, end - piece)
-                os.posix_fadvise(self._file.fileno(), piece, size, os.POSIX_FADV_WILLNEED)
+            self._bytes.use().expect(*(self._offset + row * self._row for row in (place, place + stop - start)))
 
     def _fill(self, view: memoryview, place: int) -> None:
         offset = self._offset + place * self._row
@@ -166,11 +160,7 @@ class _Rows:
             view, offset = view[count:], offset + count
 
     def _read_at(self, view: memoryview, offset: int) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self._file.fileno(), [view], offset)
-        with self._lock:  # Windows: seeking and reading are two calls
-            self._file.seek(offset)
-            return self._file.readinto(view) or 0
+        return self._bytes.use().read_into(view, offset)
 
 
 class _Cifar10:
@@ -180,7 +170,7 @@ class _Cifar10:
         self, folder: str | os.PathLike[str], files: list[tuple[Path, int]], image_shape: tuple[int, ...]
     ) -> None:
         self.path, self._shape = os.fspath(folder), image_shape
-        self._files = [_Rows(path, (count, CIFAR_RECORD), np.dtype(np.uint8), 0) for path, count in files]
+        self._files = [_Rows(LocalFile(path), (count, CIFAR_RECORD), np.dtype(np.uint8), 0) for path, count in files]
         self._starts = np.cumsum([0, *(count for _, count in files)])
 
     def __len__(self) -> int:
@@ -215,12 +205,20 @@ def runs_of(indices: np.ndarray) -> Iterator[tuple[int, int, int]]:
         yield place, start, stop
 
 
-def check_exists(path: str | os.PathLike[str]) -> None:
+def in_order_of_use(numbers: np.ndarray) -> list[int]:
+    """Each of ``numbers`` once, in the order of their first use."""
+    found, first = np.unique(numbers, return_index=True)
+    order: list[int] = found[np.argsort(first)].tolist()
+    return order
+
+
+def check_exists(file: Opener) -> None:
     """Raise ``FileNotFoundError`` or another ``OSError`` where there is nothing to read."""
-    if os.path.isdir(path):
-        raise DataFormatError(f"{os.fspath(path)}: expected a file, found a folder; open its files one by one")
-    with open(path, "rb"):
-        pass
+    if isinstance(file, LocalFile) and os.path.isdir(file.path):
+        raise DataFormatError(
+            f"{file.path}: expected a file, found a folder; gpubatch.sources.files opens all of its files as one source"
+        )
+    file.open().close()
 
 
 @contextlib.contextmanager
@@ -234,6 +232,6 @@ def naming_the_file(path: str | os.PathLike[str], expected: str) -> Iterator[Non
         raise InsufficientMemoryError(
             f"{os.fspath(path)}: {expected} would need more memory than there is, or is damaged ({error})"
         ) from error
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, EOFError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, EOFError, struct.error) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataFormatError(f"{os.fspath(path)}: expected {expected}, found damage ({first_line})") from error

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -16,7 +16,9 @@ from gpubatch.errors import DataFormatError, DTypeError, NonFiniteError, ShapeEr
 from gpubatch.inputs import check_kind
 from gpubatch.sources.arrays import holds_all
 
-__all__ = ["Part", "Reader", "Source"]
+__all__ = ["Form", "Part", "Reader", "Source"]
+
+Form: TypeAlias = tuple[np.dtype[Any], tuple[int, ...]]  # the element type and the shape of a sample
 
 
 class Source(Protocol):

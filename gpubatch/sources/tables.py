@@ -4,53 +4,217 @@ from __future__ import annotations
 
 import importlib
 import os
+import struct
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, ShapeError, check_bool
 from gpubatch.inputs import check_kind
-from gpubatch.sources.files import check_exists, flat, naming_the_file, runs_of
-from gpubatch.sources.reader import Source
+from gpubatch.sources.files import check_exists, flat, in_order_of_use, naming_the_file, runs_of
+from gpubatch.sources.opener import ByPlace, LocalFile, Opener, Reopened, opener_of
+from gpubatch.sources.reader import Form, Source
 
 __all__ = ["arrow", "hdf5", "parquet"]
 
+ARROW_MAGIC = b"ARROW1"
+RECORD_BATCH = 3  # among the kinds of an Arrow message
 
-def parquet(path: str | os.PathLike[str], columns: str | Sequence[str] | None, label: str | None = None) -> Source:
+
+def parquet(
+    path: str | os.PathLike[str] | Opener, columns: str | Sequence[str] | None, label: str | None = None
+) -> Source:
     """The rows of a Parquet file, of which a row group is decoded at a time; needs pyarrow.
 
     x has the columns side by side, with ``columns=None`` all but the label: (samples, columns), each of them numbers;
     or, of one column of lists, (samples, length of the lists); or, where ``columns`` is a string, (samples,) or that
     column's lists. With ``label`` pairs (x, y) are read. Missing values are errors.
     """
-    pq = _need("pyarrow.parquet")
-    check_exists(path)
-    with naming_the_file(path, "a Parquet file"):
-        file = pq.ParquetFile(os.fspath(path))
-        sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-        names = list(file.schema_arrow.names)
-    return _Table(path, columns, label, names, sizes, lambda group, chosen: file.read_row_group(group, columns=chosen))
+    _need("pyarrow.parquet")
+    return _Table(opener_of(path), columns, label, _Parquet)
 
 
-def arrow(path: str | os.PathLike[str], columns: str | Sequence[str] | None, label: str | None = None) -> Source:
-    """The rows of an Arrow IPC file (Feather 2), of which a record batch is read at a time; as :func:`parquet`."""
-    pa = _need("pyarrow")
-    check_exists(path)
-    with naming_the_file(path, "an Arrow file"):
-        names = list(pa.ipc.open_file(pa.OSFile(os.fspath(path))).schema.names)
-    chosen = _columns(path, columns, label, names)
-    with naming_the_file(path, "an Arrow file"):
-        options = pa.ipc.IpcReadOptions(included_fields=sorted(names.index(name) for name in chosen))
-        file = pa.ipc.open_file(pa.OSFile(os.fspath(path)), options=options)
-        # The footer of an Arrow file does not say how many rows a batch has: one column of each is read for that.
-        short = pa.ipc.IpcReadOptions(included_fields=[names.index(chosen[-1])])
-        counted = pa.ipc.open_file(pa.OSFile(os.fspath(path)), options=short)
-        sizes = [counted.get_batch(group).num_rows for group in range(counted.num_record_batches)]
-    load: Callable[[int, list[str]], Any] = lambda group, wanted: pa.Table.from_batches(  # noqa: E731
-        [file.get_batch(group)]
-    ).select(wanted)
-    return _Table(path, columns, label, names, sizes, load)
+def arrow(
+    path: str | os.PathLike[str] | Opener, columns: str | Sequence[str] | None, label: str | None = None
+) -> Source:
+    """The rows of an Arrow IPC file (Feather 2) or stream, of which a record batch is read at a time.
+
+    The arguments are those of :func:`parquet`. How many rows there are is known from the headers of the record batches,
+    which alone are read when the file is opened.
+    """
+    _need("pyarrow")
+    return _Table(opener_of(path), columns, label, _opened_arrow)
+
+
+class _Grouped(Protocol):
+    """An open file of groups of rows: the types of its columns by name, in ``fields``; the groups' sizes."""
+
+    fields: list[tuple[str, Any]]
+    sizes: list[int]
+
+    def load(self, group: int, chosen: list[str]) -> Any:
+        """A group's columns as a table."""
+
+    def close(self) -> None:
+        """Close the file."""
+
+
+class _Parquet:
+    """A Parquet file, whose row groups are the groups."""
+
+    def __init__(self, file: Opener) -> None:
+        with naming_the_file(file.path, "a Parquet file"):
+            self._file = _need("pyarrow.parquet").ParquetFile(_for_arrow(file))
+            metadata = self._file.metadata
+            self.sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            self.fields = [(field.name, field.type) for field in self._file.schema_arrow]
+
+    def load(self, group: int, chosen: list[str]) -> Any:
+        """See :class:`_Grouped`."""
+        return self._file.read_row_group(group, columns=chosen)
+
+    def close(self) -> None:
+        """See :class:`_Grouped`."""
+        self._file.close(force=True)
+
+
+def _opened_arrow(file: Opener) -> _Grouped:
+    with naming_the_file(file.path, "an Arrow file"):
+        with file.open() as opened:
+            is_file = opened.read(len(ARROW_MAGIC)) == ARROW_MAGIC
+        return _ArrowFile(file) if is_file else _ArrowStream(file)
+
+
+class _ArrowFile:
+    """An Arrow file, whose record batches are the groups."""
+
+    def __init__(self, file: Opener) -> None:
+        pa = _need("pyarrow")
+        self._file = pa.OSFile(file.path) if isinstance(file, LocalFile) else pa.PythonFile(file.open(), mode="r")
+        self.fields = [(field.name, field.type) for field in pa.ipc.open_file(self._file).schema]
+        # The footer does not say how many rows a batch has; its header does.
+        self.sizes = [batch.rows for batch in arrow_batches(file, 8)]
+        self._readers: dict[tuple[str, ...], Any] = {}
+        if (count := pa.ipc.open_file(self._file).num_record_batches) != len(self.sizes):
+            raise DataFormatError(f"{file.path}: expected {count} record batches, found {len(self.sizes)}")
+
+    def load(self, group: int, chosen: list[str]) -> Any:
+        """See :class:`_Grouped`."""
+        pa = _need("pyarrow")
+        if (reader := self._readers.get(tuple(chosen))) is None:
+            reader = pa.ipc.open_file(self._file, options=_included(self.fields, chosen))
+            self._readers = {tuple(chosen): reader}
+        return pa.Table.from_batches([reader.get_batch(group)]).select(chosen)
+
+    def close(self) -> None:
+        """See :class:`_Grouped`."""
+        self._readers.clear()
+        self._file.close()
+
+
+class _ArrowStream:
+    """An Arrow stream, whose record batches are the groups; they are found by their headers."""
+
+    def __init__(self, file: Opener) -> None:
+        pa = _need("pyarrow")
+        self._batches = arrow_batches(file, 0)
+        self.sizes = [batch.rows for batch in self._batches]
+        # The schema and the dictionaries, without which no batch can be read.
+        head = self._batches[0].start if self._batches else file.size()
+        self._bytes = ByPlace(file.open())
+        self._head = self._read(0, head)
+        self.fields = [(field.name, field.type) for field in pa.ipc.open_stream(pa.py_buffer(self._head)).schema]
+
+    def _read(self, start: int, stop: int, before: bytes | bytearray = b"") -> bytearray:
+        out, done = bytearray(len(before) + stop - start), len(before)
+        out[:done] = before
+        while done < len(out):
+            with memoryview(out)[done:] as rest:
+                count = self._bytes.read_into(rest, start + done - len(before))
+            if not count:
+                raise EOFError(f"it ends at byte {start + done - len(before)}")
+            done += count
+        return out
+
+    def load(self, group: int, chosen: list[str]) -> Any:
+        """See :class:`_Grouped`."""
+        pa, batch = _need("pyarrow"), self._batches[group]
+        data = pa.py_buffer(self._read(batch.start, batch.stop, self._head))
+        with pa.ipc.open_stream(data, options=_included(self.fields, chosen)) as reader:
+            return pa.Table.from_batches([reader.read_next_batch()]).select(chosen)
+
+    def close(self) -> None:
+        """See :class:`_Grouped`."""
+        self._bytes.close()
+
+
+def _for_arrow(file: Opener) -> Any:
+    return file.path if isinstance(file, LocalFile) else file.open()
+
+
+def _included(fields: list[tuple[str, Any]], chosen: list[str]) -> Any:
+    names = [name for name, _ in fields]
+    return _need("pyarrow").ipc.IpcReadOptions(included_fields=sorted(names.index(name) for name in chosen))
+
+
+class ArrowBatch(NamedTuple):
+    """A record batch in an Arrow file or stream: its bytes from ``start`` to ``stop``, and how many rows it has."""
+
+    start: int
+    stop: int
+    rows: int
+
+
+def arrow_batches(file: Opener, start: int) -> list[ArrowBatch]:
+    """The record batches of a stream that begins at byte ``start``, from the headers of its messages alone.
+
+    Format: https://arrow.apache.org/docs/format/Columnar.html#encapsulated-message-format.
+    """
+    found, size = list[ArrowBatch](), file.size()
+    with file.open() as opened:
+        while start + 4 <= size:
+            opened.seek(start)
+            prefix = opened.read(8)
+            # Versions before 0.15 have no continuation marker before the size.
+            skip, length = (8, prefix[4:]) if prefix[:4] == b"\xff" * 4 else (4, prefix[:4])
+            (metadata,) = struct.unpack("<i", length)
+            if metadata == 0:
+                break
+            if not 0 < metadata <= size - start - skip:
+                raise DataFormatError(f"{file.path}: expected a message at byte {start}, found one of {metadata} bytes")
+            opened.seek(start + skip)
+            kind, body, rows = _message(opened.read(metadata))
+            stop = start + skip + metadata + body
+            if not (body >= 0 and stop <= size and rows >= 0):
+                raise DataFormatError(
+                    f"{file.path}: expected a message at byte {start} that ends before byte {size}, found one of "
+                    f"{body} bytes and {rows} rows"
+                )
+            if kind == RECORD_BATCH:
+                found.append(ArrowBatch(start, stop, rows))
+            start = stop
+    return found
+
+
+def _message(metadata: bytes) -> tuple[int, int, int]:
+    """What a message is, the bytes of its body, and its rows if it is a record batch.
+
+    The metadata is a Flatbuffer table (https://flatbuffers.dev/internals/): Message of Arrow's Message.fbs.
+    """
+
+    def field(table: int, number: int, kind: str) -> int:
+        vtable = table - struct.unpack_from("<i", metadata, table)[0]
+        known = struct.unpack_from("<H", metadata, vtable)[0] > 4 + 2 * number
+        place = struct.unpack_from("<H", metadata, vtable + 4 + 2 * number)[0] if known else 0
+        if not place:
+            return 0  # the default
+        value: int = struct.unpack_from(kind, metadata, table + place)[0]
+        return table + place + value if kind == "<I" else value
+
+    (message,) = struct.unpack_from("<I", metadata)
+    kind, body = field(message, 1, "<B"), field(message, 3, "<q")
+    return kind, body, field(field(message, 2, "<I"), 0, "<q") if kind == RECORD_BATCH else 0
 
 
 class _Table:
@@ -58,31 +222,38 @@ class _Table:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        file: Opener,
         columns: str | Sequence[str] | None,
         label: str | None,
-        names: list[str],
-        sizes: list[int],
-        load: Callable[[int, list[str]], Any],
+        open_file: Callable[[Opener], _Grouped],
     ) -> None:
-        self.path = os.fspath(path)
-        chosen = _columns(path, columns, label, names)
+        self.path, self.file = file.path, file
+        check_exists(file)
+        self._opened = Reopened(file, lambda: open_file(file))
+        found = self._opened.use()
+        chosen = _columns(self.path, columns, label, [name for name, _ in found.fields])
         self._x, self._y = chosen[: len(chosen) - (label is not None)], label
         self._chosen = list(dict.fromkeys(chosen))  # the label may be among the columns
-        self._single, self._load = isinstance(columns, str), load
-        self._starts = np.cumsum([0, *sizes])
-        self.block = max(sizes, default=1) or 1
+        self.fields = {name: kind for name, kind in found.fields if name in chosen}
+        self._single = isinstance(columns, str)
+        self.starts = np.cumsum([0, *found.sizes])
+        self.block = max(found.sizes, default=1) or 1
         self._group, self._kept = -1, list[np.ndarray]()
         self._widths: dict[str, int] = {}
 
+    def close(self) -> None:
+        """Close the file until it is next read, and forget what was decoded."""
+        self._kept, self._group = [], -1
+        self._opened.close()
+
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self.starts[-1])
 
     def read(self, indices: np.ndarray, /) -> Any:
         """The rows at ``indices``: x, or (x, y)."""
-        groups = np.searchsorted(self._starts, indices, side="right") - 1
+        groups = np.searchsorted(self.starts, indices, side="right") - 1
         out: list[np.ndarray] = []
-        for group in np.unique(groups):
+        for group in in_order_of_use(groups):
             if group != self._group:
                 self._kept, self._group = [], -1  # one group at a time
                 self._kept, self._group = self._decode(int(group)), int(group)
@@ -90,13 +261,13 @@ class _Table:
             for number, array in enumerate(self._kept):
                 if number == len(out):
                     out.append(np.empty((len(indices), *array.shape[1:]), array.dtype))
-                out[number][here] = array[indices[here] - self._starts[group]]
+                out[number][here] = array[indices[here] - self.starts[group]]
         return tuple(out) if self._y is not None else out[0]
 
     def _decode(self, group: int) -> list[np.ndarray]:
-        start, stop = int(self._starts[group]), int(self._starts[group + 1])
+        start, stop = int(self.starts[group]), int(self.starts[group + 1])
         with naming_the_file(self.path, f"whole samples {start} to {stop - 1}"):
-            table = self._load(group, self._chosen)
+            table = self._opened.use().load(group, self._chosen)
             table.validate(full=True)
         if len(table) != stop - start:
             raise DataFormatError(f"{self.path}: expected {stop - start} samples from {start} on, found {len(table)}")
@@ -142,56 +313,71 @@ class _Table:
             )
 
 
-def _columns(
-    path: str | os.PathLike[str], columns: str | Sequence[str] | None, label: str | None, names: list[str]
-) -> list[str]:
+def _columns(path: str, columns: str | Sequence[str] | None, label: str | None, names: list[str]) -> list[str]:
     """The columns of x and then the label's, if the file has them."""
     if columns is None:
         columns = [name for name in names if name != label]
     chosen = [columns] if isinstance(columns, str) else list(columns)
     if not chosen:
-        raise ArgumentError(f"columns must name at least one column of {os.fspath(path)}, got {columns!r}")
+        raise ArgumentError(f"columns must name at least one column of {path}, got {columns!r}")
     chosen += [] if label is None else [label]
     for name in chosen:
         if name not in names:
-            raise ArgumentError(f"{os.fspath(path)} has the columns {', '.join(names)}; got {name!r}")
+            raise ArgumentError(f"{path} has the columns {', '.join(names)}; got {name!r}")
         if names.count(name) > 1:
-            raise DataFormatError(f"{os.fspath(path)}: expected one column {name!r}, found {names.count(name)}")
+            raise DataFormatError(f"{path}: expected one column {name!r}, found {names.count(name)}")
     return chosen
 
 
 # --- HDF5 ---------------------------------------------------------------------------------------------------------
 
 
-def hdf5(path: str | os.PathLike[str], dataset: str, label: str | None = None, *, flatten: bool = False) -> Source:
+def hdf5(
+    path: str | os.PathLike[str] | Opener, dataset: str, label: str | None = None, *, flatten: bool = False
+) -> Source:
     """The rows of a dataset in an HDF5 file, or with the dataset ``label`` pairs (x, y); needs h5py.
 
     ``flatten=True`` makes the samples of ``dataset``, such as images, one-dimensional.
     """
-    h5py = _need("h5py")
-    check_exists(path)
-    with naming_the_file(path, "an HDF5 file"):
-        file = h5py.File(path, "r")
-    chosen = []
-    for name in (dataset, *([] if label is None else [label])):
-        with naming_the_file(path, f"the dataset {name!r}"):
-            found = file.get(name)
-            if isinstance(found, h5py.Dataset) and not found.shape:
-                raise DataFormatError(f"{os.fspath(path)}: expected samples, found a single number in {name!r}")
-            if not isinstance(found, h5py.Dataset):
-                raise ArgumentError(
-                    f"{os.fspath(path)} has the datasets {', '.join(_datasets(file)) or '(none)'}; got {name!r}"
-                )
-            if found.file != file or found.external or found.is_virtual:
-                raise DataFormatError(
-                    f"{os.fspath(path)}: expected samples in the file itself, found {name!r} to be kept in another file"
-                )
-            check_kind(f"{os.fspath(path)}: {name!r}", found.dtype)
-            chosen.append(found)
-    if len({len(found) for found in chosen}) > 1:
-        lengths = " and ".join(f"{found.name!r} of shape {found.shape}" for found in chosen)
-        raise ShapeError(f"{os.fspath(path)}: datasets must have equal numbers of samples, got {lengths}")
-    return _Datasets(path, file, chosen, check_bool("flatten", flatten))
+    _need("h5py")
+    names = [dataset] if label is None else [dataset, label]
+    return _Datasets(opener_of(path), names, check_bool("flatten", flatten))
+
+
+class _Hdf5:
+    """An HDF5 file with datasets that have the same number of samples."""
+
+    def __init__(self, file: Opener, names: list[str]) -> None:
+        h5py, path = _need("h5py"), file.path
+        check_exists(file)
+        with naming_the_file(path, "an HDF5 file"):
+            self._below = None if isinstance(file, LocalFile) else file.open()
+            self._file = h5py.File(path if self._below is None else self._below, "r")
+        self.datasets = []
+        for name in names:
+            with naming_the_file(path, f"the dataset {name!r}"):
+                found = self._file.get(name)
+                if isinstance(found, h5py.Dataset) and not found.shape:
+                    raise DataFormatError(f"{path}: expected samples, found a single number in {name!r}")
+                if not isinstance(found, h5py.Dataset):
+                    raise ArgumentError(
+                        f"{path} has the datasets {', '.join(_datasets(self._file)) or '(none)'}; got {name!r}"
+                    )
+                if found.file != self._file or found.external or found.is_virtual:
+                    raise DataFormatError(
+                        f"{path}: expected samples in the file itself, found {name!r} to be kept in another file"
+                    )
+                check_kind(f"{path}: {name!r}", found.dtype)
+                self.datasets.append(found)
+        if len({len(found) for found in self.datasets}) > 1:
+            lengths = " and ".join(f"{found.name!r} of shape {found.shape}" for found in self.datasets)
+            raise ShapeError(f"{path}: datasets must have equal numbers of samples, got {lengths}")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        if self._below is not None:  # which h5py leaves open
+            self._below.close()
 
 
 def _datasets(group: Any) -> list[str]:
@@ -203,10 +389,23 @@ def _datasets(group: Any) -> list[str]:
 class _Datasets:
     """Datasets of an HDF5 file."""
 
-    def __init__(self, path: str | os.PathLike[str], file: Any, datasets: list[Any], flatten: bool) -> None:
-        self._flatten = flatten
-        self.path, self._file, self._datasets, self._n = os.fspath(path), file, datasets, len(datasets[0])
+    def __init__(self, file: Opener, names: list[str], flatten: bool) -> None:
+        self.path, self.file, self._flatten = file.path, file, flatten
+        self._opened = Reopened(file, lambda: _Hdf5(file, names))
+        datasets = self._opened.use().datasets
+        self._n = len(datasets[0])
+        self.forms: list[Form] = [(dataset.dtype, dataset.shape[1:]) for dataset in datasets]
+        self.forms[0] = (self.forms[0][0], flat(datasets[0].shape, flatten)[1:])
         self.block = max(1 if dataset.chunks is None else int(dataset.chunks[0]) for dataset in datasets)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Where blocks of neighbours begin that are read together, and the end."""
+        return np.array([*range(0, self._n, self.block), self._n])
+
+    def close(self) -> None:
+        """Close the file until it is next read."""
+        self._opened.close()
 
     def __len__(self) -> int:
         return self._n
@@ -215,7 +414,7 @@ class _Datasets:
         """The rows at ``indices``; neighbours in one piece, in the order of the file."""
         places, back = np.unique(indices, return_inverse=True)
         out = []
-        for dataset in self._datasets:
+        for dataset in self._opened.use().datasets:
             array = np.empty((len(places), *dataset.shape[1:]), dataset.dtype)
             for first, start, stop in runs_of(places):
                 last = first + stop - start - 1
