@@ -260,9 +260,9 @@ def test_rows_of_an_arrow_file_are_counted_without_reading_a_batch(kind, compres
     with pa.OSFile(str(path), "wb") as file, make(file, batches[0].schema, options=options) as writer:
         for batch in batches:
             writer.write_batch(batch)
-    read, original = [], sources.opener.ByPlace.read_into
+    read, original = [], sources.opener.BytesByPlace.read_into
     monkeypatch.setattr(
-        sources.opener.ByPlace,
+        sources.opener.BytesByPlace,
         "read_into",
         lambda self, view, place: read.append(len(view)) or original(self, view, place),
     )

@@ -26,7 +26,7 @@ from gpubatch.datasets import (
 )
 from gpubatch.errors import DataFormatError, GpubatchError, InsufficientMemoryError, check_bool, check_choice, check_int
 from gpubatch.inputs import check_kind
-from gpubatch.sources.opener import ByPlace, LocalFile, Opener, Reopened, opener_of
+from gpubatch.sources.opener import BytesByPlace, LocalFile, Opener, Reopened, opener_of
 from gpubatch.sources.reader import Form, Source
 
 __all__ = ["check_exists", "cifar10", "flat", "idx", "in_order_of_use", "naming_the_file", "npy", "raw", "runs_of"]
@@ -121,7 +121,7 @@ class _Rows:
         needed, found = offset + shape[0] * self._row, file.size()
         if found < needed:
             raise DataFormatError(f"{self.path}: expected {needed} bytes for {dtype} {shape}, found {found}")
-        self._bytes = Reopened(file, lambda: ByPlace(file.open()))
+        self._bytes = Reopened(file, lambda: BytesByPlace(file.open()))
 
     def close(self) -> None:
         """Close the file until it is next read."""

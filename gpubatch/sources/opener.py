@@ -10,7 +10,7 @@ from typing import BinaryIO, Generic, Protocol, TypeVar
 
 from gpubatch.errors import DataFormatError
 
-__all__ = ["ByPlace", "LocalFile", "Opener", "Reopened", "opener_of"]
+__all__ = ["BytesByPlace", "LocalFile", "Opener", "Reopened", "opener_of"]
 
 AT_ONCE = 1 << 20  # bytes that a system is asked to read ahead: Linux does not heed what is beyond a device's limit
 
@@ -110,7 +110,7 @@ class Reopened(Generic[T]):
             self.close()
 
 
-class ByPlace:
+class BytesByPlace:
     """A file object whose bytes are read by place."""
 
     def __init__(self, file: BinaryIO) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, ShapeError, check_bool
 from gpubatch.inputs import check_kind
 from gpubatch.sources.files import check_exists, flat, in_order_of_use, naming_the_file, runs_of
-from gpubatch.sources.opener import ByPlace, LocalFile, Opener, Reopened, opener_of
+from gpubatch.sources.opener import BytesByPlace, LocalFile, Opener, Reopened, opener_of
 from gpubatch.sources.reader import Form, Source
 
 __all__ = ["arrow", "hdf5", "parquet"]
@@ -122,7 +122,7 @@ class _ArrowStream:
         self.sizes = [batch.rows for batch in self._batches]
         # The schema and the dictionaries, without which no batch can be read.
         head = self._batches[0].start if self._batches else file.size()
-        self._bytes = ByPlace(file.open())
+        self._bytes = BytesByPlace(file.open())
         self._head = self._read(0, head)
         self.fields = [(field.name, field.type) for field in pa.ipc.open_stream(pa.py_buffer(self._head)).schema]
 
