@@ -17,7 +17,7 @@ EXPORTS = {
     "checkpoint": "Checkpoints",
     "errors": """
         ArgumentError BackendFallbackWarning BackendUnavailableError CaptureError CaptureWarning CheckpointError
-        CheckpointWarning CompilerWarning DTypeError DataFormatError DeviceMismatchError EpochWarning
+        CheckpointWarning CompilerWarning ConversionWarning DTypeError DataFormatError DeviceMismatchError EpochWarning
         FewStepsWarning FormulaError GpubatchError IdleWarning InUseError InsufficientMemoryError
         MicroBatchWarning NonFiniteError ResumeWarning ShapeError SkippedStepWarning TuningWarning
         UnknownArgumentError UnscaledWarning
@@ -78,6 +78,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         CheckpointError as CheckpointError,
         CheckpointWarning as CheckpointWarning,
         CompilerWarning as CompilerWarning,
+        ConversionWarning as ConversionWarning,
         DataFormatError as DataFormatError,
         DeviceMismatchError as DeviceMismatchError,
         DTypeError as DTypeError,

@@ -19,6 +19,7 @@
     CaptureWarning (UserWarning)             captured steps differ from eager ones and are abandoned
     CheckpointWarning (UserWarning)          a corrupt checkpoint is skipped, or one was not written and the run goes on
     CompilerWarning (UserWarning)            NumPy runs a user's formula that could be compiled
+    ConversionWarning (UserWarning)          a sparse matrix is copied, since its rows do not lie together
     EpochWarning (UserWarning)               a schedule by epoch stands still: nothing counts the epochs
     FewStepsWarning (UserWarning)            a run has hardly any steps
     IdleWarning (UserWarning)                a run has a learning rate of 0 in every step
@@ -47,6 +48,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointWarning",
     "CompilerWarning",
+    "ConversionWarning",
     "DTypeError",
     "DataFormatError",
     "DeviceMismatchError",
@@ -147,6 +149,10 @@ class CheckpointWarning(UserWarning):
 
 class CompilerWarning(UserWarning):
     """NumPy runs a formula of the user's own, because no compiler is found, or the one that is found fails."""
+
+
+class ConversionWarning(UserWarning):
+    """A sparse matrix is copied to one of rows (CSR), since its own rows do not lie together."""
 
 
 class EpochWarning(UserWarning):

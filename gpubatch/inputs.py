@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from gpubatch.backend import Array, Backend, from_dlpack, get_backend, is_foreign, unmasked
-from gpubatch.errors import DeviceMismatchError, DTypeError, ShapeError
+from gpubatch.errors import ConversionWarning, DeviceMismatchError, DTypeError, ShapeError
 
-__all__ = ["check_kind", "checked_array", "taken"]
+__all__ = ["DenseRows", "SparseMatrix", "check_kind", "checked_array", "is_sparse", "taken"]
+
+AT_ONCE = 1 << 16  # bytes of a sparse matrix's rows that are copied before they become dense
 
 
 def checked_array(name: str, x: Any, backend: Backend) -> Array:
@@ -71,3 +74,78 @@ def check_kind(name: str, dtype: np.dtype[Any]) -> None:
         if dtype.kind in "USOT":
             hint = f"; numbers for words are np.unique({name}, return_inverse=True)[1]"
         raise DTypeError(f"{name} must hold integers, booleans, float16, float32 or float64, got dtype {dtype}{hint}")
+
+
+# --- sparse matrices ----------------------------------------------------------------------------------------------
+
+
+def is_sparse(x: Any) -> bool:
+    """Whether ``x`` is a sparse matrix or a sparse array of SciPy's."""
+    return hasattr(x, "tocsr") and any(kind.__module__.startswith("scipy.sparse") for kind in type(x).__mro__)
+
+
+class SparseMatrix:
+    """The rows of a sparse matrix of SciPy's, of which only those that are asked for become dense; a source.
+
+    name: of the argument, for messages
+    matrix: of any of SciPy's formats. One of rows (CSR) is not copied; another is, to one of rows, with a
+        ConversionWarning. Entries of one place are added up, as ``toarray`` does.
+    """
+
+    def __init__(self, name: str, matrix: Any) -> None:
+        if len(matrix.shape) != 2:
+            raise ShapeError(f"{name} must be (samples, features) where it is sparse, got shape {matrix.shape}")
+        check_kind(name, matrix.dtype)
+        if matrix.format != "csr":
+            warnings.warn(
+                f"{name} is a sparse {type(matrix).__name__}, whose rows do not lie together: it is copied; give "
+                f"{name}.tocsr()",
+                ConversionWarning,
+                stacklevel=2,
+            )
+        rows = matrix.tocsr()
+        # Of the same memory; what is checked below may be written to the attributes.
+        self._rows = type(rows)((rows.data, rows.indices, rows.indptr), shape=rows.shape)
+        try:
+            self._rows.check_format(full_check=True)  # SciPy's compiled code trusts the indices
+        except ValueError as error:
+            raise ShapeError(f"{name} is no whole {type(rows).__name__}: {error}") from error
+        self.shape, self.dtype = tuple(rows.shape), rows.dtype
+        longest = int(np.diff(rows.indptr).max(initial=0))
+        self._at_once = max(1, AT_ONCE // (longest * (rows.dtype.itemsize + rows.indices.itemsize) + 16))
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+        return int(self.shape[0])
+
+    def read(self, indices: np.ndarray, /) -> np.ndarray:
+        """The rows at ``indices``, dense."""
+        out = np.empty((len(indices), self.shape[1]), self.dtype)
+        self.read_into(indices, out)
+        return out
+
+    def read_into(self, indices: np.ndarray, out: np.ndarray, /) -> None:
+        """Write the rows at ``indices`` into ``out``, C-contiguous."""
+        for start in range(0, len(indices), self._at_once):
+            part = slice(start, start + self._at_once)
+            self._rows[indices[part]].toarray(out=out[part])
+
+
+class DenseRows:
+    """A sparse matrix as a network evaluates it: slices of rows are dense arrays on ``backend``, of ``dtype``."""
+
+    ndim = 2
+
+    def __init__(self, matrix: SparseMatrix, backend: Backend, dtype: np.dtype[Any]) -> None:
+        self._matrix, self._backend, self.dtype, self.shape = matrix, backend, dtype, matrix.shape
+        self.size = matrix.shape[0] * matrix.shape[1]
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+        return len(self._matrix)
+
+    def __getitem__(self, rows: slice) -> Array:
+        """These rows."""
+        found = self._matrix.read(np.arange(*rows.indices(len(self))))
+        with self._backend.scope(), np.errstate(over="ignore"):
+            return self._backend.asarray(found, self.dtype)

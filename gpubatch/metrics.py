@@ -373,7 +373,8 @@ def _labelled(net: Network) -> bool:
 def _batches(X: Any, Y: Any, weight: Any) -> Iterable[Sequence[Array]]:
     if Y is None:
         raise ArgumentError("Y must be given with rows X")
-    for start in range(0, len(X), EVALUATION_ROWS):
+    X = X.tocsr() if hasattr(X, "tocsr") else X
+    for start in range(0, X.shape[0] if hasattr(X, "tocsr") else len(X), EVALUATION_ROWS):
         part = slice(start, start + EVALUATION_ROWS)
         yield (X[part], Y[part]) if weight is None else (X[part], Y[part], weight[part])
 

@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "sources": "datasets ops inputs backend errors",
     "loader": "sources inputs ops staging backend sizing errors own passes",
     "checkpoint": "backend errors",
-    "model": "nn loader inputs checkpoint formula backend errors own",
+    "model": "nn loader sources inputs checkpoint formula backend errors own",
     "metrics": "nn loader backend errors",
     "train": "metrics nn optim loader sources checkpoint ops params schedules averages staging backend errors own"
     " shown",
@@ -61,7 +61,7 @@ ORDER = {
     "schedules": "counted decays cycles combined saved",
     "optim": "arrays groups epochs optimizer optimizers ahead resumed",
     "nn": "needs layers stack workspace losses checks core summary network",
-    "sources": "arrays reader opener files chunked tables",
+    "sources": "arrays reader opener files chunked given tables",
     "loader": "order pinned functions weights columns windows ahead device feeds epochs loader",
     "model": "describe preparation file model export",
     "train": "ledger loss_scale history display parts callbacks monitors logs checks record graphs captured_step"
@@ -185,7 +185,7 @@ def test_packages_are_no_larger_than_their_table_says() -> None:
 
 # The most code lines of each package or module.
 CODE_LINES = {
-    "errors": 116,
+    "errors": 118,
     "own": 27,
     "main_memory": 66,
     "shown": 30,
@@ -195,25 +195,25 @@ CODE_LINES = {
     "averages": 55,
     "backend": 520,
     "staging": 51,
-    "inputs": 60,
+    "inputs": 101,
     "ops": 2307,
     "sizing": 264,
     "params": 96,
     "optim": 1165,
-    "nn": 2138,
+    "nn": 2141,
     "datasets": 194,
-    "sources": 819,
+    "sources": 832,
     "loader": 1824,
     "checkpoint": 266,
     "model": 831,
-    "metrics": 267,
+    "metrics": 268,
     "train": 2476,
     "explore": 904,
     "plot": 364,
     "cli": 1114,
     "torch": 511,
     "__main__": 19,
-    "__init__": 204,
+    "__init__": 205,
 }
 
 

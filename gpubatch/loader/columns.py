@@ -26,13 +26,12 @@ from gpubatch.loader.weights import ClassWeights, class_weights, sample_weights
 from gpubatch.ops import ops_for
 from gpubatch.sources import (
     ArraySource,
-    Chunked,
     Part,
     Reader,
+    as_source,
     check_finite,
     contiguous,
     convert,
-    is_chunked,
     largest_stored,
     turned,
 )
@@ -244,8 +243,8 @@ class Columns(Sequence[Column]):
         for name, given in (("X", X), ("Y", Y)):
             if given is None and name == "Y":
                 continue
-            given = Chunked(given) if is_chunked(given) else given
-            if not (hasattr(given, "read") and hasattr(given, "__len__")):
+            source = as_source(name, given)
+            if source is None:
                 array = checked_array(name, given, self.backend)
                 axis = self.sample_axis if array.ndim > 1 else 0
                 if name == "X" and axis != self.sample_axis:
@@ -254,7 +253,7 @@ class Columns(Sequence[Column]):
                 as_columns = axis == 1 and self.backend.name == "cpu"
                 inputs.append((ArraySource(name, turned(array) if axis else array, as_columns), axis))
                 continue
-            parts = Reader(name, given).parts
+            parts = Reader(name, source).parts
             if self.sample_axis:
                 raise ArgumentError(f"sample_axis=1 needs arrays, {name} is a source of rows")
             if len(parts) > (1 if name == "Y" or Y is not None else 2):

@@ -28,7 +28,8 @@ class Loader:
 
     The arguments, of which all but X, Y, weight and class_weight are attributes, too:
 
-    - ``X``: samples, an array or a :class:`~gpubatch.sources.Source`, which may be larger than memory.
+    - ``X``: samples, an array, a sparse matrix of SciPy's, or a :class:`~gpubatch.sources.Source`, which may be larger
+      than memory.
     - ``Y``: labels, one a sample, likewise; not where ``X`` is a source of pairs.
     - ``batch_size``: samples in a batch, or "auto", which follows :func:`~gpubatch.sizing.choose_batch_size`.
     - ``shuffle``: False keeps the order of the set.

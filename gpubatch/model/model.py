@@ -15,6 +15,7 @@ from gpubatch.loader import Loader, epochs_of, rows_of
 from gpubatch.model.file import check_path, read_file, write_file
 from gpubatch.model.preparation import Preparation
 from gpubatch.nn import EVALUATION_ROWS, Network
+from gpubatch.sources import is_read
 
 __all__ = ["Model", "load", "save"]
 
@@ -31,9 +32,9 @@ class Model:
     classes: the names of the classes, text or integers, in the order of the labels 0, 1, ...; None for the labels.
 
     Raw samples, ``raw``, are what the loader's X was: an array on the host or the network's device, a list, a table, a
-    memory map, or a source (:mod:`gpubatch.sources`). They are scaled whatever their element type is; fractions are an
-    error where the loader's X held integers, since they were scaled before. They are computed 1024 at a time, so that
-    only the results, arrays of NumPy, grow with their number. Several threads may use a model at once.
+    memory map, a sparse matrix, or a source (:mod:`gpubatch.sources`). They are scaled whatever their element type is;
+    fractions are an error where the loader's X held integers, since they were scaled before. They are computed 1024 at
+    a time, so that only the results, arrays of NumPy, grow with their number. Several threads may use a model at once.
     """
 
     def __init__(self, net: Network, loader: Loader | None = None, classes: Sequence[Any] | None = None) -> None:
@@ -91,8 +92,8 @@ class Model:
     def _loader(self, raw: Any, y: Any = None) -> Loader:
         """A loader of raw samples in their order, prepared."""
         of = self.preparation or Preparation(None, 0, (self.net.inputs,), self.net.dtype)
-        mapped = hasattr(raw, "read") or isinstance(raw, np.memmap)
-        if not hasattr(raw, "read"):
+        mapped = is_read(raw) or isinstance(raw, np.memmap)
+        if not is_read(raw):
             raw = checked_array("raw", raw, self.net.backend)
             if raw.shape[:1] == (0,):
                 raise ShapeError(f"raw must hold at least one sample, got shape {raw.shape}")
@@ -126,8 +127,8 @@ class Model:
 
     def _labels(self, y: Any) -> Any:
         """Class names as labels from 0; ``y`` itself where there are no names, or more than one class a sample."""
-        y = y if hasattr(y, "shape") or hasattr(y, "read") else np.asarray(y)
-        if self.classes is None or hasattr(y, "read") or y.ndim != 1:
+        y = y if hasattr(y, "shape") or is_read(y) else np.asarray(y)
+        if self.classes is None or is_read(y) or y.ndim != 1:
             return y
         names, where = np.unique(self.net.backend.to_numpy(y), return_inverse=True)
         numbers = {name: label for label, name in enumerate(self.classes)}

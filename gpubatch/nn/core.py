@@ -18,7 +18,7 @@ import numpy as np
 
 from gpubatch.backend import Array, Backend, compute_dtype
 from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError, UnscaledWarning
-from gpubatch.inputs import check_kind, taken
+from gpubatch.inputs import DenseRows, SparseMatrix, check_kind, is_sparse, taken
 from gpubatch.nn.checks import WatchedLayer, WatchedLoss, of_the_user
 from gpubatch.nn.layers import BatchNorm, Dense, DenseActivation, Layer
 from gpubatch.nn.losses import NO_MEAN, Loss, Weighing, check_weight, check_weight_values, counts_of, no_mean
@@ -502,13 +502,16 @@ class Core:
                 self.loss.check_values(Y, self.outputs)
 
     def given(self, X: Any) -> Array:
-        """``X`` for evaluation, on this device and of this dtype; numbers of other types are converted there."""
-        if self.backend.owns(X) and X.dtype == self.dtype:
+        """``X`` for evaluation, on this device and of this dtype; numbers of other types are converted there.
+
+        A sparse matrix stays one, whose rows are dense where they are asked for.
+        """
+        if (self.backend.owns(X) or isinstance(X, DenseRows)) and X.dtype == self.dtype:
             if self.largest_trained is not None:
                 self.warn_if_unscaled(X)
             return X
-        X = taken("X", X, self.backend)
-        if X.dtype == self.dtype:
+        X = SparseMatrix("X", X) if is_sparse(X) else taken("X", X, self.backend)
+        if X.dtype == self.dtype and not isinstance(X, SparseMatrix):
             return self.given(X)
         check_kind("X", X.dtype)
         if X.dtype.itemsize == 1 and X.dtype.kind != "b":
@@ -516,6 +519,8 @@ class Core:
                 f"X has dtype {X.dtype}, as pixels have that a Loader scales; give loader.to_batch(X), which makes of "
                 f"X what the network was trained on, or X.astype('{self.dtype}') if it was trained on such numbers"
             )
+        if isinstance(X, SparseMatrix):
+            return self.given(DenseRows(X, self.backend, self.dtype))
         with self.backend.scope(), np.errstate(over="ignore"):
             return self.given(X.astype(self.dtype))
 
@@ -534,7 +539,8 @@ class Core:
 
     def check_inputs(self, X: Any) -> None:
         """Raise unless X can be a batch, by shape, element type and device."""
-        self.backend.check("X", X)
+        if not isinstance(X, DenseRows):
+            self.backend.check("X", X)
         if X.ndim != 2:
             hint = "; a single sample is X[None]" if X.ndim == 1 else ""
             hint = "; samples of one feature are X[:, None]" if hint and self.inputs == 1 else hint
@@ -567,7 +573,7 @@ class Core:
         self.check_values(Y, weight)
         if no_mean(counts_of(self.loss, Y, weight)):
             raise NonFiniteError(f"loss is {loss} for a batch of shape {X.shape}: {NO_MEAN}")
-        if not self.xp.isfinite(X).all().item():
+        if not all(self.xp.isfinite(X[part]).all().item() for part in evenly(len(X), EVALUATION_ROWS)):
             cause = "X holds NaN or infinity"
         elif not self.xp.isfinite(self.parameters.flat).all().item():
             cause = "the parameters hold NaN or infinity, so an earlier step was too large: lower the learning rate"

@@ -258,7 +258,7 @@ class Network:
         if not training:
             return self.evaluate(X, Y, weight=weight)[0]
         core = self._core
-        X, Y = core.given(X), taken("Y", Y, self.backend)
+        X, Y = core.given(X)[:], taken("Y", Y, self.backend)
         core.check_batch(X, Y, values=True, weight=weight)
         with core.training, self.backend.scope(), quiet():
             run = core.forward(X, Y, core.weights(Y, weight))

@@ -3,8 +3,8 @@
 A source is read and never changed. Arrays go to :class:`~gpubatch.loader.Loader` as they are, ``np.memmap`` too: it is
 not copied, but floating values are looked at once when the loader is made, a block at a time. Files that may be larger
 than memory are opened here: :func:`npy`, :func:`raw`, :func:`idx`, :func:`cifar10`, :func:`parquet`, :func:`arrow`,
-:func:`hdf5`. Arrays that are read by slices, as zarr's,
-h5py's and netCDF4's are, go to the loader as they are, too. Anything else has to be a :class:`Source`.
+:func:`hdf5`. Arrays that are read by slices, as zarr's, h5py's and netCDF4's are, go to the loader as they are, too,
+and so do sparse matrices of SciPy's. Anything else has to be a :class:`Source`.
 """
 
 from gpubatch.sources.arrays import (
@@ -15,28 +15,28 @@ from gpubatch.sources.arrays import (
     largest_stored,
     turned,
 )
-from gpubatch.sources.chunked import Chunked, is_chunked
 from gpubatch.sources.files import cifar10, idx, npy, raw
+from gpubatch.sources.given import as_source, is_read
 from gpubatch.sources.opener import LocalFile, Opener
 from gpubatch.sources.reader import Part, Reader, Source
 from gpubatch.sources.tables import arrow, hdf5, parquet
 
 __all__ = [
     "ArraySource",
-    "Chunked",
     "LocalFile",
     "Opener",
     "Part",
     "Reader",
     "Source",
     "arrow",
+    "as_source",
     "check_finite",
     "cifar10",
     "contiguous",
     "convert",
     "hdf5",
     "idx",
-    "is_chunked",
+    "is_read",
     "largest_stored",
     "npy",
     "parquet",

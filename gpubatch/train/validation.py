@@ -13,7 +13,7 @@ from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, DTypeError, GpubatchError, InsufficientMemoryError
 from gpubatch.loader import Columns, Epochs, Loader, epochs_of, rows_of
 from gpubatch.nn import EVALUATION_ROWS, Network, core_of
-from gpubatch.sources import is_chunked
+from gpubatch.sources import is_read
 
 __all__ = ["HeldOut", "HeldOutBatches", "InMemory", "about_validation", "validated"]
 
@@ -145,7 +145,7 @@ def held_out_of(net: Network, loader: Loader, validation: Any) -> HeldOut:
     columns, weight = epochs_of(loader).columns, None
     if isinstance(validation, Loader):
         return held_out_of_loader(net, validation)
-    if is_read(validation):
+    if is_large(validation):
         X, Y = validation, None
     elif isinstance(validation, (tuple, list)) and len(validation) == 2:
         X, Y = validation
@@ -154,9 +154,9 @@ def held_out_of(net: Network, loader: Loader, validation: Any) -> HeldOut:
     else:
         words = f"{len(validation)} items" if isinstance(validation, (tuple, list)) else type(validation).__name__
         raise DTypeError(f"validation must be {FORMS}, got {words}")
-    if Y is None and not is_read(X):
+    if Y is None and not is_large(X):
         raise DTypeError("validation must be a pair (X, Y), got None for Y")
-    if is_read(X) or is_read(Y):
+    if is_large(X) or is_large(Y):
         if weight is not None:
             raise ArgumentError("validation must be arrays where it has weights, or a Loader with weight=")
         other = columns.like(X, Y)
@@ -190,9 +190,9 @@ def is_fraction(x: Any) -> bool:
     return not isinstance(x, bool) and isinstance(x, numbers.Real)
 
 
-def is_read(x: Any) -> bool:
+def is_large(x: Any) -> bool:
     """Whether samples are read from ``x``, which may be larger than memory."""
-    return isinstance(x, np.memmap) or is_chunked(x) or (hasattr(x, "read") and hasattr(x, "__len__"))
+    return isinstance(x, np.memmap) or is_read(x)
 
 
 @contextlib.contextmanager
