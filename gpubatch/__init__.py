@@ -19,7 +19,7 @@ EXPORTS = {
         ArgumentError BackendFallbackWarning BackendUnavailableError CaptureError CaptureWarning CheckpointError
         CheckpointWarning CompilerWarning ConversionWarning DTypeError DataFormatError DeviceMismatchError EpochWarning
         FewStepsWarning FormulaError GpubatchError IdleWarning InUseError InsufficientMemoryError
-        MicroBatchWarning NonFiniteError ResumeWarning ShapeError SkippedStepWarning TuningWarning
+        MicroBatchWarning NonFiniteError ResumeWarning ShapeError SkippedStepWarning TableWarning TuningWarning
         UnknownArgumentError UnscaledWarning
     """,
     "explore": """
@@ -42,6 +42,7 @@ EXPORTS = {
         CosineDecay CosineRestarts Cyclic ExponentialDecay InverseTimeDecay LinearDecay OneCycle Piecewise
         PolynomialDecay SqrtDecay StepDecay chain product
     """,
+    "tables": "Table read_table",
     "sizing": "BatchPlan choose_batch_size find_batch_size",
     "train": """
         BestWeights CSVLog CapturedStep ClipByValue EarlyStopping GradientNoise History Logging LossScale
@@ -51,7 +52,7 @@ EXPORTS = {
 MODULES = tuple(
     """
     averages backend checkpoint datasets errors explore formula launch loader metrics model nn
-    optim params plot schedules sizing sources torch train
+    optim params plot schedules sizing sources tables torch train
     """.split()
 )
 HOMES = {name: module for module, names in EXPORTS.items() for name in names.split()}
@@ -94,6 +95,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         ResumeWarning as ResumeWarning,
         ShapeError as ShapeError,
         SkippedStepWarning as SkippedStepWarning,
+        TableWarning as TableWarning,
         TuningWarning as TuningWarning,
         UnknownArgumentError as UnknownArgumentError,
         UnscaledWarning as UnscaledWarning,
@@ -186,6 +188,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         choose_batch_size as choose_batch_size,
         find_batch_size as find_batch_size,
     )
+    from gpubatch.tables import Table as Table, read_table as read_table
     from gpubatch.train import (
         BestWeights as BestWeights,
         CapturedStep as CapturedStep,

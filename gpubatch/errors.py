@@ -26,6 +26,7 @@
     MicroBatchWarning (UserWarning)          memory ran out: batches are split from here on
     ResumeWarning (UserWarning)              a resumed run goes on with other hyper-parameters than it was saved with
     SkippedStepWarning (UserWarning)         a step is skipped: its loss or gradient is not finite
+    TableWarning (UserWarning)               columns of a table are left out or hashed, or hold texts that are unknown
     TuningWarning (UserWarning)              saved algorithms of matrix products cannot be used here
     UnscaledWarning (UserWarning)            inputs are far larger than any that the network was trained on
 
@@ -64,6 +65,7 @@ __all__ = [
     "ResumeWarning",
     "ShapeError",
     "SkippedStepWarning",
+    "TableWarning",
     "TuningWarning",
     "UnknownArgumentError",
     "UnscaledWarning",
@@ -177,6 +179,10 @@ class ResumeWarning(UserWarning):
 
 class SkippedStepWarning(UserWarning):
     """A training step is skipped because its loss or gradient is not finite."""
+
+
+class TableWarning(UserWarning):
+    """Columns of a table are left out or hashed without being told to, or hold texts that training rows had not."""
 
 
 class TuningWarning(UserWarning):

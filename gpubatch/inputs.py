@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,9 +13,22 @@ import numpy as np
 from gpubatch.backend import Array, Backend, from_dlpack, get_backend, is_foreign, unmasked
 from gpubatch.errors import ConversionWarning, DeviceMismatchError, DTypeError, ShapeError
 
-__all__ = ["DenseRows", "SparseMatrix", "check_kind", "checked_array", "is_sparse", "taken"]
+__all__ = ["DenseRows", "Prepared", "SparseMatrix", "check_kind", "checked_array", "is_sparse", "taken"]
 
 AT_ONCE = 1 << 16  # bytes of a sparse matrix's rows that are copied before they become dense
+
+
+class Prepared(ABC):
+    """Samples with the numbers by which they were prepared, as a table's: what a loader takes in the place of X and Y.
+
+    recipe: what prepares other samples in the same way
+    """
+
+    recipe: Any
+
+    @abstractmethod
+    def as_samples(self) -> tuple[Any, Any]:
+        """X and Y, arrays; or a source of pairs or of X alone, and None."""
 
 
 def checked_array(name: str, x: Any, backend: Backend) -> Array:

@@ -19,6 +19,14 @@ def missing(what: str, reason: str) -> NoReturn:
     pytest.skip(reason, allow_module_level=True)
 
 
+def file_library(module: str) -> Any:
+    """Import a library that reads files; skip the test if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        missing("data", f"{module} is not installed (pip install 'gpubatch[data]')")
+
+
 def peer(module: str) -> Any:
     """Import a library to compare with; skip the test if it is not installed."""
     try:

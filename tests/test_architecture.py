@@ -44,11 +44,12 @@ MAY_IMPORT = {
     "datasets": "errors",
     "sources": "datasets ops inputs backend errors",
     "loader": "sources inputs ops staging backend sizing errors own passes",
+    "tables": "loader sources inputs errors",
     "checkpoint": "backend errors",
-    "model": "nn loader sources inputs checkpoint formula backend errors own",
     "metrics": "nn loader backend errors",
-    "train": "metrics nn optim loader sources checkpoint ops params schedules averages staging backend errors own"
-    " shown",
+    "model": "nn loader tables metrics sources inputs checkpoint formula backend errors own",
+    "train": "metrics nn optim loader inputs sources checkpoint ops params schedules averages staging backend errors"
+    " own shown",
     "explore": "nn loader optim train averages params backend errors shown",
 }
 EDGES = {"plot", "cli", "torch", "__main__", "__init__"}
@@ -63,6 +64,7 @@ ORDER = {
     "nn": "needs layers stack workspace losses checks core summary network",
     "sources": "arrays reader opener files chunked given tables",
     "loader": "order pinned functions weights columns windows ahead device feeds epochs loader",
+    "tables": "columns statistics recipe fitting rows table",
     "model": "describe preparation file model export",
     "train": "ledger loss_scale history display parts callbacks monitors logs checks record graphs captured_step"
     " eager captured validation memory resume signals loop",
@@ -185,7 +187,7 @@ def test_packages_are_no_larger_than_their_table_says() -> None:
 
 # The most code lines of each package or module.
 CODE_LINES = {
-    "errors": 118,
+    "errors": 120,
     "own": 27,
     "main_memory": 66,
     "shown": 30,
@@ -195,17 +197,18 @@ CODE_LINES = {
     "averages": 55,
     "backend": 520,
     "staging": 51,
-    "inputs": 101,
+    "inputs": 106,
     "ops": 2307,
     "sizing": 264,
     "params": 96,
     "optim": 1165,
     "nn": 2141,
     "datasets": 194,
-    "sources": 832,
-    "loader": 1824,
+    "sources": 833,
+    "loader": 1835,
+    "tables": 1024,
     "checkpoint": 266,
-    "model": 831,
+    "model": 884,
     "metrics": 268,
     "train": 2476,
     "explore": 904,
@@ -213,7 +216,7 @@ CODE_LINES = {
     "cli": 1114,
     "torch": 511,
     "__main__": 19,
-    "__init__": 205,
+    "__init__": 208,
 }
 
 

@@ -7,8 +7,9 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
-from needs import peer
+from needs import file_library, peer
 from stand_in import queued_backend
 from stand_in_lt import StandInLt
 
@@ -56,12 +57,31 @@ def test_the_block_for_a_gpu_runs_on_a_stand_in(
 def test_the_block_for_pytorch_trains_its_model() -> None:
     torch = peer("torch")
     torch.manual_seed(0)
-    (block,) = blocks("python3")
+    block = next(block for block in blocks("python3") if "torch" in block)
     (X, Y), _ = gpubatch.datasets.mnist_10k()
     space: dict[str, object] = {"gb": gpubatch, "X": X, "Y": Y}
     exec(block, space)
     scores = space["model"](torch.from_numpy(X[:2000].astype("float32") / 255))  # type: ignore[operator]
     assert (scores.argmax(1).numpy() == Y[:2000]).mean() > 0.85
+
+
+def test_the_block_of_tables_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow, csv = file_library("pyarrow"), file_library("pyarrow.csv")
+    block = next(block for block in blocks("python3") if "read_table" in block)
+    assert len([line for line in block.splitlines() if line]) <= 8
+    rng = np.random.default_rng(0)
+    kinds = rng.integers(0, 4, 400)
+    values = 2.0 * kinds[:, None] + rng.normal(size=(400, 3))
+    columns = dict(zip("abc", np.where(rng.random((400, 3)) < 0.03, np.nan, values).T, strict=True))
+    monkeypatch.chdir(tmp_path)
+    csv.write_csv(
+        pyarrow.table({**columns, "species": np.array(["oak", "ash", "elm", "fir"])[kinds].tolist()}), "trees.csv"
+    )
+    csv.write_csv(pyarrow.table(columns), "new.csv")
+    space: dict[str, object] = {"gb": gpubatch}
+    exec(block, space)
+    model, test = gpubatch.load("trees.safetensors"), space["test"]
+    assert np.trace(model.confusion_matrix(test)) > 0.8 * len(test)  # type: ignore[arg-type]
 
 
 def test_the_blocks_of_the_page_for_pytorch_run() -> None:

@@ -8,7 +8,7 @@ from gpubatch.loader.device import DeviceFeed
 from gpubatch.loader.epochs import Epochs
 from gpubatch.loader.feeds import LoaderStats
 from gpubatch.loader.loader import Loader, epochs_of, rows_of
-from gpubatch.loader.order import WeightedOrder, WindowOrder, epoch_order
+from gpubatch.loader.order import WeightedOrder, WindowOrder, epoch_order, split
 
 __all__ = [
     "Columns",
@@ -22,4 +22,5 @@ __all__ = [
     "epoch_order",
     "epochs_of",
     "rows_of",
+    "split",
 ]

@@ -18,7 +18,7 @@ import numpy as np
 
 from gpubatch.backend import Array, Backend, compute_dtype, float_dtype
 from gpubatch.errors import ArgumentError, ShapeError, check_real
-from gpubatch.inputs import checked_array
+from gpubatch.inputs import Prepared, checked_array
 from gpubatch.loader.functions import named_function
 from gpubatch.loader.order import Indices
 from gpubatch.loader.pinned import Form, take_into
@@ -153,6 +153,10 @@ class Columns(Sequence[Column]):
         class_weight: Any = None,
     ) -> None:
         self.backend, self.sample_axis = backend, sample_axis
+        self.recipe: Any = None
+        if isinstance(X, Prepared):
+            self.recipe = X.recipe
+            X, Y = self.apart(X, Y)
         inputs = self._inputs(X, Y)
         self.source_dtype, self.n_samples = inputs[0][0].dtype, inputs[0][0].n_samples
         self.dtype_is_given = dtype is not None
@@ -234,6 +238,19 @@ class Columns(Sequence[Column]):
 
     def __iter__(self) -> Iterator[Column]:
         return iter(self._columns)
+
+    def apart(self, table: Prepared, Y: Any = None, name: str = "X") -> tuple[Any, Any]:
+        """X and Y of a table, which must be prepared as the loader's is."""
+        if Y is not None:
+            raise ArgumentError(f"{name} must be given alone where it is a table, whose label is Y")
+        if self.sample_axis:
+            raise ArgumentError(f"sample_axis=1 needs arrays, {name} is a table of rows")
+        if table.recipe != self.recipe:
+            raise ArgumentError(
+                f"{name} must be prepared as the loader's table is: take train, test = table.split(), or "
+                "gb.read_table(path, like=train)"
+            )
+        return table.as_samples()
 
     # --- checks ---
 
@@ -472,6 +489,8 @@ class Columns(Sequence[Column]):
         most ``most`` samples at a time.
         """
         x, prepare = self._columns[0], self.prepare
+        if isinstance(X, Prepared):
+            X, Y = self.apart(X, Y, names[0])
         array = checked_array(names[0], X, self.backend)
         # Floats where the loader has integers, pixels say, are what the user has made of them.
         ready = array.dtype.kind == "f" and self.source_dtype.kind != "f"

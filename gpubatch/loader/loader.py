@@ -29,7 +29,7 @@ class Loader:
     The arguments, of which all but X, Y, weight and class_weight are attributes, too:
 
     - ``X``: samples, an array, a sparse matrix of SciPy's, or a :class:`~gpubatch.sources.Source`, which may be larger
-      than memory.
+      than memory; or a :class:`~gpubatch.Table`, whose label is Y.
     - ``Y``: labels, one a sample, likewise; not where ``X`` is a source of pairs.
     - ``batch_size``: samples in a batch, or "auto", which follows :func:`~gpubatch.sizing.choose_batch_size`.
     - ``shuffle``: False keeps the order of the set.

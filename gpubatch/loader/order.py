@@ -52,16 +52,17 @@ def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True, replacement
     return _permutation(draw(n))
 
 
-def split(n: int, fraction: float, seed: int, labels: np.ndarray | None = None) -> tuple[Indices, Indices]:
+def split(
+    n: int, fraction: float, seed: int, labels: np.ndarray | None = None, name: str = "validation"
+) -> tuple[Indices, Indices]:
     """``n`` samples split at random: those to train on, and ``fraction`` of them to validate on, each in order.
 
     Where there are integer ``labels`` every class has its share of both, to one sample.
     """
-    held = round(check_real("validation", fraction, 0.0, 1.0, open_low=True, open_high=True) * n)
+    held = round(check_real(name, fraction, 0.0, 1.0, open_low=True, open_high=True) * n)
     if not 0 < held < n:
-        raise ArgumentError(
-            f"validation={fraction:g} of {n} samples leaves {held} to validate on and {n - held} to train"
-        )
+        what = "validate" if name == "validation" else "test"
+        raise ArgumentError(f"{name}={fraction:g} of {n} samples leaves {held} to {what} on and {n - held} to train")
     # The counter's second word keeps these numbers apart from those of all orders.
     key, counter = np.array([seed, 0], np.uint64), np.array([0, 1, 0, 0], np.uint64)
     words = np.random.Philox(key=key, counter=counter).random_raw(n)

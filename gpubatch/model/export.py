@@ -80,6 +80,11 @@ def export_onnx(model: Model | Network, path: str | os.PathLike[str], probabilit
     model = model if isinstance(model, Model) else Model(model)
     graph = Graph(onnx, model.net)
     of = model.preparation or Preparation(None, 0, (model.net.inputs,), graph.dtype)
+    if of.table is not None:
+        raise ArgumentError(
+            "a model of tables cannot be exported with their preparation; export model.net, whose input is what "
+            "gb.read_table(path, like=train).as_samples() makes"
+        )
     if of.sample_shape != (model.net.inputs,):
         raise ArgumentError(f"samples of shape {of.sample_shape} cannot be exported; ({model.net.inputs},) can")
     x = prepared(graph, of)

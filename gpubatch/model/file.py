@@ -10,7 +10,9 @@ them, and arrays among the arguments of its layers. The metadata of the header, 
     versions    JSON: those of gpubatch, NumPy and Python that wrote the file
 
 "network" has layers and loss as :mod:`gpubatch.model.describe` has them, the l2 weight, dtype, precision, seed, tune
-and dropout_step. "preparation" has what becomes of raw samples before they go to the network (:class:`Preparation`).
+and dropout_step. "preparation" has what becomes of raw samples before they go to the network (:class:`Preparation`). Of
+a table it also has the columns by name and kind, whose numbers are the float64 tensors ``table.median``,
+``table.mean`` and ``table.deviation``, one for each column of numbers.
 Nothing in a file is executed: formulas are recorded from their text, classes are looked up among those that there are.
 """
 
@@ -156,9 +158,9 @@ def read_file(
         arrays = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118  no mapping
         if digest_of(metadata["model"], arrays) != metadata["digest"]:
             raise DataFormatError(f"{path} is damaged or was changed: its contents do not match their digest")
-        preparation = None
+        preparation, classes = None, _checked_classes(path, model.get("classes"))
         if model.get("preparation") is not None:
-            preparation = Preparation.from_json(model["preparation"], path, arrays, read.custom)
+            preparation = Preparation.from_json(model["preparation"], path, arrays, read.custom, classes)
         if into is None:
             options = network["l2"], backend, network["dtype"], network["seed"], network["precision"], network["tune"]
             net = Network(layers, loss, *options)
@@ -173,7 +175,7 @@ def read_file(
         more = {"products": network["products"]} if "products" in network else {}
         net.load_state_dict({**state, "dropout_step": step, **more})
         written = json.loads(metadata["versions"])
-        return net, preparation, _checked_classes(path, model.get("classes")), written
+        return net, preparation, classes, written
 
 
 def _check_format(path: Path, metadata: Mapping[str, str]) -> None:

@@ -12,10 +12,12 @@ from gpubatch.backend import Array, Backend
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError
 from gpubatch.inputs import checked_array
 from gpubatch.loader import Loader, epochs_of, rows_of
+from gpubatch.metrics import confusion_matrix
 from gpubatch.model.file import check_path, read_file, write_file
 from gpubatch.model.preparation import Preparation
 from gpubatch.nn import EVALUATION_ROWS, Network
 from gpubatch.sources import is_read
+from gpubatch.tables import Recipe, Table, read_table
 
 __all__ = ["Model", "load", "save"]
 
@@ -27,22 +29,31 @@ class Model:
     """A network that takes raw samples: they are prepared as the training loader prepared them.
 
     net: the network.
-    loader: the loader that it was trained on, for its ``scale``, ``sample_axis`` and ``prepare``; None where samples
-        go to the network as they are, but for their element type.
-    classes: the names of the classes, text or integers, in the order of the labels 0, 1, ...; None for the labels.
+    loader: the loader that it was trained on, for its ``scale``, ``sample_axis`` and ``prepare``, or the table; None
+        where samples go to the network as they are, but for their element type.
+    classes: the names of the classes, text, integers or booleans, in the order of the labels 0, 1, ...; None for the
+        labels, or for those of the table.
 
     Raw samples, ``raw``, are what the loader's X was: an array on the host or the network's device, a list, a table, a
     memory map, a sparse matrix, or a source (:mod:`gpubatch.sources`). They are scaled whatever their element type is;
     fractions are an error where the loader's X held integers, since they were scaled before. They are computed 1024 at
     a time, so that only the results, arrays of NumPy, grow with their number. Several threads may use a model at once.
+
+    Where the network was trained on a table, ``raw`` is a table again: whatever :func:`~gpubatch.read_table` reads. Its
+    columns are found by name; other columns are ignored, the label may be missing. Regression's predictions are in the
+    unit of the label, and its loss is of labels that were standardised as in training.
     """
 
-    def __init__(self, net: Network, loader: Loader | None = None, classes: Sequence[Any] | None = None) -> None:
+    def __init__(
+        self, net: Network, loader: Loader | Table | None = None, classes: Sequence[Any] | None = None
+    ) -> None:
         if not isinstance(net, Network):
             raise DTypeError(f"net must be a gpubatch.Network, got {type(net).__name__}")
         preparation = None if loader is None else Preparation.of(loader)
-        if loader is not None and loader.dtype != net.dtype:
+        if isinstance(loader, Loader) and loader.dtype != net.dtype:
             raise DTypeError(f"loader makes {loader.dtype} batches, net takes {net.dtype}")
+        if preparation is not None and preparation.table is not None:
+            classes = classes_of(preparation.table, classes)
         self._set(net, preparation, checked_classes(classes, net), {})
 
     def _set(
@@ -68,6 +79,9 @@ class Model:
     def predict(self, raw: Any) -> np.ndarray:
         """What :meth:`Network.predict` predicts; class names where there are any and a prediction is one class."""
         found = self._whole(raw, self.net.predict)
+        target = None if self.preparation is None or self.preparation.table is None else self.preparation.table.target
+        if target is not None and target.classes is None:
+            return found.astype(np.float64) * target.deviation + target.mean
         return found if self.classes is None or found.ndim != 1 else np.array(self.classes)[found]
 
     def probabilities(self, raw: Any) -> np.ndarray:
@@ -76,9 +90,14 @@ class Model:
         """
         return self._whole(raw, self.net.probabilities)
 
-    def evaluate(self, raw: Any, y: Any) -> tuple[float, float | None]:
-        """The loss and the accuracy, as :meth:`Network.evaluate`; ``y`` has class names where the model has any."""
-        loader = self._loader(raw, self._labels(y))
+    def evaluate(self, raw: Any, y: Any = None) -> tuple[float, float | None]:
+        """The loss and the accuracy, as :meth:`Network.evaluate`; ``y`` has class names where the model has any.
+
+        A table has its labels itself.
+        """
+        if y is None and (self.preparation is None or self.preparation.table is None):
+            raise ArgumentError("y must be given where raw is no table, which has its labels")
+        loader = self._loader(raw, None if y is None else self._labels(y), labelled=y is None)
         loss, right, n = 0.0, 0.0, 0
         accuracy: float | None = None
         for x, labels in rows_of(loader):
@@ -87,11 +106,28 @@ class Model:
             right += 0.0 if accuracy is None else accuracy * len(x)
         return loss / n, None if accuracy is None else right / n
 
+    def confusion_matrix(self, raw: Any, y: Any = None) -> np.ndarray:
+        """How many samples of each class, by row, were taken for each class, by column, in the order of ``classes``."""
+        if self.classes is None:
+            raise ArgumentError("a confusion matrix needs a model with classes")
+        predicted, truth = self.predict(raw), self._table(raw).labels if y is None else y
+        return confusion_matrix(self._labels(truth), self._labels(predicted), classes=len(self.classes))
+
     # --- inside ---
 
-    def _loader(self, raw: Any, y: Any = None) -> Loader:
-        """A loader of raw samples in their order, prepared."""
+    def _table(self, raw: Any, labelled: bool = True) -> Table:
+        """A table that is prepared as in training."""
+        recipe = None if self.preparation is None else self.preparation.table
+        if recipe is None:
+            raise ArgumentError("y must be given where raw is no table, which has its labels")
+        table = raw if isinstance(raw, Table) else read_table(raw, like=recipe)
+        return table.prepared_by(recipe, labelled)
+
+    def _loader(self, raw: Any, y: Any = None, labelled: bool = False) -> Loader:
+        """A loader of raw samples in their order, prepared; of a table with its labels if they are wanted."""
         of = self.preparation or Preparation(None, 0, (self.net.inputs,), self.net.dtype)
+        if of.table is not None:
+            raw = self._table(raw, labelled).as_source()
         mapped = is_read(raw) or isinstance(raw, np.memmap)
         if not is_read(raw):
             raw = checked_array("raw", raw, self.net.backend)
@@ -143,6 +179,14 @@ def listed(classes: Sequence[Any]) -> str:
     return ", ".join(map(repr, classes[:MOST_LISTED])) + more
 
 
+def classes_of(recipe: Recipe, given: Any) -> Any:
+    """The classes of a table's label, or those that were given, which must not be others."""
+    found = None if recipe.target is None or recipe.target.classes is None else list(recipe.target.classes)
+    if given is not None and list(given) != found:
+        raise ArgumentError(f"classes must be None where a table has them, {found}; got {given!r}")
+    return found
+
+
 def checked_classes(classes: Any, net: Network) -> list[Any] | None:
     """Class names as a list: one for each label that the network predicts."""
     if classes is None:
@@ -150,8 +194,10 @@ def checked_classes(classes: Any, net: Network) -> list[Any] | None:
     if isinstance(classes, str) or not hasattr(classes, "__len__") or not hasattr(classes, "__getitem__"):
         raise DTypeError(f"classes must be a list of the names of the classes, got {classes!r}")
     names = [x.item() if isinstance(x, np.generic) else x for x in classes]
-    if wrong := [x for x in names if isinstance(x, bool) or not isinstance(x, (str, int))]:
-        raise DTypeError(f"classes must hold text or integers, got {wrong[0]!r}")
+    if wrong := [
+        x for x in names if not isinstance(x, (str, int)) or isinstance(x, bool) != isinstance(names[0], bool)
+    ]:
+        raise DTypeError(f"classes must hold text, integers or booleans, got {wrong[0]!r}")
     if not net.loss_function.classifies:
         raise ArgumentError(f"classes must be None: {net.loss_name} has none, got {listed(names)}")
     wanted = 2 if net.outputs == 1 else net.outputs
@@ -178,7 +224,7 @@ def check_whole_numbers(raw: Array, of: Preparation) -> None:
 def save(
     path: str | os.PathLike[str],
     net: Network | Model,
-    loader: Loader | None = None,
+    loader: Loader | Table | None = None,
     classes: Sequence[Any] | None = None,
 ) -> None:
     """Save a trained network as one safetensors file, whole or not at all; :func:`load` makes a :class:`Model` of it.

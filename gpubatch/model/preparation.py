@@ -13,6 +13,7 @@ from gpubatch.checkpoint import DTYPES
 from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, check_choice, check_int, check_real
 from gpubatch.loader import Loader, epochs_of
 from gpubatch.model.describe import path_of
+from gpubatch.tables import Recipe, Table
 
 __all__ = ["Preparation"]
 
@@ -25,6 +26,7 @@ class Preparation:
     sample_shape: of one sample
     dtype: of the samples that the network was trained on
     prepare: a function of a batch, or None
+    table: how rows of a table become samples first, or None where samples are arrays
     """
 
     scale: float | None
@@ -32,15 +34,27 @@ class Preparation:
     sample_shape: tuple[int, ...]
     dtype: np.dtype[Any]
     prepare: Callable[[Any], Any] | None = None
+    table: Recipe | None = None
 
     @classmethod
-    def of(cls, loader: Loader) -> Preparation:
-        """What a loader does to its samples."""
+    def of(cls, loader: Loader | Table) -> Preparation:
+        """What a loader does to its samples, or a table to its rows."""
+        if isinstance(loader, Table):
+            return cls(None, 0, (loader.features,), np.dtype(np.float32), None, loader.recipe)
         if not isinstance(loader, Loader):
-            raise DTypeError(f"loader must be the gb.Loader that the network was trained on, got {loader!r}")
+            raise DTypeError(
+                f"loader must be the gb.Loader, or the table, that the network was trained on, got {loader!r}"
+            )
         columns = epochs_of(loader).columns
         x = columns[0].source
-        return cls(loader.scale, loader.sample_axis, tuple(x.sample_shape), columns.source_dtype, loader.prepare)
+        return cls(
+            loader.scale,
+            loader.sample_axis,
+            tuple(x.sample_shape),
+            columns.source_dtype,
+            loader.prepare,
+            columns.recipe,
+        )
 
     def to_json(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         """For a file. An object with ``state_dict()`` also has its state there: numbers, text and arrays."""
@@ -50,6 +64,7 @@ class Preparation:
             "sample_shape": list(self.sample_shape),
             "dtype": self.dtype.name,
             "prepare": None,
+            "table": None if self.table is None else self.table.to_json(arrays),
         }
         if isinstance(self.prepare, np.ufunc):
             found["prepare"] = {"numpy": self.prepare.__name__}
@@ -61,7 +76,12 @@ class Preparation:
 
     @classmethod
     def from_json(
-        cls, found: Any, path: Path, arrays: Mapping[str, np.ndarray], custom: Callable[[Any, str], Any]
+        cls,
+        found: Any,
+        path: Path,
+        arrays: Mapping[str, np.ndarray],
+        custom: Callable[[Any, str], Any],
+        classes: list[Any] | None,
     ) -> Preparation:
         """Of a file; ``custom(name, what)`` gives the user's function or object for its name."""
         try:
@@ -69,6 +89,10 @@ class Preparation:
             axis = check_int("sample_axis", found["sample_axis"], 0, 1)
             shape = tuple(check_int("sample_shape", n, 0) for n in found["sample_shape"])
             dtype = np.dtype(check_choice("dtype", found["dtype"], DTYPES))
+            table = found.get("table")
+            recipe = None if table is None else Recipe.from_json(table, arrays, classes)
+            if recipe is not None and (axis, shape, dtype) != (0, (recipe.features,), np.dtype(np.float32)):
+                raise ValueError(f"a table of {recipe.features} features does not make samples of shape {shape}")
             of = found["prepare"]
             given, name, state = None, "", None
             if of is not None and "numpy" in of:
@@ -77,7 +101,7 @@ class Preparation:
                     raise DataFormatError(f"prepare is np.{str(of['numpy'])[:99]}, which is no function of elements")
             elif of is not None:
                 name, state = of["name"], of.get("state")
-        except (ArgumentError, DTypeError, TypeError, LookupError, ValueError) as error:
+        except (ArgumentError, DTypeError, TypeError, LookupError, ValueError, OverflowError) as error:
             raise DataFormatError(f"{path} is damaged: its preparation: {error}") from error
         if of is not None and "numpy" not in of:
             given = custom(name, "the loader's prepare")
@@ -86,7 +110,7 @@ class Preparation:
             given = given() if isinstance(given, type) else given
             if state is not None:
                 given.load_state_dict(_with_arrays(state, arrays))
-        return cls(scale, axis, shape, dtype, given)
+        return cls(scale, axis, shape, dtype, given, recipe)
 
 
 def _state(state: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:

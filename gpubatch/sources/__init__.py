@@ -15,7 +15,7 @@ from gpubatch.sources.arrays import (
     largest_stored,
     turned,
 )
-from gpubatch.sources.files import cifar10, idx, npy, raw
+from gpubatch.sources.files import cifar10, idx, naming_the_file, npy, raw
 from gpubatch.sources.given import as_source, is_read
 from gpubatch.sources.opener import LocalFile, Opener
 from gpubatch.sources.reader import Part, Reader, Source
@@ -38,6 +38,7 @@ __all__ = [
     "idx",
     "is_read",
     "largest_stored",
+    "naming_the_file",
     "npy",
     "parquet",
     "raw",

@@ -11,6 +11,7 @@ import numpy as np
 
 from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, DTypeError, GpubatchError, InsufficientMemoryError
+from gpubatch.inputs import Prepared
 from gpubatch.loader import Columns, Epochs, Loader, epochs_of, rows_of
 from gpubatch.nn import EVALUATION_ROWS, Network, core_of
 from gpubatch.sources import is_read
@@ -20,8 +21,8 @@ __all__ = ["HeldOut", "HeldOutBatches", "InMemory", "about_validation", "validat
 # X, Y, and the weights of Network.evaluate by the names of its arguments.
 Batch: TypeAlias = tuple[Array, Array, Mapping[str, Array]]
 FORMS = (
-    "a pair (X, Y) of arrays or sources, arrays (X, Y, weight), a source of pairs, a Loader, or a fraction between 0 "
-    "and 1"
+    "a pair (X, Y) of arrays or sources, arrays (X, Y, weight), a source of pairs, a Table, a Loader, or a fraction "
+    "between 0 and 1"
 )
 
 
@@ -145,6 +146,9 @@ def held_out_of(net: Network, loader: Loader, validation: Any) -> HeldOut:
     columns, weight = epochs_of(loader).columns, None
     if isinstance(validation, Loader):
         return held_out_of_loader(net, validation)
+    if isinstance(validation, Prepared):
+        validation = columns.apart(validation, name="validation")
+        validation = validation[0] if validation[1] is None else validation
     if is_large(validation):
         X, Y = validation, None
     elif isinstance(validation, (tuple, list)) and len(validation) == 2:

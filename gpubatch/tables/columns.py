@@ -1,0 +1,128 @@
+"""A column of Arrow's as numbers or as texts, whatever its type is."""
+
+from __future__ import annotations
+
+import decimal
+import importlib
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from gpubatch.errors import ArgumentError, DataFormatError, NonFiniteError
+
+__all__ = ["DATE", "EMPTY", "NUMBER", "OTHER", "TEXT", "family", "need", "numbers", "plain", "texts"]
+
+NUMBER, TEXT, CODED, DATE, EMPTY, OTHER = "numbers", "texts", "categories", "dates", "nothing", "other"
+
+
+def need(module: str) -> Any:
+    """A module of pyarrow's; an error that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ArgumentError("tables need pyarrow, which is not installed: pip install 'gpubatch[data]'") from error
+
+
+def family(kind: Any) -> str:
+    """What a type of Arrow's holds: NUMBER, TEXT, CODED (a type with a dictionary), DATE, EMPTY or OTHER."""
+    is_ = need("pyarrow").types
+    if is_.is_dictionary(kind):
+        return CODED if family(kind.value_type) in (NUMBER, TEXT) else family(kind.value_type)
+    if isinstance(kind, need("pyarrow").BaseExtensionType):
+        return family(kind.storage_type)
+    if is_.is_run_end_encoded(kind):
+        return family(kind.value_type)
+    if is_.is_boolean(kind) or is_.is_integer(kind) or is_.is_floating(kind) or is_.is_decimal(kind):
+        return NUMBER
+    if is_.is_string(kind) or is_.is_large_string(kind) or is_.is_string_view(kind):
+        return TEXT
+    if is_.is_temporal(kind):
+        return DATE
+    return EMPTY if is_.is_null(kind) else OTHER
+
+
+def plain(column: Any) -> Any:
+    """A column as one array without a dictionary, an extension or runs; of one type of text and of decimals."""
+    pa, pc = need("pyarrow"), need("pyarrow.compute")
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
+    if isinstance(array.type, pa.BaseExtensionType):
+        return plain(array.storage)
+    if pa.types.is_run_end_encoded(array.type):
+        return plain(pc.run_end_decode(array))
+    if pa.types.is_dictionary(array.type):
+        return plain(array.dictionary_decode())
+    return array.cast(pa.large_string()) if family(array.type) == TEXT else array
+
+
+def numbers(where: str, name: str, column: Any, start: int, missing: Collection[str] = ()) -> np.ndarray:
+    """A column as float64, NaN where it has no value.
+
+    where: what the table is called, for messages
+    start: the number of the first row in it
+    missing: texts that stand for no value
+    """
+    pa, pc = need("pyarrow"), need("pyarrow.compute")
+    array = plain(column)
+    kind = family(array.type)
+    if kind == TEXT:
+        array = pc.utf8_trim_whitespace(array)
+        if missing:
+            array = pc.if_else(pc.is_in(array, pa.array([*missing, ""], array.type)), None, array)
+    elif kind not in (NUMBER, EMPTY):
+        raise DataFormatError(f"{where}: column {name!r} must hold numbers, as in training, got {array.type}")
+    try:
+        array = pc.cast(array, pa.float64(), safe=kind == TEXT)
+    except pa.ArrowInvalid:
+        row, found = next((row, x) for row, x in enumerate(array.to_pylist()) if x is not None and not is_number(x))
+        raise DataFormatError(
+            f"{where}: column {name!r} must hold numbers, as in training, got {found[:99]!r} in row {start + row}"
+        ) from None
+    values: np.ndarray = array.to_numpy(zero_copy_only=False)
+    if np.isinf(values).any():
+        row = int(np.flatnonzero(np.isinf(values))[0])
+        raise NonFiniteError(
+            f"{where}: column {name!r} must hold finite numbers, got {values[row]} in row {start + row}; leave such "
+            "rows out, or have no value there"
+        )
+    return values
+
+
+def is_number(text: str) -> bool:
+    """Whether Arrow takes a text for a number."""
+    pa, pc = need("pyarrow"), need("pyarrow.compute")
+    try:
+        pc.cast(pa.array([text]), pa.float64())
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def texts(where: str, name: str, column: Any, missing: Collection[str] = ()) -> tuple[np.ndarray, list[str]]:
+    """A column as codes, -1 where it has no value, and the different texts that they stand for.
+
+    Numbers are texts as they are written without needless zeros: 3 and 3.0 are "3". Spaces around a text do not count.
+    """
+    array = plain(column)
+    if family(array.type) not in (NUMBER, TEXT, EMPTY):
+        raise DataFormatError(f"{where}: column {name!r} must hold texts or numbers, as in training, got {array.type}")
+    coded = array.dictionary_encode()
+    codes = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    numbered: dict[str, int] = {}
+    of_code: list[int] = [
+        -1 if (text := as_text(value)) is None or text in missing else numbered.setdefault(text, len(numbered))
+        for value in coded.dictionary.to_pylist()
+    ]
+    return np.array([*of_code, -1], np.int64)[codes], list(numbered)
+
+
+def as_text(value: Any) -> str | None:
+    """A value as the text of a category; None for NaN."""
+    if value is None or isinstance(value, str):
+        return value if value is None else value.strip()
+    if isinstance(value, (float, decimal.Decimal)):
+        if value != value:
+            return None
+        return str(int(value)) if -(2**63) < value < 2**63 and value == int(value) else str(value)
+    return str(value)

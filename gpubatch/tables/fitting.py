@@ -1,0 +1,155 @@
+"""What is learnt of the training rows of a table: its :class:`Recipe`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from gpubatch.errors import ArgumentError, DataFormatError, NonFiniteError
+from gpubatch.tables.columns import CODED, DATE, EMPTY, NUMBER, OTHER, family, numbers, texts
+from gpubatch.tables.recipe import Category, Column, Hashed, LeftOut, Numeric
+from gpubatch.tables.statistics import DISTINCT, Median, Moments, Seen
+
+__all__ = ["KINDS", "Options", "Statistics", "check_types"]
+
+KINDS = (Numeric.kind, Category.kind, Hashed.kind)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller of ``read_table`` said of the columns; see there."""
+
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    one_hot: int = 32
+    buckets: int = 128
+    missing: tuple[str, ...] = ()
+
+
+def check_types(where: str, types: Mapping[str, Any], label: str | None, kinds: Mapping[str, str]) -> None:
+    """Raise for columns that are no numbers and no texts, all of them at once."""
+    dates = [name for name, kind in types.items() if name != label and family(kind) == DATE]
+    others = [name for name, kind in types.items() if name != label and family(kind) == OTHER]
+    if dates:
+        first = dates[0]
+        raise DataFormatError(
+            f"{where}: {listed(dates)} {'hold' if len(dates) > 1 else 'holds'} dates or times ({types[first]}), which "
+            "are no numbers yet: make some of them first, as the days since a date or the hour of the day, or leave "
+            f"them out with drop={dates + others!r}"
+        )
+    if others:
+        raise DataFormatError(
+            f"{where}: {listed(others)} must hold numbers or texts, got {types[others[0]]}; leave such columns out "
+            f"with drop={others!r}"
+        )
+    if label is not None and family(types[label]) in (DATE, OTHER):
+        raise DataFormatError(f"{where}: the label {label!r} must hold numbers or texts, got {types[label]}")
+    for name, kind in kinds.items():
+        if kind == Numeric.kind and family(types[name]) == CODED:
+            raise ArgumentError(f"kinds must not have a number for {name!r}, which holds categories, {types[name]}")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Columns in words, the first of many."""
+    shown = ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"column{'s' if len(names) > 1 else ''} {shown}"
+
+
+class Statistics:
+    """Statistics of columns, block by block; ``exact``: all numbers are kept for the medians."""
+
+    def __init__(self, where: str, types: Mapping[str, Any], options: Options, exact: bool) -> None:
+        self._where, self._options = where, options
+        self._moments: dict[str, tuple[Moments, Median]] = {}
+        self._seen: dict[str, Seen] = {}
+        self._rows = 0
+        self._names = list(types)
+        for name, kind in types.items():
+            wanted = options.kinds.get(name, Numeric.kind if family(kind) == NUMBER else Category.kind)
+            if wanted == Numeric.kind:
+                self._moments[name] = Moments(), Median(exact)
+            elif family(kind) != EMPTY:
+                self._seen[name] = Seen()
+
+    def add(self, table: Any, start: int) -> None:
+        """Take the rows of a block, whose first one is ``start``."""
+        self._rows += len(table)
+        for name, (moments, median) in self._moments.items():
+            values = numbers(self._where, name, table[name], start, self._options.missing)
+            values = values[~np.isnan(values)]
+            with np.errstate(over="ignore", invalid="ignore"):
+                moments.add(values)
+            median.add(values)
+        for name, seen in self._seen.items():
+            seen.add(*texts(self._where, name, table[name], self._options.missing))
+
+    def columns(self) -> tuple[tuple[Column, ...], list[str]]:
+        """What becomes of the columns; and those that were hashed or left out without being told to, in words."""
+        found: list[Column] = []
+        remarks: list[str] = []
+        free: list[str] = []
+        for name in self._names:
+            column = self._numeric(name) if name in self._moments else self._category(name, free)
+            if column is None:
+                continue
+            found.append(column)
+            if isinstance(column, LeftOut):
+                remarks.append(f"column {name!r} is left out: {column.why}")
+            elif isinstance(column, Hashed) and name not in self._options.kinds:
+                remarks.append(
+                    f"column {name!r} has {self._count(name)} different texts, more than one_hot="
+                    f"{self._options.one_hot}: they are hashed to {column.buckets} columns; kinds={{{name!r}: 'hash'}} "
+                    "says that this is meant"
+                )
+        if free:
+            raise DataFormatError(
+                f"{self._where}: {listed(free)} {'have' if len(free) > 1 else 'has'} a text of its own in most rows ("
+                f"{self._count(free[0])} different ones in {self._seen[free[0]].values}), as names and free text "
+                f"have; leave them out with drop={free!r}, or hash them with kinds={{{free[0]!r}: 'hash'}}"
+            )
+        if not any(column.features for column in found):
+            raise DataFormatError(f"{self._where}: no column tells samples apart; {'; '.join(remarks)}")
+        return tuple(found), remarks
+
+    def _numeric(self, name: str) -> Column:
+        moments, median = self._moments[name]
+        absent = moments.count < self._rows
+        if not moments.count:
+            return LeftOut(name, "all its values are missing")
+        if moments.low == moments.high:
+            if not absent:
+                return LeftOut(name, f"all its values are {moments.low:g}")
+            return Numeric(name, moments.low, moments.low, 1.0, True, False)
+        if not 0 < moments.deviation < np.inf:
+            raise NonFiniteError(
+                f"{self._where}: column {name!r} has numbers from {moments.low:g} to {moments.high:g}, whose variance "
+                "float64 cannot hold; multiply them by a power of ten first"
+            )
+        return Numeric(name, median.result(), moments.mean, moments.deviation, absent)
+
+    def _category(self, name: str, free: list[str]) -> Column | None:
+        seen, options = self._seen.get(name), self._options
+        if seen is None or not seen.values:
+            return LeftOut(name, "all its values are missing")
+        wanted, absent = options.kinds.get(name), seen.missing > 0
+        if wanted == Hashed.kind:
+            return Hashed(name, options.buckets, absent)
+        if wanted == Category.kind and seen.overflow:
+            raise ArgumentError(
+                f"kinds must not have a category for {name!r}, which has more than {DISTINCT} different texts; "
+                f"{{{name!r}: 'hash'}} is possible"
+            )
+        if len(seen.counts) == 1 and not absent:
+            return LeftOut(name, f"all its values are {next(iter(seen.counts))!r}")
+        if wanted == Category.kind or len(seen.counts) <= options.one_hot:
+            return Category(name, tuple(sorted(seen.counts)), absent)
+        if seen.mostly_different:
+            free.append(name)
+            return None
+        return Hashed(name, options.buckets, absent)
+
+    def _count(self, name: str) -> str:
+        seen = self._seen[name]
+        return f"more than {DISTINCT}" if seen.overflow else str(len(seen.counts))

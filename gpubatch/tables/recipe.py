@@ -1,0 +1,312 @@
+"""How the rows of a table become samples: numbers of training rows, by which all rows are prepared."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+
+from gpubatch.errors import ArgumentError, DataFormatError, check_bool, check_choice, check_int
+from gpubatch.tables.columns import numbers, texts
+
+__all__ = ["LONGEST", "MOST_BUCKETS", "Category", "Column", "Hashed", "LeftOut", "Numeric", "Recipe", "Target"]
+
+MOST_BUCKETS, MOST_CATEGORIES = 1 << 20, 1 << 14
+LONGEST = 10_000  # classes of a label
+
+
+@dataclass(frozen=True)
+class Numeric:
+    """A column of numbers x: (x - mean) / deviation, the median in the place of a missing one.
+
+    missing: whether training rows had missing values; then there is a column more, 1 for rows without a value.
+    varies: whether the numbers differ; otherwise there is only that column.
+    """
+
+    kind: ClassVar[str] = "number"
+    name: str
+    median: float
+    mean: float
+    deviation: float
+    missing: bool
+    varies: bool = True
+
+    @property
+    def features(self) -> list[str]:
+        """Names of what it becomes."""
+        return [self.name] * self.varies + [f"{self.name} is missing"] * self.missing
+
+    def fill(self, out: np.ndarray, where: str, column: Any, start: int, recipe: Recipe, unknown: Any) -> None:
+        """Write what rows become into ``out``."""
+        values = numbers(where, self.name, column, start, recipe.missing)
+        absent = np.isnan(values)
+        if self.varies:
+            with np.errstate(over="ignore"):
+                out[:, 0] = (np.where(absent, self.median, values) - self.mean) / self.deviation
+        if self.missing:
+            out[:, -1] = absent
+
+
+@dataclass(frozen=True)
+class Category:
+    """A column of texts, one-hot: 1 in the column of a row's text, and 0 in all for a text that training had not.
+
+    missing: whether training rows had missing values; then they have a column, the last.
+    """
+
+    kind: ClassVar[str] = "category"
+    name: str
+    values: tuple[str, ...]
+    missing: bool
+
+    @property
+    def features(self) -> list[str]:
+        """Names of what it becomes."""
+        return [f"{self.name}={value}" for value in self.values] + [f"{self.name} is missing"] * self.missing
+
+    def fill(self, out: np.ndarray, where: str, column: Any, start: int, recipe: Recipe, unknown: Any) -> None:
+        """Write what rows become into ``out``; count texts that are unknown."""
+        codes, names = texts(where, self.name, column, recipe.missing)
+        places = {value: place for place, value in enumerate(self.values)}
+        of_code = np.array([*(places.get(name, -1) for name in names), len(self.values) if self.missing else -1])
+        there = of_code[codes]
+        rows = np.flatnonzero(there >= 0)
+        out[...] = 0
+        out[rows, there[rows]] = 1
+        if unknown is not None and len(strange := codes[(there < 0) & (codes >= 0)]):
+            found = np.bincount(strange, minlength=len(names)).tolist()
+            unknown.setdefault(self.name, Counter()).update({names[i]: n for i, n in enumerate(found) if n})
+
+
+@dataclass(frozen=True)
+class Hashed:
+    """A column of texts, of which each has one of ``buckets`` columns, its CRC-32 (of UTF-8) modulo ``buckets``.
+
+    missing: whether training rows had missing values; then they have a column, the last.
+    """
+
+    kind: ClassVar[str] = "hash"
+    name: str
+    buckets: int
+    missing: bool
+
+    @property
+    def features(self) -> list[str]:
+        """Names of what it becomes."""
+        return [f"{self.name}#{i}" for i in range(self.buckets)] + [f"{self.name} is missing"] * self.missing
+
+    def fill(self, out: np.ndarray, where: str, column: Any, start: int, recipe: Recipe, unknown: Any) -> None:
+        """Write what rows become into ``out``."""
+        codes, names = texts(where, self.name, column, recipe.missing)
+        of_code = [*(zlib.crc32(name.encode()) % self.buckets for name in names), self.buckets if self.missing else -1]
+        there = np.array(of_code)[codes]
+        rows = np.flatnonzero(there >= 0)
+        out[...] = 0
+        out[rows, there[rows]] = 1
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A column that says nothing: all its training rows are missing, or the same."""
+
+    kind: ClassVar[str] = "left out"
+    name: str
+    why: str
+
+    features: ClassVar[list[str]] = []
+
+    def fill(self, out: np.ndarray, where: str, column: Any, start: int, recipe: Recipe, unknown: Any) -> None:
+        """Nothing."""
+
+
+Column: TypeAlias = Numeric | Category | Hashed | LeftOut
+
+
+@dataclass(frozen=True)
+class Target:
+    """The label: ``classes`` in the order of their numbers; or numbers, of which ``mean`` and ``deviation`` are taken.
+
+    classes: None in regression
+    """
+
+    name: str
+    classes: tuple[Any, ...] | None
+    mean: float = 0.0
+    deviation: float = 1.0
+
+    def codes(self, where: str, column: Any, start: int, missing: Sequence[str]) -> np.ndarray:
+        """The numbers of the classes of rows; an error for a row that has none of them."""
+        assert self.classes is not None
+        codes, names = texts(where, self.name, column, missing)
+        if (absent := np.flatnonzero(codes < 0)).size:
+            raise DataFormatError(
+                f"{where}: the label {self.name!r} is missing in row {start + absent[0]}; leave such rows out"
+            )
+        numbered = {str(name): code for code, name in enumerate(self.classes)}
+        of_code = np.array([*(numbered.get(name, -1) for name in names), -1])
+        found: np.ndarray = of_code[codes]
+        if (unknown := np.flatnonzero(found < 0)).size:
+            known = ", ".join(map(repr, self.classes[:10])) + (", ..." if len(self.classes) > 10 else "")
+            raise DataFormatError(
+                f"{where}: the label {self.name!r} must be one of {known}, got {names[codes[unknown[0]]][:99]!r} in "
+                f"row {start + unknown[0]}"
+            )
+        return found
+
+    def amounts(self, where: str, column: Any, start: int, missing: Sequence[str]) -> np.ndarray:
+        """The numbers of rows as they are, float64."""
+        values = numbers(where, self.name, column, start, missing)
+        if (absent := np.flatnonzero(np.isnan(values))).size:
+            raise DataFormatError(
+                f"{where}: the label {self.name!r} is missing in row {start + absent[0]}; leave such rows out"
+            )
+        return values
+
+    def targets(self, where: str, column: Any, start: int, missing: Sequence[str]) -> np.ndarray:
+        """What a network learns: int64 classes, or float32 numbers of mean 0 and deviation 1 in training."""
+        if self.classes is not None:
+            return self.codes(where, column, start, missing)
+        return ((self.amounts(where, column, start, missing) - self.mean) / self.deviation).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The columns of a table in their order, what becomes of them, and the label.
+
+    missing: texts that stand for no value
+    """
+
+    columns: tuple[Column, ...]
+    target: Target | None
+    missing: tuple[str, ...] = ()
+    _places: list[tuple[int, int]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        ends = itertools.accumulate((len(column.features) for column in self.columns), initial=0)
+        object.__setattr__(self, "_places", list(itertools.pairwise(ends)))
+
+    def __repr__(self) -> str:
+        kinds = Counter(column.kind for column in self.columns)
+        words = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+        return f"<Recipe of {len(self.columns)} columns ({words}): {self.features} features>"
+
+    @property
+    def features(self) -> int:
+        """How many numbers a sample has."""
+        return self._places[-1][1]
+
+    @property
+    def names(self) -> list[str]:
+        """The columns that rows must have."""
+        return [column.name for column in self.columns if not isinstance(column, LeftOut)]
+
+    @property
+    def texts(self) -> list[str]:
+        """The columns that hold texts, even where they look like numbers."""
+        found = [column.name for column in self.columns if isinstance(column, (Category, Hashed))]
+        target = self.target
+        labels = target is not None and target.classes is not None and isinstance(target.classes[0], str)
+        return [*found, target.name] if labels and target is not None else found
+
+    def samples(self, where: str, table: Any, start: int, unknown: dict[str, Counter[str]] | None) -> np.ndarray:
+        """Rows as samples, float32 (rows, features); texts that training had not are counted in ``unknown``."""
+        out = np.empty((len(table), self.features), np.float32)
+        for column, (first, last) in zip(self.columns, self._places, strict=True):
+            if last > first:
+                column.fill(out[:, first:last], where, table[column.name], start, self, unknown)
+        return out
+
+    # --- in a file ---
+
+    def to_json(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+        """For a file, the numbers among its arrays; without the classes, which a model has."""
+        numeric = [column for column in self.columns if isinstance(column, Numeric)]
+        for name in ("median", "mean", "deviation"):
+            arrays[f"table.{name}"] = np.array([getattr(column, name) for column in numeric], np.float64)
+        target = self.target
+        return {
+            "columns": [_described(column) for column in self.columns],
+            "missing": list(self.missing),
+            "label": None
+            if target is None
+            else {
+                "name": target.name,
+                "task": "regression" if target.classes is None else "classification",
+                "mean": target.mean,
+                "deviation": target.deviation,
+            },
+        }
+
+    @classmethod
+    def from_json(cls, found: Any, arrays: Mapping[str, np.ndarray], classes: Any) -> Recipe:
+        """Of a file; raises what wrong types and values raise: ValueError, TypeError, LookupError, GpubatchError."""
+        described = found["columns"]
+        if not isinstance(described, list) or not isinstance(found["missing"], list):
+            raise TypeError("its columns are no list")
+        n = sum(column["kind"] == "number" for column in described)
+        rows = {}
+        for name in ("median", "mean", "deviation"):
+            array = arrays[f"table.{name}"]
+            if array.dtype != np.float64 or array.shape != (n,) or not np.isfinite(array).all():
+                raise ValueError(f"table.{name} must be {n} finite numbers")
+            rows[name] = array.tolist()
+        if n and min(rows["deviation"]) <= 0:
+            raise ValueError("table.deviation must be above 0")
+        numbered = iter(zip(*rows.values(), strict=True))
+        columns = tuple(_column(column, numbered) for column in described)
+        label = found["label"]
+        target = None
+        if label is not None:
+            task = check_choice("task", label["task"], ["classification", "regression"])
+            if (task == "classification") != (classes is not None):
+                raise ValueError(f"it has {'no ' if classes is None else ''}classes, and its task is {task}")
+            mean, deviation = float(label["mean"]), float(label["deviation"])
+            if not (np.isfinite(mean) and 0 < deviation < np.inf):
+                raise ValueError("the mean of its label must be finite, and the deviation above 0")
+            target = Target(_text(label["name"]), None if classes is None else tuple(classes), mean, deviation)
+        names = [column.name for column in columns] + ([] if target is None else [target.name])
+        if len({*names}) != len(names):
+            raise ValueError("its columns have the same name")
+        recipe = cls(columns, target, tuple(map(_text, found["missing"])))
+        if not columns or not recipe.features:
+            raise ValueError("it has no features")
+        return recipe
+
+
+def _described(column: Column) -> dict[str, Any]:
+    found: dict[str, Any] = {"kind": column.kind, "name": column.name}
+    for name in ("missing", "varies", "values", "buckets", "why"):
+        if hasattr(column, name):
+            found[name] = getattr(column, name)
+    return found
+
+
+def _column(found: Any, numbered: Any) -> Column:
+    kind, name = (
+        check_choice("kind", found["kind"], [k.kind for k in (Numeric, Category, Hashed, LeftOut)]),
+        found["name"],
+    )
+    _text(name)
+    if kind == LeftOut.kind:
+        return LeftOut(name, _text(found["why"]))
+    missing = check_bool("missing", found["missing"])
+    if kind == Numeric.kind:
+        median, mean, deviation = next(numbered)
+        return Numeric(name, median, mean, deviation, missing, check_bool("varies", found["varies"]))
+    if kind == Hashed.kind:
+        return Hashed(name, check_int("buckets", found["buckets"], 1, MOST_BUCKETS), missing)
+    values = tuple(map(_text, found["values"]))
+    if len({*values}) != len(values):
+        raise ArgumentError(f"the categories of {name[:99]!r} are not all different")
+    return Category(name, values, missing)
+
+
+def _text(x: Any) -> str:
+    if not isinstance(x, str):
+        raise TypeError(f"{str(x)[:99]} is no text")
+    return x

@@ -1,0 +1,483 @@
+"""Tables whose columns have names, as samples for a network."""
+
+from __future__ import annotations
+
+import functools
+import textwrap
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gpubatch.errors import (
+    ArgumentError,
+    DataFormatError,
+    DTypeError,
+    GpubatchError,
+    TableWarning,
+    check_choice,
+    check_int,
+)
+from gpubatch.inputs import Prepared
+from gpubatch.loader import split
+from gpubatch.sources import Source
+from gpubatch.tables.columns import EMPTY, NUMBER, family, need, plain, texts
+from gpubatch.tables.fitting import KINDS, Options, Statistics, check_types
+from gpubatch.tables.recipe import LONGEST, MOST_BUCKETS, MOST_CATEGORIES, Category, LeftOut, Recipe, Target
+from gpubatch.tables.rows import Rows, chosen_blocks, opened
+from gpubatch.tables.statistics import Moments
+
+__all__ = ["Table", "read_table"]
+
+TASKS = ("auto", "classification", "regression")
+MANY = 100  # integers of a label from which on the task has to be said
+AT_ONCE = 1 << 14  # rows that become samples together
+
+
+def read_table(
+    source: Any,
+    label: str | None = None,
+    *,
+    task: str = "auto",
+    columns: Sequence[str] | None = None,
+    drop: str | Sequence[str] = (),
+    kinds: Mapping[str, str] | None = None,
+    one_hot: int = 32,
+    buckets: int = 128,
+    missing: Sequence[str] = (),
+    delimiter: str | None = None,
+    like: Table | Recipe | None = None,
+) -> Table:
+    """A table whose rows are samples, and one column of which may be their label; needs pyarrow (extra ``data``).
+
+    source: the path of a CSV, Parquet or Arrow file; a table of pandas, Polars, pyarrow, or of a library that speaks
+        Arrow's PyCapsule protocol; a mapping from names to values; or a list of mappings, one a row.
+    label: the column that is to be predicted.
+    task: "classification" if the label is text, boolean or integer, "regression" if it is floating; or said here.
+    columns: those that are used; None: all. The label need not be among them.
+    drop: columns that are not.
+    kinds: "number", "category" or "hash" by column, where the type does not say it: integers that are codes are a
+        "category".
+    one_hot: the most texts of a column that each get a column of their own.
+    buckets: columns to which the texts of others are hashed.
+    missing: texts that stand for no value, such as "?", besides those that pandas knows ("", "NA", "nan", "null", ...).
+    delimiter: of a CSV file; None: that of , ; tab and | which its first line has most of.
+    like: a table of training rows, or its ``recipe``: this one is prepared by their numbers. Its columns are found by
+        name; others are ignored, and so is the label where there is none.
+
+    **What becomes of a column.** Numbers and booleans: (x - mean) / deviation, and the median in the place of a missing
+    value. Texts: up to ``one_hot`` of them one column each, 1 for its text; more are hashed, by CRC-32 modulo
+    ``buckets``, with a TableWarning. Where training rows had missing values there is a column more, 1 for those without
+    one. Columns that are all missing or all the same are left out, with a warning. Dates, lists and texts of which most
+    rows have one of their own are errors that say what to do. A text that training rows had not is 0 in all columns,
+    told once by a warning. NaN is a missing value, infinity an error. Numbers of regression's label are standardised,
+    too; :class:`~gpubatch.Model` gives predictions in their own unit.
+
+    All of this is found from the rows that a network is trained on: ``train, test = table.split(0.2)``. Raises
+    DataFormatError for a file or column that is none of this, ArgumentError, DTypeError, NonFiniteError and OSError.
+
+    >>> table = read_table({"size": [1.0, 2.0, None, 9.0], "kind": ["a", "b", "a", "b"]}, label="kind")
+    >>> table.classes, table.features, table.outputs
+    (['a', 'b'], 2, 2)
+    """
+    missing = texts_of("missing", missing)
+    if like is not None:
+        given = {"label": label, "columns": columns, "kinds": kinds, "drop": drop or None, "missing": missing or None}
+        if named := next((name for name, value in given.items() if value is not None), None):
+            raise ArgumentError(f"{named} must be left out where like is given, which has it")
+        recipe = like.recipe if isinstance(like, Table) else like
+        if not isinstance(recipe, Recipe):
+            raise DTypeError(f"like must be a table of gb.read_table, or its recipe, got {type(like).__name__}")
+        return Table(opened(source, recipe.texts, recipe.missing, delimiter), recipe)
+    kinds = dict(kinds or {})
+    for name, kind in kinds.items():
+        check_choice(f"kinds[{name!r}]", kind, KINDS)
+    options = Options(
+        kinds,
+        check_int("one_hot", one_hot, 1, MOST_CATEGORIES),
+        check_int("buckets", buckets, 1, MOST_BUCKETS),
+        missing,
+    )
+    check_choice("task", task, TASKS)
+    rows = opened(source, [name for name, kind in kinds.items() if kind != "number"], missing, delimiter)
+    names = chosen_names(rows, label, columns, drop, kinds)
+    return Table(rows, Unfitted(names, label, task, options))
+
+
+def texts_of(name: str, given: Any) -> tuple[str, ...]:
+    """Texts of an argument: one, or several."""
+    found = (given,) if isinstance(given, str) else tuple(given)
+    if wrong := [x for x in found if not isinstance(x, str)]:
+        raise DTypeError(f"{name} must hold texts, got {wrong[0]!r}")
+    return found
+
+
+def chosen_names(rows: Rows, label: str | None, columns: Any, drop: Any, kinds: Mapping[str, str]) -> list[str]:
+    """The columns of the samples, in the order of the table."""
+    given = {"label": () if label is None else texts_of("label", label), "columns": () if columns is None else columns}
+    for argument, names in (*given.items(), ("drop", drop), ("kinds", list(kinds))):
+        for name in texts_of(argument, names):
+            if name not in rows.names:
+                raise ArgumentError(f"{argument} must name columns of {rows.where}, {known(rows.names)}; got {name!r}")
+    wanted = rows.names if columns is None else texts_of("columns", columns)
+    left = {*texts_of("drop", drop), label}
+    if label is not None and label in texts_of("drop", drop):
+        raise ArgumentError(f"drop must not have the label, {label!r}")
+    names = [name for name in rows.names if name in wanted and name not in left]
+    if not names:
+        raise ArgumentError(f"{rows.where} has no columns besides the label and those of drop: {known(rows.names)}")
+    if other := [name for name in kinds if name not in names]:
+        raise ArgumentError(f"kinds must be of columns that are used, {known(names)}; got {other[0]!r}")
+    return names
+
+
+def known(names: Sequence[str]) -> str:
+    """Names of columns in words, the first of many."""
+    return ", ".join(map(repr, names[:12])) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Names for a line or two, the first of many."""
+    return ", ".join(names[:20]) + (f", ... {len(names) - 20} more" if len(names) > 20 else "")
+
+
+class Unfitted:
+    """What is known of a table before any rows are training rows."""
+
+    def __init__(self, names: list[str], label: str | None, task: str, options: Options) -> None:
+        self.names, self.label, self.task, self.options = names, label, task, options
+
+
+class Table(Prepared):
+    """Rows as samples: what :func:`read_table` returns, and ``split`` of it.
+
+    A table goes where X and Y go: ``gb.Loader(train)``, ``gb.fit(validation=test)``, ``model.evaluate(test)``. Its
+    numbers (``recipe``) are found when they are first needed, from the rows that it has then.
+
+    >>> table = read_table({"x": [1, 2, 3, 4] * 5, "y": ["a", "a", "b", "b"] * 5}, label="y")
+    >>> train, test = table.split(test_size=0.2, seed=0)
+    >>> len(train), len(test), train.features, test.classes
+    (16, 4, 1, ['a', 'b'])
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        of: Unfitted | Recipe | Table,
+        chosen: np.ndarray | None = None,
+        target: Target | None = None,
+        labelled: bool = True,
+    ) -> None:
+        self._rows, self._of, self._chosen, self._with_labels = rows, of, chosen, labelled
+        self._unknown: dict[str, Counter[str]] = {}
+        self._told: set[str] = set()
+        n = sum(rows.sizes)
+        if n == 0:
+            raise DataFormatError(f"{rows.where}: expected at least one row, found none")
+        if isinstance(of, Recipe):
+            if absent := [name for name in of.names if name not in rows.names]:
+                raise DataFormatError(
+                    f"{rows.where}: expected the columns of training, found no {known(absent)}; it has "
+                    f"{known(rows.names)}"
+                )
+        elif target is None and isinstance(of, Unfitted):
+            table = rows.block(0, [*of.names, *([] if of.label is None else [of.label])])
+            check_types(
+                rows.where, dict(zip(table.column_names, table.schema.types, strict=True)), of.label, of.options.kinds
+            )
+            target = None if of.label is None else self._find_target(of.label, of.task, of.options.missing)
+        self._target = target
+
+    def __len__(self) -> int:
+        return sum(self._rows.sizes) if self._chosen is None else len(self._chosen)
+
+    # --- what it is ---
+
+    @functools.cached_property
+    def recipe(self) -> Recipe:
+        """The numbers by which rows are prepared."""
+        if isinstance(self._of, Recipe):
+            return self._of
+        return self._of.recipe if isinstance(self._of, Table) else self._fit(self._of)
+
+    @property
+    def where(self) -> str:
+        """What it is of: the path of its file, or a kind of table."""
+        return self._rows.where
+
+    @property
+    def features(self) -> int:
+        """How many numbers a sample has."""
+        return self.recipe.features
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that samples are made of."""
+        return [column.name for column in self.recipe.columns]
+
+    @property
+    def label(self) -> str | None:
+        """The column that is to be predicted."""
+        return None if self._goal is None else self._goal.name
+
+    @property
+    def task(self) -> str | None:
+        """ "classification" or "regression"; None without a label."""
+        return None if self._goal is None else "regression" if self._goal.classes is None else "classification"
+
+    @property
+    def classes(self) -> list[Any] | None:
+        """The names of the classes in the order of their numbers; None in regression and without a label."""
+        return None if self._goal is None or self._goal.classes is None else list(self._goal.classes)
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of a network that predicts the label: one for each class, or 1."""
+        if self._goal is None:
+            raise ArgumentError(f"{self.where} has no label: give read_table(..., label=...)")
+        return 1 if self._goal.classes is None else len(self._goal.classes)
+
+    @property
+    def loss(self) -> str:
+        """A loss for its task: "softmax_cross_entropy" or "mse"."""
+        return "mse" if self.outputs == 1 else "softmax_cross_entropy"
+
+    @property
+    def labelled(self) -> bool:
+        """Whether its rows have the label."""
+        return self._with_labels and self._goal is not None and self._goal.name in self._rows.names
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """The labels of its rows: the names of classes, or numbers in their own unit, float64."""
+        goal = self._goal
+        if goal is None or not self.labelled:
+            raise ArgumentError(f"{self.where} has no label{'' if goal is None else f' {goal.name!r}'}")
+        found = [
+            (goal.amounts if goal.classes is None else goal.codes)(self.where, block[goal.name], start, self._missing)
+            for block, start in self._blocks([goal.name])
+        ]
+        whole = np.concatenate(found)
+        return whole if goal.classes is None else np.array(goal.classes)[whole]
+
+    def __repr__(self) -> str:
+        lines = [f"<Table {self.where}: {len(self)} rows"]
+        try:
+            lines += self._shown_columns()
+        except GpubatchError as error:
+            lines.append(f"which cannot be prepared: {error}")
+        if self.label is not None:
+            classes = "" if self.classes is None else f", {len(self.classes)} classes: {known(self.classes)}"
+            lines.append(f"label: {self.label}, {self.task}{classes}")
+        shown = [textwrap.wrap(line, 99, initial_indent="  ", subsequent_indent="    ") for line in lines[1:]]
+        return "\n".join([lines[0], *(line for wrapped in shown for line in wrapped)]) + ">"
+
+    def _shown_columns(self) -> list[str]:
+        columns = self.recipe.columns
+        found = [f"{len(columns)} columns, {self.features} features"]
+        for kind in (*KINDS, LeftOut.kind):
+            some = [
+                f"{column.name} ({len(column.values)})" if isinstance(column, Category) else column.name
+                for column in columns
+                if column.kind == kind
+            ]
+            found += [f"{kind}: {some_of(some)}"] if some else []
+        gaps = [column.name for column in columns if not isinstance(column, LeftOut) and column.missing]
+        return found + ([f"missing in: {some_of(gaps)}"] if gaps else [])
+
+    # --- what is made of it ---
+
+    def split(self, test_size: float = 0.2, seed: int = 0) -> tuple[Table, Table]:
+        """Rows to train on, and a share ``test_size`` of them to test on, drawn at random, every class in proportion.
+
+        The numbers of both, medians, means and categories, are those of the rows to train on.
+        """
+        codes = None
+        if self.classes is not None and self.labelled:
+            goal = self._goal
+            assert goal is not None
+            blocks = self._blocks([goal.name])
+            codes = np.concatenate(
+                [goal.codes(self.where, table[goal.name], start, self._missing) for table, start in blocks]
+            )
+        kept, held = split(len(self), test_size, seed, codes, "test_size")
+        if self._chosen is not None:
+            kept, held = self._chosen[kept], self._chosen[held]
+        of = self._of.root if isinstance(self._of, Table) else self._of
+        train = Table(self._rows, of, kept, self._target)
+        return train, Table(self._rows, of if isinstance(of, Recipe) else train, held, self._target)
+
+    @property
+    def root(self) -> Unfitted | Recipe:
+        """What was known before any rows were training rows."""
+        return self._of.root if isinstance(self._of, Table) else self._of
+
+    def prepared_by(self, recipe: Recipe, labelled: bool = True) -> Table:
+        """The same rows, prepared by the numbers of others; perhaps without their labels."""
+        return Table(self._rows, recipe, self._chosen, labelled=labelled)
+
+    def as_source(self) -> Source:
+        """Its samples as a source, of which a block is prepared at a time."""
+        return Blocks(self)
+
+    def as_samples(self) -> tuple[Any, Any]:
+        """X, float32 (rows, features), and Y, None without a label: classes as int64, or standardised float32."""
+        return self._arrays
+
+    @functools.cached_property
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray | None]:
+        recipe = self.recipe
+        X, done = np.empty((len(self), recipe.features), np.float32), 0
+        Y: np.ndarray | None = None
+        for x, y in self._prepared(recipe):
+            X[done : done + len(x)] = x
+            if y is not None:
+                Y = np.empty(len(self), y.dtype) if Y is None else Y
+                Y[done : done + len(x)] = y
+            done += len(x)
+        self._tell()
+        return X, Y
+
+    # --- inside ---
+
+    @property
+    def _goal(self) -> Target | None:
+        """The label as far as it is known without looking at all rows."""
+        return self.recipe.target if isinstance(self.root, Recipe) else self._target
+
+    @property
+    def _missing(self) -> tuple[str, ...]:
+        return self.root.missing if isinstance(self.root, Recipe) else self.root.options.missing
+
+    def _blocks(self, names: Sequence[str], only: int | None = None) -> Any:
+        """The rows of each block, or of one, at most AT_ONCE together, and the number of the first of them."""
+        for number, first, rows in self._places if only is None else self._places[only : only + 1]:
+            table = self._rows.block(number, names)
+            table = table if rows is None else table.take(rows)
+            for start in range(0, len(table), AT_ONCE):
+                yield table.slice(start, AT_ONCE), first + (start if rows is None else int(rows[start]))
+
+    @functools.cached_property
+    def _places(self) -> list[tuple[int, int, np.ndarray | None]]:
+        return list(chosen_blocks(self._rows.sizes, self._chosen))
+
+    def block_sizes(self) -> list[int]:
+        """Rows that are in each block of its source."""
+        sizes = self._rows.sizes
+        return [sizes[number] if rows is None else len(rows) for number, _, rows in self._places]
+
+    def prepared_block(self, number: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """x and y of a block of its source."""
+        parts = list(self._prepared(self.recipe, number))
+        self._tell()
+        X = np.concatenate([x for x, _ in parts])
+        return X, None if parts[0][1] is None else np.concatenate([y for _, y in parts])
+
+    def _prepared(self, recipe: Recipe, only: int | None = None) -> Any:
+        target = recipe.target if self.labelled else None
+        for table, start in self._blocks([*recipe.names, *([] if target is None else [target.name])], only):
+            x = recipe.samples(self.where, table, start, self._unknown)
+            y = None if target is None else target.targets(self.where, table[target.name], start, recipe.missing)
+            yield x, y
+
+    def _tell(self) -> None:
+        """Warn of texts that training rows had not."""
+        told, self._told = self._told, self._told | self._unknown.keys()
+        if fresh := {name: counts for name, counts in self._unknown.items() if name not in told}:
+            words = "; ".join(
+                f"column {name!r} has {len(counts)} texts that training rows had not, such as "
+                f"{next(iter(counts))[:40]!r}, in {sum(counts.values())} rows"
+                for name, counts in fresh.items()
+            )
+            warnings.warn(f"{self.where}: {words}: they are 0 in all columns of their categories", TableWarning, 3)
+
+    def _find_target(self, label: str, task: str, missing: tuple[str, ...]) -> Target:
+        where, found, n = self.where, dict[str, None](), len(self)
+        kind = plain(self._rows.block(0, [label])[label]).type
+        is_ = need("pyarrow").types
+        if task == "regression" or (task == "auto" and (is_.is_floating(kind) or is_.is_decimal(kind))):
+            return Target(label, None)
+        if family(kind) == EMPTY:
+            raise DataFormatError(f"{where}: the label {label!r} has no value in any row")
+        for table, start in self._blocks([label]):
+            codes, names = texts(where, label, table[label], missing)
+            if (absent := np.flatnonzero(codes < 0)).size:
+                raise DataFormatError(
+                    f"{where}: the label {label!r} is missing in row {start + absent[0]}; leave such rows out"
+                )
+            found.update(dict.fromkeys(names))
+            if len(found) > LONGEST:
+                raise DataFormatError(
+                    f"{where}: the label {label!r} has more than {LONGEST} different values, more than classes may be; "
+                    "task='regression' takes numbers"
+                )
+        classes: list[Any] = sorted(found)
+        if is_.is_boolean(kind):
+            classes = [name == "True" for name in classes]
+        elif family(kind) == NUMBER:
+            if not all(name.lstrip("-").isdecimal() for name in classes):
+                raise DataFormatError(
+                    f"{where}: the label {label!r} must hold whole numbers, texts or booleans for task='classification'"
+                )
+            classes = sorted(map(int, classes))
+            if task == "auto" and (len(classes) > MANY or 2 * len(classes) > max(n, 2 * 20)):
+                raise ArgumentError(
+                    f"task must be said for the label {label!r}, which has {len(classes)} different integers in {n} "
+                    "rows: 'regression' if they are amounts, 'classification' if they are names of classes"
+                )
+        if len(classes) < 2:
+            raise DataFormatError(
+                f"{where}: the label {label!r} must have at least two different values, got {classes[0]!r} in all rows"
+            )
+        return Target(label, tuple(classes))
+
+    def _fit(self, of: Unfitted) -> Recipe:
+        target = self._target
+        numeric = target is not None and target.classes is None
+        names = [*of.names, *([target.name] if numeric and target is not None else [])]
+        kinds = self._rows.block(0, of.names).schema
+        types = dict(zip(kinds.names, kinds.types, strict=True))
+        statistics = Statistics(self.where, types, of.options, self._rows.in_memory)
+        moments = Moments()
+        for table, start in self._blocks(names):
+            statistics.add(table, start)
+            if numeric and target is not None:
+                moments.add(target.amounts(self.where, table[target.name], start, of.options.missing))
+        columns, remarks = statistics.columns()
+        if remarks:
+            warnings.warn(f"{self.where}: {'; '.join(remarks)}", TableWarning, 4)
+        if numeric and target is not None:
+            target = Target(target.name, None, moments.mean, moments.deviation or 1.0)
+        return Recipe(columns, target, of.options.missing)
+
+
+class Blocks:
+    """The samples of a table as a source: the block that was prepared last is kept."""
+
+    def __init__(self, table: Table) -> None:
+        self._table, self.path = table, table.where
+        sizes = table.block_sizes()
+        self._starts = np.cumsum([0, *sizes])
+        self.block = max(sizes)
+        self._number, self._kept = -1, tuple[np.ndarray, ...]()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, indices: np.ndarray, /) -> Any:
+        """The samples at ``indices``: x, or (x, y)."""
+        numbers = np.searchsorted(self._starts, indices, side="right") - 1
+        out: list[np.ndarray] = []
+        for number in np.unique(numbers):
+            if number != self._number:
+                self._kept, self._number = (), -1  # one block at a time
+                x, y = self._table.prepared_block(int(number))
+                self._kept, self._number = (x,) if y is None else (x, y), int(number)
+            here = np.flatnonzero(numbers == number)
+            for place, array in enumerate(self._kept):
+                if place == len(out):
+                    out.append(np.empty((len(indices), *array.shape[1:]), array.dtype))
+                out[place][here] = array[indices[here] - self._starts[number]]
+        return tuple(out) if len(out) > 1 else out[0]

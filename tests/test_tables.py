@@ -1,0 +1,539 @@
+"""Tables of named columns: what becomes of each, what is refused, and the way to a model and back."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import json
+import warnings
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from needs import file_library, peer
+
+import gpubatch as gb
+from gpubatch.tables import Recipe
+from gpubatch.tables.statistics import KEPT, Median, Moments
+
+pa = file_library("pyarrow")
+for module in ("compute", "csv", "parquet"):
+    file_library(f"pyarrow.{module}")
+
+pytestmark = pytest.mark.filterwarnings("ignore::gpubatch.FewStepsWarning")
+
+
+N = 60
+KIND = ["a", "b"] * (N // 2)
+SIZE = [float(i % 7) for i in range(N)]
+
+
+def samples(values: dict[str, Any], /, **options: Any) -> np.ndarray:
+    """What becomes of columns."""
+    return gb.read_table({**values, "y": KIND}, label="y", **options).as_samples()[0]
+
+
+# --- what becomes of a column -----------------------------------------------------------------------------------
+
+
+def test_numbers_are_standardised_and_gaps_have_the_median_and_an_indicator() -> None:
+    values = np.array([1.0, 2.0, np.nan, 9.0, 2.5, np.nan])
+    found = gb.read_table({"x": values}).as_samples()[0]
+    there = values[~np.isnan(values)]
+    filled = np.where(np.isnan(values), np.median(there), values)
+    np.testing.assert_allclose(found[:, 0], (filled - there.mean()) / there.std(), rtol=1e-6)
+    assert found[:, 1].tolist() == [0, 0, 1, 0, 0, 1]
+
+
+NUMBERS: dict[str, Callable[[], Any]] = {
+    "integers": lambda: [1, 2, None],
+    "large integers": lambda: pa.array([2**63, 2**64 - 1, None], pa.uint64()),
+    "booleans": lambda: [True, False, None],
+    "float16": lambda: pa.array([1.0, 2.0, None]).cast(pa.float16()),
+    "decimals": lambda: [decimal.Decimal("1.50"), decimal.Decimal("2.25"), None],
+    "NaN": lambda: np.array([1.0, 2.0, np.nan]),
+    "runs": lambda: pa.compute.run_end_encode(pa.array([1.0, 2.0, None])),
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_numbers_of_every_type(kind: str) -> None:
+    """Two numbers are -1 and 1 when they are standardised, in their order, and the median of two is 0."""
+    column = NUMBERS[kind]()
+    found = gb.read_table(pa.table({"x": column})).as_samples()[0]
+    signs = [1, -1] if kind == "booleans" else [-1, 1]
+    np.testing.assert_allclose(found, [[signs[0], 0], [signs[1], 0], [0, 1]], atol=1e-6)
+
+
+CATEGORIES: dict[str, Callable[[], Any]] = {
+    "texts": lambda: ["p", "q", None],
+    "spaces": lambda: [" p", "q ", None],
+    "views": lambda: pa.array(["p", "q", None]).cast(pa.string_view()),
+    "dictionary": lambda: pa.array(["p", "q", None]).dictionary_encode(),
+    "integers in a dictionary": lambda: pa.array([1, 2, None]).dictionary_encode(),
+    "in runs": lambda: pa.compute.run_end_encode(pa.array(["p", "q", None])),
+}
+
+
+@pytest.mark.parametrize("kind", CATEGORIES)
+def test_categories_of_every_type(kind: str) -> None:
+    found = gb.read_table(pa.table({"x": CATEGORIES[kind]()})).as_samples()[0]
+    assert found.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+
+
+def test_integers_are_categories_where_it_is_said_and_are_found_again_as_text_or_float() -> None:
+    train = gb.read_table({"zip": [7, 8, 9, 7]}, kinds={"zip": "category"})
+    for again in ([9, 7], ["9", "7"], [9.0, 7.0], [np.float32(9), np.float32(7)]):
+        assert gb.read_table({"zip": again}, like=train).as_samples()[0].tolist() == [[0, 0, 1], [1, 0, 0]]
+
+
+def test_texts_beyond_the_bound_are_hashed_with_a_warning() -> None:
+    cities = [f"city {i % 20}" for i in range(N)]
+    with pytest.warns(gb.TableWarning, match=r"column 'c' has 20 different texts, more than one_hot=8.*128 columns"):
+        found = samples({"c": cities}, one_hot=8)
+    assert [int(row.argmax()) for row in found] == [zlib.crc32(city.encode()) % 128 for city in cities]
+    assert (found.sum(1) == 1).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert samples({"c": cities}, kinds={"c": "hash"}, buckets=5).shape == (N, 5)
+        assert samples({"c": cities}, kinds={"c": "category"}, one_hot=8).shape == (N, 20)
+
+
+def test_columns_that_say_nothing_are_left_out_with_a_warning() -> None:
+    with pytest.warns(
+        gb.TableWarning, match=r"'a' is left out: all its values are missing.*'b' is left out: all.*are 3"
+    ):
+        found = samples({"a": [None] * N, "b": [3] * N, "x": SIZE})
+    assert found.shape == (N, 1)
+    # A constant that is missing in some rows says that.
+    assert samples({"b": [3, None] * (N // 2)})[:2].tolist() == [[0], [1]]
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
+    "dates": (
+        {"t": [datetime.date(2020, 1, 1)] * N, "x": SIZE},
+        {},
+        gb.DataFormatError,
+        r"column 't' holds dates or times \(date32\[day\]\).*the days since a date.*drop=\['t'\]",
+    ),
+    "lists": ({"t": [[1]] * N}, {}, gb.DataFormatError, r"column 't' must hold numbers or texts.*drop=\['t'\]"),
+    "bytes": ({"t": [b"x"] * N}, {}, gb.DataFormatError, r"column 't' must hold numbers or texts, got binary"),
+    "free text": (
+        {"name": [f"n{i}" for i in range(N)], "x": SIZE},
+        {},
+        gb.DataFormatError,
+        r"'name' has a text of its own in most rows \(60 different ones in 60\).*drop=\['name'\].*kinds=",
+    ),
+    "infinity": (
+        {"x": [*SIZE[:-1], np.inf]},
+        {},
+        gb.NonFiniteError,
+        r"column 'x' must hold finite numbers, got inf in row 59",
+    ),
+    "too large": ({"x": [1e300 * x for x in SIZE]}, {}, gb.NonFiniteError, r"column 'x' has numbers from 0 to 6e\+300"),
+    "mixed": ({"x": [1, "a"] * (N // 2)}, {}, gb.DataFormatError, "column 'x' must have values of one type"),
+    "huge": ({"x": [2**70] * N}, {}, gb.DataFormatError, "column 'x' must have values of one type"),
+    "no text": ({"x": ["a", "b"] * 30}, {"kinds": {"x": "number"}}, gb.DataFormatError, "got 'a' in row 0"),
+    "nothing": ({"x": [1] * N}, {}, gb.DataFormatError, "no column tells samples apart"),
+    "drop": ({"x": SIZE}, {"drop": "z"}, gb.ArgumentError, r"drop must name columns of the dict, 'x', 'y'; got 'z'"),
+    "drop all": ({"x": SIZE}, {"drop": "x"}, gb.ArgumentError, "no columns besides the label"),
+    "columns": ({"x": SIZE}, {"columns": ["z"]}, gb.ArgumentError, r"columns must name columns of .*; got 'z'"),
+    "kinds": ({"x": SIZE}, {"kinds": {"x": "date"}}, gb.ArgumentError, r"kinds\['x'\] must be one of 'number'"),
+    "task": ({"x": SIZE}, {"task": "rank"}, gb.ArgumentError, "task must be one of 'auto'"),
+    "like": ({"x": SIZE}, {"like": 3}, gb.ArgumentError, "label must be left out where like is given"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(case: str) -> None:
+    columns, options, error, match = REFUSED[case]
+    with pytest.raises(error, match=match):
+        samples(columns, **options)
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "match"),
+    [
+        (np.zeros((3, 2)), gb.DTypeError, r"got an array of shape \(3, 2\), whose columns have no names"),
+        (3, gb.DTypeError, "got a int"),
+        ([1, 2], gb.DTypeError, "got a list"),
+        ({}, gb.DataFormatError, "expected columns, found none"),
+        ({"x": []}, gb.DataFormatError, "expected at least one row, found none"),
+    ],
+)
+def test_what_is_no_table(source: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        gb.read_table(source)
+
+
+# --- the label --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("labels", "task", "classes"),
+    [
+        (["b", "a", "b"] * 20, "auto", ["a", "b"]),
+        ([3, -1, 3] * 20, "auto", [-1, 3]),
+        ([10, 9, 10] * 20, "auto", [9, 10]),
+        ([True, False, True] * 20, "auto", [False, True]),
+        ([1.0, 2.0, 1.0] * 20, "classification", [1, 2]),
+        (pa.array(["b", "a", "b"] * 20).dictionary_encode(), "auto", ["a", "b"]),
+        ([1.5, 2.0, 1.5] * 20, "auto", None),
+        ([1, 2, 1] * 20, "regression", None),
+    ],
+)
+def test_labels(labels: Any, task: str, classes: list[Any] | None) -> None:
+    table = gb.read_table(pa.table({"x": SIZE, "y": labels}), label="y", task=task)
+    Y = table.as_samples()[1]
+    assert table.classes == classes
+    if classes is None:
+        numbers = np.array(labels, float)
+        np.testing.assert_allclose(Y, (numbers - numbers.mean()) / numbers.std(), rtol=1e-6)
+        assert (table.outputs, table.loss, table.task) == (1, "mse", "regression")
+    else:
+        assert [type(name) for name in table.classes or ()] == [type(name) for name in classes]
+        assert [classes[i] for i in Y] == (labels.to_pylist() if isinstance(labels, pa.Array) else labels)
+        assert (table.outputs, table.loss, table.task) == (2, "softmax_cross_entropy", "classification")
+    assert table.labels.tolist() == (labels.to_pylist() if isinstance(labels, pa.Array) else labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "task", "match"),
+    [
+        (["a"] * N, "auto", "at least two different values, got 'a' in all rows"),
+        (["a", None] * (N // 2), "auto", "the label 'y' is missing in row 1; leave such rows out"),
+        ([1.0, None] * (N // 2), "auto", "the label 'y' is missing in row 1"),
+        (list(range(N)), "auto", "task must be said for the label 'y', which has 60 different integers in 60 rows"),
+        (["a", "b"] * (N // 2), "regression", "column 'y' must hold numbers"),
+        ([1.5, 2.5] * (N // 2), "classification", "must hold whole numbers, texts or booleans"),
+        ([datetime.date(2020, 1, 1)] * N, "auto", "the label 'y' must hold numbers or texts, got date32"),
+        ([None] * N, "auto", "no value in any row"),
+    ],
+)
+def test_labels_that_are_refused(labels: Any, task: str, match: str) -> None:
+    with pytest.raises(gb.ArgumentError, match=match):
+        gb.read_table({"x": SIZE, "y": labels}, label="y", task=task).as_samples()
+
+
+# --- where tables come from --------------------------------------------------------------------------------------
+
+
+def written(kind: str, table: Any, path: Any) -> Any:
+    """A table as a file, or as a frame."""
+    if kind in ("pandas", "polars"):
+        return peer(kind).DataFrame(table.to_pydict())
+    if kind == "csv":
+        pa.csv.write_csv(table, path)
+    elif kind == "parquet":
+        pa.parquet.write_table(table, path, row_group_size=7)
+    elif kind in ("arrow file", "arrow stream"):
+        new = pa.ipc.new_file if kind == "arrow file" else pa.ipc.new_stream
+        with new(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=7)
+    else:
+        return {"pyarrow": lambda: table, "batch": lambda: table.to_batches()[0], "rows": table.to_pylist}[kind]()
+    return path
+
+
+FORMS = ("csv", "parquet", "arrow file", "arrow stream", "pyarrow", "batch", "rows", "pandas", "polars")
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_every_form_gives_the_same_samples(kind: str, tmp_path: Any) -> None:
+    table = pa.table(
+        {
+            "x": [1.5, None, *SIZE[2:]],
+            "n": [None, 3, *range(N - 2)],
+            "c": ["p", None, "r", "q"] * (N // 4),
+            "b": [True, False] * (N // 2),
+            "y": KIND,
+        }
+    )
+    source = written(kind, table, tmp_path / "table")
+    given = gb.read_table(source, label="y")
+    expected = gb.read_table(table, label="y")
+    assert (given.classes, given.features) == (["a", "b"], 9)
+    for found, wanted in zip(given.as_samples(), expected.as_samples(), strict=True):
+        assert np.array_equal(found, wanted)
+
+
+def text_file(tmp_path: Any, text: str | bytes) -> Any:
+    path = tmp_path / "t.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_delimiters_are_found(tmp_path: Any, delimiter: str) -> None:
+    lines = ["x,a name,y", '1,"p;q,r",no', "2,s,yes", "3,s,no"]
+    path = text_file(tmp_path, "\n".join(line.replace(",", delimiter) for line in lines))
+    table = gb.read_table(path, label="y")
+    assert (table.columns, table.classes, table.features) == (["x", "a name"], ["no", "yes"], 3)
+    assert gb.read_table(path, label="y", delimiter=delimiter).recipe == table.recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("", "expected a CSV file with a line of names, found an empty one"),
+        ("\n\n", "found an empty one"),
+        ("x,y", "expected at least one row|found damage"),
+        ("x,y\n", "expected at least one row"),
+        ("x,y\n1,2,3\n", "expected a CSV file, found damage .*Expected 2 columns, got 3"),
+        ("x,x\n1,2\n", "columns must have different names, got 'x' 2 times"),
+        ("1.5,2\n1,2\n", r"expected a first line of names, found the numbers 1.5, 2; give pandas.read_csv"),
+        (b"x,y\n\xff,2\n", "expected texts in UTF-8, found others in column 'x'"),
+        (b"x\0y", "expected a CSV, Parquet or Arrow file, found another, binary one"),
+        (b"PAR1", "expected a Parquet file"),
+        (b"ARROW1\0\0", "expected an Arrow file"),
+    ],
+)
+def test_files_that_are_refused(tmp_path: Any, text: str | bytes, match: str) -> None:
+    with pytest.raises(gb.DataFormatError, match=match) as error:
+        gb.read_table(text_file(tmp_path, text))
+    assert "t.csv" in str(error.value)
+
+
+def test_a_csv_file_with_a_mark_quotes_and_gaps(tmp_path: Any) -> None:
+    path = text_file(
+        tmp_path, b'\xef\xbb\xbfx,c,y\r\n1,"two\nlines",no\r\n?,s, yes\r\nNA,s,no\r\n4,"two\nlines",yes\r\n'
+    )
+    table = gb.read_table(path, label="y", missing="?")
+    assert (table.columns, table.classes) == (["x", "c"], ["no", "yes"])
+    X, Y = table.as_samples()
+    np.testing.assert_allclose(X, [[-1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1]])
+    assert Y.tolist() == [0, 1, 0, 1]
+
+
+def test_a_column_of_text_stays_text_in_new_rows(tmp_path: Any) -> None:
+    """A new CSV file may have nothing but digits in a column that held texts, and codes may begin with 0."""
+    train = gb.read_table(text_file(tmp_path, "zip,y\n007,a\nK1,b\n007,a\nK1,b\n"), label="y")
+    new = gb.read_table(text_file(tmp_path, "zip\n007\n"), like=train)
+    assert new.as_samples()[0].tolist() == [[1, 0]]
+
+
+# --- rows to train on, rows to test on ------------------------------------------------------------------------------
+
+
+def test_the_split_is_stratified_and_its_numbers_are_of_the_training_rows() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=200), ["a"] * 150 + ["b"] * 50
+    table = gb.read_table({"x": x, "y": y}, label="y")
+    train, test = table.split(test_size=0.2, seed=3)
+    assert [(part.labels == "a").sum() for part in (train, test)] == [120, 30]
+    assert (len(train), len(test)) == (160, 40)
+    recipe = train.recipe
+    assert test.recipe is recipe
+    chosen = train.as_samples()[0][:, 0].astype(float)
+    assert abs(chosen.mean()) < 1e-6
+    assert abs(chosen.std() - 1) < 1e-6
+    column = recipe.columns[0]
+    raw = [*(chosen * column.deviation + column.mean), *(test.as_samples()[0][:, 0] * column.deviation + column.mean)]
+    np.testing.assert_allclose(np.sort(raw), np.sort(x), rtol=1e-4, atol=1e-5)  # each row once
+    again, _ = table.split(test_size=0.2, seed=3)
+    assert again.recipe == recipe
+    assert table.split(test_size=0.2, seed=4)[0].recipe != recipe
+
+
+def test_a_split_can_be_split() -> None:
+    table = gb.read_table({"x": np.arange(100.0), "y": ["a", "b"] * 50}, label="y")
+    rest, test = table.split(0.2)
+    train, validation = rest.split(0.25)
+    assert [len(part) for part in (train, validation, test)] == [60, 20, 20]
+    assert validation.recipe is train.recipe
+    whole = [part.prepared_by(table.recipe).as_samples()[0][:, 0] for part in (train, validation, test)]
+    assert np.array_equal(np.sort(np.concatenate(whole)), table.as_samples()[0][:, 0])
+
+
+def test_new_rows_are_matched_by_name() -> None:
+    train = gb.read_table({"x": [1.0, 3.0] * 4, "c": ["p", "q"] * 4, "y": ["a", "b"] * 4}, label="y")
+    new = gb.read_table({"more": ["?"], "c": ["q"], "x": [3]}, like=train)
+    assert new.as_samples()[0].tolist() == [[1, 0, 1]]
+    assert new.as_samples()[1] is None
+    assert not new.labelled
+    with pytest.raises(gb.DataFormatError, match=r"expected the columns of training, found no 'c'; it has 'x'"):
+        gb.read_table({"x": [1.0]}, like=train)
+    with pytest.raises(gb.DataFormatError, match="the label 'y' must be one of 'a', 'b', got 'z' in row 1"):
+        gb.read_table({"x": [1.0, 1.0], "c": ["p", "p"], "y": ["a", "z"]}, like=train).as_samples()
+    with pytest.warns(
+        gb.TableWarning, match=r"'c' has 2 texts that training rows had not, such as 's', in 3 rows"
+    ) as told:
+        found = gb.read_table({"x": [1.0] * 4, "c": ["s", "t", "s", "p"]}, like=train).as_samples()[0]
+    assert len(told) == 1
+    assert found[:, 1:].tolist() == [[0, 0], [0, 0], [0, 0], [1, 0]]
+
+
+def test_shown() -> None:
+    table = gb.read_table({"x": [1.0, None] * 30, "c": ["p", "q"] * 30, "k": [1] * 60, "y": KIND}, label="y")
+    with pytest.warns(gb.TableWarning):
+        shown = repr(table)
+    assert shown.splitlines() == [
+        "<Table the dict: 60 rows",
+        "  3 columns, 3 features",
+        "  number: x",
+        "  category: c (2)",
+        "  left out: k",
+        "  missing in: x",
+        "  label: y, classification, 2 classes: 'a', 'b'>",
+    ]
+    wide = gb.read_table({f"a long name of a column {i}": SIZE for i in range(1000)})
+    assert len(repr(wide).splitlines()) < 12
+    assert max(map(len, repr(wide).splitlines())) <= 100
+    assert "no column tells samples apart" in repr(gb.read_table({"x": [1.0]}))
+
+
+# --- statistics -------------------------------------------------------------------------------------------------
+
+
+def test_moments_of_blocks_are_those_of_all() -> None:
+    values = np.random.default_rng(0).normal(1e6, 1.0, 10_000)
+    moments = Moments()
+    for part in np.array_split(values, 37):
+        moments.add(part)
+    np.testing.assert_allclose([moments.mean, moments.deviation], [values.mean(), values.std()], rtol=1e-12)
+
+
+@pytest.mark.parametrize("order", ["sorted", "reversed", "random", "organ pipe"])
+def test_the_rank_of_a_median_is_within_its_bound(order: str) -> None:
+    n = 300_000
+    values = np.arange(n, dtype=float)
+    if order == "reversed":
+        values = values[::-1]
+    elif order == "random":
+        values = np.random.default_rng(0).permutation(values)
+    elif order == "organ pipe":
+        values = np.concatenate([values[::2], values[1::2][::-1]])
+    median = Median(exact=False)
+    for part in np.array_split(values, 91):
+        median.add(part)
+    assert abs(median.result() - n / 2) <= n * np.log2(n / KEPT) / KEPT + 1
+    kept = sum(len(part) for level in median._levels for part in level)
+    assert kept <= KEPT * len(median._levels)
+    few = Median(exact=False)
+    few.add(values[: KEPT - 1])
+    assert few.result() == np.median(values[: KEPT - 1])
+
+
+# --- with a loader, a network and a model -----------------------------------------------------------------------------
+
+
+def trees(n: int = 300, seed: int = 0) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    kinds = rng.integers(0, 3, n)
+    height = 10.0 * kinds + rng.normal(size=n)
+    height[rng.random(n) < 0.05] = np.nan
+    return {
+        "height": height,
+        "bark": np.array(["rough", "smooth", "thin"])[rng.integers(0, 3, n)].tolist(),
+        "species": np.array(["oak", "ash", "elm"])[kinds].tolist(),
+    }
+
+
+def trained(table: Any, epochs: int = 5, test: Any = None) -> tuple[Any, Any]:
+    net = gb.mlp([table.features, 16, table.outputs], loss=table.loss, backend="cpu")
+    loader = gb.Loader(table, batch_size=16, backend="cpu")
+    gb.fit(net, loader, gb.Adam(net.parameters, lr=1e-2), epochs, validation=test, progress=False)
+    return net, loader
+
+
+def test_from_a_table_to_a_model_and_back(tmp_path: Any) -> None:
+    train, test = gb.read_table(trees(), label="species").split(0.2)
+    net, loader = trained(train, test=test)
+    path = tmp_path / "trees.safetensors"
+    gb.save(path, net, loader=loader)
+    model = gb.load(path, backend="cpu")
+    assert model.classes == ["ash", "elm", "oak"]
+    assert model.preparation.table == train.recipe
+    predicted = model.predict(test)
+    assert predicted.dtype.kind == "U"
+    accuracy = (predicted == test.labels).mean()
+    assert accuracy > 0.9
+    X, Y = test.as_samples()
+    np.testing.assert_allclose(model.evaluate(test), net.evaluate(X, Y), rtol=1e-6)
+    assert model.evaluate(test)[1] == pytest.approx(accuracy)
+    matrix = model.confusion_matrix(test)
+    assert matrix.sum() == len(test)
+    assert np.trace(matrix) / len(test) == pytest.approx(accuracy)
+    new = trees(seed=1)
+    assert (model.predict({k: v for k, v in new.items() if k != "species"}) == np.array(new["species"])).mean() > 0.9
+    assert model.evaluate(new)[1] == pytest.approx((model.predict(new) == np.array(new["species"])).mean())
+    np.testing.assert_allclose(model.probabilities(new).sum(1), 1, rtol=1e-5)
+    assert model.predict({"height": 20.0, "bark": "thin"}).tolist() == ["elm"]
+    own = gb.Model(net, train)  # without a loader
+    assert np.array_equal(own.scores(new), model.scores(new))
+    own.save(path)
+    assert np.array_equal(gb.load(path, backend="cpu").scores(new), model.scores(new))
+    with pytest.raises(gb.DataFormatError, match="found no 'height'"):
+        model.predict({"bark": ["thin"]})
+    with pytest.raises(gb.ArgumentError, match="has no label 'species'"):
+        model.confusion_matrix({"height": [1.0], "bark": ["thin"]})
+
+
+def test_regression_predicts_in_the_unit_of_the_label(tmp_path: Any) -> None:
+    x = np.linspace(-1, 1, 200)
+    train, test = gb.read_table({"x": x, "price": 200_000 + 50_000 * x}, label="price").split(0.2)
+    net, loader = trained(train, epochs=20)
+    path = tmp_path / "m.safetensors"
+    gb.save(path, net, loader=loader)
+    model = gb.load(path, backend="cpu")
+    assert model.classes is None
+    found = model.predict(test)
+    assert gb.metrics.r2(test.labels, found) > 0.98
+    assert model.evaluate(test)[1] is None
+
+
+def test_booleans_are_classes_of_a_model(tmp_path: Any) -> None:
+    table = gb.read_table({"x": SIZE, "y": [x > 3 for x in SIZE]}, label="y")
+    net, _ = trained(table)
+    gb.save(tmp_path / "m.safetensors", net, loader=table)
+    found = gb.load(tmp_path / "m.safetensors", backend="cpu").predict({"x": [0.0, 6.0]})
+    assert found.dtype == bool
+    assert found.tolist() == [False, True]
+
+
+def test_what_a_loader_and_fit_refuse() -> None:
+    table = gb.read_table(trees(), label="species")
+    train, test = table.split(0.2)
+    net, loader = trained(train, epochs=1)
+    with pytest.raises(gb.ArgumentError, match="X must be given alone where it is a table"):
+        gb.Loader(train, np.zeros(len(train)), backend="cpu")
+    with pytest.raises(gb.ArgumentError, match="X is a table of rows"):
+        gb.Loader(train, sample_axis=1, backend="cpu")
+    with pytest.raises(gb.ArgumentError, match="validation must be prepared as the loader's table is"):
+        gb.fit(net, loader, gb.Adam(net.parameters), 1, validation=gb.read_table(trees(), label="species"))
+    with pytest.raises(gb.ArgumentError, match="classes must be None where a table has them"):
+        gb.Model(net, train, ["x", "y", "z"])
+    x, y = loader.to_batch(test)
+    assert x.shape == (len(test), train.features)
+    assert y.tolist() == test.as_samples()[1].tolist()
+
+
+def test_a_recipe_comes_back_from_json() -> None:
+    columns = {"x": [1.0, None] * 30, "c": ["p", None, "q"] * 20, "h": [str(i % 9) for i in range(60)], "k": [1] * 60}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = gb.read_table({**columns, "y": KIND}, label="y", kinds={"h": "hash"}, missing="?")
+        recipe = table.recipe
+    arrays: dict[str, np.ndarray] = {}
+    text = json.dumps(recipe.to_json(arrays))
+    assert Recipe.from_json(json.loads(text), arrays, ["a", "b"]) == recipe
+
+
+def test_pandas_types_of_its_own() -> None:
+    pd = peer("pandas")
+    frame = pd.DataFrame(
+        {
+            "i": pd.array([1, None, 3] * 20, dtype="Int64"),
+            "b": pd.array([True, None, False] * 20, dtype="boolean"),
+            "s": pd.array(["p", None, "q"] * 20, dtype="string"),
+            "c": pd.Categorical(["p", "q", None] * 20),
+            "o": np.array(["p", None, np.nan] * 20, object),
+        },
+        index=range(100, 160),
+    )
+    table = gb.read_table(frame)
+    assert table.columns == ["i", "b", "s", "c", "o"]
+    assert [column.kind for column in table.recipe.columns] == ["number", "number", "category", "category", "category"]
+    assert table.features == 2 + 2 + 3 + 3 + 2
