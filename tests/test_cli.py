@@ -26,7 +26,7 @@ from gpubatch.formula import rules
 if importlib.util.find_spec("typer") is None:
     pytest.skip("the command line's extra is not installed", allow_module_level=True)
 
-from gpubatch.cli.data import Data
+from gpubatch.cli.data import DataOptions
 
 SMALL = ["--layers", "16", "--epochs", "1"]
 
@@ -112,13 +112,13 @@ def test_a_set_of_other_names_sizes_and_labels(tmp_path: Path) -> None:
                 gzip.compress(idx(np.zeros((n, 6, 5), "u1")))
             )
             (tmp_path / f"{name}-{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
-    data = Data(tmp_path / "emnist-letters", "8", "cpu", "float32")
-    assert (data.name, data.sizes) == (f"emnist-letters in {tmp_path}", [30, 8, 27])
+    data = DataOptions([tmp_path / "emnist-letters"]).read()
+    assert (data.name, data.features, data.outputs) == (f"emnist-letters in {tmp_path}", 30, 27)
     with pytest.raises(gpubatch.DataFormatError, match="expected one set, found emnist-digits, emnist-letters; name"):
-        Data(tmp_path, "8", "cpu", "float32")
+        DataOptions([tmp_path]).read()
     for path in tmp_path.glob("emnist-digits-*"):
         path.unlink()
-    assert Data(tmp_path, "8", "cpu", "float32").name == f"emnist-letters in {tmp_path}"
+    assert DataOptions([tmp_path]).read().name == f"emnist-letters in {tmp_path}"
 
 
 @pytest.mark.exhaustive
@@ -282,8 +282,8 @@ ERRORS = {
         ["train", "--execution", "captured", "--no-progress"],
         "error: execution must be 'auto' or 'eager' here, got 'captured': graphs are for a GPU",
     ),
-    "no folder": (["train", "nowhere"], "error: FOLDER must be a folder with MNIST or CIFAR-10 files, got 'nowhere'"),
-    "empty folder": (["train", "."], r"error: FOLDER has neither MNIST"),
+    "no folder": (["train", "nowhere"], "error: DATA must be files or a folder that are there, got 'nowhere'"),
+    "empty folder": (["train", "."], r"error: DATA has neither MNIST"),
     "plot": (
         ["train", "--plot", "curves.gif"],
         r"error: the plot file must end in .png, .pdf or .svg, got 'curves.gif'",
@@ -426,7 +426,7 @@ def test_loss_and_metrics_by_options(mnist: Path) -> None:
     assert run(*small, "--loss", "svm", "--label-smoothing", "0.1", code=2).stderr.startswith(
         "error: --label-smoothing"
     )
-    swept = run("sweep", str(mnist), "--step-size", "--layers", "8", "--label-smoothing", "0.1")
+    swept = run("sweep", "step-size", str(mnist), "--layers", "8", "--label-smoothing", "0.1")
     assert "softmax_cross_entropy(label_smoothing=0.1)" in swept.stdout
 
 

@@ -16,8 +16,9 @@ import pytest
 from families import every
 from test_cli import mnist, run  # noqa: F401  # mnist is a fixture
 
-from gpubatch.cli.data import Task
+from gpubatch.cli.data import DataOptions, Task
 from gpubatch.cli.gradients import CHECKED, WITH_EVERY_LAYER
+from gpubatch.cli.options import BatchOptions, NetworkOptions, RunOptions
 from gpubatch.cli.strategies import compare_strategies
 from gpubatch.nn import layers, losses
 
@@ -69,7 +70,7 @@ def test_a_wrong_gradient_is_named_and_is_exit_code_1(tmp_path: Path) -> None:
 def test_a_landscape_with_its_path(mnist: Path, tmp_path: Path) -> None:  # noqa: F811
     pytest.importorskip("matplotlib")
     file = tmp_path / "plane.png"
-    options = ["landscape", str(mnist), *SMALL, "--points", "7", "--batch-size", "50", "--samples", "200"]
+    options = ["landscape", str(mnist), *SMALL, "--points", "7", "--batch-size", "50", "--evaluated", "200"]
     found = result(*options, "--plot", str(file))
     grid, path = np.array(found["losses"]), np.array(found["path"])
     assert grid.shape == (7, 7)
@@ -96,19 +97,19 @@ def test_a_slice_of_an_untrained_network(directions: str, mnist: Path, tmp_path:
 
 
 SWEEPS = {
-    "--step-size": [],
-    "--batch-size": ["--sizes", "50,64", "--epochs", "2", "--target", "2.0"],
-    "--optimizer": ["--epochs", "1", "--batch", "50"],
-    "--strategy": ["--trials", "5", "--epochs", "2", "--loss", "svm", "--batch", "50"],
+    "step-size": [],
+    "batch-size": ["--sizes", "50,64", "--epochs", "2", "--target", "2.0"],
+    "optimizer": ["--epochs", "1", "--batch-size", "50"],
+    "strategy": ["--trials", "5", "--epochs", "2", "--loss", "svm", "--batch-size", "50"],
 }
 
 
-@every("option", [*SWEEPS], ["--batch-size"])
-def test_sweeps_print_a_table_and_draw(option: str, mnist: Path, tmp_path: Path) -> None:  # noqa: F811
+@every("what", [*SWEEPS], ["batch-size"])
+def test_sweeps_print_a_table_and_draw(what: str, mnist: Path, tmp_path: Path) -> None:  # noqa: F811
     pytest.importorskip("matplotlib")
     file = tmp_path / "sweep.png"
-    done = run("sweep", str(mnist), option, *SMALL, *SWEEPS[option], "--plot", str(file))
-    assert done.stdout.startswith(f"gpubatch sweep {option}, 300 samples\n784-8-10, s")
+    done = run("sweep", what, str(mnist), *SMALL, *SWEEPS[what], "--plot", str(file))
+    assert done.stdout.startswith(f"gpubatch sweep {what}, 300 samples\n784-8-10, s")
     assert done.stdout.endswith(f"drawn in {file}\n")
     assert done.stderr == ""
     assert file.read_bytes().startswith(b"\x89PNG")
@@ -116,18 +117,18 @@ def test_sweeps_print_a_table_and_draw(option: str, mnist: Path, tmp_path: Path)
 
 
 def test_a_step_size_is_suggested(mnist: Path) -> None:  # noqa: F811
-    found = result("sweep", str(mnist), "--step-size", *SMALL)
+    found = result("sweep", "step-size", str(mnist), *SMALL)
     steps, test = found["step_sizes"], found["range_test"]
     assert steps["step_sizes"][:10] == [float(f"1e{k}") for k in range(-10, 0)]
     assert min(steps["losses"]) < steps["start"] < max(steps["losses"])
     assert test["suggestion"] in [float(f"{rate / 10:.2g}") for rate in test["rates"]]
-    text = run("sweep", str(mnist), "--step-size", *SMALL).stdout
+    text = run("sweep", "step-size", str(mnist), *SMALL).stdout
     assert f"suggested learning rate for SGD: {test['suggestion']:g}: the smoothed cost is lowest" in text
     assert f"one step on the whole set: {steps['reason']}" in text
 
 
 def test_batch_sizes_are_compared(mnist: Path) -> None:  # noqa: F811
-    arguments = ["sweep", str(mnist), "--batch-size", *SMALL, "--sizes", "20,300", "--epochs", "3", "--target", "2.0"]
+    arguments = ["sweep", "batch-size", str(mnist), *SMALL, "--sizes", "20,300", "--epochs", "3", "--target", "2.0"]
     found = result(*arguments)["batch_sizes"]
     assert [trial["batch_size"] for trial in found] == [20, 300]
     assert found[0]["seconds_to_target"] > 0
@@ -138,9 +139,11 @@ def test_batch_sizes_are_compared(mnist: Path) -> None:  # noqa: F811
 
 def test_the_strategies_rank_as_in_the_notes() -> None:
     """Random search < random local search < gradient descent, on the digits; takes some seconds."""
-    task = Task.of(None, "", "svm", 0, "cpu", "float32", 2000)
+    task = Task.of(DataOptions(samples=2000), NetworkOptions("", loss="svm", backend="cpu"))
     seen = list[tuple[int, int]]()
-    found = compare_strategies(task, 200, 0.01, 0.01, 5, 128, lambda done, total: seen.append((done, total)))
+    found = compare_strategies(
+        *(task, 200, 0.01, 0.01), RunOptions(5), BatchOptions("128"), lambda done, total: seen.append((done, total))
+    )
     accuracies = [result.test_accuracy or 0.0 for result in found]
     assert [result.name for result in found] == ["random search", "local search", "gradient descent"]
     assert accuracies == sorted(accuracies)
@@ -150,32 +153,41 @@ def test_the_strategies_rank_as_in_the_notes() -> None:
 
 
 def test_optimizers_and_strategies_are_compared(mnist: Path) -> None:  # noqa: F811
-    found = result("sweep", str(mnist), "--optimizer", *SMALL, *SWEEPS["--optimizer"])["optimizers"]
+    found = result("sweep", "optimizer", str(mnist), *SMALL, *SWEEPS["optimizer"])["optimizers"]
     assert [trial["name"] for trial in found] == ["sgd", "momentum", "rmsprop", "adam"]
     assert all(trial["loss"] == min(x for x in trial["losses"] if x is not None) for trial in found)
-    found = result("sweep", str(mnist), "--strategy", *SMALL, "--trials", "50", "--batch", "20")["strategies"]
+    found = result("sweep", "strategy", str(mnist), *SMALL, "--trials", "50", "--batch-size", "20")["strategies"]
     accuracy = {strategy["name"]: strategy["test_accuracy"] for strategy in found}
     assert accuracy["gradient descent"] > max(accuracy["random search"], accuracy["local search"])
 
 
 ERRORS = {
-    "none": (["sweep"], "error: sweep needs one of --step-size, --batch-size, --optimizer, --strategy, got 0 of them"),
-    "two": (["sweep", "--strategy", "--optimizer"], "error: sweep needs one of .*, got 2 of them"),
-    "sizes": (["sweep", "--batch-size", "--sizes", "8,x"], "error: --sizes must be made of integers, got 'x'"),
-    "size": (["sweep", "--batch-size", "--sizes", "0"], "error: sizes must be an integer between 1 and 8000, got 0"),
-    "target": (["sweep", "--batch-size", "--target", "-1"], "error: target must be finite and in"),
-    "scale": (["sweep", "--strategy", "--scale", "0"], "error: scale must be finite and in"),
-    "loss": (["sweep", "--optimizer", "--loss", "mse"], "error: --loss must be one of 'softmax_cross_entropy', 'svm'"),
-    "optimizer": (["sweep", "--optimizer", "adam"], "error: --optimizer of sweep takes no value, got 'adam'"),
-    "batch size": (["sweep", "--batch-size", "64"], "error: --batch-size of sweep takes no value, .* give --sizes 64"),
-    "plot": (["sweep", "--optimizer", "--plot", "a.gif"], "error: the plot file must end in .png"),
+    "what": (["sweep", "stepsize"], "error: WHAT must be one of 'step-size', .*; did you mean 'step-size'?"),
+    "of others": (
+        ["sweep", "step-size", "--early-stop", "3"],
+        "error: --early-stop is for sweep batch-size and optimizer and strategy, not for step-size",
+    ),
+    "weights of numbers": (
+        ["sweep", "step-size", "--task", "regression", "--class-weight", "balanced"],
+        "error: --task regression needs targets that are numbers, the images have labels",
+    ),
+    "sizes": (["sweep", "batch-size", "--sizes", "8,x"], "error: --sizes must be made of integers, got 'x'"),
+    "size": (["sweep", "batch-size", "--sizes", "0"], "error: sizes must be an integer between 1 and 8000, got 0"),
+    "target": (["sweep", "batch-size", "--target", "-1"], "error: target must be finite and in"),
+    "scale": (["sweep", "strategy", "--scale", "0"], "error: scale must be finite and in"),
+    "loss": (
+        ["sweep", "optimizer", "--loss", "mse"],
+        "error: --loss must be one of softmax_cross_entropy, svm here, got 'mse'",
+    ),
+    "optimizer": (["sweep", "optimizer", "--optimizer", "adam"], "error: --optimizer is for sweep step-size and batch"),
+    "plot": (["sweep", "optimizer", "--plot", "a.gif"], "error: the plot file must end in .png"),
     "directions": (["landscape", "--directions", "pth"], "error: --directions must be one of .*did you mean 'path'"),
     "no path": (["landscape", "--epochs", "0"], "error: --directions path needs --epochs of at least 1, got 0"),
     "short path": (["landscape", "--epochs", "1", "--batch-size", "8000"], "error: .* more than 2 steps of .*, got 1"),
     "span": (["landscape", "--span", "0"], "error: --span must be a number above 0, got 0"),
     "h": (["check-gradient", "--h", "-1"], "error: h must be finite and in"),
     "backend": (["check-gradient", "--backend", "gpu"], "error: backend must be 'auto', 'cpu', 'cuda', 'cuda:N'"),
-    "folder": (["landscape", "nowhere"], "error: FOLDER must be a folder with MNIST or CIFAR-10 files, got 'nowhere'"),
+    "folder": (["landscape", "nowhere"], "error: DATA must be files or a folder that are there, got 'nowhere'"),
 }
 
 

@@ -26,29 +26,29 @@ def test_it_is_the_plan_of_fit() -> None:
     found = result(*SMALL, "--memory", "100 MB", "--optimizer", "momentum")
     (X, Y), (X_test, _) = mnist_10k()
     net = gb.mlp([784, 32, 10], backend="cpu")
-    loader = gb.Loader(X, Y, scale=1 / 255, backend="cpu")
+    loader = gb.Loader(X, Y, scale=1 / 255, backend="cpu", at_most=64)
     plan_batches(net, loader, gb.Momentum(net.parameters, 0.1), len(X_test), X_test.size * 4)
     assert found["plan"]["parts"] == loader.plan.parts
     assert found["plan"]["needed"] == sum(loader.plan.parts.values())
     assert found["plan"]["available"] == 100_000_000
-    assert (found["plan"]["batch_size"], found["samples"], found["parameters"]) == (512, 8000, 784 * 32 + 32 + 330)
+    assert (found["plan"]["batch_size"], found["samples"], found["parameters"]) == (64, 8000, 784 * 32 + 32 + 330)
     assert found["network"] == "784-32-10, relu, momentum, 10,000 bundled MNIST digits, float32, cpu"
     sizes = [int(n) for n in found["needed_by_size"]]
     assert sizes == [*(2**k for k in range(13)), 8000]
-    assert found["needed_by_size"]["512"] == found["plan"]["needed"]
+    assert found["needed_by_size"]["64"] == found["plan"]["needed"]
     assert list(found["needed_by_size"].values()) == sorted(found["needed_by_size"].values())
 
 
 @pytest.mark.exhaustive
 def test_less_memory_is_a_smaller_batch() -> None:
-    sizes = result(*SMALL)["needed_by_size"]
+    sizes = result(*SMALL, "--at-most", "512")["needed_by_size"]
     between = (sizes["64"] + sizes["128"]) / 2 / 0.9
-    plan = result(*SMALL, "--memory", f"{between / 1024:.0f} KiB")["plan"]
+    plan = result(*SMALL, "--at-most", "512", "--memory", f"{between / 1024:.0f} KiB")["plan"]
     assert plan["batch_size"] == 64
     assert plan["reason"].startswith("memory limits the batch to 64: 128 samples would need ")
-    assert result(*SMALL, "--memory", f"{between:.0f}")["plan"]["batch_size"] == 64
+    assert result(*SMALL, "--at-most", "512", "--memory", f"{between:.0f}")["plan"]["batch_size"] == 64
     assert result(*SMALL, "--at-most", "100")["plan"]["batch_size"] == 64
-    assert result(*SMALL, "--samples", "1500")["plan"]["batch_size"] == 1500
+    assert result(*SMALL, "--samples", "1500")["plan"]["batch_size"] == 32
     given = result(*SMALL, "--batch-size", "300", "--memory", "1 MB")["plan"]
     assert given["batch_size"] == 300
     assert given["reason"].startswith("batch_size=300 was given; it needs ")

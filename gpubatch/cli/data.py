@@ -1,119 +1,356 @@
-"""The data of a command, and a network for it."""
+"""The data of a command: what files hold, split into samples to train on and to test on, and a network for them."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+import typer
 
-from gpubatch import datasets
+from gpubatch import datasets, sources
 from gpubatch.backend import Array, get_backend
-from gpubatch.cli.options import DTYPES, integer, loss_named
-from gpubatch.errors import ArgumentError, check_choice
-from gpubatch.loader import Loader
-from gpubatch.nn import Network, mlp
-from gpubatch.train import drop_last_for
+from gpubatch.cli.options import DTYPES, LOSSES_OF, BatchOptions, NetworkOptions
+from gpubatch.errors import ArgumentError, DataFormatError, check_choice, check_real
+from gpubatch.loader import Loader, epochs_of, split
+from gpubatch.nn import LOSSES, Dense, Loss, Network, SoftmaxCrossEntropy, mlp
+from gpubatch.sizing import WHOLE_SET
+from gpubatch.train import drop_last_for, loader_for
 
-__all__ = ["Data", "Task"]
+__all__ = ["DataOptions", "Samples", "Task", "loss_of", "network_for", "raw_samples", "sizes_of", "used", "words_of"]
 
-
-class Data:
-    """Images from a folder, or the bundled digits, and a network for them.
-
-    folder: where they are; None for the bundled digits
-    hidden: the widths of the hidden layers, by comma
-    samples: how many of the training set to take; None for all
-    network: further arguments of :func:`~gpubatch.nn.mlp`
-    """
-
-    def __init__(
-        self,
-        folder: Path | None,
-        hidden: str,
-        backend: str,
-        dtype: str,
-        seed: int = 0,
-        samples: int | None = None,
-        **network: Any,
-    ) -> None:
-        self.hidden = [integer("--layers", width) for width in hidden.split(",") if hidden]
-        where, dtype = get_backend(backend), check_choice("--dtype", dtype, DTYPES)
-        self.name, (X, Y), self.test = load(folder, seed)
-        self.sizes = [X.shape[1], *self.hidden, int(max(Y.max(), self.test[1].max())) + 1]
-        self.X, self.Y, self.seed = X[:samples], Y[:samples], seed
-        self.net = mlp(self.sizes, backend=where, dtype=dtype, seed=seed, **network)
-
-    def words(self, *more: str) -> str:
-        """Network and data in a line, for titles."""
-        net = self.net
-        parts = ["-".join(map(str, self.sizes)), *more, self.name, net.compute_dtype.name, net.backend.spec]
-        return ", ".join(parts)
-
-    def loader(self, batch_size: str, at_most: int, class_weight: str | None = None) -> Loader:
-        """Batches of the training set, pixels from 0 to 1, perhaps with weights."""
-        size = batch_size if batch_size == "auto" else integer("--batch-size", batch_size)
-        single = isinstance(size, int) and size > 0 and len(self.X) % size == 1
-        return Loader(
-            *(self.X, self.Y),
-            batch_size=size,
-            drop_last=drop_last_for(self.net) if single else False,
-            at_most=at_most,
-            seed=self.seed,
-            backend=self.net.backend,
-            dtype=self.net.dtype,
-            scale=1 / 255,
-            class_weight=class_weight,
-        )
+STEPS = 32  # in an epoch of a small set, at least, where batches have no fewer than 8 samples
+TASKS = ("auto", *LOSSES_OF)
+PARTS = {"X": ("x", "x_train"), "Y": ("y", "y_train"), "X_test": ("x_test",), "Y_test": ("y_test",)}  # of an .npz file
 
 
 @dataclasses.dataclass
-class Task:
-    """What the explorers need: a network, and arrays on its backend."""
+class Samples:
+    """Samples to train on and to test on.
 
-    net: Network
-    X: Array
-    Y: Array
-    test: tuple[Array, Array]
-    seed: int
-    words: str
+    name: where they are from, in words
+    X, Y: those to train on: rows, and labels from 0 or numbers
+    test: the same of those to test on
+    scale: what X is multiplied by
+    classes: the names of the classes; None where labels have none, or there are numbers
+    outputs: of a network for them
+    task: one of LOSSES_OF
+    """
 
-    @classmethod
-    def of(
-        cls,
-        folder: Path | None,
-        hidden: str,
-        loss: str,
-        seed: int,
-        backend: str,
-        dtype: str,
-        samples: int | None = None,
-        label_smoothing: float = 0.0,
-    ) -> Task:
-        """The task that options name; ``samples`` of the training set, None for all."""
-        data = Data(folder, hidden, backend, dtype, seed, samples, loss=loss_named(loss, label_smoothing))
-        net = data.net
+    name: str
+    X: np.ndarray
+    Y: np.ndarray
+    test: tuple[np.ndarray, np.ndarray]
+    scale: float | None
+    classes: list[Any] | None
+    outputs: int
+    task: str
+    class_weight: str | None = None
 
-        def ready(X: np.ndarray, Y: np.ndarray) -> tuple[Array, Array]:
-            return net.backend.asarray(np.multiply(X, 1 / 255, dtype=net.dtype)), net.backend.asarray(Y)
+    @property
+    def features(self) -> int:
+        """Of a sample."""
+        return int(self.X.shape[1])
 
-        return cls(net, *ready(data.X, data.Y), ready(*data.test), seed, data.words(data.net.loss_name))
+    def loader(self, net: Network, batches: BatchOptions, seed: int) -> Loader:
+        """Batches for a network to train on."""
+        n = len(self.X)
+        size = usual_size(n, batches.at_most) if batches.size == "auto" and n <= WHOLE_SET else batches.size
+        single = isinstance(size, int) and size > 0 and n % size == 1
+        return Loader(
+            *(self.X, self.Y),
+            batch_size=size,
+            drop_last=drop_last_for(net) if single else False,
+            at_most=batches.at_most,
+            seed=seed,
+            backend=net.backend,
+            dtype=net.dtype,
+            scale=self.scale,
+            class_weight=self.class_weight,
+        )
 
 
-def load(folder: Path | None, seed: int) -> tuple[str, datasets.Samples, datasets.Samples]:
+def usual_size(samples: int, at_most: int) -> int:
+    """The batch size of a small set, which a loader would take at once: a power of two with 32 steps an epoch, or 8."""
+    size = min(max(8, samples // STEPS), at_most, samples)
+    return 1 << (size.bit_length() - 1)
+
+
+@dataclasses.dataclass
+class DataOptions:
+    """What to learn from."""
+
+    panel: ClassVar[str] = "Data"
+    data: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[DATA]...",
+            help="A folder with MNIST or a set like it (IDX files) or CIFAR-10 (binary version), two files X.npy "
+            "Y.npy, or an .npz file with X and Y. By default the bundled 10,000 digits.",
+        ),
+    ] = None
+    task: Annotated[
+        str, typer.Option(help="classification, regression, or auto: regression where the targets have fractions.")
+    ] = "auto"
+    test_size: Annotated[
+        float, typer.Option(help="Part of the samples to test on, where the data has no test set of its own.")
+    ] = 0.2
+    samples: Annotated[int | None, typer.Option(min=2, help="Of the training set; by default all.")] = None
+    class_weight: Annotated[
+        str | None, typer.Option(help="balanced: every class counts as much as any other in the loss.")
+    ] = None
+    seed: Annotated[int, typer.Option(min=0, help="Of split, first weights, order, dropout and directions.")] = 0
+
+    def read(self) -> Samples:
+        """Read and split it."""
+        check_choice("--task", self.task, TASKS)
+        check_real("--test-size", self.test_size, 0, 1, open_low=True, open_high=True)
+        if self.class_weight is not None:
+            check_choice("--class-weight", self.class_weight, ["balanced"])
+        found = self._read(self.data or [])
+        if self.class_weight is not None and found.task == "regression":
+            raise ArgumentError("--class-weight is for classes, and the targets are numbers")
+        return dataclasses.replace(
+            found, X=found.X[: self.samples], Y=found.Y[: self.samples], class_weight=self.class_weight
+        )
+
+    def _read(self, paths: Sequence[Path]) -> Samples:
+        if not paths or is_images(paths[0]):
+            name, (X, Y), test = images(paths, self.seed)
+            if self.task == "regression":
+                raise ArgumentError("--task regression needs targets that are numbers, the images have labels")
+            return Samples(name, X, Y, test, 1 / 255, None, int(max(Y.max(), test[1].max())) + 1, "classification")
+        name, arrays = arrays_of(paths)
+        Y, Y_test, classes, outputs, task = targets(arrays.Y, arrays.Y_test, self.task)
+        X, X_test = rows(arrays.X), None if arrays.X_test is None else rows(arrays.X_test)
+        if len(X) != len(Y):
+            raise DataFormatError(f"{name}: expected a target for each sample, found {len(X)} and {len(Y)}")
+        if X_test is None or Y_test is None:
+            labels = Y if task == "classification" else None
+            kept, held = split(len(X), self.test_size, self.seed, labels)
+            X, Y, X_test, Y_test = X[kept], Y[kept], X[held], Y[held]
+        scale = 1 / 255 if X.dtype == np.uint8 else None
+        return Samples(name, X, Y, (X_test, Y_test), scale, classes, outputs, task)
+
+
+@dataclasses.dataclass
+class Arrays:
+    """What files hold; those to test on may be missing."""
+
+    X: np.ndarray
+    Y: np.ndarray
+    X_test: np.ndarray | None = None
+    Y_test: np.ndarray | None = None
+
+
+def is_images(path: Path) -> bool:
+    """Whether it is a folder, or names one of several sets in a folder."""
+    return path.is_dir() or (
+        not path.exists() and path.parent.is_dir() and path.name in datasets.mnist_sets(path.parent)
+    )
+
+
+def images(paths: Sequence[Path], seed: int) -> tuple[str, datasets.Samples, datasets.Samples]:
     """The data in words, its training set and its test set: those in a folder, or the bundled digits."""
-    if folder is None:
+    if not paths:
         return ("10,000 bundled MNIST digits", *datasets.mnist_10k(seed))
-    if not folder.is_dir() and folder.parent.is_dir() and folder.name in datasets.mnist_sets(folder.parent):
-        return (f"{folder.name} in {folder.parent}", *datasets.mnist(folder))
+    folder, *more = paths
+    if more:
+        raise ArgumentError(f"DATA must be one folder, got {' '.join(map(str, paths))}")
     if not folder.is_dir():
-        raise ArgumentError(f"FOLDER must be a folder with MNIST or CIFAR-10 files, got {str(folder)!r}")
+        return (f"{folder.name} in {folder.parent}", *datasets.mnist(folder))
     names = {path.name for path in folder.iterdir()}
     if any("idx" in name for name in names):
         return (f"{next(iter(datasets.mnist_sets(folder)), '') or 'MNIST'} in {folder}", *datasets.mnist(folder))
     if any(name.startswith(("data_batch", "cifar-10")) for name in names):
         return (f"CIFAR-10 in {folder}", *datasets.cifar10(folder))
     raise ArgumentError(
-        f"FOLDER has neither MNIST (train-images-idx3-ubyte ...) nor CIFAR-10 (data_batch_1.bin ...): {folder}"
+        f"DATA has neither MNIST (train-images-idx3-ubyte ...) nor CIFAR-10 (data_batch_1.bin ...): {folder}"
     )
+
+
+def arrays_of(paths: Sequence[Path]) -> tuple[str, Arrays]:
+    """The arrays in NumPy's files, and their names in words."""
+    for path in paths:
+        if not path.exists():
+            raise ArgumentError(f"DATA must be files or a folder that are there, got {str(path)!r}")
+    endings = [path.suffix for path in paths]
+    if endings == [".npy", ".npy"]:
+        X, Y = (npy(path) for path in paths)
+        return " and ".join(map(str, paths)), Arrays(X, Y)
+    if endings == [".npz"]:
+        return str(paths[0]), npz(paths[0])
+    words = "one file; give X.npy Y.npy" if endings == [".npy"] else " ".join(map(str, paths))
+    raise ArgumentError(f"DATA must be a folder, two files X.npy Y.npy, or an .npz file, got {words}")
+
+
+@contextlib.contextmanager
+def damage_of(path: Path) -> Iterator[None]:
+    """Turn what NumPy raises for a damaged file into an error that names it."""
+    try:
+        yield
+    except DataFormatError:
+        raise
+    except (ValueError, EOFError, zipfile.BadZipFile, SyntaxError) as error:
+        raise DataFormatError(f"{path}: expected NumPy's arrays of numbers or text, found {error}") from error
+
+
+def npy(path: Path) -> np.ndarray:
+    """The array in an .npy file."""
+    with damage_of(path):
+        found: Any = np.load(path, allow_pickle=False)
+        if not isinstance(found, np.ndarray) or found.ndim == 0 or len(found) == 0:
+            raise DataFormatError(f"{path}: expected an array of samples, found none")
+        return found
+
+
+def npz(path: Path) -> Arrays:
+    """The arrays in an .npz file: X and Y, or x_train and y_train, and perhaps x_test and y_test."""
+    with damage_of(path), np.load(path, allow_pickle=False) as file:
+        found = {}
+        for part, known in PARTS.items():
+            if names := [name for name in file.files if name.lower() in known]:
+                found[part] = file[names[0]]
+        if "X" not in found or "Y" not in found or ("X_test" in found) != ("Y_test" in found):
+            held = ", ".join(file.files) or "none"
+            raise DataFormatError(f"{path}: expected arrays X and Y, or x_train, y_train, x_test, y_test; found {held}")
+        return Arrays(**found)
+
+
+def rows(X: np.ndarray) -> np.ndarray:
+    """Samples of one dimension."""
+    return X.reshape(len(X), -1)
+
+
+def targets(
+    Y: np.ndarray, Y_test: np.ndarray | None, task: str
+) -> tuple[np.ndarray, np.ndarray | None, list[Any] | None, int, str]:
+    """Labels from 0, or numbers; of the test set, too; names of the classes, outputs, and the task."""
+    parts = [Y] if Y_test is None else [Y, Y_test]
+    parts = [part[:, 0] if part.ndim == 2 and part.shape[1] == 1 else part for part in parts]
+    whole = np.concatenate(parts) if len({part.ndim for part in parts}) == 1 else Y
+    if whole.dtype.kind not in "iufbUS":
+        raise DataFormatError(f"the targets must be numbers or text, got {whole.dtype}")
+    words = whole.dtype.kind in "US"
+    if task == "auto":
+        task = "regression" if whole.ndim > 1 or whole.dtype.kind == "f" else "classification"
+    if task == "regression":
+        if words:
+            raise ArgumentError("--task regression needs targets that are numbers, got text")
+        numbers = [part.astype(np.float64) for part in parts]
+        return (
+            numbers[0],
+            numbers[1] if Y_test is not None else None,
+            None,
+            1 if whole.ndim == 1 else whole.shape[1],
+            task,
+        )
+    if whole.ndim != 1:
+        raise ArgumentError(f"--task classification needs a label for each sample, got targets of shape {Y.shape}")
+    if whole.dtype.kind == "f" and not bool((whole == np.floor(whole)).all()):
+        raise ArgumentError("--task classification needs labels, got numbers with fractions")
+    names = np.unique(whole)
+    classes: list[Any] | None = None
+    if words or not np.array_equal(names, np.arange(len(names))):
+        classes = [str(name) if words else int(name) for name in names]
+    if len(names) < 2:
+        raise ArgumentError(f"the targets must have at least two classes, got {len(names)}")
+    labels = [np.searchsorted(names, part) for part in parts]
+    return labels[0], labels[1] if Y_test is not None else None, classes, len(names), task
+
+
+def loss_of(network: NetworkOptions, task: str) -> Loss:
+    """The loss that --loss and --label-smoothing name, or the usual one of a task."""
+    name = network.loss_for(task)
+    if name in LOSSES and name not in LOSSES_OF[task]:
+        what = "labels of classes" if task == "classification" else "numbers"
+        raise ArgumentError(
+            f"--loss must be one of {', '.join(LOSSES_OF[task])} here, got {name!r}: the targets are {what}"
+        )
+    check_choice("--loss", name, LOSSES_OF[task])
+    check_real("--label-smoothing", network.label_smoothing, 0, 1, open_high=True)
+    if network.label_smoothing and name != "softmax_cross_entropy":
+        raise ArgumentError(
+            f"--label-smoothing is for softmax_cross_entropy, got {network.label_smoothing:g} with {name}"
+        )
+    smoothing = network.label_smoothing
+    return SoftmaxCrossEntropy(label_smoothing=smoothing) if smoothing else LOSSES[name]
+
+
+def network_for(data: Samples, options: NetworkOptions, seed: int) -> Network:
+    """A network whose inputs and outputs are those of the data."""
+    return mlp(
+        [data.features, *options.widths, data.outputs],
+        activation=options.activation,
+        batch_norm=options.batch_norm,
+        dropout=options.dropout,
+        loss=loss_of(options, data.task),
+        l2=options.l2,
+        backend=get_backend(options.backend),
+        dtype=check_choice("--dtype", options.dtype, DTYPES),
+        seed=seed,
+        precision=options.precision,
+        init=options.init,
+    )
+
+
+def used(net: Network, network: NetworkOptions, task: str) -> dict[str, Any]:
+    """Options of the network as it has them, for the arguments in a command's JSON."""
+    return {"layers": network.widths, "loss": network.loss_for(task), "backend": net.backend.spec}
+
+
+@dataclasses.dataclass
+class Task:
+    """What the explorers need: a network, and arrays on its backend; ``weight``: what samples count by their class."""
+
+    data: Samples
+    net: Network
+    X: Array
+    Y: Array
+    weight: Array | None
+    test: tuple[Array, Array]
+    seed: int
+
+    @classmethod
+    def of(cls, options: DataOptions, network: NetworkOptions) -> Task:
+        """The task that options name."""
+        data = options.read()
+        net = network_for(data, network, options.seed)
+        loader = data.loader(net, BatchOptions("1"), options.seed)
+        X, Y = loader.to_batch(data.X, data.Y)
+        weight = epochs_of(loader).columns.weights_of(Y).get("loss_weight")
+        return cls(data, net, X, Y, weight, loader.to_batch(*data.test), options.seed)
+
+    @property
+    def words(self) -> str:
+        """It in a line, for titles."""
+        return words_of(self.net, self.data, self.net.loss_name)
+
+    def loader(self, batches: BatchOptions) -> Loader:
+        """Batches of these arrays, on the backend."""
+        return loader_for(self.net, self.X, self.Y, batches.number(), self.seed, self.weight)
+
+
+def sizes_of(net: Network) -> list[int]:
+    """Inputs, widths of the hidden layers, and outputs."""
+    return [net.inputs, *(layer.outputs for layer in net.layers if isinstance(layer, Dense))]
+
+
+def words_of(net: Network, data: Samples, *more: str) -> str:
+    """Network and data in a line, for titles."""
+    return ", ".join(["-".join(map(str, sizes_of(net))), *more, data.name, net.compute_dtype.name, net.backend.spec])
+
+
+def raw_samples(path: Path) -> Any:
+    """The samples in a file, or the test set in a folder."""
+    if is_images(path):
+        return images([path], 0)[2][0]
+    if path.suffix == ".npy":
+        return sources.npy(path, flatten=True)
+    if "idx" in path.name:
+        return rows(datasets.read_idx(path))
+    raise ArgumentError(f"DATA must be a .npy file, an IDX file or a folder, got {str(path)!r}")

@@ -24,8 +24,10 @@ __all__ = ["info"]
 
 @app.command(epilog="**Examples:** `gpubatch info` and `gpubatch info --kernel adam`.")
 def info(
-    kernel: Annotated[str | None, typer.Option(help="Print the CUDA source of this update rule instead.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of that kernel: float32 or float64.")] = "float32",
+    kernel: Annotated[
+        str | None, typer.Option(help="Print the CUDA source of this update rule, for --dtype, instead.")
+    ] = None,
+    dtype: options.DtypeName = "float32",
     as_json: options.AsJson = False,
 ) -> None:
     """Show the backends, their devices and memory, and why CUDA is or is not there."""

@@ -11,10 +11,11 @@ from rich.console import Console
 
 from gpubatch import explore, plot
 from gpubatch.cli import options
-from gpubatch.cli.data import Task
+from gpubatch.cli.data import DataOptions, Task, used
+from gpubatch.cli.options import BatchOptions, NetworkOptions, OptimizerOptions, TrainingOptions, spread
 from gpubatch.cli.shared import app, arguments_of, print_json, versions
-from gpubatch.errors import ArgumentError, check_choice
-from gpubatch.train import TrainingState, bar, fit, loader_for, short_runs
+from gpubatch.errors import ArgumentError, check_choice, check_int
+from gpubatch.train import TrainingState, bar, fit, short_runs
 
 __all__ = ["landscape"]
 
@@ -24,23 +25,21 @@ __all__ = ["landscape"]
     "on the bundled digits, with the path of the training. `gpubatch landscape --directions filter --dimensions 1 "
     "--plot slice.png` draws a curve along a random direction.",
 )
+@spread(layers="256", activation="relu", batch_norm=False, dropout=0.0, decay="none", batch_size="128", epochs=3)
 def landscape(
     context: typer.Context,
-    folder: options.Folder = None,
-    layers: options.HiddenLayers = "256",
-    loss: options.LossName = "softmax_cross_entropy",
-    optimizer: options.OptimizerName = "adam",
-    lr: options.Rate = None,
-    epochs: Annotated[int, typer.Option(min=0, help="Of training, before the loss is looked at.")] = 3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a batch.")] = 128,
-    samples: Annotated[int, typer.Option(min=1, help="Of the training set, on which the loss is evaluated.")] = 2000,
+    data: DataOptions,
+    network: NetworkOptions,
+    optimizer: OptimizerOptions,
+    batches: BatchOptions,
+    training: TrainingOptions,
+    evaluated: Annotated[
+        int, typer.Option(min=1, help="Samples of the training set on which the loss is evaluated.")
+    ] = 2000,
     dimensions: Annotated[int, typer.Option(min=1, max=2, help="1: a curve. 2: a plane.")] = 2,
     directions: Annotated[str, typer.Option(help="path (the training's main directions), random or filter.")] = "path",
     points: Annotated[int, typer.Option(min=2, help="Along each direction.")] = 51,
     span: Annotated[float, typer.Option(help="From -span to span; for path, in lengths of the path.")] = 1.0,
-    seed: options.Seed = 0,
-    backend: options.BackendName = "auto",
-    dtype: options.DtypeName = "float32",
     plot_file: options.PlotFile = None,
     as_json: options.AsJson = False,
     progress: options.Progress = True,
@@ -48,16 +47,19 @@ def landscape(
     """Train a network, and evaluate the loss on a line or a plane through its parameters.
 
     path: the two directions in which the training moved most. random: normal numbers. filter: these, scaled to the
-    norm of the weights into each unit.
+    norm of the weights into each unit. Epochs of 0 leave the network untrained.
     """
     if plot_file is not None:
         plot.check_plot_file(plot_file)
     check_choice("--directions", directions, ["path", "random", "filter"])
     if not (math.isfinite(span) and span > 0):
         raise ArgumentError(f"--span must be a number above 0, got {span:g}")
-    task = Task.of(folder, layers, loss, seed, backend, dtype)
-    net, X, Y = task.net, task.X, task.Y
-    path = _train_and_watch(task, optimizer, lr, epochs, batch_size, dimensions, directions == "path", progress)
+    optimizer.check()
+    training.check()
+    task = Task.of(data, network)
+    net, some = task.net, slice(evaluated)
+    X, Y, weight = task.X[some], task.Y[some], None if task.weight is None else task.weight[some]
+    path = _train_and_watch(task, optimizer, training, batches, dimensions, directions == "path", progress)
     axes = [np.linspace(-span, span, points)] * dimensions
     given = None
     if directions == "path":
@@ -65,16 +67,17 @@ def landscape(
         axes = _around(path, given, span, points)
     with bar("loss", progress) as show:
         found = explore.loss_slice(
-            *(net, X[:samples], Y[:samples], axes[0], axes[1] if dimensions == 2 else None),
+            *(net, X, Y, axes[0], axes[1] if dimensions == 2 else None),
             directions=given,
             normalize="filter" if directions == "filter" else "none",
-            seed=seed,
+            seed=data.seed,
             progress=show,
+            weight=weight,
         )
     at = found.project(path, path[-1])
-    center = net.loss(X[:samples], Y[:samples])
-    title = f"gpubatch landscape, {directions} directions, after {epochs} epochs of {optimizer}, "
-    title += f"{min(samples, len(X)):,} samples\n{task.words}"
+    center = net.loss(X, Y, weight=weight)
+    title = f"gpubatch landscape, {directions} directions, after {training.epochs} epochs of {optimizer.optimizer}, "
+    title += f"{len(X):,} samples\n{task.words}"
     if plot_file is not None:
         plot.plot_slice(found, plot_file, title, at if directions == "path" else None)
     if as_json:
@@ -84,7 +87,7 @@ def landscape(
             losses=found.losses,
             center=center,
             path=at,
-            arguments=arguments_of(context),
+            arguments=arguments_of(context, **used(net, network, task.data.task), lr=optimizer.rate),
             device=net.backend.device,
             versions=versions(),
         )
@@ -100,24 +103,22 @@ def landscape(
 
 def _train_and_watch(
     task: Task,
-    optimizer: str,
-    lr: float | None,
-    epochs: int,
-    batch_size: int,
+    optimizer: OptimizerOptions,
+    training: TrainingOptions,
+    batches: BatchOptions,
     dimensions: int,
     wanted: bool,
     progress: bool,
 ) -> np.ndarray:
     """Train, and return the parameters along the way as rows, about 50 of them; the last is the network's."""
-    make, usual = options.optimizer_named(optimizer)
+    epochs = check_int("--epochs", training.epochs, 0)
     if wanted and epochs == 0:
         raise ArgumentError("--directions path needs --epochs of at least 1, got 0: there is no path")
-    net = task.net
-    loader = loader_for(net, task.X, task.Y, batch_size, task.seed)
+    net, loader = task.net, task.loader(batches)
     steps = epochs * len(loader)
     if wanted and steps <= dimensions:
         raise ArgumentError(f"--directions path needs more than {dimensions} steps of training, got {steps}")
-    opt = make(net.parameters, usual if lr is None else lr)
+    opt = optimizer.make(net, max(1, epochs))
     path = [net.backend.to_numpy(net.parameters.flat).copy()]
     every = max(1, steps // 50)
 
@@ -130,7 +131,13 @@ def _train_and_watch(
     with bar("training", progress) as show:
         if epochs:
             with short_runs():
-                fit(net, loader, opt, epochs, callbacks=[Watch()], progress=False, max_skipped=0)
+                fit(
+                    *(net, loader, opt, epochs, task.test if (training.callbacks()) else None),
+                    callbacks=[*training.callbacks(), Watch()],
+                    progress=False,
+                    max_skipped=0,
+                    execution=training.execution,
+                )
     return np.stack(path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich import box
@@ -11,12 +11,13 @@ from rich.table import Table
 
 from gpubatch import plot
 from gpubatch.cli import options
-from gpubatch.cli.data import Data
-from gpubatch.cli.shared import app, print_json, versions
+from gpubatch.cli.data import DataOptions, network_for, used, words_of
+from gpubatch.cli.options import BatchOptions, NetworkOptions, OptimizerOptions, TrainingOptions, spread
+from gpubatch.cli.shared import app, arguments_of, print_json, versions
 from gpubatch.errors import check_int
 from gpubatch.loader import epochs_of
-from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, parse_bytes
-from gpubatch.train import AHEAD, memory_parts, why_eager
+from gpubatch.sizing import BatchPlan, fits, format_bytes, parse_bytes
+from gpubatch.train import plan_batches, validated
 
 __all__ = ["plan_memory"]
 
@@ -28,19 +29,15 @@ AROUND = 5  # powers of two on each side of the chosen size that the table of si
     epilog="**Examples:** `gpubatch batch-size` plans the network that `gpubatch train` trains. `gpubatch batch-size "
     "data/mnist --layers 4096,4096 --memory '1 GB' --plot memory.png` plans for a machine with that much to spare.",
 )
+@spread()
 def plan_memory(
-    folder: options.Folder = None,
-    layers: options.HiddenLayers = "512,512",
-    activation: options.Activation = "gelu",
-    optimizer: options.OptimizerName = "adam",
-    batch_size: options.BatchSize = "auto",
-    at_most: options.AtMost = 512,
-    samples: Annotated[int | None, typer.Option(min=1, help="Of the training set; by default all.")] = None,
-    dropout: options.WithDropout = 0.3,
-    batch_norm: options.WithBatchNorm = True,
+    context: typer.Context,
+    data: DataOptions,
+    network: NetworkOptions,
+    optimizer: OptimizerOptions,
+    batches: BatchOptions,
+    training: TrainingOptions,
     memory: Annotated[str | None, typer.Option(help="To plan with, such as '2 GB'; by default what is there.")] = None,
-    backend: options.BackendName = "auto",
-    dtype: options.DtypeName = "float32",
     plot_file: options.PlotFile = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -51,22 +48,21 @@ def plan_memory(
     if plot_file is not None:
         plot.check_plot_file(plot_file)
     available = None if memory is None else _bytes("--memory", memory)
-    make, rate = options.optimizer_named(optimizer)
-    kind: dict[str, Any] = {"activation": activation, "batch_norm": batch_norm, "dropout": dropout}
-    data = Data(folder, layers, backend, dtype, samples=samples, **kind)
-    net, X_test = data.net, data.test[0]
-    opt, loader = make(net.parameters, rate), data.loader(batch_size, at_most)
-
-    def parts_of(rows: int) -> ByPart:
-        return memory_parts(net, opt, rows, len(X_test), X_test.size * net.dtype.itemsize)
-
-    kept = 0 if why_eager(net, loader, opt) else AHEAD
-    epochs = epochs_of(loader)
-    plan = epochs.replan(parts_of, available=available, kept=kept)
-    curve = {n: epochs.parts(n, plan.available) for n in _sizes(plan, len(data.X))}
+    optimizer.check()
+    training.check()
+    found = data.read()
+    net = network_for(found, network, data.seed)
+    loader = found.loader(net, batches, data.seed)
+    opt = optimizer.make(net, check_int("--epochs", training.epochs, 1))
+    with validated(net, loader, found.test) as held_out:
+        assert held_out is not None
+        of_test = held_out.samples, held_out.copied
+        plan_batches(net, loader, opt, *of_test, read=held_out.batch_bytes, available=available)
+    plan = loader.plan
+    curve = {n: epochs_of(loader).parts(n, plan.available) for n in _sizes(plan, len(found.X))}
     needed = {n: sum(parts.values()) for n, parts in curve.items()}
-    words = data.words(activation, optimizer)
-    title = f"gpubatch batch-size, {len(data.X):,} samples\n{words}"
+    words = words_of(net, found, network.activation, optimizer.optimizer or "")
+    title = f"gpubatch batch-size, {len(found.X):,} samples\n{words}"
     if plot_file is not None:
         plot.plot_memory(plan, curve, plot_file, title)
     if as_json:
@@ -74,8 +70,9 @@ def plan_memory(
             plan=plan,
             needed_by_size=needed,
             parameters=net.parameters.size,
-            samples=len(data.X),
+            samples=len(found.X),
             network=words,
+            arguments=arguments_of(context, **used(net, network, found.task), lr=optimizer.rate),
             device=net.backend.device,
             versions=versions(),
         )

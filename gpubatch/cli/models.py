@@ -5,16 +5,14 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from gpubatch import datasets, sources
 from gpubatch.checkpoint import replacing
 from gpubatch.cli import options
-from gpubatch.cli.data import load as load_data
+from gpubatch.cli.data import raw_samples
 from gpubatch.cli.shared import app, print_json
-from gpubatch.errors import ArgumentError
 from gpubatch.model import Preparation, load
 
 __all__ = ["predict", "summary"]
@@ -37,7 +35,7 @@ def predict(
 ) -> None:
     """Predict samples with a model; the samples are prepared as those that it was trained on."""
     model = load(model_file, backend)
-    raw = samples(data)
+    raw = raw_samples(data)
     predicted = model.predict(raw)
     columns = [predicted] if predicted.ndim == 1 else [*predicted.T]
     names = ["prediction"] if len(columns) == 1 else [f"prediction{k}" for k in range(len(columns))]
@@ -56,18 +54,6 @@ def predict(
     with replacing(Path(out).resolve()) as unfinished:
         unfinished.write_text(text.getvalue())
     typer.echo(f"{len(predicted):,} predictions in {out}", err=True)
-
-
-def samples(data: Path) -> Any:
-    """The samples in a file, or the test set in a folder."""
-    if data.is_dir():
-        return load_data(data, seed=0)[2][0]
-    if data.suffix == ".npy":
-        return sources.npy(data)
-    if "idx" in data.name:
-        found = datasets.read_idx(data)
-        return found.reshape(len(found), -1)
-    raise ArgumentError(f"DATA must be a .npy file, an IDX file or a folder, got {str(data)!r}")
 
 
 @app.command(epilog="**Example:** `gpubatch summary digits.safetensors`.")

@@ -1,44 +1,48 @@
-"""The options that several commands have, and the optimizers and decays that they name."""
+"""The options that several commands have, in groups, and the optimizers and decays that they name.
+
+A command takes a group as one parameter, and :func:`spread` puts the group's options on its command line. So an option
+has one name, one help text and one meaning in all commands.
+"""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
+import inspect
+import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import typer
 
 from gpubatch import optim, schedules
-from gpubatch.errors import ArgumentError, check_choice, check_real
-from gpubatch.nn import ACTIVATIONS, INITS, LOSSES, Loss, SoftmaxCrossEntropy
+from gpubatch.errors import ArgumentError, check_choice
+from gpubatch.nn import ACTIVATIONS, INITS, LOSSES, Network
+from gpubatch.train import EXECUTIONS, BestWeights, EarlyStopping, ReduceOnPlateau, WeightAverage
 
 __all__ = [
     "DECAYS",
     "DTYPES",
     "LR",
     "OPTIMIZERS",
-    "Activation",
     "AsJson",
-    "AtMost",
     "BackendName",
-    "BatchSize",
+    "BatchOptions",
     "DtypeName",
-    "FirstWeights",
-    "Folder",
-    "HiddenLayers",
-    "LabelSmoothing",
-    "LossName",
+    "NetworkOptions",
     "OptimizerName",
+    "OptimizerOptions",
     "PlotFile",
     "Progress",
     "Rate",
-    "Seed",
-    "WithBatchNorm",
-    "WithDropout",
+    "RunOptions",
+    "TrainingOptions",
     "integer",
-    "loss_named",
     "optimizer_named",
+    "spread",
 ]
 
 # By name on the command line: the optimizer at a learning rate, and the rate that it usually needs here.
@@ -84,50 +88,206 @@ DECAYS: dict[str, Callable[[float, int], optim.Hyper]] = {
     "one-cycle": one_cycle,
 }
 
-Folder = Annotated[
-    Path | None,
-    typer.Argument(
-        help="MNIST or a set like it (IDX files), or CIFAR-10 (binary version). By default the bundled digits."
-    ),
-]
-HiddenLayers = Annotated[str, typer.Option(help="Widths of the hidden layers, by comma; '' for none.")]
-Activation = Annotated[str, typer.Option(help=f"One of {', '.join(ACTIVATIONS)}.")]
-WithDropout = Annotated[float, typer.Option(help="Fraction of the hidden activations that a step leaves out.")]
-WithBatchNorm = Annotated[bool, typer.Option(help="Normalise the hidden layers over each batch.")]
-FirstWeights = Annotated[
-    str, typer.Option("--init", help=f"How the weights start: auto, v0.1 (as in that version), {', '.join(INITS)}.")
-]
-LossName = Annotated[str, typer.Option(help="softmax_cross_entropy or svm.")]
-LabelSmoothing = Annotated[
-    float, typer.Option(help="Part of every target that softmax_cross_entropy spreads over all classes.")
-]
-OptimizerName = Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")]
+# Losses by the kind of target: labels of classes, and numbers. The first one is taken by default.
+CLASS_LOSSES = ("softmax_cross_entropy", "svm")
+LOSSES_OF = {
+    "classification": CLASS_LOSSES,
+    "regression": ("mse", *(x for x in LOSSES if x not in (*CLASS_LOSSES, "mse"))),
+}
+
+# --- options by themselves -------------------------------------------------------------------------------------------
+
+OptimizerName = Annotated[str | None, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")]
 LR = ("--lr", "--learning-rate")
 Rate = Annotated[float | None, typer.Option(*LR, help="Learning rate; by default one that suits the optimizer.")]
-BatchSize = Annotated[str, typer.Option(help="Samples in a batch; auto: the most that fit.")]
-AtMost = Annotated[int, typer.Option(help="What auto does not exceed, if there are more than 2000 samples.")]
-Seed = Annotated[int, typer.Option(help="Of split, first weights, order and random directions.")]
 BackendName = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DTYPES = ("float32", "float64")
 DtypeName = Annotated[str, typer.Option(help="float32 or float64.")]
 PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw it: a .png, .pdf or .svg.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Progress = Annotated[bool, typer.Option(help="Show a bar on standard error, if that is a terminal.")]
+Progress = Annotated[bool, typer.Option(help="Show the progress on standard error.")]
 
 
-def optimizer_named(name: str) -> tuple[Callable[..., optim.Optimizer], float]:
+# --- groups ----------------------------------------------------------------------------------------------------------
+
+
+def spread(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command: a parameter that is a group, a dataclass, becomes the options that are the group's fields.
+
+    defaults: of options of this command, where they differ from the group's
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters: list[inspect.Parameter] = []
+        groups: dict[str, tuple[Any, list[str]]] = {}
+        hints = typing.get_type_hints(command, include_extras=True)
+        for name, parameter in inspect.signature(command).parameters.items():
+            if dataclasses.is_dataclass(hints[name]):
+                options = options_of(hints[name])
+                groups[name] = hints[name], [option.name for option in options]
+                parameters += options
+            else:
+                parameters.append(parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY))
+        parameters = [p.replace(default=defaults[p.name]) if p.name in defaults else p for p in parameters]
+        assert defaults.keys() <= {p.name for p in parameters}, defaults
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            made = {name: kind(*(given.pop(option) for option in names)) for name, (kind, names) in groups.items()}
+            command(**made, **given)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def options_of(group: Any) -> list[inspect.Parameter]:
+    """The fields of a group as parameters; their help stands in the group's panel."""
+    hints, found = typing.get_type_hints(group, include_extras=True), []
+    for field in dataclasses.fields(group):
+        kind, info = typing.get_args(hints[field.name])
+        info = copy.copy(info)
+        info.rich_help_panel = None if isinstance(info, typer.models.ArgumentInfo) else group.panel
+        annotation: Any = Annotated[kind, info]
+        found.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
+        )
+    return found
+
+
+@dataclasses.dataclass
+class NetworkOptions:
+    """The network, but for its inputs and outputs, which are those of the data."""
+
+    panel: ClassVar[str] = "Network"
+    layers: Annotated[str, typer.Option(help="Widths of the hidden layers, by comma; '' for none.")] = "512,512"
+    activation: Annotated[str, typer.Option(help=f"One of {', '.join(ACTIVATIONS)}.")] = "gelu"
+    batch_norm: Annotated[bool, typer.Option(help="Normalise the hidden layers over each batch.")] = True
+    dropout: Annotated[float, typer.Option(help="Fraction of the hidden activations that a step leaves out.")] = 0.3
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Of classes: {', '.join(LOSSES_OF['classification'])}. Of numbers: "
+            f"{', '.join(LOSSES_OF['regression'])}. By default the first of them."
+        ),
+    ] = None
+    label_smoothing: Annotated[
+        float, typer.Option(help="Part of every target that softmax_cross_entropy spreads over all classes.")
+    ] = 0.0
+    l2: Annotated[float, typer.Option(help="Weight of l2/2 * Σ W² in the cost.")] = 0.0
+    init: Annotated[
+        str, typer.Option(help=f"How the weights start: auto, v0.1 (as in that version), {', '.join(INITS)}.")
+    ] = "auto"
+    precision: Annotated[
+        str, typer.Option(help="full; fast: a GPU multiplies float32 matrices as TF32; mixed: float16 is stored.")
+    ] = "full"
+    dtype: DtypeName = "float32"
+    backend: BackendName = "auto"
+
+    @property
+    def widths(self) -> list[int]:
+        """Those of the hidden layers."""
+        return [integer("--layers", width) for width in self.layers.split(",") if width]
+
+    def loss_for(self, task: str) -> str:
+        """The loss that was given, or the usual one of a task."""
+        return self.loss or LOSSES_OF[task][0]
+
+
+@dataclasses.dataclass
+class OptimizerOptions:
+    """The optimizer, and its learning rate from epoch to epoch."""
+
+    panel: ClassVar[str] = "Optimizer"
+    optimizer: OptimizerName = "adam"
+    lr: Rate = None
+    decay: Annotated[str, typer.Option(help=f"Of the learning rate: {', '.join(DECAYS)}.")] = "cosine"
+
+    @property
+    def rate(self) -> float:
+        """The learning rate that was given, or the optimizer's usual one."""
+        usual = optimizer_named(self.optimizer)[1]
+        return usual if self.lr is None else self.lr
+
+    def check(self) -> None:
+        """Raise unless the names are known."""
+        optimizer_named(self.optimizer)
+        check_choice("--decay", self.decay, DECAYS)
+
+    def make(self, net: Network, epochs: int) -> optim.Optimizer:
+        """The optimizer of a network that is trained for so many epochs."""
+        self.check()
+        make, rate = optimizer_named(self.optimizer)[0], DECAYS[self.decay](self.rate, epochs)
+        return make(net.parameters, rate, master_weights=net.precision == "mixed")
+
+
+@dataclasses.dataclass
+class BatchOptions:
+    """How many samples a batch has."""
+
+    panel: ClassVar[str] = "Batches"
+    batch_size: Annotated[
+        str, typer.Option(help="Samples in a batch; auto: the most that fit, fewer of a small set.")
+    ] = "auto"
+    at_most: Annotated[int, typer.Option(min=1, help="What auto does not exceed.")] = 64
+
+    @property
+    def size(self) -> int | str:
+        """What a loader takes for it."""
+        return self.batch_size if self.batch_size == "auto" else integer("--batch-size", self.batch_size)
+
+    def number(self, most: int = sys.maxsize) -> int:
+        """Samples in a batch where memory does not decide, at most ``most``."""
+        size = self.at_most if self.batch_size == "auto" else integer("--batch-size", self.batch_size)
+        return min(size, most)
+
+
+@dataclasses.dataclass
+class RunOptions:
+    """How long a run is."""
+
+    panel: ClassVar[str] = "Training"
+    epochs: Annotated[int | None, typer.Option(min=0, help="How often every sample is seen.")] = 10
+    early_stop: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many epochs with no better test loss; take the best one.")
+    ] = None
+
+    def callbacks(self) -> list[Any]:
+        """New callbacks of a run."""
+        return [] if self.early_stop is None else [EarlyStopping(self.early_stop)]
+
+
+@dataclasses.dataclass
+class TrainingOptions(RunOptions):
+    """The rest of a run."""
+
+    best: Annotated[bool, typer.Option("--best", help="Take the weights of the epoch with the best test loss.")] = False
+    average: Annotated[
+        float | None, typer.Option(help="Average the weights over the steps, the past with this weight, such as 0.999.")
+    ] = None
+    plateau: Annotated[
+        int | None, typer.Option(min=0, help="Halve the learning rate after more epochs than this with no better loss.")
+    ] = None
+    execution: Annotated[
+        str, typer.Option(help="Of steps: captured as CUDA graphs, eager one by one, or auto: captured where possible.")
+    ] = "auto"
+
+    def check(self) -> None:
+        """Raise unless the names are known."""
+        check_choice("--execution", self.execution, EXECUTIONS)
+
+    def callbacks(self) -> list[Any]:
+        """See :class:`RunOptions`; the last one is that which keeps the best weights, if any does."""
+        found: list[Any] = [] if self.plateau is None else [ReduceOnPlateau(0.5, self.plateau)]
+        found += [] if self.average is None else [WeightAverage(self.average)]
+        return found + (RunOptions.callbacks(self) or ([BestWeights()] if self.best else []))
+
+
+def optimizer_named(name: str | None) -> tuple[Callable[..., optim.Optimizer], float]:
     """The optimizer that --optimizer names, and its usual learning rate."""
     return OPTIMIZERS[check_choice("--optimizer", name, OPTIMIZERS)]
-
-
-def loss_named(name: str, label_smoothing: float) -> Loss:
-    """The loss that --loss and --label-smoothing name; both take labels."""
-    if check_choice("--loss", name, ["softmax_cross_entropy", "svm"]) == "svm":
-        if label_smoothing:
-            raise ArgumentError(f"--label-smoothing is for softmax_cross_entropy, got {label_smoothing:g} with svm")
-        return LOSSES["svm"]
-    check_real("--label-smoothing", label_smoothing, 0, 1, open_high=True)
-    return SoftmaxCrossEntropy(label_smoothing=label_smoothing) if label_smoothing else LOSSES[name]
 
 
 def integer(option: str, text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,79 +14,91 @@ from rich.table import Table
 
 from gpubatch import explore, plot
 from gpubatch.cli import options
-from gpubatch.cli.data import Task
-from gpubatch.cli.shared import app, number_or_dash, print_json, table_of, versions
+from gpubatch.cli.data import DataOptions, Task, used
+from gpubatch.cli.options import BatchOptions, NetworkOptions, RunOptions, integer, spread
+from gpubatch.cli.shared import app, arguments_of, number_or_dash, print_json, table_of, versions
 from gpubatch.cli.strategies import compare_strategies
-from gpubatch.errors import ArgumentError
+from gpubatch.errors import ArgumentError, check_choice
 from gpubatch.sizing import format_bytes
 from gpubatch.train import bar
 
 __all__ = ["sweep"]
 
 
+# What may vary, and which options each takes besides those of data and network.
+KINDS: dict[str, tuple[str, ...]] = {
+    "step-size": ("optimizer", "batch_size", "at_most"),
+    "batch-size": ("optimizer", "lr", "epochs", "early_stop", "sizes", "target"),
+    "optimizer": ("epochs", "early_stop", "batch_size", "at_most"),
+    "strategy": ("lr", "epochs", "early_stop", "batch_size", "at_most", "trials", "scale"),
+}
+OF_SOME = sorted({name for names in KINDS.values() for name in names})
+
+
 @app.command(
-    epilog="**Examples:** `gpubatch sweep --step-size --plot steps.png`; `gpubatch sweep --batch-size --target 0.3`; "
-    "`gpubatch sweep --optimizer`; `gpubatch sweep --strategy --layers '' --loss svm` is the comparison of CS231n.",
+    epilog="**Examples:** `gpubatch sweep step-size --plot steps.png`; `gpubatch sweep batch-size --target 0.3`; "
+    "`gpubatch sweep optimizer`; `gpubatch sweep strategy --layers '' --loss svm` is the comparison of CS231n.",
 )
+@spread(layers="128", activation="relu", batch_norm=False, dropout=0.0, batch_size="128", epochs=None)
 def sweep(
-    folder: options.Folder = None,
-    step_size: Annotated[bool, typer.Option("--step-size", help="Loss after one step; a range test.")] = False,
-    batch_size: Annotated[bool, typer.Option("--batch-size", help="Times and memory by batch size.")] = False,
-    optimizer: Annotated[bool, typer.Option("--optimizer", help="Each at its own best learning rate.")] = False,
-    strategy: Annotated[bool, typer.Option("--strategy", help="Random, local search, gradient descent.")] = False,
-    layers: options.HiddenLayers = "128",
-    loss: options.LossName = "softmax_cross_entropy",
-    label_smoothing: options.LabelSmoothing = 0.0,
-    samples: Annotated[int | None, typer.Option(min=2, help="Of the training set; by default all.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Of every run; by default it depends.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Samples in a batch, where that is not what varies.")] = 128,
-    sizes: Annotated[str, typer.Option(help="Batch sizes to try, by comma; by default 16 to 1024.")] = "",
-    target: Annotated[float, typer.Option(help="Loss that the runs of --batch-size are to reach.")] = 0.3,
-    lr: Annotated[
-        float | None, typer.Option(*options.LR, help="Learning rate of --batch-size (of size 128) or --strategy.")
-    ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Of each search of --strategy.")] = 1000,
-    scale: Annotated[float, typer.Option(help="Standard deviation of what the searches draw.")] = 0.01,
-    seed: options.Seed = 0,
-    backend: options.BackendName = "auto",
-    dtype: options.DtypeName = "float32",
+    context: typer.Context,
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="WHAT",
+            help="step-size: the loss after one step, and a range test. batch-size: times and memory. optimizer: each "
+            "at its own best learning rate. strategy: random and local search, and gradient descent.",
+        ),
+    ],
+    data: DataOptions,
+    network: NetworkOptions,
+    batches: BatchOptions,
+    run: RunOptions,
+    optimizer: options.OptimizerName = None,
+    lr: options.Rate = None,
+    sizes: Annotated[str, typer.Option(help="Of batch-size: sizes to try, by comma; by default 16 to 1024.")] = "",
+    target: Annotated[float, typer.Option(help="Of batch-size: the loss that the runs are to reach.")] = 0.3,
+    trials: Annotated[int, typer.Option(min=1, help="Of strategy: those of each search.")] = 1000,
+    scale: Annotated[float, typer.Option(help="Of strategy: the standard deviation of what is drawn.")] = 0.01,
     plot_file: options.PlotFile = None,
     as_json: options.AsJson = False,
     progress: options.Progress = True,
 ) -> None:
     """Train again and again, with one thing different each time.
 
-    With --batch-size Adam's learning rate grows with the square root of the batch size (Malladi et al. 2022).
+    step-size takes --optimizer, by default sgd. batch-size takes it, too, by default adam; --lr is for batches of 128,
+    and grows with the square root of the batch size (Malladi et al. 2022). Runs of optimizer have 2 epochs by default,
+    the others 10.
     """
-    chosen = {"--step-size": step_size, "--batch-size": batch_size, "--optimizer": optimizer, "--strategy": strategy}
-    if sum(chosen.values()) != 1:
-        raise ArgumentError(f"sweep needs one of {', '.join(chosen)}, got {sum(chosen.values())} of them")
-    option = next(name for name, wanted in chosen.items() if wanted)
-    value = "" if folder is None or folder.exists() else str(folder)
-    if optimizer and value in options.OPTIMIZERS:
-        raise ArgumentError(f"--optimizer of sweep takes no value, got {value!r}: it compares several optimizers")
-    if batch_size and value.isdecimal():
-        raise ArgumentError(
-            f"--batch-size of sweep takes no value, got {value}: give --sizes {value}, or several by comma"
-        )
+    takes = KINDS[check_choice("WHAT", what, KINDS)]
+    for name in OF_SOME:
+        if name not in takes and given(context, name):
+            several = [kind for kind, names in KINDS.items() if name in names]
+            raise ArgumentError(f"--{name.replace('_', '-')} is for sweep {' and '.join(several)}, not for {what}")
     if plot_file is not None:
         plot.check_plot_file(plot_file)
-    task = Task.of(folder, layers, loss, seed, backend, dtype, samples, label_smoothing)
-    title = f"gpubatch sweep {option}, {len(task.X):,} samples\n{task.words}"
+    task = Task.of(data, network)
+    if run.epochs is None:
+        run = dataclasses.replace(run, epochs=2 if what == "optimizer" else 10)
+    title = f"gpubatch sweep {what}, {len(task.X):,} samples\n{task.words}"
     with bar("sweep", progress) as show:
-        if step_size:
-            report = _sweep_steps(task, batch, show)
-        elif batch_size:
-            tried = [options.integer("--sizes", text) for text in sizes.split(",") if text] or None
-            report = _sweep_batches(task, tried, target, 1e-3 if lr is None else lr, epochs or 10, show)
-        elif optimizer:
-            report = _sweep_optimizers(task, epochs or 2, batch, show)
+        if what == "step-size":
+            report = _sweep_steps(task, optimizer or "sgd", batches.number(len(task.X)), show)
+        elif what == "batch-size":
+            tried = [integer("--sizes", text) for text in sizes.split(",") if text] or None
+            make, usual = options.optimizer_named(optimizer or "adam")
+            rate = lr if lr is not None else usual if optimizer else 1e-3
+            report = _sweep_batches(task, tried, target, make, rate, run, show)
+        elif what == "optimizer":
+            report = _sweep_optimizers(task, run, batches.number(len(task.X)), show)
         else:
-            report = _sweep_strategies(task, trials, scale, lr, epochs or 10, batch, show)
+            report = _sweep_strategies(task, trials, scale, lr, run, batches, show)
     if plot_file is not None:
         report.draw(plot_file, title)
     if as_json:
-        print_json(**report.values, network=task.words, device=task.net.backend.device, versions=versions())
+        arguments = arguments_of(context, **used(task.net, network, task.data.task), epochs=run.epochs)
+        words = {"network": task.words, "device": task.net.backend.device}
+        print_json(**report.values, **words, arguments=arguments, versions=versions())
         return
     out = Console(highlight=False, soft_wrap=True)
     out.print(title)
@@ -94,6 +107,12 @@ def sweep(
         out.print(line)
     if plot_file is not None:
         out.print(f"drawn in {plot_file}")
+
+
+def given(context: typer.Context, name: str) -> bool:
+    """Whether an option was given."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 class SweepReport(NamedTuple):
@@ -105,30 +124,48 @@ class SweepReport(NamedTuple):
     draw: Callable[[Path, str], None]
 
 
-def _sweep_steps(task: Task, batch: int, show: explore.Progress) -> SweepReport:
-    one = explore.step_size_sweep(task.net, task.X, task.Y, [float(f"1e{k}") for k in range(-10, 3)])
+def _sweep_steps(task: Task, optimizer: str, batch: int, show: explore.Progress) -> SweepReport:
+    sizes = [float(f"1e{k}") for k in range(-10, 3)]
+    one = explore.step_size_sweep(task.net, task.X, task.Y, sizes, task.weight)
+    make = options.optimizer_named(optimizer)[0]
     test = explore.learning_rate_range_test(
-        task.net, task.X, task.Y, batch_size=min(batch, len(task.X)), seed=task.seed, progress=show
+        *(task.net, task.X, task.Y, make),
+        batch_size=batch,
+        seed=task.seed,
+        progress=show,
+        weight=task.weight,
     )
     table = table_of("step size", "loss after one step", "change")
     for size, loss in zip(one.step_sizes, one.losses, strict=True):
         table.add_row(f"{size:g}", f"{loss:.6g}", f"{loss - one.start:+.2e}")
-    advice = "no suggestion" if test.suggestion is None else f"suggested learning rate for SGD: {test.suggestion:g}"
+    name = "SGD" if optimizer == "sgd" else optimizer
+    advice = "no suggestion" if test.suggestion is None else f"suggested learning rate for {name}: {test.suggestion:g}"
     lines = [f"one step on the whole set: {one.reason}", f"{advice}: {test.reason}"]
     return SweepReport(
         {"step_sizes": one, "range_test": test}, table, lines, lambda p, t: plot.plot_step_sizes(one, test, p, t)
     )
 
 
+def runs(task: Task, run: RunOptions, show: explore.Progress) -> dict[str, Any]:
+    """What runs side by side take besides network, data and what varies."""
+    callbacks = {"validation": task.test, "callbacks": run.callbacks} if run.callbacks() else {}
+    return {"seed": task.seed, "progress": show, "weight": task.weight, **callbacks}
+
+
 def _sweep_batches(
-    task: Task, sizes: list[int] | None, target: float, lr: float, epochs: int, show: explore.Progress
+    task: Task,
+    sizes: list[int] | None,
+    target: float,
+    make: explore.MakeOptimizer,
+    lr: float,
+    run: RunOptions,
+    show: explore.Progress,
 ) -> SweepReport:
     trials = explore.batch_size_sweep(
-        *(task.net, task.X, task.Y, sizes, target),
+        *(task.net, task.X, task.Y, sizes, target, make),
         lr=lambda n: lr * math.sqrt(n / 128),
-        epochs=epochs,
-        seed=task.seed,
-        progress=show,
+        epochs=run.epochs or 0,
+        **runs(task, run, show),
     )
     table = table_of(
         "batch size", "µs/sample", "s/epoch", f"epochs to {target:g}", f"s to {target:g}", "memory", "loss"
@@ -145,7 +182,7 @@ def _sweep_batches(
         )
     reached = [t for t in trials if t.seconds_to_target is not None]
     fastest = min(reached, key=lambda t: t.seconds_to_target or math.inf, default=None)
-    line = f"no batch size reached the loss {target:g} in {epochs} epochs"
+    line = f"no batch size reached the loss {target:g} in {run.epochs} epochs"
     if fastest is not None:
         line = f"batch size {fastest.batch_size} was the first at the loss {target:g}"
         line += f", after {fastest.seconds_to_target:.2f} s"
@@ -157,15 +194,15 @@ def _sweep_batches(
     )
 
 
-def _sweep_optimizers(task: Task, epochs: int, batch: int, show: explore.Progress) -> SweepReport:
+def _sweep_optimizers(task: Task, run: RunOptions, batch: int, show: explore.Progress) -> SweepReport:
     trials = explore.optimizer_sweep(
-        task.net, task.X, task.Y, epochs=epochs, batch_size=min(batch, len(task.X)), seed=task.seed, progress=show
+        *(task.net, task.X, task.Y), epochs=run.epochs or 0, batch_size=batch, **runs(task, run, show)
     )
     table = table_of("learning rate", *(t.name for t in trials))
     for k, rate in enumerate(trials[0].rates):
         cells = (f"{t.losses[k]:.4g}" + (" *" if rate == t.best_lr else "") for t in trials)
         table.add_row(f"{rate:g}", *cells)
-    lines = [f"loss of the training set after {epochs} epochs, * the lowest of each optimizer:"]
+    lines = [f"loss of the training set after {run.epochs} epochs, * the lowest of each optimizer:"]
     for t in sorted(trials, key=lambda t: t.loss):
         edge = ", at the edge of the grid: a better one may lie outside" if t.at_edge else ""
         accuracy = number_or_dash(t.accuracy, 100, "{:.2f}")
@@ -174,12 +211,18 @@ def _sweep_optimizers(task: Task, epochs: int, batch: int, show: explore.Progres
 
 
 def _sweep_strategies(
-    task: Task, trials: int, scale: float, lr: float | None, epochs: int, batch: int, show: explore.Progress
+    task: Task,
+    trials: int,
+    scale: float,
+    lr: float | None,
+    run: RunOptions,
+    batches: BatchOptions,
+    show: explore.Progress,
 ) -> SweepReport:
     rate = (0.01 if task.net.loss_name == "svm" else 0.1) if lr is None else lr
-    results = compare_strategies(task, trials, scale, rate, epochs, min(batch, len(task.X)), show)
+    results = compare_strategies(task, trials, scale, rate, run, batches, show)
     table = table_of("strategy", "tried", "loss", "accuracy (%)", "on test (%)", "seconds")
-    for r, tried in zip(results, (f"{trials} trials", f"{trials} trials", f"{epochs} epochs"), strict=True):
+    for r, tried in zip(results, (f"{trials} trials", f"{trials} trials", f"{run.epochs} epochs"), strict=True):
         accuracy, held_out = (number_or_dash(value, 100, "{:.2f}") for value in (r.accuracy, r.test_accuracy))
         table.add_row(r.name, tried, f"{r.loss:.4f}", accuracy, held_out, f"{r.seconds:.2f}")
     return SweepReport({"strategies": results}, table, [], lambda p, t: plot.plot_strategies(results, p, t))

@@ -10,6 +10,7 @@ from gpubatch.explore.shared import Progress
 from gpubatch.explore.slices import LossSlice, loss_slice, principal_directions
 from gpubatch.explore.sweeps import (
     BatchSizeTrial,
+    MakeOptimizer,
     OptimizerTrial,
     RangeTest,
     StepSizeSweep,
@@ -24,6 +25,7 @@ __all__ = [
     "GradientCheck",
     "Kink",
     "LossSlice",
+    "MakeOptimizer",
     "OptimizerTrial",
     "Progress",
     "RangeTest",

@@ -36,6 +36,7 @@ def random_search(
     scale: float = 0.01,
     seed: int = 0,
     progress: Progress | None = None,
+    weight: Array | None = None,
 ) -> SearchResult:
     """Draw parameters from N(0, scale²) again and again, and load the best into ``net`` (CS231n, "Strategy #1").
 
@@ -46,10 +47,11 @@ def random_search(
     scale: the standard deviation
     seed: of the draws; the same seed draws the same parameters on every backend
     progress: is called with the number of trials done and the number of all
+    weight: what each sample counts in loss and accuracy
 
     The loss is that of :meth:`Network.loss`, in evaluation.
     """
-    return _search(net, X, Y, trials, scale, seed, False, progress)
+    return _search(net, X, Y, trials, scale, seed, False, progress, weight)
 
 
 def random_local_search(
@@ -60,24 +62,33 @@ def random_local_search(
     scale: float = 0.01,
     seed: int = 0,
     progress: Progress | None = None,
+    weight: Array | None = None,
 ) -> SearchResult:
     """Start from the parameters of ``net``, and take a step drawn from N(0, scale²) if it lowers the loss.
 
     The arguments are those of :func:`random_search`; ``trials`` is how many steps are tried. The best parameters are in
     ``net`` at the end (CS231n, "Strategy #2").
     """
-    return _search(net, X, Y, trials, scale, seed, True, progress)
+    return _search(net, X, Y, trials, scale, seed, True, progress, weight)
 
 
 def _search(
-    net: Network, X: Array, Y: Array, trials: int, scale: float, seed: int, local: bool, progress: Progress | None
+    net: Network,
+    X: Array,
+    Y: Array,
+    trials: int,
+    scale: float,
+    seed: int,
+    local: bool,
+    progress: Progress | None,
+    weight: Array | None,
 ) -> SearchResult:
     check_net(net)
     check_int("trials", trials, 1)
     check_real("scale", scale, 0, open_low=True)
     draw = np.random.default_rng(check_int("seed", seed, 0))
     flat, backend = net.parameters.flat, net.backend
-    start = net.loss(X, Y)  # checks X and Y before anything is changed
+    start = net.loss(X, Y, weight=weight)  # checks X and Y before anything is changed
     best, history = start if local else math.inf, []
     with backend.scope(), np.errstate(over="ignore"):
         best_flat = flat.copy()
@@ -86,7 +97,7 @@ def _search(
                 report(progress, trial, trials)
                 candidate = backend.asarray(draw.standard_normal(flat.size) * scale, net.dtype)
                 flat[...] = best_flat + candidate if local else candidate
-                loss = loss_or_inf(net, X, Y)
+                loss = loss_or_inf(net, X, Y, weight=weight)
                 if loss < best:
                     best = loss
                     best_flat[...] = flat
@@ -96,5 +107,5 @@ def _search(
     report(progress, trials, trials)
     if not math.isfinite(best):
         raise NonFiniteError(f"no trial of {trials} had a finite loss with scale={scale:g}: take a smaller one")
-    loss, accuracy = net.evaluate(X, Y)
+    loss, accuracy = net.evaluate(X, Y, weight=weight)
     return SearchResult(loss, accuracy, tuple(history))

@@ -51,10 +51,10 @@ def kept_as_it_is(net: Network) -> Iterator[None]:
         net.load_state_dict(state)
 
 
-def loss_or_inf(net: Network, X: Array, Y: Array, training: bool = False) -> float:
+def loss_or_inf(net: Network, X: Array, Y: Array, training: bool = False, weight: Array | None = None) -> float:
     """The loss; infinity if it is not finite."""
     try:
-        return net.loss(X, Y, training)
+        return net.loss(X, Y, training, weight)
     except NonFiniteError:
         return math.inf
 

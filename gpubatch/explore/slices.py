@@ -58,6 +58,7 @@ def loss_slice(
     normalize: str = "none",
     seed: int = 0,
     progress: Progress | None = None,
+    weight: Array | None = None,
 ) -> LossSlice:
     """The loss around the parameters W of ``net``, in evaluation: along ``a``, or over the grid of ``a`` and ``b``.
 
@@ -65,7 +66,7 @@ def loss_slice(
     ``directions`` is one or two directions, each a mapping with the names and shapes of ``net.parameters`` or a flat
     array of ``net.parameters.size``; by default they are drawn from N(0, 1) by ``seed``. ``normalize="filter"`` scales
     the weights into each unit to the norm of W's and leaves one-dimensional parameters alone (Li et al. 2018,
-    arXiv:1712.09913, section 4).
+    arXiv:1712.09913, section 4). ``weight`` is what each sample counts in the loss.
 
     Many points are evaluated at a time. The first layer with parameters is linear in these, so it runs once for each
     direction, not once for each point. The parameters of ``net`` are not touched.
@@ -78,12 +79,12 @@ def loss_slice(
     drawn = _slice_directions(net, directions, count, check_int("seed", seed, 0))
     if normalize == "filter":
         drawn = [_filter_normalized(net, d) for d in drawn]
-    net.loss(X, Y)  # finds what is wrong with X and Y
+    net.loss(X, Y, weight=weight)  # finds what is wrong with X and Y
     shape = (len(grid_a),) if grid_b is None else (len(grid_a), len(grid_b))
     axes = np.meshgrid(grid_a, *(() if grid_b is None else (grid_b,)), indexing="ij")
     points = np.stack([np.ones(shape), *axes], axis=-1).reshape(-1, count + 1)  # of W, W1 and W2
     with net.backend.scope(), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        values = _data_losses(net, X, Y, drawn, points, progress) + _penalties(net, drawn, points)
+        values = _data_losses(net, X, Y, weight, drawn, points, progress) + _penalties(net, drawn, points)
     values = np.where(np.isnan(values), np.inf, values).reshape(shape)
     return LossSlice(grid_a, grid_b, values, tuple(drawn))
 
@@ -145,7 +146,13 @@ def _penalties(net: Network, directions: list[np.ndarray], points: np.ndarray) -
 
 
 def _data_losses(
-    net: Network, X: Array, Y: Array, directions: list[np.ndarray], points: np.ndarray, progress: Progress | None
+    net: Network,
+    X: Array,
+    Y: Array,
+    weight: Array | None,
+    directions: list[np.ndarray],
+    points: np.ndarray,
+    progress: Progress | None,
 ) -> np.ndarray:
     """The mean loss at every point, without the l2 term."""
     basis = net.backend.empty((points.shape[1], net.parameters.size), net.dtype)
@@ -156,7 +163,8 @@ def _data_losses(
     starts = range(0, len(X), most)
     for block, start in enumerate(starts):
         rows = slice(start, min(start + most, len(X)))
-        side = SideBySide(net, X[rows], Y[rows], basis, len(points))
+        of_rows = None if weight is None else weight[rows]
+        side = SideBySide(net, X[rows], Y[rows], of_rows, basis, len(points))
         for begin in range(0, len(points), side.points):
             report(progress, block * len(points) + begin, len(starts) * len(points))
             some = slice(begin, begin + side.points)
@@ -176,14 +184,14 @@ class SideBySide:
     every row counts for itself.
     """
 
-    def __init__(self, net: Network, X: Array, Y: Array, basis: Array, most: int) -> None:
+    def __init__(self, net: Network, X: Array, Y: Array, weight: Array | None, basis: Array, most: int) -> None:
         core = core_of(net)
         self.net, self.core, self.X, self.Y, self.rows, self.xp = net, core, X, Y, len(X), net.backend.xp
         widest = max(run.needs.outputs for run in core.layers)
         self.points = min(most, max(1, SLICE_ELEMENTS[net.backend.name] // (self.rows * max(net.inputs, widest))))
         self.all = core.apart(self.points * self.rows)  # the points one after another
         self.one = core.apart(self.rows).bind(self.rows)
-        weights = core.weights(Y, None)  # of ignored labels
+        weights = core.weights(Y, weight)  # of samples and of ignored labels
         self.loss = self.one.weighing(weights)
         self.counted = self.rows if weights is None else core.sum_of_weights
 

@@ -23,6 +23,7 @@ from gpubatch.train import History, StopTraining, TrainingState, fit, loader_for
 
 __all__ = [
     "BatchSizeTrial",
+    "MakeOptimizer",
     "OptimizerTrial",
     "RangeTest",
     "StepSizeSweep",
@@ -50,10 +51,13 @@ class StepSizeSweep(Shown):
     reason: str
 
 
-def step_size_sweep(net: Network, X: Array, Y: Array, step_sizes: Any = None) -> StepSizeSweep:
+def step_size_sweep(
+    net: Network, X: Array, Y: Array, step_sizes: Any = None, weight: Array | None = None
+) -> StepSizeSweep:
     """The loss after one step of gradient descent, W - s dW, for each step size s, by default 1e-10, 1e-9, ..., 1e-1.
 
-    Loss and gradient are those of a training step on the batch X, Y, all with the same dropout mask.
+    Loss and gradient are those of a training step on the batch X, Y, all with the same dropout mask. ``weight`` is what
+    each sample counts in them.
     """
     check_net(net)
     sizes = positive_grid("step_sizes", [float(f"1e{k}") for k in range(-10, 0)] if step_sizes is None else step_sizes)
@@ -61,12 +65,12 @@ def step_size_sweep(net: Network, X: Array, Y: Array, step_sizes: Any = None) ->
     with kept_as_it_is(net), net.backend.scope():
         w = net.parameters.flat.copy()
         state = net.state_dict()
-        start, grads = net.loss_and_grad(X, Y)
+        start, grads = net.loss_and_grad(X, Y, weight=weight)
         descent = grads.flat.copy()
         net.load_state_dict(state)  # the same dropout mask for the losses as for the gradient
         for size in sizes:
             net.parameters.flat[...] = w - size * descent
-            found.append(loss_or_inf(net, X, Y, training=True))
+            found.append(loss_or_inf(net, X, Y, training=True, weight=weight))
     lowest = min(found)
     if not lowest < start:
         return StepSizeSweep(sizes, tuple(found), start, None, f"every step raises the loss, which is {start:.4g}")
@@ -103,6 +107,7 @@ def learning_rate_range_test(
     beta: float = 0.9,
     seed: int = 0,
     progress: Progress | None = None,
+    weight: Array | None = None,
 ) -> RangeTest:
     """Train while the learning rate rises exponentially (Smith 2017, arXiv:1506.01186).
 
@@ -117,6 +122,7 @@ def learning_rate_range_test(
     beta: of the moving average that smooths the cost
     seed: of the order of the samples
     progress: is called with the number of steps done and the number of all
+    weight: what each sample counts in the loss
 
     The run ends early if the smoothed cost exceeds four times its minimum. The suggestion is a tenth of the rate at
     which the smoothed cost is lowest. There is none if the cost falls by less than four times the standard deviation
@@ -127,17 +133,17 @@ def learning_rate_range_test(
     high = check_real("high", high, low, open_low=True)
     check_int("steps", steps, 2)
     check_real("beta", beta, 0, 1, open_high=True)
-    net.loss(X, Y)
-    loader = loader_for(net, X, Y, batch_size, seed)
+    net.loss(X, Y, weight=weight)
+    loader = loader_for(net, X, Y, batch_size, seed, weight)
     planned = np.geomspace(low, high, steps).tolist()
     found: list[float] = []
     with kept_as_it_is(net):
         opt = optimizer(net.parameters, low)
         with contextlib.closing(_endless(loader)) as batches, unchecked(opt):  # to diverge is part of it
-            for rate, (x, y) in zip(planned, batches, strict=False):
+            for rate, (x, y, *weights) in zip(planned, batches, strict=False):
                 report(progress, len(found), steps)
                 try:
-                    loss, grads = net.loss_and_grad(x, y)
+                    loss, grads = net.loss_and_grad(x, y, weight=weights[0] if weights else None)
                 except NonFiniteError:
                     break
                 found.append(loss)
@@ -225,6 +231,9 @@ def batch_size_sweep(
     epochs: int = 5,
     seed: int = 0,
     progress: Progress | None = None,
+    weight: Array | None = None,
+    validation: Any = None,
+    callbacks: Callable[[], Sequence[Any]] = list,
 ) -> list[BatchSizeTrial]:
     """Train from the same parameters with each batch size.
 
@@ -239,6 +248,9 @@ def batch_size_sweep(
     epochs: at most so many per run, and all of them without a target
     seed: of the order of the samples
     progress: is called with the number of runs done and the number of all
+    weight: what each sample counts in the loss
+    validation: what :func:`gpubatch.fit` validates every run on, for callbacks that look at it
+    callbacks: a function that makes the callbacks of a run, such as ``lambda: [gb.EarlyStopping(3)]``
     """
     check_net(net)
     default = [n for power in range(4, 11) for n in (1 << power, 3 << (power - 1)) if n <= min(1024, len(X))]
@@ -248,13 +260,15 @@ def batch_size_sweep(
     if target is not None:
         target = check_real("target", target, 0, open_low=True)
     check_int("epochs", epochs, 1)
-    net.loss(X, Y)
+    net.loss(X, Y, weight=weight)
     trials = []
     with kept_as_it_is(net):
         state = net.state_dict()
         for done, size in enumerate(sizes):
             report(progress, done, len(sizes))
-            run = _train(net, state, X, Y, optimizer, lr(size) if callable(lr) else lr, size, epochs, seed, target)
+            rate = lr(size) if callable(lr) else lr
+            of_run = weight, validation, callbacks()
+            run = _train(net, state, X, Y, optimizer, rate, size, epochs, seed, target, *of_run)
             per_epoch = float(np.median(run.seconds)) if run.seconds else None
             trials.append(
                 BatchSizeTrial(
@@ -302,6 +316,9 @@ def optimizer_sweep(
     batch_size: int = 128,
     seed: int = 0,
     progress: Progress | None = None,
+    weight: Array | None = None,
+    validation: Any = None,
+    callbacks: Callable[[], Sequence[Any]] = list,
 ) -> list[OptimizerTrial]:
     """Compare optimizers on equal terms: same start, same batches, and each at its own best rate of the same grid.
 
@@ -315,6 +332,9 @@ def optimizer_sweep(
     batch_size: samples in a batch
     seed: of the order of the samples
     progress: is called with the number of runs done and the number of all
+    weight: what each sample counts in the loss
+    validation: what :func:`gpubatch.fit` validates every run on, for callbacks that look at it
+    callbacks: a function that makes the callbacks of a run, such as ``lambda: [gb.EarlyStopping(3)]``
     """
     check_net(net)
     makers = dict(OPTIMIZERS if optimizers is None else optimizers)
@@ -323,7 +343,7 @@ def optimizer_sweep(
     grid = positive_grid(
         "rates", [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0] if rates is None else rates
     )
-    net.loss(X, Y)
+    net.loss(X, Y, weight=weight)
     trials = []
     with kept_as_it_is(net):
         state = net.state_dict()
@@ -331,7 +351,8 @@ def optimizer_sweep(
             runs = []
             for k, rate in enumerate(grid):
                 report(progress, done * len(grid) + k, len(makers) * len(grid))
-                runs.append(_train(net, state, X, Y, make, rate, batch_size, epochs, seed, None))
+                of_run = weight, validation, callbacks()
+                runs.append(_train(net, state, X, Y, make, rate, batch_size, epochs, seed, None, *of_run))
             found = [math.inf if run.loss is None else run.loss for run in runs]
             best = found.index(min(found))
             if not math.isfinite(found[best]):
@@ -371,10 +392,13 @@ def _train(
     epochs: int,
     seed: int,
     target: float | None,
+    weight: Array | None,
+    validation: Any,
+    callbacks: Sequence[Any],
 ) -> TrialRun:
     """Train from ``state`` until the loss of the whole set is down to ``target``."""
     net.load_state_dict(state)
-    loader = loader_for(net, X, Y, batch_size, seed)
+    loader = loader_for(net, X, Y, batch_size, seed, weight)
     opt = make(net.parameters, lr)
     core_of(net).rehearse(*epochs_of(loader).peek())  # allocates and compiles before any time is taken
     history = History()
@@ -383,15 +407,15 @@ def _train(
     def watch(training: TrainingState) -> None:
         nonlocal history, reached
         history = training.history
-        if target is not None and net.loss(X, Y) <= target:
+        if target is not None and net.loss(X, Y, weight=weight) <= target:
             reached = True
             raise StopTraining
 
     memory = net.memory(batch_size) + opt.memory()
     try:
         with short_runs():
-            fit(net, loader, opt, epochs, callbacks=[watch], progress=False, max_skipped=0)
-        loss, accuracy = net.evaluate(X, Y)
+            fit(net, loader, opt, epochs, validation, [*callbacks, watch], progress=False, max_skipped=0)
+        loss, accuracy = net.evaluate(X, Y, weight=weight)
     except NonFiniteError:
         return TrialRun(history, False, None, None, memory)
     return TrialRun(history, reached, loss, accuracy, memory)

@@ -12,6 +12,7 @@ from gpubatch.train.memory import memory_parts, plan_batches
 from gpubatch.train.monitors import BestWeights, EarlyStopping, ReduceOnPlateau
 from gpubatch.train.parts import ClipByValue, GradientNoise, WeightAverage
 from gpubatch.train.resume import init_to_resume
+from gpubatch.train.validation import validated
 
 __all__ = [
     "AHEAD",
@@ -40,5 +41,6 @@ __all__ = [
     "memory_parts",
     "plan_batches",
     "short_runs",
+    "validated",
     "why_eager",
 ]

@@ -71,10 +71,10 @@ def drop_last_for(net: Network) -> bool | str:
     return "single" if core_of(net).least_rows > 1 else False
 
 
-def loader_for(net: Network, X: Array, Y: Array, batch_size: int, seed: int) -> Loader:
+def loader_for(net: Network, X: Array, Y: Array, batch_size: int, seed: int, weight: Array | None = None) -> Loader:
     """Batches of arrays that ``net`` takes as they are, none too small for it."""
     where, drop_last = net.backend, drop_last_for(net)
-    return Loader(X, Y, batch_size, seed=seed, drop_last=drop_last, backend=where, dtype=net.dtype)
+    return Loader(X, Y, batch_size, seed=seed, drop_last=drop_last, backend=where, dtype=net.dtype, weight=weight)
 
 
 def scale_for(net: Network, loss_scale: LossScale | None) -> LossScale | None:

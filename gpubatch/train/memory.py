@@ -47,11 +47,13 @@ def plan_batches(
     most: int | None = None,
     captured: bool | None = None,
     read: int = 0,
+    available: int | None = None,
 ) -> None:
     """Make the loader's plan with :func:`memory_parts` counted; ``most`` is the largest batch size to choose.
 
     ``captured`` tells whether steps are captured; by default they are wherever they can be. ``read`` is how many bytes
-    the batches of a validation set take that is read.
+    the batches of a validation set take that is read. ``available`` is how many bytes there are; by default all that
+    the backend has.
     """
     held = memory_parts(net, opt, 1, 0, copied)
     if net.backend.name == "cpu" and opt.t == 0:  # an operating system takes memory on first write
@@ -67,7 +69,7 @@ def plan_batches(
         return {**memory_parts(net, opt, batch_size, evaluated, copied, weighted), **batches}
 
     kept, least_rows = AHEAD if captured else 0, core_of(net).least_rows
-    epochs_of(loader).replan(parts_of, allocated, most=most, kept=kept, least_rows=least_rows)
+    epochs_of(loader).replan(parts_of, allocated, available, most, kept, least_rows)
 
 
 def settle_batches(
