@@ -52,7 +52,7 @@ EXPORTS = {
 MODULES = tuple(
     """
     averages backend checkpoint datasets errors explore formula launch loader metrics model nn
-    optim params plot schedules sizing sources tables torch train
+    optim params plot schedules sizing sklearn sources tables torch train
     """.split()
 )
 HOMES = {name: module for module, names in EXPORTS.items() for name in names.split()}

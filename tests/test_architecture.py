@@ -52,7 +52,7 @@ MAY_IMPORT = {
     " own shown",
     "explore": "nn loader optim train averages params backend errors shown",
 }
-EDGES = {"plot", "cli", "torch", "__main__", "__init__"}
+EDGES = {"plot", "cli", "sklearn", "torch", "__main__", "__init__"}
 
 # Inside a package, each file may import the files to its left.
 ORDER = {
@@ -69,6 +69,7 @@ ORDER = {
     "train": "ledger loss_scale history display parts callbacks monitors logs checks record graphs captured_step"
     " eager captured validation memory resume signals loop",
     "explore": "shared gradients search slices sweeps",
+    "sklearn": "machine training estimators",
     "cli": "shared options data strategies train models info gradients landscape sweep memory",
 }
 

@@ -6,6 +6,7 @@ import importlib
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,6 +83,15 @@ def test_the_block_of_tables_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     exec(block, space)
     model, test = gpubatch.load("trees.safetensors"), space["test"]
     assert np.trace(model.confusion_matrix(test)) > 0.8 * len(test)  # type: ignore[arg-type]
+
+
+def test_the_block_for_scikit_learn_trains_its_model() -> None:
+    peer("sklearn")
+    block = next(block for block in blocks("python3") if "MLPClassifier" in block)
+    (X, Y), _ = gpubatch.datasets.mnist_10k()
+    space: dict[str, Any] = {"X": X[:500], "Y": Y[:500]}
+    exec(block.replace("256", "32"), space)
+    assert space["model"].score(X[500:1500] / 255, Y[500:1500]) > 0.75
 
 
 def test_the_blocks_of_the_page_for_pytorch_run() -> None:

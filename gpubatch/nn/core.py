@@ -135,6 +135,10 @@ class Core:
         """How many training steps were made; dropout masks depend on it."""
         return self.mode.step
 
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply the gradients of the loss, not those of the l2 term, by ``factor``; before the first step."""
+        self.loss_scale = self.backend.asarray(np.full(1, factor, self.compute_dtype))
+
     # --- a training step ---
 
     def step(self, X: Array, Y: Array, weight: Array | None = None) -> Pass:

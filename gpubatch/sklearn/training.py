@@ -1,0 +1,186 @@
+"""Epochs of an estimator: batches in a given order, each a step of the network and its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+from scipy.special import xlogy
+
+from gpubatch.backend import Array
+from gpubatch.nn import evenly, quiet
+from gpubatch.optim import Optimizer, unchecked
+from gpubatch.sklearn.machine import Machine
+from gpubatch.train import CapturedStep, why_eager
+
+__all__ = ["Epochs", "minimise"]
+
+AT_ONCE = 1 << 12  # rows of which L-BFGS computes the gradients at a time
+
+
+class Epochs:
+    """Makes epochs over X and Y, of which a batch takes the rows that an order names.
+
+    X: ``(samples, features)``, of the network's element type; SciPy's sparse rows are made dense batch by batch
+    Y: labels or numbers as the network's loss takes them
+    weight: what each sample counts, or None
+    alpha: the weight of the l2 term, over the sum of a batch's weights
+    """
+
+    def __init__(
+        self, machine: Machine, opt: Optimizer, X: Any, Y: np.ndarray, weight: np.ndarray | None, alpha: float
+    ) -> None:
+        self._machine, self._net, self._core, self._opt = machine, machine.net, machine.core, opt
+        self._weight, self._alpha = weight, alpha
+        self._on_cpu = machine.backend.name == "cpu"
+        self._dense = isinstance(X, np.ndarray)
+        self._X = machine.backend.asarray(X) if self._dense else X
+        self._Y = machine.backend.asarray(Y)
+        self._given = None if weight is None else machine.backend.asarray(weight)
+        self._weights = [machine.net.parameters[f"W{i + 1}"].reshape(-1) for i in range(len(machine.about.sizes) - 1)]
+        self._constant = constant_of(machine, Y, weight)
+        self._room: tuple[Array, Array] | None = None
+        self._captured: dict[int, CapturedStep] = {}
+        # A graph holds the weight of the l2 term, which differs from batch to batch where samples have weights.
+        self._may_capture = not (self._on_cpu or why_eager(self._net, opt)) and (weight is None or not alpha)
+
+    def make(self, order: np.ndarray, batches: Sequence[slice]) -> float:
+        """Make an epoch; returns the sum of the batches' losses, as scikit-learn counts them, times their samples.
+
+        order: the rows of X, in the order of the epoch
+        batches: the parts of ``order``; one whose weights are all 0 is left out
+        """
+        if self._weight is None:
+            masses = [float(part.stop - part.start) for part in batches]
+        else:
+            masses = [float(self._weight[order[part]].sum(dtype=np.float64)) for part in batches]
+        parts = [(part, mass) for part, mass in zip(batches, masses, strict=True) if mass > 0]
+        constant = 0.0
+        if self._constant is not None:
+            constant = sum((part.stop - part.start) / mass * self._constant[order[part]].sum() for part, mass in parts)
+        if self._room is None:
+            rows = max(part.stop - part.start for part in batches)
+            shape = rows, self._net.inputs
+            self._room = (
+                self._machine.backend.empty(shape, self._net.dtype),
+                self._machine.backend.empty((rows, *self._Y.shape[1:]), self._Y.dtype),
+            )
+        make = self._on_host if self._on_cpu else self._on_device
+        # The parameters are looked at after every epoch, by its loss.
+        with self._machine.backend.own_stream(), self._core.training, unchecked(self._opt), quiet():
+            return constant + make(order, parts, *self._room)
+
+    def _on_host(self, order: np.ndarray, parts: Sequence[tuple[slice, float]], x: Array, y: Array) -> float:
+        core, step, alpha = self._core, self._opt.step, self._alpha
+        reported, factor = self._machine.reported, self._machine.factor
+        total = 0.0
+        for part, mass in parts:
+            rows, at = part.stop - part.start, order[part]
+            x_batch, y_batch = x[:rows], y[:rows]
+            if self._dense:
+                self._X.take(at, 0, x_batch, "clip")  # any other mode makes NumPy fill a copy of out first
+            else:
+                self._X[at].toarray(out=x_batch)
+            self._Y.take(at, 0, y_batch, "clip")
+            weights = None if self._given is None else core.weights(y_batch, self._given[at])
+            core.l2 = alpha / mass / factor
+            if reported != factor:
+                total += (1 - reported / factor) * rows * self._penalty(mass)
+            run = core.forward(x_batch, y_batch, weights)
+            loss = run.loss.work["loss"].item()
+            core.backward(run, x_batch)
+            step()
+            total += reported * rows * loss
+        core.count_steps(len(parts))
+        return total
+
+    def _on_device(self, order: np.ndarray, parts: Sequence[tuple[slice, float]], x: Array, y: Array) -> float:
+        core, backend, alpha = self._core, self._machine.backend, self._alpha
+        reported, factor = self._machine.reported, self._machine.factor
+        with backend.scope():
+            total = backend.zeros(1, np.float64)
+            on_device = backend.asarray(order)
+            for part, mass in parts:
+                rows, at = part.stop - part.start, on_device[part]
+                x_batch, y_batch = x[:rows], y[:rows]
+                x_batch[...] = self._X[at] if self._dense else self._machine.rows(self._X[order[part]])
+                y_batch[...] = self._Y[at]
+                weight = None if self._given is None else self._given[at]
+                core.l2 = alpha / mass / factor
+                if reported != factor:
+                    total += (1 - reported / factor) * rows * self._penalty(mass)
+                loss = self._captured_step(x_batch, y_batch, rows) if self._may_capture and weight is None else None
+                if loss is None:
+                    loss = self._net.step_loss(x_batch, y_batch, weight)
+                    self._opt.step()
+                total += reported * rows * loss
+            return float(total.item())
+
+    def _captured_step(self, x: Array, y: Array, rows: int) -> Array:
+        if rows not in self._captured:
+            self._captured[rows] = CapturedStep(self._net, self._opt, x, y)
+        return self._captured[rows]()
+
+    def _penalty(self, mass: float) -> Any:
+        """The l2 term of a batch."""
+        return 0.5 * self._alpha / mass * sum(W @ W for W in self._weights)
+
+
+def constant_of(machine: Machine, Y: np.ndarray, weight: np.ndarray | None) -> np.ndarray | None:
+    """What scikit-learn's loss of each sample has beside gpubatch's, times its weight; None for nothing."""
+    if machine.about.output != "exp":
+        return None
+    deviance: np.ndarray = (xlogy(Y, Y) - Y).sum(axis=1, dtype=np.float64)
+    return deviance if weight is None else deviance * weight
+
+
+def minimise(
+    machine: Machine,
+    X: Any,
+    Y: np.ndarray,
+    weight: np.ndarray | None,
+    alpha: float,
+    options: dict[str, Any],
+) -> tuple[Any, float]:
+    """Minimise the loss over all samples by SciPy's L-BFGS-B; returns its result, and the loss for ``loss_``.
+
+    ``options`` are SciPy's; the other arguments are those of :class:`Epochs`.
+    """
+    net, core, backend = machine.net, machine.core, machine.backend
+    flat, grads = net.parameters.flat, net.parameters.grads.flat
+    mass = float(len(Y) if weight is None else weight.sum(dtype=np.float64))
+    core.l2 = alpha / mass / machine.factor
+    given = None if weight is None else backend.asarray((weight / (mass / len(Y))).astype(net.compute_dtype))
+    y = backend.asarray(Y)
+    parts = [(part, machine.rows(X[part])) for part in evenly(len(Y), AT_ONCE)]
+
+    def mean_and_gradient(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        flat[...] = backend.asarray(theta, flat.dtype)
+        gradient, mean = np.zeros(theta.size), 0.0
+        for part, x in parts:
+            run = core.forward(x, y[part], None if given is None else given[part])
+            share = len(x) / len(Y)
+            mean += share * run.loss.work["loss"].item()
+            core.backward(run, x)
+            gradient += share * backend.to_numpy(grads)
+        return mean, gradient
+
+    def penalty(theta: np.ndarray) -> float:
+        spans = [net.parameters.spans[f"W{i + 1}"] for i in range(len(machine.about.sizes) - 1)]
+        return float(0.5 * alpha / mass * sum(theta[slice(*span)] @ theta[slice(*span)] for span in spans))
+
+    def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        mean, gradient = mean_and_gradient(theta)
+        return machine.factor * mean, gradient
+
+    with backend.own_stream(), backend.scope(), core.training, quiet():
+        found = scipy.optimize.minimize(
+            objective, backend.to_numpy(flat).astype(np.float64), method="L-BFGS-B", jac=True, options=options
+        )
+        flat[...] = backend.asarray(found.x, flat.dtype)
+    of_weights = penalty(found.x)
+    constant = constant_of(machine, Y, weight)
+    mean = (found.fun - of_weights) * machine.reported / machine.factor + of_weights
+    return found, mean + (0.0 if constant is None else constant.sum() / mass)
