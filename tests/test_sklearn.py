@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 from families import every
-from needs import peer
+from needs import missing, peer
 
 import gpubatch as gb
+from gpubatch.backend import available_backends
 
 base, selection, checks = (peer(f"sklearn.{name}") for name in ("base", "model_selection", "utils.estimator_checks"))
 datasets, neural_network = peer("sklearn.datasets"), peer("sklearn.neural_network")
@@ -351,6 +352,8 @@ ON_A_GPU: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ON_A_GPU)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_gpu_gives_the_numbers_of_a_cpu(name: str, weighted: bool) -> None:
+    if "cuda:0" not in available_backends():
+        missing("gpu", "no CUDA device can be used here")
     X, _ = data(name)
     weight = np.random.default_rng(1).random(len(X)) if weighted else None
     options = {"max_iter": 3, **ON_A_GPU[name]}

@@ -36,8 +36,8 @@ from gpubatch.errors import (
     check_int,
     check_real,
 )
-from gpubatch.sklearn.machine import Description, Machine, Update, check_activation, maker_of
-from gpubatch.sklearn.training import Epochs, minimise
+from gpubatch.sklearn.machine import Description, Machine, KeptOptimizer, check_activation, maker_of
+from gpubatch.sklearn.training import OrderedEpochs, minimise
 
 __all__ = ["MLPClassifier", "MLPRegressor"]
 
@@ -148,11 +148,11 @@ class BaseMLP(BaseEstimator):
         self, machine: Machine, X: Any, Y: np.ndarray, weight: np.ndarray | None, random: Any, incremental: bool
     ) -> None:
         if not incremental or not hasattr(self, "_optimizer"):
-            self._optimizer = Update(self._make_optimizer())
+            self._optimizer = KeptOptimizer(self._make_optimizer())
         opt = self._optimizer.bind(machine.net.parameters)
         rows, held_out = self._split(len(Y), Y, random)
         batches = self._batches(len(rows), machine.core.least_rows)
-        epochs = Epochs(machine, opt, X, Y, weight, self.alpha)
+        epochs = OrderedEpochs(machine, opt, X, Y, weight, self.alpha)
         validation = None
         if held_out is not None:
             validation = X[held_out], Y[held_out], None if weight is None else weight[held_out]

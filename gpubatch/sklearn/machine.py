@@ -21,7 +21,7 @@ from gpubatch.nn import ACTIVATIONS, BatchNorm, Dense, Dropout, Elementwise, Lay
 from gpubatch.optim import Optimizer
 from gpubatch.params import Parameters
 
-__all__ = ["RULES", "Description", "Machine", "Update", "check_activation", "maker_of"]
+__all__ = ["RULES", "Description", "Machine", "KeptOptimizer", "check_activation", "maker_of"]
 
 PREDICTED = 1 << 14  # rows that are moved to a device, or made dense, at a time
 
@@ -228,7 +228,7 @@ def maker_of(optimizer: Any, solver: str, lr: float, momentum: float, nesterov: 
     return functools.partial(optimizer, lr=lr) if known else optimizer
 
 
-class Update:
+class KeptOptimizer:
     """The optimizer of an estimator: bound to a machine's parameters, and pickled by its state."""
 
     def __init__(self, make: Make) -> None:

@@ -1,4 +1,4 @@
-"""Epochs of an estimator: batches in a given order, each a step of the network and its optimizer."""
+"""OrderedEpochs of an estimator: batches in a given order, each a step of the network and its optimizer."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from gpubatch.optim import Optimizer, unchecked
 from gpubatch.sklearn.machine import Machine
 from gpubatch.train import CapturedStep, why_eager
 
-__all__ = ["Epochs", "minimise"]
+__all__ = ["OrderedEpochs", "minimise"]
 
 AT_ONCE = 1 << 12  # rows of which L-BFGS computes the gradients at a time
 
 
-class Epochs:
+class OrderedEpochs:
     """Makes epochs over X and Y, of which a batch takes the rows that an order names.
 
     X: ``(samples, features)``, of the network's element type; SciPy's sparse rows are made dense batch by batch
@@ -146,7 +146,7 @@ def minimise(
 ) -> tuple[Any, float]:
     """Minimise the loss over all samples by SciPy's L-BFGS-B; returns its result, and the loss for ``loss_``.
 
-    ``options`` are SciPy's; the other arguments are those of :class:`Epochs`.
+    ``options`` are SciPy's; the other arguments are those of :class:`OrderedEpochs`.
     """
     net, core, backend = machine.net, machine.core, machine.backend
     flat, grads = net.parameters.flat, net.parameters.grads.flat
