@@ -36,7 +36,7 @@ from gpubatch.errors import (
     check_int,
     check_real,
 )
-from gpubatch.sklearn.machine import Description, Machine, KeptOptimizer, check_activation, maker_of
+from gpubatch.sklearn.machine import Description, KeptOptimizer, Machine, check_activation, maker_of
 from gpubatch.sklearn.training import OrderedEpochs, minimise
 
 __all__ = ["MLPClassifier", "MLPRegressor"]

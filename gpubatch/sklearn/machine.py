@@ -21,7 +21,7 @@ from gpubatch.nn import ACTIVATIONS, BatchNorm, Dense, Dropout, Elementwise, Lay
 from gpubatch.optim import Optimizer
 from gpubatch.params import Parameters
 
-__all__ = ["RULES", "Description", "Machine", "KeptOptimizer", "check_activation", "maker_of"]
+__all__ = ["RULES", "Description", "KeptOptimizer", "Machine", "check_activation", "maker_of"]
 
 PREDICTED = 1 << 14  # rows that are moved to a device, or made dense, at a time
 
