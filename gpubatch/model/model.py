@@ -233,7 +233,7 @@ def save(
     net: the network, or a model, which has the rest.
     loader, classes: as :class:`Model` takes them.
 
-    The format is described in :mod:`gpubatch.model.file`. A formula of your own is saved by its text. Your own class of
+    The format is described in ``gpubatch/model/file.py``. A formula of your own is saved by its text. Your own class of
     layers or losses is saved by its import path and the arguments of its constructor, which it must keep in attributes
     of the same names; a ``prepare`` by its import path, and the state of an object that has ``state_dict()`` and
     ``load_state_dict(state)``. Raises ArgumentError or DTypeError for what a file cannot hold, and OSError.

@@ -46,7 +46,7 @@ class Layer(ABC):
     """A layer. Subclass it for your own and write four methods.
 
     Write results into the arrays given, ``y[...] = values``: a new array under the same name would be lost. Leave x as
-    it is, unless y is the same array. The network checks both in the first call for each batch size.
+    it is, unless y is the same array. The network checks both in the first call for each batch size::
 
         class Scale(gb.Layer):
             def takes(self): return None
@@ -231,15 +231,15 @@ class Dense(Layer):
 
     The names of ``init``, with the variance of W:
 
-    "he", "he_uniform": 2/inputs (He et al. 2015, arXiv:1502.01852), which ReLU halves.
-    "xavier", "xavier_uniform": 2/(inputs + outputs) (Glorot & Bengio 2010), Keras' default is the uniform one.
-    "lecun", "lecun_uniform": 1/inputs (LeCun et al. 1998, "Efficient BackProp").
-    "pytorch": 1/(3 inputs), uniform, as torch.nn.Linear, which calls it kaiming_uniform with a=√5.
-    "small", "large": 8/(9 (inputs + outputs)) and 9/(2 (inputs + outputs)), uniform: two thirds and three halves of
-        what "xavier_uniform" draws.
-    "zeros": 0.
-    "auto": "small"; in the last Dense layer of a network "large" if its loss has classes, and otherwise, as for mse,
-        "pytorch". It trained best on twelve data sets, beside scikit-learn and PyTorch (``bench/first_weights.py``).
+    - "he", "he_uniform": 2/inputs (He et al. 2015, arXiv:1502.01852), which ReLU halves.
+    - "xavier", "xavier_uniform": 2/(inputs + outputs) (Glorot & Bengio 2010), Keras' default is the uniform one.
+    - "lecun", "lecun_uniform": 1/inputs (LeCun et al. 1998, "Efficient BackProp").
+    - "pytorch": 1/(3 inputs), uniform, as torch.nn.Linear, which calls it kaiming_uniform with a=√5.
+    - "small", "large": 8/(9 (inputs + outputs)) and 9/(2 (inputs + outputs)), uniform: two thirds and three halves of
+      what "xavier_uniform" draws.
+    - "zeros": 0.
+    - "auto": "small"; in the last Dense layer of a network "large" if its loss has classes, and otherwise, as for mse,
+      "pytorch". It trained best on twelve data sets, beside scikit-learn and PyTorch (``bench/first_weights.py``).
     """
 
     def __init__(

@@ -78,7 +78,7 @@ class Optimizer:
     backend: the device where the parameters must be.
     master_weights: whether to keep a float32 copy of float16 parameters and update that, so that rounding does not lose
         small steps (Micikevicius et al., arXiv:1710.03740).
-    groups: hyper-parameters for some parameters alone, by patterns over their names as in :mod:`fnmatch`, such as
+    groups: hyper-parameters for some parameters alone, by patterns over their names as in ``fnmatch``, such as
         ``{"beta*": {"trainable": False}, "b*": {"weight_decay": 0.0}, "W1": {"lr": schedule}}``. The first pattern that
         matches a name counts. ``trainable=False`` freezes: such parameters have no state, and are never updated.
         :func:`fit` does not compute their gradients where it need not, and has them be 0. :func:`no_decay` gives the
