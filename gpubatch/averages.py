@@ -72,6 +72,11 @@ def ewma(series: Any, beta: float = 0.9, bias_correction: bool = True) -> Any:
     series: a sequence of real numbers, or an array of at least one dimension
     beta: weight of the past, in [0, 1)
     bias_correction: whether to divide by 1 - beta**t
+
+    >>> gb.ewma([4.0, 9.0, 5.0], beta=0.9).round(3)
+    array([4.   , 6.632, 6.03 ])
+    >>> gb.ewma([4.0, 9.0, 5.0], beta=0.9, bias_correction=False).round(3)
+    array([0.4  , 1.26 , 1.634])
     """
     beta = check_real("beta", beta, 0, 1, open_high=True)
     check_bool("bias_correction", bias_correction)

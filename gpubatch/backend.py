@@ -64,6 +64,10 @@ class Backend(ABC):
     xp: its Array-API namespace.
     reason: why it was chosen.
     generator_bytes: memory of a :meth:`generator` on the device.
+
+    >>> backend = gb.get_backend("cpu")
+    >>> backend.to_numpy(backend.asarray([1, 2]))
+    array([1, 2])
     """
 
     name: str
@@ -520,6 +524,9 @@ def get_backend(spec: str | Backend = "auto", fallback: str | None = None) -> Ba
         takes the value of ``GPUBATCH_FALLBACK``, and without that raises.
 
     Raises :class:`BackendUnavailableError` with the cause and the remedy.
+
+    >>> gb.get_backend("cpu").zeros((2, 3), "float32").shape
+    (2, 3)
     """
     if isinstance(spec, Backend):
         return spec
@@ -536,7 +543,11 @@ def get_backend(spec: str | Backend = "auto", fallback: str | None = None) -> Ba
 
 
 def available_backends() -> tuple[str, ...]:
-    """The specs of the backends that can be used here, the CPU first."""
+    """The specs of the backends that can be used here, the CPU first.
+
+    >>> "cpu" in gb.available_backends()
+    True
+    """
     try:
         count = load_cupy().cuda.runtime.getDeviceCount()
     except BackendUnavailableError:
@@ -679,7 +690,11 @@ def is_cupy(x: Any) -> bool:
 
 
 def array_namespace(*arrays: Array) -> Any:
-    """The Array-API namespace of ``arrays``; arrays on two devices are an error."""
+    """The Array-API namespace of ``arrays``; arrays on two devices are an error.
+
+    >>> gb.array_namespace(np.zeros(3)).sqrt(np.array([4.0]))
+    array([2.])
+    """
     return backend_of(*arrays).xp
 
 

@@ -61,6 +61,9 @@ class Checkpoints:
     background: write in a thread while training continues
     on_failure: if a checkpoint cannot be written, "raise" ends the run with a :class:`CheckpointError`, and "warn"
         continues with a :class:`CheckpointWarning`
+
+    >>> checkpoints = gb.Checkpoints("runs/a", every=500, keep=3)  # doctest: +SKIP
+    >>> gb.fit(net, loader, opt, epochs=5, checkpoint=checkpoints)  # doctest: +SKIP
     """
 
     def __init__(

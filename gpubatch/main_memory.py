@@ -13,7 +13,12 @@ __all__ = ["Memory", "main_memory"]
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of a device in bytes: the total that this process may use, and what is available to it now."""
+    """Memory of a device in bytes: the total that this process may use, and what is available to it now.
+
+    >>> memory = gb.get_backend("cpu").memory()
+    >>> 0 < memory.available <= memory.total
+    True
+    """
 
     total: int
     available: int

@@ -332,8 +332,8 @@ def measure(
 ) -> dict[str, Any]:
     """Metrics of a network's predictions, by name, computed batch by batch on its device.
 
-    X: rows as :meth:`~gpubatch.Network.predict` takes them, with Y; or a :class:`Loader` of samples and targets, which makes an
-        epoch: give it one of its own.
+    X: rows as :meth:`~gpubatch.Network.predict` takes them, with Y; or a :class:`Loader` of samples and targets,
+        which makes an epoch: give it one of its own.
     metrics: "accuracy", "top_5", "confusion_matrix", "precision", "recall", "f1" (the mean over the classes, or
         "f1_micro", "f1_weighted", "f1_binary"), "r2", "mse", "rmse", "mae".
     weight: what each sample counts, where X and Y are arrays.

@@ -44,6 +44,9 @@ class BatchPlan:
     """A batch size, the reason for it, and the bytes needed and available.
 
     ``parts`` splits the needed bytes by purpose, where known. ``print(plan)`` shows them as a table.
+
+    >>> gb.choose_batch_size(1_500, bytes_per_sample=1_000, memory=10**9).batch_size
+    1500
     """
 
     batch_size: int
@@ -102,6 +105,10 @@ def choose_batch_size(
     at_most: upper limit for sets above 2000 samples, at least 1
 
     Raises ``InsufficientMemoryError`` if not even one sample fits.
+
+    >>> plan = gb.choose_batch_size(60_000, bytes_per_sample=100_000, memory=20_000_000)
+    >>> plan.batch_size
+    128
     """
     bytes_per_sample = check_int("bytes_per_sample", bytes_per_sample, 0)
     fixed_bytes = check_int("fixed_bytes", fixed_bytes, 0)
@@ -190,6 +197,10 @@ def find_batch_size(
     backend: the device whose memory is measured
 
     Raises ``InsufficientMemoryError`` if not even one sample fits.
+
+    >>> found = gb.find_batch_size(lambda size: np.zeros((size, 1000)), n_samples=5_000, at_most=256)
+    >>> found.batch_size
+    256
     """
     n_samples = check_int("n_samples", n_samples, 1)
     limit = n_samples if at_most is None else min(n_samples, check_int("at_most", at_most, 1))

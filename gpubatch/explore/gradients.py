@@ -165,6 +165,10 @@ class GradientCheck:
     ``worst_index`` has the largest error; there the gradient that was given is ``analytic`` and the one by differences
     ``numerical``. With directions it is the direction's number; None where nothing was compared but kinks.
     ``kinks`` are elements that cannot be compared, as the slope jumps there. ``compared`` is how many could.
+
+    >>> x = np.array([0.5, -1.0])
+    >>> gb.gradient_check(lambda x: (x**2).sum(), x, 2 * x).ok
+    True
     """
 
     max_relative_error: float
@@ -219,6 +223,10 @@ def gradient_check(
     Where x is on a kink, or closer to one than h, the one-sided differences disagree, and by more than curvature
     explains, which falls with h. If ``grad`` is one of these slopes or between them, the element is reported in
     ``kinks`` and does not fail.
+
+    >>> x = np.array([0.5, -1.0, 2.0])
+    >>> gb.gradient_check(lambda x: (x**2).sum(), x, 2 * x).ok
+    True
     """
     backend, dtype = _check_point(f, x, writable=True)
     backend_of(x, grad)

@@ -50,6 +50,13 @@ def random_search(
     weight: what each sample counts in loss and accuracy
 
     The loss is that of :meth:`Network.loss`, in evaluation.
+
+    >>> net = gb.mlp([3, 2], seed=0)
+    >>> X, Y = np.eye(3, dtype=np.float32), np.array([0, 1, 1])
+    >>> before = net.loss(X, Y)
+    >>> found = gb.random_search(net, X, Y, 20)
+    >>> net.loss(X, Y) < before
+    True
     """
     return _search(net, X, Y, trials, scale, seed, False, progress, weight)
 
@@ -68,6 +75,13 @@ def random_local_search(
 
     The arguments are those of :func:`random_search`; ``trials`` is how many steps are tried. The best parameters are in
     ``net`` at the end (CS231n, "Strategy #2").
+
+    >>> net = gb.mlp([3, 2], seed=0)
+    >>> X, Y = np.eye(3, dtype=np.float32), np.array([0, 1, 1])
+    >>> before = net.loss(X, Y)
+    >>> found = gb.random_local_search(net, X, Y, 20)
+    >>> net.loss(X, Y) < before
+    True
     """
     return _search(net, X, Y, trials, scale, seed, True, progress, weight)
 

@@ -70,6 +70,11 @@ def loss_slice(
 
     Many points are evaluated at a time. The first layer with parameters is linear in these, so it runs once for each
     direction, not once for each point. The parameters of ``net`` are not touched.
+
+    >>> net = gb.mlp([3, 4, 2], seed=0)
+    >>> X, Y = np.eye(3, dtype=np.float32), np.array([0, 1, 1])
+    >>> gb.loss_slice(net, X, Y, [-0.5, 0.0, 0.5]).losses.shape
+    (3,)
     """
     check_net(net)
     check_choice("normalize", normalize, ["none", "filter"])

@@ -58,6 +58,11 @@ def step_size_sweep(
 
     Loss and gradient are those of a training step on the batch X, Y, all with the same dropout mask. ``weight`` is what
     each sample counts in them.
+
+    >>> net = gb.mlp([3, 4, 2], seed=0)
+    >>> X, Y = np.eye(3, dtype=np.float32), np.array([0, 1, 1])
+    >>> gb.step_size_sweep(net, X, Y, [1e-3, 1e-1]).best
+    0.1
     """
     check_net(net)
     sizes = positive_grid("step_sizes", [float(f"1e{k}") for k in range(-10, 0)] if step_sizes is None else step_sizes)
@@ -251,6 +256,8 @@ def batch_size_sweep(
     weight: what each sample counts in the loss
     validation: what :func:`gpubatch.fit` validates every run on, for callbacks that look at it
     callbacks: a function that makes the callbacks of a run, such as ``lambda: [gb.EarlyStopping(3)]``
+
+    >>> gb.batch_size_sweep(lambda: gb.mlp([784, 64, 10]), X, Y, [32, 256])  # doctest: +SKIP
     """
     check_net(net)
     default = [n for power in range(4, 11) for n in (1 << power, 3 << (power - 1)) if n <= min(1024, len(X))]

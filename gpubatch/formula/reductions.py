@@ -35,6 +35,14 @@ def mean(x: Any) -> Any:
     """The mean over a parameter's elements; inside a rule, of any value x of each element.
 
     x: an array, or a value inside a rule. The sum is in float64, the result of x's type; of no elements it is 0.
+
+    >>> @gb.rule
+    ... def centred(w, g, t, *, lr=0.1):
+    ...     return w - lr * (g - gb.mean(g))
+    >>> w = np.zeros(2)
+    >>> step = gb.Optimizer(centred, [w]).step([np.array([1.0, 3.0])])
+    >>> w
+    array([ 0.1, -0.1])
     """
     return _reduce(MEAN, x)
 
@@ -43,6 +51,14 @@ def max_abs(x: Any) -> Any:
     """The largest absolute value of a parameter's elements, NaN if one is; inside a rule, of any value x of each.
 
     x: an array, or a value inside a rule. The result is of x's type; of no elements it is 0.
+
+    >>> @gb.rule
+    ... def scaled(w, g, t, *, lr=0.1):
+    ...     return w - lr * g / gb.max_abs(g)
+    >>> w = np.zeros(2)
+    >>> step = gb.Optimizer(scaled, [w]).step([np.array([1.0, -4.0])])
+    >>> w
+    array([-0.025,  0.1  ])
     """
     return _reduce(MAX_ABS, x)
 

@@ -80,6 +80,11 @@ class WeightedOrder:
     An epoch has as many draws as there are samples. It is a function of the loader's seed and of the epoch alone, the
     same on every device and after a resume. Weights of 1 / (samples of its class) show all classes equally often:
     ``gb.WeightedOrder(1 / np.bincount(Y)[Y])``.
+
+    >>> Y = np.array([0, 0, 0, 1])
+    >>> loader = gb.Loader(np.arange(4.0), Y, batch_size=2, order=gb.WeightedOrder(1 / np.bincount(Y)[Y]))
+    >>> len(list(loader))
+    2
     """
 
     def __init__(self, weights: Any) -> None:

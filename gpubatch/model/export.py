@@ -72,6 +72,8 @@ def export_onnx(model: Model | Network, path: str | os.PathLike[str], probabilit
     The graph's input is "X", ``(batch, features)``, of the element type that the loader's X had, or of the network's;
     its output "scores" or "probabilities" is float32 or float64, as the network computes. Class names are the property
     "classes", as JSON. Raises ArgumentError for a layer, a ``prepare`` or a loss that a graph cannot have.
+
+    >>> gb.export_onnx(gb.mlp([3, 4, 2]), "model.onnx")  # doctest: +SKIP
     """
     onnx = imported()
     if not isinstance(model, (Model, Network)):

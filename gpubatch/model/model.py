@@ -42,6 +42,10 @@ class Model:
     Where the network was trained on a table, ``raw`` is a table again: whatever :func:`~gpubatch.read_table` reads. Its
     columns are found by name; other columns are ignored, the label may be missing. Regression's predictions are in the
     unit of the label, and its loss is of labels that were standardised as in training.
+
+    >>> model = gb.Model(gb.mlp([3, 4, 2], seed=0), classes=["no", "yes"])
+    >>> model.predict(np.zeros((1, 3))).shape
+    (1,)
     """
 
     def __init__(
@@ -237,6 +241,11 @@ def save(
     layers or losses is saved by its import path and the arguments of its constructor, which it must keep in attributes
     of the same names; a ``prepare`` by its import path, and the state of an object that has ``state_dict()`` and
     ``load_state_dict(state)``. Raises ArgumentError or DTypeError for what a file cannot hold, and OSError.
+
+    >>> net = gb.mlp([3, 4, 2], seed=0)
+    >>> gb.save("model.safetensors", net, classes=["no", "yes"])
+    >>> gb.load("model.safetensors").classes
+    ['no', 'yes']
     """
     if isinstance(net, Model) and (loader is not None or classes is not None):
         raise ArgumentError("loader and classes must be None where a Model is saved: it has both")
@@ -259,6 +268,11 @@ def load(
 
     Raises DataFormatError for a file that is damaged, no model, or of a later version; ArgumentError for one that names
     what is not there, or that differs from ``into``; OSError.
+
+    >>> gb.save("model.safetensors", gb.mlp([3, 4, 2], seed=0))
+    >>> model = gb.load("model.safetensors", backend="cpu")
+    >>> model.probabilities(np.zeros((1, 3))).shape
+    (1, 2)
     """
     if into is not None and not isinstance(into, Network):
         raise DTypeError(f"into must be a gpubatch.Network, got {type(into).__name__}")

@@ -115,6 +115,13 @@ class Elementwise(ActivationLayer):
 
     activation: a function declared with :func:`gpubatch.activation`.
     parameters: values for its parameters, by name.
+
+    >>> @gb.activation
+    ... def silu(x):
+    ...     return x / (1 + np.exp(-x))
+    >>> net = gb.Network([gb.Dense(3, 4), gb.Elementwise(silu), gb.Dense(4, 2)])
+    >>> net.scores(np.zeros((5, 3), np.float32)).shape
+    (5, 2)
     """
 
     def __init__(self, activation: Activation | BoundActivation, **parameters: float) -> None:
@@ -136,19 +143,34 @@ class Elementwise(ActivationLayer):
 
 
 class Step(ActivationLayer):
-    """1 where x > 0, else 0. Forward only: its derivative is zero almost everywhere, so nothing below it learns."""
+    """1 where x > 0, else 0. Forward only: its derivative is zero almost everywhere, so nothing below it learns.
+
+    >>> net = gb.Network([gb.Dense(3, 4), gb.Step(), gb.Dense(4, 2)])
+    >>> net.scores(np.zeros((5, 3), np.float32)).shape
+    (5, 2)
+    """
 
     function = activations.step.bind()
 
 
 class ReLU(ActivationLayer):
-    """max(x, 0); the derivative at 0 is 0."""
+    """max(x, 0); the derivative at 0 is 0.
+
+    >>> net = gb.Network([gb.Dense(3, 4), gb.ReLU(), gb.Dense(4, 2)])
+    >>> net.scores(np.zeros((5, 3), np.float32)).shape
+    (5, 2)
+    """
 
     function = activations.relu.bind()
 
 
 class LeakyReLU(ActivationLayer):
-    """max(x, slope*x), 0 <= slope < 1; the derivative at 0 is the slope."""
+    """max(x, slope*x), 0 <= slope < 1; the derivative at 0 is the slope.
+
+    >>> net = gb.Network([gb.Dense(3, 4), gb.LeakyReLU(0.1), gb.Dense(4, 2)])
+    >>> net.scores(np.zeros((5, 3), np.float32)).shape
+    (5, 2)
+    """
 
     def __init__(self, slope: float = 0.01) -> None:
         self.slope = check_real("slope", slope, 0, 1, open_high=True)
@@ -160,13 +182,23 @@ class LeakyReLU(ActivationLayer):
 
 
 class Sigmoid(ActivationLayer):
-    """1 / (1 + exp(-x))."""
+    """1 / (1 + exp(-x)).
+
+    >>> net = gb.Network([gb.Dense(3, 4), gb.Sigmoid(), gb.Dense(4, 2)])
+    >>> net.scores(np.zeros((5, 3), np.float32)).shape
+    (5, 2)
+    """
 
     function = activations.sigmoid.bind()
 
 
 class Tanh(ActivationLayer):
-    """The hyperbolic tangent."""
+    """The hyperbolic tangent.
+
+    >>> net = gb.Network([gb.Dense(3, 4), gb.Tanh(), gb.Dense(4, 2)])
+    >>> net.scores(np.zeros((5, 3), np.float32)).shape
+    (5, 2)
+    """
 
     function = activations.tanh.bind()
 
@@ -176,6 +208,10 @@ class GELU(ActivationLayer):
 
     ``approximate="none"`` is exact to a few units of rounding; "tanh" is the paper's
     x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))). Names and default are PyTorch's.
+
+    >>> net = gb.Network([gb.Dense(3, 4), gb.GELU(), gb.Dense(4, 2)])
+    >>> net.scores(np.zeros((5, 3), np.float32)).shape
+    (5, 2)
     """
 
     def __init__(self, approximate: str = "none") -> None:
@@ -240,6 +276,10 @@ class Dense(Layer):
     - "zeros": 0.
     - "auto": "small"; in the last Dense layer of a network "large" if its loss has classes, and otherwise, as for mse,
       "pytorch". It trained best on twelve data sets, beside scikit-learn and PyTorch (``bench/first_weights.py``).
+
+    >>> net = gb.Network([gb.Dense(3, 4), gb.ReLU(), gb.Dense(4, 2)])
+    >>> net.scores(np.zeros((5, 3), np.float32)).shape
+    (5, 2)
     """
 
     def __init__(
@@ -383,6 +423,10 @@ class BatchNorm(Layer):
     eps: added to the variance.
     momentum: the weight of the batch in the running statistics.
     unbiased_running: whether the running variance takes the unbiased variance (PyTorch) or the biased one (CS231n).
+
+    >>> net = gb.Network([gb.Dense(3, 4, bias=False), gb.BatchNorm(4), gb.ReLU(), gb.Dense(4, 2)])
+    >>> sorted(net.buffers)
+    ['running_mean1', 'running_var1']
     """
 
     def __init__(self, features: int, eps: float = 1e-5, momentum: float = 0.1, unbiased_running: bool = True) -> None:
@@ -441,6 +485,10 @@ class Dropout(Layer):
     The mask depends on the network's seed, the layer's place, the training step and the element's place in the batch
     alone, the same on CPU and GPU: uniform float32 numbers of Philox4x64-10 with key (seed, layer) and counter (0,
     step, 0, 0).
+
+    >>> net = gb.Network([gb.Dense(3, 4), gb.Dropout(0.5), gb.Dense(4, 2)])
+    >>> net.scores(np.zeros((5, 3), np.float32)).shape
+    (5, 2)
     """
 
     def __init__(self, rate: float) -> None:

@@ -69,6 +69,9 @@ class Parameter:
     shape: a tuple of integers.
     init: the first values: a number, or a function ``init(generator, shape)`` that returns a NumPy array.
     l2: whether the l2 term of the loss counts it.
+
+    >>> gb.Parameter((3, 4), init=0.1).shape
+    (3, 4)
     """
 
     shape: Shape
@@ -96,6 +99,9 @@ class Needs:
     reads: which of "x" and "y" backward reads again.
     in_place: whether y may be the same array as x, and dx the same as dy.
     least_rows: the smallest training batch.
+
+    >>> gb.Needs(outputs=4, parameters={"s": gb.Parameter((4,), init=1.0)}, reads=("x",)).outputs
+    4
     """
 
     outputs: int

@@ -98,6 +98,11 @@ class Network:
     One thread at a time may train it: another that makes a step, or evaluates during ``fit`` or a step, gets an
     :class:`InUseError`, because the parameters change meanwhile. ``copy.deepcopy(net)``, made in a callback or between
     two steps, is a network that can be evaluated while this one is trained.
+
+    >>> net = gb.Network([gb.Dense(3, 4), gb.ReLU(), gb.Dense(4, 2)], loss="softmax_cross_entropy", seed=0)
+    >>> loss, grads = net.loss_and_grad(np.zeros((5, 3), np.float32), np.zeros(5, int))
+    >>> sorted(grads)
+    ['W1', 'W2', 'b1', 'b2']
     """
 
     def __init__(
@@ -461,6 +466,9 @@ def no_decay(net: Network) -> dict[str, dict[str, Any]]:
 
     They are those that their layers do not declare with ``l2=True``: biases, gamma and beta. As the first group that
     matches counts, your own go before them: ``groups={"W1": {"lr": 1e-4}, **gb.no_decay(net)}``.
+
+    >>> net = gb.mlp([784, 256, 10], batch_norm=True)
+    >>> opt = gb.AdamW(net.parameters, groups=gb.no_decay(net))
     """
     if not isinstance(net, Network):
         raise DTypeError(f"net must be a gpubatch.Network, got {type(net).__name__}")
@@ -507,6 +515,10 @@ def mlp(
         is what a regression would otherwise learn first.
 
     The other arguments are those of :class:`Network`.
+
+    >>> net = gb.mlp([784, 256, 10], activation="relu", batch_norm=True)
+    >>> net.parameters.size
+    203786
     """
     if not hasattr(sizes, "__len__") or len(sizes) < 2:
         raise ArgumentError(f"sizes must be at least two integers, inputs first and outputs last, got {sizes!r}")

@@ -117,6 +117,11 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> float:
     Pascanu, Mikolov & Bengio 2013, algorithm 1. ``grads`` is ``params.grads``, a mapping, a sequence or an array; None
     for a parameter counts as nothing. A norm that is not finite raises :class:`NonFiniteError` and leaves them as they
     were.
+
+    >>> grads = [np.array([3.0, 4.0])]
+    >>> norm = gb.clip_by_global_norm(grads, max_norm=1.0)
+    >>> grads[0].round(3)
+    array([0.6, 0.8])
     """
     limit = check_real("max_norm", max_norm, 0.0, open_low=True)
     if isinstance(grads, FlatViews):

@@ -58,6 +58,10 @@ class StepResult(NamedTuple):
     """What a step did: whether the update was ``applied``, the step count ``t`` and the learning rate ``lr`` used.
 
     The learning rate is that of the parameters in no group.
+
+    >>> opt = gb.SGD([np.zeros(2)], lr=0.1)
+    >>> opt.step([np.ones(2)])
+    StepResult(applied=True, t=1, lr=0.1)
     """
 
     applied: bool
@@ -95,6 +99,13 @@ class Optimizer:
 
     A group follows the hyper-parameters that it does not have itself, so ``opt.lr = ...`` is for all parameters but
     those whose group has its own.
+
+    >>> w = np.zeros(3)
+    >>> opt = gb.Optimizer(gb.rules.adam, [w], lr=0.1)
+    >>> opt.step([np.ones(3)])
+    StepResult(applied=True, t=1, lr=0.1)
+    >>> w.round(4)
+    array([-0.1, -0.1, -0.1])
     """
 
     def __init__(

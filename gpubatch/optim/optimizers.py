@@ -43,7 +43,13 @@ class Common(TypedDict, total=False):
 
 
 class SGD(Optimizer):
-    """Gradient descent: w -= lr*g."""
+    """Gradient descent: w -= lr*g.
+
+    >>> w = np.array([1.0, 2.0])
+    >>> step = gb.SGD([w], lr=0.1).step([np.array([1.0, -1.0])])
+    >>> w.round(4)
+    array([0.9, 2.1])
+    """
 
     def __init__(self, params: Any, lr: Hyper, **common: Unpack[Common]) -> None:
         Optimizer.__init__(self, rules.sgd, params, lr=lr, **common)
@@ -53,6 +59,11 @@ class Momentum(Optimizer):
     """Moving-average momentum: v = beta*v + (1-beta)*g; w -= lr*v.
 
     It equals PyTorch's momentum at the learning rate lr*(1-beta). ``bias_correction`` divides v by 1 - beta**t.
+
+    >>> w = np.array([1.0, 2.0])
+    >>> step = gb.Momentum([w], lr=0.1).step([np.array([1.0, -1.0])])
+    >>> w.round(4)
+    array([0.99, 2.01])
     """
 
     def __init__(
@@ -67,6 +78,11 @@ class HeavyBall(Optimizer):
     With ``lr_in_velocity``, v = mu*v - lr*g; w += v, as in Keras, CS231n and scikit-learn: the same while lr stays,
     another path when it changes. ``nesterov`` looks ahead: w -= lr*(g + mu*v), or w += mu*v - lr*g. ``dampening`` is
     PyTorch's: v = g in the first step, then v = mu*v + (1-dampening)*g; PyTorch has it without ``nesterov`` only.
+
+    >>> w = np.array([1.0, 2.0])
+    >>> step = gb.HeavyBall([w], lr=0.1).step([np.array([1.0, -1.0])])
+    >>> w.round(4)
+    array([0.9, 2.1])
     """
 
     def __init__(
@@ -94,6 +110,11 @@ class Adagrad(Optimizer):
     """Adagrad: s += g*g; w -= lr*g/(sqrt(s) + eps) (PyTorch), or lr*g/sqrt(s + eps) with ``eps_at="inside"`` (Keras).
 
     ``initial_accumulator`` is what s starts from.
+
+    >>> w = np.array([1.0, 2.0])
+    >>> step = gb.Adagrad([w], lr=0.1).step([np.array([1.0, -1.0])])
+    >>> w.round(4)
+    array([0.9, 2.1])
     """
 
     def __init__(
@@ -116,6 +137,11 @@ class Adadelta(Optimizer):
 
     Defaults are PyTorch's. The paper has rho 0.95 and, like optax, no learning rate, which is lr=1; Keras has lr 1e-3,
     rho 0.95 and eps 1e-7.
+
+    >>> w = np.array([1.0, 2.0])
+    >>> step = gb.Adadelta([w], lr=1.0).step([np.array([1.0, -1.0])])
+    >>> w.round(4)
+    array([0.9968, 2.0032])
     """
 
     def __init__(
@@ -132,6 +158,11 @@ class RMSProp(Optimizer):
     b = momentum*b + step; w -= lr*b (PyTorch), or with ``lr_in_velocity`` b = momentum*b - lr*step; w += b (Keras,
     optax). PyTorch's defaults are lr 1e-2 and rho 0.99. Graves 2013 (arXiv:1308.0850, eq. 38 to 45; Chainer's
     RMSpropGraves) is lr=1e-4, rho=0.95, momentum=0.9, eps=1e-4, eps_at="inside", centered=True, lr_in_velocity=True.
+
+    >>> w = np.array([1.0, 2.0])
+    >>> step = gb.RMSProp([w], lr=0.01).step([np.array([1.0, -1.0])])
+    >>> w.round(4)
+    array([0.9684, 2.0316])
     """
 
     def __init__(
@@ -168,6 +199,11 @@ class Adam(Optimizer):
     or "hat", eps before the bias correction (Keras with eps 1e-7, scikit-learn, Chainer). ``amsgrad=True`` never lets
     the second moment fall (Reddi et al. 2018): its maximum is over the raw moment (PyTorch, Keras, Chainer), with
     ``amsgrad="corrected"`` over the bias-corrected one (optax).
+
+    >>> w = np.array([1.0, 2.0])
+    >>> step = gb.Adam([w], lr=0.1).step([np.array([1.0, -1.0])])
+    >>> w.round(4)
+    array([0.9, 2.1])
     """
 
     def __init__(
@@ -192,7 +228,13 @@ class Adam(Optimizer):
 
 
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019): w *= 1 - lr*weight_decay before Adam's update."""
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019): w *= 1 - lr*weight_decay before Adam's update.
+
+    >>> w = np.array([1.0, 2.0])
+    >>> step = gb.AdamW([w], lr=0.1).step([np.array([1.0, -1.0])])
+    >>> w.round(4)
+    array([0.899, 2.098])
+    """
 
     def __init__(
         self,
@@ -226,6 +268,11 @@ class Adamax(Optimizer):
 
     ``eps_at`` is "inside" the maximum (PyTorch, optax), or "outside": u = max(beta2*u, |g|); w -= lr*m_hat/(u + eps)
     (Keras, with lr 1e-3 and eps 1e-7). The paper has no eps.
+
+    >>> w = np.array([1.0, 2.0])
+    >>> step = gb.Adamax([w], lr=0.1).step([np.array([1.0, -1.0])])
+    >>> w.round(4)
+    array([0.9, 2.1])
     """
 
     def __init__(
@@ -248,6 +295,11 @@ class AdaBelief(Optimizer):
 
     eps is also outside the root, as in the paper and optax. The authors' package decouples weight decay and rectifies
     the step (:class:`RAdam`) by default; this has neither, unless ``decoupled`` asks for the first.
+
+    >>> w = np.array([1.0, 2.0])
+    >>> step = gb.AdaBelief([w], lr=0.1).step([np.array([1.0, -1.0])])
+    >>> w.round(4)
+    array([0.8889, 2.1111])
     """
 
     def __init__(
@@ -266,6 +318,11 @@ class Yogi(Optimizer):
     """Yogi (Zaheer et al. 2018): Adam with v -= (1-beta2)*sign(v - g*g)*g*g, so that v falls slowly.
 
     As in optax there is bias correction, and m and v start from ``initial_accumulator``; lr and eps are the paper's.
+
+    >>> w = np.array([1.0, 2.0])
+    >>> step = gb.Yogi([w], lr=0.1).step([np.array([1.0, -1.0])])
+    >>> w.round(4)
+    array([0.9001, 2.0998])
     """
 
     def __init__(
@@ -288,6 +345,11 @@ class RAdam(Optimizer):
     """RAdam (Liu et al. 2020): w -= lr*m_hat in the first steps, then Adam with lr times a factor that rises to 1.
 
     ``eps_at`` is "hat", before the bias correction (PyTorch, the authors' code), "outside" (optax), or "inside".
+
+    >>> w = np.array([1.0, 2.0])
+    >>> step = gb.RAdam([w], lr=0.1).step([np.array([1.0, -1.0])])
+    >>> w.round(4)
+    array([0.9, 2.1])
     """
 
     def __init__(
@@ -310,6 +372,11 @@ class NAdam(Optimizer):
 
     beta1 is constant (optax), or with ``momentum_decay`` follows Dozat's schedule: 4e-3 is PyTorch's value, 1 Keras'
     (which also has eps = 1e-7).
+
+    >>> w = np.array([1.0, 2.0])
+    >>> step = gb.NAdam([w], lr=0.1).step([np.array([1.0, -1.0])])
+    >>> w.round(4)
+    array([0.8526, 2.1474])
     """
 
     def __init__(
@@ -330,7 +397,13 @@ class NAdam(Optimizer):
 
 
 class Lion(Optimizer):
-    """Lion (Chen et al. 2023): the sign of an interpolated momentum; the paper's weight decay is ``decoupled=True``."""
+    """Lion (Chen et al. 2023): the sign of an interpolated momentum; the paper's weight decay is ``decoupled=True``.
+
+    >>> w = np.array([1.0, 2.0])
+    >>> step = gb.Lion([w], lr=0.1).step([np.array([1.0, -1.0])])
+    >>> w.round(4)
+    array([0.9, 2.1])
+    """
 
     def __init__(
         self, params: Any, lr: Hyper = 1e-4, beta1: Hyper = 0.9, beta2: Hyper = 0.99, **common: Unpack[Common]
@@ -343,6 +416,11 @@ class LARS(Optimizer):
 
     λ is ``weight_decay``. ``decay_in_norm`` divides by ‖g + λw‖ instead (optax). The learning rate is in the velocity;
     ``nesterov`` looks ahead. An array that is zero, or whose gradient is, takes momentum's step.
+
+    >>> w = np.array([1.0, 2.0])
+    >>> step = gb.LARS([w], lr=0.1).step([np.array([1.0, -1.0])])
+    >>> w.round(4)
+    array([0.9998, 2.0002])
     """
 
     def __init__(
@@ -363,6 +441,11 @@ class LAMB(Optimizer):
     """LAMB (You et al. 2020): Adam's step plus λw, scaled in each array to the length of w; λ is ``weight_decay``.
 
     An array that is zero, or whose step is, takes the step as it is (optax).
+
+    >>> w = np.array([1.0, 2.0])
+    >>> step = gb.LAMB([w], lr=0.1).step([np.array([1.0, -1.0])])
+    >>> w.round(4)
+    array([0.8419, 2.1581])
     """
 
     def __init__(

@@ -37,7 +37,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class InverseTimeDecay(Counted):
-    """lr / (1 + decay_rate * n), as in Keras; ``decay_rate`` is at least 0."""
+    """lr / (1 + decay_rate * n), as in Keras; ``decay_rate`` is at least 0.
+
+    >>> [round(gb.InverseTimeDecay(0.1, decay_rate=1.0)(0, epoch), 4) for epoch in range(3)]
+    [0.1, 0.05, 0.0333]
+    """
 
     lr: NonNegative
     decay_rate: NonNegative
@@ -51,7 +55,11 @@ class InverseTimeDecay(Counted):
 
 @dataclass(frozen=True)
 class ExponentialDecay(Counted):
-    """lr * rate**n; PyTorch's ``ExponentialLR`` with ``per="epoch"``. ``rate`` is above 0; above 1 the value grows."""
+    """lr * rate**n; PyTorch's ``ExponentialLR`` with ``per="epoch"``. ``rate`` is above 0; above 1 the value grows.
+
+    >>> [round(gb.ExponentialDecay(0.1, rate=0.5)(0, epoch), 4) for epoch in range(3)]
+    [0.1, 0.05, 0.025]
+    """
 
     lr: NonNegative
     rate: Positive = 0.95
@@ -65,7 +73,11 @@ class ExponentialDecay(Counted):
 
 @dataclass(frozen=True)
 class SqrtDecay(Counted):
-    """lr * k / sqrt(n + 1); ``k`` is at least 0. The course notes count from 1: k / sqrt(t)."""
+    """lr * k / sqrt(n + 1); ``k`` is at least 0. The course notes count from 1: k / sqrt(t).
+
+    >>> [round(gb.SqrtDecay(0.1)(0, epoch), 4) for epoch in range(3)]
+    [0.1, 0.0707, 0.0577]
+    """
 
     lr: NonNegative
     k: NonNegative = 1.0
@@ -77,7 +89,11 @@ class SqrtDecay(Counted):
 
 @dataclass(frozen=True)
 class StepDecay(Counted):
-    """lr * factor**(n // every), as PyTorch's ``StepLR``; ``factor`` is above 0."""
+    """lr * factor**(n // every), as PyTorch's ``StepLR``; ``factor`` is above 0.
+
+    >>> [gb.StepDecay(0.1, factor=0.5, every=2)(0, epoch) for epoch in range(4)]
+    [0.1, 0.1, 0.05, 0.05]
+    """
 
     lr: NonNegative
     factor: Positive = 0.5
@@ -96,6 +112,9 @@ class Piecewise(Counted):
 
     boundaries: strictly increasing integers, each at least 0
     values: one more than boundaries, each at least 0
+
+    >>> [gb.Piecewise([2], [0.1, 0.01])(0, epoch) for epoch in range(4)]
+    [0.1, 0.1, 0.01, 0.01]
     """
 
     boundaries: Sequence[int]

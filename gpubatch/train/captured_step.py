@@ -32,6 +32,8 @@ class CapturedStep:
     at the next call.
 
     Raises ArgumentError if the steps cannot be captured, and says why.
+
+    >>> gb.CapturedStep(net, opt, x, y)()  # doctest: +SKIP
     """
 
     def __init__(

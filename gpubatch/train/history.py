@@ -38,6 +38,13 @@ class History(Shown):
     overflows: how many steps were left out because the gradient overflowed at that loss scale
     execution: how the steps of the last epoch were run: "captured"; "eager", on a CPU or on request; or "eager, since
         ..." with the reason
+
+    >>> X, Y = np.random.default_rng(0).random((400, 3)), np.arange(400) % 2
+    >>> net = gb.mlp([3, 4, 2], seed=0)
+    >>> opt = gb.Adam(net.parameters)
+    >>> history = gb.fit(net, gb.Loader(X, Y, batch_size=4), opt, epochs=2, progress=False)
+    >>> len(history.step_loss), len(history.loss)
+    (200, 2)
     """
 
     step_loss: list[float] = field(default_factory=list)
@@ -90,7 +97,12 @@ class TrainingState:
 
 
 class StopTraining(Exception):  # noqa: N818  like StopIteration: not an error
-    """Raise it in a callback to end the training after this step or epoch; its words, if any, are shown."""
+    """Raise it in a callback to end the training after this step or epoch; its words, if any, are shown.
+
+    >>> def stop(state):
+    ...     raise gb.StopTraining("good enough")
+    >>> gb.fit(net, loader, opt, epochs=100, callbacks=[stop])  # doctest: +SKIP
+    """
 
 
 class TrainingInterrupted(KeyboardInterrupt):

@@ -135,6 +135,13 @@ def fit(
     or replaced method of network, optimizer, loader or loss scale. The host then reads the losses some steps later. The
     numbers are those of eager steps; steps that are not finite, memory that runs out and checkpoints are dealt with
     alike. ``history.execution`` says how the steps of the last epoch were run, and why.
+
+    >>> X, Y = np.random.default_rng(0).random((400, 3)), np.arange(400) % 2
+    >>> net = gb.mlp([3, 4, 2], seed=0)
+    >>> loader, opt = gb.Loader(X, Y, batch_size=4), gb.Adam(net.parameters)
+    >>> history = gb.fit(net, loader, opt, epochs=2, validation=0.1, progress=False)
+    >>> len(history.validation_loss)
+    2
     """
     check_int("epochs", epochs, 0)
     check_bool("progress", progress)

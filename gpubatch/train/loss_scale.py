@@ -26,6 +26,8 @@ class LossScale:
     A step whose gradient is not finite is left out and halves the value: the rule of Micikevicius et al.
     (arXiv:1710.03740, section 3.2) with the numbers of PyTorch's GradScaler. The value stays a power of two from 1 to
     2²⁴, so that multiplying by it never rounds.
+
+    >>> gb.fit(net, loader, opt, epochs=5, loss_scale=gb.LossScale())  # doctest: +SKIP
     """
 
     def __init__(self, initial: float = 2.0**16, growth_interval: int = 2000) -> None:
