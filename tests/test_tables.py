@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import gzip
 import json
+import os
+import subprocess
+import sys
 import warnings
 import zlib
 from collections.abc import Callable
@@ -414,6 +418,182 @@ def test_the_rank_of_a_median_is_within_its_bound(order: str) -> None:
     few = Median(exact=False)
     few.add(values[: KEPT - 1])
     assert few.result() == np.median(values[: KEPT - 1])
+
+
+# --- larger than memory ----------------------------------------------------------------------------------------------
+
+
+def all_samples(table: Any) -> list[np.ndarray]:
+    """X and Y of a table, whether it is streamed or not."""
+    X, Y = table.as_samples()
+    return [X, Y] if Y is not None else list(X.read(np.arange(len(table))))
+
+
+MANY = 500
+
+
+def large_table(seed: int = 0) -> Any:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=MANY)
+    return pa.table(
+        {
+            "x": pa.array(np.where(rng.random(MANY) < 0.1, np.nan, x), from_pandas=True),
+            "n": [*range(MANY // 2), *[i + 0.5 for i in range(MANY // 2)]],
+            "c": rng.choice(["p", 'q "quoted"', "r, or\nelse"], MANY).tolist(),
+            "y": np.where(x > 0.5, "yes", "no").tolist(),
+        }
+    )
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "arrow file", "arrow stream"])
+def test_a_streamed_file_gives_the_samples_of_one_in_memory(
+    kind: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpubatch.tables.files.PIECE", 1000)
+    path = written(kind, large_table(), tmp_path / "table")
+    streamed, held = (gb.read_table(path, label="y", stream=stream) for stream in (True, False))
+    assert "a file that is streamed" in repr(streamed)
+    assert len(streamed) == len(held) == MANY
+    assert len(streamed.block_sizes) > 10
+    for column, other in zip(streamed.recipe.columns, held.recipe.columns, strict=True):
+        assert type(column) is type(other)
+        for name, value in vars(column).items():
+            assert (
+                value == pytest.approx(getattr(other, name))
+                if isinstance(value, float)
+                else value == getattr(other, name)
+            )
+    for found, expected in zip(all_samples(streamed), all_samples(held), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert np.array_equal(streamed.labels, held.labels)
+    source = streamed.as_source()
+    chosen = np.random.default_rng(1).integers(0, MANY, 200)
+    for found, expected in zip(source.read(chosen), all_samples(held), strict=True):
+        np.testing.assert_allclose(found, expected[chosen], rtol=1e-5, atol=1e-6)
+    again = gb.read_table(path, like=held, stream=True)
+    for found, expected in zip(all_samples(again), all_samples(held), strict=True):
+        assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_the_split_of_a_streamed_file(kind: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpubatch.tables.files.PIECE", 1000)
+    path = written(kind, pa.table({"i": [*range(4000)], "y": ["a", "b"] * 2000}), tmp_path / "table")
+    table = gb.read_table(path, label="y", stream=True)
+    rest, test = table.split(0.25, seed=5)
+    train, validation = rest.split(0.5, seed=5)
+    parts = [train, validation, test]
+    column = table.recipe.columns[0]
+    rows = [
+        np.rint(all_samples(part.prepared_by(table.recipe))[0][:, 0] * column.deviation + column.mean) for part in parts
+    ]
+    assert np.array_equal(np.sort(np.concatenate(rows)), np.arange(4000))
+    assert [len(part) for part in parts] == [len(part) for part in rows]
+    np.testing.assert_allclose([len(part) / 4000 for part in parts], [0.375, 0.375, 0.25], atol=0.03)
+    np.testing.assert_allclose([(part.labels == "a").mean() for part in parts], 0.5, atol=0.06)
+    assert validation.recipe is train.recipe
+    assert train.recipe.columns[0].mean == pytest.approx(rows[0].mean())
+    assert train.recipe.columns[0].deviation == pytest.approx(rows[0].std())
+    assert gb.read_table(path, label="y", stream=True).split(0.25, seed=5)[0].recipe == rest.recipe
+
+
+CSV_FILES = {
+    "text after numbers": "x,y\n" + "".join(f"{i:03},a\n{i},b\n" for i in range(30)) + "k,a\n",
+    "a label of numbers, then text": "x,y\n" + "".join(f"{i},{i % 2:02}\n" for i in range(40)) + "1,z\n2,z\n",
+    "no last line end": "x,y\n" + "\n".join(f"{i},{'ab'[i % 2]}" for i in range(50)),
+    "empty lines": "\n\nx,y\n\n" + "\n\n".join(f"{i},{'ab'[i % 2]}" for i in range(50)) + "\n\n\n",
+    "carriage returns": "x,y\r\n" + "\r\n".join(f"{i},{'ab'[i % 2]}" for i in range(50)),
+    "a mark": "\ufeffx,y\n" + "\n".join(f"{i},{'ab'[i % 2]}" for i in range(50)),
+    "long lines": "x,y\n" + "\n".join(f'{i},"{"ab"[i % 2] * 150}"' for i in range(20)),
+    "quotes": "x,y\n" + "\n".join(f'"{i}\n""",{"ab"[i % 2]}' for i in range(20)),
+    "an empty column": "x,e,y\n" + "".join(f"{i},,{'ab'[i % 2]}\n" for i in range(50)),
+    "gaps": "x,y\n" + "".join(f"{i if i % 9 else ''},{'ab'[i % 2]}\n" for i in range(50)),
+}
+
+
+@pytest.mark.parametrize("case", CSV_FILES)
+def test_a_csv_file_in_pieces_is_the_one_in_memory(case: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpubatch.tables.files.PIECE", 100)
+    path = text_file(tmp_path, CSV_FILES[case])
+    options: dict[str, Any] = {"label": "y", "one_hot": 64}
+    streamed, held = (gb.read_table(path, stream=stream, **options) for stream in (True, False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", gb.TableWarning)
+        assert [len(streamed), streamed.classes] == [len(held), held.classes]
+        assert [vars(c).keys() for c in streamed.recipe.columns] == [vars(c).keys() for c in held.recipe.columns]
+        for found, expected in zip(all_samples(streamed), all_samples(held), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_streams_that_are_refused(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpubatch.tables.files.PIECE", 100)
+    monkeypatch.setattr("gpubatch.tables.files.LONGEST_LINE", 200)
+    with pytest.raises(gb.ArgumentError, match="stream=True reads files, got a dict"):
+        gb.read_table({"x": [1, 2]}, stream=True)
+    packed = tmp_path / "t.csv.gz"
+    packed.write_bytes(gzip.compress(b"x,y\n1,a\n2,b\n"))
+    assert gb.read_table(packed, label="y").classes == ["a", "b"]
+    with pytest.raises(
+        gb.ArgumentError, match=r"stream=True reads a file by place, and .*t.csv.gz is packed: unpack it"
+    ):
+        gb.read_table(packed, stream=True)
+    with pytest.raises(gb.DataFormatError, match=r"lines of at most 200 bytes.*a quotation mark may be missing"):
+        gb.read_table(text_file(tmp_path, 'x,y\n1,"a\n' + "2,b\n" * 500), stream=True)
+    with pytest.raises(gb.DataFormatError, match=r"the label 'y' is missing in row 31"):
+        gb.read_table(text_file(tmp_path, "x,y\n" + "1,a\n2,b\n" * 15 + "3,b\n4,\n"), label="y", stream=True)
+    with pytest.raises(gb.DataFormatError, match="Expected 2 columns, got 3"):
+        gb.read_table(text_file(tmp_path, "x,y\n" + "1,a\n2,b\n" * 30 + "1,2,3\n"), label="y", stream=True)
+    table = gb.read_table(text_file(tmp_path, "x,y\n" + "1,a\n2,b\n" * 30), label="y", stream=True)
+    text_file(tmp_path, "x,y\n" + "1,a\n2,b\n" * 15)
+    with pytest.raises(gb.DataFormatError, match="it has become shorter"):
+        repr(table.recipe)
+
+
+def test_a_streamed_file_is_trained_on(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpubatch.tables.files.PIECE", 1000)
+    path = written("csv", pa.table(trees(1000)), tmp_path / "trees.csv")
+    train, test = gb.read_table(path, label="species", stream=True).split(0.2)
+    net, loader = trained(train, test=test)
+    assert loader.window > 0
+    model = gb.Model(net, loader)
+    assert model.evaluate(path)[1] > 0.9
+    assert (model.predict(test) == test.labels).mean() > 0.9
+
+
+MEMORY = """
+import re, sys
+import gpubatch as gb
+train, test = gb.read_table(sys.argv[1], label="y", stream=True).split(0.2)
+net = gb.mlp([train.features, 4, 2], backend="cpu")
+loader = gb.Loader(train, batch_size=512, window="4 MiB", backend="cpu")
+gb.fit(net, loader, gb.Adam(net.parameters), 1, validation=test, progress=False)
+gb.Model(net, loader).evaluate(test)
+print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024)
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak is read from Linux")
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_memory_does_not_grow_with_a_streamed_file(kind: str, tmp_path: Any) -> None:
+    """A row more, of 59 bytes in Parquet and 123 in CSV, takes less than 16: what allocators keep, and no list of rows."""
+    peaks = []
+    for rows in (100_000, 800_000):
+        rng = np.random.default_rng(0)
+        columns = {f"x{i}": rng.normal(size=rows) for i in range(6)}
+        table = pa.table({**columns, "y": np.where(columns["x0"] > 0, "yes", "no")})
+        path = tmp_path / f"{rows}"
+        if kind == "csv":
+            pa.csv.write_csv(table, path)
+        else:
+            pa.parquet.write_table(table, path, row_group_size=20_000)
+        alone = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, env={**os.environ, **alone}
+        )
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.split()[-1]))
+    assert peaks[1] - peaks[0] < 16 * 700_000, peaks
 
 
 # --- with a loader, a network and a model -----------------------------------------------------------------------------

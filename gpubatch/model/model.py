@@ -147,6 +147,7 @@ class Model:
             dtype=self.net.dtype,
             scale=of.scale,
             prefetch=2 if mapped else 0,
+            window=None if of.table is None else 2 * EVALUATION_ROWS,  # read in order: more would be held in vain
             prepare=of.prepare,
         )
         if (shape := epochs_of(loader).columns[0].source.sample_shape) != of.sample_shape:

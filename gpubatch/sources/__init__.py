@@ -17,16 +17,20 @@ from gpubatch.sources.arrays import (
 )
 from gpubatch.sources.files import cifar10, idx, naming_the_file, npy, raw
 from gpubatch.sources.given import as_source, is_read
-from gpubatch.sources.opener import LocalFile, Opener
+from gpubatch.sources.opener import BytesByPlace, LocalFile, Opener, Reopened, opener_of
 from gpubatch.sources.reader import Part, Reader, Source
-from gpubatch.sources.tables import arrow, hdf5, parquet
+from gpubatch.sources.tables import Grouped, ParquetGroups, arrow, hdf5, opened_arrow, parquet
 
 __all__ = [
     "ArraySource",
+    "BytesByPlace",
+    "Grouped",
     "LocalFile",
     "Opener",
+    "ParquetGroups",
     "Part",
     "Reader",
+    "Reopened",
     "Source",
     "arrow",
     "as_source",
@@ -40,6 +44,8 @@ __all__ = [
     "largest_stored",
     "naming_the_file",
     "npy",
+    "opened_arrow",
+    "opener_of",
     "parquet",
     "raw",
     "turned",

@@ -16,7 +16,7 @@ from gpubatch.sources.files import check_exists, flat, in_order_of_use, naming_t
 from gpubatch.sources.opener import BytesByPlace, LocalFile, Opener, Reopened, opener_of
 from gpubatch.sources.reader import Form, Source
 
-__all__ = ["arrow", "hdf5", "parquet"]
+__all__ = ["Grouped", "ParquetGroups", "arrow", "hdf5", "opened_arrow", "parquet"]
 
 ARROW_MAGIC = b"ARROW1"
 RECORD_BATCH = 3  # among the kinds of an Arrow message
@@ -32,7 +32,7 @@ def parquet(
     column's lists. With ``label`` pairs (x, y) are read. Missing values are errors.
     """
     _need("pyarrow.parquet")
-    return _Table(opener_of(path), columns, label, _Parquet)
+    return _Table(opener_of(path), columns, label, ParquetGroups)
 
 
 def arrow(
@@ -44,14 +44,18 @@ def arrow(
     which alone are read when the file is opened.
     """
     _need("pyarrow")
-    return _Table(opener_of(path), columns, label, _opened_arrow)
+    return _Table(opener_of(path), columns, label, opened_arrow)
 
 
-class _Grouped(Protocol):
-    """An open file of groups of rows: the types of its columns by name, in ``fields``; the groups' sizes."""
+class Grouped(Protocol):
+    """An open file of groups of rows: the types of its columns by name, in ``fields``; the groups' sizes.
+
+    ``data_bytes`` is about what all of them take in memory.
+    """
 
     fields: list[tuple[str, Any]]
     sizes: list[int]
+    data_bytes: int
 
     def load(self, group: int, chosen: list[str]) -> Any:
         """A group's columns as a table."""
@@ -60,26 +64,29 @@ class _Grouped(Protocol):
         """Close the file."""
 
 
-class _Parquet:
+class ParquetGroups:
     """A Parquet file, whose row groups are the groups."""
 
     def __init__(self, file: Opener) -> None:
         with naming_the_file(file.path, "a Parquet file"):
             self._file = _need("pyarrow.parquet").ParquetFile(_for_arrow(file))
             metadata = self._file.metadata
-            self.sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+            self.sizes = [group.num_rows for group in groups]
+            self.data_bytes = sum(group.total_byte_size for group in groups)
             self.fields = [(field.name, field.type) for field in self._file.schema_arrow]
 
     def load(self, group: int, chosen: list[str]) -> Any:
-        """See :class:`_Grouped`."""
+        """See :class:`Grouped`."""
         return self._file.read_row_group(group, columns=chosen)
 
     def close(self) -> None:
-        """See :class:`_Grouped`."""
+        """See :class:`Grouped`."""
         self._file.close(force=True)
 
 
-def _opened_arrow(file: Opener) -> _Grouped:
+def opened_arrow(file: Opener) -> Grouped:
+    """An Arrow file or stream."""
     with naming_the_file(file.path, "an Arrow file"):
         with file.open() as opened:
             is_file = opened.read(len(ARROW_MAGIC)) == ARROW_MAGIC
@@ -94,13 +101,14 @@ class _ArrowFile:
         self._file = pa.OSFile(file.path) if isinstance(file, LocalFile) else pa.PythonFile(file.open(), mode="r")
         self.fields = [(field.name, field.type) for field in pa.ipc.open_file(self._file).schema]
         # The footer does not say how many rows a batch has; its header does.
-        self.sizes = [batch.rows for batch in arrow_batches(file, 8)]
+        batches = arrow_batches(file, 8)
+        self.sizes, self.data_bytes = [batch.rows for batch in batches], data_bytes(batches)
         self._readers: dict[tuple[str, ...], Any] = {}
         if (count := pa.ipc.open_file(self._file).num_record_batches) != len(self.sizes):
             raise DataFormatError(f"{file.path}: expected {count} record batches, found {len(self.sizes)}")
 
     def load(self, group: int, chosen: list[str]) -> Any:
-        """See :class:`_Grouped`."""
+        """See :class:`Grouped`."""
         pa = _need("pyarrow")
         if (reader := self._readers.get(tuple(chosen))) is None:
             reader = pa.ipc.open_file(self._file, options=_included(self.fields, chosen))
@@ -108,7 +116,7 @@ class _ArrowFile:
         return pa.Table.from_batches([reader.get_batch(group)]).select(chosen)
 
     def close(self) -> None:
-        """See :class:`_Grouped`."""
+        """See :class:`Grouped`."""
         self._readers.clear()
         self._file.close()
 
@@ -119,7 +127,7 @@ class _ArrowStream:
     def __init__(self, file: Opener) -> None:
         pa = _need("pyarrow")
         self._batches = arrow_batches(file, 0)
-        self.sizes = [batch.rows for batch in self._batches]
+        self.sizes, self.data_bytes = [batch.rows for batch in self._batches], data_bytes(self._batches)
         # The schema and the dictionaries, without which no batch can be read.
         head = self._batches[0].start if self._batches else file.size()
         self._bytes = BytesByPlace(file.open())
@@ -138,14 +146,14 @@ class _ArrowStream:
         return out
 
     def load(self, group: int, chosen: list[str]) -> Any:
-        """See :class:`_Grouped`."""
+        """See :class:`Grouped`."""
         pa, batch = _need("pyarrow"), self._batches[group]
         data = pa.py_buffer(self._read(batch.start, batch.stop, self._head))
         with pa.ipc.open_stream(data, options=_included(self.fields, chosen)) as reader:
             return pa.Table.from_batches([reader.read_next_batch()]).select(chosen)
 
     def close(self) -> None:
-        """See :class:`_Grouped`."""
+        """See :class:`Grouped`."""
         self._bytes.close()
 
 
@@ -164,6 +172,11 @@ class ArrowBatch(NamedTuple):
     start: int
     stop: int
     rows: int
+
+
+def data_bytes(batches: Sequence[ArrowBatch]) -> int:
+    """The bytes of record batches, which are compressed in few files."""
+    return sum(batch.stop - batch.start for batch in batches)
 
 
 def arrow_batches(file: Opener, start: int) -> list[ArrowBatch]:
@@ -225,7 +238,7 @@ class _Table:
         file: Opener,
         columns: str | Sequence[str] | None,
         label: str | None,
-        open_file: Callable[[Opener], _Grouped],
+        open_file: Callable[[Opener], Grouped],
     ) -> None:
         self.path, self.file = file.path, file
         check_exists(file)

@@ -11,7 +11,7 @@ import numpy as np
 
 from gpubatch.errors import ArgumentError, DataFormatError, NonFiniteError
 
-__all__ = ["DATE", "EMPTY", "NUMBER", "OTHER", "TEXT", "family", "need", "numbers", "plain", "texts"]
+__all__ = ["DATE", "EMPTY", "NUMBER", "OTHER", "TEXT", "family", "label_texts", "need", "numbers", "plain", "texts"]
 
 NUMBER, TEXT, CODED, DATE, EMPTY, OTHER = "numbers", "texts", "categories", "dates", "nothing", "other"
 
@@ -115,6 +115,14 @@ def texts(where: str, name: str, column: Any, missing: Collection[str] = ()) -> 
         for value in coded.dictionary.to_pylist()
     ]
     return np.array([*of_code, -1], np.int64)[codes], list(numbered)
+
+
+def label_texts(where: str, name: str, table: Any, start: int, missing: Collection[str] = ()) -> dict[str, None]:
+    """The different texts of the column ``name``, none of which may be missing; ``start`` is the first row's number."""
+    codes, names = texts(where, name, table[name], missing)
+    if (absent := np.flatnonzero(codes < 0)).size:
+        raise DataFormatError(f"{where}: the label {name!r} is missing in row {start + absent[0]}; leave such rows out")
+    return dict.fromkeys(names)
 
 
 def as_text(value: Any) -> str | None:

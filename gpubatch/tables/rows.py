@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from gpubatch.errors import ArgumentError, DataFormatError, DTypeError
-from gpubatch.sources import naming_the_file
+from gpubatch.errors import DataFormatError, DTypeError, check_real
 from gpubatch.tables.columns import need
 
-__all__ = ["Held", "Rows", "opened"]
+__all__ = ["Chosen", "Drawn", "Held", "Listed", "Rows", "different", "of_frame"]
 
 BLOCK = 1 << 14  # rows that are looked at together of a table in memory
 ARROW_FILE, ARROW_STREAM, PARQUET = b"ARROW1", b"\xff\xff\xff\xff", b"PAR1"
@@ -28,12 +26,14 @@ class Rows(Protocol):
     names: of the columns, all different
     sizes: rows in each block
     in_memory: whether its values are in memory already
+    label_values: the different texts of the label, where they are known already
     """
 
     where: str
     names: list[str]
     sizes: list[int]
     in_memory: bool
+    label_values: list[str] | None
 
     def block(self, number: int, names: Sequence[str]) -> Any:
         """Columns of a block, as a table of pyarrow's."""
@@ -43,6 +43,7 @@ class Held:
     """A table in memory."""
 
     in_memory = True
+    label_values: list[str] | None = None
 
     def __init__(self, table: Any, where: str) -> None:
         self._table, self.where, self.names = table, where, different(where, table.column_names)
@@ -63,18 +64,9 @@ def different(where: str, names: Sequence[str]) -> list[str]:
     return names
 
 
-def opened(
-    source: Any, texts: Collection[str] = (), missing: Collection[str] = (), delimiter: str | None = None
-) -> Rows:
-    """The rows of a file or of a frame.
-
-    texts: columns of a CSV file that are not to be taken for numbers
-    missing: texts that stand for no value in a CSV file, besides "" and those that pandas knows
-    delimiter: between the values of a CSV file; None: found in its first line
-    """
+def of_frame(source: Any) -> Held:
+    """The rows of a table in memory, whoever's it is."""
     pa = need("pyarrow")
-    if isinstance(source, (str, os.PathLike)):
-        return of_file(os.fspath(source), texts, missing, delimiter)
     kind = type(source).__name__
     where = f"the {kind}"
     if type(source).__module__.partition(".")[0] == "polars" and hasattr(source, "collect"):
@@ -132,106 +124,50 @@ def of_values(where: str, name: str, values: Any) -> Any:
         raise DataFormatError(f"{where}: column {name!r} must have values of one type: {first_line(error)}") from error
 
 
-# --- files --------------------------------------------------------------------------------------------------------
+# --- some of the rows -----------------------------------------------------------------------------------------------
 
 
-def of_file(path: str, texts: Collection[str], missing: Collection[str], delimiter: str | None) -> Rows:
-    """The rows of a file; what it is is told by its first bytes."""
-    with open(path, "rb") as opened_file:
-        start = opened_file.read(START)
-    if start.startswith(PARQUET):
-        with naming_the_file(path, "a Parquet file"):
-            table = need("pyarrow.parquet").ParquetFile(path).read()
-            table.validate(full=True)
-        return Held(table, path)
-    if start.startswith((ARROW_FILE, ARROW_STREAM)):
-        pa = need("pyarrow")
-        with naming_the_file(path, "an Arrow file"):
-            file = pa.OSFile(path)
-            reader = pa.ipc.open_file(file) if start.startswith(ARROW_FILE) else pa.ipc.open_stream(file)
-            table = reader.read_all()
-            table.validate(full=True)
-        return Held(table, path)
-    return csv_held(path, start, texts, missing, delimiter)
+class Chosen(Protocol):
+    """Some rows of a table."""
+
+    def within(self, start: int, stop: int) -> np.ndarray:
+        """Those from row ``start`` to row ``stop - 1``, counted from ``start``, in order."""
 
 
-def csv_held(path: str, start: bytes, texts: Collection[str], missing: Collection[str], delimiter: str | None) -> Held:
-    """A CSV file in memory."""
-    form = CsvForm(path, start, texts, missing, delimiter)
-    with naming_the_file(path, "a CSV file"):
-        table = need("pyarrow.csv").read_csv(path, **form.options({}))
-    return Held(form.checked(table), path)
+@dataclass(frozen=True, eq=False)
+class Listed:
+    """The rows in a list, in order."""
+
+    rows: np.ndarray
+
+    def within(self, start: int, stop: int) -> np.ndarray:
+        """See :class:`Chosen`."""
+        first, last = np.searchsorted(self.rows, (start, stop))
+        found: np.ndarray = self.rows[first:last] - start
+        return found
 
 
-class CsvForm:
-    """How a CSV file is to be read."""
+@dataclass(frozen=True)
+class Drawn:
+    """Rows that are drawn one by one, so that no list of them is needed.
 
-    def __init__(
-        self, path: str, start: bytes, texts: Collection[str], missing: Collection[str], delimiter: str | None
-    ) -> None:
-        self.path, self._texts = path, texts
-        csv = need("pyarrow.csv")
-        if delimiter is not None and (len(delimiter) != 1 or not delimiter.isascii()):
-            raise ArgumentError(f"delimiter must be one character of ASCII, got {delimiter!r}")
-        if b"\0" in start and not path.endswith((".gz", ".bz2", ".zst", ".lz4")):
-            raise DataFormatError(f"{path}: expected a CSV, Parquet or Arrow file, found another, binary one")
-        line = start.lstrip(b"\xef\xbb\xbf").splitlines()[0].decode("utf-8", "replace") if start.strip() else ""
-        if not line:
-            raise DataFormatError(f"{path}: expected a CSV file with a line of names, found an empty one")
-        self.delimiter = delimiter or max(DELIMITERS, key=outside_quotes(line).count)
-        usual = csv.ConvertOptions().null_values
-        self._missing = [*usual, *(f"{before}{text}" for text in missing for before in ("", " "))]
+    draws: seed, share, and whether the rows that are drawn with this share are taken or the others; of each draw only
+        rows count that the draws before it took
+    """
 
-    def options(self, kinds: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of pyarrow's reader."""
-        csv, pa = need("pyarrow.csv"), need("pyarrow")
-        return {
-            "parse_options": csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True),
-            "convert_options": csv.ConvertOptions(
-                null_values=self._missing,
-                strings_can_be_null=True,
-                column_types={**dict.fromkeys(self._texts, pa.string()), **kinds},
-            ),
-        }
+    draws: tuple[tuple[int, float, bool], ...] = ()
 
-    def checked(self, table: Any) -> Any:
-        """A table that was read, if it has names and texts."""
-        pa = need("pyarrow")
-        table = table.rename_columns([name.strip() for name in table.column_names])
-        for name, kind in zip(table.column_names, table.schema.types, strict=True):
-            if pa.types.is_binary(kind):
-                raise DataFormatError(
-                    f"{self.path}: expected texts in UTF-8, found others in column {name!r}; save the file as UTF-8, "
-                    "or give pandas.read_csv(path, encoding=...)"
-                )
-        if all(is_numeral(name) for name in table.column_names):
-            raise DataFormatError(
-                f"{self.path}: expected a first line of names, found the numbers {', '.join(table.column_names[:5])}; "
-                "give pandas.read_csv(path, names=[...])"
-            )
-        return table
+    def split(self, share: float, seed: int) -> tuple[Drawn, Drawn]:
+        """The rows that are not drawn, and ``share`` of them that are, to sampling error."""
+        share = check_real("test_size", share, 0.0, 1.0, open_low=True, open_high=True)
+        return Drawn((*self.draws, (seed, share, False))), Drawn((*self.draws, (seed, share, True)))
 
-
-def outside_quotes(line: str) -> str:
-    """A line without what is in quotes."""
-    return "".join(line.split('"')[::2])
-
-
-def is_numeral(text: str) -> bool:
-    """Whether a name is a number, as in a file without names."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def chosen_blocks(sizes: Sequence[int], rows: np.ndarray | None) -> Iterator[tuple[int, int, np.ndarray | None]]:
-    """The blocks that have any of ``rows``, in order: number, first row, and the rows counted from it (None: all)."""
-    for number, (start, stop) in enumerate(itertools.pairwise(itertools.accumulate(sizes, initial=0))):
-        if rows is None:
-            yield number, start, None
-            continue
-        here = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]
-        if len(here):
-            yield number, start, here - start
+    def within(self, start: int, stop: int) -> np.ndarray:
+        """See :class:`Chosen`."""
+        taken = np.ones(stop - start, bool)
+        for place, (seed, share, drawn) in enumerate(self.draws):
+            # A counter gives four words. The second word of the counter keeps these apart from other random numbers.
+            key, counter = np.array([seed, 0], np.uint64), np.array([start // 4, 2 + place, 0, 0], np.uint64)
+            words = np.random.Philox(key=key, counter=counter).random_raw(stop - start + start % 4)[start % 4 :]
+            taken &= (words < np.uint64(int(share * 2**64))) == drawn
+        return np.flatnonzero(taken)

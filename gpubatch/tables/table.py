@@ -6,7 +6,7 @@ import functools
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,11 @@ from gpubatch.errors import (
 from gpubatch.inputs import Prepared
 from gpubatch.loader import split
 from gpubatch.sources import Source
-from gpubatch.tables.columns import EMPTY, NUMBER, family, need, plain, texts
+from gpubatch.tables.columns import EMPTY, NUMBER, family, label_texts, need, plain
+from gpubatch.tables.files import opened
 from gpubatch.tables.fitting import KINDS, Options, Statistics, check_types
 from gpubatch.tables.recipe import LONGEST, MOST_BUCKETS, MOST_CATEGORIES, Category, LeftOut, Recipe, Target
-from gpubatch.tables.rows import Rows, chosen_blocks, opened
+from gpubatch.tables.rows import Chosen, Drawn, Listed, Rows
 from gpubatch.tables.statistics import Moments
 
 __all__ = ["Table", "read_table"]
@@ -49,6 +50,7 @@ def read_table(
     missing: Sequence[str] = (),
     delimiter: str | None = None,
     like: Table | Recipe | None = None,
+    stream: bool | None = None,
 ) -> Table:
     """A table whose rows are samples, and one column of which may be their label; needs pyarrow (extra ``data``).
 
@@ -66,6 +68,8 @@ def read_table(
     delimiter: of a CSV file; None: that of , ; tab and | which its first line has most of.
     like: a table of training rows, or its ``recipe``: this one is prepared by their numbers. Its columns are found by
         name; others are ignored, and so is the label where there is none.
+    stream: read a file again and again, a block at a time, instead of holding it; None: one that is larger than a
+        quarter of the available memory. Packed CSV files cannot be.
 
     **What becomes of a column.** Numbers and booleans: (x - mean) / deviation, and the median in the place of a missing
     value. Texts: up to ``one_hot`` of them one column each, 1 for its text; more are hashed, by CRC-32 modulo
@@ -75,8 +79,16 @@ def read_table(
     told once by a warning. NaN is a missing value, infinity an error. Numbers of regression's label are standardised,
     too; :class:`~gpubatch.Model` gives predictions in their own unit.
 
-    All of this is found from the rows that a network is trained on: ``train, test = table.split(0.2)``. Raises
-    DataFormatError for a file or column that is none of this, ArgumentError, DTypeError, NonFiniteError and OSError.
+    All of this is found from the rows that a network is trained on: ``train, test = table.split(0.2)``.
+
+    **Larger than memory.** A file that is streamed is read once to find its blocks, types and classes, of Parquet and
+    Arrow the label alone, once for the numbers of the training rows, and once an epoch. What is held are a block, the
+    loader's window and 4096 numbers for each of log2(rows / 4096) levels of a median, whose rank is then wrong by at
+    most rows log2(rows / 4096) / 4096; none of it grows with the rows. ``split`` draws each row by itself, so that
+    shares are right to sampling error. A block is a row group, a record batch, or a mebibyte of a CSV file.
+
+    Raises DataFormatError for a file or column that is none of this; ArgumentError, DTypeError, NonFiniteError and
+    OSError.
 
     >>> table = read_table({"size": [1.0, 2.0, None, 9.0], "kind": ["a", "b", "a", "b"]}, label="kind")
     >>> table.classes, table.features, table.outputs
@@ -90,7 +102,7 @@ def read_table(
         recipe = like.recipe if isinstance(like, Table) else like
         if not isinstance(recipe, Recipe):
             raise DTypeError(f"like must be a table of gb.read_table, or its recipe, got {type(like).__name__}")
-        return Table(opened(source, recipe.texts, recipe.missing, delimiter), recipe)
+        return Table(opened(source, recipe.texts, recipe.missing, delimiter, None, stream), recipe)
     kinds = dict(kinds or {})
     for name, kind in kinds.items():
         check_choice(f"kinds[{name!r}]", kind, KINDS)
@@ -101,7 +113,7 @@ def read_table(
         missing,
     )
     check_choice("task", task, TASKS)
-    rows = opened(source, [name for name, kind in kinds.items() if kind != "number"], missing, delimiter)
+    rows = opened(source, [name for name, kind in kinds.items() if kind != "number"], missing, delimiter, label, stream)
     names = chosen_names(rows, label, columns, drop, kinds)
     return Table(rows, Unfitted(names, label, task, options))
 
@@ -166,14 +178,15 @@ class Table(Prepared):
         self,
         rows: Rows,
         of: Unfitted | Recipe | Table,
-        chosen: np.ndarray | None = None,
+        chosen: Chosen | None = None,
         target: Target | None = None,
         labelled: bool = True,
     ) -> None:
         self._rows, self._of, self._chosen, self._with_labels = rows, of, chosen, labelled
         self._unknown: dict[str, Counter[str]] = {}
         self._told: set[str] = set()
-        n = sum(rows.sizes)
+        self._starts = np.cumsum([0, *rows.sizes])
+        n = int(self._starts[-1])
         if n == 0:
             raise DataFormatError(f"{rows.where}: expected at least one row, found none")
         if isinstance(of, Recipe):
@@ -191,7 +204,7 @@ class Table(Prepared):
         self._target = target
 
     def __len__(self) -> int:
-        return sum(self._rows.sizes) if self._chosen is None else len(self._chosen)
+        return sum(self.block_sizes)
 
     # --- what it is ---
 
@@ -255,17 +268,20 @@ class Table(Prepared):
         goal = self._goal
         if goal is None or not self.labelled:
             raise ArgumentError(f"{self.where} has no label{'' if goal is None else f' {goal.name!r}'}")
-        found = [
-            (goal.amounts if goal.classes is None else goal.codes)(self.where, block[goal.name], start, self._missing)
-            for block, start in self._blocks([goal.name])
-        ]
-        whole = np.concatenate(found)
+        whole = np.concatenate(list(self._label_blocks()))
         return whole if goal.classes is None else np.array(goal.classes)[whole]
 
     def __repr__(self) -> str:
         lines = [f"<Table {self.where}: {len(self)} rows"]
         try:
-            lines += self._shown_columns()
+            lines += (
+                self._shown_columns()
+                if self._rows.in_memory or "recipe" in vars(self)
+                else [
+                    f"columns: {some_of(self.root.names)}",
+                    "a file that is streamed; its numbers are found when it is used",
+                ]
+            )
         except GpubatchError as error:
             lines.append(f"which cannot be prepared: {error}")
         if self.label is not None:
@@ -294,17 +310,18 @@ class Table(Prepared):
 
         The numbers of both, medians, means and categories, are those of the rows to train on.
         """
-        codes = None
-        if self.classes is not None and self.labelled:
-            goal = self._goal
-            assert goal is not None
-            blocks = self._blocks([goal.name])
-            codes = np.concatenate(
-                [goal.codes(self.where, table[goal.name], start, self._missing) for table, start in blocks]
+        seed = check_int("seed", seed, 0, 2**64 - 1)
+        kept: Chosen
+        held: Chosen
+        if not self._rows.in_memory:
+            kept, held = (self._chosen if isinstance(self._chosen, Drawn) else Drawn()).split(test_size, seed)
+        else:
+            classified = self.classes is not None and self.labelled
+            codes = np.concatenate(list(self._label_blocks())) if classified else None
+            rows = np.concatenate(
+                [self._within(number) + self._starts[number] for number in range(len(self._rows.sizes))]
             )
-        kept, held = split(len(self), test_size, seed, codes, "test_size")
-        if self._chosen is not None:
-            kept, held = self._chosen[kept], self._chosen[held]
+            kept, held = (Listed(rows[part]) for part in split(len(self), test_size, seed, codes, "test_size"))
         of = self._of.root if isinstance(self._of, Table) else self._of
         train = Table(self._rows, of, kept, self._target)
         return train, Table(self._rows, of if isinstance(of, Recipe) else train, held, self._target)
@@ -323,15 +340,18 @@ class Table(Prepared):
         return Blocks(self)
 
     def as_samples(self) -> tuple[Any, Any]:
-        """X, float32 (rows, features), and Y, None without a label: classes as int64, or standardised float32."""
-        return self._arrays
+        """X, float32 (rows, features), and Y, None without a label: classes as int64, or standardised float32.
+
+        Where the file is streamed, a source of both and None.
+        """
+        return self._arrays if self._rows.in_memory else (self.as_source(), None)
 
     @functools.cached_property
     def _arrays(self) -> tuple[np.ndarray, np.ndarray | None]:
         recipe = self.recipe
         X, done = np.empty((len(self), recipe.features), np.float32), 0
         Y: np.ndarray | None = None
-        for x, y in self._prepared(recipe):
+        for x, y in self._made(self._blocks(self._wanted)):
             X[done : done + len(x)] = x
             if y is not None:
                 Y = np.empty(len(self), y.dtype) if Y is None else Y
@@ -351,36 +371,66 @@ class Table(Prepared):
     def _missing(self) -> tuple[str, ...]:
         return self.root.missing if isinstance(self.root, Recipe) else self.root.options.missing
 
-    def _blocks(self, names: Sequence[str], only: int | None = None) -> Any:
-        """The rows of each block, or of one, at most AT_ONCE together, and the number of the first of them."""
-        for number, first, rows in self._places if only is None else self._places[only : only + 1]:
-            table = self._rows.block(number, names)
-            table = table if rows is None else table.take(rows)
-            for start in range(0, len(table), AT_ONCE):
-                yield table.slice(start, AT_ONCE), first + (start if rows is None else int(rows[start]))
+    def _within(self, number: int) -> np.ndarray:
+        """The rows of a block that are the table's, counted from its first."""
+        start, stop = int(self._starts[number]), int(self._starts[number + 1])
+        return np.arange(stop - start) if self._chosen is None else self._chosen.within(start, stop)
 
     @functools.cached_property
-    def _places(self) -> list[tuple[int, int, np.ndarray | None]]:
-        return list(chosen_blocks(self._rows.sizes, self._chosen))
-
     def block_sizes(self) -> list[int]:
-        """Rows that are in each block of its source."""
-        sizes = self._rows.sizes
-        return [sizes[number] if rows is None else len(rows) for number, _, rows in self._places]
+        """How many of its rows are in each block."""
+        if self._chosen is None:
+            return self._rows.sizes
+        return [len(self._within(number)) for number in range(len(self._rows.sizes))]
 
-    def prepared_block(self, number: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """x and y of a block of its source."""
-        parts = list(self._prepared(self.recipe, number))
-        self._tell()
-        X = np.concatenate([x for x, _ in parts])
-        return X, None if parts[0][1] is None else np.concatenate([y for _, y in parts])
+    def _blocks(self, names: Sequence[str]) -> Iterator[tuple[Any, int]]:
+        """Its rows, at most AT_ONCE together, and the number of the first of them."""
+        for number, size in enumerate(self.block_sizes):
+            if size:
+                yield from self._parts(self._rows.block(number, names), number, self._within(number))
 
-    def _prepared(self, recipe: Recipe, only: int | None = None) -> Any:
+    def _parts(self, block: Any, number: int, rows: np.ndarray) -> Iterator[tuple[Any, int]]:
+        """Some rows of a block, likewise."""
+        for start in range(0, len(rows), AT_ONCE):
+            some = rows[start : start + AT_ONCE]
+            whole = int(some[-1]) - int(some[0]) + 1 == len(some) and bool((np.diff(some) == 1).all())
+            yield (
+                block.slice(int(some[0]), len(some)) if whole else block.take(some),
+                int(self._starts[number] + some[0]),
+            )
+
+    def _label_blocks(self) -> Iterator[np.ndarray]:
+        """The classes of rows by number, or their amounts."""
+        goal = self._goal
+        assert goal is not None
+        of = goal.amounts if goal.classes is None else goal.codes
+        for block, start in self._blocks([goal.name]):
+            yield of(self.where, block[goal.name], start, self._missing)
+
+    @property
+    def _wanted(self) -> list[str]:
+        """The columns that samples are made of."""
+        target = self.recipe.target if self.labelled else None
+        return [*self.recipe.names, *([] if target is None else [target.name])]
+
+    def _made(self, parts: Iterable[tuple[Any, int]]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """x and y of rows."""
+        recipe = self.recipe
         target = recipe.target if self.labelled else None
-        for table, start in self._blocks([*recipe.names, *([] if target is None else [target.name])], only):
+        for table, start in parts:
             x = recipe.samples(self.where, table, start, self._unknown)
-            y = None if target is None else target.targets(self.where, table[target.name], start, recipe.missing)
-            yield x, y
+            yield x, None if target is None else target.targets(self.where, table[target.name], start, recipe.missing)
+
+    def block(self, number: int) -> Any:
+        """The columns of a block that samples are made of, of all its rows."""
+        return self._rows.block(number, self._wanted)
+
+    def of_block(self, number: int, block: Any, places: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """x and y of some of its rows in a block, by their places among its rows there."""
+        parts = list(self._made(self._parts(block, number, self._within(number)[places])))
+        self._tell()
+        x = np.concatenate([x for x, _ in parts])
+        return x, None if parts[0][1] is None else np.concatenate([y for _, y in parts if y is not None])
 
     def _tell(self) -> None:
         """Warn of texts that training rows had not."""
@@ -401,18 +451,16 @@ class Table(Prepared):
             return Target(label, None)
         if family(kind) == EMPTY:
             raise DataFormatError(f"{where}: the label {label!r} has no value in any row")
-        for table, start in self._blocks([label]):
-            codes, names = texts(where, label, table[label], missing)
-            if (absent := np.flatnonzero(codes < 0)).size:
-                raise DataFormatError(
-                    f"{where}: the label {label!r} is missing in row {start + absent[0]}; leave such rows out"
-                )
-            found.update(dict.fromkeys(names))
-            if len(found) > LONGEST:
-                raise DataFormatError(
-                    f"{where}: the label {label!r} has more than {LONGEST} different values, more than classes may be; "
-                    "task='regression' takes numbers"
-                )
+        if self._rows.label_values is not None:
+            found.update(dict.fromkeys(self._rows.label_values))
+        else:
+            for table, start in self._blocks([label]):
+                found.update(label_texts(where, label, table, start, missing))
+                if len(found) > LONGEST:
+                    raise DataFormatError(
+                        f"{where}: the label {label!r} has more than {LONGEST} different values, more than classes may "
+                        "be; task='regression' takes numbers"
+                    )
         classes: list[Any] = sorted(found)
         if is_.is_boolean(kind):
             classes = [name == "True" for name in classes]
@@ -458,26 +506,25 @@ class Blocks:
 
     def __init__(self, table: Table) -> None:
         self._table, self.path = table, table.where
-        sizes = table.block_sizes()
-        self._starts = np.cumsum([0, *sizes])
-        self.block = max(sizes)
-        self._number, self._kept = -1, tuple[np.ndarray, ...]()
+        self._starts = np.cumsum([0, *table.block_sizes])
+        self.block = max(table.block_sizes)
+        self._number, self._kept = -1, None
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def read(self, indices: np.ndarray, /) -> Any:
         """The samples at ``indices``: x, or (x, y)."""
-        numbers = np.searchsorted(self._starts, indices, side="right") - 1
+        blocks = np.searchsorted(self._starts, indices, side="right") - 1
         out: list[np.ndarray] = []
-        for number in np.unique(numbers):
+        for number in sorted({*blocks.tolist()}, key=lambda number: number != self._number):
             if number != self._number:
-                self._kept, self._number = (), -1  # one block at a time
-                x, y = self._table.prepared_block(int(number))
-                self._kept, self._number = (x,) if y is None else (x, y), int(number)
-            here = np.flatnonzero(numbers == number)
-            for place, array in enumerate(self._kept):
+                self._kept, self._number = None, -1  # one block at a time
+                self._kept, self._number = self._table.block(number), number
+            here = np.flatnonzero(blocks == number)
+            made = self._table.of_block(number, self._kept, indices[here] - self._starts[number])
+            for place, array in enumerate(array for array in made if array is not None):
                 if place == len(out):
                     out.append(np.empty((len(indices), *array.shape[1:]), array.dtype))
-                out[place][here] = array[indices[here] - self._starts[number]]
+                out[place][here] = array
         return tuple(out) if len(out) > 1 else out[0]

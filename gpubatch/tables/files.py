@@ -1,0 +1,325 @@
+"""Files of tables: CSV, Parquet and Arrow, held in memory or read again a block at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gpubatch.backend import get_backend
+from gpubatch.errors import ArgumentError, DataFormatError
+from gpubatch.sources import (
+    BytesByPlace,
+    Grouped,
+    LocalFile,
+    Opener,
+    ParquetGroups,
+    Reopened,
+    naming_the_file,
+    opened_arrow,
+    opener_of,
+)
+from gpubatch.tables.columns import DATE, family, label_texts, need
+from gpubatch.tables.recipe import LONGEST
+from gpubatch.tables.rows import Held, Rows, different, of_frame
+
+__all__ = ["opened"]
+
+ARROW_FILE, ARROW_STREAM, PARQUET = b"ARROW1", b"\xff\xff\xff\xff", b"PAR1"
+PACKED = (b"\x1f\x8b", b"BZh", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")  # gzip, bzip2, Zstandard, LZ4
+DELIMITERS = ",;\t|"
+START = 1 << 16  # bytes in which the first line of a CSV file is looked for
+PIECE = 1 << 20  # bytes of a CSV file that are read at once
+LONGEST_LINE = 1 << 26
+SHARE = 4  # a file of more than this part of the available memory is not held
+
+
+def opened(
+    source: Any,
+    texts: Collection[str] = (),
+    missing: Collection[str] = (),
+    delimiter: str | None = None,
+    label: str | None = None,
+    stream: bool | None = None,
+) -> Rows:
+    """The rows of a file, which is told by its first bytes, or of a frame; for the arguments see ``read_table``.
+
+    texts: columns of a CSV file that are not to be taken for numbers
+    """
+    is_file = isinstance(source, (str, os.PathLike)) or all(hasattr(source, x) for x in ("open", "size", "identity"))
+    if not is_file:
+        if stream:
+            raise ArgumentError(f"stream=True reads files, got a {type(source).__name__}")
+        return of_frame(source)
+    file = opener_of(source)
+    with file.open() as start_of:
+        start = read_whole(start_of, START)
+    if start.startswith(PARQUET):
+        need("pyarrow.parquet")
+        groups = GroupedRows(file, ParquetGroups, "a Parquet file")
+    elif start.startswith((ARROW_FILE, ARROW_STREAM)):
+        need("pyarrow")
+        groups = GroupedRows(file, opened_arrow, "an Arrow file")
+    else:
+        form = CsvForm(file.path, start, texts, missing, delimiter)
+        if start.startswith(PACKED):
+            if stream:
+                raise ArgumentError(f"stream=True reads a file by place, and {file.path} is packed: unpack it")
+            stream = False
+        return CsvRows(file, form, label, missing) if streams(stream, file.size()) else held_csv(file, form)
+    return groups if streams(stream, groups.bytes_in_memory) else groups.held()
+
+
+def streams(wanted: bool | None, size: int) -> bool:
+    """Whether so many bytes are to be read again and again instead of held."""
+    return size > get_backend("cpu").memory().available // SHARE if wanted is None else wanted
+
+
+def read_whole(file: Any, size: int) -> bytes:
+    """The next ``size`` bytes, fewer at the end of the file."""
+    data = b""
+    while len(data) < size and (more := file.read(size - len(data))):
+        data += more
+    return data
+
+
+class GroupedRows:
+    """The row groups of a Parquet file or the record batches of an Arrow file, which are read again when needed."""
+
+    in_memory = False
+    label_values: list[str] | None = None
+
+    def __init__(self, file: Opener, open_file: Callable[[Opener], Grouped], what: str) -> None:
+        self.where, self._what = file.path, what
+        with naming_the_file(self.where, what):
+            self._opened = Reopened(file, lambda: open_file(file))
+            found = self._opened.use()
+        self.names, self.sizes = different(self.where, [name for name, _ in found.fields]), found.sizes
+        self.bytes_in_memory = found.data_bytes
+
+    def block(self, number: int, names: Sequence[str]) -> Any:
+        """See :class:`Rows`."""
+        with naming_the_file(self.where, self._what):
+            table = self._opened.use().load(number, list(dict.fromkeys(names)))
+            table.validate(full=True)
+        if len(table) != self.sizes[number]:
+            raise DataFormatError(
+                f"{self.where}: expected {self.sizes[number]} rows in group {number}, found {len(table)}"
+            )
+        return table
+
+    def held(self) -> Held:
+        """All of it in memory."""
+        pa = need("pyarrow")
+        blocks = [self.block(number, self.names) for number in range(len(self.sizes))]
+        if not blocks:
+            raise DataFormatError(f"{self.where}: expected at least one row, found none")
+        with naming_the_file(self.where, self._what):
+            return Held(pa.concat_tables(blocks), self.where)
+
+
+# --- CSV ----------------------------------------------------------------------------------------------------------
+
+
+class CsvForm:
+    """How a CSV file is to be read.
+
+    texts: columns that are not to be taken for numbers
+    missing: texts that stand for no value, besides "" and those that pandas knows
+    delimiter: between values; None: found in the first line
+    """
+
+    def __init__(
+        self, path: str, start: bytes, texts: Collection[str], missing: Collection[str], delimiter: str | None
+    ) -> None:
+        self.path, self._texts = path, texts
+        csv = need("pyarrow.csv")
+        if delimiter is not None and (len(delimiter) != 1 or not delimiter.isascii() or delimiter in '"\n\r'):
+            raise ArgumentError(f"delimiter must be one character of ASCII, got {delimiter!r}")
+        packed = start.startswith(PACKED)
+        if b"\0" in start and not packed:
+            raise DataFormatError(f"{path}: expected a CSV, Parquet or Arrow file, found another, binary one")
+        if not start.strip(b"\xef\xbb\xbf \t\r\n"):
+            raise DataFormatError(f"{path}: expected a CSV file with a line of names, found an empty one")
+        line = "" if packed else start.strip(b"\xef\xbb\xbf\r\n").splitlines()[0].decode("utf-8", "replace")
+        self.delimiter = delimiter or max(DELIMITERS, key="".join(line.split('"')[::2]).count)  # outside quotes
+        self._missing = [
+            *csv.ConvertOptions().null_values,
+            *(before + text for text in missing for before in ("", " ")),
+        ]
+
+    def read(self, data: Any, names: Sequence[str] | None = None, kinds: Mapping[str, Any] | None = None) -> Any:
+        """The table of a file, or of a piece of it, whose columns have ``names``."""
+        csv, pa = need("pyarrow.csv"), need("pyarrow")
+        with naming_the_file(self.path, "a CSV file"):
+            table = csv.read_csv(
+                data,
+                read_options=csv.ReadOptions(column_names=names, block_size=8 * PIECE),
+                parse_options=csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True),
+                convert_options=csv.ConvertOptions(
+                    null_values=self._missing,
+                    strings_can_be_null=True,
+                    column_types={**dict.fromkeys(self._texts, pa.string()), **(kinds or {})},
+                ),
+            )
+            table.validate()
+        if names is None:
+            table = table.rename_columns([name.strip() for name in table.column_names])
+            self._check_names(table.column_names)
+        for name, kind in zip(table.column_names, table.schema.types, strict=True):
+            if pa.types.is_binary(kind):
+                raise DataFormatError(
+                    f"{self.path}: expected texts in UTF-8, found others in column {name!r}; save the file as UTF-8, "
+                    "or give pandas.read_csv(path, encoding=...)"
+                )
+        return table
+
+    def _check_names(self, names: Sequence[str]) -> None:
+        different(self.path, names)
+        if all(is_numeral(name) for name in names):
+            raise DataFormatError(
+                f"{self.path}: expected a first line of names, found the numbers {', '.join(names[:5])}; give "
+                "pandas.read_csv(path, names=[...])"
+            )
+
+
+def is_numeral(text: str) -> bool:
+    """Whether a name is a number, as in a file without names."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def held_csv(file: Opener, form: CsvForm) -> Held:
+    """A CSV file in memory."""
+    if isinstance(file, LocalFile):
+        return Held(form.read(file.path), form.path)
+    with file.open() as opened:
+        return Held(form.read(opened), form.path)
+
+
+class CsvRows:
+    """A CSV file that is read a piece at a time; where the pieces are, and what the columns hold, a first pass finds.
+
+    A piece ends with a line. A line ends outside quotes, after an even number of quotation marks.
+    """
+
+    in_memory = False
+
+    def __init__(self, file: Opener, form: CsvForm, label: str | None, missing: Collection[str]) -> None:
+        self.where, self._form, self._missing = file.path, form, missing
+        self._bytes = Reopened(file, lambda: BytesByPlace(file.open()))
+        pieces = self._pieces(0, file.size())
+        header = next(pieces, (0, 0))
+        first = self._piece(*header)
+        self.names = list(form.read(need("pyarrow").BufferReader(first)).column_names)
+        # The line of names is the first that is not empty.
+        end = line_ends(first, len(first) - len(first.lstrip(b"\xef\xbb\xbf\r\n")), True) or len(first)
+        self._label = label if label in self.names else None
+        self._kinds: dict[str, Any] = {}
+        while not self._found(end, file.size()):
+            pass
+
+    def _found(self, start: int, stop: int) -> bool:
+        """Find pieces, rows, types and the values of the label; False where what was numbers turns out to be text."""
+        pa = need("pyarrow")
+        self._places, self.sizes = list[tuple[int, int]](), list[int]()
+        values: dict[str, None] | None = None if self._label is None else {}
+        for place in self._pieces(start, stop):
+            table = self._parsed(place)
+            if not len(table):
+                continue
+            for name, kind in zip(table.column_names, table.schema.types, strict=True):
+                known = self._kinds.get(name, pa.null())
+                self._kinds[name] = wider(known, kind)
+                if (
+                    name == self._label
+                    and pa.types.is_string(self._kinds[name])
+                    and not (pa.types.is_string(known) or pa.types.is_null(known))
+                ):
+                    return False  # its numbers have to be read as they are written
+            if values is not None and self._label is not None:
+                kind = self._kinds[self._label]
+                if pa.types.is_floating(kind) or family(kind) == DATE:
+                    values = None
+                else:
+                    values.update(label_texts(self.where, self._label, table, sum(self.sizes), self._missing))
+                    values = values if len(values) <= LONGEST else None
+            self._places.append(place)
+            self.sizes.append(len(table))
+        self.label_values = None if values is None else list(values)
+        return True
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """From where to where the pieces of the file are."""
+        while start < stop:
+            size = PIECE
+            while True:
+                data = self._piece(start, min(start + size, stop))
+                end = len(data) if start + size >= stop else line_ends(data, 0, False)
+                if end:
+                    break
+                if size >= LONGEST_LINE:
+                    raise DataFormatError(
+                        f"{self.where}: expected lines of at most {LONGEST_LINE} bytes, found none that ends after "
+                        f"byte {start}; a quotation mark may be missing"
+                    )
+                size *= 4
+            yield start, start + end
+            start += end
+
+    def _piece(self, start: int, stop: int) -> bytes:
+        out = bytearray(stop - start)
+        with memoryview(out) as view:
+            done = 0
+            while done < len(out):
+                count = self._bytes.use().read_into(view[done:], start + done)
+                if not count:
+                    raise DataFormatError(f"{self.where}: it ends at byte {start + done}, it has become shorter")
+                done += count
+        return bytes(out)
+
+    def _parsed(self, place: tuple[int, int]) -> Any:
+        return self._form.read(need("pyarrow").BufferReader(self._piece(*place)), self.names, self._kinds_to_read)
+
+    @property
+    def _kinds_to_read(self) -> dict[str, Any]:
+        """Types that are given to the reader: the others fit what a piece may hold."""
+        pa = need("pyarrow")
+        return {name: kind for name, kind in self._kinds.items() if pa.types.is_string(kind)}
+
+    def block(self, number: int, names: Sequence[str]) -> Any:
+        """See :class:`Rows`."""
+        table = self._parsed(self._places[number])
+        if len(table) != self.sizes[number]:
+            raise DataFormatError(
+                f"{self.where}: expected {self.sizes[number]} rows, found {len(table)}: it was changed"
+            )
+        fields = [need("pyarrow").field(name, self._kinds[name]) for name in names]
+        with naming_the_file(self.where, "values of the types that it had before"):
+            return table.select(list(names)).cast(need("pyarrow").schema(fields), safe=False)
+
+
+def wider(known: Any, found: Any) -> Any:
+    """The type of a column of which pieces hold ``known`` and ``found``."""
+    pa = need("pyarrow")
+    is_ = pa.types
+    if known == found or is_.is_null(found):
+        return known
+    if is_.is_null(known) or {family(known), family(found)} == {DATE}:
+        return found
+    numbers = [is_.is_integer(kind) or is_.is_floating(kind) for kind in (known, found)]
+    return pa.float64() if all(numbers) else pa.string()
+
+
+def line_ends(data: bytes, start: int, first: bool) -> int:
+    """After which byte the first or the last line in ``data[start:]`` ends that ends outside quotes; 0: none does."""
+    found = np.frombuffer(data, np.uint8)[start:]
+    ends = np.flatnonzero(found == ord("\n"))
+    quotes = np.flatnonzero(found == ord('"'))
+    ends = ends[np.searchsorted(quotes, ends) % 2 == 0]
+    return 0 if not len(ends) else start + int(ends[0 if first else -1]) + 1
