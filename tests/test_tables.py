@@ -576,7 +576,7 @@ print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak is read from Linux")
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_memory_does_not_grow_with_a_streamed_file(kind: str, tmp_path: Any) -> None:
-    """A row more, of 59 bytes in Parquet and 123 in CSV, takes less than 16: what allocators keep, and no list of rows."""
+    """A row more, of 59 bytes in Parquet and 123 in CSV, takes less than 16: what allocators keep, no list of rows."""
     peaks = []
     for rows in (100_000, 800_000):
         rng = np.random.default_rng(0)
