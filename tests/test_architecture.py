@@ -62,7 +62,7 @@ ORDER = {
     "schedules": "counted decays cycles combined saved",
     "optim": "arrays groups epochs optimizer optimizers ahead resumed",
     "nn": "needs layers stack workspace losses checks core summary network",
-    "sources": "arrays reader opener files chunked given tables",
+    "sources": "arrays reader opener rows chunked tables parts given",
     "loader": "order pinned functions weights columns windows ahead device feeds epochs loader",
     "tables": "columns statistics recipe fitting rows files table",
     "model": "describe preparation file model export",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import itertools
 import json
 import os
 import re
@@ -66,6 +67,13 @@ def write_npy(folder, X):
     return sources.npy(folder / "x.npy"), sources.npy(folder / "y.npy")
 
 
+def write_npy_files(folder, X):
+    for k, part in enumerate(np.split(X, [3, 3, 200, 201, 480])):
+        np.save(folder / f"x{k}.npy", part)
+    np.save(folder / "y.npy", Y)
+    return sources.files(folder / "x*.npy"), sources.npy(folder / "y.npy")
+
+
 def write_raw(folder, X):
     (folder / "x.bin").write_bytes(b"head" + X.astype(">f4").tobytes())
     return sources.raw(folder / "x.bin", (6,), ">f4", offset=4), Y
@@ -112,6 +120,13 @@ def write_parquet(folder, X):
     return sources.parquet(parquet_file(folder, X), [f"c{i}" for i in range(6)], "y"), None
 
 
+def write_parquet_files(folder, X):
+    pq, whole = optional("pyarrow.parquet"), table(X)
+    for k, (start, stop) in enumerate(itertools.pairwise([0, 3, 3, 200, 201, N])):
+        pq.write_table(whole[start:stop], folder / f"t{k}.parquet", row_group_size=64)
+    return sources.files(os.fspath(folder), columns=[f"c{i}" for i in range(6)], label="y"), None
+
+
 def write_vectors(folder, X):
     return sources.parquet(parquet_file(folder, X), "vector", "y"), None
 
@@ -152,14 +167,22 @@ def write_own(folder, X):
     return Memory(X, Y), None
 
 
-SINGLE = [write_npy, write_raw, write_idx, write_cifar, write_map, write_own]  # single samples are read as well
-KINDS = [*SINGLE, write_parquet, write_vectors, write_lists, write_arrow, write_stream, write_hdf5]
+SINGLE = [
+    write_npy,
+    write_npy_files,
+    write_raw,
+    write_idx,
+    write_cifar,
+    write_map,
+    write_own,
+]  # single samples are read as well
+KINDS = [*SINGLE, write_parquet, write_parquet_files, write_vectors, write_lists, write_arrow, write_stream, write_hdf5]
 
 
 def test_every_kind_of_file_is_in_the_table():
     functions = {name: getattr(sources, name) for name in sources.__all__ if inspect.isfunction(getattr(sources, name))}
     opened = {name for name, function in functions.items() if function.__annotations__["return"] == "Source"}
-    assert opened == {"npy", "raw", "idx", "cifar10", "parquet", "arrow", "hdf5"}
+    assert opened == {"npy", "raw", "idx", "cifar10", "parquet", "arrow", "hdf5", "files"}
     text = "".join(map(inspect.getsource, KINDS))
     assert all(f"sources.{name}(" in text for name in opened)
 
@@ -298,7 +321,7 @@ class Elsewhere:
 )
 def test_a_file_may_be_given_by_what_opens_it_and_is_opened_again_when_it_was_closed(kind, tmp_path, X, monkeypatch):
     files = []
-    for name in ("files", "tables"):
+    for name in ("rows", "tables"):
         module = sys.modules[f"gpubatch.sources.{name}"]
         monkeypatch.setattr(module, "opener_of", lambda path: files.append(Elsewhere(Path(path))) or files[-1])
     source, _ = kind(tmp_path, X)

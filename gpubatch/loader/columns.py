@@ -339,6 +339,11 @@ class Columns(Sequence[Column]):
         """Elements of a sample that the host gathers or reads."""
         return sum(math.prod(column.source.sample_shape) for column in self if column.source.on_host)
 
+    @property
+    def files(self) -> str:
+        """What identifies the files of sources that have several; "" where there are none."""
+        return "; ".join(found for reader in self.readers if (found := getattr(reader.source, "identity", "")))
+
     @functools.cached_property
     def _array_bytes(self) -> int:
         arrays = (source for column in self if (source := column.array) is not None)

@@ -392,8 +392,12 @@ class Epochs:
 
     def peek(self) -> list[Array]:
         """The first batch of epoch ``epoch`` as rows; the position stays as it is."""
-        index = self.order.between(self.epoch)(0, min(self.batch_size, self.order.share))
-        return self.columns.as_rows(self.columns.at(index), self.epoch, 0)
+        size, rows = min(self.batch_size, self.order.share), None
+        if isinstance(self._feed, MainMemory) and self._run is None:
+            rows = self._feed.first_rows(self.epoch, size)
+        if rows is None:
+            rows = self.columns.at(self.order.between(self.epoch)(0, size))
+        return self.columns.as_rows(rows, self.epoch, 0)
 
     # --- state --------------------------------------------------------------------------------------------------
 
@@ -414,6 +418,7 @@ class Epochs:
             "window": order.window,
             "block": order.block,
             **({} if order.weighted is None else {"weights": order.weighted.digest}),
+            **({"files": files} if (files := self.columns.files) else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -423,6 +428,11 @@ class Epochs:
         own = self.state_dict()
         if wrong := sorted(set(own) ^ set(state)):
             raise ArgumentError(f"state must have the keys {', '.join(own)}; missing or unknown: {', '.join(wrong)}")
+        if state.get("files") != own.get("files"):
+            raise ArgumentError(
+                f"state has other files, {state['files']}; this loader has {own['files']}: some were added, removed or "
+                "changed, or have another time of change, as copies may"
+            )
         position = ("epoch", "batch", "batch_size") if self.automatic else ("epoch", "batch")
         for name in own:
             if name not in position and state[name] != own[name]:

@@ -80,6 +80,7 @@ class MainMemory:
 
     def __init__(self, columns: Columns, order: Order, prefetch: int) -> None:
         self._columns, self._order, self._prefetch = columns, order, prefetch
+        self._looked_at: tuple[int, Any, Any, Windows] | None = None  # the windows of an epoch to come, and which
 
     def ahead(self, batch_size: int) -> int:
         """See :class:`BatchFeed`."""
@@ -97,6 +98,8 @@ class MainMemory:
         batches = (1 + self.ahead(batch_size)) * batch_size * columns.batch_bytes
         making, order = self._order.memory()
         window = {"window": window_bytes(self._order, columns.readers)} if windows else {}
+        if decoded := sum(reader.held_bytes for reader in columns.readers):
+            window["decoding of files"] = decoded
         if making > order + batches + staging:
             return {"making of an epoch's order": making, **window}
         return {"order of an epoch": order, "batches": batches, "conversion of a batch": staging, **window}
@@ -116,13 +119,34 @@ class MainMemory:
             index = self._order.between(epoch)
             at = columns.at if columns.readers else columns.gathered
             return lambda start, stop: at(index(start, stop))
-        windows = Windows(self._order, epoch, columns.readers)
+        windows = self._windows(epoch)
 
         def rows(start: int, stop: int) -> list[Array]:
             parts = [columns.of_window(*part) for part in windows.parts(start, stop)]
             return parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
         return rows
+
+    def _windows(self, epoch: int) -> Windows:
+        looked_at, self._looked_at = self._looked_at, None
+        if looked_at is not None:
+            of, chosen, readers, windows = looked_at
+            if of == epoch and chosen is self._order.chosen and readers is self._columns.readers:
+                return windows
+        return Windows(self._order, epoch, self._columns.readers)
+
+    def first_rows(self, epoch: int, size: int) -> list[Array] | None:
+        """The first rows of an epoch that reads neighbours together; None for another.
+
+        The window that is read for them is kept for the epoch: else all of it would be read and decoded twice.
+        """
+        columns = self._columns
+        if not self._order.window or all(reader.block is None for reader in columns.readers):
+            return None
+        windows = self._windows(epoch)
+        parts = [columns.of_window(*part) for part in windows.parts(0, size)]
+        self._looked_at = epoch, self._order.chosen, columns.readers, windows
+        return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
 
 class OnDevice:

@@ -160,7 +160,7 @@ class Loader:
             weight=weight,
             class_weight=class_weight,
         )
-        n, (together, block) = columns.n_samples, window_and_block(window, replacement, columns)
+        n, (together, block, bounds) = columns.n_samples, window_and_block(window, replacement, columns)
         check_choice("feed", feed, ["auto", "device", "host"])
         for reader in columns.readers:
             if feed == "device":
@@ -169,7 +169,7 @@ class Loader:
             raise ArgumentError(f"world_size must be at most the {n} samples, got {world_size}")
         if order is not None and len(order) != n:
             raise ShapeError(f"order must have a weight for each of the {n} samples, got {len(order)}")
-        drawn = Order(n, seed, shuffle, replacement, rank, world_size, together, block, order)
+        drawn = Order(n, seed, shuffle, replacement, rank, world_size, together, block, order, bounds)
         self._epochs = Epochs(columns, drawn, size, at_most, drop_last, prefetch, feed)
 
     shuffle = property(attrgetter("_epochs.order.shuffle"), doc="Whether the samples are shuffled.")

@@ -20,7 +20,7 @@ from gpubatch.errors import (
 from gpubatch.inputs import checked_array
 from gpubatch.sources import check_finite
 
-__all__ = ["PEAK", "WORD", "Indices", "Order", "WeightedOrder", "WindowOrder", "epoch_order", "split"]
+__all__ = ["PEAK", "WORD", "Indices", "Order", "UnevenOrder", "WeightedOrder", "WindowOrder", "epoch_order", "split"]
 
 Indices: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -224,11 +224,92 @@ class WindowOrder:
         return np.concatenate(found)
 
 
+class UnevenOrder:
+    """:class:`WindowOrder` of a set whose blocks have unequal sizes: the row groups of several files, say.
+
+    Each begins where ``bounds`` says, whose last number is that of the samples. Their list is shuffled and cut into
+    windows of at most ``together`` samples. A block goes to one window, unless it is larger: then to several that
+    follow one another, so that what was decoded of it serves them all.
+    """
+
+    def __init__(
+        self,
+        bounds: Indices,
+        seed: int,
+        epoch: int,
+        together: int,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        chosen: Indices | None = None,
+    ) -> None:
+        self.shuffle, self.rank, self.world_size, self._chosen = shuffle, rank, world_size, chosen
+        self._key = np.array([seed, epoch], np.uint64)
+        blocks = self._shuffled(len(bounds) - 1, 0)
+        self._ends = np.cumsum(np.diff(bounds)[blocks])
+        self._begins = np.concatenate([[0], self._ends[:-1]])
+        self._shift = bounds[:-1][blocks] - self._begins  # from a position in the list of blocks to its sample
+        starts = [0]
+        while (start := starts[-1]) < self._ends[-1]:
+            whole = int(self._ends.searchsorted(start + together, side="right"))
+            end = int(self._ends[whole - 1]) if whole else 0
+            starts.append(end if end > start else start + together)
+        self._starts = np.array(starts, np.int64)
+        self._first = (self._starts - rank + world_size - 1) // world_size  # as in WindowOrder
+        self._last: tuple[int, tuple[Indices, Indices]] | None = None
+
+    def _shuffled(self, count: int, stream: int) -> Indices:
+        if not self.shuffle:
+            return np.arange(count, dtype=np.int64)
+        return _permutation(np.random.Philox(key=self._key, counter=[0, 0, 0, stream]).random_raw(count))
+
+    def __len__(self) -> int:
+        """How many windows there are."""
+        return len(self._starts) - 1
+
+    def part(self, window: int) -> tuple[Indices, Indices]:
+        """See :class:`WindowOrder`."""
+        if self._last is not None and self._last[0] == window:
+            return self._last[1]
+        start, stop = self._starts[window : window + 2]
+        of = slice(self._ends.searchsorted(start, side="right"), self._ends.searchsorted(stop, side="left") + 1)
+        sizes = np.minimum(self._ends[of], stop) - np.maximum(self._begins[of], start)
+        samples = np.arange(start, stop) + np.repeat(self._shift[of], sizes)
+        use = self._shuffled(len(samples), window + 1)
+        if self.world_size > 1:
+            use = use[(self.rank - int(start)) % self.world_size :: self.world_size]
+            kept = np.sort(use)
+            samples, use = samples[kept], np.searchsorted(kept, use)
+        if self._chosen is not None:
+            samples = self._chosen[samples]
+        self._last = window, (samples, use)
+        return samples, use
+
+    def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """See :class:`WindowOrder`."""
+        first, end = self._first.searchsorted((start, stop - 1), side="right").tolist()
+        return [
+            (window, max(start - low, 0), min(stop, high) - low)
+            for window in range(first - 1, end)
+            for low, high in [(int(self._first[window]), int(self._first[window + 1]))]
+            if low < high
+        ]
+
+    def indices(self, start: int, stop: int) -> Indices:
+        """See :class:`WindowOrder`."""
+        found = []
+        for window, a, b in self.pieces(start, stop):
+            samples, use = self.part(window)
+            found.append(samples[use[a:b]])
+        return np.concatenate(found)
+
+
 class Order:
     """The samples of every epoch of one rank, in the order of their use.
 
     ``window`` samples are shuffled together, in blocks of ``block`` neighbours; 0 and 0: the whole set is. With
-    ``weighted`` they are drawn by its weights.
+    ``bounds`` the blocks are those of :class:`UnevenOrder`, of at most ``block`` samples. With ``weighted`` samples are
+    drawn by its weights.
     """
 
     def __init__(
@@ -242,7 +323,9 @@ class Order:
         window: int = 0,
         block: int = 0,
         weighted: WeightedOrder | None = None,
+        bounds: Indices | None = None,
     ) -> None:
+        self._bounds = bounds
         self.seed, self.shuffle, self.replacement, self.weighted = seed, shuffle, replacement, weighted
         self.rank, self.world_size, self.window, self.block = rank, world_size, window, block
         self._all = n
@@ -253,14 +336,19 @@ class Order:
         self.chosen, self.n = chosen, self._all if chosen is None else len(chosen)
         self.share = len(range(self.rank, self.n, self.world_size))  # this rank's samples in an epoch
         self._next: tuple[int, Indices] | None = None  # an epoch to come and its order
+        self.bounds = self._bounds
+        if chosen is not None and self._bounds is not None:
+            self.bounds = np.unique(chosen.searchsorted(self._bounds))
         self._sums: np.ndarray | None = None  # of the weights up to each sample
         if self.weighted is not None:
             weights = self.weighted.weights
             self._sums = np.cumsum(weights if chosen is None else weights[chosen])
 
-    def windows(self, epoch: int) -> WindowOrder:
+    def windows(self, epoch: int) -> WindowOrder | UnevenOrder:
         """The order of an epoch that is shuffled by windows."""
         of_rank = self.rank, self.world_size, self.chosen
+        if self.bounds is not None:
+            return UnevenOrder(self.bounds, self.seed, epoch, self.window, self.shuffle, *of_rank)
         return WindowOrder(self.n, self.seed, epoch, self.window, self.block, self.shuffle, *of_rank)
 
     def whole(self, epoch: int) -> Indices:

@@ -18,17 +18,20 @@ __all__ = ["Windows", "window_and_block", "window_bytes"]
 
 DEFAULT_WINDOW = "256 MiB"  # for sources that read neighbours together
 BLOCKS = 32  # in what is shuffled together: so many places of the set meet in a batch
+UNEVEN = (
+    72  # bytes of a block of uneven ones: its bounds, and where it begins and ends in an epoch's list, and its making
+)
 PIECE = 1 << 20  # bytes of a window that are read at once: what is read is then looked at, and should be in the cache
 
 
-def window_and_block(window: int | str | None, replacement: bool, columns: Columns) -> tuple[int, int]:
-    """Samples that are shuffled together and how many neighbours among them are a block; zeros: all of the set.
+def window_and_block(window: int | str | None, replacement: bool, columns: Columns) -> tuple[int, int, Indices | None]:
+    """Samples that are shuffled together, how many neighbours among them are a block, and the bounds of uneven blocks.
 
-    ``window`` and ``replacement`` are the loader's arguments.
+    Zeros: all of the set is shuffled. ``window`` and ``replacement`` are the loader's arguments.
     """
     blocks = [reader.block for reader in columns.readers if reader.block is not None]
     if window is None and (not blocks or replacement):
-        return 0, 0
+        return 0, 0, None
     if replacement:
         raise ArgumentError(f"replacement=True draws from the whole set, so it has no window, got window={window!r}")
     window, n = DEFAULT_WINDOW if window is None else window, columns.n_samples
@@ -38,15 +41,48 @@ def window_and_block(window: int | str | None, replacement: bool, columns: Colum
         half = check_int("window", window, 2) // 2
     half = max(1, min(half, n))
     least = max(1, half // BLOCKS)
+    if (bounds := _common_bounds(columns)) is not None:
+        bounds = _merged(bounds, least, half)
+        return half, int(np.diff(bounds).max()), bounds
     whole = max(blocks, default=1)
     # Whole blocks of the source, so that none is read twice, unless not even one of them is within the bound.
     block = min(-(-least // whole) * whole, half)
-    return (half if half < n else n + block - 1) // block * block, block
+    return (half if half < n else n + block - 1) // block * block, block, None
+
+
+def _common_bounds(columns: Columns) -> Indices | None:
+    """Where every source begins something that it reads at once, if there is a source of uneven such blocks."""
+    if all(reader.boundaries is None for reader in columns.readers):
+        return None
+    found = np.array([0, columns.n_samples])
+    given = [reader.boundaries for reader in columns.readers if reader.boundaries is not None]
+    n, even = columns.n_samples, [r.block for r in columns.readers if r.boundaries is None and (r.block or 1) > 1]
+    given += [np.array([*range(0, n, block), n]) for block in even if block is not None]
+    for number, bounds in enumerate(given):
+        found = np.intersect1d(found, bounds, assume_unique=True) if number else bounds
+    return found
+
+
+def _merged(bounds: Indices, least: int, most: int) -> Indices:
+    """Bounds of fewer blocks: neighbours together until they have ``least`` samples, if they have at most ``most``."""
+    found, last = [0], len(bounds) - 1
+    place = 0
+    while place < last:
+        end = int(bounds.searchsorted(bounds[place] + least))
+        end = min(end, int(bounds.searchsorted(bounds[place] + most, side="right")) - 1, last)
+        place = max(place + 1, end)
+        found.append(int(bounds[place]))
+    return np.array(found, np.int64)
 
 
 def window_bytes(order: Order, readers: Collection[Reader]) -> int:
     """Bytes of main memory when a window takes most: its halves and their order, and what is being read."""
     blocks, windows = -(-order.n // order.block), -(-order.n // order.window)
+    of_blocks = 8 * blocks
+    if order.bounds is not None:
+        blocks = len(order.bounds) - 1
+        of_blocks = UNEVEN * blocks
+        windows = windows if windows < 2 else 2 * windows  # two that follow one another are more than one full one
     n = min(order.window, order.n)
     share, peak = -(-n // order.world_size), PEAK if order.shuffle else 9  # 9: which samples there are
     rows, used, making = share * sum(reader.row_bytes for reader in readers), 16 * share, (8 + peak) * n
@@ -59,7 +95,7 @@ def window_bytes(order: Order, readers: Collection[Reader]) -> int:
         held = max(rows + used + making, 2 * (rows + used) + read)
     else:
         held = 2 * rows + max(used + making, 2 * used + read)
-    return max(peak * blocks, 8 * blocks + 16 * windows + held)
+    return max(peak * blocks, of_blocks + 16 * windows + held)
 
 
 def _read_at_once(readers: Collection[Reader], block: int) -> int:
@@ -94,7 +130,7 @@ class Windows:
     """
 
     def __init__(self, order: Order, epoch: int, readers: dict[Reader, list[float]]) -> None:
-        self._order, self._limits = order.windows(epoch), readers
+        self._order, self._block, self._limits = order.windows(epoch), order.block, readers
         self._capacity = -(-min(order.window, order.n) // order.world_size)
         self._at_once = _read_at_once(readers, order.block)
         self._held: dict[int, _Held] = {}
@@ -127,7 +163,7 @@ class Windows:
 
     def _announce(self, held: _Held) -> None:
         """Tell the sources of the two blocks that come next, which lie anywhere in a file, while others are used."""
-        block = self._order.block
+        block = self._block
         while held.told < min(held.count + 2 * block, len(held.samples)):
             for reader in self._limits:
                 reader.expect(held.samples[held.told : held.told + block])

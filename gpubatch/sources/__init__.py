@@ -3,8 +3,9 @@
 A source is read and never changed. Arrays go to :class:`~gpubatch.loader.Loader` as they are, ``np.memmap`` too: it is
 not copied, but floating values are looked at once when the loader is made, a block at a time. Files that may be larger
 than memory are opened here: :func:`npy`, :func:`raw`, :func:`idx`, :func:`cifar10`, :func:`parquet`, :func:`arrow`,
-:func:`hdf5`. Arrays that are read by slices, as zarr's, h5py's and netCDF4's are, go to the loader as they are, too,
-and so do sparse matrices of SciPy's. Anything else has to be a :class:`Source`.
+:func:`hdf5`; and folders, lists and patterns of such files, as one source, by :func:`files`. A path that goes to the
+loader itself is opened by that. Arrays that are read by slices, as zarr's, h5py's and netCDF4's are, go to the loader
+as they are, too, and so do sparse matrices of SciPy's. Anything else has to be a :class:`Source`.
 """
 
 from gpubatch.sources.arrays import (
@@ -15,10 +16,11 @@ from gpubatch.sources.arrays import (
     largest_stored,
     turned,
 )
-from gpubatch.sources.files import cifar10, idx, naming_the_file, npy, raw
 from gpubatch.sources.given import as_source, is_read
 from gpubatch.sources.opener import BytesByPlace, LocalFile, Opener, Reopened, opener_of
+from gpubatch.sources.parts import files
 from gpubatch.sources.reader import Part, Reader, Source
+from gpubatch.sources.rows import cifar10, idx, naming_the_file, npy, raw
 from gpubatch.sources.tables import Grouped, ParquetGroups, arrow, hdf5, opened_arrow, parquet
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "cifar10",
     "contiguous",
     "convert",
+    "files",
     "hdf5",
     "idx",
     "is_read",

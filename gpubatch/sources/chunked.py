@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpubatch.backend import is_cupy, is_foreign, unmasked
-from gpubatch.sources.files import runs_of
+from gpubatch.sources.rows import runs_of
 
 __all__ = ["Chunked", "is_chunked"]
 

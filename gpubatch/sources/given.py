@@ -6,6 +6,7 @@ from typing import Any
 
 from gpubatch.inputs import SparseMatrix, is_sparse
 from gpubatch.sources.chunked import Chunked, is_chunked
+from gpubatch.sources.parts import files, names_files
 from gpubatch.sources.reader import Source
 
 __all__ = ["as_source", "is_read"]
@@ -13,12 +14,14 @@ __all__ = ["as_source", "is_read"]
 
 def is_read(x: Any) -> bool:
     """Whether samples are read from ``x``, which may be larger than memory as an array: by place, not as a map."""
-    return is_sparse(x) or is_chunked(x) or (hasattr(x, "read") and hasattr(x, "__len__"))
+    return names_files(x) or is_sparse(x) or is_chunked(x) or (hasattr(x, "read") and hasattr(x, "__len__"))
 
 
 def as_source(name: str, x: Any) -> Source | None:
     """The source that ``x``, an argument called ``name``, is or becomes; None where it is to be an array."""
     if not is_read(x):
         return None
+    if names_files(x):
+        return files(x)
     found: Source = SparseMatrix(name, x) if is_sparse(x) else Chunked(x) if is_chunked(x) else x
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -16,7 +17,7 @@ from gpubatch.errors import DataFormatError, DTypeError, NonFiniteError, ShapeEr
 from gpubatch.inputs import check_kind
 from gpubatch.sources.arrays import holds_all
 
-__all__ = ["Form", "Part", "Reader", "Source"]
+__all__ = ["Form", "InTurn", "Part", "Reader", "Source"]
 
 Form: TypeAlias = tuple[np.dtype[Any], tuple[int, ...]]  # the element type and the shape of a sample
 
@@ -30,6 +31,11 @@ class Source(Protocol):
     read neighbours together and single samples at a cost, as many as they read at once: a loader reads such a source
     in windows unless it is told otherwise. So are two methods, for windows: ``read_into(indices, out)`` writes what
     ``read`` would return into ``out``, an array or a pair of them; ``expect(indices)`` is told what will be read soon.
+
+    Where what is read at once has unequal sizes, as in several files, ``boundaries`` has the places where each begins,
+    int64 in order from 0 on, and then the number of samples. ``forms`` has the element type and shape of a sample of
+    each array, and ``held_bytes`` what a source holds beside what it returns; ``identity`` is text that is another one
+    when the samples are, by which saved states are compared; ``place_of(index)`` says in words where a sample is.
     """
 
     def __len__(self) -> int:
@@ -37,6 +43,21 @@ class Source(Protocol):
 
     def read(self, indices: np.ndarray, /) -> Any:
         """The samples at ``indices``."""
+
+
+class InTurn:
+    """A lock for the threads of a process; a forked child has one of its own, which no thread of its parent holds."""
+
+    def __init__(self) -> None:
+        self._lock, self._process = threading.RLock(), os.getpid()
+
+    def __enter__(self) -> None:
+        if self._process != os.getpid():
+            self.__init__()  # type: ignore[misc]
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 class Reader:
@@ -55,15 +76,27 @@ class Reader:
         if self.n_samples == 0:
             raise ShapeError(f"{name} must hold at least one sample, {self.where} has none")
         self.bytes_read = 0
+        self.boundaries: np.ndarray | None = getattr(source, "boundaries", None)
+        self._turn = InTurn()  # a run that is saved looks at samples while a thread reads others
         self.parts: list[Part] = []
-        first = self._arrays(np.zeros(1, np.int64))
-        for number, array in enumerate(first):
-            check_kind(f"{name} ({self.where})", array.dtype)
-            if array.ndim == 0 or array.size == 0:
-                raise ShapeError(f"{name} must have samples of at least one number, {self.where} gives {array.shape}")
-            self.parts.append(Part(self, number, array.dtype, array.shape[1:]))
-        self._compare(np.zeros(1, np.int64), first)
+        forms, first = getattr(source, "forms", None), list[np.ndarray]()
+        if forms is None:
+            first = self._arrays(np.zeros(1, np.int64))
+            forms = [(array.dtype, array.shape[1:]) for array in first]
+        for number, (dtype, shape) in enumerate(forms):
+            check_kind(f"{name} ({self.where})", dtype)
+            if math.prod(shape) == 0 or any(array.ndim == 0 for array in first):
+                raise ShapeError(f"{name} must have samples of at least one number, {self.where} gives {(1, *shape)}")
+            self.parts.append(Part(self, number, dtype, shape))
+        if first:
+            self._compare(np.zeros(1, np.int64), first)
         self.row_bytes = sum(part.bytes_per_sample(part.dtype) for part in self.parts)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that the source holds at most beside what it returns, where it says so."""
+        held: int = getattr(self.source, "held_bytes", 0)
+        return held
 
     @property
     def reads_into(self) -> bool:
@@ -87,14 +120,14 @@ class Reader:
             for place, array in zip(out, self.read(index, limits), strict=True):
                 place[...] = array
             return
-        with self._noting(index):
+        with self._noting(index), self._turn:
             self._read_into(index, tuple(out) if len(out) > 1 else out[0])
         self._check(index, out, limits)
 
     def expect(self, index: Array) -> None:
         """Tell the source that the samples at ``index`` will be read soon."""
         if self._expect is not None:
-            with self._noting(index):
+            with self._noting(index), self._turn:
                 self._expect(index)
 
     @contextlib.contextmanager
@@ -106,7 +139,7 @@ class Reader:
             raise
 
     def _arrays(self, index: Array) -> list[np.ndarray]:
-        with self._noting(index):
+        with self._noting(index), self._turn:
             found = self.source.read(index)
         arrays = list(found) if isinstance(found, tuple) else [found]
         for array in arrays:
@@ -124,7 +157,11 @@ class Reader:
             for i in index:
                 one = i[None]
                 self._compare(one, self._arrays(one))
-        place = f"sample {index[0]}" if len(index) == 1 else f"samples {index.min()} to {index.max()}"
+        place = (
+            f"sample {index[0]}{self._where_it_is(index[0])}"
+            if len(index) == 1
+            else f"samples {index.min()} to {index.max()}"
+        )
         words = [", ".join(f"{dtype} {shape}" for dtype, shape in these) for these in (expected, found)]
         raise DataFormatError(f"{self.where}: expected {words[0]} for {place}, found {words[1]}")
 
@@ -145,7 +182,12 @@ class Reader:
         beyond = ", beyond the range of the batches" if math.isfinite(value) else ""
         raise NonFiniteError(
             f"{self.where}: samples must be finite, but sample {index[first[0]]} has {value!r}{inside}{beyond}"
+            f"{self._where_it_is(index[first[0]])}"
         )
+
+    def _where_it_is(self, index: int) -> str:
+        place_of = getattr(self.source, "place_of", None)
+        return "" if place_of is None else f" ({place_of(index)})"
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, ShapeError, check_bool
 from gpubatch.inputs import check_kind
-from gpubatch.sources.files import check_exists, flat, in_order_of_use, naming_the_file, runs_of
 from gpubatch.sources.opener import BytesByPlace, LocalFile, Opener, Reopened, opener_of
-from gpubatch.sources.reader import Form, Source
+from gpubatch.sources.reader import Form, InTurn, Source
+from gpubatch.sources.rows import check_exists, copy_rows, flat, in_order_of_use, naming_the_file, runs_of
 
 __all__ = ["Grouped", "ParquetGroups", "arrow", "hdf5", "opened_arrow", "parquet"]
 
@@ -244,38 +245,80 @@ class _Table:
         check_exists(file)
         self._opened = Reopened(file, lambda: open_file(file))
         found = self._opened.use()
-        chosen = _columns(self.path, columns, label, [name for name, _ in found.fields])
-        self._x, self._y = chosen[: len(chosen) - (label is not None)], label
+        self.names = [name for name, _ in found.fields]
+        chosen = _columns(self.path, columns, label, self.names)
+        self.columns, self._y = chosen[: len(chosen) - (label is not None)], label
         self._chosen = list(dict.fromkeys(chosen))  # the label may be among the columns
         self.fields = {name: kind for name, kind in found.fields if name in chosen}
         self._single = isinstance(columns, str)
         self.starts = np.cumsum([0, *found.sizes])
         self.block = max(found.sizes, default=1) or 1
         self._group, self._kept = -1, list[np.ndarray]()
-        self._widths: dict[str, int] = {}
+        self._lengths: dict[str, tuple[int, str]] = {}
+        self._turn = InTurn()  # what was decoded is there for one thread at a time
+
+    def forget(self) -> None:
+        """Forget the group that was decoded last."""
+        self._kept, self._group = [], -1
 
     def close(self) -> None:
         """Close the file until it is next read, and forget what was decoded."""
-        self._kept, self._group = [], -1
+        self.forget()
         self._opened.close()
+
+    def share_lengths(self, other: _Table) -> None:
+        """Expect lists of the lengths that another file has, which it tells when its first lists are read."""
+        self._lengths = other._lengths
+
+    @property
+    def forms(self) -> list[Form] | None:
+        """Element type and shape of a sample of x, and of y; None where lists have a length that their type lacks."""
+        pa, found = _need("pyarrow"), dict[str, Form]()
+        for name, kind in self.fields.items():
+            if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+                return None
+            width, kind = (kind.list_size, kind.value_type) if pa.types.is_fixed_size_list(kind) else (0, kind)
+            self._check_numbers(name, kind)
+            found[name] = np.dtype(kind.to_pandas_dtype()), (width,) if width else ()
+        x = [found[name] for name in self.columns]
+        shape = x[0][1] if len(x) == 1 else (sum(math.prod(shape) for _, shape in x),)
+        shape = shape if self._single else shape or (1,)
+        forms = [(np.result_type(*(dtype for dtype, _ in x)), shape)]
+        return forms if self._y is None else [*forms, found[self._y]]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def read(self, indices: np.ndarray, /) -> Any:
         """The rows at ``indices``: x, or (x, y)."""
-        groups = np.searchsorted(self.starts, indices, side="right") - 1
         out: list[np.ndarray] = []
+        with self._turn:
+            for here, places, kept in self._by_group(indices):
+                for number, array in enumerate(kept):
+                    if number == len(out):
+                        out.append(np.empty((len(indices), *array.shape[1:]), array.dtype))
+                    out[number][here] = array[places]
+        return tuple(out) if self._y is not None else out[0]
+
+    def fill(self, indices: np.ndarray, out: Sequence[np.ndarray]) -> None:
+        """Write what :meth:`read` would return into ``out``, arrays of its element types and shapes."""
+        with self._turn:
+            for here, places, kept in self._by_group(indices):
+                for whole, array in zip(out, kept, strict=True):
+                    expected, found = (f"samples of {of.dtype} {of.shape[1:]}" for of in (whole, array))
+                    if expected != found:
+                        raise DataFormatError(f"{self.path}: expected {expected}, found {found}")
+                    copy_rows(whole, here, array, places)
+
+    def _by_group(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, list[np.ndarray]]]:
+        """The groups of ``indices``, decoded: where those stand that are in it, and their places in the group."""
+        groups = np.searchsorted(self.starts, indices, side="right") - 1
         for group in in_order_of_use(groups):
             if group != self._group:
-                self._kept, self._group = [], -1  # one group at a time
-                self._kept, self._group = self._decode(int(group)), int(group)
+                self.forget()  # one group at a time
+                self._kept, self._group = self._decode(group), group
             here = np.flatnonzero(groups == group)
-            for number, array in enumerate(self._kept):
-                if number == len(out):
-                    out.append(np.empty((len(indices), *array.shape[1:]), array.dtype))
-                out[number][here] = array[indices[here] - self.starts[group]]
-        return tuple(out) if self._y is not None else out[0]
+            yield here, indices[here] - self.starts[group], self._kept
 
     def _decode(self, group: int) -> list[np.ndarray]:
         start, stop = int(self.starts[group]), int(self.starts[group + 1])
@@ -284,7 +327,7 @@ class _Table:
             table.validate(full=True)
         if len(table) != stop - start:
             raise DataFormatError(f"{self.path}: expected {stop - start} samples from {start} on, found {len(table)}")
-        arrays = [self._numbers(name, table[name], start) for name in self._x]
+        arrays = [self._numbers(name, table[name], start) for name in self.columns]
         x = arrays[0]
         if len(arrays) > 1 or (x.ndim == 1 and not self._single):
             x = (
@@ -303,20 +346,25 @@ class _Table:
         kind, width = array.type, 0
         if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
             lengths = array.value_lengths().to_numpy(zero_copy_only=False)
-            width = self._widths.setdefault(name, int(lengths[0]))
+            width, like = self._lengths.setdefault(name, (int(lengths[0]), self.path))
             if (wrong := np.flatnonzero(lengths != width)).size:
+                like = "" if like == self.path else f", as in {like}"
                 raise DataFormatError(
-                    f"{self.path}: expected lists of {width} numbers in column {name!r}, found {lengths[wrong[0]]} in "
-                    f"sample {start + wrong[0]}"
+                    f"{self.path}: expected lists of {width} numbers in column {name!r}{like}, found "
+                    f"{lengths[wrong[0]]} in sample {start + wrong[0]}"
                 )
             array, kind = array.flatten(), kind.value_type
             self._complete(name, array, start, width)
-        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        self._check_numbers(name, kind)
+        values: np.ndarray = array.to_numpy(zero_copy_only=False)
+        return values.reshape(-1, width) if width else values
+
+    def _check_numbers(self, name: str, kind: Any) -> None:
+        types = _need("pyarrow").types
+        if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
             raise DTypeError(
                 f"{self.path}: column {name!r} must hold numbers or lists of one length of numbers, got {kind}"
             )
-        values: np.ndarray = array.to_numpy(zero_copy_only=False)
-        return values.reshape(-1, width) if width else values
 
     def _complete(self, name: str, array: Any, start: int, width: int = 1) -> None:
         if array.null_count:
@@ -403,7 +451,7 @@ class _Datasets:
     """Datasets of an HDF5 file."""
 
     def __init__(self, file: Opener, names: list[str], flatten: bool) -> None:
-        self.path, self.file, self._flatten = file.path, file, flatten
+        self.path, self.file = file.path, file
         self._opened = Reopened(file, lambda: _Hdf5(file, names))
         datasets = self._opened.use().datasets
         self._n = len(datasets[0])
@@ -425,17 +473,23 @@ class _Datasets:
 
     def read(self, indices: np.ndarray, /) -> Any:
         """The rows at ``indices``; neighbours in one piece, in the order of the file."""
+        out = [np.empty((len(indices), *shape), dtype) for dtype, shape in self.forms]
+        self.fill(indices, out)
+        return tuple(out) if len(out) > 1 else out[0]
+
+    def fill(self, indices: np.ndarray, out: Sequence[np.ndarray]) -> None:
+        """Write what :meth:`read` would return into ``out``, arrays of its element types and shapes."""
         places, back = np.unique(indices, return_inverse=True)
-        out = []
-        for dataset in self._opened.use().datasets:
-            array = np.empty((len(places), *dataset.shape[1:]), dataset.dtype)
+        in_order = np.array_equal(places, indices)
+        for dataset, whole in zip(self._opened.use().datasets, out, strict=True):
+            shape = (len(places), *dataset.shape[1:])
+            array = whole.reshape(shape) if in_order else np.empty(shape, dataset.dtype)
             for first, start, stop in runs_of(places):
                 last = first + stop - start - 1
                 with naming_the_file(self.path, f"samples {first} to {last} of {dataset.name!r}"):
                     dataset.read_direct(array, np.s_[first : last + 1], np.s_[start:stop])
-            out.append(array if len(places) == len(indices) and np.array_equal(places, indices) else array[back])
-        out[0] = out[0].reshape(flat(out[0].shape, self._flatten))
-        return tuple(out) if len(out) > 1 else out[0]
+            if not in_order:
+                whole[...] = array[back].reshape(whole.shape)
 
 
 def _need(module: str) -> Any:

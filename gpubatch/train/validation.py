@@ -21,8 +21,8 @@ __all__ = ["HeldOut", "HeldOutBatches", "InMemory", "about_validation", "validat
 # X, Y, and the weights of Network.evaluate by the names of its arguments.
 Batch: TypeAlias = tuple[Array, Array, Mapping[str, Array]]
 FORMS = (
-    "a pair (X, Y) of arrays or sources, arrays (X, Y, weight), a source of pairs, a Table, a Loader, or a fraction "
-    "between 0 and 1"
+    "a pair (X, Y) of arrays, sources or paths, arrays (X, Y, weight), a source of pairs, a Table, a Loader, or a "
+    "fraction between 0 and 1"
 )
 
 
@@ -149,7 +149,7 @@ def held_out_of(net: Network, loader: Loader, validation: Any) -> HeldOut:
     if isinstance(validation, Prepared):
         validation = columns.apart(validation, name="validation")
         validation = validation[0] if validation[1] is None else validation
-    if is_large(validation):
+    if is_large(validation) and not isinstance(validation, (tuple, list)):
         X, Y = validation, None
     elif isinstance(validation, (tuple, list)) and len(validation) == 2:
         X, Y = validation

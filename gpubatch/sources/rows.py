@@ -9,7 +9,7 @@ import math
 import os
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,18 @@ from gpubatch.inputs import check_kind
 from gpubatch.sources.opener import BytesByPlace, LocalFile, Opener, Reopened, opener_of
 from gpubatch.sources.reader import Form, Source
 
-__all__ = ["check_exists", "cifar10", "flat", "idx", "in_order_of_use", "naming_the_file", "npy", "raw", "runs_of"]
+__all__ = [
+    "check_exists",
+    "cifar10",
+    "copy_rows",
+    "flat",
+    "idx",
+    "in_order_of_use",
+    "naming_the_file",
+    "npy",
+    "raw",
+    "runs_of",
+]
 
 NPY_START = 1 << 16  # bytes of an .npy file; NumPy refuses headers of more than 10,000
 
@@ -142,6 +153,10 @@ class _Rows:
         for place, start, stop in runs_of(indices):
             self._fill(view[start * row : stop * row], place)
 
+    def fill(self, indices: np.ndarray, out: Sequence[np.ndarray]) -> None:
+        """The same of a sequence of one array."""
+        self.read_into(indices, out[0])
+
     def expect(self, indices: np.ndarray, /) -> None:
         """Have the samples at ``indices`` read ahead, while others are used."""
         for place, start, stop in runs_of(indices):
@@ -203,6 +218,15 @@ def runs_of(indices: np.ndarray) -> Iterator[tuple[int, int, int]]:
     places = indices[[0, *cuts]].tolist()
     for place, (start, stop) in zip(places, itertools.pairwise([0, *cuts, len(indices)]), strict=True):
         yield place, start, stop
+
+
+def copy_rows(out: np.ndarray, here: np.ndarray, array: np.ndarray, places: np.ndarray) -> None:
+    """``out[here] = array[places]`` for ascending ``here``, without a copy between where both are neighbours."""
+    n = len(here)
+    if here[-1] - here[0] == n - 1 and places[-1] - places[0] == n - 1 and (np.diff(places) == 1).all():
+        out[here[0] : here[0] + n] = array[places[0] : places[0] + n]
+    else:
+        out[here] = array[places]
 
 
 def in_order_of_use(numbers: np.ndarray) -> list[int]:

@@ -1,0 +1,370 @@
+"""Folders, lists and patterns of files as one source, of which a bounded number is open at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import inspect
+import itertools
+import math
+import os
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from gpubatch.errors import ArgumentError, DataFormatError, check_choice
+from gpubatch.sources.opener import Opener, opener_of
+from gpubatch.sources.reader import Form, InTurn, Source
+from gpubatch.sources.rows import idx, npy, raw
+from gpubatch.sources.tables import arrow, hdf5, parquet
+
+__all__ = ["files", "names_files"]
+
+OPEN = 32  # files that are open at a time: a system allows a process 1,024 or less
+FORMATS: dict[str, Callable[..., Any]] = {
+    "parquet": parquet,
+    "arrow": arrow,
+    "npy": npy,
+    "idx": idx,
+    "hdf5": hdf5,
+    "raw": raw,
+}
+SUFFIXES = {
+    **dict.fromkeys([".parquet", ".pq"], "parquet"),
+    **dict.fromkeys([".arrow", ".arrows", ".feather", ".ipc"], "arrow"),
+    ".npy": "npy",
+    ".idx": "idx",
+    **dict.fromkeys([".h5", ".hdf5"], "hdf5"),
+}
+IDX_NAME = re.compile(r"[-.]idx\d-ubyte$")  # train-images-idx3-ubyte
+Path: TypeAlias = str | os.PathLike[str]
+
+
+def files(where: Path | Opener | Sequence[Path | Opener], format: str | None = None, **options: Any) -> Source:
+    """The samples of several files as one source, those of the first file first; of one file alone, too.
+
+    where: a folder, a pattern such as "data/part-*.parquet" ("**" stands for any folders), a file, or a list of these
+    format: "parquet", "arrow", "npy", "idx", "hdf5" or "raw"; None: what the names end in
+    options: the format's own, as in :func:`parquet` (``columns`` and ``label``, here None by default), :func:`npy`,
+        :func:`idx`, :func:`hdf5` and :func:`raw`
+
+    The files of a folder or a pattern are taken in the natural order of their paths: part-2 before part-10. A list
+    keeps its own. Folders are searched with all folders in them; what their names say, as "year=2024" of Hive, becomes
+    no column. Names that begin with "." or "_" are left out, and so is a file without rows; one of 0 bytes is damaged.
+    All files must be of one format with samples of one element type and shape, and tables must have the same columns,
+    in any order; a folder must have files of one suffix. At most 32 files are open at a time.
+
+    Files are opened once to know their rows and types, by their headers and footers alone: nothing is decoded before
+    the first batch, except for the first row of columns of lists whose length their type does not say. A loader
+    shuffles by row groups, record batches or chunks, which are then decoded once an epoch. A loader's state has a
+    digest of the files' names, sizes, rows and times of change: with other files it is refused.
+
+    Raises ``FileNotFoundError`` where nothing is found, and ``DataFormatError`` where files differ, which names both.
+    """
+    openers = list(_openers(where))
+    formats = Counter(_format_of(opener.path) if format is None else format for opener in openers)
+    if len(formats) > 1:
+        found = ", ".join(f"{count} of {name}" for name, count in formats.items())
+        raise DataFormatError(f"{_words(where)}: expected files of one format, found {found}")
+    name = check_choice("format", next(iter(formats)), list(FORMATS))
+    opened, columns = _opened(openers, name, options)
+    parts = [part for part in opened if len(part)]
+    return Parts(_words(where), parts or opened[:1], f"{name} {sorted((columns | options).items())}")
+
+
+def names_files(x: Any) -> bool:
+    """Whether ``x`` is a path, or a list of paths: text is one if it ends as files do that can be opened."""
+    if isinstance(x, list):
+        return len(x) > 0 and all(
+            isinstance(path, os.PathLike) or (isinstance(path, str) and _suffix_of(path) in SUFFIXES) for path in x
+        )
+    return isinstance(x, (str, os.PathLike))
+
+
+# --- which files --------------------------------------------------------------------------------------------------
+
+
+def _words(where: Any) -> str:
+    """What was given, for messages."""
+    if isinstance(where, (str, os.PathLike)):
+        return os.fspath(where)
+    if not isinstance(where, (list, tuple)):
+        return str(where.path)
+    return _words(where[0]) + (f" and {len(where) - 1} more" if len(where) > 1 else "")
+
+
+def _openers(where: Any) -> Iterator[Opener]:
+    """What opens each of the files."""
+    if isinstance(where, (list, tuple)):
+        if not where:
+            raise ArgumentError("where must name at least one file, got an empty list")
+        found = [opener for given in where for opener in _openers(given)]
+        paths = Counter(opener.path for opener in found)
+        if twice := [path for path, count in paths.items() if count > 1]:
+            raise ArgumentError(f"where must name each file once, got {twice[0]} {paths[twice[0]]} times")
+        yield from found
+    elif not isinstance(where, (str, os.PathLike)):
+        yield opener_of(where)
+    elif os.path.isdir(where):
+        yield from map(opener_of, _of_one_suffix(where, _files_in(os.fspath(where))))
+    elif not os.path.exists(where) and glob.has_magic(os.fspath(where)):
+        yield from map(opener_of, _of_one_suffix(where, _matching(os.fspath(where))))
+    else:
+        os.stat(where)  # or FileNotFoundError, whatever the name ends in
+        yield opener_of(where)
+
+
+def _files_in(folder: str) -> list[str]:
+    """The files in a folder and all folders in it, but for hidden ones."""
+    found, folders, seen = list[str](), [folder], set[tuple[int, int]]()
+    while folders:
+        here = folders.pop()
+        status = os.stat(here)
+        if (place := (status.st_dev, status.st_ino)) in seen:  # a link to a folder around it
+            continue
+        seen.add(place)
+        with os.scandir(here) as entries:
+            for entry in entries:
+                if not _is_hidden(entry.name):
+                    (folders if entry.is_dir() else found).append(entry.path)
+    return found
+
+
+def _matching(pattern: str) -> list[str]:
+    """The files that match a pattern, but for hidden ones that the pattern does not name."""
+    hidden = any(_is_hidden(name) for name in _names(pattern))
+    kept = len(list(itertools.takewhile(lambda name: not glob.has_magic(name), _names(pattern))))
+    return [
+        path
+        for path in glob.glob(pattern, recursive=True)
+        if os.path.isfile(path) and (hidden or not any(map(_is_hidden, _names(path)[kept:])))
+    ]
+
+
+def _names(path: str) -> list[str]:
+    return path.replace(os.sep, "/").split("/")
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "_")) and name not in (".", "..")
+
+
+def _of_one_suffix(where: Path, paths: list[str]) -> list[str]:
+    """The files in natural order, if there are any and they have one suffix."""
+    name = os.fspath(where)
+    if not paths:
+        what = "files in the folder" if os.path.isdir(where) else "file matches the pattern"
+        raise FileNotFoundError(f"no {what} {name!r} (names that begin with '.' or '_' are left out)")
+    suffixes: dict[str, list[str]] = {}
+    for path in paths:
+        suffixes.setdefault(_suffix_of(path), []).append(path)
+    if len(suffixes) > 1:
+        found = ", ".join(
+            f"{len(these)} {suffix or 'without one'} ({os.path.basename(min(these))}{', ...' * (len(these) > 1)})"
+            for suffix, these in sorted(suffixes.items(), key=lambda item: -len(item[1]))
+        )
+        most = max(suffixes, key=lambda suffix: len(suffixes[suffix]))
+        pattern = os.path.join(name, f"**/*{most}") if os.path.isdir(where) else f"*{most}"
+        raise DataFormatError(
+            f"{name}: expected files of one suffix, found {found}; name those that are meant by a pattern, as "
+            f"{pattern!r}"
+        )
+    return sorted(paths, key=lambda path: [*map(_natural, _names(path))])
+
+
+def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
+    """A key by which part-2 comes before part-10."""
+    pieces = re.split(r"(\d+)", name)
+    return [(int(piece), "") if k % 2 else (-1, piece) for k, piece in enumerate(pieces)], name
+
+
+def _suffix_of(path: str) -> str:
+    if match := IDX_NAME.search(path):
+        return match[0]
+    return os.path.splitext(path)[1].lower()
+
+
+def _format_of(path: str) -> str:
+    suffix = _suffix_of(path)
+    if IDX_NAME.search(path):
+        return "idx"
+    if suffix not in SUFFIXES:
+        known = ", ".join([*SUFFIXES, "-idx3-ubyte"])
+        raise DataFormatError(
+            f"{path}: expected a name that ends in one of {known}, found {suffix or 'no suffix'!r}; name the format "
+            f"by format=, one of {', '.join(FORMATS)}"
+        )
+    return SUFFIXES[suffix]
+
+
+# --- what is in them ----------------------------------------------------------------------------------------------
+
+
+def _opened(openers: list[Opener], name: str, options: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The files' sources, closed, after their headers were read and compared; and the columns of tables."""
+    opening = FORMATS[name]
+    known = dict(list(inspect.signature(opening).parameters.items())[1:])  # all but the path
+    if wrong := sorted(options.keys() - known.keys()):
+        raise ArgumentError(f"files of {name} have the options {', '.join(known)}, got {wrong[0]!r}")
+    columns: dict[str, Any] = {"columns": None} if "columns" in known and "columns" not in options else {}
+    needed = [key for key, given in known.items() if given.default is given.empty and key not in options | columns]
+    if needed:
+        raise ArgumentError(f"files of {name} need the option {needed[0]!r}, which was not given")
+    parts: list[Any] = []
+    for opener in openers:
+        try:
+            part = opening(opener, **columns, **options)
+        except ArgumentError as error:
+            if not parts or isinstance(error, DataFormatError):
+                raise
+            raise DataFormatError(f"expected the same in {opener.path} as in {parts[0].path}: {error}") from error
+        part.close()
+        if not parts and columns:
+            columns = {"columns": part.columns}  # in this order, whatever it is in the other files
+        if parts:
+            _compare(parts[0], part, all_columns=bool(columns))
+        parts.append(part)
+    return parts, columns
+
+
+def _compare(first: Any, part: Any, all_columns: bool) -> None:
+    """Raise for the first difference between what two files hold."""
+    like = f"as in {first.path}"
+    if hasattr(first, "fields"):
+        for column, kind in first.fields.items():
+            if part.fields[column] != kind:
+                raise DataFormatError(
+                    f"{part.path}: expected column {column!r} of type {kind}, {like}, found {part.fields[column]}"
+                )
+        if all_columns and (more := sorted(set(part.names) - set(first.names))):
+            raise DataFormatError(
+                f"{part.path}: expected the columns {', '.join(first.names)}, {like}, found {more[0]!r}, too"
+            )
+        part.share_lengths(first)
+    elif part.forms != first.forms:
+        expected, found = (", ".join(f"{dtype} {shape}" for dtype, shape in of.forms) for of in (first, part))
+        raise DataFormatError(f"{part.path}: expected samples of {expected}, {like}, found {found}")
+
+
+# --- the source ---------------------------------------------------------------------------------------------------
+
+
+class Parts:
+    """The samples of several files, one after another.
+
+    ``path`` is what they are called in messages. ``block``, of files that read neighbours together, is the most that
+    one reads at once, and ``boundaries`` are where what it reads at once begins, and the end. ``identity`` is other
+    text when the files are. Where it can be known, ``forms`` has the element type and shape of a sample of each array.
+    """
+
+    def __init__(self, path: str, parts: list[Any], what: str) -> None:
+        self.path, self._parts = path, parts
+        self._starts = np.cumsum([0, *map(len, parts)])
+        first = parts[0]
+        self.forms: list[Form] | None = first.forms
+        self._open: OrderedDict[int, None] = OrderedDict()
+        self._turn, self._last = InTurn(), 0
+        if hasattr(first, "block"):
+            self.block = max(part.block for part in parts)
+            if self.block > 1:
+                starts = [part.starts[:-1] + start for part, start in zip(parts, self._starts, strict=False)]
+                self.boundaries = np.unique(np.concatenate([*starts, self._starts[-1:]]))
+        if hasattr(first, "expect"):
+            self.expect = self._expect
+        self.identity = _identity(parts, what)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that are held at most beside what is read: the rows that were decoded last, and while they are."""
+        if self.forms is None or not hasattr(self, "block"):
+            return 0
+        row = sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.forms)
+        return int(2 * self.block * row)
+
+    def read(self, indices: np.ndarray, /) -> Any:
+        """The samples at ``indices``: x, or (x, y)."""
+        if self.forms is None:
+            with self._turn:
+                first = self._used(0).read(np.zeros(1, np.int64))
+            self.forms = [(array.dtype, array.shape[1:]) for array in (first if isinstance(first, tuple) else (first,))]
+        out = tuple(np.empty((len(indices), *shape), dtype) for dtype, shape in self.forms)
+        self.read_into(indices, out)
+        return out if len(out) > 1 else out[0]
+
+    def read_into(self, indices: np.ndarray, out: Any, /) -> None:
+        """Write what :meth:`read` would return into ``out``, an array or a pair of them."""
+        arrays = out if isinstance(out, tuple) else (out,)
+        with self._turn:
+            for number, here, places in self._by_part(indices):
+                with self._noting(number, places):
+                    if here[-1] - here[0] == len(here) - 1:
+                        self._used(number).fill(places, [array[here[0] : here[-1] + 1] for array in arrays])
+                    else:
+                        found = self._used(number).read(places)
+                        for array, rows in zip(arrays, found if isinstance(found, tuple) else (found,), strict=True):
+                            array[here] = rows
+
+    def _expect(self, indices: np.ndarray, /) -> None:
+        with self._turn:
+            for number, _, places in self._by_part(indices):
+                with self._noting(number, places):
+                    self._used(number).expect(places)
+
+    def place_of(self, index: int) -> str:
+        """Where a sample is, in words."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return f"row {index - self._starts[number]} of {self._parts[number].path}, {self._numbered(number)}"
+
+    def _numbered(self, number: int) -> str:
+        return f"file {number + 1} of {len(self._parts)}"
+
+    def _by_part(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """The files in which ``indices`` are: where they stand, and their places in the file.
+
+        Neighbours, as a window has them, are taken as they come, so that what was decoded last serves the next reading,
+        too; samples from everywhere file by file.
+        """
+        numbers = np.searchsorted(self._starts, indices, side="right") - 1
+        order = np.arange(len(indices))
+        if np.count_nonzero(np.diff(numbers)) >= 2 * len(np.unique(numbers)):
+            order = np.argsort(numbers, kind="stable")
+        for here in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
+            number = int(numbers[here[0]])
+            yield number, here, indices[here] - self._starts[number]
+
+    def _used(self, number: int) -> Any:
+        """A file's source, which is opened by reading; those that were not used for longest are closed."""
+        if number != self._last and hasattr(self._parts[self._last], "forget"):
+            self._parts[self._last].forget()  # what it has decoded: one file's is held at a time
+        self._last = number
+        self._open[number] = None
+        self._open.move_to_end(number)
+        while len(self._open) > OPEN:
+            self._parts[self._open.popitem(last=False)[0]].close()
+        return self._parts[number]
+
+    @contextlib.contextmanager
+    def _noting(self, number: int, places: np.ndarray) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            rows = f"rows {places.min()} to {places.max()} of {self._parts[number].path}"
+            error.add_note(f"while reading {rows}, {self._numbered(number)}")
+            raise
+
+
+def _identity(parts: list[Any], what: str) -> str:
+    """Files in words and a digest: of what is read of them, their names, sizes, rows and times of change."""
+    names = [_names(part.path) for part in parts]
+    folders = zip(*(name[:-1] for name in names), strict=False)
+    common = len(list(itertools.takewhile(lambda of: len(set(of)) == 1, folders)))  # they may be moved together
+    lines = [f"{name[common:]} {len(part)} {part.file.identity()}" for name, part in zip(names, parts, strict=True)]
+    digest = hashlib.sha256("\n".join([what, *lines]).encode()).hexdigest()
+    return f"{len(parts)} files, {digest[:16]}"
