@@ -30,8 +30,9 @@ EXPORTS = {
     "loader": "Loader WeightedOrder",
     "model": "Model export_onnx load save",
     "nn": """
-        GELU SVM BatchNorm Context Dense Dropout Elementwise Layer LeakyReLU Loss Needs Network Parameter ReLU Sigmoid
-        SigmoidCrossEntropy SoftmaxCrossEntropy Step Tanh losses mlp no_decay
+        GELU SVM BatchNorm Context CrammerSinger Dense Dropout Elementwise KLDivergence Layer LeakyReLU Loss Needs
+        Network Parameter ReLU Sigmoid SigmoidCrossEntropy SoftmaxCrossEntropy SoftmaxFocal Step Tanh losses mlp
+        no_decay
     """,
     "optim": """
         LAMB LARS SGD AdaBelief Adadelta Adagrad Adam AdamW Adamax HeavyBall Lion Momentum NAdam Optimizer RAdam RMSProp
@@ -127,9 +128,11 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         SVM as SVM,
         BatchNorm as BatchNorm,
         Context as Context,
+        CrammerSinger as CrammerSinger,
         Dense as Dense,
         Dropout as Dropout,
         Elementwise as Elementwise,
+        KLDivergence as KLDivergence,
         Layer as Layer,
         LeakyReLU as LeakyReLU,
         Loss as Loss,
@@ -140,6 +143,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         Sigmoid as Sigmoid,
         SigmoidCrossEntropy as SigmoidCrossEntropy,
         SoftmaxCrossEntropy as SoftmaxCrossEntropy,
+        SoftmaxFocal as SoftmaxFocal,
         Step as Step,
         Tanh as Tanh,
         losses as losses,

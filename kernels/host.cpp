@@ -599,21 +599,46 @@ static void mean_of(const T* losses, Int rows, T* loss) {
     *loss = (T)(total / (double)rows);
 }
 
+// Whether the arrays of a loss over rows of scores have the sizes that these ask for.
+template <class T>
+static bool fit_rows(Any dz, Any losses, Any loss, Any weights, Int rows, Int columns) {
+    return fits(dz, TYPE<T>, rows * columns) && fits(losses, TYPE<T>, rows) && fits(loss, TYPE<T>, 1) &&
+           (weights.is_none() || fits(weights, TYPE<T>, rows));
+}
+
 // Weights may be None in all of them: every row then counts 1.
 static bool softmax_cross_entropy(Any z, Any labels, Any targets, Any dz, Any losses, Any loss, bool gradient,
-                                  Any weights) {
+                                  Any weights, double kept, double spread, bool relative) {
     return with_matrix(z, [&](auto zero, Int rows, Int columns) {
         typedef decltype(zero) T;
-        if (!fits(dz, TYPE<T>, rows * columns) || !fits(losses, TYPE<T>, rows) || !fits(loss, TYPE<T>, 1)) return false;
+        if (!fit_rows<T>(dz, losses, loss, weights, rows, columns)) return false;
         if (labels.is_none() ? !fits(targets, TYPE<T>, rows * columns) : !fits(labels, NPY_INT64, rows)) return false;
-        if (!(weights.is_none() || fits(weights, TYPE<T>, rows))) return false;
         const T *scores = data<T>(z), *numbers = data<T>(targets), *of_rows = data<T>(weights);
         const Int* places = data<Int>(labels);
         T *to = data<T>(dz), *each = data<T>(losses), *mean = data<T>(loss);
         nb::gil_scoped_release unlocked;
         in_pieces(rows, 8 * columns, [&](Int first, Int last) {
-            table<T>().softmax(scores, places, numbers, of_rows, to, each, (T)(1.0 / rows), gradient, columns, first,
-                               last);
+            table<T>().softmax(scores, places, numbers, of_rows, (T)kept, (T)spread, relative, to, each,
+                               (T)(1.0 / rows), gradient, columns, first, last);
+        });
+        mean_of(each, rows, mean);
+        return true;
+    });
+}
+
+static bool softmax_focal(Any z, Any labels, Any dz, Any losses, Any loss, bool gradient, Any weights, double gamma,
+                          Any alpha) {
+    return with_matrix(z, [&](auto zero, Int rows, Int columns) {
+        typedef decltype(zero) T;
+        if (!fit_rows<T>(dz, losses, loss, weights, rows, columns)) return false;
+        if (!fits(labels, NPY_INT64, rows) || !(alpha.is_none() || fits(alpha, TYPE<T>, columns))) return false;
+        const T *scores = data<T>(z), *of_rows = data<T>(weights), *of_classes = data<T>(alpha);
+        const Int* places = data<Int>(labels);
+        T *to = data<T>(dz), *each = data<T>(losses), *mean = data<T>(loss);
+        nb::gil_scoped_release unlocked;
+        in_pieces(rows, 8 * columns, [&](Int first, Int last) {
+            table<T>().focal(scores, places, of_rows, (T)gamma, of_classes, to, each, (T)(1.0 / rows), gradient,
+                             columns, first, last);
         });
         mean_of(each, rows, mean);
         return true;
@@ -645,17 +670,19 @@ static bool score_loss(Int place, nb::tuple scalars, Any z, Any targets, Any dz,
     });
 }
 
-static bool svm(Any z, Any labels, Any dz, Any losses, Any loss, bool gradient, Any weights) {
+// The sum of the margins' violations, or the largest alone.
+static bool svm(Any z, Any labels, Any dz, Any losses, Any loss, bool gradient, Any weights, double delta,
+                bool largest) {
     return with_matrix(z, [&](auto zero, Int rows, Int columns) {
         typedef decltype(zero) T;
-        if (!fits(dz, TYPE<T>, rows * columns) || !fits(losses, TYPE<T>, rows) || !fits(loss, TYPE<T>, 1)) return false;
-        if (!fits(labels, NPY_INT64, rows) || !(weights.is_none() || fits(weights, TYPE<T>, rows))) return false;
+        if (!fit_rows<T>(dz, losses, loss, weights, rows, columns) || !fits(labels, NPY_INT64, rows)) return false;
         const T *scores = data<T>(z), *of_rows = data<T>(weights);
         const Int* places = data<Int>(labels);
         T *to = data<T>(dz), *each = data<T>(losses), *mean = data<T>(loss);
+        const auto run = largest ? table<T>().crammer_singer : table<T>().svm;
         nb::gil_scoped_release unlocked;
         in_pieces(rows, 2 * columns, [&](Int first, Int last) {
-            table<T>().svm(scores, places, of_rows, to, each, (T)(1.0 / rows), gradient, columns, first, last);
+            run(scores, places, of_rows, (T)delta, to, each, (T)(1.0 / rows), gradient, columns, first, last);
         });
         mean_of(each, rows, mean);
         return true;
@@ -912,10 +939,13 @@ NB_MODULE(_host, m) {
     m.def("activation_gradient", activation_gradient, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
           nb::arg().none(), nb::arg().none(), nb::arg().none());
     m.def("softmax_cross_entropy", softmax_cross_entropy, nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(),
-          nb::arg(), nb::arg(), nb::arg(), nb::arg().none() = nb::none());
+          nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
+    m.def("softmax_focal", softmax_focal, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+          nb::arg().none(), nb::arg(), nb::arg().none());
     m.def("score_loss", score_loss, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg(), nb::arg().none() = nb::none());
-    m.def("svm", svm, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none() = nb::none());
+    m.def("svm", svm, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
+          nb::arg());
     m.def("normalise", normalise);
     m.def("batch_norm", batch_norm);
     m.def("batch_norm_gradient", batch_norm_gradient, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),

@@ -54,11 +54,16 @@ struct Table {
 
     // The losses of the rows; with `gradient` dz = scale * gradient, otherwise dz is scratch. Either labels or targets,
     // rows of numbers. A label out of range gives its row a NaN loss and gradient. Both are multiplied by the row's
-    // weight; a weight of 0 makes them 0 whatever the row holds, and without weights each is 1.
-    void (*softmax)(const T* z, const Int* labels, const T* targets, const T* weights, T* dz, T* losses, T scale,
-                    bool gradient, Int columns, Int first, Int last);
-    void (*svm)(const T* z, const Int* labels, const T* weights, T* dz, T* losses, T scale, bool gradient, Int columns,
-                Int first, Int last);
+    // weight; a weight of 0 makes them 0 whatever the row holds, and without weights each is 1. Of each target y only
+    // kept * y + spread counts; with `relative`, the sum of y log y is added.
+    void (*softmax)(const T* z, const Int* labels, const T* targets, const T* weights, T kept, T spread, bool relative,
+                    T* dz, T* losses, T scale, bool gradient, Int columns, Int first, Int last);
+    void (*focal)(const T* z, const Int* labels, const T* weights, T gamma, const T* alpha, T* dz, T* losses, T scale,
+                  bool gradient, Int columns, Int first, Int last);
+    void (*svm)(const T* z, const Int* labels, const T* weights, T delta, T* dz, T* losses, T scale, bool gradient,
+                Int columns, Int first, Int last);
+    void (*crammer_singer)(const T* z, const Int* labels, const T* weights, T delta, T* dz, T* losses, T scale,
+                           bool gradient, Int columns, Int first, Int last);
 
     // y = gamma (x - mean) inverse + beta.
     void (*normalise)(const T* x, const T* mean, const T* inverse, const T* gamma, const T* beta, T* y, Int columns,

@@ -54,32 +54,55 @@ static inline T dot(const T* x, const T* y, Int n) {
     return total;
 }
 
-static void softmax(const T* z, const Int* labels, const T* targets, const T* weights, T* dz, T* losses, T scale,
-                    bool gradient, Int columns, Int first, Int last) {
+// Whether the row has the weight 0: its results are then written as 0, and there is nothing else to do for it.
+static inline bool left_out(const T* weights, Int row, T* d, T* losses, Int columns) {
+    if (!weights || weights[row] != 0) return false;
+    EACH for (Int j = 0; j < columns; ++j) d[j] = 0;
+    losses[row] = 0;
+    return true;
+}
+
+// Whether the label is out of range: the row's results are then written as NaN.
+static inline bool unknown(Int label, Int row, T* d, T* losses, Int columns) {
+    if (label >= 0 && label < columns) return false;
+    for (Int j = 0; j < columns; ++j) d[j] = T(__builtin_nan(""));
+    losses[row] = d[0];
+    return true;
+}
+
+static void softmax(const T* z, const Int* labels, const T* targets, const T* weights, T kept, T spread, bool relative,
+                    T* dz, T* losses, T scale, bool gradient, Int columns, Int first, Int last) {
     // Works on as many rows at a time as fit into the first-level cache: one exp loop covers them all, even short rows.
     const Int step = columns < 2048 ? 2048 / columns : 1;
     for (Int start = first; start < last; start += step) {
         const Int stop = start + step < last ? start + step : last;
         for (Int row = start; row < stop; ++row) {
-            const T* x = z + row * columns;
+            const T *x = z + row * columns, *y = targets + row * columns;
             T* d = dz + row * columns;
+            T entropy = 0;
+            if (relative) {
+                EACH for (Int j = 0; j < columns; ++j) {
+                    const T number = kept * y[j] + spread;
+                    d[j] = select(number == 0, T(0), number * log(number));
+                }
+                entropy = sum(d, columns);
+            }
             const T most = largest(x, columns);  // the largest exponential is 1, so the logarithm is finite
             EACH for (Int j = 0; j < columns; ++j) d[j] = x[j] - most;
             if (targets)
-                losses[row] = dot(d, targets + row * columns, columns);
+                losses[row] = dot(d, y, columns);
             else
                 losses[row] = labels[row] >= 0 && labels[row] < columns ? d[labels[row]] : T(__builtin_nan(""));
+            if (spread != 0) losses[row] = kept * losses[row] + spread * sum(d, columns);
+            if (relative) losses[row] -= entropy;
         }
         EACH for (Int i = start * columns; i < stop * columns; ++i) dz[i] = exp(dz[i]);
         for (Int row = start; row < stop; ++row) {
             T* d = dz + row * columns;
             const T* y = targets + row * columns;
-            if (weights && weights[row] == 0) {
-                EACH for (Int j = 0; j < columns; ++j) d[j] = 0;
-                losses[row] = 0;
-                continue;
-            }
-            const T exponentials = sum(d, columns), mass = targets ? sum(y, columns) : T(1);
+            if (left_out(weights, row, d, losses, columns)) continue;
+            const T exponentials = sum(d, columns);
+            const T mass = targets ? kept * sum(y, columns) + spread * columns : T(1);
             losses[row] = log(exponentials) * mass - losses[row];
             if (weights) losses[row] *= weights[row];
             if (!gradient) continue;
@@ -87,33 +110,48 @@ static void softmax(const T* z, const Int* labels, const T* targets, const T* we
             const bool number = losses[row] == losses[row];  // if NaN, the label may be out of range
             const T factor = number ? share / exponentials * mass : losses[row];
             if (targets) {
-                EACH for (Int j = 0; j < columns; ++j) d[j] = d[j] * factor - share * y[j];
+                EACH for (Int j = 0; j < columns; ++j) d[j] = d[j] * factor - share * (kept * y[j] + spread);
             } else {
-                EACH for (Int j = 0; j < columns; ++j) d[j] *= factor;
-                if (number) d[labels[row]] -= share;
+                EACH for (Int j = 0; j < columns; ++j) d[j] = d[j] * factor - share * spread;
+                if (number) d[labels[row]] -= share * kept;
             }
         }
     }
 }
 
-static void svm(const T* z, const Int* labels, const T* weights, T* dz, T* losses, T scale, bool gradient, Int columns,
-                Int first, Int last) {
+static void focal(const T* z, const Int* labels, const T* weights, T gamma, const T* alpha, T* dz, T* losses, T scale,
+                  bool gradient, Int columns, Int first, Int last) {
     for (Int row = first; row < last; ++row) {
         const T* x = z + row * columns;
         T* d = dz + row * columns;
         const Int label = labels[row];
-        if (weights && weights[row] == 0) {
-            EACH for (Int j = 0; j < columns; ++j) d[j] = 0;
-            losses[row] = 0;
-            continue;
-        }
-        if (label < 0 || label >= columns) {
-            for (Int j = 0; j < columns; ++j) d[j] = T(__builtin_nan(""));
-            losses[row] = d[0];
-            continue;
-        }
+        if (left_out(weights, row, d, losses, columns) || unknown(label, row, d, losses, columns)) continue;
+        const T most = largest(x, columns);
+        EACH for (Int j = 0; j < columns; ++j) d[j] = exp(x[j] - most);
+        const T exponentials = sum(d, columns);
+        d[label] = 0;
+        const T miss = sum(d, columns) / exponentials;  // 1 - p, without cancellation
+        const T lost = log(exponentials) - (x[label] - most);
+        const T power = pow(miss, gamma) * (alpha ? alpha[label] : T(1)), weight = weights ? weights[row] : T(1);
+        losses[row] = power * lost * weight;
+        if (!gradient) continue;
+        // d/dz_j = power (1 + gamma p (-log p) / (1 - p)) (p_j - y_j), and (-log p) / (1 - p) is 1 at p = 1.
+        const T factor = power * (1 + gamma * (1 - miss) * (miss == 0 ? T(1) : lost / miss)) * (scale * weight);
+        const T each = factor / exponentials;
+        EACH for (Int j = 0; j < columns; ++j) d[j] *= each;
+        d[label] = -miss * factor;
+    }
+}
+
+static void svm(const T* z, const Int* labels, const T* weights, T delta, T* dz, T* losses, T scale, bool gradient,
+                Int columns, Int first, Int last) {
+    for (Int row = first; row < last; ++row) {
+        const T* x = z + row * columns;
+        T* d = dz + row * columns;
+        const Int label = labels[row];
+        if (left_out(weights, row, d, losses, columns) || unknown(label, row, d, losses, columns)) continue;
         const T own = x[label];
-        EACH for (Int j = 0; j < columns; ++j) d[j] = larger_of(x[j] - own + 1, T(0));
+        EACH for (Int j = 0; j < columns; ++j) d[j] = larger_of(x[j] - own + delta, T(0));
         d[label] = 0;
         losses[row] = sum(d, columns);
         if (weights) losses[row] *= weights[row];
@@ -122,6 +160,30 @@ static void svm(const T* z, const Int* labels, const T* weights, T* dz, T* losse
         const T violated = sum(d, columns), share = weights ? scale * weights[row] : scale;
         EACH for (Int j = 0; j < columns; ++j) d[j] *= share;
         d[label] = -violated * share;
+    }
+}
+
+static void crammer_singer(const T* z, const Int* labels, const T* weights, T delta, T* dz, T* losses, T scale,
+                           bool gradient, Int columns, Int first, Int last) {
+    for (Int row = first; row < last; ++row) {
+        const T* x = z + row * columns;
+        T* d = dz + row * columns;
+        const Int label = labels[row];
+        if (left_out(weights, row, d, losses, columns) || unknown(label, row, d, losses, columns)) continue;
+        const T own = x[label];
+        EACH for (Int j = 0; j < columns; ++j) d[j] = x[j] - own + delta;
+        d[label] = -T(__builtin_inf());
+        const T most = largest(d, columns);
+        losses[row] = larger_of(most, T(0));
+        if (gradient) {
+            Int place = 0;
+            while (place < columns && d[place] != most && d[place] == d[place]) ++place;
+            const T slope = sign_of(losses[row]) * (weights ? scale * weights[row] : scale);
+            EACH for (Int j = 0; j < columns; ++j) d[j] = 0;
+            d[label] = -slope;
+            if (place != label) d[place] = slope;
+        }
+        if (weights) losses[row] *= weights[row];
     }
 }
 
@@ -266,7 +328,9 @@ static constexpr Table<T> table = {
     column_sums,
     add_parts,
     softmax,
+    focal,
     svm,
+    crammer_singer,
     normalise,
     deviations,
     scale_and_shift,

@@ -11,6 +11,14 @@ struct Pair {
     T z, y;
 };
 
+struct LargestOrNaN {
+    __device__ static T of(T x, T y) { return larger_of(x, y); }
+};
+
+struct Smallest {
+    __device__ static long long of(long long x, long long y) { return x < y ? x : y; }
+};
+
 // Whether the row has the weight 0: its gradient is then written as 0, and there is nothing else to do for it.
 __device__ inline bool left_out(const T* weights, long long row, S* dz, long long columns, const Team& team) {
     if (!weights || weights[row] != 0) return false;
@@ -19,11 +27,29 @@ __device__ inline bool left_out(const T* weights, long long row, S* dz, long lon
     return true;
 }
 
-// Σ_j y_j (log Σ_i exp(z_i) - z_j), with y from labels or target rows; the other of the two is null.
+// The largest score of a row and the sum of exp(score - largest), in one pass: each larger score rescales the sum.
+// load(column) is a Pair; also(column, pair) sees each.
+template <class Load, class Also>
+__device__ inline void exponentials(long long columns, const Team& team, T& most, T& sum, Load load, Also also) {
+    T top = LOWEST, mine = 0;
+    team.each(columns, load, [&](long long j, Pair of) {
+        if (of.z > top) {
+            mine *= exp(top - of.z);
+            top = of.z;
+        }
+        mine += exp(of.z - top);  // NaN where z is infinite, as it should be
+        also(j, of);
+    });
+    most = combine<Largest>(top, team.size);
+    sum = combine<Sum>(mine * exp(top - most), team.size);
+}
+
+// Σ_j y_j (log Σ_i exp(z_i) - z_j), with y from labels or target rows; the other of the two is null. Of each y only
+// `kept` y + `spread` counts. With `relative` Σ_j y_j log y_j is added.
 extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
-    softmax_cross_entropy(const S* z, const long long* labels, const T* targets, const T* weights, S* dz,
-                          const T* scale, long long rows, long long classes, long long size, T share, double* parts,
-                          unsigned* ticket, T* loss) {
+    softmax_cross_entropy(const S* z, const long long* labels, const T* targets, const T* weights, T kept, T spread,
+                          long long relative, S* dz, const T* scale, long long rows, long long classes, long long size,
+                          T share, double* parts, unsigned* ticket, T* loss) {
     const Team team(size);
     double total = 0;
     const T scaled = share * value_at(scale, 1);
@@ -32,42 +58,68 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
         const T unit = weights ? scaled * weights[row] : scaled;
         const long long start = row * classes, label = labels ? labels[row] : 0;
         const auto score_and_target = [&](long long j) {
-            return Pair{z[start + j], targets ? targets[start + j] : T(j == label)};
+            return Pair{z[start + j], (targets ? targets[start + j] : T(j == label)) * kept + spread};
         };
 
-        // Largest score and sum of exponentials in one pass: each larger score rescales the sum.
-        T top = LOWEST, sum = 0, mass = 0;
-        team.each(classes, score_and_target, [&](long long, Pair of) {
-            if (of.z > top) {
-                sum *= exp(top - of.z);
-                top = of.z;
-            }
-            sum += exp(of.z - top);  // NaN where z is infinite, as it should be
-            mass += of.y;
-        });
-        const T most = combine<Largest>(top, team.size);
-        sum = combine<Sum>(sum * exp(top - most), team.size);
-        mass = combine<Sum>(mass, team.size);
-        if (!targets && mass == 0) mass = T(nan(""));  // the label is out of range
+        T most, sum, mass = 0;
+        exponentials(classes, team, most, sum, score_and_target, [&](long long, Pair of) { mass += of.y; });
+        if (targets) mass = combine<Sum>(mass, team.size);
+        else mass = 0 <= label && label < classes ? T(1) : T(nan(""));
 
-        T own = 0;  // Σ_j y_j (z_j - most); skips terms of other classes, which could be 0 times infinity
-        const T factor = mass * unit / sum;
+        // Σ_j y_j (z_j - most), without terms of y_j = 0 that are no targets: they could be 0 times infinity.
+        T own = 0;
+        const T factor = mass * unit / sum, whole = log(sum);
         team.each(classes, score_and_target, [&](long long j, Pair of) {
-            if (targets || of.y) own += of.y * (of.z - most);
+            if (relative) own += of.y == 0 ? T(0) : of.y * (of.z - most - whole - log(of.y));
+            else if (targets || of.y) own += of.y * (of.z - most);
             if (dz) dz[start + j] = exp(of.z - most) * factor - of.y * unit;
         });
         own = combine<Sum>(own, team.size);
         if (team.lane == 0) {
-            const T lost = log(sum) * mass - own;
+            const T lost = relative ? -own : whole * mass - own;
             total += weights ? lost * weights[row] : lost;
         }
     }
     if (grid_sum(total, parts, ticket)) *loss = T(total / rows);
 }
 
-// Σ_{j≠y} max(0, z_j - z_y + 1); dz_j is 1 for each violated margin j, and dz_y is minus their number.
+// -alpha (1 - p)^gamma log p, where p is the softmax of the label's score; null `alpha` counts as 1 for each label.
 extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
-    svm(const S* z, const long long* labels, const T* weights, S* dz, const T* scale, long long rows,
+    softmax_focal(const S* z, const long long* labels, const T* weights, T gamma, const T* alpha, S* dz,
+                  const T* scale, long long rows, long long classes, long long size, T share, double* parts,
+                  unsigned* ticket, T* loss) {
+    const Team team(size);
+    double total = 0;
+    const T scaled = share * value_at(scale, 1);
+    for (long long row = team.first; row < rows; row += team.step) {
+        if (left_out(weights, row, dz, classes, team)) continue;
+        const T unit = weights ? scaled * weights[row] : scaled;
+        const long long start = row * classes, label = labels[row];
+        const bool known = 0 <= label && label < classes;
+        const auto score = [&](long long j) { return Pair{z[start + j], T(j == label)}; };
+
+        T most, sum, others = 0;
+        exponentials(classes, team, most, sum, score, [](long long, Pair) {});
+        team.each(classes, score, [&](long long, Pair of) {
+            if (of.y == 0) others += exp(of.z - most);
+        });
+        others = combine<Sum>(others, team.size);
+        const T lost = known ? log(sum) - (T(z[start + label]) - most) : T(nan(""));
+        const T miss = others / sum, power = pow(miss, gamma) * (known && alpha ? alpha[label] : T(1));
+        // d/dz_j = power (1 + gamma p (-log p) / (1 - p)) (p_j - y_j), and (-log p) / (1 - p) is 1 at p = 1.
+        const T factor = power * (1 + gamma * (1 - miss) * (miss == 0 ? T(1) : lost / miss)) * unit;
+        if (dz)
+            team.each(classes, score, [&](long long j, Pair of) {
+                dz[start + j] = (of.y ? -miss : exp(of.z - most) / sum) * factor;
+            });
+        if (team.lane == 0) total += weights ? power * lost * weights[row] : power * lost;
+    }
+    if (grid_sum(total, parts, ticket)) *loss = T(total / rows);
+}
+
+// Σ_{j≠y} max(0, z_j - z_y + delta); dz_j is 1 for each violated margin j, and dz_y is minus their number.
+extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
+    svm(const S* z, const long long* labels, const T* weights, T delta, S* dz, const T* scale, long long rows,
         long long classes, long long size, T share, double* parts, unsigned* ticket, T* loss) {
     const Team team(size);
     double total = 0;
@@ -82,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
         team.each(classes, [&](long long j) { return z[start + j]; },
                   [&](long long j, T score) {
                       if (j == label) return;
-                      const T margin = larger_of(score - own + 1, T(0));
+                      const T margin = larger_of(score - own + delta, T(0));
                       sum += margin;
                       violated += sign_of(margin);
                       if (dz) dz[start + j] = sign_of(margin) * unit;
@@ -93,6 +145,38 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
             total += weights ? sum * weights[row] : sum;
             if (dz && known) dz[start + label] = -violated * unit;
         }
+    }
+    if (grid_sum(total, parts, ticket)) *loss = T(total / rows);
+}
+
+// max(0, max_{j≠y} z_j - z_y + delta); where it is above 0, dz is 1 for the first j of the largest score, and dz_y -1.
+extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
+    crammer_singer(const S* z, const long long* labels, const T* weights, T delta, S* dz, const T* scale,
+                   long long rows, long long classes, long long size, T share, double* parts, unsigned* ticket,
+                   T* loss) {
+    const Team team(size);
+    double total = 0;
+    const T scaled = share * value_at(scale, 1);
+    for (long long row = team.first; row < rows; row += team.step) {
+        if (left_out(weights, row, dz, classes, team)) continue;
+        const T unit = weights ? scaled * weights[row] : scaled;
+        const long long start = row * classes, label = labels[row];
+        const bool known = 0 <= label && label < classes;
+        const T own = known ? T(z[start + label]) : T(nan(""));
+        const auto margin = [&](long long j) { return j == label ? LOWEST : z[start + j] - own + delta; };
+        T most = LOWEST;
+        team.each(classes, margin, [&](long long, T found) { most = larger_of(most, found); });
+        most = combine<LargestOrNaN>(most, team.size);
+        long long place = classes;
+        team.each(classes, margin, [&](long long j, T found) {
+            if ((found == most || found != found) && j < place) place = j;
+        });
+        place = combine<Smallest>(place, team.size);
+        const T lost = larger_of(most, T(0)), slope = sign_of(lost) * unit;
+        if (dz)
+            for (long long j = team.lane; j < classes; j += team.size)
+                dz[start + j] = !known || j == place ? slope : j == label ? -slope : T(0);
+        if (team.lane == 0) total += weights ? lost * weights[row] : lost;
     }
     if (grid_sum(total, parts, ticket)) *loss = T(total / rows);
 }

@@ -21,6 +21,7 @@ from gpubatch.ops.grid import PARTS, SUM_PARTS
 from gpubatch.ops.losses import score_loss_source, weigh_source
 
 F = np.dtype(np.float32)
+OF_ROWS = ["softmax_cross_entropy", "softmax_focal", "svm", "crammer_singer"]  # losses of labels
 HALF = 2.0**-11  # largest relative error of rounding to float16, except for subnormal numbers
 SIZES = [(1, 1), (1, 3), (5, 10), (1030, 1), (301, 3), (67, 257), (7, 1000), (2100, 33)]
 CLASSES = [(1, 2), (40, 2), (301, 3), (33, 10), (9, 257), (3, 5000)]
@@ -77,7 +78,7 @@ class Place:
         full = {name: self.empty(rows, features) for name in ("slope", "dz", "normalised", "mask")}
         scratch = {name: self.empty(rows, features, dtype=self.compute) for name in "tu"}
         columns = {name: self.empty(features, dtype=self.compute) for name in ("mean", "var", "inverse")}
-        lines = {name: self.empty(rows, dtype=self.compute) for name in ("sum", "log", "mass")}
+        lines = {name: self.empty(rows, dtype=self.compute) for name in ("sum", "log", "mass", "power", "ratio")}
         return {
             **full,
             **scratch,
@@ -91,6 +92,7 @@ class Place:
             "squares": self.empty(1, 1, dtype=self.compute),
             "l2": self.empty(100, dtype=self.compute),
             "index": self.empty(rows, dtype=np.int64),
+            "highest": self.empty(rows, dtype=np.int64),
             "offsets": self.backend.asarray(np.arange(rows, dtype=np.int64) * features),
             "uniform": self.empty(rows, features, dtype=np.float32),
             "positive": self.empty(rows, features, dtype=bool),
@@ -163,7 +165,15 @@ def weigh(weight: str, labels: str, p: Place, rows: int, features: int) -> Resul
 
 
 def softmax(
-    truth: str, gradient: bool, factor: float, p: Place, rows: int, classes: int, weighted: bool = False
+    truth: str,
+    gradient: bool,
+    factor: float,
+    p: Place,
+    rows: int,
+    classes: int,
+    weighted: bool = False,
+    smoothing: float = 0.0,
+    relative: bool = False,
 ) -> Results:
     z, work = p.real(rows, classes, times=5), p.work(rows, classes, **of_factor(p, factor))
     if truth == "rows":
@@ -175,19 +185,48 @@ def softmax(
     weights = sample_weights(p, rows) if weighted else None
     if truth == "int64" and weighted:
         Y[1::3] = -100  # nobody looks at the label of a row that is left out
-    p.ops.softmax_cross_entropy(z, Y, gradient, work, *([weights] if weighted else []))
+    p.ops.softmax_cross_entropy(z, Y, gradient, work, weights, smoothing, relative)
     return {"loss": work["loss"], **({"dz": work["dz"]} if gradient else {})}
 
 
-def svm(
-    labels: str, gradient: bool, factor: float, p: Place, rows: int, classes: int, weighted: bool = False
+def focal(
+    labels: str,
+    gradient: bool,
+    factor: float,
+    p: Place,
+    rows: int,
+    classes: int,
+    weighted: bool = False,
+    gamma: float = 2.0,
+    alpha: bool = False,
+) -> Results:
+    z, Y, work = p.real(rows, classes, times=2), p.labels(rows, min(classes, 100), labels), p.work(rows, classes)
+    work.update(of_factor(p, factor))
+    weights = sample_weights(p, rows) if weighted else None
+    if weighted:
+        Y[1::3] = 2**40
+    of_classes = p.positive(classes, dtype=p.compute) if alpha else None
+    p.ops.softmax_focal(z, Y, gradient, work, weights, gamma, of_classes)
+    return {"loss": work["loss"], **({"dz": work["dz"]} if gradient else {})}
+
+
+def margins(
+    method: str,
+    labels: str,
+    gradient: bool,
+    factor: float,
+    p: Place,
+    rows: int,
+    classes: int,
+    weighted: bool = False,
+    delta: float = 1.0,
 ) -> Results:
     z, Y, work = p.grid(rows, classes), p.labels(rows, min(classes, 100), labels), p.work(rows, classes)
     work.update(of_factor(p, factor))
     weights = sample_weights(p, rows) if weighted else None
     if weighted:
         Y[1::3] = 2**40
-    p.ops.svm(z, Y, gradient, work, weights)
+    getattr(p.ops, method)(z, Y, gradient, work, weights, delta)
     return {"loss": work["loss"], **({"dz": work["dz"]} if gradient else {})}
 
 
@@ -331,23 +370,44 @@ for truth in ("int64", "uint8", "int32", "rows", "one-hot"):
         "softmax_cross_entropy", file("loss.cu", "total.cuh"), functools.partial(softmax, truth, True, 1), CLASSES
     )
     if truth in ("int64", "uint8"):
-        CASES[f"svm {truth}"] = Case(
-            "svm", file("loss.cu", "total.cuh"), functools.partial(svm, truth, True, 1), CLASSES
+        for method in ("svm", "crammer_singer"):
+            CASES[f"{method} {truth}"] = Case(
+                method, file("loss.cu", "total.cuh"), functools.partial(margins, method, truth, True, 1), CLASSES
+            )
+        CASES[f"softmax_focal {truth}"] = Case(
+            "softmax_focal", file("loss.cu", "total.cuh"), functools.partial(focal, truth, True, 1), CLASSES
         )
 for truth in ("int64", "rows"):
     CASES[f"softmax {truth}, loss alone"] = replace(
         CASES[f"softmax {truth}"], run=functools.partial(softmax, truth, False, 1)
     )
-CASES["svm, loss alone"] = replace(CASES["svm int64"], run=functools.partial(svm, "int64", False, 1))
 for truth in ("int64", "rows"):
     CASES[f"softmax {truth}, scaled"] = replace(
         CASES[f"softmax {truth}"], run=functools.partial(softmax, truth, True, 8)
     )
-CASES["svm, scaled"] = replace(CASES["svm int64"], run=functools.partial(svm, "int64", True, 8))
+for method in ("svm", "crammer_singer"):
+    run, case = functools.partial(margins, method, "int64"), CASES[f"{method} int64"]
+    CASES[f"{method}, loss alone"] = replace(case, run=functools.partial(run, False, 1))
+    CASES[f"{method}, scaled"] = replace(case, run=functools.partial(run, True, 8))
+    CASES[f"{method}, delta"] = replace(case, run=functools.partial(run, True, 1, delta=0.375))
+run, case = functools.partial(focal, "int64"), CASES["softmax_focal int64"]
+CASES["softmax_focal, loss alone"] = replace(case, run=functools.partial(run, False, 1))
+CASES["softmax_focal, scaled"] = replace(case, run=functools.partial(run, True, 8))
+CASES["softmax_focal, alpha"] = replace(case, run=functools.partial(run, True, 1, gamma=0.5, alpha=True))
+for truth in ("int64", "rows"):
+    run = functools.partial(softmax, truth, True, 8, smoothing=0.1)
+    CASES[f"softmax {truth}, smoothed"] = replace(CASES[f"softmax {truth}"], run=run)
+CASES["softmax rows, relative"] = replace(
+    CASES["softmax rows"], run=functools.partial(softmax, "rows", True, 1, relative=True)
+)
+CASES["softmax one-hot, relative"] = replace(
+    CASES["softmax one-hot"], run=functools.partial(softmax, "one-hot", False, 1, relative=True)
+)
 for method, targets in (
     ("mse", ("float32", "float64", "float16", "strided")),
     ("sigmoid_cross_entropy", ("uint8", "float32", "bool", "int64", "strided")),
     *((name, ("float32",)) for name in ("mae", "huber", "log_cosh", "quantile", "poisson", "focal")),
+    ("smoothed_sigmoid_cross_entropy", ("float32",)),
     ("hinge", ("uint8",)),
     ("squared_hinge", ("uint8",)),
 ):
@@ -370,7 +430,9 @@ for method, targets in (
 for name, run in {
     "softmax int64": functools.partial(softmax, "int64", True, 8),
     "softmax rows": functools.partial(softmax, "rows", True, 1),
-    "svm int64": functools.partial(svm, "int64", True, 8),
+    "svm int64": functools.partial(margins, "svm", "int64", True, 8),
+    "crammer_singer int64": functools.partial(margins, "crammer_singer", "int64", True, 8),
+    "softmax_focal int64": functools.partial(focal, "int64", True, 8, alpha=True),
     "mse float32": functools.partial(over_scores, "mse", "float32", True, 8),
     "sigmoid_cross_entropy uint8": functools.partial(over_scores, "sigmoid_cross_entropy", "uint8", True, 1),
 }.items():

@@ -28,7 +28,7 @@ import gpubatch as gb
 from gpubatch import own
 from gpubatch.backend import CudaBackend
 from gpubatch.loader import rows_of
-from gpubatch.nn import core_of, losses
+from gpubatch.nn import OF_LABELS, core_of, losses
 from gpubatch.ops.products import products_for
 from gpubatch.own import changed
 from gpubatch.train import graphs, ledger
@@ -150,6 +150,16 @@ CASES = {
     ),
     "smoothed sigmoid": Case(plain, gb.SigmoidCrossEntropy(label_smoothing=0.1)),
     "svm, delta": Case(plain, gb.SVM(delta=0.5)),
+    "crammer_singer, delta": Case(plain, gb.CrammerSinger(delta=0.5)),
+    "kl_divergence": Case(plain, "kl_divergence"),
+    "softmax_focal": Case(plain, gb.SoftmaxFocal(gamma=1.5, alpha=[0.1, 0.2, 0.3, 0.4, 0.5][:CLASSES])),
+    "softmax_focal, mixed": Case(
+        plain,
+        gb.SoftmaxFocal(alpha=0.25),
+        precision="mixed",
+        optimizer=mixed,
+        fit={"loss_scale": (2.0**17, 3)},
+    ),
     "svm, sgd, every batch whole": Case(plain, "svm", lambda p: gb.SGD(p, lr=0.1), loader={"drop_last": True}),
     "lamb, norm": Case(everything, optimizer=falling(gb.LAMB, 0.01), fit={"max_norm": 0.5}),
     "mixed, lars": Case(
@@ -196,9 +206,8 @@ every_case = every(
 def data(case: Case) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(5)
     Y: np.ndarray = rng.integers(0, CLASSES, N).astype(np.uint8)
-    if case.loss not in ("softmax_cross_entropy", "svm") and not isinstance(
-        case.loss, (gb.SoftmaxCrossEntropy, gb.SVM)
-    ):
+    of_labels = gb.SoftmaxCrossEntropy, gb.SVM, gb.CrammerSinger, gb.SoftmaxFocal
+    if case.loss not in OF_LABELS and not isinstance(case.loss, of_labels):
         Y = rng.random((N, CLASSES)).astype(np.float32)
     return rng.integers(0, 256, (N, FEATURES), np.uint8), Y
 

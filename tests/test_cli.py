@@ -423,6 +423,7 @@ def test_loss_and_metrics_by_options(mnist: Path) -> None:
     assert list(result["history"]["metrics"]) == ["f1", "top_3"]
     assert "  top_3 " in done.stderr
     assert "loss       svm" in run(*small, "--loss", "svm").stdout
+    assert "loss       softmax_focal" in run(*small, "--loss", "softmax_focal").stdout
     assert run(*small, "--loss", "svm", "--label-smoothing", "0.1", code=2).stderr.startswith(
         "error: --label-smoothing"
     )

@@ -10,6 +10,7 @@ import pytest
 from stand_in import INDEX, DeviceArray, StandIn, StandInBackend
 
 import gpubatch as gb
+from gpubatch.nn import OF_LABELS
 from gpubatch.ops import cuda_kernel, ops_for
 
 STACKS = {
@@ -29,7 +30,7 @@ def device() -> StandInBackend:
     return StandInBackend(StandIn(), INDEX, "a test")
 
 
-@pytest.mark.parametrize("loss", ["softmax_cross_entropy", "svm", "mse", "sigmoid_cross_entropy"])
+@pytest.mark.parametrize("loss", [*OF_LABELS, "mse", "sigmoid_cross_entropy"])
 @pytest.mark.parametrize("stack", STACKS)
 def test_a_training_run_follows_the_cpu(
     stack: str, loss: str, device: StandInBackend, rng: np.random.Generator
@@ -57,8 +58,7 @@ def test_a_training_run_follows_the_cpu(
 
 
 TARGETS = {
-    "softmax_cross_entropy": lambda rng: rng.integers(0, 5, 20),
-    "svm": lambda rng: rng.integers(0, 5, 20),
+    **dict.fromkeys(OF_LABELS, lambda rng: rng.integers(0, 5, 20)),
     "sigmoid_cross_entropy": lambda rng: rng.integers(0, 2, (20, 5)).astype(np.uint8),
     "mse": lambda rng: rng.standard_normal((20, 5)).astype(np.float32),
 }

@@ -13,7 +13,7 @@ from emulate import ARCHITECTURES, check_compiles
 from families import every, first_of_each, marks
 from hypothesis import given, settings, strategies as st
 from needs import missing
-from ops_cases import CASES, FAST, Case, F, Place, by_numpy, compare, same
+from ops_cases import CASES, FAST, OF_ROWS, Case, F, Place, by_numpy, compare, same
 from stand_in import DeviceArray, StandIn, stand_in_backend
 
 import gpubatch as gb
@@ -242,7 +242,7 @@ def test_nan_and_infinity_go_through_as_in_numpy(case: Case, dtype: np.dtype, de
         np.testing.assert_allclose(ours[key], right[key], rtol=1e-4, atol=1e-6, err_msg=key)
 
 
-@pytest.mark.parametrize("method", ["softmax_cross_entropy", "svm"])
+@pytest.mark.parametrize("method", OF_ROWS)
 @pytest.mark.parametrize("classes", [3, 300])
 @pytest.mark.parametrize("label", [-1, 2**40, -(2**63)])
 def test_a_label_out_of_range_is_nan_and_nothing_else(method: str, classes: int, label: int) -> None:
@@ -470,12 +470,16 @@ FAULTS = {
         "    // the previous sum",
         "batch_norm_gradient new",
     ),
-    "a sum is not scaled down": ("sum *= exp(top - of.z);", "", "softmax int64"),
+    "a sum is not scaled down": ("mine *= exp(top - of.z);", "", "softmax int64"),
     "the gradient is not scaled": ("share * value_at(scale, 1)", "share", "softmax int64, scaled"),
     "a weight of another row": ("lost * weights[row]", "lost * weights[0]", "softmax int64, weighted"),
     "a weight of another score": ("weights[i / outputs]", "weights[0]", "mse float32, weighted"),
     "weights are not relative": ("T(w * factor)", "w", "weigh float32, labels none"),
     "the label counts as a margin": ("if (j == label) return;", "", "svm int64"),
+    "a target is not smoothed": ("* kept + spread", "* kept", "softmax int64, smoothed"),
+    "the entropy of the targets is left out": (" - log(of.y)", "", "softmax rows, relative"),
+    "an alpha of another class": ("alpha[label]", "alpha[0]", "softmax_focal, alpha"),
+    "a place for each thread": ("combine<Smallest>(place, team.size)", "place", "crammer_singer int64"),
     "rows are left out": ("gridDim.y * lanes;", "gridDim.y * lanes + 1;", "activation_gradient relu new"),
     "a bias of another column": ("b[tile.column]", "b[0]", "activate relu with bias"),
     "a moment that is not central": ("value - middle;", "value;", "batch_norm new"),

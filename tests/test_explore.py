@@ -29,7 +29,7 @@ from gpubatch.explore import (
     step_size_sweep,
 )
 from gpubatch.explore.sweeps import RangeTest, _range_test
-from gpubatch.nn import LOSSES, Context, Dense, Layer, Needs, Network, Parameter, ReLU, Tanh, core_of, mlp
+from gpubatch.nn import LOSSES, OF_LABELS, Context, Dense, Layer, Needs, Network, Parameter, ReLU, Tanh, core_of, mlp
 from gpubatch.optim import SGD, Adam
 
 # Functions of an array with their gradients by hand.
@@ -51,8 +51,7 @@ def task(net: Network, n: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarr
     draw = np.random.default_rng(seed)
     X = draw.standard_normal((n, net.inputs))
     scores = X @ np.random.default_rng(1).standard_normal((net.inputs, net.outputs))
-    labelled = net.loss_name in ("svm", "softmax_cross_entropy")
-    Y = scores.argmax(axis=1) if labelled else (scores > 0).astype(net.dtype)
+    Y = scores.argmax(axis=1) if net.loss_name in OF_LABELS else (scores > 0).astype(net.dtype)
     return net.backend.asarray(X, net.dtype), net.backend.asarray(Y)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from needs import missing
-from ops_cases import CASES, Case, F, Place, by_host, by_numpy, compare, same
+from ops_cases import CASES, OF_ROWS, Case, F, Place, by_host, by_numpy, compare, same
 from stand_in import stand_in_backend
 
 import gpubatch as gb
@@ -99,7 +99,7 @@ def test_dropout_of_float16_keeps_the_mask_that_it_multiplied_by() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_threads_change_no_bit(name: str, restored: Any) -> None:
     case, size = CASES[name], (1000, 200)  # worth four threads or more
-    if case.method.startswith(("softmax", "svm")):
+    if case.method in OF_ROWS:
         size = (5000, 50)
     restored.set_threads(1)
     alone = by_host(case, size, F, Ops(Strict(restored)))
@@ -146,7 +146,7 @@ def test_an_index_out_of_range_is_an_error(library: Any) -> None:
             Ops(library).gather(source, np.array(index), out, 1.0, 0.0)
 
 
-@pytest.mark.parametrize("method", ["softmax_cross_entropy", "svm"])
+@pytest.mark.parametrize("method", OF_ROWS)
 @pytest.mark.parametrize("label", [-1, 3, 2**40])
 def test_a_label_out_of_range_is_nan(method: str, label: int) -> None:
     for ops in [Ops()] + ([] if isinstance(host_library(), str) else [Ops(host_library())]):

@@ -78,6 +78,15 @@ CASES = {
     ),
     "sigmoid_cross_entropy, smoothed": (given_parameters(sigmoid_cross_entropy, label_smoothing=0.1), one_hot),
     "svm, delta": (given_parameters(svm, delta=0.7), labels),
+    "crammer_singer": (losses.crammer_singer, labels),
+    "crammer_singer, delta": (given_parameters(losses.crammer_singer, delta=0.7), labels),
+    "kl_divergence": (losses.kl_divergence, probabilities),
+    "kl_divergence, one-hot": (losses.kl_divergence, one_hot),
+    "kl_divergence, rows of any sum": (losses.kl_divergence, unit),
+    "softmax_focal": (losses.softmax_focal, labels),
+    "softmax_focal, alpha": (given_parameters(losses.softmax_focal, alpha=0.25), labels),
+    "softmax_focal, gamma below 1": (given_parameters(losses.softmax_focal, gamma=0.5), labels),
+    "softmax_focal, gamma 0": (given_parameters(losses.softmax_focal, gamma=0), labels),
 }
 every_case = pytest.mark.parametrize(("loss", "targets"), CASES.values(), ids=CASES)
 
@@ -85,7 +94,8 @@ every_case = pytest.mark.parametrize(("loss", "targets"), CASES.values(), ids=CA
 def test_the_table_is_complete() -> None:
     assert {loss.__name__ for loss, _ in CASES.values()} == set(LOSSES)
     classes = {c for c in vars(losses).values() if isinstance(c, type) and issubclass(c, losses.Loss)}
-    classes -= {losses.Loss, losses.TwoClasses}  # of which others are made
+    # Those of which others are made are no losses themselves.
+    classes -= {losses.Loss, losses.TwoClasses, losses.OneOfMany, losses.OfMargins, losses.OfSoftmax}
     assert {type(loss) for loss in LOSSES.values()} == classes
 
 
@@ -149,6 +159,15 @@ def of_pytorch(name: str) -> Any:
     def margins(z: Any, y: Any) -> Any:  # as Keras' hinge: labels -1 and 1
         return torch.clamp(1 - torch.where(y == 0, -1, 1) * z, min=0)
 
+    def largest_margin(z: Any, y: Any, delta: float = 1.0) -> Any:
+        rows = torch.arange(len(z))
+        others = torch.where(F.one_hot(y, z.shape[1]) == 1, -math.inf, z)
+        return torch.clamp(others.amax(1) - z[rows, y] + delta, min=0).mean()
+
+    def softmax_focal(z: Any, y: Any, gamma: float = 2.0, alpha: float = 1.0) -> Any:
+        right = F.softmax(z, 1).log()[torch.arange(len(z)), y]
+        return (-alpha * (-torch.expm1(right)) ** gamma * right).mean()
+
     theirs: dict[str, Any] = {
         "softmax_cross_entropy": F.cross_entropy,
         # Keras' BinaryCrossentropy(label_smoothing=): "squeezes labels towards 0.5".
@@ -158,6 +177,9 @@ def of_pytorch(name: str) -> Any:
         "mse": F.mse_loss,
         # PyTorch divides by the number of classes too.
         "svm": lambda z, y, delta=1.0: F.multi_margin_loss(z, y, margin=delta) * z.shape[1],
+        "crammer_singer": largest_margin,
+        "kl_divergence": lambda z, y: F.kl_div(F.log_softmax(z, 1), y, reduction="batchmean"),
+        "softmax_focal": softmax_focal,
         "mae": F.l1_loss,
         "huber": F.huber_loss,
         "log_cosh": lambda z, y: torch.log(torch.cosh(z - y)).mean(),
@@ -211,6 +233,9 @@ def test_agrees_with_scikit_learn(rng) -> None:
     assert losses.quantile(z[:, None], y, q=0.2)[0] == pytest.approx(metrics.mean_pinball_loss(y, z, alpha=0.2), 1e-12)
     assert losses.mae(z[:, None], y)[0] == pytest.approx(metrics.mean_absolute_error(y, z), 1e-12)
     assert losses.hinge(z[:, None], y > 0)[0] == pytest.approx(metrics.hinge_loss(y > 0, z), 1e-12)
+    scores, classes = rng.normal(size=(30, 4)), np.arange(30) % 4
+    largest = losses.crammer_singer(scores, classes)[0]
+    assert largest == pytest.approx(metrics.hinge_loss(classes, scores), 1e-12)
     deviance = 2 * (losses.poisson(z[:, None], np.exp(y))[0] - losses.poisson(y[:, None], np.exp(y))[0])
     assert deviance == pytest.approx(metrics.mean_poisson_deviance(np.exp(y), np.exp(z)), 1e-12)
 
@@ -318,6 +343,35 @@ def test_poisson_of_extreme_scores(dtype) -> None:
     assert losses.poisson(np.array([[1e4]], dtype), np.array([[1]]))[0] == math.inf  # as it is
 
 
+def test_the_first_of_equal_scores_has_the_gradient_of_crammer_singer(backend: Backend, dtype) -> None:
+    z, y = backend.asarray(np.array([[1, 3, 3, 0], [0, 1, 2, 3]]), dtype), backend.asarray(np.array([0, 3]))
+    value, gradient = losses.crammer_singer(z, y)
+    assert value == (3 - 1 + 1) / 2
+    np.testing.assert_array_equal(backend.to_numpy(gradient), [[-0.5, 0.5, 0, 0], [0, 0, 0, 0]])
+
+
+def test_the_kullback_leibler_divergence_of_equal_distributions_is_0(backend: Backend, rng) -> None:
+    y = np.array([[0.5, 0.25, 0.25], [1, 0, 0]])
+    z = np.log(np.where(y > 0, y, 1e-300))
+    value, gradient = losses.kl_divergence(backend.asarray(z), backend.asarray(y))
+    assert abs(value) < 1e-15
+    np.testing.assert_allclose(backend.to_numpy(gradient), 0, atol=1e-15)
+    value, _ = losses.kl_divergence(backend.asarray(np.zeros((2, 3))), backend.asarray(y))  # log 3 - H(y)
+    assert value == pytest.approx(math.log(3) - 1.5 * math.log(2) / 2, rel=1e-14)
+
+
+def test_focal_of_two_classes_is_that_of_one_score(backend: Backend, rng) -> None:
+    """Softmax of (0, z) is the sigmoid of z."""
+    z, y = 3 * rng.normal(size=(20, 1)), rng.integers(0, 2, 20)
+    one, slope = losses.focal(backend.asarray(z), backend.asarray(y), gamma=1.5, alpha=0.3)
+    both = backend.asarray(np.concatenate([np.zeros((20, 1)), z], axis=1))
+    two, slopes = losses.softmax_focal(both, backend.asarray(y), gamma=1.5, alpha=[0.7, 0.3])
+    assert two == pytest.approx(one, rel=1e-14)
+    np.testing.assert_allclose(backend.to_numpy(slopes)[:, 1:], backend.to_numpy(slope), rtol=1e-12)
+    with pytest.raises(ShapeError, match="alpha must have a number for each of 3 classes, got 2"):
+        losses.softmax_focal(np.zeros((2, 3)), np.zeros(2, int), alpha=[0.5, 1])
+
+
 # --- single samples --------------------------------------------------------------------------------------------------
 
 
@@ -344,7 +398,8 @@ def test_losses_of_single_samples(loss, targets, backend, rng) -> None:
 
 def test_ignored_labels_of_single_samples(rng) -> None:
     z, y = rng.normal(size=(3, 4)), np.array([2, -1, 0])
-    for loss in (softmax_cross_entropy, given_parameters(softmax_cross_entropy, label_smoothing=0.2), svm):
+    smoothed = given_parameters(softmax_cross_entropy, label_smoothing=0.2)
+    for loss in (softmax_cross_entropy, smoothed, svm, losses.crammer_singer, losses.softmax_focal):
         each, gradient = loss(z, y, ignore_label=-1, reduction="none")
         np.testing.assert_allclose(each[[0, 2]], loss(z[[0, 2]], y[[0, 2]], reduction="none")[0], rtol=1e-14)
         np.testing.assert_allclose(gradient[[0, 2]], loss(z[[0, 2]], y[[0, 2]], reduction="sum")[1], rtol=1e-13)
@@ -364,7 +419,10 @@ def test_sample_losses_of_a_network(rng) -> None:
 def test_probabilities(rng) -> None:
     special = peer("scipy.special")
     X = rng.normal(size=(1500, 3)) * 40
-    for loss in ("softmax_cross_entropy", gb.SoftmaxCrossEntropy(label_smoothing=0.1)):
+    for loss in (
+        *("softmax_cross_entropy", "kl_divergence", "softmax_focal"),
+        gb.SoftmaxCrossEntropy(label_smoothing=0.1),
+    ):
         net = gb.mlp([3, 5, 4], loss=loss, backend="cpu", dtype="float64")
         np.testing.assert_allclose(net.probabilities(X), special.softmax(net.scores(X), axis=1), rtol=1e-12)
     for loss in ("sigmoid_cross_entropy", "focal"):
@@ -433,6 +491,16 @@ def test_predictions_of_each_loss() -> None:
             ShapeError,
             r"svm takes integer labels: Y must have shape \(4,\), got \(4, 3\)",
         ),
+        (losses.crammer_singer, (2, 3), np.array([0, 3]), ArgumentError, "labels from 0 to 2, got 3"),
+        (losses.softmax_focal, (2, 3), np.array([0, -1]), ArgumentError, "labels from 0 to 2, got -1"),
+        (
+            losses.kl_divergence,
+            (2, 3),
+            np.array([0, 1]),
+            ShapeError,
+            r"got \(2,\); for labels use softmax_cross_entropy",
+        ),
+        (losses.kl_divergence, (1, 2), np.array([[1, -0.5]]), ArgumentError, "probabilities, got -0.5"),
         (sigmoid_cross_entropy, (2, 1), np.array([0, 2]), ArgumentError, r"Y must be in \[0, 1\] .*, got 2"),
         (sigmoid_cross_entropy, (2, 1), np.array([0, math.nan]), ArgumentError, "got nan"),
         (sigmoid_cross_entropy, (2, 2), np.array([0, 1]), ShapeError, r"shape of the scores, \(2, 2\), got \(2,\)"),
@@ -464,6 +532,10 @@ def test_bad_targets_are_named(loss, z, y, error, message) -> None:
         (softmax_cross_entropy, {"label_smoothing": 1}, ArgumentError, r"label_smoothing must be .* \[0, 1\), got 1"),
         (sigmoid_cross_entropy, {"label_smoothing": -0.1}, ArgumentError, r"label_smoothing must be .* \[0, 1\)"),
         (svm, {"delta": 0}, ArgumentError, r"delta must be .* \(0, inf\), got 0"),
+        (losses.crammer_singer, {"delta": -1}, ArgumentError, r"delta must be .* \(0, inf\), got -1"),
+        (losses.softmax_focal, {"gamma": -1}, ArgumentError, r"gamma must be .* \[0, inf\), got -1"),
+        (losses.softmax_focal, {"alpha": -1}, ArgumentError, r"alpha must be .* \[0, inf\), got -1"),
+        (losses.softmax_focal, {"alpha": [1, math.nan]}, ArgumentError, r"alpha must hold .*, got alpha\[1\] = nan"),
         (losses.quantile, {"q": 1}, ArgumentError, r"q of quantile must be .* \(0, 1\), got 1"),
         (losses.focal, {"gamma": -1}, ArgumentError, r"gamma of focal must be .* \[0, inf\), got -1"),
         (losses.focal, {"alpha": 2}, ArgumentError, r"alpha of focal must be .*1\], got 2"),

@@ -20,7 +20,7 @@ from families import every
 from needs import missing
 
 import gpubatch as gb
-from gpubatch.nn import Context, Needs, core_of
+from gpubatch.nn import OF_LABELS, Context, Needs, core_of
 from gpubatch.sizing import BatchPlan
 from gpubatch.train import plan_batches
 
@@ -110,6 +110,8 @@ CASES = {
     "sigmoid": Case(wide, 300, 200, "sigmoid_cross_entropy", batch_size=1024, n=2500, stored="float32"),
     "mse": Case(wide, 300, 200, "mse", batch_size=1024, n=2500, stored="float32"),
     "svm": Case(wide, loss="svm", stored="float64", l2=0.1),
+    "crammer_singer": Case(wide, loss="crammer_singer", stored="float64"),
+    "softmax_focal": Case(wide, loss="softmax_focal", stored="float64"),
     "float64": Case(everything, dtype="float64", batch_size=512, n=1200),
     "momentum": Case(wide, optimizer=lambda p: gb.Momentum(p, 0.01)),
     "three states": Case(wide, optimizer=lambda p: gb.RMSProp(p, centered=True, momentum=0.9)),
@@ -149,8 +151,7 @@ def samples(case: Case, n: int, rng: np.random.Generator) -> tuple[np.ndarray, n
         X = rng.integers(0, 256, (n, case.features), np.uint8)
     else:
         X = rng.random((n, case.features), np.float32).astype(case.stored)
-    labels = case.loss in ("softmax_cross_entropy", "svm")
-    Y = rng.integers(0, case.outputs, n) if labels else rng.random((n, case.outputs), np.float32)
+    Y = rng.integers(0, case.outputs, n) if case.loss in OF_LABELS else rng.random((n, case.outputs), np.float32)
     return X, Y
 
 

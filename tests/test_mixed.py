@@ -17,7 +17,7 @@ from stand_in_lt import StandInLt
 
 import gpubatch as gb
 from gpubatch.backend import Array, Backend
-from gpubatch.nn import Context, Layer, Needs, Parameter, core_of
+from gpubatch.nn import OF_LABELS, Context, Layer, Needs, Parameter, core_of
 from gpubatch.ops import cuda_kernel, ops_for
 from gpubatch.ops.products import LtProducts
 from gpubatch.train import TrainingState
@@ -34,7 +34,7 @@ STACKS: dict[str, Callable[[], list[Layer]]] = {
     ],
     "others": lambda: [gb.Tanh(), gb.Dense(12, 16), gb.LeakyReLU(0.1), gb.Sigmoid(), gb.Dense(16, 5, bias=False)],
 }
-LOSSES = ["softmax_cross_entropy", "sigmoid_cross_entropy", "mse", "svm"]
+LOSSES = [*OF_LABELS, "sigmoid_cross_entropy", "mse"]
 every_stack = pytest.mark.parametrize("stack", STACKS)
 every_loss = pytest.mark.parametrize("loss", LOSSES)
 

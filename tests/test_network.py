@@ -16,7 +16,7 @@ from needs import peer
 import gpubatch as gb
 from gpubatch.backend import Array, Backend
 from gpubatch.errors import ArgumentError, DeviceMismatchError, DTypeError, NonFiniteError, ShapeError
-from gpubatch.nn import Context, Needs, Parameter, core_of, workspace
+from gpubatch.nn import OF_LABELS, Context, Needs, Parameter, core_of, workspace
 from gpubatch.nn.layers import (
     ACTIVATIONS,
     GELU,
@@ -91,7 +91,7 @@ def test_the_stacks_hold_every_layer() -> None:
 
 
 def targets(loss: str, draw: np.random.Generator, rows: int, outputs: int) -> np.ndarray:
-    if loss in ("softmax_cross_entropy", "svm"):
+    if loss in OF_LABELS:
         return draw.integers(0, outputs, rows)
     if loss in ("hinge", "squared_hinge"):
         return draw.integers(0, 2, (rows, outputs))
@@ -461,7 +461,7 @@ def test_evaluation_neither_drops_nor_moves_anything(rng) -> None:
     assert net.loss_and_grad(X, Y)[0] == training, "the loss of the step to come"
 
 
-@pytest.mark.parametrize("loss", ["softmax_cross_entropy", "svm"])
+@pytest.mark.parametrize("loss", OF_LABELS)
 def test_predictions_of_classes(loss, backend, dtype) -> None:
     net = Network([Dense(3, 3, init="zeros")], loss, backend=backend, dtype=dtype)
     net.parameters["W1"] = backend.asarray(np.eye(3), dtype)
@@ -528,7 +528,7 @@ def test_the_networks_of_version_0_1(activation) -> None:
     assert not net.parameters["b1"].any()
 
 
-CLASSES = ["softmax_cross_entropy", "sigmoid_cross_entropy", "svm", "focal", "hinge", "squared_hinge"]
+CLASSES = [*OF_LABELS, "kl_divergence", "sigmoid_cross_entropy", "focal", "hinge", "squared_hinge"]
 OF_NUMBERS = ["mse", "mae", "huber", "log_cosh", "quantile", "poisson"]
 # Of 600-500-400-300 by loss: the bounds of W3; those of the other weights and of all biases do not depend on it.
 AUTO = {**dict.fromkeys(CLASSES, 1.5 * math.sqrt(6 / 700)), **dict.fromkeys(OF_NUMBERS, 400**-0.5)}

@@ -14,6 +14,7 @@ import pytest
 from needs import peer
 
 import gpubatch as gb
+from gpubatch import nn
 from gpubatch.backend import Backend
 from gpubatch.nn import LOSSES, losses
 
@@ -37,6 +38,21 @@ CASES: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "softmax, labels": ("softmax_cross_entropy", labels, lambda F, z, y: F.cross_entropy(z, y, reduction="none")),
     "softmax, rows": ("softmax_cross_entropy", rows, lambda F, z, y: F.cross_entropy(z, y, reduction="none")),
     "svm": ("svm", labels, lambda F, z, y: F.multi_margin_loss(z, y, reduction="none") * CLASSES),
+    "crammer_singer": (
+        "crammer_singer",
+        labels,
+        lambda F, z, y: (z.masked_fill(F.one_hot(y, CLASSES) == 1, -1e9).amax(1) - z[range(ROWS), y] + 1).clamp(min=0),
+    ),
+    "kl_divergence": (
+        "kl_divergence",
+        rows,
+        lambda F, z, y: F.kl_div(F.log_softmax(z, 1), y, reduction="none").sum(1),
+    ),
+    "softmax_focal": (
+        "softmax_focal",
+        labels,
+        lambda F, z, y: (1 - F.softmax(z, 1)[range(ROWS), y]) ** 2 * F.cross_entropy(z, y, reduction="none"),
+    ),
     "mse": ("mse", numbers, lambda F, z, y: F.mse_loss(z, y, reduction="none").mean(1)),
     "sigmoid": (
         "sigmoid_cross_entropy",
@@ -593,6 +609,34 @@ def test_captured_steps_are_eager_bit_for_bit(loader: dict[str, Any], backend: B
     np.testing.assert_allclose(
         captured.parameters.flat.get(), on_cpu.parameters.flat, rtol=1e-3, atol=5e-3 if "dtype" in loader else 1e-4
     )
+
+
+OF_LABELS = [
+    *(getattr(losses, name).bind() for name in nn.OF_LABELS),
+    gb.SoftmaxCrossEntropy(label_smoothing=0.1),
+    gb.SVM(delta=0.5),
+    gb.CrammerSinger(delta=0.5),
+    gb.SoftmaxFocal(alpha=[1, 2, 3, 4]),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss", OF_LABELS, ids=repr)
+def test_a_label_out_of_range_makes_the_loss_nan(loss: gb.Loss, backend: Backend, rng: np.random.Generator) -> None:
+    """On a GPU nobody waits for the values of labels: neither a step by hand nor a captured one goes on in silence."""
+    if backend.name == "cpu":
+        return
+    X, Y = backend.asarray(rng.normal(size=(20, 5)), "float32"), backend.asarray(rng.integers(0, CLASSES, 20))
+    net = gb.mlp([5, 8, CLASSES], loss=loss, backend=backend)
+    step = gb.CapturedStep(net, gb.SGD(net.parameters, 0.1), X, Y)
+    assert math.isfinite(step().item())
+    assert math.isfinite(net.step_loss(X, Y).item())
+    for bad in (-1, CLASSES):
+        Y[7] = bad
+        assert math.isnan(net.step_loss(X, Y).item())
+        assert math.isnan(step().item())
+        with pytest.raises(gb.ArgumentError, match=f"labels from 0 to {CLASSES - 1}, got {bad}"):
+            net.loss_and_grad(X, Y)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from gpubatch import explore
 from gpubatch.backend import Array, Backend, get_backend
 from gpubatch.cli import options
 from gpubatch.cli.shared import app, print_json, table_of, versions
-from gpubatch.nn import Network, layers, losses
+from gpubatch.nn import OF_LABELS, Network, layers, losses
 from gpubatch.train import bar
 
 __all__ = ["CHECKED", "WITH_EVERY_LAYER", "check_gradient"]
@@ -83,7 +83,7 @@ def check_gradient(
 def _sample(net: Network, rows: int, seed: int) -> tuple[Array, Array]:
     draw = np.random.default_rng(seed)
     X = net.backend.asarray(draw.standard_normal((rows, net.inputs)), net.dtype)
-    if net.loss_name in ("softmax_cross_entropy", "svm"):
+    if net.loss_name in OF_LABELS:
         return X, net.backend.asarray(draw.integers(0, net.outputs, rows))
     Y = draw.random((rows, net.outputs))
     return X, net.backend.asarray(np.round(Y) if "hinge" in net.loss_name else Y, net.dtype)

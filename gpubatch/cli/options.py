@@ -20,7 +20,7 @@ import typer
 
 from gpubatch import optim, schedules
 from gpubatch.errors import ArgumentError, check_choice
-from gpubatch.nn import ACTIVATIONS, INITS, LOSSES, Network
+from gpubatch.nn import ACTIVATIONS, INITS, LOSSES, OF_LABELS, Network
 from gpubatch.train import EXECUTIONS, BestWeights, EarlyStopping, ReduceOnPlateau, WeightAverage
 
 __all__ = [
@@ -89,10 +89,9 @@ DECAYS: dict[str, Callable[[float, int], optim.Hyper]] = {
 }
 
 # Losses by the kind of target: labels of classes, and numbers. The first one is taken by default.
-CLASS_LOSSES = ("softmax_cross_entropy", "svm")
 LOSSES_OF = {
-    "classification": CLASS_LOSSES,
-    "regression": ("mse", *(x for x in LOSSES if x not in (*CLASS_LOSSES, "mse"))),
+    "classification": tuple(OF_LABELS),
+    "regression": ("mse", *(x for x in LOSSES if x not in (*OF_LABELS, "mse"))),
 }
 
 # --- options by themselves -------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ __all__ = [
     "poisson",
     "quantile",
     "sigmoid_cross_entropy",
+    "smoothed_sigmoid_cross_entropy",
     "squared_hinge",
 ]
 
@@ -91,6 +92,15 @@ def sigmoid_cross_entropy(z, y):
 
     Written as max(z, 0) - z y + log(1 + exp(-|z|)), which neither takes the logarithm of 0 nor overflows.
     """
+    small = np.exp(-np.abs(z))
+    sigmoid = np.exp(np.minimum(z, 0)) / (1 + small)
+    return np.maximum(z, 0) - z * y + np.log1p(small), sigmoid - y
+
+
+@score_loss
+def smoothed_sigmoid_cross_entropy(z, y, *, smoothing=0.1):
+    """:data:`sigmoid_cross_entropy` of (1 - smoothing) y + smoothing/2."""
+    y = (1 - smoothing) * y + 0.5 * smoothing
     small = np.exp(-np.abs(z))
     sigmoid = np.exp(np.minimum(z, 0)) / (1 + small)
     return np.maximum(z, 0) - z * y + np.log1p(small), sigmoid - y

@@ -67,7 +67,7 @@ def export_onnx(model: Model | Network, path: str | os.PathLike[str], probabilit
 
     model: of gpubatch's layers and activations declared with :func:`gpubatch.activation`.
     path: ends in .onnx; a file of that name is replaced.
-    probabilities: whether the output has probabilities instead of scores, for softmax and sigmoid cross-entropy.
+    probabilities: whether the output has probabilities instead of scores, where the loss has any: softmax or sigmoid.
 
     The graph's input is "X", ``(batch, features)``, of the element type that the loader's X had, or of the network's;
     its output "scores" or "probabilities" is float32 or float64, as the network computes. Class names are the property
@@ -234,7 +234,7 @@ class Graph:
         """Add what makes probabilities of scores."""
         loss = self._net.loss_function
         loss.check_probabilities()
-        if isinstance(loss, losses.SoftmaxCrossEntropy):
+        if isinstance(loss, losses.OfSoftmax):
             return self.add("Softmax", scores, axis=1)
         if isinstance(loss, losses.LogOdds):
             return self.add("Sigmoid", scores)

@@ -18,7 +18,18 @@ from gpubatch.nn.layers import (
     Step,
     Tanh,
 )
-from gpubatch.nn.losses import LOSSES, SVM, Loss, SigmoidCrossEntropy, SoftmaxCrossEntropy, loss_of
+from gpubatch.nn.losses import (
+    LOSSES,
+    OF_LABELS,
+    SVM,
+    CrammerSinger,
+    KLDivergence,
+    Loss,
+    SigmoidCrossEntropy,
+    SoftmaxCrossEntropy,
+    SoftmaxFocal,
+    loss_of,
+)
 from gpubatch.nn.needs import Context, Needs, Parameter
 from gpubatch.nn.network import Network, core_of, mlp, no_decay
 from gpubatch.nn.stack import parameter_names, stacked
@@ -30,14 +41,17 @@ __all__ = [
     "GELU",
     "INITS",
     "LOSSES",
+    "OF_LABELS",
     "SVM",
     "ActivationLayer",
     "BatchNorm",
     "Context",
     "Core",
+    "CrammerSinger",
     "Dense",
     "Dropout",
     "Elementwise",
+    "KLDivergence",
     "Layer",
     "LeakyReLU",
     "Loss",
@@ -48,6 +62,7 @@ __all__ = [
     "Sigmoid",
     "SigmoidCrossEntropy",
     "SoftmaxCrossEntropy",
+    "SoftmaxFocal",
     "Step",
     "Tanh",
     "core_of",

@@ -11,12 +11,12 @@ import dataclasses
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from gpubatch.backend import Array, Backend, backend_of, describe
+from gpubatch.backend import Array, Backend, backend_of, compute_dtype, describe
 from gpubatch.errors import (
     ArgumentError,
     DTypeError,
@@ -34,16 +34,23 @@ from gpubatch.own import as_written
 
 __all__ = [
     "LOSSES",
+    "OF_LABELS",
     "SVM",
+    "CrammerSinger",
+    "KLDivergence",
     "Loss",
     "LossFunction",
+    "OfSoftmax",
     "SigmoidCrossEntropy",
     "SoftmaxCrossEntropy",
+    "SoftmaxFocal",
     "check_weight",
     "check_weight_values",
+    "crammer_singer",
     "focal",
     "hinge",
     "huber",
+    "kl_divergence",
     "log_cosh",
     "loss_of",
     "mae",
@@ -52,6 +59,7 @@ __all__ = [
     "quantile",
     "sigmoid_cross_entropy",
     "softmax_cross_entropy",
+    "softmax_focal",
     "squared_hinge",
     "svm",
 ]
@@ -144,7 +152,7 @@ class Loss(ABC):
     def check_probabilities(self) -> None:
         """Raise unless the loss has :meth:`probabilities`."""
         if type(self).probabilities is Loss.probabilities:
-            known = "softmax_cross_entropy, sigmoid_cross_entropy and focal"
+            known = "softmax_cross_entropy, kl_divergence, softmax_focal, sigmoid_cross_entropy and focal"
             raise ArgumentError(f"the scores of {self.name} are no probabilities; those of {known} are")
 
     def probabilities(self, z: Array) -> Array:
@@ -246,33 +254,18 @@ class SigmoidCrossEntropy(LogOdds):
     takes_weights = True
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
-        OverScores.__init__(self, scores.sigmoid_cross_entropy.bind())
         self.label_smoothing = checked_smoothing(label_smoothing)
+        smoothed = scores.smoothed_sigmoid_cross_entropy.bind(smoothing=self.label_smoothing)
+        OverScores.__init__(self, smoothed if self.label_smoothing else scores.sigmoid_cross_entropy.bind())
 
     @property
     def name(self) -> str:
         """With the options that are not the usual ones."""
-        options = self.options()
-        return repr(self.bound) + (f"({listed(options)})" if options else "")
+        return scores.sigmoid_cross_entropy.name + (f"({listed(self.options())})" if self.options() else "")
 
     def options(self) -> dict[str, Any]:
         """See :class:`Loss`."""
         return {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
-
-    def workspace(self, outputs: int) -> Mapping[str, Space]:
-        """The results, the operation's scratch, and the smoothed targets."""
-        return {**results_of(outputs), **Ops.score_loss.scratch(outputs), **smoothed_space(self, outputs)}
-
-    def run(self, z: Array, Y: Array, c: Context) -> None:
-        """The mean of the cross-entropies, and its gradient."""
-        if self.label_smoothing:
-            Y = smoothed(Y.reshape(z.shape), self.label_smoothing, 2, c.work["smoothed"])
-        c.ops.score_loss(self.bound, z, Y, c.gradient, c.work, c.weights)
-
-    def each(self, z: Array, Y: Array) -> Array:
-        """See :class:`Loss`; one for each score."""
-        Y = smoothed(Y.reshape(z.shape), self.label_smoothing, 2, np.empty_like(z))
-        return self.bound.loss(z, Y)
 
 
 class Margin(TwoClasses):
@@ -309,6 +302,7 @@ FORMULAS: dict[ScoreLoss, tuple[type[OverScores], dict[str, Callable[[str, float
     scores.poisson: (Counts, {}),
     scores.quantile: (OverScores, {"q": Range(low=0, high=1, open_low=True, open_high=True)}),
     scores.sigmoid_cross_entropy: (LogOdds, {}),
+    scores.smoothed_sigmoid_cross_entropy: (LogOdds, {"smoothing": Range(low=0, high=1, open_high=True)}),
     scores.squared_hinge: (Margin, {}),
 }
 
@@ -316,19 +310,6 @@ FORMULAS: dict[ScoreLoss, tuple[type[OverScores], dict[str, Callable[[str, float
 def checked_smoothing(value: float) -> float:
     """The argument ``label_smoothing``."""
     return check_real("label_smoothing", value, 0, 1, open_high=True)
-
-
-def smoothed_space(loss: SigmoidCrossEntropy | SoftmaxCrossEntropy, outputs: int) -> dict[str, Space]:
-    """Room for the smoothed targets, if there are any."""
-    return {"smoothed": ((-1, outputs), COMPUTE)} if loss.label_smoothing else {}
-
-
-def smoothed(Y: Array, smoothing: float, classes: int, out: Array) -> Array:
-    """(1 - smoothing) Y + smoothing / classes, written to ``out``."""
-    out[...] = Y
-    out *= 1 - smoothing
-    out += smoothing / classes
-    return out
 
 
 def over_scores(bound: BoundScoreLoss) -> OverScores:
@@ -348,22 +329,14 @@ def checked_ignore(label: int | None) -> int | None:
     return None if label is None else check_int("ignore_label", label, -(2**63), 2**63 - 1)
 
 
-class SVM(Loss):
-    """Multiclass hinge loss Σ_{j≠y} max(0, z_j - z_y + delta), mean over the batch (Weston & Watkins 1999, CS231n).
-
-    Y holds integer labels ``(batch,)``.
-
-    delta: the margin, above 0.
-    ignore_label: samples with this label count for nothing, neither in the mean nor in accuracy; any integer, None for
-        no label.
-    """
+class OneOfMany(Loss):
+    """A loss of scores of which one is that of the right class; Y holds integer labels ``(batch,)``."""
 
     least_outputs = 2
     takes_weights = True
 
-    def __init__(self, ignore_label: int | None = None, delta: float = 1.0) -> None:
+    def __init__(self, ignore_label: int | None) -> None:
         self._ignored = checked_ignore(ignore_label)
-        self.delta = check_real("delta", delta, 0, open_low=True)
 
     @property
     def ignore_label(self) -> int | None:
@@ -372,88 +345,11 @@ class SVM(Loss):
 
     def options(self) -> dict[str, Any]:
         """See :class:`Loss`."""
-        found: dict[str, Any] = {} if self._ignored is None else {"ignore_label": self._ignored}
-        return found if self.delta == 1 else {**found, "delta": self.delta}
-
-    def workspace(self, outputs: int) -> Mapping[str, Space]:
-        """The results, the operation's scratch, and the scores over delta."""
-        more: dict[str, Space] = {} if self.delta == 1 else {"scaled": ((-1, outputs), COMPUTE)}
-        return {**results_of(outputs), **Ops.svm.scratch(outputs), **more}
+        return {} if self._ignored is None else {"ignore_label": self._ignored}
 
     def check(self, Y: Array, rows: int, outputs: int) -> None:
         """Y must be integers, one for each row."""
-        check_labels(Y, rows, "svm takes integer labels")
-
-    def check_values(self, Y: Array, outputs: int) -> None:
-        """Labels count from 0."""
-        check_label_values(Y, outputs, self.ignore_label)
-
-    def nan_marks_bad_labels(self, Y: Array) -> bool:
-        """The kernels compare labels with the number of classes."""
-        return True
-
-    def run(self, z: Array, Y: Array, c: Context) -> None:
-        """L = Σ max(0, z_j - z_y + delta) / n, without j = y: delta times that of z / delta for a margin of 1."""
-        if self.delta != 1:
-            z = np.divide(z, self.delta, out=c.work["scaled"])
-        c.ops.svm(z, Y, c.gradient, c.work, c.weights)  # the gradient is the same for both
-        if self.delta != 1:
-            np.multiply(c.work["loss"], self.delta, out=c.work["loss"])
-
-    def predict(self, z: Array) -> Array:
-        """The class of the highest score."""
-        return z.argmax(axis=1)
-
-    def truth(self, Y: Array, outputs: int) -> Array:
-        """The labels."""
-        return Y
-
-    def each(self, z: Array, Y: Array) -> Array:
-        """See :class:`Loss`."""
-        kept, labels = kept_labels(Y, self.ignore_label)
-        margins = np.maximum(z - z[np.arange(len(z)), labels][:, None] + self.delta, 0)
-        return kept * (margins.sum(axis=1) - self.delta)
-
-
-class SoftmaxCrossEntropy(Loss):
-    """-Σ_j y_j log softmax(z)_j, mean over the batch.
-
-    Y holds integer labels ``(batch,)``, or a row of probabilities (one-hot, say) for each row of scores.
-
-    label_smoothing: from 0 up to 1; the targets, labels as one-hot rows, are then (1 - label_smoothing) y +
-        label_smoothing/classes, as in PyTorch's ``cross_entropy`` (Szegedy et al. 2016, section 7).
-    ignore_label: samples with this label count for nothing, neither in the mean nor in accuracy; any integer, None for
-        no label. Rows of probabilities have no label.
-    """
-
-    least_outputs = 2
-    takes_weights = True
-
-    def __init__(self, ignore_label: int | None = None, label_smoothing: float = 0.0) -> None:
-        self._ignored, self.label_smoothing = checked_ignore(ignore_label), checked_smoothing(label_smoothing)
-        self._classes: dict[tuple[Backend, int], Array] = {}
-
-    @property
-    def ignore_label(self) -> int | None:
-        """See :class:`Loss`."""
-        return self._ignored
-
-    def options(self) -> dict[str, Any]:
-        """See :class:`Loss`."""
-        found: dict[str, Any] = {} if self._ignored is None else {"ignore_label": self._ignored}
-        return {**found, "label_smoothing": self.label_smoothing} if self.label_smoothing else found
-
-    def workspace(self, outputs: int) -> Mapping[str, Space]:
-        """The results, the operation's scratch, and the smoothed targets."""
-        scratch = Ops.softmax_cross_entropy.scratch(outputs)
-        return {**results_of(outputs), **scratch, **smoothed_space(self, outputs)}
-
-    def check(self, Y: Array, rows: int, outputs: int) -> None:
-        """Y must be integers, one for each row, or real numbers, one for each score."""
-        if Y.ndim == 1:
-            check_labels(Y, rows, f"softmax_cross_entropy takes integer labels, or rows of {outputs} probabilities")
-        else:
-            check_targets(Y, rows, outputs, "; labels must be of shape (batch,)" if Y.shape == (rows, 1) else "")
+        check_labels(Y, rows, f"{self.name} takes integer labels")
 
     def check_values(self, Y: Array, outputs: int) -> None:
         """Labels count from 0; probabilities are not negative."""
@@ -464,22 +360,7 @@ class SoftmaxCrossEntropy(Loss):
 
     def nan_marks_bad_labels(self, Y: Array) -> bool:
         """The kernels compare labels with the number of classes."""
-        return bool(Y.ndim == 1) and not self.label_smoothing
-
-    def run(self, z: Array, Y: Array, c: Context) -> None:
-        """L = Σ log Σ_j exp(z_j) - z_y / n, dz = (softmax(z) Σ_j y_j - y) / n."""
-        if self.label_smoothing:
-            Y = self._smoothed(Y, z.shape[1], c.backend, c.work["smoothed"])
-        c.ops.softmax_cross_entropy(z, Y, c.gradient, c.work, c.weights)
-
-    def _smoothed(self, Y: Array, classes: int, backend: Backend, out: Array) -> Array:
-        """The smoothed rows of labels, or of rows."""
-        if Y.ndim == 1:
-            key = backend, classes
-            if key not in self._classes:  # kept for captured steps, which read it at every replay
-                self._classes[key] = backend.asarray(np.arange(classes))
-            Y = np.equal(Y[:, None], self._classes[key], out=out)
-        return smoothed(Y, self.label_smoothing, classes, out)
+        return bool(Y.ndim == 1)
 
     def predict(self, z: Array) -> Array:
         """The class of the highest score."""
@@ -489,21 +370,250 @@ class SoftmaxCrossEntropy(Loss):
         """The labels, or the most probable class of each row."""
         return Y if Y.ndim == 1 else Y.argmax(axis=1)
 
+
+class OfMargins(OneOfMany):
+    """A loss of the margins z_j - z_y + delta between the other classes and the right one."""
+
+    def __init__(self, ignore_label: int | None, delta: float) -> None:
+        OneOfMany.__init__(self, ignore_label)
+        self.delta = check_real("delta", delta, 0, open_low=True)
+
+    def options(self) -> dict[str, Any]:
+        """See :class:`Loss`."""
+        return {**OneOfMany.options(self), **({} if self.delta == 1 else {"delta": self.delta})}
+
+    def margins(self, z: Array, Y: Array) -> tuple[Array | int, Array]:
+        """1 for each label that counts; and max(0, z_j - z_y + delta), 0 where j = y."""
+        kept, labels = kept_labels(Y, self.ignore_label)
+        rows = np.arange(len(z))
+        found = np.maximum(z - z[rows, labels][:, None] + self.delta, 0)
+        found[rows, labels] = 0
+        return kept, found
+
+
+class SVM(OfMargins):
+    """Multiclass hinge loss Σ_{j≠y} max(0, z_j - z_y + delta), mean over the batch (Weston & Watkins 1999, CS231n).
+
+    Y holds integer labels ``(batch,)``. :class:`CrammerSinger` takes the largest margin instead of the sum.
+
+    delta: the margin, above 0.
+    ignore_label: samples with this label count for nothing, neither in the mean nor in accuracy; any integer, None for
+        no label.
+    """
+
+    takes_weights = True
+
+    def __init__(self, ignore_label: int | None = None, delta: float = 1.0) -> None:
+        OfMargins.__init__(self, ignore_label, delta)
+
+    def workspace(self, outputs: int) -> Mapping[str, Space]:
+        """The results, and the operation's scratch."""
+        return {**results_of(outputs), **Ops.svm.scratch(outputs)}
+
+    def run(self, z: Array, Y: Array, c: Context) -> None:
+        """L = Σ max(0, z_j - z_y + delta) / n, without j = y."""
+        c.ops.svm(z, Y, c.gradient, c.work, c.weights, self.delta)
+
+    def each(self, z: Array, Y: Array) -> Array:
+        """See :class:`Loss`."""
+        kept, found = self.margins(z, Y)
+        return kept * found.sum(axis=1)
+
+
+class CrammerSinger(OfMargins):
+    """Multiclass hinge loss max(0, max_{j≠y} z_j - z_y + delta), mean over the batch (Crammer & Singer 2001).
+
+    Y holds integer labels ``(batch,)``. As Keras' ``CategoricalHinge`` and scikit-learn's ``hinge_loss``. Where several
+    scores are the largest, the gradient is that of the first.
+
+    delta: the margin, above 0.
+    ignore_label: as in :class:`SVM`.
+    """
+
+    takes_weights = True
+
+    def __init__(self, ignore_label: int | None = None, delta: float = 1.0) -> None:
+        OfMargins.__init__(self, ignore_label, delta)
+
+    def workspace(self, outputs: int) -> Mapping[str, Space]:
+        """The results, and the operation's scratch."""
+        return {**results_of(outputs), **Ops.crammer_singer.scratch(outputs)}
+
+    def run(self, z: Array, Y: Array, c: Context) -> None:
+        """L = Σ max(0, max_{j≠y} z_j - z_y + delta) / n."""
+        c.ops.crammer_singer(z, Y, c.gradient, c.work, c.weights, self.delta)
+
+    def each(self, z: Array, Y: Array) -> Array:
+        """See :class:`Loss`."""
+        kept, found = self.margins(z, Y)
+        return kept * found.max(axis=1)
+
+
+class OfSoftmax(OneOfMany):
+    """A loss of scores whose softmax are the probabilities of the classes."""
+
     def probabilities(self, z: Array) -> Array:
         """softmax(z)."""
         found = np.exp(z - z.max(axis=1, keepdims=True))
         found /= found.sum(axis=1, keepdims=True)
         return found
 
+
+class SoftmaxCrossEntropy(OfSoftmax):
+    """-Σ_j y_j log softmax(z)_j, mean over the batch.
+
+    Y holds integer labels ``(batch,)``, or a row of probabilities (one-hot, say) for each row of scores.
+
+    label_smoothing: from 0 up to 1; the targets, labels as one-hot rows, are then (1 - label_smoothing) y +
+        label_smoothing/classes, as in PyTorch's ``cross_entropy`` (Szegedy et al. 2016, section 7).
+    ignore_label: samples with this label count for nothing, neither in the mean nor in accuracy; any integer, None for
+        no label. Rows of probabilities have no label.
+    """
+
+    takes_weights = True
+
+    def __init__(self, ignore_label: int | None = None, label_smoothing: float = 0.0) -> None:
+        OneOfMany.__init__(self, ignore_label)
+        self.label_smoothing = checked_smoothing(label_smoothing)
+
+    def options(self) -> dict[str, Any]:
+        """See :class:`Loss`."""
+        found = OneOfMany.options(self)
+        return {**found, "label_smoothing": self.label_smoothing} if self.label_smoothing else found
+
+    def workspace(self, outputs: int) -> Mapping[str, Space]:
+        """The results, and the operation's scratch."""
+        return {**results_of(outputs), **Ops.softmax_cross_entropy.scratch(outputs)}
+
+    def check(self, Y: Array, rows: int, outputs: int) -> None:
+        """Y must be integers, one for each row, or real numbers, one for each score."""
+        if Y.ndim == 1:
+            check_labels(Y, rows, f"softmax_cross_entropy takes integer labels, or rows of {outputs} probabilities")
+        else:
+            check_targets(Y, rows, outputs, "; labels must be of shape (batch,)" if Y.shape == (rows, 1) else "")
+
+    def run(self, z: Array, Y: Array, c: Context) -> None:
+        """L = Σ log Σ_j exp(z_j) - z_y / n, dz = (softmax(z) Σ_j y_j - y) / n."""
+        c.ops.softmax_cross_entropy(z, Y, c.gradient, c.work, c.weights, self.label_smoothing)
+
     def each(self, z: Array, Y: Array) -> Array:
         """See :class:`Loss`."""
-        z = z - z.max(axis=1, keepdims=True)
-        logs = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+        logs, smoothing = log_softmax(z), self.label_smoothing
         if Y.ndim > 1:
-            return -(smoothed(Y, self.label_smoothing, z.shape[1], np.empty_like(z)) * logs).sum(axis=1)
+            targets = (1 - smoothing) * Y.astype(z.dtype) + smoothing / z.shape[1]
+            return -(targets * logs).sum(axis=1)
         kept, labels = kept_labels(Y, self.ignore_label)
         right = logs[np.arange(len(z)), labels]
-        return kept * -((1 - self.label_smoothing) * right + self.label_smoothing * logs.mean(axis=1))
+        return kept * -((1 - smoothing) * right + smoothing * logs.mean(axis=1))
+
+
+class KLDivergence(OfSoftmax):
+    """Σ_j y_j (log y_j - log softmax(z)_j), mean over the batch: the Kullback-Leibler divergence of softmax(z) from Y.
+
+    Y holds a distribution for each row of scores, ``(batch, classes)``, not its logarithm; a y of 0 adds nothing. As
+    ``torch.nn.KLDivLoss(reduction="batchmean")`` of ``log_softmax(scores)``, and Keras' ``KLDivergence`` of
+    ``softmax(scores)``. Its gradient is softmax cross-entropy's, of which it is less by the entropy of Y.
+    """
+
+    takes_weights = True
+
+    def __init__(self) -> None:
+        OneOfMany.__init__(self, None)
+
+    def workspace(self, outputs: int) -> Mapping[str, Space]:
+        """The results, and the operation's scratch."""
+        return {**results_of(outputs), **Ops.softmax_cross_entropy.scratch(outputs)}
+
+    def check(self, Y: Array, rows: int, outputs: int) -> None:
+        """Y must be real numbers, one for each score."""
+        hint = "; for labels use softmax_cross_entropy" if Y.ndim == 1 else ""
+        check_targets(Y, rows, outputs, hint)
+
+    def run(self, z: Array, Y: Array, c: Context) -> None:
+        """L = Σ_j y_j (log y_j - log softmax(z)_j) / n, dz = (softmax(z) Σ_j y_j - y) / n."""
+        c.ops.softmax_cross_entropy(z, Y, c.gradient, c.work, c.weights, 0.0, True)
+
+    def each(self, z: Array, Y: Array) -> Array:
+        """See :class:`Loss`."""
+        Y = Y.astype(z.dtype)
+        return (Y * (np.log(np.where(Y > 0, Y, z.dtype.type(1))) - log_softmax(z))).sum(axis=1)
+
+
+class SoftmaxFocal(OfSoftmax):
+    """-alpha_y (1 - p)^gamma log p, p = softmax(z)_y, mean over the batch: focal loss of several classes.
+
+    Cross-entropy in which easy samples hardly count (Lin et al. 2017, equation 5, with softmax in place of the
+    sigmoid), as Keras' ``CategoricalFocalCrossentropy``. Y holds integer labels ``(batch,)``; for targets of two
+    classes, one score each, there is :data:`focal`.
+
+    gamma: at least 0; with 0 it is softmax cross-entropy.
+    alpha: a number for every class, or one for all; not negative. None for 1. The mean is that of the samples, not over
+        the sum of alpha; class weights that the mean is divided by are ``Loader(class_weight=)``.
+    ignore_label: as in :class:`SoftmaxCrossEntropy`.
+    """
+
+    takes_weights = True
+
+    def __init__(
+        self, gamma: float = 2.0, alpha: float | Sequence[float] | Array | None = None, ignore_label: int | None = None
+    ) -> None:
+        OneOfMany.__init__(self, ignore_label)
+        self.gamma, self.alpha = check_real("gamma", gamma, 0), checked_alpha(alpha)
+        self._of_classes: dict[tuple[Backend, Any, int], Array] = {}
+
+    def options(self) -> dict[str, Any]:
+        """See :class:`Loss`."""
+        found = OneOfMany.options(self)
+        if self.gamma != 2:
+            found["gamma"] = self.gamma
+        return found if self.alpha is None else {**found, "alpha": self.alpha}
+
+    def workspace(self, outputs: int) -> Mapping[str, Space]:
+        """The results, and the operation's scratch."""
+        if isinstance(self.alpha, list) and len(self.alpha) != outputs:
+            raise ShapeError(f"alpha must have a number for each of {outputs} classes, got {len(self.alpha)}")
+        return {**results_of(outputs), **Ops.softmax_focal.scratch(outputs)}
+
+    def run(self, z: Array, Y: Array, c: Context) -> None:
+        """L = -Σ alpha_y (1 - p)^gamma log p / n."""
+        alpha = self._classes(c.backend, compute_dtype(z.dtype), z.shape[1])
+        c.ops.softmax_focal(z, Y, c.gradient, c.work, c.weights, self.gamma, alpha)
+
+    def _classes(self, backend: Backend, dtype: np.dtype[Any], classes: int) -> Array | None:
+        """alpha of each class on the device; kept for captured steps, which read it at every replay."""
+        if self.alpha is None:
+            return None
+        key = backend, dtype, classes
+        if key not in self._of_classes:
+            self._of_classes[key] = backend.asarray(np.broadcast_to(self.alpha, classes), dtype)
+        return self._of_classes[key]
+
+    def each(self, z: Array, Y: Array) -> Array:
+        """See :class:`Loss`."""
+        kept, labels = kept_labels(Y, self.ignore_label)
+        logs, rows = log_softmax(z), np.arange(len(z))
+        right = logs[rows, labels]
+        alpha = self._classes(backend_of(z), z.dtype, z.shape[1])
+        powers = (-np.expm1(right)) ** self.gamma if alpha is None else alpha[labels] * (-np.expm1(right)) ** self.gamma
+        return kept * powers * -right
+
+
+def checked_alpha(alpha: float | Sequence[float] | Array | None) -> float | list[float] | None:
+    """The argument ``alpha`` of :class:`SoftmaxFocal`."""
+    if alpha is None:
+        return None
+    if isinstance(alpha, (int, float, np.generic, str)):
+        return check_real("alpha", alpha, 0)
+    found = [float(number) for number in alpha]
+    check_weight_values(np.array(found), "alpha")
+    return found
+
+
+def log_softmax(z: Array) -> Array:
+    """log softmax(z), as a new array."""
+    z = z - z.max(axis=1, keepdims=True)
+    z -= np.log(np.exp(z).sum(axis=1, keepdims=True))
+    return z
 
 
 LOSSES: dict[str, Loss] = {
@@ -511,6 +621,9 @@ LOSSES: dict[str, Loss] = {
     "sigmoid_cross_entropy": SigmoidCrossEntropy(),
     "mse": over_scores(scores.mse.bind()),
     "svm": SVM(),
+    "crammer_singer": CrammerSinger(),
+    "kl_divergence": KLDivergence(),
+    "softmax_focal": SoftmaxFocal(),
     "mae": over_scores(scores.mae.bind()),
     "huber": over_scores(scores.huber.bind()),
     "log_cosh": over_scores(scores.log_cosh.bind()),
@@ -520,6 +633,9 @@ LOSSES: dict[str, Loss] = {
     "hinge": over_scores(scores.hinge.bind()),
     "squared_hinge": over_scores(scores.squared_hinge.bind()),
 }
+
+# Those that take integer labels.
+OF_LABELS = [name for name, loss in LOSSES.items() if isinstance(loss, OneOfMany) and name != "kl_divergence"]
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
@@ -735,6 +851,30 @@ svm = LossFunction(
     """Multiclass hinge loss and its gradient by the scores ``(batch, classes)``; Y integer labels ``(batch,)``.
 
     ``ignore_label`` and ``delta`` as in :class:`SVM`.
+    """,
+)
+crammer_singer = LossFunction(
+    "crammer_singer",
+    CrammerSinger,
+    """Multiclass hinge loss of the largest margin, and its gradient by the scores; Y integer labels ``(batch,)``.
+
+    ``ignore_label`` and ``delta`` as in :class:`CrammerSinger`.
+    """,
+)
+kl_divergence = LossFunction(
+    "kl_divergence",
+    KLDivergence,
+    """Kullback-Leibler divergence of softmax(scores) from Y, rows of probabilities, and its gradient by the scores.
+
+    See :class:`KLDivergence`.
+    """,
+)
+softmax_focal = LossFunction(
+    "softmax_focal",
+    SoftmaxFocal,
+    """Focal loss of several classes, and its gradient by the scores; Y integer labels ``(batch,)``.
+
+    ``gamma``, ``alpha`` and ``ignore_label`` as in :class:`SoftmaxFocal`.
     """,
 )
 sigmoid_cross_entropy = LossFunction(

@@ -24,7 +24,7 @@ from gpubatch.ops.host_compiler import place_of
 from gpubatch.ops.operation import COMPUTE, Space, Work, operation
 from gpubatch.ops.program import MOST_PROGRAMS, program_of
 
-__all__ = ["score_loss", "softmax_cross_entropy", "svm", "weigh"]
+__all__ = ["crammer_singer", "score_loss", "softmax_cross_entropy", "softmax_focal", "svm", "weigh"]
 
 WARP_CLASSES = 256  # up to which a warp has a row of scores for itself
 BLOCK_CLASSES = 4096  # from which a block of the most threads has it
@@ -86,78 +86,221 @@ def weigh_source(dtype: str, weight: str, label: str) -> str:
     },
     numpy_scratch=lambda outputs: dict.fromkeys(("sum", "log", "mass"), ((-1,), COMPUTE)),
 )
-def softmax_cross_entropy(z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None) -> None:
+def softmax_cross_entropy(
+    z: Array,
+    Y: Array,
+    gradient: bool,
+    work: Work,
+    weights: Array | None = None,
+    smoothing: float = 0.0,
+    relative: bool = False,
+) -> None:
     """-Σ_j y_j log softmax(z)_j.
 
     Y are labels ``(batch,)`` of any integer type, or numbers of the shape of z. A label that is out of range makes the
     loss NaN. NumPy needs ``work["offsets"]``, where each row of scores starts.
+
+    smoothing: each y counts as (1 - smoothing) y + smoothing / classes.
+    relative: add Σ_j y_j log y_j, so that it is the Kullback-Leibler divergence of softmax(z) from Y.
     """
     dz, row, sums, log, index = (work[name] for name in ("dz", "row", "sum", "log", "index"))
+    kept, spread = 1 - smoothing, smoothing / z.shape[1]
     if Y.ndim == 1 and not places_of(Y, z, work, weights):
         return
     z.max(axis=1, out=row)
     np.subtract(z, row[:, None], out=dz)
+    if smoothing:
+        dz.sum(axis=1, out=sums)
     if Y.ndim == 1:
         take(dz, index, row)
     else:
         np.multiply(dz, Y, out=work["t"]).sum(axis=1, out=row)
+    if smoothing:
+        row *= kept
+        sums *= spread
+        row += sums
+    if relative:
+        row -= entropies(Y, work["t"], sums)
     np.exp(dz, out=dz)
     dz.sum(axis=1, out=sums)
     np.log(sums, out=log)  # the largest exponential is 1, so the logarithm is finite
     if Y.ndim == 2:
-        log *= Y.sum(axis=1, dtype=z.dtype, out=work["mass"])
+        mass = Y.sum(axis=1, dtype=z.dtype, out=work["mass"])
+        if smoothing:
+            mass *= kept
+            mass += smoothing
+        log *= mass
     total(weighted(np.subtract(log, row, out=log), weights), work["loss"], 1 / len(z))
     if not gradient:
         return
     np.divide(1 / len(z), sums, out=row)
     if Y.ndim == 1:
         dz *= row[:, None]
+        if smoothing:
+            dz -= spread / len(z)
         take(dz, index, row)
-        row -= 1 / len(z)
+        row -= kept / len(z)
         dz.reshape(-1)[index] = row
     else:
         row *= work["mass"]
         dz *= row[:, None]
         t = work["t"]
         t[...] = Y  # into the scores' dtype before anything is rounded
+        if smoothing:
+            t *= kept
+            t += spread
         t *= 1 / len(z)
         dz -= t
     weighted(dz, weights)
     scale_gradient(work)
 
 
+def entropies(Y: Array, t: Array, out: Array) -> Array:
+    """Σ_j y_j log y_j of each row of numbers that are not negative, written to ``out`` by way of ``t``."""
+    t[...] = Y
+    np.copyto(t, 1, where=t == 0)  # 1 log 1 = 0
+    np.log(t, out=t)
+    t *= Y
+    return t.sum(axis=1, out=out)
+
+
 @softmax_cross_entropy.compiled
 def compiled_softmax_cross_entropy(
-    library: Any, z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None
+    library: Any,
+    z: Array,
+    Y: Array,
+    gradient: bool,
+    work: Work,
+    weights: Array | None = None,
+    smoothing: float = 0.0,
+    relative: bool = False,
 ) -> None:
     """A row after another."""
-    labels, rows = labels_or_rows(Y, work)
-    if not library.softmax_cross_entropy(z, labels, rows, work["dz"], work["row"], work["loss"], gradient, weights):
-        softmax_cross_entropy.numpy(z, Y, gradient, work, weights)
+    truth, results = labels_or_rows(Y, work), (work["dz"], work["row"], work["loss"])
+    targets = 1 - smoothing, smoothing / z.shape[1], relative
+    if not library.softmax_cross_entropy(z, *truth, *results, gradient, weights, *targets):
+        softmax_cross_entropy.numpy(z, Y, gradient, work, weights, smoothing, relative)
     elif gradient:
         scale_gradient(work)
 
 
 @softmax_cross_entropy.cuda
 def cuda_softmax_cross_entropy(
-    grid: Grid, z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None
+    grid: Grid,
+    z: Array,
+    Y: Array,
+    gradient: bool,
+    work: Work,
+    weights: Array | None = None,
+    smoothing: float = 0.0,
+    relative: bool = False,
 ) -> None:
     """One launch; a label out of range makes NaN of the loss and of its row of the gradient."""
-    launch_over_rows(grid, "softmax_cross_entropy", z, (*labels_or_rows(Y, work), weights), gradient, work)
+    targets = 1 - smoothing, smoothing / z.shape[1], int(relative)
+    launch_over_rows(grid, "softmax_cross_entropy", z, (*labels_or_rows(Y, work), weights, *targets), gradient, work)
 
 
 @operation(
     "work.dz",
     scratch=lambda outputs: {"row": ((-1,), COMPUTE), "index": ((-1,), np.int64), "parts": PARTIAL_SUMS},
+    numpy_scratch=lambda outputs: dict.fromkeys(("sum", "log", "mass", "power", "ratio"), ((-1,), COMPUTE)),
 )
-def svm(z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None) -> None:
-    """Σ_{j≠y} max(0, z_j - z_y + 1) for integer labels Y: dz_j = 1/n for a violated margin, dz_y = -(how many)/n."""
+def softmax_focal(
+    z: Array,
+    Y: Array,
+    gradient: bool,
+    work: Work,
+    weights: Array | None = None,
+    gamma: float = 2.0,
+    alpha: Array | None = None,
+) -> None:
+    """-alpha_y (1 - p)^gamma log p for integer labels Y, where p = softmax(z)_y; without ``alpha`` it is 1.
+
+    dz_j = alpha_y (1 - p)^gamma (1 - gamma p log p / (1 - p)) (softmax(z)_j - (1 if j = y else 0)).
+    """
+    dz, row, index, sums, lost, miss = (work[name] for name in ("dz", "row", "index", "sum", "log", "mass"))
+    power, ratio = work["power"], work["ratio"]
+    if not places_of(Y, z, work, weights):
+        return
+    z.max(axis=1, out=row)
+    np.subtract(z, row[:, None], out=dz)
+    take(dz, index, row)
+    np.exp(dz, out=dz)
+    dz.sum(axis=1, out=sums)
+    np.subtract(np.log(sums, out=lost), row, out=lost)  # -log p
+    dz.reshape(-1)[index] = 0
+    np.divide(dz.sum(axis=1, out=miss), sums, out=miss)  # 1 - p, without cancellation
+    np.power(miss, gamma, out=power)
+    if alpha is not None:
+        index -= work["offsets"]
+        take(alpha, index, ratio)
+        power *= ratio
+        index += work["offsets"]
+    total(weighted(np.multiply(power, lost, out=row), weights), work["loss"], 1 / len(z))
+    if gradient:
+        ratio.fill(1)
+        np.divide(lost, miss, out=ratio, where=miss != 0)  # (-log p) / (1 - p), which is 1 at p = 1
+        ratio *= np.subtract(1, miss, out=lost)
+        ratio *= gamma
+        ratio += 1
+        power *= ratio
+        power *= 1 / len(z)
+        dz *= np.divide(power, sums, out=sums)[:, None]
+        miss *= power
+        dz.reshape(-1)[index] = np.negative(miss, out=miss)
+        weighted(dz, weights)
+        scale_gradient(work)
+
+
+@softmax_focal.compiled
+def compiled_softmax_focal(
+    library: Any,
+    z: Array,
+    Y: Array,
+    gradient: bool,
+    work: Work,
+    weights: Array | None = None,
+    gamma: float = 2.0,
+    alpha: Array | None = None,
+) -> None:
+    """A row after another."""
+    labels, _ = labels_or_rows(Y, work)
+    results = work["dz"], work["row"], work["loss"]
+    if not library.softmax_focal(z, labels, *results, gradient, weights, gamma, alpha):
+        softmax_focal.numpy(z, Y, gradient, work, weights, gamma, alpha)
+    elif gradient:
+        scale_gradient(work)
+
+
+@softmax_focal.cuda
+def cuda_softmax_focal(
+    grid: Grid,
+    z: Array,
+    Y: Array,
+    gradient: bool,
+    work: Work,
+    weights: Array | None = None,
+    gamma: float = 2.0,
+    alpha: Array | None = None,
+) -> None:
+    """One launch; a label out of range makes NaN of the loss and of its row of the gradient."""
+    launch_over_rows(
+        grid, "softmax_focal", z, (labels_or_rows(Y, work)[0], weights, float(gamma), alpha), gradient, work
+    )
+
+
+def margin_scratch(outputs: int) -> dict[str, Space]:
+    """What a loss of margins needs of ``work``."""
+    return {"row": ((-1,), COMPUTE), "index": ((-1,), np.int64), "parts": PARTIAL_SUMS}
+
+
+@operation("work.dz", scratch=margin_scratch)
+def svm(z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None, delta: float = 1.0) -> None:
+    """Σ_{j≠y} max(0, z_j - z_y + delta), integer labels Y: dz_j = 1/n if a margin is violated, dz_y = -(how many)/n."""
     dz, row, index = work["dz"], work["row"], work["index"]
     if not places_of(Y, z, work, weights):
         return
-    take(z, index, row)
-    np.subtract(z, row[:, None], out=dz)
-    dz += 1
+    margins(z, index, delta, row, dz)
     np.maximum(dz, 0, out=dz)
     dz.reshape(-1)[index] = 0
     total(dz if weights is None else weighted(dz.sum(axis=1, out=row), weights), work["loss"], 1 / len(z))
@@ -171,25 +314,95 @@ def svm(z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = 
 
 
 @svm.compiled
-def compiled_svm(library: Any, z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None) -> None:
+def compiled_svm(
+    library: Any,
+    z: Array,
+    Y: Array,
+    gradient: bool,
+    work: Work,
+    weights: Array | None = None,
+    delta: float = 1.0,
+) -> None:
     """A row after another."""
     labels, _ = labels_or_rows(Y, work)
-    if not library.svm(z, labels, work["dz"], work["row"], work["loss"], gradient, weights):
-        svm.numpy(z, Y, gradient, work, weights)
+    if not library.svm(z, labels, work["dz"], work["row"], work["loss"], gradient, weights, delta, False):
+        svm.numpy(z, Y, gradient, work, weights, delta)
     elif gradient:
         scale_gradient(work)
 
 
 @svm.cuda
-def cuda_svm(grid: Grid, z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None) -> None:
+def cuda_svm(
+    grid: Grid, z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None, delta: float = 1.0
+) -> None:
     """One launch; a label out of range makes NaN of the loss and of its row of the gradient."""
-    launch_over_rows(grid, "svm", z, (labels_or_rows(Y, work)[0], weights), gradient, work)
+    launch_over_rows(grid, "svm", z, (labels_or_rows(Y, work)[0], weights, float(delta)), gradient, work)
+
+
+@operation("work.dz", scratch=margin_scratch, numpy_scratch=lambda outputs: {"highest": ((-1,), np.int64)})
+def crammer_singer(
+    z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None, delta: float = 1.0
+) -> None:
+    """max(0, max_{j≠y} z_j - z_y + delta), integer labels Y: dz_j = 1/n for the first j of the maximum, dz_y = -1/n."""
+    dz, row, index, highest = (work[name] for name in ("dz", "row", "index", "highest"))
+    if not places_of(Y, z, work, weights):
+        return
+    margins(z, index, delta, row, dz)
+    dz.reshape(-1)[index] = -math.inf
+    dz.argmax(axis=1, out=highest)
+    highest += work["offsets"]
+    take(dz, highest, row)
+    total(weighted(np.maximum(row, 0, out=row), weights), work["loss"], 1 / len(z))
+    if gradient:
+        np.sign(row, out=row)
+        row *= 1 / len(z)
+        dz.fill(0)
+        dz.reshape(-1)[highest] = row
+        dz.reshape(-1)[index] = np.negative(row, out=row)
+        weighted(dz, weights)
+        scale_gradient(work)
+
+
+@crammer_singer.compiled
+def compiled_crammer_singer(
+    library: Any,
+    z: Array,
+    Y: Array,
+    gradient: bool,
+    work: Work,
+    weights: Array | None = None,
+    delta: float = 1.0,
+) -> None:
+    """A row after another."""
+    labels, _ = labels_or_rows(Y, work)
+    if not library.svm(z, labels, work["dz"], work["row"], work["loss"], gradient, weights, delta, True):
+        crammer_singer.numpy(z, Y, gradient, work, weights, delta)
+    elif gradient:
+        scale_gradient(work)
+
+
+@crammer_singer.cuda
+def cuda_crammer_singer(
+    grid: Grid, z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None, delta: float = 1.0
+) -> None:
+    """One launch; a label out of range makes NaN of the loss and of its row of the gradient."""
+    launch_over_rows(grid, "crammer_singer", z, (labels_or_rows(Y, work)[0], weights, float(delta)), gradient, work)
+
+
+def margins(z: Array, index: Array, delta: float, row: Array, out: Array) -> None:
+    """out = z_j - z_y + delta, where z_y are the scores at ``index``; ``row`` is scratch."""
+    take(z, index, row)
+    np.subtract(z, row[:, None], out=out)
+    out += delta
 
 
 def launch_over_rows(
-    grid: Grid, name: str, z: Array, truth: tuple[Array | None, ...], gradient: bool, work: Work
+    grid: Grid, name: str, z: Array, truth: tuple[Array | float | None, ...], gradient: bool, work: Work
 ) -> None:
-    """A kernel of loss.cu, with a warp for a row of few scores and otherwise a block; ``truth`` ends with weights."""
+    """A kernel of loss.cu, with a warp for a row of few scores and otherwise a block.
+
+    ``truth``: labels or targets, weights, and the parameters of the loss.
+    """
     rows, classes = z.shape
     threads = THREADS if classes < BLOCK_CLASSES else SUM_THREADS
     team = WARP if classes <= WARP_CLASSES else threads

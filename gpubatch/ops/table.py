@@ -30,7 +30,9 @@ class Ops:
     activation_gradient = elementwise.activation_gradient
     weigh = losses.weigh
     softmax_cross_entropy = losses.softmax_cross_entropy
+    softmax_focal = losses.softmax_focal
     svm = losses.svm
+    crammer_singer = losses.crammer_singer
     score_loss = losses.score_loss
     normalise = normalisation.normalise
     batch_norm = normalisation.batch_norm
