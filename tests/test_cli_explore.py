@@ -177,7 +177,7 @@ ERRORS = {
     "scale": (["sweep", "strategy", "--scale", "0"], "error: scale must be finite and in"),
     "loss": (
         ["sweep", "optimizer", "--loss", "mse"],
-        "error: --loss must be one of softmax_cross_entropy, svm here, got 'mse'",
+        "error: --loss must be one of softmax_cross_entropy, svm, crammer_singer, softmax_focal here, got 'mse'",
     ),
     "optimizer": (["sweep", "optimizer", "--optimizer", "adam"], "error: --optimizer is for sweep step-size and batch"),
     "plot": (["sweep", "optimizer", "--plot", "a.gif"], "error: the plot file must end in .png"),
