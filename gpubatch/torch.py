@@ -87,6 +87,7 @@ class Optimizer(torch.optim.Optimizer):
     _variants: list[Variant | None]
     _lanes: list[Lane]
     _engines: dict[Any, Engine]
+    _repeat: Repeat | None
 
     def __init__(self, params: Any, rule: Rule, **hyper: Any) -> None:
         if not isinstance(rule, Rule):
@@ -110,7 +111,6 @@ class Optimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update in place all parameters that have a gradient.
 
@@ -125,9 +125,17 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch._disable_dynamo  # what a compiled function calls: NumPy's views of tensors cannot be traced
     def _update(self) -> None:
+        decayed = any(group["weight_decay"] != 0 for group in self.param_groups)
+        if self._repeat is not None and self._repeat.step(self, decayed):
+            return
+        with torch.no_grad():
+            self._look_and_update(decayed)
+
+    def _look_and_update(self, decayed: bool) -> None:
+        """A step that looks at each tensor."""
+        self._repeat = None
         if not self._is_known():
             self._look()
-        decayed = any(group["weight_decay"] != 0 for group in self.param_groups)
         cohorts = [p for lane in self._lanes for p in lane.cohorts(self._variant(lane.number, decayed), self.state)]
         if any(cohort.new for cohort in cohorts):
             self._check_apart()
@@ -139,6 +147,8 @@ class Optimizer(torch.optim.Optimizer):
             if key not in self._engines:
                 self._engines[key] = Engine(together[0].lane)
             self._engines[key].update(together)
+        if len(calls) == 1 and self._engines[key].repeats:
+            self._repeat = Repeat.of(self._engines[key], cohorts, self.param_groups, self._owned()[1])
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over copies of what ``state_dict`` gave, checked whole before anything changes."""
@@ -162,15 +172,16 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name in self._arguments:
                 group.setdefault(name, self.defaults[name])
-        self._known, self._engines = None, {}
+        self._known, self._engines, self._repeat = None, {}, None
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _owned(self) -> tuple[list[int], list[Any]]:
         """What lanes depend on: the addresses of the parameters, and the objects in groups and state."""
         params = [p for group in self.param_groups for p in group["params"]]
-        state = self.state.values()
-        objects = [*params, *state, *itertools.chain.from_iterable(map(dict.values, state))]
+        objects = [*params]
+        for p, state in self.state.items():
+            objects += [p, state, *state.values()]
         return list(map(torch.Tensor.data_ptr, params)), objects
 
     def _is_known(self) -> bool:
@@ -247,7 +258,7 @@ def start(self: Optimizer, params: Any, init: Callable[..., None], arguments: di
     """Initialise an optimizer whose rule and hyper-parameters are those of ``init``."""
     arguments = {**COMMON, **arguments}
     self._init, self._arguments = init, tuple(arguments)
-    self._known, self._engines = None, {}
+    self._known, self._engines, self._repeat = None, {}, None
     torch.optim.Optimizer.__init__(self, params, arguments)
 
 
@@ -518,10 +529,12 @@ class Engine:
         self.trace, self.scope = variant.trace, lane.scope
         self.call = update_for(variant.trace, lane.dtype, lane.backend, lane.master)
         self.at_once = getattr(self.call, "at_once", None)
+        self.compiled = getattr(self.call, "compiled", None)
         sign = np.array([-1, 0], compute_dtype(lane.dtype))
         self.control = lane.backend.asarray(sign) if variant.uphill else None
         self.bound: list[BoundTensor] = []  # what was updated last, and its arrays
         self.columns: list[list[Array]] = []
+        self.repeats = False  # whether the last update was as the one before, and nothing but one call to the library
 
     def update(self, cohorts: list[Cohort]) -> None:
         """Update the parameters in one call, and count the step."""
@@ -537,7 +550,9 @@ class Engine:
         for p, copy in copies:
             copy.copy_(p)
         with self.scope():
-            if not self._at_once(bound, grads, rows, row_of):
+            before = self.bound
+            done = self._at_once(bound, grads, rows, row_of)
+            if not done:
                 arrays = [(x.w, x.gradient(g), *x.state) for x, g in zip(bound, grads, strict=True)]
                 self.call(arrays, rows, self.control, row_of)
         for p, copy in copies:
@@ -546,6 +561,7 @@ class Engine:
         torch.autograd.graph.increment_version(params)
         for c in cohorts:
             c.lane.counts[c.where] += 1
+        self.repeats = done and not copies and self.bound is before
 
     def _at_once(self, bound: list[BoundTensor], grads: list[Tensor], rows: Any, row_of: list[int] | None) -> bool:
         """Update without a look at each gradient; False, with nothing changed, if one is unsuitable."""
@@ -559,6 +575,61 @@ class Engine:
             self.columns = [list(column) for column in zip(*((x.w, *x.state) for x in bound), strict=True)]
         w, *state = self.columns
         return bool(self.at_once(list(zip(w, views, *state, strict=True)), rows, self.control, row_of))
+
+
+class Repeat:
+    """Steps on the CPU that are like the last one: one call checks the tensors, whose objects are known, and updates.
+
+    With many small tensors a look at each of them in Python takes longer than their update.
+
+    objects: those of :meth:`Optimizer._owned`.
+    tensors: where they are.
+    """
+
+    def __init__(self, engine: Engine, cohorts: list[Cohort], objects: list[Any], tensors: Any) -> None:
+        self.engine, self.objects, self.tensors = engine, objects, tensors
+        self.lanes = list({id(c.lane): c.lane for c in cohorts}.values())
+        # Of each row of scalars the lane, and the place of a parameter in it.
+        self.rows = [(c.lane, 0 if isinstance(c.where, slice) else c.where[0]) for c in cohorts]
+        self.scale = 1.0 if engine.control is None else float(engine.control[0])
+        self.params = [p for c in cohorts for p in c.params]
+
+    @classmethod
+    def of(
+        cls, engine: Engine, cohorts: list[Cohort], groups: list[dict[str, Any]], objects: list[Any]
+    ) -> Repeat | None:
+        """Steps like the one that updated ``cohorts`` in one call; None where they need a look."""
+        library = host_library()
+        if EXCHANGE is None or engine.compiled is None or isinstance(library, str):
+            return None
+        found: dict[int, tuple[tuple[Array, ...], int, int]] = {}
+        for row, c in enumerate(cohorts):
+            (first, _), size = c.lane.counts.__array_interface__["data"], c.lane.counts.itemsize
+            places = range(len(c.params)) if isinstance(c.where, slice) else c.where
+            for i, p, x in zip(places, c.params, c.bound, strict=True):
+                found[id(p)] = (x.w, *x.state), first + i * size, row
+        params = [p for group in groups for p in group["params"]]
+        arrays, counts, row_of = zip(*(found.get(id(p), (None, 0, 0)) for p in params), strict=True)
+        given = params, list(arrays), list(counts), list(row_of)
+        tensors = library.Tensors(engine.compiled, EXCHANGE, torch.Tensor.is_neg, *given)
+        return cls(engine, cohorts, objects, tensors) if tensors.usable else None
+
+    def step(self, opt: Optimizer, decayed: bool) -> bool:
+        """Update, and count the step; False, with nothing changed, if anything is not as it was."""
+        for lane in self.lanes:
+            if (variant := opt._variant(lane.number, decayed)) is not lane.variant:
+                key = lane.key
+                lane._bind(variant)
+                if lane.key != key:
+                    return False
+        counts = [lane.counts.item(i) for lane, i in self.rows]
+        hypers = [lane.variant.hyper for lane, _ in self.rows]  # type: ignore[union-attr]
+        rows = [self.engine.trace.evaluate(n + 1, **hyper) for n, hyper in zip(counts, hypers, strict=True)]
+        lists = [group["params"] for group in opt.param_groups]
+        if not self.tensors.step(self.objects, lists, opt.state, counts, rows, self.scale):
+            return False
+        torch.autograd.graph.increment_version(self.params)
+        return True
 
 
 # --- the library's rules ---------------------------------------------------------------------------------------------

@@ -234,6 +234,9 @@ static ScoreLoss<T> score_loss_at(Int place) {
 
 typedef std::vector<std::vector<std::string>> Names;
 
+// Whether two arrays of so many bytes share memory.
+static bool overlap(Int x, Int y, Int bytes) { return x < y + bytes && y < x + bytes; }
+
 // A reduction of the array of `size` elements from the totals of its pieces, as gpubatch/formula/reductions.py has it.
 static double combined(const std::string& reduction, double x, double y) {
     if (reduction == "max_abs") return x > y || x != x ? x : y;
@@ -245,13 +248,26 @@ static double finished(const std::string& reduction, double total, Int size) {
     return reduction == "mean" ? total / (double)std::max<Int>(size, 1) : total;
 }
 
+// The rows of a formula's table, and what distinguishes them.
+struct Pieces {
+    std::vector<Int> rows;                 // of each piece its address in each array, then its size
+    std::vector<Int> sizes, scalar_rows;   // of each tuple of arrays its size, and its row of scalars
+    std::vector<Int> owners;               // of each piece the number of its tuple, if pieces are apart
+    Int elements = 0;
+
+    void clear() {
+        for (auto* numbers : {&rows, &sizes, &scalar_rows, &owners}) numbers->clear();
+        elements = 0;
+    }
+};
+
 // An update rule for arrays of one element type. Every step checks the arrays again, in case one has moved or changed
 // shape; that takes nanoseconds.
 class Update {
   public:
     // reductions: the names of those of each pass but the last.
     Update(Int place, const std::string& dtype, int arrays, const Names& reductions)
-        : place(place), arrays(arrays), single(dtype == "float32"), reductions(reductions) {
+        : arrays(arrays), single(dtype == "float32"), place(place), reductions(reductions) {
         if (place < 0) throw nb::value_error("place must be that of a rule, got -1");
     }
 
@@ -262,19 +278,41 @@ class Update {
         return single ? run_as<float>(tuples, scalars, row_of, scale) : run_as<double>(tuples, scalars, row_of, scale);
     }
 
+    // Add the pieces of a tuple of arrays at these addresses. Pieces are all alike, unless several rows of scalars or
+    // reductions set them apart.
+    void add(Pieces& pieces, const Int* address, Int size, Int scalar_row, bool apart) const {
+        for (Int start = 0; start < size; start += PIECE) {
+            for (int i = 0; i < arrays; ++i) pieces.rows.push_back(address[i] + start * item());
+            pieces.rows.push_back(std::min(PIECE, size - start));
+            if (apart) pieces.owners.push_back((Int)pieces.sizes.size());
+        }
+        pieces.scalar_rows.push_back(scalar_row);
+        pieces.sizes.push_back(size);
+        pieces.elements += size;
+    }
+
+    // Update the arrays of these pieces.
+    bool update(const Pieces& pieces, nb::list scalars, double scale, bool apart) const {
+        return single ? update_as<float>(pieces, scalars, scale, apart)
+                      : update_as<double>(pieces, scalars, scale, apart);
+    }
+
+    Int item() const { return single ? sizeof(float) : sizeof(double); }
+    bool reduces() const { return !reductions.empty(); }
+
+    static constexpr Int PIECE = 1 << 13;  // elements of each array in one row of the table
+    static constexpr int MOST_ARRAYS = 16;
+    const int arrays;
+    const bool single;
+
   private:
     template <class T>
     bool run_as(nb::list tuples, nb::list scalars, Any row_of, double scale) {
-        const Int width = arrays + 1;
-        Int elements = 0;
-        std::vector<Int> rows = std::move(memory);  // a concurrent caller then allocates its own
-        rows.clear();
-        // Of each tuple its row of scalars and its size, and of each piece the number of its tuple; all pieces are as
-        // those of the first one if neither scalars nor reductions distinguish them.
-        const bool apart = !row_of.is_none() || !reductions.empty();
-        std::vector<Int> scalar_rows, sizes, owners;
+        const bool apart = !row_of.is_none() || reduces();
+        Pieces pieces = std::move(memory);  // a concurrent caller then allocates its own
+        pieces.clear();
         for (nb::handle group : tuples) {
-            const Int number = (Int)sizes.size(), owner = row_of.is_none() ? 0 : nb::cast<Int>(row_of[number]);
+            const Int owner = row_of.is_none() ? 0 : nb::cast<Int>(row_of[pieces.sizes.size()]);
             if (owner < 0 || owner >= (Int)nb::len(scalars)) throw nb::index_error("row_of must name rows of scalars");
             if (!PyTuple_Check(group.ptr()) || PyTuple_GET_SIZE(group.ptr()) != arrays) return false;
             if (arrays > MOST_ARRAYS) return false;
@@ -290,72 +328,65 @@ class Update {
                 address[i] = reinterpret_cast<Int>(PyArray_DATA(a));
             }
             // A gradient that overlaps its parameter must be copied first, which NumPy's form does.
-            const Int bytes = size * (Int)sizeof(T);
-            if (address[1] < address[0] + bytes && address[0] < address[1] + bytes) return false;
-            for (Int start = 0; start < size; start += PIECE) {
-                for (int i = 0; i < arrays; ++i) rows.push_back(address[i] + start * (Int)sizeof(T));
-                rows.push_back(std::min(PIECE, size - start));
-                if (apart) owners.push_back(number);
-            }
-            scalar_rows.push_back(owner);
-            sizes.push_back(size);
-            elements += size;
+            if (overlap(address[0], address[1], size * item())) return false;
+            add(pieces, address, size, owner, apart);
         }
+        if (!update_as<T>(pieces, scalars, scale, apart)) return false;
+        memory = std::move(pieces);
+        return true;
+    }
+
+    template <class T>
+    bool update_as(const Pieces& pieces, nb::list scalars, double scale, bool apart) const {
         std::vector<T> k;
         for (nb::handle row : scalars) {
             for (nb::handle scalar : nb::cast<nb::tuple>(row)) k.push_back(nb::cast<T>(scalar));
             k.push_back((T)scale);
         }
-        const Int stride = (Int)(k.size() / nb::len(scalars)), pieces = (Int)rows.size() / width;
+        const Int stride = (Int)(k.size() / nb::len(scalars)), rows = (Int)pieces.rows.size() / (arrays + 1);
         const Formula<T> formula = formula_at<T>(place);
         if (!formula.run) return false;
-        const int workers = (int)std::min<Int>(most_threads, elements / WORTH);
+        const int workers = (int)std::min<Int>(most_threads, pieces.elements / WORTH);
         Int count = 0, most = 0;  // of reductions, in all and in a pass
         for (const auto& names : reductions) {
             count += (Int)names.size();
             most = std::max(most, (Int)names.size());
         }
-        std::vector<T> values(sizes.size() * count);
-        std::vector<double> totals(pieces * most);
+        std::vector<T> values(pieces.sizes.size() * count);
+        std::vector<double> totals(rows * most);
+        const std::vector<Int>& owners = pieces.owners;
         Int pass = 0, known = 0;
         const auto update = [&](Int first, Int last) {  // pieces of one tuple, or of any if they are alike
             const Int tuple = apart ? owners[first] : 0;
-            formula.run(rows.data(), k.data() + scalar_rows[tuple] * stride, values.data() + tuple * count,
-                        totals.data(), pass, first, last);
+            formula.run(pieces.rows.data(), k.data() + pieces.scalar_rows[tuple] * stride,
+                        values.data() + tuple * count, totals.data(), pass, first, last);
         };
-        {
-            nb::gil_scoped_release unlocked;
-            for (; pass <= (Int)reductions.size(); ++pass) {
-                if (workers > 1)
-                    pool().run(pieces, workers, [&](Int i) { update(i, i + 1); });
-                else
-                    for (Int first = 0, last = 0; first < pieces; first = last) {
-                        for (last = first + 1; last < pieces && (!apart || owners[last] == owners[first]);) ++last;
-                        update(first, last);
-                    }
-                if (pass == (Int)reductions.size()) break;
-                const auto& names = reductions[pass];
-                for (Int j = 0; j < (Int)names.size(); ++j, ++known)
-                    for (Int piece = 0; piece < pieces;) {
-                        const Int tuple = owners[piece];
-                        double total = 0;
-                        for (; piece < pieces && owners[piece] == tuple; ++piece)
-                            total = combined(names[j], totals[piece * (Int)names.size() + j], total);
-                        values[tuple * count + known] = (T)finished(names[j], total, sizes[tuple]);
-                    }
-            }
+        nb::gil_scoped_release unlocked;
+        for (; pass <= (Int)reductions.size(); ++pass) {
+            if (workers > 1)
+                pool().run(rows, workers, [&](Int i) { update(i, i + 1); });
+            else
+                for (Int first = 0, last = 0; first < rows; first = last) {
+                    for (last = first + 1; last < rows && (!apart || owners[last] == owners[first]);) ++last;
+                    update(first, last);
+                }
+            if (pass == (Int)reductions.size()) break;
+            const auto& names = reductions[pass];
+            for (Int j = 0; j < (Int)names.size(); ++j, ++known)
+                for (Int piece = 0; piece < rows;) {
+                    const Int tuple = owners[piece];
+                    double total = 0;
+                    for (; piece < rows && owners[piece] == tuple; ++piece)
+                        total = combined(names[j], totals[piece * (Int)names.size() + j], total);
+                    values[tuple * count + known] = (T)finished(names[j], total, pieces.sizes[tuple]);
+                }
         }
-        memory = std::move(rows);
         return true;
     }
 
-    static constexpr Int PIECE = 1 << 13;  // elements of each array in one row of the table
-    static constexpr int MOST_ARRAYS = 16;
     Int place;
-    int arrays;
-    bool single;
     Names reductions;
-    std::vector<Int> memory;  // the table's, reused from step to step
+    Pieces memory;  // reused from step to step
 };
 
 // --- matrix products ---
@@ -879,23 +910,34 @@ struct DLPackExchangeAPI {
     int (*tensor_from_object)(void* object, DLTensor* out);
 };
 
-// NumPy's views of float32 or float64 tensors in main memory, by the C functions that a library's tensors have as
-// __dlpack_c_exchange_api__; None if one of them is something else. This takes a sixth of the time of a method's call
-// for each tensor.
-static nb::object tensor_views(nb::handle capsule, nb::list tensors) {
+// The C functions of a library's tensors, which have them as __dlpack_c_exchange_api__; null if they are another version's.
+static const DLPackExchangeAPI* exchange_api(nb::handle capsule) {
     const void* pointer = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
     if (!pointer) throw nb::python_error();
     const auto* api = static_cast<const DLPackExchangeAPI*>(pointer);
-    if (api->major != 1) return nb::none();
+    return api->major == 1 ? api : nullptr;
+}
+
+// A dense float32 or float64 tensor in main memory; false if it is something else.
+static bool describe(const DLPackExchangeAPI* api, nb::handle tensor, DLTensor& t) {
+    if (api->tensor_from_object(tensor.ptr(), &t)) {
+        PyErr_Clear();
+        return false;
+    }
+    return t.device_type == 1 && t.code == 2 && t.lanes == 1 && t.ndim <= NPY_MAXDIMS && (t.bits == 32 || t.bits == 64);
+}
+
+static char* address_of(const DLTensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
+
+// NumPy's views of float32 or float64 tensors in main memory, by DLPack's C functions; None if one of them is something
+// else. This takes a sixth of the time of a method's call for each tensor.
+static nb::object tensor_views(nb::handle capsule, nb::list tensors) {
+    const DLPackExchangeAPI* api = exchange_api(capsule);
+    if (!api) return nb::none();
     nb::list views;
     for (nb::handle tensor : tensors) {
         DLTensor t;
-        if (api->tensor_from_object(tensor.ptr(), &t)) {
-            PyErr_Clear();
-            return nb::none();
-        }
-        const bool is_number = t.device_type == 1 && t.code == 2 && t.lanes == 1 && t.ndim <= NPY_MAXDIMS;
-        if (!is_number || (t.bits != 32 && t.bits != 64)) return nb::none();
+        if (!describe(api, tensor, t)) return nb::none();
         npy_intp shape[NPY_MAXDIMS], strides[NPY_MAXDIMS];
         npy_intp contiguous = t.bits / 8;
         for (int i = t.ndim - 1; i >= 0; --i) {
@@ -904,8 +946,7 @@ static nb::object tensor_views(nb::handle capsule, nb::list tensors) {
             contiguous *= t.shape[i];
         }
         nb::object view = nb::steal(PyArray_New(&PyArray_Type, t.ndim, shape, t.bits == 32 ? NPY_FLOAT : NPY_DOUBLE,
-                                                strides, static_cast<char*>(t.data) + t.byte_offset, 0,
-                                                NPY_ARRAY_WRITEABLE, nullptr));
+                                                strides, address_of(t), 0, NPY_ARRAY_WRITEABLE, nullptr));
         if (!view.is_valid()) throw nb::python_error();
         Py_INCREF(tensor.ptr());  // the view keeps the tensor
         if (PyArray_SetBaseObject(reinterpret_cast<PyArrayObject*>(view.ptr()), tensor.ptr()) < 0)
@@ -914,6 +955,132 @@ static nb::object tensor_views(nb::handle capsule, nb::list tensors) {
     }
     return views;
 }
+
+// The parameters of an optimizer for another library's tensors, and where they, their state and their counts are. Each
+// step compares all of it with what there is, and takes the addresses of the gradients. The objects are the caller's:
+// here are no references to them, which Python's garbage collector would not see.
+class Tensors {
+  public:
+    // update: the rule. exchange: as for tensor_views. is_negated: whether a gradient has its sign in a bit that DLPack
+    // does not show. params: contiguous tensors. arrays: for each (w, state ...), or None if it has no gradient. counts:
+    // for each the address of its count of steps. row_of: for each its row of scalars.
+    Tensors(nb::object update, nb::handle exchange, nb::object is_negated, nb::list params, nb::list arrays,
+            const std::vector<std::uintptr_t>& counts, const std::vector<Int>& row_of)
+        : owner(update), rule(nb::cast<const Update&>(update)), api(exchange_api(exchange)), is_negated(is_negated),
+          apart(rule.reduces() || std::any_of(row_of.begin(), row_of.end(), [](Int row) { return row > 0; })) {
+        usable = api != nullptr;
+        for (std::size_t i = 0; usable && i < nb::len(params); ++i) {
+            DLTensor t;
+            usable = describe(api, params[i], t);
+            if (!usable) break;
+            known.push_back({address_of(t), std::vector<Int>(t.shape, t.shape + t.ndim), 1, arrays[i].is_none(),
+                             (Int)(pieces.rows.size() / (rule.arrays + 1)), reinterpret_cast<Int*>(counts.at(i)),
+                             row_of.at(i)});
+            Known& one = known.back();
+            for (Int n : one.shape) one.size *= n;
+            if (one.idle) continue;
+            const nb::tuple tuple = nb::cast<nb::tuple>(arrays[i]);
+            Int address[Update::MOST_ARRAYS] = {};
+            for (int j = 0; j < rule.arrays; ++j)
+                if (j != 1) address[j] = reinterpret_cast<Int>(data<char>(tuple[j ? j - 1 : 0]));
+            usable = is_like(t, one) && (one.size == 0 || address[0] == reinterpret_cast<Int>(one.at));
+            rule.add(pieces, address, one.size, one.row, apart);
+        }
+    }
+
+    // Update the parameters, and count the step. objects: the parameters, then of the state its keys, its values, and
+    // what is in these. lists: those of the parameters. steps: for each row of scalars the count before. Returns False,
+    // with nothing changed, if anything is not as it was, or a gradient is unsuitable.
+    bool step(nb::list objects, nb::list lists, nb::handle state, const std::vector<Int>& steps, nb::list scalars,
+              double scale) {
+        if (!usable || busy || !same(objects, lists, state)) return false;
+        std::vector<nb::object> gradients;  // references, until the update is done
+        gradients.reserve(known.size());
+        for (std::size_t i = 0; i < known.size(); ++i)
+            if (!take(PyList_GET_ITEM(objects.ptr(), i), known[i], steps, gradients)) return false;
+        struct Busy {
+            bool& flag;
+            Busy(bool& flag) : flag(flag) { flag = true; }
+            ~Busy() { flag = false; }
+        } during(busy);
+        if (!rule.update(pieces, scalars, scale, apart)) return false;
+        for (const Known& one : known)
+            if (!one.idle) ++*one.count;
+        return true;
+    }
+
+    bool usable;
+
+  private:
+    struct Known {
+        const char* at;
+        std::vector<Int> shape;
+        Int size;
+        bool idle;  // whether it has no gradient
+        Int piece;  // the first of its pieces
+        Int* count;
+        Int row;
+    };
+
+    bool is_like(const DLTensor& t, const Known& one) const {
+        if (t.bits / 8 != rule.item() || t.ndim != (int)one.shape.size()) return false;
+        Int contiguous = 1;
+        for (int i = t.ndim - 1; i >= 0; --i) {
+            if (t.shape[i] != one.shape[i]) return false;
+            if (t.strides && t.shape[i] != 1 && t.strides[i] != contiguous && one.size) return false;
+            contiguous *= t.shape[i];
+        }
+        return true;
+    }
+
+    static bool same(nb::list objects, nb::list lists, nb::handle state) {
+        if (!PyDict_Check(state.ptr())) return false;
+        const Py_ssize_t size = PyList_GET_SIZE(objects.ptr());
+        Py_ssize_t i = 0;
+        const auto next_is = [&](PyObject* object) { return i < size && PyList_GET_ITEM(objects.ptr(), i++) == object; };
+        for (nb::handle list : lists) {
+            if (!PyList_Check(list.ptr())) return false;
+            for (Py_ssize_t j = 0; j < PyList_GET_SIZE(list.ptr()); ++j)
+                if (!next_is(PyList_GET_ITEM(list.ptr(), j))) return false;
+        }
+        PyObject *key, *value, *name, *item;
+        for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &value);) {
+            if (!next_is(key) || !next_is(value) || !PyDict_Check(value)) return false;
+            for (Py_ssize_t inner = 0; PyDict_Next(value, &inner, &name, &item);)
+                if (!next_is(item)) return false;
+        }
+        return i == size;
+    }
+
+    // Check a parameter, and take the address of its gradient.
+    bool take(nb::handle param, const Known& one, const std::vector<Int>& steps, std::vector<nb::object>& gradients) {
+        DLTensor t;
+        if (!describe(api, param, t) || address_of(t) != one.at) return false;
+        nb::object g = nb::steal(PyObject_GetAttr(param.ptr(), name.ptr()));
+        if (!g.is_valid()) throw nb::python_error();
+        if (one.idle || g.is_none()) return one.idle && g.is_none();
+        if (!is_like(t, one) || *one.count != steps.at(one.row) || !describe(api, g, t) || !is_like(t, one)) return false;
+        const Int from = reinterpret_cast<Int>(address_of(t));
+        if (overlap(reinterpret_cast<Int>(one.at), from, one.size * rule.item())) return false;
+        PyObject* argument = g.ptr();
+        nb::object negated = nb::steal(PyObject_Vectorcall(is_negated.ptr(), &argument, 1, nullptr));
+        if (!negated.is_valid()) throw nb::python_error();
+        if (negated.ptr() != Py_False) return false;
+        for (Int start = 0, piece = one.piece; start < one.size; start += Update::PIECE, ++piece)
+            pieces.rows[piece * (rule.arrays + 1) + 1] = from + start * rule.item();
+        gradients.push_back(std::move(g));
+        return true;
+    }
+
+    nb::object owner;
+    const Update& rule;
+    const DLPackExchangeAPI* api;
+    nb::object is_negated;
+    nb::object name = nb::steal(PyUnicode_InternFromString("grad"));
+    bool apart, busy = false;
+    std::vector<Known> known;
+    Pieces pieces;
+};
 
 // --- the module ---
 
@@ -932,6 +1099,11 @@ NB_MODULE(_host, m) {
     nb::class_<Update>(m, "Update")
         .def(nb::init<Int, const std::string&, int, const Names&>())
         .def("run", &Update::run, nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
+    nb::class_<Tensors>(m, "Tensors")
+        .def(nb::init<nb::object, nb::handle, nb::object, nb::list, nb::list, const std::vector<std::uintptr_t>&,
+                      const std::vector<Int>&>())
+        .def_ro("usable", &Tensors::usable)
+        .def("step", &Tensors::step);
     m.def("use_blas", use_blas, "Set the addresses of OpenBLAS's functions, and whether its integers have 64 bits.");
     m.def("multiply", multiply, "Write the product of two matrices to a third one.");
     nb::class_<Crew>(m, "Crew").def(nb::init<>()).def("size", &Crew::size).def("report", &Crew::report);

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
+import gc
 import inspect
 import io
 import subprocess
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +24,7 @@ from stand_in import queued_backend
 
 import gpubatch as gb
 from gpubatch.backend import get_backend
-from gpubatch.ops import CudaUpdate
+from gpubatch.ops import CudaUpdate, host_library
 
 torch = peer("torch")
 import gpubatch.torch as gt  # noqa: E402  imports torch
@@ -474,6 +476,7 @@ def test_all_groups_are_updated_by_one_call(monkeypatch: pytest.MonkeyPatch) -> 
         return bool(at_once(arrays, rows, *rest))
 
     monkeypatch.setattr(engine, "at_once", counted)
+    monkeypatch.setattr(gt.Repeat, "step", lambda *arguments: False)
     train(opt, params, 1, 3)
     assert calls == [(4, 2)] * 2
 
@@ -489,6 +492,163 @@ def test_without_dlpacks_c_functions_the_bits_are_the_same(kind: Any, monkeypatc
     (params[0].grad,) = torch.autograd.grad(params[0].square().sum(), params[0], create_graph=True)
     opt.step()  # Tensor.numpy refuses this gradient
     assert int(opt.state[params[0]]["step"]) == 4
+
+
+def nothing(opt: Any, p: Tensor, g: Tensor) -> Tensor | None:
+    return g
+
+
+def moved(opt: Any, p: Tensor, g: Tensor) -> Tensor | None:
+    p.data = p.data.clone()
+    return g
+
+
+def of_another_shape(opt: Any, p: Tensor, g: Tensor) -> Tensor | None:
+    p.data, p.grad = p.data.ravel().clone(), None
+    opt.state[p] = {name: x.ravel() if x.ndim else x for name, x in opt.state[p].items()}
+    return g.ravel()
+
+
+def of_another_type(opt: Any, p: Tensor, g: Tensor) -> Tensor | None:
+    p.data, p.grad = p.data.double(), None
+    opt.load_state_dict(opt.state_dict())
+    return g.double()
+
+
+def replaced(opt: Any, p: Tensor, g: Tensor) -> Tensor | None:
+    other = torch.nn.Parameter(p.detach().clone())
+    opt.param_groups[0]["params"][0] = other
+    other.grad = g
+    return None
+
+
+def added(opt: Any, p: Tensor, g: Tensor) -> Tensor | None:
+    opt.add_param_group({"params": [other := torch.nn.Parameter(p.detach().clone())], "weight_decay": 0.1})
+    other.grad = g
+    return g
+
+
+def counted(opt: Any, p: Tensor, g: Tensor) -> Tensor | None:
+    opt.state[p]["step"].fill_(10)
+    return g
+
+
+def other_state(opt: Any, p: Tensor, g: Tensor) -> Tensor | None:
+    opt.state[p]["v"] = torch.ones_like(p)
+    return g
+
+
+def other_arguments(opt: Any, p: Tensor, g: Tensor) -> Tensor | None:
+    opt.param_groups[0].update(lr=0.1, beta1=0.5)
+    return g
+
+
+def uphill(opt: Any, p: Tensor, g: Tensor) -> Tensor | None:
+    opt.param_groups[0]["maximize"] = True
+    return g
+
+
+def the_parameter_itself(opt: Any, p: Tensor, g: Tensor) -> Tensor | None:
+    return p.detach()
+
+
+def negated(opt: Any, p: Tensor, g: Tensor) -> Tensor | None:
+    return torch._neg_view(g)  # contiguous: no stride tells
+
+
+GRADIENTS: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "no gradient": lambda g: None,
+    "transposed gradient": lambda g: g.t().contiguous().t(),
+    "gradient with gaps": lambda g: torch.stack([g, g], -1)[..., 0],
+    "expanded gradient": lambda g: g[0, 0].expand(g.shape),
+}
+CHANGES: dict[str, Callable[[Any, Tensor, Tensor], Tensor | None]] = {
+    **{name: lambda opt, p, g, change=change: change(g) for name, change in GRADIENTS.items()},
+    **{
+        f.__name__: f
+        for f in (
+            nothing,
+            moved,
+            of_another_shape,
+            of_another_type,
+            replaced,
+            added,
+            counted,
+            other_state,
+            other_arguments,
+            uphill,
+            the_parameter_itself,
+            negated,
+        )
+    },
+}
+
+
+def changed(name: str, frozen: bool, step: Callable[..., bool]) -> tuple[list[Tensor], Any, list[bool]]:
+    """Eight steps, of which the fifth finds a change; what ``step``, in the place of Repeat.step, returned in them."""
+    found = list[bool]()
+
+    def noted(*arguments: Any) -> bool:
+        found.append(step(*arguments))
+        return found[-1]
+
+    params = tensors((3, 4), (5,), (70, 130), ())
+    opt = gt.Adam([{"params": params[:2]}, {"params": params[2:], "lr": 0.1}])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gt.Repeat, "step", noted)
+        for i in range(8):
+            set_gradients(params, i)
+            if frozen:
+                params[2].grad = None
+            if i == 4:
+                params[0].grad = CHANGES[name](opt, params[0], params[0].grad)
+            opt.step()
+    return [*params, *(p for group in opt.param_groups for p in group["params"])], opt, found
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", CHANGES)
+def test_steps_that_are_repeated_notice_what_changes(name: str, frozen: bool) -> None:
+    """The oracle is an optimizer that looks at each tensor in every step."""
+    mine, opt, found = changed(name, frozen, gt.Repeat.step)
+    wanted, other, _ = changed(name, frozen, lambda *arguments: False)
+    assert_same(mine, wanted)
+    for p, q in zip(mine, wanted, strict=True):
+        assert (p in opt.state) == (q in other.state)
+        if p in opt.state:
+            assert_same(list(opt.state[p].values()), list(other.state[q].values()))
+    if not isinstance(host_library(), str):
+        assert found[:2] == [True, True]  # after two that looked
+        assert (found[2:3] == [True]) == (name in ("nothing", "other_arguments"))
+        if name not in ("of_another_type", "uphill"):  # those take two calls from then on
+            assert found[-1]
+
+
+def test_what_is_refused_is_refused_in_repeated_steps_too(make: Any) -> None:
+    params = tensors((4, 3))
+    opt = make(params)
+    train(opt, params, 0, 3)
+    before = values(params)
+    params[0].grad = torch.eye(4, 3).to_sparse()
+    with pytest.raises(gb.DTypeError, match="is sparse"):
+        opt.step()
+    np.testing.assert_array_equal(params[0].detach().numpy(), before[0])
+    opt.add_param_group({"params": [torch.nn.Parameter(params[0].detach())]})
+    for p in (params[0], opt.param_groups[1]["params"][0]):
+        p.grad = torch.ones(4, 3)
+    with pytest.raises(gb.ArgumentError, match="share memory"):
+        opt.step()
+
+
+def test_an_optimizer_that_its_parameters_refer_to_is_collected() -> None:
+    params = tensors((3, 4))
+    opt = gt.Adam(params)
+    train(opt, params, 0, 4)
+    params[0].owner = opt
+    alive = weakref.ref(opt)
+    del params, opt
+    gc.collect()
+    assert alive() is None
 
 
 def test_views_of_tensors_keep_them_alive_and_have_their_strides() -> None:

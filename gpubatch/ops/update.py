@@ -196,7 +196,8 @@ class CompiledUpdate:
     def __init__(self, trace: Trace, dtype: np.dtype[Any], library: Any, place: Place) -> None:
         self.trace, self.dtype, self.form = trace, dtype, place.form
         reductions = [[r.name for r in of_pass.reductions] for of_pass in trace.passes[:-1]]
-        self.run = library.Update(place.number, dtype.name, len(trace.arrays), reductions).run
+        self.compiled = library.Update(place.number, dtype.name, len(trace.arrays), reductions)
+        self.run = self.compiled.run
         self.numpy: HostUpdate | None = None
 
     def at_once(
