@@ -199,7 +199,7 @@ CODE_LINES = {
     "backend": 520,
     "staging": 51,
     "inputs": 106,
-    "ops": 2486,
+    "ops": 2487,
     "sizing": 264,
     "params": 96,
     "optim": 1165,
@@ -216,7 +216,7 @@ CODE_LINES = {
     "plot": 364,
     "cli": 1395,
     "sklearn": 915,
-    "torch": 511,
+    "torch": 565,
     "__main__": 19,
     "__init__": 212,
 }
