@@ -1,4 +1,6 @@
-"""Benchmark each kernel of the core in its NumPy, compiled and CUDA forms: ``pytest bench --benchmark-enable``.
+"""Benchmark each kernel of the core in its NumPy, compiled and CUDA forms.
+
+    pytest bench/bench_kernels.py -m exhaustive --benchmark-enable
 
 Each result is compared with NumPy's. Without ``--benchmark-enable`` each benchmark runs once, as a test.
 """
@@ -17,6 +19,8 @@ from gpubatch.ops import SQUARE_SUM_SIZE, Ops, host_library, ops_for
 from gpubatch.ops.grid import PARTS, SUM_PARTS
 
 Arrays: TypeAlias = dict[str, Any]
+
+pytestmark = pytest.mark.exhaustive
 
 FEATURES = 512
 FORMS = pytest.mark.parametrize("form", ["numpy", "host", pytest.param("cuda", marks=pytest.mark.gpu)])

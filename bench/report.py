@@ -4,24 +4,28 @@
     python bench/report.py run.json --plot run.png
 
 Each benchmark function has one table: rows by size (batch size, number of parameters), columns by backend and other
-parameters. Several files, for example from several machines, have their columns side by side.
+parameters. Several files, for example from several machines, have their columns side by side. A cell is the median and
+half the distance of the quartiles, the time per sample or parameter, and how many times the least such time of the
+table that is.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+ACROSS, MOST = 2, 4  # panels of a figure that fits a screen
+
 
 class Measurement(NamedTuple):
     """One benchmark.
 
     function: its name
+    work: network, samples and optimizer, in words
     counted: the parameter that numbers the rows, such as "batch"
     row: the value of that parameter
     column: the other parameters
@@ -30,6 +34,7 @@ class Measurement(NamedTuple):
     """
 
     function: str
+    work: str
     counted: str
     row: int
     column: str
@@ -66,30 +71,43 @@ def measurement(entry: dict[str, Any]) -> Measurement | None:
     function = entry["name"].partition("[")[0].removeprefix("test_").replace("_", " ")
     column = " ".join(str(value) for value in params.values()) or "time"
     units = entry.get("extra_info", {}).get("samples", row)
-    return Measurement(function, counted, row, column, units, stats["median"], stats["q1"], stats["q3"])
+    work = entry.get("extra_info", {}).get("work", "")
+    return Measurement(function, work, counted, row, column, units, stats["median"], stats["q1"], stats["q3"])
 
 
 def tables(found: Iterable[Measurement]) -> Iterable[str]:
-    """Markdown tables, one for each function; cells are medians, and times per sample or parameter."""
-    for function, group in itertools.groupby(sorted(found, key=lambda m: m.function), key=lambda m: m.function):
-        entries = list(group)
+    """Markdown tables, one for each function, and which entry is the fastest."""
+    by_function: dict[str, list[Measurement]] = {}
+    for m in found:
+        by_function.setdefault(m.function, []).append(m)
+    for function, entries in by_function.items():
         columns = list(dict.fromkeys(m.column for m in entries))
         cells: dict[tuple[int, str], Measurement] = {}
         for m in entries:
             if cells.setdefault((m.row, m.column), m) is not m:
                 raise SystemExit(f"two benchmarks of {function} with {m.counted}={m.row} are both {m.column!r}")
         one = per_one(entries[0])
+        best = min(entries, key=lambda m: m.median / m.units)
+        works = list(dict.fromkeys(m.work for m in entries if m.work))
         lines = [
             f"### {function}\n",
-            f"| {entries[0].counted} | " + " | ".join(f"{column} | per {one}" for column in columns) + " |",
-            "|--:|" + "--:|--:|" * len(columns),
+            *([f"{'; '.join(works)}\n"] if works else []),
+            f"| {entries[0].counted} | " + " | ".join(f"{column} | per {one} | ratio" for column in columns) + " |",
+            "|--:|" + "--:|--:|--:|" * len(columns),
         ]
         for row in sorted({m.row for m in entries}):
             shown = []
             for column in columns:
                 m = cells.get((row, column))
-                shown += ["", ""] if m is None else [seconds(m.median), seconds(m.median / m.units)]
+                if m is None:
+                    shown += ["", "", ""]
+                else:
+                    spread = 50 * (m.high - m.low) / m.median
+                    ratio = m.median / m.units / (best.median / best.units)
+                    shown += [f"{seconds(m.median)} ±{spread:.0f} %", seconds(m.median / m.units), f"{ratio:.2f}"]
             lines.append(f"| {row:,} | " + " | ".join(shown) + " |")
+        if len(entries) > 1:
+            lines.append(f"\nFastest per {one}: {best.column}, {best.counted} {best.row:,}.")
         yield "\n".join(lines) + "\n"
 
 
@@ -113,11 +131,14 @@ def draw(found: list[Measurement], path: Path, conditions: list[str]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     functions = list(dict.fromkeys(m.function for m in found))
-    figure = Figure(figsize=(8, 3.5 * len(functions) + 0.8), layout="constrained")
+    down = -(-len(functions) // ACROSS)
+    figure = Figure(figsize=(6 * min(ACROSS, len(functions)), 3.3 * down + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle("gpubatch benchmarks, medians and quartiles\n" + "\n".join(conditions), fontsize=10)
-    panels = figure.subplots(len(functions), 1, squeeze=False)[:, 0]
-    for axes, function in zip(panels, functions, strict=True):
+    panels = [*figure.subplots(down, min(ACROSS, len(functions)), squeeze=False).flat]
+    for axes in panels[len(functions) :]:
+        axes.remove()
+    for axes, function in zip(panels, functions, strict=False):
         entries = [m for m in found if m.function == function]
         for column in dict.fromkeys(m.column for m in entries):
             line = sorted((m for m in entries if m.column == column), key=lambda m: m.row)
@@ -135,7 +156,7 @@ def draw(found: list[Measurement], path: Path, conditions: list[str]) -> None:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100)
 
@@ -154,7 +175,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the tables; with ``--plot`` draw them."""
     parser = argparse.ArgumentParser(description="Tables and a figure from the JSON of pytest-benchmark.")
     parser.add_argument("files", nargs="+", type=Path, help="files of --benchmark-json or --benchmark-save")
-    parser.add_argument("--plot", type=Path, help="file for the figure: .png, .pdf or .svg")
+    parser.add_argument("--only", default="", help="only functions whose names contain this, such as 'epoch'")
+    parser.add_argument(
+        "--plot", type=Path, help=f"file for the figure of at most {MOST} functions: .png, .pdf or .svg"
+    )
     options = parser.parse_args(arguments)
     found: list[Measurement] = []
     conditions = []
@@ -162,10 +186,14 @@ def main(arguments: list[str] | None = None) -> None:
         some, words = read(path)
         if len(options.files) > 1:
             some = [m._replace(column=f"{m.column} ({name})") for m in some]
-        found += some
+        found += [m for m in some if options.only in m.function]
         conditions.append(words)
     if not found:
-        raise SystemExit("no benchmark in these files has an integer parameter")
+        wanted = f" and {options.only!r} in its name" if options.only else ""
+        raise SystemExit(f"no benchmark in these files has an integer parameter{wanted}")
+    functions = {m.function for m in found}
+    if options.plot is not None and len(functions) > MOST:
+        raise SystemExit(f"--plot: at most {MOST} functions fit a screen; choose by --only among {sorted(functions)}")
     sys.stdout.write("\n".join([*conditions, "", *tables(found)]))
     if options.plot is not None:
         draw(found, options.plot, conditions)
