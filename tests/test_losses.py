@@ -203,7 +203,7 @@ def test_agrees_with_pytorch(loss, targets, shape, rng) -> None:
     expected.backward()
     value, gradient = loss(z, y)
     np.testing.assert_allclose(value, expected.item(), rtol=1e-12)
-    np.testing.assert_allclose(gradient, zt.grad.numpy(), rtol=1e-10, atol=1e-14)
+    np.testing.assert_allclose(gradient, zt.grad.numpy(), rtol=1e-12, atol=1e-16)
 
 
 @pytest.mark.exhaustive
@@ -223,7 +223,7 @@ def test_agrees_with_optax(rng) -> None:
             expected, slope = of(jax.numpy.asarray(z))
             value, gradient = loss(z, targets)
             np.testing.assert_allclose(value, float(expected), rtol=1e-12)
-            np.testing.assert_allclose(gradient, np.asarray(slope), rtol=1e-10, atol=1e-14)
+            np.testing.assert_allclose(gradient, np.asarray(slope), rtol=1e-12, atol=1e-16)
 
 
 @pytest.mark.exhaustive

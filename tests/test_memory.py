@@ -142,6 +142,9 @@ CASES = {
         lambda n, m: [gb.Dense(n, 2500), gb.GELU(), gb.Dense(2500, 2500), gb.BatchNorm(2500), *wide(2500, m)]
     ),
     "weights": Case(wide, loader={"class_weight": "balanced", "weight": np.linspace(0, 1, 600)}),
+    "drawn by weights": Case(
+        linear, 8, n=700_000, batch_size=4096, loader={"order": gb.WeightedOrder(np.ones(700_000))}
+    ),
     "a window": Case(wide, source="npy", loader={"window": "3 MB"}, n=6000),
 }
 

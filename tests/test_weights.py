@@ -16,6 +16,7 @@ from needs import peer
 import gpubatch as gb
 from gpubatch import nn
 from gpubatch.backend import Backend
+from gpubatch.loader import weights
 from gpubatch.nn import LOSSES, losses
 
 ROWS, CLASSES = 12, 4
@@ -391,6 +392,40 @@ def test_balanced_weights_are_scikit_learns(backend: Backend, rng: np.random.Gen
     table = np.array([0.5, 1, 9, 9, 2])
     three = gb.Loader(X, Y.astype(np.uint8), 200, shuffle=False, backend=backend, class_weight=table)
     np.testing.assert_array_equal(backend.to_numpy(next(iter(three))[2]), table[Y])
+
+
+class Told:
+    """A source of samples with their labels, or of labels alone, that counts how often each sample was read."""
+
+    def __init__(self, *arrays: np.ndarray) -> None:
+        self.arrays, self.times = arrays, np.zeros(len(arrays[0]), int)
+
+    def __len__(self) -> int:
+        return len(self.arrays[0])
+
+    def read(self, indices: np.ndarray) -> Any:
+        np.add.at(self.times, indices, 1)
+        found = tuple(array[indices] for array in self.arrays)
+        return found if len(found) > 1 else found[0]
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["labels alone", "X and labels"])
+@pytest.mark.parametrize("class_weight", ["balanced", {2: 3.0}], ids=repr)
+def test_labels_of_a_source_are_read_once_for_their_weights(
+    class_weight: Any, together: bool, backend: Backend, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    monkeypatch.setattr(weights, "READ_BYTES", 400)
+    X, Y, w = numbered(rng)
+    source = Told(X, Y) if together else Told(Y)
+    given = (source,) if together else (X, source)
+    options: dict[str, Any] = {"batch_size": 32, "backend": backend, "weight": w, "class_weight": class_weight}
+    loader = gb.Loader(*given, **options)
+    assert set(source.times[1:]) == {1}  # the first is also read to see what a sample is
+    for (x, y, weight), (x_right, y_right, right) in zip(loader, gb.Loader(X, Y, **options), strict=True):
+        for found, expected in ((x, x_right), (y, y_right), (weight, right)):
+            np.testing.assert_array_equal(backend.to_numpy(found), backend.to_numpy(expected))
+    with pytest.raises(gb.DTypeError, match=r"class_weight needs integer labels .*, Y \(Told\) has shape .*float64"):
+        gb.Loader(X, Told(w), **options)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {

@@ -22,7 +22,7 @@ from gpubatch.inputs import Prepared, checked_array
 from gpubatch.loader.functions import named_function
 from gpubatch.loader.order import Indices
 from gpubatch.loader.pinned import Form, take_into
-from gpubatch.loader.weights import ClassWeights, class_weights, sample_weights
+from gpubatch.loader.weights import ClassWeights, class_weights, labels_of, sample_weights
 from gpubatch.ops import ops_for
 from gpubatch.sources import (
     ArraySource,
@@ -297,8 +297,9 @@ class Columns(Sequence[Column]):
         """Add the column of weights, of the dtype in which the loss is computed."""
         if not self.labelled:
             raise ArgumentError(f"{'weight' if class_weight is None else 'class_weight'} needs Y")
-        labels, dtype = self._columns[1].source, compute_dtype(self.dtype)
+        labels, dtype = None, compute_dtype(self.dtype)
         if class_weight is not None:
+            labels = labels_of(self._columns[1].source)
             self.class_weights = class_weights(class_weight, labels, self.backend)
         self._set_weights(sample_weights(weight, self.class_weights, labels, self.n_samples, dtype, self.backend))
 
@@ -537,8 +538,8 @@ class Columns(Sequence[Column]):
         """
         if weight is None and self.class_weights is None:
             return {}
-        labels = ArraySource("validation[1]", checked_array("validation[1]", Y, self.backend))
-        n, dtype = labels.array.shape[self._columns[1].axis], compute_dtype(self.dtype)
+        labels = checked_array("validation[1]", Y, self.backend)
+        n, dtype = labels.shape[self._columns[1].axis], compute_dtype(self.dtype)
         names = "validation[2]", "validation[1]"
         kinds = {"weight": None} if self.class_weights is None else {"weight": None, "loss_weight": self.class_weights}
         found = {

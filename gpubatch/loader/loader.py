@@ -55,7 +55,8 @@ class Loader:
     - ``weight``: what each sample counts in the loss, an array (samples,) of finite numbers, none negative.
     - ``class_weight``: what each label counts, times ``weight`` where both are given: "balanced", scikit-learn's
       n / (k * bincount(Y)) for k classes; a mapping {label: weight}, 1 for labels that it does not name; or an array
-      of weights by label. It needs integer labels that are an array.
+      of weights by label. It needs integer labels. Those of a source are read once while the loader is made, 16 MB
+      at a time and with X where one source gives both, and kept until then; one number a sample stays in memory.
 
     Every batch is a new C-contiguous array, which may be kept or changed. A one-dimensional Y has its samples on axis 0
     whatever ``sample_axis`` is. X and floating Y must be finite; arrays are checked here, sources as they are read. Y

@@ -26,7 +26,7 @@ Indices: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 WORD = 2**64 - 1  # the largest seed and the largest epoch: together they are the key of the generator
 
-DRAWING = 32  # bytes a sample in the making of an order by weights: words twice, numbers, and samples
+DRAWING = 24  # bytes a sample in the making of an order by weights: words, numbers, and samples
 
 LARGE = 1 << 24  # samples, from which on nothing of 8 bytes a sample is made where it can be avoided
 
@@ -390,7 +390,8 @@ class Order:
         held = 8 * self.n * ((self.chosen is not None) + (self._sums is not None))
         if self.window or self._by_arithmetic:
             return held, held
-        making = DRAWING if self.weighted is not None else 0 if self.replacement else PEAK
+        drawing = DRAWING if self.chosen is None else DRAWING + 8  # places among the chosen, and the samples there
+        making = drawing if self.weighted is not None else 0 if self.replacement else PEAK
         return held + making * self.n, held + 8 * self.n
 
     @property

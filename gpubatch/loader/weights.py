@@ -14,7 +14,7 @@ from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_choice,
 from gpubatch.inputs import checked_array
 from gpubatch.sources import ArraySource, Part
 
-__all__ = ["ClassWeights", "class_weights", "sample_weights"]
+__all__ = ["ClassWeights", "class_weights", "labels_of", "sample_weights"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,9 +42,8 @@ class ClassWeights:
         return found
 
 
-def class_weights(given: Any, Y: ArraySource | Part | None, backend: Backend) -> ClassWeights:
+def class_weights(given: Any, labels: Array, backend: Backend) -> ClassWeights:
     """The argument ``class_weight`` for the labels of a loader."""
-    labels = labels_of(Y)
     with backend.scope():
         high = int(labels.max())
         if high >= 2 * len(labels) + 1000:
@@ -80,7 +79,7 @@ def class_weights(given: Any, Y: ArraySource | Part | None, backend: Backend) ->
 def sample_weights(
     weight: Any,
     of_classes: ClassWeights | None,
-    Y: ArraySource | Part | None,
+    labels: Array | None,
     n: int,
     dtype: np.dtype[Any],
     backend: Backend,
@@ -88,7 +87,7 @@ def sample_weights(
 ) -> Array | None:
     """The weights of ``n`` samples as a new array of ``dtype``, or None; on the device if one of their factors is.
 
-    ``names`` are those of the arguments, for messages.
+    Class weights need ``labels``. ``names`` are those of the arguments, for messages.
     """
     if weight is not None:
         weight = checked_array(names[0], weight, backend)
@@ -98,7 +97,8 @@ def sample_weights(
     if of_classes is None:
         found = weight
     else:
-        found = of_classes.of(labels_of(Y), names[1], backend)
+        assert labels is not None
+        found = of_classes.of(labels, names[1], backend)
         if weight is not None:
             here = isinstance(found, np.ndarray) and isinstance(weight, np.ndarray)
             found = found * weight if here else backend.asarray(found) * backend.asarray(weight)
@@ -114,17 +114,22 @@ def sample_weights(
     return found
 
 
-def labels_of(Y: ArraySource | Part | None) -> Array:
-    """The labels to which class weights belong."""
-    if Y is None:
-        raise ArgumentError("class_weight needs Y, the labels of the samples")
-    if isinstance(Y, Part):
-        raise ArgumentError(
-            f"class_weight needs labels that are an array, {Y.reader.where} is read; give each sample its weight=, an "
-            "array"
-        )
-    check_labels("Y", Y.array)
-    return Y.array
+READ_BYTES = 1 << 24  # that are read at once to find the labels
+
+
+def labels_of(Y: ArraySource | Part) -> Array:
+    """The labels to which class weights belong; those of a source are read once, in its order."""
+    if isinstance(Y, ArraySource):
+        check_labels("Y", Y.array)
+        return Y.array
+    reader, n = Y.reader, Y.n_samples
+    check_labels(reader.where, np.broadcast_to(np.zeros((), Y.dtype), (n, *Y.sample_shape)))
+    labels = np.empty(n, Y.dtype)
+    at_once = max(reader.block or 1, READ_BYTES // reader.row_bytes)
+    for start in range(0, n, at_once):
+        index = np.arange(start, min(start + at_once, n))
+        labels[index] = reader.read(index, [math.inf] * len(reader.parts))[Y.number]
+    return labels
 
 
 def check_labels(name: str, Y: Array) -> None:
