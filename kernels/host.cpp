@@ -871,6 +871,19 @@ static bool gather(Any source, Any index, Any out, double scale, double shift) {
     });
 }
 
+// out[i] = the image of start + i under the permutation with these numbers, int64 (12,).
+static bool permute(Any permutation, Int start, Any out) {
+    PyArrayObject* o = array(out);
+    if (!fits(permutation, NPY_INT64, 12) || !o || !PyArray_ISCARRAY(o)) return false;
+    const Int count = PyArray_SIZE(o);
+    if (!fits(out, NPY_INT64, count)) return false;
+    const Word* numbers = data<Word>(permutation);
+    Int* to = data<Int>(out);
+    nb::gil_scoped_release unlocked;
+    in_pieces(count, 8, [&](Int first, Int last) { level.kernels->permute(numbers, start, to, first, last); });
+    return true;
+}
+
 static bool square_sum(Any x, Any out) {
     PyArrayObject* a = array(x);
     if (!a || !PyArray_ISCARRAY_RO(a) || !has_room(out, NPY_DOUBLE, 2 + 2 * PARTS)) return false;
@@ -1124,6 +1137,7 @@ NB_MODULE(_host, m) {
           nb::arg(), nb::arg(), nb::arg());
     m.def("dropout", dropout);
     m.def("gather", gather);
+    m.def("permute", permute);
     m.def("square_sum", square_sum);
     m.def("tensor_views", tensor_views, "NumPy's views of tensors by DLPack's C functions, or None.");
 }

@@ -28,6 +28,38 @@ static inline unsigned __float_as_uint(float x) {
     return bits;
 }
 #include "half.cuh"
+#include "permutation.cuh"
+
+// Each pass goes over the whole part, and then over what it left at n or above: so loops are without branches.
+static void permute(const Word* permutation, Int start, Int* out, Int first, Int last) {
+    constexpr Int PART = 1024;
+    const Permutation p = *reinterpret_cast<const Permutation*>(permutation);
+    u64 x[PART];
+    int places[PART];  // of the images that are not below n yet
+    for (Int begin = first; begin < last; begin += PART) {
+        const int count = (int)(last - begin < PART ? last - begin : PART);
+        Int* const to = out + begin;
+        EACH for (int i = 0; i < count; ++i) to[i] = (Int)(p.first + p.step * (u64)(start + begin + i));
+        if (p.bits == 0) continue;
+        EACH for (int i = 0; i < count; ++i) to[i] = (Int)feistel((u64)to[i], p);
+        int left = 0;
+        for (int i = 0; i < count; ++i) {
+            places[left] = i;
+            left += (u64)to[i] >= p.n;
+        }
+        while (left) {
+            for (int k = 0; k < left; ++k) x[k] = (u64)to[places[k]];
+            EACH for (int k = 0; k < left; ++k) x[k] = feistel(x[k], p);
+            int more = 0;
+            for (int k = 0; k < left; ++k) {
+                to[places[k]] = (Int)x[k];
+                places[more] = places[k];
+                more += x[k] >= p.n;
+            }
+            left = more;
+        }
+    }
+}
 
 }  // namespace
 
@@ -48,4 +80,5 @@ typedef double T;
 }
 
 extern const Kernels NAMED(kernels_, LEVEL);
-const Kernels NAMED(kernels_, LEVEL) = {NAMED(float32_, LEVEL)::table, NAMED(float64_, LEVEL)::table};
+const Kernels NAMED(kernels_, LEVEL) = {NAMED(float32_, LEVEL)::table, NAMED(float64_, LEVEL)::table,
+                                       NAMED(common_, LEVEL)::permute};

@@ -93,4 +93,7 @@ struct Table {
 struct Kernels {
     const Table<float>& of_float;
     const Table<double>& of_double;
+
+    // out[i] = the image of start + i under a permutation, whose numbers are as kernels/permutation.cuh has them.
+    void (*permute)(const Word* permutation, Int start, Int* out, Int first, Int last);
 };

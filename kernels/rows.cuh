@@ -1,4 +1,21 @@
-// Copy rows of an array by index. Sample is the type of the source, Target that of the result.
+// Copy rows of an array in some order. Sample is the type of the source, Target that of the result, and Order, Listed or
+// Computed, finds the sample at a place.
+
+// order[start + row]; without an order the samples are taken as they stand.
+struct Listed {
+    const long long* index;
+    __device__ Listed(const long long* order, long long start) : index(order ? order + start : nullptr) {}
+    __device__ long long at(long long row) const { return index ? index[row] : row; }
+};
+
+// The image of start + row under the permutation whose numbers are at `order`.
+struct Computed {
+    Permutation permutation;
+    long long start;
+    __device__ Computed(const long long* order, long long start)
+        : permutation(*reinterpret_cast<const Permutation*>(order)), start(start) {}
+    __device__ long long at(long long row) const { return image(permutation, start + row); }
+};
 
 constexpr int LARGER = sizeof(Sample) > sizeof(Target) ? sizeof(Sample) : sizeof(Target);
 constexpr int LANES = 16 / LARGER;  // elements in sixteen bytes of the larger type
@@ -8,15 +25,15 @@ struct alignas(N * sizeof(E)) Lanes {
     E at[N];
 };
 
-// out = convert(source[index]), or of all rows in order if `index` is null: rows of `features` elements, N at a time; N
-// divides `features`, and the arrays are aligned to N elements.
+// out = convert(source[order]): rows of `features` elements, N at a time; N divides `features`, and the arrays are
+// aligned to N elements.
 template <int N, class F>
-__device__ inline void take_some(const Sample* source, const long long* index, Target* out, long long rows,
+__device__ inline void take_some(const Sample* source, const Order& order, Target* out, long long rows,
                                  long long features, long long width, F convert) {
     const Tile tile(rows, features / N, width);
     const auto* from = reinterpret_cast<const Lanes<Sample, N>*>(source);
     auto* to = reinterpret_cast<Lanes<Target, N>*>(out);
-    tile.each([&](long long row) { return from[tile.at(index ? index[row] : row)]; },
+    tile.each([&](long long row) { return from[tile.at(order.at(row))]; },
               [&](long long row, const Lanes<Sample, N>& values) {
                   Lanes<Target, N> made;
                   for (int lane = 0; lane < N; ++lane) made.at[lane] = convert(values.at[lane]);
@@ -26,8 +43,8 @@ __device__ inline void take_some(const Sample* source, const long long* index, T
 
 // Take rows `lanes` elements at a time: LANES or one.
 template <class F>
-__device__ inline void take_rows(const Sample* source, const long long* index, Target* out, long long rows,
+__device__ inline void take_rows(const Sample* source, const Order& order, Target* out, long long rows,
                                  long long features, long long width, long long lanes, F convert) {
-    if (lanes == LANES) take_some<LANES>(source, index, out, rows, features, width, convert);
-    else take_some<1>(source, index, out, rows, features, width, convert);
+    if (lanes == LANES) take_some<LANES>(source, order, out, rows, features, width, convert);
+    else take_some<1>(source, order, out, rows, features, width, convert);
 }

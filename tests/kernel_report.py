@@ -15,7 +15,8 @@ from optimizer_table import CASES as RULES, trace_of
 from gpubatch.backend import compute_dtype
 from gpubatch.ops import reduce_sources, source_of, update_source
 from gpubatch.ops.compile import C_TYPES
-from gpubatch.ops.gather import take_source
+from gpubatch.ops.gather import gather_source, take_source
+from gpubatch.ops.permutation import permutation_source
 from gpubatch.train.graphs import step_source
 from gpubatch.train.parts import parts_source
 
@@ -38,7 +39,12 @@ def sources() -> dict[str, str]:
                 found |= dict.fromkeys(reduce_sources(trace, *stored), f"reduce {told}")
     for stored in C_TYPES:
         for target in {stored, "uint8", "int64"}:
-            found.setdefault(take_source(stored, target), f"take {stored} as {target}")
+            for computed in (False, True):
+                told = f"take {stored} as {target}{', computed' if computed else ''}"
+                found.setdefault(take_source(stored, target, computed), told)
+        for dtype in ("float32", "float64", "float16"):
+            found.setdefault(gather_source(dtype, stored, True), f"gather {stored} as {dtype}, computed")
+    found[permutation_source()] = "permutation"
     return {name: source for source, name in found.items()}
 
 

@@ -58,7 +58,7 @@ EDGES = {"plot", "cli", "sklearn", "torch", "__main__", "__init__"}
 ORDER = {
     "formula": "trace reductions derivative elementwise text update_rule rules activations scores",
     "ops": "program reduce compile host_source host_compiler update grid operation elementwise losses normalisation"
-    " dropout sums gather table blas products",
+    " dropout sums gather permutation table blas products",
     "schedules": "counted decays cycles combined saved",
     "optim": "arrays groups epochs optimizer optimizers ahead resumed",
     "nn": "needs layers stack workspace losses checks core summary network",
@@ -199,7 +199,7 @@ CODE_LINES = {
     "backend": 520,
     "staging": 51,
     "inputs": 106,
-    "ops": 2487,
+    "ops": 2572,
     "sizing": 264,
     "params": 96,
     "optim": 1165,

@@ -20,7 +20,7 @@ from gpubatch.backend import Array, Backend, compute_dtype, float_dtype
 from gpubatch.errors import ArgumentError, ShapeError, check_real
 from gpubatch.inputs import Prepared, checked_array
 from gpubatch.loader.functions import named_function
-from gpubatch.loader.order import Indices
+from gpubatch.loader.order import Indices, Samples
 from gpubatch.loader.pinned import Form, take_into
 from gpubatch.loader.weights import ClassWeights, class_weights, labels_of, sample_weights
 from gpubatch.ops import ops_for
@@ -393,7 +393,7 @@ class Columns(Sequence[Column]):
             else:  # of another byte order
                 copy_into(of_reader, reader.read(index, self.readers[reader]))
 
-    def of_window(self, rows: Rows, samples: Indices, use: Indices) -> list[Array]:
+    def of_window(self, rows: Rows, samples: Samples, use: Indices) -> list[Array]:
         """Rows of a batch in main memory: those at ``use`` of a window's ``samples``, of which it holds ``rows``."""
         return [
             _held(column.source, rows).gather(use, column.dtype, column.scale, self.backend)
@@ -402,7 +402,7 @@ class Columns(Sequence[Column]):
             for column in self
         ]
 
-    def stored_of_window(self, rows: Rows, samples: Indices, use: Indices) -> list[np.ndarray]:
+    def stored_of_window(self, rows: Rows, samples: Samples, use: Indices) -> list[np.ndarray]:
         """The same samples as they go to the backend."""
         return [
             _held(column.source, rows).take(use) if isinstance(column.source, Part) else column.stored(samples[use])

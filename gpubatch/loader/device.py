@@ -10,7 +10,7 @@ import numpy as np
 
 from gpubatch.backend import Array, CudaBackend
 from gpubatch.loader.columns import native
-from gpubatch.ops import Grid, gather_batch, take_batch
+from gpubatch.ops import PERMUTATION_WORDS, Grid, Permutation, gather_batch, permute, take_batch
 from gpubatch.staging import stages_for
 
 __all__ = ["DeviceFeed", "DeviceOrder", "copy_to_device"]
@@ -26,9 +26,11 @@ def copy_to_device(array: np.ndarray, backend: CudaBackend) -> Array:
 
 
 class DeviceOrder:
-    """The order of an epoch, copied to the device once."""
+    """The order of an epoch from position ``first`` on: copied to the device once, or computed there if it can be."""
 
-    def __init__(self, backend: CudaBackend, order: np.ndarray) -> None:
+    def __init__(self, backend: CudaBackend, order: np.ndarray | Permutation, first: int = 0) -> None:
+        self._computed, self._first = isinstance(order, Permutation), first
+        order = order.words if isinstance(order, Permutation) else order
         self._backend, self._process, self.nbytes = backend, os.getpid(), order.nbytes
         self._home, self._ready = backend.current_stream(), backend.event()
         with backend.scope():
@@ -45,7 +47,12 @@ class DeviceOrder:
         if stream != self._home and stream not in self._others:
             stream.wait_event(self._ready)
             self._others.append(stream)
-        return self._order[start:stop]
+        if not self._computed:
+            return self._order[start - self._first : stop - self._first]
+        with self._backend.scope():
+            found = self._backend.empty(stop - start, np.int64)
+            permute(Grid(self._backend, np.dtype(np.float32)), self._order, start, found)
+        return found
 
     def close(self) -> None:
         """Let the home stream wait for all uses, so that its next work may reuse the memory."""
@@ -62,7 +69,8 @@ class DeviceOrder:
 class DeviceFeed:
     """Batches that captured steps gather themselves: data, order and batch stay where they are on the device.
 
-    ``columns`` are the arrays on the device, each with the element type and the scale of its batches.
+    ``columns`` are the arrays on the device, each with the element type and the scale of its batches. The order is one
+    of ``share`` samples, or ``computed``, a permutation, whose images the kernels find themselves.
     """
 
     def __init__(
@@ -71,15 +79,19 @@ class DeviceFeed:
         columns: Sequence[tuple[Array, np.dtype[Any], float | None]],
         share: int,
         batch_size: int,
+        computed: bool = False,
     ) -> None:
-        self._backend, self._columns, self.batch_size = backend, columns, batch_size
-        self._order = backend.zeros(share, np.int64)  # valid: a rehearsal gathers before the first order
+        self._backend, self._columns, self.batch_size, self._computed = backend, columns, batch_size, computed
+        # Valid: a rehearsal gathers before the first order. The zeros of a permutation are one that has 0 everywhere.
+        self._order = backend.zeros(PERMUTATION_WORDS if computed else share, np.int64)
         self._stages = stages_for(backend, self._order)
         self._batch = [backend.empty((batch_size, *array.shape[1:]), dtype) for array, dtype, _ in columns]
 
-    def begin(self, order: np.ndarray) -> None:
-        """Copy the order of the next epoch to the device."""
+    def begin(self, order: np.ndarray | Permutation) -> int:
+        """Copy the order of the next epoch to the device; the number of bytes."""
+        order = order.words if isinstance(order, Permutation) else order
         self._stages.copy(order, self._order)
+        return order.nbytes
 
     def arrays(self, rows: int) -> list[Array]:
         """The arrays into which a batch of ``rows`` samples is gathered."""
@@ -90,7 +102,8 @@ class DeviceFeed:
         for (source, dtype, scale), out in zip(self._columns, self.arrays(rows), strict=True):
             if dtype.kind == "f":
                 factor = 1.0 if scale is None else scale
-                gather_batch(Grid(self._backend, dtype), source, self._order, batch, out, factor, 0.0, self.batch_size)
+                size, grid = self.batch_size, Grid(self._backend, dtype)
+                gather_batch(grid, source, self._order, batch, out, factor, 0.0, size, self._computed)
             else:
                 grid = Grid(self._backend, np.dtype(np.float32))
-                take_batch(grid, source, self._order, batch, out, self.batch_size)
+                take_batch(grid, source, self._order, batch, out, self.batch_size, self._computed)

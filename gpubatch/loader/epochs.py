@@ -271,7 +271,8 @@ class Epochs:
         model = self._model.parts_of(batch_size)
         pinned = self._through_pinned.memory_parts(batch_size, self._model.kept, self._model.as_rows)
         needed = sum(model.values()) + sum(pinned.values())
-        there, words = belongs_on_device(self.columns, self.feed, self.order.share, needed, available, bool(model))
+        listed = 0 if self.order.by_kernels else self.order.share
+        there, words = belongs_on_device(self.columns, self.feed, listed, needed, available, bool(model))
         return self._on_device if there else self._through_pinned, words
 
     def _chosen(self, stats: LoaderStats) -> BatchFeed:
@@ -372,9 +373,9 @@ class Epochs:
     def gathered_by(self, feed: DeviceFeed) -> Iterator[Callable[[int], None]]:
         """An epoch, or its rest, whose batches ``feed`` gathers; yields a function that is told how many were used."""
         with self._iteration() as check:
-            stats, first = LoaderStats(bytes_copied=8 * self.order.share), self._batch
+            order = self.order.permutation if self.order.by_kernels else self.order.whole
+            stats, first = LoaderStats(bytes_copied=feed.begin(order(self._epoch))), self._batch
             self.stats = stats
-            feed.begin(self.order.whole(self._epoch))
 
             def used(batches: int) -> None:
                 check()
@@ -405,6 +406,7 @@ class Epochs:
         """See :meth:`Loader.state_dict`."""
         complete, order = self._batch == len(self), self.order
         return {
+            "order": order.version,
             "seed": order.seed,
             "epoch": self._epoch + complete,
             "batch": 0 if complete else self._batch,
@@ -425,6 +427,24 @@ class Epochs:
         """See :meth:`Loader.load_state_dict`."""
         if not isinstance(state, Mapping):
             raise DTypeError(f"state must be a mapping from state_dict(), got {type(state).__name__}")
+        state, version = {"order": 1, **state}, self.order.version  # states of old have no version of the order
+        self.order.take_version(check_int("state['order']", state["order"], 1))
+        try:
+            epoch, batch, batch_size = self._position(state)
+        except BaseException:
+            self.order.take_version(version)
+            raise
+        if self.automatic:
+            self._why = f"batch_size={batch_size} was taken from a saved state"
+        if batch_size != self.batch_size or self.order.version != version:
+            self._model = Memories()
+            self.plan = self._given(batch_size)
+        self.automatic = False  # it is decided: another size would make other batches of the epoch
+        self._epoch, self._batch, self._run, self._left = epoch, batch, None, False
+        self._pass.end()
+
+    def _position(self, state: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Epoch, batch and batch size of a state, which is compared with these epochs."""
         own = self.state_dict()
         if wrong := sorted(set(own) ^ set(state)):
             raise ArgumentError(f"state must have the keys {', '.join(own)}; missing or unknown: {', '.join(wrong)}")
@@ -439,12 +459,5 @@ class Epochs:
                 raise ArgumentError(f"state has {name}={state[name]!r}, this loader {name}={own[name]!r}")
         epoch = check_int("state['epoch']", state["epoch"], 0, WORD)
         batch_size = check_int("state['batch_size']", state["batch_size"], 1, self.order.share)
-        batch = check_int("state['batch']", state["batch"], 0, self._batches_of(self.order.share, batch_size) - 1)
-        if self.automatic:
-            self._why = f"batch_size={batch_size} was taken from a saved state"
-        if batch_size != self.batch_size:
-            self._model = Memories()
-            self.plan = self._given(batch_size)
-        self.automatic = False  # it is decided: another size would make other batches of the epoch
-        self._epoch, self._batch, self._run, self._left = epoch, batch, None, False
-        self._pass.end()
+        last = self._batches_of(self.order.share, batch_size) - 1
+        return epoch, check_int("state['batch']", state["batch"], 0, last), batch_size

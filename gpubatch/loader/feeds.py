@@ -203,17 +203,21 @@ class OnDevice:
             batches, staging = batch_size * columns.captured_bytes, 0
         elif kept:
             batches = batch_size * columns.captured_bytes + kept * batches
-        data = {"data": columns.data_bytes, "order of an epoch": 8 * self._order.share}
+        # A computed order is there for one batch at a time.
+        order = 8 * (batch_size if self._order.by_kernels else self._order.share)
+        data = {"data": columns.data_bytes, "order of an epoch": order}
         return {**data, "batches": batches, "conversion of a batch": staging}
 
     def batches(self, epoch: int, starts: range, finish: Finish[Batch], stats: LoaderStats) -> Generator[Batch]:
         """See :class:`BatchFeed`."""
         self.copy_data(stats)
         first, share = starts.start, self._order.share
-        with contextlib.closing(DeviceOrder(self._backend, self._order.between(epoch)(first, share))) as order:
+        computed = self._order.by_kernels
+        found = self._order.permutation(epoch) if computed else self._order.between(epoch)(first, share)
+        with contextlib.closing(DeviceOrder(self._backend, found, first)) as order:
             stats.bytes_copied += order.nbytes
             for start in starts:
-                index = order.part(start - first, min(start + starts.step, share) - first)
+                index = order.part(start, min(start + starts.step, share))
                 yield finish(self._gathered(index), epoch, start // starts.step)
 
     def _gathered(self, index: Array) -> list[Array]:
@@ -223,7 +227,7 @@ class OnDevice:
     def captured(self, batch_size: int) -> DeviceFeed:
         """What gathers whole batches inside captured steps."""
         columns = [(c.array.array, c.captured_dtype, c.scale) for c in self._there if c.array is not None]
-        return DeviceFeed(self._backend, columns, self._order.share, batch_size)
+        return DeviceFeed(self._backend, columns, self._order.share, batch_size, self._order.by_kernels)
 
 
 class ThroughPinned:
@@ -298,7 +302,7 @@ def belongs_on_device(
 ) -> tuple[bool, str]:
     """Whether batches are gathered on the device, and how they get there, in words.
 
-    ``feed`` is the loader's argument, ``order`` the number of samples in an epoch, whose order is on the device, too.
+    ``feed`` is the loader's argument, ``order`` the number of samples whose places in an epoch are on the device, too.
     All else needs ``needed`` of the ``planned`` bytes that a plan has found available; ``counted`` says whether a model
     is in it.
     """

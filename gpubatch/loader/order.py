@@ -1,4 +1,7 @@
-"""The order of an epoch: a function of seed and epoch alone, of the whole set or by windows of it."""
+"""The order of an epoch: a function of seed and epoch alone, of the whole set or by windows of it.
+
+From 2**20 samples on nothing of it is kept in memory: each sample is computed from its position.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,26 @@ from gpubatch.errors import (
     check_real,
 )
 from gpubatch.inputs import checked_array
+from gpubatch.ops import Permutation, permutation_bytes
 from gpubatch.sources import check_finite
 
-__all__ = ["PEAK", "WORD", "Indices", "Order", "UnevenOrder", "WeightedOrder", "WindowOrder", "epoch_order", "split"]
+__all__ = [
+    "LARGE",
+    "LEAST",
+    "OF_RANK",
+    "PEAK",
+    "WORD",
+    "Images",
+    "Indices",
+    "Order",
+    "Samples",
+    "UnevenOrder",
+    "WeightedOrder",
+    "WindowOrder",
+    "epoch_order",
+    "split",
+    "version_of",
+]
 
 Indices: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -28,28 +48,44 @@ WORD = 2**64 - 1  # the largest seed and the largest epoch: together they are th
 
 DRAWING = 24  # bytes a sample in the making of an order by weights: words, numbers, and samples
 
-LARGE = 1 << 24  # samples, from which on nothing of 8 bytes a sample is made where it can be avoided
+LARGE = 1 << 20  # samples, from which on the order of an epoch is computed as it is used, and no array of all is made
 
-PEAK = 26  # bytes a sample in the making of an order: words, their upper bits, places, and the words there
+LEAST = (
+    1 << 12
+)  # of what is shuffled in a large set: fewer are sorted, since a network of few bits is not random enough
+
+PEAK = 26  # bytes a sample in the making of an order that is sorted: words, their upper bits, places, the words there
+
+OF_RANK = 48  # bytes a sample in the making of a window's share that one of several ranks has
 
 
-def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True, replacement: bool = False) -> Indices:
+def version_of(n: int) -> int:
+    """How the order of a set of ``n`` samples is made: 1, by sorting random words; 2, by a permutation's formula."""
+    return 1 if n < LARGE else 2
+
+
+def epoch_order(
+    n: int, seed: int, epoch: int, shuffle: bool = True, replacement: bool = False, version: int | None = None
+) -> Indices:
     """The indices of an epoch's ``n`` samples in the order in which they are used: a function of the arguments alone.
 
-    A permutation; or ``n`` draws with replacement; or 0 … n-1 without ``shuffle``.
+    A permutation; or ``n`` draws with replacement; or 0 … n-1 without ``shuffle``. ``version`` is that of
+    :func:`version_of` ``n`` by default.
     """
     n = check_int("n", n, 1)
-    key = np.array([check_int("seed", seed, 0, WORD), check_int("epoch", epoch, 0, WORD)], np.uint64)
+    seed, epoch = check_int("seed", seed, 0, WORD), check_int("epoch", epoch, 0, WORD)
     if not check_bool("shuffle", shuffle):
         if check_bool("replacement", replacement):
             raise ArgumentError("replacement=True draws at random, so it needs shuffle=True, got shuffle=False")
         return np.arange(n, dtype=np.int64)
     # The raw words of the counter-based Philox4x64-10 (Salmon et al., 2011) are fixed for good; what NumPy makes of
     # them in shuffle() or permutation() may change from one version to the next.
-    draw = np.random.Philox(key=key).random_raw
+    draw = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw
     if check_bool("replacement", replacement):
         return _uniform(draw(n), n)
-    return _permutation(draw(n))
+    if (version_of(n) if version is None else version) == 1:
+        return _permutation(draw(n))
+    return Permutation(n, seed, epoch).between(0, n)
 
 
 def split(
@@ -142,13 +178,99 @@ def _permutation(words: np.ndarray[Any, np.dtype[np.uint64]]) -> Indices:
     return words.view(np.int64)
 
 
+class ListedImages:
+    """The images of a permutation, listed."""
+
+    def __init__(self, images: Indices) -> None:
+        self.images = images
+
+    def between(self, start: int, stop: int) -> Indices:
+        """The images of places ``start`` to ``stop``."""
+        return self.images[start:stop]
+
+    def places_of(self, images: Indices) -> Indices:
+        """The places that have these images."""
+        return np.flatnonzero(np.isin(self.images, images))
+
+
+class InBlocks:
+    """The samples of some blocks one after another, made when they are asked for.
+
+    ``firsts`` are those with which the blocks begin, ``sizes`` how many there are of each.
+    """
+
+    def __init__(self, firsts: Indices, sizes: Indices) -> None:
+        self._ends = np.cumsum(sizes)
+        self._shift = firsts - (self._ends - sizes)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, places: slice | Indices) -> Indices:
+        if isinstance(places, slice):
+            places = np.arange(*places.indices(len(self)), dtype=np.int64)
+        found = self._shift[self._ends.searchsorted(places, side="right")]
+        found += places
+        return found
+
+
+Samples: TypeAlias = InBlocks | Indices
+Images: TypeAlias = ListedImages | Permutation
+
+
+class Windowed:
+    """What orders by windows share: how they shuffle, and a rank's part of a window. All is a function of these."""
+
+    def __init__(
+        self,
+        seed: int,
+        epoch: int,
+        shuffle: bool,
+        rank: int,
+        world_size: int,
+        chosen: Indices | None,
+        version: int,
+    ) -> None:
+        self._seed, self._epoch, self.shuffle, self.version = seed, epoch, shuffle, version
+        self.rank, self.world_size, self._chosen = rank, world_size, chosen
+
+    def shuffled(self, count: int, stream: int, first: int = 0, step: int = 1) -> Images:
+        """The images of first, first + step, ... below ``count``; without ``shuffle`` these are no others."""
+        if self.version > 1 and (count >= LEAST or not self.shuffle):
+            return Permutation(count, self._seed, self._epoch, stream, first, step, self.shuffle)
+        if not self.shuffle:
+            return ListedImages(np.arange(first, count, step, dtype=np.int64))
+        # The counter's upper word keeps apart what is drawn for the list of blocks and for each window.
+        key = np.array([self._seed, self._epoch], np.uint64)
+        drawn = _permutation(np.random.Philox(key=key, counter=[0, 0, 0, stream]).random_raw(count))
+        return ListedImages(drawn[first::step])
+
+    def first_of(self, start: Any) -> Any:
+        """As many as there are of this rank's positions before ``start``."""
+        return (start - self.rank + self.world_size - 1) // self.world_size
+
+    def part(self, window: int, start: int, samples: Samples) -> tuple[Samples, Images]:
+        """This rank's of a window's ``samples``, the first at position ``start``, and the order of their use."""
+        first = (self.rank - start) % self.world_size
+        use = self.shuffled(len(samples), window + 1, first, self.world_size)
+        if self.world_size > 1:
+            mine = use.between(0, len(range(first, len(samples), self.world_size)))
+            kept = np.sort(mine)
+            samples, use = samples[kept], ListedImages(np.searchsorted(kept, mine))
+        elif self.version == 1:
+            samples = samples[:]
+        if self._chosen is not None:
+            samples = self._chosen[samples[:]]
+        return samples, use
+
+
 class WindowOrder:
     """The order of an epoch that is shuffled by blocks: of ``n`` samples, in memory for one window at a time.
 
     The set is cut into blocks of ``block`` neighbours, their list is shuffled, and each window is as many of the next
     blocks as hold ``together`` samples, shuffled. All of it is a function of the arguments; without ``shuffle`` the
     order is that of the set. Positions are those of ``rank``: of the epoch's, rank, rank + world_size, ... The
-    samples are those in ``chosen``, or all.
+    samples are those in ``chosen``, or all. In ``version`` 1, that of :func:`version_of`, all is listed.
     """
 
     def __init__(
@@ -162,66 +284,51 @@ class WindowOrder:
         rank: int = 0,
         world_size: int = 1,
         chosen: Indices | None = None,
+        version: int | None = None,
     ) -> None:
-        self.n, self.block, self.shuffle, self.rank, self.world_size = n, block, shuffle, rank, world_size
-        self._chosen = chosen
-        self._key = np.array([seed, epoch], np.uint64)
-        count = -(-n // block)
-        self._blocks = self._shuffled(count, 0)
-        self._step = max(1, together // block)
-        self._starts = np.arange(-(-count // self._step) + 1, dtype=np.int64)
-        self._starts *= self._step * block
-        self._starts[-1] = count * block
-        short = int(np.flatnonzero(self._blocks == count - 1)[0]) // self._step  # the window of the last block
-        self._starts[short + 1 :] -= count * block - n
-        # The window's first position among this rank's: as many as there are of its positions before it.
-        self._first = (self._starts - rank + world_size - 1) // world_size
-        self._last: tuple[int, tuple[Indices, Indices]] | None = None
-
-    def _shuffled(self, count: int, stream: int) -> Indices:
-        if not self.shuffle:
-            return np.arange(count, dtype=np.int64)
-        # The counter's upper word keeps apart what is drawn for the list of blocks and for each window.
-        return _permutation(np.random.Philox(key=self._key, counter=[0, 0, 0, stream]).random_raw(count))
+        version = version_of(n) if version is None else version
+        self._of_rank = Windowed(seed, epoch, shuffle, rank, world_size, chosen, version)
+        self.n, self.block = n, block
+        self._count, self._step = -(-n // block), max(1, together // block)  # blocks, in all and in a window
+        self._blocks = self._of_rank.shuffled(self._count, 0)
+        last = self._count - 1
+        self._short = (int(self._blocks.places_of(np.array([last]))[0]) if shuffle else last) // self._step
+        self._last: tuple[int, tuple[Samples, Images]] | None = None
 
     def __len__(self) -> int:
         """How many windows there are."""
-        return len(self._starts) - 1
+        return -(-self._count // self._step)
 
-    def part(self, window: int) -> tuple[Indices, Indices]:
+    def _start(self, window: int) -> int:
+        """The position of the epoch at which a window begins."""
+        whole = min(window * self._step, self._count) * self.block
+        # The last block of the set, which may be short, is in window `_short`.
+        return whole - (self._count * self.block - self.n if window > self._short else 0)
+
+    def part(self, window: int) -> tuple[Samples, Images]:
         """The samples of a window in the order in which they are read, and the places among them in order of use."""
-        if self._last is not None and self._last[0] == window:
-            return self._last[1]
-        blocks = self._blocks[window * self._step : (window + 1) * self._step]
-        samples = (blocks[:, None] * self.block + np.arange(self.block)).reshape(-1)
-        samples = samples[samples < self.n]
-        use = self._shuffled(len(samples), window + 1)
-        if self.world_size > 1:
-            use = use[(self.rank - int(self._starts[window])) % self.world_size :: self.world_size]
-            kept = np.sort(use)
-            samples, use = samples[kept], np.searchsorted(kept, use)
-        if self._chosen is not None:
-            samples = self._chosen[samples]
-        self._last = window, (samples, use)
-        return samples, use
+        if self._last is None or self._last[0] != window:
+            blocks = self._blocks.between(window * self._step, min((window + 1) * self._step, self._count))
+            firsts = blocks * self.block
+            samples = InBlocks(firsts, np.minimum(self.n - firsts, self.block))
+            self._last = window, self._of_rank.part(window, self._start(window), samples)
+        return self._last[1]
 
     def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Positions ``start`` to ``stop`` as (window, from, to), counted in the window."""
-        first, end = self._first.searchsorted((start, stop - 1), side="right").tolist()
-        return [
-            (window, max(start - low, 0), min(stop, high) - low)
-            for window in range(first - 1, end)
-            for low, high in [(int(self._first[window]), int(self._first[window + 1]))]
-            if low < high
-        ]
+        found, first_of = [], self._of_rank.first_of
+        # A window after that of the last block begins some samples earlier than whole blocks would have it.
+        window = (self._of_rank.rank + start * self._of_rank.world_size) // (self._step * self.block)
+        while window < len(self) and (low := first_of(self._start(window))) < stop:
+            high = first_of(self._start(window + 1))
+            if max(start, low) < min(stop, high):
+                found.append((window, max(start - low, 0), min(stop, high) - low))
+            window += 1
+        return found
 
     def indices(self, start: int, stop: int) -> Indices:
         """The samples at positions ``start`` to ``stop``."""
-        found = []
-        for window, a, b in self.pieces(start, stop):
-            samples, use = self.part(window)
-            found.append(samples[use[a:b]])
-        return np.concatenate(found)
+        return _indices(self, start, stop)
 
 
 class UnevenOrder:
@@ -242,10 +349,11 @@ class UnevenOrder:
         rank: int = 0,
         world_size: int = 1,
         chosen: Indices | None = None,
+        version: int | None = None,
     ) -> None:
-        self.shuffle, self.rank, self.world_size, self._chosen = shuffle, rank, world_size, chosen
-        self._key = np.array([seed, epoch], np.uint64)
-        blocks = self._shuffled(len(bounds) - 1, 0)
+        version = version_of(int(bounds[-1])) if version is None else version
+        self._of_rank = Windowed(seed, epoch, shuffle, rank, world_size, chosen, version)
+        blocks = self._of_rank.shuffled(len(bounds) - 1, 0).between(0, len(bounds) - 1)
         self._ends = np.cumsum(np.diff(bounds)[blocks])
         self._begins = np.concatenate([[0], self._ends[:-1]])
         self._shift = bounds[:-1][blocks] - self._begins  # from a position in the list of blocks to its sample
@@ -255,35 +363,22 @@ class UnevenOrder:
             end = int(self._ends[whole - 1]) if whole else 0
             starts.append(end if end > start else start + together)
         self._starts = np.array(starts, np.int64)
-        self._first = (self._starts - rank + world_size - 1) // world_size  # as in WindowOrder
-        self._last: tuple[int, tuple[Indices, Indices]] | None = None
-
-    def _shuffled(self, count: int, stream: int) -> Indices:
-        if not self.shuffle:
-            return np.arange(count, dtype=np.int64)
-        return _permutation(np.random.Philox(key=self._key, counter=[0, 0, 0, stream]).random_raw(count))
+        self._first = self._of_rank.first_of(self._starts)
+        self._last: tuple[int, tuple[Samples, Images]] | None = None
 
     def __len__(self) -> int:
         """How many windows there are."""
         return len(self._starts) - 1
 
-    def part(self, window: int) -> tuple[Indices, Indices]:
+    def part(self, window: int) -> tuple[Samples, Images]:
         """See :class:`WindowOrder`."""
-        if self._last is not None and self._last[0] == window:
-            return self._last[1]
-        start, stop = self._starts[window : window + 2]
-        of = slice(self._ends.searchsorted(start, side="right"), self._ends.searchsorted(stop, side="left") + 1)
-        sizes = np.minimum(self._ends[of], stop) - np.maximum(self._begins[of], start)
-        samples = np.arange(start, stop) + np.repeat(self._shift[of], sizes)
-        use = self._shuffled(len(samples), window + 1)
-        if self.world_size > 1:
-            use = use[(self.rank - int(start)) % self.world_size :: self.world_size]
-            kept = np.sort(use)
-            samples, use = samples[kept], np.searchsorted(kept, use)
-        if self._chosen is not None:
-            samples = self._chosen[samples]
-        self._last = window, (samples, use)
-        return samples, use
+        if self._last is None or self._last[0] != window:
+            start, stop = self._starts[window : window + 2]
+            of = slice(self._ends.searchsorted(start, side="right"), self._ends.searchsorted(stop, side="left") + 1)
+            begins = np.maximum(self._begins[of], start)
+            samples = InBlocks(begins + self._shift[of], np.minimum(self._ends[of], stop) - begins)
+            self._last = window, self._of_rank.part(window, int(start), samples)
+        return self._last[1]
 
     def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """See :class:`WindowOrder`."""
@@ -297,11 +392,16 @@ class UnevenOrder:
 
     def indices(self, start: int, stop: int) -> Indices:
         """See :class:`WindowOrder`."""
-        found = []
-        for window, a, b in self.pieces(start, stop):
-            samples, use = self.part(window)
-            found.append(samples[use[a:b]])
-        return np.concatenate(found)
+        return _indices(self, start, stop)
+
+
+def _indices(order: WindowOrder | UnevenOrder, start: int, stop: int) -> Indices:
+    """The samples at positions ``start`` to ``stop`` of an order by windows."""
+    found = []
+    for window, a, b in order.pieces(start, stop):
+        samples, use = order.part(window)
+        found.append(samples[use.between(a, b)])
+    return np.concatenate(found)
 
 
 class Order:
@@ -309,7 +409,7 @@ class Order:
 
     ``window`` samples are shuffled together, in blocks of ``block`` neighbours; 0 and 0: the whole set is. With
     ``bounds`` the blocks are those of :class:`UnevenOrder`, of at most ``block`` samples. With ``weighted`` samples are
-    drawn by its weights.
+    drawn by its weights. ``version`` is that of :func:`version_of` the set.
     """
 
     def __init__(
@@ -328,7 +428,7 @@ class Order:
         self._bounds = bounds
         self.seed, self.shuffle, self.replacement, self.weighted = seed, shuffle, replacement, weighted
         self.rank, self.world_size, self.window, self.block = rank, world_size, window, block
-        self._all = n
+        self._all, self.version = n, version_of(n)
         self.choose(None)
 
     def choose(self, chosen: Indices | None) -> None:
@@ -344,9 +444,17 @@ class Order:
             weights = self.weighted.weights
             self._sums = np.cumsum(weights if chosen is None else weights[chosen])
 
+    def take_version(self, version: int) -> None:
+        """Make the order as ``version`` does, which a saved state has."""
+        latest = version_of(self._all)
+        if version > latest:
+            raise ArgumentError(f"state has order={version}, this loader order={latest}")
+        if version != self.version:
+            self.version, self._next = version, None
+
     def windows(self, epoch: int) -> WindowOrder | UnevenOrder:
         """The order of an epoch that is shuffled by windows."""
-        of_rank = self.rank, self.world_size, self.chosen
+        of_rank = self.rank, self.world_size, self.chosen, self.version
         if self.bounds is not None:
             return UnevenOrder(self.bounds, self.seed, epoch, self.window, self.shuffle, *of_rank)
         return WindowOrder(self.n, self.seed, epoch, self.window, self.block, self.shuffle, *of_rank)
@@ -356,18 +464,18 @@ class Order:
         prepared, self._next = self._next, None
         if prepared is not None and prepared[0] == epoch:
             return prepared[1]
-        if self._by_arithmetic or self.weighted is not None:
+        if self.weighted is not None:
             return self._at(epoch, 0, self.share)
-        if self.window:
-            return self.windows(epoch).indices(0, self.share)
+        if self.window or self._by_arithmetic or self._by_formula:
+            return self.between(epoch)(0, self.share)
         try:
-            order = epoch_order(self.n, self.seed, epoch, self.shuffle, self.replacement)
+            order = epoch_order(self.n, self.seed, epoch, self.shuffle, self.replacement, 1)
         except MemoryError as error:
             if self.n < LARGE:
                 raise
             raise InsufficientMemoryError(
-                f"there is no memory for the order of {self.n} samples, {PEAK} bytes each while it is made ({error}); "
-                "shuffle by parts of the set: Loader(window='1 GiB')"
+                f"there is no memory for the order of {self.n} samples, {PEAK} bytes each while it is made, which a "
+                f"state of gpubatch 0.1 goes on with ({error}); a new run needs none"
             ) from error
         return self._samples(order[self.rank :: self.world_size])
 
@@ -377,12 +485,26 @@ class Order:
             return self.windows(epoch).indices
         if self._by_arithmetic:
             return lambda start, stop: self._at(epoch, start, stop)
+        if self._by_formula:
+            found = Permutation(self.n, self.seed, epoch, 0, self.rank, self.world_size)
+            return lambda start, stop: self._samples(found.between(start, stop))
         mine = self.whole(epoch)
         return lambda start, stop: mine[start:stop]
 
+    @property
+    def by_kernels(self) -> bool:
+        """Whether :meth:`permutation` has the samples of an epoch, so that kernels can compute them."""
+        if self.window or self.chosen is not None or self.replacement or self.n < LARGE:
+            return False
+        return self._by_formula or not self.shuffle
+
+    def permutation(self, epoch: int) -> Permutation:
+        """The samples of an epoch as images of a permutation, where they are ``by_kernels``."""
+        return Permutation(self.n, self.seed, epoch, 0, self.rank, self.world_size, self.shuffle)
+
     def prepare(self, epoch: int) -> None:
         """Make the order of an epoch now, while a device works on the one before."""
-        if self._next is None or self._next[0] != epoch:
+        if not self.by_kernels and (self._next is None or self._next[0] != epoch):
             self._next = epoch, self.whole(epoch)
 
     def memory(self) -> tuple[int, int]:
@@ -390,14 +512,26 @@ class Order:
         held = 8 * self.n * ((self.chosen is not None) + (self._sums is not None))
         if self.window or self._by_arithmetic:
             return held, held
+<<<<<<< HEAD
         drawing = DRAWING if self.chosen is None else DRAWING + 8  # places among the chosen, and the samples there
         making = drawing if self.weighted is not None else 0 if self.replacement else PEAK
+=======
+        if self._by_formula:
+            return held, held + permutation_bytes()
+        making = DRAWING if self.weighted is not None else 0 if self.replacement else PEAK
+>>>>>>> 8c0d95e (An order without memory: from 2^20 samples on a Feistel network computes each place, on CPU, NumPy and CUDA alike)
         return held + making * self.n, held + 8 * self.n
 
     @property
     def _by_arithmetic(self) -> bool:
         """Whether the samples at any positions are known without the order of the epoch."""
         return not self.window and (not self.shuffle or (self.replacement and self.n >= LARGE))
+
+    @property
+    def _by_formula(self) -> bool:
+        """Whether the samples at any positions are images of a permutation."""
+        shuffled = self.shuffle and not (self.window or self.replacement)
+        return shuffled and self.version > 1 and self.n >= LEAST
 
     def _at(self, epoch: int, start: int, stop: int) -> Indices:
         """The samples at these positions, in order or drawn."""

@@ -10,7 +10,8 @@ import numpy as np
 
 from gpubatch.errors import ArgumentError, check_int
 from gpubatch.loader.columns import Columns, Rows
-from gpubatch.loader.order import PEAK, Indices, Order
+from gpubatch.loader.order import LEAST, OF_RANK, PEAK, Images, Indices, Order, Samples
+from gpubatch.ops import permutation_bytes
 from gpubatch.sizing import parse_bytes
 from gpubatch.sources import Reader
 
@@ -83,9 +84,18 @@ def window_bytes(order: Order, readers: Collection[Reader]) -> int:
         blocks = len(order.bounds) - 1
         of_blocks = UNEVEN * blocks
         windows = windows if windows < 2 else 2 * windows  # two that follow one another are more than one full one
+        of_blocks += 16 * windows
     n = min(order.window, order.n)
     share, peak = -(-n // order.world_size), PEAK if order.shuffle else 9  # 9: which samples there are
     rows, used, making = share * sum(reader.row_bytes for reader in readers), 16 * share, (8 + peak) * n
+    if order.version > 1:  # what is not small is computed as it is used
+        formula = permutation_bytes()
+        blocks = blocks if blocks < LEAST else 0
+        of_blocks = 8 * blocks if order.bounds is None else of_blocks
+        if order.chosen is not None or order.world_size > 1:
+            making = OF_RANK * share + formula
+        elif n >= LEAST:
+            used, making = 0, formula
     read = 0
     if readers:
         read = _read_at_once(readers, order.block) * sum(r.row_bytes for r in readers if not r.reads_into)
@@ -95,7 +105,7 @@ def window_bytes(order: Order, readers: Collection[Reader]) -> int:
         held = max(rows + used + making, 2 * (rows + used) + read)
     else:
         held = 2 * rows + max(used + making, 2 * used + read)
-    return max(peak * blocks, of_blocks + 16 * windows + held)
+    return max(peak * blocks, of_blocks + held)
 
 
 def _read_at_once(readers: Collection[Reader], block: int) -> int:
@@ -108,8 +118,8 @@ def _read_at_once(readers: Collection[Reader], block: int) -> int:
 class _Held:
     """A window: its samples as they are read and used, the rows of the first ``count``; ``told`` are announced."""
 
-    samples: Indices
-    use: Indices
+    samples: Samples
+    use: Images
     rows: Rows
     count: int = 0
     told: int = 0
@@ -119,7 +129,7 @@ class WindowPart(NamedTuple):
     """The samples of a batch that are in one window: at ``use`` of the window's ``samples`` and ``rows``."""
 
     rows: Rows
-    samples: Indices
+    samples: Samples
     use: Indices
 
 
@@ -142,9 +152,9 @@ class Windows:
             for past in [w for w in self._held if w < window]:
                 self._spare.append(self._held.pop(past).rows)
             held = self._read(window, 1, 1)
-            yield WindowPart(held.rows, held.samples, held.use[a:b])
+            yield WindowPart(held.rows, held.samples, held.use.between(a, b))
             if window + 1 < len(self._order):
-                self._read(window + 1, b, len(held.use))
+                self._read(window + 1, b, len(held.samples))
 
     def _read(self, window: int, part: int, whole: int) -> _Held:
         """The window of which at least part/whole has been read."""

@@ -8,6 +8,7 @@ from gpubatch.ops.gather import gather_batch, gather_bytes, take_batch
 from gpubatch.ops.grid import MOST_THREADS, Grid, blocks_for
 from gpubatch.ops.host_compiler import own_form
 from gpubatch.ops.operation import COMPUTE, Space, workspace_dtype
+from gpubatch.ops.permutation import PERMUTATION_WORDS, Permutation, permutation_bytes, permute
 from gpubatch.ops.products import PRECISIONS, ArrayProducts, Products, check_choices, products_for
 from gpubatch.ops.program import check_slope
 from gpubatch.ops.sums import SQUARE_SUM_SIZE, square_grid
@@ -18,12 +19,14 @@ __all__ = [
     "COMPUTE",
     "IDENTITY",
     "MOST_THREADS",
+    "PERMUTATION_WORDS",
     "PRECISIONS",
     "SQUARE_SUM_SIZE",
     "ArrayProducts",
     "CudaUpdate",
     "Grid",
     "Ops",
+    "Permutation",
     "Products",
     "Space",
     "Update",
@@ -37,6 +40,8 @@ __all__ = [
     "host_library",
     "ops_for",
     "own_form",
+    "permutation_bytes",
+    "permute",
     "philox_generator",
     "products_for",
     "reduce_sources",

@@ -85,19 +85,25 @@ def gather_batch(
     scale: float,
     shift: float,
     size: int = 0,
+    computed: bool = False,
 ) -> None:
-    """Gather batch number ``*batch``, an int64 on the device (without it the first): rows ``order[batch * size:]``."""
+    """Gather batch number ``*batch``, an int64 on the device (without it the first): rows ``order[batch * size:]``.
+
+    ``computed``: these are images of a permutation, and ``order`` has the words of that.
+    """
     check_contiguous("source", source)
     check_contiguous("out", out)
     if source.dtype.name not in C_TYPES:
         raise DTypeError(f"source must have one of the dtypes {', '.join(C_TYPES)}, got {describe(source)}")
-    text = gather_source(grid.dtype.name, source.dtype.name)
+    text = gather_source(grid.dtype.name, source.dtype.name, computed)
     launch_over_rows(grid, text, "gather", source, order, batch, out, size, scale, shift)
 
 
-def take_batch(grid: Grid, source: Array, order: Array, batch: Array, out: Array, size: int) -> None:
+def take_batch(
+    grid: Grid, source: Array, order: Array, batch: Array, out: Array, size: int, computed: bool = False
+) -> None:
     """As :func:`gather_batch`, but elements stay as they are stored, or become int64 where out is; one launch."""
-    text = take_source(source.dtype.name, out.dtype.name)
+    text = take_source(source.dtype.name, out.dtype.name, computed)
     launch_over_rows(grid, text, "take", source, order, batch, out, size)
 
 
@@ -127,18 +133,20 @@ def lanes_of(source: Array, out: Array, features: int) -> int:
 
 
 @functools.cache
-def gather_source(dtype: str, stored: str) -> str:
+def gather_source(dtype: str, stored: str, computed: bool = False) -> str:
     """The CUDA source of gathering samples of the element type ``stored`` into arrays of ``dtype``."""
-    return rows_source("gather.cu", dtype, stored, dtype)
+    return rows_source("gather.cu", dtype, stored, dtype, computed)
 
 
 @functools.cache
-def take_source(stored: str, target: str) -> str:
+def take_source(stored: str, target: str, computed: bool = False) -> str:
     """The CUDA source of taking samples of the element type ``stored`` as they are, or as int64: ``target``."""
-    return rows_source("take.cu", "float32", stored, target)
+    return rows_source("take.cu", "float32", stored, target, computed)
 
 
-def rows_source(file: str, dtype: str, stored: str, target: str) -> str:
-    """The CUDA source of a kernel that takes rows, with arithmetic of ``dtype``'s."""
+def rows_source(file: str, dtype: str, stored: str, target: str, computed: bool) -> str:
+    """The CUDA source of a kernel that takes rows in a listed or ``computed`` order, with arithmetic of ``dtype``'s."""
     types = f"typedef {C_TYPES[stored]} Sample;\ntypedef {C_TYPES[target]} Target;"
-    return source_of(dtype, file, before=f"{types}\n{kernel_source('rows.cuh')}")
+    order = "typedef struct Computed Order;" if computed else "typedef struct Listed Order;"
+    shared = f"{kernel_source('permutation.cuh')}\n{order}\n{kernel_source('rows.cuh')}"
+    return source_of(dtype, file, before=f"{types}\n{shared}")

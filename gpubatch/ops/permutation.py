@@ -1,0 +1,112 @@
+"""A random permutation that is computed place by place, by NumPy, compiled or on CUDA: the same integers everywhere."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from gpubatch.backend import Array
+from gpubatch.ops.compile import host_library, kernel_source
+from gpubatch.ops.grid import AT_ONCE, MOST_BLOCKS, THREADS, Grid
+
+__all__ = ["PERMUTATION_WORDS", "Permutation", "permutation_bytes", "permutation_source", "permute"]
+
+Integers: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+ROUNDS = 8
+PERMUTATION_WORDS = 4 + ROUNDS  # n, bits, first, step and keys, as kernels/permutation.cuh has them
+
+# Places that NumPy computes at a time, as a call of it costs as much as some hundred of them: 46 to 98 ns a place.
+TOGETHER = 1 << 16
+TAKEN = 56  # bytes a place that it takes meanwhile, at most
+
+
+class Permutation:
+    """A permutation of the numbers below ``n`` that seed, epoch and stream decide, or with ``shuffle=False`` no change.
+
+    A Feistel network of 8 rounds (Luby & Rackoff, 1988) on the bits of n - 1, applied again to what is not below n
+    (Black & Rogaway, 2002). Its keys are words of Philox4x64-10 with the key (seed, epoch) and the counter (0, 0, 1,
+    stream). It knows the images of ``first``, ``first + step``, ...; ``words`` are its numbers as kernels take them.
+    """
+
+    def __init__(
+        self, n: int, seed: int, epoch: int, stream: int = 0, first: int = 0, step: int = 1, shuffle: bool = True
+    ) -> None:
+        self.n, self.bits = n, max(2, (n - 1).bit_length()) if shuffle else 0
+        # The counter's third word keeps these numbers apart from those of orders that are sorted, and of splits.
+        draw = np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=[0, 0, 1, stream]).random_raw
+        self._keys = draw(ROUNDS)
+        self.words = np.array([n, self.bits, first, step, *self._keys], np.uint64).view(np.int64)
+        self._held: tuple[int, Integers] = 0, np.empty(0, np.int64)  # images that NumPy has computed, from a place on
+
+    def between(self, start: int, stop: int) -> Integers:
+        """The images of places ``start`` to ``stop``; a place is counted in steps from the first."""
+        library = host_library()
+        if not isinstance(library, str):
+            out = np.empty(stop - start, np.int64)
+            if library.permute(self.words, start, out):
+                return out
+        begin, held = self._held
+        if not begin <= start <= stop <= begin + len(held):
+            first, step = int(self.words[2]), int(self.words[3])
+            ahead = -(-(self.n - first) // step) if step else stop  # places that there are
+            begin = start
+            held = np.empty(max(stop, min(start + TOGETHER, ahead)) - start, np.int64)
+            for at in range(0, len(held), TOGETHER):
+                part = held[at : at + TOGETHER]
+                part[...] = np.arange(start + at, start + at + len(part))
+                part *= step
+                part += first
+                part[...] = self.of(part)
+            self._held = (begin, held) if len(held) <= TOGETHER else self._held
+        return held[start - begin : stop - begin]
+
+    def of(self, numbers: Integers) -> Integers:
+        """The images of ``numbers``, by NumPy."""
+        return self._walk(numbers, range(ROUNDS))
+
+    def places_of(self, images: Integers) -> Integers:
+        """The numbers whose images these are: the rounds in reverse."""
+        return self._walk(images, range(ROUNDS - 1, -1, -1))
+
+    def _walk(self, numbers: Integers, rounds: range) -> Integers:
+        found: Integers = np.array(numbers, np.int64)
+        if not self.bits:
+            return found
+        left: Any = slice(None)  # which are not below n yet
+        while len(found[left]):
+            x = found[left] = self._network(found[left], rounds)
+            left = np.flatnonzero(x >= self.n) if isinstance(left, slice) else left[x >= self.n]
+        return found
+
+    def _network(self, x: Integers, rounds: range) -> Integers:
+        below = (self.bits + 1) // 2
+        halves = (x & ((1 << below) - 1)).astype(np.uint32), (x >> below).astype(np.uint32)
+        for number in rounds:
+            changed = (number + 1) % 2  # the upper half, then the lower one
+            bits, key = (self.bits - below if changed else below), int(self._keys[number])
+            mixed = halves[1 - changed] ^ np.uint32(key & 0xFFFFFFFF)
+            mixed *= np.uint32(0x85EBCA6B)
+            mixed ^= mixed >> np.uint32(16)
+            mixed ^= np.uint32(key >> 32)
+            mixed *= np.uint32(0xC2B2AE35)
+            mixed >>= np.uint32(32 - bits)
+            np.bitwise_xor(halves[changed], mixed, out=halves[changed])
+        return (halves[1].astype(np.int64) << below) | halves[0]
+
+
+def permutation_bytes() -> int:
+    """Bytes that :meth:`Permutation.between` takes beside its result."""
+    return TAKEN * TOGETHER if isinstance(host_library(), str) else 0
+
+
+def permute(grid: Grid, words: Array, start: int, out: Array) -> None:
+    """Write the images of places from ``start`` on to ``out``, int64; ``words`` are those of a permutation."""
+    blocks = max(1, min(-(-out.size // (THREADS * AT_ONCE)), MOST_BLOCKS))
+    grid.launch(permutation_source(), "permute", (blocks,), THREADS, words, out, out.size, start)
+
+
+def permutation_source() -> str:
+    """The CUDA source of images as an array."""
+    return f"{kernel_source('permutation.cuh')}\n{kernel_source('permutation.cu')}"
