@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from needs import missing
 
 import gpubatch as gb
+import gpubatch.loader.order
 from gpubatch import sources
 from gpubatch.loader import Loader, epochs_of
 from gpubatch.loader.order import UnevenOrder
@@ -447,18 +448,30 @@ def test_a_damaged_group_is_named(tmp_path):
     world=st.integers(1, 4),
     shuffle=st.booleans(),
     seed=st.integers(0, 2**64 - 1),
+    version=st.sampled_from([1, 2]),
 )
-def test_an_uneven_order_has_every_sample_once_and_every_block_in_one_piece(sizes, together, world, shuffle, seed):
+def test_an_uneven_order_has_every_sample_once_and_every_block_in_one_piece(
+    sizes, together, world, shuffle, seed, version
+):
     bounds = np.cumsum([0, *sizes])
     n = int(bounds[-1])
-    ranks = [UnevenOrder(bounds, seed, 3, together, shuffle, rank, world) for rank in range(min(world, n))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpubatch.loader.order, "LEAST", 8)
+        uneven_order_is_whole(bounds, n, together, world, shuffle, seed, version)
+
+
+def uneven_order_is_whole(bounds, n, together, world, shuffle, seed, version):
+    ranks = [
+        UnevenOrder(bounds, seed, 3, together, shuffle, rank, world, None, version) for rank in range(min(world, n))
+    ]
     seen = np.concatenate([order.indices(0, len(range(rank, n, world))) for rank, order in enumerate(ranks)])
     if world <= n:
         assert np.array_equal(np.sort(seen), np.arange(n))
     if world == 1:
         order, read = ranks[0], []
         for window in range(len(order)):
-            samples, use = order.part(window)
+            samples, images = order.part(window)
+            samples, use = samples[:], images.between(0, len(samples))
             assert 0 < len(samples) <= together
             assert np.array_equal(np.sort(use), np.arange(len(samples)))
             assert np.array_equal(order.indices(len(read), len(read) + len(samples)), samples[use])
