@@ -249,6 +249,11 @@ class SigmoidCrossEntropy(LogOdds):
     """-y log σ(z) - (1 - y) log(1 - σ(z)), mean over all elements; Y holds numbers in [0, 1].
 
     label_smoothing: from 0 up to 1; the targets are then (1 - label_smoothing) y + label_smoothing/2, as in Keras.
+
+    >>> net = gb.mlp([3, 4, 1], loss=gb.SigmoidCrossEntropy(label_smoothing=0.1), seed=0)
+    >>> loss, grads = net.loss_and_grad(np.eye(3, dtype=np.float32), np.array([[0], [1], [1]], np.float32))
+    >>> loss > 0
+    True
     """
 
     takes_weights = True
@@ -399,6 +404,11 @@ class SVM(OfMargins):
     delta: the margin, above 0.
     ignore_label: samples with this label count for nothing, neither in the mean nor in accuracy; any integer, None for
         no label.
+
+    >>> net = gb.mlp([3, 4, 3], loss=gb.SVM(delta=0.5), seed=0)
+    >>> loss, grads = net.loss_and_grad(np.eye(3, dtype=np.float32), np.arange(3))
+    >>> loss > 0
+    True
     """
 
     takes_weights = True
@@ -428,6 +438,11 @@ class CrammerSinger(OfMargins):
 
     delta: the margin, above 0.
     ignore_label: as in :class:`SVM`.
+
+    >>> net = gb.mlp([3, 4, 3], loss=gb.CrammerSinger(), seed=0)
+    >>> loss, grads = net.loss_and_grad(np.eye(3, dtype=np.float32), np.arange(3))
+    >>> loss > 0
+    True
     """
 
     takes_weights = True
@@ -468,6 +483,11 @@ class SoftmaxCrossEntropy(OfSoftmax):
         label_smoothing/classes, as in PyTorch's ``cross_entropy`` (Szegedy et al. 2016, section 7).
     ignore_label: samples with this label count for nothing, neither in the mean nor in accuracy; any integer, None for
         no label. Rows of probabilities have no label.
+
+    >>> net = gb.mlp([3, 4, 3], loss=gb.SoftmaxCrossEntropy(label_smoothing=0.1), seed=0)
+    >>> loss, grads = net.loss_and_grad(np.eye(3, dtype=np.float32), np.arange(3))
+    >>> loss > 0
+    True
     """
 
     takes_weights = True
@@ -513,6 +533,11 @@ class KLDivergence(OfSoftmax):
     Y holds a distribution for each row of scores, ``(batch, classes)``, not its logarithm; a y of 0 adds nothing. As
     ``torch.nn.KLDivLoss(reduction="batchmean")`` of ``log_softmax(scores)``, and Keras' ``KLDivergence`` of
     ``softmax(scores)``. Its gradient is softmax cross-entropy's, of which it is less by the entropy of Y.
+
+    >>> net = gb.mlp([3, 4, 3], loss=gb.KLDivergence(), seed=0)
+    >>> loss, grads = net.loss_and_grad(np.eye(3, dtype=np.float32), np.full((3, 3), 1 / 3, np.float32))
+    >>> loss > 0
+    True
     """
 
     takes_weights = True
@@ -550,6 +575,11 @@ class SoftmaxFocal(OfSoftmax):
     alpha: a number for every class, or one for all; not negative. None for 1. The mean is that of the samples, not over
         the sum of alpha; class weights that the mean is divided by are ``Loader(class_weight=)``.
     ignore_label: as in :class:`SoftmaxCrossEntropy`.
+
+    >>> net = gb.mlp([3, 4, 3], loss=gb.SoftmaxFocal(), seed=0)
+    >>> loss, grads = net.loss_and_grad(np.eye(3, dtype=np.float32), np.arange(3))
+    >>> loss > 0
+    True
     """
 
     takes_weights = True
