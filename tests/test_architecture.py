@@ -206,7 +206,7 @@ CODE_LINES = {
     "nn": 2237,
     "datasets": 194,
     "sources": 1203,
-    "loader": 1970,
+    "loader": 2085,
     "tables": 1243,
     "checkpoint": 266,
     "model": 885,

@@ -512,14 +512,10 @@ class Order:
         held = 8 * self.n * ((self.chosen is not None) + (self._sums is not None))
         if self.window or self._by_arithmetic:
             return held, held
-<<<<<<< HEAD
-        drawing = DRAWING if self.chosen is None else DRAWING + 8  # places among the chosen, and the samples there
-        making = drawing if self.weighted is not None else 0 if self.replacement else PEAK
-=======
         if self._by_formula:
             return held, held + permutation_bytes()
-        making = DRAWING if self.weighted is not None else 0 if self.replacement else PEAK
->>>>>>> 8c0d95e (An order without memory: from 2^20 samples on a Feistel network computes each place, on CPU, NumPy and CUDA alike)
+        drawing = DRAWING if self.chosen is None else DRAWING + 8  # places among the chosen, and the samples there
+        making = drawing if self.weighted is not None else 0 if self.replacement else PEAK
         return held + making * self.n, held + 8 * self.n
 
     @property
