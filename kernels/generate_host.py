@@ -2,7 +2,8 @@
 
 ``formulas.h`` has a function for each traced update rule, named by the digest of its text. A library built from another
 version of a formula therefore does not have it, and NumPy runs it instead. ``elementwise_float32.h`` and
-``elementwise_float64.h`` have the activations and the score losses, likewise.
+``elementwise_float64.h`` have the activations and the score losses, likewise. ``sources.h`` has the digest of the other
+sources, which is compared when the library is loaded.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpubatch.formula import Rule, Trace, activation_source, activations, rules, score_source, scores
-from gpubatch.ops.compile import COMPUTED, elementwise_digest, formula_digest
+from gpubatch.ops.compile import COMPUTED, elementwise_digest, formula_digest, host_digest
 from gpubatch.ops.host_source import rule_source
 
 
@@ -49,5 +50,6 @@ def elementwise(dtype: str) -> str:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     (folder / "formulas.h").write_text(formulas())
+    (folder / "sources.h").write_text(f'#define SOURCES "{host_digest()}"\n')
     for dtype in COMPUTED:
         (folder / f"elementwise_{dtype}.h").write_text(elementwise(dtype))

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "host_kernels.h"
+#include "sources.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -1102,6 +1103,7 @@ NB_MODULE(_host, m) {
     if (_import_array() < 0) throw nb::python_error();
     if (usable_levels().empty()) throw nb::import_error("this processor lacks SSE 4.2");
     use(usable_levels().back());
+    m.attr("sources") = SOURCES;
     m.def("levels", usable_levels, "The SIMD levels that were built and that this processor supports.");
     m.def("level", [] { return std::string(level.name); }, "The SIMD level in use; initially the widest.");
     m.def("use", use, "Set the SIMD level, for tests.");

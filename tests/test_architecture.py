@@ -199,7 +199,7 @@ CODE_LINES = {
     "backend": 520,
     "staging": 51,
     "inputs": 106,
-    "ops": 2572,
+    "ops": 2617,
     "sizing": 264,
     "params": 96,
     "optim": 1165,

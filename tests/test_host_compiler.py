@@ -393,6 +393,29 @@ def test_an_unsound_file_is_compiled_anew(
     assert counted() == 3
 
 
+def test_what_was_not_used_for_longest_is_removed(
+    fresh: Path, counted: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again(monkeypatch)
+    [used] = fresh.iterdir()
+    size = used.stat().st_size
+    idle = [fresh / f"{i}.so" for i in range(3)]
+    for i, path in enumerate(idle):
+        path.write_bytes(bytes(size))
+        os.utime(path, (10 + i, 10 + i))
+    os.utime(used, (1, 1))
+    again(monkeypatch)
+    assert counted() == 1
+    monkeypatch.setattr(jit, "MOST_BYTES", 3.5 * size)
+    gb.Optimizer(drift, [np.zeros(3, F)])
+    [new] = {*fresh.iterdir()} - {used, *idle}
+    assert {*fresh.iterdir()} == {used, new, idle[2]}
+    monkeypatch.setattr(jit, "MOST_BYTES", 1)
+    used.unlink()
+    assert again(monkeypatch).startswith("compiled on first use")
+    assert [*fresh.iterdir()] == [used]  # larger than all that may be kept, but in use
+
+
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GPUBATCH_CACHE_DIR", "here")
     assert jit.cache_folder() == Path.cwd() / "here" / "formulas"

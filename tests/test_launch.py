@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -148,6 +149,37 @@ def test_compiled_kernels_that_a_source_tree_hides_are_named(library: Any, tmp_p
     assert str(tmp_path) in done.stdout
     assert "pip install -e" in done.stdout
     assert "CompilerWarning: NumPy does the work of the compiled kernels" in done.stderr
+
+
+def test_compiled_kernels_of_other_sources_are_told(library: Any, tmp_path: Path) -> None:
+    tree = Path(gb.__file__).parent
+    for folder in (tree, tree.parent / "kernels"):
+        shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("_host*", "__pycache__"))
+    shutil.copy(library.__file__, tmp_path / "gpubatch")
+    code = "from gpubatch.ops import compile; print(compile.host_library())"
+    python = [sys.executable, "-c", code]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+
+    def done() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(python, capture_output=True, text=True, check=True, env=env, cwd=tmp_path)
+
+    assert done().stdout.startswith("<module 'gpubatch._host'")
+    source = tmp_path / "kernels" / "host.cpp"
+    source.write_text(source.read_text() + "// changed\n")
+    found = done()
+    assert "was built from other sources" in found.stdout
+    assert "pip install -e" in found.stdout
+    assert "CompilerWarning: NumPy does the work of the compiled kernels" in found.stderr
+
+
+def test_the_digest_is_of_all_that_is_included() -> None:
+    found, left = set[str](), ["host.cpp", "host_kernels.cpp"]
+    while left:
+        found.add(name := left.pop())
+        left += (
+            set(re.findall(r'#include "(\w+\.\w+)"', compile.kernel_source(name))) - found - {"formulas.h", "sources.h"}
+        )
+    assert found == set(compile.HOST_SOURCES)
 
 
 # --- CUDA ----------------------------------------------------------------------------------------------------------

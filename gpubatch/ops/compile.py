@@ -23,6 +23,7 @@ __all__ = [
     "cuda_kernel",
     "elementwise_digest",
     "formula_digest",
+    "host_digest",
     "host_library",
     "kernel_source",
     "scalars_source",
@@ -47,6 +48,20 @@ C_TYPES = {
 }
 COMPUTED = ("float32", "float64")  # the types of arithmetic
 MOST_CPU_THREADS = 256  # of kernels/threads.h
+# What the build compiles _host from, beside the formulas.
+HOST_SOURCES = (
+    "half.cuh",
+    "host.cpp",
+    "host_formulas.h",
+    "host_kernels.cpp",
+    "host_kernels.h",
+    "host_loops.h",
+    "host_math.h",
+    "host_simd.h",
+    "math.cuh",
+    "philox.cuh",
+    "threads.h",
+)
 
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -101,6 +116,11 @@ def elementwise_digest(declared: Activation | ScoreLoss) -> str:
     return hashlib.sha256("\n".join([*text, kernel_source("math.cuh")]).encode()).hexdigest()[:16]
 
 
+def host_digest() -> str:
+    """A digest of the sources of ``_host``, which has that of those it was built from."""
+    return hashlib.sha256("\n".join(map(kernel_source, HOST_SOURCES)).encode()).hexdigest()[:16]
+
+
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
@@ -114,6 +134,9 @@ def host_library() -> Any:
             library = importlib.import_module("gpubatch._host")
         except ImportError as error:
             return f"cannot be loaded: {error}"
+        if why := outdated(library):
+            warnings.warn(f"NumPy does the work of the compiled kernels: {why}", CompilerWarning, stacklevel=2)
+            return why
         library.set_threads(wanted_threads(library.threads()))
         return library
     if installed := installed_elsewhere():
@@ -124,6 +147,17 @@ def host_library() -> Any:
         warnings.warn(f"NumPy does the work of the compiled kernels: {why}", CompilerWarning, stacklevel=2)
         return why
     return "not built: no C++ compiler was found when gpubatch was installed"
+
+
+def outdated(library: Any) -> str | None:
+    """In words that ``_host`` was built from other sources than those of the checkout; outside of one, None."""
+    tree = os.path.dirname(PACKAGE)
+    if (
+        not os.path.isfile(os.path.join(tree, "kernels", "host.cpp"))
+        or getattr(library, "sources", None) == host_digest()
+    ):
+        return None
+    return f"{library.__file__} was built from other sources than those in {tree}; install them with pip install -e"
 
 
 def installed_elsewhere() -> str | None:

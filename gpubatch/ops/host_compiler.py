@@ -10,7 +10,8 @@ Why this way: three were measured for a user's Adam on two cores with AVX-512 (A
   the speed (0.36, 0.32 and 0.34 at 10,000, 1 million and 50 million parameters).
 
 Without a compiler NumPy runs the formula, as it does where gpubatch was installed without one. Libraries are kept in
-``GPUBATCH_CACHE_DIR``, or the user's cache directory. ``CXX`` names a compiler; ``GPUBATCH_JIT=0`` switches it off.
+``GPUBATCH_CACHE_DIR``, or the user's cache directory, at most 64 MiB, some 3,000 formulas: those that were not used for
+longest are removed. ``CXX`` names a compiler; ``GPUBATCH_JIT=0`` switches it off.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ __all__ = ["Place", "own_form", "place_of"]
 
 # As in CMakeLists.txt, for the bits of the build. The text needs no more than C++17, and no warning concerns the user.
 OPTIONS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-std=c++17", "-w", "-shared", "-fPIC"]
+MOST_BYTES = 64 << 20  # of the cache
 SECONDS = 60  # until a compiler counts as hung; a formula takes a fraction of a second
 
 
@@ -219,8 +221,12 @@ def load_functions(compiler: Compiler, source: str, level: str) -> list[int]:
                 check_private(folder)
                 for path in folder.glob(f"{key}-*.so"):
                     if is_sound(path, key):
+                        with contextlib.suppress(OSError):
+                            os.utime(path)  # it was used now
                         return functions_of(path)
-                return functions_of(compiled_into(folder, compiler, source, level, key))
+                made = compiled_into(folder, compiler, source, level, key)
+                remove_unused(folder, made)
+                return functions_of(made)
         with tempfile.TemporaryDirectory(prefix="gpubatch-") as private:
             return functions_of(compiled_into(Path(private), compiler, source, level, key))
     except OSError as error:
@@ -234,6 +240,25 @@ def compiled_into(folder: Path, compiler: Compiler, source: str, level: str, key
         made = Path(compiler.compile(source, level, private))
         made.chmod(0o600)
         return made.replace(folder / name_of(key, made.read_bytes()))
+
+
+def remove_unused(folder: Path, made: Path) -> None:
+    """Remove the files of the cache that were not used for longest, if all take more than ``MOST_BYTES``; not ``made``.
+
+    A process that has loaded one keeps it; one that is about to compiles it anew.
+    """
+    found = list[tuple[int, int, Path]]()
+    for path in folder.glob("*.so"):
+        with contextlib.suppress(OSError):  # another process has removed it
+            about = path.stat()
+            found.append((about.st_mtime_ns, about.st_size, path))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total <= MOST_BYTES:
+            break
+        if path != made:
+            path.unlink(missing_ok=True)
+            total -= size
 
 
 def name_of(key: str, library: bytes) -> str:
