@@ -19,8 +19,8 @@ EXPORTS = {
         ArgumentError BackendFallbackWarning BackendUnavailableError CaptureError CaptureWarning CheckpointError
         CheckpointWarning CompilerWarning ConversionWarning DTypeError DataFormatError DeviceMismatchError EpochWarning
         FewStepsWarning FormulaError GpubatchError IdleWarning InUseError InsufficientMemoryError
-        MicroBatchWarning NonFiniteError ResumeWarning ShapeError SkippedStepWarning TableWarning TuningWarning
-        UnknownArgumentError UnscaledWarning
+        MicroBatchWarning NonFiniteError ResumeWarning ShapeError SkippedStepWarning TableWarning TransferError
+        TuningWarning UnknownArgumentError UnscaledWarning
     """,
     "explore": """
         GradientCheck batch_size_sweep gradient_check loss_slice numerical_gradient random_local_search
@@ -97,6 +97,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         ShapeError as ShapeError,
         SkippedStepWarning as SkippedStepWarning,
         TableWarning as TableWarning,
+        TransferError as TransferError,
         TuningWarning as TuningWarning,
         UnknownArgumentError as UnknownArgumentError,
         UnscaledWarning as UnscaledWarning,

@@ -11,6 +11,7 @@
     ├── BackendUnavailableError (RuntimeError)   the requested device cannot be used
     ├── InsufficientMemoryError (MemoryError)    not even one sample fits
     ├── CheckpointError (OSError)            a checkpoint cannot be written
+    ├── TransferError (OSError)              a file elsewhere cannot be read; the message has the URL and the byte
     ├── CaptureError (RuntimeError)          work that a CUDA graph cannot hold
     ├── InUseError (RuntimeError)            another thread trains the network
     └── NonFiniteError (ArithmeticError)     NaN or infinity in data, loss or gradient
@@ -66,6 +67,7 @@ __all__ = [
     "ShapeError",
     "SkippedStepWarning",
     "TableWarning",
+    "TransferError",
     "TuningWarning",
     "UnknownArgumentError",
     "UnscaledWarning",
@@ -123,6 +125,10 @@ class InsufficientMemoryError(GpubatchError, MemoryError):
 
 class CheckpointError(GpubatchError, OSError):
     """A checkpoint cannot be written; earlier ones are intact."""
+
+
+class TransferError(GpubatchError, OSError):
+    """A file elsewhere cannot be read; the message has its URL without secrets, and from which byte on."""
 
 
 class CaptureError(GpubatchError, RuntimeError):

@@ -1,6 +1,7 @@
 """Optional requirements of tests: a test without one is skipped, or fails if the requirement is expected.
 
-``GPUBATCH_EXPECT=peers,compiler,nvrtc,nvmath,data,gpu`` lists the requirements that a machine is expected to have.
+``GPUBATCH_EXPECT=peers,compiler,nvrtc,nvmath,data,remote,gpu`` lists what a machine is expected
+to have.
 """
 
 from __future__ import annotations

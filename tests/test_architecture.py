@@ -62,7 +62,7 @@ ORDER = {
     "schedules": "counted decays cycles combined saved",
     "optim": "arrays groups epochs optimizer optimizers ahead resumed",
     "nn": "needs layers stack workspace losses checks core summary network",
-    "sources": "arrays reader opener rows chunked tables parts given",
+    "sources": "arrays reader remote opener rows chunked tables parts given",
     "loader": "order pinned functions weights columns windows ahead device feeds epochs loader",
     "tables": "columns statistics recipe fitting rows files table",
     "model": "describe preparation file model export",
@@ -188,7 +188,7 @@ def test_packages_are_no_larger_than_their_table_says() -> None:
 
 # The most code lines of each package or module.
 CODE_LINES = {
-    "errors": 120,
+    "errors": 122,
     "own": 27,
     "main_memory": 66,
     "shown": 30,
@@ -205,7 +205,7 @@ CODE_LINES = {
     "optim": 1165,
     "nn": 2237,
     "datasets": 194,
-    "sources": 1203,
+    "sources": 1639,
     "loader": 2085,
     "tables": 1243,
     "checkpoint": 266,
@@ -218,7 +218,7 @@ CODE_LINES = {
     "sklearn": 915,
     "torch": 565,
     "__main__": 19,
-    "__init__": 212,
+    "__init__": 213,
 }
 
 

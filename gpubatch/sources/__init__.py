@@ -20,6 +20,7 @@ from gpubatch.sources.given import as_source, is_read
 from gpubatch.sources.opener import BytesByPlace, LocalFile, Opener, Reopened, opener_of
 from gpubatch.sources.parts import files
 from gpubatch.sources.reader import Part, Reader, Source
+from gpubatch.sources.remote import RemoteFile, remote
 from gpubatch.sources.rows import cifar10, idx, naming_the_file, npy, raw
 from gpubatch.sources.tables import Grouped, ParquetGroups, arrow, hdf5, opened_arrow, parquet
 
@@ -32,6 +33,7 @@ __all__ = [
     "ParquetGroups",
     "Part",
     "Reader",
+    "RemoteFile",
     "Reopened",
     "Source",
     "arrow",
@@ -51,5 +53,6 @@ __all__ = [
     "opener_of",
     "parquet",
     "raw",
+    "remote",
     "turned",
 ]

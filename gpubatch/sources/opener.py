@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import BinaryIO, Generic, Protocol, TypeVar
 
 from gpubatch.errors import DataFormatError
+from gpubatch.sources.remote import RemoteFile, is_url
 
 __all__ = ["BytesByPlace", "LocalFile", "Opener", "Reopened", "opener_of"]
 
@@ -63,6 +64,8 @@ class LocalFile:
 
 def opener_of(path: str | os.PathLike[str] | Opener) -> Opener:
     """What opens the file that a user gives."""
+    if isinstance(path, str) and is_url(path):
+        return RemoteFile(path)
     return LocalFile(path) if isinstance(path, (str, bytes, os.PathLike)) else path
 
 

@@ -132,6 +132,8 @@ class _Rows:
         needed, found = offset + shape[0] * self._row, file.size()
         if found < needed:
             raise DataFormatError(f"{self.path}: expected {needed} bytes for {dtype} {shape}, found {found}")
+        if getattr(file, "by_parts", False):
+            self.block = 1  # any neighbours go together, but single samples would be read at a cost
         self._bytes = Reopened(file, lambda: BytesByPlace(file.open()))
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from gpubatch.sources.rows import check_exists, copy_rows, flat, in_order_of_use
 __all__ = ["Grouped", "ParquetGroups", "arrow", "hdf5", "opened_arrow", "parquet"]
 
 ARROW_MAGIC = b"ARROW1"
+BETWEEN = 1 << 16  # bytes between two columns that are read as well, since asking twice takes longer
 RECORD_BATCH = 3  # among the kinds of an Arrow message
 
 
@@ -61,6 +62,9 @@ class Grouped(Protocol):
     def load(self, group: int, chosen: list[str]) -> Any:
         """A group's columns as a table."""
 
+    def expect(self, group: int, chosen: list[str]) -> None:
+        """Have a group's columns read ahead where that is worth it."""
+
     def close(self) -> None:
         """Close the file."""
 
@@ -70,7 +74,8 @@ class ParquetGroups:
 
     def __init__(self, file: Opener) -> None:
         with naming_the_file(file.path, "a Parquet file"):
-            self._file = _need("pyarrow.parquet").ParquetFile(_for_arrow(file))
+            self._below = _for_arrow(file)
+            self._file = _need("pyarrow.parquet").ParquetFile(self._below)
             metadata = self._file.metadata
             groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
             self.sizes = [group.num_rows for group in groups]
@@ -80,6 +85,23 @@ class ParquetGroups:
     def load(self, group: int, chosen: list[str]) -> Any:
         """See :class:`Grouped`."""
         return self._file.read_row_group(group, columns=chosen)
+
+    def expect(self, group: int, chosen: list[str]) -> None:
+        """See :class:`Grouped`."""
+        if not hasattr(self._below, "expect"):
+            return
+        found, spans = self._file.metadata.row_group(group), list[tuple[int, int]]()
+        for column in map(found.column, range(found.num_columns)):
+            if column.path_in_schema.partition(".")[0] in chosen:
+                start = column.dictionary_page_offset or column.data_page_offset
+                spans.append((start, start + column.total_compressed_size))
+        start, stop = min(spans)
+        for first, last in sorted(spans):
+            if first - stop > BETWEEN:
+                self._below.expect(start, stop)
+                start = first
+            stop = last
+        self._below.expect(start, stop)
 
     def close(self) -> None:
         """See :class:`Grouped`."""
@@ -99,11 +121,12 @@ class _ArrowFile:
 
     def __init__(self, file: Opener) -> None:
         pa = _need("pyarrow")
-        self._file = pa.OSFile(file.path) if isinstance(file, LocalFile) else pa.PythonFile(file.open(), mode="r")
+        self._below = None if isinstance(file, LocalFile) else file.open()
+        self._file = pa.OSFile(file.path) if self._below is None else pa.PythonFile(self._below, mode="r")
         self.fields = [(field.name, field.type) for field in pa.ipc.open_file(self._file).schema]
         # The footer does not say how many rows a batch has; its header does.
-        batches = arrow_batches(file, 8)
-        self.sizes, self.data_bytes = [batch.rows for batch in batches], data_bytes(batches)
+        self._batches = arrow_batches(file, 8)
+        self.sizes, self.data_bytes = [batch.rows for batch in self._batches], data_bytes(self._batches)
         self._readers: dict[tuple[str, ...], Any] = {}
         if (count := pa.ipc.open_file(self._file).num_record_batches) != len(self.sizes):
             raise DataFormatError(f"{file.path}: expected {count} record batches, found {len(self.sizes)}")
@@ -115,6 +138,11 @@ class _ArrowFile:
             reader = pa.ipc.open_file(self._file, options=_included(self.fields, chosen))
             self._readers = {tuple(chosen): reader}
         return pa.Table.from_batches([reader.get_batch(group)]).select(chosen)
+
+    def expect(self, group: int, chosen: list[str]) -> None:
+        """See :class:`Grouped`."""
+        if self._below is not None and hasattr(self._below, "expect"):
+            self._below.expect(self._batches[group].start, self._batches[group].stop)
 
     def close(self) -> None:
         """See :class:`Grouped`."""
@@ -152,6 +180,10 @@ class _ArrowStream:
         data = pa.py_buffer(self._read(batch.start, batch.stop, self._head))
         with pa.ipc.open_stream(data, options=_included(self.fields, chosen)) as reader:
             return pa.Table.from_batches([reader.read_next_batch()]).select(chosen)
+
+    def expect(self, group: int, chosen: list[str]) -> None:
+        """See :class:`Grouped`."""
+        self._bytes.expect(self._batches[group].start, self._batches[group].stop)
 
     def close(self) -> None:
         """See :class:`Grouped`."""
@@ -320,6 +352,13 @@ class _Table:
             here = np.flatnonzero(groups == group)
             yield here, indices[here] - self.starts[group], self._kept
 
+    def expect(self, indices: np.ndarray, /) -> None:
+        """Have the groups of the rows at ``indices`` read ahead, while others are used."""
+        opened = self._opened.use()
+        for group in in_order_of_use(np.searchsorted(self.starts, indices, side="right") - 1):
+            if group != self._group:
+                opened.expect(int(group), self._chosen)
+
     def _decode(self, group: int) -> list[np.ndarray]:
         start, stop = int(self.starts[group]), int(self.starts[group + 1])
         with naming_the_file(self.path, f"whole samples {start} to {stop - 1}"):
@@ -410,6 +449,12 @@ class _Hdf5:
 
     def __init__(self, file: Opener, names: list[str]) -> None:
         h5py, path = _need("h5py"), file.path
+        if getattr(file, "by_parts", False):
+            # While h5py reads it has a lock, for which a thread that fetches waits if it collects garbage of h5py's.
+            raise ArgumentError(
+                f"{path}: HDF5 is read from a copy where the file is elsewhere; give gpubatch.sources.remote(url, "
+                "cache=...)"
+            )
         check_exists(file)
         with naming_the_file(path, "an HDF5 file"):
             self._below = None if isinstance(file, LocalFile) else file.open()

@@ -1,0 +1,560 @@
+"""Files elsewhere: those that a URL names, read by fsspec's file systems, ahead of their use or from a copy."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import io
+import itertools
+import os
+import queue
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, GpubatchError, TransferError
+
+__all__ = ["RemoteFile", "is_url", "remote"]
+
+T = TypeVar("T")
+
+PIECE = 1 << 20  # bytes that are asked for at a time
+LEAST = 1 << 16  # bytes that are asked for where fewer are needed: headers are read in small steps
+HELD = 64  # pieces that a process holds at a time, of all files together
+AT_ONCE = 8  # pieces that are on their way at a time
+TRIES = 3
+PAUSE = 0.2  # seconds before the second try, and twice as many before the third
+PATIENCE = 60.0  # seconds without an answer after which a file system is given up
+
+# Two letters at least: C:// is a drive. zip://x.npy::https://host/x.zip is a chain, as fsspec calls it.
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|[A-Za-z][A-Za-z0-9+.-]+::")
+# What file systems say of a file that is another when its contents are.
+STAMPS = [
+    *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "crc32c", "generation"),
+    *("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "modified", "created"),
+]
+
+
+def is_url(x: Any) -> bool:
+    """Whether ``x`` is text that begins as a URL does."""
+    return isinstance(x, str) and URL.match(x) is not None
+
+
+def remote(
+    url: str, *, cache: str | os.PathLike[str] | None = None, options: Mapping[str, Any] | None = None
+) -> RemoteFile:
+    """A file at a URL of fsspec's, such as "https://host/x.npy" or "s3://bucket/x.parquet"; needs fsspec.
+
+    url: of a protocol that fsspec knows, whose library is installed
+    cache: a folder; the file is copied there whole when it is first opened, and read from the copy
+    options: of fsspec's file system, such as keys; they are in no message and no state, nor is what a URL has before
+        "@" and after "?"
+
+    It goes where a path does: ``gb.sources.parquet(gb.sources.remote(url, cache="data"), ...)``. A URL as a string does
+    as well, where it needs neither a cache nor options.
+
+    **Without a cache** parts of the file are read when they are needed. Up to 8 are on their way at a time, and up to
+    64 MiB of all files together are held. The server must serve parts of a file.
+
+    **With a cache** the name of the copy has a digest of the URL and of what the server says of the file's size, time
+    and ETag, so that a file that was changed is copied anew. A copy has its name only when it is whole; what there is
+    of one that was broken off is gone on with. Nothing is written outside the folder, and nothing in it is removed: it
+    grows by every file, and by every version of a file, that is opened.
+
+    What fails is tried 3 times. Then it is a ``TransferError`` that names the URL and the byte, and reading goes on
+    there where it is tried again. Where the file is changed while it is read, as its size, time or ETag say, that is
+    a ``DataFormatError``.
+    """
+    return RemoteFile(url, cache, options)
+
+
+def shown(url: str) -> str:
+    """A URL without what may be secret: user, password and query."""
+    links = []
+    for link in url.split("::"):
+        scheme, mark, rest = link.partition("://")
+        if mark and scheme not in ("file", "local", "memory"):
+            rest = re.split("[?#]", rest, maxsplit=1)[0]
+            host, slash, path = rest.partition("/")
+            rest = host.rpartition("@")[2] + slash + path
+        links.append(scheme + mark + rest)
+    return "::".join(links)
+
+
+class RemoteFile:
+    """A file at a URL, see :func:`remote`; an :class:`~gpubatch.sources.Opener`.
+
+    ``by_parts`` says whether parts of it are read when they are needed, not a copy.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        cache: str | os.PathLike[str] | None = None,
+        options: Mapping[str, Any] | None = None,
+        path: str | None = None,
+    ) -> None:
+        if not is_url(url):
+            raise ArgumentError(f"url must begin with a protocol, such as https://, got {type(url).__name__} {url!r}")
+        if options is not None and not isinstance(options, Mapping):
+            raise DTypeError(f"options must be a mapping of names to values, got {type(options).__name__}")
+        self._url, self._options, self._given = url, dict(options or {}), path
+        self._cache = None if cache is None else Path(cache)
+        self.by_parts = cache is None
+        self._process, self._system = -1, cast(Any, None)
+        self.path = shown(url)
+        if path is not None:
+            self.path = shown(self._there()[0].unstrip_protocol(path))
+        self._there()
+
+    def __repr__(self) -> str:
+        return f"<RemoteFile {self.path}>"
+
+    def matching(self) -> list[RemoteFile]:
+        """The files that the URL names as a pattern, or those in the folder that it names; else itself."""
+        system, path = self._there()
+
+        def look() -> list[str] | None:
+            if any(mark in path for mark in "*?["):
+                return [name for name in system.glob(path) if not system.isdir(name)]
+            return list(system.find(path)) if system.isdir(path) else None
+
+        found = self._tried("looked up", look)
+        if found is None:
+            return [self]
+        return [RemoteFile(self._url, self._cache, self._options, str(name)) for name in found]
+
+    # --- as an Opener ---
+
+    def open(self) -> BinaryIO:
+        """See :class:`Opener`."""
+        if self._cache is not None:
+            return self._copy().open("rb", buffering=0)
+        return cast(BinaryIO, _Stream(self))
+
+    def size(self) -> int:
+        """See :class:`Opener`."""
+        return self.state()[0]
+
+    def identity(self) -> str:
+        """See :class:`Opener`."""
+        return self.state()[1]
+
+    def state(self) -> tuple[int, str]:
+        """Its size, and its identity, as they are now."""
+        system, path = self._there()
+
+        def ask() -> dict[str, Any]:
+            system.invalidate_cache()
+            found: dict[str, Any] = system.info(path)
+            return found
+
+        info = self._tried("found", ask)
+        if info.get("type") == "directory":
+            raise DataFormatError(f"{self.path}: expected a file, found a folder")
+        size = info.get("size")
+        if not isinstance(size, int):
+            raise TransferError(f"{self.path}: the server does not tell the file's size")
+        stamps = [f"{name} {info[name]}" for name in STAMPS if info.get(name) is not None]
+        return size, ", ".join([f"{size} bytes", *stamps])
+
+    # --- reading ---
+
+    def fetch(self, start: int, stop: int, identity: str) -> bytearray:
+        """The bytes from ``start`` to ``stop`` of the file as ``identity`` describes it; called by a worker."""
+        found, failed, words = bytearray(), 0, ""
+        while len(found) < stop - start and failed < TRIES:
+            if failed:
+                time.sleep(PAUSE * 2 ** (failed - 1))
+            place = start + len(found)
+            try:
+                some = self._bytes(place, stop)
+            except GpubatchError:
+                raise
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{self.path}: no such file") from None
+            except Exception as error:  # of whichever library reads
+                failed, words = failed + 1, self._words(error)
+                continue
+            if len(some) > stop - place:
+                raise TransferError(
+                    f"{self.path}: expected bytes {place} to {stop - 1}, found {len(some)} bytes: the server does not "
+                    "serve parts of a file; give cache="
+                )
+            failed, words = (0, "") if some else (failed + 1, "it stopped there")
+            found += some
+        if failed:
+            raise TransferError(
+                f"{self.path}: expected bytes {start} to {stop - 1}, found none from byte {start + len(found)} on: "
+                f"{words} ({TRIES} tries)"
+            )
+        if (now := self.identity()) != identity:
+            raise DataFormatError(
+                f"{self.path}: expected the file that was opened first ({identity}), found another ({now}): it was "
+                "changed while it was in use"
+            )
+        return found
+
+    def _bytes(self, start: int, stop: int) -> bytes:
+        system, path = self._there()
+        if "http" not in system.protocol:
+            many = system.async_impl or system.protocol == "memory" or "file" in system.protocol
+            with contextlib.nullcontext() if many else workers.one_by_one:  # of one connection
+                found: bytes = system.cat_file(path, start=start, end=stop)
+            return found
+        # cat_file would read all of a file of a server that does not serve parts.
+        with system.open(path, "rb", size=max(stop, 1 + start), cache_type="none", block_size=PIECE) as file:
+            try:
+                some: bytes = file._fetch_range(start, stop)
+            except ValueError as error:
+                if "range" not in str(error):
+                    raise
+                raise NoPartsError(f"{self.path}: the server does not serve parts of a file; give cache=") from None
+            return some
+
+    # --- the copy ---
+
+    def _copy(self) -> Path:
+        """The whole copy in the cache; made, or gone on with, where it is not there."""
+        assert self._cache is not None
+        size, identity = self.state()
+        # Where only the size is known of a file, another query may be another file.
+        named = self.path if "," in identity else self._url
+        digest = hashlib.sha256(f"{named}\n{identity}".encode()).hexdigest()[:32]
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", self.path.rstrip("/").rpartition("/")[2])[-64:]
+        whole = self._cache / f"{digest}-{name}"
+        if whole.is_file() and whole.stat().st_size == size:
+            return whole
+        self._cache.mkdir(exist_ok=True)
+        with _begun(whole) as file:
+            try:
+                self._download(file, size, identity)
+            except NoPartsError:
+                self._download_at_once(file, size)
+            file.flush()
+            os.fsync(file.fileno())
+            if (now := self.identity()) != identity:
+                file.truncate(0)
+                raise DataFormatError(f"{self.path}: it was changed while it was copied ({identity}, now {now})")
+        return whole
+
+    def _download(self, file: BinaryIO, size: int, identity: str) -> None:
+        """Append to a copy what is missing of it."""
+        done = file.seek(0, io.SEEK_END)
+        if done > size:
+            file.truncate(0)
+            done = file.seek(0)
+        starts = iter(range(done, size, PIECE))
+        coming: list[Future[bytearray]] = []
+        while True:
+            for start in itertools.islice(starts, AT_ONCE - len(coming)):
+                coming.append(workers.submit(functools.partial(self.fetch, start, min(start + PIECE, size), identity)))
+            if not coming:
+                return
+            file.write(self._waited(coming.pop(0)))
+
+    def _download_at_once(self, file: BinaryIO, size: int) -> None:
+        """Make the copy again, from a server that gives a file from its beginning only."""
+        file.truncate(0)
+        file.seek(0)
+        system, path = self._there()
+        with self._scrubbed("read"), system.open(path, "rb", block_size=0) as stream:
+            while (some := self._waited(workers.submit(lambda: stream.read(PIECE)))) and file.tell() <= size:
+                file.write(some)
+        if (found := file.tell()) != size:
+            file.truncate(0)
+            raise TransferError(f"{self.path}: expected {size} bytes, found {found}: the server stopped there")
+
+    # --- the file system ---
+
+    def _there(self) -> tuple[Any, str]:
+        """The file system, and the path in it."""
+        if self._process != os.getpid():  # connections are not shared with a forked child
+            try:
+                fsspec = importlib.import_module("fsspec.core")
+            except ImportError as error:
+                raise ArgumentError(
+                    f"{self.path} needs fsspec, which is not installed: pip install 'gpubatch[remote]'"
+                ) from error
+            try:
+                self._system, self._inside = fsspec.url_to_fs(self._url, **self._options)
+            except ImportError as error:
+                raise ArgumentError(f"{self.path} needs a library that is not installed: {error}") from error
+            except Exception as error:
+                raise ArgumentError(f"{self.path} cannot be opened by fsspec: {self._words(error)}") from None
+            self._process = os.getpid()
+        return self._system, self._inside if self._given is None else self._given
+
+    def _tried(self, what: str, work: Callable[[], T]) -> T:
+        """What ``work`` gives, at the third try if need be."""
+        for number in range(TRIES):
+            try:
+                with self._scrubbed(what):
+                    return work() if workers.inside.value else self._waited(workers.submit(work))
+            except TransferError:
+                if number == TRIES - 1:
+                    raise
+            time.sleep(PAUSE * 2**number)
+        raise AssertionError
+
+    def _waited(self, future: Future[T]) -> T:
+        try:
+            return future.result(PATIENCE)
+        except TimeoutError:
+            if future.done():  # it is the file system's own
+                raise
+            workers.abandon()
+            raise TransferError(f"{self.path}: no answer in {PATIENCE:g} s") from None
+
+    @contextlib.contextmanager
+    def _scrubbed(self, what: str) -> Iterator[None]:
+        """Turn what file systems raise into a TransferError without secrets."""
+        try:
+            yield
+        except GpubatchError:
+            raise
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.path}: no such file") from None
+        except Exception as error:
+            raise TransferError(f"{self.path}: it cannot be {what}: {self._words(error)}") from None
+
+    def _words(self, error: Exception) -> str:
+        """What an error of a file system says, unless it may hold a secret."""
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        secret = [str(value) for value in self._options.values()]
+        if "://" in text or "?" in text or "@" in text or any(value in text for value in secret if value):
+            status = getattr(error, "status", None)
+            return type(error).__name__ + ("" if status is None else f" with status {status}")
+        return f"{type(error).__name__}: {text}"
+
+
+class NoPartsError(TransferError):
+    """The server gives a file from its beginning only."""
+
+
+@contextlib.contextmanager
+def _begun(whole: Path) -> Iterator[BinaryIO]:
+    """The file in which a copy is made, with what there is of it; named when the block ends without an error.
+
+    Of several processes one goes on with what there is. The others make copies of their own.
+    """
+    begun = whole.with_name(f"{whole.name}.part")
+    file = begun.open("ab")
+    own = not _locked(file, begun)
+    if own:
+        file.close()
+        begun = whole.with_name(f"{whole.name}.part-{os.getpid()}-{threading.get_ident()}")
+        file = begun.open("wb")
+    try:
+        with file:
+            yield file
+        os.replace(begun, whole)
+    except FileNotFoundError:  # another process has gone on with it since it was closed
+        if not whole.is_file():
+            raise
+    finally:
+        if own:
+            begun.unlink(missing_ok=True)
+
+
+def _locked(file: BinaryIO, path: Path) -> bool:
+    """Whether this process alone writes the file now, and it has its path still."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.fstat(file.fileno()).st_ino == path.stat().st_ino
+    except (ImportError, OSError):  # Windows has none
+        return False
+
+
+# --- reading ahead --------------------------------------------------------------------------------------------------
+
+
+class _Inside(threading.local):
+    value = False
+
+
+class _Workers:
+    """Threads that wait for file systems: of each process its own, up to ``AT_ONCE``.
+
+    They are daemons: at the end of a process nobody waits for a server that does not answer.
+    """
+
+    def __init__(self) -> None:
+        self.inside = _Inside()  # whether the current thread is one of them
+        self._begin()
+
+    def _begin(self) -> None:
+        self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._lock, self.one_by_one = threading.Lock(), threading.Lock()
+        self._threads, self._process = 0, os.getpid()
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """What ``work`` will give."""
+        if self._process != os.getpid():
+            self._begin()
+        future: Future[T] = Future()
+        with self._lock:
+            self._tasks.put((future, work))
+            if self._threads < AT_ONCE:
+                self._threads += 1
+                threading.Thread(target=self._work, args=(self._tasks,), name="gpubatch-remote", daemon=True).start()
+        return future
+
+    def abandon(self) -> None:
+        """Leave threads that get no answer to themselves; others take their place."""
+        with self._lock:
+            for _ in range(self._threads):
+                self._tasks.put(None)
+        self._begin()
+
+    def _work(self, tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]) -> None:
+        self.inside.value = True
+        while (task := tasks.get()) is not None:
+            future, work = task
+            try:
+                future.set_result(work())
+            except BaseException as error:  # it belongs to whoever waits
+                future.set_exception(error)
+            del task, future, work
+
+
+workers = _Workers()
+
+
+class _Piece:
+    """Bytes of a file that are on their way, or have come; ``spent`` ones are not waited for any more."""
+
+    def __init__(self, start: int, stop: int, spent: bool, future: Future[bytearray]) -> None:
+        self.start, self.stop, self.spent, self.future = start, stop, spent, future
+
+
+class _Pieces:
+    """The pieces that a process holds, of all files that are open: the oldest first."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[_Piece, list[_Piece]] = {}
+        self._lock, self._process = threading.RLock(), os.getpid()
+
+    def has_room(self, of_file: list[_Piece]) -> bool:
+        """Whether a file has less ahead than its share: all files that have something ahead have equal ones."""
+        with self._locked():
+            ahead = Counter(id(file) for piece, file in list(self._pieces.items()) if not piece.spent)
+        own = ahead.pop(id(of_file), 0)
+        return own < max(1, HELD // (1 + len(ahead)))
+
+    def add(self, piece: _Piece, of_file: list[_Piece]) -> None:
+        """Hold it, in the list of its file, too.
+
+        Where there are too many, a spent one goes, or the oldest of the file that has most.
+        """
+        with self._locked():
+            while len(self._pieces) >= HELD:
+                there = list(self._pieces)
+                oldest = max(there, key=lambda each: len(self._pieces.get(each, ())))
+                self._drop(next((each for each in there if each.spent), oldest))
+            self._pieces[piece] = of_file
+            of_file.append(piece)
+
+    def drop(self, piece: _Piece) -> None:
+        """Hold it no longer."""
+        with self._locked():
+            self._drop(piece)
+
+    def _locked(self) -> Any:
+        """The lock; a thread that has it may need it again, where a file is closed as garbage."""
+        if self._process != os.getpid():  # a forked child may have a lock that another thread held
+            self._lock, self._process = threading.RLock(), os.getpid()
+        return self._lock
+
+    def _drop(self, piece: _Piece) -> None:
+        of_file = self._pieces.pop(piece, None)
+        if of_file is not None:
+            of_file.remove(piece)
+
+
+held = _Pieces()
+
+
+class _Stream(io.RawIOBase):
+    """An open file elsewhere, whose bytes are read ahead where somebody says that they will be needed."""
+
+    def __init__(self, file: RemoteFile) -> None:
+        self._file, self._place, self._pieces = file, 0, list[_Piece]()
+        self._size, self._identity = file.state()
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def tell(self) -> int:
+        """The place of the byte that is read next."""
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place."""
+        self._place = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence])
+        return self._place
+
+    def close(self) -> None:
+        """Forget what is held of it."""
+        for piece in list(self._pieces):
+            held.drop(piece)
+        io.RawIOBase.close(self)
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer, unless the file ends before."""
+        with memoryview(buffer).cast("B") as view:
+            first = place = self._place
+            stop = min(place + len(view), self._size)
+            while place < stop:
+                ahead = self._at(place)
+                piece = ahead or self._ask(place, max(stop, min(place + LEAST, self._size)), spent=True)
+                self.expect(piece.stop, stop)
+                try:
+                    some = self._file._waited(piece.future)
+                except BaseException as error:
+                    held.drop(piece)
+                    if ahead is None or not isinstance(error, TransferError):
+                        raise
+                    continue  # it was read ahead: it may be there now
+                end = min(stop, piece.stop)
+                view[place - first : end - first] = some[place - piece.start : end - piece.start]
+                if end == piece.stop:
+                    piece.spent = True
+                    if piece.stop - piece.start > LEAST:
+                        held.drop(piece)
+                place = end
+        self._place = max(place, first)
+        return self._place - first
+
+    def expect(self, start: int, stop: int) -> None:
+        """Ask for the bytes from ``start`` to ``stop``, as far as there is room for them."""
+        stop = min(stop, self._size)
+        while start < stop and (
+            piece := self._at(start) or (self._ask(start, stop) if held.has_room(self._pieces) else None)
+        ):
+            start = piece.stop
+
+    def _at(self, place: int) -> _Piece | None:
+        return next((piece for piece in self._pieces if piece.start <= place < piece.stop), None)
+
+    def _ask(self, start: int, stop: int, spent: bool = False) -> _Piece:
+        """The piece from ``start`` on, at most to ``stop`` or to the next piece."""
+        later = (piece.start for piece in self._pieces if piece.start > start)
+        stop = min(stop, start + PIECE, *later)
+        piece = _Piece(start, stop, spent, workers.submit(lambda: self._file.fetch(start, stop, self._identity)))
+        held.add(piece, self._pieces)
+        return piece
