@@ -6,6 +6,7 @@ import itertools
 import json
 import tracemalloc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from stand_in import queued_backend
 
 import gpubatch as gb
 from gpubatch.backend import CudaBackend
-from gpubatch.errors import ArgumentError
+from gpubatch.errors import ArgumentError, NonFiniteError
 from gpubatch.loader import Loader, epoch_order, epochs_of, order as order_module
 from gpubatch.loader.device import DeviceFeed, DeviceOrder
 from gpubatch.loader.order import LARGE, Order
@@ -312,6 +313,30 @@ class _Narrow:
 
     def read_into(self, indices: np.ndarray, out: np.ndarray) -> None:
         out[:, 0] = indices
+
+
+@pytest.mark.parametrize("sample_axis", [0, 1])
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_the_numbers_of_a_mapped_file_are_checked_as_they_are_read(
+    scale: float | None, sample_axis: int, tmp_path: Path
+) -> None:
+    X = np.arange(240, dtype=np.float32).reshape(40, 6)
+    np.save(tmp_path / "good.npy", X if sample_axis == 0 else np.ascontiguousarray(X.T))
+    X[33, 2] = np.nan
+    np.save(tmp_path / "bad.npy", X if sample_axis == 0 else np.ascontiguousarray(X.T))
+    mapped = {name: np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in ("good", "bad")}
+    options: dict[str, Any] = {"sample_axis": sample_axis, "scale": scale, "shuffle": False, "batch_size": 8}
+    plain = Loader(np.array(mapped["good"]), backend="cpu", **options)
+    for x, expected in zip(Loader(mapped["good"], backend="cpu", **options), plain, strict=True):
+        assert np.array_equal(x, expected)
+        assert x.flags.c_contiguous
+    for backend, feed in (("cpu", "auto"), (queued_backend("late"), "host"), (queued_backend("late"), "device")):
+        loader = Loader(mapped["bad"], backend=backend, feed=feed, prefetch=0, **options)
+        with pytest.raises(NonFiniteError, match=r"X.* must be finite, but .*33.*nan"):
+            [*loader]
+        assert loader.stats.batches == (0 if feed == "device" else 4)
+    with pytest.raises(NonFiniteError, match=r"X must be finite, but X\[.*33.*\] is nan"):
+        Loader(np.array(mapped["bad"]), backend="cpu", **options)
 
 
 # --- on a device -----------------------------------------------------------------------------------------------------

@@ -30,8 +30,11 @@ from gpubatch.sources import (
     Reader,
     as_source,
     check_finite,
+    check_rows,
     contiguous,
     convert,
+    holds_all,
+    is_mapped,
     largest_stored,
     turned,
 )
@@ -71,6 +74,12 @@ class Column:
         """Whether the source is an array on the backend, where it is gathered from."""
         return self.array is not None and self.backend.owns(self.array.array)
 
+    @functools.cached_property
+    def checks_rows(self) -> bool:
+        """Whether numbers are checked as they are read: those of a mapped file, which may be larger than memory."""
+        array = self.array
+        return array is not None and is_mapped(array.array) and not holds_all(array.dtype, self.limit)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of X or Y as the caller has it."""
@@ -94,7 +103,7 @@ class Column:
 
     def staging_bytes(self, rows: int, copied: bool = False) -> int:
         """Bytes of stored samples that are held while a batch is made of them; ``copied`` as in the source's."""
-        if (source := self.array) is not None:
+        if (source := self.array) is not None and not (self.checks_rows and not copied):
             return source.staging_bytes(rows, self.dtype, self.scale, self.backend, copied)
         as_it_is = self.dtype == self.source.dtype and self.scale is None
         return 0 if as_it_is else rows * self.source.bytes_per_sample(self.source.dtype)
@@ -103,12 +112,28 @@ class Column:
     def gather(self) -> Callable[[Array], Array]:
         """A function that makes batches of the samples at an index; both are where the source lives."""
         assert self.array is not None
-        return self.array.gatherer(self.dtype, self.scale, self.backend)
+        if not self.checks_rows:
+            return self.array.gatherer(self.dtype, self.scale, self.backend)
+        source, turn = self.array, turned if self.array.as_columns else contiguous
+        return lambda index: turn(convert(turn(self.checked(index, source.take(index))), self.dtype, self.scale))
 
     def stored(self, index: Indices) -> np.ndarray:
         """The samples at ``index`` as they go to the backend: their numbers where they are there already."""
         assert self.array is not None
-        return index if self.on_backend else self.array.take(index)
+        return index if self.on_backend else self.checked(index, self.array.take(index))
+
+    def checked(self, index: Indices, rows: np.ndarray) -> np.ndarray:
+        """``rows``, the samples at ``index``, once they are known to be numbers that the batches can hold."""
+        if self.checks_rows:
+            assert self.array is not None
+            check_rows(self.array.name, index, rows, self.limit)
+        return rows
+
+    def check(self) -> None:
+        """Look at all numbers of an array."""
+        if (source := self.array) is not None:
+            given = turned(source.array) if self.axis else source.array
+            check_finite(source.name, given, self.dtype, self.scale, self.backend)
 
     def on(self, array: Array) -> Column:
         """The column of a copy of the source's array."""
@@ -289,9 +314,8 @@ class Columns(Sequence[Column]):
                     f"axis {x.axis} and Y of shape {y.shape} with {y.source.n_samples} along axis {y.axis}"
                 )
         for column in self:
-            if (source := column.array) is not None:
-                given = turned(source.array) if column.axis else source.array
-                check_finite(source.name, given, column.dtype, column.scale, self.backend)
+            if not column.checks_rows:
+                column.check()
 
     def _add_weights(self, weight: Any, class_weight: Any) -> None:
         """Add the column of weights, of the dtype in which the loss is computed."""
@@ -387,6 +411,7 @@ class Columns(Sequence[Column]):
                 place[...] = index
             else:
                 take_into(column.source.array, index, place, helpers)
+                column.checked(index, place)
         for reader, of_reader in read.items():
             if all(part.dtype == place.dtype for part, place in zip(reader.parts, of_reader, strict=True)):
                 reader.read_into(index, of_reader, self.readers[reader])

@@ -184,6 +184,8 @@ class OnDevice:
             if column.on_backend:
                 there.append(column)
             else:
+                if column.checks_rows:
+                    column.check()
                 array = copy_to_device(column.array.array, self._backend)
                 stats.bytes_copied += array.nbytes
                 there.append(column.on(array))

@@ -59,8 +59,8 @@ class Loader:
       at a time and with X where one source gives both, and kept until then; one number a sample stays in memory.
 
     Every batch is a new C-contiguous array, which may be kept or changed. A one-dimensional Y has its samples on axis 0
-    whatever ``sample_axis`` is. X and floating Y must be finite; arrays are checked here, sources as they are read. Y
-    keeps its element type. float16 is for a network with ``precision="mixed"``: x is converted and multiplied in
+    whatever ``sample_axis`` is. X and floating Y must be finite; arrays are checked here, sources and memory maps as
+    they are read. Y keeps its element type. float16 is for a network with ``precision="mixed"``: x is converted and multiplied in
     float32 and then rounded.
 
     **Functions.** ``prepare`` and then ``augment`` get whole arrays on the backend, converted and scaled, in the thread

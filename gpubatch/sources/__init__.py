@@ -1,7 +1,7 @@
 """Where samples come from: arrays of the host or of a device, files, and whatever else can be read by place.
 
 A source is read and never changed. Arrays go to :class:`~gpubatch.loader.Loader` as they are, ``np.memmap`` too: it is
-not copied, but floating values are looked at once when the loader is made, a block at a time. Files that may be larger
+not copied, and its floating values are looked at as they are read. Files that may be larger
 than memory are opened here: :func:`npy`, :func:`raw`, :func:`idx`, :func:`cifar10`, :func:`parquet`, :func:`arrow`,
 :func:`hdf5`; and folders, lists and patterns of such files, as one source, by :func:`files`. A path that goes to the
 loader itself is opened by that. Arrays that are read by slices, as zarr's, h5py's and netCDF4's are, go to the loader
@@ -11,8 +11,11 @@ as they are, too, and so do sparse matrices of SciPy's. Anything else has to be 
 from gpubatch.sources.arrays import (
     ArraySource,
     check_finite,
+    check_rows,
     contiguous,
     convert,
+    holds_all,
+    is_mapped,
     largest_stored,
     turned,
 )
@@ -39,12 +42,15 @@ __all__ = [
     "arrow",
     "as_source",
     "check_finite",
+    "check_rows",
     "cifar10",
     "contiguous",
     "convert",
     "files",
     "hdf5",
+    "holds_all",
     "idx",
+    "is_mapped",
     "is_read",
     "largest_stored",
     "naming_the_file",

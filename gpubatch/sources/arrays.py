@@ -16,9 +16,11 @@ from gpubatch.ops import gather_bytes, ops_for
 __all__ = [
     "ArraySource",
     "check_finite",
+    "check_rows",
     "contiguous",
     "convert",
     "holds_all",
+    "is_mapped",
     "largest_stored",
     "turned",
 ]
@@ -158,6 +160,33 @@ def check_finite(name: str, array: Array, dtype: np.dtype[Any], scale: float | N
             where = f"{name}[{', '.join(map(str, first))}]"
             beyond = f", beyond the range of {dtype}" if math.isfinite(value) else ""
             raise NonFiniteError(f"{name} must be finite, but {where} is {value!r}{beyond}")
+
+
+def check_rows(
+    where: str, index: Array, rows: np.ndarray, limit: float, more: Callable[[int], str] = lambda sample: ""
+) -> None:
+    """Raise ``NonFiniteError`` for the first number of ``rows``, the samples at ``index``, beyond ``limit``, or NaN.
+
+    ``where`` the samples come from, and ``more`` of one of them, are for the message.
+    """
+    # The extremes tell it in one pass each, without a temporary array; both are NaN where any number is.
+    with np.errstate(invalid="ignore", over="ignore"):  # float16 cannot hold the limit
+        if -limit <= float(rows.min()) and float(rows.max()) <= limit:
+            return
+        first = tuple(int(i) for i in np.argwhere(~((-limit <= rows) & (rows <= limit)))[0])
+    value, sample = float(rows[first]), int(index[first[0]])
+    inside = f" at {list(first[1:])}" if len(first) > 1 else ""
+    beyond = ", beyond the range of the batches" if math.isfinite(value) else ""
+    raise NonFiniteError(
+        f"{where}: samples must be finite, but sample {sample} has {value!r}{inside}{beyond}{more(sample)}"
+    )
+
+
+def is_mapped(array: Array) -> bool:
+    """Whether an array is a file that is mapped into memory, or a view of one."""
+    while array is not None and not isinstance(array, np.memmap):
+        array = getattr(array, "base", None)
+    return array is not None
 
 
 def largest_stored(dtype: np.dtype[Any], scale: float | None) -> float:

@@ -13,9 +13,9 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from gpubatch.backend import Array, unmasked
-from gpubatch.errors import DataFormatError, DTypeError, NonFiniteError, ShapeError, check_int
+from gpubatch.errors import DataFormatError, DTypeError, ShapeError, check_int
 from gpubatch.inputs import check_kind
-from gpubatch.sources.arrays import holds_all
+from gpubatch.sources.arrays import check_rows, holds_all
 
 __all__ = ["Form", "InTurn", "Part", "Reader", "Source"]
 
@@ -169,21 +169,7 @@ class Reader:
         for array, limit in zip(arrays, limits, strict=True):
             self.bytes_read += array.nbytes
             if not holds_all(array.dtype, limit):
-                self._check_finite(index, array, limit)
-
-    def _check_finite(self, index: Array, array: np.ndarray, limit: float) -> None:
-        # The extremes tell it in one pass each, without a temporary array; both are NaN where any number is.
-        with np.errstate(invalid="ignore", over="ignore"):  # float16 cannot hold the limit
-            if -limit <= float(array.min()) and float(array.max()) <= limit:
-                return
-            first = tuple(int(i) for i in np.argwhere(~((-limit <= array) & (array <= limit)))[0])
-        value = float(array[first])
-        inside = f" at {list(first[1:])}" if len(first) > 1 else ""
-        beyond = ", beyond the range of the batches" if math.isfinite(value) else ""
-        raise NonFiniteError(
-            f"{self.where}: samples must be finite, but sample {index[first[0]]} has {value!r}{inside}{beyond}"
-            f"{self._where_it_is(index[first[0]])}"
-        )
+                check_rows(self.where, index, array, limit, self._where_it_is)
 
     def _where_it_is(self, index: int) -> str:
         place_of = getattr(self.source, "place_of", None)
