@@ -333,7 +333,7 @@ def test_the_numbers_of_a_mapped_file_are_checked_as_they_are_read(
     for backend, feed in (("cpu", "auto"), (queued_backend("late"), "host"), (queued_backend("late"), "device")):
         loader = Loader(mapped["bad"], backend=backend, feed=feed, prefetch=0, **options)
         with pytest.raises(NonFiniteError, match=r"X.* must be finite, but .*33.*nan"):
-            [*loader]
+            list(loader)
         assert loader.stats.batches == (0 if feed == "device" else 4)
     with pytest.raises(NonFiniteError, match=r"X must be finite, but X\[.*33.*\] is nan"):
         Loader(np.array(mapped["bad"]), backend="cpu", **options)

@@ -60,8 +60,8 @@ class Loader:
 
     Every batch is a new C-contiguous array, which may be kept or changed. A one-dimensional Y has its samples on axis 0
     whatever ``sample_axis`` is. X and floating Y must be finite; arrays are checked here, sources and memory maps as
-    they are read. Y keeps its element type. float16 is for a network with ``precision="mixed"``: x is converted and multiplied in
-    float32 and then rounded.
+    they are read. Y keeps its element type. float16 is for a network with ``precision="mixed"``: x is converted and
+    multiplied in float32 and then rounded.
 
     **Functions.** ``prepare`` and then ``augment`` get whole arrays on the backend, converted and scaled, in the thread
     that prepares on a CPU. They return one entry a sample; x is then converted to ``dtype``. Whether a function gives
