@@ -296,6 +296,7 @@ def plot_strategies(
 
 # --- classes -------------------------------------------------------------------------------------------------------
 
+MOST_LETTERS = 70  # of names of classes side by side
 MOST_NUMBERED = 20  # classes up to which each field of a confusion matrix has its number
 
 
@@ -324,7 +325,7 @@ def plot_confusion(
     panel.grid(False)
     image = panel.imshow(parts, cmap="Blues", vmin=0, vmax=1)
     if len(names) <= MOST_NUMBERED:
-        panel.set_xticks(range(len(names)), names)
+        panel.set_xticks(range(len(names)), names, **({"rotation": 45, "ha": "right"} if long(names) else {}))
         panel.set_yticks(range(len(names)), names)
         for i, j in np.ndindex(*matrix.shape):
             color = "white" if parts[i, j] > 0.5 else "black"
@@ -333,6 +334,11 @@ def plot_confusion(
     panel.set_ylabel("class")
     figure.colorbar(image, ax=panel, label="part of the samples of the class")
     return _saved(figure, path)
+
+
+def long(names: Sequence[str]) -> bool:
+    """Whether names side by side would touch."""
+    return len(names) * max(map(len, names)) > MOST_LETTERS
 
 
 # --- memory --------------------------------------------------------------------------------------------------------

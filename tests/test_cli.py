@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ if importlib.util.find_spec("typer") is None:
     pytest.skip("the command line's extra is not installed", allow_module_level=True)
 
 from gpubatch.cli.data import DataOptions
+from gpubatch.cli.info import EXTRAS
 
 SMALL = ["--layers", "16", "--epochs", "1"]
 
@@ -112,13 +115,13 @@ def test_a_set_of_other_names_sizes_and_labels(tmp_path: Path) -> None:
                 gzip.compress(idx(np.zeros((n, 6, 5), "u1")))
             )
             (tmp_path / f"{name}-{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
-    data = DataOptions([tmp_path / "emnist-letters"]).read()
+    data = DataOptions([str(tmp_path / "emnist-letters")]).read()
     assert (data.name, data.features, data.outputs) == (f"emnist-letters in {tmp_path}", 30, 27)
     with pytest.raises(gpubatch.DataFormatError, match="expected one set, found emnist-digits, emnist-letters; name"):
-        DataOptions([tmp_path]).read()
+        DataOptions([str(tmp_path)]).read()
     for path in tmp_path.glob("emnist-digits-*"):
         path.unlink()
-    assert DataOptions([tmp_path]).read().name == f"emnist-letters in {tmp_path}"
+    assert DataOptions([str(tmp_path)]).read().name == f"emnist-letters in {tmp_path}"
 
 
 @pytest.mark.exhaustive
@@ -195,6 +198,23 @@ def test_info_shows_backends_and_why_there_is_no_cuda() -> None:
         assert "Remedy: " in text
 
 
+@pytest.mark.exhaustive
+def test_info_shows_the_extras() -> None:
+    """Every one in pyproject.toml that a user installs, with the packages that it brings."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    declared = {
+        name: {re.split(r"[\[>=]", package)[0] for package in packages}
+        for name, packages in project["optional-dependencies"].items()
+        if name not in ("all", "test", "bench", "emulate", "peers", "lint", "docs")
+    }
+    assert {name: {*packages} for name, (_, packages) in EXTRAS.items()} == declared
+    text, found = run("info", COLUMNS="80").stdout, json.loads(run("info", "--json").stdout)["extras"]
+    assert found["cli"]["typer"] == importlib.metadata.version("typer")
+    for name, packages in found.items():
+        lacking = any(version is None for version in packages.values())
+        assert (f"gpubatch[{name}]" in text) is lacking
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_info_shows_what_multiplies_in_a_captured_step(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
@@ -253,11 +273,6 @@ def test_info_prints_every_kernel(name: str) -> None:
     assert text.count("__global__ void reduce_arrays") == len(trace.passes) - 1
     if len(trace.passes) == 1:
         assert text == update_source(trace) + "\n"
-
-
-def test_help_has_an_example_that_runs() -> None:
-    assert "gpubatch train learns the bundled digits" in " ".join(run("train", "--help").stdout.split())
-    assert "gpubatch info --kernel adam" in " ".join(run("info", "--help").stdout.split())
 
 
 ERRORS = {

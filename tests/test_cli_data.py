@@ -160,7 +160,7 @@ def test_two_arrays_of_numpy(tmp_path: Path) -> None:
     X, Y = blobs()
     np.save(tmp_path / "x.npy", X.reshape(300, 2, 2))
     np.save(tmp_path / "y.npy", np.array(["oak", "elm", "fir"])[Y][:, None])
-    found = DataOptions([tmp_path / "x.npy", tmp_path / "y.npy"], test_size=0.1).read()
+    found = DataOptions([str(tmp_path / "x.npy"), str(tmp_path / "y.npy")], test_size=0.1).read()
     assert (found.task, found.classes, found.outputs, found.features) == ("classification", ["elm", "fir", "oak"], 3, 4)
     assert (len(found.X), len(found.test[0]), found.scale) == (270, 30, None)
     np.testing.assert_array_equal(np.bincount(found.test[1]), [10, 10, 10])
@@ -173,7 +173,7 @@ def test_an_npz_file_with_a_test_set_of_its_own(tmp_path: Path) -> None:
     """The names of keras.datasets.mnist's file."""
     X, Y = (np.arange(60, dtype=np.uint8).reshape(20, 3), np.arange(20) % 2)
     np.savez(tmp_path / "a.npz", x_train=X[:15], y_train=Y[:15], x_test=X[15:], y_test=Y[15:])
-    found = DataOptions([tmp_path / "a.npz"], samples=10).read()
+    found = DataOptions([str(tmp_path / "a.npz")], samples=10).read()
     assert (len(found.X), found.scale, found.classes) == (10, 1 / 255, None)
     np.testing.assert_array_equal(found.test[0], X[15:])
 
@@ -191,10 +191,11 @@ def test_targets_by_task(tmp_path: Path) -> None:
         (np.arange(20) % 2 == 0, "auto", ("classification", None, 2)),
     ):
         np.savez(tmp_path / "a.npz", X=X, Y=Y)
-        found = DataOptions([tmp_path / "a.npz"], task=task).read()
+        found = DataOptions([str(tmp_path / "a.npz")], task=task).read()
         assert (found.task, found.classes, found.outputs) == expected
 
 
+@pytest.mark.exhaustive
 def test_regression_reports_r2(tmp_path: Path) -> None:
     X, _ = blobs(400)
     np.savez(tmp_path / "a.npz", X=X, Y=X @ [1.0, -1.0, 0.5, 2.0] / 3)
@@ -255,7 +256,7 @@ def test_damaged_arrays_are_exit_code_1(tmp_path: Path) -> None:
 
 
 def test_the_explorers_take_weights_of_classes(mnist: Path) -> None:
-    task = Task.of(DataOptions([mnist], class_weight="balanced"), NetworkOptions("", backend="cpu"))
+    task = Task.of(DataOptions([str(mnist)], class_weight="balanced"), NetworkOptions("", backend="cpu"))
     expected = len(task.Y) / (10 * np.bincount(task.Y))  # scikit-learn's
     np.testing.assert_allclose(task.weight, expected[task.Y], rtol=1e-6)
-    assert Task.of(DataOptions([mnist]), NetworkOptions("", backend="cpu")).weight is None
+    assert Task.of(DataOptions([str(mnist)]), NetworkOptions("", backend="cpu")).weight is None

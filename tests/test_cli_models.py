@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from families import every
+from needs import file_library
 from test_cli import SMALL, idx, mnist, run
 
 import gpubatch as gb
+from gpubatch.cli import app
 
 __all__ = ["mnist"]
 
@@ -70,10 +79,275 @@ def test_summary_says_what_a_model_is(model: Path) -> None:
     assert found["network"]["parameters"] == 784 * 8 + 8 + 8 * 3 + 3
 
 
+# --- tables: the student's two commands ------------------------------------------------------------------------------
+
+NAMES = ["ash", "beech", "elm", "oak"]
+
+
+@pytest.fixture
+def trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with trees.csv, test.csv and new.csv: numbers of different sizes, 3 % missing, classes as words."""
+    file_library("pyarrow")
+    rng = np.random.default_rng(0)
+    kinds = rng.integers(0, 4, 1300)
+    X = (rng.normal(size=(4, 6))[kinds] * 2 + rng.normal(size=(1300, 6))) * [1, 10, 100, 0.1, 5, 1] + [
+        0,
+        5,
+        900,
+        1,
+        2,
+        3,
+    ]
+    rows = [[f"{x:.4g}" if rng.random() > 0.03 else "" for x in row] for row in X]
+    head = ",".join("abcdef")
+    for name, some, labelled in (
+        ("trees", slice(1000), 1),
+        ("test", slice(1000, None), 1),
+        ("new", slice(1000, None), 0),
+    ):
+        lines = [",".join(row + [NAMES[k]] * labelled) for row, k in zip(rows[some], kinds[some], strict=True)]
+        (tmp_path / f"{name}.csv").write_text("\n".join([head + ",species" * labelled, *lines]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_table_in_two_commands(trees: Path) -> None:
+    """gpubatch train, gpubatch test: with confusion matrix, probabilities and what Python's model gives."""
+    options = ["--layers", "32", "--epochs", "10", "--save", "trees.safetensors", "--json", "--no-progress"]
+    trained = json.loads(run("train", "trees.csv", "--label", "species", *options).stdout)
+    held = json.loads(run("test", "trees.safetensors", "trees.csv", "--held-out", "--json").stdout)
+    assert (held["samples"], held["accuracy"]) == (200, trained["test_accuracy"])
+    assert held["loss"] == pytest.approx(trained["test_loss"], rel=1e-5)
+    done = run("test", "trees.safetensors", "test.csv", "--out", "p.csv", "--probabilities", "--metrics", "f1,top_2")
+    model = gb.load("trees.safetensors", backend="cpu")
+    truth = gb.read_table("test.csv", like=model.preparation.table).labels  # type: ignore[union-attr]
+    accuracy = np.mean(model.predict("new.csv") == truth)
+    assert accuracy > 0.85
+    assert f"accuracy   {100 * accuracy:.2f} % ({round(300 * accuracy)} of 300)" in done.stdout
+    matrix = model.confusion_matrix("test.csv")
+    for name, row in zip(NAMES, matrix, strict=True):
+        cells = " +".join(f"{count}" if count else "·" for count in row)
+        assert re.search(rf"^ {name} +{cells} *$", done.stdout, re.MULTILINE)
+        assert re.search(rf"^ {name} +{row.sum()} +[\d.]+ +[\d.]+ +[\d.]+ *$", done.stdout, re.MULTILINE)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    written = [*csv.DictReader(Path("p.csv").read_text().splitlines())]
+    assert [row["prediction"] for row in written] == model.predict("new.csv").tolist()
+    found = np.array([[row[f"p({name})"] for name in NAMES] for row in written], "float32")
+    np.testing.assert_array_equal(found, model.probabilities("new.csv"))
+    assert run("predict", "trees.safetensors", "new.csv", "--probabilities").stdout == Path("p.csv").read_text()
+
+
+@pytest.mark.exhaustive
+def test_two_tables_and_their_options(trees: Path) -> None:
+    options = ["--layers", "8", "--epochs", "1", "--no-progress", "--json", "--save", "m.safetensors"]
+    trained = json.loads(
+        run("train", "trees.csv", "test.csv", "--label", "species", "--samples", "500", *options).stdout
+    )
+    tested = json.loads(run("test", "m.safetensors", "test.csv", "--json").stdout)
+    assert (tested["samples"], tested["accuracy"]) == (300, trained["test_accuracy"])
+    more = ["--label", "c", "--drop", "species,a", "--missing", "?"]
+    trained = json.loads(run("train", "trees.csv", *more, *options, code=1).stdout or "null") or trained
+    whole = Path("trees.csv").read_text().splitlines()
+    Path("whole.csv").write_text("\n".join(line for line in whole if all(line.split(","))))
+    trained = json.loads(run("train", "whole.csv", *more, *options).stdout)
+    tested = json.loads(run("test", "m.safetensors", "whole.csv", "--held-out", "--json").stdout)
+    assert tested["r2"] == pytest.approx(trained["test_r2"], abs=1e-6)
+    target = gb.load("m.safetensors").preparation.table.target  # type: ignore[union-attr]
+    assert target is not None
+    assert tested["rmse"] == pytest.approx(target.deviation * math.sqrt(tested["loss"]), rel=1e-5)
+    summary = run("summary", "m.safetensors").stdout
+    assert "table: 4 columns, b, d, e, f\nlabel: c\n" in summary
+    assert run("predict", "m.safetensors", "new.csv").stdout.startswith("prediction\n")
+
+
+TABLES = {
+    "no label": (["train", "trees.csv"], 2, "DATA is a table: --label must name the column to learn, one of 'a', 'b'"),
+    "other label": (["train", "trees.csv", "--label", "specie"], 2, "label must name columns of trees.csv, .*'specie'"),
+    "three": (
+        ["train", "a.csv", "b.csv", "c.csv"],
+        2,
+        "DATA must be one table, or two: to train and to test on, got 3",
+    ),
+    "not there": (["train", "forest.csv", "--label", "a"], 2, "files or a folder that are there, got 'forest.csv'"),
+    "unlabelled": (["train", "trees.csv", "new.csv", "--label", "species"], 1, "new.csv: expected a column 'species'"),
+    "no table": (["train", "--label", "species"], 2, "--label is for a table, and DATA is none"),
+}
+
+
+@every("case", TABLES, fast=["no label"])
+def test_wrong_tables_are_told_in_one_line(case: tuple[list[str], int, str], trees: Path) -> None:
+    arguments, code, message = case
+    done = run(*arguments, code=code)
+    assert re.search(message, done.stderr), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+# --- streams, files, other people's code -----------------------------------------------------------------------------
+
+
+@pytest.mark.exhaustive
+def test_predictions_take_memory_for_one_batch(tmp_path: Path) -> None:
+    """The peak of 300,000 samples, whose text is 40 MB, is that of 3,000 to 20 MB."""
+    net = gb.mlp([2, 10], backend="cpu")
+    gb.save(tmp_path / "m.safetensors", net)
+    code = (
+        "import resource, sys\nfrom gpubatch.cli import app\n"
+        "try:\n    app()\nexcept SystemExit:\n    pass\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    )
+    peaks = []
+    for n in (3_000, 300_000):
+        np.save(tmp_path / "x.npy", np.ones((n, 2), "float32"))
+        arguments = ["predict", str(tmp_path / "m.safetensors"), str(tmp_path / "x.npy"), "--probabilities"]
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=True)
+        peaks.append(int(done.stderr.split()[-1]))
+        assert done.stdout.count(b"\n") == n + 1
+    assert peaks[1] - peaks[0] < 20_000
+
+
+@pytest.mark.exhaustive
+def test_a_reader_that_stops_reading_is_no_error(model: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((20_000, 784), np.uint8))
+    command = f"{sys.executable} -m gpubatch predict {model} {tmp_path / 'x.npy'} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("prediction\n", "")
+
+
+@pytest.mark.exhaustive
+def test_predictions_as_json(model: Path, tmp_path: Path) -> None:
+    X = np.random.default_rng(0).integers(0, 256, (2000, 784), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", X)
+    arguments = ["predict", str(model), str(tmp_path / "x.npy"), "--probabilities", "--json"]
+    found, loaded = json.loads(run(*arguments).stdout), gb.load(model, backend="cpu")
+    assert found["columns"] == ["prediction", "p(cat)", "p(dog)", "p(eel, or such)"]
+    assert [row[0] for row in found["rows"]] == loaded.predict(X).tolist()
+    np.testing.assert_array_equal(np.array([row[1:] for row in found["rows"]], "float32"), loaded.probabilities(X))
+    done = run(*arguments, "--out", str(tmp_path / "p.csv"))
+    assert json.loads(done.stdout)["samples"] == 2000
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 2001
+
+
+OWN = """
+import gpubatch as gb
+
+class Half(gb.Layer):
+    def takes(self):
+        return None
+    def needs(self, features):
+        return gb.Needs(features)
+    def forward(self, x, y, c):
+        y[...] = x / 2
+    def backward(self, x, y, dy, dx, c):
+        if dx is not None:
+            dx[...] = dy / 2
+
+if __name__ == "__main__":
+    gb.save("own.safetensors", gb.Network([gb.Dense(3, 4), Half(), gb.Dense(4, 2)], "mse", backend="cpu"))
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["own_layers.py", "own_layers"])
+def test_layers_of_ones_own_are_imported_only_where_one_says_so(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own_layers.py").write_text(OWN + "print('was run')\n")
+    np.save("x.npy", np.ones((2, 3), "float32"))
+    subprocess.run([sys.executable, "own_layers.py"], check=True, capture_output=True)
+    refused = run("predict", "own.safetensors", "x.npy", code=2)
+    assert "was run" not in refused.stdout
+    assert refused.stderr.endswith(
+        "layer 2 is __main__:Half, and nothing that a file names is imported by itself; give the module that has it: "
+        "--import MODULE\n"
+    )
+    done = run("predict", "own.safetensors", "x.npy", "--import", name)
+    assert re.fullmatch(r"was run\nprediction0,prediction1\n(-?[\d.e-]+,-?[\d.e-]+\n){2}", done.stdout)
+
+
+@pytest.mark.exhaustive
+def test_a_confusion_matrix_is_drawn_and_numbers_have_none(mnist: Path, model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path, picture = str(tmp_path / "d.safetensors"), tmp_path / "confusion.png"
+    run("train", str(mnist), *SMALL, "--save", path)
+    done = run("test", path, str(mnist), "--plot", str(picture), COLUMNS="80")
+    assert done.stdout.endswith(f"drawn in {picture}\n")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert max(map(len, done.stdout.splitlines()[1:-1])) <= 80  # but for the paths
+    gb.save(tmp_path / "n.safetensors", gb.mlp([784, 1], loss="mse", backend="cpu"))
+    wrong = run("test", str(tmp_path / "n.safetensors"), str(mnist), "--plot", str(picture), code=2)
+    assert "this model predicts numbers" in wrong.stderr
+
+
+@pytest.mark.exhaustive
+def test_arrays_are_tested_on_what_train_left_out(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(200, 3))
+    np.save(tmp_path / "x.npy", X)
+    np.save(tmp_path / "y.npy", np.where(X[:, 0] > 0, "up", "down"))
+    files, path = [str(tmp_path / "x.npy"), str(tmp_path / "y.npy")], str(tmp_path / "m.safetensors")
+    options = ["--test-size", "0.25", "--seed", "3"]
+    trained = json.loads(run("train", *files, *SMALL, *options, "--save", path, "--json").stdout)
+    tested = json.loads(run("test", path, *files, "--held-out", *options, "--json").stdout)
+    assert (tested["samples"], tested["accuracy"]) == (50, trained["test_accuracy"])
+    assert tested["classes"] == ["down", "up"]
+    assert json.loads(run("test", path, *files, "--json").stdout)["samples"] == 200
+
+
+# --- examples --------------------------------------------------------------------------------------------------------
+
+EXAMPLES = {
+    line: command.callback.__name__
+    for command in app.registered_commands
+    for line in re.findall(r"`(gpubatch [^`]*)`", command.epilog or "")
+}
+
+
+def test_every_command_has_examples_that_are_right() -> None:
+    """Their options exist and have values; what they do is tested with the exhaustive tests."""
+    commands = typer.main.get_command(app)
+    assert {line.split()[1] for line in EXAMPLES} == commands.commands.keys()
+    for line in EXAMPLES:
+        _, command, *arguments = shlex.split(line)
+        commands.commands[command].make_context(command, arguments)
+
+
+@pytest.mark.exhaustive
+def test_every_example_runs(trees: Path, mnist: Path) -> None:
+    """In a folder with the files that they name, on small networks."""
+    pytest.importorskip("matplotlib")
+    rng = np.random.default_rng(0)
+    np.save("X.npy", rng.normal(size=(100, 3)))
+    np.save("Y.npy", rng.normal(size=100))
+    (trees / "data").mkdir()
+    shutil.copytree(mnist, "data/mnist", ignore=lambda folder, names: [n for n in names if "idx" not in n])
+    Path("my_layers.py").write_text(OWN)
+    subprocess.run([sys.executable, "my_layers.py"], check=True)
+    np.save("own.npy", np.ones((2, 3), "float32"))
+    run("train", "--epochs", "1", "--layers", "16", "--save", "digits.safetensors")
+    for line in sorted(EXAMPLES, key=lambda line: "gpubatch train" not in line):
+        _, *arguments = shlex.split(line)
+        if "own.safetensors" in line:
+            arguments.insert(2, "own.npy")
+        if arguments[0] in ("train", "landscape", "sweep"):
+            arguments += [] if "--layers" in line else ["--layers", "8"]
+        if arguments[0] == "train" or arguments[:2] in (["sweep", "batch-size"], ["sweep", "optimizer"]):
+            arguments += [] if "--epochs" in line else ["--epochs", "1"]
+        done = run(*arguments)
+        assert done.stdout + done.stderr, line
+        for word in arguments:
+            assert not word.endswith((".png", "predictions.csv")) or Path(word).stat().st_size > 100, line
+
+
 WRONG: dict[str, tuple[list[str], int, str]] = {
     "no file": (["predict", "none.safetensors", "x.npy"], 1, "No such file"),
-    "no data": (["predict", "MODEL", "x.csv"], 2, "DATA must be a .npy file, an IDX file or a folder"),
-    "usage": (["predict", "MODEL"], 2, "Missing argument"),
+    "no data": (["predict", "MODEL", "x.csv"], 2, "DATA must be files or a folder that are there, got 'x.csv'"),
+    "usage": (["predict"], 2, "Missing argument"),
+    "itself": (["predict", "MODEL", "--out", "MODEL"], 2, "--out must be another file than those that are read"),
+    "a folder": (["predict", "MODEL", "--out", "."], 2, "--out must be a file, got the folder '.'"),
+    "no module": (["summary", "MODEL", "--import", "not_there"], 2, "--import not_there failed: ModuleNotFoundError"),
+    "probabilities": (["test", "MODEL", "--probabilities"], 2, "--probabilities needs --out FILE"),
+    "metric": (["test", "MODEL", "--metrics", "f2"], 2, "a metric must be one of"),
     "no model": (["summary", "x.npz"], 2, "path must end in .safetensors"),
     "name to save": (["train", "--save", "model.npz"], 2, "path must end in .safetensors"),
     "place to save": (["train", "--save", "no/such/folder/model.safetensors"], 1, "a model cannot be saved as"),

@@ -14,15 +14,29 @@ import typer
 
 from gpubatch import datasets, sources
 from gpubatch.backend import Array, get_backend
-from gpubatch.cli.options import DTYPES, LOSSES_OF, BatchOptions, NetworkOptions
+from gpubatch.cli.options import DTYPES, LOSSES_OF, BatchOptions, NetworkOptions, Seed, TestSize, names_of
 from gpubatch.errors import ArgumentError, DataFormatError, check_choice, check_real
 from gpubatch.loader import Loader, epochs_of, split
+from gpubatch.model import Model
 from gpubatch.nn import LOSSES, Dense, Loss, Network, SoftmaxCrossEntropy, mlp
 from gpubatch.sizing import WHOLE_SET
+from gpubatch.tables import Table, read_table
 from gpubatch.train import drop_last_for, loader_for
 
-__all__ = ["DataOptions", "Samples", "Task", "loss_of", "network_for", "raw_samples", "sizes_of", "used", "words_of"]
+__all__ = [
+    "DataOptions",
+    "Samples",
+    "Task",
+    "labelled_samples",
+    "loss_of",
+    "network_for",
+    "raw_samples",
+    "sizes_of",
+    "used",
+    "words_of",
+]
 
+MOST_LISTED = 12  # names in a message
 STEPS = 32  # in an epoch of a small set, at least, where batches have no fewer than 8 samples
 TASKS = ("auto", *LOSSES_OF)
 PARTS = {"X": ("x", "x_train"), "Y": ("y", "y_train"), "X_test": ("x_test",), "Y_test": ("y_test",)}  # of an .npz file
@@ -33,18 +47,18 @@ class Samples:
     """Samples to train on and to test on.
 
     name: where they are from, in words
-    X, Y: those to train on: rows, and labels from 0 or numbers
+    X, Y: those to train on: rows, and labels from 0 or numbers; or a table, and None
     test: the same of those to test on
     scale: what X is multiplied by
-    classes: the names of the classes; None where labels have none, or there are numbers
+    classes: the names of the classes; None where labels have none, a table has them, or there are numbers
     outputs: of a network for them
     task: one of LOSSES_OF
     """
 
     name: str
-    X: np.ndarray
-    Y: np.ndarray
-    test: tuple[np.ndarray, np.ndarray]
+    X: Any
+    Y: np.ndarray | None
+    test: tuple[Any, np.ndarray | None]
     scale: float | None
     classes: list[Any] | None
     outputs: int
@@ -54,7 +68,19 @@ class Samples:
     @property
     def features(self) -> int:
         """Of a sample."""
-        return int(self.X.shape[1])
+        return self.X.features if isinstance(self.X, Table) else int(self.X.shape[1])
+
+    @property
+    def validation(self) -> Any:
+        """Those to test on, as :func:`gpubatch.fit` takes them."""
+        return self.test[0] if self.test[1] is None else self.test
+
+    def first(self, n: int) -> Samples:
+        """The first ``n`` of those to train on."""
+        if isinstance(self.X, Table):
+            train = self.X.first(min(n, len(self.X)))
+            return dataclasses.replace(self, X=train, test=(self.test[0].prepared_by(train.recipe), None))
+        return dataclasses.replace(self, X=self.X[:n], Y=None if self.Y is None else self.Y[:n])
 
     def loader(self, net: Network, batches: BatchOptions, seed: int) -> Loader:
         """Batches for a network to train on."""
@@ -86,24 +112,26 @@ class DataOptions:
 
     panel: ClassVar[str] = "Data"
     data: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Argument(
-            metavar="[DATA]...",
-            help="A folder with MNIST or a set like it (IDX files) or CIFAR-10 (binary version), two files X.npy "
-            "Y.npy, or an .npz file with X and Y. By default the bundled 10,000 digits.",
+            metavar="DATA...",
+            help="A table (CSV, Parquet, Arrow), or two: to train and to test on; arrays X.npy Y.npy, or an .npz file "
+            "with X and Y; a folder with MNIST or a set like it, or CIFAR-10 (binary). By default the bundled digits.",
         ),
     ] = None
+    label: Annotated[str | None, typer.Option(help="Of a table: the column to learn.")] = None
+    drop: Annotated[str, typer.Option(help="Of a table: columns to leave out, by comma.")] = ""
+    category: Annotated[str, typer.Option(help="Of a table: columns of numbers that are codes, by comma.")] = ""
+    missing: Annotated[str, typer.Option(help="Of a table: texts that stand for no value, by comma.")] = ""
     task: Annotated[
-        str, typer.Option(help="classification, regression, or auto: regression where the targets have fractions.")
+        str, typer.Option(help="classification, regression, or auto: regression where the targets are not integers.")
     ] = "auto"
-    test_size: Annotated[
-        float, typer.Option(help="Part of the samples to test on, where the data has no test set of its own.")
-    ] = 0.2
+    test_size: TestSize = 0.2
     samples: Annotated[int | None, typer.Option(min=2, help="Of the training set; by default all.")] = None
     class_weight: Annotated[
         str | None, typer.Option(help="balanced: every class counts as much as any other in the loss.")
     ] = None
-    seed: Annotated[int, typer.Option(min=0, help="Of split, first weights, order, dropout and directions.")] = 0
+    seed: Seed = 0
 
     def read(self) -> Samples:
         """Read and split it."""
@@ -114,11 +142,17 @@ class DataOptions:
         found = self._read(self.data or [])
         if self.class_weight is not None and found.task == "regression":
             raise ArgumentError("--class-weight is for classes, and the targets are numbers")
-        return dataclasses.replace(
-            found, X=found.X[: self.samples], Y=found.Y[: self.samples], class_weight=self.class_weight
-        )
+        if self.samples is not None:
+            found = found.first(self.samples)
+        return dataclasses.replace(found, class_weight=self.class_weight)
 
-    def _read(self, paths: Sequence[Path]) -> Samples:
+    def _read(self, data: Sequence[str]) -> Samples:
+        paths = [Path(name) for name in data]
+        if paths and not is_images(paths[0]) and paths[0].suffix not in (".npy", ".npz"):
+            return self._tables(data)
+        given = {"--label": self.label, "--drop": self.drop, "--category": self.category, "--missing": self.missing}
+        if named := [option for option, value in given.items() if value]:
+            raise ArgumentError(f"{named[0]} is for a table, and DATA is none")
         if not paths or is_images(paths[0]):
             name, (X, Y), test = images(paths, self.seed)
             if self.task == "regression":
@@ -131,10 +165,46 @@ class DataOptions:
             raise DataFormatError(f"{name}: expected a target for each sample, found {len(X)} and {len(Y)}")
         if X_test is None or Y_test is None:
             labels = Y if task == "classification" else None
-            kept, held = split(len(X), self.test_size, self.seed, labels)
+            kept, held = split(len(X), self.test_size, self.seed, labels, "--test-size")
             X, Y, X_test, Y_test = X[kept], Y[kept], X[held], Y[held]
         scale = 1 / 255 if X.dtype == np.uint8 else None
         return Samples(name, X, Y, (X_test, Y_test), scale, classes, outputs, task)
+
+    def _tables(self, data: Sequence[str]) -> Samples:
+        if len(data) > 2:
+            raise ArgumentError(f"DATA must be one table, or two: to train and to test on, got {len(data)}")
+        for name in data:
+            check_there(name)
+        whole = read_table(
+            *(data[0], self.label),
+            task=self.task,
+            drop=names_of(self.drop),
+            kinds=dict.fromkeys(names_of(self.category), "category"),
+            missing=names_of(self.missing),
+        )
+        if self.label is None:
+            raise ArgumentError(
+                f"DATA is a table: --label must name the column to learn, one of {listed(whole.columns)}"
+            )
+        train, test = whole.split(self.test_size, self.seed) if len(data) == 1 else (whole, None)
+        if test is None:
+            test = read_table(data[1], like=train)
+            if not test.labelled:
+                raise DataFormatError(f"{data[1]}: expected a column {self.label!r} to test with")
+        assert train.task is not None
+        return Samples(" and ".join(data), train, None, (test, None), None, None, train.outputs, train.task)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in words, the first of many."""
+    more = f", ... ({len(names)} in all)" if len(names) > MOST_LISTED else ""
+    return ", ".join(map(repr, names[:MOST_LISTED])) + more
+
+
+def check_there(name: str) -> None:
+    """Raise unless there is such a file or folder."""
+    if "://" not in name and not Path(name).exists():
+        raise ArgumentError(f"DATA must be files or a folder that are there, got {name!r}")
 
 
 @dataclasses.dataclass
@@ -176,8 +246,7 @@ def images(paths: Sequence[Path], seed: int) -> tuple[str, datasets.Samples, dat
 def arrays_of(paths: Sequence[Path]) -> tuple[str, Arrays]:
     """The arrays in NumPy's files, and their names in words."""
     for path in paths:
-        if not path.exists():
-            raise ArgumentError(f"DATA must be files or a folder that are there, got {str(path)!r}")
+        check_there(str(path))
     endings = [path.suffix for path in paths]
     if endings == [".npy", ".npy"]:
         X, Y = (npy(path) for path in paths)
@@ -185,7 +254,7 @@ def arrays_of(paths: Sequence[Path]) -> tuple[str, Arrays]:
     if endings == [".npz"]:
         return str(paths[0]), npz(paths[0])
     words = "one file; give X.npy Y.npy" if endings == [".npy"] else " ".join(map(str, paths))
-    raise ArgumentError(f"DATA must be a folder, two files X.npy Y.npy, or an .npz file, got {words}")
+    raise ArgumentError(f"DATA must be two files X.npy Y.npy, or one .npz file, got {words}")
 
 
 @contextlib.contextmanager
@@ -208,13 +277,15 @@ def npy(path: Path) -> np.ndarray:
         return found
 
 
-def npz(path: Path) -> Arrays:
-    """The arrays in an .npz file: X and Y, or x_train and y_train, and perhaps x_test and y_test."""
+def npz(path: Path, labelled: bool = True) -> Arrays:
+    """The arrays in an .npz file: X and Y, or x_train and y_train, and perhaps x_test and y_test; or X alone."""
     with damage_of(path), np.load(path, allow_pickle=False) as file:
         found = {}
         for part, known in PARTS.items():
             if names := [name for name in file.files if name.lower() in known]:
                 found[part] = file[names[0]]
+        if not labelled and "X" in found:
+            return Arrays(**{"Y": found["X"], **found})
         if "X" not in found or "Y" not in found or ("X_test" in found) != ("Y_test" in found):
             held = ", ".join(file.files) or "none"
             raise DataFormatError(f"{path}: expected arrays X and Y, or x_train, y_train, x_test, y_test; found {held}")
@@ -345,12 +416,70 @@ def words_of(net: Network, data: Samples, *more: str) -> str:
     return ", ".join(["-".join(map(str, sizes_of(net))), *more, data.name, net.compute_dtype.name, net.backend.spec])
 
 
-def raw_samples(path: Path) -> Any:
-    """The samples in a file, or the test set in a folder."""
-    if is_images(path):
-        return images([path], 0)[2][0]
+# --- for a model -----------------------------------------------------------------------------------------------------
+
+
+def raw_samples(model: Model, data: str | None, seed: int) -> Any:
+    """Samples for a model to predict: a table, an array, a source, or the test set of a folder or of the digits."""
+    recipe = None if model.preparation is None else model.preparation.table
+    if recipe is not None:
+        return read_table(a_table([] if data is None else [data]), like=recipe)
+    if data is None or is_images(Path(data)):
+        return images([] if data is None else [Path(data)], seed)[2][0]
+    check_there(data)
+    path = Path(data)
     if path.suffix == ".npy":
         return sources.npy(path, flatten=True)
+    if path.suffix == ".npz":
+        found = npz(path, labelled=False)
+        return rows(found.X if found.X_test is None else found.X_test)
     if "idx" in path.name:
         return rows(datasets.read_idx(path))
-    raise ArgumentError(f"DATA must be a .npy file, an IDX file or a folder, got {str(path)!r}")
+    raise ArgumentError(
+        f"DATA must be a .npy, .npz or IDX file or a folder, as the model was trained on arrays, got {data!r}"
+    )
+
+
+def labelled_samples(
+    model: Model, data: Sequence[str], held_out: tuple[float, int] | None, seed: int
+) -> tuple[str, Loader]:
+    """Samples and labels to test a model on: their name, and batches.
+
+    held_out: test size and seed of a training that was on the others; None: all samples
+    """
+    recipe = None if model.preparation is None else model.preparation.table
+    if recipe is not None:
+        name = a_table(data)
+        table = read_table(name, like=recipe)
+        if not table.labelled:
+            label = "" if recipe.target is None else f" {recipe.target.name!r}"
+            raise DataFormatError(f"{name}: expected the label{label} to test with, found no such column")
+        return name, model.batches(table if held_out is None else table.split(*held_out)[1], labelled=True)
+    paths = [Path(path) for path in data]
+    if not paths or is_images(paths[0]):
+        name, _, (X, Y) = images(paths, seed)
+        return name, model.batches(X, Y)
+    name, arrays = arrays_of(paths)
+    X, Y = rows(arrays.X), arrays.Y
+    if arrays.X_test is not None and arrays.Y_test is not None:
+        X, Y = rows(arrays.X_test), arrays.Y_test
+    elif held_out is not None:
+        classifies = model.net.loss_function.least_outputs > 1
+        kept = split(len(X), *held_out, np.unique(Y, return_inverse=True)[1] if classifies else None, "--test-size")[1]
+        X, Y = X[kept], Y[kept]
+    Y = Y[:, 0] if Y.ndim == 2 and Y.shape[1] == 1 else Y
+    if len(X) != len(Y):
+        raise DataFormatError(f"{name}: expected a target for each sample, found {len(X)} and {len(Y)}")
+    if not model.net.loss_function.classifies:
+        Y = Y.astype(model.net.dtype)
+    return name, model.batches(X, Y)
+
+
+def a_table(data: Sequence[str]) -> str:
+    """The only file of DATA, for a model that was trained on a table."""
+    if len(data) != 1:
+        raise ArgumentError(
+            f"DATA must be one table, as the model was trained on a table, got {' '.join(data) or 'none'}"
+        )
+    check_there(data[0])
+    return data[0]

@@ -12,7 +12,7 @@ from rich.console import Console
 from gpubatch import explore
 from gpubatch.backend import Array, Backend, get_backend
 from gpubatch.cli import options
-from gpubatch.cli.shared import app, print_json, table_of, versions
+from gpubatch.cli.shared import app, examples, print_json, table_of, versions
 from gpubatch.nn import OF_LABELS, Network, layers, losses
 from gpubatch.train import bar
 
@@ -38,8 +38,10 @@ CHECKED: dict[str, Callable[[int], layers.Layer]] = {
 
 @app.command(
     "check-gradient",
-    epilog="**Examples:** `gpubatch check-gradient` compares every layer and loss with central differences. "
-    "`gpubatch check-gradient --directions 5 --backend cuda` is faster on a GPU: two evaluations for a direction.",
+    epilog=examples(
+        every_element="gpubatch check-gradient",
+        two_evaluations_for_a_direction="gpubatch check-gradient --directions 5",
+    ),
 )
 def check_gradient(
     batch_size: Annotated[int, typer.Option(min=2, help="Samples, drawn at random.")] = 20,

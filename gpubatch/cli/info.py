@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import importlib.util
+import importlib.metadata
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -13,16 +14,29 @@ from rich.console import Console
 
 from gpubatch.backend import Backend, available_backends, get_backend, load_cupy
 from gpubatch.cli import options
-from gpubatch.cli.shared import app, print_json, table_of, versions
+from gpubatch.cli.shared import app, examples, print_json, table_of, versions
 from gpubatch.errors import BackendUnavailableError, check_choice
 from gpubatch.formula import Rule, rules
 from gpubatch.ops import cpu_products, host_library, own_form, products_for, reduce_sources, update_source
 from gpubatch.sizing import format_bytes
 
-__all__ = ["info"]
+__all__ = ["EXTRAS", "info"]
+
+# The optional dependencies: what they are for, and the packages that are imported.
+EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "cli": ("this command", ("typer", "rich")),
+    "plot": ("pictures", ("matplotlib",)),
+    "data": ("tables, HDF5", ("pyarrow", "h5py")),
+    "remote": ("files at URLs", ("fsspec", "aiohttp")),
+    "sklearn": ("gpubatch.sklearn", ("scikit-learn",)),
+    "onnx": ("gb.export_onnx", ("onnx",)),
+    "tensorboard": ("gb.TensorBoard", ("tensorboardX",)),
+    "cuda12": ("GPUs, driver for CUDA 12", ("cupy-cuda12x", "nvmath-python")),
+    "cuda13": ("GPUs, driver for CUDA 13", ("cupy-cuda13x", "nvmath-python")),
+}
 
 
-@app.command(epilog="**Examples:** `gpubatch info` and `gpubatch info --kernel adam`.")
+@app.command(epilog=examples(this_machine="gpubatch info", a_kernel="gpubatch info --kernel adam"))
 def info(
     kernel: Annotated[
         str | None, typer.Option(help="Print the CUDA source of this update rule, for --dtype, instead.")
@@ -35,14 +49,19 @@ def info(
         known: dict[str, Rule] = {name: getattr(rules, name) for name in rules.__all__}
         rule = known[check_choice("--kernel", kernel, known)]
         of_kernel = rule.trace(), check_choice("--dtype", dtype, options.DTYPES)
-        typer.echo("\n".join([*reduce_sources(*of_kernel), update_source(*of_kernel)]))
+        source = "\n".join([*reduce_sources(*of_kernel), update_source(*of_kernel)])
+        if as_json:
+            print_json(kernel=kernel, dtype=dtype, source=source, versions=versions())
+        else:
+            typer.echo(source)
         return
     found = [get_backend(spec) for spec in available_backends()]
     why_not = _why_no_cuda()
     if as_json:
         backends = {be.spec: {"device": be.device, "memory": dataclasses.asdict(be.memory())} for be in found}
         products = {"cpu": cpu_products(), **_how_cuda_multiplies(found)}
-        cuda = {"cuda": why_not or "available", "matrix_products": products}
+        cuda: dict[str, Any] = {"cuda": why_not or "available", "matrix_products": products}
+        cuda["extras"] = {name: installed(packages) for name, (_, packages) in EXTRAS.items()}
         print_json(backends=backends, **cuda, own_formulas=own_form(), auto=get_backend().spec, versions=versions())
         return
     out = Console(highlight=False)
@@ -63,9 +82,23 @@ def info(
     out.print(f"kernels compiled for the CPU: {words}.", soft_wrap=True)
     out.print(f"matrix products on the CPU: {cpu_products()}.", soft_wrap=True, markup=False)
     out.print(f"formulas of your own on a CPU: {own_form()}.", soft_wrap=True, markup=False)
-    extras = {"cli": "typer", "plot": "matplotlib", "cuda": "cupy"}
-    lacking = [name for name, module in extras.items() if importlib.util.find_spec(module) is None]
-    out.print(f"extras that are not installed: {', '.join(lacking) or 'none'}.")
+    extras = table_of("extra", "for", "installed")
+    for name, (what, packages) in EXTRAS.items():
+        there = installed(packages)
+        lacking = [package for package, version in there.items() if version is None]
+        have = ", ".join(f"{package} {version}" for package, version in there.items() if version is not None)
+        remedy = f"pip install 'gpubatch\\[{name}]'"
+        extras.add_row(name, what, have if not lacking else f"{have}; {remedy}" if have else remedy)
+    out.print(extras)
+
+
+def installed(packages: Sequence[str]) -> dict[str, str | None]:
+    """The version of each package; None where it is not installed."""
+    found: dict[str, str | None] = dict.fromkeys(packages)
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def threads_in_words(library: Any) -> str:

@@ -13,7 +13,7 @@ from gpubatch import explore, plot
 from gpubatch.cli import options
 from gpubatch.cli.data import DataOptions, Task, used
 from gpubatch.cli.options import BatchOptions, NetworkOptions, OptimizerOptions, TrainingOptions, spread
-from gpubatch.cli.shared import app, arguments_of, print_json, versions
+from gpubatch.cli.shared import app, arguments_of, examples, print_json, versions
 from gpubatch.errors import ArgumentError, check_choice, check_int
 from gpubatch.train import TrainingState, bar, fit, short_runs
 
@@ -21,9 +21,10 @@ __all__ = ["landscape"]
 
 
 @app.command(
-    epilog="**Examples:** `gpubatch landscape --plot landscape.png` draws the loss around a network that was trained "
-    "on the bundled digits, with the path of the training. `gpubatch landscape --directions filter --dimensions 1 "
-    "--plot slice.png` draws a curve along a random direction.",
+    epilog=examples(
+        a_plane="gpubatch landscape --plot landscape.png",
+        a_curve="gpubatch landscape --directions filter --dimensions 1 --plot slice.png",
+    ),
 )
 @spread(layers="256", activation="relu", batch_norm=False, dropout=0.0, decay="none", batch_size="128", epochs=3)
 def landscape(

@@ -13,7 +13,7 @@ from gpubatch import plot
 from gpubatch.cli import options
 from gpubatch.cli.data import DataOptions, network_for, used, words_of
 from gpubatch.cli.options import BatchOptions, NetworkOptions, OptimizerOptions, TrainingOptions, spread
-from gpubatch.cli.shared import app, arguments_of, print_json, versions
+from gpubatch.cli.shared import app, arguments_of, examples, print_json, versions
 from gpubatch.errors import check_int
 from gpubatch.loader import epochs_of
 from gpubatch.sizing import BatchPlan, fits, format_bytes, parse_bytes
@@ -26,8 +26,10 @@ AROUND = 5  # powers of two on each side of the chosen size that the table of si
 
 @app.command(
     "batch-size",
-    epilog="**Examples:** `gpubatch batch-size` plans the network that `gpubatch train` trains. `gpubatch batch-size "
-    "data/mnist --layers 4096,4096 --memory '1 GB' --plot memory.png` plans for a machine with that much to spare.",
+    epilog=examples(
+        for_this_machine="gpubatch batch-size",
+        for_another="gpubatch batch-size data/mnist --layers 4096,4096 --memory '1 GB' --plot memory.png",
+    ),
 )
 @spread()
 def plan_memory(
@@ -54,7 +56,7 @@ def plan_memory(
     net = network_for(found, network, data.seed)
     loader = found.loader(net, batches, data.seed)
     opt = optimizer.make(net, check_int("--epochs", training.epochs, 1))
-    with validated(net, loader, found.test) as held_out:
+    with validated(net, loader, found.validation) as held_out:
         assert held_out is not None
         of_test = held_out.samples, held_out.copied
         plan_batches(net, loader, opt, *of_test, read=held_out.batch_bytes, available=available)

@@ -32,6 +32,7 @@ __all__ = [
     "BackendName",
     "BatchOptions",
     "DtypeName",
+    "Metrics",
     "NetworkOptions",
     "OptimizerName",
     "OptimizerOptions",
@@ -39,8 +40,11 @@ __all__ = [
     "Progress",
     "Rate",
     "RunOptions",
+    "Seed",
+    "TestSize",
     "TrainingOptions",
     "integer",
+    "names_of",
     "optimizer_named",
     "spread",
 ]
@@ -104,6 +108,11 @@ DTYPES = ("float32", "float64")
 DtypeName = Annotated[str, typer.Option(help="float32 or float64.")]
 PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw it: a .png, .pdf or .svg.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+TestSize = Annotated[
+    float, typer.Option(help="Part of the samples to test on, where the data has no test set of its own.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of split, first weights, order, dropout and directions.")]
+Metrics = Annotated[str, typer.Option(help="More to measure, by comma: f1,top_3.")]
 Progress = Annotated[bool, typer.Option(help="Show the progress on standard error.")]
 
 
@@ -151,7 +160,12 @@ def options_of(group: Any) -> list[inspect.Parameter]:
         info.rich_help_panel = None if isinstance(info, typer.models.ArgumentInfo) else group.panel
         annotation: Any = Annotated[kind, info]
         found.append(
-            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+                annotation=annotation,
+            )
         )
     return found
 
@@ -287,6 +301,11 @@ class TrainingOptions(RunOptions):
 def optimizer_named(name: str | None) -> tuple[Callable[..., optim.Optimizer], float]:
     """The optimizer that --optimizer names, and its usual learning rate."""
     return OPTIMIZERS[check_choice("--optimizer", name, OPTIMIZERS)]
+
+
+def names_of(text: str) -> list[str]:
+    """Names by comma."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def integer(option: str, text: str) -> int:

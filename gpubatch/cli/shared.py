@@ -16,7 +16,7 @@ from rich.table import Table
 
 import gpubatch
 
-__all__ = ["app", "arguments_of", "number_or_dash", "print_json", "table_of", "versions"]
+__all__ = ["app", "arguments_of", "examples", "in_percent", "number_or_dash", "print_json", "table_of", "versions"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +24,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+
+def examples(**commands: str) -> str:
+    """The end of a command's help: what is done, as a name with underscores, and the line that does it."""
+    lines = (f"- {words.replace('_', ' ')}: `{line}`" for words, line in commands.items())
+    return "\n".join(["**Examples**", "", *lines])
 
 
 def print_version(wanted: bool) -> None:
@@ -84,3 +90,8 @@ def table_of(*columns: str) -> Table:
 def number_or_dash(value: float | None, factor: float = 1, form: str = "{:.3f}") -> str:
     """A number as it is printed, or a dash for none."""
     return "–" if value is None else form.format(factor * value)
+
+
+def in_percent(accuracy: float, samples: int) -> str:
+    """An accuracy on so many samples."""
+    return f"{100 * accuracy:.2f} % ({round(accuracy * samples):,} of {samples:,})"

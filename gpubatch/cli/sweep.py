@@ -16,7 +16,7 @@ from gpubatch import explore, plot
 from gpubatch.cli import options
 from gpubatch.cli.data import DataOptions, Task, used
 from gpubatch.cli.options import BatchOptions, NetworkOptions, RunOptions, integer, spread
-from gpubatch.cli.shared import app, arguments_of, number_or_dash, print_json, table_of, versions
+from gpubatch.cli.shared import app, arguments_of, examples, number_or_dash, print_json, table_of, versions
 from gpubatch.cli.strategies import compare_strategies
 from gpubatch.errors import ArgumentError, check_choice
 from gpubatch.sizing import format_bytes
@@ -36,8 +36,12 @@ OF_SOME = sorted({name for names in KINDS.values() for name in names})
 
 
 @app.command(
-    epilog="**Examples:** `gpubatch sweep step-size --plot steps.png`; `gpubatch sweep batch-size --target 0.3`; "
-    "`gpubatch sweep optimizer`; `gpubatch sweep strategy --layers '' --loss svm` is the comparison of CS231n.",
+    epilog=examples(
+        the_learning_rate="gpubatch sweep step-size --plot steps.png",
+        the_batch_size="gpubatch sweep batch-size --target 0.3",
+        the_optimizer="gpubatch sweep optimizer trees.csv --label species",
+        the_comparison_of_CS231n="gpubatch sweep strategy --layers '' --loss svm",
+    ),
 )
 @spread(layers="128", activation="relu", batch_norm=False, dropout=0.0, batch_size="128", epochs=None)
 def sweep(

@@ -15,7 +15,7 @@ from gpubatch.checkpoint import Checkpoints
 from gpubatch.cli import options
 from gpubatch.cli.data import DataOptions, network_for, sizes_of, used
 from gpubatch.cli.options import BatchOptions, NetworkOptions, OptimizerOptions, TrainingOptions, spread
-from gpubatch.cli.shared import app, arguments_of, print_json, versions
+from gpubatch.cli.shared import app, arguments_of, examples, in_percent, print_json, versions
 from gpubatch.errors import ArgumentError, check_int
 from gpubatch.model import check_writable, save
 from gpubatch.train import (
@@ -33,10 +33,13 @@ __all__ = ["train"]
 
 
 @app.command(
-    epilog="**Examples:** `gpubatch train` learns the bundled digits. `gpubatch train data/mnist --layers 1024,512 "
-    "--epochs 20 --plot curves.png` learns from the files in a folder and draws the curves. "
-    "`gpubatch train --checkpoint run --resume` goes on where it was stopped or killed. "
-    "`gpubatch train --save digits.safetensors` keeps the model for `gpubatch predict`."
+    epilog=examples(
+        the_bundled_digits="gpubatch train",
+        a_table="gpubatch train trees.csv --label species --save trees.safetensors",
+        images="gpubatch train data/mnist --layers 1024,512 --epochs 20 --plot curves.png",
+        numbers="gpubatch train X.npy Y.npy --task regression --early-stop 5",
+        after_a_crash="gpubatch train --checkpoint run --resume",
+    ),
 )
 @spread()
 def train(
@@ -46,7 +49,7 @@ def train(
     optimizer: OptimizerOptions,
     batches: BatchOptions,
     training: TrainingOptions,
-    metrics: Annotated[str, typer.Option(help="More to measure after every epoch, by comma: f1,top_3.")] = "",
+    metrics: options.Metrics = "",
     checkpoint: Annotated[Path | None, typer.Option(help="Folder to save the run in, so that it can go on.")] = None,
     every: Annotated[int | None, typer.Option(help="Steps between checkpoints; by default an epoch.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
@@ -73,12 +76,12 @@ def train(
         network = dataclasses.replace(network, init=init_to_resume(store))
     found = data.read()
     net = network_for(found, network, data.seed)
-    where, (X_test, Y_test) = net.backend, found.test
+    where, n_test = net.backend, len(found.test[0])
     loader = found.loader(net, batches, data.seed)
     opt = optimizer.make(net, epochs)
 
     out = Console(quiet=as_json, highlight=False, soft_wrap=True, markup=False, emoji=False)
-    out.print(f"data       {found.name}: {len(found.X):,} to train on, {len(X_test):,} to test")
+    out.print(f"data       {found.name}: {len(found.X):,} to train on, {n_test:,} to test")
     sizes = " - ".join(map(str, sizes_of(net)))
     out.print(f"network    {sizes}, {network.activation}, {net.parameters.size:,} parameters")
     if net.loss_name != "softmax_cross_entropy":
@@ -90,12 +93,12 @@ def train(
     callbacks = training.callbacks()
     keeps = [callback for callback in callbacks[-1:] if isinstance(callback, (EarlyStopping, BestWeights))]
     callbacks += [] if log is None else [CSVLog(log)]
-    measured = [name for name in metrics.split(",") if name]
+    measured = options.names_of(metrics)
     if found.task == "regression" and "r2" not in measured:
         measured.append("r2")
     try:
         history = fit(
-            *(net, loader, opt, epochs, (X_test, Y_test)),
+            *(net, loader, opt, epochs, found.validation),
             callbacks=callbacks,
             checkpoint=store,
             resume=resume,
@@ -127,7 +130,7 @@ def train(
     accuracy, test_loss = (x[epoch - 1] if x else None for x in (history.validation_accuracy, history.validation_loss))
     quality = {name: values[epoch - 1] for name, values in history.metrics.items() if values}
     if test_loss is not None:
-        right = "" if accuracy is None else f" accuracy {in_percent(accuracy, len(X_test))}, test"
+        right = "" if accuracy is None else f" accuracy {in_percent(accuracy, n_test)}, test"
         measures = "".join(f", R² {value:.4f}" for name, value in quality.items() if name == "r2")
         out.print(f"test{right} loss {test_loss:.4f}{measures}, in {seconds:.1f} s")
     if as_json:
@@ -148,11 +151,6 @@ def train(
         )
     if ended:
         raise typer.Exit(code)
-
-
-def in_percent(accuracy: float, samples: int) -> str:
-    """An accuracy on so many samples."""
-    return f"{100 * accuracy:.2f} % ({round(accuracy * samples):,} of {samples:,})"
 
 
 def complete(history: History, steps: int) -> History:

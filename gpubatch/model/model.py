@@ -82,17 +82,26 @@ class Model:
 
     def predict(self, raw: Any) -> np.ndarray:
         """What :meth:`Network.predict` predicts; class names where there are any and a prediction is one class."""
-        found = self._whole(raw, self.net.predict)
-        target = None if self.preparation is None or self.preparation.table is None else self.preparation.table.target
-        if target is not None and target.classes is None:
-            return found.astype(np.float64) * target.deviation + target.mean
-        return found if self.classes is None or found.ndim != 1 else np.array(self.classes)[found]
+        return self._named(self._whole(raw, self.net.predict))
 
     def probabilities(self, raw: Any) -> np.ndarray:
         """What :meth:`Network.probabilities` gives: a column for each class, in the order of ``classes``; or, with one
         output, the probability of the second class, ``(samples,)``.
         """
         return self._whole(raw, self.net.probabilities)
+
+    def of_batch(self, x: Array, probabilities: bool = False) -> tuple[np.ndarray, ...]:
+        """What is predicted for a batch of :meth:`batches`, and the probabilities if they are wanted."""
+        found = (self._named(self.net.backend.to_numpy(self.net.predict(x))),)
+        return (*found, self.net.backend.to_numpy(self.net.probabilities(x))) if probabilities else found
+
+    def batches(self, raw: Any, y: Any = None, labelled: bool = False) -> Loader:
+        """A loader of raw samples in their order, prepared: for results that are more than memory holds.
+
+        y: their labels, as the network takes them or names of classes; None: batches have none, but with ``labelled``
+            those of a table.
+        """
+        return self._loader(raw, None if y is None else self._labels(y), labelled)
 
     def evaluate(self, raw: Any, y: Any = None) -> tuple[float, float | None]:
         """The loss and the accuracy, as :meth:`Network.evaluate`; ``y`` has class names where the model has any.
@@ -165,6 +174,13 @@ class Model:
             whole[start : start + len(found)] = found
             start += len(found)
         return whole
+
+    def _named(self, found: np.ndarray) -> np.ndarray:
+        """Predictions of the network by the names of their classes, or in the unit of a table's label."""
+        target = None if self.preparation is None or self.preparation.table is None else self.preparation.table.target
+        if target is not None and target.classes is None:
+            return found.astype(np.float64) * target.deviation + target.mean
+        return found if self.classes is None or found.ndim != 1 else np.array(self.classes)[found]
 
     def _labels(self, y: Any) -> Any:
         """Class names as labels from 0; ``y`` itself where there are no names, or more than one class a sample."""
