@@ -65,6 +65,10 @@ def refuse(name: str, x: Any) -> None:
         )
     if hasattr(x, "toarray"):
         raise DTypeError(f"{name} must be a dense array, got a sparse {kind}; give {name}.toarray()")
+    if type(x).__module__.partition(".")[0] == "datasets":
+        raise DTypeError(
+            f"{name} must be an array, got a Hugging Face {kind}; give gb.sources.huggingface({name}, columns, label)"
+        )
     if isinstance(x, Mapping):
         names = ", ".join(map(repr, list(x)[:5]))
         raise DTypeError(f"{name} must be an array, got a {kind} with the keys {names}; give one of its arrays")

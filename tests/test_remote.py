@@ -505,6 +505,7 @@ def test_secrets_are_in_no_message_and_no_state(tmp_path: Path) -> None:
 
 
 WRONG = {
+    "pattern": (lambda: sources.files("memory://parts/x*.npy"), FileNotFoundError, "no file is at 'memory://parts/x"),
     "protocol": (lambda: sources.npy("nowhere://x.npy"), ArgumentError, "nowhere://x.npy cannot be opened by fsspec"),
     "library": (lambda: sources.npy("gdrive2://x.npy"), ArgumentError, "gdrive2://x.npy needs a library that is not"),
     "no url": (lambda: sources.remote("x.npy"), ArgumentError, "url must begin with a protocol, such as https://"),
@@ -531,10 +532,23 @@ def test_fsspec_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         sources.npy("memory://x")
 
 
-def test_a_pattern_names_files(tmp_path: Path) -> None:
-    for number in (1, 2, 10):
-        fsspec.filesystem("memory").pipe_file(f"/parts/part-{number}.bin", bytes([number]))
-    for url in ("memory://parts/part-*.bin", "memory://parts"):
-        files = sources.remote(url).matching()
-        assert {file.path for file in files} == {f"memory:///parts/part-{number}.bin" for number in (1, 2, 10)}
-        assert sorted(file.open().read(1)[0] for file in files) == [1, 2, 10]
+def test_folders_and_patterns_of_files_are_one_source(tmp_path: Path) -> None:
+    """In their natural order, by parts and from copies, with no secret in the name of the whole."""
+    memory = fsspec.filesystem("memory")
+    for number, rows in ((2, slice(0, 700)), (10, slice(700, 1500)), (1, slice(1500, N))):
+        path = tmp_path / "part"
+        with path.open("wb") as file:
+            np.save(file, X[rows])
+        memory.pipe_file(f"/parts/part-{number}.npy", path.read_bytes())
+    expected = np.concatenate([X[1500:], X[:1500]])
+    for given in ("memory://parts/part-*.npy", "memory://parts"):
+        assert batches(sources.files(given), shuffle=False) == batches(expected, shuffle=False)
+        assert batches(given, shuffle=False) == batches(expected, shuffle=False)
+    copied = [
+        file
+        for url in ("memory://parts/part-1.npy", "memory://parts/part-?.npy", "memory://parts/part-10.npy")
+        for file in sources.remote(url, cache=tmp_path / "cache").matching()
+    ]
+    assert [file.path.rpartition("-")[2] for file in copied[:1]] == ["1.npy"]
+    whole = sources.files([copied[0], copied[2], copied[3]])
+    assert batches(whole, shuffle=False) == batches(expected, shuffle=False)

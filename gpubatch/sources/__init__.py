@@ -25,7 +25,7 @@ from gpubatch.sources.parts import files
 from gpubatch.sources.reader import Part, Reader, Source
 from gpubatch.sources.remote import RemoteFile, remote
 from gpubatch.sources.rows import cifar10, idx, naming_the_file, npy, raw
-from gpubatch.sources.tables import Grouped, ParquetGroups, arrow, hdf5, opened_arrow, parquet
+from gpubatch.sources.tables import Grouped, ParquetGroups, arrow, hdf5, huggingface, opened_arrow, parquet
 
 __all__ = [
     "ArraySource",
@@ -49,6 +49,7 @@ __all__ = [
     "files",
     "hdf5",
     "holds_all",
+    "huggingface",
     "idx",
     "is_mapped",
     "is_read",

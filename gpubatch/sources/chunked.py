@@ -1,12 +1,14 @@
-"""Arrays of other libraries that are read by slices, such as those of zarr, h5py and netCDF4."""
+"""Arrays of other libraries that are read by slices, such as those of zarr, tensorstore, h5py and netCDF4."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from gpubatch.backend import is_cupy, is_foreign, unmasked
+from gpubatch.sources.reader import InTurn
 from gpubatch.sources.rows import runs_of
 
 __all__ = ["Chunked", "is_chunked"]
@@ -20,13 +22,21 @@ def is_chunked(x: Any) -> bool:
 
 
 class Chunked:
-    """The rows of such an array, of which only those are read that are asked for, neighbours in one slice."""
+    """The rows of such an array, of which only those are read that are asked for.
+
+    Where it has chunks of several rows, chunks are read whole, and the one that was cut last is kept: so whoever reads
+    it in order reads each once. An array of tensorstore's may begin at any index.
+    """
 
     def __init__(self, array: Any) -> None:
-        self._array = array
+        self._array, self._first = array, 0
         chunks = getattr(array, "chunks", None)
+        if hasattr(array, "chunk_layout") and hasattr(array, "domain"):  # tensorstore
+            chunks, self._first = tuple(array.chunk_layout.read_chunk.shape), int(array.domain.inclusive_min[0])
         first = chunks[0] if isinstance(chunks, tuple) and chunks else 1  # dask has a tuple of sizes for each axis
         self.block = max(1, int(first[0] if isinstance(first, tuple) else first))
+        self._kept, self._rows = -1, np.empty(0)
+        self._turn = InTurn()  # the chunk that is kept is there for one thread at a time
 
     def __len__(self) -> int:
         return int(self._array.shape[0])
@@ -34,9 +44,38 @@ class Chunked:
     def read(self, indices: np.ndarray, /) -> np.ndarray:
         """The rows at ``indices``."""
         places, back = np.unique(indices, return_inverse=True)
-        parts = [self._slice(first, first + stop - start) for first, start, stop in runs_of(places)]
-        found = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        last = int(indices[-1]) // self.block
+
+        def turn(run: tuple[int, int, int]) -> int:
+            """First what is in the chunk that is kept, last the chunk that is to be kept for whoever goes on."""
+            first, end = run[0] // self.block, (run[0] + run[2] - run[1] - 1) // self.block
+            return 0 if first <= self._kept <= end else 2 if first <= last <= end else 1
+
+        with self._turn:
+            parts = {
+                start: list(self._parts(place, place + stop - start))
+                for place, start, stop in sorted(runs_of(places), key=turn)
+            }
+        rows = [part for start in sorted(parts) for part in parts[start]]
+        found = rows[0] if len(rows) == 1 else np.concatenate(rows)
         return found if np.array_equal(places, indices) else found[back]
 
+    def _parts(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """The rows from ``start`` to ``stop``: whole chunks in one slice, and parts of others."""
+        block, n = self.block, len(self)
+        while start < stop:
+            number, end = start // block, n if stop == n else stop // block * block
+            if start == number * block < end:
+                yield self._slice(start, end)
+                start = end
+                continue
+            first, last = number * block, min((number + 1) * block, n)
+            if self._kept != number:
+                self._kept, self._rows = -1, np.empty(0)
+                self._kept, self._rows = number, self._slice(first, last)
+            yield self._rows[start - first : stop - first]
+            start = min(last, stop)
+
     def _slice(self, start: int, stop: int) -> np.ndarray:
-        return np.asarray(unmasked(f"samples {start} to {stop - 1}", self._array[start:stop]))
+        found = self._array[self._first + start : self._first + stop]
+        return np.asarray(unmasked(f"samples {start} to {stop - 1}", found))

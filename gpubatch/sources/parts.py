@@ -19,6 +19,7 @@ import numpy as np
 from gpubatch.errors import ArgumentError, DataFormatError, check_choice
 from gpubatch.sources.opener import Opener, opener_of
 from gpubatch.sources.reader import Form, InTurn, Source
+from gpubatch.sources.remote import RemoteFile, is_url, shown
 from gpubatch.sources.rows import idx, npy, raw
 from gpubatch.sources.tables import arrow, hdf5, parquet
 
@@ -47,7 +48,8 @@ Path: TypeAlias = str | os.PathLike[str]
 def files(where: Path | Opener | Sequence[Path | Opener], format: str | None = None, **options: Any) -> Source:
     """The samples of several files as one source, those of the first file first; of one file alone, too.
 
-    where: a folder, a pattern such as "data/part-*.parquet" ("**" stands for any folders), a file, or a list of these
+    where: a folder, a pattern such as "data/part-*.parquet" ("**" stands for any folders), a file, or a list of these;
+        URLs of these, too, as :func:`remote` takes them
     format: "parquet", "arrow", "npy", "idx", "hdf5" or "raw"; None: what the names end in
     options: the format's own, as in :func:`parquet` (``columns`` and ``label``, here None by default), :func:`npy`,
         :func:`idx`, :func:`hdf5` and :func:`raw`
@@ -91,7 +93,7 @@ def names_files(x: Any) -> bool:
 def _words(where: Any) -> str:
     """What was given, for messages."""
     if isinstance(where, (str, os.PathLike)):
-        return os.fspath(where)
+        return shown(os.fspath(where)) if is_url(where) else os.fspath(where)
     if not isinstance(where, (list, tuple)):
         return str(where.path)
     return _words(where[0]) + (f" and {len(where) - 1} more" if len(where) > 1 else "")
@@ -109,6 +111,11 @@ def _openers(where: Any) -> Iterator[Opener]:
         yield from found
     elif not isinstance(where, (str, os.PathLike)):
         yield opener_of(where)
+    elif is_url(where):
+        there = {file.path: file for file in RemoteFile(os.fspath(where)).matching()}
+        if not there:
+            raise FileNotFoundError(f"no file is at {_words(where)!r}")
+        yield from map(there.__getitem__, _of_one_suffix(_words(where), list(there)))
     elif os.path.isdir(where):
         yield from map(opener_of, _of_one_suffix(where, _files_in(os.fspath(where))))
     elif not os.path.exists(where) and glob.has_magic(os.fspath(where)):
@@ -273,8 +280,6 @@ class Parts:
             if self.block > 1:
                 starts = [part.starts[:-1] + start for part, start in zip(parts, self._starts, strict=False)]
                 self.boundaries = np.unique(np.concatenate([*starts, self._starts[-1:]]))
-        if hasattr(first, "expect"):
-            self.expect = self._expect
         self.identity = _identity(parts, what)
 
     def __len__(self) -> int:
@@ -311,11 +316,14 @@ class Parts:
                         for array, rows in zip(arrays, found if isinstance(found, tuple) else (found,), strict=True):
                             array[here] = rows
 
-    def _expect(self, indices: np.ndarray, /) -> None:
+    def expect(self, indices: np.ndarray, /) -> None:
+        """Have the samples at ``indices`` read ahead, while others are used, from files of which they can be."""
+        if not hasattr(self._parts[0], "expect"):
+            return
         with self._turn:
             for number, _, places in self._by_part(indices):
                 with self._noting(number, places):
-                    self._used(number).expect(places)
+                    self._opened(number).expect(places)
 
     def place_of(self, index: int) -> str:
         """Where a sample is, in words."""
@@ -340,10 +348,14 @@ class Parts:
             yield number, here, indices[here] - self._starts[number]
 
     def _used(self, number: int) -> Any:
-        """A file's source, which is opened by reading; those that were not used for longest are closed."""
+        """A file's source, to read from; the one that was read before forgets what it has decoded."""
         if number != self._last and hasattr(self._parts[self._last], "forget"):
-            self._parts[self._last].forget()  # what it has decoded: one file's is held at a time
+            self._parts[self._last].forget()  # one file's is held at a time
         self._last = number
+        return self._opened(number)
+
+    def _opened(self, number: int) -> Any:
+        """A file's source, which is opened by its use; those that were not used for longest are closed."""
         self._open[number] = None
         self._open.move_to_end(number)
         while len(self._open) > OPEN:

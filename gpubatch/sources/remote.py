@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, GpubatchError, TransferError
 
-__all__ = ["RemoteFile", "is_url", "remote"]
+__all__ = ["RemoteFile", "is_url", "remote", "shown"]
 
 T = TypeVar("T")
 

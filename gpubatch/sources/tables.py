@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import io
 import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from gpubatch.sources.opener import BytesByPlace, LocalFile, Opener, Reopened, o
 from gpubatch.sources.reader import Form, InTurn, Source
 from gpubatch.sources.rows import check_exists, copy_rows, flat, in_order_of_use, naming_the_file, runs_of
 
-__all__ = ["Grouped", "ParquetGroups", "arrow", "hdf5", "opened_arrow", "parquet"]
+__all__ = ["Grouped", "ParquetGroups", "arrow", "hdf5", "huggingface", "opened_arrow", "parquet"]
 
 ARROW_MAGIC = b"ARROW1"
 BETWEEN = 1 << 16  # bytes between two columns that are read as well, since asking twice takes longer
@@ -411,6 +412,61 @@ class _Table:
             raise DataFormatError(
                 f"{self.path}: expected numbers, found a missing value in column {name!r}, sample {start + first}"
             )
+
+
+# --- Hugging Face's datasets ----------------------------------------------------------------------------------------
+
+ROWS = 1000  # that are read at a time, as many as a record batch of theirs has
+
+
+def huggingface(dataset: Any, columns: str | Sequence[str] | None = None, label: str | None = None) -> Source:
+    """The rows of a ``Dataset`` of Hugging Face's ``datasets``, of which 1,000 are read at a time and none is copied.
+
+    columns, label: as in :func:`parquet`: columns of numbers, or one of lists of one length
+
+    Rows that were selected, shuffled or filtered are read in their new order. A streaming ``IterableDataset`` and a
+    ``DatasetDict`` are refused: the first has no rows by number, of the second give one part.
+    """
+    if not all(hasattr(dataset, name) for name in ("with_format", "features", "__len__", "column_names")):
+        hint = "; give one of its parts, as dataset['train']" if hasattr(dataset, "keys") else ""
+        hint = "; it is streamed, and a loader needs rows by number" if hasattr(dataset, "take") else hint
+        raise DTypeError(f"dataset must be a datasets.Dataset, got {type(dataset).__name__}{hint}")
+    rows = _HuggingFaceRows(dataset)
+    return _Table(rows, columns, label, lambda _: rows)
+
+
+class _HuggingFaceRows:
+    """Such a dataset as an :class:`Opener` and as :class:`Grouped`."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.path, self._dataset = f"dataset ({type(dataset).__name__})", dataset
+        rows = len(dataset)
+        self.sizes = [min(ROWS, rows - start) for start in range(0, rows, ROWS)]
+        self.fields = [(field.name, field.type) for field in dataset.features.arrow_schema]
+        self.data_bytes = int(dataset.data.nbytes)
+
+    def open(self) -> BinaryIO:
+        """See :class:`Opener`."""
+        return io.BytesIO()
+
+    def size(self) -> int:
+        """See :class:`Opener`."""
+        return self.data_bytes
+
+    def identity(self) -> str:
+        """See :class:`Opener`."""
+        return f"fingerprint {self._dataset._fingerprint}"
+
+    def load(self, group: int, chosen: list[str]) -> Any:
+        """See :class:`Grouped`."""
+        rows = range(group * ROWS, group * ROWS + self.sizes[group])
+        return self._dataset.with_format("arrow", columns=list(chosen))[rows].select(chosen)
+
+    def expect(self, group: int, chosen: list[str]) -> None:
+        """See :class:`Grouped`."""
+
+    def close(self) -> None:
+        """See :class:`Grouped`."""
 
 
 def _columns(path: str, columns: str | Sequence[str] | None, label: str | None, names: list[str]) -> list[str]:
