@@ -622,6 +622,58 @@ static bool activation_gradient(Int place, nb::tuple scalars, Any kept, Any dy, 
     });
 }
 
+// --- weights of samples ---
+
+// The sum of n numbers in the order in which NumPy adds them: in pairs of pairs, from blocks of eight sums.
+template <class T>
+static double sum_in_pairs(const T* x, Int n) {
+    if (n > 128) {
+        const Int half = n / 2 - n / 2 % 8;
+        return sum_in_pairs(x, half) + sum_in_pairs(x + half, n - half);
+    }
+    double total = 0;
+    Int i = 0;
+    if (n >= 8) {
+        double sums[8];
+        for (int k = 0; k < 8; ++k) sums[k] = x[k];
+        for (i = 8; i + 8 <= n; i += 8)
+            for (int k = 0; k < 8; ++k) sums[k] += x[i + k];
+        total = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+    }
+    for (; i < n; ++i) total += x[i];
+    return total;
+}
+
+template <class T>
+static void relative_weights(const T* weight, const Int* labels, Int ignored, T* out, double* sum, Int n) {
+    constexpr Int CONVERTED = 8192;  // numbers that NumPy converts, and then adds, at a time
+    bool right = true;
+    for (Int i = 0; i < n; ++i) {
+        out[i] = labels && labels[i] == ignored ? T(0) : weight ? weight[i] : T(1);
+        right &= out[i] >= 0;
+    }
+    double total = 0;
+    const Int step = sizeof(T) == sizeof(double) ? n : CONVERTED;
+    for (Int i = 0; i < n; i += step) total += sum_in_pairs(out + i, std::min(step, n - i));
+    *sum = right ? total : std::nan("");
+    const double factor = 0 < *sum && *sum < INFINITY ? (double)n / *sum : std::nan("");
+    for (Int i = 0; i < n; ++i) out[i] = (T)(out[i] * factor);
+}
+
+static bool weigh(Any weight, Any labels, Int ignored, Any out, Any sum) {
+    PyArrayObject* a = array(out);
+    if (!a || (PyArray_TYPE(a) != NPY_FLOAT && PyArray_TYPE(a) != NPY_DOUBLE)) return false;
+    return with_type(out, [&](auto zero) {
+        typedef decltype(zero) T;
+        const Int n = PyArray_SIZE(a);
+        if (!fits(out, TYPE<T>, n) || !fits(sum, NPY_DOUBLE, 1)) return false;
+        if (!(weight.is_none() || fits(weight, TYPE<T>, n)) || !(labels.is_none() || fits(labels, NPY_INT64, n)))
+            return false;
+        relative_weights(data<T>(weight), data<Int>(labels), ignored, data<T>(out), data<double>(sum), n);
+        return true;
+    });
+}
+
 // --- losses ---
 
 template <class T>
@@ -1125,6 +1177,7 @@ NB_MODULE(_host, m) {
     m.def("activate", activate, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none());
     m.def("activation_gradient", activation_gradient, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
           nb::arg().none(), nb::arg().none(), nb::arg().none());
+    m.def("weigh", weigh, nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
     m.def("softmax_cross_entropy", softmax_cross_entropy, nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(),
           nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
     m.def("softmax_focal", softmax_focal, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),

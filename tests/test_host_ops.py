@@ -157,6 +157,24 @@ def test_a_label_out_of_range_is_nan(method: str, label: int) -> None:
         assert np.isnan(work["dz"][2]).all()
 
 
+@pytest.mark.parametrize("given", ["weights", "labels", "both"])
+def test_weights_have_the_bits_of_numpy(given: str, dtype: np.dtype, library: Any, rng: np.random.Generator) -> None:
+    """Its sums, too, over as many numbers as it converts at a time and more; whatever a weight is."""
+    for n in (*range(1, 40), 127, 128, 129, 1000, 8191, 8192, 8193, 20_000):
+        weight = None if given == "labels" else rng.uniform(0, 3, n).astype(dtype)
+        labels = None if given == "weights" else rng.integers(0, 4, n)
+        for wrong in (None, -1.0, np.nan, np.inf, 0.0):
+            if wrong is not None and weight is not None:
+                weight[rng.integers(n)] = wrong
+            found: list[dict[str, np.ndarray]] = []
+            for ops in (Ops(Strict(library)), Ops()):
+                out, whole = np.empty(n, dtype), np.empty(1)
+                with np.errstate(all="ignore"):
+                    ops.weigh(weight, labels, 2, out, whole, {})
+                found.append({"out": out, "sum": whole})
+            same(*found)
+
+
 def test_what_is_not_finite_is_counted(dtype: np.dtype, library: Any) -> None:
     x = np.ones(100_000, dtype)
     x[[0, 17, 99_999]] = np.nan, np.inf, -np.inf

@@ -55,6 +55,20 @@ def weigh(weight: Array | None, labels: Array | None, ignored: int, out: Array, 
     )
 
 
+@weigh.compiled
+def compiled_weigh(
+    library: Any, weight: Array | None, labels: Array | None, ignored: int, out: Array, sum_out: Array, work: Work
+) -> None:
+    """The same bits as NumPy's; weights and labels of other types are converted first."""
+    if weight is not None and weight.dtype != out.dtype:
+        out[...] = weight
+        weight = out
+    if labels is not None and labels.dtype != np.int64:
+        labels = labels.astype(np.int64)
+    if not library.weigh(weight, labels, ignored, out, sum_out):
+        weigh.numpy(weight, labels, ignored, out, sum_out, work)
+
+
 @weigh.cuda
 def cuda_weigh(
     grid: Grid, weight: Array | None, labels: Array | None, ignored: int, out: Array, sum_out: Array, work: Work
