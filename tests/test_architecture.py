@@ -199,7 +199,7 @@ CODE_LINES = {
     "backend": 520,
     "staging": 51,
     "inputs": 110,
-    "ops": 2617,
+    "ops": 2628,
     "sizing": 264,
     "params": 96,
     "optim": 1165,
