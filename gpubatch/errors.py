@@ -247,7 +247,7 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
     known = list(choices)
     if isinstance(value, str) and value in known:
         return value
-    raise ArgumentError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}{_nearest(value, known)}")
+    raise ArgumentError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}{nearest(value, known)}")
 
 
 def check_known(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -255,14 +255,15 @@ def check_known(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
     names = list(known)
     for name in given:
         if name not in names:
-            raise UnknownArgumentError(f"{owner} takes {', '.join(names)}; got {name!r}{_nearest(name, names)}")
+            raise UnknownArgumentError(f"{owner} takes {', '.join(names)}; got {name!r}{nearest(name, names)}")
 
 
 # What other libraries call an argument that has another name here.
 ELSEWHERE = {"learning_rate": "lr", "epsilon": "eps", "alpha": "rho"}
 
 
-def _nearest(value: Any, known: list[str]) -> str:
+def nearest(value: Any, known: list[str]) -> str:
+    """The end of a message: the name of ``known`` that may be meant, if any is like ``value``."""
     import difflib  # imported for error messages only
 
     near = difflib.get_close_matches(value, known, n=1) if isinstance(value, str) else []

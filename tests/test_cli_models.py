@@ -162,7 +162,7 @@ def test_two_tables_and_their_options(trees: Path) -> None:
 
 TABLES = {
     "no label": (["train", "trees.csv"], 2, "DATA is a table: --label must name the column to learn, one of 'a', 'b'"),
-    "other label": (["train", "trees.csv", "--label", "specie"], 2, "label must name columns of trees.csv, .*'specie'"),
+    "other label": (["train", "trees.csv", "--label", "specie"], 2, "trees.csv, .*'specie'; did you mean 'species'"),
     "three": (
         ["train", "a.csv", "b.csv", "c.csv"],
         2,
@@ -348,7 +348,7 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "no module": (["summary", "MODEL", "--import", "not_there"], 2, "--import not_there failed: ModuleNotFoundError"),
     "probabilities": (["test", "MODEL", "--probabilities"], 2, "--probabilities needs --out FILE"),
     "metric": (["test", "MODEL", "--metrics", "f2"], 2, "a metric must be one of"),
-    "no model": (["summary", "x.npz"], 2, "path must end in .safetensors"),
+    "no model": (["summary", "x.npz"], 2, "MODEL must be a .safetensors file, got 'x.npz'"),
     "name to save": (["train", "--save", "model.npz"], 2, "path must end in .safetensors"),
     "place to save": (["train", "--save", "no/such/folder/model.safetensors"], 1, "a model cannot be saved as"),
 }

@@ -115,8 +115,9 @@ class DataOptions:
         list[str] | None,
         typer.Argument(
             metavar="DATA...",
-            help="A table (CSV, Parquet, Arrow), or two: to train and to test on; arrays X.npy Y.npy, or an .npz file "
-            "with X and Y; a folder with MNIST or a set like it, or CIFAR-10 (binary). By default the bundled digits.",
+            help="A table (CSV, Parquet, Arrow; a path or a URL), or two: to train and to test on; arrays X.npy Y.npy, "
+            "or an .npz file with X and Y; a folder with MNIST or a set like it, or CIFAR-10 (binary). By default the "
+            "bundled digits.",
         ),
     ] = None
     label: Annotated[str | None, typer.Option(help="Of a table: the column to learn.")] = None

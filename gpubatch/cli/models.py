@@ -62,6 +62,8 @@ class ModelOptions:
 
     def load(self) -> Model:
         """Load it."""
+        if self.model_file.suffix != ".safetensors":
+            raise ArgumentError(f"MODEL must be a .safetensors file, got {str(self.model_file)!r}")
         custom: dict[str, Any] = {}
         for name in self.imports or []:
             custom |= contents(imported(name))

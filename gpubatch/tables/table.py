@@ -19,6 +19,7 @@ from gpubatch.errors import (
     TableWarning,
     check_choice,
     check_int,
+    nearest,
 )
 from gpubatch.inputs import Prepared
 from gpubatch.loader import split
@@ -132,7 +133,10 @@ def chosen_names(rows: Rows, label: str | None, columns: Any, drop: Any, kinds: 
     for argument, names in (*given.items(), ("drop", drop), ("kinds", list(kinds))):
         for name in texts_of(argument, names):
             if name not in rows.names:
-                raise ArgumentError(f"{argument} must name columns of {rows.where}, {known(rows.names)}; got {name!r}")
+                raise ArgumentError(
+                    f"{argument} must name columns of {rows.where}, {known(rows.names)}; got {name!r}"
+                    + nearest(name, rows.names)
+                )
     wanted = rows.names if columns is None else texts_of("columns", columns)
     left = {*texts_of("drop", drop), label}
     if label is not None and label in texts_of("drop", drop):
