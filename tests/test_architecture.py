@@ -56,7 +56,7 @@ EDGES = {"plot", "cli", "sklearn", "torch", "__main__", "__init__"}
 
 # Inside a package, each file may import the files to its left.
 ORDER = {
-    "formula": "trace reductions derivative elementwise text update_rule rules activations scores",
+    "formula": "named trace reductions derivative elementwise text update_rule rules activations scores",
     "ops": "program reduce compile host_source host_compiler update grid operation elementwise losses normalisation"
     " dropout sums gather permutation table blas products",
     "schedules": "counted decays cycles combined saved",

@@ -275,8 +275,13 @@ def test_without_openblas_or_kernels_numpy_multiplies(monkeypatch: pytest.Monkey
 
 def test_the_environment_sets_the_most_threads(monkeypatch: pytest.MonkeyPatch, library: Any) -> None:
     monkeypatch.delenv("GPUBATCH_THREADS", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert wanted_threads(6) == 6
     assert wanted_threads(1000) == 256
+    for bound, threads in {"2": 2, "4,2": 4, "9": 6, "": 6, "0": 6, "false": 6}.items():
+        monkeypatch.setenv("OMP_NUM_THREADS", bound)
+        assert wanted_threads(6) == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("GPUBATCH_THREADS", "3")
     assert wanted_threads(6) == 3
     assert host_library.__wrapped__().threads() == 3

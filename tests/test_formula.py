@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import given, strategies as st
 from needs import missing
 
 import gpubatch as gb
-from gpubatch.formula import Rule, rules
+from gpubatch.formula import Rule, activations, rules, scores
 from gpubatch.formula.trace import OPS
 from gpubatch.ops.program import allocate
 from gpubatch.ops.update import HostUpdate
@@ -415,3 +417,25 @@ def test_what_a_formula_cannot_do_is_said(formula: Any, message: str) -> None:
 def test_a_signature_that_is_none_of_a_rule_is_refused(formula: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         gb.rule(formula)
+
+
+# --- pickles ----------------------------------------------------------------------------------------------------------
+
+
+def test_formulas_are_pickled_and_copied_by_their_names() -> None:
+    """What can be imported is the same object afterwards; what cannot is declared again of the same function."""
+    for module in (rules, activations, scores):
+        for name in module.__all__:
+            declared = getattr(module, name)
+            assert pickle.loads(pickle.dumps(declared)) is declared
+            assert copy.deepcopy(declared) is declared
+
+    @gb.rule
+    def within(w, g, t, *, lr=0.1):  # type: ignore[no-untyped-def]
+        return w - lr * g
+
+    twin = copy.deepcopy(within)
+    assert twin is not within
+    assert twin.formula is within.formula
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        pickle.dumps(within)

@@ -19,6 +19,7 @@ import numpy as np
 
 from gpubatch.errors import FormulaError
 from gpubatch.formula.derivative import derivative, times
+from gpubatch.formula.named import by_name
 from gpubatch.formula.trace import HOST_FUNCTIONS, Element, Scalar, Trace, restated
 
 __all__ = [
@@ -67,6 +68,9 @@ class Activation:
     formula: Callable[..., Any]
     required: tuple[str, ...]
     defaults: Mapping[str, float]
+
+    def __reduce__(self) -> Any:
+        return by_name(self, activation)
 
     def __repr__(self) -> str:
         return f"<activation {self.name}>"
@@ -164,6 +168,9 @@ class ScoreLoss:
     formula: Callable[..., Any]
     required: tuple[str, ...]
     defaults: Mapping[str, float]
+
+    def __reduce__(self) -> Any:
+        return by_name(self, score_loss)
 
     def __repr__(self) -> str:
         return f"<score loss {self.name}>"

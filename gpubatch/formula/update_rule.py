@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpubatch.errors import FormulaError
+from gpubatch.formula.named import by_name
 from gpubatch.formula.trace import C_WORDS, HOST_FUNCTIONS, Scalar, Trace, restated
 
 __all__ = ["Rule", "rule"]
@@ -33,6 +34,9 @@ class Rule:
     required: tuple[str, ...]
     defaults: Mapping[str, float]
     options: Mapping[str, str | bool]
+
+    def __reduce__(self) -> Any:
+        return by_name(self, rule)
 
     def __call__(self, w: Any, g: Any, *state_and_t: Any, **hyper: Any) -> Any:
         """Evaluate the formula on arrays: the new w and the new state; nothing changes in place."""

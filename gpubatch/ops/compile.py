@@ -168,8 +168,13 @@ def installed_elsewhere() -> str | None:
 
 
 def wanted_threads(processors: int) -> int:
-    """The most threads of a loop on the CPU: ``GPUBATCH_THREADS``, or as many as there are processors."""
-    value = os.environ.get("GPUBATCH_THREADS") or str(min(processors, MOST_CPU_THREADS))
+    """The most threads of a loop on the CPU: ``GPUBATCH_THREADS``, or as many as there are processors.
+
+    ``OMP_NUM_THREADS`` bounds the latter: joblib sets it in its processes, which share the processors.
+    """
+    openmp = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    bound = int(openmp) if openmp.isdecimal() and int(openmp) else MOST_CPU_THREADS
+    value = os.environ.get("GPUBATCH_THREADS") or str(min(processors, bound, MOST_CPU_THREADS))
     if not value.isdecimal() or not 1 <= int(value) <= MOST_CPU_THREADS:
         raise ArgumentError(f"GPUBATCH_THREADS must be an integer from 1 to {MOST_CPU_THREADS}, got {value!r}")
     return int(value)

@@ -17,7 +17,7 @@ try:
     from sklearn.metrics import r2_score
     from sklearn.model_selection import train_test_split
     from sklearn.preprocessing import LabelBinarizer
-    from sklearn.utils import check_random_state, column_or_1d, gen_batches, shuffle
+    from sklearn.utils import check_random_state, column_or_1d, gen_batches
     from sklearn.utils.class_weight import compute_sample_weight
     from sklearn.utils.metaestimators import available_if
     from sklearn.utils.multiclass import type_of_target, unique_labels
@@ -162,8 +162,10 @@ class BaseMLP(BaseEstimator):
         self.n_iter_ = 0
         try:
             for _ in range(1 if incremental else self.max_iter):
-                if self.shuffle:
-                    order = shuffle(order, random_state=random)
+                if self.shuffle:  # as sklearn.utils.shuffle does, without its checks of arguments
+                    drawn = np.arange(len(rows))
+                    random.shuffle(drawn)
+                    order = order[drawn]
                 if scheduled:
                     opt.epoch = len(self.loss_curve_)
                 self.loss_ = epochs.make(rows[order], batches) / len(rows)

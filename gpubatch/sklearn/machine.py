@@ -72,10 +72,12 @@ class Machine:
                 layers += [BatchNorm(outputs)] if about.batch_norm else []
                 layers += activation_layers(about.activation)
                 layers += [Dropout(about.dropout)] if about.dropout else []
-        # The weight of the l2 term is set for every batch.
-        where, loss, l2 = get_backend(about.backend), LOSS_OF[about.output], float(about.regularised)
+        # A GPU's steps have the l2 term, with a weight that is set for every batch.
+        where, loss = get_backend(about.backend), LOSS_OF[about.output]
+        l2 = float(about.regularised and where.name != "cpu")
         self.net = Network(layers, loss, l2, where, about.dtype, seed, about.precision)
         self.backend, self.core = self.net.backend, core_of(self.net)
+        self.weight_names = [f"W{i + 1}" for i in range(len(about.sizes) - 1)]
         outputs = about.sizes[-1]
         # scikit-learn's loss is a sum over outputs, gpubatch's a mean; its squared error is a half of the square, and a
         # mean in what it reports.
@@ -92,7 +94,7 @@ class Machine:
         hidden = len(self.about.sizes) - 2
         own = functools.partial(self._show, self.net.parameters)
         self._shown = {
-            "coefs_": [own(f"W{i + 1}") for i in range(hidden + 1)],
+            "coefs_": [own(name) for name in self.weight_names],
             "intercepts_": [own(self._intercept(i)) for i in range(hidden + 1)],
             "batch_norm_": [
                 {
@@ -142,7 +144,7 @@ class Machine:
     def load(self, given: Mapping[str, Sequence[Any]]) -> None:
         """Take over parameters as :meth:`parameters` names them."""
         for i, (W, b) in enumerate(zip(given["coefs_"], given["intercepts_"], strict=True)):
-            self._set(self.net.parameters, f"W{i + 1}", W, f"coefs_[{i}]")
+            self._set(self.net.parameters, self.weight_names[i], W, f"coefs_[{i}]")
             self._set(self.net.parameters, self._intercept(i), b, f"intercepts_[{i}]")
         for i, norm in enumerate(given["batch_norm_"]):
             self._set(self.net.parameters, f"gamma{i + 1}", norm["scale"], f"batch_norm_[{i}]['scale']")

@@ -17,6 +17,7 @@ from gpubatch.train import CapturedStep, why_eager
 
 __all__ = ["OrderedEpochs", "minimise"]
 
+DECAYED = 1 << 13  # weights of which the l2 term is computed at a time: in the cache, and on one of BLAS's threads
 AT_ONCE = 1 << 12  # rows of which L-BFGS computes the gradients at a time
 
 
@@ -36,10 +37,17 @@ class OrderedEpochs:
         self._weight, self._alpha = weight, alpha
         self._on_cpu = machine.backend.name == "cpu"
         self._dense = isinstance(X, np.ndarray)
-        self._X = machine.backend.asarray(X) if self._dense else X
+        self._X = machine.backend.asarray(np.ascontiguousarray(X)) if self._dense else X
         self._Y = machine.backend.asarray(Y)
         self._given = None if weight is None else machine.backend.asarray(weight)
-        self._weights = [machine.net.parameters[f"W{i + 1}"].reshape(-1) for i in range(len(machine.about.sizes) - 1)]
+        parameters = machine.net.parameters
+        self._weights = [parameters[name].reshape(-1) for name in machine.weight_names]
+        # Pieces of the weights and of their gradients.
+        self._pieces: list[tuple[Array, Array]] = []
+        for name, W in zip(machine.weight_names, self._weights, strict=True):
+            gradient = parameters.grads[name].reshape(-1)
+            self._pieces += [(W[part], gradient[part]) for part in evenly(W.size, DECAYED)]
+        self._decay = np.empty(DECAYED, machine.net.dtype)
         self._constant = constant_of(machine, Y, weight)
         self._room: tuple[Array, Array] | None = None
         self._captured: dict[int, CapturedStep] = {}
@@ -73,8 +81,7 @@ class OrderedEpochs:
             return constant + make(order, parts, *self._room)
 
     def _on_host(self, order: np.ndarray, parts: Sequence[tuple[slice, float]], x: Array, y: Array) -> float:
-        core, step, alpha = self._core, self._opt.step, self._alpha
-        reported, factor = self._machine.reported, self._machine.factor
+        core, step, alpha, reported = self._core, self._opt.step, self._alpha, self._machine.reported
         total = 0.0
         for part, mass in parts:
             rows, at = part.stop - part.start, order[part]
@@ -85,14 +92,13 @@ class OrderedEpochs:
                 self._X[at].toarray(out=x_batch)
             self._Y.take(at, 0, y_batch, "clip")
             weights = None if self._given is None else core.weights(y_batch, self._given[at])
-            core.l2 = alpha / mass / factor
-            if reported != factor:
-                total += (1 - reported / factor) * rows * self._penalty(mass)
             run = core.forward(x_batch, y_batch, weights)
-            loss = run.loss.work["loss"].item()
+            loss = reported * run.loss.work["loss"].item()
             core.backward(run, x_batch)
+            if alpha:
+                loss += self._regularise(alpha / mass)
             step()
-            total += reported * rows * loss
+            total += rows * loss
         core.count_steps(len(parts))
         return total
 
@@ -123,8 +129,17 @@ class OrderedEpochs:
             self._captured[rows] = CapturedStep(self._net, self._opt, x, y)
         return self._captured[rows]()
 
-    def _penalty(self, mass: float) -> Any:
-        """The l2 term of a batch."""
+    def _regularise(self, factor: float) -> float:
+        """Add the gradient of the l2 term factor/2 Σ W² on a CPU; returns the term."""
+        total, room = 0.0, self._decay
+        for W, gradient in self._pieces:
+            decay = np.multiply(W, factor, out=room[: W.size])
+            gradient += decay
+            total += float(decay.dot(W))
+        return 0.5 * total
+
+    def _penalty(self, mass: float) -> Array:
+        """The l2 term of a batch, on a GPU."""
         return 0.5 * self._alpha / mass * sum(W @ W for W in self._weights)
 
 
@@ -151,9 +166,9 @@ def minimise(
     net, core, backend = machine.net, machine.core, machine.backend
     flat, grads = net.parameters.flat, net.parameters.grads.flat
     mass = float(len(Y) if weight is None else weight.sum(dtype=np.float64))
-    core.l2 = alpha / mass / machine.factor
+    core.l2 = 0.0
     given = None if weight is None else backend.asarray((weight / (mass / len(Y))).astype(net.compute_dtype))
-    y = backend.asarray(Y)
+    y, spans = backend.asarray(Y), [slice(*net.parameters.spans[name]) for name in machine.weight_names]
     parts = [(part, machine.rows(X[part])) for part in evenly(len(Y), AT_ONCE)]
 
     def mean_and_gradient(theta: np.ndarray) -> tuple[float, np.ndarray]:
@@ -168,12 +183,13 @@ def minimise(
         return mean, gradient
 
     def penalty(theta: np.ndarray) -> float:
-        spans = [net.parameters.spans[f"W{i + 1}"] for i in range(len(machine.about.sizes) - 1)]
-        return float(0.5 * alpha / mass * sum(theta[slice(*span)] @ theta[slice(*span)] for span in spans))
+        return float(0.5 * alpha / mass * sum(theta[span] @ theta[span] for span in spans))
 
     def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
         mean, gradient = mean_and_gradient(theta)
-        return machine.factor * mean, gradient
+        for span in spans:
+            gradient[span] += alpha / mass * theta[span]
+        return machine.factor * mean + penalty(theta), gradient
 
     with backend.own_stream(), backend.scope(), core.training, quiet():
         found = scipy.optimize.minimize(
