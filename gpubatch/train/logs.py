@@ -94,7 +94,8 @@ class Logging:
     level: the level of the lines
 
     The numbers are in the record too, as a dictionary ``record.epoch``. An epoch that a killed run made after its last
-    checkpoint is made again when it is resumed, and logged again.
+    checkpoint is made again when it is resumed, and logged again: a line that is with its handlers cannot be taken
+    back. It has the same epoch, step and numbers; :class:`CSVLog` and :class:`TensorBoard` have each epoch once.
 
     >>> gb.fit(net, loader, opt, callbacks=[gb.Logging()], progress=False)  # doctest: +SKIP
     """
