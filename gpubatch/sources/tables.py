@@ -76,7 +76,9 @@ class ParquetGroups:
     def __init__(self, file: Opener) -> None:
         with naming_the_file(file.path, "a Parquet file"):
             self._below = _for_arrow(file)
-            self._file = _need("pyarrow.parquet").ParquetFile(self._below)
+            # Columns that are read ahead are in memory a second time; that is worth it where reading takes long.
+            ahead = not isinstance(file, LocalFile)
+            self._file = _need("pyarrow.parquet").ParquetFile(self._below, pre_buffer=ahead)
             metadata = self._file.metadata
             groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
             self.sizes = [group.num_rows for group in groups]
