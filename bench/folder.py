@@ -18,6 +18,7 @@ batch. Ratios are of samples per second, shuffled to the contender in the same r
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import resource
@@ -45,11 +46,15 @@ CONTENDERS = ("shuffled", "trained", "in order", "pyarrow")
 
 
 def write(folder: Path, files: int, rows: int) -> None:
-    """Write ``files`` files of ``rows`` rows in all; the first two numbers of a row are its number."""
+    """Write ``files`` files of ``rows`` rows in all.
+
+    The first two numbers of a row are its number, the others noise; its label says in which tenth the third one is.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     noise = np.random.default_rng(0).standard_normal((WIDTH, GROUP), np.float32)
+    labels = np.digitize(noise[2], np.quantile(noise[2], np.arange(0.1, 0.95, 0.1)))
     edges = np.linspace(0, rows, files + 1).astype(int)
     for k in range(files):
         fields = [*((f"c{i}", pa.float32()) for i in range(WIDTH)), ("y", pa.int64())]
@@ -59,7 +64,7 @@ def write(folder: Path, files: int, rows: int) -> None:
                 number = np.arange(start, min(start + GROUP, edges[k + 1]))
                 columns = [noise[i, : len(number)] for i in range(WIDTH)]
                 columns[:2] = (number % 4096).astype(np.float32), (number // 4096).astype(np.float32)
-                writer.write_table(pa.table([*columns, number % 10], schema=schema), row_group_size=GROUP)
+                writer.write_table(pa.table([*columns, labels[: len(number)]], schema=schema), row_group_size=GROUP)
 
 
 def work(folder: Path, contender: str, window: str) -> dict[str, Any]:
@@ -180,8 +185,10 @@ def main() -> None:
         ratio = f"{row['shuffled_ratio']:.2f} ({low:.2f} to {high:.2f})"
         print(f"| {row['contender']} | {row['samples_a_second']:,.0f} | {ratio} |")
     if given.out:
+        described = conditions(os.cpu_count() or 1, given.rounds)
+        described["versions"]["pyarrow"] = importlib.metadata.version("pyarrow")
         results = {
-            **conditions(os.cpu_count() or 1, given.rounds),
+            **described,
             "limit_bytes_of_address_space": limit,
             "environment": ALONE,
             "window": given.window,

@@ -2,10 +2,11 @@
 
 Inputs are small valid files with random changes: bits flipped, bytes cut off, added, or moved within and between files,
 numbers in headers set to 0, -1, 2^31, 2^40, 2^63, words of JSON replaced. Each input is read to its end, through a
-loader if the reader returns a source. For checkpoints, the table has one row with the checksum of the damaged bytes in
-the file's name, and one with the original checksum. Models have a row for whole files, one where their digest is taken
-as right, and one for their JSON alone, which is damaged before it becomes a part of the header. An input depends only
-on its number and ``--seed``: ``--reader npy --first 812 --inputs 1`` repeats one.
+loader if the reader returns a source. A folder has three files, of which the second one is damaged. For checkpoints,
+the table has one row with the checksum of the damaged bytes in the file's name, and one with the original checksum.
+Models have a row for whole files, one where their digest is taken as right, and one for their JSON alone, which is
+damaged before it becomes a part of the header. An input depends only on its number and ``--seed``:
+``--reader npy --first 812 --inputs 1`` repeats one.
 
 A reader may read the file, or raise a documented error: ``GpubatchError`` or ``OSError``. Anything else, warnings
 included, is undocumented: it is counted, its traceback is printed, and the exit status is 1. This includes
@@ -251,14 +252,14 @@ def parquet_files() -> list[bytes]:
     return files
 
 
-def arrow_files() -> list[bytes]:
+def arrow_files(stream: bool = False) -> list[bytes]:
     import pyarrow as pa
 
     files = []
     for compression in (None, "lz4"):
         file = pa.BufferOutputStream()
         options = pa.ipc.IpcWriteOptions(compression=compression)
-        with pa.ipc.new_file(file, table().schema, options=options) as writer:
+        with (pa.ipc.new_stream if stream else pa.ipc.new_file)(file, table().schema, options=options) as writer:
             writer.write_table(table(), max_chunksize=10)
         files.append(file.getvalue().to_pybytes())
     return files
@@ -268,6 +269,14 @@ def read_table(open_source: Callable[..., Any], folder: Path, data: bytes) -> No
     path = put(folder / "table", data)
     for columns in (["a", "b"], "many", "two"):
         through_a_loader(open_source(path, columns, label="y"))
+
+
+def read_folder(folder: Path, suffix: str, data: bytes, original: bytes, *several: dict[str, Any]) -> None:
+    """Read a folder of three files, of which the second is damaged, with each of ``several`` options."""
+    for name, content in (("1", original), ("2", data), ("10", original)):
+        put(folder / f"{name}{suffix}", content)
+    for options in several:
+        through_a_loader(sources.files(folder, **options))
 
 
 def hdf5_files() -> list[bytes]:
@@ -378,6 +387,7 @@ def read_model_text(folder: Path, data: bytes, original: bytes) -> None:
     read_with_any_digest(path)
 
 
+COLUMNS = [{"columns": columns, "label": "y"} for columns in (["a", "b"], "many", "two")]
 READERS = {
     "IDX": Reader(idx_files, lambda folder, data, _: datasets.read_idx(put(folder / "a.idx", data))),
     "IDX, gzip": Reader(idx_files_packed, lambda folder, data, _: datasets.read_idx(put(folder / "a.gz", data))),
@@ -411,6 +421,32 @@ READERS = {
         parquet_files, lambda folder, data, _: read_table(sources.parquet, folder, data), needs="pyarrow"
     ),
     "Arrow": Reader(arrow_files, lambda folder, data, _: read_table(sources.arrow, folder, data), needs="pyarrow"),
+    "Arrow stream": Reader(
+        lambda: arrow_files(stream=True),
+        lambda folder, data, _: read_table(sources.arrow, folder, data),
+        needs="pyarrow",
+    ),
+    "folder of npy": Reader(
+        npy_files, lambda folder, data, original: read_folder(folder, ".npy", data, original, {}), repaired_npy
+    ),
+    "folder of IDX": Reader(
+        idx_files, lambda folder, data, original: read_folder(folder, "-idx2-ubyte", data, original, {})
+    ),
+    "folder of Parquet": Reader(
+        parquet_files,
+        lambda folder, data, original: read_folder(folder, ".parquet", data, original, *COLUMNS),
+        needs="pyarrow",
+    ),
+    "folder of Arrow": Reader(
+        lambda: [*arrow_files(), *arrow_files(stream=True)],
+        lambda folder, data, original: read_folder(folder, ".arrow", data, original, *COLUMNS),
+        needs="pyarrow",
+    ),
+    "folder of HDF5": Reader(
+        hdf5_files,
+        lambda folder, data, original: read_folder(folder, ".h5", data, original, {"dataset": "x", "label": "y"}),
+        needs="h5py",
+    ),
     "HDF5": Reader(
         hdf5_files,
         lambda folder, data, _: through_a_loader(sources.hdf5(put(folder / "a.h5", data), "x", "y")),

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import tracemalloc
 from collections import Counter, deque
@@ -615,3 +618,22 @@ def test_the_plan_has_what_a_folder_takes(arguments, tmp_path):
     assert 0.99 * peak - 60_000 < loader.plan.needed < 1.2 * peak + 2 * 3000 * 168 + 60_000, (
         loader.plan
     )  # Arrow's is not traced
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a limit on address space is Linux's")
+def test_a_run_over_a_folder_that_is_larger_than_memory_decodes_each_group_once(tmp_path):
+    """The script that measures a folder of 6 GB checks what is read and decoded; here it reads one of 0.7 GB."""
+    optional("pyarrow.parquet")
+    script = Path(__file__).parent.parent / "bench" / "folder.py"
+    small = ["--gigabytes", "0.7", "--files", "7", "--limit", "700 MB", "--window", "64 MiB", "--rounds", "1"]
+    command = [sys.executable, script, *small, "--folder", tmp_path, "--out", tmp_path / "out.json"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["row_groups"] == 7 * 10
+    assert found["runs"]["trained"]["peak"] < 700e6 < found["bytes"]
+    assert found["trained"]["loss"] < 2.0
+    refused = subprocess.run([*map(str, command), "--limit", "10 MB"], capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "failed" in refused.stderr

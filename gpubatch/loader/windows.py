@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpubatch.errors import ArgumentError, check_int
+from gpubatch.errors import ArgumentError, InsufficientMemoryError, check_int
 from gpubatch.loader.columns import Columns, Rows
 from gpubatch.loader.order import LEAST, OF_RANK, PEAK, Images, Indices, Order, Samples
 from gpubatch.ops import permutation_bytes
@@ -180,7 +180,13 @@ class Windows:
             held.told += block
 
     def _empty(self) -> Rows:
-        return {
-            reader: [np.empty((self._capacity, *part.sample_shape), part.dtype) for part in reader.parts]
-            for reader in self._limits
-        }
+        try:
+            return {
+                reader: [np.empty((self._capacity, *part.sample_shape), part.dtype) for part in reader.parts]
+                for reader in self._limits
+            }
+        except MemoryError as error:
+            raise InsufficientMemoryError(
+                f"there is no memory for half a window, {self._capacity} samples of {next(iter(self._limits)).where} "
+                f"({error}); take a smaller one, as Loader(window='64 MiB')"
+            ) from error

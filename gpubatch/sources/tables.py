@@ -7,6 +7,7 @@ import io
 import math
 import os
 import struct
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -82,6 +83,8 @@ class ParquetGroups:
             metadata = self._file.metadata
             groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
             self.sizes = [group.num_rows for group in groups]
+            if sum(self.sizes) != metadata.num_rows:
+                raise ValueError(f"{sum(self.sizes)} rows in all row groups, {metadata.num_rows} in the file")
             self.data_bytes = sum(group.total_byte_size for group in groups)
             self.fields = [(field.name, field.type) for field in self._file.schema_arrow]
 
@@ -123,14 +126,21 @@ class _ArrowFile:
     """An Arrow file, whose record batches are the groups."""
 
     def __init__(self, file: Opener) -> None:
-        pa = _need("pyarrow")
+        pa, self._readers = _need("pyarrow"), dict[tuple[str, ...], Any]()
         self._below = None if isinstance(file, LocalFile) else file.open()
         self._file = pa.OSFile(file.path) if self._below is None else pa.PythonFile(self._below, mode="r")
+        try:
+            self._look_through(file)
+        except BaseException:
+            self.close()
+            raise
+
+    def _look_through(self, file: Opener) -> None:
+        pa = _need("pyarrow")
         self.fields = [(field.name, field.type) for field in pa.ipc.open_file(self._file).schema]
         # The footer does not say how many rows a batch has; its header does.
         self._batches = arrow_batches(file, 8)
         self.sizes, self.data_bytes = [batch.rows for batch in self._batches], data_bytes(self._batches)
-        self._readers: dict[tuple[str, ...], Any] = {}
         if (count := pa.ipc.open_file(self._file).num_record_batches) != len(self.sizes):
             raise DataFormatError(f"{file.path}: expected {count} record batches, found {len(self.sizes)}")
 
@@ -163,8 +173,13 @@ class _ArrowStream:
         # The schema and the dictionaries, without which no batch can be read.
         head = self._batches[0].start if self._batches else file.size()
         self._bytes = BytesByPlace(file.open())
-        self._head = self._read(0, head)
-        self.fields = [(field.name, field.type) for field in pa.ipc.open_stream(pa.py_buffer(self._head)).schema]
+        try:
+            self._head = self._read(0, head)
+            schema = pa.ipc.open_stream(pa.py_buffer(self._head)).schema
+        except BaseException:
+            self._bytes.close()
+            raise
+        self.fields = [(field.name, field.type) for field in schema]
 
     def _read(self, start: int, stop: int, before: bytes | bytearray = b"") -> bytearray:
         out, done = bytearray(len(before) + stop - start), len(before)
@@ -263,7 +278,15 @@ def _message(metadata: bytes) -> tuple[int, int, int]:
 
     (message,) = struct.unpack_from("<I", metadata)
     kind, body = field(message, 1, "<B"), field(message, 3, "<q")
-    return kind, body, field(field(message, 2, "<I"), 0, "<q") if kind == RECORD_BATCH else 0
+    if kind != RECORD_BATCH:
+        return kind, body, 0
+    batch = field(message, 2, "<I")
+    rows, columns = field(batch, 0, "<q"), field(batch, 1, "<I")
+    # Each column has its number of rows, too: what is damaged tells before memory is taken for it.
+    count, first = struct.unpack_from("<Iq", metadata, columns) if columns else (0, 0)
+    if rows != (first if count else 0):
+        raise ValueError(f"a record batch of {rows} rows whose first column has {first if count else 0}")
+    return kind, body, rows
 
 
 class _Table:
@@ -286,6 +309,10 @@ class _Table:
         self._chosen = list(dict.fromkeys(chosen))  # the label may be among the columns
         self.fields = {name: kind for name, kind in found.fields if name in chosen}
         self._single = isinstance(columns, str)
+        if min(found.sizes, default=0) < 0 or sum(found.sizes) > sys.maxsize:
+            raise DataFormatError(
+                f"{self.path}: expected numbers of rows, found {min(found.sizes)} to {max(found.sizes)}"
+            )
         self.starts = np.cumsum([0, *found.sizes])
         self.block = max(found.sizes, default=1) or 1
         self._group, self._kept = -1, list[np.ndarray]()
