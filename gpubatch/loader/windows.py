@@ -58,7 +58,7 @@ def _common_bounds(columns: Columns) -> Indices | None:
     found = np.array([0, columns.n_samples])
     given = [reader.boundaries for reader in columns.readers if reader.boundaries is not None]
     n, even = columns.n_samples, [r.block for r in columns.readers if r.boundaries is None and (r.block or 1) > 1]
-    given += [np.array([*range(0, n, block), n]) for block in even if block is not None]
+    given += [np.append(np.arange(0, n, block), n) for block in even if block is not None]
     for number, bounds in enumerate(given):
         found = np.intersect1d(found, bounds, assume_unique=True) if number else bounds
     return found

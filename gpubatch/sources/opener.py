@@ -87,16 +87,16 @@ class Reopened(Generic[T]):
     """
 
     def __init__(self, file: Opener, make: Callable[[], T]) -> None:
-        self._file, self._make, self._identity = file, make, file.identity()
+        self._file, self._make, self.identity = file, make, file.identity()
         self._made: T | None = make()
         self._process = os.getpid()
 
     def use(self) -> T:
         """What was made."""
         if self._made is None or self._process != os.getpid():
-            if (found := self._file.identity()) != self._identity:
+            if (found := self._file.identity()) != self.identity:
                 raise DataFormatError(
-                    f"{self._file.path}: expected the file that was opened first ({self._identity}), found another "
+                    f"{self._file.path}: expected the file that was opened first ({self.identity}), found another "
                     f"({found}): it was changed while it was in use"
                 )
             self._made, self._process = self._make(), os.getpid()

@@ -377,6 +377,6 @@ def _identity(parts: list[Any], what: str) -> str:
     names = [_names(part.path) for part in parts]
     folders = zip(*(name[:-1] for name in names), strict=False)
     common = len(list(itertools.takewhile(lambda of: len(set(of)) == 1, folders)))  # they may be moved together
-    lines = [f"{name[common:]} {len(part)} {part.file.identity()}" for name, part in zip(names, parts, strict=True)]
+    lines = [f"{name[common:]} {len(part)} {part.version}" for name, part in zip(names, parts, strict=True)]
     digest = hashlib.sha256("\n".join([what, *lines]).encode()).hexdigest()
     return f"{len(parts)} files, {digest[:16]}"

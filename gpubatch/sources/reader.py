@@ -49,15 +49,17 @@ class InTurn:
     """A lock for the threads of a process; a forked child has one of its own, which no thread of its parent holds."""
 
     def __init__(self) -> None:
-        self._lock, self._process = threading.RLock(), os.getpid()
+        self._locks = {os.getpid(): threading.RLock()}
+
+    def _lock(self) -> Any:
+        process = os.getpid()
+        return self._locks.get(process) or self._locks.setdefault(process, threading.RLock())
 
     def __enter__(self) -> None:
-        if self._process != os.getpid():
-            self.__init__()  # type: ignore[misc]
-        self._lock.acquire()
+        self._lock().acquire()
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        self._lock().release()
 
 
 class Reader:

@@ -135,6 +135,7 @@ class _Rows:
         if getattr(file, "by_parts", False):
             self.block = 1  # any neighbours go together, but single samples would be read at a cost
         self._bytes = Reopened(file, lambda: BytesByPlace(file.open()))
+        self.version = self._bytes.identity
 
     def close(self) -> None:
         """Close the file until it is next read."""

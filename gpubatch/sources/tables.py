@@ -302,6 +302,7 @@ class _Table:
         self.path, self.file = file.path, file
         check_exists(file)
         self._opened = Reopened(file, lambda: open_file(file))
+        self.version = self._opened.identity
         found = self._opened.use()
         self.names = [name for name, _ in found.fields]
         chosen = _columns(self.path, columns, label, self.names)
@@ -583,6 +584,7 @@ class _Datasets:
     def __init__(self, file: Opener, names: list[str], flatten: bool) -> None:
         self.path, self.file = file.path, file
         self._opened = Reopened(file, lambda: _Hdf5(file, names))
+        self.version = self._opened.identity
         datasets = self._opened.use().datasets
         self._n = len(datasets[0])
         self.forms: list[Form] = [(dataset.dtype, dataset.shape[1:]) for dataset in datasets]
@@ -592,7 +594,7 @@ class _Datasets:
     @property
     def starts(self) -> np.ndarray:
         """Where blocks of neighbours begin that are read together, and the end."""
-        return np.array([*range(0, self._n, self.block), self._n])
+        return np.append(np.arange(0, self._n, self.block), self._n)
 
     def close(self) -> None:
         """Close the file until it is next read."""
