@@ -205,7 +205,7 @@ CODE_LINES = {
     "optim": 1165,
     "nn": 2237,
     "datasets": 194,
-    "sources": 1748,
+    "sources": 1758,
     "loader": 2112,
     "tables": 1255,
     "checkpoint": 266,

@@ -328,11 +328,26 @@ class RemoteFile:
     def _words(self, error: Exception) -> str:
         """What an error of a file system says, unless it may hold a secret."""
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        secret = [str(value) for value in self._options.values()]
-        if "://" in text or "?" in text or "@" in text or any(value in text for value in secret if value):
+        secret = {*_texts_in(self._options), *(set(_words_of(self._url)) - set(_words_of(shown(self._url))))}
+        if any(mark in text for mark in ("://", "?", "@", *secret)):
             status = getattr(error, "status", None)
             return type(error).__name__ + ("" if status is None else f" with status {status}")
         return f"{type(error).__name__}: {text}"
+
+
+def _texts_in(options: Any) -> Iterator[str]:
+    """What stands in options, at any depth."""
+    if isinstance(options, Mapping):
+        options = list(options.values())
+    if isinstance(options, (list, tuple, set)):
+        for value in options:
+            yield from _texts_in(value)
+    elif not isinstance(options, bool) and options is not None and str(options):
+        yield str(options)
+
+
+def _words_of(url: str) -> list[str]:
+    return [word for word in re.split("[/?#&=@:]+", url) if word]
 
 
 class NoPartsError(TransferError):
