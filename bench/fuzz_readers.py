@@ -52,9 +52,10 @@ from unittest import mock
 import numpy as np
 
 import gpubatch as gb
-from gpubatch import checkpoint, datasets, model, sources
+from gpubatch import checkpoint, datasets, model, sources, tables
 
 BOUND = 64 << 20  # bytes of address space
+PROCESS = 1000  # inputs of one process: pyarrow keeps some 10 KB for a damaged packed file, for ever
 DOCUMENTED = (gb.GpubatchError, OSError)
 NUMBERS = [0, 1, -1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1]
 WORDS = [b"null", b"true", b"[]", b"{}", b'""', b"1e999", b"NaN", b"[" * 2000, b"9" * 5000, b"0.5", b"(", b"'O'"]
@@ -279,6 +280,89 @@ def read_folder(folder: Path, suffix: str, data: bytes, original: bytes, *severa
         through_a_loader(sources.files(folder, **options))
 
 
+def named_columns() -> Any:
+    """A table with a column of each kind that ``gb.read_table`` takes."""
+    import pyarrow as pa
+
+    texts = pa.array(["p", None, 'q, "r"', "s\nt"] * 6)
+    columns = {
+        "x": [0.5, None, 2.5, 1e-3] * 6,
+        "n": [1, 2, 3, None] * 6,
+        "b": [True, False, None] * 8,
+        "c": texts,
+        "d": texts.dictionary_encode(),
+        "y": ["yes", "no", "no", "perhaps"] * 6,
+    }
+    return pa.table(columns)
+
+
+def csv_files() -> list[bytes]:
+    import pyarrow as pa
+    from pyarrow import csv
+
+    pa.set_cpu_count(1)  # the stacks of ten threads alone are more than BOUND
+    pa.set_io_thread_count(1)
+    made = named_columns()
+    files = []
+    for delimiter in (",", ";"):
+        memory = io.BytesIO()
+        csv.write_csv(made.select(["x", "n", "b", "c", "y"]), memory, csv.WriteOptions(delimiter=delimiter))
+        files.append(memory.getvalue())
+    return [*files, files[0].replace(b"\n", b"\r\n"), b"\xef\xbb\xbf" + files[0], gzip.compress(files[0], mtime=0)]
+
+
+def named_parquet_files() -> list[bytes]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = []
+    for compression in ("none", "zstd"):
+        file = pa.BufferOutputStream()
+        pq.write_table(named_columns(), file, row_group_size=10, compression=compression)
+        files.append(file.getvalue().to_pybytes())
+    return files
+
+
+def named_arrow_files() -> list[bytes]:
+    import pyarrow as pa
+
+    files = []
+    for new in (pa.ipc.new_file, pa.ipc.new_stream):
+        file = pa.BufferOutputStream()
+        with new(file, named_columns().schema) as writer:
+            writer.write_table(named_columns(), max_chunksize=10)
+        files.append(file.getvalue().to_pybytes())
+    return files
+
+
+def read_named(folder: Path, data: bytes, original: bytes) -> None:
+    """Read a table in memory and streamed, by its own numbers and by those of another; raise the last error."""
+    path, last = put(folder / "table", data), None
+    with warnings.catch_warnings(), mock.patch.object(tables.files, "PIECE", 100):
+        warnings.simplefilter("ignore", gb.TableWarning)
+        for options in ({"label": "y"}, {}, {"like": known_table()}):
+            for stream in (False, True) if data[:2] != b"\x1f\x8b" else (False,):
+                try:
+                    found = gb.read_table(path, stream=stream, **options)
+                    repr(found)
+                    for part in found.split(0.3):
+                        if len(part):
+                            part.as_source().read(np.arange(len(part)))
+                    through_a_loader(found.as_source())
+                except DOCUMENTED as error:
+                    last = error
+    try:
+        if last is not None:
+            raise last
+    finally:
+        del last  # which holds this frame, and what it opened
+
+
+@functools.cache
+def known_table() -> Any:
+    return gb.read_table(named_columns().select(["x", "n", "b", "c", "y"]), label="y")
+
+
 def hdf5_files() -> list[bytes]:
     import h5py
 
@@ -349,6 +433,13 @@ def model_files() -> list[bytes]:
             path = Path(folder) / "m.safetensors"
             gb.save(path, net, loader, ["yes", "no"] if net.loss_function.classifies else None)
             files.append(path.read_bytes())
+        if importlib.util.find_spec("pyarrow"):
+            for options in ({"label": "y"}, {"label": "x", "drop": "y"}):
+                rows = named_columns().filter(named_columns()["x"].is_valid())
+                kinds = {"c": "hash"}
+                made = gb.read_table(rows, kinds=kinds, buckets=5, **options)
+                gb.save(path, gb.mlp([made.features, made.outputs], loss=made.loss, backend="cpu"), made)
+                files.append(path.read_bytes())
     return files
 
 
@@ -356,6 +447,12 @@ def read_model(path: Path) -> None:
     """Load a model and predict with it."""
     found = gb.load(path, backend="cpu")
     of = found.preparation
+    if of is not None and of.table is not None:
+        numeric = {"number": [1.5, None]}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", gb.TableWarning)
+            found.predict({column.name: numeric.get(column.kind, ["p", "new"]) for column in of.table.columns})
+        return
     shape = (2, *of.sample_shape) if of is not None else (2, found.net.inputs)
     raw = np.zeros(shape, found.net.dtype if of is None else of.dtype)
     found.predict(np.moveaxis(raw, 0, of.sample_axis) if of is not None else raw)
@@ -447,6 +544,9 @@ READERS = {
         lambda folder, data, original: read_folder(folder, ".h5", data, original, {"dataset": "x", "label": "y"}),
         needs="h5py",
     ),
+    "table, CSV": Reader(csv_files, read_named, needs="pyarrow"),
+    "table, Parquet": Reader(named_parquet_files, read_named, needs="pyarrow"),
+    "table, Arrow": Reader(named_arrow_files, read_named, needs="pyarrow"),
     "HDF5": Reader(
         hdf5_files,
         lambda folder, data, _: through_a_loader(sources.hdf5(put(folder / "a.h5", data), "x", "y")),
@@ -559,7 +659,7 @@ def fuzz(name: str, inputs: int, seed: int = 0, first: int = 0) -> Found:
     with tempfile.TemporaryDirectory() as folder:
         while first < end:
             command = [sys.executable, __file__, "--reader", name, "--seed", str(seed), "--work", folder]
-            command += ["--first", str(first), "--inputs", str(end - first)]
+            command += ["--first", str(first), "--inputs", str(min(end - first, PROCESS))]
             done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **alone}, timeout=1200)
             found.errors += done.stderr
             ready, *lines = done.stdout.splitlines() or [""]

@@ -19,12 +19,12 @@ import fuzz_readers
 
 # 2,700 in all.
 INPUTS = {
-    "IDX": 300,
+    "IDX": 250,
     "IDX, gzip": 200,
     "IDX, by place": 200,
     "CIFAR-10": 100,
     "CIFAR-10, by place": 100,
-    "npy": 200,
+    "npy": 150,
     "raw": 100,
     "checkpoint": 100,
     "checkpoint, checksum right": 300,
@@ -33,6 +33,9 @@ INPUTS = {
     "model's text": 150,
     "Parquet": 150,
     "Arrow": 150,
+    "table, CSV": 50,
+    "table, Parquet": 30,
+    "table, Arrow": 20,
     "HDF5": 100,
     "Arrow stream": 100,
     "folder of npy": 100,

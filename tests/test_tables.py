@@ -231,7 +231,7 @@ def written(kind: str, table: Any, path: Any) -> Any:
     if kind == "csv":
         pa.csv.write_csv(table, path)
     elif kind == "parquet":
-        pa.parquet.write_table(table, path, row_group_size=7)
+        pa.parquet.write_table(table, path, row_group_size=20)
     elif kind in ("arrow file", "arrow stream"):
         new = pa.ipc.new_file if kind == "arrow file" else pa.ipc.new_stream
         with new(path, table.schema) as writer:
@@ -495,6 +495,10 @@ def test_the_split_of_a_streamed_file(kind: str, tmp_path: Any, monkeypatch: pyt
     assert train.recipe.columns[0].mean == pytest.approx(rows[0].mean())
     assert train.recipe.columns[0].deviation == pytest.approx(rows[0].std())
     assert gb.read_table(path, label="y", stream=True).split(0.25, seed=5)[0].recipe == rest.recipe
+    with pytest.raises(
+        gb.ArgumentError, match=r"test_size=1e-09 of 4000 samples leaves 0 to test on and 4000 to train"
+    ):
+        table.split(1e-9)
 
 
 CSV_FILES = {

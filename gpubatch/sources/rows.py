@@ -9,6 +9,7 @@ import math
 import os
 import struct
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,6 @@ def naming_the_file(path: str | os.PathLike[str], expected: str) -> Iterator[Non
         raise InsufficientMemoryError(
             f"{os.fspath(path)}: {expected} would need more memory than there is, or is damaged ({error})"
         ) from error
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, EOFError, struct.error) as error:
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, EOFError, struct.error, zlib.error) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataFormatError(f"{os.fspath(path)}: expected {expected}, found damage ({first_line})") from error

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import os
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from gpubatch.backend import get_backend
-from gpubatch.errors import ArgumentError, DataFormatError
+from gpubatch.errors import ArgumentError, DataFormatError, InsufficientMemoryError
 from gpubatch.sources import (
     BytesByPlace,
     Grouped,
-    LocalFile,
     Opener,
     ParquetGroups,
     Reopened,
@@ -28,11 +30,12 @@ from gpubatch.tables.rows import Held, Rows, different, of_frame
 __all__ = ["opened"]
 
 ARROW_FILE, ARROW_STREAM, PARQUET = b"ARROW1", b"\xff\xff\xff\xff", b"PAR1"
-PACKED = (b"\x1f\x8b", b"BZh", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")  # gzip, bzip2, Zstandard, LZ4
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
 DELIMITERS = ",;\t|"
 START = 1 << 16  # bytes in which the first line of a CSV file is looked for
 PIECE = 1 << 20  # bytes of a CSV file that are read at once
 LONGEST_LINE = 1 << 26
+ROW = 16  # bytes that a row takes at least while its group is prepared
 SHARE = 4  # a file of more than this part of the available memory is not held
 
 
@@ -63,12 +66,18 @@ def opened(
         need("pyarrow")
         groups = GroupedRows(file, opened_arrow, "an Arrow file")
     else:
-        form = CsvForm(file.path, start, texts, missing, delimiter)
-        if start.startswith(PACKED):
+        packing = next((name for magic, name in PACKED.items() if start.startswith(magic)), None)
+        if packing is not None:
             if stream:
                 raise ArgumentError(f"stream=True reads a file by place, and {file.path} is packed: unpack it")
             stream = False
-        return CsvRows(file, form, label, missing) if streams(stream, file.size()) else held_csv(file, form)
+            with naming_the_file(file.path, f"a CSV file that {packing} packed"), unpacked(file, packing) as whole:
+                start = whole.read(START)
+        form = CsvForm(file.path, start, texts, missing, delimiter)
+        if streams(stream, file.size()):
+            return CsvRows(file, form, label, missing)
+        with naming_the_file(file.path, "a CSV file"), unpacked(file, packing) as whole:
+            return Held(form.read(whole), form.path)
     return groups if streams(stream, groups.bytes_in_memory) else groups.held()
 
 
@@ -92,16 +101,22 @@ class GroupedRows:
     label_values: list[str] | None = None
 
     def __init__(self, file: Opener, open_file: Callable[[Opener], Grouped], what: str) -> None:
-        self.where, self._what = file.path, what
+        self.where, self._what, self._lock = file.path, what, threading.Lock()
         with naming_the_file(self.where, what):
             self._opened = Reopened(file, lambda: open_file(file))
             found = self._opened.use()
         self.names, self.sizes = different(self.where, [name for name, _ in found.fields]), found.sizes
         self.bytes_in_memory = found.data_bytes
+        most, available = max(self.sizes, default=0), get_backend("cpu").memory().available
+        if most * ROW > available:
+            raise InsufficientMemoryError(
+                f"{self.where}: a group of {most} rows would need more than the {available} bytes of memory that are "
+                "available, or the file is damaged; write it in smaller row groups or record batches"
+            )
 
     def block(self, number: int, names: Sequence[str]) -> Any:
         """See :class:`Rows`."""
-        with naming_the_file(self.where, self._what):
+        with naming_the_file(self.where, self._what), self._lock:
             table = self._opened.use().load(number, list(dict.fromkeys(names)))
             table.validate(full=True)
         if len(table) != self.sizes[number]:
@@ -138,12 +153,11 @@ class CsvForm:
         csv = need("pyarrow.csv")
         if delimiter is not None and (len(delimiter) != 1 or not delimiter.isascii() or delimiter in '"\n\r'):
             raise ArgumentError(f"delimiter must be one character of ASCII, got {delimiter!r}")
-        packed = start.startswith(PACKED)
-        if b"\0" in start and not packed:
+        if b"\0" in start:
             raise DataFormatError(f"{path}: expected a CSV, Parquet or Arrow file, found another, binary one")
         if not start.strip(b"\xef\xbb\xbf \t\r\n"):
             raise DataFormatError(f"{path}: expected a CSV file with a line of names, found an empty one")
-        line = "" if packed else start.strip(b"\xef\xbb\xbf\r\n").splitlines()[0].decode("utf-8", "replace")
+        line = start.strip(b"\xef\xbb\xbf\r\n").splitlines()[0].decode("utf-8", "replace")
         self.delimiter = delimiter or max(DELIMITERS, key="".join(line.split('"')[::2]).count)  # outside quotes
         self._missing = [
             *csv.ConvertOptions().null_values,
@@ -153,7 +167,7 @@ class CsvForm:
     def read(self, data: Any, names: Sequence[str] | None = None, kinds: Mapping[str, Any] | None = None) -> Any:
         """The table of a file, or of a piece of it, whose columns have ``names``."""
         csv, pa = need("pyarrow.csv"), need("pyarrow")
-        with naming_the_file(self.path, "a CSV file"):
+        with naming_the_file(self.path, "a CSV file"), of_pyarrow():
             table = csv.read_csv(
                 data,
                 read_options=csv.ReadOptions(column_names=names, block_size=8 * PIECE),
@@ -165,8 +179,9 @@ class CsvForm:
                 ),
             )
             table.validate()
+            if names is None:
+                table = table.rename_columns([name.strip() for name in table.column_names])
         if names is None:
-            table = table.rename_columns([name.strip() for name in table.column_names])
             self._check_names(table.column_names)
         for name, kind in zip(table.column_names, table.schema.types, strict=True):
             if pa.types.is_binary(kind):
@@ -194,12 +209,26 @@ def is_numeral(text: str) -> bool:
     return True
 
 
-def held_csv(file: Opener, form: CsvForm) -> Held:
-    """A CSV file in memory."""
-    if isinstance(file, LocalFile):
-        return Held(form.read(file.path), form.path)
-    with file.open() as opened:
-        return Held(form.read(opened), form.path)
+@contextlib.contextmanager
+def of_pyarrow() -> Iterator[None]:
+    """Make errors of pyarrow's that are no usual ones of Python's, as of threads that cannot be started, such."""
+    try:
+        yield
+    except need("pyarrow").ArrowException as error:
+        raise error if isinstance(error, (ValueError, MemoryError, OSError)) else RuntimeError(str(error)) from error
+
+
+@contextlib.contextmanager
+def unpacked(file: Opener, packing: str | None) -> Iterator[Any]:
+    """A file of pyarrow's from which the contents are read."""
+    pa = need("pyarrow")
+    with file.open() as packed:
+        # pyarrow itself keeps 65 KB for each damaged gzip file for ever.
+        inside: Any = packed
+        if packing == "gzip":
+            inside, packing = gzip.GzipFile(fileobj=packed), None
+        with pa.input_stream(pa.PythonFile(inside, mode="r"), compression=packing) as whole:
+            yield whole
 
 
 class CsvRows:

@@ -328,7 +328,11 @@ class Table(Prepared):
             kept, held = (Listed(rows[part]) for part in split(len(self), test_size, seed, codes, "test_size"))
         of = self._of.root if isinstance(self._of, Table) else self._of
         train = Table(self._rows, of, kept, self._target)
-        return train, Table(self._rows, of if isinstance(of, Recipe) else train, held, self._target)
+        test = Table(self._rows, of if isinstance(of, Recipe) else train, held, self._target)
+        if not (len(train) and len(test)):
+            words = f"leaves {len(test)} to test on and {len(train)} to train"
+            raise ArgumentError(f"test_size={test_size:g} of {len(self)} samples {words}")
+        return train, test
 
     def first(self, rows: int) -> Table:
         """Its first rows, a table that is prepared by their numbers unless others prepare this one."""
