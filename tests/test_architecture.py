@@ -214,7 +214,7 @@ CODE_LINES = {
     "train": 2479,
     "explore": 940,
     "plot": 367,
-    "cli": 1813,
+    "cli": 1814,
     "sklearn": 932,
     "torch": 565,
     "__main__": 19,

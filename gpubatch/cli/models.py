@@ -29,7 +29,7 @@ from gpubatch.cli.options import spread
 from gpubatch.cli.shared import app, examples, in_percent, print_json, table_of, versions
 from gpubatch.errors import ArgumentError, DataFormatError
 from gpubatch.loader import Loader, rows_of
-from gpubatch.metrics import of_batches
+from gpubatch.metrics import measures_of, of_batches
 from gpubatch.model import Model, Preparation, load
 from gpubatch.train import bar
 
@@ -275,10 +275,11 @@ def evaluate(
     classifies = loaded.net.loss_function.classifies
     if plot_file is not None and not classifies:
         raise ArgumentError("--plot draws which classes are taken for which, and this model predicts numbers")
-    part = (test_size, seed) if held_out else None
-    name, batches = labelled_samples(loaded, data or [], part, seed)
     own = ["accuracy", "confusion_matrix"] if classifies else ["r2", "rmse", "mae"]
     names = [*own, *(name for name in options.names_of(metrics) if name not in own)]
+    measures_of(loaded.net, names)  # finds wrong names before the data is read
+    part = (test_size, seed) if held_out else None
+    name, batches = labelled_samples(loaded, data or [], part, seed)
     losses: list[tuple[float, int]] = []
     with contextlib.ExitStack() as stack:
         show = stack.enter_context(bar("testing", progress))
