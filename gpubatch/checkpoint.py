@@ -21,12 +21,12 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from gpubatch.backend import backend_of, is_cupy
 from gpubatch.errors import (
@@ -49,7 +49,13 @@ UNFINISHED = "checkpoint-{}.unfinished"  # a temporary folder; {} is the process
 HEADER_LIMIT = 100_000_000  # bytes, the limit of safetensors: about 500,000 arrays
 ENTRY = 128  # most header bytes per array, besides its name and shape
 ARRAY = "__array__"  # in the JSON, {ARRAY: name} is a reference to an array
+STORED = {  # the names of safetensors for element types
+    "bool": "BOOL",
+    **{f"{kind}{bits}": f"{name}{bits}" for kind, name in (("uint", "U"), ("int", "I")) for bits in (8, 16, 32, 64)},
+    **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
+}
 DTYPES = tuple("bool uint8 int8 uint16 int16 float16 uint32 int32 float32 uint64 int64 float64".split())
+AT_ONCE = 1 << 23  # bytes that are written at a time
 
 
 class Checkpoints:
@@ -340,19 +346,36 @@ def _with_arrays(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
 
 
 def _write_synced(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
-    """Write the file and sync it to the disk; return the checksum for its name."""
-    path.open("xb").close()
-    mode = path.stat().st_mode  # as the user's umask has it; the library creates files that only the owner may read
-    try:
-        save_file(arrays, path, metadata)
-    except SafetensorError as error:
-        if found := re.search(r"\(os error (\d+)\)", str(error)):
-            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
-        raise
-    path.chmod(mode)
-    with path.open("r+b") as file:  # Windows syncs only files opened for writing
+    """Write the file and sync it to the disk; return the checksum for its name.
+
+    The arrays go from where they are to the file, a piece at a time, and each is hashed while it is written.
+    """
+    digest = hashlib.sha256()
+    with path.open("xb") as file, ThreadPoolExecutor(1, "gpubatch-checksum") as hashing:
+        for piece in _pieces(arrays, metadata):
+            hashed = hashing.submit(digest.update, piece)
+            file.write(piece)
+            hashed.result()
+        file.flush()
         os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return digest.hexdigest()[:16]
+
+
+def _pieces(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> Iterator[Any]:
+    """The bytes of a safetensors file: the length of its header, the header as JSON, and the arrays."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    # As the library does it: larger elements first, so that all are aligned.
+    names, stop = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name)), 0
+    for name in names:
+        array, start, stop = arrays[name], stop, stop + arrays[name].nbytes
+        header[name] = {"dtype": STORED[array.dtype.name], "shape": array.shape, "data_offsets": (start, stop)}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        whole = arrays[name].reshape(-1).view(np.uint8)
+        for first in range(0, whole.size, AT_ONCE):
+            yield whole[first : first + AT_ONCE].data
 
 
 def _remove(path: Path) -> None:

@@ -21,12 +21,15 @@ import numpy as np
 import pytest
 from families import every
 from hypothesis import HealthCheck, given, settings, strategies as st
+from safetensors.numpy import load_file
 
 import gpubatch as gb
 from gpubatch import checkpoint
 from gpubatch.backend import Backend
 from gpubatch.checkpoint import DTYPES, HEADER_LIMIT, Checkpoints, read
 from gpubatch.errors import CheckpointError, CheckpointWarning
+from gpubatch.nn import live_state
+from gpubatch.optim import live_optimizer
 
 FAULT_RUNS = Path(__file__).parent.parent / "bench" / "fault_runs.py"
 
@@ -263,6 +266,23 @@ def test_an_absurd_header_is_refused_before_memory_is_asked_for(length: int, tmp
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_a_run_is_saved_from_its_own_arrays(tmp_path: Path) -> None:
+    """Neither the state nor the file is copied in memory; safetensors reads what was written."""
+    net = gb.Network([gb.Dense(1000, 1000)], loss="mse", backend="cpu", seed=0)
+    opt = gb.Adam(net.parameters)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save({"x": np.zeros(1)})
+    tracemalloc.start()
+    try:
+        checkpoints.save({"network": live_state(net), "optimizer": live_optimizer(opt)})
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20  # of 12 MB
+    finally:
+        tracemalloc.stop()
+    found = load_file(checkpoints.files()[-1])
+    assert np.array_equal(found["network.parameters.W1"], net.parameters["W1"])
+    assert found["optimizer.state.m.W1"].shape == (1000, 1000)
 
 
 @pytest.mark.exhaustive

@@ -45,7 +45,7 @@ from gpubatch.own import as_written
 from gpubatch.params import FlatViews
 from gpubatch.passes import pass_of
 
-__all__ = ["Network", "core_of", "mlp", "no_decay"]
+__all__ = ["Network", "core_of", "live_state", "mlp", "no_decay"]
 
 COMPARED = 1 << 15  # scores that are compared with labels at a time, since predictions are new arrays
 V0_1 = "v0.1"  # the init of mlp() that makes the networks of that version
@@ -425,14 +425,22 @@ class Network:
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of all parameters and buffers by name, the dropout step, and tuned algorithms of matrix products."""
+        found = self._live_state()
+        with self.backend.scope():
+            for kind in ("parameters", "buffers"):
+                found[kind] = {name: value.copy() for name, value in found[kind].items()}
+        return found
+
+    def _live_state(self) -> dict[str, Any]:
+        """What :meth:`state_dict` copies."""
         with self.backend.scope():
             chosen = self._core.products.choices()
-            return {
-                "parameters": {name: value.copy() for name, value in self.parameters.items()},
-                "buffers": {name: value.copy() for name, value in self.buffers.items()},
-                "dropout_step": self._core.mode.step,
-                **({"products": chosen} if chosen else {}),
-            }
+        return {
+            "parameters": self.parameters,
+            "buffers": self.buffers,
+            "dropout_step": self._core.mode.step,
+            **({"products": chosen} if chosen else {}),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, all of it checked first; any backend accepts NumPy arrays."""
@@ -459,6 +467,12 @@ class Network:
 def core_of(net: Network) -> Core:
     """The core that runs a network, for the packages that train, capture and explore it."""
     return net._core
+
+
+def live_state(net: Network) -> dict[str, Any]:
+    """The network's ``state_dict()`` with its arrays themselves in place of copies, for who only reads them at once."""
+    own = type(net).state_dict is Network.state_dict and "state_dict" not in vars(net)
+    return net._live_state() if own else net.state_dict()
 
 
 def no_decay(net: Network) -> dict[str, dict[str, Any]]:

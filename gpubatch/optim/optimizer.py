@@ -358,11 +358,16 @@ class Optimizer:
 
         With groups there is "groups", and "missed" where a parameter was without a gradient in some steps.
         """
+        found = self._live_state()
         with self.backend.scope():
-            state = {
+            found["state"] = {
                 name: {parameter: view.copy() for parameter, view in views.items()}
-                for name, views in self._state.items()
+                for name, views in found["state"].items()
             }
+        return found
+
+    def _live_state(self) -> dict[str, Any]:
+        """The same, but for the arrays, which are not copied."""
         return {
             "rule": self.rule.name,
             "t": self.t,
@@ -371,7 +376,7 @@ class Optimizer:
             "hyper": self._saved_hyper(),
             **({"groups": self._saved_groups()} if len(self._groups) > 1 else {}),
             **({"missed": dict(self._missed)} if self._missed else {}),
-            "state": state,
+            "state": dict(self._state),
         }
 
     def load_state_dict(self, d: Mapping[str, Any]) -> None:

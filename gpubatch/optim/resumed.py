@@ -9,12 +9,18 @@ from gpubatch import schedules
 from gpubatch.errors import ArgumentError
 from gpubatch.optim.optimizer import Optimizer
 
-__all__ = ["given_hyper", "load_resumed"]
+__all__ = ["given_hyper", "live_optimizer", "load_resumed"]
 
 
 def given_hyper(opt: Optimizer) -> dict[str, Any]:
     """The hyper-parameters of an optimizer and of its groups, as a checkpoint can hold them."""
     return {"hyper": opt._saved_hyper(), "groups": opt._saved_groups()}
+
+
+def live_optimizer(opt: Optimizer) -> dict[str, Any]:
+    """The ``state_dict()`` of an optimizer with its arrays themselves in place of copies, to be read at once."""
+    own = type(opt).state_dict is Optimizer.state_dict and "state_dict" not in vars(opt)
+    return opt._live_state() if own else opt.state_dict()
 
 
 def load_resumed(opt: Optimizer, saved: Mapping[str, Any], given: Mapping[str, Any] | None) -> list[str]:

@@ -27,8 +27,8 @@ from gpubatch.errors import (
     ResumeWarning,
 )
 from gpubatch.loader import Loader, epochs_of
-from gpubatch.nn import Network
-from gpubatch.optim import given_hyper, load_resumed
+from gpubatch.nn import Network, live_state
+from gpubatch.optim import given_hyper, live_optimizer, load_resumed
 from gpubatch.train.history import History
 from gpubatch.train.record import EpochProgress, Record, warn_caller
 
@@ -78,14 +78,16 @@ class RunCheckpoints:
         record, state = self._record, self._record.state
         if self.store is None or not record.unsaved:
             return
+        copied = self.store.background
         history = {
             # Lists grow with the run: arrays hold them exactly, and in less space than text.
             name: np.array(value, np.float64) if isinstance(value, list) else value
             for name, value in vars(state.history).items()
         }
         saved = {
-            "network": state.net.state_dict(),
-            "optimizer": state.opt.state_dict(),
+            # A thread that writes while training goes on needs copies.
+            "network": state.net.state_dict() if copied else live_state(state.net),
+            "optimizer": state.opt.state_dict() if copied else live_optimizer(state.opt),
             "given": self._given,
             "loader": state.loader.state_dict(),
             "batches": self._batches,
