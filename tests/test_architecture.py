@@ -137,6 +137,8 @@ def test_the_list_allows_nothing_that_nobody_imports() -> None:
 
 def test_what_a_face_shows_is_there() -> None:
     for package in ORDER:
+        if package == "sklearn" and importlib.util.find_spec("sklearn") is None:  # which is an extra
+            continue
         module = importlib.import_module(f"gpubatch.{package}")
         assert [name for name in module.__all__ if not hasattr(module, name)] == []
 
@@ -199,7 +201,7 @@ CODE_LINES = {
     "backend": 520,
     "staging": 51,
     "inputs": 110,
-    "ops": 2630,
+    "ops": 2631,
     "sizing": 264,
     "params": 96,
     "optim": 1165,

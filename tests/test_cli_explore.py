@@ -200,7 +200,7 @@ def test_errors_are_one_line(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["check-gradient", "landscape", "sweep"])
+@every("command", ["check-gradient", "landscape", "sweep"], ["sweep"])
 def test_help_has_an_example_and_the_options_of_all(command: str) -> None:
     text = " ".join(run(command, "--help").stdout.split())
     assert f": gpubatch {command}" in text.partition("Examples")[2]

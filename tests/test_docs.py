@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from families import every
+from needs import file_library
 
 import gpubatch as gb
 
@@ -51,6 +52,8 @@ def test_every_public_name_has_an_example() -> None:
 
 @pytest.mark.parametrize("name", sorted(gb.HOMES))
 def test_the_examples_of_docstrings_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if gb.HOMES[name] == "tables":
+        file_library("pyarrow")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPUBATCH_BACKEND", "cpu")
     names = {"gb": gb, "np": np, **{n: getattr(gb, n) for n in gb.HOMES}}

@@ -157,7 +157,7 @@ def test_compiled_kernels_of_other_sources_are_told(library: Any, tmp_path: Path
         shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("_host*", "__pycache__"))
     shutil.copy(library.__file__, tmp_path / "gpubatch")
     code = "from gpubatch.ops import compile; print(compile.host_library())"
-    python = [sys.executable, "-c", code]
+    python = [sys.executable, "-S", "-c", code]  # without site, whose hook finds an installation first
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
 
     def done() -> subprocess.CompletedProcess[str]:

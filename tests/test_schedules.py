@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import inspect
 import json
 import math
@@ -428,17 +427,6 @@ def test_a_chain_counts_its_own_unit_from_each_boundary():
     assert [schedule(50, 0), schedule(100, 1), schedule(150, 2)] == [0.2, 0.4, 0.2]
     seen = chain([0.1, lambda step, epoch: step + epoch / 10], [3])
     assert (seen(7, 2), seen(7, 5)) == (0.1, 7.2)
-
-
-def test_examples_of_docstrings():
-    names = {name: getattr(gpubatch, name) for name in gpubatch.EXPORTS["schedules"].split()}
-    tried = 0
-    for kind in (*kinds.values(), chain, product):
-        for test in doctest.DocTestFinder(recurse=False).find(kind, kind.__name__, globs=names):
-            result = doctest.DocTestRunner().run(test)
-            assert result.failed == 0
-            tried += result.attempted
-    assert tried >= 8
 
 
 # --- in optimizers ----------------------------------------------------------------------------------------------------

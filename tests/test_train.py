@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from families import every
 from needs import peer
 from optimizer_table import CASES
 
@@ -489,7 +490,7 @@ def resumed_is_as_if_never_stopped(
     np.testing.assert_equal(everything(*last), everything(*whole))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@every("dtype", ["float32", "float64"], ["float32"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_optimizer_goes_on_where_it_was(name: str, dtype: str, tmp_path: Path) -> None:
     def make() -> tuple[gb.Network, gb.Loader, gb.Optimizer]:

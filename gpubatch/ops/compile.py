@@ -59,6 +59,7 @@ HOST_SOURCES = (
     "host_math.h",
     "host_simd.h",
     "math.cuh",
+    "permutation.cuh",
     "philox.cuh",
     "threads.h",
 )
