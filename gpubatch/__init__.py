@@ -7,7 +7,7 @@ same code runs with ``backend="cuda"`` on a GPU and ``backend="cpu"`` in a test.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Every public name and the module that has it, which is imported when the name is first used: so importing gpubatch
 # costs nothing worth mentioning, whatever it grows to.
