@@ -208,7 +208,7 @@ CODE_LINES = {
     "nn": 2247,
     "datasets": 194,
     "sources": 1759,
-    "loader": 2112,
+    "loader": 2119,
     "tables": 1284,
     "checkpoint": 282,
     "model": 891,

@@ -494,7 +494,7 @@ FAULTS = {
     "a ticket that is not 0 again": ("atomicInc(ticket, blocks - 1)", "atomicAdd(ticket, 1)", "square_sum"),
     "the loss is lost": ("T(*loss + sum * factor)", "T(sum * factor)", "l2_loss"),
     "a part that begins elsewhere": ("spans[2 * span] + index", "spans[0] + index", "l2_gradient"),
-    "another row": ("from[tile.at(index ? index[row] : row)]", "from[tile.at(row)]", "gather uint8"),
+    "another row": ("from[tile.at(order.at(row))]", "from[tile.at(row)]", "gather uint8"),
     "another lane": ("convert(values.at[lane])", "convert(values.at[0])", "gather uint8"),
     "the last pack goes too far": ("packed && i + WIDTH <= n", "packed", "square_sum"),
 }

@@ -117,7 +117,7 @@ CASES = {
     "three states": Case(wide, optimizer=lambda p: gb.RMSProp(p, centered=True, momentum=0.9)),
     "amsgrad": Case(wide, optimizer=lambda p: gb.Adam(p, amsgrad=True)),
     "many samples": Case(linear, 8, n=700_000, batch_size=4096),
-    "drawn": Case(linear, 8, n=2_000_000, batch_size=4096, loader={"replacement": True}),
+    "drawn": Case(linear, 8, n=1_040_000, batch_size=4096, loader={"replacement": True}),
     "in order": Case(
         linear, 512, n=20_480, batch_size=4096, stored="float32", loader={"shuffle": False, "prefetch": 0}
     ),

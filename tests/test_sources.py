@@ -420,6 +420,10 @@ def test_the_plan_has_what_is_held_of_a_window_and_of_its_order(kind, features, 
     source = kind(np.zeros((n, features), np.uint8 if features > 2 else np.float32), np.zeros(n, np.int64))
     loader = Loader(source, batch_size=100, prefetch=0, backend="cpu", **arguments)
     epochs_of(loader).peek()
+    small = kind(np.zeros((400, 2), np.float32), np.zeros(400, np.int64))
+    deque(
+        Loader(small, batch_size=100, prefetch=0, backend="cpu", window=200), maxlen=0
+    )  # what is imported at first use
     source.asked = source.told = deque(maxlen=0)
     tracemalloc.start()
     try:

@@ -22,6 +22,7 @@ BLOCKS = 32  # in what is shuffled together: so many places of the set meet in a
 UNEVEN = (
     72  # bytes of a block of uneven ones: its bounds, and where it begins and ends in an epoch's list, and its making
 )
+LISTING = 32  # bytes a sample in listing a window: the order of use, and places, their blocks and their samples
 PIECE = 1 << 20  # bytes of a window that are read at once: what is read is then looked at, and should be in the cache
 
 
@@ -87,7 +88,7 @@ def window_bytes(order: Order, readers: Collection[Reader]) -> int:
         of_blocks += 16 * windows
     n = min(order.window, order.n)
     share, peak = -(-n // order.world_size), PEAK if order.shuffle else 9  # 9: which samples there are
-    rows, used, making = share * sum(reader.row_bytes for reader in readers), 16 * share, (8 + peak) * n
+    rows, used = share * sum(reader.row_bytes for reader in readers), 16 * share
     if order.version > 1:  # what is not small is computed as it is used
         formula = permutation_bytes()
         blocks = blocks if blocks < LEAST else 0
@@ -96,6 +97,12 @@ def window_bytes(order: Order, readers: Collection[Reader]) -> int:
             making = OF_RANK * share + formula
         elif n >= LEAST:
             used, making = 0, formula
+        else:
+            making = LISTING * n
+    elif order.world_size > 1:
+        making = max(peak * n, OF_RANK * share)
+    else:
+        making = LISTING * n
     read = 0
     if readers:
         read = _read_at_once(readers, order.block) * sum(r.row_bytes for r in readers if not r.reads_into)
