@@ -207,7 +207,7 @@ CODE_LINES = {
     "optim": 1165,
     "nn": 2247,
     "datasets": 194,
-    "sources": 1759,
+    "sources": 1772,
     "loader": 2119,
     "tables": 1284,
     "checkpoint": 282,

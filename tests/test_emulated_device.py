@@ -1164,7 +1164,17 @@ def test_a_process():
     except RuntimeError as error:
         missing("gpu", str(error))
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--emulate-gpu=devices=2", "test_it.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:zarr",
+        "--emulate-gpu=devices=2",
+        "test_it.py",
+    ]
     env = os.environ | {"EMULATED_GPU_CACHE": str(cache())}
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=env)
     assert "emulated GPU: CuPy 14.2" in run.stdout

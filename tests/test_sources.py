@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import io
 import itertools
@@ -434,6 +435,21 @@ def test_the_plan_has_what_is_held_of_a_window_and_of_its_order(kind, features, 
     plan, few = loader.plan, 60_000  # Python's own remaining objects
     absent = plan.needed - plan.parts["window"]  # batches may not be there when the window's peak is
     assert 0.995 * peak - few < plan.needed < 1.005 * peak + few + absent
+
+
+def test_a_file_in_a_circle_is_closed_without_a_word(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    file = sources.LocalFile(tmp_path / "x").open()
+    circle = [file]
+    circle.append(circle)
+    descriptor = file.fileno()
+    assert (file.read(), file.name) == (b"abc", str(tmp_path / "x"))
+    del file, circle
+    gc.collect()  # a warning would be an error
+    with pytest.raises(OSError, match="descriptor"):
+        os.fstat(descriptor)
+    with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
+        sources.LocalFile(tmp_path).open()
 
 
 def test_a_source_is_read_while_the_consumer_computes():

@@ -50,7 +50,7 @@ class LocalFile:
 
     def open(self) -> BinaryIO:
         """See :class:`Opener`."""
-        return open(self.path, "rb", buffering=0)
+        return _ClosesItself(self.path)
 
     def size(self) -> int:
         """See :class:`Opener`."""
@@ -60,6 +60,28 @@ class LocalFile:
         """See :class:`Opener`."""
         found = os.stat(self.path)
         return f"{found.st_size} bytes of {found.st_mtime_ns} ns"
+
+
+class _ClosesItself(io.FileIO):
+    """A file of this machine that closes its descriptor when it is garbage, too.
+
+    A source that is in a circle with its user is collected in any order. Python would warn of a file that is collected
+    before what closes it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            io.FileIO.__init__(self, self._descriptor, closefd=False)
+        except OSError as error:  # a folder
+            os.close(self._descriptor)
+            raise OSError(error.errno, error.strerror, path) from None
+        self.name = path
+
+    def close(self) -> None:
+        if not self.closed:
+            io.FileIO.close(self)
+            os.close(self._descriptor)
 
 
 def opener_of(path: str | os.PathLike[str] | Opener) -> Opener:
