@@ -516,7 +516,7 @@ def test_a_window_is_a_number_or_bytes_and_counts_in_the_plan():
         )
     read = Loader(Source(5000), batch_size=10, window=640, backend="cpu")
     halves = 2 * 320 * 12
-    order = 8 * 500 + (16 + 34) * 320  # blocks; one half's order, and the other's under construction
+    order = 8 * 500 + (16 + 32) * 320  # blocks; one half's order, and the other's under construction
     assert read.plan.parts["window"] == halves + order
     assert read.plan.needed == halves + order + 10 * 4 * 16  # two ahead, and a batch of two windows
     assert "shuffled by blocks of 10, 320 together" in repr(read)
