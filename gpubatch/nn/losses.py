@@ -379,7 +379,7 @@ class OneOfMany(Loss):
 class OfMargins(OneOfMany):
     """A loss of the margins z_j - z_y + delta between the other classes and the right one."""
 
-    def __init__(self, ignore_label: int | None, delta: float) -> None:
+    def __init__(self, ignore_label: int | None = None, delta: float = 1.0) -> None:
         OneOfMany.__init__(self, ignore_label)
         self.delta = check_real("delta", delta, 0, open_low=True)
 
@@ -413,9 +413,6 @@ class SVM(OfMargins):
 
     takes_weights = True
 
-    def __init__(self, ignore_label: int | None = None, delta: float = 1.0) -> None:
-        OfMargins.__init__(self, ignore_label, delta)
-
     def workspace(self, outputs: int) -> Mapping[str, Space]:
         """The results, and the operation's scratch."""
         return {**results_of(outputs), **Ops.svm.scratch(outputs)}
@@ -446,9 +443,6 @@ class CrammerSinger(OfMargins):
     """
 
     takes_weights = True
-
-    def __init__(self, ignore_label: int | None = None, delta: float = 1.0) -> None:
-        OfMargins.__init__(self, ignore_label, delta)
 
     def workspace(self, outputs: int) -> Mapping[str, Space]:
         """The results, and the operation's scratch."""
