@@ -1,16 +1,46 @@
 """Passes over loaders: by them optimizers count epochs, in a loop of one's own as in ``fit``.
 
 A loader has a :class:`DataPass` for each of its epochs, and tells it of every batch that it gives out. A network asks
-:func:`pass_of` which pass the batch of a training step is from; an optimizer asks :func:`pass_under_way`.
+:func:`pass_of` which pass the batch of a training step is from, and :func:`deal_of` how the rows of the batch lie among
+the parts and the ranks of a data-parallel run; an optimizer asks :func:`pass_under_way`.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["DataPass", "pass_of", "pass_under_way"]
+__all__ = ["DataPass", "Deal", "deal_of", "pass_of", "pass_under_way"]
+
+
+class Deal(NamedTuple):
+    """Where the rows that one rank has of a batch lie in the whole batch.
+
+    The whole batch is ``shards`` parts, one after another; each rank has neighbouring parts.
+
+    rows: the rows of the whole batch, over all ranks.
+    first: the place in the whole batch of this rank's first row.
+    parts: the rows of each part that this rank has, in order; a part may have none.
+    shards: the number of parts over all ranks.
+    """
+
+    rows: int
+    first: int
+    parts: tuple[int, ...]
+    shards: int
+
+    @classmethod
+    def of(cls, rows: int, shards: int, rank: int = 0, size: int = 1) -> Deal:
+        """The rows that rank ``rank`` of ``size`` has of a batch: of ``shards`` parts, the first are a row longer.
+
+        ``size`` divides ``shards``; whether the bits of a run depend on it is the caller's to check.
+        """
+        each, more = divmod(rows, shards)
+        own = shards // size
+        begin = rank * own
+        parts = tuple(each + (part < more) for part in range(begin, begin + own))
+        return cls(rows, begin * each + min(begin, more), parts, shards)
 
 
 class Thread(threading.local):
@@ -21,7 +51,8 @@ class Thread(threading.local):
 
 
 HERE = Thread()
-GIVEN: dict[int, tuple[weakref.ref[Any], DataPass]] = {}  # by id, the samples that loaders gave out and somebody holds
+# By id, the samples that loaders gave out and somebody holds, the pass of each, and how it lies among ranks.
+GIVEN: dict[int, tuple[weakref.ref[Any], DataPass, Deal | None]] = {}
 FEW = 256  # entries in GIVEN up to which samples that are gone are left there
 
 
@@ -32,14 +63,16 @@ class DataPass:
     epoch: the loader's number of it.
     batches: how many were given out, of which ``start`` before the iteration that runs, or ran last, began.
     running: whether an iteration over it is under way.
+    deal: that of the batch that was given out last; None where batches are not dealt to parts.
     """
 
-    __slots__ = ("_among", "batches", "epoch", "running", "source", "start")
+    __slots__ = ("_among", "batches", "deal", "epoch", "running", "source", "start")
 
     def __init__(self, source: object, epoch: int, batches: int = 0) -> None:
         self.source, self.epoch = source, epoch
         self.start = self.batches = batches
         self.running = False
+        self.deal: Deal | None = None
         self._among: list[DataPass] = []
 
     def begin(self) -> None:
@@ -47,13 +80,17 @@ class DataPass:
         self.running, self._among = True, HERE.running
         self._among.append(self)
 
-    def give_out(self, batch: Any) -> None:
-        """A batch is given out: samples, or a sequence of arrays that begins with the samples."""
+    def give_out(self, batch: Any, deal: Deal | None = None) -> None:
+        """A batch is given out: samples, or a sequence of arrays that begins with the samples.
+
+        deal: how its rows lie among the ranks, where they are dealt to parts.
+        """
         self.batches += 1
+        self.deal = deal
         samples = batch[0] if isinstance(batch, (tuple, list)) else batch
-        GIVEN[id(samples)] = weakref.ref(samples), self
+        GIVEN[id(samples)] = weakref.ref(samples), self, deal
         if len(GIVEN) > FEW:
-            for key in [key for key, (array, _) in list(GIVEN.items()) if array() is None]:
+            for key in [key for key, (array, *_) in list(GIVEN.items()) if array() is None]:
                 GIVEN.pop(key, None)
         if self._among[-1] is not self:
             self._among.remove(self)
@@ -81,6 +118,20 @@ def pass_of(samples: Any) -> DataPass | None:
         return found[1]
     running = HERE.running
     return running[-1] if running else None
+
+
+def deal_of(samples: Any) -> Deal | None:
+    """How a batch of samples lies among the ranks; None where no loader dealt it to parts.
+
+    If no loader gave out this array, as where samples were changed, it is the deal of the batch that one gave out last
+    in this thread, in an iteration that is under way, if that batch has as many rows.
+    """
+    found = GIVEN.get(id(samples))
+    if found is not None and found[0]() is samples:
+        return found[2]
+    running = HERE.running
+    last = running[-1].deal if running else None
+    return last if last is not None and sum(last.parts) == len(samples) else None
 
 
 def pass_under_way(fed: DataPass | None) -> DataPass | None:

@@ -194,7 +194,7 @@ CODE_LINES = {
     "own": 27,
     "main_memory": 66,
     "shown": 30,
-    "passes": 49,
+    "passes": 70,
     "formula": 1514,
     "schedules": 420,
     "averages": 55,

@@ -18,7 +18,7 @@ import pytest
 from needs import missing
 
 import gpubatch as gb
-from gpubatch.passes import GIVEN, HERE
+from gpubatch.passes import GIVEN, HERE, DataPass, Deal, deal_of
 
 SCHEDULES: dict[str, gb.schedules.Schedule] = {
     "inverse time": gb.InverseTimeDecay(0.1, 0.5),
@@ -546,3 +546,28 @@ def test_a_captured_step_in_a_loop_follows_the_loader() -> None:
             rates.append(b.opt.lr)
     assert rates == a.seen
     assert a.net.parameters.flat.get().tobytes() == b.net.parameters.flat.get().tobytes()
+
+
+@pytest.mark.parametrize(("rows", "shards"), [(128, 8), (21, 8), (3, 8), (0, 4), (7, 1), (5, 6)])
+def test_a_batch_is_dealt_in_neighbouring_parts(rows: int, shards: int) -> None:
+    """Any number of ranks has the same parts, and each rank's rows follow those of the rank before."""
+    whole = Deal.of(rows, shards)
+    assert whole.parts == tuple(len(part) for part in np.array_split(np.arange(rows), shards))
+    for size in (size for size in range(1, shards + 1) if shards % size == 0):
+        deals = [Deal.of(rows, shards, rank, size) for rank in range(size)]
+        assert sum((deal.parts for deal in deals), ()) == whole.parts
+        ends = np.cumsum([sum(deal.parts) for deal in deals])
+        assert [deal.first for deal in deals] == [0, *ends[:-1]]
+        assert {(deal.rows, deal.shards) for deal in deals} == {(rows, shards)}
+
+
+def test_a_batch_is_known_by_its_deal_and_so_is_one_made_of_it() -> None:
+    passed, deal, x = DataPass(object(), 0), Deal.of(9, 4, 1, 2), np.zeros((4, 2), np.float32)
+    assert deal_of(x) is None
+    passed.begin()
+    passed.give_out((x, x[:, 0]), deal)
+    assert deal_of(x) == deal_of(x + 1) == deal
+    assert deal_of(x[:3]) is None
+    passed.end()
+    assert deal_of(x) == deal
+    assert deal_of(x + 1) is None
