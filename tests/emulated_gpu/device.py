@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from emulated_gpu import blas, modules, overlay, pool
+from emulated_gpu import blas, modules, nccl, overlay, pool
 from emulated_gpu.build import HERE, build, nvidia
 from emulated_gpu.options import TIMINGS, Options
 from emulated_gpu.registers import registers, text_of
@@ -88,6 +88,7 @@ def load(options: Options) -> None:
     library = ctypes.CDLL(str(build_library(cuda)), mode=ctypes.RTLD_GLOBAL)
     configure(library, options)
     blas.load(cuda)
+    nccl.load()
     # The real NVRTC, loaded here by path so that CuPy does not search for it.
     ctypes.CDLL(str(nvidia(cuda, "cuda_nvrtc", f"lib/libnvrtc.so.{cuda}")))
     _loaded.append(Loaded(library, options))
