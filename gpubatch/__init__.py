@@ -38,6 +38,7 @@ EXPORTS = {
         LAMB LARS SGD AdaBelief Adadelta Adagrad Adam AdamW Adamax HeavyBall Lion Momentum NAdam Optimizer RAdam RMSProp
         StepResult Yogi clip_by_global_norm
     """,
+    "parallel": "Ranks",
     "params": "Parameters",
     "schedules": """
         CosineDecay CosineRestarts Cyclic ExponentialDecay InverseTimeDecay LinearDecay OneCycle Piecewise
@@ -53,7 +54,7 @@ EXPORTS = {
 MODULES = tuple(
     """
     averages backend checkpoint datasets errors explore formula launch loader metrics model nn
-    optim params plot schedules sizing sklearn sources tables torch train
+    optim parallel params plot schedules sizing sklearn sources tables torch train
     """.split()
 )
 HOMES = {name: module for module, names in EXPORTS.items() for name in names.split()}
@@ -172,6 +173,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         Yogi as Yogi,
         clip_by_global_norm as clip_by_global_norm,
     )
+    from gpubatch.parallel import Ranks as Ranks
     from gpubatch.params import Parameters as Parameters
     from gpubatch.schedules import (
         CosineDecay as CosineDecay,

@@ -1,6 +1,6 @@
 """Optional requirements of tests: a test without one is skipped, or fails if the requirement is expected.
 
-``GPUBATCH_EXPECT=peers,compiler,nvrtc,nvmath,data,remote,gpu`` lists what a machine is expected
+``GPUBATCH_EXPECT=peers,compiler,nvrtc,nvmath,data,remote,parallel,gpu`` lists what a machine is expected
 to have.
 """
 

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "averages": "errors",
     "backend": "main_memory errors",
     "staging": "backend",
+    "parallel": "backend errors",
     "inputs": "backend errors",
     "ops": "formula backend staging errors",
     "sizing": "backend main_memory errors",
@@ -61,6 +62,7 @@ ORDER = {
     " dropout sums gather permutation table blas products",
     "schedules": "counted decays cycles combined saved",
     "optim": "arrays groups epochs optimizer optimizers ahead resumed",
+    "parallel": "engines ranks",
     "nn": "needs layers stack workspace losses checks core summary network",
     "sources": "arrays reader remote opener rows chunked tables parts given",
     "loader": "order pinned functions weights columns windows ahead device feeds epochs loader",
@@ -200,6 +202,7 @@ CODE_LINES = {
     "averages": 55,
     "backend": 520,
     "staging": 51,
+    "parallel": 232,
     "inputs": 110,
     "ops": 2631,
     "sizing": 264,
@@ -216,11 +219,11 @@ CODE_LINES = {
     "train": 2480,
     "explore": 940,
     "plot": 367,
-    "cli": 1814,
+    "cli": 1815,
     "sklearn": 932,
     "torch": 565,
     "__main__": 19,
-    "__init__": 213,
+    "__init__": 215,
 }
 
 

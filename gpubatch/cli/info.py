@@ -31,6 +31,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sklearn": ("gpubatch.sklearn", ("scikit-learn",)),
     "onnx": ("gb.export_onnx", ("onnx",)),
     "tensorboard": ("gb.TensorBoard", ("tensorboardX",)),
+    "parallel": ("gb.Ranks", ("mpi4py",)),
     "cuda12": ("GPUs, driver for CUDA 12", ("cupy-cuda12x", "nvmath-python")),
     "cuda13": ("GPUs, driver for CUDA 13", ("cupy-cuda13x", "nvmath-python")),
 }

@@ -1,0 +1,5 @@
+"""The processes of a data-parallel run, and what they do together: :class:`Ranks` over an engine, such as MPI."""
+
+from gpubatch.parallel.ranks import Ranks
+
+__all__ = ["Ranks"]

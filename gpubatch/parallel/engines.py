@@ -1,0 +1,219 @@
+"""What connects the ranks of a run: MPI, for processes; threads of one process, for tests."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from gpubatch.errors import ArgumentError
+
+__all__ = ["MPI", "Connection", "Numbers", "Threads", "connected", "launched", "threads"]
+
+# What launchers call the number of processes that they start: Open MPI, MPICH and Intel MPI, MVAPICH, Slurm.
+COUNTS = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"
+PMIX = "PMIX_RANK"  # what any launcher that speaks PMIx sets; it does not say how many there are
+PATIENCE = 120  # seconds that a thread waits for the others: far more than any test computes between two calls
+
+Numbers = np.ndarray[Any, np.dtype[Any]]
+
+
+class Connection(Protocol):
+    """Connects a rank with the others.
+
+    All ranks call the same methods in the same order, all but ``abort``, with arrays of the same sizes.
+
+    name: what it is, for a reader.
+    rank, size: this rank, and how many there are.
+    local: this rank's place among those on the same machine.
+    """
+
+    name: str
+    rank: int
+    size: int
+    local: int
+
+    def scatter(self, flat: Numbers, cuts: Sequence[int], pieces: Numbers) -> None:
+        """Send the elements ``cuts[r]`` to ``cuts[r + 1]`` to each rank r; row s of ``pieces`` comes from rank s."""
+
+    def gather(self, piece: Numbers, flat: Numbers, cuts: Sequence[int]) -> None:
+        """Put the ``piece`` of each rank r into the elements ``cuts[r]`` to ``cuts[r + 1]`` of ``flat``, on all."""
+
+    def sum_(self, flat: Numbers) -> None:
+        """Sum over the ranks, in whatever order is fastest."""
+
+    def most(self, values: Numbers) -> None:
+        """The maximum over the ranks, element by element."""
+
+    def share(self, data: bytes) -> bytes:
+        """What rank 0 gave, on all ranks."""
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+
+    def abort(self, why: str) -> None:
+        """End all ranks."""
+
+
+class MPI:
+    """Ranks are processes, connected by an MPI library through mpi4py."""
+
+    def __init__(self, comm: Any) -> None:
+        from mpi4py import MPI as mpi  # noqa: N811 (the name of the class here)
+
+        self._comm, self._in_place, self._max = comm, mpi.IN_PLACE, mpi.MAX
+        self.name = mpi.Get_library_version().splitlines()[0].strip(" \0")
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        neighbours = comm.Split_type(mpi.COMM_TYPE_SHARED)
+        self.local = neighbours.Get_rank()
+        neighbours.Free()
+
+    def scatter(self, flat: Numbers, cuts: Sequence[int], pieces: Numbers) -> None:
+        """Send each rank its elements of ``flat``, and get this one's from each."""
+        counts, own = np.diff(cuts), pieces.shape[1]
+        received = [own] * self.size, [own * rank for rank in range(self.size)]
+        self._comm.Alltoallv([flat, (counts, cuts[:-1])], [pieces, received])
+
+    def gather(self, piece: Numbers, flat: Numbers, cuts: Sequence[int]) -> None:
+        """Put together the pieces of all ranks."""
+        self._comm.Allgatherv(piece, [flat, (np.diff(cuts), cuts[:-1])])
+
+    def sum_(self, flat: Numbers) -> None:
+        """The library's own sum."""
+        self._comm.Allreduce(self._in_place, flat)
+
+    def most(self, values: Numbers) -> None:
+        """The maximum over the ranks."""
+        self._comm.Allreduce(self._in_place, values, self._max)
+
+    def share(self, data: bytes) -> bytes:
+        """What rank 0 gave."""
+        size = np.array([len(data)], np.int64)
+        self._comm.Bcast(size)
+        found = np.frombuffer(data, np.uint8).copy() if self.rank == 0 else np.empty(size.item(), np.uint8)
+        self._comm.Bcast(found)
+        return found.tobytes()
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self._comm.Barrier()
+
+    def abort(self, why: str) -> None:
+        """End all processes."""
+        self._comm.Abort(1)
+
+
+class Meeting:
+    """Where the threads that are ranks meet: what each brought, and why one of them ended all."""
+
+    def __init__(self, size: int) -> None:
+        self.brought: list[Any] = [None] * size
+        self.why = "a rank did not come"
+        self._barrier = threading.Barrier(size)
+
+    def wait(self) -> None:
+        """Wait until all ranks are here; raise if one has ended."""
+        try:
+            self._barrier.wait(PATIENCE)
+        except threading.BrokenBarrierError:
+            raise RuntimeError(self.why) from None
+
+    def end(self, why: str) -> None:
+        """Make all that wait, or will, raise."""
+        self.why = why
+        self._barrier.abort()
+
+
+class Threads:
+    """Ranks are threads of one process, so that tests can have any number of them."""
+
+    name = "threads"
+
+    def __init__(self, rank: int, size: int, meeting: Meeting) -> None:
+        self.rank = self.local = rank
+        self.size, self._meeting = size, meeting
+
+    def scatter(self, flat: Numbers, cuts: Sequence[int], pieces: Numbers) -> None:
+        """Send each rank its elements of ``flat``, and get this one's from each."""
+        for row, other in zip(pieces, self._bring(flat), strict=True):
+            row[...] = other[cuts[self.rank] : cuts[self.rank + 1]]
+        self._meeting.wait()
+
+    def gather(self, piece: Numbers, flat: Numbers, cuts: Sequence[int]) -> None:
+        """Put together the pieces of all ranks."""
+        for start, stop, other in zip(cuts[:-1], cuts[1:], self._bring(piece), strict=True):
+            flat[start:stop] = other
+        self._meeting.wait()
+
+    def sum_(self, flat: Numbers) -> None:
+        """The sum in the order of the ranks."""
+        total = np.sum(self._bring(flat), axis=0, dtype=flat.dtype)
+        self._meeting.wait()
+        flat[...] = total
+
+    def most(self, values: Numbers) -> None:
+        """The maximum over the ranks."""
+        largest = np.max(self._bring(values), axis=0)
+        self._meeting.wait()
+        values[...] = largest
+
+    def share(self, data: bytes) -> bytes:
+        """What rank 0 gave."""
+        found: bytes = self._bring(data)[0]
+        self._meeting.wait()
+        return found
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self._meeting.wait()
+
+    def abort(self, why: str) -> None:
+        """Make the other threads raise when they wait."""
+        self._meeting.end(why)
+
+    def _bring(self, value: Any) -> list[Any]:
+        """What all ranks bring, this one ``value``; it may be read until the next wait."""
+        self._meeting.brought[self.rank] = value
+        self._meeting.wait()
+        return self._meeting.brought
+
+
+def threads(size: int) -> list[Threads]:
+    """So many ranks that are threads, each to be used in a thread of its own."""
+    meeting = Meeting(size)
+    return [Threads(rank, size, meeting) for rank in range(size)]
+
+
+def launched(variables: Mapping[str, str]) -> int | None:
+    """How many processes a launcher started, by the variables that it sets; None if it does not say, 1 without one."""
+    for name in COUNTS:
+        if variables.get(name, "").isdecimal():
+            return int(variables[name])
+    return None if PMIX in variables else 1
+
+
+def connected(comm: Any) -> Connection | None:
+    """The engine of a communicator of mpi4py; without one, of all processes of a launcher, or None where none is."""
+    if comm is not None:
+        return MPI(comm)
+    count = launched(os.environ)
+    if count == 1:
+        return None
+    told = "processes" if count is None else f"{count} processes"
+    try:
+        from mpi4py import MPI as mpi  # noqa: N811 (the name of the class here)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: there is no MPI library
+        raise ImportError(
+            f"a launcher started {told}, and gb.Ranks needs the extra parallel and an MPI library to connect them "
+            f"({error}): pip install 'gpubatch[parallel]' mpich"
+        ) from error
+    engine = MPI(mpi.COMM_WORLD)
+    if count is not None and engine.size == 1:
+        raise ArgumentError(
+            f"a launcher started {count} processes, but {engine.name} connects none of them, so that each would train "
+            "alone: start them with the mpiexec of that library, or install mpi4py for the launcher's"
+        )
+    return engine

@@ -1,0 +1,225 @@
+"""Ranks: sums are a binary tree of neighbours, with the same bits on all ranks, by threads and by MPI.
+
+The expected sum is the tree of the documentation, written as a recursion over the halves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from families import drawn
+from hypothesis import strategies as st
+from many_ranks import mpi, on_threads
+from needs import missing
+
+import gpubatch as gb
+from gpubatch.parallel import engines, ranks as module
+from gpubatch.parallel.engines import launched
+
+
+def values(rank: int, size: int, dtype: str) -> np.ndarray:
+    """Numbers of very different sizes, so that another order of the sum has other bits."""
+    draw = np.random.default_rng([rank, size])
+    return (draw.normal(size=size) * 10.0 ** draw.integers(-6, 7, size)).astype(dtype)
+
+
+def tree(terms: list[np.ndarray]) -> np.ndarray:
+    """((0 + 1) + (2 + 3)) + ...: the first 2^k terms, as many as can be, and the rest."""
+    if len(terms) == 1:
+        return terms[0]
+    half = 1 << ((len(terms) - 1).bit_length() - 1)
+    return tree(terms[:half]) + tree(terms[half:])
+
+
+def digest(x: np.ndarray) -> str:
+    return hashlib.sha256(x.tobytes()).hexdigest()
+
+
+@drawn(
+    15,
+    300,
+    ranks=st.integers(1, 9),
+    size=st.sampled_from([0, 1, 2, 3, 7, 64, 1000, 1001]) | st.integers(0, 3000),
+    dtype=st.sampled_from(["float32", "float64"]),
+    small=st.sampled_from([0, 1 << 10, 1 << 30]),
+)
+def test_a_sum_is_the_tree_of_neighbours(ranks: int, size: int, dtype: str, small: int) -> None:
+    expected = tree([values(rank, size, dtype) for rank in range(ranks)])
+
+    def sums(r: gb.Ranks) -> np.ndarray:
+        flat = values(r.rank, size, dtype)
+        assert r.sum_(flat) is flat
+        assert r._pieces.nbytes <= r.sum_bytes(size, dtype) <= r._pieces.nbytes + 8 * ranks
+        return flat
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SMALL", small)
+        for found in on_threads(ranks, sums):
+            assert found.dtype == dtype
+            assert digest(found) == digest(expected)
+
+
+def test_an_order_other_than_the_tree_has_other_bits() -> None:
+    """So the tests of the tree can fail."""
+    terms = [values(rank, 1000, "float32") for rank in range(8)]
+    assert digest(sum(terms)) != digest(tree(terms)) != digest(tree(terms[1:] + terms[:1]))
+
+
+def test_what_ranks_agree_on() -> None:
+    def talk(r: gb.Ranks) -> tuple[object, ...]:
+        r.barrier()
+        return r.size, r.most([r.rank, -r.rank, 0.5]), r.share({"epoch": 3, "of": [r.rank, "ß"]}), r.local
+
+    assert on_threads(3, talk) == [(3, [2.0, 0.0, 0.5], {"epoch": 3, "of": [0, "ß"]}, rank) for rank in range(3)]
+    assert on_threads(1, talk) == [(1, [0.0, 0.0, 0.5], {"epoch": 3, "of": [0, "ß"]}, 0)]
+    assert talk(gb.Ranks()) == on_threads(1, talk)[0]
+
+
+def test_the_sum_of_the_engine_itself() -> None:
+    terms = [values(rank, 100, "float64") for rank in range(3)]
+    for found in on_threads(3, lambda r: r.sum_(values(r.rank, 100, "float64")), exact=False):
+        np.testing.assert_allclose(found, sum(terms), rtol=1e-12)
+
+
+def test_what_cannot_be_summed_or_shared() -> None:
+    ranks = gb.Ranks()
+    with pytest.raises(gb.errors.DTypeError, match="flat must be float32 or float64, got float16"):
+        ranks.sum_(np.zeros(3, np.float16))
+    for x in (np.zeros((2, 2), np.float32), np.zeros(4, np.float32)[::2]):
+        with pytest.raises(gb.errors.ShapeError, match="flat must be contiguous and one-dimensional"):
+            ranks.sum_(x)
+    with pytest.raises(gb.errors.ArgumentError, match="values must be a list of numbers and not NaN"):
+        ranks.most([1.0, float("nan")])
+    with pytest.raises(gb.errors.DTypeError, match="value must be what JSON can hold"):
+        on_threads(2, lambda r: r.share({1, 2}))
+
+
+@pytest.mark.gpu
+def test_nothing_sums_arrays_of_a_gpu_yet() -> None:
+    if "cuda:0" not in gb.available_backends():
+        missing("gpu", "no CUDA device can be used here")
+    x = gb.get_backend("cuda:0").zeros(3, "float32")
+    assert gb.Ranks().sum_(x) is x
+    with pytest.raises(gb.errors.DTypeError, match="nothing sums arrays on cuda:0 over ranks yet"):
+        on_threads(2, lambda r: r.sum_(gb.get_backend("cuda:0").zeros(3, "float32")))
+
+
+def test_a_rank_that_ends_ends_all(capsys: pytest.CaptureFixture[str]) -> None:
+    ended = []
+
+    def work(r: gb.Ranks) -> None:
+        if r.rank == 1:
+            with pytest.raises(SystemExit, match="1"):
+                r.abort(ValueError("no such file"))
+        else:
+            with pytest.raises(RuntimeError, match="rank 1 of 3 ended all: ValueError: no such file"):
+                r.sum_(np.zeros(5))
+            ended.append(r.rank)
+
+    on_threads(3, work)
+    assert sorted(ended) == [0, 2]
+    assert capsys.readouterr().err == "gpubatch: rank 1 of 3 ended all: ValueError: no such file\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "count"),
+    [
+        ({}, 1),
+        ({"PMI_SIZE": "4"}, 4),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "PMIX_RANK": "0"}, 2),
+        ({"PMIX_RANK": "0"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}, 8),
+        ({"SLURM_NTASKS": "8"}, 1),  # in the batch script itself
+    ],
+)
+def test_a_launcher_is_known_by_its_variables(variables: dict[str, str], count: int | None) -> None:
+    assert launched(variables) == count
+
+
+@pytest.mark.parametrize("variables", [{"PMI_SIZE": "4"}, {"PMIX_RANK": "0"}])
+def test_several_processes_without_mpi_are_an_error(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*engines.COUNTS, engines.PMIX):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(ImportError, match=r"a launcher started .*processes.* pip install 'gpubatch\[parallel\]' mpich"):
+        gb.Ranks()
+
+
+# --- by MPI -----------------------------------------------------------------------------------------------------------
+
+SUMS = """
+import sys
+import gpubatch as gb, numpy as np
+from gpubatch.parallel import ranks as module
+from test_ranks import digest, tree, values
+ranks = gb.Ranks()
+assert (ranks.size, ranks.local) == (int(sys.argv[1]), ranks.rank), ranks
+for module.SMALL in (0, 1 << 15):
+    for size in (0, 1, 2, 3, 5, 1000, 1003, 100_003):
+        for dtype in ("float32", "float64"):
+            found = ranks.sum_(values(ranks.rank, size, dtype))
+            assert digest(found) == digest(tree([values(r, size, dtype) for r in range(ranks.size)])), (size, dtype)
+assert ranks.most([ranks.rank, -ranks.rank]) == [ranks.size - 1, 0]
+assert ranks.share(["a", 1, None] if ranks.rank == 0 else object()) == ["a", 1, None]
+fast = gb.Ranks(exact=False).sum_(values(ranks.rank, 100, "float64"))
+np.testing.assert_allclose(fast, sum(values(r, 100, "float64") for r in range(ranks.size)), rtol=1e-12)
+ranks.barrier()
+print("rank", ranks.rank, "done")
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_sums_by_mpi(size: int) -> None:
+    done = mpi(size, SUMS, size)
+    assert sorted(done.stdout.splitlines()) == [f"rank {rank} done" for rank in range(size)]
+
+
+FAILS = """
+import sys
+import gpubatch as gb, numpy as np
+ranks = gb.Ranks()
+if ranks.rank == 1:
+    {how}
+ranks.sum_(np.zeros(1000))
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("raise ValueError('no such file')", "gpubatch: rank 1 of 3 ended all: ValueError: no such file"),
+        ("ranks.abort('the disk is full')", "gpubatch: rank 1 of 3 ended all: the disk is full"),
+        ("raise KeyboardInterrupt", "gpubatch: rank 1 of 3 ended all: KeyboardInterrupt"),
+        ("import os; os.kill(os.getpid(), 9)", ""),
+    ],
+    ids=["an exception", "abort", "Ctrl-C", "killed"],
+)
+def test_a_process_that_fails_ends_all(how: str, why: str) -> None:
+    done = mpi(3, FAILS.format(how=how), check=False)
+    assert done.returncode != 0
+    assert why in done.stderr
+
+
+@pytest.mark.exhaustive
+def test_a_launcher_of_another_mpi_is_an_error() -> None:
+    """The processes find no others, where they would each train alone."""
+    program = "import os; os.environ['OMPI_COMM_WORLD_SIZE'] = '4'; import gpubatch as gb; gb.Ranks()"
+    done = mpi(1, program, check=False)
+    assert "ArgumentError: a launcher started 4 processes, but" in done.stderr
+
+
+@pytest.mark.exhaustive
+def test_without_a_launcher_mpi_is_not_imported() -> None:
+    program = "import sys, gpubatch as gb; gb.Ranks(); print('mpi4py' in sys.modules)"
+    clean = {name: value for name, value in os.environ.items() if name not in (*engines.COUNTS, engines.PMIX)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=clean)
+    assert done.stdout == "False\n"
