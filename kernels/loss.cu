@@ -44,6 +44,22 @@ __device__ inline void exponentials(long long columns, const Team& team, T& most
     sum = combine<Sum>(mine * exp(top - most), team.size);
 }
 
+// The mean of the rows' losses. loss_of(row, unit), which a row's team calls, returns the loss before its weight, and
+// writes the gradient times `unit`, which has the weight.
+template <class LossOf>
+__device__ inline void mean_over_rows(const Team& team, const T* weights, S* dz, const T* scale, long long rows,
+                                      long long classes, T share, double* parts, unsigned* ticket, T* loss,
+                                      LossOf loss_of) {
+    double total = 0;
+    const T scaled = share * value_at(scale, 1);
+    for (long long row = team.first; row < rows; row += team.step) {
+        if (left_out(weights, row, dz, classes, team)) continue;
+        const T lost = loss_of(row, weights ? scaled * weights[row] : scaled);
+        if (team.lane == 0) total += weights ? lost * weights[row] : lost;
+    }
+    if (grid_sum(total, parts, ticket)) *loss = T(total / rows);
+}
+
 // Σ_j y_j (log Σ_i exp(z_i) - z_j), with y from labels or target rows; the other of the two is null. Of each y only
 // `kept` y + `spread` counts. With `relative` Σ_j y_j log y_j is added.
 extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
@@ -51,11 +67,7 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
                           long long relative, S* dz, const T* scale, long long rows, long long classes, long long size,
                           T share, double* parts, unsigned* ticket, T* loss) {
     const Team team(size);
-    double total = 0;
-    const T scaled = share * value_at(scale, 1);
-    for (long long row = team.first; row < rows; row += team.step) {
-        if (left_out(weights, row, dz, classes, team)) continue;
-        const T unit = weights ? scaled * weights[row] : scaled;
+    mean_over_rows(team, weights, dz, scale, rows, classes, share, parts, ticket, loss, [&](long long row, T unit) {
         const long long start = row * classes, label = labels ? labels[row] : 0;
         const auto score_and_target = [&](long long j) {
             return Pair{z[start + j], (targets ? targets[start + j] : T(j == label)) * kept + spread};
@@ -75,12 +87,8 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
             if (dz) dz[start + j] = exp(of.z - most) * factor - of.y * unit;
         });
         own = combine<Sum>(own, team.size);
-        if (team.lane == 0) {
-            const T lost = relative ? -own : whole * mass - own;
-            total += weights ? lost * weights[row] : lost;
-        }
-    }
-    if (grid_sum(total, parts, ticket)) *loss = T(total / rows);
+        return relative ? -own : whole * mass - own;
+    });
 }
 
 // -alpha (1 - p)^gamma log p, where p is the softmax of the label's score; null `alpha` counts as 1 for each label.
@@ -89,11 +97,7 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
                   const T* scale, long long rows, long long classes, long long size, T share, double* parts,
                   unsigned* ticket, T* loss) {
     const Team team(size);
-    double total = 0;
-    const T scaled = share * value_at(scale, 1);
-    for (long long row = team.first; row < rows; row += team.step) {
-        if (left_out(weights, row, dz, classes, team)) continue;
-        const T unit = weights ? scaled * weights[row] : scaled;
+    mean_over_rows(team, weights, dz, scale, rows, classes, share, parts, ticket, loss, [&](long long row, T unit) {
         const long long start = row * classes, label = labels[row];
         const bool known = 0 <= label && label < classes;
         const auto score = [&](long long j) { return Pair{z[start + j], T(j == label)}; };
@@ -112,9 +116,8 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
             team.each(classes, score, [&](long long j, Pair of) {
                 dz[start + j] = (of.y ? -miss : exp(of.z - most) / sum) * factor;
             });
-        if (team.lane == 0) total += weights ? power * lost * weights[row] : power * lost;
-    }
-    if (grid_sum(total, parts, ticket)) *loss = T(total / rows);
+        return power * lost;
+    });
 }
 
 // Σ_{j≠y} max(0, z_j - z_y + delta); dz_j is 1 for each violated margin j, and dz_y is minus their number.
@@ -122,11 +125,7 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
     svm(const S* z, const long long* labels, const T* weights, T delta, S* dz, const T* scale, long long rows,
         long long classes, long long size, T share, double* parts, unsigned* ticket, T* loss) {
     const Team team(size);
-    double total = 0;
-    const T scaled = share * value_at(scale, 1);
-    for (long long row = team.first; row < rows; row += team.step) {
-        if (left_out(weights, row, dz, classes, team)) continue;
-        const T unit = weights ? scaled * weights[row] : scaled;
+    mean_over_rows(team, weights, dz, scale, rows, classes, share, parts, ticket, loss, [&](long long row, T unit) {
         const long long start = row * classes, label = labels[row];
         const bool known = 0 <= label && label < classes;
         const T own = known ? T(z[start + label]) : T(nan(""));
@@ -141,12 +140,9 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
                   });
         sum = combine<Sum>(sum, team.size);
         violated = combine<Sum>(violated, team.size);
-        if (team.lane == 0) {
-            total += weights ? sum * weights[row] : sum;
-            if (dz && known) dz[start + label] = -violated * unit;
-        }
-    }
-    if (grid_sum(total, parts, ticket)) *loss = T(total / rows);
+        if (team.lane == 0 && dz && known) dz[start + label] = -violated * unit;
+        return sum;
+    });
 }
 
 // max(0, max_{j≠y} z_j - z_y + delta); where it is above 0, dz is 1 for the first j of the largest score, and dz_y -1.
@@ -155,11 +151,7 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
                    long long rows, long long classes, long long size, T share, double* parts, unsigned* ticket,
                    T* loss) {
     const Team team(size);
-    double total = 0;
-    const T scaled = share * value_at(scale, 1);
-    for (long long row = team.first; row < rows; row += team.step) {
-        if (left_out(weights, row, dz, classes, team)) continue;
-        const T unit = weights ? scaled * weights[row] : scaled;
+    mean_over_rows(team, weights, dz, scale, rows, classes, share, parts, ticket, loss, [&](long long row, T unit) {
         const long long start = row * classes, label = labels[row];
         const bool known = 0 <= label && label < classes;
         const T own = known ? T(z[start + label]) : T(nan(""));
@@ -176,7 +168,6 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
         if (dz)
             for (long long j = team.lane; j < classes; j += team.size)
                 dz[start + j] = !known || j == place ? slope : j == label ? -slope : T(0);
-        if (team.lane == 0) total += weights ? lost * weights[row] : lost;
-    }
-    if (grid_sum(total, parts, ticket)) *loss = T(total / rows);
+        return lost;
+    });
 }

@@ -21,7 +21,7 @@ from gpubatch.formula import BoundScoreLoss, score_source
 from gpubatch.ops.compile import C_TYPES, scalars_source, source_of
 from gpubatch.ops.grid import SUM_PARTS, SUM_THREADS, THREADS, WARP, Grid, total_grid
 from gpubatch.ops.host_compiler import place_of
-from gpubatch.ops.operation import COMPUTE, Space, Work, operation
+from gpubatch.ops.operation import COMPUTE, Operation, Space, Work, operation
 from gpubatch.ops.program import MOST_PROGRAMS, program_of
 
 __all__ = ["crammer_singer", "score_loss", "softmax_cross_entropy", "softmax_focal", "svm", "weigh"]
@@ -327,32 +327,6 @@ def svm(z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = 
         scale_gradient(work)
 
 
-@svm.compiled
-def compiled_svm(
-    library: Any,
-    z: Array,
-    Y: Array,
-    gradient: bool,
-    work: Work,
-    weights: Array | None = None,
-    delta: float = 1.0,
-) -> None:
-    """A row after another."""
-    labels, _ = labels_or_rows(Y, work)
-    if not library.svm(z, labels, work["dz"], work["row"], work["loss"], gradient, weights, delta, False):
-        svm.numpy(z, Y, gradient, work, weights, delta)
-    elif gradient:
-        scale_gradient(work)
-
-
-@svm.cuda
-def cuda_svm(
-    grid: Grid, z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None, delta: float = 1.0
-) -> None:
-    """One launch; a label out of range makes NaN of the loss and of its row of the gradient."""
-    launch_over_rows(grid, "svm", z, (labels_or_rows(Y, work)[0], weights, float(delta)), gradient, work)
-
-
 @operation("work.dz", scratch=margin_scratch, numpy_scratch=lambda outputs: {"highest": ((-1,), np.int64)})
 def crammer_singer(
     z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None, delta: float = 1.0
@@ -377,30 +351,36 @@ def crammer_singer(
         scale_gradient(work)
 
 
-@crammer_singer.compiled
-def compiled_crammer_singer(
-    library: Any,
-    z: Array,
-    Y: Array,
-    gradient: bool,
-    work: Work,
-    weights: Array | None = None,
-    delta: float = 1.0,
-) -> None:
-    """A row after another."""
-    labels, _ = labels_or_rows(Y, work)
-    if not library.svm(z, labels, work["dz"], work["row"], work["loss"], gradient, weights, delta, True):
-        crammer_singer.numpy(z, Y, gradient, work, weights, delta)
-    elif gradient:
-        scale_gradient(work)
+def on_margins(loss: Operation[...], largest: bool) -> None:
+    """Declare the compiled and the CUDA form of a loss of all margins, or of the largest alone."""
+
+    @loss.compiled
+    def compiled(
+        library: Any,
+        z: Array,
+        Y: Array,
+        gradient: bool,
+        work: Work,
+        weights: Array | None = None,
+        delta: float = 1.0,
+    ) -> None:
+        """A row after another."""
+        labels, _ = labels_or_rows(Y, work)
+        if not library.svm(z, labels, work["dz"], work["row"], work["loss"], gradient, weights, delta, largest):
+            loss.numpy(z, Y, gradient, work, weights, delta)
+        elif gradient:
+            scale_gradient(work)
+
+    @loss.cuda
+    def cuda(
+        grid: Grid, z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None, delta: float = 1.0
+    ) -> None:
+        """One launch; a label out of range makes NaN of the loss and of its row of the gradient."""
+        launch_over_rows(grid, loss.name, z, (labels_or_rows(Y, work)[0], weights, float(delta)), gradient, work)
 
 
-@crammer_singer.cuda
-def cuda_crammer_singer(
-    grid: Grid, z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None, delta: float = 1.0
-) -> None:
-    """One launch; a label out of range makes NaN of the loss and of its row of the gradient."""
-    launch_over_rows(grid, "crammer_singer", z, (labels_or_rows(Y, work)[0], weights, float(delta)), gradient, work)
+on_margins(svm, largest=False)
+on_margins(crammer_singer, largest=True)
 
 
 def margins(z: Array, index: Array, delta: float, row: Array, out: Array) -> None:
