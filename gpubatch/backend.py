@@ -52,6 +52,10 @@ Shape: TypeAlias = tuple[int, ...]
 
 GENERATOR_THREADS = 1 << 15  # of a CuPy generator: each makes a part of the numbers from 64 bytes of state
 
+# What launchers call the place of a process among those that they started on the same machine: Open MPI, MPICH and
+# Intel MPI, Slurm, torchrun and others.
+LOCAL_RANKS = "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "LOCAL_RANK"
+
 INSTALL_CUPY = "pip install 'gpubatch[cuda13]' (CUDA 13) or 'gpubatch[cuda12]' (CUDA 12)."
 
 
@@ -404,6 +408,19 @@ class CudaBackend(Backend):
         """The major number of the device's compute capability: 9 is Hopper, 10 Blackwell."""
         return int(self.cupy.cuda.Device(self.index).compute_capability[:-1])
 
+    def nccl(self) -> Any:
+        """CuPy's NCCL, which sums over devices; raises BackendUnavailableError with the remedy if there is none."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # CuPy warns of a missing library, and the error below says more
+            found = self.library("cupy.cuda.nccl")
+        if not found.available:
+            raise BackendUnavailableError(
+                "GPUs cannot be connected: CuPy finds no NCCL.",
+                "libraries missing",
+                f"pip install nvidia-nccl-cu{self.cupy.cuda.runtime.runtimeGetVersion() // 1000}.",
+            )
+        return found
+
     def library(self, name: str) -> Any:
         """A Python module that works on CuPy's device; imported on first use, so that tests can replace it."""
         return importlib.import_module(name)
@@ -519,7 +536,8 @@ def get_backend(spec: str | Backend = "auto", fallback: str | None = None) -> Ba
     """The backend that ``spec`` names.
 
     spec: "cpu", "cuda", "cuda:1", or "auto": the value of ``GPUBATCH_BACKEND`` if that is set, else a CUDA device if
-        one can be used, else the CPU. A :class:`Backend` is returned as it is.
+        one can be used, else the CPU. A :class:`Backend` is returned as it is. "cuda" and "auto" take device 0, but of the
+        processes that a launcher such as ``mpiexec``, ``srun`` or ``torchrun`` starts on a machine each takes the next.
     fallback: "cpu" returns the CPU with one ``BackendFallbackWarning`` if CUDA cannot be used; None, the default,
         takes the value of ``GPUBATCH_FALLBACK``, and without that raises.
 
@@ -557,7 +575,7 @@ def available_backends() -> tuple[str, ...]:
 
 def _auto() -> Backend:
     try:
-        return _cuda(0, "a CUDA device can be used")
+        return _cuda(None, "a CUDA device can be used")
     except BackendUnavailableError as error:
         return CpuBackend(f"CUDA cannot be used: {error.cause}")
 
@@ -569,7 +587,7 @@ def _named(spec: Any, fallback: str | None, argument: str, reason: str) -> Backe
     if match is None:
         raise ArgumentError(f"{argument} must be 'auto', 'cpu', 'cuda', 'cuda:N' or a Backend, got {spec!r}")
     try:
-        return _cuda(int(match[1] or 0), reason)
+        return _cuda(int(match[1]) if match[1] else None, reason)
     except BackendUnavailableError as error:
         if fallback is None:
             raise
@@ -578,9 +596,11 @@ def _named(spec: Any, fallback: str | None, argument: str, reason: str) -> Backe
         return CpuBackend(f"fallback from {spec!r}: {error.cause}")
 
 
-def _cuda(index: int, reason: str) -> Backend:
+def _cuda(index: int | None, reason: str) -> Backend:
     cupy = load_cupy()
     count = cupy.cuda.runtime.getDeviceCount()
+    if index is None:
+        index = local_rank() % count
     if index >= count:
         raise BackendUnavailableError(
             f"'cuda:{index}' cannot be used: no device of that number, this machine has {count}.",
@@ -588,6 +608,12 @@ def _cuda(index: int, reason: str) -> Backend:
             f"use 'cuda:0' to 'cuda:{count - 1}', or look at CUDA_VISIBLE_DEVICES.",
         )
     return CudaBackend(cupy, index, reason)
+
+
+def local_rank() -> int:
+    """The place of this process among those that a launcher started on the same machine; 0 without a launcher."""
+    found = (os.environ.get(name, "") for name in LOCAL_RANKS)
+    return next((int(place) for place in found if place.isdecimal()), 0)
 
 
 def load_cupy() -> Any:

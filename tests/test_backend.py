@@ -54,7 +54,7 @@ def fake_cupy(driver: int = 13000, needed: int = 13000, devices: Any = 1, produc
 
 @pytest.fixture(autouse=True)
 def fresh_probe(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("GPUBATCH_BACKEND", "GPUBATCH_FALLBACK"):
+    for name in ("GPUBATCH_BACKEND", "GPUBATCH_FALLBACK", *module.LOCAL_RANKS):
         monkeypatch.delenv(name, raising=False)
     yield
     module._probe_cupy.cache_clear()
@@ -132,6 +132,35 @@ def test_a_usable_device_is_chosen_by_auto(monkeypatch: pytest.MonkeyPatch) -> N
     assert gb.get_backend("cuda:1").device == "cuda:1 (Fake GPU)"
     with pytest.raises(gb.BackendUnavailableError, match="no device of that number, this machine has 2"):
         gb.get_backend("cuda:2")
+
+
+@pytest.mark.parametrize("variable", module.LOCAL_RANKS)
+def test_each_process_of_a_launcher_chooses_a_device_of_its_own(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, fake_cupy(devices=2))
+    found = []
+    for place in ("0", "1", "2", ""):
+        monkeypatch.setenv(variable, place)
+        assert gb.get_backend("auto") == gb.get_backend("cuda")
+        assert gb.get_backend("cuda:1").spec == "cuda:1"
+        found.append(gb.get_backend("cuda").spec)
+    assert found == ["cuda:0", "cuda:1", "cuda:0", "cuda:0"]
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_nccl_that_is_missing_says_what_to_install(available: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Any:
+        warnings.warn("nccl library could not be loaded", stacklevel=1)
+        return types.SimpleNamespace(available=available, name=name)
+
+    install(monkeypatch, fake_cupy())
+    device = gb.get_backend("cuda")
+    assert isinstance(device, module.CudaBackend)
+    monkeypatch.setattr(device, "library", load)
+    if available:
+        assert device.nccl().name == "cupy.cuda.nccl"
+        return
+    with pytest.raises(gb.BackendUnavailableError, match=r"pip install nvidia-nccl-cu1\d"):
+        device.nccl()
 
 
 def test_where_warnings_are_errors_one_of_cuda_s_loader_hides_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
