@@ -536,8 +536,8 @@ def get_backend(spec: str | Backend = "auto", fallback: str | None = None) -> Ba
     """The backend that ``spec`` names.
 
     spec: "cpu", "cuda", "cuda:1", or "auto": the value of ``GPUBATCH_BACKEND`` if that is set, else a CUDA device if
-        one can be used, else the CPU. A :class:`Backend` is returned as it is. "cuda" and "auto" take device 0, but of the
-        processes that a launcher such as ``mpiexec``, ``srun`` or ``torchrun`` starts on a machine each takes the next.
+        one can be used, else the CPU. A :class:`Backend` is returned as it is. "cuda" and "auto" take device 0; of
+        the processes that ``mpiexec``, ``srun`` or ``torchrun`` starts on a machine, each takes the next one.
     fallback: "cpu" returns the CPU with one ``BackendFallbackWarning`` if CUDA cannot be used; None, the default,
         takes the value of ``GPUBATCH_FALLBACK``, and without that raises.
 

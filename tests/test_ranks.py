@@ -9,6 +9,8 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -18,8 +20,10 @@ from many_ranks import mpi, on_threads
 from needs import missing
 
 import gpubatch as gb
+from gpubatch.backend import CudaBackend
 from gpubatch.parallel import engines, ranks as module
 from gpubatch.parallel.engines import launched
+from gpubatch.parallel.nccl import Nccl
 
 
 def values(rank: int, size: int, dtype: str) -> np.ndarray:
@@ -54,7 +58,8 @@ def test_a_sum_is_the_tree_of_neighbours(ranks: int, size: int, dtype: str, smal
     def sums(r: gb.Ranks) -> np.ndarray:
         flat = values(r.rank, size, dtype)
         assert r.sum_(flat) is flat
-        assert r._pieces.nbytes <= r.sum_bytes(size, dtype) <= r._pieces.nbytes + 8 * ranks
+        if (used := r._pieces.get("cpu")) is not None:
+            assert used.nbytes <= r.sum_bytes(size, dtype) <= used.nbytes + 18 * flat.itemsize * ranks
         return flat
 
     with pytest.MonkeyPatch.context() as patch:
@@ -97,16 +102,6 @@ def test_what_cannot_be_summed_or_shared() -> None:
         ranks.most([1.0, float("nan")])
     with pytest.raises(gb.errors.DTypeError, match="value must be what JSON can hold"):
         on_threads(2, lambda r: r.share({1, 2}))
-
-
-@pytest.mark.gpu
-def test_nothing_sums_arrays_of_a_gpu_yet() -> None:
-    if "cuda:0" not in gb.available_backends():
-        missing("gpu", "no CUDA device can be used here")
-    x = gb.get_backend("cuda:0").zeros(3, "float32")
-    assert gb.Ranks().sum_(x) is x
-    with pytest.raises(gb.errors.DTypeError, match="nothing sums arrays on cuda:0 over ranks yet"):
-        on_threads(2, lambda r: r.sum_(gb.get_backend("cuda:0").zeros(3, "float32")))
 
 
 def test_a_rank_that_ends_ends_all(capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,6 +176,124 @@ def test_sums_by_mpi(size: int) -> None:
     done = mpi(size, SUMS, size)
     assert sorted(done.stdout.splitlines()) == [f"rank {rank} done" for rank in range(size)]
 
+
+# --- on GPUs ----------------------------------------------------------------------------------------------------------
+
+
+def raising(error: Exception) -> Callable[[], NoReturn]:
+    def do() -> NoReturn:
+        raise error
+
+    return do
+
+
+def gpus(count: int) -> list[CudaBackend]:
+    """So many devices; the test is skipped where there are fewer."""
+    if f"cuda:{count - 1}" not in gb.available_backends():
+        missing("gpu", f"{count} CUDA devices are needed here")
+    found = [gb.get_backend(f"cuda:{index}") for index in range(count)]
+    return [device for device in found if isinstance(device, CudaBackend)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("small", [0, 1 << 15])
+def test_sums_on_gpus_are_the_tree_too_and_can_be_captured(
+    size: int, dtype: str, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = gpus(size)
+    monkeypatch.setattr(module, "SMALL", small)
+
+    def sums(r: gb.Ranks) -> None:
+        device = devices[r.rank]
+        with device.own_stream():
+            for count in (64 * size, 1003, 3):
+                terms = [values(rank, count, dtype) for rank in range(size)]
+                flat = device.asarray(terms[r.rank])
+                assert r.sum_(flat) is flat
+                assert digest(device.to_numpy(flat)) == digest(tree(terms))
+                graph = device.capture(lambda flat=flat: r.sum_(flat))
+                for _ in range(2):
+                    flat.set(terms[r.rank])
+                    graph.launch()
+                    assert digest(device.to_numpy(flat)) == digest(tree(terms))
+            if size > 1:
+                assert r.owned(device)[1].nbytes <= r.sum_bytes(64 * size, dtype) + r.sum_bytes(1003, dtype)
+
+    on_threads(size, sums)
+
+
+@pytest.mark.gpu
+def test_a_sum_that_needs_more_memory_is_not_captured() -> None:
+    devices = gpus(2)
+
+    def sums(r: gb.Ranks) -> None:
+        device = devices[r.rank]
+        with device.own_stream():
+            r.sum_(device.zeros(100, "float32"))
+            large = device.zeros(100_000, "float32")
+            with pytest.raises(gb.errors.CaptureError, match="bytes of memory were asked for during a capture"):
+                device.capture(lambda: r.sum_(large))
+
+    on_threads(2, sums)
+
+
+@pytest.mark.gpu
+def test_the_sum_of_nccl_itself() -> None:
+    devices = gpus(2)
+    terms = [values(rank, 1000, "float64") for rank in range(2)]
+    for found in on_threads(2, lambda r: r.sum_(devices[r.rank].asarray(terms[r.rank])).get(), exact=False):
+        np.testing.assert_allclose(found, sum(terms), rtol=1e-12)
+
+
+@pytest.mark.gpu
+def test_two_ranks_on_one_gpu_are_refused() -> None:
+    device = gpus(1)[0]
+
+    def refused(r: gb.Ranks) -> None:
+        with pytest.raises(gb.errors.ArgumentError, match=r"ranks 0 and 1 have the same GPU .*: start as many ranks"):
+            r.sum_(device.zeros(3, "float32"))
+
+    on_threads(2, refused)
+
+
+@pytest.mark.gpu
+def test_ranks_without_nccl_say_so_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = gpus(1)[0]
+    lacking = gb.BackendUnavailableError("GPUs cannot be connected: CuPy finds no NCCL.", "libraries missing", "pip.")
+    own = type(device)(device.cupy, device.index, "")
+    monkeypatch.setattr(own, "nccl", raising(lacking), raising=False)
+
+    def refused(r: gb.Ranks) -> None:
+        with pytest.raises(gb.BackendUnavailableError, match=("On rank 1: " if r.rank == 0 else "") + "GPUs cannot be"):
+            Nccl(r._engine, own if r.rank == 1 else device)  # type: ignore[arg-type]
+
+    on_threads(2, refused)
+
+
+ON_GPUS = """
+import gpubatch as gb
+from test_ranks import digest, tree, values
+ranks = gb.Ranks()
+device = gb.get_backend("cuda")
+assert device.spec == gb.get_backend("auto").spec == f"cuda:{ranks.local}", device.spec
+for size in (3, 1003, 100_003):
+    terms = [values(rank, size, "float32") for rank in range(ranks.size)]
+    assert digest(ranks.sum_(device.asarray(terms[ranks.rank])).get()) == digest(tree(terms)), size
+print("rank", ranks.rank, "done")
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("size", [2, 4])
+def test_each_process_sums_on_a_gpu_of_its_own(size: int) -> None:
+    gpus(size)
+    assert sorted(mpi(size, ON_GPUS).stdout.splitlines()) == [f"rank {rank} done" for rank in range(size)]
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
 
 FAILS = """
 import sys

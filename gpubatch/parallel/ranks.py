@@ -11,12 +11,14 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from gpubatch.backend import Array, backend_of
+from gpubatch.backend import Array, Backend, CudaBackend, backend_of
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_bool
-from gpubatch.parallel.engines import Numbers, Threads, connected, threads
+from gpubatch.parallel.engines import Threads, connected, threads
+from gpubatch.parallel.nccl import Nccl
 
 __all__ = ["Ranks"]
 
+ALIGNED = 16  # elements at which large arrays are cut
 SMALL = 1 << 15  # bytes up to which everything is sent to everybody, in one message instead of two
 
 
@@ -46,7 +48,8 @@ class Ranks:
         self.exact = check_bool("exact", exact)
         self._engine = engine = comm if isinstance(comm, Threads) else connected(comm)
         self.rank, self.size, self.local = (engine.rank, engine.size, engine.local) if engine else (0, 1, 0)
-        self._pieces = np.empty(0, np.uint8)
+        self._pieces = dict[str, Array]()  # that sums work in, by the device
+        self._nccl = dict[str, Nccl]()
         if self.size > 1 and not isinstance(engine, Threads):
             self._end_all_on_error()
 
@@ -61,7 +64,9 @@ class Ranks:
     def sum_(self, flat: Array) -> Array:
         """Sum an array over the ranks, in place, and return it: the same bits on all of them.
 
-        Element by element it is a binary tree of neighbours, ((0 + 1) + (2 + 3)) + ..., whatever the MPI library.
+        Element by element it is a binary tree of neighbours, ((0 + 1) + (2 + 3)) + ..., whatever the MPI library. CuPy
+        arrays are summed by NCCL, which needs a GPU for each rank; the first sum connects them. It is work of the
+        current stream, and can be captured after a sum of an array that is no smaller.
 
         flat: contiguous, one-dimensional, float32 or float64, of the same size on all ranks.
         """
@@ -72,19 +77,19 @@ class Ranks:
             raise ShapeError(f"flat must be contiguous and one-dimensional, got shape {flat.shape}")
         if self._engine is None or self.size == 1:
             return flat
-        if backend.name != "cpu":
-            raise DTypeError(f"flat must be a NumPy array: nothing sums arrays on {backend.spec} over ranks yet")
-        if not self.exact:
-            self._engine.sum_(flat)
-        elif flat.nbytes * self.size <= SMALL:
-            rows = self._scratch(flat.dtype, flat.size)
-            self._engine.gather(flat, rows.reshape(-1), [flat.size * rank for rank in range(self.size + 1)])
-            flat[...] = _tree(rows)
-        else:
-            cuts = [flat.size * rank // self.size for rank in range(self.size + 1)]
-            rows = self._scratch(flat.dtype, cuts[self.rank + 1] - cuts[self.rank])
-            self._engine.scatter(flat, cuts, rows)
-            self._engine.gather(_tree(rows), flat, cuts)
+        with backend.scope():
+            by = self._nccl_on(backend) if isinstance(backend, CudaBackend) else self._engine
+            if not self.exact:
+                by.sum_(flat)
+            elif flat.nbytes * self.size <= SMALL:
+                rows = self._scratch(backend, flat.dtype, flat.size)
+                by.gather(flat, rows.reshape(-1), [flat.size * rank for rank in range(self.size + 1)])
+                flat[...] = _tree(rows)
+            else:
+                cuts = [flat.size * rank // self.size // ALIGNED * ALIGNED for rank in range(self.size)] + [flat.size]
+                rows = self._scratch(backend, flat.dtype, cuts[self.rank + 1] - cuts[self.rank])
+                by.scatter(flat, cuts, rows)
+                by.gather(_tree(rows), flat, cuts)
         return flat
 
     def sum_bytes(self, size: int, dtype: Any) -> int:
@@ -92,7 +97,7 @@ class Ranks:
         if self.size == 1 or not self.exact:
             return 0
         row = int(np.dtype(dtype).itemsize) * self.size
-        return row * (size if row * size <= SMALL else -(-size // self.size))
+        return row * (size if row * size <= SMALL else -(-size // self.size) + ALIGNED)
 
     def most(self, values: Sequence[float]) -> list[float]:
         """The largest over the ranks of each of a few numbers, on all ranks; the least are the negatives of these."""
@@ -128,12 +133,24 @@ class Ranks:
             self._engine.abort(why)
         raise SystemExit(1)
 
-    def _scratch(self, dtype: np.dtype[Any], size: int) -> Numbers:
+    def owned(self, backend: Backend) -> Any:
+        """The objects that a graph with sums on this device works with: keep them as long as the graph."""
+        return self._nccl.get(backend.spec), self._pieces.get(backend.spec)
+
+    def _nccl_on(self, backend: CudaBackend) -> Nccl:
+        """The connection of the ranks' devices, made on first use, on all of them at once."""
+        assert self._engine is not None
+        if backend.spec not in self._nccl:
+            self._nccl[backend.spec] = Nccl(self._engine, backend)
+        return self._nccl[backend.spec]
+
+    def _scratch(self, backend: Backend, dtype: np.dtype[Any], size: int) -> Array:
         """An array of a row of ``size`` for each rank; valid until the next call."""
         needed = self.size * size * dtype.itemsize
-        if self._pieces.size < needed:
-            self._pieces = np.empty(needed, np.uint8)
-        return self._pieces[:needed].view(dtype).reshape(self.size, size)
+        pieces = self._pieces.get(backend.spec)
+        if pieces is None or pieces.size < needed:
+            pieces = self._pieces[backend.spec] = backend.empty(needed, np.uint8)
+        return pieces[:needed].view(dtype).reshape(self.size, size)
 
     def _end_all_on_error(self) -> None:
         """Make an exception that ends this process end the other ranks too, which would wait for it."""
@@ -155,11 +172,10 @@ class _Hook:
         self._ranks.abort(error)
 
 
-def _tree(rows: Numbers) -> Numbers:
+def _tree(rows: Array) -> Array:
     """The sum of the rows, as a binary tree of neighbours; it lies in the first of them."""
     for level in range((len(rows) - 1).bit_length()):
         step = 1 << level
         for left in range(0, len(rows) - step, 2 * step):
             rows[left] += rows[left + step]
-    first: Numbers = rows[0]
-    return first
+    return rows[0]
