@@ -94,11 +94,13 @@ class Serving(http.server.SimpleHTTPRequestHandler):
     """Files of a folder, by parts; the standard library's own serves them whole."""
 
     parts = True
+    asked: ClassVar[list[str | None]] = []  # of all requests, the parts that they are for
 
     def log_message(self, *_: Any) -> None: ...
 
     def do_GET(self) -> None:
         wanted = self.headers.get("Range")
+        self.asked.append(wanted)
         path = Path(self.translate_path(self.path))
         if wanted is None or not self.parts or not path.is_file():
             http.server.SimpleHTTPRequestHandler.do_GET(self)
@@ -116,6 +118,7 @@ class Serving(http.server.SimpleHTTPRequestHandler):
 @contextlib.contextmanager
 def served(folder: Path, parts: bool = True) -> Iterator[str]:
     handler = type("Handler", (Serving,), {"parts": parts})
+    Serving.asked.clear()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: handler(*a, directory=str(folder))) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
@@ -435,6 +438,17 @@ def test_a_server_that_serves_no_parts_is_read_from_a_copy_only(tmp_path: Path) 
         assert batches(sources.npy(file)) == batches(X)
         with pytest.raises(FileNotFoundError, match=r"/nothing: no such file"):
             sources.npy(f"{url}/nothing?secret=hunter2")
+
+
+def test_a_web_server_is_never_asked_for_a_whole_file(tmp_path: Path) -> None:
+    """fsspec asks for one to know whether it is a folder; a query is no pattern."""
+    optional_http()
+    npy(tmp_path / "x.npy")
+    with served(tmp_path) as url:
+        for given in (f"{url}/x.npy", f"{url}/x.npy?sig=1", [f"{url}/x.npy"]):
+            assert batches(sources.files(given, "npy")) == batches(X)
+        assert Serving.asked
+        assert None not in Serving.asked
 
 
 @drawn(4, 400, seed=st.integers(0, 2**32), cached=st.booleans(), format_=st.sampled_from(["npy", "parquet", "arrow"]))

@@ -121,10 +121,14 @@ class RemoteFile:
         """The files that the URL names as a pattern, or those in the folder that it names; else itself."""
         system, path = self._there()
 
+        # fsspec reads a whole file of a web server to look for links in it; there "?" begins a query.
+        web = "http" in system.protocol
+        is_folder: Callable[[str], bool] = (lambda name: name.endswith("/")) if web else system.isdir
+
         def look() -> list[str] | None:
-            if any(mark in path for mark in "*?["):
-                return [name for name in system.glob(path) if not system.isdir(name)]
-            return list(system.find(path)) if system.isdir(path) else None
+            if any(mark in path for mark in ("*[" if web else "*?[")):
+                return [name for name in system.glob(path) if not is_folder(name)]
+            return list(system.find(path)) if is_folder(path) else None
 
         found = self._tried("looked up", look)
         if found is None:
