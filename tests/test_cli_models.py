@@ -111,6 +111,24 @@ def trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_a_folder_of_tables(trees: Path) -> None:
+    """It is one table in every command, as a pattern is; two files are those to train and to test on."""
+    head, *rows = (trees / "trees.csv").read_text().splitlines()
+    (trees / "parts").mkdir()
+    for number, start in enumerate(range(0, 1000, 300)):
+        (trees / "parts" / f"{number}.csv").write_text("\n".join([head, *rows[start : start + 300]]) + "\n")
+    options = ["--layers", "8", "--epochs", "2", "--save", "m.safetensors", "--json", "--no-progress"]
+    whole, folder, pattern = (
+        json.loads(run("train", data, "--label", "species", *options).stdout)["test_loss"]
+        for data in ("trees.csv", "parts", "parts/*.csv")
+    )
+    assert whole == folder == pattern
+    assert len(run("predict", "m.safetensors", "parts").stdout.splitlines()) == 1001
+    assert json.loads(run("test", "m.safetensors", "parts/*.csv", "--json").stdout)["samples"] == 1000
+    done = run("train", *(f"parts/{number}.csv" for number in range(3)), "--label", "species", code=2)
+    assert "several files are one table as a folder, or as a pattern in quotes, such as 'parts/*'" in done.stderr
+
+
 def test_a_table_in_two_commands(trees: Path) -> None:
     """gpubatch train, gpubatch test: with confusion matrix, probabilities and what Python's model gives."""
     options = ["--layers", "32", "--epochs", "10", "--save", "trees.safetensors", "--json", "--no-progress"]

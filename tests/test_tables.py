@@ -564,6 +564,105 @@ def test_a_streamed_file_is_trained_on(tmp_path: Any, monkeypatch: pytest.Monkey
     assert (model.predict(test) == test.labels).mean() > 0.9
 
 
+# --- several files --------------------------------------------------------------------------------------------------
+
+
+def folder_of(table: Any, kind: str, folder: Any, rows: int = 130) -> Any:
+    """A table in four files, whose columns stand in another order in each second one."""
+    folder.mkdir()
+    for number, start in enumerate(range(0, MANY, rows)):
+        part = table.slice(start, rows)
+        names = part.column_names[:: -1 if number % 2 else 1]
+        written(kind, part.select(names), folder / f"part-{number + 8}.{kind.partition(' ')[0]}")  # 8, 9, 10, 11
+    return folder
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["csv", "parquet", *(pytest.param(f"arrow {x}", marks=pytest.mark.exhaustive) for x in ("file", "stream"))],
+)
+@pytest.mark.parametrize("stream", [True, False])
+def test_several_files_are_one_table(kind: str, stream: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``n`` is of whole numbers in the first file, and of fractions in the others."""
+    monkeypatch.setattr("gpubatch.tables.files.PIECE", 1000)
+    monkeypatch.setattr("gpubatch.tables.several.OPEN", 2)
+    folder = folder_of(large_table(), kind, tmp_path / "folder")
+    expected = gb.read_table(large_table(), label="y")
+    pattern, paths = folder / "part-*", sorted(folder.iterdir(), key=lambda path: int(path.stem.partition("-")[2]))
+    for given in (folder, str(pattern), paths):
+        table = gb.read_table(given, label="y", stream=stream)
+        assert (len(table), table.classes) == (MANY, expected.classes)
+        for found, wanted in zip(all_samples(table), all_samples(expected), strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    rows = np.random.default_rng(0).permutation(MANY)[:99]
+    assert np.array_equal(table.as_source().read(rows)[1], expected.as_samples()[1][rows])
+    if (kind, stream) == ("csv", True):
+        train, test = table.split(0.2)
+        net, loader = trained(train, test=test)
+        assert gb.Model(net, loader).evaluate(str(pattern))[1] > 0.5
+
+
+def test_a_shuffled_epoch_of_several_files_decodes_each_group_once(tmp_path: Any) -> None:
+    table = gb.read_table(folder_of(large_table(), "parquet", tmp_path / "folder"), label="y", stream=True)
+    loader = gb.Loader(table, batch_size=16, window=100, backend="cpu")
+    seen, rows = [], table._rows
+    original = rows.block
+
+    def block(number: int, names: Any) -> Any:
+        seen.append(number)
+        return original(number, names)
+
+    rows.block = block  # type: ignore[method-assign]
+    for _ in range(2):
+        seen.clear()
+        assert sum(len(x) for x, _ in loader) == MANY
+        assert len(seen) == len({*seen}) >= len(rows.sizes) - 1  # that which was decoded last is there
+
+
+def files_in(folder: Any, *texts: str) -> Any:
+    folder.mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"{number}.csv").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_column_that_is_text_in_some_csv_files_is_text_in_all(stream: bool, tmp_path: Any) -> None:
+    """Codes with zeros before them stay as they are written; an empty file is left out."""
+    folder = files_in(tmp_path / "a", "c,y\n", "c,y\n01,0\n02,1\n01,1\n", "y,c\n1,x\n0,01\n")
+    table = gb.read_table(folder, label="y", stream=stream)
+    assert table.recipe.columns[0].values == ("01", "02", "x")
+    X, Y = all_samples(table)
+    assert X.tolist() == [[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1], [1, 0, 0]]
+    assert Y.tolist() == [0, 1, 1, 1, 0]
+
+
+SEVERAL = {
+    "a column less": ("x,y\n1,0\n2,1\n", "y\n1\n", r"1\.csv: expected the column 'x', as in .*0\.csv, found none"),
+    "a column more": ("x,y\n1,0\n", "x,y,z\n1,0,2\n", r"1\.csv: expected the columns of .*0\.csv, found 'z', too"),
+    "infinity": ("x,y\n1,0\n2,1\n", "x,y\n1,0\ninf,0\n", r"1\.csv: column 'x' must .* got inf in row 1"),
+    "no label": ("x,y\n1,0\n2,1\n", "x,y\n1,0\n3,\n", r"1\.csv: the label 'y' is missing in row 1"),
+}
+
+
+@pytest.mark.parametrize("case", SEVERAL)
+@pytest.mark.parametrize("stream", [True, False])
+def test_files_that_differ_are_refused_by_name(case: str, stream: bool, tmp_path: Any) -> None:
+    first, second, match = SEVERAL[case]
+    with pytest.raises((gb.DataFormatError, gb.NonFiniteError), match=match):
+        all_samples(gb.read_table(files_in(tmp_path / "a", first, second), label="y", stream=stream))
+
+
+def test_types_that_no_column_holds_are_refused(tmp_path: Any) -> None:
+    pa.parquet.write_table(pa.table({"x": [1, 2], "y": [0, 1]}), tmp_path / "a.parquet")
+    pa.parquet.write_table(pa.table({"x": ["1", "2"], "y": [0, 1]}), tmp_path / "b.parquet")
+    with pytest.raises(gb.DataFormatError, match=r"b\.parquet: expected column 'x' of type int64.* found string"):
+        gb.read_table(tmp_path, label="y")
+    coded = pa.array(["p", "q"]).dictionary_encode()
+    pa.parquet.write_table(pa.table({"x": coded, "y": [0, 1]}), tmp_path / "a.parquet")
+    assert gb.read_table(tmp_path, label="y").recipe.columns[0].values == ("1", "2", "p", "q")
+
+
 MEMORY = """
 import re, sys
 import gpubatch as gb

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
+import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,6 +41,8 @@ __all__ = [
 MOST_LISTED = 12  # names in a message
 STEPS = 32  # in an epoch of a small set, at least, where batches have no fewer than 8 samples
 TASKS = ("auto", *LOSSES_OF)
+CIFAR = ("data_batch", "cifar-10")  # how its files and folders begin
+TABLES = (".csv", ".parquet", ".arrow", ".tsv", ".txt", ".pq", ".arrows", ".feather", ".ipc")
 PARTS = {"X": ("x", "x_train"), "Y": ("y", "y_train"), "X_test": ("x_test",), "Y_test": ("y_test",)}  # of an .npz file
 
 
@@ -115,9 +119,9 @@ class DataOptions:
         list[str] | None,
         typer.Argument(
             metavar="DATA...",
-            help="A table (CSV, Parquet, Arrow; a path or a URL), or two: to train and to test on; arrays X.npy Y.npy, "
-            "or an .npz file with X and Y; a folder with MNIST or a set like it, or CIFAR-10 (binary). By default the "
-            "bundled digits.",
+            help="A table (CSV, Parquet, Arrow; a file, a folder of them, a pattern in quotes, or a URL), or two: to "
+            "train and to test on; arrays X.npy Y.npy, or an .npz file with X and Y; a folder with MNIST or a set like "
+            "it, or CIFAR-10 (binary). By default the bundled digits.",
         ),
     ] = None
     label: Annotated[str | None, typer.Option(help="Of a table: the column to learn.")] = None
@@ -173,7 +177,11 @@ class DataOptions:
 
     def _tables(self, data: Sequence[str]) -> Samples:
         if len(data) > 2:
-            raise ArgumentError(f"DATA must be one table, or two: to train and to test on, got {len(data)}")
+            pattern = os.path.join(os.path.dirname(data[0]), "*")
+            raise ArgumentError(
+                f"DATA must be one table, or two: to train and to test on, got {len(data)}; several files are one "
+                f"table as a folder, or as a pattern in quotes, such as {pattern!r}"
+            )
         for name in data:
             check_there(name)
         whole = read_table(
@@ -204,7 +212,7 @@ def listed(names: Sequence[str]) -> str:
 
 def check_there(name: str) -> None:
     """Raise unless there is such a file or folder."""
-    if "://" not in name and not Path(name).exists():
+    if "://" not in name and not Path(name).exists() and not glob.glob(name, recursive=True):
         raise ArgumentError(f"DATA must be files or a folder that are there, got {name!r}")
 
 
@@ -219,10 +227,11 @@ class Arrays:
 
 
 def is_images(path: Path) -> bool:
-    """Whether it is a folder, or names one of several sets in a folder."""
-    return path.is_dir() or (
-        not path.exists() and path.parent.is_dir() and path.name in datasets.mnist_sets(path.parent)
-    )
+    """Whether it is a folder without tables, or names one of several sets in a folder."""
+    if path.is_dir():
+        names = [each.name for each in path.iterdir()]
+        return any(map(is_of_images, names)) or not any(each.suffix.lower() in TABLES for each in path.rglob("*"))
+    return not path.exists() and path.parent.is_dir() and path.name in datasets.mnist_sets(path.parent)
 
 
 def images(paths: Sequence[Path], seed: int) -> tuple[str, datasets.Samples, datasets.Samples]:
@@ -237,11 +246,17 @@ def images(paths: Sequence[Path], seed: int) -> tuple[str, datasets.Samples, dat
     names = {path.name for path in folder.iterdir()}
     if any("idx" in name for name in names):
         return (f"{next(iter(datasets.mnist_sets(folder)), '') or 'MNIST'} in {folder}", *datasets.mnist(folder))
-    if any(name.startswith(("data_batch", "cifar-10")) for name in names):
+    if any(name.startswith(CIFAR) for name in names):
         return (f"CIFAR-10 in {folder}", *datasets.cifar10(folder))
     raise ArgumentError(
-        f"DATA has neither MNIST (train-images-idx3-ubyte ...) nor CIFAR-10 (data_batch_1.bin ...): {folder}"
+        "DATA has neither MNIST (train-images-idx3-ubyte ...) nor CIFAR-10 (data_batch_1.bin ...) nor tables "
+        f"({', '.join(TABLES[:3])} ...): {folder}"
     )
+
+
+def is_of_images(name: str) -> bool:
+    """Whether a file is one of MNIST's or CIFAR-10's by its name."""
+    return "idx" in name or name.startswith(CIFAR)
 
 
 def arrays_of(paths: Sequence[Path]) -> tuple[str, Arrays]:

@@ -21,7 +21,7 @@ from gpubatch.sources.arrays import (
 )
 from gpubatch.sources.given import as_source, is_read
 from gpubatch.sources.opener import BytesByPlace, LocalFile, Opener, Reopened, opener_of
-from gpubatch.sources.parts import files
+from gpubatch.sources.parts import files, openers_of, words_of
 from gpubatch.sources.reader import Part, Reader, Source
 from gpubatch.sources.remote import RemoteFile, remote
 from gpubatch.sources.rows import cifar10, idx, naming_the_file, npy, raw
@@ -58,8 +58,10 @@ __all__ = [
     "npy",
     "opened_arrow",
     "opener_of",
+    "openers_of",
     "parquet",
     "raw",
     "remote",
     "turned",
+    "words_of",
 ]

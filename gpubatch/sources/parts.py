@@ -23,7 +23,7 @@ from gpubatch.sources.remote import RemoteFile, is_url, shown
 from gpubatch.sources.rows import idx, npy, raw
 from gpubatch.sources.tables import arrow, hdf5, parquet
 
-__all__ = ["files", "names_files"]
+__all__ = ["files", "names_files", "openers_of", "words_of"]
 
 OPEN = 32  # files that are open at a time: a system allows a process 1,024 or less
 FORMATS: dict[str, Callable[..., Any]] = {
@@ -67,15 +67,15 @@ def files(where: Path | Opener | Sequence[Path | Opener], format: str | None = N
 
     Raises ``FileNotFoundError`` where nothing is found, and ``DataFormatError`` where files differ, which names both.
     """
-    openers = list(_openers(where))
+    openers = list(openers_of(where))
     formats = Counter(_format_of(opener.path) if format is None else format for opener in openers)
     if len(formats) > 1:
         found = ", ".join(f"{count} of {name}" for name, count in formats.items())
-        raise DataFormatError(f"{_words(where)}: expected files of one format, found {found}")
+        raise DataFormatError(f"{words_of(where)}: expected files of one format, found {found}")
     name = check_choice("format", next(iter(formats)), list(FORMATS))
     opened, columns = _opened(openers, name, options)
     parts = [part for part in opened if len(part)]
-    return Parts(_words(where), parts or opened[:1], f"{name} {sorted((columns | options).items())}")
+    return Parts(words_of(where), parts or opened[:1], f"{name} {sorted((columns | options).items())}")
 
 
 def names_files(x: Any) -> bool:
@@ -90,21 +90,21 @@ def names_files(x: Any) -> bool:
 # --- which files --------------------------------------------------------------------------------------------------
 
 
-def _words(where: Any) -> str:
+def words_of(where: Any) -> str:
     """What was given, for messages."""
     if isinstance(where, (str, os.PathLike)):
         return shown(os.fspath(where)) if is_url(where) else os.fspath(where)
     if not isinstance(where, (list, tuple)):
         return str(where.path)
-    return _words(where[0]) + (f" and {len(where) - 1} more" if len(where) > 1 else "")
+    return words_of(where[0]) + (f" and {len(where) - 1} more" if len(where) > 1 else "")
 
 
-def _openers(where: Any) -> Iterator[Opener]:
+def openers_of(where: Any) -> Iterator[Opener]:
     """What opens each of the files."""
     if isinstance(where, (list, tuple)):
         if not where:
             raise ArgumentError("where must name at least one file, got an empty list")
-        found = [opener for given in where for opener in _openers(given)]
+        found = [opener for given in where for opener in openers_of(given)]
         paths = Counter(opener.path for opener in found)
         if twice := [path for path, count in paths.items() if count > 1]:
             raise ArgumentError(f"where must name each file once, got {twice[0]} {paths[twice[0]]} times")
@@ -114,8 +114,8 @@ def _openers(where: Any) -> Iterator[Opener]:
     elif is_url(where):
         there = {file.path: file for file in RemoteFile(os.fspath(where)).matching()}
         if not there:
-            raise FileNotFoundError(f"no file is at {_words(where)!r}")
-        yield from map(there.__getitem__, _of_one_suffix(_words(where), list(there)))
+            raise FileNotFoundError(f"no file is at {words_of(where)!r}")
+        yield from map(there.__getitem__, _of_one_suffix(words_of(where), list(there)))
     elif os.path.isdir(where):
         yield from map(opener_of, _of_one_suffix(where, _files_in(os.fspath(where))))
     elif not os.path.exists(where) and glob.has_magic(os.fspath(where)):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,13 +20,12 @@ from gpubatch.sources import (
     Reopened,
     naming_the_file,
     opened_arrow,
-    opener_of,
 )
 from gpubatch.tables.columns import DATE, family, label_texts, need
 from gpubatch.tables.recipe import LONGEST
-from gpubatch.tables.rows import Held, Rows, different, of_frame
+from gpubatch.tables.rows import Held, Rows, different
 
-__all__ = ["opened"]
+__all__ = ["Looked", "looked_at", "streams"]
 
 ARROW_FILE, ARROW_STREAM, PARQUET = b"ARROW1", b"\xff\xff\xff\xff", b"PAR1"
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
@@ -39,46 +37,55 @@ ROW = 16  # bytes that a row takes at least while its group is prepared
 SHARE = 4  # a file of more than this part of the available memory is not held
 
 
-def opened(
-    source: Any,
+class Looked(NamedTuple):
+    """A file that was looked at, and is open.
+
+    size: about how many bytes it takes in memory
+    rows: gives its rows, streamed or held
+    close: closes it until its rows are asked for
+    """
+
+    size: int
+    rows: Callable[[bool], Rows]
+    close: Callable[[], None] = lambda: None
+
+
+def looked_at(
+    file: Opener,
     texts: Collection[str] = (),
     missing: Collection[str] = (),
     delimiter: str | None = None,
     label: str | None = None,
     stream: bool | None = None,
-) -> Rows:
-    """The rows of a file, which is told by its first bytes, or of a frame; for the arguments see ``read_table``.
+) -> Looked:
+    """A file, whose form is told by its first bytes; for the arguments see ``read_table``.
 
     texts: columns of a CSV file that are not to be taken for numbers
     """
-    is_file = isinstance(source, (str, os.PathLike)) or all(hasattr(source, x) for x in ("open", "size", "identity"))
-    if not is_file:
-        if stream:
-            raise ArgumentError(f"stream=True reads files, got a {type(source).__name__}")
-        return of_frame(source)
-    file = opener_of(source)
     with file.open() as start_of:
         start = read_whole(start_of, START)
-    if start.startswith(PARQUET):
-        need("pyarrow.parquet")
-        groups = GroupedRows(file, ParquetGroups, "a Parquet file")
-    elif start.startswith((ARROW_FILE, ARROW_STREAM)):
-        need("pyarrow")
-        groups = GroupedRows(file, opened_arrow, "an Arrow file")
-    else:
-        packing = next((name for magic, name in PACKED.items() if start.startswith(magic)), None)
-        if packing is not None:
-            if stream:
-                raise ArgumentError(f"stream=True reads a file by place, and {file.path} is packed: unpack it")
-            stream = False
-            with naming_the_file(file.path, f"a CSV file that {packing} packed"), unpacked(file, packing) as whole:
-                start = whole.read(START)
-        form = CsvForm(file.path, start, texts, missing, delimiter)
-        if streams(stream, file.size()):
+    if start.startswith((PARQUET, ARROW_FILE, ARROW_STREAM)):
+        is_parquet = start.startswith(PARQUET)
+        need("pyarrow.parquet" if is_parquet else "pyarrow")
+        groups = GroupedRows(
+            file, *((ParquetGroups, "a Parquet file") if is_parquet else (opened_arrow, "an Arrow file"))
+        )
+        return Looked(groups.bytes_in_memory, lambda streamed: groups if streamed else groups.held(), groups.close)
+    packing = next((name for magic, name in PACKED.items() if start.startswith(magic)), None)
+    if packing is not None:
+        if stream:
+            raise ArgumentError(f"stream=True reads a file by place, and {file.path} is packed: unpack it")
+        with naming_the_file(file.path, f"a CSV file that {packing} packed"), unpacked(file, packing) as whole:
+            start = whole.read(START)
+    form = CsvForm(file.path, start, texts, missing, delimiter)
+
+    def rows(streamed: bool) -> Rows:
+        if streamed and packing is None:
             return CsvRows(file, form, label, missing)
         with naming_the_file(file.path, "a CSV file"), unpacked(file, packing) as whole:
-            return Held(form.read(whole), form.path)
-    return groups if streams(stream, groups.bytes_in_memory) else groups.held()
+            return Held(form.read(whole), form.path, is_csv=True)
+
+    return Looked(file.size(), rows)
 
 
 def streams(wanted: bool | None, size: int) -> bool:
@@ -97,7 +104,8 @@ def read_whole(file: Any, size: int) -> bytes:
 class GroupedRows:
     """The row groups of a Parquet file or the record batches of an Arrow file, which are read again when needed."""
 
-    in_memory = False
+    in_memory, is_csv = False, False
+    origins: list[tuple[str, int]] | None = None
     label_values: list[str] | None = None
 
     def __init__(self, file: Opener, open_file: Callable[[Opener], Grouped], what: str) -> None:
@@ -106,6 +114,7 @@ class GroupedRows:
             self._opened = Reopened(file, lambda: open_file(file))
             found = self._opened.use()
         self.names, self.sizes = different(self.where, [name for name, _ in found.fields]), found.sizes
+        self.types = dict(found.fields)
         self.bytes_in_memory = found.data_bytes
         most, available = max(self.sizes, default=0), get_backend("cpu").memory().available
         if most * ROW > available:
@@ -124,6 +133,11 @@ class GroupedRows:
                 f"{self.where}: expected {self.sizes[number]} rows in group {number}, found {len(table)}"
             )
         return table
+
+    def close(self) -> None:
+        """See :class:`Rows`."""
+        with self._lock:
+            self._opened.close()
 
     def held(self) -> Held:
         """All of it in memory."""
@@ -237,7 +251,8 @@ class CsvRows:
     A piece ends with a line. A line ends outside quotes, after an even number of quotation marks.
     """
 
-    in_memory = False
+    in_memory, is_csv = False, True
+    origins: list[tuple[str, int]] | None = None
 
     def __init__(self, file: Opener, form: CsvForm, label: str | None, missing: Collection[str]) -> None:
         self.where, self._form, self._missing = file.path, form, missing
@@ -249,7 +264,7 @@ class CsvRows:
         # The line of names is the first that is not empty.
         end = line_ends(first, len(first) - len(first.lstrip(b"\xef\xbb\xbf\r\n")), True) or len(first)
         self._label = label if label in self.names else None
-        self._kinds: dict[str, Any] = {}
+        self.types: dict[str, Any] = dict.fromkeys(self.names, need("pyarrow").null())
         while not self._found(end, file.size()):
             pass
 
@@ -263,16 +278,16 @@ class CsvRows:
             if not len(table):
                 continue
             for name, kind in zip(table.column_names, table.schema.types, strict=True):
-                known = self._kinds.get(name, pa.null())
-                self._kinds[name] = wider(known, kind)
+                known = self.types[name]
+                self.types[name] = wider(known, kind)
                 if (
                     name == self._label
-                    and pa.types.is_string(self._kinds[name])
+                    and pa.types.is_string(self.types[name])
                     and not (pa.types.is_string(known) or pa.types.is_null(known))
                 ):
                     return False  # its numbers have to be read as they are written
             if values is not None and self._label is not None:
-                kind = self._kinds[self._label]
+                kind = self.types[self._label]
                 if pa.types.is_floating(kind) or family(kind) == DATE:
                     values = None
                 else:
@@ -313,13 +328,13 @@ class CsvRows:
         return bytes(out)
 
     def _parsed(self, place: tuple[int, int]) -> Any:
-        return self._form.read(need("pyarrow").BufferReader(self._piece(*place)), self.names, self._kinds_to_read)
+        return self._form.read(need("pyarrow").BufferReader(self._piece(*place)), self.names, self._types_to_read)
 
     @property
-    def _kinds_to_read(self) -> dict[str, Any]:
+    def _types_to_read(self) -> dict[str, Any]:
         """Types that are given to the reader: the others fit what a piece may hold."""
         pa = need("pyarrow")
-        return {name: kind for name, kind in self._kinds.items() if pa.types.is_string(kind)}
+        return {name: kind for name, kind in self.types.items() if pa.types.is_string(kind)}
 
     def block(self, number: int, names: Sequence[str]) -> Any:
         """See :class:`Rows`."""
@@ -328,9 +343,13 @@ class CsvRows:
             raise DataFormatError(
                 f"{self.where}: expected {self.sizes[number]} rows, found {len(table)}: it was changed"
             )
-        fields = [need("pyarrow").field(name, self._kinds[name]) for name in names]
+        fields = [need("pyarrow").field(name, self.types[name]) for name in names]
         with naming_the_file(self.where, "values of the types that it had before"):
             return table.select(list(names)).cast(need("pyarrow").schema(fields), safe=False)
+
+    def close(self) -> None:
+        """See :class:`Rows`."""
+        self._bytes.close()
 
 
 def wider(known: Any, found: Any) -> Any:

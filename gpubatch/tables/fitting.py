@@ -73,17 +73,17 @@ class Statistics:
             elif family(kind) != EMPTY:
                 self._seen[name] = Seen()
 
-    def add(self, table: Any, start: int) -> None:
-        """Take the rows of a block, whose first one is ``start``."""
+    def add(self, table: Any, where: str, start: int) -> None:
+        """Take the rows of a block, whose first one is row ``start`` of ``where``."""
         self._rows += len(table)
         for name, (moments, median) in self._moments.items():
-            values = numbers(self._where, name, table[name], start, self._options.missing)
+            values = numbers(where, name, table[name], start, self._options.missing)
             values = values[~np.isnan(values)]
             with np.errstate(over="ignore", invalid="ignore"):
                 moments.add(values)
             median.add(values)
         for name, seen in self._seen.items():
-            seen.add(*texts(self._where, name, table[name], self._options.missing))
+            seen.add(*texts(where, name, table[name], self._options.missing))
 
     def columns(self) -> tuple[tuple[Column, ...], list[str]]:
         """What becomes of the columns; and those that were hashed or left out without being told to, in words."""

@@ -14,9 +14,6 @@ from gpubatch.tables.columns import need
 __all__ = ["Chosen", "Drawn", "Held", "Listed", "Rows", "different", "of_frame"]
 
 BLOCK = 1 << 14  # rows that are looked at together of a table in memory
-ARROW_FILE, ARROW_STREAM, PARQUET = b"ARROW1", b"\xff\xff\xff\xff", b"PAR1"
-DELIMITERS = ",;\t|"
-START = 1 << 16  # bytes in which the header of a CSV file is looked for
 
 
 class Rows(Protocol):
@@ -24,34 +21,49 @@ class Rows(Protocol):
 
     where: what it is called in messages
     names: of the columns, all different
+    types: Arrow's, of the columns by name
     sizes: rows in each block
+    origins: of several files, the file and the place there of each block's first row; None of one table
+    is_csv: whether it is from a CSV file, whose types are guessed
     in_memory: whether its values are in memory already
     label_values: the different texts of the label, where they are known already
     """
 
     where: str
     names: list[str]
+    types: dict[str, Any]
     sizes: list[int]
+    origins: list[tuple[str, int]] | None
+    is_csv: bool
     in_memory: bool
     label_values: list[str] | None
 
     def block(self, number: int, names: Sequence[str]) -> Any:
         """Columns of a block, as a table of pyarrow's."""
 
+    def close(self) -> None:
+        """Close the file until a block is next read."""
+
 
 class Held:
     """A table in memory."""
 
     in_memory = True
+    origins: list[tuple[str, int]] | None = None
     label_values: list[str] | None = None
 
-    def __init__(self, table: Any, where: str) -> None:
-        self._table, self.where, self.names = table, where, different(where, table.column_names)
+    def __init__(self, table: Any, where: str, is_csv: bool = False) -> None:
+        self._table, self.where, self.is_csv = table, where, is_csv
+        self.names = different(where, table.column_names)
+        self.types = dict(zip(self.names, table.schema.types, strict=True))
         self.sizes = [min(BLOCK, len(table) - start) for start in range(0, len(table), BLOCK)]
 
     def block(self, number: int, names: Sequence[str]) -> Any:
         """See :class:`Rows`."""
         return self._table.select(list(names)).slice(number * BLOCK, self.sizes[number])
+
+    def close(self) -> None:
+        """See :class:`Rows`."""
 
 
 def different(where: str, names: Sequence[str]) -> list[str]:
@@ -90,8 +102,9 @@ def of_frame(source: Any) -> Held:
             found = pa.table({name: of_values(where, name, [row.get(name) for row in source]) for name in names})
         else:
             raise DTypeError(
-                "a table must be the path of a CSV, Parquet or Arrow file, a table of pyarrow, pandas or Polars, a "
-                f"mapping from names to values, or a list of such mappings for rows; got {described(source)}"
+                "a table must be the path of a CSV, Parquet or Arrow file, a folder or a list of such files, a table "
+                "of pyarrow, pandas or Polars, a mapping from names to values, or a list of such mappings for rows; "
+                f"got {described(source)}"
             )
         found.validate(full=True)
     except pa.ArrowException as error:

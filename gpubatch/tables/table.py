@@ -25,10 +25,10 @@ from gpubatch.inputs import Prepared
 from gpubatch.loader import split
 from gpubatch.sources import Source
 from gpubatch.tables.columns import EMPTY, NUMBER, family, label_texts, need, plain
-from gpubatch.tables.files import opened
 from gpubatch.tables.fitting import KINDS, Options, Statistics, check_types
 from gpubatch.tables.recipe import LONGEST, MOST_BUCKETS, MOST_CATEGORIES, Category, LeftOut, Recipe, Target
 from gpubatch.tables.rows import Chosen, Drawn, Listed, Rows
+from gpubatch.tables.several import opened
 from gpubatch.tables.statistics import Moments
 
 __all__ = ["Table", "read_table"]
@@ -55,8 +55,9 @@ def read_table(
 ) -> Table:
     """A table whose rows are samples, and one column of which may be their label; needs pyarrow (extra ``data``).
 
-    source: the path of a CSV, Parquet or Arrow file; a table of pandas, Polars, pyarrow, or of a library that speaks
-        Arrow's PyCapsule protocol; a mapping from names to values; or a list of mappings, one a row.
+    source: the path or URL of a CSV, Parquet or Arrow file; a folder, a pattern ("data/part-*.csv") or a list of such
+        files; a table of pandas, Polars, pyarrow, or of a library that speaks Arrow's PyCapsule protocol; a mapping
+        from names to values; or a list of mappings, one a row.
     label: the column that is to be predicted.
     task: "classification" if the label is text, boolean or integer, "regression" if it is floating; or said here.
     columns: those that are used; None: all. The label need not be among them.
@@ -69,7 +70,7 @@ def read_table(
     delimiter: of a CSV file; None: that of , ; tab and | which its first line has most of.
     like: a table of training rows, or its ``recipe``: this one is prepared by their numbers. Its columns are found by
         name; others are ignored, and so is the label where there is none.
-    stream: read a file again and again, a block at a time, instead of holding it; None: one that is larger than a
+    stream: read files again and again, a block at a time, instead of holding them; None: those that are larger than a
         quarter of the available memory. Packed CSV files cannot be.
 
     **What becomes of a column.** Numbers and booleans: (x - mean) / deviation, and the median in the place of a missing
@@ -81,6 +82,10 @@ def read_table(
     too; :class:`~gpubatch.Model` gives predictions in their own unit.
 
     All of this is found from the rows that a network is trained on: ``train, test = table.split(0.2)``.
+
+    **Several files** are one table: those of a folder or a pattern in the natural order of their paths, as
+    :func:`gpubatch.sources.files` finds them, with the same columns in any order. A column that holds whole numbers in
+    one file and fractions in another holds numbers, and a column that is text in some CSV files is text in all.
 
     **Larger than memory.** A file that is streamed is read once to find its blocks, types and classes, of Parquet and
     Arrow the label alone, once for the numbers of the training rows, and once an epoch. What is held are a block, the
@@ -223,6 +228,11 @@ class Table(Prepared):
     def where(self) -> str:
         """What it is of: the path of its file, or a kind of table."""
         return self._rows.where
+
+    @property
+    def several_files(self) -> bool:
+        """Whether its rows are from several files."""
+        return self._rows.origins is not None
 
     @property
     def features(self) -> int:
@@ -401,20 +411,22 @@ class Table(Prepared):
             return self._rows.sizes
         return [len(self._within(number)) for number in range(len(self._rows.sizes))]
 
-    def _blocks(self, names: Sequence[str]) -> Iterator[tuple[Any, int]]:
-        """Its rows, at most AT_ONCE together, and the number of the first of them."""
+    def _blocks(self, names: Sequence[str]) -> Iterator[tuple[Any, str, int]]:
+        """Its rows, at most AT_ONCE together, the name of their file, and the number of the first of them there."""
         for number, size in enumerate(self.block_sizes):
             if size:
                 yield from self._parts(self._rows.block(number, names), number, self._within(number))
 
-    def _parts(self, block: Any, number: int, rows: np.ndarray) -> Iterator[tuple[Any, int]]:
+    def _parts(self, block: Any, number: int, rows: np.ndarray) -> Iterator[tuple[Any, str, int]]:
         """Some rows of a block, likewise."""
+        origins = self._rows.origins
+        where, first = (self.where, int(self._starts[number])) if origins is None else origins[number]
         for start in range(0, len(rows), AT_ONCE):
             some = rows[start : start + AT_ONCE]
             whole = int(some[-1]) - int(some[0]) + 1 == len(some) and bool((np.diff(some) == 1).all())
             yield (
                 block.slice(int(some[0]), len(some)) if whole else block.take(some),
-                int(self._starts[number] + some[0]),
+                *(where, first + int(some[0])),
             )
 
     def _label_blocks(self) -> Iterator[np.ndarray]:
@@ -422,8 +434,8 @@ class Table(Prepared):
         goal = self._goal
         assert goal is not None
         of = goal.amounts if goal.classes is None else goal.codes
-        for block, start in self._blocks([goal.name]):
-            yield of(self.where, block[goal.name], start, self._missing)
+        for block, where, start in self._blocks([goal.name]):
+            yield of(where, block[goal.name], start, self._missing)
 
     @property
     def _wanted(self) -> list[str]:
@@ -431,13 +443,13 @@ class Table(Prepared):
         target = self.recipe.target if self.labelled else None
         return [*self.recipe.names, *([] if target is None else [target.name])]
 
-    def _made(self, parts: Iterable[tuple[Any, int]]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    def _made(self, parts: Iterable[tuple[Any, str, int]]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """x and y of rows."""
         recipe = self.recipe
         target = recipe.target if self.labelled else None
-        for table, start in parts:
-            x = recipe.samples(self.where, table, start, self._unknown)
-            yield x, None if target is None else target.targets(self.where, table[target.name], start, recipe.missing)
+        for table, where, start in parts:
+            x = recipe.samples(where, table, start, self._unknown)
+            yield x, None if target is None else target.targets(where, table[target.name], start, recipe.missing)
 
     def block(self, number: int) -> Any:
         """The columns of a block that samples are made of, of all its rows."""
@@ -472,8 +484,8 @@ class Table(Prepared):
         if self._rows.label_values is not None:
             found.update(dict.fromkeys(self._rows.label_values))
         else:
-            for table, start in self._blocks([label]):
-                found.update(label_texts(where, label, table, start, missing))
+            for table, path, start in self._blocks([label]):
+                found.update(label_texts(path, label, table, start, missing))
                 if len(found) > LONGEST:
                     raise DataFormatError(
                         f"{where}: the label {label!r} has more than {LONGEST} different values, more than classes may "
@@ -507,10 +519,10 @@ class Table(Prepared):
         types = dict(zip(kinds.names, kinds.types, strict=True))
         statistics = Statistics(self.where, types, of.options, self._rows.in_memory)
         moments = Moments()
-        for table, start in self._blocks(names):
-            statistics.add(table, start)
+        for table, where, start in self._blocks(names):
+            statistics.add(table, where, start)
             if numeric and target is not None:
-                moments.add(target.amounts(self.where, table[target.name], start, of.options.missing))
+                moments.add(target.amounts(where, table[target.name], start, of.options.missing))
         columns, remarks = statistics.columns()
         if remarks:
             warnings.warn(f"{self.where}: {'; '.join(remarks)}", TableWarning, 4)
@@ -526,6 +538,8 @@ class Blocks:
         self._table, self.path = table, table.where
         self._starts = np.cumsum([0, *table.block_sizes])
         self.block = max(table.block_sizes)
+        if table.several_files:  # whose blocks are of any sizes
+            self.boundaries = np.unique(self._starts)
         self._number, self._kept = -1, None
 
     def __len__(self) -> int:
@@ -535,7 +549,8 @@ class Blocks:
         """The samples at ``indices``: x, or (x, y)."""
         blocks = np.searchsorted(self._starts, indices, side="right") - 1
         out: list[np.ndarray] = []
-        for number in sorted({*blocks.tolist()}, key=lambda number: number != self._number):
+        # In the order of their use: whoever goes on with the last one finds it kept.
+        for number in sorted(dict.fromkeys(blocks.tolist()), key=lambda number: number != self._number):
             if number != self._number:
                 self._kept, self._number = None, -1  # one block at a time
                 self._kept, self._number = self._table.block(number), number
