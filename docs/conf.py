@@ -40,8 +40,8 @@ html_theme_options = {
     "show_toc_level": 2,
     "footer_start": ["copyright"],
     "footer_end": [],
-    "pygments_light_style": "friendly",
-    "pygments_dark_style": "github-dark",
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
 }
 
 autodoc_member_order = "bysource"
@@ -55,6 +55,18 @@ autodoc_mock_imports = [] if find_spec("torch") else ["torch"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "amsmath"]
 myst_heading_anchors = 3
 myst_fence_as_directive = ["mermaid"]
+# One picture for both themes, on a white ground.
+mermaid_light_theme = mermaid_dark_theme = "base"
+mermaid_init_config = {
+    "startOnLoad": False,
+    "themeVariables": {
+        "primaryColor": "#eef4fb",
+        "primaryTextColor": "#111",
+        "primaryBorderColor": "#567",
+        "lineColor": "#567",
+    },
+}
+mermaid_fullscreen_button = "+"
 nb_execution_mode = "cache"
 nb_execution_timeout = 120
 nb_execution_raise_on_error = True

@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import doctest
 import inspect
+import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 from families import every
-from needs import file_library
+from needs import file_library, peer
 
 import gpubatch as gb
 
@@ -105,6 +111,105 @@ def test_the_python_of_pages_that_are_not_executed_runs(
         exec(block, space)
     for block in fenced(PAGES[page], "py"):  # what needs another library or a device is at least Python
         compile(block, page, "exec")
+
+
+def test_the_command_line_s_page_has_every_command() -> None:
+    pytest.importorskip("typer")
+    from typer.main import get_command
+
+    from gpubatch.cli import app
+
+    shown = re.findall(r"^!.*gpubatch ([\w-]+) --help$", PAGES["reference/command-line.md"], re.MULTILINE)
+    assert sorted(shown) == sorted(get_command(app).commands)
+
+
+FIVE = {text.partition("\n")[0]: text for text in PAGES["start/five.md"].split("\n## ")[1:]}
+
+
+def test_five_tasks_take_ten_lines_and_five_minutes_of_reading() -> None:
+    words = len(PAGES["index.md"].split()) + len(PAGES["start/five.md"].partition("##")[0].split())
+    for task, text in FIVE.items():
+        code = re.findall(r"^```(?:\{code-cell\}|python)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        lines = [line for block in code for line in block.splitlines() if line.strip() and line[0] != ":"]
+        assert 1 <= len(lines) <= 10, task
+        assert words + len(text.split()) <= 5 * 230, task
+    assert len(FIVE) == 5
+
+
+@pytest.mark.exhaustive
+def test_the_rule_for_pytorch_of_the_five_tasks_runs() -> None:
+    torch = peer("torch")
+    model = torch.nn.Linear(3, 2)
+    before = [p.detach().clone() for p in model.parameters()]
+    space: dict[str, Any] = {"model": model}
+    (block,) = fenced(FIVE["Your rule on PyTorch's parameters"], "python")
+    exec(block, space)
+    model(torch.ones(4, 3)).sum().backward()
+    space["opt"].step()
+    for p, old in zip(model.parameters(), before, strict=True):  # m = 0.1 g, and its sign is that of g
+        torch.testing.assert_close(p.detach(), old - 1e-2 * p.grad.sign())
+
+
+@pytest.mark.exhaustive
+def test_the_program_that_resumes_of_the_five_tasks_is_killed_and_resumed(tmp_path: Path) -> None:
+    (program,) = fenced(FIVE["Resume after a kill"], r"\{code-cell\}")
+    program = program.replace("epochs=2", "epochs=2, progress=False") + "print(net.parameters.flat.tobytes().hex())"
+    dies = """
+import os
+import signal
+
+import gpubatch as gb
+
+step = gb.Optimizer.step
+
+
+def until(opt, *args, **options):
+    if opt.t == 157:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(opt, *args, **options)
+
+
+gb.Optimizer.step = until
+"""
+    environment = os.environ | {"GPUBATCH_BACKEND": "cpu"}
+
+    def run(folder: Path, before: str = "") -> subprocess.CompletedProcess[str]:
+        folder.mkdir(exist_ok=True)
+        return subprocess.run(
+            [sys.executable, "-c", before + program],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+
+    killed = run(tmp_path / "killed", dies)
+    assert killed.returncode == -signal.SIGKILL
+    assert [*(tmp_path / "killed" / "runs" / "a").glob("*.safetensors")]
+    resumed, whole = run(tmp_path / "killed"), run(tmp_path / "whole")
+    assert (resumed.returncode, whole.returncode) == (0, 0), resumed.stderr + whole.stderr
+    assert resumed.stdout == whole.stdout != ""
+
+
+LINKED = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CITATION.cff"]
+
+
+def test_addresses_of_other_sites_are_well_formed() -> None:
+    files = [*LINKED, *DOCS.rglob("*.md"), *DOCS.rglob("*.rst"), *(ROOT / "gpubatch").rglob("*.py")]
+    targets = [
+        (path.name, target)
+        for path in files
+        for target in re.findall(r"\]\(([a-z+]+:[^)]*)\)|<([a-z+]+://[^>]*)>`_", path.read_text())
+        for target in target
+        if target
+    ]
+    for name, target in targets:
+        url = urlsplit(target)
+        assert url.scheme == "https", (name, target)
+        assert re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9-]+)*\.[a-z]{2,}", url.netloc), (name, target)
+        assert not re.search(r"[\s\"'`]|[.,;:]$", target), (name, target)
+    assert targets
 
 
 @every_page
