@@ -202,7 +202,7 @@ CODE_LINES = {
     "averages": 55,
     "backend": 537,
     "staging": 51,
-    "parallel": 317,
+    "parallel": 331,
     "inputs": 110,
     "ops": 2631,
     "sizing": 264,

@@ -64,21 +64,36 @@ class MPI:
     def __init__(self, comm: Any) -> None:
         from mpi4py import MPI as mpi  # noqa: N811 (the name of the class here)
 
-        self._comm, self._in_place, self._max = comm, mpi.IN_PLACE, mpi.MAX
+        self._comm, self._in_place, self._max, self._wait = comm, mpi.IN_PLACE, mpi.MAX, mpi.Request.Waitall
         self.name = mpi.Get_library_version().splitlines()[0].strip(" \0")
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         neighbours = comm.Split_type(mpi.COMM_TYPE_SHARED)
         self.local = neighbours.Get_rank()
+        # Where messages go through memory, MPICH's own collectives take twice as long as messages one by one.
+        self._one_by_one = neighbours.Get_size() == self.size
+        self._others = [(self.rank + step) % self.size for step in range(1, self.size)]
         neighbours.Free()
 
     def scatter(self, flat: Numbers, cuts: Sequence[int], pieces: Numbers) -> None:
         """Send each rank its elements of ``flat``, and get this one's from each."""
+        if self._one_by_one:
+            requests = [self._comm.Irecv(pieces[rank], rank) for rank in reversed(self._others)]
+            requests += [self._comm.Isend(flat[cuts[rank] : cuts[rank + 1]], rank) for rank in self._others]
+            pieces[self.rank] = flat[cuts[self.rank] : cuts[self.rank + 1]]
+            self._wait(requests)
+            return
         counts, own = np.diff(cuts), pieces.shape[1]
         received = [own] * self.size, [own * rank for rank in range(self.size)]
         self._comm.Alltoallv([flat, (counts, cuts[:-1])], [pieces, received])
 
     def gather(self, piece: Numbers, flat: Numbers, cuts: Sequence[int]) -> None:
         """Put together the pieces of all ranks."""
+        if self._one_by_one:
+            requests = [self._comm.Irecv(flat[cuts[rank] : cuts[rank + 1]], rank) for rank in reversed(self._others)]
+            requests += [self._comm.Isend(piece, rank) for rank in self._others]
+            flat[cuts[self.rank] : cuts[self.rank + 1]] = piece
+            self._wait(requests)
+            return
         self._comm.Allgatherv(piece, [flat, (np.diff(cuts), cuts[:-1])])
 
     def sum_(self, flat: Numbers) -> None:
