@@ -16,6 +16,10 @@ from gpubatch.shown import numbers
 __all__ = ["FlatViews", "Parameters"]
 
 MOST_SHOWN = 20  # arrays in a repr
+# What stands behind the gradients in the message that data-parallel ranks sum: the sum of losses, each times its
+# weight, the sum of weights, and how many ranks ran out of memory, saw a signal, or failed otherwise.
+LOSS, WEIGHT, OUT_OF_MEMORY, SIGNALLED, FAILED = range(5)
+TAIL = 5
 
 
 class FlatViews(Mapping[str, Array]):
@@ -95,7 +99,8 @@ class FlatViews(Mapping[str, Array]):
 class Parameters(FlatViews):
     """All parameters of a model in one buffer, initially zero; ``grads`` has the same views of their gradients.
 
-    ``fed`` is the pass over a loader whose batch the network computed the gradients of last; None: of none.
+    ``fed`` is the pass over a loader whose batch the network computed the gradients of last; None: of none. ``message``
+    is the buffer of the gradients with a few numbers behind them, which data-parallel ranks sum together with these.
 
     shapes: maps each name to a shape, or to an array to copy
     backend: "auto", "numpy", "cupy" or a backend
@@ -116,7 +121,8 @@ class Parameters(FlatViews):
         dimensions = {name: _shape(name, value) for name, value in shapes.items()}
         size = sum(map(math.prod, dimensions.values()))
         FlatViews.__init__(self, self.backend.zeros(size, dtype), dimensions)
-        self.grads = FlatViews(self.backend.zeros(size, dtype), dimensions)
+        self.message = self.backend.zeros(size + TAIL, dtype)
+        self.grads = FlatViews(self.message[:size], dimensions)
         self.fed: DataPass | None = None
         for name, value in shapes.items():
             if hasattr(value, "shape"):

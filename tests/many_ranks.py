@@ -8,10 +8,11 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from needs import missing
 
 import gpubatch as gb
@@ -40,6 +41,14 @@ def on_threads(size: int, run: Callable[[gb.Ranks], T], exact: bool = True) -> l
     if errors:
         raise errors[0]
     return found
+
+
+def neighbours(terms: Sequence[np.ndarray]) -> np.ndarray:
+    """((0 + 1) + (2 + 3)) + ...: the sum of the first 2^k terms, as many as can be, and that of the others."""
+    if len(terms) == 1:
+        return terms[0]
+    half = 1 << ((len(terms) - 1).bit_length() - 1)
+    return neighbours(terms[:half]) + neighbours(terms[half:])
 
 
 def mpi(size: int, program: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from families import drawn
 from hypothesis import strategies as st
-from many_ranks import mpi, on_threads
+from many_ranks import mpi, neighbours, on_threads
 from needs import missing
 
 import gpubatch as gb
@@ -32,14 +32,6 @@ def values(rank: int, size: int, dtype: str) -> np.ndarray:
     return (draw.normal(size=size) * 10.0 ** draw.integers(-6, 7, size)).astype(dtype)
 
 
-def tree(terms: list[np.ndarray]) -> np.ndarray:
-    """((0 + 1) + (2 + 3)) + ...: the first 2^k terms, as many as can be, and the rest."""
-    if len(terms) == 1:
-        return terms[0]
-    half = 1 << ((len(terms) - 1).bit_length() - 1)
-    return tree(terms[:half]) + tree(terms[half:])
-
-
 def digest(x: np.ndarray) -> str:
     return hashlib.sha256(x.tobytes()).hexdigest()
 
@@ -53,7 +45,7 @@ def digest(x: np.ndarray) -> str:
     small=st.sampled_from([0, 1 << 10, 1 << 30]),
 )
 def test_a_sum_is_the_tree_of_neighbours(ranks: int, size: int, dtype: str, small: int) -> None:
-    expected = tree([values(rank, size, dtype) for rank in range(ranks)])
+    expected = neighbours([values(rank, size, dtype) for rank in range(ranks)])
 
     def sums(r: gb.Ranks) -> np.ndarray:
         flat = values(r.rank, size, dtype)
@@ -76,7 +68,7 @@ def test_a_sum_is_the_tree_of_neighbours(ranks: int, size: int, dtype: str, smal
 def test_an_order_other_than_the_tree_has_other_bits() -> None:
     """So the tests of the tree can fail."""
     terms = [values(rank, 1000, "float32") for rank in range(8)]
-    assert digest(sum(terms)) != digest(tree(terms)) != digest(tree(terms[1:] + terms[:1]))
+    assert digest(sum(terms)) != digest(neighbours(terms)) != digest(neighbours(terms[1:] + terms[:1]))
 
 
 def test_what_ranks_agree_on() -> None:
@@ -87,6 +79,9 @@ def test_what_ranks_agree_on() -> None:
     assert on_threads(3, talk) == [(3, [2.0, 0.0, 0.5], {"epoch": 3, "of": [0, "ß"]}, rank) for rank in range(3)]
     assert on_threads(1, talk) == [(1, [0.0, 0.0, 0.5], {"epoch": 3, "of": [0, "ß"]}, 0)]
     assert talk(gb.Ranks()) == on_threads(1, talk)[0]
+    values = [None, "ß", {"a": [1.5]}]
+    assert on_threads(3, lambda r: r.gather(values[r.rank])) == [values] * 3
+    assert gb.Ranks().gather({"a": 1}) == [{"a": 1}]
 
 
 def test_the_sum_of_the_engine_itself() -> None:
@@ -157,28 +152,32 @@ SUMS = """
 import sys
 import gpubatch as gb, numpy as np
 from gpubatch.parallel import ranks as module
-from test_ranks import digest, tree, values
+from test_ranks import digest, values
+from many_ranks import neighbours
 ranks = gb.Ranks()
 assert (ranks.size, ranks.local) == (int(sys.argv[1]), ranks.rank), ranks
 for module.SMALL in (0, 1 << 15):
     for size in (0, 1, 2, 3, 5, 1000, 1003, 100_003):
         for dtype in ("float32", "float64"):
             found = ranks.sum_(values(ranks.rank, size, dtype))
-            assert digest(found) == digest(tree([values(r, size, dtype) for r in range(ranks.size)])), (size, dtype)
+            terms = [values(rank, size, dtype) for rank in range(ranks.size)]
+            assert digest(found) == digest(neighbours(terms)), (size, dtype)
 assert ranks.most([ranks.rank, -ranks.rank]) == [ranks.size - 1, 0]
 assert ranks.share(["a", 1, None] if ranks.rank == 0 else object()) == ["a", 1, None]
+assert ranks.gather("x" * ranks.rank) == ["x" * r for r in range(ranks.size)]
 fast = gb.Ranks(exact=False).sum_(values(ranks.rank, 100, "float64"))
 np.testing.assert_allclose(fast, sum(values(r, 100, "float64") for r in range(ranks.size)), rtol=1e-12)
 ranks.barrier()
-print("rank", ranks.rank, "done")
+every = ranks.gather(ranks.rank)
+if ranks.rank == 0:
+    print(every)
 """
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_sums_by_mpi(size: int) -> None:
-    done = mpi(size, SUMS, size)
-    assert sorted(done.stdout.splitlines()) == [f"rank {rank} done" for rank in range(size)]
+    assert mpi(size, SUMS, size).stdout == f"{[*range(size)]}\n"
 
 
 # --- on GPUs ----------------------------------------------------------------------------------------------------------

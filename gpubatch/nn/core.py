@@ -12,7 +12,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from gpubatch.nn.checks import WatchedLayer, WatchedLoss, of_the_user
 from gpubatch.nn.layers import BatchNorm, Dense, DenseActivation, Layer
 from gpubatch.nn.losses import NO_MEAN, Loss, Weighing, check_weight, check_weight_values, counts_of, no_mean
 from gpubatch.nn.needs import ByPlace, Context, Mode, Parameter, Random, Space
+from gpubatch.nn.parts import PartSums, sums_bytes
 from gpubatch.nn.stack import Stacked, describe_layer, fused, parameter_names, stacked, told
 from gpubatch.nn.workspace import (
     Arrange,
@@ -39,13 +40,22 @@ from gpubatch.nn.workspace import (
 )
 from gpubatch.ops import COMPUTE, ops_for, philox_generator, products_for
 from gpubatch.own import changed
-from gpubatch.params import FlatViews, Parameters, by_alignment
+from gpubatch.parallel import Ranks
+from gpubatch.params import FAILED, LOSS, OUT_OF_MEMORY, SIGNALLED, TAIL, WEIGHT, FlatViews, Parameters, by_alignment
+from gpubatch.passes import Deal
 
-__all__ = ["EVALUATION_ROWS", "Core", "quiet"]
+__all__ = ["EVALUATION_ROWS", "Core", "WholeStep", "quiet"]
 
 EVALUATION_ROWS = 1024  # rows that are evaluated at a time: large enough for full speed, and a bound on memory
 DRAWN = 1 << 16  # elements of first values that are drawn at a time: in double precision all would be the largest array
+# Errors that all ranks raise where one has met them.
+ALIKE: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (ArgumentError, DTypeError, MemoryError, NonFiniteError, ShapeError)
+}
 L2_BLOCK = 1 << 15  # elements that the l2 gradient takes at a time on the CPU, small enough for the cache
+
+
+Held = TypeVar("Held")
 
 
 class Reach(NamedTuple):
@@ -61,6 +71,13 @@ class Reach(NamedTuple):
     l2_spans: Array
     statistics: tuple[int, ...] = ()
     unwanted: tuple[Array, ...] = ()
+
+
+class WholeStep(NamedTuple):
+    """A step on a batch in parts: its loss over all ranks, and whether any of them was ``signalled``."""
+
+    loss: float
+    signalled: bool
 
 
 class Core:
@@ -111,6 +128,7 @@ class Core:
         self._reach = Reach(self.first, self.spans)
         self._remembered = backend.empty(self.buffers.size, self.compute_dtype), 0
         self._sums: Array = None  # of the gradients of micro-batches
+        self._part_sums: PartSums | None = None
         self._weighing = Weighing(backend, self.compute_dtype)
         self._training: Workspace[Pass] | None = None
         self._evaluation = OfThread()
@@ -152,12 +170,12 @@ class Core:
             self.mode.step += 1
         return run
 
-    def weights(self, Y: Array, weight: Array | None) -> Array | None:
+    def weights(self, Y: Array, weight: Array | None, part: bool = False) -> Array | None:
         """What each sample of a training batch counts, its weight over the mean; None where all count alike.
 
-        The array is valid until the next call.
+        The array is valid until the next call. Without a mean all are NaN, or 0 in a ``part`` of a batch.
         """
-        return self._weighing.of(self.loss, Y, weight)
+        return self._weighing.of(self.loss, Y, weight, part)
 
     @property
     def sum_of_weights(self) -> float:
@@ -169,26 +187,30 @@ class Core:
         if not 0 < self.sum_of_weights < math.inf:
             self.finite(math.nan, X, Y, weight)
 
-    def forward(self, X: Array, Y: Array, weights: Array | None = None) -> Pass:
+    def forward(self, X: Array, Y: Array, weights: Array | None = None, l2: bool = True) -> Pass:
         """Scores, loss with its gradient by them, and l2 term of a training batch; ``weights`` as :meth:`weights`."""
         self.reserve(len(X))
         assert self._training is not None
         run = self._training.bind(len(X))
         run.forward(X)
         self.loss.run(run.scores, Y, run.weighing(weights))
-        if self.l2_names:
+        if self.l2_names and l2:
             self.add_l2(run.loss)
         return run
 
-    def backward(self, run: Pass, X: Array) -> None:
+    def backward(self, run: Pass, X: Array, l2: bool = True) -> None:
         """All gradients, from the last layer to the first that has parameters."""
         reach = self._reach
         run.backward(X, reach.first, reach.statistics)
-        if len(reach.l2_spans):
-            weights, grads = self.parameters.flat, self.parameters.grads.flat
-            self.ops.l2_gradient(weights, reach.l2_spans, self.l2, grads, run.loss.work)
+        if l2:
+            self._add_l2_gradient(run.loss)
         for gradient in reach.unwanted:
             gradient.fill(0)
+
+    def _add_l2_gradient(self, c: Context) -> None:
+        if len(self._reach.l2_spans):
+            weights, grads = self.parameters.flat, self.parameters.grads.flat
+            self.ops.l2_gradient(weights, self._reach.l2_spans, self.l2, grads, c.work)
 
     @contextlib.contextmanager
     def freezing(self, names: Collection[str]) -> Iterator[None]:
@@ -251,15 +273,15 @@ class Core:
         """
         if self._sums is None:
             self._sums = self.backend.empty(self.parameters.flat.shape, self.compute_dtype)
-        grads = self.parameters.grads.flat
+        grads, first = self.parameters.grads.flat, self.mode.row
         self._sums.fill(0)
         for part in evenly(len(X), rows, self.least_rows):
             share = (part.stop - part.start) / len(X)
-            self.mode.row = part.start
+            self.mode.row = first + part.start
             try:
                 one(X[part], Y[part], None if weights is None else weights[part], share)
             finally:
-                self.mode.row = 0
+                self.mode.row = first
             if self._sums.dtype == grads.dtype:
                 grads *= share
                 self._sums += grads
@@ -301,6 +323,154 @@ class Core:
             finally:
                 self.mode.step = own
         return self._training, self._sums, self._weighing.owned, self._reach, self.products
+
+    # --- a step on a batch in parts, here and on other ranks ---
+
+    def parts_step(
+        self,
+        X: Array,
+        Y: Array,
+        weight: Array | None,
+        deal: Deal,
+        ranks: Ranks | None,
+        micro_batch_size: int | None = None,
+        signalled: bool = False,
+    ) -> WholeStep:
+        """Make the step of :meth:`Network.loss_and_grad` on the parts of a batch that this rank has.
+
+        Whatever happens here, this rank takes part in the sum over all, so that no other waits for it in vain; then all
+        raise alike: for a loss that is not finite, where memory ran out, and for any other error on one of them.
+
+        signalled: whether this rank wants all to know that it saw a signal.
+        """
+        error: Exception | None = None
+        with self.training, self.backend.scope(), quiet():
+            sums = self.part_sums(len(deal.parts))
+            self.remember()
+            try:
+                self._check_parts(X, Y, weight, deal, ranks)
+                self.sum_parts(sums, X, Y, weight, deal, micro_batch_size)
+            except MemoryError as found:
+                error = found.with_traceback(None)  # which would keep the arrays of the step alive
+            except Exception as found:
+                error = found
+            if error is not None:
+                sums.nothing()
+            message, statistics = sums.messages()
+            memory = isinstance(error, MemoryError)
+            failed = error is not None and not memory
+            sums.flag(message, {OUT_OF_MEMORY: memory, SIGNALLED: signalled, FAILED: failed})
+            for one in (message, statistics):
+                if one is not None and ranks is not None:
+                    ranks.sum_(one)
+            tail = self.backend.to_numpy(sums.tail_of(message)).tolist()
+            if tail[FAILED] or tail[OUT_OF_MEMORY] or not (math.isfinite(tail[LOSS]) and 0 < tail[WEIGHT] < math.inf):
+                self.recall()
+                self._raise_alike(error, self.backend.to_numpy(sums.tail)[LOSS].item(), X, Y, weight, ranks)
+            loss = self.finish_parts(sums, message, statistics, deal.rows).item()
+            self.mode.step += 1
+        return WholeStep(loss, tail[SIGNALLED] > 0)
+
+    def part_sums(self, parts: int) -> PartSums:
+        """What sums over so many parts; its memory is kept for the next steps."""
+        if self._part_sums is None or self._part_sums.parts != parts:
+            self._part_sums = self._released(self._part_sums)
+            norms = {
+                run.place: (run.layer, self.names[run.place])
+                for run in self.layers
+                if isinstance(run.layer, BatchNorm) and type(run.layer).backward is BatchNorm.backward
+            }
+            self._part_sums = PartSums(self.backend, self.parameters, self.buffers, norms, parts)
+        return self._part_sums
+
+    def sum_parts(
+        self, sums: PartSums, X: Array, Y: Array, weight: Array | None, deal: Deal, micro_batch_size: int | None = None
+    ) -> None:
+        """Launch the parts that this rank has of a batch, and their sum; nothing is checked, and nothing waited for."""
+        before, start = self._remembered[0], 0
+        self.mode.statistics = sums.note
+        sums.begin()
+        try:
+            for rows in deal.parts:
+                part, total, of_part = slice(start, start + rows), sums.begin_part(), None
+
+                def one(x: Array, y: Array, weights: Array | None, share: float, total: Array = total) -> None:
+                    run = self.forward(x, y, weights, l2=False)
+                    loss = run.loss.work["loss"]
+                    loss *= share
+                    total += loss
+                    self.backward(run, x, l2=False)
+
+                if rows:
+                    x, y, self.mode.row = X[part], Y[part], deal.first + start
+                    weights = self.weights(y, None if weight is None else weight[part], part=True)
+                    of_part = None if weights is None else self._weighing.sum
+                    if micro_batch_size is None or rows <= micro_batch_size:
+                        one(x, y, weights, 1.0)
+                    else:
+                        self.micro_batches(x, y, weights, micro_batch_size, one)
+                sums.end_part(rows, of_part, before)
+                start += rows
+        finally:
+            self.mode.statistics, self.mode.row = None, 0
+
+    def finish_parts(self, sums: PartSums, message: Array, statistics: Array | None, rows: int) -> Array:
+        """From the sums over all ranks: gradients, running statistics, and the loss, an array of one element."""
+        self.reserve(1)
+        assert self._training is not None
+        c = self._training.bind(self.planned).loss
+        sums.divide(message, c.work["loss"])
+        if self.l2_names:
+            self.add_l2(c)
+        self._add_l2_gradient(c)
+        if statistics is not None:
+            sums.update_running(statistics, rows)
+        return c.work["loss"]
+
+    def check_parts(self, rows: int, shards: int) -> None:
+        """Raise if a batch of so many rows has parts that are too small for batch normalisation."""
+        least = min((n for n in Deal.of(rows, shards).parts if n), default=0)
+        if 0 < least < self.least_rows:
+            raise ArgumentError(
+                f"a batch of {rows} rows in {shards} parts has one of {least}; BatchNorm needs more than one sample: "
+                "drop the last batch (drop_last=True), or choose another batch size, or fewer shards"
+            )
+
+    def _check_parts(self, X: Any, Y: Any, weight: Any, deal: Deal, ranks: Ranks | None) -> None:
+        """Raise unless X and Y can be the parts that this rank has of a batch."""
+        size = 1 if ranks is None else ranks.size
+        if deal.rows == 0:
+            raise ShapeError("X must have at least one row on one of the ranks, got none")
+        if len(deal.parts) * size != deal.shards or sum(deal.parts) != len(X):
+            raise ArgumentError(
+                f"X has {len(X)} rows, {sum(deal.parts)} of the {deal.rows} of a batch in {deal.shards} parts for "
+                f"{deal.shards // len(deal.parts)} ranks, but there are {size}: loader and step need the same ranks="
+            )
+        self.check_parts(deal.rows, deal.shards)
+        if len(X):
+            self.check_batch(X, Y, values=True, weight=weight)
+
+    def _raise_alike(
+        self, error: Exception | None, loss: float, X: Array, Y: Array, weight: Array | None, ranks: Ranks | None
+    ) -> NoReturn:
+        """Raise the same error on all ranks: this one's, or the first one's that has one.
+
+        loss: the sum of this rank's losses.
+        """
+        if error is None and not math.isfinite(loss):
+            try:
+                self.finite(loss, X, Y, weight)
+            except Exception as found:
+                error = found
+        mine = None if error is None else [type(error).__name__, str(error) or "out of memory"]
+        every = [mine] if ranks is None else ranks.gather(mine)
+        if error is not None:
+            raise error
+        for rank, theirs in enumerate(every):
+            if theirs is not None:
+                kind, words = theirs
+                raise ALIKE.get(kind, RuntimeError)(f"{words} (on rank {rank})")
+        raise NonFiniteError(f"loss is not finite after {self.mode.step} steps: {NO_MEAN}, or it overflows")
 
     def count_steps(self, steps: int) -> None:
         """Count training steps that were made by :meth:`enqueue`."""
@@ -366,6 +536,15 @@ class Core:
         """Bytes for the weights of a batch and of the rows evaluated at a time, and NumPy's for which of them are 0."""
         return (self.compute_dtype.itemsize + 1) * (rows + evaluated) + 16
 
+    def parts_bytes(self, parts: int) -> int:
+        """Bytes for the sums over so many parts."""
+        return sums_bytes(self.parameters, self.buffers, parts)
+
+    def ranks_bytes(self, ranks: Ranks) -> int:
+        """Bytes for the sums over ranks."""
+        message = ranks.sum_bytes(self.parameters.size + TAIL, self.compute_dtype)
+        return max(message, ranks.sum_bytes(self.buffers.size, np.float64))
+
     def reserve(self, rows: int) -> None:
         """Allocate the workspace for steps of up to so many rows, unless there is one already."""
         if rows > self.planned:
@@ -375,13 +554,14 @@ class Core:
     def release(self) -> None:
         """Free the workspaces; the next step or evaluation allocates new ones."""
         self._training = self._released(self._training)
+        self._part_sums = self._released(self._part_sums)
         self._released(self._evaluation.workspace)
         self._evaluation = OfThread()  # the workspaces of all threads
 
     def _workspace(self, rows: int, arrange: Arrange[Pass]) -> Workspace[Pass]:
         return Workspace(self.backend, self.dtype, rows, self.outputs, arrange)
 
-    def _released(self, old: Workspace[Pass] | None) -> Workspace[Pass] | None:
+    def _released(self, old: Held | None) -> Held | None:
         """Return None in place of ``old``, so that its memory is free before the next workspace is allocated."""
         if old is not None:
             # The stream that allocated it may reuse its memory at once, and may not be the stream that works in it.

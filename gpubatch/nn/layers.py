@@ -470,7 +470,9 @@ class BatchNorm(Layer):
         if dx is not None or not c.frozen:
             c.ops.batch_norm_gradient(dy, c.p["gamma"], c.g["gamma"], c.g["beta"], dx, c.work)
         # Not in forward: only a training step calls backward, and only after its loss proved finite.
-        m = len(y)
+        m, noted = len(y), c.mode.statistics
+        if noted is not None and noted(c.index, m, c.work["mean"], c.work["var"]):
+            return
         unbiased = m / (m - 1) if self.unbiased_running else 1.0
         c.ops.update_running(c.buffers["running_mean"], c.work["mean"], self.momentum, 1.0, c.work)
         c.ops.update_running(c.buffers["running_var"], c.work["var"], self.momentum, unbiased, c.work)

@@ -767,9 +767,13 @@ class Weighing:
         self._backend, self._dtype, self._ops = backend, dtype, ops_for(backend, dtype)
         self._room: Array = None
         self.sum: Array = None
+        self._no_mean: Array = None
 
-    def of(self, loss: Loss, Y: Array, weight: Array | None) -> Array | None:
-        """The weights of a batch over their mean; None where all its samples count alike."""
+    def of(self, loss: Loss, Y: Array, weight: Array | None, part: bool = False) -> Array | None:
+        """The weights of a batch over their mean; None where all its samples count alike.
+
+        Where all are 0 they have no mean, and are NaN; those of a ``part`` of a batch are then 0.
+        """
         ignored = loss.ignore_label
         labels = Y if ignored is not None and Y.ndim == 1 else None
         if weight is None and labels is None:
@@ -780,12 +784,17 @@ class Weighing:
             self._room, self.sum = self._backend.empty(len(Y), self._dtype), self._backend.empty(1, np.float64)
         out = self._room[: len(Y)]
         self._ops.weigh(weight, labels, ignored or 0, out, self.sum, {})
+        if part:
+            if self._no_mean is None:  # no temporary array: the caller's work may be captured in a graph
+                self._no_mean = self._backend.empty(1, np.bool_)
+            xp = self._backend.xp
+            xp.copyto(out, 0, where=xp.equal(self.sum, 0, out=self._no_mean))
         return out
 
     @property
     def owned(self) -> Any:
         """What a captured step must keep."""
-        return self._room, self.sum
+        return self._room, self.sum, self._no_mean
 
 
 def counts_of(loss: Loss, Y: Array, weight: Array | None) -> Array | None:

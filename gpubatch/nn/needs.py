@@ -171,7 +171,8 @@ class Mode:
     """How a network runs now: ``training`` or evaluating, and at which training ``step``, counted from 0.
 
     ``row`` is where the rows of a call begin in the batch: above 0 in a later micro-batch. ``frozen`` has the places of
-    the layers whose parameters are not trained.
+    the layers whose parameters are not trained. While a batch is computed in parts, a batch norm gives ``statistics``
+    its place, how many rows it had, their mean and their variance; if that says True, it leaves its buffers alone.
     """
 
     seed: int
@@ -179,6 +180,7 @@ class Mode:
     step: int = 0
     row: int = 0
     frozen: frozenset[int] = frozenset()
+    statistics: Callable[[int, int, Array, Array], bool] | None = None
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,9 @@ from gpubatch.nn.summary import LayerSummary, Summary
 from gpubatch.nn.workspace import evenly
 from gpubatch.ops import PRECISIONS, check_choices
 from gpubatch.own import as_written
+from gpubatch.parallel import Ranks
 from gpubatch.params import FlatViews
-from gpubatch.passes import pass_of
+from gpubatch.passes import Deal, deal_of, pass_of
 
 __all__ = ["Network", "core_of", "live_state", "mlp", "no_decay"]
 
@@ -201,7 +202,12 @@ class Network:
     # --- training ---
 
     def loss_and_grad(
-        self, X: Array, Y: Array, micro_batch_size: int | None = None, weight: Array | None = None
+        self,
+        X: Array,
+        Y: Array,
+        micro_batch_size: int | None = None,
+        weight: Array | None = None,
+        ranks: Ranks | None = None,
     ) -> tuple[float, FlatViews]:
         """Compute the loss of a training step, a float, and its gradients, which overwrite ``parameters.grads``.
 
@@ -215,10 +221,23 @@ class Network:
         weight: what each sample counts, real numbers ``(batch,)`` on the same device, finite and not negative: the loss
             is Σ w l / Σ w over the batch, micro-batches or not, and the l2 term. By default all count alike. If all are
             0 there is no mean, and the loss is NaN.
+        ranks: all of them make this step together, and have the same loss and gradients of the whole batch.
+
+        **Several processes.** X, Y and ``weight`` are this rank's parts of a batch, as ``Loader(ranks=ranks)`` gives
+        them out; X may be changed meanwhile, if it keeps its rows. The gradient of each part, times its rows or the sum
+        of its weights, enters a binary tree over all parts of the batch. So the bits do not depend on the number of
+        ranks, nor on there being any: one process with ``Loader(shards=)`` computes the same. Dropout is that of the
+        whole batch. BatchNorm takes the statistics of each part, and its running statistics are of the whole batch:
+        variances of parts, and the variance of their means (Chan, Golub & LeVeque 1979). Of other buffers, a layer of
+        your own has them, it is the mean over the parts. X that is not a loader's is one part: the batch is the rows
+        of all ranks, and the bits depend on how many there are. An error on one rank is raised on all, after the sum.
         """
-        core = self._core
+        core, self.parameters.fed = self._core, pass_of(X)
+        if ranks is not None or (self.parameters.fed is not None and self.parameters.fed.deal is not None):
+            deal = self._deal(X, ranks)
+            if deal is not None:
+                return core.parts_step(X, Y, weight, deal, ranks, micro_batch_size).loss, self.parameters.grads
         core.check_batch(X, Y, values=True, weight=weight)
-        self.parameters.fed = pass_of(X)
         loss = 0.0
 
         def add(x: Array, y: Array, weights: Array | None, share: float) -> None:
@@ -241,6 +260,18 @@ class Network:
             core.count_steps(1)
         return loss, self.parameters.grads
 
+    def _deal(self, X: Array, ranks: Ranks | None) -> Deal | None:
+        """How X lies in the batch of all ranks; None if it is the whole batch, in one part."""
+        deal, size = deal_of(X), 1 if ranks is None else ranks.size
+        if deal is not None or ranks is None or size == 1:
+            return deal
+        if self.parameters.fed is not None:
+            raise ArgumentError(
+                "X is a batch of a Loader without ranks=, which gives each rank the same: give it ranks="
+            )
+        every = ranks.gather(len(X))
+        return Deal(sum(every), sum(every[: ranks.rank]), (len(X),), size)
+
     def step_loss(self, X: Array, Y: Array, weight: Array | None = None) -> Array:
         """Compute what :meth:`loss_and_grad` does without waiting for the device; the loss is an array of one element.
 
@@ -248,6 +279,8 @@ class Network:
         and of ``weight``; one that is negative or not finite makes the loss NaN.
         """
         self.parameters.fed = pass_of(X)
+        if (deal := deal_of(X)) is not None and deal.rows != len(X):
+            raise ArgumentError("X is this rank's parts of a batch, and step_loss makes steps on whole batches only")
         return self._core.step(X, Y, weight).loss.work["loss"]
 
     # --- evaluation ---
@@ -397,15 +430,30 @@ class Network:
         """Bytes that training with this batch size and evaluation take, without X and Y; allocates nothing."""
         return sum(self.memory_parts(batch_size).values())
 
-    def memory_parts(self, batch_size: int, evaluated: int = EVALUATION_ROWS, weighted: bool = False) -> dict[str, int]:
+    def memory_parts(
+        self,
+        batch_size: int,
+        evaluated: int = EVALUATION_ROWS,
+        weighted: bool = False,
+        shards: int | None = None,
+        ranks: Ranks | None = None,
+    ) -> dict[str, int]:
         """:meth:`memory` by purpose.
 
         evaluated: how many rows are evaluated, of which 1024 at a time.
         weighted: whether steps and evaluation are given weights; with ``ignore_label`` they always have some.
+        shards: the parts of a batch, over all ranks, if it has any; a step then works in memory for one part.
+        ranks: those that share the parts.
 
         Without compiled kernels NumPy also works in up to 1 MiB for each formula, once per process.
         """
         core, rows = self._core, check_int("batch_size", batch_size, 1)
+        of_parts = {}
+        if shards is not None:
+            rows, size = -(-rows // check_int("shards", shards, 1)), 1 if ranks is None else ranks.size
+            of_parts["sums over parts"] = core.parts_bytes(max(1, shards // size))
+            if ranks is not None and size > 1:
+                of_parts["sums over ranks"] = core.ranks_bytes(ranks)
         at_once = min(check_int("evaluated", evaluated, 0), EVALUATION_ROWS)
         return {
             "parameters": int(self.parameters.flat.nbytes),
@@ -415,6 +463,7 @@ class Network:
             "workspace of a step": core.workspace_bytes(rows, True) + int(core.spans.nbytes),
             "workspace of evaluation": core.workspace_bytes(at_once, False) if at_once else 0,
             **({"workspace of weights": core.weights_bytes(rows, at_once)} if core.weighs(weighted) else {}),
+            **of_parts,
         }
 
     def reserve(self, batch_size: int) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import os
+import sys
+import termios
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -16,6 +21,8 @@ __all__ = ["MPI", "Connection", "Numbers", "Threads", "connected", "launched", "
 # What launchers call the number of processes that they start: Open MPI, MPICH and Intel MPI, MVAPICH, Slurm.
 COUNTS = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"
 PMIX = "PMIX_RANK"  # what any launcher that speaks PMIx sets; it does not say how many there are
+READING = 3.0  # seconds at most that a process which ends all waits until its words were read
+PASSING_ON = 0.1  # seconds at least that the launcher has to pass them on
 PATIENCE = 120  # seconds that a thread waits for the others: far more than any test computes between two calls
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
@@ -117,7 +124,9 @@ class MPI:
         self._comm.Barrier()
 
     def abort(self, why: str) -> None:
-        """End all processes."""
+        """End all processes, when the launcher has read what this one wrote: it may end without doing so."""
+        for stream in (sys.stdout, sys.stderr):
+            until_read(stream)
         self._comm.Abort(1)
 
 
@@ -200,6 +209,19 @@ def threads(size: int) -> list[Threads]:
     """So many ranks that are threads, each to be used in a thread of its own."""
     meeting = Meeting(size)
     return [Threads(rank, size, meeting) for rank in range(size)]
+
+
+def until_read(stream: Any) -> None:
+    """Wait, not for long, until who is at the other end of a pipe has read what was written to it."""
+    last = time.monotonic() + READING
+    try:
+        stream.flush()
+        unread = array.array("i", [1])
+        while unread[0] and time.monotonic() < last:
+            fcntl.ioctl(stream.fileno(), termios.FIONREAD, unread)
+            time.sleep(PASSING_ON)
+    except (OSError, ValueError, AttributeError):  # no pipe, or closed
+        return
 
 
 def launched(variables: Mapping[str, str]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import traceback
@@ -112,11 +113,19 @@ class Ranks:
         """What rank 0 gave, on all ranks: anything that JSON can hold. What the others gave is not looked at."""
         if self._engine is None:
             return value
-        try:
-            data = json.dumps(value).encode() if self.rank == 0 else b""
-        except (TypeError, ValueError) as error:
-            raise DTypeError(f"value must be what JSON can hold, got {value!r} ({error})") from error
-        return json.loads(self._engine.share(data))
+        return json.loads(self._engine.share(_encoded(value) if self.rank == 0 else b""))
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank gave, by rank, on all of them: anything that JSON can hold."""
+        data = np.frombuffer(_encoded(value), np.uint8)
+        if self._engine is None:
+            return [json.loads(data.tobytes())]
+        sizes = np.empty(self.size, np.int64)
+        self._engine.gather(np.array([data.size]), sizes, range(self.size + 1))
+        cuts = [0, *sizes.cumsum().tolist()]
+        texts = np.empty(cuts[-1], np.uint8)
+        self._engine.gather(data, texts, cuts)
+        return [json.loads(texts[start:stop].tobytes()) for start, stop in itertools.pairwise(cuts)]
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
@@ -129,7 +138,6 @@ class Ranks:
         why = f"gpubatch: rank {self.rank} of {self.size} ended all: {what}"
         print(why, file=sys.stderr, flush=True)
         if self._engine is not None:
-            sys.stdout.flush()
             self._engine.abort(why)
         raise SystemExit(1)
 
@@ -170,6 +178,14 @@ class _Hook:
         """Show the exception, and end all ranks."""
         self._shown(kind, error, trace)
         self._ranks.abort(error)
+
+
+def _encoded(value: Any) -> bytes:
+    """``value`` as JSON."""
+    try:
+        return json.dumps(value).encode()
+    except (TypeError, ValueError) as error:
+        raise DTypeError(f"value must be what JSON can hold, got {value!r} ({error})") from error
 
 
 def _tree(rows: Array) -> Array:
