@@ -215,12 +215,12 @@ def test_sums_on_gpus_are_the_tree_too_and_can_be_captured(
                 terms = [values(rank, count, dtype) for rank in range(size)]
                 flat = device.asarray(terms[r.rank])
                 assert r.sum_(flat) is flat
-                assert digest(device.to_numpy(flat)) == digest(tree(terms))
+                assert digest(device.to_numpy(flat)) == digest(neighbours(terms))
                 graph = device.capture(lambda flat=flat: r.sum_(flat))
                 for _ in range(2):
                     flat.set(terms[r.rank])
                     graph.launch()
-                    assert digest(device.to_numpy(flat)) == digest(tree(terms))
+                    assert digest(device.to_numpy(flat)) == digest(neighbours(terms))
             if size > 1:
                 assert r.owned(device)[1].nbytes <= r.sum_bytes(64 * size, dtype) + r.sum_bytes(1003, dtype)
 
@@ -277,13 +277,14 @@ def test_ranks_without_nccl_say_so_on_all(monkeypatch: pytest.MonkeyPatch) -> No
 
 ON_GPUS = """
 import gpubatch as gb
-from test_ranks import digest, tree, values
+from many_ranks import neighbours
+from test_ranks import digest, values
 ranks = gb.Ranks()
 device = gb.get_backend("cuda")
 assert device.spec == gb.get_backend("auto").spec == f"cuda:{ranks.local}", device.spec
 for size in (3, 1003, 100_003):
     terms = [values(rank, size, "float32") for rank in range(ranks.size)]
-    assert digest(ranks.sum_(device.asarray(terms[ranks.rank])).get()) == digest(tree(terms)), size
+    assert digest(ranks.sum_(device.asarray(terms[ranks.rank])).get()) == digest(neighbours(terms)), size
 print("rank", ranks.rank, "done")
 """
 

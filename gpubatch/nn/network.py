@@ -448,6 +448,7 @@ class Network:
         Without compiled kernels NumPy also works in up to 1 MiB for each formula, once per process.
         """
         core, rows = self._core, check_int("batch_size", batch_size, 1)
+        tail = int(self.parameters.message.nbytes - self.parameters.grads.flat.nbytes)
         of_parts = {}
         if shards is not None:
             rows, size = -(-rows // check_int("shards", shards, 1)), 1 if ranks is None else ranks.size
@@ -460,7 +461,7 @@ class Network:
             "gradients": int(self.parameters.grads.flat.nbytes),
             "running statistics": 2 * int(self.buffers.flat.nbytes),  # and what they were before a step
             **core.products.memory_parts(),
-            "workspace of a step": core.workspace_bytes(rows, True) + int(core.spans.nbytes),
+            "workspace of a step": core.workspace_bytes(rows, True) + int(core.spans.nbytes) + tail,
             "workspace of evaluation": core.workspace_bytes(at_once, False) if at_once else 0,
             **({"workspace of weights": core.weights_bytes(rows, at_once)} if core.weighs(weighted) else {}),
             **of_parts,
