@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
+from collections.abc import MutableSequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def numbers(first: Any, last: float, count: int) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return f"array of {value.shape}" if value.ndim != 1 else _short(value.tolist())
-    if isinstance(value, (list, tuple)) and value and all(isinstance(x, (int, float)) for x in value):
+    if isinstance(value, (tuple, MutableSequence)) and value and all(isinstance(x, (int, float)) for x in value):
         return numbers(value[: FEW if len(value) <= FEW else 2], value[-1], len(value))
     if isinstance(value, tuple) and any(isinstance(x, np.ndarray) for x in value):
         return f"({', '.join(map(_short, value))})"
@@ -41,4 +42,4 @@ def _short(value: Any) -> str:
 
 
 def _is_empty(value: Any) -> bool:
-    return isinstance(value, (list, tuple, dict, str)) and not value
+    return isinstance(value, (tuple, MutableSequence, dict, str)) and not value

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,30 @@ class Stages:
             place = stage.memory[: part.nbytes].view(part.dtype).reshape(part.shape)
             place[...] = values[start : start + rows]
             self.send(stage, place, part)
+
+    def pieces(self, source: Array) -> Iterator[np.ndarray]:
+        """The bytes of ``source``, contiguous on the device, piece by piece; each is valid until the next but one.
+
+        The copy of a piece runs while the caller has the one before, after the work of the current stream.
+        """
+        flat, coming = source.reshape(-1).view(np.uint8), deque[tuple[Stage, np.ndarray]]()
+        for start in range(0, flat.size, self._size):
+            part = flat[start : start + self._size]
+            stage = self.next()
+            out = stage.memory[: part.size]
+            with self._backend.scope():
+                part.get(out=out, blocking=False)
+                self._backend.current_stream().record(stage.over)
+            coming.append((stage, out))
+            if len(coming) == len(self._stages) - 1:
+                yield _arrived(*coming.popleft())
+        while coming:
+            yield _arrived(*coming.popleft())
+
+
+def _arrived(stage: Stage, out: np.ndarray) -> np.ndarray:
+    stage.over.synchronize()
+    return out
 
 
 def stages_for(backend: CudaBackend, out: Array) -> Stages:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 from families import every
 from hypothesis import HealthCheck, given, settings, strategies as st
-from safetensors.numpy import load_file
+from needs import missing
+from safetensors.numpy import load_file, save as safetensors_bytes
 
 import gpubatch as gb
 from gpubatch import checkpoint
@@ -285,6 +286,125 @@ def test_a_run_is_saved_from_its_own_arrays(tmp_path: Path) -> None:
     assert found["optimizer.state.m.W1"].shape == (1000, 1000)
 
 
+def many(kind: str, count: int = 65) -> Any:
+    """More arrays than have tensors of their own: of several shapes, some without elements."""
+    rng = np.random.default_rng(count)
+    shapes = [[(2, 3), (), (0, 4), (5,), (1, 1, 2)][i % 5] for i in range(count)]
+    arrays = [rng.random(shape).astype(np.float32) for shape in shapes]
+    if kind == "list":
+        return arrays
+    named = {f"w{i}" if i else 'a "name"\n': array for i, array in enumerate(arrays)}
+    if kind == "mapping":
+        return named
+    return gb.Parameters(named, backend="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("kind", ["mapping", "list", "views"])
+def test_many_arrays_are_one_tensor(kind: str, store: Checkpoints) -> None:
+    """And what has the same names and shapes, as optimizer state has, has the same table."""
+    first, second = many(kind), many(kind)
+    store.save({"network": first, "optimizer": {"m": second, "few": many("mapping", 64)}})
+    theirs = load_file(store.files()[0])
+    tables = ["tables.0.shapes"] if kind == "list" else ["tables.0.names", "tables.0.shapes"]
+    assert sorted(name for name in theirs if ".few" not in name) == ["network", "optimizer.m", *tables]
+    assert len(theirs) == 64 + 2 + len(tables)
+    found = read(store.files()[0])
+    assert isinstance(found["optimizer"]["few"], dict)
+    for expected, got in ((first, found["network"]), (second, found["optimizer"]["m"])):
+        assert same(got if kind == "list" else dict(got), expected if kind == "list" else dict(expected))
+
+
+def test_arrays_of_several_types_or_with_others_have_tensors_of_their_own(store: Checkpoints) -> None:
+    mixed = {**many("mapping"), "w1": np.arange(3)}
+    store.save({"mixed": mixed, "other": [*many("list"), "text"]})
+    assert same(read(store.files()[0]), {"mixed": mixed, "other": [*many("list"), "text"]})
+    with pytest.raises(gb.DTypeError, match=r"m must hold real numbers to be saved, got dtype complex128"):
+        store.save({"m": [np.zeros(2, complex)] * 65})
+    with pytest.raises(gb.DTypeError, match=r"the keys of m must be text to be saved, got 0"):
+        store.save({"m": dict(enumerate(many("list")))})
+
+
+def packed(names: bytes = b'["a", "b"]', shapes: Sequence[int] = (1, 2, 2, 1, 3), flat: int = 5) -> tuple[bytes, bytes]:
+    """The header and the data of a file with a packed tensor."""
+    arrays = {"x": np.arange(flat, dtype=np.float32), "tables.0.shapes": np.array(shapes, np.int64)}
+    arrays["tables.0.names"] = np.frombuffer(names, np.uint8)
+    state = '{"x": {"__packed__": "x", "table": "tables.0"}}'
+    content = safetensors_bytes(arrays, metadata={"format": "2", "state": state})
+    length = int.from_bytes(content[:8], "little")
+    return content[8 : 8 + length], content[8 + length :]
+
+
+TABLES = {
+    "names too few": {"names": b'["a"]'},
+    "names twice": {"names": b'["a", "a"]'},
+    "names of numbers": {"names": b"[1, 2]"},
+    "names of lists": {"names": b"[[], []]"},
+    "a number of names": {"names": b"2"},
+    "no JSON": {"names": b"\xff"},
+    "negative rows": {"shapes": (1, -2, 2, 1, 3)},
+    "negative axes": {"shapes": (-1, 1, 5)},
+    "more axes than there are": {"shapes": (1, 2, 3, 1, 3)},
+    "other sizes": {"shapes": (1, 2, 2, 1, 4)},
+    "huge sizes": {"shapes": (1, 2, 2, 2**62, 2**62)},
+    "no rows of 2**62": {"shapes": (1, 5, 3, 0, 2**62, 2**62)},
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_strange_table_is_refused(name: str, tmp_path: Path) -> None:
+    path = signed(tmp_path, *packed(**TABLES[name]))
+    with pytest.raises(gb.DataFormatError, match=re.escape(f"{path} is not a checkpoint: ")):
+        read(path)
+
+
+def test_the_table_that_the_strange_ones_differ_from_is_read(tmp_path: Path) -> None:
+    found = read(signed(tmp_path, *packed()))["x"]
+    assert {name: array.tolist() for name, array in found.items()} == {"a": [0, 1], "b": [[2, 3, 4]]}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("background", [False, True])
+def test_arrays_of_a_gpu_come_through_pinned_memory(
+    background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No copy on the device, whatever its size and kind; in the background training may go on at once."""
+    if "cuda:0" not in gb.available_backends():
+        missing("gpu", "no CUDA device can be used here")
+    device = gb.get_backend("cuda:0")
+    monkeypatch.setattr(checkpoint, "AT_ONCE", 1 << 12)
+    net = gb.mlp([100, 70, 10], backend=device, seed=0)
+    opt = gb.Adam(net.parameters)
+    expected = device.to_numpy(net.parameters.flat).copy()
+    pool = device.cupy.get_default_memory_pool()  # type: ignore[attr-defined]
+    store = Checkpoints(tmp_path, background=background)
+    device.free_unused()
+    before, asked = pool.used_bytes(), []
+    monkeypatch.setattr(type(device), "pinned", counted(type(device).pinned, asked))
+    pool.set_limit(size=pool.total_bytes())  # there is no room for another array
+    try:
+        many = {str(i): net.parameters.flat[i : i + 3] for i in range(100)}
+        store.save({"network": live_state(net), "optimizer": live_optimizer(opt), "many": many})
+        net.parameters.flat.fill(0)
+        store.wait()
+    finally:
+        pool.set_limit(size=0)
+    assert pool.used_bytes() == before
+    assert max(asked) <= checkpoint.PINNED << 12
+    found = read(store.files()[0])
+    got = np.concatenate([found["network"]["parameters"][name].reshape(-1) for name in net.parameters])
+    np.testing.assert_array_equal(got, expected)
+    assert found["many"]["99"].tolist() == expected[99:102].tolist()
+    assert not found["optimizer"]["state"]["m"]["W1"].any()
+
+
+def counted(pinned: Any, asked: list[int]) -> Any:
+    def call(self: Any, size: int, dtype: Any) -> Any:
+        asked.append(size * dtype.itemsize)
+        return pinned(self, size, dtype)
+
+    return call
+
+
 @pytest.mark.exhaustive
 def test_a_hundred_thousand_arrays_are_saved_and_read(tmp_path: Path) -> None:
     """As many arrays as an optimizer of that many small parameters has."""
@@ -307,7 +427,7 @@ STRANGE = {
     "a list": b"[]",
     "a deep list": 100_000 * b"[",
     "no metadata": {"x": header()["x"]},
-    "another format": {**header(), "__metadata__": {"format": "2", "state": "{}"}},
+    "another format": {**header(), "__metadata__": {"format": "3", "state": "{}"}},
     "metadata of text": {"__metadata__": "format 1"},
     "a state that is not JSON": {**header(), "__metadata__": {"format": "1", "state": "{"}},
     "an array that is not there": {**header(), "y": header()["x"], "x": 3},

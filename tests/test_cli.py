@@ -391,7 +391,7 @@ def test_a_run_that_was_killed_goes_on(mnist: Path, tmp_path: Path) -> None:
     whole = json.loads(run("train", *options, "--epochs", "4").stdout)
     saved = [*options, "--checkpoint", str(tmp_path / "run"), "--every", "3", "--resume"]
     run("train", *saved, "--epochs", "2")  # with no checkpoint yet it starts from the start
-    for path in sorted((tmp_path / "run").iterdir())[1:]:
+    for path in sorted((tmp_path / "run").glob("checkpoint-*"))[1:]:
         path.unlink()  # as if killed before them: the remaining one is amid an epoch
     resumed = json.loads(run("train", *saved, "--epochs", "4").stdout)
     for result in (whole, resumed):

@@ -30,7 +30,7 @@ def filled(kind: type) -> Shown:
     values = {}
     for field in dataclasses.fields(kind):
         word = str(field.type)
-        if "list" in word or "tuple[float" in word:
+        if "list" in word or "tuple[float" in word or word == "Series":
             values[field.name] = type(word)() if word == "str" else [0.001 * i for i in range(12_500)]
         elif "ndarray" in word:
             array = np.linspace(0, 1, 12_500)

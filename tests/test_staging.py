@@ -65,6 +65,20 @@ COPIES: dict[str, Callable[[CudaBackend, np.ndarray], Any]] = {
 }
 
 
+@pytest.mark.parametrize("size", [64, 1000, 8000, 8001])
+def test_pieces_of_an_array_come_one_after_another(size: int, device: CudaBackend) -> None:
+    """Each is whole until the next, however late the device copies; arrays that change afterwards change none."""
+    values = np.random.default_rng(0).random(1000)
+    with device.own_stream():
+        array, stages, found = device.asarray(values), Stages(device, size, 3), bytearray()
+        for _ in range(2):
+            for piece in stages.pieces(array):
+                found += piece.tobytes()
+        array.fill(0)
+    assert bytes(found) == 2 * values.tobytes()
+    assert_no_faults(device)
+
+
 @every("pieces", {"1": 1, "3": 3}, ["3"])
 @pytest.mark.parametrize("what", COPIES)
 def test_what_was_copied_may_be_changed(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from gpubatch.averages import ewma
 from gpubatch.loader import Loader
 from gpubatch.nn import Network
 from gpubatch.optim import Optimizer
+from gpubatch.series import Series
 from gpubatch.shown import Shown
 
 __all__ = ["History", "StopTraining", "TrainingInterrupted", "TrainingState", "TrainingTerminated"]
@@ -22,6 +23,9 @@ __all__ = ["History", "StopTraining", "TrainingInterrupted", "TrainingState", "T
 @dataclass(repr=False)
 class History(Shown):
     """What a run did. A list has one number per epoch, ``step_loss`` and ``step_lr`` one per applied step.
+
+    These two take 8 bytes a number. They index, slice, append, compare and iterate as lists do; ``np.asarray`` makes an
+    array of them, and ``tolist()`` a list, for JSON or tables.
 
     step_loss: the cost of the mini-batch
     step_lr: the learning rate; empty if the rule has none
@@ -47,8 +51,8 @@ class History(Shown):
     (200, 2)
     """
 
-    step_loss: list[float] = field(default_factory=list)
-    step_lr: list[float] = field(default_factory=list)
+    step_loss: Series = field(default_factory=Series)
+    step_lr: Series = field(default_factory=Series)
     loss: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
     validation_accuracy: list[float] = field(default_factory=list)
@@ -61,6 +65,9 @@ class History(Shown):
     overflows: int = 0
     execution: str = "eager"
 
+    def __post_init__(self) -> None:
+        self.step_loss, self.step_lr = Series.of(self.step_loss), Series.of(self.step_lr)
+
     def smoothed(self, beta: float = 0.9) -> np.ndarray:
         """The cost of each step as an exponentially weighted average over about 1/(1-beta) steps."""
         return np.asarray(ewma(self.step_loss, beta))
@@ -68,12 +75,13 @@ class History(Shown):
     def last(self, name: str) -> float:
         """The number of the last epoch by its name, that of a metric after "validation_": "validation_f1"."""
         metric = self.metrics.get(name.removeprefix("validation_"))
-        values: list[float] = getattr(self, name) if metric is None or hasattr(self, name) else metric
+        values: Sequence[float] = getattr(self, name) if metric is None or hasattr(self, name) else metric
         return values[-1]
 
     def to_dict(self) -> dict[str, Any]:
-        """The history as JSON can hold it."""
-        return dataclasses.asdict(self)
+        """The history as JSON can hold it, in plain lists."""
+        found = dataclasses.asdict(self)
+        return {name: value.tolist() if isinstance(value, Series) else value for name, value in found.items()}
 
 
 @dataclass

@@ -78,14 +78,14 @@ class RunCheckpoints:
         record, state = self._record, self._record.state
         if self.store is None or not record.unsaved:
             return
-        copied = self.store.background
+        # A thread that writes while training goes on needs copies; those of a GPU's arrays the store makes itself.
+        copied = self.store.background and state.net.backend.name == "cpu"
         history = {
-            # Lists grow with the run: arrays hold them exactly, and in less space than text.
+            # Arrays hold numbers exactly, and in less space than text.
             name: np.array(value, np.float64) if isinstance(value, list) else value
             for name, value in vars(state.history).items()
         }
         saved = {
-            # A thread that writes while training goes on needs copies.
             "network": state.net.state_dict() if copied else live_state(state.net),
             "optimizer": state.opt.state_dict() if copied else live_optimizer(state.opt),
             "given": self._given,
