@@ -20,6 +20,7 @@ from allocations import refusing
 from families import drawn, every
 from hypothesis import strategies as st
 from many_ranks import mpi, neighbours, on_threads
+from needs import missing
 
 import gpubatch as gb
 from gpubatch.nn import core_of
@@ -41,8 +42,8 @@ class Case:
     bad: int | None = None  # a batch whose loss is not finite, in one row
     dtype: str = "float32"
 
-    def make(self) -> tuple[gb.Network, gb.Optimizer]:
-        options = {"backend": "cpu", "seed": 3, "dtype": self.dtype, **self.network}
+    def make(self, device: str = "cpu") -> tuple[gb.Network, gb.Optimizer]:
+        options = {"backend": device, "seed": 3, "dtype": self.dtype, **self.network}
         net = gb.mlp([10, 16, 8, 3], **options)
         return net, gb.Adam(net.parameters, 0.01, master_weights=options.get("precision") == "mixed")
 
@@ -88,12 +89,15 @@ def dealt(batch: Any, shards: int, ranks: gb.Ranks | None, passed: DataPass) -> 
     return parts
 
 
-def train(case: Case, ranks: gb.Ranks | None, shards: int | None = SHARDS) -> tuple[str, list[float], gb.Network]:
+def train(
+    case: Case, ranks: gb.Ranks | None, shards: int | None = SHARDS, device: str = "cpu"
+) -> tuple[str, list[float], gb.Network]:
     """Train by hand, by parts if there are ``shards``; the digest of what there is at the end, and the losses."""
-    net, opt = case.make()
+    net, opt = case.make(device)
     losses, passed = [], DataPass(object(), 0)
     passed.begin()
-    for batch in case.data():
+    for arrays in case.data():
+        batch = [None if array is None else net.backend.asarray(array) for array in arrays]
         x, y, weight = batch if shards is None else dealt(batch, shards, ranks, passed)
         if len(losses) == case.bad:
             with pytest.raises(gb.errors.NonFiniteError, match="X holds NaN or infinity"):
@@ -118,6 +122,18 @@ def test_the_bits_do_not_depend_on_the_number_of_ranks(case: Case) -> None:
     alone = train(case, None)[0]
     for size in (1, 2, 4):
         assert {found[0] for found in on_threads(size, lambda ranks: train(case, ranks))} == {alone}
+
+
+@pytest.mark.gpu
+@every_case
+def test_the_bits_on_gpus_do_not_depend_on_their_number(case: Case) -> None:
+    gpus = [name for name in gb.available_backends() if name.startswith("cuda:")]
+    if len(gpus) < 2:
+        missing("gpu", "2 CUDA devices are needed here")
+    alone, losses, _ = train(case, None, device=gpus[0])
+    np.testing.assert_allclose(losses, train(case, None)[1], rtol=1e-2 if "precision" in case.network else 1e-4)
+    for size in (1, 2, 4)[: len(gpus).bit_length()]:
+        assert {d for d, *_ in on_threads(size, lambda ranks: train(case, ranks, device=gpus[ranks.rank]))} == {alone}
 
 
 WITHOUT_NORM = {name: case for name, case in CASES.items() if not case.network.get("batch_norm")}

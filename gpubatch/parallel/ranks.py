@@ -121,7 +121,7 @@ class Ranks:
         if self._engine is None:
             return [json.loads(data.tobytes())]
         sizes = np.empty(self.size, np.int64)
-        self._engine.gather(np.array([data.size]), sizes, range(self.size + 1))
+        self._engine.gather(np.array([data.size]), sizes, [*range(self.size + 1)])
         cuts = [0, *sizes.cumsum().tolist()]
         texts = np.empty(cuts[-1], np.uint8)
         self._engine.gather(data, texts, cuts)
