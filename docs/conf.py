@@ -55,17 +55,7 @@ autodoc_mock_imports = [] if find_spec("torch") else ["torch"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "amsmath"]
 myst_heading_anchors = 3
 myst_fence_as_directive = ["mermaid"]
-# One picture for both themes, on a white ground.
-mermaid_light_theme = mermaid_dark_theme = "base"
-mermaid_init_config = {
-    "startOnLoad": False,
-    "themeVariables": {
-        "primaryColor": "#eef4fb",
-        "primaryTextColor": "#111",
-        "primaryBorderColor": "#567",
-        "lineColor": "#567",
-    },
-}
+mermaid_dark_theme = "default"  # one picture for both themes, on a white ground
 mermaid_fullscreen_button = "+"
 nb_execution_mode = "cache"
 nb_execution_timeout = 120
