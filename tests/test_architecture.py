@@ -210,7 +210,7 @@ CODE_LINES = {
     "sizing": 264,
     "params": 99,
     "optim": 1165,
-    "nn": 2571,
+    "nn": 2577,
     "datasets": 194,
     "sources": 1776,
     "loader": 2119,

@@ -12,7 +12,7 @@ import math
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -371,6 +371,44 @@ def test_an_error_on_one_rank_is_raised_on_all(what: str) -> None:
     found = on_threads(2, step)
     assert "(on rank 1)" in found[0][0]
     assert [step for _, step in found] == on_threads(2, good_step)
+
+
+def test_memory_that_runs_out_for_the_sums_is_told_to_all() -> None:
+    case = Case({"batch_norm": True})
+
+    def step(ranks: gb.Ranks) -> None:
+        (net, _), passed = case.make(), DataPass(object(), 0)
+        core, allocate = core_of(net), core_of(net).part_sums
+        passed.begin()
+        x, y, _ = dealt(next(case.data()), SHARDS, ranks, passed)
+        if ranks.rank == 1:
+            core.part_sums = lambda parts: allocate(1) if parts == 1 else raising(MemoryError())
+        with pytest.raises(MemoryError):
+            net.loss_and_grad(x, y, ranks=ranks)
+        passed.end()
+
+    on_threads(2, step)
+
+
+def test_an_l2_term_out_of_range_is_an_error() -> None:
+    case = Case({"l2": 1e30, "batch_norm": True})
+
+    def step(ranks: gb.Ranks) -> None:
+        (net, _), passed = case.make(), DataPass(object(), 0)
+        net.parameters["W1"][0] = 1e10
+        passed.begin()
+        x, y, _ = dealt(next(case.data()), SHARDS, ranks, passed)
+        before = net.buffers.flat.copy()
+        with pytest.raises(gb.errors.NonFiniteError, match="the l2 term has grown out of range"):
+            net.loss_and_grad(x, y, ranks=ranks)
+        passed.end()
+        assert (net.buffers.flat.tobytes(), core_of(net).dropout_step) == (before.tobytes(), 0)
+
+    on_threads(2, step)
+
+
+def raising(error: Exception) -> NoReturn:
+    raise error
 
 
 def test_all_ranks_hear_of_a_signal() -> None:

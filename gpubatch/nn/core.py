@@ -345,15 +345,15 @@ class Core:
         """
         error: Exception | None = None
         with self.training, self.backend.scope(), quiet():
-            sums = self.part_sums(len(deal.parts))
             self.remember()
             try:
                 self._check_parts(X, Y, weight, deal, ranks)
-                self.sum_parts(sums, X, Y, weight, deal, micro_batch_size)
+                self.sum_parts(self.part_sums(len(deal.parts)), X, Y, weight, deal, micro_batch_size)
             except MemoryError as found:
                 error = found.with_traceback(None)  # which would keep the arrays of the step alive
             except Exception as found:
                 error = found
+            sums = self.part_sums(1 if self._part_sums is None else self._part_sums.parts)
             if error is not None:
                 sums.nothing()
             message, statistics = sums.messages()
@@ -368,6 +368,12 @@ class Core:
                 self.recall()
                 self._raise_alike(error, self.backend.to_numpy(sums.tail)[LOSS].item(), X, Y, weight, ranks)
             loss = self.finish_parts(sums, message, statistics, deal.rows).item()
+            if not math.isfinite(loss):
+                self.recall()
+                raise NonFiniteError(
+                    f"loss is {loss} after {self.mode.step} steps; the l2 term has grown out of range: lower the "
+                    "learning rate"
+                )
             self.mode.step += 1
         return WholeStep(loss, tail[SIGNALLED] > 0)
 
@@ -429,8 +435,8 @@ class Core:
 
     def check_parts(self, rows: int, shards: int) -> None:
         """Raise if a batch of so many rows has parts that are too small for batch normalisation."""
-        least = min((n for n in Deal.of(rows, shards).parts if n), default=0)
-        if 0 < least < self.least_rows:
+        least = max(1, rows // shards)  # of the parts that have any
+        if least < self.least_rows:
             raise ArgumentError(
                 f"a batch of {rows} rows in {shards} parts has one of {least}; BatchNorm needs more than one sample: "
                 "drop the last batch (drop_last=True), or choose another batch size, or fewer shards"

@@ -278,8 +278,8 @@ class Network:
         The next step overwrites that array. Nobody checks whether the loss is finite, nor, on a GPU, the values of Y
         and of ``weight``; one that is negative or not finite makes the loss NaN.
         """
-        self.parameters.fed = pass_of(X)
-        if (deal := deal_of(X)) is not None and deal.rows != len(X):
+        self.parameters.fed = fed = pass_of(X)
+        if fed is not None and fed.deal is not None and (deal := deal_of(X)) is not None and deal.rows != len(X):
             raise ArgumentError("X is this rank's parts of a batch, and step_loss makes steps on whole batches only")
         return self._core.step(X, Y, weight).loss.work["loss"]
 
