@@ -20,7 +20,7 @@ from allocations import refusing
 from families import drawn, every
 from hypothesis import strategies as st
 from many_ranks import mpi, neighbours, on_threads
-from needs import missing
+from needs import missing, peer
 
 import gpubatch as gb
 from gpubatch.nn import core_of
@@ -146,6 +146,35 @@ def test_the_numbers_are_those_of_whole_batches(case: Case) -> None:
     exact = case.dtype == "float32" and "precision" not in case.network
     np.testing.assert_allclose(losses, expected, rtol=1e-5 if exact else 1e-2)
     np.testing.assert_allclose(net.parameters.flat, whole.parameters.flat, rtol=1e-3, atol=1e-4 if exact else 0.03)
+
+
+@pytest.mark.exhaustive
+def test_gradients_are_those_of_pytorch() -> None:
+    """Of the whole batch, with weights and an l2 term, in float64."""
+    torch = peer("torch")
+    case = Case({"l2": 0.03, "activation": "tanh"}, rows=(37,), weighted=True, dtype="float64")
+    net, _ = case.make()
+    x, y, weight = next(case.data())
+    tensors = {name: torch.tensor(value, requires_grad=True) for name, value in net.parameters.items()}
+    a = torch.tensor(x)
+    for i in (1, 2, 3):
+        a = a @ tensors[f"W{i}"] + tensors[f"b{i}"]
+        a = torch.tanh(a) if i < 3 else a
+    each, counts = torch.nn.functional.cross_entropy(a, torch.tensor(y), reduction="none"), torch.tensor(weight).double()
+    loss = (each * counts).sum() / counts.sum() + 0.015 * sum((tensors[f"W{i}"] ** 2).sum() for i in (1, 2, 3))
+    loss.backward()
+
+    def step(ranks: gb.Ranks) -> None:
+        (net, _), passed = case.make(), DataPass(object(), 0)
+        passed.begin()
+        own, labels, weights = dealt((x, y, weight), SHARDS, ranks, passed)
+        found, grads = net.loss_and_grad(own, labels, weight=weights, ranks=ranks)
+        passed.end()
+        assert found == pytest.approx(loss.item(), rel=1e-9)
+        for name, tensor in tensors.items():
+            np.testing.assert_allclose(grads[name], tensor.grad.numpy(), rtol=1e-7, atol=1e-12)
+
+    on_threads(4, step)
 
 
 def test_dropout_is_that_of_the_whole_batch() -> None:
