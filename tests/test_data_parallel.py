@@ -160,7 +160,8 @@ def test_gradients_are_those_of_pytorch() -> None:
     for i in (1, 2, 3):
         a = a @ tensors[f"W{i}"] + tensors[f"b{i}"]
         a = torch.tanh(a) if i < 3 else a
-    each, counts = torch.nn.functional.cross_entropy(a, torch.tensor(y), reduction="none"), torch.tensor(weight).double()
+    each = torch.nn.functional.cross_entropy(a, torch.tensor(y), reduction="none")
+    counts = torch.tensor(weight).double()
     loss = (each * counts).sum() / counts.sum() + 0.015 * sum((tensors[f"W{i}"] ** 2).sum() for i in (1, 2, 3))
     loss.backward()
 
