@@ -106,8 +106,8 @@ class Backend(ABC):
         """A C-contiguous array of zeros."""
 
     @abstractmethod
-    def generator(self, seed: int, epoch: int, number: int) -> Any:
-        """The library's random ``Generator`` for one batch: a function of the three integers alone."""
+    def generator(self, seed: int, epoch: int, number: int, part: int | None = None) -> Any:
+        """The library's random ``Generator`` for one batch, or a part of one: a function of the integers alone."""
 
     @abstractmethod
     def owns(self, x: Any) -> bool:
@@ -191,9 +191,10 @@ class CpuBackend(Backend):
     def zeros(self, shape: int | Shape, dtype: Any) -> Array:
         return np.zeros(shape, dtype)
 
-    def generator(self, seed: int, epoch: int, number: int) -> np.random.Generator:
+    def generator(self, seed: int, epoch: int, number: int, part: int | None = None) -> np.random.Generator:
         # The orders of samples have the same key, and zero in the third word of the counter, which batches count in.
-        key, counter = np.array([seed, epoch], np.uint64), np.array([0, 0, number + 1, 0], np.uint64)
+        within = 0 if part is None else part + 1
+        key, counter = np.array([seed, epoch], np.uint64), np.array([0, within, number + 1, 0], np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
     def owns(self, x: Any) -> bool:
@@ -269,8 +270,10 @@ class CudaBackend(Backend):
             self.free_unused()
             return make()
 
-    def generator(self, seed: int, epoch: int, number: int) -> Any:
-        random, sequence = self.cupy.random, np.random.SeedSequence([seed, epoch, number])
+    def generator(self, seed: int, epoch: int, number: int, part: int | None = None) -> Any:
+        # A zero behind the others would change nothing.
+        random, within = self.cupy.random, [] if part is None else [part + 1]
+        sequence = np.random.SeedSequence([seed, epoch, number, *within])
         with self.scope():
             return random.Generator(random.Philox4x3210(sequence, size=GENERATOR_THREADS))
 

@@ -103,8 +103,8 @@ class StandIn:
         """Generators that draw the numbers of a CPU's, which CuPy's do not."""
 
         def bits(sequence: np.random.SeedSequence, size: int) -> np.random.Philox:
-            seed, epoch, number = sequence.entropy  # type: ignore[misc]
-            key, counter = np.array([seed, epoch], np.uint64), np.array([0, 0, number + 1, 0], np.uint64)
+            seed, epoch, number, *within = sequence.entropy  # type: ignore[misc]
+            key, counter = np.array([seed, epoch], np.uint64), np.array([0, sum(within), number + 1, 0], np.uint64)
             return np.random.Philox(key=key, counter=counter)
 
         def generator(bits: np.random.Philox) -> Any:

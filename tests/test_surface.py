@@ -25,9 +25,9 @@ OPTIMIZER = """
     state_dict load_state_dict
 """
 LOADER = """
-    at_most augment backend batch_size drop_last dtype feed prefetch prepare rank replacement sample_axis scale seed
-    shuffle transform window world_size block epoch feeding load_state_dict n_samples order plan state_dict stats
-    to_batch
+    at_most augment backend batch_size drop_last dtype feed prefetch prepare rank ranks replacement sample_axis scale
+    seed shards shuffle transform window world_size block epoch feeding load_state_dict n_samples order plan state_dict
+    stats to_batch
 """
 
 

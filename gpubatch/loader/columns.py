@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any, TypeAlias
 
@@ -41,6 +41,7 @@ from gpubatch.sources import (
 
 __all__ = ["Column", "Columns", "Rows", "captured_dtype", "copy_into", "native"]
 
+Parts: TypeAlias = Mapping[int, int] | None  # how many rows there are of each part of a batch, by its number
 Rows: TypeAlias = dict[Reader, list[np.ndarray]]  # what was read, as it is stored
 
 
@@ -434,6 +435,17 @@ class Columns(Sequence[Column]):
             for column in self
         ]
 
+    def no_rows(self) -> list[Array]:
+        """A batch of which a rank has no samples."""
+        return [self.backend.empty((0, *column.source.sample_shape), column.dtype) for column in self]
+
+    def joined(self, parts: Iterable[list[Array]]) -> list[Array]:
+        """Rows that were gathered in parts, in main memory."""
+        found = list(parts)
+        if len(found) == 1:
+            return found[0]
+        return [np.concatenate(arrays) for arrays in zip(*found, strict=True)] if found else self.no_rows()
+
     # --- delivery ---
 
     @property
@@ -459,40 +471,74 @@ class Columns(Sequence[Column]):
         """Whether functions of the user's are applied to batches."""
         return self.prepare is not None or self.augment is not None
 
-    def deliver(self, rows: list[Array], epoch: int, number: int) -> Any:
+    def deliver(self, rows: list[Array], epoch: int, number: int, parts: Parts = None) -> Any:
         """A batch as the caller wants it, x, (x, y) or (x, y, weight).
 
         It is prepared, and of columns where the samples are columns. Its augmentation depends on its ``number`` in
-        ``epoch``.
+        ``epoch``. Where batches are dealt, the rows are ``parts`` of one.
         """
-        arrays = self._delivered(rows, epoch, number) if self.sample_axis or self.has_functions else rows
+        turns = self.sample_axis or self.has_functions
+        arrays = self._delivered(rows, epoch, number, parts) if turns else rows
         return tuple(arrays) if len(arrays) > 1 else arrays[0]
 
-    def as_rows(self, rows: list[Array], epoch: int, number: int) -> list[Array]:
+    def as_rows(self, rows: list[Array], epoch: int, number: int, parts: Parts = None) -> list[Array]:
         """A batch as a network wants it: prepared, and of rows."""
-        return [self.turn(array) for array in self._delivered(rows, epoch, number)] if self.has_functions else rows
+        if not self.has_functions:
+            return rows
+        return [self.turn(array) for array in self._delivered(rows, epoch, number, parts)]
 
     def turn(self, array: Array) -> Array:
         """Rows as the caller has samples, or the caller's samples as rows."""
         return turned(array) if self.sample_axis else array
 
-    def delivery_bytes(self, batch_size: int, as_rows: bool = False) -> int:
-        """Bytes of the arrays from which a delivered batch is made."""
+    def delivery_bytes(self, batch_size: int, as_rows: bool = False, parts: int = 1) -> int:
+        """Bytes of the arrays from which a delivered batch is made, of several ``parts`` that are prepared alone."""
         if self.has_functions:
             arrays = batch_size * self.batch_bytes
             augmented = 0 if self.augment is None else arrays + self.backend.generator_bytes
-            return augmented + (0 if self.prepare is None else arrays)
+            return augmented + (0 if self.prepare is None else arrays) + (arrays if parts > 1 else 0)
         copied = [] if as_rows or self.backend.name == "cpu" else [column for column in self if column.axis]
         return batch_size * sum(column.source.bytes_per_sample(column.dtype) for column in copied)
 
-    def _delivered(self, rows: list[Array], epoch: int, number: int) -> list[Array]:
-        rows, weights = rows[:2], rows[2:]
+    def _delivered(self, rows: list[Array], epoch: int, number: int, parts: Parts) -> list[Array]:
         with self.backend.scope():
-            arrays = self._prepared(rows)
-            if self.augment is not None:
-                draw = self.backend.generator(self._seed, epoch, number)
-                arrays = self.augment(arrays, self._axes, self.dtype, self.backend, draw)
-        return [*arrays, *weights]
+            if parts is None or not self.has_functions:
+                return [*self._made(rows[:2], epoch, number), *rows[2:]]
+            found, start = list[list[Array]](), 0
+            for part, size in parts.items():
+                if size:  # alone: what a function makes of samples may depend on what it gets with them
+                    found.append(self._made([array[start : start + size] for array in rows[:2]], epoch, number, part))
+                start += size
+            if not found:  # no function gets samples that there are not, and yet their shape is known
+                one = self._made(self.at(np.zeros(1, np.int64))[:2], epoch, number)
+                found = [[self.turn(self.turn(array)[:0]) for array in one]]
+            joined = map(self._one, zip(*found, strict=True), self._axes)
+            return [*joined, *rows[2:]]
+
+    def _one(self, arrays: Sequence[Array], axis: int) -> Array:
+        """What functions made of the parts of a batch, one after another."""
+        if len(arrays) == 1:
+            return arrays[0]
+        sizes = [array.shape[axis] for array in arrays]
+        forms = {(array.dtype, array.shape[:axis], array.shape[axis + 1 :]) for array in arrays}
+        if len(forms) > 1:
+            words = " and ".join(f"{array.dtype} {array.shape}" for array in arrays[:2])
+            raise ShapeError(f"functions of a batch must make samples of one shape and dtype, got {words} of its parts")
+        shape = list(arrays[0].shape)
+        shape[axis] = sum(sizes)
+        out, stop = self.backend.empty(tuple(shape), arrays[0].dtype), 0
+        for array, size in zip(arrays, sizes, strict=True):
+            start, stop = stop, stop + size
+            out[(slice(None),) * axis + (slice(start, stop),)] = array
+        return out
+
+    def _made(self, rows: list[Array], epoch: int, number: int, part: int | None = None) -> list[Array]:
+        """Rows as the caller has samples, prepared and augmented."""
+        arrays = self._prepared(rows)
+        if self.augment is None:
+            return arrays
+        draw = self.backend.generator(self._seed, epoch, number, part)
+        return self.augment(arrays, self._axes, self.dtype, self.backend, draw)
 
     def _prepared(self, rows: Sequence[Array]) -> list[Array]:
         """Rows as the caller has samples, prepared."""

@@ -11,6 +11,7 @@ import numpy as np
 from gpubatch.backend import Array, CudaBackend
 from gpubatch.loader.columns import native
 from gpubatch.ops import PERMUTATION_WORDS, Grid, Permutation, gather_batch, permute, take_batch
+from gpubatch.passes import Deal
 from gpubatch.staging import stages_for
 
 __all__ = ["DeviceFeed", "DeviceOrder", "copy_to_device"]
@@ -70,7 +71,8 @@ class DeviceFeed:
     """Batches that captured steps gather themselves: data, order and batch stay where they are on the device.
 
     ``columns`` are the arrays on the device, each with the element type and the scale of its batches. The order is one
-    of ``share`` samples, or ``computed``, a permutation, whose images the kernels find themselves.
+    of ``share`` samples, ``batch_size`` of them in a batch. Or with ``firsts`` it is a permutation, whose images the
+    kernels find themselves, of ``step`` samples a batch: those of a rank begin at one of ``firsts`` in the whole batch.
     """
 
     def __init__(
@@ -79,17 +81,20 @@ class DeviceFeed:
         columns: Sequence[tuple[Array, np.dtype[Any], float | None]],
         share: int,
         batch_size: int,
-        computed: bool = False,
+        firsts: Sequence[int] = (),
+        step: int | None = None,
     ) -> None:
-        self._backend, self._columns, self.batch_size, self._computed = backend, columns, batch_size, computed
+        self._backend, self._columns, self.batch_size = backend, columns, batch_size
+        self._firsts, self._step = list(firsts), batch_size if step is None else step
         # Valid: a rehearsal gathers before the first order. The zeros of a permutation are one that has 0 everywhere.
-        self._order = backend.zeros(PERMUTATION_WORDS if computed else share, np.int64)
+        self._order = backend.zeros((len(firsts), PERMUTATION_WORDS) if firsts else share, np.int64)
         self._stages = stages_for(backend, self._order)
         self._batch = [backend.empty((batch_size, *array.shape[1:]), dtype) for array, dtype, _ in columns]
 
     def begin(self, order: np.ndarray | Permutation) -> int:
         """Copy the order of the next epoch to the device; the number of bytes."""
-        order = order.words if isinstance(order, Permutation) else order
+        if isinstance(order, Permutation):
+            order = np.stack([order.after(first) for first in self._firsts])
         self._stages.copy(order, self._order)
         return order.nbytes
 
@@ -97,13 +102,21 @@ class DeviceFeed:
         """The arrays into which a batch of ``rows`` samples is gathered."""
         return [array[:rows] for array in self._batch]
 
-    def enqueue(self, rows: int, batch: Array) -> None:
-        """Enqueue the gathering of batch number ``*batch``; the number is read on the device when the kernel runs."""
+    def enqueue(self, rows: int, batch: Array, deal: Deal | None = None) -> None:
+        """Enqueue the gathering of batch number ``*batch``; the number is read on the device when the kernel runs.
+
+        ``deal`` says which rows of the batch these are, where batches are dealt.
+        """
+        if not rows:
+            return
+        computed, order = bool(self._firsts), self._order
+        if computed:
+            order = order[self._firsts.index(0 if deal is None else deal.first)]
         for (source, dtype, scale), out in zip(self._columns, self.arrays(rows), strict=True):
             if dtype.kind == "f":
                 factor = 1.0 if scale is None else scale
-                size, grid = self.batch_size, Grid(self._backend, dtype)
-                gather_batch(grid, source, self._order, batch, out, factor, 0.0, size, self._computed)
+                grid = Grid(self._backend, dtype)
+                gather_batch(grid, source, order, batch, out, factor, 0.0, self._step, computed)
             else:
                 grid = Grid(self._backend, np.dtype(np.float32))
-                take_batch(grid, source, self._order, batch, out, self.batch_size, self._computed)
+                take_batch(grid, source, order, batch, out, self._step, computed)

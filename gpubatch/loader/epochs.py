@@ -13,6 +13,7 @@ import numpy as np
 from gpubatch.backend import Array, CudaBackend
 from gpubatch.errors import ArgumentError, DTypeError, InsufficientMemoryError, check_int
 from gpubatch.loader.columns import Columns
+from gpubatch.loader.deals import Dealing
 from gpubatch.loader.device import DeviceFeed
 from gpubatch.loader.feeds import (
     BatchFeed,
@@ -24,7 +25,8 @@ from gpubatch.loader.feeds import (
     belongs_on_device,
 )
 from gpubatch.loader.order import WORD, Indices, Order, split
-from gpubatch.passes import DataPass
+from gpubatch.parallel import Ranks
+from gpubatch.passes import DataPass, Deal
 from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, plan_batch_size
 
 __all__ = ["Epochs"]
@@ -49,8 +51,8 @@ class Epochs:
     """The epochs of a loader, one after another; a :class:`Loader` shows what users need of them.
 
     ``at_most``, ``drop_last``, ``prefetch`` and ``feed`` are the loader's arguments; ``batch_size`` too, None for
-    "auto". ``plan`` is the batch size and its reason, ``feeding`` says how batches get to the backend, and ``stats``
-    what the epoch that is running, or the last one, did.
+    "auto", which ``ranks`` decide together. ``plan`` is the batch size and its reason, ``feeding`` says how batches get
+    to the backend, and ``stats`` what the epoch that is running, or the last one, did.
     """
 
     def __init__(
@@ -62,8 +64,9 @@ class Epochs:
         drop_last: bool | str = False,
         prefetch: int = 2,
         feed: str = "auto",
+        ranks: Ranks | None = None,
     ) -> None:
-        self.columns, self.order, self.backend = columns, order, columns.backend
+        self.columns, self.order, self.backend, self.ranks = columns, order, columns.backend, ranks
         self.at_most, self.drop_last, self.prefetch, self.feed = at_most, drop_last, prefetch, feed
         self.automatic = batch_size is None
         self.stats = LoaderStats()
@@ -119,7 +122,8 @@ class Epochs:
 
     def _batches_of(self, samples: int, batch_size: int) -> int:
         full, rest = divmod(samples, batch_size)
-        left_out = self.drop_last is True or (self.drop_last == "single" and rest == 1 and full > 0)
+        single = rest > 0 and self.order.smallest(rest) == 1 and full > 0
+        left_out = self.drop_last is True or (self.drop_last == "single" and single)
         return full if left_out else full + (rest > 0)
 
     def _last_of(self, samples: int, batch_size: int) -> int:
@@ -127,12 +131,25 @@ class Epochs:
 
     @property
     def last_size(self) -> int:
-        """Samples in the last batch of an epoch."""
-        return self._last_of(self.order.share, self.batch_size)
+        """Samples that this rank has in the last batch of an epoch."""
+        return self.order.own(self.rows_of(len(self) - 1))
 
     def size_of(self, batch: int) -> int:
-        """Samples in the batch of this number, counted from 0."""
-        return self.batch_size if batch < len(self) - 1 else self.last_size
+        """Samples that this rank has in the batch of this number, counted from 0."""
+        return self.order.own(self.rows_of(batch))
+
+    def rows_of(self, batch: int) -> int:
+        """Samples in the batch of this number, on all ranks if batches are dealt."""
+        return self.batch_size if batch < len(self) - 1 else self._last_of(self.order.share, self.batch_size)
+
+    def deal_of(self, batch: int) -> Deal | None:
+        """How the batch of this number lies among parts and ranks, where it is dealt."""
+        return self.order.deal(self.rows_of(batch))
+
+    @property
+    def smallest(self) -> int:
+        """The samples that are computed together in a step where these are fewest: of a batch, or of a part of one."""
+        return min(self.order.smallest(rows) for rows in (self.rows_of(0), self.rows_of(len(self) - 1)))
 
     @property
     def batches_held(self) -> int:
@@ -177,9 +194,32 @@ class Epochs:
         # By the largest rank's share, so that every rank of equal devices decides alike.
         share = -(-self.order.n // self.order.world_size)
         available = self._available() + held if available is None else available
-        plan = plan_batch_size(share, lambda n: self.parts(n, available), available, self.at_most)
+        try:
+            plan = plan_batch_size(share, lambda n: self.parts(n, available), available, self.at_most)
+        except InsufficientMemoryError:
+            self._least_of_ranks(0)
+            raise
         plan = dataclasses.replace(plan, batch_size=min(plan.batch_size, self.order.share))
+        if self.order.dealing is not None:
+            plan = self._for_all_parts(plan, held, available)
         return self._without_a_rest(plan, held, available)
+
+    def _least_of_ranks(self, size: int) -> int:
+        return size if self.ranks is None else int(-self.ranks.most([-size])[0])
+
+    def _for_all_parts(self, plan: BatchPlan, held: int, available: int) -> BatchPlan:
+        """``plan``, or one of the batch size of the rank with the least memory, and with enough rows for every part."""
+        assert self.order.dealing is not None
+        least = self._least_of_ranks(plan.batch_size)
+        if not least:
+            raise InsufficientMemoryError("not even one sample fits in the memory of another rank")
+        enough = min(self.order.dealing.shards * self._model.least_rows, self.order.share)
+        if max(least, enough) == plan.batch_size:
+            return plan
+        self._why = f"the rank with the least memory takes batches of {least}"
+        if least < enough:
+            self._why = f"{self.order.dealing.shards} parts of {self._model.least_rows} make a batch of {enough}"
+        return self._given(max(least, enough), held, available)
 
     def _without_a_rest(self, plan: BatchPlan, held: int, available: int | None) -> BatchPlan:
         """``plan``, or one of somewhat smaller batches if its last batch were too small for the model.
@@ -190,9 +230,10 @@ class Epochs:
         shares = order.n // order.world_size, -(-order.n // order.world_size)  # every rank decides alike
 
         def last(batch_size: int) -> int:
-            return min(self._last_of(share, batch_size) for share in shares)
+            return min(order.smallest(self._last_of(share, batch_size)) for share in shares)
 
-        better = next((n for n in (size, *(size * i // 8 for i in (6, 7, 5))) if n >= least and last(n) >= least), size)
+        sizes = (size, *(size * i // 8 for i in (6, 7, 5)))
+        better = next((n for n in sizes if order.smallest(n) >= least and last(n) >= least), size)
         if better == size:
             return plan
         self._why = f"batches of {size} would leave {last(size)} to the last one, where the model needs {least}"
@@ -224,22 +265,25 @@ class Epochs:
             except InsufficientMemoryError:  # which is for the first iteration to say
                 feed = self._on_device
         own = feed.memory_parts(batch_size, self._model.kept, self._model.as_rows)
-        return {**self._model.parts_of(batch_size), **own}
+        return {**self._model.parts_of(self.order.largest(batch_size)), **own}
 
     # --- validation ---------------------------------------------------------------------------------------------
 
     @classmethod
-    def of_columns(cls, columns: Columns, batch_size: int) -> Epochs:
-        """All samples of ``columns`` in their order."""
-        return cls(columns, Order(columns.n_samples, shuffle=False), min(batch_size, columns.n_samples), feed="host")
+    def of_columns(cls, columns: Columns, batch_size: int, dealing: Dealing | None = None) -> Epochs:
+        """All samples of ``columns`` in their order, dealt where there is a ``dealing``."""
+        order = Order(columns.n_samples, shuffle=False, dealing=dealing)
+        return cls(columns, order, min(batch_size, columns.n_samples), feed="host")
 
-    def in_order(self, batch_size: int, chosen: Indices | None = None) -> Epochs:
+    def in_order(self, batch_size: int, chosen: Indices | None = None, dealt: bool = False) -> Epochs:
         """The same samples for validation, in the order of the set, without augmentation; ``chosen`` ones, or all.
 
-        On a device they are taken from where they are, and move there through pinned memory.
+        ``dealt`` batches are dealt to parts and ranks as these are; else each rank has all of them. On a device they
+        are taken from where they are, and move there through pinned memory.
         """
-        order = Order(self.order.n, 0, False, False, self.order.rank, self.order.world_size)
-        order = order if chosen is None else Order(self.columns.n_samples, shuffle=False)
+        dealing = self.order.dealing if dealt else None
+        order = Order(self.order.n, 0, False, False, self.order.rank, self.order.world_size, dealing=dealing)
+        order = order if chosen is None else Order(self.columns.n_samples, shuffle=False, dealing=dealing)
         order.choose(chosen)
         feed = "device" if self.feed == "device" and chosen is None else "host"
         found = Epochs(self.columns.unaugmented(), order, batch_size, prefetch=self.prefetch, feed=feed)
@@ -268,10 +312,10 @@ class Epochs:
 
     def _choice(self, batch_size: int, available: int) -> tuple[OnDevice | ThroughPinned, str]:
         """The feed of a device, and in words why."""
-        model = self._model.parts_of(batch_size)
+        model = self._model.parts_of(self.order.largest(batch_size))
         pinned = self._through_pinned.memory_parts(batch_size, self._model.kept, self._model.as_rows)
         needed = sum(model.values()) + sum(pinned.values())
-        listed = 0 if self.order.by_kernels else self.order.share
+        listed = 0 if self.order.by_kernels else self.order.own_share(batch_size)
         there, words = belongs_on_device(self.columns, self.feed, listed, needed, available, bool(model))
         return self._on_device if there else self._through_pinned, words
 
@@ -351,8 +395,11 @@ class Epochs:
             asked = time.perf_counter()
             starts = range(self._batch * size, len(self) * size, size)
             feed = self._chosen(stats)
-            with contextlib.closing(feed.batches(self._epoch, starts, finish, stats)) as batches:
+            dealing = self.order.dealing
+            made: Finish[Batch] = finish if dealing is None else self._in_parts(finish, dealing)
+            with contextlib.closing(feed.batches(self._epoch, starts, made, stats)) as batches:
                 for batch in batches:
+                    deal = None if dealing is None else dealing.deal(self.rows_of(self._batch))
                     self._batch += 1
                     now = time.perf_counter()
                     if stats.batches:
@@ -361,20 +408,27 @@ class Epochs:
                     else:
                         stats.wait_first, first = now - asked, now
                     stats.batches += 1
-                    stats.samples = min(self._batch * size, self.order.share) - starts.start
+                    done = min(self._batch * size, self.order.share)
+                    stats.samples = done - starts.start if deal is None else stats.samples + sum(deal.parts)
                     stats.bytes_read = self.columns.bytes_read(stats.samples) - read
-                    self._pass.give_out(batch)
+                    self._pass.give_out(batch, deal)
                     yield batch
                     asked = time.perf_counter()
                     del batch  # so that it can be freed before the next one is made
                     check()
 
+    def _in_parts(self, finish: Finish[Batch], dealing: Dealing) -> Finish[Batch]:
+        """``finish`` for rows that are parts of a batch."""
+        return lambda rows, epoch, number: finish(rows, epoch, number, dealing.in_batch(self.rows_of(number)))
+
     @contextlib.contextmanager
     def gathered_by(self, feed: DeviceFeed) -> Iterator[Callable[[int], None]]:
         """An epoch, or its rest, whose batches ``feed`` gathers; yields a function that is told how many were used."""
         with self._iteration() as check:
-            order = self.order.permutation if self.order.by_kernels else self.order.whole
-            stats, first = LoaderStats(bytes_copied=feed.begin(order(self._epoch))), self._batch
+            of, epoch = self.order, self._epoch
+            order = of.permutation(epoch) if of.by_kernels else of.whole(epoch, self.batch_size)
+            stats, first = LoaderStats(bytes_copied=feed.begin(order)), self._batch
+            before = of.own(self.batch_size) * first
             self.stats = stats
 
             def used(batches: int) -> None:
@@ -382,14 +436,15 @@ class Epochs:
                 self._batch += batches
                 self._pass.batches += batches
                 stats.batches += batches
-                stats.samples = min(self._batch * self.batch_size, self.order.share) - first * self.batch_size
+                done = min(self._batch * self.batch_size, of.share)
+                stats.samples = of.own_share(self.batch_size, done) - before
                 stats.bytes_read = self.columns.bytes_read(stats.samples)
 
             yield used
 
     def prepare_next_order(self) -> None:
         """Make the order of the next epoch now, while a device works on this one."""
-        self.order.prepare(self._epoch + 1)
+        self.order.prepare(self._epoch + 1, self.batch_size)
 
     def peek(self) -> list[Array]:
         """The first batch of epoch ``epoch`` as rows; the position stays as it is."""
@@ -397,8 +452,10 @@ class Epochs:
         if isinstance(self._feed, MainMemory) and self._run is None:
             rows = self._feed.first_rows(self.epoch, size)
         if rows is None:
-            rows = self.columns.at(self.order.between(self.epoch)(0, size))
-        return self.columns.as_rows(rows, self.epoch, 0)
+            index = self.order.between(self.epoch, size)(0, size)
+            rows = self.columns.at(index) if len(index) else self.columns.no_rows()
+        dealing = self.order.dealing
+        return self.columns.as_rows(rows, self.epoch, 0, None if dealing is None else dealing.in_batch(size))
 
     # --- state --------------------------------------------------------------------------------------------------
 
@@ -415,8 +472,8 @@ class Epochs:
             "shuffle": order.shuffle,
             "replacement": order.replacement,
             "drop_last": self.drop_last,
-            "rank": order.rank,
-            "world_size": order.world_size,
+            **({"rank": order.rank, "world_size": order.world_size} if (of := order.dealing) is None else {}),
+            **({} if of is None else {"shards": of.shards}),
             "window": order.window,
             "block": order.block,
             **({} if order.weighted is None else {"weights": order.weighted.digest}),

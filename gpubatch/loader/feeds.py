@@ -18,12 +18,13 @@ from gpubatch.loader.device import DeviceFeed, DeviceOrder, copy_to_device
 from gpubatch.loader.order import Order
 from gpubatch.loader.pinned import Ring, Slot
 from gpubatch.loader.windows import Windows, window_bytes
+from gpubatch.ops import Permutation
 from gpubatch.sizing import fits, format_bytes
 
 __all__ = ["BatchFeed", "Finish", "LoaderStats", "MainMemory", "OnDevice", "ThroughPinned", "belongs_on_device"]
 
 Batch = TypeVar("Batch")
-Finish: TypeAlias = Callable[[list[Array], int, int], Batch]  # of rows, epoch, and the number of the batch in it
+Finish: TypeAlias = Callable[..., Batch]  # of rows, epoch, the number of the batch in it, and perhaps its parts
 
 # From so many elements a batch on, preparing it is worth a thread. Handing a batch over costs 10 to 25 µs; gathering
 # takes 0.2 to 0.3 ns an element. Measured on two cores: a thread made bare iteration over batches of 256 x 784 up to
@@ -80,7 +81,9 @@ class MainMemory:
 
     def __init__(self, columns: Columns, order: Order, prefetch: int) -> None:
         self._columns, self._order, self._prefetch = columns, order, prefetch
-        self._looked_at: tuple[int, Any, Any, Windows] | None = None  # the windows of an epoch to come, and which
+        self._looked_at: tuple[tuple[int, int], Any, Any, Windows] | None = (
+            None  # the windows of an epoch to come, and which
+        )
 
     def ahead(self, batch_size: int) -> int:
         """See :class:`BatchFeed`."""
@@ -88,16 +91,16 @@ class MainMemory:
 
     def memory_parts(self, batch_size: int, kept: int = 0, as_rows: bool = False) -> dict[str, int]:
         """See :class:`BatchFeed`; making an order, while there is no batch, may take most."""
-        columns, windows = self._columns, self._order.window > 0
+        columns, windows, rows = self._columns, self._order.window > 0, self._order.own(batch_size)
         # What is read by windows is converted from the window.
-        stored = sum(c.staging_bytes(batch_size) for c in columns if not windows or c.array is not None)
+        stored = sum(c.staging_bytes(rows) for c in columns if not windows or c.array is not None)
         # A batch of two windows is put together from its parts. Each of these is gone before the next is made.
-        parts = batch_size * columns.batch_bytes if windows and columns.readers else 0
-        staging = max(stored, parts, columns.delivery_bytes(batch_size))
+        parts = rows * columns.batch_bytes if windows and columns.readers else 0
+        staging = max(stored, parts, columns.delivery_bytes(rows, parts=self._order.own_parts))
         # The batch in use, and those prepared ahead; a loop that keeps it while it asks for the next has one more.
-        batches = (1 + self.ahead(batch_size)) * batch_size * columns.batch_bytes
+        batches = (1 + self.ahead(batch_size)) * rows * columns.batch_bytes
         making, order = self._order.memory()
-        window = {"window": window_bytes(self._order, columns.readers)} if windows else {}
+        window = {"window": window_bytes(self._order, columns.readers, batch_size)} if windows else {}
         if decoded := sum(reader.held_bytes for reader in columns.readers):
             window["decoding of files"] = decoded
         if making > order + batches + staging:
@@ -106,34 +109,30 @@ class MainMemory:
 
     def batches(self, epoch: int, starts: range, finish: Finish[Batch], stats: LoaderStats) -> Generator[Batch]:
         """See :class:`BatchFeed`."""
-        rows, share, size = self._rows(epoch), self._order.share, starts.step
+        size, share = starts.step, self._order.share
+        rows = self._rows(epoch, size)
         make: Callable[[int], Batch] = lambda start: finish(  # noqa: E731
             rows(start, min(start + size, share)), epoch, start // size
         )
         return prepared(make, starts, self.ahead(starts.step))
 
-    def _rows(self, epoch: int) -> Callable[[int, int], list[Array]]:
+    def _rows(self, epoch: int, size: int) -> Callable[[int, int], list[Array]]:
         """A function of two positions: the rows of the samples from one to the other."""
         columns = self._columns
         if not (self._order.window and columns.readers):
-            index = self._order.between(epoch)
+            index = self._order.between(epoch, size)
             at = columns.at if columns.readers else columns.gathered
             return lambda start, stop: at(index(start, stop))
-        windows = self._windows(epoch)
+        windows = self._windows(epoch, size)
+        return lambda start, stop: columns.joined(columns.of_window(*part) for part in windows.parts(start, stop))
 
-        def rows(start: int, stop: int) -> list[Array]:
-            parts = [columns.of_window(*part) for part in windows.parts(start, stop)]
-            return parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
-
-        return rows
-
-    def _windows(self, epoch: int) -> Windows:
+    def _windows(self, epoch: int, size: int) -> Windows:
         looked_at, self._looked_at = self._looked_at, None
         if looked_at is not None:
             of, chosen, readers, windows = looked_at
-            if of == epoch and chosen is self._order.chosen and readers is self._columns.readers:
+            if of == (epoch, size) and chosen is self._order.chosen and readers is self._columns.readers:
                 return windows
-        return Windows(self._order, epoch, self._columns.readers)
+        return Windows(self._order, epoch, self._columns.readers, size)
 
     def first_rows(self, epoch: int, size: int) -> list[Array] | None:
         """The first rows of an epoch that reads neighbours together; None for another.
@@ -143,10 +142,10 @@ class MainMemory:
         columns = self._columns
         if not self._order.window or all(reader.block is None for reader in columns.readers):
             return None
-        windows = self._windows(epoch)
-        parts = [columns.of_window(*part) for part in windows.parts(0, size)]
-        self._looked_at = epoch, self._order.chosen, columns.readers, windows
-        return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+        windows = self._windows(epoch, size)
+        rows = columns.joined([columns.of_window(*part) for part in windows.parts(0, size)])
+        self._looked_at = (epoch, size), self._order.chosen, columns.readers, windows
+        return rows
 
 
 class OnDevice:
@@ -197,39 +196,57 @@ class OnDevice:
 
     def memory_parts(self, batch_size: int, kept: int = 0, as_rows: bool = False) -> dict[str, int]:
         """See :class:`BatchFeed`."""
-        columns = self._columns
-        batches = batch_size * columns.batch_bytes
-        stored = sum(column.staging_bytes(batch_size, copied=not column.on_backend) for column in columns)
-        staging = max(stored, columns.delivery_bytes(batch_size, as_rows))
+        columns, rows = self._columns, self._order.own(batch_size)
+        batches = rows * columns.batch_bytes
+        stored = sum(column.staging_bytes(rows, copied=not column.on_backend) for column in columns)
+        staging = max(stored, columns.delivery_bytes(rows, as_rows, self._order.own_parts))
         if kept and self.gathers_whole:
-            batches, staging = batch_size * columns.captured_bytes, 0
+            batches, staging = rows * columns.captured_bytes, 0
         elif kept:
-            batches = batch_size * columns.captured_bytes + kept * batches
+            batches = rows * columns.captured_bytes + kept * batches
         # A computed order is there for one batch at a time.
-        order = 8 * (batch_size if self._order.by_kernels else self._order.share)
+        order = 8 * (rows if self._order.by_kernels else self._order.own_share(batch_size))
         data = {"data": columns.data_bytes, "order of an epoch": order}
         return {**data, "batches": batches, "conversion of a batch": staging}
 
     def batches(self, epoch: int, starts: range, finish: Finish[Batch], stats: LoaderStats) -> Generator[Batch]:
         """See :class:`BatchFeed`."""
         self.copy_data(stats)
-        first, share = starts.start, self._order.share
-        computed = self._order.by_kernels
-        found = self._order.permutation(epoch) if computed else self._order.between(epoch)(first, share)
-        with contextlib.closing(DeviceOrder(self._backend, found, first)) as order:
-            stats.bytes_copied += order.nbytes
+        order, size = self._order, starts.step
+        found: np.ndarray | Permutation
+        first, place = 0, self._place
+        if order.by_kernels:
+            found, place = order.permutation(epoch), order.positions
+        elif order.dealing is None:
+            found, first, place = order.between(epoch)(starts.start, order.share), starts.start, order.positions
+        else:
+            found = order.whole(epoch, size)
+        with contextlib.closing(DeviceOrder(self._backend, found, first)) as there:
+            stats.bytes_copied += there.nbytes
             for start in starts:
-                index = order.part(start, min(start + starts.step, share))
-                yield finish(self._gathered(index), epoch, start // starts.step)
+                index = there.part(*place(start, min(start + size, order.share), size))
+                yield finish(self._gathered(index), epoch, start // size)
+
+    def _place(self, start: int, stop: int, size: int) -> tuple[int, int]:
+        """Where a batch is in a list of this rank's samples."""
+        first = start // size * self._order.own(size)
+        return first, first + self._order.own(stop - start)
 
     def _gathered(self, index: Array) -> list[Array]:
+        if not len(index):
+            return self._columns.no_rows()
         with self._backend.scope():
             return [column.gather(index) for column in self._there]
 
     def captured(self, batch_size: int) -> DeviceFeed:
         """What gathers whole batches inside captured steps."""
         columns = [(c.array.array, c.captured_dtype, c.scale) for c in self._there if c.array is not None]
-        return DeviceFeed(self._backend, columns, self._order.share, batch_size, self._order.by_kernels)
+        order, rows = self._order, self._order.own(batch_size)
+        if not order.by_kernels:
+            return DeviceFeed(self._backend, columns, order.own_share(batch_size), rows)
+        sizes = batch_size, order.share % batch_size
+        firsts = [0] if order.dealing is None else [order.dealing.deal(size).first for size in sizes]
+        return DeviceFeed(self._backend, columns, 0, rows, firsts, batch_size)
 
 
 class ThroughPinned:
@@ -248,42 +265,45 @@ class ThroughPinned:
 
     def memory_parts(self, batch_size: int, kept: int = 0, as_rows: bool = False) -> dict[str, int]:
         """See :class:`BatchFeed`."""
-        columns = self._columns
-        batches = batch_size * columns.batch_bytes
+        columns, rows = self._columns, self._order.own(batch_size)
+        batches = rows * columns.batch_bytes
         # Samples that are there already are gathered there; what comes through the buffers is made from these.
-        stored = sum(column.staging_bytes(batch_size) for column in columns if column.on_backend)
-        staging = max(stored, columns.delivery_bytes(batch_size, as_rows))
+        stored = sum(column.staging_bytes(rows) for column in columns if column.on_backend)
+        staging = max(stored, columns.delivery_bytes(rows, as_rows, self._order.own_parts))
         if kept:
-            batches = batch_size * columns.captured_bytes + kept * batches
-        buffers = self._slots(batch_size) * batch_size * columns.stored_bytes
+            batches = rows * columns.captured_bytes + kept * batches
+        buffers = self._slots(batch_size) * rows * columns.stored_bytes
         return {"buffers of batches": buffers, "batches": batches, "conversion of a batch": staging}
 
     def batches(self, epoch: int, starts: range, finish: Finish[Batch], stats: LoaderStats) -> Generator[Batch]:
         """See :class:`BatchFeed`."""
-        columns, size, share = self._columns, starts.step, self._order.share
-        forms = [((size, *shape), dtype) for shape, dtype in (column.form for column in columns)]
+        columns, size, order = self._columns, starts.step, self._order
+        forms = [((order.own(size), *shape), dtype) for shape, dtype in (column.form for column in columns)]
         with contextlib.closing(Ring(self._backend, forms, self._slots(size))) as ring:
-            fill = self._fill(epoch, ring.helpers)
+            fill = self._fill(epoch, size, ring.helpers)
 
-            def prepare(start: int) -> Slot:
-                rows = min(start + size, share) - start
+            def prepare(start: int) -> Slot | None:
+                stop = min(start + size, order.share)
+                if not (rows := order.own(stop - start)):
+                    return None
                 slot = ring.acquire([(rows, *shape[1:]) for shape, _ in forms])
-                fill(start, start + rows, slot.on_host())
+                fill(start, stop, slot.on_host())
                 ring.send(slot)
                 return slot
 
             with contextlib.closing(prepared(prepare, starts, self.ahead(size))) as slots:
                 for start, slot in zip(starts, slots, strict=True):
-                    stats.bytes_copied += slot.nbytes
-                    yield finish(self._received(ring, slot), epoch, start // size)
+                    stats.bytes_copied += 0 if slot is None else slot.nbytes
+                    rows = columns.no_rows() if slot is None else self._received(ring, slot)
+                    yield finish(rows, epoch, start // size)
 
-    def _fill(self, epoch: int, helpers: Executor) -> Callable[[int, int, list[np.ndarray]], None]:
+    def _fill(self, epoch: int, size: int, helpers: Executor) -> Callable[[int, int, list[np.ndarray]], None]:
         """A function of two positions that writes the samples from one to the other to places in pinned memory."""
         columns = self._columns
         if not (self._order.window and columns.readers):
-            index = self._order.between(epoch)
+            index = self._order.between(epoch, size)
             return lambda start, stop, places: columns.store(index(start, stop), places, helpers)
-        windows = Windows(self._order, epoch, columns.readers)
+        windows = Windows(self._order, epoch, columns.readers, size)
 
         def fill(start: int, stop: int, places: list[np.ndarray]) -> None:
             done = 0

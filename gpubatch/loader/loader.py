@@ -10,11 +10,13 @@ from typing import Any
 from gpubatch.backend import Array, Backend, get_backend
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_bool, check_choice, check_int
 from gpubatch.loader.columns import Columns
+from gpubatch.loader.deals import check_dealing
 from gpubatch.loader.epochs import Epochs
 from gpubatch.loader.feeds import LoaderStats
 from gpubatch.loader.order import WORD, Order, WeightedOrder
 from gpubatch.loader.windows import window_and_block
 from gpubatch.own import as_written
+from gpubatch.parallel import Ranks
 from gpubatch.sizing import BatchPlan
 
 __all__ = ["Loader", "epochs_of", "rows_of"]
@@ -35,8 +37,8 @@ class Loader:
     - ``shuffle``: False keeps the order of the set.
     - ``replacement``: draw samples with replacement.
     - ``seed``: decides the order, together with the number of the epoch.
-    - ``drop_last``: leave out a last batch that is not full; "single": only one of a single sample, which batch norm
-      cannot take.
+    - ``drop_last``: leave out a last batch that is not full; "single": only one of a single sample, or with a part of
+      one, which batch norm cannot take.
     - ``sample_axis``: 0, X is (samples, ...) and x (batch, ...); or 1, (features, samples) and (features, batch).
     - ``backend``: where batches are, as in :func:`~gpubatch.backend.get_backend`.
     - ``dtype``: of x, "float32", "float64" or "float16"; by default X's own if it is float64, else float32, until
@@ -57,6 +59,8 @@ class Loader:
       n / (k * bincount(Y)) for k classes; a mapping {label: weight}, 1 for labels that it does not name; or an array
       of weights by label. It needs integer labels. Those of a source are read once while the loader is made, 16 MB
       at a time and with X where one source gives both, and kept until then; one number a sample stays in memory.
+    - ``ranks``: the processes of a data-parallel run, a :class:`~gpubatch.Ranks`: each batch is dealt to them.
+    - ``shards``: the parts of a batch, 8 by default where there are ``ranks``.
 
     Every batch is a new C-contiguous array, which may be kept or changed. A one-dimensional Y has its samples on axis 0
     whatever ``sample_axis`` is. X and floating Y must be finite; arrays are checked here, sources and memory maps as
@@ -80,6 +84,16 @@ class Loader:
     running, or the next one. An iteration that was left early ends its epoch, and the next iteration starts the next
     epoch; ``state_dict`` still has the place where it was left, and ``load_state_dict`` returns there. One iteration
     runs at a time; a second one ends the first.
+
+    **Ranks.** With ``ranks`` the ``batch_size`` is that of all of them together. Every rank makes every batch, and of
+    it the rows of its own parts. A batch is ``shards`` parts, one after another, which differ by one row at most; each
+    rank has as many neighbouring ones, a power of two. So what a batch is depends on ``seed`` and ``shards``, never on
+    how many ranks there are, and another number of them can load a state. ``shards`` alone, in one process, makes the
+    same batches. In windows each part shuffles blocks of its own, so a rank reads and decodes its share of a file. Each
+    part has an equal share of ``window``, which should hold twice what a source decodes at once for every part, as it
+    does by default. "auto" is the size of the rank with the least memory, and has a row for each part, or as many as
+    the network needs. ``prepare`` and ``augment`` get the rows of one part at a time; of a part without rows they get
+    one sample, for the shape. The generator depends on the number of the part, too.
 
     **Window.** ``window`` is for sets larger than memory: half of it is in use while the other half is read. Neighbours
     are read together: the set is cut into blocks, the list of blocks is shuffled, as many as fill half a window come
@@ -127,6 +141,8 @@ class Loader:
         order: WeightedOrder | None = None,
         weight: Any = None,
         class_weight: Any = None,
+        ranks: Ranks | None = None,
+        shards: int | None = None,
     ) -> None:
         shuffle, replacement = check_bool("shuffle", shuffle), check_bool("replacement", replacement)
         if order is not None and not isinstance(order, WeightedOrder):
@@ -141,6 +157,7 @@ class Loader:
         sample_axis, prefetch = check_int("sample_axis", sample_axis, 0, 1), check_int("prefetch", prefetch, 0)
         world_size = check_int("world_size", world_size, 1)
         rank, at_most = check_int("rank", rank, 0, world_size - 1), check_int("at_most", at_most, 1)
+        dealing = check_dealing(ranks, shards, rank, world_size)
         if isinstance(batch_size, str):
             check_choice("batch_size, if not an integer,", batch_size, ["auto"])
             size = None
@@ -162,7 +179,8 @@ class Loader:
             weight=weight,
             class_weight=class_weight,
         )
-        n, (together, block, bounds) = columns.n_samples, window_and_block(window, replacement, columns)
+        parts = 1 if dealing is None else dealing.shards
+        n, (together, block, bounds) = columns.n_samples, window_and_block(window, replacement, columns, parts)
         check_choice("feed", feed, ["auto", "device", "host"])
         for reader in columns.readers:
             if feed == "device":
@@ -171,15 +189,14 @@ class Loader:
             raise ArgumentError(f"world_size must be at most the {n} samples, got {world_size}")
         if order is not None and len(order) != n:
             raise ShapeError(f"order must have a weight for each of the {n} samples, got {len(order)}")
-        drawn = Order(n, seed, shuffle, replacement, rank, world_size, together, block, order, bounds)
-        self._epochs = Epochs(columns, drawn, size, at_most, drop_last, prefetch, feed)
+        drawn = Order(n, seed, shuffle, replacement, rank, world_size, together, block, order, bounds, dealing)
+        self._epochs = Epochs(columns, drawn, size, at_most, drop_last, prefetch, feed, ranks)
 
     shuffle = property(attrgetter("_epochs.order.shuffle"), doc="Whether the samples are shuffled.")
     replacement = property(attrgetter("_epochs.order.replacement"), doc="Whether samples are drawn with replacement.")
     order = property(attrgetter("_epochs.order.weighted"), doc="The weights by which samples are drawn; None: none.")
     seed = property(attrgetter("_epochs.order.seed"), doc="What decides the order, together with the epoch.")
-    rank = property(attrgetter("_epochs.order.rank"), doc="Which of the ranks takes its share of each epoch here.")
-    world_size = property(attrgetter("_epochs.order.world_size"), doc="The number of ranks.")
+    ranks = property(attrgetter("_epochs.ranks"), doc="The ranks to which each batch is dealt; None: it is not.")
     window = property(attrgetter("_epochs.order.window"), doc="Samples that are shuffled together; 0: all of them.")
     block = property(attrgetter("_epochs.order.block"), doc="Neighbours that stay together in a window.")
     n_samples = property(attrgetter("_epochs.order.n"), doc="Samples of the set, those of all ranks.")
@@ -213,8 +230,26 @@ class Loader:
         )
 
     @property
+    def shards(self) -> int | None:
+        """The parts of each batch; None: it has none."""
+        dealing = self._epochs.order.dealing
+        return None if dealing is None else dealing.shards
+
+    @property
+    def rank(self) -> int:
+        """Which of the ranks takes its share here."""
+        order = self._epochs.order
+        return order.rank if order.dealing is None else order.dealing.rank
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        order = self._epochs.order
+        return order.world_size if order.dealing is None else order.dealing.size
+
+    @property
     def batch_size(self) -> int:
-        """Samples in a batch; the last one of an epoch may have fewer."""
+        """Samples in a batch, on all ranks if there are ``ranks``; the last one of an epoch may have fewer."""
         return self._epochs.batch_size
 
     @property
@@ -238,7 +273,7 @@ class Loader:
         return self._epochs.epoch
 
     def __len__(self) -> int:
-        """Batches in an epoch of this rank."""
+        """Batches in an epoch: of this rank, or with ``ranks`` of every one."""
         return len(self._epochs)
 
     def __iter__(self) -> Generator[Any]:
@@ -271,7 +306,8 @@ class Loader:
         order = drawn or ("shuffled" if self.shuffle else "in order")
         order += f" by blocks of {self.block}, {self.window} together" if self.window and self.shuffle else ""
         conversion = f"{x.dtype} as {self.dtype}" + ("" if self.scale is None else f" times {self.scale:.6g}")
-        shard = "" if self.world_size == 1 else f", rank {self.rank} of {self.world_size}"
+        shard = "" if self.shards is None else f", in {self.shards} parts"
+        shard += "" if self.world_size == 1 else f", rank {self.rank} of {self.world_size}"
         labels = f" with labels {columns[1].source.dtype}" if columns.labelled else ""
         labels += " and weights" if columns.weights is not None else ""
         return (

@@ -21,7 +21,9 @@ from gpubatch.errors import (
     check_real,
 )
 from gpubatch.inputs import checked_array
+from gpubatch.loader.deals import Dealing, PartOf
 from gpubatch.ops import Permutation, permutation_bytes
+from gpubatch.passes import Deal
 from gpubatch.sources import check_finite
 
 __all__ = [
@@ -200,16 +202,16 @@ class InBlocks:
     """
 
     def __init__(self, firsts: Indices, sizes: Indices) -> None:
-        self._ends = np.cumsum(sizes)
-        self._shift = firsts - (self._ends - sizes)
+        self.ends = np.cumsum(sizes)
+        self._shift = firsts - (self.ends - sizes)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self.ends[-1])
 
     def __getitem__(self, places: slice | Indices) -> Indices:
         if isinstance(places, slice):
             places = np.arange(*places.indices(len(self)), dtype=np.int64)
-        found = self._shift[self._ends.searchsorted(places, side="right")]
+        found = self._shift[self.ends.searchsorted(places, side="right")]
         found += places
         return found
 
@@ -230,9 +232,11 @@ class Windowed:
         world_size: int,
         chosen: Indices | None,
         version: int,
+        part: int = 0,
     ) -> None:
         self._seed, self._epoch, self.shuffle, self.version = seed, epoch, shuffle, version
         self.rank, self.world_size, self._chosen = rank, world_size, chosen
+        self._streams = 1 + (part << 48)  # before them is that of the list of blocks
 
     def shuffled(self, count: int, stream: int, first: int = 0, step: int = 1) -> Images:
         """The images of first, first + step, ... below ``count``; without ``shuffle`` these are no others."""
@@ -252,7 +256,7 @@ class Windowed:
     def part(self, window: int, start: int, samples: Samples) -> tuple[Samples, Images]:
         """This rank's of a window's ``samples``, the first at position ``start``, and the order of their use."""
         first = (self.rank - start) % self.world_size
-        use = self.shuffled(len(samples), window + 1, first, self.world_size)
+        use = self.shuffled(len(samples), self._streams + window, first, self.world_size)
         if self.world_size > 1:
             mine = use.between(0, len(range(first, len(samples), self.world_size)))
             kept = np.sort(mine)
@@ -271,6 +275,11 @@ class WindowOrder:
     blocks as hold ``together`` samples, shuffled. All of it is a function of the arguments; without ``shuffle`` the
     order is that of the set. Positions are those of ``rank``: of the epoch's, rank, rank + world_size, ... The
     samples are those in ``chosen``, or all. In ``version`` 1, that of :func:`version_of`, all is listed.
+
+    With ``part`` it is the order of one shard. Shards own neighbouring stretches of the list of shuffled blocks, as
+    long as they have samples in an epoch, and each cuts its own into windows. So each sample is in one shard, and
+    shards differ by a sample a batch at most. Where a stretch ends inside a block, both of its neighbours read that
+    block: of k ranks one reads its share of the blocks, and up to two more.
     """
 
     def __init__(
@@ -285,40 +294,67 @@ class WindowOrder:
         world_size: int = 1,
         chosen: Indices | None = None,
         version: int | None = None,
+        part: PartOf | None = None,
     ) -> None:
-        version = version_of(n) if version is None else version
-        self._of_rank = Windowed(seed, epoch, shuffle, rank, world_size, chosen, version)
+        version, part = version_of(n) if version is None else version, part or PartOf(0, 0, n)
+        self._of_rank = Windowed(seed, epoch, shuffle, rank, world_size, chosen, version, part.number)
         self.n, self.block = n, block
-        self._count, self._step = -(-n // block), max(1, together // block)  # blocks, in all and in a window
-        self._blocks = self._of_rank.shuffled(self._count, 0)
-        last = self._count - 1
-        self._short = (int(self._blocks.places_of(np.array([last]))[0]) if shuffle else last) // self._step
-        self._last: tuple[int, tuple[Samples, Images]] | None = None
+        count, self._step = -(-n // block), max(1, together // block)  # blocks in all, and in a window
+        self._blocks = self._of_rank.shuffled(count, 0)
+        # Where the last block of the set is, which may be short, and how many samples it lacks.
+        self._short = int(self._blocks.places_of(np.array([count - 1]))[0]) if shuffle else count - 1
+        self._lacking = count * block - n
+        self._low, self._high = part.start, part.stop
+        self._first = self._block_at(part.start)
+        self._count = self._block_at(part.stop - 1) + 1 - self._first if part.start < part.stop else 0
+        self.size = part.stop - part.start
+        self._last: tuple[int, tuple[Samples, Images], Indices] | None = None
 
     def __len__(self) -> int:
         """How many windows there are."""
         return -(-self._count // self._step)
 
+    def _begin(self, block: int) -> int:
+        """Where in the list of blocks, counted in samples, a block of it begins."""
+        return block * self.block - (self._lacking if block > self._short else 0)
+
+    def _block_at(self, position: int) -> int:
+        """Which block of the list has the sample at a position."""
+        block = position // self.block
+        later = (position + self._lacking) // self.block
+        return later if later > self._short else block
+
     def _start(self, window: int) -> int:
         """The position of the epoch at which a window begins."""
-        whole = min(window * self._step, self._count) * self.block
-        # The last block of the set, which may be short, is in window `_short`.
-        return whole - (self._count * self.block - self.n if window > self._short else 0)
+        begin = self._begin(self._first + min(window * self._step, self._count))
+        return min(max(begin, self._low), self._high) - self._low
 
     def part(self, window: int) -> tuple[Samples, Images]:
         """The samples of a window in the order in which they are read, and the places among them in order of use."""
         if self._last is None or self._last[0] != window:
-            blocks = self._blocks.between(window * self._step, min((window + 1) * self._step, self._count))
-            firsts = blocks * self.block
-            samples = InBlocks(firsts, np.minimum(self.n - firsts, self.block))
-            self._last = window, self._of_rank.part(window, self._start(window), samples)
+            first = self._first + window * self._step
+            end = self._first + min((window + 1) * self._step, self._count)
+            firsts = self._blocks.between(first, end) * self.block
+            sizes = np.minimum(self.n - firsts, self.block)
+            sizes[-1] -= max(self._begin(end) - self._high, 0)
+            before = max(self._low - self._begin(first), 0)
+            firsts[0] += before
+            sizes[0] -= before
+            samples = InBlocks(firsts, sizes)
+            self._last = window, self._of_rank.part(window, self._start(window), samples), samples.ends
         return self._last[1]
+
+    def ends(self, window: int) -> Indices:
+        """Where the blocks of a window end among its samples, if there is one rank."""
+        self.part(window)
+        assert self._last is not None
+        return self._last[2]
 
     def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Positions ``start`` to ``stop`` as (window, from, to), counted in the window."""
         found, first_of = [], self._of_rank.first_of
-        # A window after that of the last block begins some samples earlier than whole blocks would have it.
-        window = (self._of_rank.rank + start * self._of_rank.world_size) // (self._step * self.block)
+        position = self._low + self._of_rank.rank + start * self._of_rank.world_size
+        window = (self._block_at(position) - self._first) // self._step
         while window < len(self) and (low := first_of(self._start(window))) < stop:
             high = first_of(self._start(window + 1))
             if max(start, low) < min(stop, high):
@@ -331,12 +367,28 @@ class WindowOrder:
         return _indices(self, start, stop)
 
 
+class UnevenBlocks:
+    """The shuffled list of blocks of an epoch that have unequal sizes; each begins where ``bounds`` says.
+
+    The last of the bounds is the number of samples. ``begins`` and ``ends`` are counted in samples of the list, and
+    ``shift`` leads from a position in it to the sample.
+    """
+
+    def __init__(self, bounds: Indices, seed: int, epoch: int, shuffle: bool, version: int) -> None:
+        images = Windowed(seed, epoch, shuffle, 0, 1, None, version).shuffled(len(bounds) - 1, 0)
+        blocks = images.between(0, len(bounds) - 1)
+        self.ends: Indices = np.cumsum(np.diff(bounds)[blocks])
+        self.begins: Indices = np.concatenate([[0], self.ends[:-1]])
+        self.shift: Indices = bounds[:-1][blocks] - self.begins
+
+
 class UnevenOrder:
     """:class:`WindowOrder` of a set whose blocks have unequal sizes: the row groups of several files, say.
 
     Each begins where ``bounds`` says, whose last number is that of the samples. Their list is shuffled and cut into
     windows of at most ``together`` samples. A block goes to one window, unless it is larger: then to several that
-    follow one another, so that what was decoded of it serves them all.
+    follow one another, so that what was decoded of it serves them all. Orders of several ``parts`` share one list of
+    ``blocks``.
     """
 
     def __init__(
@@ -350,21 +402,22 @@ class UnevenOrder:
         world_size: int = 1,
         chosen: Indices | None = None,
         version: int | None = None,
+        part: PartOf | None = None,
+        blocks: UnevenBlocks | None = None,
     ) -> None:
-        version = version_of(int(bounds[-1])) if version is None else version
-        self._of_rank = Windowed(seed, epoch, shuffle, rank, world_size, chosen, version)
-        blocks = self._of_rank.shuffled(len(bounds) - 1, 0).between(0, len(bounds) - 1)
-        self._ends = np.cumsum(np.diff(bounds)[blocks])
-        self._begins = np.concatenate([[0], self._ends[:-1]])
-        self._shift = bounds[:-1][blocks] - self._begins  # from a position in the list of blocks to its sample
-        starts = [0]
-        while (start := starts[-1]) < self._ends[-1]:
-            whole = int(self._ends.searchsorted(start + together, side="right"))
-            end = int(self._ends[whole - 1]) if whole else 0
-            starts.append(end if end > start else start + together)
+        n = int(bounds[-1])
+        version, part = version_of(n) if version is None else version, part or PartOf(0, 0, n)
+        self._of_rank = Windowed(seed, epoch, shuffle, rank, world_size, chosen, version, part.number)
+        self._blocks = blocks or UnevenBlocks(bounds, seed, epoch, shuffle, version)
+        ends, starts = self._blocks.ends, [part.start]
+        while (start := starts[-1]) < part.stop:
+            whole = int(ends.searchsorted(start + together, side="right"))
+            end = int(ends[whole - 1]) if whole else 0
+            starts.append(min(end if end > start else start + together, part.stop))
         self._starts = np.array(starts, np.int64)
-        self._first = self._of_rank.first_of(self._starts)
-        self._last: tuple[int, tuple[Samples, Images]] | None = None
+        self._first = self._of_rank.first_of(self._starts - part.start)
+        self.size = part.stop - part.start
+        self._last: tuple[int, tuple[Samples, Images], Indices] | None = None
 
     def __len__(self) -> int:
         """How many windows there are."""
@@ -373,12 +426,19 @@ class UnevenOrder:
     def part(self, window: int) -> tuple[Samples, Images]:
         """See :class:`WindowOrder`."""
         if self._last is None or self._last[0] != window:
+            blocks = self._blocks
             start, stop = self._starts[window : window + 2]
-            of = slice(self._ends.searchsorted(start, side="right"), self._ends.searchsorted(stop, side="left") + 1)
-            begins = np.maximum(self._begins[of], start)
-            samples = InBlocks(begins + self._shift[of], np.minimum(self._ends[of], stop) - begins)
-            self._last = window, self._of_rank.part(window, int(start), samples)
+            of = slice(blocks.ends.searchsorted(start, side="right"), blocks.ends.searchsorted(stop, side="left") + 1)
+            begins = np.maximum(blocks.begins[of], start)
+            samples = InBlocks(begins + blocks.shift[of], np.minimum(blocks.ends[of], stop) - begins)
+            self._last = window, self._of_rank.part(window, int(start), samples), samples.ends
         return self._last[1]
+
+    def ends(self, window: int) -> Indices:
+        """See :class:`WindowOrder`."""
+        self.part(window)
+        assert self._last is not None
+        return self._last[2]
 
     def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """See :class:`WindowOrder`."""
@@ -397,8 +457,8 @@ class UnevenOrder:
 
 def _indices(order: WindowOrder | UnevenOrder, start: int, stop: int) -> Indices:
     """The samples at positions ``start`` to ``stop`` of an order by windows."""
-    found = []
-    for window, a, b in order.pieces(start, stop):
+    found = [np.empty(0, np.int64)]
+    for window, a, b in order.pieces(start, stop) if start < stop else ():
         samples, use = order.part(window)
         found.append(samples[use.between(a, b)])
     return np.concatenate(found)
@@ -410,6 +470,10 @@ class Order:
     ``window`` samples are shuffled together, in blocks of ``block`` neighbours; 0 and 0: the whole set is. With
     ``bounds`` the blocks are those of :class:`UnevenOrder`, of at most ``block`` samples. With ``weighted`` samples are
     drawn by its weights. ``version`` is that of :func:`version_of` the set.
+
+    With ``dealing`` the positions of an epoch are those of all ranks, and of a batch at some of them this rank has its
+    parts' samples alone: a stretch of the batch, or by windows those of each part's own order, of which each has an
+    equal share of ``window``. There an order depends on the ``size`` of batches, which else may be left out.
     """
 
     def __init__(
@@ -424,18 +488,51 @@ class Order:
         block: int = 0,
         weighted: WeightedOrder | None = None,
         bounds: Indices | None = None,
+        dealing: Dealing | None = None,
     ) -> None:
-        self._bounds = bounds
+        self._bounds, self.dealing = bounds, dealing
         self.seed, self.shuffle, self.replacement, self.weighted = seed, shuffle, replacement, weighted
         self.rank, self.world_size, self.window, self.block = rank, world_size, window, block
         self._all, self.version = n, version_of(n)
         self.choose(None)
 
+    def deal(self, rows: int) -> Deal | None:
+        """How a batch of so many rows lies among parts and ranks, where it is dealt."""
+        return None if self.dealing is None else self.dealing.deal(rows)
+
+    def own(self, rows: int) -> int:
+        """The rows that this rank has of a batch."""
+        return rows if self.dealing is None else self.dealing.own(rows)
+
+    def smallest(self, rows: int) -> int:
+        """The rows of a batch that are computed together, where these are fewest, on any rank."""
+        return rows if self.dealing is None else self.dealing.smallest(rows)
+
+    def largest(self, rows: int) -> int:
+        """The rows of a batch that are computed together, where these are most."""
+        return rows if self.dealing is None else -(-rows // self.dealing.shards)
+
+    @property
+    def own_parts(self) -> int:
+        """How many parts of a batch this rank has."""
+        return 1 if self.dealing is None else len(self.dealing.own_parts)
+
+    def own_share(self, size: int, of: int | None = None) -> int:
+        """This rank's samples of an epoch in batches of ``size``, or of its first ones, to position ``of``."""
+        full, rest = divmod(self.share if of is None else of, size)
+        return full * self.own(size) + self.own(rest)
+
+    @property
+    def together(self) -> int:
+        """Samples that are shuffled together: ``window``, or a part's share of it."""
+        return self.window if self.dealing is None else self.window // self.dealing.shards
+
     def choose(self, chosen: Indices | None) -> None:
         """Use the samples at ``chosen`` alone from now on; None: all."""
         self.chosen, self.n = chosen, self._all if chosen is None else len(chosen)
-        self.share = len(range(self.rank, self.n, self.world_size))  # this rank's samples in an epoch
-        self._next: tuple[int, Indices] | None = None  # an epoch to come and its order
+        # An epoch's samples: this rank's, or those of all ranks where each batch is dealt.
+        self.share = len(range(self.rank, self.n, self.world_size))
+        self._next: tuple[int, int, Indices] | None = None  # an epoch to come, the batch size, and its order
         self.bounds = self._bounds
         if chosen is not None and self._bounds is not None:
             self.bounds = np.unique(chosen.searchsorted(self._bounds))
@@ -452,22 +549,70 @@ class Order:
         if version != self.version:
             self.version, self._next = version, None
 
-    def windows(self, epoch: int) -> WindowOrder | UnevenOrder:
-        """The order of an epoch that is shuffled by windows."""
+    def windows(self, epoch: int, size: int = 1) -> list[WindowOrder | UnevenOrder]:
+        """The orders of an epoch by windows, in batches of ``size``: one, or one for each of this rank's parts."""
+        parts = [None] if self.dealing is None else self.dealing.parts_of(self.n, size)
+        seed, shuffle, together = self.seed, self.shuffle, self.together
         of_rank = self.rank, self.world_size, self.chosen, self.version
-        if self.bounds is not None:
-            return UnevenOrder(self.bounds, self.seed, epoch, self.window, self.shuffle, *of_rank)
-        return WindowOrder(self.n, self.seed, epoch, self.window, self.block, self.shuffle, *of_rank)
+        if self.bounds is None:
+            set_of = self.n, seed, epoch, together, self.block, shuffle
+            return [WindowOrder(*set_of, *of_rank, part) for part in parts]
+        blocks = UnevenBlocks(self.bounds, seed, epoch, shuffle, self.version)
+        return [UnevenOrder(self.bounds, seed, epoch, together, shuffle, *of_rank, part, blocks) for part in parts]
 
-    def whole(self, epoch: int) -> Indices:
-        """All samples of an epoch."""
+    def positions(self, start: int, stop: int, size: int = 1) -> tuple[int, int]:
+        """From where to where in an epoch, if it is not by windows, this rank's samples of a batch are."""
+        return (start, stop) if self.dealing is None else self.dealing.positions(start, stop)
+
+    def in_parts(self, start: int, stop: int, size: int) -> list[tuple[int, int]]:
+        """A batch of ``size``, or the last one, in each of :meth:`windows`."""
+        return [(start, stop)] if self.dealing is None else self.dealing.in_parts(start, stop, size)
+
+    def whole(self, epoch: int, size: int = 1) -> Indices:
+        """All samples of an epoch in batches of ``size``: those of this rank, batch by batch."""
         prepared, self._next = self._next, None
-        if prepared is not None and prepared[0] == epoch:
-            return prepared[1]
+        if prepared is not None and prepared[:2] == (epoch, size):
+            return prepared[2]
+        if self.dealing is None:
+            return self.between(epoch, size)(0, self.share) if self.window else self._listed(epoch)
+        if self.window:
+            at = self.between(epoch, size)
+            return np.concatenate([at(start, min(start + size, self.n)) for start in range(0, self.n, size)])
+        listed, full = self._listed(epoch), self.n // size
+        (start, stop), rest = self.dealing.positions(0, size), self.dealing.positions(full * size, self.n)
+        return np.concatenate([listed[: full * size].reshape(full, size)[:, start:stop].ravel(), listed[slice(*rest)]])
+
+    def between(self, epoch: int, size: int = 1) -> Callable[[int, int], Indices]:
+        """A function of two positions, between which is a batch of ``size``, or the last one: this rank's samples.
+
+        Where batches are not dealt there may be anything between them.
+        """
+        if self.window:
+            orders = self.windows(epoch, size)
+            if self.dealing is None:
+                return orders[0].indices
+            return lambda start, stop: np.concatenate(
+                [of.indices(*cut) for of, cut in zip(orders, self.in_parts(start, stop, size), strict=True)]
+            )
+        dealing, at = self.dealing, self._at_positions(epoch, size)
+        return at if dealing is None else lambda start, stop: at(*dealing.positions(start, stop))
+
+    def _at_positions(self, epoch: int, size: int) -> Callable[[int, int], Indices]:
+        """A function of two positions in an epoch that is not by windows: the samples from one to the other."""
+        if self._by_arithmetic:
+            return lambda start, stop: self._at(epoch, start, stop)
+        if self._by_formula:
+            found = Permutation(self.n, self.seed, epoch, 0, self.rank, self.world_size)
+            return lambda start, stop: self._samples(found.between(start, stop))
+        mine = self.whole(epoch, size) if self.dealing is None else self._listed(epoch)
+        return lambda start, stop: mine[start:stop]
+
+    def _listed(self, epoch: int) -> Indices:
+        """The samples at all positions of an epoch that is not by windows."""
         if self.weighted is not None:
             return self._at(epoch, 0, self.share)
-        if self.window or self._by_arithmetic or self._by_formula:
-            return self.between(epoch)(0, self.share)
+        if self._by_arithmetic or self._by_formula:
+            return self._at_positions(epoch, self.n)(0, self.share)
         try:
             order = epoch_order(self.n, self.seed, epoch, self.shuffle, self.replacement, 1)
         except MemoryError as error:
@@ -478,18 +623,6 @@ class Order:
                 f"state of gpubatch 0.1 goes on with ({error}); a new run needs none"
             ) from error
         return self._samples(order[self.rank :: self.world_size])
-
-    def between(self, epoch: int) -> Callable[[int, int], Indices]:
-        """A function of two positions: the samples from one to the other."""
-        if self.window:
-            return self.windows(epoch).indices
-        if self._by_arithmetic:
-            return lambda start, stop: self._at(epoch, start, stop)
-        if self._by_formula:
-            found = Permutation(self.n, self.seed, epoch, 0, self.rank, self.world_size)
-            return lambda start, stop: self._samples(found.between(start, stop))
-        mine = self.whole(epoch)
-        return lambda start, stop: mine[start:stop]
 
     @property
     def by_kernels(self) -> bool:
@@ -502,10 +635,10 @@ class Order:
         """The samples of an epoch as images of a permutation, where they are ``by_kernels``."""
         return Permutation(self.n, self.seed, epoch, 0, self.rank, self.world_size, self.shuffle)
 
-    def prepare(self, epoch: int) -> None:
+    def prepare(self, epoch: int, size: int = 1) -> None:
         """Make the order of an epoch now, while a device works on the one before."""
-        if not self.by_kernels and (self._next is None or self._next[0] != epoch):
-            self._next = epoch, self.whole(epoch)
+        if not self.by_kernels and (self._next is None or self._next[:2] != (epoch, size)):
+            self._next = epoch, size, self.whole(epoch, size)
 
     def memory(self) -> tuple[int, int]:
         """Bytes of main memory: while the order of an epoch is made, and while it is used. Windows have their own."""

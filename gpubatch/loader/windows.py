@@ -10,7 +10,7 @@ import numpy as np
 
 from gpubatch.errors import ArgumentError, InsufficientMemoryError, check_int
 from gpubatch.loader.columns import Columns, Rows
-from gpubatch.loader.order import LEAST, OF_RANK, PEAK, Images, Indices, Order, Samples
+from gpubatch.loader.order import LEAST, OF_RANK, PEAK, Images, Indices, Order, Samples, UnevenOrder, WindowOrder
 from gpubatch.ops import permutation_bytes
 from gpubatch.sizing import parse_bytes
 from gpubatch.sources import Reader
@@ -26,30 +26,36 @@ LISTING = 32  # bytes a sample in listing a window: the order of use, and places
 PIECE = 1 << 20  # bytes of a window that are read at once: what is read is then looked at, and should be in the cache
 
 
-def window_and_block(window: int | str | None, replacement: bool, columns: Columns) -> tuple[int, int, Indices | None]:
+def window_and_block(
+    window: int | str | None, replacement: bool, columns: Columns, shards: int = 1
+) -> tuple[int, int, Indices | None]:
     """Samples that are shuffled together, how many neighbours among them are a block, and the bounds of uneven blocks.
 
-    Zeros: all of the set is shuffled. ``window`` and ``replacement`` are the loader's arguments.
+    Zeros: all of the set is shuffled. ``window`` and ``replacement`` are the loader's arguments. The samples are those
+    of all ``shards``, of which each shuffles its own.
     """
     blocks = [reader.block for reader in columns.readers if reader.block is not None]
     if window is None and (not blocks or replacement):
         return 0, 0, None
     if replacement:
         raise ArgumentError(f"replacement=True draws from the whole set, so it has no window, got window={window!r}")
-    window, n = DEFAULT_WINDOW if window is None else window, columns.n_samples
-    if isinstance(window, str):
+    n, bounds, whole = columns.n_samples, _common_bounds(columns), max(blocks, default=1)
+    if window is None:
+        half = parse_bytes("window", DEFAULT_WINDOW) // columns.stored_bytes // 2
+        # Shards read in turn, so each needs room for what is decoded at once: else it is decoded again and again.
+        half = max(half, shards * whole) if shards > 1 else half
+    elif isinstance(window, str):
         half = parse_bytes("window", window) // columns.stored_bytes // 2
     else:
         half = check_int("window", window, 2) // 2
     half = max(1, min(half, n))
-    least = max(1, half // BLOCKS)
-    if (bounds := _common_bounds(columns)) is not None:
-        bounds = _merged(bounds, least, half)
-        return half, int(np.diff(bounds).max()), bounds
-    whole = max(blocks, default=1)
+    least, most = max(1, half // BLOCKS), half if half == n else max(1, half // shards)
+    if bounds is not None:
+        bounds = _merged(bounds, least, most)
+        return most * shards, int(np.diff(bounds).max()), bounds
     # Whole blocks of the source, so that none is read twice, unless not even one of them is within the bound.
-    block = min(-(-least // whole) * whole, half)
-    return (half if half < n else n + block - 1) // block * block, block, None
+    block = min(-(-least // whole) * whole, most)
+    return (most if half < n else n + block - 1) // block * block * shards, block, None
 
 
 def _common_bounds(columns: Columns) -> Indices | None:
@@ -77,16 +83,23 @@ def _merged(bounds: Indices, least: int, most: int) -> Indices:
     return np.array(found, np.int64)
 
 
-def window_bytes(order: Order, readers: Collection[Reader]) -> int:
-    """Bytes of main memory when a window takes most: its halves and their order, and what is being read."""
-    blocks, windows = -(-order.n // order.block), -(-order.n // order.window)
+def window_bytes(order: Order, readers: Collection[Reader], size: int = 1) -> int:
+    """Bytes of main memory when a window takes most: its halves and their order, and what is being read.
+
+    Where batches of ``size`` are dealt, these are the windows of all parts that a rank has.
+    """
+    n, parts, cut = order.n, 1, 0
+    if order.dealing is not None:
+        sizes = [part.stop - part.start for part in order.dealing.parts_of(order.n, size)]
+        n, parts, cut = max(1, *sizes), sum(of > 0 for of in sizes), 1  # a stretch begins and ends inside blocks
+    blocks, windows = -(-order.n // order.block), -(-n // order.together) + cut
     of_blocks = 8 * blocks
     if order.bounds is not None:
         blocks = len(order.bounds) - 1
         of_blocks = UNEVEN * blocks
         windows = windows if windows < 2 else 2 * windows  # two that follow one another are more than one full one
-        of_blocks += 16 * windows
-    n = min(order.window, order.n)
+        of_blocks += 16 * windows * parts
+    n = min(order.together, n)
     share, peak = -(-n // order.world_size), PEAK if order.shuffle else 9  # 9: which samples there are
     rows, used = share * sum(reader.row_bytes for reader in readers), 16 * share
     if order.version > 1:  # what is not small is computed as it is used
@@ -103,31 +116,39 @@ def window_bytes(order: Order, readers: Collection[Reader]) -> int:
         making = max(peak * n, OF_RANK * share)
     else:
         making = LISTING * n
+    if order.bounds is None:
+        of_blocks *= max(parts, 1)  # each part lists even ones itself, where they are few
     read = 0
     if readers:
-        read = _read_at_once(readers, order.block) * sum(r.row_bytes for r in readers if not r.reads_into)
+        read = _read_at_once(readers, order) * sum(r.row_bytes for r in readers if not r.reads_into)
     if windows == 1:
         held = max(making, rows + used + read)
     elif windows == 2:  # there is room for the second one's rows when its order has been made
         held = max(rows + used + making, 2 * (rows + used) + read)
     else:
         held = 2 * rows + max(used + making, 2 * used + read)
+    held += max(parts - 1, 0) * min(windows, 2) * (rows + used)
     return max(peak * blocks, of_blocks + held)
 
 
-def _read_at_once(readers: Collection[Reader], block: int) -> int:
+def _read_at_once(readers: Collection[Reader], order: Order) -> int:
     """How many samples of a window are read in a piece: at least as many as any of its sources decodes at once."""
-    piece = PIECE // max(reader.row_bytes for reader in readers)
-    return max(min(piece, block), *(reader.block or 1 for reader in readers))
+    piece, block = PIECE // max(reader.row_bytes for reader in readers), order.block
+    piece = min(piece, block) if order.dealing is None else min(block, order.together)
+    return max(piece, *(reader.block or 1 for reader in readers))
 
 
 @dataclass(eq=False)
 class _Held:
-    """A window: its samples as they are read and used, the rows of the first ``count``; ``told`` are announced."""
+    """A window: its samples as they are read and used, the rows of the first ``count``; ``told`` are announced.
+
+    ``ends`` are those of its blocks.
+    """
 
     samples: Samples
     use: Images
     rows: Rows
+    ends: Indices
     count: int = 0
     told: int = 0
 
@@ -143,19 +164,35 @@ class WindowPart(NamedTuple):
 class Windows:
     """An epoch by windows: the rows of the window in use and of the next one, which is read as the first is used up.
 
-    So the reading is spread evenly over the batches, and no more than two windows are in memory.
+    So the reading is spread evenly over the batches, and no more than two windows are in memory; of several parts of a
+    batch of ``size``, two windows each.
     """
 
-    def __init__(self, order: Order, epoch: int, readers: dict[Reader, list[float]]) -> None:
-        self._order, self._block, self._limits = order.windows(epoch), order.block, readers
-        self._capacity = -(-min(order.window, order.n) // order.world_size)
-        self._at_once = _read_at_once(readers, order.block)
+    def __init__(self, order: Order, epoch: int, readers: dict[Reader, list[float]], size: int) -> None:
+        self._order, self._size = order, size
+        self._parts = [WindowsOfPart(order, part, readers) for part in order.windows(epoch, size)]
+
+    def parts(self, start: int, stop: int) -> Iterator[WindowPart]:
+        """A batch's samples, at positions ``start`` to ``stop``; the rows of a part are there until the next is asked
+        for.
+        """
+        for part, cut in zip(self._parts, self._order.in_parts(start, stop, self._size), strict=True):
+            yield from part.pieces(*cut)
+
+
+class WindowsOfPart:
+    """The windows of an epoch, or of one part of its batches."""
+
+    def __init__(self, order: Order, windows: WindowOrder | UnevenOrder, readers: dict[Reader, list[float]]) -> None:
+        self._order, self._block, self._limits = windows, order.block, readers
+        self._capacity = -(-min(order.together, windows.size) // order.world_size)
+        self._at_once, self._by_blocks = _read_at_once(readers, order), order.dealing is not None
         self._held: dict[int, _Held] = {}
         self._spare: list[Rows] = []
 
-    def parts(self, start: int, stop: int) -> Iterator[WindowPart]:
-        """The samples from one position to another; the rows of a part are there until the next is asked for."""
-        for window, a, b in self._order.pieces(start, stop):
+    def pieces(self, start: int, stop: int) -> Iterator[WindowPart]:
+        """The samples from one position to another; the rows of a piece are there until the next is asked for."""
+        for window, a, b in self._order.pieces(start, stop) if start < stop else ():
             for past in [w for w in self._held if w < window]:
                 self._spare.append(self._held.pop(past).rows)
             held = self._read(window, 1, 1)
@@ -166,13 +203,17 @@ class Windows:
     def _read(self, window: int, part: int, whole: int) -> _Held:
         """The window of which at least part/whole has been read."""
         if window not in self._held:
-            self._held[window] = _Held(*self._order.part(window), self._spare.pop() if self._spare else self._empty())
+            rows = self._spare.pop() if self._spare else self._empty()
+            self._held[window] = _Held(*self._order.part(window), rows, self._order.ends(window))
         held, at_once = self._held[window], self._at_once
         wanted = -(-part * len(held.samples) // whole)
         wanted = min(-(-wanted // at_once) * at_once, len(held.samples))
         while held.count < wanted:
             self._announce(held)
             start, stop = held.count, min(wanted, held.count + at_once)
+            if self._by_blocks:
+                # What other parts read in between has taken the place of what a source decoded, so no block is cut.
+                stop = int(held.ends[held.ends.searchsorted(start, side="right")])
             for reader, limits in self._limits.items():
                 reader.read_into(held.samples[start:stop], [rows[start:stop] for rows in held.rows[reader]], limits)
             held.count = stop

@@ -62,6 +62,12 @@ class Permutation:
             self._held = (begin, held) if len(held) <= TOGETHER else self._held
         return held[start - begin : stop - begin]
 
+    def after(self, places: int) -> Integers:
+        """The ``words`` of the same permutation from so many places on."""
+        found = self.words.copy()
+        found[2] += places * found[3]
+        return found
+
     def of(self, numbers: Integers) -> Integers:
         """The images of ``numbers``, by NumPy."""
         return self._walk(numbers, range(ROUNDS))

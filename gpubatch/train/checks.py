@@ -56,14 +56,21 @@ def check_parts(net: Network, loader: Loader, opt: Optimizer) -> None:
 def check_last_batch(net: Network, loader: Loader) -> None:
     """Raise if an epoch would end with a batch that is too small for batch norm."""
     epochs, least = epochs_of(loader), core_of(net).least_rows
-    if epochs.last_size < least:
-        layer = next(type(run.layer).__name__ for run in core_of(net).layers if run.needs.least_rows == least)
-        which = "'single'" if epochs.last_size == 1 else "True"
+    if epochs.smallest >= least:
+        return
+    layer = next(type(run.layer).__name__ for run in core_of(net).layers if run.needs.least_rows == least)
+    which = "'single'" if epochs.smallest == 1 else "True"
+    batches = f"{epochs.order.share} samples in batches of {loader.batch_size}"
+    remedy = f"take another batch_size, or leave out that batch with Loader(drop_last={which})"
+    if loader.shards is None:
         raise ArgumentError(
             f"{layer} needs {least} samples in a training batch, the last one of an epoch has {epochs.last_size}: "
-            f"{epochs.order.share} samples in batches of {loader.batch_size}; take another batch_size, or "
-            f"leave out that batch with Loader(drop_last={which})"
+            f"{batches}; {remedy}"
         )
+    raise ArgumentError(
+        f"{layer} needs {least} samples in each part of a training batch, and one has {epochs.smallest}: {batches} of "
+        f"{loader.shards} parts; {remedy}, or fewer shards"
+    )
 
 
 def drop_last_for(net: Network) -> bool | str:
