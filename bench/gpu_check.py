@@ -52,8 +52,11 @@ import feeding  # noqa: E402  in this folder
 import to_accuracy  # noqa: E402
 
 import gpubatch as gb  # noqa: E402
+from gpubatch.backend import CudaBackend  # noqa: E402
 from gpubatch.nn import core_of  # noqa: E402
 from gpubatch.ops.products import COPY, products_for  # noqa: E402
+from gpubatch.parallel import Ranks  # noqa: E402
+from gpubatch.parallel.nccl import Nccl  # noqa: E402
 from gpubatch.train import why_eager  # noqa: E402
 
 ROUNDS = 5  # each contender runs once per round
@@ -695,6 +698,39 @@ def feeds(place: Place) -> Iterator[dict[str, Any]]:
         yield from feeding.on_gpu(place.small)
 
 
+def ranks(place: Place) -> Iterator[dict[str, Any]]:
+    """The sum of a data-parallel step over one rank, by NCCL: that its calls work, and can be captured."""
+    if place.on_gpu:
+        entries = {OURS: partial(nccl_sum, place, True), "NCCL's own sum, eager": partial(nccl_sum, place, False)}
+        work = f"sum of {place.parameters // 8:,} float32 over one rank, by NCCL"
+        yield race(place, work, entries | {"copy": partial(copy, place, place.parameters // 8)}, {})
+
+
+def nccl_sum(place: Place, in_tree: bool) -> Contender:
+    """The sum as messages and a tree, in a graph; or as NCCL makes it. Of one rank it must change nothing."""
+    backend, one = place.backend, Ranks.of_threads(1)[0]
+    assert isinstance(backend, CudaBackend)
+    assert one._engine is not None
+    by = Nccl(one._engine, backend, one.gather)
+    flat = backend.asarray(np.random.default_rng(1).standard_normal(place.parameters // 8, np.float32))
+    rows, before = backend.empty((1, flat.size), np.float32), flat.copy()
+
+    def sums() -> None:
+        if in_tree:
+            by.scatter(flat, [0, flat.size], rows)
+            by.gather(rows[0], flat, [0, flat.size])
+        else:
+            by.sum_(flat)
+
+    with backend.scope():
+        sums()
+        work = backend.capture(sums).launch if in_tree else sums
+        work()
+        if not (flat == before).all().item():
+            raise RuntimeError("a sum over one rank has changed the numbers")
+    return Contender(work, execution="captured" if in_tree else "eager")
+
+
 # --- the whole check ----------------------------------------------------------------------------------------------
 
 SECTIONS: dict[str, tuple[Callable[[Place], Iterator[dict[str, Any]]], int]] = {  # with a time limit in seconds
@@ -704,6 +740,7 @@ SECTIONS: dict[str, tuple[Callable[[Place], Iterator[dict[str, Any]]], int]] = {
     "epochs": (epochs, 35),
     "accuracy": (accuracy, 55),
     "feeding": (feeds, 35),
+    "ranks": (ranks, 15),
 }
 
 
@@ -712,7 +749,17 @@ def environment(place: Place) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     versions = {"python": platform.python_version()}
     ours = ("gpubatch", "numpy", "cupy-cuda12x", "cupy-cuda13x", "cupy", "nvmath-python", "nvidia-cublas")
-    for name in (*ours, "nvidia-cublas-cu12", "torch", "triton", "jax", "jaxlib", "optax"):
+    for name in (
+        *ours,
+        "nvidia-cublas-cu12",
+        "nvidia-nccl-cu12",
+        "nvidia-nccl-cu13",
+        "torch",
+        "triton",
+        "jax",
+        "jaxlib",
+        "optax",
+    ):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

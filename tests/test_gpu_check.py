@@ -44,7 +44,15 @@ def stand_in() -> Any:
     return device
 
 
-ROWS = {"optimizers": 5, "steps": 2, "large batch": len(gpu_check.PRECISIONS), "epochs": 1, "accuracy": 1, "feeding": 0}
+ROWS = {
+    "optimizers": 5,
+    "steps": 2,
+    "large batch": len(gpu_check.PRECISIONS),
+    "epochs": 1,
+    "accuracy": 1,
+    "feeding": 0,
+    "ranks": 0,
+}
 
 
 def test_all_sections_are_rehearsed_and_there_is_time_for_them() -> None:

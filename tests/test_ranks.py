@@ -270,7 +270,7 @@ def test_ranks_without_nccl_say_so_on_all(monkeypatch: pytest.MonkeyPatch) -> No
 
     def refused(r: gb.Ranks) -> None:
         with pytest.raises(gb.BackendUnavailableError, match=("On rank 1: " if r.rank == 0 else "") + "GPUs cannot be"):
-            Nccl(r._engine, own if r.rank == 1 else device)  # type: ignore[arg-type]
+            Nccl(r._engine, own if r.rank == 1 else device, r.gather)  # type: ignore[arg-type]
 
     on_threads(2, refused)
 
@@ -285,7 +285,7 @@ assert device.spec == gb.get_backend("auto").spec == f"cuda:{ranks.local}", devi
 for size in (3, 1003, 100_003):
     terms = [values(rank, size, "float32") for rank in range(ranks.size)]
     assert digest(ranks.sum_(device.asarray(terms[ranks.rank])).get()) == digest(neighbours(terms)), size
-print("rank", ranks.rank, "done")
+print(f"rank {ranks.rank} done\n", end="")
 """
 
 

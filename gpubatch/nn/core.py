@@ -42,7 +42,7 @@ from gpubatch.ops import COMPUTE, ops_for, philox_generator, products_for
 from gpubatch.own import changed
 from gpubatch.parallel import Ranks
 from gpubatch.params import FAILED, LOSS, OUT_OF_MEMORY, SIGNALLED, TAIL, WEIGHT, FlatViews, Parameters, by_alignment
-from gpubatch.passes import Deal
+from gpubatch.passes import Deal, deal_of, pass_of
 
 __all__ = ["EVALUATION_ROWS", "Core", "WholeStep", "quiet"]
 
@@ -377,6 +377,18 @@ class Core:
             self.mode.step += 1
         return WholeStep(loss, tail[SIGNALLED] > 0)
 
+    def deal(self, X: Array, ranks: Ranks | None) -> Deal | None:
+        """How X lies in the batch of all ranks; None if it is the whole batch, in one part."""
+        deal, size = deal_of(X), 1 if ranks is None else ranks.size
+        if deal is not None or ranks is None or size == 1:
+            return deal
+        if pass_of(X) is not None:
+            raise ArgumentError(
+                "X is a batch of a Loader without ranks=, which gives each rank the same: give it ranks="
+            )
+        every = ranks.gather(len(X))
+        return Deal(sum(every), sum(every[: ranks.rank]), (len(X),), size)
+
     def part_sums(self, parts: int) -> PartSums:
         """What sums over so many parts; its memory is kept for the next steps."""
         if self._part_sums is None or self._part_sums.parts != parts:
@@ -432,6 +444,40 @@ class Core:
         if statistics is not None:
             sums.update_running(statistics, rows)
         return c.work["loss"]
+
+    def enqueue_parts(
+        self,
+        X: Array,
+        Y: Array,
+        weight: Array | None,
+        step: Array,
+        deal: Deal,
+        ranks: Ranks | None,
+        micro_batch_size: int | None = None,
+    ) -> tuple[Array, Any]:
+        """:meth:`enqueue` of the parts that this rank has of a batch, and of the sum over ``ranks``.
+
+        Returns the loss of the whole batch, an array of one element, and the objects to keep.
+        """
+        with self.training:
+            own, self.mode.step = self.mode.step, step.view(np.uint64)
+            try:
+                sums = self.part_sums(len(deal.parts))
+                self.sum_parts(sums, X, Y, weight, deal, micro_batch_size)
+                message, statistics = sums.messages()
+                for one in (message, statistics):
+                    if one is not None and ranks is not None:
+                        ranks.sum_(one)
+                loss = self.finish_parts(sums, message, statistics, deal.rows)
+            finally:
+                self.mode.step = own
+        of_ranks = None if ranks is None else ranks.owned(self.backend)
+        return loss, (self._training, self._sums, sums, self._weighing.owned, self._reach, self.products, of_ranks)
+
+    def reserve_sums(self, ranks: Ranks) -> None:
+        """Allocate what the sums over ranks work in, unless it is there already."""
+        ranks.reserve(self.backend, self.parameters.size + TAIL, self.compute_dtype)
+        ranks.reserve(self.backend, self.buffers.size, np.float64)
 
     def check_parts(self, rows: int, shards: int) -> None:
         """Raise if a batch of so many rows has parts that are too small for batch normalisation."""

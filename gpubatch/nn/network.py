@@ -44,7 +44,7 @@ from gpubatch.ops import PRECISIONS, check_choices
 from gpubatch.own import as_written
 from gpubatch.parallel import Ranks
 from gpubatch.params import FlatViews
-from gpubatch.passes import Deal, deal_of, pass_of
+from gpubatch.passes import deal_of, pass_of
 
 __all__ = ["Network", "core_of", "live_state", "mlp", "no_decay"]
 
@@ -234,7 +234,7 @@ class Network:
         """
         core, self.parameters.fed = self._core, pass_of(X)
         if ranks is not None or (self.parameters.fed is not None and self.parameters.fed.deal is not None):
-            deal = self._deal(X, ranks)
+            deal = core.deal(X, ranks)
             if deal is not None:
                 return core.parts_step(X, Y, weight, deal, ranks, micro_batch_size).loss, self.parameters.grads
         core.check_batch(X, Y, values=True, weight=weight)
@@ -259,18 +259,6 @@ class Network:
                     raise
             core.count_steps(1)
         return loss, self.parameters.grads
-
-    def _deal(self, X: Array, ranks: Ranks | None) -> Deal | None:
-        """How X lies in the batch of all ranks; None if it is the whole batch, in one part."""
-        deal, size = deal_of(X), 1 if ranks is None else ranks.size
-        if deal is not None or ranks is None or size == 1:
-            return deal
-        if self.parameters.fed is not None:
-            raise ArgumentError(
-                "X is a batch of a Loader without ranks=, which gives each rank the same: give it ranks="
-            )
-        every = ranks.gather(len(X))
-        return Deal(sum(every), sum(every[: ranks.rank]), (len(X),), size)
 
     def step_loss(self, X: Array, Y: Array, weight: Array | None = None) -> Array:
         """Compute what :meth:`loss_and_grad` does without waiting for the device; the loss is an array of one element.

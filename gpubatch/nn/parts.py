@@ -87,7 +87,7 @@ class PartSums:
     ) -> None:
         self.parts, self._xp, self._size = parts, backend.xp, parameters.size
         self._grads, self._buffers, self._norms = parameters.grads.flat, buffers, norms
-        own = parameters.message
+        own = self._own = parameters.message
         if buffers.dtype != parameters.dtype:  # a sum of float16 numbers takes an array of float32
             own = backend.empty(own.size, buffers.dtype)
         self._sums = Tree(backend, parts, own)
@@ -127,7 +127,7 @@ class PartSums:
         else:
             of_part = self._in_tail(leaf, WEIGHT)
             of_part[...] = rows if weight is None else weight
-            self._xp.multiply(self._grads, of_part, out=leaf[: self._size], dtype=leaf.dtype)
+            self._xp.multiply(self._grads, of_part, out=self._gradient_in(leaf), dtype=leaf.dtype)
             loss = self._in_tail(leaf, LOSS)
             loss *= of_part
         self._sums.add(leaf)
@@ -177,7 +177,7 @@ class PartSums:
         """Make the mean gradient and loss of the whole batch of the message summed over all ranks."""
         weight = self._in_tail(message, WEIGHT)
         out = {"dtype": message.dtype, "casting": "same_kind"}
-        self._xp.divide(message[: self._size], weight, out=self._grads, **out)
+        self._xp.divide(self._gradient_in(message), weight, out=self._grads, **out)
         self._xp.divide(self._in_tail(message, LOSS), weight, out=loss, **out)
 
     def update_running(self, sums: Array, rows: int) -> None:
@@ -203,6 +203,13 @@ class PartSums:
         """Where in an array like the buffers the mean and the variance of a batch norm lie."""
         names = self._norms[place][1]
         return [flat[slice(*self._buffers.spans[names[name]])] for name in ("running_mean", "running_var")]
+
+    def _gradient_in(self, message: Array) -> Array:
+        """The part of a message before its tail; of the parameters' own, the very array of gradients.
+
+        CuPy would copy an operand that is another view of the memory of the result.
+        """
+        return self._grads if message is self._own else message[: self._size]
 
     def _in_tail(self, message: Array, place: int) -> Array:
         return message[self._size + place : self._size + place + 1]

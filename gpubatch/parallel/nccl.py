@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,21 +15,19 @@ from gpubatch.parallel.engines import Connection
 
 __all__ = ["Nccl"]
 
-WORDS = 512  # bytes of a text that ranks tell each other
-
 
 class Nccl:
     """Sends arrays between the GPUs of the ranks, as an engine does between main memories.
 
-    All ranks make it at the same time; ``engine`` connects them meanwhile. Its methods enqueue work on the device's
-    current stream, allocate nothing, and can be captured, once each has run before.
+    All ranks make it at the same time, connected by ``engine``; ``gather`` tells each what all say. Its methods enqueue
+    work on the device's current stream, allocate nothing, and can be captured, once each has run before.
 
     Raises on all ranks alike: ArgumentError if two of them have the same GPU, BackendUnavailableError without NCCL.
     """
 
-    def __init__(self, engine: Connection, backend: CudaBackend) -> None:
+    def __init__(self, engine: Connection, backend: CudaBackend, gather: Callable[[str], list[str]]) -> None:
         self._backend, self._rank, self._size = backend, engine.rank, engine.size
-        self._nccl = nccl = agreed(engine, backend)
+        self._nccl = nccl = agreed(gather, backend)
         # Until CuPy 14.1 an id is a tuple of 128 signed numbers, then bytes.
         own = nccl.get_unique_id()
         found = engine.share(own if isinstance(own, bytes) else np.array(own, np.int8).tobytes())
@@ -75,7 +73,7 @@ class Nccl:
             self._nccl.groupEnd()
 
 
-def agreed(engine: Connection, backend: CudaBackend) -> Any:
+def agreed(gather: Callable[[str], list[str]], backend: CudaBackend) -> Any:
     """CuPy's NCCL, if all ranks have it, and each a GPU of its own; else all raise."""
     nccl, lacking = None, None
     try:
@@ -83,7 +81,7 @@ def agreed(engine: Connection, backend: CudaBackend) -> Any:
     except BackendUnavailableError as error:
         lacking = error
     device = f"{socket.gethostname()}, {backend.cupy.cuda.Device(backend.index).pci_bus_id}"
-    found = told(engine, f"!{lacking}" if lacking else device)
+    found = gather(f"!{lacking}" if lacking else device)
     if lacking:
         raise lacking
     for rank, text in enumerate(found):
@@ -96,12 +94,3 @@ def agreed(engine: Connection, backend: CudaBackend) -> Any:
                 "'auto', by which each rank takes another one"
             )
     return nccl
-
-
-def told(engine: Connection, text: str) -> list[str]:
-    """What all ranks tell each other, in their order; at most 512 bytes are heard."""
-    own, every = np.zeros(WORDS, np.uint8), np.zeros((engine.size, WORDS), np.uint8)
-    data = text.encode()[:WORDS]
-    own[: len(data)] = np.frombuffer(data, np.uint8)
-    engine.gather(own, every.reshape(-1), [WORDS * rank for rank in range(engine.size + 1)])
-    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in every]

@@ -100,6 +100,10 @@ class Ranks:
         row = int(np.dtype(dtype).itemsize) * self.size
         return row * (size if row * size <= SMALL else -(-size // self.size) + ALIGNED)
 
+    def reserve(self, backend: Backend, size: int, dtype: Any) -> None:
+        """Allocate what :meth:`sum_` works in for such arrays, unless it is there already; each rank by itself."""
+        self._scratch(backend, np.dtype(np.uint8), -(-self.sum_bytes(size, dtype) // self.size))
+
     def most(self, values: Sequence[float]) -> list[float]:
         """The largest over the ranks of each of a few numbers, on all ranks; the least are the negatives of these."""
         found = np.array(values, np.float64)
@@ -149,7 +153,7 @@ class Ranks:
         """The connection of the ranks' devices, made on first use, on all of them at once."""
         assert self._engine is not None
         if backend.spec not in self._nccl:
-            self._nccl[backend.spec] = Nccl(self._engine, backend)
+            self._nccl[backend.spec] = Nccl(self._engine, backend, self.gather)
         return self._nccl[backend.spec]
 
     def _scratch(self, backend: Backend, dtype: np.dtype[Any], size: int) -> Array:

@@ -8,6 +8,7 @@ from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, check_int
 from gpubatch.nn import Network, core_of
 from gpubatch.optim import Optimizer, captured_key, follow_pass, scalars_ahead
+from gpubatch.parallel import Ranks
 from gpubatch.train.checks import check_bound, why_eager
 from gpubatch.train.graphs import Form, GivenArrays, StepGraphs
 from gpubatch.train.ledger import CHUNK
@@ -24,12 +25,14 @@ class CapturedStep:
     Y: targets, likewise
     steps: how many steps a call makes, from 1 to 64, all on the same batch
     weight: what each sample counts, likewise, or None
+    ranks: those that make the steps together, or None; X, Y and ``weight`` are then this rank's parts of a batch, in
+        arrays that a ``Loader(ranks=ranks)`` gave out
 
     The first call captures, which takes memory and time. A call queues the steps on the current stream and does not
     wait: they read X and Y when the device comes to them. Write the next batch into X and Y afterwards, ``X[...] =
     batch``. A call returns the loss of its last step, an array of one element on the device, which the next call
-    overwrites. Nothing checks whether loss and gradient are finite. A new learning rate, ``opt.lr = ...``, takes effect
-    at the next call.
+    overwrites; with ranks, all of which make the same calls, it is that of the whole batch. Nothing checks whether loss
+    and gradient are finite. A new learning rate, ``opt.lr = ...``, takes effect at the next call.
 
     Raises ArgumentError if the steps cannot be captured, and says why.
 
@@ -37,16 +40,26 @@ class CapturedStep:
     """
 
     def __init__(
-        self, net: Network, opt: Optimizer, X: Array, Y: Array, steps: int = 1, weight: Array | None = None
+        self,
+        net: Network,
+        opt: Optimizer,
+        X: Array,
+        Y: Array,
+        steps: int = 1,
+        weight: Array | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         for name, reason in {"net": why_eager(net), "opt": why_eager(net, opt)}.items():
             if reason:
                 raise ArgumentError(f"{name} cannot be captured: {reason}")
         self.net, self.opt, self.steps = net, opt, check_int("steps", steps, 1, CHUNK)
         check_bound(net, opt)
-        core_of(net).check_batch(X, Y, weight=weight)
+        if len(X) or ranks is None:
+            core_of(net).check_batch(X, Y, weight=weight)
+        self._deal, self._ranks = core_of(net).deal(X, ranks), ranks
         self._feed = GivenArrays(X, Y) if weight is None else GivenArrays(X, Y, weight)
-        self._form = Form(len(X), len(X), self.steps)
+        rows = len(X) if self._deal is None else self._deal.rows
+        self._form = Form(rows, rows, self.steps)
         self._graphs: StepGraphs | None = None
         self._left = 0  # steps whose scalars are on the device
         self._expected: tuple[Any, ...] = ()  # the optimizer and the dropout step that they are for
@@ -55,7 +68,11 @@ class CapturedStep:
         """Queue the steps; return the loss of the last one."""
         frozen: tuple[str, ...] = ()
         if self._graphs is None or not self._graphs.fits(self.opt):
-            self._graphs, self._expected = StepGraphs(self.net, self.opt, self._feed, guarded=False), ()
+            deal, ranks = self._deal, self._ranks
+            self._graphs = StepGraphs(
+                self.net, self.opt, self._feed, guarded=False, deal_of=lambda rows: deal, ranks=ranks
+            )
+            self._expected = ()
             frozen = self.opt.frozen  # this launch captures
         graphs = self._graphs
         follow_pass(self.opt)

@@ -14,21 +14,25 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 
 from gpubatch.backend import Array, CudaBackend, compute_dtype
+from gpubatch.errors import CaptureError
 from gpubatch.loader import captured_dtype
 from gpubatch.nn import Network, core_of
 from gpubatch.ops import MOST_THREADS, SQUARE_SUM_SIZE, cuda_kernel, source_of, square_grid
 from gpubatch.optim import Optimizer, captured_key, enqueue_update, scalars_ahead
+from gpubatch.parallel import Ranks
+from gpubatch.passes import Deal
 from gpubatch.staging import wait_at_the_end
 from gpubatch.train.ledger import BATCH, HALTED, STEP, Ledger
 from gpubatch.train.parts import StepPart
 
 __all__ = ["Form", "GivenArrays", "StepGraphs", "arrays_like"]
 
+T = TypeVar("T")
 UNROLLED = 8  # steps in a graph, if so many are to come: a launch costs the host as much as a few kernels the device
 
 
@@ -62,7 +66,7 @@ def arrays_like(batch: Sequence[Array]) -> list[Array]:
 
 
 class Form(NamedTuple):
-    """Key of a graph: batch size, micro-batch size, and how many steps it unrolls."""
+    """Key of a graph: batch size, over all ranks, micro-batch size, and how many steps it unrolls."""
 
     rows: int
     micro_batch_size: int
@@ -84,6 +88,9 @@ class StepGraphs:
     With ``guarded``, steps whose loss or gradient is not finite halt, ``max_norm`` bounds the gradient's norm, and
     gradients are divided by the network's loss scale. All memory is taken when a form of batch is prepared. ``parts``
     are what callbacks do in a step.
+
+    Where batches are dealt, ``deal_of`` says how one of so many rows is, and ``ranks`` sum in each step. They all
+    prepare the same forms in the same order; where that fails on one of them it fails on all.
     """
 
     def __init__(
@@ -94,10 +101,13 @@ class StepGraphs:
         max_norm: float | None = None,
         guarded: bool = True,
         parts: Sequence[StepPart] = (),
+        deal_of: Callable[[int], Deal | None] = lambda rows: None,
+        ranks: Ranks | None = None,
     ) -> None:
         assert isinstance(net.backend, CudaBackend)
         self.net, self.opt, self.feed, self._backend = net, opt, feed, net.backend
         self._guarded, self._max_norm = guarded, max_norm or 0.0
+        self._deal_of, self._ranks = deal_of, ranks
         self._launched = captured_key(opt)[0]  # kept with its tables
         rows, _ = scalars_ahead(opt, opt.t, 1)
         self._parts, self._count = parts, sum(part.count for part in parts)
@@ -144,12 +154,20 @@ class StepGraphs:
 
             def steps() -> None:
                 for _ in range(form.steps):
-                    step()
+                    step(self._ranks)
 
             with self._backend.scope():
-                self._rehearse(step)
-                self._graphs[form] = self._backend.capture(steps)
+                if self._ranks is not None and self._ranks.size > 1:
+                    agreed(self._ranks, lambda: self._rehearse_alone(lambda: step(None)))
+                self._rehearse(lambda: step(self._ranks))
+                self._graphs[form] = agreed(self._ranks, lambda: self._backend.capture(steps))
         return self._graphs[form]
+
+    def _rehearse_alone(self, step: Callable[[], None]) -> None:
+        """Take all memory of a step with ranks: if it ran out before a sum, the others would wait in vain."""
+        self._rehearse(step)
+        assert self._ranks is not None
+        core_of(self.net).reserve_sums(self._ranks)
 
     def _rehearse(self, step: Callable[[], None]) -> None:
         """Make a step that halts before it begins: it allocates and loads kernels, which a capture forbids."""
@@ -160,10 +178,16 @@ class StepGraphs:
         finally:
             self.ledger.progress[...] = now
 
-    def _step(self, rows: int, micro_batch_size: int) -> None:
-        """Enqueue a step; this is captured."""
-        net, ledger = self.net, self.ledger
-        x, y, *weight = self.feed.arrays(rows)
+    def make_batch(self, rows: int) -> list[Array]:
+        """Enqueue the making of the next batch, of ``rows`` samples over all ranks; return what this rank has of it."""
+        deal = self._deal_of(rows)
+        own = rows if deal is None else sum(deal.parts)
+        self.feed.enqueue(own, self.ledger.word(BATCH))
+        return self.feed.arrays(own)
+
+    def _step(self, rows: int, micro_batch_size: int, ranks: Ranks | None) -> None:
+        """Enqueue a step, which sums over ``ranks``; this is captured."""
+        net, ledger, deal = self.net, self.ledger, self._deal_of(rows)
         grads = net.parameters.grads.flat
         losses: list[Array] = []
 
@@ -174,9 +198,14 @@ class StepGraphs:
 
         if self._before.size:
             self._before[...] = net.buffers.flat
-        self.feed.enqueue(rows, ledger.word(BATCH))
-        kept = core_of(net).enqueue(x, y, next(iter(weight), None), ledger.word(STEP), micro_batch_size, add)
-        loss = self.loss = losses[0] if rows <= micro_batch_size else None
+        x, y, *weights = self.make_batch(rows)
+        weight = next(iter(weights), None)
+        if deal is None:
+            kept = core_of(net).enqueue(x, y, weight, ledger.word(STEP), micro_batch_size, add)
+            loss = self.loss = losses[0] if rows <= micro_batch_size else None
+        else:
+            loss, kept = core_of(net).enqueue_parts(x, y, weight, ledger.word(STEP), deal, ranks, micro_batch_size)
+            self.loss = loss
         control = ledger.control if self._guarded else None
         self._make_parts(late=False)
         if self._guarded:
@@ -200,6 +229,26 @@ class StepGraphs:
     def _launch(self, name: str, grid: tuple[int], threads: int, *arguments: Any) -> None:
         kernel = cuda_kernel(self._backend, step_source(self.net.dtype.name), name)
         kernel(grid, (threads,), tuple(np.uint64(0) if x is None else x for x in arguments))
+
+
+def agreed(ranks: Ranks | None, work: Callable[[], T]) -> T:
+    """What ``work`` returns, which each rank does by itself; if it fails on one, all raise errors of the same kind."""
+    if ranks is None or ranks.size == 1:
+        return work()
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as found:
+        error = found
+    kind = MemoryError if isinstance(error, MemoryError) else type(error)
+    mine = None if error is None else [kind.__name__, str(error)]
+    first = next(((rank, *theirs) for rank, theirs in enumerate(ranks.gather(mine)) if theirs is not None), None)
+    if first is None:
+        return cast(T, result)
+    rank, name, words = first
+    if error is not None and kind.__name__ == name:
+        raise error
+    raise (MemoryError if name == MemoryError.__name__ else CaptureError)(f"{words} (on rank {rank})")
 
 
 def step_source(dtype: str) -> str:
