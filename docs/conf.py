@@ -26,6 +26,7 @@ extensions = [
     "docstrings",
 ]
 exclude_patterns = ["_ext"]
+linkcheck_ignore = ["https://host/"]  # an example
 nitpicky = True  # a reference that leads nowhere is a warning, and with -W an error
 
 html_theme = "pydata_sphinx_theme"

@@ -56,7 +56,7 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     """The array in an IDX file, plain or gzip (detected by content), in native byte order.
 
     Raises ``DataFormatError`` for any other file. Memory use is bounded by the data in the file, whatever its header
-    claims. Format: http://yann.lecun.com/exdb/mnist/.
+    claims. Format: https://yann.lecun.com/exdb/mnist/.
     """
     with open(path, "rb") as file:
         packed = file.read(2) == GZIP_MAGIC
