@@ -26,6 +26,7 @@ import gpubatch as gb
 from gpubatch.nn import core_of
 from gpubatch.nn.parts import Tree
 from gpubatch.passes import DataPass, Deal
+from gpubatch.train.checks import why_eager
 
 SHARDS = 4
 
@@ -283,6 +284,80 @@ def test_a_part_is_normalised_by_its_own_statistics() -> None:
 
     for gamma in on_threads(4, step):
         np.testing.assert_allclose(gamma, expected, rtol=1e-10)
+
+
+@dataclass(frozen=True)
+class InSync(Case):
+    """With two batch norms that take the statistics of all ranks, or in one process of the whole batch."""
+
+    def make(self, device: str = "cpu", sync: bool = True) -> tuple[gb.Network, gb.Optimizer]:
+        layers = [gb.Dense(10, 16, bias=False), gb.BatchNorm(16, sync=sync), gb.ReLU(), gb.Dropout(0.2)]
+        layers += [gb.Dense(16, 8, bias=False), gb.BatchNorm(8, sync=sync), gb.Tanh(), gb.Dense(8, 3)]
+        net = gb.Network(layers, backend=device, dtype=self.dtype, seed=3, **self.network)
+        return net, gb.Adam(net.parameters, 0.01)
+
+
+@every("rows", {"even": (64, 64), "uneven": (64, 37, 3), "ranks without rows": (64, 2)}, ["uneven"])
+@every("weighted", {"plain": {}, "weights": {"weighted": True}, "labels": {"network": {"loss": IGNORING}}}, ["weights"])
+def test_batch_norm_in_sync_is_that_of_whole_batches(rows: tuple[int, ...], weighted: dict[str, Any]) -> None:
+    """To rounding, in float64, where a difference would show: losses, weights and running statistics."""
+    case = InSync(rows=rows, dtype="float64", **weighted)
+    _, losses, whole = train(case, None, shards=None)
+    for size in (1, 2, 4):
+        for _, found, net in on_threads(size, lambda ranks: train(case, ranks)):
+            np.testing.assert_allclose(found, losses, rtol=1e-9)
+            np.testing.assert_allclose(net.parameters.flat, whole.parameters.flat, rtol=1e-5, atol=1e-7)
+            np.testing.assert_allclose(net.buffers.flat, whole.buffers.flat, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.gpu
+def test_batch_norm_in_sync_on_gpus() -> None:
+    gpus = [name for name in gb.available_backends() if name.startswith("cuda:")]
+    if len(gpus) < 2:
+        missing("gpu", "2 CUDA devices are needed here")
+    case = InSync(rows=(64, 37), dtype="float64", weighted=True)
+    _, losses, whole = train(case, None, shards=None, device=gpus[0])
+    for _, found, net in on_threads(2, lambda ranks: train(case, ranks, device=gpus[ranks.rank])):
+        np.testing.assert_allclose(found, losses, rtol=1e-9)
+        np.testing.assert_allclose(net.buffers.flat.get(), whole.buffers.flat.get(), rtol=1e-9, atol=1e-12)
+    assert "BatchNorm(sync=True) sums over ranks in the middle of a step" in why_eager(whole)
+
+
+def test_an_error_in_the_middle_of_batch_norms_in_sync_is_raised_on_all() -> None:
+    """Its sums are made to the end, so that nobody waits in vain, and the next step is a good one."""
+    case = InSync(rows=(64,), weighted=True)
+
+    def step(ranks: gb.Ranks) -> float:
+        (net, _), passed = case.make(), DataPass(object(), 0)
+        passed.begin()
+        x, y, weight = dealt(next(case.data()), SHARDS, ranks, passed)
+        if ranks.rank == 1:
+            broken = core_of(net).stack[-1].layer
+
+            def forward(*_: Any) -> NoReturn:
+                del broken.forward
+                raise MemoryError("out of memory")
+
+            broken.forward = forward
+        with pytest.raises(MemoryError, match="out of memory"):
+            net.loss_and_grad(x, y, weight=weight, ranks=ranks)
+        with pytest.raises(gb.errors.ArgumentError, match="micro_batch_size must be at least the 32 rows of this rank"):
+            net.loss_and_grad(x, y, 16, weight, ranks)
+        loss = net.loss_and_grad(x, y, weight=weight, ranks=ranks)[0]
+        passed.end()
+        return loss
+
+    found = on_threads(2, step)
+    assert found[0] == found[1]
+
+
+def test_batch_norm_in_sync_says_what_it_is_not_for() -> None:
+    assert "sync=True" in repr(gb.BatchNorm(3, sync=True))
+    assert "sync" not in repr(gb.BatchNorm(3))  # so that earlier checkpoints describe the same network
+    with pytest.raises(gb.errors.DTypeError, match="sync must be True or False"):
+        gb.BatchNorm(3, sync=1)
+    with pytest.raises(gb.errors.ArgumentError, match=r"BatchNorm\(sync=True\) must not be in a network of precision"):
+        gb.Network([gb.BatchNorm(3, sync=True), gb.Dense(3, 2)], precision="mixed", backend="cpu")
 
 
 class Counts(gb.Layer):

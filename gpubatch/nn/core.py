@@ -23,7 +23,7 @@ from gpubatch.nn.checks import WatchedLayer, WatchedLoss, of_the_user
 from gpubatch.nn.layers import BatchNorm, Dense, DenseActivation, Layer
 from gpubatch.nn.losses import NO_MEAN, Loss, Weighing, check_weight, check_weight_values, counts_of, no_mean
 from gpubatch.nn.needs import ByPlace, Context, Mode, Parameter, Random, Space
-from gpubatch.nn.parts import PartSums, sums_bytes
+from gpubatch.nn.parts import PartSums, SumsInStep, sums_bytes
 from gpubatch.nn.stack import Stacked, describe_layer, fused, parameter_names, stacked, told
 from gpubatch.nn.workspace import (
     Arrange,
@@ -120,6 +120,10 @@ class Core:
         self.loss_scale: Array = None
         if dtype == np.float16:
             self.loss_scale = backend.asarray(np.ones(1, self.compute_dtype))
+        # The features of the batch norms that take the statistics of all ranks.
+        self.in_sync = [run.inputs for run in self.layers if isinstance(run.layer, BatchNorm) and run.layer.sync]
+        if self.in_sync and dtype == np.float16:
+            raise ArgumentError("BatchNorm(sync=True) must not be in a network of precision='mixed'")
         self.stack = fused(self.layers)
         self._watched = {run.place: WatchedLayer(run) for run in self.layers if of_the_user(run.layer)}
         self.first = next(i for i, run in enumerate(self.stack) if run.needs.parameters)
@@ -346,13 +350,19 @@ class Core:
         error: Exception | None = None
         with self.training, self.backend.scope(), quiet():
             self.remember()
+            together = self._together(weight, deal, ranks)
             try:
                 self._check_parts(X, Y, weight, deal, ranks)
-                self.sum_parts(self.part_sums(len(deal.parts)), X, Y, weight, deal, micro_batch_size)
+                if self.in_sync:
+                    deal = self._at_once(X, deal, ranks, micro_batch_size)
+                sums = self.part_sums(len(deal.parts))
+                self.sum_parts(sums, X, Y, weight, deal, micro_batch_size, together)
             except MemoryError as found:
                 error = found.with_traceback(None)  # which would keep the arrays of the step alive
             except Exception as found:
                 error = found
+            if together is not None:
+                together.finish()
             sums = self.part_sums(1 if self._part_sums is None else self._part_sums.parts)
             if error is not None:
                 sums.nothing()
@@ -402,11 +412,21 @@ class Core:
         return self._part_sums
 
     def sum_parts(
-        self, sums: PartSums, X: Array, Y: Array, weight: Array | None, deal: Deal, micro_batch_size: int | None = None
+        self,
+        sums: PartSums,
+        X: Array,
+        Y: Array,
+        weight: Array | None,
+        deal: Deal,
+        micro_batch_size: int | None = None,
+        together: SumsInStep | None = None,
     ) -> None:
-        """Launch the parts that this rank has of a batch, and their sum; nothing is checked, and nothing waited for."""
+        """Launch the parts that this rank has of a batch, and their sum; nothing is checked, and nothing waited for.
+
+        together: sums over ranks for batch norms of ``sync=True``, which see all rows of this rank as one part.
+        """
         before, start = self._remembered[0], 0
-        self.mode.statistics = sums.note
+        self.mode.statistics, self.mode.together = sums.note, together
         sums.begin()
         try:
             for rows in deal.parts:
@@ -423,6 +443,10 @@ class Core:
                     x, y, self.mode.row = X[part], Y[part], deal.first + start
                     weights = self.weights(y, None if weight is None else weight[part], part=True)
                     of_part = None if weights is None else self._weighing.sum
+                    if weights is not None and together is not None:
+                        # Over the mean of all ranks' weights: also rows that count nothing are in the statistics.
+                        weights *= of_part / together.sum(of_part) * (deal.rows / rows)
+                        of_part = None
                     if micro_batch_size is None or rows <= micro_batch_size:
                         one(x, y, weights, 1.0)
                     else:
@@ -430,7 +454,7 @@ class Core:
                 sums.end_part(rows, of_part, before)
                 start += rows
         finally:
-            self.mode.statistics, self.mode.row = None, 0
+            self.mode.statistics, self.mode.together, self.mode.row = None, None, 0
 
     def finish_parts(self, sums: PartSums, message: Array, statistics: Array | None, rows: int) -> Array:
         """From the sums over all ranks: gradients, running statistics, and the loss, an array of one element."""
@@ -479,8 +503,25 @@ class Core:
         ranks.reserve(self.backend, self.parameters.size + TAIL, self.compute_dtype)
         ranks.reserve(self.backend, self.buffers.size, np.float64)
 
+    def _together(self, weight: Array | None, deal: Deal, ranks: Ranks | None) -> SumsInStep | None:
+        """The sums over ranks during a step; None where there are none."""
+        if ranks is None or ranks.size == 1 or not self.in_sync:
+            return None
+        width, count = 2 * max(self.in_sync), 3 * len(self.in_sync) + self.weighs(weight is not None)
+        return SumsInStep(ranks, self.backend, deal.rows, width, count)
+
+    def _at_once(self, X: Array, deal: Deal, ranks: Ranks | None, micro_batch_size: int | None) -> Deal:
+        """All rows of each rank as one part, for batch norms that take the statistics of the whole batch."""
+        if micro_batch_size is not None and micro_batch_size < len(X):
+            raise ArgumentError(
+                f"micro_batch_size must be at least the {len(X)} rows of this rank with BatchNorm(sync=True), which "
+                f"takes the statistics of all at once, got {micro_batch_size}"
+            )
+        return Deal(deal.rows, deal.first, (len(X),), 1 if ranks is None else ranks.size)
+
     def check_parts(self, rows: int, shards: int) -> None:
         """Raise if a batch of so many rows has parts that are too small for batch normalisation."""
+        shards = 1 if self.in_sync else shards
         least = max(1, rows // shards)  # of the parts that have any
         if least < self.least_rows:
             raise ArgumentError(

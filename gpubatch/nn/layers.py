@@ -17,7 +17,7 @@ import numpy as np
 from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_bool, check_choice, check_int, check_real
 from gpubatch.formula import Activation, BoundActivation, activations
-from gpubatch.nn.needs import ByPlace, Context, Initializer, Needs, Parameter, Random, Space
+from gpubatch.nn.needs import ByPlace, Context, Initializer, Needs, Parameter, Random, Space, Together
 from gpubatch.ops import COMPUTE, IDENTITY, check_slope
 from gpubatch.own import as_written
 
@@ -423,17 +423,32 @@ class BatchNorm(Layer):
     eps: added to the variance.
     momentum: the weight of the batch in the running statistics.
     unbiased_running: whether the running variance takes the unbiased variance (PyTorch) or the biased one (CS231n).
+    sync: whether several ranks take the statistics of the whole batch, by three small sums over ranks in each step, as
+        PyTorch's SyncBatchNorm. A rank then computes its rows at once, not part by part, so that the bits depend on the
+        number of ranks; not for micro-batches, precision="mixed" and captured steps, which run eagerly instead.
 
     >>> net = gb.Network([gb.Dense(3, 4, bias=False), gb.BatchNorm(4), gb.ReLU(), gb.Dense(4, 2)])
     >>> sorted(net.buffers)
     ['running_mean1', 'running_var1']
     """
 
-    def __init__(self, features: int, eps: float = 1e-5, momentum: float = 0.1, unbiased_running: bool = True) -> None:
+    def __init__(
+        self,
+        features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        unbiased_running: bool = True,
+        sync: bool = False,
+    ) -> None:
         self.features = check_int("features", features, 1)
         self.eps = check_real("eps", eps, 0, open_low=True)
         self.momentum = check_real("momentum", momentum, 0, 1)
         self.unbiased_running = check_bool("unbiased_running", unbiased_running)
+        self.sync = check_bool("sync", sync)
+
+    def __repr__(self) -> str:
+        words = f"eps={self.eps}, momentum={self.momentum}, unbiased_running={self.unbiased_running}"
+        return f"{type(self).__name__}(features={self.features}, {words}{', sync=True' if self.sync else ''})"
 
     def takes(self) -> int:
         """As many features as it was made for."""
@@ -460,6 +475,8 @@ class BatchNorm(Layer):
         if not c.mode.training:
             mean, var = c.buffers["running_mean"], c.buffers["running_var"]
             c.ops.normalise(x, mean, var, self.eps, gamma, beta, y, c.work)
+        elif self.sync and c.mode.together is not None:
+            self._forward_together(x, y, c, c.mode.together)
         elif len(x) < 2:
             raise ArgumentError(f"BatchNorm needs more than one sample in a training batch, got {len(x)}")
         else:
@@ -467,7 +484,9 @@ class BatchNorm(Layer):
 
     def backward(self, x: Array, y: Array, dy: Array, dx: Array | None, c: Context) -> None:
         """dbeta = Σ dy, dgamma = Σ dy n, dx = gamma/sqrt(var + eps) (dy - dbeta/m - n dgamma/m); n is x normalised."""
-        if dx is not None or not c.frozen:
+        if self.sync and c.mode.together is not None:
+            self._backward_together(dy, dx, c, c.mode.together)
+        elif dx is not None or not c.frozen:
             c.ops.batch_norm_gradient(dy, c.p["gamma"], c.g["gamma"], c.g["beta"], dx, c.work)
         # Not in forward: only a training step calls backward, and only after its loss proved finite.
         m, noted = len(y), c.mode.statistics
@@ -476,6 +495,33 @@ class BatchNorm(Layer):
         unbiased = m / (m - 1) if self.unbiased_running else 1.0
         c.ops.update_running(c.buffers["running_mean"], c.work["mean"], self.momentum, 1.0, c.work)
         c.ops.update_running(c.buffers["running_var"], c.work["var"], self.momentum, unbiased, c.work)
+
+    def _forward_together(self, x: Array, y: Array, c: Context, together: Together) -> None:
+        """With the mean and the variance of the rows of all ranks."""
+        xp, n, mean, var, inverse = c.xp, *(c.work[name] for name in ("normalised", "mean", "var", "inverse"))
+        mean[...] = together.sum(x.sum(axis=0, dtype=np.float64)) / together.rows
+        xp.subtract(x, mean, out=n)
+        xp.multiply(n, n, out=y)
+        var[...] = together.sum(y.sum(axis=0, dtype=np.float64)) / together.rows
+        inverse[...] = 1 / xp.sqrt(var + self.eps)
+        n *= inverse
+        xp.multiply(n, c.p["gamma"], out=y)
+        y += c.p["beta"]
+
+    def _backward_together(self, dy: Array, dx: Array | None, c: Context, together: Together) -> None:
+        """As :meth:`backward`, with Σ dy and Σ dy n over the rows of all ranks.
+
+        Here dy is of the mean over this rank's m rows, and their gradients count m times in the end.
+        """
+        xp, n, gamma, m = c.xp, c.work["normalised"], c.p["gamma"], len(dy)
+        c.ops.batch_norm_gradient(dy, gamma, c.g["gamma"], c.g["beta"], None, c.work)
+        over_all = together.sum(xp.stack([c.g["beta"], c.g["gamma"]]).astype(np.float64).reshape(-1) * m)
+        beta, slope = (over_all.reshape(2, -1) / (m * together.rows)).astype(gamma.dtype)
+        if dx is not None:
+            n *= slope
+            xp.subtract(dy, beta, out=dx)
+            dx -= n
+            dx *= gamma * c.work["inverse"]
 
 
 # --- dropout ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -23,6 +23,7 @@ __all__ = [
     "Random",
     "Shape",
     "Space",
+    "Together",
     "check_spaces",
 ]
 
@@ -166,6 +167,15 @@ def check_shape(name: str, shape: Any, low: int = 0) -> None:
         check_int(f"{name}[{i}]", n, low)
 
 
+class Together(Protocol):
+    """What a layer sums over ranks by, in a step that all of them make: ``rows`` are those of all."""
+
+    rows: int
+
+    def sum(self, x: Array) -> Array:
+        """The sum over the ranks of a short float64 array."""
+
+
 @dataclass
 class Mode:
     """How a network runs now: ``training`` or evaluating, and at which training ``step``, counted from 0.
@@ -173,6 +183,7 @@ class Mode:
     ``row`` is where the rows of a call begin in the batch: above 0 in a later micro-batch. ``frozen`` has the places of
     the layers whose parameters are not trained. While a batch is computed in parts, a batch norm gives ``statistics``
     its place, how many rows it had, their mean and their variance; if that says True, it leaves its buffers alone.
+    With ``together`` a batch norm of ``sync=True`` sums over ranks.
     """
 
     seed: int
@@ -181,6 +192,7 @@ class Mode:
     row: int = 0
     frozen: frozenset[int] = frozenset()
     statistics: Callable[[int, int, Array, Array], bool] | None = None
+    together: Together | None = None
 
 
 @dataclass(frozen=True)

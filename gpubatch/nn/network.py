@@ -439,7 +439,9 @@ class Network:
         tail = int(self.parameters.message.nbytes - self.parameters.grads.flat.nbytes)
         of_parts = {}
         if shards is not None:
-            rows, size = -(-rows // check_int("shards", shards, 1)), 1 if ranks is None else ranks.size
+            size = 1 if ranks is None else ranks.size
+            shards = size if core.in_sync else check_int("shards", shards, 1)
+            rows = -(-rows // shards)
             of_parts["sums over parts"] = core.parts_bytes(max(1, shards // size))
             if ranks is not None and size > 1:
                 of_parts["sums over ranks"] = core.ranks_bytes(ranks)

@@ -8,9 +8,10 @@ import numpy as np
 
 from gpubatch.backend import Array, Backend
 from gpubatch.nn.layers import BatchNorm
+from gpubatch.parallel import Ranks
 from gpubatch.params import LOSS, TAIL, WEIGHT, FlatViews, Parameters
 
-__all__ = ["PartSums", "Tree", "sums_bytes"]
+__all__ = ["PartSums", "SumsInStep", "Tree", "sums_bytes"]
 
 
 class Tree:
@@ -213,6 +214,32 @@ class PartSums:
 
     def _in_tail(self, message: Array, place: int) -> Array:
         return message[self._size + place : self._size + place + 1]
+
+
+class SumsInStep:
+    """The sums over ranks that the batch norms of ``sync=True`` make during a step; see :class:`Together`.
+
+    All are of the same size, and each rank makes ``count`` of them, whatever happens on it: :meth:`finish`.
+
+    rows: those of the whole batch.
+    width: elements of the longest.
+    """
+
+    def __init__(self, ranks: Ranks, backend: Backend, rows: int, width: int, count: int) -> None:
+        self.rows, self._ranks, self._left = rows, ranks, count
+        self._room = backend.zeros(width, np.float64)
+
+    def sum(self, x: Array) -> Array:
+        """The sum over the ranks of a short array, valid until the next call."""
+        self._left -= 1
+        self._room[x.size :] = 0
+        self._room[: x.size] = x
+        return self._ranks.sum_(self._room)[: x.size]
+
+    def finish(self) -> None:
+        """Make the sums that are left, of zeros: this rank has no rows, or an error ended its part of the step."""
+        while self._left:
+            self.sum(self._room[:0])
 
 
 def sums_bytes(parameters: Parameters, buffers: FlatViews, parts: int) -> int:

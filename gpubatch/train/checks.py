@@ -115,6 +115,8 @@ def why_eager(net: Network, *others: Any) -> str:
     for i, layer in enumerate(net.layers):
         if type(layer).__module__ != layers.__name__:
             return f"layer {i + 1} ({type(layer).__name__}) is not one of gpubatch's, so it may do what a graph cannot"
+    if core_of(net).in_sync:
+        return "BatchNorm(sync=True) sums over ranks in the middle of a step, which a graph does not hold"
     if type(net.loss_function).__module__ != losses.__name__:
         return (
             f"the loss ({type(net.loss_function).__name__}) is not one of gpubatch's, so it may do what a graph cannot"

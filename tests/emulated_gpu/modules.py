@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def build(ptx: str) -> Module:
     told = json.loads(description.read_text()) if description.exists() else {}
     if not told or not (builder.cache() / told["library"]).exists():
         told = _made(ptx)
-        text = description.with_suffix(f".{os.getpid()}")
+        text = description.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
         text.write_text(json.dumps(told))
         os.replace(text, description)
     kernels = {}
