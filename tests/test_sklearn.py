@@ -209,6 +209,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dropout": {"dropout": 0.2, "hidden_layer_sizes": (32,)},
     "both, early stopping": {"batch_norm": True, "dropout": 0.1, "early_stopping": True, "max_iter": 60},
     "float32": {"dtype": "float32"},
+    "mixed": {"precision": "mixed"},
+    "mixed, with all": {"precision": "mixed", "batch_norm": True, "alpha": 0.1, "solver": "sgd"},
     "an activation of gpubatch's": {"activation": "gelu"},
     "one's own activation": {"activation": soft},
     "no hidden layer": {"hidden_layer_sizes": ()},
@@ -319,10 +321,15 @@ def test_what_it_refuses() -> None:
         "dtype must be": (TypeError, {"dtype": "float16"}),
         "batch_norm must be True or False": (TypeError, {"batch_norm": "yes"}),
         "learning_rate must be one of": (ValueError, {"learning_rate": "falling"}),
+        "precision must be one of": (ValueError, {"precision": "half"}),
+        "dtype must be 'float32' or None with": (ValueError, {"precision": "mixed", "dtype": "float64"}),
+        "solver='lbfgs' takes precision": (ValueError, {"precision": "mixed", "solver": "lbfgs"}),
     }
     for text, (error, parameters) in refused.items():
         with pytest.raises(error, match=text):
             ours.MLPClassifier(**parameters).fit(X, y)
+    with pytest.raises(gb.NonFiniteError, match=r"X must have numbers up to 65504 .* got 100000"):
+        ours.MLPClassifier(precision="mixed").fit(np.full_like(X, 1e5), y)
     with pytest.raises(errors.NotFittedError):
         ours.MLPClassifier().predict(X)
     with pytest.raises(ValueError, match="Negative"):
@@ -332,6 +339,23 @@ def test_what_it_refuses() -> None:
     assert not hasattr(ours.MLPClassifier(solver="lbfgs"), "partial_fit")
     with pytest.warns(errors.ConvergenceWarning, match=r"Maximum iterations \(2\)"):
         ours.MLPClassifier((3,), max_iter=2).fit(X, y)
+
+
+@every("name", ["multiclass", "binary", "outputs"], ["multiclass"])
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_mixed_training_follows_float32(name: str) -> None:
+    """With all that a step has: weights, an l2 term, outputs whose loss is a sum, a first step that overflows."""
+    X, _ = data(name)
+    weight = np.random.default_rng(1).random(len(X))
+    options = {"alpha": 0.5, "max_iter": 5, "dtype": "float32"}
+    full, mixed = (fitted(ours, name, weight, **options, precision=kind) for kind in ("full", "mixed"))
+    for own, reference in zip(mixed.coefs_ + mixed.intercepts_, full.coefs_ + full.intercepts_, strict=True):
+        assert own.dtype == np.float32
+        np.testing.assert_allclose(own, reference, rtol=0.02, atol=0.01)
+    assert mixed.loss_ == pytest.approx(full.loss_, rel=0.02)
+    scale = pickle.loads(pickle.dumps(mixed))._optimizer.scale
+    assert scale.good_steps == mixed._optimizer.scale.good_steps > 0
+    assert scale.value == mixed._optimizer.scale.value == (2**15 if name == "outputs" else 2**16)
 
 
 @pytest.mark.exhaustive
@@ -356,6 +380,22 @@ ON_A_GPU: dict[str, dict[str, Any]] = {
     "outputs": {"alpha": 0.5, "dtype": "float32"},
     "one output": {"solver": "lbfgs"},
 }
+MIXED = {"precision": "mixed", "alpha": 0.5, "batch_norm": True}
+
+
+@pytest.mark.gpu
+def test_mixed_training_on_a_gpu() -> None:
+    if "cuda:0" not in available_backends():
+        missing("gpu", "no CUDA device can be used here")
+    here, there = (fitted(ours, "multiclass", None, backend=name, max_iter=3, **MIXED) for name in ("cpu", "cuda:0"))
+    for own, reference in zip(there.coefs_ + there.intercepts_, here.coefs_ + here.intercepts_, strict=True):
+        np.testing.assert_allclose(own, reference, rtol=0.02, atol=0.01)
+    assert there.loss_ == pytest.approx(here.loss_, rel=0.02)
+    again = pickle.loads(pickle.dumps(there))
+    for estimator in (there, again):
+        estimator.partial_fit(*data("multiclass"))
+    for own, twin in zip(there.coefs_, again.coefs_, strict=True):
+        np.testing.assert_array_equal(own, twin)
 
 
 @pytest.mark.gpu

@@ -38,6 +38,7 @@ from gpubatch.errors import (
 )
 from gpubatch.sklearn.machine import Description, KeptOptimizer, Machine, check_activation, maker_of
 from gpubatch.sklearn.training import OrderedEpochs, minimise
+from gpubatch.train import LossScale
 
 __all__ = ["MLPClassifier", "MLPRegressor"]
 
@@ -91,7 +92,8 @@ class BaseMLP(BaseEstimator):
             raise ValueError("partial_fit does not support early_stopping=True")
         first = not hasattr(self, "coefs_") or not (self.warm_start or incremental)
         X, y = self._validated(X, y, first)
-        dtype = np.dtype(self.dtype or X.dtype) if first else self.coefs_[0].dtype
+        usual = "float32" if self.precision == "mixed" else X.dtype
+        dtype = np.dtype(self.dtype or usual) if first else self.coefs_[0].dtype
         Y = self._targets(y, first, incremental)
         Y = Y if Y.ndim == 1 else np.ascontiguousarray(Y, dtype)
         weight = self._weights(X, y, sample_weight, incremental)
@@ -148,11 +150,11 @@ class BaseMLP(BaseEstimator):
         self, machine: Machine, X: Any, Y: np.ndarray, weight: np.ndarray | None, random: Any, incremental: bool
     ) -> None:
         if not incremental or not hasattr(self, "_optimizer"):
-            self._optimizer = KeptOptimizer(self._make_optimizer())
+            self._optimizer = KeptOptimizer(self._make_optimizer(), LossScale() if machine.mixed else None)
         opt = self._optimizer.bind(machine.net.parameters)
         rows, held_out = self._split(len(Y), Y, random)
         batches = self._batches(len(rows), machine.core.least_rows)
-        epochs = OrderedEpochs(machine, opt, X, Y, weight, self.alpha)
+        epochs = OrderedEpochs(machine, opt, X, Y, weight, self.alpha, self._optimizer.scale)
         validation = None
         if held_out is not None:
             validation = X[held_out], Y[held_out], None if weight is None else weight[held_out]
@@ -329,7 +331,8 @@ class BaseMLP(BaseEstimator):
     def _make_optimizer(self) -> Callable[..., Any]:
         adam = {"beta1": self.beta_1, "beta2": self.beta_2, "eps": self.epsilon}
         lr = self.learning_rate if callable(self.learning_rate) else self.learning_rate_init
-        return maker_of(self.optimizer, self.solver, lr, self.momentum, self.nesterovs_momentum, adam)
+        mixed = self.precision == "mixed"
+        return maker_of(self.optimizer, self.solver, lr, self.momentum, self.nesterovs_momentum, adam, mixed)
 
     def _scores(self, X: Any) -> np.ndarray:
         """The outputs of the last layer."""
@@ -388,7 +391,11 @@ class BaseMLP(BaseEstimator):
             check_int("n_iter_no_change", self.n_iter_no_change, 1)
         if self.dtype is not None and np.dtype(self.dtype) not in DTYPES:
             raise DTypeError(f"dtype must be 'float32', 'float64' or None, got {self.dtype!r}")
-        check_choice("precision", self.precision, ["full", "fast"])
+        check_choice("precision", self.precision, ["full", "fast", "mixed"])
+        if self.precision == "mixed" and self.dtype is not None and np.dtype(self.dtype) != np.float32:
+            raise ArgumentError(f"dtype must be 'float32' or None with precision='mixed', got {self.dtype!r}")
+        if self.precision == "mixed" and not self._by_batches():
+            raise ArgumentError("solver='lbfgs' takes precision 'full' or 'fast', got 'mixed': choose 'adam' or 'sgd'")
         if not self._by_batches() and (self.batch_norm or self.dropout):
             raise ArgumentError("solver='lbfgs' takes neither batch_norm nor dropout: choose 'adam' or 'sgd'")
         self._make_optimizer()
@@ -438,7 +445,9 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
     backend: the device: "cpu", "cuda", "cuda:1", or "auto". On a GPU the samples are copied there once, and steps are
         captured as CUDA graphs where they can be.
     dtype: "float32" or "float64"; None: that of X, as scikit-learn. Products of float32 take half the time.
-    precision: "fast" lets a GPU multiply float32 as TF32, see :class:`gpubatch.Network`.
+    precision: "fast" lets a GPU multiply float32 as TF32; "mixed" stores X, parameters and gradients as float16, keeps
+        float32 parameters beside them and scales the loss, see :class:`gpubatch.Network`. Then ``coefs_`` are copies in
+        float32, and an ``optimizer`` that is a function of your own passes ``master_weights=True`` itself.
 
     **Attributes** are scikit-learn's: ``coefs_``, ``intercepts_``, ``loss_``, ``loss_curve_``, ``best_loss_``,
     ``validation_scores_``, ``best_validation_score_``, ``n_iter_``, ``t_``, ``n_layers_``, ``n_outputs_``,
@@ -641,7 +650,9 @@ class MLPRegressor(RegressorMixin, BaseMLP):
     backend: the device: "cpu", "cuda", "cuda:1", or "auto". On a GPU the samples are copied there once, and steps are
         captured as CUDA graphs where they can be.
     dtype: "float32" or "float64"; None: that of X, as scikit-learn. Products of float32 take half the time.
-    precision: "fast" lets a GPU multiply float32 as TF32, see :class:`gpubatch.Network`.
+    precision: "fast" lets a GPU multiply float32 as TF32; "mixed" stores X, parameters and gradients as float16, keeps
+        float32 parameters beside them and scales the loss, see :class:`gpubatch.Network`. Then ``coefs_`` are copies in
+        float32, and an ``optimizer`` that is a function of your own passes ``master_weights=True`` itself.
 
     **Attributes** are scikit-learn's: ``coefs_``, ``intercepts_``, ``loss_``, ``loss_curve_``, ``best_loss_``,
     ``validation_scores_``, ``best_validation_score_``, ``n_iter_``, ``t_``, ``n_layers_``, ``n_outputs_``,

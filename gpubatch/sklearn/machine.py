@@ -15,14 +15,16 @@ import numpy as np
 
 from gpubatch import optim
 from gpubatch.backend import Array, get_backend
-from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_choice
+from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError, check_choice
 from gpubatch.formula import Activation, BoundActivation, Rule
 from gpubatch.nn import ACTIVATIONS, BatchNorm, Dense, Dropout, Elementwise, Layer, Network, core_of, evenly
 from gpubatch.optim import Optimizer
 from gpubatch.params import Parameters
+from gpubatch.train import LossScale
 
 __all__ = ["RULES", "Description", "KeptOptimizer", "Machine", "check_activation", "maker_of"]
 
+LARGEST = float(np.finfo(np.float16).max)
 PREDICTED = 1 << 14  # rows that are moved to a device, or made dense, at a time
 
 # scikit-learn's names of activations.
@@ -58,12 +60,12 @@ class Description(NamedTuple):
 class Machine:
     """A network on a device; ``coefs``, ``intercepts`` and ``norms`` are its parameters as an estimator has them.
 
-    On a CPU they are views of the network's memory, so what is changed in them is changed in the network; of a GPU
-    they are copies that cannot be written.
+    On a CPU they are views of the network's memory, so what is changed in them is changed in the network; of a GPU, and
+    of float16, they are copies that cannot be written.
     """
 
     def __init__(self, about: Description, seed: int = 0) -> None:
-        self.about = about
+        self.about, self.mixed = about, about.precision == "mixed"
         layers: list[Layer] = []
         for i, (inputs, outputs) in enumerate(itertools.pairwise(about.sizes)):
             hidden = i < len(about.sizes) - 2
@@ -72,9 +74,10 @@ class Machine:
                 layers += [BatchNorm(outputs)] if about.batch_norm else []
                 layers += activation_layers(about.activation)
                 layers += [Dropout(about.dropout)] if about.dropout else []
-        # A GPU's steps have the l2 term, with a weight that is set for every batch.
+        # Steps that are the network's own have the l2 term, with a weight that is set for every batch.
         where, loss = get_backend(about.backend), LOSS_OF[about.output]
-        l2 = float(about.regularised and where.name != "cpu")
+        self.own_steps = where.name != "cpu" or self.mixed
+        l2 = float(about.regularised and self.own_steps)
         self.net = Network(layers, loss, l2, where, about.dtype, seed, about.precision)
         self.backend, self.core = self.net.backend, core_of(self.net)
         self.weight_names = [f"W{i + 1}" for i in range(len(about.sizes) - 1)]
@@ -135,9 +138,9 @@ class Machine:
         return f"beta{i + 1}" if self.about.batch_norm and hidden else f"b{i + 1}"
 
     def _show(self, views: Mapping[str, Array], name: str) -> Any:
-        if self.backend.name == "cpu":
+        if not self.own_steps:
             return views[name]
-        found = self.backend.to_numpy(views[name])
+        found = self.backend.to_numpy(views[name]).astype(self.about.dtype)
         found.flags.writeable = False
         return found
 
@@ -161,7 +164,7 @@ class Machine:
 
     def scores(self, X: Any) -> np.ndarray:
         """The outputs of the last layer, ``(samples, outputs)``, in main memory; X may be sparse."""
-        if isinstance(X, np.ndarray) and self.backend.name == "cpu":
+        if isinstance(X, np.ndarray) and self.backend.name == "cpu" and not self.mixed:
             found: np.ndarray = self.net.scores(np.ascontiguousarray(X, self.net.dtype))
             return found
         parts = []
@@ -172,6 +175,11 @@ class Machine:
     def rows(self, X: Any) -> Array:
         """Rows, perhaps sparse, as the network takes them."""
         dense = X if isinstance(X, np.ndarray) else X.toarray()
+        if self.mixed and (largest := float(np.abs(dense).max(initial=0.0))) > LARGEST:
+            raise NonFiniteError(
+                f"X must have numbers up to {LARGEST:g} with precision='mixed', which stores them as float16, got "
+                f"{largest:g}: scale them first, as by StandardScaler"
+            )
         with np.errstate(over="ignore"):
             return self.backend.asarray(np.ascontiguousarray(dense, self.net.dtype))
 
@@ -202,13 +210,24 @@ def check_activation(activation: Any) -> None:
 Make = Callable[[Parameters], Optimizer]
 
 
-def maker_of(optimizer: Any, solver: str, lr: float, momentum: float, nesterov: bool, adam: Mapping[str, Any]) -> Make:
+def maker_of(
+    optimizer: Any, solver: str, lr: float, momentum: float, nesterov: bool, adam: Mapping[str, Any], mixed: bool
+) -> Make:
     """What makes the optimizer of a network's parameters: that of ``solver``, or of what the user gave.
 
     optimizer: None, the name of a rule, a rule, or what makes an optimizer of parameters, such as its class or
         ``functools.partial(gb.AdamW, weight_decay=0.1)``; without a learning rate of its own it gets ``lr``
     adam: the hyper-parameters of solver "adam"
+    mixed: whether it keeps float32 copies of parameters that are float16
     """
+    make: Any = _maker_of(optimizer, solver, lr, momentum, nesterov, adam)
+    kind = make.func if isinstance(make, functools.partial) else make
+    known = mixed and isinstance(kind, type) and issubclass(kind, Optimizer)
+    return functools.partial(make, master_weights=True) if known else make
+
+
+def _maker_of(optimizer: Any, solver: str, lr: float, momentum: float, nesterov: bool, adam: Mapping[str, Any]) -> Make:
+    """See :func:`maker_of`."""
     if optimizer is None and solver == "sgd":
         return functools.partial(optim.HeavyBall, lr=lr, mu=momentum, nesterov=nesterov, lr_in_velocity=True)
     if optimizer is None:
@@ -231,10 +250,13 @@ def maker_of(optimizer: Any, solver: str, lr: float, momentum: float, nesterov: 
 
 
 class KeptOptimizer:
-    """The optimizer of an estimator: bound to a machine's parameters, and pickled by its state."""
+    """The optimizer of an estimator: bound to a machine's parameters, and pickled by its state.
 
-    def __init__(self, make: Make) -> None:
-        self._make = make
+    scale: of the loss, where gradients are of float16
+    """
+
+    def __init__(self, make: Make, scale: LossScale | None) -> None:
+        self._make, self.scale = make, scale
         self._opt: Optimizer | None = None
         self._saved: dict[str, Any] | None = None
 
@@ -271,4 +293,4 @@ class KeptOptimizer:
         return {**state, "state": arrays}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_make": self._make, "_opt": None, "_saved": self._state()}
+        return {**vars(self), "_opt": None, "_saved": self._state()}

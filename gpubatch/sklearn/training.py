@@ -11,9 +11,10 @@ from scipy.special import xlogy
 
 from gpubatch.backend import Array
 from gpubatch.nn import evenly, quiet
+from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import Optimizer, unchecked
 from gpubatch.sklearn.machine import Machine
-from gpubatch.train import CapturedStep, why_eager
+from gpubatch.train import CapturedStep, LossScale, why_eager
 
 __all__ = ["OrderedEpochs", "minimise"]
 
@@ -28,16 +29,23 @@ class OrderedEpochs:
     Y: labels or numbers as the network's loss takes them
     weight: what each sample counts, or None
     alpha: the weight of the l2 term, over the sum of a batch's weights
+    scale: of the loss, where gradients are of float16
     """
 
     def __init__(
-        self, machine: Machine, opt: Optimizer, X: Any, Y: np.ndarray, weight: np.ndarray | None, alpha: float
+        self,
+        machine: Machine,
+        opt: Optimizer,
+        X: Any,
+        Y: np.ndarray,
+        weight: np.ndarray | None,
+        alpha: float,
+        scale: LossScale | None = None,
     ) -> None:
         self._machine, self._net, self._core, self._opt = machine, machine.net, machine.core, opt
         self._weight, self._alpha = weight, alpha
-        self._on_cpu = machine.backend.name == "cpu"
-        self._dense = isinstance(X, np.ndarray)
-        self._X = machine.backend.asarray(np.ascontiguousarray(X)) if self._dense else X
+        self._scale, self._dense = scale, isinstance(X, np.ndarray)
+        self._X = machine.rows(X) if self._dense else X
         self._Y = machine.backend.asarray(Y)
         self._given = None if weight is None else machine.backend.asarray(weight)
         parameters = machine.net.parameters
@@ -52,7 +60,11 @@ class OrderedEpochs:
         self._room: tuple[Array, Array] | None = None
         self._captured: dict[int, CapturedStep] = {}
         # A graph holds the weight of the l2 term, which differs from batch to batch where samples have weights.
-        self._may_capture = not (self._on_cpu or why_eager(self._net, opt)) and (weight is None or not alpha)
+        self._may_capture = not why_eager(self._net, opt) and (weight is None or not alpha) and scale is None
+        if scale is not None:
+            self._squares = machine.backend.zeros(SQUARE_SUM_SIZE, np.float64)
+            self._control = machine.backend.zeros(2, machine.net.compute_dtype)
+            self._write_scale(scale)
 
     def make(self, order: np.ndarray, batches: Sequence[slice]) -> float:
         """Make an epoch; returns the sum of the batches' losses, as scikit-learn counts them, times their samples.
@@ -75,7 +87,7 @@ class OrderedEpochs:
                 self._machine.backend.empty(shape, self._net.dtype),
                 self._machine.backend.empty((rows, *self._Y.shape[1:]), self._Y.dtype),
             )
-        make = self._on_host if self._on_cpu else self._on_device
+        make = self._on_device if self._machine.own_steps else self._on_host
         # The parameters are looked at after every epoch, by its loss.
         with self._machine.backend.own_stream(), self._core.training, unchecked(self._opt), quiet():
             return constant + make(order, parts, *self._room)
@@ -119,10 +131,34 @@ class OrderedEpochs:
                     total += (1 - reported / factor) * rows * self._penalty(mass)
                 loss = self._captured_step(x_batch, y_batch, rows) if self._may_capture and weight is None else None
                 if loss is None:
+                    if self._scale is not None:
+                        core.remember()
                     loss = self._net.step_loss(x_batch, y_batch, weight)
-                    self._opt.step()
+                    if self._scale is None:
+                        self._opt.step()
+                    else:
+                        self._step_scaled(self._scale)
                 total += reported * rows * loss
             return float(total.item())
+
+    def _step_scaled(self, scale: LossScale) -> None:
+        """Take a step on a gradient that is scaled; one that overflowed is left out and halves the scale."""
+        grads = self._net.parameters.grads.flat
+        self._squares[:2] = 0
+        self._core.ops.square_sum(grads, self._squares)
+        before, wrong = scale.value, int(self._squares[1].item())
+        if wrong and scale.overflow():
+            self._core.recall()
+        else:  # at a scale of 1 it is not to blame: the fit ends with what the step makes of the parameters
+            self._control[0] = 1 / before
+            self._opt.step(control=self._control)
+            scale.good()
+        if scale.value != before:
+            self._write_scale(scale)
+
+    def _write_scale(self, scale: LossScale) -> None:
+        with self._machine.backend.scope():
+            self._core.loss_scale.fill(scale.value * self._machine.factor)
 
     def _captured_step(self, x: Array, y: Array, rows: int) -> Array:
         if rows not in self._captured:
@@ -139,8 +175,9 @@ class OrderedEpochs:
         return 0.5 * total
 
     def _penalty(self, mass: float) -> Array:
-        """The l2 term of a batch, on a GPU."""
-        return 0.5 * self._alpha / mass * sum(W @ W for W in self._weights)
+        """The l2 term of a batch, of the network's own steps."""
+        weights = (W.astype(self._net.compute_dtype, copy=False) for W in self._weights)
+        return 0.5 * self._alpha / mass * sum(W @ W for W in weights)
 
 
 def constant_of(machine: Machine, Y: np.ndarray, weight: np.ndarray | None) -> np.ndarray | None:
