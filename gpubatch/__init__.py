@@ -27,7 +27,7 @@ EXPORTS = {
         random_search step_size_sweep
     """,
     "formula": "activation max_abs mean norm normal_cdf rule rules score_loss",
-    "loader": "Loader WeightedOrder",
+    "loader": "Loader Standardize WeightedOrder",
     "model": "Model export_onnx load save",
     "nn": """
         GELU SVM BatchNorm Context CrammerSinger Dense Dropout Elementwise KLDivergence Layer LeakyReLU Loss Needs
@@ -123,7 +123,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         rules as rules,
         score_loss as score_loss,
     )
-    from gpubatch.loader import Loader as Loader, WeightedOrder as WeightedOrder
+    from gpubatch.loader import Loader as Loader, Standardize as Standardize, WeightedOrder as WeightedOrder
     from gpubatch.model import Model as Model, export_onnx as export_onnx, load as load, save as save
     from gpubatch.nn import (
         GELU as GELU,

@@ -5,7 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 import re
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -16,6 +20,7 @@ from test_cli import mnist, run
 
 import gpubatch as gb
 from gpubatch.cli import app
+from gpubatch.cli.arrays import RowsOf
 from gpubatch.cli.data import DataOptions, Task, usual_size
 from gpubatch.cli.options import BatchOptions, NetworkOptions, OptimizerOptions, RunOptions, spread
 
@@ -176,6 +181,110 @@ def test_an_npz_file_with_a_test_set_of_its_own(tmp_path: Path) -> None:
     found = DataOptions([str(tmp_path / "a.npz")], samples=10).read()
     assert (len(found.X), found.scale, found.classes) == (10, 1 / 255, None)
     np.testing.assert_array_equal(found.test[0], X[15:])
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz"])
+def test_large_arrays_are_read_by_place(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The samples, their split, and what is standardised are those of arrays in memory."""
+    X, Y = blobs(400)
+    X[:, 1] = 50 * X[:, 1] + 900
+    np.save(tmp_path / "x.npy", X)
+    np.save(tmp_path / "y.npy", Y)
+    np.savez(tmp_path / "a.npz", X=X, Y=Y)
+    data = [str(tmp_path / name) for name in (["x.npy", "y.npy"] if kind == "npy" else ["a.npz"])]
+    held = DataOptions(data, standardize=True).read()
+    monkeypatch.setattr("gpubatch.cli.arrays.is_large", lambda size: size > 2000)
+    found = DataOptions(data, standardize=True).read()
+    assert isinstance(found.X, RowsOf)
+    assert (len(found.X), found.features, found.classes) == (320, 4, held.classes)
+    order = np.random.default_rng(0).permutation(320)
+    np.testing.assert_array_equal(found.X.read(order), held.X[order])
+    np.testing.assert_array_equal(found.X.read(np.arange(320)), held.X)
+    for ours, theirs in ((found.test[0].read(np.arange(80)), held.test[0]), (found.Y, held.Y)):
+        np.testing.assert_array_equal(ours, theirs)
+    assert found.prepare is not None
+    np.testing.assert_allclose(found.prepare.mean, held.X.mean(axis=0))
+    np.testing.assert_allclose(found.prepare.deviation, held.X.std(axis=0))
+    net = gb.mlp([4, 3], backend="cpu")
+    loader = found.loader(net, BatchOptions("64"), 0)
+    assert loader.window > 0
+    x = np.concatenate([x for x, _ in loader])
+    np.testing.assert_allclose([x.mean(axis=0), x.std(axis=0)], [[0] * 4, [1] * 4], atol=1e-5)
+    assert isinstance(DataOptions(data, samples=20).read().X, np.ndarray)
+
+
+def test_columns_that_are_far_from_unit_scale_are_told(tmp_path: Path) -> None:
+    X, Y = blobs()
+    X[:, 2] = X[:, 2] * 300 + 7
+    np.savez(tmp_path / "a.npz", X=X, Y=Y)
+    words = (
+        r"1 of 4 columns are far from mean 0 and deviation 1 \(column 2 has mean .* and deviation .*\): --standardize"
+    )
+    assert re.fullmatch(words, DataOptions([str(tmp_path / "a.npz")]).read().unscaled)
+    assert DataOptions([str(tmp_path / "a.npz")], standardize=True).read().unscaled == ""
+    np.savez(tmp_path / "a.npz", X=X[:, :2], Y=Y)
+    assert DataOptions([str(tmp_path / "a.npz")]).read().unscaled == ""
+    with pytest.raises(gb.ArgumentError, match="--standardize is for arrays, and DATA is none"):
+        DataOptions(standardize=True).read()
+    np.savez(tmp_path / "a.npz", X=X + 1.6e9, Y=Y)
+    found = DataOptions([str(tmp_path / "a.npz")], standardize=True).read()
+    with pytest.raises(gb.ArgumentError, match=r"column 0 has mean 1\.6e\+09 .* or give --dtype float64"):
+        found.loader(gb.mlp([4, 3], backend="cpu"), BatchOptions("8"), 0)
+    found.loader(gb.mlp([4, 3], backend="cpu", dtype="float64"), BatchOptions("8"), 0)
+
+
+@pytest.mark.exhaustive
+def test_standardised_arrays_from_the_shell(tmp_path: Path) -> None:
+    """train tells of columns, and keeps means with the model; predict and test use them; a packed file is refused."""
+    X, Y = blobs(600)
+    X = X * [1, 1e4, 1e-3, 50] + [0, 5e4, 0, 900]
+    np.save(tmp_path / "x.npy", X)
+    np.save(tmp_path / "y.npy", Y)
+    paths = [str(tmp_path / "x.npy"), str(tmp_path / "y.npy")]
+    options = ["--layers", "16", "--epochs", "5", "--save", str(tmp_path / "m.safetensors"), "--json", "--no-progress"]
+    plain = run("train", *paths, *options)
+    assert "note: 3 of 4 columns are far from mean 0 and deviation 1 (column 1 has mean" in plain.stderr
+    done = run("train", *paths, *options, "--standardize")
+    assert done.stderr == ""
+    trained = json.loads(done.stdout)
+    assert trained["test_accuracy"] > 0.9
+    held = json.loads(run("test", str(tmp_path / "m.safetensors"), *paths, "--held-out", "--json").stdout)
+    assert held["accuracy"] == trained["test_accuracy"]
+    predicted = run("predict", str(tmp_path / "m.safetensors"), paths[0]).stdout.split()[1:]
+    assert np.mean(np.array(predicted, int) == Y) > 0.9
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", ["npy", "npz"])
+def test_an_array_larger_than_the_address_space_trains(kind: str, tmp_path: Path) -> None:
+    """A file of 1.4 GB, most of it holes, in an address space of 1.2 GB."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("RLIMIT_AS is Linux's")
+    n, width = 700_000, 500
+    X = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (n, width))
+    X[:: n // 1000] = 1
+    del X
+    np.save(tmp_path / "y.npy", np.arange(n, dtype=np.int32) % (n // 1000) == 0)
+    data = [str(tmp_path / "x.npy"), str(tmp_path / "y.npy")]
+    if kind == "npz":
+        with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+            archive.write(data[0], "X.npy")
+            archive.write(data[1], "Y.npy")
+        data = [str(tmp_path / "a.npz")]
+    options = ["--layers", "", "--epochs", "1", "--batch-size", "8192", "--json", "--no-progress", "--standardize"]
+    code = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (1200 * 2**20,) * 2)\n"
+        "sys.argv[0] = 'gpubatch'; runpy.run_module('gpubatch', run_name='__main__')"
+    )
+    alone = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "GPUBATCH_BACKEND": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", *data, *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **alone},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["test_loss"] < 0.1
 
 
 def test_targets_by_task(tmp_path: Path) -> None:

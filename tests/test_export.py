@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from families import every
-from needs import peer
+from needs import file_library, peer
 
 import gpubatch as gb
 from gpubatch import nn
@@ -104,10 +104,20 @@ def test_onnx_runtime_computes_the_same_scores(case: tuple[str, str], tmp_path: 
 
 
 @pytest.mark.parametrize("sample_axis", [0, 1])
-@pytest.mark.parametrize(("precision", "prepare"), [("full", None), ("full", np.sqrt), ("mixed", None)])
+@pytest.mark.parametrize(
+    ("precision", "prepare"),
+    [
+        ("full", None),
+        ("full", np.sqrt),
+        ("mixed", None),
+        ("full", gb.Standardize(np.linspace(0, 1, 6), np.full(6, 0.3))),
+    ],
+)
 def test_raw_samples_and_probabilities(
     sample_axis: int, precision: str, prepare: Any, tmp_path: Path, rng: np.random.Generator
 ) -> None:
+    if sample_axis and isinstance(prepare, gb.Standardize):
+        pytest.skip("its means are for rows")
     X, Y = rng.integers(0, 255, (40, 6), dtype=np.uint8), rng.integers(0, 3, 40)
     given = X.T if sample_axis else X
     net = gb.mlp([6, 8, 3], batch_norm=True, precision=precision, backend="cpu")
@@ -125,6 +135,49 @@ def test_probabilities_of_a_yes_or_no(tmp_path: Path, rng: np.random.Generator) 
     gb.export_onnx(net, tmp_path / "m.onnx", probabilities=True)
     X = rng.standard_normal((9, 4)).astype("float32")
     np.testing.assert_allclose(run(tmp_path / "m.onnx", X), 1 / (1 + np.exp(-net.scores(X))), rtol=0, atol=1e-6)
+
+
+TREES: dict[str, Any] = {
+    "height": [5.0, None, 12.5, 30.0, 8.0, 21.0, 7.5, 19.0],
+    "v0": [3, 4, 5, 3, 4, None, 5, 9],  # the name of a node, too
+    "soil": ["clay", "sand", None, "clay", "sand", "loam", "?", "clay"],
+    "W1": ["a", "b", "a", "b", "b", "a", "a", "b"],
+    "kind": ["oak", "elm", "oak", "oak", "elm", "elm", "oak", "elm"],
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_model_of_tables_takes_their_columns(dtype: str, tmp_path: Path) -> None:
+    """Gaps, texts that training had not and texts that stand for none, as :func:`gpubatch.read_table` takes them."""
+    file_library("pyarrow")
+    table = gb.read_table(TREES, label="kind", missing="?")
+    net = gb.mlp([table.features, 6, 2], backend="cpu", dtype=dtype)
+    model = gb.Model(net, table)
+    gb.export_onnx(model, tmp_path / "m.onnx", probabilities=True)
+    onnx.checker.check_model(onnx.load(tmp_path / "m.onnx"), full_check=True)
+    new = {"height": [None, 1.0, 2.5], "v0": [3.0, None, 4.0], "soil": ["sand", "?", None], "W1": ["b", "moss", "a"]}
+    given = {
+        name: np.array([np.nan if x is None else x for x in values], np.float64)[:, None]
+        if name in ("height", "v0")
+        else np.array([x or "" for x in values], object)[:, None]
+        for name, values in new.items()
+    }
+    onnxruntime.set_default_logger_severity(3)
+    found = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"]).run(None, given)[0]
+    with pytest.warns(gb.TableWarning, match="moss"):
+        expected = model.probabilities(new)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_columns_that_a_graph_cannot_have_are_refused(tmp_path: Path) -> None:
+    file_library("pyarrow")
+    for columns, options, match in (
+        (TREES, {"kinds": {"soil": "hash"}}, "column 'soil' cannot be exported, since its texts are hashed"),
+        ({**TREES, "scores": [*range(8)]}, {}, "a table with a column 'scores' cannot be exported"),
+    ):
+        table = gb.read_table(columns, label="kind", **options)
+        with pytest.raises(gb.ArgumentError, match=match):
+            gb.export_onnx(gb.Model(gb.mlp([table.features, 2], backend="cpu"), table), tmp_path / "m.onnx")
 
 
 class Own(gb.ReLU):

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from families import drawn
 from hypothesis import given, settings, strategies as st
+from needs import missing
 
+import gpubatch as gb
 import gpubatch.loader.epochs
 import gpubatch.loader.feeds
 import gpubatch.loader.order
@@ -919,6 +921,61 @@ def test_prepare_is_for_all_samples_and_augment_for_training_alone(rng):
     assert np.array_equal(loader.to_batch(X), X * np.float32(1 / 255) - np.float32(0.5))
     with pytest.raises(ArgumentError, match="transform is another name of prepare: give one of them, got both"):
         Loader(X, Y, prepare=centre, transform=centre, backend="cpu")
+
+
+@pytest.mark.parametrize("form", ["array", "list", "source", "images", "float32", "pairs"])
+def test_standardisation_is_that_of_all_rows(form, tmp_path, rng, monkeypatch):
+    """Blocks are combined; a column of one value becomes 0, though its mean is rounded."""
+    monkeypatch.setattr("gpubatch.loader.standardize.AT_ONCE", 1000)
+    X = rng.normal(size=(300, 6)) * [1, 1e3, 1e-3, 1, 1, 1] + [0, 1e6, 0, -4, 0, 9]
+    X[:, 4] = 0.1
+    X = X.astype(np.float32) if form == "float32" else X
+    X = X.reshape(300, 2, 3) if form == "images" else X
+    np.save(tmp_path / "x.npy", X)
+    given = {"list": X.tolist(), "source": gb.sources.npy(tmp_path / "x.npy")}.get(form, X)
+    if form == "pairs":
+        given = type("Pairs", (), {"__len__": lambda _: 300, "read": lambda _, i: (X[i], np.zeros(len(i), int))})()
+    prepare = gb.Standardize.of(given)
+    wide = X.astype(np.float64)
+    np.testing.assert_allclose(prepare.mean, wide.mean(axis=0), rtol=1e-9, atol=1e-12)
+    varies = np.ptp(wide, axis=0) > 0
+    np.testing.assert_allclose(prepare.deviation[varies], wide.std(axis=0)[varies], rtol=1e-7)
+    assert (prepare.deviation[~varies] == 1).all()
+    found = prepare(wide)
+    np.testing.assert_allclose(found.mean(axis=0), 0, atol=1e-9)
+    np.testing.assert_allclose(found.std(axis=0), varies, atol=1e-7)
+    assert prepare(X[:5].astype(np.float32)).dtype == np.float32
+    assert pickle.loads(pickle.dumps(prepare))(wide).tolist() == found.tolist()
+
+
+def test_what_standardisation_refuses(rng):
+    X = rng.normal(size=(9, 2))
+    X[7, 1] = np.nan
+    with pytest.raises(gb.NonFiniteError, match="X must hold finite numbers, got others in sample 7"):
+        gb.Standardize.of(X)
+    with pytest.raises(ArgumentError, match="deviation finite and above 0"):
+        gb.Standardize([0.0], [0.0])
+    with pytest.raises(gb.ShapeError, match=r"must have one shape, got \(2,\) and \(1,\)"):
+        gb.Standardize([0.0, 1.0], [1.0])
+    with pytest.raises(gb.ShapeError, match=r"samples must have the shape \(1,\) of the means, got \(2,\)"):
+        gb.Standardize([0.0], [1.0])(X)
+
+
+@pytest.mark.gpu
+def test_standardised_batches_of_a_gpu(rng):
+    if "cuda:0" not in gb.available_backends():
+        missing("gpu", "no CUDA device can be used here")
+    X, Y = rng.normal(size=(60, 3)) * [1, 10, 100], np.arange(60) % 2
+    backend, prepare = gb.get_backend("cuda:0"), gb.Standardize.of(X)
+    for dtype in ("float32", "float16"):
+        here, there = (
+            Loader(X, Y, 20, seed=1, prepare=prepare, dtype=dtype, backend=name) for name in ("cpu", "cuda:0")
+        )
+        for (x, _), (z, _) in zip(here, there, strict=True):
+            np.testing.assert_allclose(backend.to_numpy(z), x, rtol=1e-3 if dtype == "float16" else 1e-6, atol=1e-3)
+    net = gb.mlp([3, 2], backend="cuda:0", seed=0)
+    loader = Loader(X, Y, 20, prepare=prepare, dtype="float32", backend="cuda:0")
+    gb.fit(net, loader, gb.SGD(net.parameters, 0.1), 3, validation=(X, Y), progress=False)
 
 
 def test_prepare_may_work_in_place_and_changes_no_array_of_the_caller():

@@ -242,6 +242,7 @@ PREPARED: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "function": ({"scale": 1 / 255, "prepare": shifted}, [shifted]),
     "NumPy's function": ({"prepare": np.sqrt}, []),
     "object with a state": ({"scale": 1 / 255, "prepare": fitted()}, [Standardise]),
+    "standardised": ({"prepare": gb.Standardize(np.linspace(0, 90, 6), np.linspace(30, 70, 6))}, []),
 }
 
 
@@ -251,7 +252,7 @@ def test_raw_samples_are_prepared_as_the_training_loader_prepared_them(
     name: str, sample_axis: int, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     options, custom = PREPARED[name]
-    if sample_axis == 1 and name == "object with a state":
+    if sample_axis == 1 and name in ("object with a state", "standardised"):
         pytest.skip("its means are for rows")
     X, Y = rng.integers(0, 255, (3000, 6), dtype=np.uint8), rng.integers(0, 3, 3000)
     given = X.T if sample_axis else X
@@ -274,6 +275,13 @@ def test_raw_samples_are_prepared_as_the_training_loader_prepared_them(
         np.testing.assert_array_equal(model.scores(gb.sources.npy(tmp_path / "x.npy")), expected)
         np.testing.assert_array_equal(model.scores(np.load(tmp_path / "x.npy", mmap_mode="r")), expected)
         np.testing.assert_array_equal(model.scores(X[:1]), net.scores(x[:1]))
+
+
+def test_means_of_another_shape_are_damage(tmp_path: Path) -> None:
+    loader = gb.Loader(np.eye(3, dtype="float32"), backend="cpu", prepare=gb.Standardize(np.zeros(2), np.ones(2)))
+    gb.save(tmp_path / "m.safetensors", gb.mlp([3, 2], backend="cpu"), loader=loader)
+    with pytest.raises(gb.DataFormatError, match=r"its preparation: means of shape \(2,\) are not of samples of shape"):
+        gb.load(tmp_path / "m.safetensors")
 
 
 def test_samples_that_were_scaled_before_are_told_from_raw_ones(rng: np.random.Generator) -> None:

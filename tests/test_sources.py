@@ -68,6 +68,11 @@ def write_npy(folder, X):
     return sources.npy(folder / "x.npy"), sources.npy(folder / "y.npy")
 
 
+def write_npz(folder, X):
+    np.savez(folder / "both.npz", other=np.zeros(3), x=X, y=Y)
+    return sources.npz(folder / "both.npz", "x"), sources.npz(folder / "both.npz", "y")
+
+
 def write_npy_files(folder, X):
     for k, part in enumerate(np.split(X, [3, 3, 200, 201, 480])):
         np.save(folder / f"x{k}.npy", part)
@@ -170,6 +175,7 @@ def write_own(folder, X):
 
 SINGLE = [
     write_npy,
+    write_npz,
     write_npy_files,
     write_raw,
     write_idx,
@@ -183,7 +189,7 @@ KINDS = [*SINGLE, write_parquet, write_parquet_files, write_vectors, write_lists
 def test_every_kind_of_file_is_in_the_table():
     functions = {name: getattr(sources, name) for name in sources.__all__ if inspect.isfunction(getattr(sources, name))}
     opened = {name for name, function in functions.items() if function.__annotations__["return"] == "Source"}
-    assert opened == {"npy", "raw", "idx", "cifar10", "parquet", "arrow", "hdf5", "files", "huggingface"}
+    assert opened == {"npy", "npz", "raw", "idx", "cifar10", "parquet", "arrow", "hdf5", "files", "huggingface"}
     text = "".join(map(inspect.getsource, KINDS))
     assert all(f"sources.{name}(" in text for name in opened - {"huggingface"})  # in test_chunked.py
 
@@ -470,6 +476,19 @@ def test_a_source_is_read_while_the_consumer_computes():
     for _ in range(2):  # ahead of the consumer, who asks for none of them
         assert read.acquire(timeout=60)
     batches.close()
+
+
+def test_arrays_that_np_savez_wrote_otherwise(tmp_path, X):
+    np.savez_compressed(tmp_path / "packed.npz", x=X)
+    with pytest.raises(
+        DataFormatError, match=r"packed\.npz: expected an array 'x' that is read by place, found a compr"
+    ):
+        sources.npz(tmp_path / "packed.npz", "x")
+    with pytest.raises(ArgumentError, match=r"packed\.npz has the arrays x; got 'z'"):
+        sources.npz(tmp_path / "packed.npz", "z")
+    np.save(tmp_path / "x.npy", X)
+    with pytest.raises(DataFormatError, match=r"x\.npy: expected an \.npz file, found damage"):
+        sources.npz(tmp_path / "x.npy", "x")
 
 
 def test_larger_than_memory(tmp_path):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import glob
 import os
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -16,9 +13,10 @@ import typer
 
 from gpubatch import datasets, sources
 from gpubatch.backend import Array, get_backend
+from gpubatch.cli.arrays import RowsOf, arrays_of, check_there, npz, rows, taken
 from gpubatch.cli.options import DTYPES, LOSSES_OF, BatchOptions, NetworkOptions, Seed, TestSize, names_of
-from gpubatch.errors import ArgumentError, DataFormatError, check_choice, check_real
-from gpubatch.loader import Loader, epochs_of, split
+from gpubatch.errors import ArgumentError, DataFormatError, NonFiniteError, check_choice, check_real
+from gpubatch.loader import Loader, Standardize, epochs_of, split
 from gpubatch.model import Model
 from gpubatch.nn import LOSSES, Dense, Loss, Network, SoftmaxCrossEntropy, mlp
 from gpubatch.sizing import WHOLE_SET
@@ -39,11 +37,11 @@ __all__ = [
 ]
 
 MOST_LISTED = 12  # names in a message
+LOOKED_AT = 1 << 14  # rows by which the scale of columns is judged
 STEPS = 32  # in an epoch of a small set, at least, where batches have no fewer than 8 samples
 TASKS = ("auto", *LOSSES_OF)
 CIFAR = ("data_batch", "cifar-10")  # how its files and folders begin
 TABLES = (".csv", ".parquet", ".arrow", ".tsv", ".txt", ".pq", ".arrows", ".feather", ".ipc")
-PARTS = {"X": ("x", "x_train"), "Y": ("y", "y_train"), "X_test": ("x_test",), "Y_test": ("y_test",)}  # of an .npz file
 
 
 @dataclasses.dataclass
@@ -54,6 +52,7 @@ class Samples:
     X, Y: those to train on: rows, and labels from 0 or numbers; or a table, and None
     test: the same of those to test on
     scale: what X is multiplied by
+    prepare: what is done to batches of X then
     classes: the names of the classes; None where labels have none, a table has them, or there are numbers
     outputs: of a network for them
     task: one of LOSSES_OF
@@ -68,27 +67,49 @@ class Samples:
     outputs: int
     task: str
     class_weight: str | None = None
+    prepare: Standardize | None = None
 
     @property
     def features(self) -> int:
         """Of a sample."""
-        return self.X.features if isinstance(self.X, Table) else int(self.X.shape[1])
+        return self.X.features if isinstance(self.X, (Table, RowsOf)) else int(self.X.shape[1])
 
     @property
     def validation(self) -> Any:
         """Those to test on, as :func:`gpubatch.fit` takes them."""
         return self.test[0] if self.test[1] is None else self.test
 
+    @property
+    def unscaled(self) -> str:
+        """In words, which columns of arrays are far from mean 0 and deviation 1, by up to 16,384 rows; "" for none."""
+        if isinstance(self.X, Table) or self.scale is not None or self.prepare is not None:
+            return ""
+        try:
+            of = Standardize.of(taken(self.X, np.arange(0, len(self.X), max(1, len(self.X) // LOOKED_AT))))
+        except NonFiniteError:  # the loader tells which sample it is
+            return ""
+        far = np.flatnonzero((abs(of.mean) > 10) | (of.deviation > 10) | (of.deviation < 0.1))
+        if not len(far):
+            return ""
+        worst = f"column {far[0]} has mean {of.mean[far[0]]:g} and deviation {of.deviation[far[0]]:g}"
+        return f"{len(far)} of {of.mean.size} columns are far from mean 0 and deviation 1 ({worst}): --standardize"
+
     def first(self, n: int) -> Samples:
         """The first ``n`` of those to train on."""
         if isinstance(self.X, Table):
             train = self.X.first(min(n, len(self.X)))
             return dataclasses.replace(self, X=train, test=(self.test[0].prepared_by(train.recipe), None))
-        return dataclasses.replace(self, X=self.X[:n], Y=None if self.Y is None else self.Y[:n])
+        return dataclasses.replace(self, X=taken(self.X, slice(n)), Y=None if self.Y is None else self.Y[:n])
 
     def loader(self, net: Network, batches: BatchOptions, seed: int) -> Loader:
         """Batches for a network to train on."""
         n = len(self.X)
+        if self.prepare is not None and net.compute_dtype == np.float32 and len(lost := self.prepare.lost):
+            of = self.prepare.mean[lost[0]], self.prepare.deviation[lost[0]]
+            raise ArgumentError(
+                f"--standardize: column {lost[0]} has mean {of[0]:g} and deviation {of[1]:g}, of which float32 keeps "
+                "too few digits; subtract a number near the mean before, or give --dtype float64"
+            )
         size = usual_size(n, batches.at_most) if batches.size == "auto" and n <= WHOLE_SET else batches.size
         single = isinstance(size, int) and size > 0 and n % size == 1
         return Loader(
@@ -101,6 +122,7 @@ class Samples:
             dtype=net.dtype,
             scale=self.scale,
             class_weight=self.class_weight,
+            prepare=self.prepare,
         )
 
 
@@ -132,6 +154,12 @@ class DataOptions:
         str, typer.Option(help="classification, regression, or auto: regression where the targets are not integers.")
     ] = "auto"
     test_size: TestSize = 0.2
+    standardize: Annotated[
+        bool,
+        typer.Option(
+            "--standardize", help="Of arrays: give every column mean 0 and deviation 1. Tables always have it."
+        ),
+    ] = False
     samples: Annotated[int | None, typer.Option(min=2, help="Of the training set; by default all.")] = None
     class_weight: Annotated[
         str | None, typer.Option(help="balanced: every class counts as much as any other in the loss.")
@@ -149,11 +177,21 @@ class DataOptions:
             raise ArgumentError("--class-weight is for classes, and the targets are numbers")
         if self.samples is not None:
             found = found.first(self.samples)
+        if self.standardize:
+            try:
+                found.scale, found.prepare = None, Standardize.of(found.X)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{found.name}: {error} of those to train on") from error
         return dataclasses.replace(found, class_weight=self.class_weight)
 
     def _read(self, data: Sequence[str]) -> Samples:
         paths = [Path(name) for name in data]
-        if paths and not is_images(paths[0]) and paths[0].suffix not in (".npy", ".npz"):
+        is_of_arrays = bool(paths) and paths[0].suffix in (".npy", ".npz")
+        if self.standardize and not is_of_arrays:
+            raise ArgumentError(
+                "--standardize is for arrays, and DATA is none; the numbers of a table always are standardised"
+            )
+        if paths and not is_images(paths[0]) and not is_of_arrays:
             return self._tables(data)
         given = {"--label": self.label, "--drop": self.drop, "--category": self.category, "--missing": self.missing}
         if named := [option for option, value in given.items() if value]:
@@ -171,7 +209,7 @@ class DataOptions:
         if X_test is None or Y_test is None:
             labels = Y if task == "classification" else None
             kept, held = split(len(X), self.test_size, self.seed, labels, "--test-size")
-            X, Y, X_test, Y_test = X[kept], Y[kept], X[held], Y[held]
+            X, Y, X_test, Y_test = taken(X, kept), Y[kept], taken(X, held), Y[held]
         scale = 1 / 255 if X.dtype == np.uint8 else None
         return Samples(name, X, Y, (X_test, Y_test), scale, classes, outputs, task)
 
@@ -210,22 +248,6 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:MOST_LISTED])) + more
 
 
-def check_there(name: str) -> None:
-    """Raise unless there is such a file or folder."""
-    if "://" not in name and not Path(name).exists() and not glob.glob(name, recursive=True):
-        raise ArgumentError(f"DATA must be files or a folder that are there, got {name!r}")
-
-
-@dataclasses.dataclass
-class Arrays:
-    """What files hold; those to test on may be missing."""
-
-    X: np.ndarray
-    Y: np.ndarray
-    X_test: np.ndarray | None = None
-    Y_test: np.ndarray | None = None
-
-
 def is_images(path: Path) -> bool:
     """Whether it is a folder without tables, or names one of several sets in a folder."""
     if path.is_dir():
@@ -257,60 +279,6 @@ def images(paths: Sequence[Path], seed: int) -> tuple[str, datasets.Samples, dat
 def is_of_images(name: str) -> bool:
     """Whether a file is one of MNIST's or CIFAR-10's by its name."""
     return "idx" in name or name.startswith(CIFAR)
-
-
-def arrays_of(paths: Sequence[Path]) -> tuple[str, Arrays]:
-    """The arrays in NumPy's files, and their names in words."""
-    for path in paths:
-        check_there(str(path))
-    endings = [path.suffix for path in paths]
-    if endings == [".npy", ".npy"]:
-        X, Y = (npy(path) for path in paths)
-        return " and ".join(map(str, paths)), Arrays(X, Y)
-    if endings == [".npz"]:
-        return str(paths[0]), npz(paths[0])
-    words = "one file; give X.npy Y.npy" if endings == [".npy"] else " ".join(map(str, paths))
-    raise ArgumentError(f"DATA must be two files X.npy Y.npy, or one .npz file, got {words}")
-
-
-@contextlib.contextmanager
-def damage_of(path: Path) -> Iterator[None]:
-    """Turn what NumPy raises for a damaged file into an error that names it."""
-    try:
-        yield
-    except DataFormatError:
-        raise
-    except (ValueError, EOFError, zipfile.BadZipFile, SyntaxError) as error:
-        raise DataFormatError(f"{path}: expected NumPy's arrays of numbers or text, found {error}") from error
-
-
-def npy(path: Path) -> np.ndarray:
-    """The array in an .npy file."""
-    with damage_of(path):
-        found: Any = np.load(path, allow_pickle=False)
-        if not isinstance(found, np.ndarray) or found.ndim == 0 or len(found) == 0:
-            raise DataFormatError(f"{path}: expected an array of samples, found none")
-        return found
-
-
-def npz(path: Path, labelled: bool = True) -> Arrays:
-    """The arrays in an .npz file: X and Y, or x_train and y_train, and perhaps x_test and y_test; or X alone."""
-    with damage_of(path), np.load(path, allow_pickle=False) as file:
-        found = {}
-        for part, known in PARTS.items():
-            if names := [name for name in file.files if name.lower() in known]:
-                found[part] = file[names[0]]
-        if not labelled and "X" in found:
-            return Arrays(**{"Y": found["X"], **found})
-        if "X" not in found or "Y" not in found or ("X_test" in found) != ("Y_test" in found):
-            held = ", ".join(file.files) or "none"
-            raise DataFormatError(f"{path}: expected arrays X and Y, or x_train, y_train, x_test, y_test; found {held}")
-        return Arrays(**found)
-
-
-def rows(X: np.ndarray) -> np.ndarray:
-    """Samples of one dimension."""
-    return X.reshape(len(X), -1)
 
 
 def targets(
@@ -407,6 +375,11 @@ class Task:
         """The task that options name."""
         data = options.read()
         net = network_for(data, network, options.seed)
+        if isinstance(data.X, RowsOf):
+            raise ArgumentError(
+                f"DATA must fit in memory here, {data.name} has {data.X.nbytes} bytes to train on; --samples N takes "
+                "fewer"
+            )
         loader = data.loader(net, BatchOptions("1"), options.seed)
         X, Y = loader.to_batch(data.X, data.Y)
         weight = epochs_of(loader).columns.weights_of(Y).get("loss_weight")
@@ -482,7 +455,7 @@ def labelled_samples(
     elif held_out is not None:
         classifies = model.net.loss_function.least_outputs > 1
         kept = split(len(X), *held_out, np.unique(Y, return_inverse=True)[1] if classifies else None, "--test-size")[1]
-        X, Y = X[kept], Y[kept]
+        X, Y = taken(X, kept), Y[kept]
     Y = Y[:, 0] if Y.ndim == 2 and Y.shape[1] == 1 else Y
     if len(X) != len(Y):
         raise DataFormatError(f"{name}: expected a target for each sample, found {len(X)} and {len(Y)}")

@@ -82,6 +82,8 @@ def train(
 
     out = Console(quiet=as_json, highlight=False, soft_wrap=True, markup=False, emoji=False)
     out.print(f"data       {found.name}: {len(found.X):,} to train on, {n_test:,} to test")
+    if unscaled := found.unscaled:
+        typer.echo(f"note: {unscaled}", err=True)
     sizes = " - ".join(map(str, sizes_of(net)))
     out.print(f"network    {sizes}, {network.activation}, {net.parameters.size:,} parameters")
     if net.loss_name != "softmax_cross_entropy":

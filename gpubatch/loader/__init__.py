@@ -9,6 +9,7 @@ from gpubatch.loader.epochs import Epochs
 from gpubatch.loader.feeds import LoaderStats
 from gpubatch.loader.loader import Loader, epochs_of, rows_of
 from gpubatch.loader.order import WeightedOrder, WindowOrder, epoch_order, split
+from gpubatch.loader.standardize import Standardize
 
 __all__ = [
     "Columns",
@@ -16,6 +17,7 @@ __all__ = [
     "Epochs",
     "Loader",
     "LoaderStats",
+    "Standardize",
     "WeightedOrder",
     "WindowOrder",
     "captured_dtype",

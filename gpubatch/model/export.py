@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,18 @@ import numpy as np
 from gpubatch.checkpoint import replacing
 from gpubatch.errors import ArgumentError, DTypeError, check_bool
 from gpubatch.formula import COPY, INDICATOR, OPS, BoundActivation, Element, Scalar, Trace, activations
+from gpubatch.loader import Standardize
 from gpubatch.model.file import check_path
 from gpubatch.model.model import Model
 from gpubatch.model.preparation import Preparation
 from gpubatch.nn import ActivationLayer, BatchNorm, Dense, Dropout, Layer, Network, core_of, losses
 from gpubatch.own import changed
+from gpubatch.tables import Category, Hashed, Numeric, Recipe
 
 __all__ = ["export_onnx"]
 
 OPSET, IR = 18, 8  # read by ONNX Runtime since 1.14
+OF_TEXTS, TEXTS_OPSET = "ai.onnx.ml", 3  # what has an operator that takes texts
 LARGEST = 2**31 - 2**20  # bytes of a file, a limit of ONNX
 
 # ONNX's operators for NumPy's functions, and what is composed of some.
@@ -71,7 +74,9 @@ def export_onnx(model: Model | Network, path: str | os.PathLike[str], probabilit
 
     The graph's input is "X", ``(batch, features)``, of the element type that the loader's X had, or of the network's;
     its output "scores" or "probabilities" is float32 or float64, as the network computes. Class names are the property
-    "classes", as JSON. Raises ArgumentError for a layer, a ``prepare`` or a loss that a graph cannot have.
+    "classes", as JSON. A model of tables has an input for each column, by its name, ``(batch, 1)``: float64 for
+    numbers, NaN where there is none; text for categories, "" where there is none, without spaces around it. Raises
+    ArgumentError for a layer, a ``prepare``, a hashed column or a loss that a graph cannot have.
 
     >>> gb.export_onnx(gb.mlp([3, 4, 2]), "model.onnx")  # doctest: +SKIP
     """
@@ -80,31 +85,28 @@ def export_onnx(model: Model | Network, path: str | os.PathLike[str], probabilit
         raise DTypeError(f"model must be a gb.Model or a gb.Network, got {type(model).__name__}")
     target = Path(os.path.realpath(check_path(path, ".onnx")))
     model = model if isinstance(model, Model) else Model(model)
-    graph = Graph(onnx, model.net)
+    recipe = None if model.preparation is None else model.preparation.table
+    graph = Graph(onnx, model.net, [] if recipe is None else recipe.names)
     of = model.preparation or Preparation(None, 0, (model.net.inputs,), graph.dtype)
-    if of.table is not None:
-        raise ArgumentError(
-            "a model of tables cannot be exported with their preparation; export model.net, whose input is what "
-            "gb.read_table(path, like=train).as_samples() makes"
-        )
     if of.sample_shape != (model.net.inputs,):
         raise ArgumentError(f"samples of shape {of.sample_shape} cannot be exported; ({model.net.inputs},) can")
-    x = prepared(graph, of)
+    x = prepared(graph, of) if recipe is None else prepared_table(graph, recipe)
     for place, layer in enumerate(model.net.layers):
         x = graph.layer(layer, place, x)
     if check_bool("probabilities", probabilities):
         x = graph.probabilities(x)
     name = "probabilities" if probabilities else "scores"
+    if recipe is not None and name in recipe.names:
+        raise ArgumentError(f"a table with a column {name!r} cannot be exported: the graph's output has that name")
     graph.nodes.append(onnx.helper.make_node("Identity", [x], [name]))
-    shape = ["batch", model.net.inputs]
     whole = onnx.helper.make_graph(
         graph.nodes,
         "gpubatch",
-        [onnx.helper.make_tensor_value_info("X", graph.kind(of.dtype), shape[::-1] if of.sample_axis else shape)],
+        graph.inputs,
         [onnx.helper.make_tensor_value_info(name, graph.kind(graph.dtype), ["batch", model.net.outputs])],
         graph.constants,
     )
-    opsets = [onnx.helper.make_opsetid("", OPSET)]
+    opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(OF_TEXTS, TEXTS_OPSET)]
     made = onnx.helper.make_model(whole, producer_name="gpubatch", opset_imports=opsets, ir_version=IR)
     if model.classes is not None:
         onnx.helper.set_model_props(made, {"classes": json.dumps(model.classes)})
@@ -126,13 +128,21 @@ def imported() -> Any:
 
 def prepared(graph: Graph, of: Preparation) -> str:
     """The nodes that make of raw samples what the network takes."""
-    x = graph.add("Transpose", "X", perm=[1, 0]) if of.sample_axis else "X"
+    shape = ["batch", *of.sample_shape]
+    x = graph.input("X", graph.kind(of.dtype), shape[::-1] if of.sample_axis else shape)
+    x = graph.add("Transpose", x, perm=[1, 0]) if of.sample_axis else x
     if of.dtype != graph.dtype:
         x = graph.add("Cast", x, to=graph.kind(graph.dtype))
     if of.scale is not None:
         x = graph.add("Mul", x, graph.constant(of.scale))
     if of.prepare is None:
         return x
+    if isinstance(of.prepare, Standardize):
+        return graph.add(
+            "Div",
+            graph.add("Sub", x, graph.constant(of.prepare.mean)),
+            graph.constant(of.prepare.deviation),
+        )
     if of.prepare not in OPERATORS and of.prepare not in COMPOSED:
         raise ArgumentError(
             f"prepare={of.prepare!r} cannot be exported; export model.net, whose input is prepared samples"
@@ -140,12 +150,53 @@ def prepared(graph: Graph, of: Preparation) -> str:
     return graph.apply(of.prepare, x)
 
 
-class Graph:
-    """The nodes and constants of a graph as it is made, for the layers of ``net``."""
+def prepared_table(graph: Graph, recipe: Recipe) -> str:
+    """The nodes that make of a table's columns, each an input of its own, what the network takes."""
+    parts: list[str] = []
+    double, single = graph.kind(np.dtype(np.float64)), graph.kind(np.dtype(np.float32))
+    for column in recipe.columns:
+        if isinstance(column, Hashed):
+            raise ArgumentError(
+                f"column {column.name!r} cannot be exported, since its texts are hashed, which ONNX cannot; export "
+                "model.net, whose input is what gb.read_table(path, like=train).as_samples() makes"
+            )
+        if isinstance(column, Numeric):
+            x = graph.input(column.name, double, ["batch", 1])
+            absent = graph.add("IsNaN", x)
+            median, mean, deviation = (graph.wide(value) for value in (column.median, column.mean, column.deviation))
+            known = graph.add("Where", absent, median, x)
+            made = [graph.add("Div", graph.add("Sub", known, mean), deviation)] if column.varies else []
+            made += [absent] if column.missing else []
+            parts += [graph.add("Cast", each, to=single) for each in made]
+        elif isinstance(column, Category):
+            x = graph.input(column.name, graph.texts, ["batch", 1])
+            gaps = {} if not column.missing else dict.fromkeys(["", *recipe.missing], len(column.values))
+            places = {**{value: place for place, value in enumerate(column.values)}, **gaps}
+            codes = graph.add(
+                "LabelEncoder",
+                x,
+                domain=OF_TEXTS,
+                keys_strings=list(places),
+                values_int64s=list(places.values()),
+                default_int64=-1,
+            )
+            own = graph.wide(np.arange(len(column.features)))
+            parts.append(graph.add("Cast", graph.add("Equal", codes, own), to=single))
+    x = graph.add("Concat", *parts, axis=1)
+    return x if graph.dtype == np.float32 else graph.add("Cast", x, to=graph.kind(graph.dtype))
 
-    def __init__(self, onnx: Any, net: Network) -> None:
-        self._onnx, self._net = onnx, net
+
+class Graph:
+    """The nodes and constants of a graph as it is made, for the layers of ``net``.
+
+    reserved: names of inputs, which nothing else may have
+    """
+
+    def __init__(self, onnx: Any, net: Network, reserved: Collection[str] = ()) -> None:
+        self._onnx, self._net, self._reserved = onnx, net, {*reserved}
         self.dtype: np.dtype[Any] = net.compute_dtype
+        self.texts = int(onnx.TensorProto.STRING)
+        self.inputs: list[Any] = []
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
 
@@ -153,9 +204,25 @@ class Graph:
         """ONNX's number for an element type."""
         return int(self._onnx.helper.np_dtype_to_tensor_dtype(dtype))
 
+    def _free(self, name: str) -> str:
+        while name in self._reserved:
+            name = f"_{name}"
+        return name
+
+    def input(self, name: str, kind: int, shape: list[Any]) -> str:
+        """Add an input; return its name."""
+        self.inputs.append(self._onnx.helper.make_tensor_value_info(name, kind, shape))
+        return name
+
+    def wide(self, value: Any) -> str:
+        """Add a number or an array as it is, float64 or int64; return its name."""
+        name = self._free(f"c{len(self.constants)}")
+        self.constants.append(self._onnx.numpy_helper.from_array(np.asarray(value), name))
+        return name
+
     def add(self, operator: str, *inputs: str, **attributes: Any) -> str:
         """Add a node; return the name of its output."""
-        name = f"v{len(self.nodes)}"
+        name = self._free(f"v{len(self.nodes)}")
         self.nodes.append(self._onnx.helper.make_node(operator, list(inputs), [name], **attributes))
         return name
 
@@ -163,7 +230,7 @@ class Graph:
         """Add a number or an array, of the graph's element type unless it is a condition; return its name."""
         array = np.asarray(value)
         array = array if array.dtype == bool else array.astype(self.dtype)
-        name = name or f"c{len(self.constants)}"
+        name = self._free(name or f"c{len(self.constants)}")
         self.constants.append(
             self._onnx.numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
         )

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from gpubatch.checkpoint import DTYPES
-from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, check_choice, check_int, check_real
-from gpubatch.loader import Loader, epochs_of
+from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, ShapeError, check_choice, check_int, check_real
+from gpubatch.loader import Loader, Standardize, epochs_of
 from gpubatch.model.describe import path_of
 from gpubatch.tables import Recipe, Table
 
@@ -68,6 +68,10 @@ class Preparation:
         }
         if isinstance(self.prepare, np.ufunc):
             found["prepare"] = {"numpy": self.prepare.__name__}
+        elif isinstance(self.prepare, Standardize):
+            found["prepare"] = {"standardize": ["mean", "deviation"]}
+            for name in found["prepare"]["standardize"]:
+                arrays[f"prepare.{name}"] = getattr(self.prepare, name)
         elif self.prepare is not None:
             found["prepare"] = {"name": path_of(self.prepare)}
             if hasattr(self.prepare, "state_dict") and hasattr(self.prepare, "load_state_dict"):
@@ -94,16 +98,21 @@ class Preparation:
             if recipe is not None and (axis, shape, dtype) != (0, (recipe.features,), np.dtype(np.float32)):
                 raise ValueError(f"a table of {recipe.features} features does not make samples of shape {shape}")
             of = found["prepare"]
-            given, name, state = None, "", None
+            given: Any = None
+            name, state = "", None
             if of is not None and "numpy" in of:
                 given = vars(np).get(of["numpy"])
                 if not isinstance(given, np.ufunc) or (given.nin, given.nout) != (1, 1):
                     raise DataFormatError(f"prepare is np.{str(of['numpy'])[:99]}, which is no function of elements")
+            elif of is not None and "standardize" in of:
+                given = Standardize(arrays["prepare.mean"], arrays["prepare.deviation"])
+                if given.mean.shape != shape:
+                    raise ShapeError(f"means of shape {given.mean.shape} are not of samples of shape {shape}")
             elif of is not None:
                 name, state = of["name"], of.get("state")
         except (ArgumentError, DTypeError, TypeError, LookupError, ValueError, OverflowError) as error:
             raise DataFormatError(f"{path} is damaged: its preparation: {error}") from error
-        if of is not None and "numpy" not in of:
+        if of is not None and given is None:
             given = custom(name, "the loader's prepare")
             if isinstance(given, type) and state is None:
                 raise ArgumentError(f"{path}: the loader's prepare was an object: custom must have one, got {given!r}")

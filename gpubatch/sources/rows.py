@@ -9,10 +9,11 @@ import math
 import os
 import struct
 import sys
+import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -25,7 +26,15 @@ from gpubatch.datasets import (
     cifar10_records,
     read_idx_header,
 )
-from gpubatch.errors import DataFormatError, GpubatchError, InsufficientMemoryError, check_bool, check_choice, check_int
+from gpubatch.errors import (
+    ArgumentError,
+    DataFormatError,
+    GpubatchError,
+    InsufficientMemoryError,
+    check_bool,
+    check_choice,
+    check_int,
+)
 from gpubatch.inputs import check_kind
 from gpubatch.sources.opener import BytesByPlace, LocalFile, Opener, Reopened, opener_of
 from gpubatch.sources.reader import Form, Source
@@ -39,6 +48,7 @@ __all__ = [
     "in_order_of_use",
     "naming_the_file",
     "npy",
+    "npz",
     "raw",
     "runs_of",
 ]
@@ -53,20 +63,50 @@ def npy(path: str | os.PathLike[str] | Opener, *, flatten: bool = False) -> Sour
     """
     of = opener_of(path)
     with of.open() as file:
-        start = io.BytesIO(file.read(NPY_START))  # else NumPy would ask for as much memory as the header claims to need
+        shape, dtype, offset = _npy_header(of.path, file)
+    return _Rows(of, flat(shape, flatten), dtype, offset)
+
+
+def npz(path: str | os.PathLike[str] | Opener, array: str, *, flatten: bool = False) -> Source:
+    """The rows of one of the arrays that ``np.savez`` wrote; ``flatten`` as in :func:`npy`.
+
+    Those of ``np.savez_compressed`` are refused, since they cannot be read by place: ``np.load`` reads them whole.
+    """
+    of = opener_of(path)
+    check_exists(of)
+    with of.open() as file, naming_the_file(of.path, "an .npz file"), zipfile.ZipFile(file) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        if array not in names:
+            raise ArgumentError(f"{of.path} has the arrays {', '.join(names) or '(none)'}; got {array!r}")
+        found = archive.getinfo(f"{array}.npy" if f"{array}.npy" in archive.namelist() else array)
+        if found.compress_type != zipfile.ZIP_STORED:
+            raise DataFormatError(
+                f"{of.path}: expected an array {array!r} that is read by place, found a compressed one; np.savez "
+                "writes it as it is, np.savez_compressed does not"
+            )
+        # A file's name and extra field follow a header of 30 bytes (PKWARE's APPNOTE.TXT, section 4.3.7).
+        file.seek(found.header_offset)
+        start = found.header_offset + 30 + sum(struct.unpack("<26xHH", file.read(30)))
+        file.seek(start)
+        shape, dtype, offset = _npy_header(of.path, file)
+    return _Rows(of, flat(shape, flatten), dtype, start + offset)
+
+
+def _npy_header(path: str, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Shape, element type and length of the header of an .npy file that begins where ``file`` is."""
+    start = io.BytesIO(file.read(NPY_START))  # else NumPy would ask for as much memory as the header claims to need
     try:
         version = np.lib.format.read_magic(start)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = header(start)
     except Exception as error:  # NumPy parses the header as Python, so ValueError is not all that it raises
-        raise DataFormatError(f"{of.path}: expected an .npy file, found another or a damaged one ({error})") from error
-    offset = start.tell()
+        raise DataFormatError(f"{path}: expected an .npy file, found another or a damaged one ({error})") from error
     if fortran and len(shape) > 1:
         raise DataFormatError(
-            f"{of.path}: expected samples one after another (C order), found Fortran order; save "
+            f"{path}: expected samples one after another (C order), found Fortran order; save "
             "np.ascontiguousarray(array)"
         )
-    return _Rows(of, flat(shape, flatten), dtype, offset)
+    return shape, dtype, start.tell()
 
 
 def raw(path: str | os.PathLike[str] | Opener, sample_shape: tuple[int, ...], dtype: Any, offset: int = 0) -> Source:
@@ -260,6 +300,9 @@ def naming_the_file(path: str | os.PathLike[str], expected: str) -> Iterator[Non
         raise InsufficientMemoryError(
             f"{os.fspath(path)}: {expected} would need more memory than there is, or is damaged ({error})"
         ) from error
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, EOFError, struct.error, zlib.error) as error:
+    except (
+        *(OSError, ValueError, TypeError, LookupError, RuntimeError, EOFError),
+        *(struct.error, zlib.error, zipfile.BadZipFile),
+    ) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataFormatError(f"{os.fspath(path)}: expected {expected}, found damage ({first_line})") from error

@@ -1,6 +1,6 @@
 """Tables of named columns as samples: :func:`read_table`."""
 
-from gpubatch.tables.recipe import Recipe
+from gpubatch.tables.recipe import Category, Hashed, Numeric, Recipe
 from gpubatch.tables.table import Table, read_table
 
-__all__ = ["Recipe", "Table", "read_table"]
+__all__ = ["Category", "Hashed", "Numeric", "Recipe", "Table", "read_table"]

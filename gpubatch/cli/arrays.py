@@ -1,0 +1,154 @@
+"""Arrays in NumPy's files: in memory, or read by place where they are large."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import glob
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpubatch import sources
+from gpubatch.backend import get_backend
+from gpubatch.errors import ArgumentError, DataFormatError
+
+__all__ = ["Arrays", "RowsOf", "arrays_of", "check_there", "npz", "rows", "taken"]
+
+PARTS = {"X": ("x", "x_train"), "Y": ("y", "y_train"), "X_test": ("x_test",), "Y_test": ("y_test",)}  # of an .npz file
+SHARE = 4  # an array of more than this part of the available memory is read by place
+BLOCK = 1 << 20  # bytes that are read at once
+GAP = 8  # rows that are read as well, since reading twice takes longer
+
+
+def check_there(name: str) -> None:
+    """Raise unless there is such a file or folder."""
+    if "://" not in name and not Path(name).exists() and not glob.glob(name, recursive=True):
+        raise ArgumentError(f"DATA must be files or a folder that are there, got {name!r}")
+
+
+@dataclasses.dataclass
+class Arrays:
+    """What files hold; those to test on may be missing. Samples may be :class:`RowsOf` a file."""
+
+    X: Any
+    Y: np.ndarray
+    X_test: Any = None
+    Y_test: np.ndarray | None = None
+
+
+class RowsOf:
+    """Some rows of a file, in order: a source that is read in blocks of neighbours, and so in windows.
+
+    source: all rows
+    chosen: the numbers of those that are taken, ascending; None: all
+    """
+
+    def __init__(self, source: Any, chosen: np.ndarray | None = None) -> None:
+        self._source, self.path = source, source.path
+        self._chosen = np.arange(len(source)) if chosen is None else chosen
+        self.forms = source.forms
+        self.dtype, shape = source.forms[0]
+        self.features = int(np.prod(shape))
+        self.block = max(1, BLOCK // (self.features * self.dtype.itemsize))
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return int(len(self) * self.features * self.dtype.itemsize)
+
+    def rows(self, which: slice | np.ndarray) -> Any:
+        """Some of them, in memory where they are few."""
+        found = RowsOf(self._source, self._chosen[which])
+        return found if is_large(found.nbytes) else found.read(np.arange(len(found)))
+
+    def read(self, indices: np.ndarray, /) -> np.ndarray:
+        """See :class:`gpubatch.sources.Source`."""
+        out = np.empty((len(indices), self.features), self.dtype)
+        self.read_into(indices, out)
+        return out
+
+    def read_into(self, indices: np.ndarray, out: np.ndarray, /) -> None:
+        """See :class:`gpubatch.sources.Source`; rows between neighbours are read as well, and left out."""
+        places = self._chosen[indices]
+        steps = np.diff(places)
+        cuts = np.flatnonzero((steps < 1) | (steps > GAP)) + 1
+        for start, stop in zip([0, *cuts], [*cuts, len(places)], strict=True):
+            some = places[start:stop]
+            if some[-1] - some[0] == len(some) - 1:
+                self._source.read_into(some, out[start:stop])
+            else:
+                out[start:stop] = self._source.read(np.arange(some[0], some[-1] + 1))[some - some[0]]
+
+
+def is_large(size: int) -> bool:
+    """Whether so many bytes are too many to be held."""
+    return bool(size > get_backend("cpu").memory().available // SHARE)
+
+
+def arrays_of(paths: Sequence[Path]) -> tuple[str, Arrays]:
+    """The arrays in NumPy's files, and their names in words."""
+    for path in paths:
+        check_there(str(path))
+    endings = [path.suffix for path in paths]
+    if endings == [".npy", ".npy"]:
+        X = RowsOf(sources.npy(paths[0], flatten=True)) if is_large(paths[0].stat().st_size) else npy(paths[0])
+        return " and ".join(map(str, paths)), Arrays(X, npy(paths[1]))
+    if endings == [".npz"]:
+        return str(paths[0]), npz(paths[0])
+    words = "one file; give X.npy Y.npy" if endings == [".npy"] else " ".join(map(str, paths))
+    raise ArgumentError(f"DATA must be two files X.npy Y.npy, or one .npz file, got {words}")
+
+
+@contextlib.contextmanager
+def damage_of(path: Path) -> Iterator[None]:
+    """Turn what NumPy raises for a damaged file into an error that names it."""
+    try:
+        yield
+    except DataFormatError:
+        raise
+    except (ValueError, EOFError, zipfile.BadZipFile, SyntaxError) as error:
+        raise DataFormatError(f"{path}: expected NumPy's arrays of numbers or text, found {error}") from error
+
+
+def npy(path: Path) -> np.ndarray:
+    """The array in an .npy file."""
+    with damage_of(path):
+        found: Any = np.load(path, allow_pickle=False)
+        if not isinstance(found, np.ndarray) or found.ndim == 0 or len(found) == 0:
+            raise DataFormatError(f"{path}: expected an array of samples, found none")
+        return found
+
+
+def npz(path: Path, labelled: bool = True) -> Arrays:
+    """The arrays in an .npz file: X and Y, or x_train and y_train, and perhaps x_test and y_test; or X alone."""
+    with damage_of(path), np.load(path, allow_pickle=False) as file, zipfile.ZipFile(path) as archive:
+        sizes = {info.filename.removesuffix(".npy"): info.file_size for info in archive.infolist()}
+        names = {part: name for part, known in PARTS.items() for name in file.files if name.lower() in known}
+        needed = {"X", "Y"} if labelled else {"X"}
+        if not needed <= names.keys() or (labelled and ("X_test" in names) != ("Y_test" in names)):
+            held = ", ".join(file.files) or "none"
+            raise DataFormatError(f"{path}: expected arrays X and Y, or x_train, y_train, x_test, y_test; found {held}")
+        found: dict[str, Any] = {
+            part: RowsOf(sources.npz(path, name, flatten=True))
+            if part.startswith("X") and is_large(sizes[name])
+            else file[name]
+            for part, name in names.items()
+        }
+        return Arrays(**{"Y": found["X"], **found})
+
+
+def rows(X: Any) -> Any:
+    """Samples of one dimension."""
+    return X if isinstance(X, RowsOf) else X.reshape(len(X), -1)
+
+
+def taken(X: Any, rows: Any) -> Any:
+    """Some rows, by a slice or an array of ascending numbers."""
+    return X.rows(rows) if isinstance(X, RowsOf) else X[rows]

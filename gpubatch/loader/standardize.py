@@ -1,0 +1,94 @@
+"""Standardisation of samples, whose numbers are those of the training rows: a loader's ``prepare``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpubatch.backend import Array, backend_of, compute_dtype, get_backend
+from gpubatch.errors import ArgumentError, NonFiniteError, ShapeError
+from gpubatch.inputs import checked_array
+from gpubatch.sources import as_source
+
+__all__ = ["Standardize"]
+
+AT_ONCE = 1 << 20  # bytes of X that are looked at together
+PRECISE = 1e5  # deviations from 0 at which the mean may be: float32 has 24 bits
+
+
+class Standardize:
+    """(x - mean) / deviation, column by column: ``Loader(prepare=gb.Standardize.of(X_train))``.
+
+    mean, deviation: one number for each feature, of the shape of a sample; the deviations are above 0.
+
+    ``gb.save`` keeps the numbers with a model, and so does an ONNX file. Samples are rows, ``(batch, features)``.
+    Differences are taken in the loader's element type, after it was converted to that.
+
+    >>> X = np.array([[1.0, 200.0], [3.0, 400.0]])
+    >>> prepare = gb.Standardize.of(X)
+    >>> prepare(X).tolist()
+    [[-1.0, -1.0], [1.0, 1.0]]
+    >>> loader = gb.Loader(X, [0, 1], batch_size=2, prepare=prepare, backend="cpu")
+    """
+
+    def __init__(self, mean: Any, deviation: Any) -> None:
+        self.mean, self.deviation = np.array(mean, np.float64), np.array(deviation, np.float64)
+        if self.mean.shape != self.deviation.shape:
+            raise ShapeError(
+                f"mean and deviation must have one shape, got {self.mean.shape} and {self.deviation.shape}"
+            )
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.deviation).all() and (self.deviation > 0).all()):
+            raise ArgumentError("mean must be finite, and deviation finite and above 0, got others")
+        self._there: dict[tuple[str, np.dtype[Any]], tuple[Array, Array]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Standardize {self.mean.size} columns>"
+
+    @classmethod
+    def of(cls, X: Any) -> Standardize:
+        """Of the rows of X: an array, or whatever a loader reads, of which a mebibyte is held at a time.
+
+        Deviations are those of the rows themselves (divided by their number); a column that is the same in all rows has
+        deviation 1, so it becomes 0. Blocks are combined as in Chan, Golub, LeVeque (1979). Raises NonFiniteError for
+        NaN and infinity.
+        """
+        count, mean, squares = 0, np.zeros(()), np.zeros(())
+        source = as_source("X", X)
+        rows: Any = checked_array("X", X, get_backend("cpu")) if source is None else source
+        n, row = len(rows), 1
+        start = 0
+        while start < n:
+            stop = min(start + row, n)
+            some = rows[start:stop] if source is None else rows.read(np.arange(start, stop))
+            block = np.asarray(some[0] if isinstance(some, tuple) else some, np.float64)
+            if not np.isfinite(block).all():
+                first = int(np.flatnonzero(~np.isfinite(block.reshape(len(block), -1)).all(axis=1))[0])
+                raise NonFiniteError(f"X must hold finite numbers, got others in sample {start + first}")
+            apart, total = block.mean(axis=0) - mean, count + len(block)
+            squares = squares + ((block - block.mean(axis=0)) ** 2).sum(axis=0)
+            squares = squares + apart * apart * (count * len(block) / total)
+            mean = mean + apart * (len(block) / total)
+            count, start, row = total, stop, max(1, AT_ONCE // block[0].nbytes)
+        deviation = np.sqrt(squares / count)
+        # Of equal numbers the mean is rounded, so the deviation need not be 0.
+        same = deviation <= 1e-12 * np.abs(mean)
+        return cls(mean, np.where(same, 1.0, deviation))
+
+    @property
+    def lost(self) -> np.ndarray:
+        """The places of the columns whose mean is so many deviations from 0 that float32 keeps few of their digits."""
+        return np.flatnonzero(np.abs(self.mean) > PRECISE * self.deviation)
+
+    def __call__(self, x: Array) -> Array:
+        """Standardise a batch."""
+        backend, kind = backend_of(x), compute_dtype(x.dtype if x.dtype.kind == "f" else np.dtype(np.float64))
+        if x.shape[1:] != self.mean.shape:
+            raise ShapeError(f"samples must have the shape {self.mean.shape} of the means, got {x.shape[1:]}")
+        key = backend.spec, kind
+        if key not in self._there:
+            self._there[key] = backend.asarray(self.mean, kind), backend.asarray(self.deviation, kind)
+        mean, deviation = self._there[key]
+        found = x - mean
+        found /= deviation
+        return found
