@@ -66,7 +66,7 @@ ORDER = {
     "parallel": "engines nccl ranks",
     "nn": "needs layers stack workspace losses checks parts core summary network",
     "sources": "arrays reader remote opener rows chunked tables parts given",
-    "loader": "deals order pinned functions weights columns windows ahead device feeds epochs loader",
+    "loader": "deals order pinned functions standardize weights columns windows ahead device feeds epochs loader",
     "tables": "columns statistics recipe fitting rows files several table",
     "model": "describe preparation file model export",
     "train": "ledger loss_scale history display parts callbacks monitors logs checks record graphs captured_step"
