@@ -565,6 +565,25 @@ def test_rows_that_no_loader_gave_out_are_one_part_each() -> None:
     assert (alone[0], alone[1].flat.tobytes()) == (loss, grads.flat.tobytes())
 
 
+def test_a_loop_of_ones_own_over_a_loader() -> None:
+    """Its bits do not depend on the ranks, also where the samples are changed in the loop."""
+    draw = np.random.default_rng(0)
+    x, y = draw.normal(size=(101, 10)).astype(np.float32), draw.integers(0, 3, 101)
+
+    def run(ranks: gb.Ranks | None) -> bytes:
+        net, opt = Case({"dropout": 0.2}).make()
+        loader = gb.Loader(x, y, batch_size=16, shards=SHARDS, ranks=ranks, seed=1, backend="cpu")
+        for _ in range(2):
+            for xs, ys in loader:
+                net.loss_and_grad(xs * np.float32(0.5), ys, ranks=ranks)
+                opt.step()
+        return net.parameters.flat.tobytes()
+
+    alone = run(None)
+    for size in (1, 2, 4):
+        assert {*on_threads(size, run)} == {alone}
+
+
 def test_a_batch_that_is_the_same_on_every_rank_is_an_error() -> None:
     case = Case()
     x, y, _ = next(case.data())
@@ -647,9 +666,11 @@ def test_the_plan_has_the_memory_for_sums_over_ranks() -> None:
 
 DIGESTS = """
 import gpubatch as gb
-from test_data_parallel import CASES, train
+from test_data_parallel import CASES, InSync, train
 ranks = gb.Ranks()
 every = ranks.gather([train(case, ranks)[0] for case in CASES.values()])
+in_sync = ranks.gather(train(InSync(rows=(64, 37, 2), weighted=True), ranks)[0])
+assert len({*in_sync}) == 1, in_sync
 if ranks.rank == 0:
     print(every)
 """
