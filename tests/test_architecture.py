@@ -215,7 +215,7 @@ CODE_LINES = {
     "sources": 1810,
     "loader": 2476,
     "tables": 1425,
-    "checkpoint": 436,
+    "checkpoint": 469,
     "model": 954,
     "metrics": 268,
     "train": 2547,
