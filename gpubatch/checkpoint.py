@@ -316,7 +316,7 @@ class Checksum:
         self._sums.update(np.add.reduce(aligned.reshape(-1, ROWS, LANES), axis=1))
 
 
-def _sha256_of(file: BinaryIO) -> str:
+def _sha256_of(file: Any) -> str:
     file.seek(0)
     return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -22,7 +22,7 @@ from needs import missing
 import gpubatch as gb
 from gpubatch.nn import OF_LABELS, Context, Needs, core_of
 from gpubatch.sizing import BatchPlan
-from gpubatch.train import plan_batches
+from gpubatch.train import plan_batches, short_runs
 
 HELD_OUT = 1500
 AHEAD = 2  # batches, by default
@@ -312,3 +312,25 @@ def test_the_plan_is_what_the_pool_gives(name: str, tmp_path: Path) -> None:
         plan, epochs = train(case, X, Y, held_out, backend)
     assert epochs == 2
     assert plan.needed == pytest.approx(pool.most, rel=0.02), f"{pool.most} measured:\n{plan}"
+
+
+def test_copies_for_a_checkpoint_in_the_background_are_planned(tmp_path: Path) -> None:
+    """They are there once, however soon the next checkpoint is due; without them nothing is planned."""
+    parts, peaks = list[dict[str, int]](), list[int]()
+    for background in (False, True):
+        net = gb.Network([gb.Dense(1000, 1000)], "mse", backend="cpu", seed=0)
+        opt = gb.Adam(net.parameters)
+        loader = gb.Loader(np.zeros((32, 1000), np.float32), np.zeros((32, 1000), np.float32), 4, backend="cpu")
+        store = gb.Checkpoints(tmp_path / str(background), every=1, keep=1, background=background)
+        tracemalloc.start()
+        try:
+            with short_runs():
+                gb.fit(net, loader, opt, 1, checkpoint=store, progress=False)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+        parts.append(dict(loader.plan.parts))
+    planned = parts[1].pop("copies for a checkpoint in the background")
+    assert parts[0] == parts[1]
+    assert planned == 3 * net.parameters.flat.nbytes
+    assert peaks[1] - peaks[0] == pytest.approx(planned, rel=0.05)

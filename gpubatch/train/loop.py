@@ -170,7 +170,8 @@ def fit(
             checkpoints.resume()
             record.state.resumed = True
         stopped = watching.start(record.state)
-        settle_batches(net, loader, opt, held_out, may_capture and not captured.why_not())
+        background = store is not None and store.background
+        settle_batches(net, loader, opt, held_out, may_capture and not captured.why_not(), background)
         record.history.batch_size = loader.batch_size
         drivers: list[Steps] = [captured, eager] if may_capture else [eager]
         warn_if_idle(opt, loader, (epochs - len(record.history.loss)) * len(loader) - record.epoch.batches)

@@ -26,16 +26,26 @@ __all__ = ["evaluate", "halve", "memory_message", "memory_parts", "plan_batches"
 
 
 def memory_parts(
-    net: Network, opt: Optimizer, batch_size: int, evaluated: int = 0, copied: int = 0, weighted: bool = False
+    net: Network,
+    opt: Optimizer,
+    batch_size: int,
+    evaluated: int = 0,
+    copied: int = 0,
+    weighted: bool = False,
+    background: bool = False,
 ) -> dict[str, int]:
     """The bytes that training needs beside those of the loader, by what they are for; allocates nothing.
 
     ``evaluated`` is how many samples are evaluated after an epoch, ``copied`` how many bytes were allocated for them,
-    ``weighted`` whether samples have weights.
+    ``weighted`` whether samples have weights, ``background`` whether checkpoints are written in the background.
     """
     norm = 8 * SQUARE_SUM_SIZE + 2 * net.compute_dtype.itemsize
     of_net = net.memory_parts(batch_size, evaluated, weighted)
-    return {**of_net, **opt.memory_parts(), "norm of the gradient": norm, "validation set": copied}
+    parts = {**of_net, **opt.memory_parts(), "norm of the gradient": norm, "validation set": copied}
+    if background and net.backend.name == "cpu":  # those of a GPU's arrays are in main memory
+        state = sum(int(views.flat.nbytes) for views in (net.parameters, net.buffers, *opt.state.values()))
+        parts["copies for a checkpoint in the background"] = state
+    return parts
 
 
 def plan_batches(
@@ -48,12 +58,13 @@ def plan_batches(
     captured: bool | None = None,
     read: int = 0,
     available: int | None = None,
+    background: bool = False,
 ) -> None:
     """Make the loader's plan with :func:`memory_parts` counted; ``most`` is the largest batch size to choose.
 
     ``captured`` tells whether steps are captured; by default they are wherever they can be. ``read`` is how many bytes
     the batches of a validation set take that is read. ``available`` is how many bytes there are; by default all that
-    the backend has.
+    the backend has. ``background`` tells whether checkpoints are written in the background.
     """
     held = memory_parts(net, opt, 1, 0, copied)
     if net.backend.name == "cpu" and opt.t == 0:  # an operating system takes memory on first write
@@ -66,27 +77,33 @@ def plan_batches(
 
     def parts_of(batch_size: int) -> dict[str, int]:
         batches = {"batches of validation": read} if read else {}
-        return {**memory_parts(net, opt, batch_size, evaluated, copied, weighted), **batches}
+        return {**memory_parts(net, opt, batch_size, evaluated, copied, weighted, background), **batches}
 
     kept, least_rows = AHEAD if captured else 0, core_of(net).least_rows
     epochs_of(loader).replan(parts_of, allocated, available, most, kept, least_rows)
 
 
 def settle_batches(
-    net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | None, captured: bool | None = None
+    net: Network,
+    loader: Loader,
+    opt: Optimizer,
+    held_out: HeldOut | None,
+    captured: bool | None = None,
+    background: bool = False,
 ) -> None:
     """Make the loader's plan; try a batch size that it chose, and a smaller one if memory runs out."""
     evaluated, copied, read = 0, 0, 0
     if held_out is not None:
         evaluated, copied, read = held_out.samples, held_out.copied, held_out.batch_bytes
-    plan_batches(net, loader, opt, evaluated, copied, captured=captured, read=read)
+    plan_batches(net, loader, opt, evaluated, copied, captured=captured, read=read, background=background)
     check_last_batch(net, loader)
     while epochs_of(loader).automatic and (failure := rehearse(net, loader, opt, held_out)) is not None:
         core_of(net).release()
         free_unused(net)
         if loader.batch_size <= core_of(net).least_rows:
             raise InsufficientMemoryError(f"there is no memory for a step of {loader.batch_size} samples: {failure}")
-        plan_batches(net, loader, opt, evaluated, copied, power_below(loader.batch_size), captured, read)
+        most = power_below(loader.batch_size)
+        plan_batches(net, loader, opt, evaluated, copied, most, captured, read, background=background)
         check_last_batch(net, loader)
 
 

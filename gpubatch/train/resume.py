@@ -80,6 +80,8 @@ class RunCheckpoints:
             return
         # A thread that writes while training goes on needs copies; those of a GPU's arrays the store makes itself.
         copied = self.store.background and state.net.backend.name == "cpu"
+        if copied:
+            self.store.wait()  # so that there are never copies for two
         history = {
             # Arrays hold numbers exactly, and in less space than text.
             name: np.array(value, np.float64) if isinstance(value, list) else value
