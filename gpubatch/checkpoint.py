@@ -604,7 +604,7 @@ def _bytes_of(arrays: list[Array]) -> Iterator[np.ndarray]:
     for array in arrays:
         if not array.size:
             continue
-        if isinstance(array, np.ndarray) and array.nbytes <= SMALL:
+        if not is_cupy(array) and array.nbytes <= SMALL:
             together.append(array)
             size += array.nbytes
             if size < AT_ONCE:
