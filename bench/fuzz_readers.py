@@ -421,11 +421,13 @@ def model_files() -> list[bytes]:
         gb.Network([gb.Dense(3, 4), gb.BatchNorm(4), gb.Elementwise(leaky_swish), gb.Dense(4, 2)], backend="cpu"),
         gb.Network([gb.Dense(3, 2), gb.GELU("tanh"), gb.Dropout(0.2), gb.Dense(2, 1)], "mse", 0.1, "cpu", "float64"),
         gb.mlp([3, 2], loss=gb.SoftmaxCrossEntropy(ignore_label=5), backend="cpu"),
+        gb.mlp([3, 2], backend="cpu"),
     ]
     loaders = [
         gb.Loader(X, backend="cpu", scale=1 / 255, prepare=np.sqrt),
         gb.Loader(X.T, backend="cpu", dtype="float64", sample_axis=1),
         None,
+        gb.Loader(np.eye(3), backend="cpu", dtype="float32", prepare=gb.Standardize.of(np.eye(3))),
     ]
     files = []
     with tempfile.TemporaryDirectory() as folder:

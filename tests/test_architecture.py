@@ -212,7 +212,7 @@ CODE_LINES = {
     "optim": 1165,
     "nn": 2693,
     "datasets": 194,
-    "sources": 1810,
+    "sources": 1821,
     "loader": 2476,
     "tables": 1425,
     "checkpoint": 469,

@@ -953,8 +953,9 @@ def test_what_standardisation_refuses(rng):
     X[7, 1] = np.nan
     with pytest.raises(gb.NonFiniteError, match="X must hold finite numbers, got others in sample 7"):
         gb.Standardize.of(X)
-    with pytest.raises(ArgumentError, match="deviation finite and above 0"):
-        gb.Standardize([0.0], [0.0])
+    for mean, deviation in ((0.0, 0.0), (0.0, 1e-300), (1e300, 1.0), (np.nan, 1.0), (0.0, np.inf)):
+        with pytest.raises(ArgumentError, match=r"mean must be finite in float32, and deviation between 1\.2e-38 and"):
+            gb.Standardize([mean], [deviation])
     with pytest.raises(gb.ShapeError, match=r"must have one shape, got \(2,\) and \(1,\)"):
         gb.Standardize([0.0, 1.0], [1.0])
     with pytest.raises(gb.ShapeError, match=r"samples must have the shape \(1,\) of the means, got \(2,\)"):

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -476,6 +477,14 @@ def test_a_source_is_read_while_the_consumer_computes():
     for _ in range(2):  # ahead of the consumer, who asks for none of them
         assert read.acquire(timeout=60)
     batches.close()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in (write_map, write_own)])
+def test_a_source_of_files_refuses_to_be_pickled_in_words(kind, tmp_path, X):
+    for source in kind(tmp_path, X):
+        if not isinstance(source, np.ndarray | None):
+            with pytest.raises(DTypeError, match=r"a source cannot be pickled.*give the other process the path"):
+                pickle.dumps(source)
 
 
 def test_arrays_that_np_savez_wrote_otherwise(tmp_path, X):

@@ -7,6 +7,7 @@ import decimal
 import gzip
 import json
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -619,6 +620,14 @@ def test_a_shuffled_epoch_of_several_files_decodes_each_group_once(tmp_path: Any
         assert len(seen) == len({*seen}) >= len(rows.sizes) - 1  # that which was decoded last is there
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_that_is_streamed_refuses_to_be_pickled_in_words(kind: str, tmp_path: Any) -> None:
+    path = written(kind, large_table(), tmp_path / "table")
+    for given in (path, [path, written(kind, large_table(), tmp_path / "more")]):
+        with pytest.raises(gb.DTypeError, match="a source cannot be pickled"):
+            pickle.dumps(gb.read_table(given, label="y", stream=True))
+
+
 def files_in(folder: Any, *texts: str) -> Any:
     folder.mkdir()
     for number, text in enumerate(texts):
@@ -679,7 +688,10 @@ print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak is read from Linux")
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_memory_does_not_grow_with_a_streamed_file(kind: str, tmp_path: Any) -> None:
-    """A row more, of 59 bytes in Parquet and 123 in CSV, takes less than 16: what allocators keep, no list of rows."""
+    """A row more, of 59 bytes in Parquet and 123 in CSV, takes less than 12: what allocators keep, no list of rows.
+
+    Measured: 4 to 7 in CSV and 5 to 8 in Parquet.
+    """
     peaks = []
     for rows in (100_000, 800_000):
         rng = np.random.default_rng(0)
@@ -696,7 +708,7 @@ def test_memory_does_not_grow_with_a_streamed_file(kind: str, tmp_path: Any) -> 
         )
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.split()[-1]))
-    assert peaks[1] - peaks[0] < 16 * 700_000, peaks
+    assert peaks[1] - peaks[0] < 12 * 700_000, peaks
 
 
 # --- with a loader, a network and a model -----------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from gpubatch.sources import as_source
 
 __all__ = ["Standardize"]
 
+SINGLE = np.finfo(np.float32)
 AT_ONCE = 1 << 20  # bytes of X that are looked at together
 PRECISE = 1e5  # deviations from 0 at which the mean may be: float32 has 24 bits
 
@@ -20,7 +21,8 @@ PRECISE = 1e5  # deviations from 0 at which the mean may be: float32 has 24 bits
 class Standardize:
     """(x - mean) / deviation, column by column: ``Loader(prepare=gb.Standardize.of(X_train))``.
 
-    mean, deviation: one number for each feature, of the shape of a sample; the deviations are above 0.
+    mean, deviation: one number for each feature, of the shape of a sample, which float32 can hold; the deviations are
+        above 0.
 
     ``gb.save`` keeps the numbers with a model, and so does an ONNX file. Samples are rows, ``(batch, features)``.
     Differences are taken in the loader's element type, after it was converted to that.
@@ -38,8 +40,11 @@ class Standardize:
             raise ShapeError(
                 f"mean and deviation must have one shape, got {self.mean.shape} and {self.deviation.shape}"
             )
-        if not (np.isfinite(self.mean).all() and np.isfinite(self.deviation).all() and (self.deviation > 0).all()):
-            raise ArgumentError("mean must be finite, and deviation finite and above 0, got others")
+        small, large = float(SINGLE.smallest_normal), float(SINGLE.max)
+        if not ((np.abs(self.mean) <= large) & (self.deviation >= small) & (self.deviation <= large)).all():
+            raise ArgumentError(
+                f"mean must be finite in float32, and deviation between {small:.2g} and {large:.2g}, got others"
+            )
         self._there: dict[tuple[str, np.dtype[Any]], tuple[Array, Array]] = {}
 
     def __repr__(self) -> str:
@@ -89,6 +94,7 @@ class Standardize:
         if key not in self._there:
             self._there[key] = backend.asarray(self.mean, kind), backend.asarray(self.deviation, kind)
         mean, deviation = self._there[key]
-        found = x - mean
-        found /= deviation
+        with np.errstate(over="ignore"):
+            found = x - mean
+            found /= deviation
         return found

@@ -22,7 +22,7 @@ from gpubatch.sources.arrays import (
 from gpubatch.sources.given import as_source, is_read
 from gpubatch.sources.opener import BytesByPlace, LocalFile, Opener, Reopened, opener_of
 from gpubatch.sources.parts import files, openers_of, words_of
-from gpubatch.sources.reader import Part, Reader, Source
+from gpubatch.sources.reader import InTurn, Part, Reader, Source
 from gpubatch.sources.remote import RemoteFile, remote
 from gpubatch.sources.rows import cifar10, idx, naming_the_file, npy, npz, raw
 from gpubatch.sources.tables import Grouped, ParquetGroups, arrow, hdf5, huggingface, opened_arrow, parquet
@@ -31,6 +31,7 @@ __all__ = [
     "ArraySource",
     "BytesByPlace",
     "Grouped",
+    "InTurn",
     "LocalFile",
     "Opener",
     "ParquetGroups",

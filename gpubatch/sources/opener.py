@@ -6,9 +6,10 @@ import io
 import os
 import threading
 from collections.abc import Callable
-from typing import BinaryIO, Generic, Protocol, TypeVar
+from typing import BinaryIO, Generic, NoReturn, Protocol, TypeVar
 
 from gpubatch.errors import DataFormatError
+from gpubatch.sources.reader import refuse_pickling
 from gpubatch.sources.remote import RemoteFile, is_url
 
 __all__ = ["BytesByPlace", "LocalFile", "Opener", "Reopened", "opener_of"]
@@ -129,6 +130,9 @@ class Reopened(Generic[T]):
         made, self._made = self._made, None
         if made is not None:
             made.close()
+
+    def __reduce__(self) -> NoReturn:
+        refuse_pickling()
 
     def __del__(self) -> None:
         if hasattr(self, "_made"):

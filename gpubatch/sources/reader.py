@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from gpubatch.errors import DataFormatError, DTypeError, ShapeError, check_int
 from gpubatch.inputs import check_kind
 from gpubatch.sources.arrays import check_rows, holds_all
 
-__all__ = ["Form", "InTurn", "Part", "Reader", "Source"]
+__all__ = ["Form", "InTurn", "Part", "Reader", "Source", "refuse_pickling"]
 
 Form: TypeAlias = tuple[np.dtype[Any], tuple[int, ...]]  # the element type and the shape of a sample
 
@@ -45,6 +45,14 @@ class Source(Protocol):
         """The samples at ``indices``."""
 
 
+def refuse_pickling() -> NoReturn:
+    """Raise for what is open in this process alone."""
+    raise DTypeError(
+        "a source cannot be pickled, since its files are open in this process: give the other process the path, and "
+        "open it there"
+    )
+
+
 class InTurn:
     """A lock for the threads of a process; a forked child has one of its own, which no thread of its parent holds."""
 
@@ -60,6 +68,9 @@ class InTurn:
 
     def __exit__(self, *_: object) -> None:
         self._lock().release()
+
+    def __reduce__(self) -> NoReturn:
+        refuse_pickling()
 
 
 class Reader:

@@ -66,7 +66,7 @@ def remote(
     **With a cache** the name of the copy has a digest of the URL and of what the server says of the file's size, time
     and ETag, so that a file that was changed is copied anew. A copy has its name only when it is whole; what there is
     of one that was broken off is gone on with. Nothing is written outside the folder, and nothing in it is removed: it
-    grows by every file, and by every version of a file, that is opened.
+    grows by every file, and by every version of a file, that is opened. Whoever gives it empties it.
 
     What fails is tried 3 times. Then it is a ``TransferError`` that names the URL and the byte, and reading goes on
     there where it is tried again. Where the file is changed while it is read, as its size, time or ETag say, that is

@@ -536,10 +536,10 @@ class _Hdf5:
     def __init__(self, file: Opener, names: list[str]) -> None:
         h5py, path = _need("h5py"), file.path
         if getattr(file, "by_parts", False):
-            # While h5py reads it has a lock, for which a thread that fetches waits if it collects garbage of h5py's.
+            # A thread that fetches and collects garbage of h5py's waits for the lock, and h5py for the thread.
             raise ArgumentError(
-                f"{path}: HDF5 is read from a copy where the file is elsewhere; give gpubatch.sources.remote(url, "
-                "cache=...)"
+                f"{path}: HDF5 is read from a copy where the file is elsewhere, since h5py has a lock while it reads, "
+                "for which a thread that fetches may wait for ever; give gpubatch.sources.remote(url, cache=...)"
             )
         check_exists(file)
         with naming_the_file(path, "an HDF5 file"):

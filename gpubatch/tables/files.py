@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from gpubatch.errors import ArgumentError, DataFormatError, InsufficientMemoryEr
 from gpubatch.sources import (
     BytesByPlace,
     Grouped,
+    InTurn,
     Opener,
     ParquetGroups,
     Reopened,
@@ -109,7 +109,7 @@ class GroupedRows:
     label_values: list[str] | None = None
 
     def __init__(self, file: Opener, open_file: Callable[[Opener], Grouped], what: str) -> None:
-        self.where, self._what, self._lock = file.path, what, threading.Lock()
+        self.where, self._what, self._lock = file.path, what, InTurn()
         with naming_the_file(self.where, what):
             self._opened = Reopened(file, lambda: open_file(file))
             found = self._opened.use()

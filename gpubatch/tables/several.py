@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from gpubatch.errors import ArgumentError, DataFormatError
-from gpubatch.sources import Opener, naming_the_file, openers_of, words_of
+from gpubatch.sources import InTurn, Opener, naming_the_file, openers_of, words_of
 from gpubatch.tables.columns import CODED, TEXT, family, need
 from gpubatch.tables.files import Looked, looked_at, streams
 from gpubatch.tables.rows import Rows, of_frame
@@ -125,7 +124,7 @@ class Joined:
         if len(values) == len(parts) and None not in values:
             self.label_values = list(dict.fromkeys(value for some in values if some is not None for value in some))
         self._open: OrderedDict[int, Rows] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = InTurn()
 
     def _compare(self, first: Rows, part: Rows) -> None:
         """Widen the types to hold those of a file; an error for columns that it has more or fewer than the first."""
