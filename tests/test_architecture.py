@@ -213,7 +213,7 @@ CODE_LINES = {
     "nn": 2693,
     "datasets": 194,
     "sources": 1821,
-    "loader": 2476,
+    "loader": 2481,
     "tables": 1425,
     "checkpoint": 469,
     "model": 954,
