@@ -49,7 +49,7 @@ from gpubatch.params import FlatViews
 from gpubatch.series import FILE, Series, SeriesFile, Tails, read_series, tails_of
 from gpubatch.staging import Stages
 
-__all__ = ["DTYPES", "Checkpoints", "open_tensors", "read", "replacing", "versions", "write_tensors"]
+__all__ = ["DTYPES", "HEADER_LIMIT", "Checkpoints", "open_tensors", "read", "replacing", "versions", "write_tensors"]
 
 FORMAT = 2  # version of the JSON; a reader refuses any later one. The first had neither packed arrays nor series
 NAME = re.compile(r"checkpoint-(\d{6,})-([0-9a-f]{16})\.safetensors")

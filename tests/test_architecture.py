@@ -210,7 +210,7 @@ CODE_LINES = {
     "sizing": 264,
     "params": 99,
     "optim": 1165,
-    "nn": 2693,
+    "nn": 2694,
     "datasets": 194,
     "sources": 1821,
     "loader": 2481,

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from gpubatch.backend import Backend
-from gpubatch.checkpoint import open_tensors, versions, write_tensors
+from gpubatch.checkpoint import HEADER_LIMIT, open_tensors, versions, write_tensors
 from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, GpubatchError, check_int
 from gpubatch.model.describe import Decoder, Encoder, differences
 from gpubatch.model.preparation import Preparation
@@ -38,7 +38,6 @@ from gpubatch.nn import Network, parameter_names, stacked
 __all__ = ["check_path", "check_writable", "read_file", "write_file"]
 
 FORMAT, VERSION = "gpubatch model", 1
-HEADER_LIMIT = 16 << 20  # bytes: about 100,000 arrays
 # What a network's description has, besides its dropout_step.
 NETWORK: dict[str, Any] = {
     "layers": list,

@@ -533,7 +533,8 @@ def check_names(what: str, found: Any, known: Any, optional: Sequence[str] = ())
     """``found`` must be a mapping with the names of ``known``, perhaps some of ``optional``, and no other."""
     if not isinstance(found, Mapping):
         raise DTypeError(f"{what} must be a mapping, got {type(found).__name__}")
-    missing, extra = [n for n in known if n not in found], [n for n in found if n not in (*known, *optional)]
+    allowed = {*known, *optional}
+    missing, extra = [n for n in known if n not in found], [n for n in found if n not in allowed]
     if missing or extra:
         raise ArgumentError(f"{what} must hold {', '.join(known) or 'nothing'}; missing {missing}, unknown {extra}")
 
