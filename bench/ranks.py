@@ -3,11 +3,11 @@
 The step is that of ``bench/peers.py``: 784-512-256-10 with Adam in float32, here of batches of 64 to 4,096 rows over
 all ranks. Contenders take turns for several rounds, each in processes of its own, which wait without work in between:
 
-- gpubatch over 1, 2 and 4 ranks by mpiexec, one thread a rank, a part of the batch for each; over 2 ranks also with 8
-  parts, and with the threads that a rank takes by itself;
+- gpubatch over 1, 2 and 4 ranks by mpiexec, a part of the batch and one thread for each rank, which is bound to a core;
+  over 2 ranks also with 8 parts, and with the threads that a rank takes by itself, not bound;
 - gpubatch in one process, without ranks, with the threads that it takes by itself;
-- PyTorch's DistributedDataParallel over 2 processes with gloo, one thread each (as torchrun sets it), with its fused
-  Adam, gradients as views of the buckets and a static graph.
+- PyTorch's DistributedDataParallel over 2 processes with gloo, one thread each (as torchrun sets it), bound and not,
+  with its fused Adam, gradients as views of the buckets and a static graph.
 
 All start from the same weights and must have the same loss after as many steps. Times are means over a turn, of the
 slowest rank; the table has medians over rounds, and ratios of the same round. The pieces of a step that
@@ -41,23 +41,32 @@ ALONE = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL")} | {"
 
 
 class Contender(NamedTuple):
-    """How a contender runs: its processes, the parts of a batch, whether each has one thread, whether it is PyTorch."""
+    """How a contender runs.
+
+    ranks: its processes
+    shards: parts of a batch
+    alone: whether each process has one thread
+    bound: whether each has a core of its own, as a launcher's ``-bind-to core``
+    torch: whether it is PyTorch
+    """
 
     ranks: int
     shards: int | None
     alone: bool
+    bound: bool = False
     torch: bool = False
 
 
-ONE, OURS, DDP = "1 rank", "2 ranks", "PyTorch DDP, 2 processes"
+ONE, OURS, DDP, BOUND = "1 rank", "2 ranks", "PyTorch DDP, 2 processes", "PyTorch DDP, bound"
 CONTENDERS = {
     "one process": Contender(1, None, alone=False),
     ONE: Contender(1, 1, alone=True),
-    OURS: Contender(2, 2, alone=True),
-    "2 ranks, 8 parts": Contender(2, 8, alone=True),
-    "2 ranks, own threads": Contender(2, 2, alone=False),
-    "4 ranks": Contender(4, 4, alone=True),
+    OURS: Contender(2, 2, alone=True, bound=True),
+    "2 ranks, 8 parts": Contender(2, 8, alone=True, bound=True),
+    "2 ranks, not bound": Contender(2, 2, alone=False),
+    "4 ranks": Contender(4, 4, alone=True, bound=True),
     DDP: Contender(2, None, alone=True, torch=True),
+    BOUND: Contender(2, None, alone=True, bound=True, torch=True),
 }
 
 
@@ -67,9 +76,15 @@ CONTENDERS = {
 def ranks_training(n: int, shards: int, ranks: Any) -> Step:
     """gpubatch's step over ranks."""
     import gpubatch as gb
+    from gpubatch.passes import DataPass, Deal
 
-    loader = gb.Loader(*batch_of(n), batch_size=n, shuffle=False, prefetch=0, backend="cpu", ranks=ranks, shards=shards)
-    x, y = next(iter(loader))
+    # As a loader with ``ranks=ranks, shards=shards`` gives a batch out, whose making is not measured.
+    own = shards // ranks.size
+    cuts = [n * part // shards for part in range(ranks.rank * own, (ranks.rank + 1) * own + 1)]
+    x, y = (array[cuts[0] : cuts[-1]] for array in batch_of(n))
+    given = DataPass(None, 0)
+    given.begin()
+    given.give_out((x, y), Deal(n, cuts[0], tuple(np.diff(cuts).tolist()), shards))
     net = gb.mlp(list(SIZES), backend="cpu")
     for view, values in zip(net.parameters.values(), itertools.chain(*initial_layers()), strict=True):
         view[...] = values
@@ -178,6 +193,9 @@ def work(contender: str, port: int) -> None:
 
         ranks = gb.Ranks()
         rank = ranks.rank
+    if how.bound:
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
     steps: dict[int, Step] = {}
     done: dict[int, int] = {}
     with socket.create_connection(("127.0.0.1", port)) as connection, connection.makefile("rw") as lines:
@@ -332,9 +350,9 @@ def main() -> None:
     print("| batch | " + " | ".join(names) + " |\n|--:|" + "--:|" * len(names), flush=True)
     found = measure(names, [int(batch) for batch in options.batches.split(",")], options.rounds)
     for row in found["rows"]:
-        if DDP in row.get("times_of_2_ranks", {}):
-            ratio, (low, high) = row["times_of_2_ranks"][DDP], row["range"][DDP]
-            print(f"batch {row['batch']}: DDP takes {ratio:.2f} times what 2 ranks take ({low:.2f} to {high:.2f})")
+        for name, ratio in row.get("times_of_2_ranks", {}).items():
+            low, high = row["range"][name]
+            print(f"batch {row['batch']}: {name} takes {ratio:.2f} times what 2 ranks take ({low:.2f} to {high:.2f})")
     print(json.dumps(found["pieces"]))
     if options.out:
         described = {

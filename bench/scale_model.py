@@ -323,7 +323,7 @@ def held_against(found: dict[str, Any]) -> list[dict[str, Any]]:
     for row in found["rows"]:
         for contender, us in row["microseconds"].items():
             how = found["contenders"][contender]
-            if not how:
+            if how.get("ranks", 1) == 1:  # from which the pieces are
                 continue
             work = Work("", row["batch"], 0, found["gradients"], row["batch"], shards=how["shards"])
             step = predict(work, measured_cluster(found, how["ranks"]), memory, how["ranks"]).step
@@ -471,7 +471,7 @@ def main(arguments: list[str] | None = None) -> None:
         draw(
             options.plot,
             by_work,
-            f"Predicted, not measured: {options.samples:.0e} samples, network {words}, Adam, TF32",
+            f"Predicted, not measured: {options.samples:,.0f} samples, network {words}, Adam, TF32",
         )
     if options.out:
         result = {

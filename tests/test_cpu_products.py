@@ -21,7 +21,7 @@ import gpubatch as gb
 from gpubatch.errors import ArgumentError
 from gpubatch.ops import cpu_products, host_library
 from gpubatch.ops.blas import OPENMP, OpenBlas, _library, multiply, numpy_blas
-from gpubatch.ops.compile import wanted_threads
+from gpubatch.ops.compile import LOCAL_SIZES, wanted_threads
 
 # m, k, n: vectors, an outer product, one piece, pieces of rows, of columns, and of both, and what does not end at one.
 SHAPES = {
@@ -289,6 +289,21 @@ def test_the_environment_sets_the_most_threads(monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setenv("GPUBATCH_THREADS", wrong)
         with pytest.raises(ArgumentError, match=rf"GPUBATCH_THREADS must be an integer from 1 to 256, got '{wrong}'"):
             wanted_threads(6)
+
+
+def test_processes_of_a_launcher_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GPUBATCH_THREADS", "OMP_NUM_THREADS", *LOCAL_SIZES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 12)
+    for name in LOCAL_SIZES:
+        for size, threads in {"": 12, "0": 12, "1": 12, "4": 3, "5": 2, "12": 1, "50": 1}.items():
+            monkeypatch.setenv(name, size)
+            assert wanted_threads(12) == threads
+            assert wanted_threads(3) == 3  # the launcher has given each its own
+        monkeypatch.setenv("GPUBATCH_THREADS", "8")
+        assert wanted_threads(12) == 8
+        monkeypatch.delenv("GPUBATCH_THREADS")
+        monkeypatch.delenv(name)
 
 
 class Machine:

@@ -168,11 +168,19 @@ def installed_elsewhere() -> str | None:
     return None if found is None or found.origin is None else os.path.dirname(found.origin)
 
 
+# What launchers call the number of processes of this machine: MPICH and Intel MPI, Open MPI, MVAPICH, torchrun.
+LOCAL_SIZES = "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE", "LOCAL_WORLD_SIZE"
+
+
 def wanted_threads(processors: int) -> int:
     """The most threads of a loop on the CPU: ``GPUBATCH_THREADS``, or as many as there are processors.
 
-    ``OMP_NUM_THREADS`` bounds the latter: joblib sets it in its processes, which share the processors.
+    ``OMP_NUM_THREADS`` bounds the latter: joblib sets it in its processes, which share the processors. So do those that
+    a launcher starts on a machine, unless it has given each its own.
     """
+    if processors == os.cpu_count():
+        together = next((n for name in LOCAL_SIZES if (n := os.environ.get(name, "")).isdecimal() and int(n)), "1")
+        processors = max(1, processors // int(together))
     openmp = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     bound = int(openmp) if openmp.isdecimal() and int(openmp) else MOST_CPU_THREADS
     value = os.environ.get("GPUBATCH_THREADS") or str(min(processors, bound, MOST_CPU_THREADS))
