@@ -18,8 +18,8 @@ EXPORTS = {
     "errors": """
         ArgumentError BackendFallbackWarning BackendUnavailableError CaptureError CaptureWarning CheckpointError
         CheckpointWarning CompilerWarning ConversionWarning DTypeError DataFormatError DeviceMismatchError EpochWarning
-        FewStepsWarning FormulaError GpubatchError IdleWarning InUseError InsufficientMemoryError
-        MicroBatchWarning NonFiniteError ResumeWarning ShapeError SkippedStepWarning TableWarning TransferError
+        FewStepsWarning FormulaError GpubatchError IdleWarning InUseError InsufficientMemoryError MicroBatchWarning
+        NonFiniteError RankError ResumeWarning ShapeError SkippedStepWarning TableWarning TransferError
         TuningWarning UnknownArgumentError UnscaledWarning
     """,
     "explore": """
@@ -94,6 +94,7 @@ if TYPE_CHECKING:  # the same once more, for type checkers
         InUseError as InUseError,
         MicroBatchWarning as MicroBatchWarning,
         NonFiniteError as NonFiniteError,
+        RankError as RankError,
         ResumeWarning as ResumeWarning,
         ShapeError as ShapeError,
         SkippedStepWarning as SkippedStepWarning,

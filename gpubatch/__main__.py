@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
 import sys
 import warnings
 
@@ -20,12 +22,20 @@ def main() -> None:
     # Only here: without the extra these cannot be imported.
     from gpubatch.cli import app
     from gpubatch.errors import ArgumentError, DataFormatError, GpubatchError
+    from gpubatch.parallel import launched_rank
 
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    rank = launched_rank(os.environ)
     try:
-        app()
+        with contextlib.ExitStack() as stack:
+            if rank:  # of the processes that a launcher started, one writes for all
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            app()
     except (GpubatchError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not rank:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ArgumentError) and not isinstance(error, DataFormatError) else 1)
 
 

@@ -14,6 +14,7 @@
     ├── TransferError (OSError)              a file elsewhere cannot be read; the message has the URL and the byte
     ├── CaptureError (RuntimeError)          work that a CUDA graph cannot hold
     ├── InUseError (RuntimeError)            another thread trains the network
+    ├── RankError (RuntimeError)             another process of the run has failed; the message says which and why
     └── NonFiniteError (ArithmeticError)     NaN or infinity in data, loss or gradient
 
     BackendFallbackWarning (UserWarning)     the CPU replaces an unusable device
@@ -63,6 +64,7 @@ __all__ = [
     "InsufficientMemoryError",
     "MicroBatchWarning",
     "NonFiniteError",
+    "RankError",
     "ResumeWarning",
     "ShapeError",
     "SkippedStepWarning",
@@ -137,6 +139,10 @@ class CaptureError(GpubatchError, RuntimeError):
 
 class InUseError(GpubatchError, RuntimeError):
     """Another thread trains the network meanwhile."""
+
+
+class RankError(GpubatchError, RuntimeError):
+    """Another process of a data-parallel run has failed, which ends this one, too."""
 
 
 class NonFiniteError(GpubatchError, ArithmeticError):

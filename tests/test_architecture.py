@@ -63,14 +63,14 @@ ORDER = {
     " dropout sums gather permutation table blas products",
     "schedules": "counted decays cycles combined saved",
     "optim": "arrays groups epochs optimizer optimizers ahead resumed",
-    "parallel": "engines nccl ranks",
+    "parallel": "watch engines nccl ranks",
     "nn": "needs layers stack workspace losses checks parts core summary network",
     "sources": "arrays reader remote opener rows chunked tables parts given",
     "loader": "deals order pinned functions standardize weights columns windows ahead device feeds epochs loader",
     "tables": "columns statistics recipe fitting rows files several table",
     "model": "describe preparation file model export",
-    "train": "ledger loss_scale history display parts callbacks monitors logs checks record graphs captured_step"
-    " eager captured validation memory resume signals loop",
+    "train": "ledger loss_scale history in_use display together parts callbacks monitors logs checks record graphs"
+    " captured_step eager captured validation memory resume signals loop",
     "explore": "shared gradients search slices sweeps",
     "sklearn": "machine training estimators",
     "cli": "shared options arrays data strategies train models info gradients landscape sweep memory",
@@ -193,7 +193,7 @@ def test_packages_are_no_larger_than_their_table_says() -> None:
 
 # The most code lines of each package or module.
 CODE_LINES = {
-    "errors": 122,
+    "errors": 124,
     "own": 27,
     "main_memory": 66,
     "shown": 30,
@@ -204,7 +204,7 @@ CODE_LINES = {
     "averages": 55,
     "backend": 539,
     "staging": 68,
-    "parallel": 361,
+    "parallel": 432,
     "inputs": 110,
     "ops": 2635,
     "sizing": 264,
@@ -218,13 +218,13 @@ CODE_LINES = {
     "checkpoint": 469,
     "model": 954,
     "metrics": 268,
-    "train": 2567,
+    "train": 2929,
     "explore": 940,
     "plot": 367,
-    "cli": 1923,
+    "cli": 2002,
     "sklearn": 987,
     "torch": 565,
-    "__main__": 19,
+    "__main__": 29,
     "__init__": 215,
 }
 

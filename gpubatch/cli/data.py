@@ -16,9 +16,10 @@ from gpubatch.backend import Array, get_backend
 from gpubatch.cli.arrays import RowsOf, arrays_of, check_there, npz, rows, taken
 from gpubatch.cli.options import DTYPES, LOSSES_OF, BatchOptions, NetworkOptions, Seed, TestSize, names_of
 from gpubatch.errors import ArgumentError, DataFormatError, NonFiniteError, check_choice, check_real
-from gpubatch.loader import Loader, Standardize, epochs_of, split
+from gpubatch.loader import SHARDS, Loader, Standardize, epochs_of, split
 from gpubatch.model import Model
-from gpubatch.nn import LOSSES, Dense, Loss, Network, SoftmaxCrossEntropy, mlp
+from gpubatch.nn import LOSSES, Dense, Loss, Network, SoftmaxCrossEntropy, core_of, mlp
+from gpubatch.parallel import Ranks
 from gpubatch.sizing import WHOLE_SET
 from gpubatch.tables import Table, read_table
 from gpubatch.train import drop_last_for, loader_for
@@ -101,21 +102,28 @@ class Samples:
             return dataclasses.replace(self, X=train, test=(self.test[0].prepared_by(train.recipe), None))
         return dataclasses.replace(self, X=taken(self.X, slice(n)), Y=None if self.Y is None else self.Y[:n])
 
-    def loader(self, net: Network, batches: BatchOptions, seed: int) -> Loader:
-        """Batches for a network to train on."""
-        n = len(self.X)
+    def loader(
+        self, net: Network, batches: BatchOptions, seed: int, ranks: Ranks | None = None, shards: int | None = None
+    ) -> Loader:
+        """Batches for a network to train on, in so many parts, which are dealt to ranks."""
         if self.prepare is not None and net.compute_dtype == np.float32 and len(lost := self.prepare.lost):
             of = self.prepare.mean[lost[0]], self.prepare.deviation[lost[0]]
             raise ArgumentError(
                 f"--standardize: column {lost[0]} has mean {of[0]:g} and deviation {of[1]:g}, of which float32 keeps "
                 "too few digits; subtract a number near the mean before, or give --dtype float64"
             )
-        size = usual_size(n, batches.at_most) if batches.size == "auto" and n <= WHOLE_SET else batches.size
-        single = isinstance(size, int) and size > 0 and n % size == 1
+        n, dealt = len(self.X), ranks is not None or shards is not None
+        least = core_of(net).least_rows * (SHARDS if dealt and shards is None else shards or 1)
+        size = batches.size
+        if size == "auto" and n <= WHOLE_SET:
+            size = max(usual_size(n, batches.at_most), min(least, n))
+        rest = n % size if isinstance(size, int) and size > 0 else 0
+        # Batch norm needs two samples in every part.
+        left_out = dealt and 0 < rest < least and core_of(net).least_rows > 1
         return Loader(
             *(self.X, self.Y),
             batch_size=size,
-            drop_last=drop_last_for(net) if single else False,
+            drop_last=left_out or (drop_last_for(net) if rest == 1 else False),
             at_most=batches.at_most,
             seed=seed,
             backend=net.backend,
@@ -123,6 +131,8 @@ class Samples:
             scale=self.scale,
             class_weight=self.class_weight,
             prepare=self.prepare,
+            ranks=ranks,
+            shards=shards,
         )
 
 

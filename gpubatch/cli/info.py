@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from gpubatch.cli.shared import app, examples, print_json, table_of, versions
 from gpubatch.errors import BackendUnavailableError, check_choice
 from gpubatch.formula import Rule, rules
 from gpubatch.ops import cpu_products, host_library, own_form, products_for, reduce_sources, update_source
+from gpubatch.parallel import Ranks
 from gpubatch.sizing import format_bytes
 
 __all__ = ["EXTRAS", "info"]
@@ -57,11 +59,13 @@ def info(
             typer.echo(source)
         return
     found = [get_backend(spec) for spec in available_backends()]
+    processes = ranks_here()
     why_not = _why_no_cuda()
     if as_json:
         backends = {be.spec: {"device": be.device, "memory": dataclasses.asdict(be.memory())} for be in found}
         products = {"cpu": cpu_products(), **_how_cuda_multiplies(found)}
         cuda: dict[str, Any] = {"cuda": why_not or "available", "matrix_products": products}
+        cuda["ranks"] = processes
         cuda["extras"] = {name: installed(packages) for name, (_, packages) in EXTRAS.items()}
         print_json(backends=backends, **cuda, own_formulas=own_form(), auto=get_backend().spec, versions=versions())
         return
@@ -83,6 +87,7 @@ def info(
     out.print(f"kernels compiled for the CPU: {words}.", soft_wrap=True)
     out.print(f"matrix products on the CPU: {cpu_products()}.", soft_wrap=True, markup=False)
     out.print(f"formulas of your own on a CPU: {own_form()}.", soft_wrap=True, markup=False)
+    out.print(f"ranks: {_ranks_in_words(processes)}.", soft_wrap=True, markup=False)
     extras = table_of("extra", "for", "installed")
     for name, (what, packages) in EXTRAS.items():
         there = installed(packages)
@@ -91,6 +96,35 @@ def info(
         remedy = f"pip install 'gpubatch\\[{name}]'"
         extras.add_row(name, what, have if not lacking else f"{have}; {remedy}" if have else remedy)
     out.print(extras)
+
+
+def ranks_here() -> dict[str, Any]:
+    """The processes that a launcher started, what connects them, and their devices; of one process, what could."""
+    ranks = Ranks()
+    auto = get_backend()
+    nccl = None
+    if auto.name == "cuda":
+        with contextlib.suppress(ImportError):
+            nccl = load_cupy().cuda.nccl.get_version()
+    return {
+        "size": ranks.size,
+        "connected_by": " ".join(ranks.connection.split()),
+        "devices": ranks.gather(f"{auto.spec} ({auto.device})"),
+        **installed(["mpi4py"]),
+        "mpiexec": shutil.which("mpiexec"),
+        "nccl": nccl,
+    }
+
+
+def _ranks_in_words(processes: Mapping[str, Any]) -> str:
+    version = processes["mpi4py"]
+    mpi4py = "no mpi4py: pip install 'gpubatch[parallel]' mpich" if version is None else f"mpi4py {version}"
+    if processes["size"] == 1:
+        where = processes["mpiexec"] or "no mpiexec on the path"
+        return f"one process, as nothing started more of them; {mpi4py}, {where}"
+    devices = "; ".join(f"{rank}: {device}" for rank, device in enumerate(processes["devices"]))
+    nccl = "" if processes["nccl"] is None else f", NCCL {processes['nccl']}"
+    return f"{processes['size']} processes, connected by {processes['connected_by']}, {mpi4py}{nccl}; {devices}"
 
 
 def installed(packages: Sequence[str]) -> dict[str, str | None]:

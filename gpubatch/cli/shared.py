@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import platform
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,8 @@ from rich import box
 from rich.table import Table
 
 import gpubatch
+from gpubatch.errors import ArgumentError
+from gpubatch.parallel import launched
 
 __all__ = ["app", "arguments_of", "examples", "in_percent", "number_or_dash", "print_json", "table_of", "versions"]
 
@@ -44,13 +47,20 @@ def print_version(wanted: bool) -> None:
     "Ctrl-C, 143 after SIGTERM."
 )
 def common(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=print_version)
     ] = False,
 ) -> None:
     """Train networks by mini-batches on NumPy or CuPy arrays."""
+    if context.invoked_subcommand not in DIVIDED and (count := launched(os.environ)) != 1:
+        raise ArgumentError(
+            f"gpubatch {context.invoked_subcommand} is for one process, and a launcher started {count or 'several'}: "
+            f"run it without mpiexec; only gpubatch {' and gpubatch '.join(DIVIDED)} work on several"
+        )
 
 
+DIVIDED = ("train", "info")  # the commands that several processes run together
 PRINTED = {"as_json", "plot_file", "save_file", "progress"}  # arguments that no result depends on
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -16,9 +17,11 @@ from gpubatch.cli import options
 from gpubatch.cli.data import DataOptions, network_for, sizes_of, used
 from gpubatch.cli.options import BatchOptions, NetworkOptions, OptimizerOptions, TrainingOptions, spread
 from gpubatch.cli.shared import app, arguments_of, examples, in_percent, print_json, versions
-from gpubatch.errors import ArgumentError, check_int
+from gpubatch.errors import ArgumentError, RankError, check_int
 from gpubatch.model import check_writable, save
+from gpubatch.parallel import Ranks
 from gpubatch.train import (
+    Agreement,
     BestWeights,
     CSVLog,
     EarlyStopping,
@@ -27,6 +30,7 @@ from gpubatch.train import (
     TrainingTerminated,
     fit,
     init_to_resume,
+    shards_to_resume,
 )
 
 __all__ = ["train"]
@@ -39,6 +43,7 @@ __all__ = ["train"]
         images="gpubatch train data/mnist --layers 1024,512 --epochs 20 --plot curves.png",
         numbers="gpubatch train X.npy Y.npy --task regression --early-stop 5",
         after_a_crash="gpubatch train --checkpoint run --resume",
+        four_processes="mpiexec -n 4 gpubatch train --batch-size 256 --checkpoint run",
     ),
 )
 @spread()
@@ -53,6 +58,14 @@ def train(
     checkpoint: Annotated[Path | None, typer.Option(help="Folder to save the run in, so that it can go on.")] = None,
     every: Annotated[int | None, typer.Option(help="Steps between checkpoints; by default an epoch.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
+    shards: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Parts of a batch, dealt to the processes of mpiexec: the result depends on them, and not on the "
+            "processes. By default those of the resumed run, or 8 under mpiexec.",
+        ),
+    ] = None,
     save_file: Annotated[
         Path | None, typer.Option("--save", help="Save the trained model as this .safetensors file.")
     ] = None,
@@ -61,24 +74,32 @@ def train(
     as_json: options.AsJson = False,
     progress: options.Progress = True,
 ) -> None:
-    """Train a network by mini-batches, and test it."""
-    if checkpoint is None and (resume or every is not None):
-        raise ArgumentError(f"{'--resume' if resume else '--every'} needs --checkpoint DIR, the folder of the run")
-    store = None if checkpoint is None else Checkpoints(checkpoint, every)
-    if plot_file is not None:
-        plot.check_plot_file(plot_file)
-    if save_file is not None:
-        check_writable(save_file)
-    optimizer.check()
-    training.check()
-    epochs = check_int("--epochs", training.epochs, 1)
-    if resume and store is not None and network.init == "auto":
-        network = dataclasses.replace(network, init=init_to_resume(store))
-    found = data.read()
-    net = network_for(found, network, data.seed)
+    """Train a network by mini-batches, and test it.
+
+    Under mpiexec or srun all processes train one network together, each on its parts of every batch.
+    """
+    together = Agreement(ranks := ranks_of_launcher())
+    with together.ending(), together.phase():
+        if checkpoint is None and (resume or every is not None):
+            raise ArgumentError(f"{'--resume' if resume else '--every'} needs --checkpoint DIR, the folder of the run")
+        store = None if checkpoint is None else Checkpoints(checkpoint, every)
+        if plot_file is not None and together.first:
+            plot.check_plot_file(plot_file)
+        if save_file is not None and together.first:
+            check_writable(save_file)
+        optimizer.check()
+        training.check()
+        epochs = check_int("--epochs", training.epochs, 1)
+        if resume and store is not None and network.init == "auto":
+            network = dataclasses.replace(network, init=init_to_resume(store))
+        if resume and store is not None and shards is None:
+            shards = shards_to_resume(store)
+        found = data.read()
+        net = network_for(found, network, data.seed)
     where, n_test = net.backend, len(found.test[0])
-    loader = found.loader(net, batches, data.seed)
-    opt = optimizer.make(net, epochs)
+    with together.ending(), together.phase():
+        loader = found.loader(net, batches, data.seed, ranks, shards)
+        opt = optimizer.make(net, epochs)
 
     out = Console(quiet=as_json, highlight=False, soft_wrap=True, markup=False, emoji=False)
     out.print(f"data       {found.name}: {len(found.X):,} to train on, {n_test:,} to test")
@@ -90,6 +111,8 @@ def train(
         out.print(f"loss       {net.loss_name}")
     out.print(f"optimizer  {optimizer.optimizer}, learning rate {optimizer.rate:g}, decay {optimizer.decay}")
     out.print(f"backend    {where.device}, {network.dtype}, precision {network.precision}")
+    if together.several:
+        out.print(f"ranks      {together.size} processes, batches in {loader.shards} parts")
     started, ended = time.perf_counter(), ""
     code = 0
     callbacks = training.callbacks()
@@ -107,6 +130,7 @@ def train(
             progress=progress,
             execution=training.execution,
             metrics=measured,
+            ranks=ranks,
         )
     except (TrainingInterrupted, TrainingTerminated) as end:
         history, ended = end.history, end.message
@@ -115,6 +139,8 @@ def train(
         typer.echo(ended, err=True)
         # What a shell reports for a program that Ctrl-C or SIGTERM ended.
         code = 130 if isinstance(end, TrainingInterrupted) else 143
+    if not together.first:
+        raise typer.Exit(code)
     seconds = time.perf_counter() - started
     out.print(f"batches    {loader.batch_size}: {loader.plan.reason}")
     out.print(f"steps      {history.execution}")
@@ -153,6 +179,17 @@ def train(
         )
     if ended:
         raise typer.Exit(code)
+
+
+def ranks_of_launcher() -> Ranks | None:
+    """The processes that a launcher started; None if this one is alone."""
+    try:
+        ranks = Ranks()
+    except ImportError as error:
+        raise RankError(str(error)) from error
+    if ranks.rank and sys.__stderr__ is not None:
+        sys.stderr = sys.__stderr__  # for why one rank ends all
+    return ranks if ranks.size > 1 else None
 
 
 def complete(history: History, steps: int) -> History:

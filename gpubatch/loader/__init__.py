@@ -4,6 +4,7 @@
 """
 
 from gpubatch.loader.columns import Columns, captured_dtype
+from gpubatch.loader.deals import SHARDS
 from gpubatch.loader.device import DeviceFeed
 from gpubatch.loader.epochs import Epochs
 from gpubatch.loader.feeds import LoaderStats
@@ -12,6 +13,7 @@ from gpubatch.loader.order import WeightedOrder, WindowOrder, epoch_order, split
 from gpubatch.loader.standardize import Standardize
 
 __all__ = [
+    "SHARDS",
     "Columns",
     "DeviceFeed",
     "Epochs",

@@ -11,7 +11,7 @@ from gpubatch.errors import ArgumentError, DTypeError, check_int
 from gpubatch.parallel import Ranks
 from gpubatch.passes import Deal
 
-__all__ = ["MOST_SHARDS", "Dealing", "PartOf", "check_dealing"]
+__all__ = ["MOST_SHARDS", "SHARDS", "Dealing", "PartOf", "check_dealing"]
 
 SHARDS = 8  # where ranks are given and their number is not
 MOST_SHARDS = 1 << 16

@@ -15,11 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from gpubatch.errors import ArgumentError
+from gpubatch.parallel.watch import Watch, watched
 
-__all__ = ["MPI", "Connection", "Numbers", "Threads", "connected", "launched", "threads"]
+__all__ = ["MPI", "Connection", "Numbers", "Threads", "connected", "launched", "launched_rank", "threads"]
 
 # What launchers call the number of processes that they start: Open MPI, MPICH and Intel MPI, MVAPICH, Slurm.
 COUNTS = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"
+RANKS = "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID"  # and the number of each
 PMIX = "PMIX_RANK"  # what any launcher that speaks PMIx sets; it does not say how many there are
 READING = 3.0  # seconds at most that a process which ends all waits until its words were read
 PASSING_ON = 0.1  # seconds at least that the launcher has to pass them on
@@ -80,7 +82,11 @@ class MPI:
         self._one_by_one = neighbours.Get_size() == self.size
         self._others = [(self.rank + step) % self.size for step in range(1, self.size)]
         neighbours.Free()
+        # Its thread calls MPI while this one waits there.
+        several = self.size > 1 and mpi.Query_thread() == mpi.THREAD_MULTIPLE
+        self.watch = Watch(comm.Dup()) if several else None
 
+    @watched
     def scatter(self, flat: Numbers, cuts: Sequence[int], pieces: Numbers) -> None:
         """Send each rank its elements of ``flat``, and get this one's from each."""
         if self._one_by_one:
@@ -93,6 +99,7 @@ class MPI:
         received = [own] * self.size, [own * rank for rank in range(self.size)]
         self._comm.Alltoallv([flat, (counts, cuts[:-1])], [pieces, received])
 
+    @watched
     def gather(self, piece: Numbers, flat: Numbers, cuts: Sequence[int]) -> None:
         """Put together the pieces of all ranks."""
         if self._one_by_one:
@@ -103,14 +110,17 @@ class MPI:
             return
         self._comm.Allgatherv(piece, [flat, (np.diff(cuts), cuts[:-1])])
 
+    @watched
     def sum_(self, flat: Numbers) -> None:
         """The library's own sum."""
         self._comm.Allreduce(self._in_place, flat)
 
+    @watched
     def most(self, values: Numbers) -> None:
         """The maximum over the ranks."""
         self._comm.Allreduce(self._in_place, values, self._max)
 
+    @watched
     def share(self, data: bytes) -> bytes:
         """What rank 0 gave."""
         size = np.array([len(data)], np.int64)
@@ -119,6 +129,7 @@ class MPI:
         self._comm.Bcast(found)
         return found.tobytes()
 
+    @watched
     def barrier(self) -> None:
         """Wait for all ranks."""
         self._comm.Barrier()
@@ -230,6 +241,13 @@ def launched(variables: Mapping[str, str]) -> int | None:
         if variables.get(name, "").isdecimal():
             return int(variables[name])
     return None if PMIX in variables else 1
+
+
+def launched_rank(variables: Mapping[str, str]) -> int:
+    """Which of the processes this is by the launcher's variables, counted from 0; 0 without a launcher."""
+    if launched(variables) == 1:
+        return 0
+    return next((int(variables[name]) for name in (*RANKS, PMIX) if variables.get(name, "").isdecimal()), 0)
 
 
 def connected(comm: Any) -> Connection | None:

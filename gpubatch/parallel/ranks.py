@@ -60,7 +60,12 @@ class Ranks:
         return [cls(engine, exact) for engine in threads(size)]
 
     def __repr__(self) -> str:
-        return f"Ranks(rank={self.rank}, size={self.size}, {self._engine.name if self._engine else 'one process'})"
+        return f"Ranks(rank={self.rank}, size={self.size}, {self.connection})"
+
+    @property
+    def connection(self) -> str:
+        """What connects the ranks, in words."""
+        return self._engine.name if self._engine else "one process"
 
     def sum_(self, flat: Array) -> Array:
         """Sum an array over the ranks, in place, and return it: the same bits on all of them.

@@ -11,12 +11,14 @@ from gpubatch.train.loss_scale import LossScale
 from gpubatch.train.memory import memory_parts, plan_batches
 from gpubatch.train.monitors import BestWeights, EarlyStopping, ReduceOnPlateau
 from gpubatch.train.parts import ClipByValue, GradientNoise, WeightAverage
-from gpubatch.train.resume import init_to_resume
+from gpubatch.train.resume import init_to_resume, shards_to_resume
+from gpubatch.train.together import Agreement
 from gpubatch.train.validation import validated
 
 __all__ = [
     "AHEAD",
     "EXECUTIONS",
+    "Agreement",
     "BestWeights",
     "CSVLog",
     "CapturedStep",
@@ -40,6 +42,7 @@ __all__ = [
     "loader_for",
     "memory_parts",
     "plan_batches",
+    "shards_to_resume",
     "short_runs",
     "validated",
     "why_eager",

@@ -11,11 +11,13 @@ from gpubatch.own import changed
 from gpubatch.params import FlatViews
 from gpubatch.train.history import StopTraining, TrainingState
 from gpubatch.train.parts import StepPart
+from gpubatch.train.together import ALONE, Agreement
 
 __all__ = ["HOOKS", "Callbacks"]
 
 # The methods of a callback, each called with the training state; on_gradient with the gradients, too.
 HOOKS = ("on_start", "on_gradient", "on_step", "on_validation", "on_epoch", "on_end", "on_exit")
+ONCE = "once"  # the attribute of a callback that is called on rank 0 alone
 AVERAGED = "averaged"  # the method of gpubatch's own that gives validation other weights
 
 
@@ -23,14 +25,25 @@ class Callbacks:
     """The callbacks of a run in their order, and their methods by the place where they are called.
 
     given: objects with methods of ``HOOKS``, or functions, which are called after every epoch.
+    together: the ranks of the run, which all stop where a callback of one does.
     """
 
-    def __init__(self, given: Iterable[Any] = ()) -> None:
+    def __init__(self, given: Iterable[Any] = (), together: Agreement = ALONE) -> None:
         if not isinstance(given, Iterable):
             raise DTypeError(f"callbacks must be a list of callbacks, got one {named(given)}: write callbacks=[...]")
         self.all = list(given)
-        methods = [methods_of(callback) for callback in self.all]
-        self._methods = {hook: [found[hook] for found in methods if hook in found] for hook in HOOKS}
+        self._together = together
+        methods = [(methods_of(callback), getattr(callback, ONCE, False) is True) for callback in self.all]
+        self._methods = {
+            hook: [found[hook] for found, once in methods if hook in found and (self._together.first or not once)]
+            for hook in HOOKS
+        }
+        # Whether somebody may stop the run after a step, which ranks then agree on: the same on all of them.
+        self._may_stop = any(
+            hook in found and not isinstance(callback, StepPart)
+            for callback, (found, _) in zip(self.all, methods, strict=True)
+            for hook in ("on_step", "on_gradient")
+        )
         self.on_gradient, self.on_step = self._methods["on_gradient"], self._methods["on_step"]
         self.parts = [callback for callback in self.all if isinstance(callback, StepPart)]
         self._late = [part for part in self.parts if part.late]
@@ -71,9 +84,11 @@ class Callbacks:
 
     def step(self, state: TrainingState) -> None:
         """After a step."""
-        if self.on_step:
+        if not self._may_stop:
+            return
+        if self.on_step or self._together.several:
             self._tell_or_stop("on_step", state)
-        if self._stopped is not None:
+        elif self._stopped is not None:
             raise StopTraining(self._stopped)
 
     def validation(self, state: TrainingState) -> None:
@@ -107,13 +122,15 @@ class Callbacks:
 
     def _tell(self, hook: str, state: TrainingState) -> str | None:
         """Call all, even if one of them stops the training: a log is to have the last epoch, too."""
-        stopped: str | None = None
-        for look in self._methods[hook]:
-            try:
-                look(state)
-            except StopTraining as stop:
-                stopped = stopped or str(stop)
-        return stopped
+        stopped = self._stopped
+        with self._together.phase():
+            for look in self._methods[hook]:
+                try:
+                    look(state)
+                except StopTraining as stop:
+                    stopped = stopped or str(stop)
+        agreed = self._together.words(stopped)
+        return None if agreed is None else agreed[1]
 
     def _tell_or_stop(self, hook: str, state: TrainingState) -> None:
         if (why := self._tell(hook, state)) is not None:

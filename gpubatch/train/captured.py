@@ -17,7 +17,7 @@ from gpubatch.train.checks import why_eager
 from gpubatch.train.eager import EagerSteps
 from gpubatch.train.graphs import GivenArrays, StepGraphs, arrays_like
 from gpubatch.train.ledger import AHEAD, BATCH, Report
-from gpubatch.train.record import Between, Record, warn_caller
+from gpubatch.train.record import Between, Record
 
 __all__ = ["CapturedSteps"]
 
@@ -39,6 +39,8 @@ class CapturedSteps:
         others = [] if scale is None else [scale]
         if why := self._disagreed or why_eager(state.net, state.loader, state.opt, *others):
             return why
+        if state.loader.shards is not None:
+            return "the batches are in shards, whose steps fit makes one by one"
         return self._callbacks.why_not_captured()
 
     def release(self) -> None:
@@ -138,7 +140,7 @@ class CapturedSteps:
         self.release()
         self._disagreed = "a captured step was not finite, and the same step made eagerly was"
         place = f"epoch {record.state.epoch + 1}, step {outcome.result.t}"
-        warn_caller(f"{self._disagreed} ({place}); the run goes on with eager steps", CaptureWarning)
+        record.warn(f"{self._disagreed} ({place}); the run goes on with eager steps", CaptureWarning)
 
 
 # --- what is queued ------------------------------------------------------------------------------------------------

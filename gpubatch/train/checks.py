@@ -12,12 +12,15 @@ from gpubatch.loader import Loader, epochs_of
 from gpubatch.nn import Network, core_of, layers, losses
 from gpubatch.optim import MASTER, Optimizer
 from gpubatch.own import changed
+from gpubatch.parallel import Ranks
 from gpubatch.train.loss_scale import LossScale
 
 __all__ = [
     "check_bound",
     "check_last_batch",
+    "check_loader",
     "check_parts",
+    "check_ranks",
     "drop_last_for",
     "loader_for",
     "scale_for",
@@ -51,6 +54,28 @@ def check_parts(net: Network, loader: Loader, opt: Optimizer) -> None:
             "opt must keep the float16 parameters in float32, too, where small steps are not lost in rounding: make it "
             "with master_weights=True"
         )
+
+
+def check_ranks(ranks: Any) -> Ranks | None:
+    """``ranks``, if that is what a run can be given."""
+    if ranks is not None and not isinstance(ranks, Ranks):
+        raise DTypeError(f"ranks must be a gpubatch.Ranks or None, got {type(ranks).__name__}")
+    return ranks
+
+
+def check_loader(loader: Loader, ranks: Ranks | None) -> None:
+    """Raise unless a loader deals its batches to the ranks of the run."""
+    if ranks is loader.ranks:
+        return
+    if ranks is None:
+        raise ArgumentError(f"loader has {loader.ranks}, so fit needs them, too: fit(..., ranks=ranks)")
+    if loader.ranks is None and not (ranks.size == 1 and loader.shards is not None):
+        raise ArgumentError(
+            "loader must deal its batches to the ranks of the run: make it with Loader(..., ranks=ranks)"
+            + ("" if loader.world_size == 1 else " in place of rank= and world_size=")
+        )
+    if loader.ranks is not None and (loader.ranks.rank, loader.ranks.size) != (ranks.rank, ranks.size):
+        raise ArgumentError(f"ranks must be those of the loader, {loader.ranks}, got {ranks}")
 
 
 def check_last_batch(net: Network, loader: Loader) -> None:

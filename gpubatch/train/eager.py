@@ -11,18 +11,21 @@ import numpy as np
 
 from gpubatch.backend import Array
 from gpubatch.errors import (
+    ArgumentError,
     NonFiniteError,
     SkippedStepWarning,
     check_int,
     check_real,
 )
 from gpubatch.loader import rows_of
-from gpubatch.nn import core_of, quiet
+from gpubatch.nn import Network, core_of, quiet
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import StepResult
 from gpubatch.params import FlatViews
+from gpubatch.passes import Deal, deal_of, pass_of
 from gpubatch.train.callbacks import Callbacks
-from gpubatch.train.record import Between, Record, warn_caller
+from gpubatch.train.record import Between, Record
+from gpubatch.train.together import RanksMemoryError
 
 __all__ = ["EagerSteps", "Outcome"]
 
@@ -56,16 +59,19 @@ class EagerSteps:
         net = record.state.net
         self.record, self.net, self.opt, self._callbacks = record, net, record.state.opt, callbacks or Callbacks()
         self.max_norm = None if max_norm is None else check_real("max_norm", max_norm, 0.0, open_low=True)
-        self._max_skipped = check_int("max_skipped", max_skipped, 0)
+        self.max_skipped = check_int("max_skipped", max_skipped, 0)
         self._squares = net.backend.zeros(SQUARE_SUM_SIZE, np.float64)
         self._control = net.backend.zeros(2, net.compute_dtype)
 
     def run(self, between: Between) -> str:
         """Make the remaining steps of the epoch."""
         loader = self.record.state.loader
+        dealt = loader.shards is not None
         with contextlib.closing(rows_of(loader)) as batches:  # ends the loader's thread, however this is left
             while (batch := next(batches, None)) is not None:
-                rows, outcome = len(batch[0]), self.step(*batch)
+                deal = deal_of(batch[0]) if dealt else None
+                rows = len(batch[0]) if deal is None else deal.rows
+                outcome = self.step(batch[0], batch[1], batch[2] if len(batch) > 2 else None, deal)
                 del batch  # before the next one is waited for
                 self.record.note(outcome.loss, outcome.result, rows)
                 self.record.warn_if_halved()
@@ -78,19 +84,18 @@ class EagerSteps:
         """Let go of the network's workspaces."""
         core_of(self.net).release()
 
-    def step(self, x: Array, y: Array, weight: Array | None = None) -> Outcome:
-        """Make the step on a batch. If memory runs out, network and optimizer are as before."""
+    def step(self, x: Array, y: Array, weight: Array | None = None, deal: Deal | None = None) -> Outcome:
+        """Make the step on a batch, perhaps dealt to ranks. If memory runs out, network and optimizer are as before."""
         core_of(self.net).remember()
         try:
-            return self._step(x, y, weight)
+            return self._step(x, y, weight, deal)
         except MemoryError:
             core_of(self.net).recall()  # the step will be made again
             raise
 
-    def _step(self, x: Array, y: Array, weight: Array | None) -> Outcome:
-        given = {} if weight is None else {"weight": weight}  # a network of the user's own may not take it
+    def _step(self, x: Array, y: Array, weight: Array | None, deal: Deal | None) -> Outcome:
         try:
-            loss, grads = self.net.loss_and_grad(x, y, self.record.history.micro_batch_size, **given)
+            loss, grads = self._loss_and_grad(x, y, weight, deal)
         except NonFiniteError as error:
             self._leave_out(str(error))
             return Outcome(math.nan, None)
@@ -114,6 +119,29 @@ class EagerSteps:
             self.count_applied()
             self._callbacks.updated(self.record.state)
         return Outcome(loss, result, on_trial)
+
+    def _loss_and_grad(self, x: Array, y: Array, weight: Array | None, deal: Deal | None) -> tuple[float, FlatViews]:
+        """Of the whole batch, and the same on all ranks; so is an error."""
+        net, record, together = self.net, self.record, self.record.together
+        most, given = record.history.micro_batch_size, {} if weight is None else {"weight": weight}
+        if deal is None and not together.several:
+            return net.loss_and_grad(x, y, most, **given)  # a network of the user's own may not take a weight
+        if deal is None:
+            raise ArgumentError("loader must deal its batches to the ranks: batches of an iteration of its own are not")
+        try:
+            if type(net).loss_and_grad is not Network.loss_and_grad or "loss_and_grad" in vars(net):
+                loss, grads = net.loss_and_grad(x, y, most, **given, ranks=together.ranks)
+                record.signalled = together.any(bool(record.signals))
+                return loss, grads
+            net.parameters.fed = pass_of(x)
+            whole = core_of(net).parts_step(x, y, weight, deal, together.ranks, most, bool(record.signals))
+        except MemoryError as error:
+            raise RanksMemoryError(str(error) or "out of memory") from None
+        except Exception as error:
+            together.alike(error)
+            raise
+        record.signalled = whole.signalled
+        return whole.loss, net.parameters.grads
 
     def count_applied(self, steps: int = 1) -> None:
         """Count applied steps, eager or captured; at most as many as the loss scale has room for."""
@@ -190,13 +218,13 @@ class EagerSteps:
         return f"{not_finite} of {grads.size} numbers of the gradient are NaN or infinite, in {', '.join(names)}"
 
     def _leave_out(self, what: str) -> None:
-        record, most = self.record, self._max_skipped
+        record, most = self.record, self.max_skipped
         place = f"{record.place}, learning rate {getattr(self.opt, 'lr', None)}"
         if record.skipped_in_a_row == most:
             before = f"; {most} steps in a row before it were left out" if most else ""
-            raise NonFiniteError(f"{what} ({place}){before}")
+            raise record.together.alike(NonFiniteError(f"{what} ({place}){before}"))
         record.skipped_in_a_row += 1
         record.history.skipped += 1
         if record.history.skipped == 1:
             text = f"{what} ({place}); this step is left out, and so will others be, up to {most} in a row"
-            warn_caller(text, SkippedStepWarning)
+            record.warn(text, SkippedStepWarning)

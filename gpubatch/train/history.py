@@ -91,6 +91,7 @@ class TrainingState:
     monitors: the names of the numbers that the history has for every epoch of this run
     resumed: whether :func:`fit` was called with ``resume=True``
     note: shows a line where the run shows its progress
+    rank: which of the run's processes this is; 0 writes files and shows the progress
     """
 
     net: Network
@@ -102,6 +103,7 @@ class TrainingState:
     monitors: tuple[str, ...] = ("loss",)
     resumed: bool = False
     note: Callable[[str], None] = field(default=lambda text: None, repr=False)
+    rank: int = 0
 
 
 class StopTraining(Exception):  # noqa: N818  like StopIteration: not an error

@@ -42,6 +42,8 @@ class CSVLog:
     >>> gb.fit(net, loader, opt, callbacks=[gb.CSVLog("run.csv")])  # doctest: +SKIP
     """
 
+    once = True
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         if not isinstance(path, (str, os.PathLike)):
             raise DTypeError(f"path must be the path of a file, got {path!r}")
@@ -100,6 +102,8 @@ class Logging:
     >>> gb.fit(net, loader, opt, callbacks=[gb.Logging()], progress=False)  # doctest: +SKIP
     """
 
+    once = True
+
     def __init__(self, logger: logging.Logger | str | None = None, level: int = logging.INFO) -> None:
         if logger is not None and not isinstance(logger, (str, logging.Logger)):
             raise DTypeError(f"logger must be a logging.Logger or its name, got {logger!r}")
@@ -125,6 +129,8 @@ class TensorBoard:
 
     >>> gb.fit(net, loader, opt, callbacks=[gb.TensorBoard("runs/a")])  # doctest: +SKIP
     """
+
+    once = True
 
     def __init__(self, folder: str | os.PathLike[str], steps: bool = True) -> None:
         if not isinstance(folder, (str, os.PathLike)):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -22,19 +25,21 @@ from gpubatch.errors import (
 from gpubatch.loader import Loader, epochs_of
 from gpubatch.metrics import measures_of
 from gpubatch.nn import Network, core_of
-from gpubatch.optim import Optimizer, epoch_in, unchecked
+from gpubatch.optim import Optimizer, epoch_in, given_hyper, unchecked
+from gpubatch.parallel import Ranks
 from gpubatch.schedules import is_known
 from gpubatch.train.callbacks import Callbacks
 from gpubatch.train.captured import CapturedSteps
-from gpubatch.train.checks import check_parts, scale_for
+from gpubatch.train.checks import check_loader, check_parts, check_ranks, scale_for
 from gpubatch.train.display import display
 from gpubatch.train.eager import EagerSteps
 from gpubatch.train.history import History, StopTraining, TrainingState
 from gpubatch.train.loss_scale import LossScale
 from gpubatch.train.memory import evaluate, halve, measured, memory_message, power_below, settle_batches
-from gpubatch.train.record import Between, Record, Steps, warn_caller
-from gpubatch.train.resume import RunCheckpoints, open_checkpoints
+from gpubatch.train.record import Between, Record, Steps
+from gpubatch.train.resume import RunCheckpoints, describe_network, open_checkpoints
 from gpubatch.train.signals import BetweenSteps, interruptible
+from gpubatch.train.together import Agreement, RanksMemoryError
 from gpubatch.train.validation import HeldOut, about_validation, validated
 
 __all__ = ["EXECUTIONS", "fit", "short_runs"]
@@ -59,6 +64,7 @@ def fit(
     execution: str = "auto",
     loss_scale: LossScale | None = None,
     metrics: Sequence[str] = (),
+    ranks: Ranks | None = None,
 ) -> History:
     """Train a network by mini-batches.
 
@@ -81,6 +87,7 @@ def fit(
     loss_scale: the factor of the loss of a network with ``precision="mixed"``; by default a :class:`LossScale`
     metrics: names of what else is measured on the validation set after every epoch, as :func:`gpubatch.metrics.measure`
         has them, such as "f1"; in ``history.metrics``, and for callbacks "validation_f1"
+    ranks: the processes that train together, :class:`Ranks`, which the loader has, too; see below
 
     Returns the :class:`History` of the run.
 
@@ -136,6 +143,16 @@ def fit(
     numbers are those of eager steps; steps that are not finite, memory that runs out and checkpoints are dealt with
     alike. ``history.execution`` says how the steps of the last epoch were run, and why.
 
+    **Ranks.** With ``ranks`` every process computes its parts of each batch, and one sum of the gradients makes the
+    step the same on all of them: parameters and history have the same bits on any number of ranks, for a seed and the
+    loader's ``shards``, where BLAS has equally many threads. All ranks call ``fit`` with the same arguments; what
+    differs is refused before the first step. Whether a step is left out, a smaller micro-batch taken, or the run ended
+    by Ctrl-C, SIGTERM or a callback of any rank, all decide alike. Rank 0 writes the checkpoints, which all read, and
+    shows progress, notes and warnings; a run is resumed on any number of ranks that divides the shards. Each rank
+    evaluates its share of the validation set; rank 0 computes ``metrics``. Callbacks are called on every rank, but
+    those with ``once = True``, as gpubatch's logs, on rank 0 alone; ``state.rank`` tells which rank it is. A rank that
+    raises what others do not, ends all of them with a message of which and why.
+
     >>> X, Y = np.random.default_rng(0).random((400, 3)), np.arange(400) % 2
     >>> net = gb.mlp([3, 4, 2], seed=0)
     >>> loader, opt = gb.Loader(X, Y, batch_size=4), gb.Adam(net.parameters)
@@ -143,47 +160,56 @@ def fit(
     >>> len(history.validation_loss)
     2
     """
-    check_int("epochs", epochs, 0)
-    check_bool("progress", progress)
-    check_choice("execution", execution, EXECUTIONS)
-    check_parts(net, loader, opt)
+    together = Agreement(check_ranks(ranks))
     # The caller may use what outlives the run, such as the parameters, on the stream that is current outside.
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(core_of(net).training)
-        for context in (net.backend.own_stream(), core_of(net).freezing(opt.frozen), unchecked(opt)):
-            stack.enter_context(context)
-        core_of(net).largest_trained = largest = epochs_of(loader).columns.largest
-        stack.callback(setattr, core_of(net), "largest_trained", largest)
-        scale = scale_for(net, loss_scale)
-        record = Record(TrainingState(net, loader, opt, History(), loader.epoch, opt.t), scale)
-        watching = Callbacks(callbacks)
-        eager = EagerSteps(record, watching, max_norm, max_skipped)
-        captured = CapturedSteps(record, eager, watching)
-        may_capture = execution == "captured" or (execution == "auto" and net.backend.name != "cpu")
-        held_out = stack.enter_context(validated(net, loader, validation))
-        record.state.monitors = monitors(net, held_out, metrics)
-        early = list[str]()  # what is to be noted before there is a display
-        record.state.note = early.append
-        store = open_checkpoints(checkpoint, check_bool("resume", resume))
-        checkpoints = RunCheckpoints(store, record, watching.all)
+    with together.ending(), contextlib.ExitStack() as stack:
+        with together.phase():
+            check_int("epochs", epochs, 0)
+            check_bool("progress", progress)
+            check_choice("execution", execution, EXECUTIONS)
+            check_parts(net, loader, opt)
+            check_loader(loader, ranks)
+            stack.enter_context(core_of(net).training)
+            for context in (net.backend.own_stream(), core_of(net).freezing(opt.frozen), unchecked(opt)):
+                stack.enter_context(context)
+            core_of(net).largest_trained = largest = epochs_of(loader).columns.largest
+            stack.callback(setattr, core_of(net), "largest_trained", largest)
+            scale = scale_for(net, loss_scale)
+            state = TrainingState(net, loader, opt, History(), loader.epoch, opt.t, rank=together.rank)
+            record = Record(state, scale, together)
+            watching = Callbacks(callbacks, together)
+            eager = EagerSteps(record, watching, max_norm, max_skipped)
+            captured = CapturedSteps(record, eager, watching)
+            may_capture = execution == "captured" or (execution == "auto" and net.backend.name != "cpu")
+            held_out = stack.enter_context(validated(net, loader, validation, together.rank, together.size))
+            record.state.monitors = monitors(net, held_out, metrics)
+            early = list[str]()  # what is to be noted before there is a display
+            record.state.note = early.append
+            store = stack.enter_context(open_checkpoints(checkpoint, check_bool("resume", resume), together.first))
+            checkpoints = RunCheckpoints(store, record, watching.all)
+            common = arguments_of_run(checkpoints, record, epochs, held_out, execution, eager, metrics, resume)
+        together.same(common)
         if resume:
             checkpoints.resume()
             record.state.resumed = True
+        together.same(place_of_run(record))
         stopped = watching.start(record.state)
         background = store is not None and store.background
-        settle_batches(net, loader, opt, held_out, may_capture and not captured.why_not(), background)
+        may_run_captured = may_capture and not captured.why_not()
+        settle_batches(net, loader, opt, held_out, may_run_captured, background, together)
         record.history.batch_size = loader.batch_size
         drivers: list[Steps] = [captured, eager] if may_capture else [eager]
-        warn_if_idle(opt, loader, (epochs - len(record.history.loss)) * len(loader) - record.epoch.batches)
-        warn_if_few(loader, epochs)
+        warn_if_idle(record, (epochs - len(record.history.loss)) * len(loader) - record.epoch.batches)
+        warn_if_few(record, epochs)
         run = Run(record, drivers, execution == "captured", held_out, watching, metrics)
         between = BetweenSteps(record, checkpoints)
         done = len(record.history.loss)
-        shown = display(progress, epochs, len(loader), done * len(loader) + record.epoch.batches)
-        checkpoints.try_callbacks()
+        shown = display(progress and together.first, epochs, len(loader), done * len(loader) + record.epoch.batches)
+        with together.phase():
+            checkpoints.try_callbacks()
         exits = watching.told_of_the_exit(record.state)
         with history_in_errors(record), exits, checkpoints.completed(), eager.scaling():
-            with interruptible() as between.signals, shown as record.display:
+            with interruptible(record.signals), shown as record.display:
                 record.state.note = record.display.note
                 if checkpoints.resumed:
                     left = "" if done < epochs else f"; the run has made its {epochs} epochs, nothing is left to do"
@@ -204,10 +230,60 @@ def fit(
                 if stopped:
                     record.state.note(stopped)
                 checkpoints.save()
-                if not between.signals:
+                if not between.signalled():
                     watching.end(record.state)
             between.stop_if_signalled()  # a signal that came after the last look
     return record.history
+
+
+def arguments_of_run(
+    checkpoints: RunCheckpoints,
+    record: Record,
+    epochs: int,
+    held_out: HeldOut | None,
+    execution: str,
+    eager: EagerSteps,
+    metrics: Sequence[str],
+    resume: bool,
+) -> dict[str, Any]:
+    """What ranks must have in common, by name, as JSON can hold it; nothing of one process."""
+    state, store = record.state, checkpoints.store
+    if not record.together.several:
+        return {}
+    return {
+        "network": describe_network(state.net),
+        "optimizer": f"{type(state.opt).__name__}, rule {state.opt.rule.name}",
+        "samples": checkpoints.batches,
+        "loader": state.loader.state_dict(),
+        "batch_size": "auto" if epochs_of(state.loader).automatic else state.loader.batch_size,
+        "epochs": epochs,
+        "validation": None if held_out is None else held_out.samples,
+        "callbacks": [
+            f"{type(callback).__module__}.{type(callback).__qualname__}" for callback in checkpoints.callbacks
+        ],
+        "checkpoint": None if store is None else [str(store.folder), store.every, store.background],
+        "resume": resume,
+        "max_norm": eager.max_norm,
+        "max_skipped": eager.max_skipped,
+        "execution": execution,
+        "loss_scale": None if record.scale is None else repr(record.scale),
+        "metrics": list(metrics),
+    }
+
+
+def place_of_run(record: Record) -> dict[str, Any]:
+    """What ranks must have in common when their steps begin: digests of arrays, and numbers."""
+    net, opt, backend = record.state.net, record.state.opt, record.state.net.backend
+    if not record.together.several:
+        return {}
+    arrays = {"parameters": net.parameters.flat, "running statistics": net.buffers.flat}
+    arrays |= {f"optimizer's {name}": views.flat for name, views in opt.state.items()}
+    return {
+        **{name: hashlib.sha256(backend.to_numpy(flat).data).hexdigest()[:16] for name, flat in arrays.items()},
+        "steps": [opt.t, core_of(net).dropout_step],
+        # A function in a schedule is shown with its address, which differs from process to process.
+        "hyper-parameters": re.sub(r" at 0x[0-9a-fA-F]+", "", json.dumps(given_hyper(opt))),
+    }
 
 
 def monitors(net: Network, held_out: HeldOut | None, metrics: Sequence[str]) -> tuple[str, ...]:
@@ -230,14 +306,15 @@ def in_steps(loader: Loader, epochs: int) -> str:
     return f"{steps:,} step{'s' * (steps != 1)} an epoch, {epochs * steps:,} in all"
 
 
-def warn_if_few(loader: Loader, epochs: int) -> None:
+def warn_if_few(record: Record, epochs: int) -> None:
     """Warn of a whole run with so few steps that hardly any network learns in them."""
+    loader = record.state.loader
     total, samples = epochs * len(loader), epochs * epochs_of(loader).order.share
     if not 0 < total < FEW_STEPS:
         return
     size = min(USUAL_SIZES[-1], power_below(samples // FEW_STEPS + 1)) if samples >= FEW_STEPS else 0
     smaller = f"a smaller batch_size, such as {size}, or " if size in USUAL_SIZES and size < loader.batch_size else ""
-    warn_caller(
+    record.warn(
         f"the run has few steps: {in_steps(loader, epochs)}, with batches of {loader.batch_size:,} samples; a network "
         f"needs hundreds: take {smaller}more epochs",
         FewStepsWarning,
@@ -252,14 +329,15 @@ def short_runs() -> Iterator[None]:
         yield
 
 
-def warn_if_idle(opt: Optimizer, loader: Loader, steps: int) -> None:
+def warn_if_idle(record: Record, steps: int) -> None:
     """Warn if a schedule has the learning rate 0 in every step to come, as after an earlier run has used it up."""
+    opt, loader = record.state.opt, record.state.loader
     schedule = opt.hyper.get("lr")
     if steps < 1 or not callable(schedule) or not is_known(schedule):
         return
     ahead, epoch = (0, steps // 2, steps - 1), epoch_in(opt, epochs_of(loader).coming_pass())
     if all(schedule(opt.t + n, epoch + n // len(loader)) == 0 for n in ahead):
-        warn_caller(
+        record.warn(
             f"the learning rate is 0 in all {steps} steps of this run: {schedule!r} has ended by step {opt.t}, epoch "
             f"{epoch}; give the optimizer another: opt.lr = ...",
             IdleWarning,
@@ -312,6 +390,8 @@ class Run:
         except InsufficientMemoryError:
             raise  # smaller micro-batches would not help
         except MemoryError as error:
+            if self._record.together.several and not isinstance(error, RanksMemoryError):
+                raise  # the other ranks do not know of it
             return memory_message(error)  # leaving this block frees the failed batch, which the traceback holds
         return None
 
@@ -329,7 +409,7 @@ class Run:
     def _validate(self, held_out: HeldOut) -> None:
         record = self._record
         with about_validation():
-            while isinstance(found := evaluate(record.state.net, held_out, record.history.micro_batch_size), str):
+            while isinstance(found := evaluate(record, held_out), str):
                 halve(record, self._drivers, found)
         record.warn_if_halved()
         loss, accuracy = found
@@ -342,9 +422,7 @@ class Run:
     def _measure(self, held_out: HeldOut) -> None:
         record, history = self._record, self._record.history
         with about_validation():
-            while isinstance(
-                found := measured(record.state.net, held_out, history.micro_batch_size, self._metrics), str
-            ):
+            while isinstance(found := measured(record, held_out, self._metrics), str):
                 halve(record, self._drivers, found)
         record.warn_if_halved()
         for name, value in found.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +21,7 @@ from gpubatch.optim import Optimizer, rehearse_update
 from gpubatch.train.checks import check_last_batch, why_eager
 from gpubatch.train.ledger import AHEAD
 from gpubatch.train.record import Record, Steps
+from gpubatch.train.together import ALONE, Agreement
 from gpubatch.train.validation import HeldOut
 
 __all__ = ["evaluate", "halve", "memory_message", "memory_parts", "plan_batches", "power_below", "settle_batches"]
@@ -33,14 +35,19 @@ def memory_parts(
     copied: int = 0,
     weighted: bool = False,
     background: bool = False,
+    loader: Loader | None = None,
 ) -> dict[str, int]:
     """The bytes that training needs beside those of the loader, by what they are for; allocates nothing.
 
     ``evaluated`` is how many samples are evaluated after an epoch, ``copied`` how many bytes were allocated for them,
-    ``weighted`` whether samples have weights, ``background`` whether checkpoints are written in the background.
+    ``weighted`` whether samples have weights, ``background`` whether checkpoints are written in the background. Where a
+    ``loader`` cuts batches into shards, ``batch_size`` is that of a shard.
     """
     norm = 8 * SQUARE_SUM_SIZE + 2 * net.compute_dtype.itemsize
-    of_net = net.memory_parts(batch_size, evaluated, weighted)
+    if loader is None or loader.shards is None:
+        of_net = net.memory_parts(batch_size, evaluated, weighted)
+    else:
+        of_net = net.memory_parts(batch_size * loader.shards, evaluated, weighted, loader.shards, loader.ranks)
     parts = {**of_net, **opt.memory_parts(), "norm of the gradient": norm, "validation set": copied}
     if background and net.backend.name == "cpu":  # those of a GPU's arrays are in main memory
         state = sum(int(views.flat.nbytes) for views in (net.parameters, net.buffers, *opt.state.values()))
@@ -75,12 +82,17 @@ def plan_batches(
 
     weighted = epochs_of(loader).columns.weights is not None
 
-    def parts_of(batch_size: int) -> dict[str, int]:
+    def parts_of(rows: int) -> dict[str, int]:
         batches = {"batches of validation": read} if read else {}
-        return {**memory_parts(net, opt, batch_size, evaluated, copied, weighted, background), **batches}
+        return {**memory_parts(net, opt, rows, evaluated, copied, weighted, background, loader), **batches}
 
     kept, least_rows = AHEAD if captured else 0, core_of(net).least_rows
     epochs_of(loader).replan(parts_of, allocated, available, most, kept, least_rows)
+
+
+def rows_at_once(loader: Loader, batch_size: int) -> int:
+    """The rows of such a batch that a step computes at a time: all, or those of its largest part."""
+    return -(-batch_size // (loader.shards or 1))
 
 
 def settle_batches(
@@ -90,21 +102,30 @@ def settle_batches(
     held_out: HeldOut | None,
     captured: bool | None = None,
     background: bool = False,
+    together: Agreement = ALONE,
 ) -> None:
-    """Make the loader's plan; try a batch size that it chose, and a smaller one if memory runs out."""
+    """Make the loader's plan; try a batch size that it chose, and a smaller one if memory runs out.
+
+    Ranks take a smaller one if it runs out on any of them.
+    """
+    epochs = epochs_of(loader)
     evaluated, copied, read = 0, 0, 0
     if held_out is not None:
         evaluated, copied, read = held_out.samples, held_out.copied, held_out.batch_bytes
-    plan_batches(net, loader, opt, evaluated, copied, captured=captured, read=read, background=background)
-    check_last_batch(net, loader)
-    while epochs_of(loader).automatic and (failure := rehearse(net, loader, opt, held_out)) is not None:
+
+    def plan(most: int | None = None) -> None:
+        with together.phase():
+            plan_batches(net, loader, opt, evaluated, copied, most, captured, read, background=background)
+            check_last_batch(net, loader)
+
+    plan()
+    while epochs.automatic and (failed := together.words(rehearse(net, loader, opt, held_out))) is not None:
         core_of(net).release()
         free_unused(net)
-        if loader.batch_size <= core_of(net).least_rows:
-            raise InsufficientMemoryError(f"there is no memory for a step of {loader.batch_size} samples: {failure}")
-        most = power_below(loader.batch_size)
-        plan_batches(net, loader, opt, evaluated, copied, most, captured, read, background=background)
-        check_last_batch(net, loader)
+        if loader.batch_size <= core_of(net).least_rows * (loader.shards or 1):
+            text = f"there is no memory for a step of {loader.batch_size} samples: {failed[1]}"
+            raise together.alike(InsufficientMemoryError(text))
+        plan(power_below(loader.batch_size))
 
 
 def rehearse(net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | None) -> str | None:
@@ -113,9 +134,11 @@ def rehearse(net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | N
         epochs = epochs_of(loader)
         held = [epochs.peek()]
         held += [[array.copy() for array in held[0]] for _ in range(1, epochs.batches_held)]
-        core_of(net).rehearse(*held[0])
-        if epochs.last_size < len(held[0][0]):
-            core_of(net).rehearse(*(array[: epochs.last_size] for array in held[0]))
+        sizes = {min(rows_at_once(loader, n), len(held[0][0])) for n in (loader.batch_size, epochs.last_size)}
+        for rows in sorted(sizes - {0}, reverse=True):
+            core_of(net).rehearse(*(array[:rows] for array in held[0]))
+        if loader.shards is not None:
+            core_of(net).part_sums(loader.shards // loader.world_size)
         rehearse_update(opt, net.parameters.grads)
         if held_out is not None:
             with contextlib.suppress(NonFiniteError):  # only memory is in question
@@ -128,52 +151,76 @@ def rehearse(net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | N
 
 def halve(record: Record, drivers: Sequence[Steps], failure: str) -> None:
     """Compute half as many samples at a time from here on, as there was no memory for ``failure``."""
-    net = record.state.net
-    size = record.history.micro_batch_size or record.state.loader.batch_size
+    net, loader = record.state.net, record.state.loader
+    size = record.history.micro_batch_size or rows_at_once(loader, loader.batch_size)
     if size <= core_of(net).least_rows:
         rows = "one sample" if size == 1 else f"{size} samples"
-        raise InsufficientMemoryError(f"not even {rows} at a time can be computed in the memory there is: {failure}")
+        text = f"not even {rows} at a time can be computed in the memory there is: {failure}"
+        raise record.together.alike(InsufficientMemoryError(text))
     record.halved(power_below(size), failure)
     for steps in drivers:
         steps.release()
     free_unused(net)
 
 
-def evaluate(net: Network, held_out: HeldOut, rows: int | None) -> tuple[float, float | None] | str:
-    """Loss and accuracy, at most ``rows`` samples at a time; or for what there was no memory, in words.
+def evaluate(record: Record, held_out: HeldOut) -> tuple[float, float | None] | str:
+    """Loss and accuracy, as many samples at a time as a step may have; or for what there was no memory, in words.
 
-    Those of several batches are means over all samples that count: as if they were one, but for rounding.
+    Those of several batches are means over all samples that count: as if they were one, but for rounding. Of ranks each
+    evaluates its share of the batches, and all know the numbers of all.
     """
-    rows = min(rows or EVALUATION_ROWS, EVALUATION_ROWS)
-    found, sizes = list[tuple[float, float | None]](), list[tuple[float, float]]()
+    net, together = record.state.net, record.together
+    rows = min(record.history.micro_batch_size or EVALUATION_ROWS, EVALUATION_ROWS)
+    own, failure = (
+        list[tuple[float, ...]](),
+        None,
+    )  # of each batch loss and accuracy, and what its samples count in them
 
     def size(X: Array, Y: Array, weight: Array | None) -> float:
         counts = counts_of(core_of(net).loss, Y, weight)
         return float(len(X) if counts is None else counts.sum(dtype=np.float64).item())
 
-    try:
-        with held_out.batches() as batches:
-            for X, Y, weights in batches:
-                weight = weights.get("weight")
-                in_loss = size(X, Y, weights.get("loss_weight", weight))
-                if in_loss:
-                    found.append(net.evaluate(X, Y, rows, **weights))
-                    sizes.append((in_loss, size(X, Y, weight)))
-            if not found:
-                return net.evaluate(X, Y, rows, **weights)  # which says that there is nothing to take the mean of
-    except InsufficientMemoryError:
-        raise
-    except MemoryError as error:
-        return memory_message(error)
+    with together.phase():
+        try:
+            with held_out.batches(together.rank, together.size) as batches:
+                for X, Y, weights in batches:
+                    weight = weights.get("weight")
+                    in_loss = size(X, Y, weights.get("loss_weight", weight))
+                    if in_loss:
+                        loss, accuracy = net.evaluate(X, Y, rows, **weights)
+                        own.append((loss, accuracy or 0.0, in_loss, size(X, Y, weight)))
+        except InsufficientMemoryError:
+            raise
+        except MemoryError as error:
+            failure = memory_message(error)
+    if (failed := together.words(failure)) is not None:
+        return failed[1]
+    found = [tuple(row) for rows in together.all(own) for row in rows]
+    if not found:
+        with together.phase():
+            X, Y, weights = held_out.first()
+            return net.evaluate(X, Y, rows, **weights)  # which says that there is nothing to take the mean of
+    losses, accuracies, in_losses, compared = zip(*found, strict=True)
+    classifies = core_of(net).loss.classifies
     if len(found) == 1:
-        return found[0]
-    in_losses, compared = zip(*sizes, strict=True)
-    loss = math.fsum(size * loss for size, (loss, _) in zip(in_losses, found, strict=True)) / sum(in_losses)
-    right = [size * accuracy for size, (_, accuracy) in zip(compared, found, strict=True) if accuracy is not None]
-    return loss, math.fsum(right) / sum(compared) if right else None
+        return losses[0], accuracies[0] if classifies else None
+    loss = math.fsum(map(operator.mul, in_losses, losses)) / sum(in_losses)
+    right = math.fsum(map(operator.mul, compared, accuracies))
+    return loss, right / sum(compared) if classifies else None
 
 
-def measured(net: Network, held_out: HeldOut, rows: int | None, metrics: Sequence[str]) -> dict[str, float] | str:
+def measured(record: Record, held_out: HeldOut, metrics: Sequence[str]) -> dict[str, float] | str:
+    """Metrics on the validation set, by rank 0; or for what there was no memory, in words."""
+    together = record.together
+    found: dict[str, float] | str = ""
+    with together.phase():
+        if together.first:
+            found = measured_here(record.state.net, held_out, record.history.micro_batch_size, metrics)
+    shared: dict[str, float] | str = together.share(found)
+    return shared
+
+
+def measured_here(net: Network, held_out: HeldOut, rows: int | None, metrics: Sequence[str]) -> dict[str, float] | str:
     """Metrics on the validation set, at most ``rows`` samples at a time; or for what there was no memory, in words."""
     most = min(rows or EVALUATION_ROWS, EVALUATION_ROWS)
     try:

@@ -16,6 +16,7 @@ from gpubatch.optim import StepResult, follow_pass
 from gpubatch.train.display import Display, Silent
 from gpubatch.train.history import History, TrainingState
 from gpubatch.train.loss_scale import LossScale
+from gpubatch.train.together import ALONE, Agreement
 
 __all__ = ["Between", "EpochProgress", "Record", "Steps", "warn_caller"]
 
@@ -39,11 +40,15 @@ class Record:
 
     ``state`` is what callbacks see, ``scale`` the loss scale of a mixed network, ``epoch`` the progress within the
     current epoch, ``display`` shows it. ``skipped_in_a_row`` counts the steps left out since the last applied one,
-    ``unsaved`` tells whether anything happened since the last checkpoint.
+    ``unsaved`` tells whether anything happened since the last checkpoint. ``together`` is what ranks agree by;
+    ``signals`` are those that came to this process, and ``signalled`` tells whether a rank has said that it has one.
     """
 
-    def __init__(self, state: TrainingState, scale: LossScale | None = None) -> None:
+    def __init__(self, state: TrainingState, scale: LossScale | None = None, together: Agreement = ALONE) -> None:
         self.state, self.scale, self.epoch = state, scale, EpochProgress()
+        self.together = together
+        self.signals: list[int] = []
+        self.signalled = False
         self.display: Display = Silent()
         self.skipped_in_a_row = 0
         self.unsaved = False
@@ -105,7 +110,7 @@ class Record:
         """Add the epoch to the history."""
         history, epoch = self.history, self.epoch
         history.loss.append(epoch.total / epoch.samples if epoch.samples else math.nan)
-        history.seconds.append(epoch.seconds)
+        history.seconds.append(self.together.share(epoch.seconds))
         if self.scale is not None:
             history.loss_scale.append(self.scale.value)
         self.epoch = EpochProgress()
@@ -124,7 +129,12 @@ class Record:
             size, rows = self.state.loader.batch_size, self.history.micro_batch_size
             text = f"{self._halved}; batches of {size} are computed {rows} samples at a time, gradients added up"
             self._halved = ""
-            warn_caller(text, MicroBatchWarning)
+            self.warn(text, MicroBatchWarning)
+
+    def warn(self, text: str, category: type[Warning]) -> None:
+        """Warn of the line that called :func:`fit`; of ranks, the first one warns."""
+        if self.together.first:
+            warn_caller(text, category)
 
 
 class Between(Protocol):

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gpubatch.checkpoint import Checkpoints
+from gpubatch.checkpoint import Checkpoints, read
 from gpubatch.errors import (
     ArgumentError,
     CheckpointError,
@@ -30,9 +30,17 @@ from gpubatch.loader import Loader, epochs_of
 from gpubatch.nn import Network, live_state
 from gpubatch.optim import given_hyper, live_optimizer, load_resumed
 from gpubatch.train.history import History
-from gpubatch.train.record import EpochProgress, Record, warn_caller
+from gpubatch.train.in_use import in_use
+from gpubatch.train.record import EpochProgress, Record
 
-__all__ = ["RunCheckpoints", "check_same_network", "describe_network", "init_to_resume", "open_checkpoints"]
+__all__ = [
+    "RunCheckpoints",
+    "check_same_network",
+    "describe_network",
+    "init_to_resume",
+    "open_checkpoints",
+    "shards_to_resume",
+]
 
 # What the words for a Dense layer say of its first weights.
 FIRST_VALUES = r", init=(?:'[^']*'|[^,()]*)(?:, bias_init=(?:[^,()]*|\([^()]*\)))?"
@@ -42,18 +50,21 @@ DENSE = re.compile(rf"(\w+\(inputs=\d+, outputs=\d+, bias=(?:True|False)){FIRST_
 class RunCheckpoints:
     """Saves a run in ``store`` and resumes it from there; without a store, nothing is ever saved.
 
-    ``callbacks`` with ``state_dict`` and ``load_state_dict`` are saved too, in their order.
+    ``callbacks`` with ``state_dict`` and ``load_state_dict`` are saved too, in their order. Of ranks,
+    rank 0 writes, and all read what it wrote.
     """
 
     def __init__(self, store: Checkpoints | None, record: Record, callbacks: Sequence[Any]) -> None:
         self.store, self._record = store, record
+        self.callbacks = list(callbacks)
         self._callbacks = [c for c in callbacks if hasattr(c, "state_dict") and hasattr(c, "load_state_dict")]
         self._saved_at = record.state.opt.t
         self._given = given_hyper(record.state.opt)
         self.resumed = ""  # where the run goes on from, in words
 
     @functools.cached_property
-    def _batches(self) -> dict[str, Any]:
+    def batches(self) -> dict[str, Any]:
+        """What makes the batches what they are."""
         return describe_batches(self._record.state.loader)
 
     @property
@@ -75,13 +86,21 @@ class RunCheckpoints:
 
     def save(self) -> None:
         """Save the run as it is now, unless nothing happened since it was saved last."""
-        record, state = self._record, self._record.state
+        record = self._record
         if self.store is None or not record.unsaved:
             return
+        with record.together.phase():
+            saved = self._write(self.store) if record.together.first else True
+        self._saved_at = record.state.opt.t
+        record.unsaved = not record.together.share(saved)
+
+    def _write(self, store: Checkpoints) -> bool:
+        """Write a checkpoint; whether that succeeded."""
+        record, state = self._record, self._record.state
         # A thread that writes while training goes on needs copies; those of a GPU's arrays the store makes itself.
-        copied = self.store.background and state.net.backend.name == "cpu"
+        copied = store.background and state.net.backend.name == "cpu"
         if copied:
-            self.store.wait()  # so that there are never copies for two
+            store.wait()  # so that there are never copies for two
         history = {
             # Arrays hold numbers exactly, and in less space than text.
             name: np.array(value, np.float64) if isinstance(value, list) else value
@@ -92,7 +111,7 @@ class RunCheckpoints:
             "optimizer": state.opt.state_dict() if copied else live_optimizer(state.opt),
             "given": self._given,
             "loader": state.loader.state_dict(),
-            "batches": self._batches,
+            "batches": self.batches,
             "description": describe_network(state.net),
             "plan": dataclasses.asdict(state.loader.plan),
             "history": history,
@@ -101,8 +120,7 @@ class RunCheckpoints:
             "loss_scale": None if record.scale is None else record.scale.state_dict(),
             "callbacks": [callback.state_dict() for callback in self._callbacks],
         }
-        self._saved_at = state.opt.t
-        record.unsaved = not self.store.save(saved)
+        return store.save(saved)
 
     def save_at_last(self) -> str:
         """Save a run that ends early, and wait until that is done; what became of it, for the end of a message."""
@@ -110,7 +128,7 @@ class RunCheckpoints:
             return ""
         try:
             self.save()
-            if self.store.wait() and not self._record.unsaved:
+            if self._wait() and not self._record.unsaved:
                 return f", and so does the newest checkpoint in {self.store.folder}"
         except CheckpointError as error:
             return f"; {error}"
@@ -118,13 +136,23 @@ class RunCheckpoints:
 
     def try_callbacks(self) -> None:
         """Raise at once what the first save would raise for a callback's state."""
-        if self.store is not None:
+        if self.store is not None and self._record.together.first:
             self.store.check({"callbacks": [callback.state_dict() for callback in self._callbacks]})
 
     def resume(self) -> None:
         """Go to where the newest checkpoint was saved, if there is one."""
-        if self.store is not None and (found := self.store.newest()) is not None:
-            self._restore(*found)
+        if self.store is None:
+            return
+        together = self._record.together
+        with together.phase():
+            found = self.store.newest() if together.first else None
+        newest = together.share(None if found is None else found[0].name)
+        with together.phase():
+            if found is None and newest is not None:
+                path = self.store.folder / newest
+                found = path, read(path)
+            if found is not None:
+                self._restore(*found)
 
     def _restore(self, path: Path, saved: Mapping[str, Any]) -> None:
         """Go to where the checkpoint ``path`` was saved; if it is refused, the network is as before."""
@@ -132,7 +160,7 @@ class RunCheckpoints:
         before = state.net.state_dict()
         try:
             check_same_network(saved["description"], describe_network(state.net))
-            check_same_batches(saved.get("batches", {}), self._batches)
+            check_same_batches(saved.get("batches", {}), self.batches)
             copy.copy(state.loader).load_state_dict(saved["loader"])  # whether it would
             history = {
                 name: value.tolist() if isinstance(value, np.ndarray) else value
@@ -163,7 +191,7 @@ class RunCheckpoints:
         place = f"in epoch {done + 1}" if record.epoch.batches else f"at the end of epoch {done}"
         self.resumed = f"resumed after step {state.step}, {place}, saved at {when}"
         if changed:
-            warn_caller("the run goes on with other hyper-parameters:\n" + "\n".join(changed), ResumeWarning)
+            record.warn("the run goes on with other hyper-parameters:\n" + "\n".join(changed), ResumeWarning)
 
     @contextlib.contextmanager
     def completed(self) -> Iterator[None]:
@@ -171,31 +199,45 @@ class RunCheckpoints:
         try:
             yield
         except BaseException:
-            with contextlib.suppress(CheckpointError):
-                self._wait()
+            if self.store is not None and self._record.together.first:
+                with contextlib.suppress(CheckpointError):
+                    self.store.wait()
             raise
         self._wait()
 
-    def _wait(self) -> None:
-        if self.store is not None:
-            self.store.wait()
+    def _wait(self) -> bool:
+        """Wait until what was saved is written; whether that succeeded."""
+        together = self._record.together
+        if self.store is None:
+            return True
+        with together.phase():
+            written = self.store.wait() if together.first else True
+        return bool(together.share(written))
 
 
-def open_checkpoints(checkpoint: Any, resume: bool) -> Checkpoints | None:
-    """The folder of :func:`fit`'s ``checkpoint``, ready to be written to."""
+@contextlib.contextmanager
+def open_checkpoints(checkpoint: Any, resume: bool, first: bool = True) -> Iterator[Checkpoints | None]:
+    """Meanwhile the folder of :func:`fit`'s ``checkpoint`` is this run's, and the first rank may write to it."""
     if checkpoint is None:
         if resume:
             raise ArgumentError("resume=True needs checkpoint=, the folder that has what to go on from")
-        return None
+        yield None
+        return
     store = checkpoint if isinstance(checkpoint, Checkpoints) else Checkpoints(checkpoint)
-    store.open()
-    if not resume and store.files():
-        # A new run would remove them, one after another.
-        raise ArgumentError(
-            f"{store.folder} has checkpoints of a run: go on from them with resume=True (--resume), or take another "
-            "folder"
-        )
-    return store
+    if not first:
+        yield store
+        return
+    with contextlib.suppress(OSError):  # of which open() tells
+        store.folder.mkdir(parents=True, exist_ok=True)
+    with in_use(store.folder):
+        store.open()
+        if not resume and store.files():
+            # A new run would remove them, one after another.
+            raise ArgumentError(
+                f"{store.folder} has checkpoints of a run: go on from them with resume=True (--resume), or take "
+                "another folder"
+            )
+        yield store
 
 
 def describe_network(net: Network) -> dict[str, Any]:
@@ -228,12 +270,22 @@ def has_old_biases(saved: Mapping[str, Any]) -> bool:
 
 def init_to_resume(store: Checkpoints) -> str:
     """The ``init`` with which :func:`~gpubatch.nn.mlp` makes the network that was saved in ``store`` again."""
+    return "v0.1" if has_old_biases(saved_in(store).get("description", {})) else "auto"
+
+
+def shards_to_resume(store: Checkpoints) -> int | None:
+    """The ``shards`` of the loader whose run was saved in ``store``."""
+    shards: int | None = saved_in(store).get("loader", {}).get("shards")
+    return shards
+
+
+def saved_in(store: Checkpoints) -> dict[str, Any]:
+    """The state of the newest checkpoint; empty if there is none."""
     with warnings.catch_warnings(), contextlib.suppress(DataFormatError):  # fit tells of damaged files
         warnings.simplefilter("ignore", CheckpointWarning)
-        found = store.newest()
-        if found is not None and has_old_biases(found[1].get("description", {})):
-            return "v0.1"
-    return "auto"
+        if (found := store.newest()) is not None:
+            return found[1]
+    return {}
 
 
 def describe_batches(loader: Loader) -> dict[str, Any]:

@@ -16,43 +16,52 @@ __all__ = ["BetweenSteps", "interruptible"]
 
 
 class BetweenSteps:
-    """Saves the run when that is due, and ends it after a signal; ``signals`` are those that came."""
+    """Saves the run when that is due, and ends it after a signal, of ranks after a signal to any of them."""
 
     def __init__(self, record: Record, checkpoints: RunCheckpoints) -> None:
         self._record, self._checkpoints = record, checkpoints
-        self.signals: list[int] = []
 
     def __call__(self) -> None:
-        """Look once."""
+        """Look once. What came to other ranks, the last step's sum has told."""
         self._checkpoints.after_steps()
-        self.stop_if_signalled()
+        if self._record.signalled if self._record.together.several else self._record.signals:
+            self._stop()
 
     @property
     def room(self) -> int:
         """Steps until the next checkpoint, at most to the end of the epoch; 0 after a signal."""
-        if self.signals:
+        if self._record.signals:
             return 0
         remaining, left = self._record.remaining, self._checkpoints.steps_left
         return remaining if left is None else min(remaining, max(1, left))
 
     def stop_if_signalled(self) -> None:
-        """End the run if a signal came; the parameters are those of a complete step."""
-        if not self.signals:
-            return
-        state, number = self._record.state, self.signals[0]
+        """End the run if a signal came, to any of the ranks."""
+        if self.signalled():
+            self._stop()
+
+    def signalled(self) -> bool:
+        """Whether a signal came, to any of the ranks."""
+        record = self._record
+        record.signalled = record.together.any(bool(record.signals))
+        return record.signalled
+
+    def _stop(self) -> None:
+        """End the run; the parameters are those of a complete step."""
+        state, together, signals = self._record.state, self._record.together, self._record.signals
+        number = int(together.most(signals[0] if signals else 0))
         verb = "terminated" if number == signal.SIGTERM else "interrupted"
         message = f"{verb} in epoch {state.epoch + 1} after step {state.step}; the model holds this last complete step"
         kind = TrainingTerminated if number == signal.SIGTERM else TrainingInterrupted
-        raise kind(message + self._checkpoints.save_at_last(), state.history)
+        raise together.alike(kind(message + self._checkpoints.save_at_last(), state.history))
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[list[int]]:
+def interruptible(noted: list[int]) -> Iterator[None]:
     """Note the first Ctrl-C or SIGTERM in the list instead of acting on it; a second one acts as usual.
 
     Only in the main thread, and only where Python's own handler is in place: a program's own handler stays.
     """
-    noted: list[int] = []
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     ours = threading.current_thread() is threading.main_thread()
     taken = {number: handler for number, handler in usual.items() if ours and signal.getsignal(number) is handler}
@@ -68,6 +77,6 @@ def interruptible() -> Iterator[list[int]]:
     for number in taken:
         signal.signal(number, note)
     try:
-        yield noted
+        yield
     finally:
         give_back()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import numbers
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -44,17 +46,21 @@ class HeldOut(Protocol):
     def first(self) -> Batch:
         """The first of the batches."""
 
-    def batches(self) -> contextlib.AbstractContextManager[Iterator[Batch]]:
-        """X, Y and weights as the network takes them, in one batch or in several, always the same."""
+    def batches(self, rank: int = 0, size: int = 1) -> contextlib.AbstractContextManager[Iterator[Batch]]:
+        """X, Y and weights as the network takes them, in one batch or in several, always the same.
+
+        Each of ``size`` ranks has neighbouring batches.
+        """
 
 
 class InMemory(NamedTuple):
-    """Arrays that the network takes as they are."""
+    """Arrays that the network takes as they are, ``rows`` at a time."""
 
     X: Array
     Y: Array
     weights: Mapping[str, Array]
     copied: int
+    rows: int = sys.maxsize
 
     @property
     def samples(self) -> int:
@@ -68,13 +74,16 @@ class InMemory(NamedTuple):
 
     def first(self) -> Batch:
         """See :class:`HeldOut`."""
-        some = slice(EVALUATION_ROWS)
+        return self._some(slice(EVALUATION_ROWS))
+
+    def _some(self, some: slice) -> Batch:
         return self.X[some], self.Y[some], {name: weight[some] for name, weight in self.weights.items()}
 
     @contextlib.contextmanager
-    def batches(self) -> Iterator[Iterator[Batch]]:
+    def batches(self, rank: int = 0, size: int = 1) -> Iterator[Iterator[Batch]]:
         """See :class:`HeldOut`."""
-        yield iter([(self.X, self.Y, self.weights)])
+        own = share_of(-(-len(self.X) // self.rows), rank, size)
+        yield (self._some(slice(i * self.rows, (i + 1) * self.rows)) for i in own)
 
 
 class HeldOutBatches:
@@ -108,20 +117,32 @@ class HeldOutBatches:
         return X, Y, self._weighted_by.weights_of(Y, *weights)
 
     @contextlib.contextmanager
-    def batches(self) -> Iterator[Iterator[Batch]]:
-        """See :class:`HeldOut`."""
+    def batches(self, rank: int = 0, size: int = 1) -> Iterator[Iterator[Batch]]:
+        """See :class:`HeldOut`. How many batches an iteration of its own has, nobody knows: they are rank 0's."""
         if self._loader is None:
+            own, most = share_of(len(self._epochs), rank, size), sys.maxsize
+            if size > 1:
+                most, first = len(own), own.start if own else 0
+                self._epochs.load_state_dict({**self._epochs.state_dict(), "epoch": 0, "batch": first})
             found = self._epochs.batches(self._epochs.columns.as_rows)
         else:
             self._loader.load_state_dict({**self._loader.state_dict(), "epoch": 0, "batch": 0})
-            found = rows_of(self._loader)
+            found, most = rows_of(self._loader), 0 if rank else sys.maxsize
         with contextlib.closing(found) as batches:  # ends the loader's thread
-            yield map(self._batch, batches)
+            yield map(self._batch, itertools.islice(batches, most))
+
+
+def share_of(count: int, rank: int, size: int) -> range:
+    """Which of ``count`` things are one rank's: neighbours."""
+    return range(count * rank // size, count * (rank + 1) // size)
 
 
 @contextlib.contextmanager
-def validated(net: Network, loader: Loader, validation: Any) -> Iterator[HeldOut | None]:
-    """The validation set that ``fit`` was given; of a fraction, the loader leaves it out meanwhile."""
+def validated(net: Network, loader: Loader, validation: Any, rank: int = 0, size: int = 1) -> Iterator[HeldOut | None]:
+    """The validation set that ``fit`` was given; of a fraction, the loader leaves it out meanwhile.
+
+    Each of ``size`` ranks checks its share.
+    """
     epochs = epochs_of(loader)
     held_out: HeldOut | None = None
     with contextlib.ExitStack() as stack:
@@ -132,7 +153,7 @@ def validated(net: Network, loader: Loader, validation: Any) -> Iterator[HeldOut
             with about_validation(), net.backend.scope():
                 held_out = held_out_of(net, loader, validation)
         if held_out is not None:
-            with about_validation(), net.backend.scope(), held_out.batches() as batches:
+            with about_validation(), net.backend.scope(), held_out.batches(rank, size) as batches:
                 for X, Y, weights in batches:
                     core_of(net).check_batch(X, Y)
                     for weight in weights.values():
@@ -172,7 +193,9 @@ def held_out_of(net: Network, loader: Loader, validation: Any) -> HeldOut:
     copied = sum(new.nbytes for new, given in ((x, X), (y, Y)) if new is not given)
     weights = columns.weights_elsewhere(Y, weight)
     copied += sum(array.nbytes for array in weights.values())
-    return InMemory(columns.turn(x), columns.turn(y), weights, copied)  # rows, as a network takes them
+    X, Y = columns.turn(x), columns.turn(y)  # rows, as a network takes them
+    # Where a batch has shards, the numbers are the same on any number of ranks: those of parts of a fixed size.
+    return InMemory(X, Y, weights, copied, sys.maxsize if loader.shards is None else EVALUATION_ROWS)
 
 
 def held_out_of_loader(net: Network, loader: Loader) -> HeldOut:

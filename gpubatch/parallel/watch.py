@@ -1,0 +1,76 @@
+"""Notices a rank that has ended while others wait for it, which they would do for ever."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+__all__ = ["Watch", "watched"]
+
+LOOK = 0.5  # seconds between two looks
+PATIENCE = 2.0  # seconds that a rank has waited when it is first asked for whom
+
+Result = TypeVar("Result")
+
+
+class Watch:
+    """A thread that looks, while this rank waits for the others, whether one of them has ended.
+
+    comm: a communicator of mpi4py of the same ranks, for nothing else
+    since: when this rank began to wait, of ``time.monotonic``; None while it does not
+    """
+
+    def __init__(self, comm: Any) -> None:
+        self._comm = comm
+        self.since: float | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="gpubatch-ranks", daemon=True)
+        self._thread.start()
+        atexit.register(self._leave)
+
+    def _look(self) -> None:
+        from mpi4py import MPI as mpi  # noqa: N811 (as in engines.py)
+
+        status = mpi.Status()
+        while not self._over.wait(LOOK):
+            since = self.since
+            if since is None or time.monotonic() - since < PATIENCE:
+                continue
+            if self._comm.Iprobe(mpi.ANY_SOURCE, mpi.ANY_TAG, status) and self.since == since:
+                left = status.Get_source()
+                rank, size = self._comm.Get_rank(), self._comm.Get_size()
+                print(
+                    f"gpubatch: rank {left} of {size} has ended, and rank {rank} waits for it: this ends all",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                self._comm.Abort(1)
+
+    def _leave(self) -> None:
+        """Tell the others that this process ends."""
+        self._over.set()
+        self._thread.join()
+        for rank in range(self._comm.Get_size()):
+            if rank != self._comm.Get_rank():
+                self._comm.Isend(b"", rank)
+
+
+def watched(wait: Callable[..., Result]) -> Callable[..., Result]:
+    """A method that waits for the other ranks, of a class with a ``watch``, so that it notices when one has ended."""
+
+    @functools.wraps(wait)
+    def waits(self: Any, *arguments: Any) -> Result:
+        watch = self.watch
+        if watch is None:
+            return wait(self, *arguments)
+        watch.since = time.monotonic()
+        found = wait(self, *arguments)
+        watch.since = None
+        return found
+
+    return waits
