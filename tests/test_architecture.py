@@ -213,7 +213,7 @@ CODE_LINES = {
     "nn": 2694,
     "datasets": 194,
     "sources": 1821,
-    "loader": 2481,
+    "loader": 2483,
     "tables": 1425,
     "checkpoint": 469,
     "model": 954,
@@ -225,7 +225,7 @@ CODE_LINES = {
     "sklearn": 987,
     "torch": 565,
     "__main__": 29,
-    "__init__": 215,
+    "__init__": 216,
 }
 
 
