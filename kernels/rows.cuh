@@ -1,21 +1,5 @@
-// Copy rows of an array in some order. Sample is the type of the source, Target that of the result, and Order, Listed or
-// Computed, finds the sample at a place.
-
-// order[start + row]; without an order the samples are taken as they stand.
-struct Listed {
-    const long long* index;
-    __device__ Listed(const long long* order, long long start) : index(order ? order + start : nullptr) {}
-    __device__ long long at(long long row) const { return index ? index[row] : row; }
-};
-
-// The image of start + row under the permutation whose numbers are at `order`.
-struct Computed {
-    Permutation permutation;
-    long long start;
-    __device__ Computed(const long long* order, long long start)
-        : permutation(*reinterpret_cast<const Permutation*>(order)), start(start) {}
-    __device__ long long at(long long row) const { return image(permutation, start + row); }
-};
+// Copy rows of an array in some order. Sample is the type of the source, Target that of the result, and Order, one of
+// orders.cuh, finds the sample at a place.
 
 constexpr int LARGER = sizeof(Sample) > sizeof(Target) ? sizeof(Sample) : sizeof(Target);
 constexpr int LANES = 16 / LARGER;  // elements in sixteen bytes of the larger type

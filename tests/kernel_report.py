@@ -39,12 +39,12 @@ def sources() -> dict[str, str]:
                 found |= dict.fromkeys(reduce_sources(trace, *stored), f"reduce {told}")
     for stored in C_TYPES:
         for target in {stored, "uint8", "int64"}:
-            for computed in (False, True):
-                told = f"take {stored} as {target}{', computed' if computed else ''}"
-                found.setdefault(take_source(stored, target, computed), told)
+            for kind in ("Listed", "Computed", "Drawn"):
+                found.setdefault(take_source(stored, target, kind), f"take {stored} as {target}, {kind}")
         for dtype in ("float32", "float64", "float16"):
-            found.setdefault(gather_source(dtype, stored, True), f"gather {stored} as {dtype}, computed")
-    found[permutation_source()] = "permutation"
+            for kind in ("Computed", "Drawn"):
+                found.setdefault(gather_source(dtype, stored, kind), f"gather {stored} as {dtype}, {kind}")
+    found |= {permutation_source(kind): f"order, {kind}" for kind in ("Computed", "Drawn")}
     return {name: source for source, name in found.items()}
 
 

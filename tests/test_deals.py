@@ -417,6 +417,7 @@ ON_DEVICE: dict[str, dict[str, Any]] = {
     "computed": {"large": True},
     "in order, computed": {"large": True, "shuffle": False},
     "drawn": {"replacement": True},
+    "by weights": {"order": gb.WeightedOrder(np.arange(101) % 3)},
     "by windows": {"window": 40},
     "through pinned memory": {"feed": "host"},
     "augmented": {"augment": lambda x, draw: x + 1},

@@ -369,13 +369,29 @@ def test_kernels_that_gather_compute_the_order(
                 words, at = device.asarray(found.words), device.asarray(np.array([batch]))
                 x, y = device.empty((rows, *shape), np.float32), device.empty(rows, np.int64)
                 there = device.asarray(source), device.asarray(labels)
-                gather_batch(Grid(device, F), there[0], words, at, x, 0.5, 0.0, size, computed=True)
-                take_batch(Grid(device, F), there[1], words, at, y, size, computed=True)
+                gather_batch(Grid(device, F), there[0], words, at, x, 0.5, 0.0, size, "Computed")
+                take_batch(Grid(device, F), there[1], words, at, y, size, "Computed")
                 assert np.array_equal(device.to_numpy(x), source[index] * F.type(0.5))
                 assert np.array_equal(device.to_numpy(y), labels[index])
 
 
-@pytest.mark.parametrize("options", [{}, {"rank": 1, "world_size": 2}, {"shuffle": False}, {"seed": 3}], ids=str)
+@every(
+    "options",
+    {
+        str(options): options
+        for options in (
+            {},
+            {"rank": 1, "world_size": 2},
+            {"shuffle": False},
+            {"seed": 3},
+            {"replacement": True},
+            {"replacement": True, "seed": WORD, "rank": 1, "world_size": 3},
+            {"order": gb.WeightedOrder(np.arange(101) % 3)},
+            {"order": gb.WeightedOrder(np.arange(101) ** 2.5), "rank": 1, "world_size": 2},
+        )
+    },
+    ["{}", "{'replacement': True}", "{'order': <WeightedOrder of 101 weights from 0 to 2>}"],
+)
 def test_a_device_has_the_batches_of_the_cpu(
     options: dict[str, Any], small: None, device: CudaBackend, rng: np.random.Generator
 ) -> None:
@@ -387,8 +403,8 @@ def test_a_device_has_the_batches_of_the_cpu(
                 assert np.array_equal(device.to_numpy(there), x)
                 assert np.array_equal(device.to_numpy(labels), y)
         there = loaders[1]
-        assert there.stats.bytes_copied == 8 * permutation.PERMUTATION_WORDS
-        assert there.plan.parts["order of an epoch"] == 8 * 16
+        assert there.stats.bytes_copied == 8 * permutation.PERMUTATION_WORDS  # and sums of weights before epoch 0
+        assert there.plan.parts["order of an epoch"] == 8 * 16 + (8 * 101 if there.order else 0)
         feed = epochs_of(there).device_feed()
         assert isinstance(feed, DeviceFeed)
         expected = [*Loader(X, Y, batch_size=16, backend="cpu", **options)]

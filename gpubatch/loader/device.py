@@ -10,11 +10,11 @@ import numpy as np
 
 from gpubatch.backend import Array, CudaBackend
 from gpubatch.loader.columns import native
-from gpubatch.ops import PERMUTATION_WORDS, Grid, Permutation, gather_batch, permute, take_batch
+from gpubatch.ops import PERMUTATION_WORDS, Draws, Grid, Permutation, gather_batch, permute, take_batch
 from gpubatch.passes import Deal
 from gpubatch.staging import stages_for
 
-__all__ = ["DeviceFeed", "DeviceOrder", "copy_to_device"]
+__all__ = ["DeviceFeed", "DeviceOrder", "copy_to_device", "kind_of"]
 
 
 def copy_to_device(array: np.ndarray, backend: CudaBackend) -> Array:
@@ -26,12 +26,17 @@ def copy_to_device(array: np.ndarray, backend: CudaBackend) -> Array:
     return copy
 
 
+def kind_of(order: np.ndarray | Permutation | Draws) -> str:
+    """The struct of kernels/orders.cuh that reads an order."""
+    return "Listed" if isinstance(order, np.ndarray) else "Drawn" if isinstance(order, Draws) else "Computed"
+
+
 class DeviceOrder:
     """The order of an epoch from position ``first`` on: copied to the device once, or computed there if it can be."""
 
-    def __init__(self, backend: CudaBackend, order: np.ndarray | Permutation, first: int = 0) -> None:
-        self._computed, self._first = isinstance(order, Permutation), first
-        order = order.words if isinstance(order, Permutation) else order
+    def __init__(self, backend: CudaBackend, order: np.ndarray | Permutation | Draws, first: int = 0) -> None:
+        self._kind, self._first = kind_of(order), first
+        order = order if isinstance(order, np.ndarray) else order.words
         self._backend, self._process, self.nbytes = backend, os.getpid(), order.nbytes
         self._home, self._ready = backend.current_stream(), backend.event()
         with backend.scope():
@@ -48,11 +53,11 @@ class DeviceOrder:
         if stream != self._home and stream not in self._others:
             stream.wait_event(self._ready)
             self._others.append(stream)
-        if not self._computed:
+        if self._kind == "Listed":
             return self._order[start - self._first : stop - self._first]
         with self._backend.scope():
             found = self._backend.empty(stop - start, np.int64)
-            permute(Grid(self._backend, np.dtype(np.float32)), self._order, start, found)
+            permute(Grid(self._backend, np.dtype(np.float32)), self._order, start, found, self._kind)
         return found
 
     def close(self) -> None:
@@ -71,8 +76,8 @@ class DeviceFeed:
     """Batches that captured steps gather themselves: data, order and batch stay where they are on the device.
 
     ``columns`` are the arrays on the device, each with the element type and the scale of its batches. The order is one
-    of ``share`` samples, ``batch_size`` of them in a batch. Or with ``firsts`` it is a permutation, whose images the
-    kernels find themselves, of ``step`` samples a batch: those of a rank begin at one of ``firsts`` in the whole batch.
+    of ``share`` samples, ``batch_size`` of them in a batch. Or with ``firsts`` it is of a ``kind`` that the kernels
+    compute themselves, of ``step`` samples a batch: those of a rank begin at one of ``firsts`` in the whole batch.
     """
 
     def __init__(
@@ -83,17 +88,19 @@ class DeviceFeed:
         batch_size: int,
         firsts: Sequence[int] = (),
         step: int | None = None,
+        kind: str = "Listed",
     ) -> None:
         self._backend, self._columns, self.batch_size = backend, columns, batch_size
         self._firsts, self._step = list(firsts), batch_size if step is None else step
-        # Valid: a rehearsal gathers before the first order. The zeros of a permutation are one that has 0 everywhere.
+        self._kind = kind
+        # Valid: a rehearsal gathers before the first order. The zeros of one that is computed have sample 0 everywhere.
         self._order = backend.zeros((len(firsts), PERMUTATION_WORDS) if firsts else share, np.int64)
         self._stages = stages_for(backend, self._order)
         self._batch = [backend.empty((batch_size, *array.shape[1:]), dtype) for array, dtype, _ in columns]
 
-    def begin(self, order: np.ndarray | Permutation) -> int:
+    def begin(self, order: np.ndarray | Permutation | Draws) -> int:
         """Copy the order of the next epoch to the device; the number of bytes."""
-        if isinstance(order, Permutation):
+        if not isinstance(order, np.ndarray):
             order = np.stack([order.after(first) for first in self._firsts])
         self._stages.copy(order, self._order)
         return order.nbytes
@@ -109,14 +116,14 @@ class DeviceFeed:
         """
         if not rows:
             return
-        computed, order = bool(self._firsts), self._order
-        if computed:
+        order = self._order
+        if self._firsts:
             order = order[self._firsts.index(0 if deal is None else deal.first)]
         for (source, dtype, scale), out in zip(self._columns, self.arrays(rows), strict=True):
             if dtype.kind == "f":
                 factor = 1.0 if scale is None else scale
                 grid = Grid(self._backend, dtype)
-                gather_batch(grid, source, order, batch, out, factor, 0.0, self._step, computed)
+                gather_batch(grid, source, order, batch, out, factor, 0.0, self._step, self._kind)
             else:
                 grid = Grid(self._backend, np.dtype(np.float32))
-                take_batch(grid, source, order, batch, out, self._step, computed)
+                take_batch(grid, source, order, batch, out, self._step, self._kind)

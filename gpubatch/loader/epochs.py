@@ -316,6 +316,7 @@ class Epochs:
         pinned = self._through_pinned.memory_parts(batch_size, self._model.kept, self._model.as_rows)
         needed = sum(model.values()) + sum(pinned.values())
         listed = 0 if self.order.by_kernels else self.order.own_share(batch_size)
+        listed += self.order.n if self.order.by_kernels and self.order.sums is not None else 0
         there, words = belongs_on_device(self.columns, self.feed, listed, needed, available, bool(model))
         return self._on_device if there else self._through_pinned, words
 
@@ -425,9 +426,10 @@ class Epochs:
     def gathered_by(self, feed: DeviceFeed) -> Iterator[Callable[[int], None]]:
         """An epoch, or its rest, whose batches ``feed`` gathers; yields a function that is told how many were used."""
         with self._iteration() as check:
-            of, epoch = self.order, self._epoch
-            order = of.permutation(epoch) if of.by_kernels else of.whole(epoch, self.batch_size)
-            stats, first = LoaderStats(bytes_copied=feed.begin(order)), self._batch
+            of, epoch, stats, first = self.order, self._epoch, LoaderStats(), self._batch
+            # Captured steps gather their batches where the data are on the device.
+            order = self._on_device.computed(epoch, stats) if of.by_kernels else of.whole(epoch, self.batch_size)
+            stats.bytes_copied += feed.begin(order)
             before = of.own(self.batch_size) * first
             self.stats = stats
 

@@ -18,7 +18,7 @@ from gpubatch.loader.device import DeviceFeed, DeviceOrder, copy_to_device
 from gpubatch.loader.order import Order
 from gpubatch.loader.pinned import Ring, Slot
 from gpubatch.loader.windows import Windows, window_bytes
-from gpubatch.ops import Permutation
+from gpubatch.ops import Draws, Permutation
 from gpubatch.sizing import fits, format_bytes
 
 __all__ = ["BatchFeed", "Finish", "LoaderStats", "MainMemory", "OnDevice", "ThroughPinned", "belongs_on_device"]
@@ -154,6 +154,7 @@ class OnDevice:
     def __init__(self, columns: Columns, order: Order, backend: CudaBackend) -> None:
         self._columns, self._order, self._backend = columns, order, backend
         self._there: list[Column] = []  # with the arrays that were copied
+        self._sums: tuple[np.ndarray, Array] | None = None  # of the order's weights, and their copy
         arrays = [source for column in columns if (source := column.array) is not None]
         # Captured steps gather whole rows of contiguous arrays, as copies are.
         self.gathers_whole = (
@@ -204,8 +205,9 @@ class OnDevice:
             batches, staging = rows * columns.captured_bytes, 0
         elif kept:
             batches = rows * columns.captured_bytes + kept * batches
-        # A computed order is there for one batch at a time.
+        # A computed order is there for one batch at a time; the sums of weights for good.
         order = 8 * (rows if self._order.by_kernels else self._order.own_share(batch_size))
+        order += 8 * self._order.n if self._order.by_kernels and self._order.sums is not None else 0
         data = {"data": columns.data_bytes, "order of an epoch": order}
         return {**data, "batches": batches, "conversion of a batch": staging}
 
@@ -213,10 +215,10 @@ class OnDevice:
         """See :class:`BatchFeed`."""
         self.copy_data(stats)
         order, size = self._order, starts.step
-        found: np.ndarray | Permutation
+        found: np.ndarray | Permutation | Draws
         first, place = 0, self._place
         if order.by_kernels:
-            found, place = order.permutation(epoch), order.positions
+            found, place = self.computed(epoch, stats), order.positions
         elif order.dealing is None:
             found, first, place = order.between(epoch)(starts.start, order.share), starts.start, order.positions
         else:
@@ -246,7 +248,15 @@ class OnDevice:
             return DeviceFeed(self._backend, columns, order.own_share(batch_size), rows)
         sizes = batch_size, order.share % batch_size
         firsts = [0] if order.dealing is None else [order.dealing.deal(size).first for size in sizes]
-        return DeviceFeed(self._backend, columns, 0, rows, firsts, batch_size)
+        kind = "Drawn" if order.replacement else "Computed"
+        return DeviceFeed(self._backend, columns, 0, rows, firsts, batch_size, kind)
+
+    def computed(self, epoch: int, stats: LoaderStats) -> Permutation | Draws:
+        """The order of an epoch that kernels compute; the sums of its weights are copied once."""
+        if self._order.sums is not None and (self._sums is None or self._sums[0] is not self._order.sums):
+            self._sums = self._order.sums, copy_to_device(self._order.sums, self._backend)
+            stats.bytes_copied += self._order.sums.nbytes
+        return self._order.computed(epoch, None if self._sums is None else self._sums[1])
 
 
 class ThroughPinned:

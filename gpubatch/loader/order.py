@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from gpubatch.backend import get_backend
+from gpubatch.backend import Array, get_backend
 from gpubatch.errors import (
     ArgumentError,
     InsufficientMemoryError,
@@ -22,7 +22,7 @@ from gpubatch.errors import (
 )
 from gpubatch.inputs import checked_array
 from gpubatch.loader.deals import Dealing, PartOf
-from gpubatch.ops import Permutation, permutation_bytes
+from gpubatch.ops import Draws, Permutation, permutation_bytes
 from gpubatch.passes import Deal
 from gpubatch.sources import check_finite
 
@@ -536,10 +536,10 @@ class Order:
         self.bounds = self._bounds
         if chosen is not None and self._bounds is not None:
             self.bounds = np.unique(chosen.searchsorted(self._bounds))
-        self._sums: np.ndarray | None = None  # of the weights up to each sample
+        self.sums: np.ndarray | None = None  # of the weights up to each sample
         if self.weighted is not None:
             weights = self.weighted.weights
-            self._sums = np.cumsum(weights if chosen is None else weights[chosen])
+            self.sums = np.cumsum(weights if chosen is None else weights[chosen])
 
     def take_version(self, version: int) -> None:
         """Make the order as ``version`` does, which a saved state has."""
@@ -626,14 +626,17 @@ class Order:
 
     @property
     def by_kernels(self) -> bool:
-        """Whether :meth:`permutation` has the samples of an epoch, so that kernels can compute them."""
-        if self.window or self.chosen is not None or self.replacement or self.n < LARGE:
+        """Whether :meth:`computed` has the samples of an epoch, so that kernels can compute them."""
+        if self.window or self.chosen is not None:
             return False
-        return self._by_formula or not self.shuffle
+        return self.replacement or (self.n >= LARGE and (self._by_formula or not self.shuffle))
 
-    def permutation(self, epoch: int) -> Permutation:
-        """The samples of an epoch as images of a permutation, where they are ``by_kernels``."""
-        return Permutation(self.n, self.seed, epoch, 0, self.rank, self.world_size, self.shuffle)
+    def computed(self, epoch: int, sums: Array = None) -> Permutation | Draws:
+        """The samples of an epoch as kernels compute them; ``sums`` are :attr:`sums` on the device."""
+        if not self.replacement:
+            return Permutation(self.n, self.seed, epoch, 0, self.rank, self.world_size, self.shuffle)
+        weights = (0, 0.0) if self.sums is None else (sums.data.ptr, float(self.sums[-1]))
+        return Draws(self.n, self.seed, epoch, self.rank, self.world_size, *weights)
 
     def prepare(self, epoch: int, size: int = 1) -> None:
         """Make the order of an epoch now, while a device works on the one before."""
@@ -642,7 +645,7 @@ class Order:
 
     def memory(self) -> tuple[int, int]:
         """Bytes of main memory: while the order of an epoch is made, and while it is used. Windows have their own."""
-        held = 8 * self.n * ((self.chosen is not None) + (self._sums is not None))
+        held = 8 * self.n * ((self.chosen is not None) + (self.sums is not None))
         if self.window or self._by_arithmetic:
             return held, held
         if self._by_formula:
@@ -668,10 +671,10 @@ class Order:
         if not self.shuffle:
             return self._samples(np.arange(first, end, step, dtype=np.int64))
         words = _words(np.array([self.seed, epoch], np.uint64), first, end)[::step]
-        if self._sums is None:
+        if self.sums is None:
             return self._samples(_uniform(words, self.n))
-        numbers = (words >> np.uint64(11)) * (2.0**-53 * self._sums[-1])  # of 53 bits, from 0 to the sum of the weights
-        return self._samples(self._sums.searchsorted(numbers, side="right"))
+        numbers = (words >> np.uint64(11)) * (2.0**-53 * self.sums[-1])  # of 53 bits, from 0 to the sum of the weights
+        return self._samples(self.sums.searchsorted(numbers, side="right"))
 
     def _samples(self, places: Indices) -> Indices:
         return places if self.chosen is None else self.chosen[places]

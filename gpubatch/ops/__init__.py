@@ -8,7 +8,7 @@ from gpubatch.ops.gather import gather_batch, gather_bytes, take_batch
 from gpubatch.ops.grid import MOST_THREADS, Grid, blocks_for
 from gpubatch.ops.host_compiler import own_form
 from gpubatch.ops.operation import COMPUTE, Space, workspace_dtype
-from gpubatch.ops.permutation import PERMUTATION_WORDS, Permutation, permutation_bytes, permute
+from gpubatch.ops.permutation import PERMUTATION_WORDS, Draws, Permutation, permutation_bytes, permute
 from gpubatch.ops.products import PRECISIONS, ArrayProducts, Products, check_choices, products_for
 from gpubatch.ops.program import check_slope
 from gpubatch.ops.sums import SQUARE_SUM_SIZE, square_grid
@@ -24,6 +24,7 @@ __all__ = [
     "SQUARE_SUM_SIZE",
     "ArrayProducts",
     "CudaUpdate",
+    "Draws",
     "Grid",
     "Ops",
     "Permutation",

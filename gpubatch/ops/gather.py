@@ -14,6 +14,7 @@ from gpubatch.errors import DTypeError
 from gpubatch.ops.compile import C_TYPES, kernel_source, source_of
 from gpubatch.ops.grid import MOST_BLOCKS, THREADS, Grid, check_contiguous, tile_width, tiles
 from gpubatch.ops.operation import Forms, operation
+from gpubatch.ops.permutation import order_source
 
 __all__ = ["gather", "gather_batch", "gather_bytes", "take_batch"]
 
@@ -85,25 +86,25 @@ def gather_batch(
     scale: float,
     shift: float,
     size: int = 0,
-    computed: bool = False,
+    kind: str = "Listed",
 ) -> None:
     """Gather batch number ``*batch``, an int64 on the device (without it the first): rows ``order[batch * size:]``.
 
-    ``computed``: these are images of a permutation, and ``order`` has the words of that.
+    ``kind`` is that of the order in kernels/orders.cuh, of which ``order`` has the samples or the words.
     """
     check_contiguous("source", source)
     check_contiguous("out", out)
     if source.dtype.name not in C_TYPES:
         raise DTypeError(f"source must have one of the dtypes {', '.join(C_TYPES)}, got {describe(source)}")
-    text = gather_source(grid.dtype.name, source.dtype.name, computed)
+    text = gather_source(grid.dtype.name, source.dtype.name, kind)
     launch_over_rows(grid, text, "gather", source, order, batch, out, size, scale, shift)
 
 
 def take_batch(
-    grid: Grid, source: Array, order: Array, batch: Array, out: Array, size: int, computed: bool = False
+    grid: Grid, source: Array, order: Array, batch: Array, out: Array, size: int, kind: str = "Listed"
 ) -> None:
     """As :func:`gather_batch`, but elements stay as they are stored, or become int64 where out is; one launch."""
-    text = take_source(source.dtype.name, out.dtype.name, computed)
+    text = take_source(source.dtype.name, out.dtype.name, kind)
     launch_over_rows(grid, text, "take", source, order, batch, out, size)
 
 
@@ -133,20 +134,19 @@ def lanes_of(source: Array, out: Array, features: int) -> int:
 
 
 @functools.cache
-def gather_source(dtype: str, stored: str, computed: bool = False) -> str:
+def gather_source(dtype: str, stored: str, kind: str = "Listed") -> str:
     """The CUDA source of gathering samples of the element type ``stored`` into arrays of ``dtype``."""
-    return rows_source("gather.cu", dtype, stored, dtype, computed)
+    return rows_source("gather.cu", dtype, stored, dtype, kind)
 
 
 @functools.cache
-def take_source(stored: str, target: str, computed: bool = False) -> str:
+def take_source(stored: str, target: str, kind: str = "Listed") -> str:
     """The CUDA source of taking samples of the element type ``stored`` as they are, or as int64: ``target``."""
-    return rows_source("take.cu", "float32", stored, target, computed)
+    return rows_source("take.cu", "float32", stored, target, kind)
 
 
-def rows_source(file: str, dtype: str, stored: str, target: str, computed: bool) -> str:
-    """The CUDA source of a kernel that takes rows in a listed or ``computed`` order, with arithmetic of ``dtype``'s."""
+def rows_source(file: str, dtype: str, stored: str, target: str, kind: str) -> str:
+    """The CUDA source of a kernel that takes rows in an order of some kind, with arithmetic of ``dtype``'s."""
     types = f"typedef {C_TYPES[stored]} Sample;\ntypedef {C_TYPES[target]} Target;"
-    order = "typedef struct Computed Order;" if computed else "typedef struct Listed Order;"
-    shared = f"{kernel_source('permutation.cuh')}\n{order}\n{kernel_source('rows.cuh')}"
+    shared = f"{order_source(kind)}\n{kernel_source('rows.cuh')}"
     return source_of(dtype, file, before=f"{types}\n{shared}")

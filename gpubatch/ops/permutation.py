@@ -10,7 +10,15 @@ from gpubatch.backend import Array
 from gpubatch.ops.compile import host_library, kernel_source
 from gpubatch.ops.grid import AT_ONCE, MOST_BLOCKS, THREADS, Grid
 
-__all__ = ["PERMUTATION_WORDS", "Permutation", "permutation_bytes", "permutation_source", "permute"]
+__all__ = [
+    "PERMUTATION_WORDS",
+    "Draws",
+    "Permutation",
+    "order_source",
+    "permutation_bytes",
+    "permutation_source",
+    "permute",
+]
 
 Integers: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -64,9 +72,7 @@ class Permutation:
 
     def after(self, places: int) -> Integers:
         """The ``words`` of the same permutation from so many places on."""
-        found = self.words.copy()
-        found[2] += places * found[3]
-        return found
+        return after(self.words, places)
 
     def of(self, numbers: Integers) -> Integers:
         """The images of ``numbers``, by NumPy."""
@@ -107,12 +113,44 @@ def permutation_bytes() -> int:
     return TAKEN * TOGETHER if isinstance(host_library(), str) else 0
 
 
-def permute(grid: Grid, words: Array, start: int, out: Array) -> None:
-    """Write the images of places from ``start`` on to ``out``, int64; ``words`` are those of a permutation."""
+class Draws:
+    """Draws with replacement from ``n`` samples as kernels make them: those that seed and epoch decide.
+
+    It knows draws ``first``, ``first + step``, ... With ``sums``, the address of the samples' weights up to each, which
+    are ``total`` in all, they are by weights. ``words`` are its numbers as kernels take them.
+    """
+
+    def __init__(
+        self, n: int, seed: int, epoch: int, first: int = 0, step: int = 1, sums: int = 0, total: float = 0.0
+    ) -> None:
+        factor = int(np.float64(total * 2.0**-53).view(np.uint64))
+        numbers = [n, 0, first, step, seed, epoch, sums, factor]
+        self.words = np.array(numbers + [0] * (PERMUTATION_WORDS - len(numbers)), np.uint64).view(np.int64)
+
+    def after(self, places: int) -> Integers:
+        """The ``words`` of the same draws from so many places on."""
+        return after(self.words, places)
+
+
+def after(words: Integers, places: int) -> Integers:
+    """The words of a permutation or of draws from so many places on."""
+    found = words.copy()
+    found[2] += places * found[3]
+    return found
+
+
+def permute(grid: Grid, words: Array, start: int, out: Array, kind: str = "Computed") -> None:
+    """Write the samples at places from ``start`` on to ``out``, int64; ``words`` are those of an order of some kind."""
     blocks = max(1, min(-(-out.size // (THREADS * AT_ONCE)), MOST_BLOCKS))
-    grid.launch(permutation_source(), "permute", (blocks,), THREADS, words, out, out.size, start)
+    grid.launch(permutation_source(kind), "permute", (blocks,), THREADS, words, out, out.size, start)
 
 
-def permutation_source() -> str:
-    """The CUDA source of images as an array."""
-    return f"{kernel_source('permutation.cuh')}\n{kernel_source('permutation.cu')}"
+def permutation_source(kind: str = "Computed") -> str:
+    """The CUDA source of the samples of an order as an array."""
+    return f"{order_source(kind)}\n{kernel_source('permutation.cu')}"
+
+
+def order_source(kind: str) -> str:
+    """The CUDA source of an order, Listed, Computed or Drawn."""
+    shared = "\n".join(kernel_source(name) for name in ("permutation.cuh", "philox.cuh", "orders.cuh"))
+    return f"{shared}\ntypedef struct {kind} Order;"
