@@ -235,7 +235,11 @@ def precision(
     weight: Array | None = None,
     zero_division: float = 0.0,
 ) -> Any:
-    """Of the predictions of a class the part that is right; ``average`` as :meth:`Classes.score`."""
+    """Of the predictions of a class the part that is right.
+
+    average: "macro", the mean over the classes that occur in truth or predictions; "weighted", over the samples'
+        classes; "micro", of all predictions together; "binary", of class 1; None, a number for each class.
+    """
     return _classes(truth, predicted, weight).score("precision", average, zero_division)
 
 
@@ -246,7 +250,7 @@ def recall(
     weight: Array | None = None,
     zero_division: float = 0.0,
 ) -> Any:
-    """Of the samples of a class the part that is found; ``average`` as :meth:`Classes.score`."""
+    """Of the samples of a class the part that is found; ``average`` as in :func:`precision`."""
     return _classes(truth, predicted, weight).score("recall", average, zero_division)
 
 
@@ -257,7 +261,7 @@ def f1(
     weight: Array | None = None,
     zero_division: float = 0.0,
 ) -> Any:
-    """The harmonic mean of precision and recall; ``average`` as :meth:`Classes.score`."""
+    """The harmonic mean of precision and recall; ``average`` as in :func:`precision`."""
     return _classes(truth, predicted, weight).score("f1", average, zero_division)
 
 

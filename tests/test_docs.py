@@ -24,6 +24,7 @@ from families import every
 from needs import file_library, peer
 
 import gpubatch as gb
+from gpubatch.nn import LOSSES
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -41,7 +42,12 @@ def test_the_reference_has_every_public_name_once() -> None:
     shown = re.findall(r"^\.\. auto(?:class|function|exception):: (\w+)$", pages, re.MULTILINE)
     modules = re.findall(r"^\.\. automodule:: gpubatch\.([\w.]+)$", pages, re.MULTILINE)
     assert sorted(shown) == sorted(gb.HOMES.keys() - {"losses", "rules"})
-    assert set(modules) == {"nn.losses", "sources", "datasets", "metrics", "plot", "sklearn", "torch"}
+    assert set(modules) == {"sources", "datasets", "metrics", "plot", "sklearn", "torch"}
+    losses = re.findall(r"^\.\. autofunction:: gpubatch\.losses\.(\w+)$", pages, re.MULTILINE)
+    assert sorted(losses) == sorted(LOSSES)
+    opened = re.findall(r"`gb\.sources\.(\w+)", "".join(PAGES.values()))
+    (members,) = re.findall(r"automodule:: gpubatch\.sources\n   :members: (.*)$", pages, re.MULTILINE)
+    assert set(opened) <= set(members.split(", "))
 
 
 # What gpubatch makes and gives to the user, modules, and classes to derive from, whose examples are classes.

@@ -27,11 +27,14 @@ PUBLIC = {id(getattr(gpubatch, name)): f"gpubatch.{name}" for name in gpubatch.H
 def to_rst(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Make reStructuredText of a docstring, in place."""
     known = names_of(obj)
+    takes_any = takes_any_name(obj)
     result: list[str] = []
     in_fields = in_example = False
     for line in lines:
         found = FIELD.fullmatch(line)
-        is_field = found is not None and {n.strip("*") for n in found[1].split(", ")} <= known
+        is_field = found is not None and (
+            {n.strip("*") for n in found[1].split(", ")} <= known or (takes_any and in_fields)
+        )
         in_example = bool(line.strip()) and (in_example or line.startswith(">>>"))
         if is_field != in_fields and not line.startswith("    "):
             result += [""] if line else []
@@ -48,6 +51,22 @@ def names_of(obj: Any) -> set[str]:
     with contextlib.suppress(TypeError, ValueError):  # neither a function nor a class
         names |= inspect.signature(obj).parameters.keys()
     return names
+
+
+def takes_any_name(obj: Any) -> bool:
+    """Whether a function or class has ``**options``, which a docstring may list one by one after other arguments."""
+    with contextlib.suppress(TypeError, ValueError):
+        return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(obj).parameters.values())
+    return False
+
+
+def plain_signature(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None
+) -> tuple[str, str | None] | None:
+    """Types by their last name, and no address of a function that is a default."""
+    if signature is None:
+        return None
+    return re.sub(r"<function [^()]*>", "...", re.sub(r"~(?:\w+\.)*(\w+)", r"\1", signature)), returns
 
 
 def escaped(line: str) -> str:
@@ -90,5 +109,6 @@ def resolved(name: str) -> Any:
 def setup(app: Sphinx) -> dict[str, bool]:
     """Add both to Sphinx."""
     app.connect("autodoc-process-docstring", to_rst)
+    app.connect("autodoc-process-signature", plain_signature)
     app.connect("missing-reference", find_object)
     return {"parallel_read_safe": True}
