@@ -159,7 +159,8 @@ def test_the_rule_for_pytorch_of_the_five_tasks_runs() -> None:
 @pytest.mark.exhaustive
 def test_the_program_that_resumes_of_the_five_tasks_is_killed_and_resumed(tmp_path: Path) -> None:
     (program,) = fenced(FIVE["Resume after a kill"], r"\{code-cell\}")
-    program = program.replace("epochs=2", "epochs=2, progress=False") + "print(net.parameters.flat.tobytes().hex())"
+    program = re.sub(r"^:tags: .*$", "", program, flags=re.MULTILINE).replace("epochs=2", "epochs=2, progress=False")
+    program += "print(net.parameters.flat.tobytes().hex())"
     dies = """
 import os
 import signal
