@@ -218,7 +218,7 @@ CODE_LINES = {
     "checkpoint": 469,
     "model": 954,
     "metrics": 268,
-    "train": 2929,
+    "train": 2960,
     "explore": 940,
     "plot": 367,
     "cli": 2002,

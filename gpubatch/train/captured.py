@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple, Protocol
@@ -15,8 +16,8 @@ from gpubatch.optim import StepResult, scalars_ahead
 from gpubatch.train.callbacks import Callbacks
 from gpubatch.train.checks import why_eager
 from gpubatch.train.eager import EagerSteps
-from gpubatch.train.graphs import GivenArrays, StepGraphs, arrays_like
-from gpubatch.train.ledger import AHEAD, BATCH, Report
+from gpubatch.train.graphs import GivenArrays, StepGraphs, agreed, arrays_like
+from gpubatch.train.ledger import AHEAD, Report
 from gpubatch.train.record import Between, Record
 
 __all__ = ["CapturedSteps"]
@@ -25,7 +26,8 @@ __all__ = ["CapturedSteps"]
 class CapturedSteps:
     """Makes the steps of an epoch by replaying graphs, and notes them some steps later.
 
-    A step that halts is made again by ``eager``, which finds out what is wrong with it.
+    A step that halts is made again by ``eager``, which finds out what is wrong with it. Either all ranks capture, or
+    none. They queue the same steps and read them at the same places; there they hear of a signal to one of them.
     """
 
     def __init__(self, record: Record, eager: EagerSteps, callbacks: Callbacks | None = None) -> None:
@@ -34,13 +36,15 @@ class CapturedSteps:
         self._disagreed = ""  # how a captured step differed from the eager one
 
     def why_not(self) -> str:
-        """Why steps cannot be captured, in words; empty where they can."""
+        """Why steps cannot be captured, on this rank or another, in words; empty where they can."""
+        rank, why = self._record.together.words(self._why_not() or None) or (0, "")
+        return f"on rank {rank}, {why}" if rank else why
+
+    def _why_not(self) -> str:
         state, scale = self._record.state, self._record.scale
         others = [] if scale is None else [scale]
         if why := self._disagreed or why_eager(state.net, state.loader, state.opt, *others):
             return why
-        if state.loader.shards is not None:
-            return "the batches are in shards, whose steps fit makes one by one"
         return self._callbacks.why_not_captured()
 
     def release(self) -> None:
@@ -71,23 +75,36 @@ class CapturedSteps:
     def _capture(self) -> str:
         """Capture the graphs of the loader's batches, as far as they are missing; in words, why CUDA refuses."""
         state = self._record.state
-        net, opt, epochs = state.net, state.opt, epochs_of(state.loader)
-        if self._graphs is None or not self._graphs.fits(opt):
-            self.release()
-            feed = epochs.device_feed() or GivenArrays(*arrays_like(epochs.peek()))
-            self._graphs = StepGraphs(net, opt, feed, self._eager.max_norm, parts=self._callbacks.parts)
-        most = state.history.micro_batch_size
+        epochs, together, ranks = epochs_of(state.loader), self._record.together, self._record.together.ranks
         try:
+            if self._graphs is None or not self._graphs.fits(state.opt):
+                self.release()
+                feed: DeviceFeed | GivenArrays | None = agreed(ranks, epochs.device_feed)
+                # Ranks that gather batches on the device are ahead of others by chunks; all queue at the same pace.
+                if together.any(feed is None) or feed is None:
+                    feed = agreed(ranks, lambda: GivenArrays(*arrays_like(epochs.peek())))
+                self._graphs = agreed(ranks, functools.partial(self._graphs_on, feed))
+            most = state.history.micro_batch_size
             steps = len(epochs) if isinstance(self._graphs.feed, DeviceFeed) else 1
             self._graphs.prepare(epochs.batch_size, most, steps)
-            self._graphs.prepare(epochs.last_size, most, 1)
+            self._graphs.prepare(epochs.rows_of(len(epochs) - 1), most, 1)
         except RuntimeError as error:  # CuPy's errors, too
             return f"the capture failed: {error}"
         return ""
 
+    def _graphs_on(self, feed: DeviceFeed | GivenArrays) -> StepGraphs:
+        state, ranks = self._record.state, self._record.together.ranks
+        deal_of = epochs_of(state.loader).order.deal
+        max_norm, parts = self._eager.max_norm, self._callbacks.parts
+        return StepGraphs(state.net, state.opt, feed, max_norm, parts=parts, deal_of=deal_of, ranks=ranks)
+
     def _room(self, between: Between) -> int:
-        """Steps that may be queued: until something is due between two steps, or until the loss scale changes."""
-        scale = self._record.scale
+        """Steps that may be queued, the same on all ranks: until something is due between two steps, as after a signal
+        to one of them, or until the loss scale changes.
+        """
+        record, scale = self._record, self._record.scale
+        if record.together.several:
+            record.signalled = record.together.any(bool(record.signals))
         return between.room if scale is None else min(between.room, scale.room)
 
     @contextlib.contextmanager
@@ -110,8 +127,8 @@ class CapturedSteps:
         """A queue of steps. However it is left, all applied steps are noted."""
         record = self._record
         assert self._graphs is not None
-        size_of = epochs_of(record.state.loader).size_of
-        queue = Queue(self._graphs, record.epoch.batches, size_of, record.history.micro_batch_size)
+        rows_of = epochs_of(record.state.loader).rows_of
+        queue = Queue(self._graphs, record.epoch.batches, rows_of, record.history.micro_batch_size)
         try:
             yield queue
         finally:
@@ -128,11 +145,11 @@ class CapturedSteps:
             self._record.warn_if_halved()
         return len(applied)
 
-    def _make_again(self, queue: Queue, *batch: Array) -> None:
+    def _make_again(self, queue: Queue, x: Array, y: Array, weight: Array | None = None) -> None:
         """Rerun the halted step eagerly to find out what went wrong."""
-        record = self._record
-        outcome = self._eager.step(*batch)
-        record.note(outcome.loss, outcome.result, len(batch[0]))
+        record, epochs, number = self._record, epochs_of(self._record.state.loader), self._record.epoch.batches
+        outcome = self._eager.step(x, y, weight, epochs.deal_of(number))
+        record.note(outcome.loss, outcome.result, epochs.rows_of(number))
         record.warn_if_halved()
         if outcome.result is None or outcome.on_trial:
             queue.go_on(record.epoch.batches)
@@ -165,8 +182,8 @@ class Chunk(NamedTuple):
 class Queue:
     """The steps of an epoch from ``batch`` on, queued some chunks ahead of those that are read.
 
-    ``rows_of`` is the size of a batch. Optimizer and network count the steps as they are read. After a step that
-    ``halted``, nothing is in flight until :meth:`go_on`.
+    ``rows_of`` is the size of a batch, over all ranks. Optimizer and network count the steps as they are read. After a
+    step that ``halted``, nothing is in flight until :meth:`go_on`.
     """
 
     def __init__(
@@ -226,9 +243,7 @@ class Queue:
 
     def halted_batch(self) -> list[Array]:
         """Make the batch of the step that halted once more."""
-        graphs, rows = self._graphs, self._rows_of(self._batch)
-        graphs.feed.enqueue(rows, graphs.ledger.word(BATCH))
-        return graphs.feed.arrays(rows)
+        return self._graphs.make_batch(self._rows_of(self._batch))
 
 
 # --- where its batches come from -----------------------------------------------------------------------------------

@@ -29,8 +29,9 @@ from gpubatch.passes import Deal
 from gpubatch.staging import wait_at_the_end
 from gpubatch.train.ledger import BATCH, HALTED, STEP, Ledger
 from gpubatch.train.parts import StepPart
+from gpubatch.train.together import RanksMemoryError
 
-__all__ = ["Form", "GivenArrays", "StepGraphs", "arrays_like"]
+__all__ = ["Form", "GivenArrays", "StepGraphs", "agreed", "arrays_like"]
 
 T = TypeVar("T")
 UNROLLED = 8  # steps in a graph, if so many are to come: a launch costs the host as much as a few kernels the device
@@ -42,8 +43,11 @@ class Feed(Protocol):
     def arrays(self, rows: int) -> list[Array]:
         """The arrays x and y, and perhaps weights, of a batch of ``rows`` samples."""
 
-    def enqueue(self, rows: int, batch: Array) -> None:
-        """Enqueue the making of batch number ``*batch``; the number is read on the device when the kernel runs."""
+    def enqueue(self, rows: int, batch: Array, deal: Deal | None = None) -> None:
+        """Enqueue the making of batch number ``*batch``; the number is read on the device when the kernel runs.
+
+        ``deal`` says which rows of the batch these are, where batches are dealt.
+        """
 
 
 class GivenArrays:
@@ -56,7 +60,7 @@ class GivenArrays:
         """Their first rows."""
         return [array[:rows] for array in self._arrays]
 
-    def enqueue(self, rows: int, batch: Array) -> None:
+    def enqueue(self, rows: int, batch: Array, deal: Deal | None = None) -> None:
         """Nothing: the batch is there already."""
 
 
@@ -160,6 +164,8 @@ class StepGraphs:
                 if self._ranks is not None and self._ranks.size > 1:
                     agreed(self._ranks, lambda: self._rehearse_alone(lambda: step(None)))
                 self._rehearse(lambda: step(self._ranks))
+                if self._ranks is not None:  # no sum is under way while ranks agree
+                    self._backend.current_stream().synchronize()
                 self._graphs[form] = agreed(self._ranks, lambda: self._backend.capture(steps))
         return self._graphs[form]
 
@@ -182,7 +188,7 @@ class StepGraphs:
         """Enqueue the making of the next batch, of ``rows`` samples over all ranks; return what this rank has of it."""
         deal = self._deal_of(rows)
         own = rows if deal is None else sum(deal.parts)
-        self.feed.enqueue(own, self.ledger.word(BATCH))
+        self.feed.enqueue(own, self.ledger.word(BATCH), deal)
         return self.feed.arrays(own)
 
     def _step(self, rows: int, micro_batch_size: int, ranks: Ranks | None) -> None:
@@ -246,9 +252,11 @@ def agreed(ranks: Ranks | None, work: Callable[[], T]) -> T:
     if first is None:
         return cast(T, result)
     rank, name, words = first
+    if name == MemoryError.__name__:
+        raise RanksMemoryError(words or "out of memory") from None
     if error is not None and kind.__name__ == name:
         raise error
-    raise (MemoryError if name == MemoryError.__name__ else CaptureError)(f"{words} (on rank {rank})")
+    raise CaptureError(f"{words} (on rank {rank})")
 
 
 def step_source(dtype: str) -> str:

@@ -151,7 +151,8 @@ def fit(
     shows progress, notes and warnings; a run is resumed on any number of ranks that divides the shards. Each rank
     evaluates its share of the validation set; rank 0 computes ``metrics``. Callbacks are called on every rank, but
     those with ``once = True``, as gpubatch's logs, on rank 0 alone; ``state.rank`` tells which rank it is. A rank that
-    raises what others do not, ends all of them with a message of which and why.
+    raises what others do not, ends all of them with a message of which and why. GPUs sum by NCCL, each rank needs its
+    own; captured steps have the sum in their graph, and either all ranks capture, or none.
 
     >>> X, Y = np.random.default_rng(0).random((400, 3)), np.arange(400) % 2
     >>> net = gb.mlp([3, 4, 2], seed=0)
@@ -189,6 +190,7 @@ def fit(
             checkpoints = RunCheckpoints(store, record, watching.all)
             common = arguments_of_run(checkpoints, record, epochs, held_out, execution, eager, metrics, resume)
         together.same(common)
+        together.connect(net.backend)
         if resume:
             checkpoints.resume()
             record.state.resumed = True
@@ -252,6 +254,7 @@ def arguments_of_run(
         return {}
     return {
         "network": describe_network(state.net),
+        "backend": state.net.backend.name,
         "optimizer": f"{type(state.opt).__name__}, rule {state.opt.rule.name}",
         "samples": checkpoints.batches,
         "loader": state.loader.state_dict(),
@@ -403,7 +406,8 @@ class Run:
             if not (why := steps.run(between)):
                 return
             if self._must_capture:
-                raise ArgumentError(f"execution must be 'auto' or 'eager' here, got 'captured': {why}")
+                refused = ArgumentError(f"execution must be 'auto' or 'eager' here, got 'captured': {why}")
+                raise record.together.alike(refused)
             record.history.execution = f"eager, since {why}"
 
     def _validate(self, held_out: HeldOut) -> None:

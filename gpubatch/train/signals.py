@@ -24,13 +24,19 @@ class BetweenSteps:
     def __call__(self) -> None:
         """Look once. What came to other ranks, the last step's sum has told."""
         self._checkpoints.after_steps()
-        if self._record.signalled if self._record.together.several else self._record.signals:
+        if self._has_come:
             self._stop()
+
+    @property
+    def _has_come(self) -> bool:
+        """Whether a signal came; of ranks, whether all know of one."""
+        record = self._record
+        return record.signalled if record.together.several else bool(record.signals)
 
     @property
     def room(self) -> int:
         """Steps until the next checkpoint, at most to the end of the epoch; 0 after a signal."""
-        if self._record.signals:
+        if self._has_come:
             return 0
         remaining, left = self._record.remaining, self._checkpoints.steps_left
         return remaining if left is None else min(remaining, max(1, left))

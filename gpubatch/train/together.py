@@ -7,7 +7,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from gpubatch import errors
+from gpubatch.backend import Backend
 from gpubatch.errors import ArgumentError, BackendUnavailableError, GpubatchError, RankError
 from gpubatch.parallel import Ranks
 
@@ -57,6 +60,14 @@ class Agreement:
         if not self.several:
             return None if mine is None else (0, mine)
         return next(((rank, text) for rank, text in enumerate(self.all(mine)) if text is not None), None)
+
+    def connect(self, backend: Backend) -> None:
+        """Connect the ranks' GPUs, if they compute on some: before memory is planned, of which NCCL takes its share."""
+        if self.ranks is not None and backend.name != "cpu":
+            try:
+                self.ranks.sum_(backend.zeros(1, np.float32))
+            except Exception as error:  # such as two ranks on one GPU
+                raise self.alike(error)  # noqa: B904
 
     # --- errors ---
 
