@@ -70,11 +70,11 @@ class Series(MutableSequence[float]):
         """The numbers as a plain list, which JSON can hold."""
         return self._numbers.tolist()
 
-    def bytes_from(self, start: int) -> bytes:
-        """The numbers from ``start`` on, as the machine holds them."""
-        return self._numbers[start:].tobytes()
+    def bytes_from(self, start: int) -> memoryview:
+        """A copy of the numbers from ``start`` on, as the machine holds them."""
+        return memoryview(self._numbers[start:]).cast("B")
 
-    def extend_from_bytes(self, data: bytes | bytearray | memoryview) -> None:
+    def extend_from_bytes(self, data: bytes) -> None:
         """Add numbers that :meth:`bytes_from` gave."""
         self._numbers.frombytes(data)
 
@@ -175,21 +175,23 @@ class Tails(NamedTuple):
     """What is to be written of series: all that follows ``before``, or all of them where that is None."""
 
     before: SeriesFile | None
-    blocks: bytes
+    blocks: tuple[bytes | memoryview, ...]
     kept: tuple[Portion, ...]
 
     def write(self, new: Path) -> SeriesFile:
         """Append to the file, or write the file ``new``, and sync it; whatever is there beyond is cut off."""
         path, size, digest = (new, 0, hashlib.sha256()) if self.before is None else self.before[:3]
         digest = digest.copy()
-        digest.update(self.blocks)
         with path.open("wb" if self.before is None else "r+b") as file:
             file.seek(size)
             file.truncate()
-            file.write(self.blocks)
+            for block in self.blocks:
+                digest.update(block)
+                file.write(block)
+            size = file.tell()
             file.flush()
             os.fsync(file.fileno())
-        return SeriesFile(path, size + len(self.blocks), digest, self.kept)
+        return SeriesFile(path, size, digest, self.kept)
 
 
 def tails_of(series: Mapping[str, Series], before: SeriesFile | None) -> Tails:
@@ -197,13 +199,13 @@ def tails_of(series: Mapping[str, Series], before: SeriesFile | None) -> Tails:
     if before is not None and not before.begins(series):
         before = None
     counts = {} if before is None else {of.name: of.length for of in before.kept}
-    blocks, kept = list[bytes](), list[Portion]()
+    blocks, kept = list[bytes | memoryview](), list[Portion]()
     for place, name in enumerate([*counts, *(name for name in series if name not in counts)]):
         one, start = series[name], counts.get(name, 0)
         if len(one) > start:
             blocks += [BLOCK.pack(place, len(one) - start), one.bytes_from(start)]
         kept.append(Portion(name, one, one.changes, len(one)))
-    return Tails(before, b"".join(blocks), tuple(kept))
+    return Tails(before, tuple(blocks), tuple(kept))
 
 
 def read_series(checkpoint: Path, reference: str) -> tuple[dict[str, Series], SeriesFile | None]:

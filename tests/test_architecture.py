@@ -198,7 +198,7 @@ CODE_LINES = {
     "main_memory": 66,
     "shown": 30,
     "passes": 70,
-    "series": 175,
+    "series": 177,
     "formula": 1514,
     "schedules": 420,
     "averages": 55,
