@@ -22,6 +22,7 @@ import numpy as np
 import gpubatch as gb
 
 ROWS, FEATURES, EPOCHS, BATCH = 330, 6, 3, 48  # uneven: the last batch has 42 rows
+VALIDATED = 2500  # three batches: of four ranks one has none
 
 
 @dataclasses.dataclass
@@ -69,12 +70,15 @@ def parts_of(o: Options, ranks: gb.Ranks) -> tuple[gb.Network, gb.Loader, gb.Opt
     X = draw.normal(size=(ROWS, FEATURES)).astype(np.float32)
     Y = (X[:, 0] + X[:, 1] * X[:, 2] > 0).astype(np.int64)
     here = ranks.rank == o.on
-    more: dict[str, Any] = {"validation": (X[150:], Y[150:])}
+    V = draw.normal(size=(VALIDATED, FEATURES)).astype(np.float32)
+    held_out = V, (V[:, 0] > 0).astype(np.int64)
+    more: dict[str, Any] = {"validation": held_out}
     of_net: dict[str, Any] = {"sizes": [FEATURES, 12, 2], "seed": 3}
     of_loader: dict[str, Any] = {"batch_size": BATCH, "seed": 1}
     data: tuple[Any, ...] = X, Y
     if o.kind == "dropout":
         of_net |= {"dropout": 0.3, "l2": 1e-3}
+        more |= {"validation": 0.2}
     elif o.kind == "norm":
         of_net |= {"batch_norm": True}
     elif o.kind == "clipped":
@@ -86,6 +90,7 @@ def parts_of(o: Options, ranks: gb.Ranks) -> tuple[gb.Network, gb.Loader, gb.Opt
     elif o.kind == "windowed":
         data = (Files(X, Y, damaged=here and o.fault == "damaged file"),)
         of_loader |= {"window": 128}
+        more |= {"validation": Files(*held_out), "metrics": ["f1"]}
     elif o.kind == "averaged":
         more |= {"callbacks": [gb.WeightAverage(0.9), gb.ReduceOnPlateau(0.5, 0), gb.EarlyStopping(2)]}
     if here and o.fault == "seed":

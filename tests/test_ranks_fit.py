@@ -172,6 +172,26 @@ def test_a_callback_of_one_stops_all_and_logs_are_of_one(tmp_path: Path) -> None
     assert (tmp_path / "log.csv").read_text().startswith("epoch,")
 
 
+def test_a_folder_is_one_runs_at_a_time(tmp_path: Path) -> None:
+    def begun(**more: Any) -> None:
+        o, ranks = Options(), gb.Ranks()
+        net, loader, opt, _ = parts_of(o, ranks)
+        gb.fit(net, loader, opt, 1, checkpoint=tmp_path, progress=False, ranks=ranks, **more)
+
+    def begins_another(state: gb.TrainingState) -> None:
+        with pytest.raises(
+            gb.errors.ArgumentError, match=r"is in use by another run, process \d+ on .+: wait for its end"
+        ):
+            begun(resume=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        begun(callbacks=[begins_another])
+        (tmp_path / ".in-use").write_text("process 1, which is no more")
+        begun(resume=True)
+    assert not (tmp_path / ".in-use").exists()
+
+
 # --- processes ---
 
 
