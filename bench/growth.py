@@ -101,6 +101,29 @@ def layers(count: int) -> Callable[[], None]:
     return lambda: gb.Network([gb.Dense(2, 2) for _ in range(count)], loss="mse", backend="cpu", seed=0) and None
 
 
+def saved(arrays: dict[str, np.ndarray]) -> Callable[[], None]:
+    """A checkpoint of arrays, written and read."""
+
+    def run() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            store = gb.Checkpoints(folder)
+            store.save({"parameters": arrays})
+            assert store.newest() is not None
+
+    return run
+
+
+def written(n: int) -> Callable[[], None]:
+    """A checkpoint of n parameters, written."""
+    arrays = {name: np.ones(n, np.float32) for name in ("w", "m", "v")}
+
+    def run() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            gb.Checkpoints(folder).save({"parameters": arrays})
+
+    return run
+
+
 # What grows, by its name and n.
 CASES: dict[str, tuple[Callable[[int], Callable[[], None]], list[int]]] = {
     "first batch": (first, [10**5, 10**6, 10**7, 10**8, 10**9, 10**12]),
@@ -110,9 +133,16 @@ CASES: dict[str, tuple[Callable[[int], Callable[[], None]], list[int]]] = {
     "in order": (lambda n: first(n, shuffle=False), [10**7, 10**12]),
     "window of 64 MiB, 4 bytes a row": (lambda n: first(n, width=1, block=4096, window="64 MiB"), [10**8, 10**12]),
     "window of 256 MiB, 16 bytes a row": (lambda n: first(n, block=4096, window="256 MiB"), [10**8, 10**12]),
+    "of 8 parts": (lambda n: first(n, shards=8), [10**7, 10**12]),
+    "of 8 parts, window of 256 MiB": (lambda n: first(n, block=4096, window="256 MiB", shards=8), [10**8, 10**12]),
     "memory map": (mapped, [10**6, 3 * 10**7]),
     EPOCH: (epochs, [60_000]),
     "layers of a network": (layers, [100, 1000, 3000]),
+    "parameters in a checkpoint": (written, [10**6, 10**7, 10**8]),
+    "names in a checkpoint": (
+        lambda n: saved({f"layer_{i}": np.ones(10, np.float32) for i in range(n)}),
+        [10**3, 10**4, 10**5, 10**6],
+    ),
 }
 
 
