@@ -5,8 +5,8 @@ under a temporary name, synced and then renamed, so a crash or a full disk leave
 
     checkpoint-000012-0123456789abcdef.safetensors
 
-has the number in its folder, and the first 16 hex digits of the file's :class:`Checksum`; up to version 0.2 those of
-its SHA-256, which is read, too. Nothing is ever unpickled.
+has the number in its folder, and in hex digits the file's CRC-32 and the last 32 bits of its size. Earlier versions put
+the first digits of its SHA-256 there, and such files are read, too. Nothing is ever unpickled.
 
 More than 64 arrays of one element type in a mapping or a list are one tensor, so that a million names fit. Their names
 are the JSON of a tensor "tables.N.names", their shapes those in "tables.N.shapes": of each array the number of its
@@ -26,7 +26,9 @@ import shutil
 import sys
 import threading
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -67,7 +69,6 @@ STORED = {  # the names of safetensors for element types
 }
 DTYPES = tuple("bool uint8 int8 uint16 int16 float16 uint32 int32 float32 uint64 int64 float64".split())
 AT_ONCE = 1 << 23  # bytes that are read or written at a time
-ROWS, LANES = 32, 509  # of a block of words: a prime, so that pages of a file that change places change its sums
 SMALL = 1 << 16  # bytes of arrays that are brought together to be written
 PINNED = 3  # pieces of that size through which arrays come from a GPU
 
@@ -267,53 +268,17 @@ def _read(path: Path) -> tuple[dict[str, Any], SeriesFile | None]:
     with path.open("rb") as file:
         size = _check_header(path, file, HEADER_LIMIT)
         file.seek(0)
-        digest = Checksum()
+        crc = 0
         while piece := file.read(AT_ONCE):
-            digest.update(piece)
-        if digest.hexdigest() != name[2] and not _sha256_of(file).startswith(name[2]):
+            crc = zlib.crc32(piece, crc)
+        if name[2] != _digits(crc, size) and not _sha256_of(file).startswith(name[2]):
             raise DataFormatError(f"{path} is torn or corrupt: its {size} bytes do not match the checksum in its name")
     with open_tensors(path, HEADER_LIMIT, "a checkpoint") as content:
         return _join(path, content.metadata() or {}, content.get_tensors())
 
 
-class Checksum:
-    """A checksum of a stream of bytes: 16 hex digits.
-
-    Whole blocks of 32 rows of 509 words, little-endian uint64, are added up by columns, modulo 2**64. Of these sums in
-    their order, of the bytes that are left, and of the length in decimal it is the SHA-256. That takes a tenth of the
-    time that the SHA-256 of all bytes would, and any one changed word or row changes it for certain.
-    """
-
-    def __init__(self) -> None:
-        self._sums, self._rest, self._length = hashlib.sha256(), bytearray(), 0
-
-    def update(self, piece: Any) -> None:
-        """Add bytes, a buffer of any size."""
-        size, data = 8 * ROWS * LANES, memoryview(piece).cast("B")
-        self._length += len(data)
-        if self._rest:
-            missing = size - len(self._rest)
-            self._rest += data[:missing]
-            data = data[missing:]
-            if len(self._rest) < size:
-                return
-            self._add(self._rest)
-        whole = len(data) // size * size
-        if whole:
-            self._add(data[:whole])
-        self._rest = bytearray(data[whole:])
-
-    def hexdigest(self) -> str:
-        """The digits of what was added so far."""
-        digest = self._sums.copy()
-        digest.update(self._rest)
-        digest.update(str(self._length).encode())
-        return digest.hexdigest()[:16]
-
-    def _add(self, blocks: Any) -> None:
-        words = np.frombuffer(blocks, "<u8")
-        aligned = words if words.flags.aligned else words.copy()
-        self._sums.update(np.add.reduce(aligned.reshape(-1, ROWS, LANES), axis=1))
+def _digits(crc: int, size: int) -> str:
+    return f"{crc:08x}{size % 2**32:08x}"
 
 
 def _sha256_of(file: Any) -> str:
@@ -565,17 +530,18 @@ def _unpacked(name: str, flat: np.ndarray, names: list[str] | None, shapes: list
 def _write_synced(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
     """Write the file and sync it to the disk; return the checksum for its name.
 
-    The arrays go from where they are to the file, a piece at a time.
+    The arrays go from where they are to the file, a piece at a time, while a thread computes the checksum.
     """
-    digest = Checksum()
-    with path.open("xb", buffering=0) as file:
+    crc = size = 0
+    with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1, "gpubatch-checksum") as thread:
         for piece in _pieces(tensors, metadata):
-            digest.update(piece)
             rest = memoryview(piece)
+            found, size = thread.submit(zlib.crc32, rest, crc), size + rest.nbytes
             while rest:
                 rest = rest[file.write(rest) :]
+            crc = found.result()
         os.fsync(file.fileno())
-    return digest.hexdigest()
+    return _digits(crc, size)
 
 
 def _pieces(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Iterator[Any]:
