@@ -215,7 +215,7 @@ CODE_LINES = {
     "sources": 1821,
     "loader": 2499,
     "tables": 1425,
-    "checkpoint": 469,
+    "checkpoint": 447,
     "model": 954,
     "metrics": 268,
     "train": 2960,
