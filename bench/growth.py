@@ -129,12 +129,17 @@ CASES: dict[str, tuple[Callable[[int], Callable[[], None]], list[int]]] = {
     "first batch": (first, [10**5, 10**6, 10**7, 10**8, 10**9, 10**12]),
     "resumed in the middle of epoch 3": (resumed, [10**7, 10**12]),
     "rank 3 of 4": (lambda n: first(n, rank=3, world_size=4), [10**7, 10**12]),
+    "rank 3 of 4, dealt": (lambda n: first(n, ranks=gb.Ranks.of_threads(4)[3]), [10**7, 10**12]),
     "drawn with replacement": (lambda n: first(n, replacement=True), [10**7, 10**12]),
     "in order": (lambda n: first(n, shuffle=False), [10**7, 10**12]),
     "window of 64 MiB, 4 bytes a row": (lambda n: first(n, width=1, block=4096, window="64 MiB"), [10**8, 10**12]),
     "window of 256 MiB, 16 bytes a row": (lambda n: first(n, block=4096, window="256 MiB"), [10**8, 10**12]),
     "of 8 parts": (lambda n: first(n, shards=8), [10**7, 10**12]),
     "of 8 parts, window of 256 MiB": (lambda n: first(n, block=4096, window="256 MiB", shards=8), [10**8, 10**12]),
+    "window of 256 MiB, rank 3 of 4, dealt": (
+        lambda n: first(n, block=4096, window="256 MiB", ranks=gb.Ranks.of_threads(4)[3]),
+        [10**8, 10**12],
+    ),
     "memory map": (mapped, [10**6, 3 * 10**7]),
     EPOCH: (epochs, [60_000]),
     "layers of a network": (layers, [100, 1000, 3000]),
@@ -214,7 +219,7 @@ def main() -> None:
                 row[where] = sorted((of[where] for of in found), key=lambda of: of.get("ms", 0))[rounds // 2]
             results.append(row)
             words = [f"{where}: {row[where].get('error') or in_words(row[where])}" for where in trees]
-            print(f"{name:34} {n:>14,}  {'   '.join(words)}", flush=True)
+            print(f"{name:38} {n:>14,}  {'   '.join(words)}", flush=True)
     machine = f"{processor()}, one thread, Python {platform.python_version()}, NumPy {np.__version__}"
     record({"date": date.today().isoformat(), "machine": machine, "results": results}, options.out)
 
