@@ -29,8 +29,7 @@ from gpubatch.train import (
     TrainingInterrupted,
     TrainingTerminated,
     fit,
-    init_to_resume,
-    shards_to_resume,
+    to_resume,
 )
 
 __all__ = ["train"]
@@ -90,10 +89,10 @@ def train(
         optimizer.check()
         training.check()
         epochs = check_int("--epochs", training.epochs, 1)
-        if resume and store is not None and network.init == "auto":
-            network = dataclasses.replace(network, init=init_to_resume(store))
-        if resume and store is not None and shards is None:
-            shards = shards_to_resume(store)
+        if resume and store is not None:
+            init, of_run = to_resume(store)
+            network = dataclasses.replace(network, init=init) if network.init == "auto" else network
+            shards = of_run if shards is None else shards
         found = data.read()
         net = network_for(found, network, data.seed)
     where, n_test = net.backend, len(found.test[0])

@@ -11,7 +11,7 @@ from gpubatch.train.loss_scale import LossScale
 from gpubatch.train.memory import memory_parts, plan_batches
 from gpubatch.train.monitors import BestWeights, EarlyStopping, ReduceOnPlateau
 from gpubatch.train.parts import ClipByValue, GradientNoise, WeightAverage
-from gpubatch.train.resume import init_to_resume, shards_to_resume
+from gpubatch.train.resume import to_resume
 from gpubatch.train.together import Agreement
 from gpubatch.train.validation import validated
 
@@ -38,12 +38,11 @@ __all__ = [
     "bar",
     "drop_last_for",
     "fit",
-    "init_to_resume",
     "loader_for",
     "memory_parts",
     "plan_batches",
-    "shards_to_resume",
     "short_runs",
+    "to_resume",
     "validated",
     "why_eager",
 ]

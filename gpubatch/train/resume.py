@@ -37,9 +37,8 @@ __all__ = [
     "RunCheckpoints",
     "check_same_network",
     "describe_network",
-    "init_to_resume",
     "open_checkpoints",
-    "shards_to_resume",
+    "to_resume",
 ]
 
 # What the words for a Dense layer say of its first weights.
@@ -268,24 +267,18 @@ def has_old_biases(saved: Mapping[str, Any]) -> bool:
     )
 
 
-def init_to_resume(store: Checkpoints) -> str:
-    """The ``init`` with which :func:`~gpubatch.nn.mlp` makes the network that was saved in ``store`` again."""
-    return "v0.1" if has_old_biases(saved_in(store).get("description", {})) else "auto"
+def to_resume(store: Checkpoints) -> tuple[str, int | None]:
+    """What makes the network and the loader of the run in ``store`` again, where nobody says.
 
-
-def shards_to_resume(store: Checkpoints) -> int | None:
-    """The ``shards`` of the loader whose run was saved in ``store``."""
-    shards: int | None = saved_in(store).get("loader", {}).get("shards")
-    return shards
-
-
-def saved_in(store: Checkpoints) -> dict[str, Any]:
-    """The state of the newest checkpoint; empty if there is none."""
+    The ``init`` of :func:`~gpubatch.nn.mlp`, and the loader's ``shards``.
+    """
+    saved: dict[str, Any] = {}
     with warnings.catch_warnings(), contextlib.suppress(DataFormatError):  # fit tells of damaged files
         warnings.simplefilter("ignore", CheckpointWarning)
         if (found := store.newest()) is not None:
-            return found[1]
-    return {}
+            saved = found[1]
+    init = "v0.1" if has_old_biases(saved.get("description", {})) else "auto"
+    return init, saved.get("loader", {}).get("shards")
 
 
 def describe_batches(loader: Loader) -> dict[str, Any]:
