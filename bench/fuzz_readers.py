@@ -388,6 +388,7 @@ def checkpoint_files() -> list[bytes]:
         "number": 3,
         "nested": {"float": 0.5, "nothing": None, "list": [1, "two", {"three": 3.0}]},
         "arrays": {kind: (100 * rng.random((3, 5))).astype(kind) for kind in checkpoint.DTYPES},
+        "many": {f"w{i}": rng.random((i % 3, 2)).astype(np.float32) for i in range(70)},  # one tensor and a table
         "empty": np.zeros((0, 4), np.float32),
     }
     files = []
