@@ -213,7 +213,7 @@ CODE_LINES = {
     "nn": 2694,
     "datasets": 194,
     "sources": 1821,
-    "loader": 2499,
+    "loader": 2505,
     "tables": 1425,
     "checkpoint": 447,
     "model": 954,

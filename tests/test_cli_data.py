@@ -183,6 +183,13 @@ def test_an_npz_file_with_a_test_set_of_its_own(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.test[0], X[15:])
 
 
+def test_of_arrays_with_two_known_names_the_first_is_taken(tmp_path: Path) -> None:
+    X, Y = blobs()
+    np.savez(tmp_path / "a.npz", X=X, Y=Y, x_train=X + 1, y_train=Y)
+    found = DataOptions([str(tmp_path / "a.npz")], samples=10).read()
+    assert np.isin(found.X, X).all()
+
+
 @pytest.mark.parametrize("kind", ["npy", "npz"])
 def test_large_arrays_are_read_by_place(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The samples, their split, and what is standardised are those of arrays in memory."""

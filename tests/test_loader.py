@@ -954,12 +954,15 @@ def test_what_standardisation_refuses(rng):
     with pytest.raises(gb.NonFiniteError, match="X must hold finite numbers, got others in sample 7"):
         gb.Standardize.of(X)
     for mean, deviation in ((0.0, 0.0), (0.0, 1e-300), (1e300, 1.0), (np.nan, 1.0), (0.0, np.inf)):
-        with pytest.raises(ArgumentError, match=r"mean must be finite in float32, and deviation between 1\.2e-38 and"):
-            gb.Standardize([mean], [deviation])
+        words = rf"and deviation between 1\.2e-38 and 3\.4e\+38, got mean {mean:g} and deviation {deviation:g}"
+        with pytest.raises(ArgumentError, match=f"mean must be finite in float32, {words.replace('e+3', 'e.3')}"):
+            gb.Standardize([0.0, mean], [1.0, deviation])
     with pytest.raises(gb.ShapeError, match=r"must have one shape, got \(2,\) and \(1,\)"):
         gb.Standardize([0.0, 1.0], [1.0])
     with pytest.raises(gb.ShapeError, match=r"samples must have the shape \(1,\) of the means, got \(2,\)"):
         gb.Standardize([0.0], [1.0])(X)
+    with pytest.raises(ArgumentError, match=r"prepare=gb\.Standardize takes samples that are rows, got sample_axis=1"):
+        Loader(rng.normal(size=(2, 9)), batch_size=2, sample_axis=1, prepare=gb.Standardize([0.0] * 2, [1.0] * 2))
 
 
 @pytest.mark.gpu

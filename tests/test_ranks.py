@@ -103,6 +103,19 @@ def test_what_cannot_be_summed_or_shared() -> None:
         on_threads(2, lambda r: r.share({1, 2}))
 
 
+def test_what_is_no_communicator() -> None:
+    with pytest.raises(gb.errors.DTypeError, match="comm must be a communicator of mpi4py or None, got int"):
+        gb.Ranks(3)
+
+
+def test_ranks_need_no_module_that_windows_lacks() -> None:
+    program = (
+        "import sys; sys.modules['fcntl'] = sys.modules['termios'] = None\n"
+        "from gpubatch.parallel.engines import until_read; until_read(sys.stderr)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_a_rank_that_ends_ends_all(capsys: pytest.CaptureFixture[str]) -> None:
     ended = []
 
@@ -295,6 +308,21 @@ print(f"rank {ranks.rank} done\n", end="")
 def test_each_process_sums_on_a_gpu_of_its_own(size: int) -> None:
     gpus(size)
     assert sorted(mpi(size, ON_GPUS).stdout.splitlines()) == [f"rank {rank} done" for rank in range(size)]
+
+
+@pytest.mark.exhaustive
+def test_messages_of_the_program_are_not_taken_for_those_of_a_sum() -> None:
+    program = """
+import gpubatch as gb, numpy as np
+from mpi4py import MPI
+ranks, other = gb.Ranks(), 1 - MPI.COMM_WORLD.Get_rank()
+request = MPI.COMM_WORLD.Isend(np.full(2, 7.0), other, 5)
+found, own = ranks.sum_(np.ones(2)), np.zeros(2)
+MPI.COMM_WORLD.Recv(own, other, 5)
+request.Wait()
+print(found.tolist(), own.tolist())
+"""
+    assert mpi(2, program).stdout == "[2.0, 2.0] [7.0, 7.0]\n" * 2
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------

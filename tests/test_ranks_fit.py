@@ -82,6 +82,19 @@ def test_threads_have_the_bits_of_one_process(kind: str) -> None:
     assert (found[0][0], without_seconds(found[0][1])) == alone(kind)
 
 
+def test_steps_are_tried_with_the_rows_of_a_part_of_the_last_batch(rng: np.random.Generator) -> None:
+    """Its 16 rows are 2 in each of 8 parts, as many as batch norm needs, on 2 ranks as on one."""
+
+    def one(ranks: gb.Ranks) -> int:
+        net = gb.Network([gb.Dense(3, 4), gb.BatchNorm(4), gb.Dense(4, 2)], seed=0, backend="cpu")
+        loader = gb.Loader(X, Y, "auto", at_most=1024, ranks=ranks, backend="cpu")
+        gb.fit(net, loader, gb.SGD(net.parameters, 0.1), epochs=0, progress=False, ranks=ranks)
+        return loader.batch_size
+
+    X, Y = rng.normal(size=(2064, 3)), np.arange(2064) % 2
+    assert on_threads(2, one) == [1024, 1024]
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_loader_and_fit_have_the_same_ranks(size: int) -> None:
     """Also on ranks of which one makes the mistake: all raise."""

@@ -130,7 +130,7 @@ def npz(path: Path, labelled: bool = True) -> Arrays:
     """The arrays in an .npz file: X and Y, or x_train and y_train, and perhaps x_test and y_test; or X alone."""
     with damage_of(path), np.load(path, allow_pickle=False) as file, zipfile.ZipFile(path) as archive:
         sizes = {info.filename.removesuffix(".npy"): info.file_size for info in archive.infolist()}
-        names = {part: name for part, known in PARTS.items() for name in file.files if name.lower() in known}
+        names = {part: name for part, known in PARTS.items() for name in file.files[::-1] if name.lower() in known}
         needed = {"X", "Y"} if labelled else {"X"}
         if not needed <= names.keys() or (labelled and ("X_test" in names) != ("Y_test" in names)):
             held = ", ".join(file.files) or "none"

@@ -22,6 +22,7 @@ from gpubatch.inputs import Prepared, checked_array
 from gpubatch.loader.functions import named_function
 from gpubatch.loader.order import Indices, Samples
 from gpubatch.loader.pinned import Form, take_into
+from gpubatch.loader.standardize import Standardize
 from gpubatch.loader.weights import ClassWeights, class_weights, labels_of, sample_weights
 from gpubatch.ops import ops_for
 from gpubatch.sources import (
@@ -202,6 +203,8 @@ class Columns(Sequence[Column]):
         if weight is not None or class_weight is not None:
             self._add_weights(weight, class_weight)
         self.readers = self._limits()
+        if sample_axis and isinstance(prepare, Standardize):
+            raise ArgumentError(f"{prepare_name}=gb.Standardize takes samples that are rows, got sample_axis=1")
         self.prepare = named_function(prepare_name, prepare, self.labelled)
         self.augment = named_function("augment", augment, self.labelled, " and a generator")
         self._seed = seed

@@ -41,9 +41,12 @@ class Standardize:
                 f"mean and deviation must have one shape, got {self.mean.shape} and {self.deviation.shape}"
             )
         small, large = float(SINGLE.smallest_normal), float(SINGLE.max)
-        if not ((np.abs(self.mean) <= large) & (self.deviation >= small) & (self.deviation <= large)).all():
+        good = (np.abs(self.mean) <= large) & (self.deviation >= small) & (self.deviation <= large)
+        if not good.all():
+            mean, deviation = self.mean[~good][0], self.deviation[~good][0]
             raise ArgumentError(
-                f"mean must be finite in float32, and deviation between {small:.2g} and {large:.2g}, got others"
+                f"mean must be finite in float32, and deviation between {small:.2g} and {large:.2g}, got mean {mean:g} "
+                f"and deviation {deviation:g}"
             )
         self._there: dict[tuple[str, np.dtype[Any]], tuple[Array, Array]] = {}
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import array
-import fcntl
 import os
 import sys
-import termios
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gpubatch.errors import ArgumentError
+from gpubatch.errors import ArgumentError, DTypeError
 from gpubatch.parallel.watch import Watch, watched
 
 __all__ = ["MPI", "Connection", "Numbers", "Threads", "connected", "launched", "launched_rank", "threads"]
@@ -73,7 +71,9 @@ class MPI:
     def __init__(self, comm: Any) -> None:
         from mpi4py import MPI as mpi  # noqa: N811 (the name of the class here)
 
-        self._comm, self._in_place, self._max, self._wait = comm, mpi.IN_PLACE, mpi.MAX, mpi.Request.Waitall
+        # One of its own, so that no message here is taken for one of the caller's.
+        self._comm = comm = comm.Dup()
+        self._in_place, self._max, self._wait = mpi.IN_PLACE, mpi.MAX, mpi.Request.Waitall
         self.name = mpi.Get_library_version().splitlines()[0].strip(" \0")
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         neighbours = comm.Split_type(mpi.COMM_TYPE_SHARED)
@@ -226,12 +226,15 @@ def until_read(stream: Any) -> None:
     """Wait, not for long, until who is at the other end of a pipe has read what was written to it."""
     last = time.monotonic() + READING
     try:
+        import fcntl  # here, as Windows has neither
+        import termios
+
         stream.flush()
         unread = array.array("i", [1])
         while unread[0] and time.monotonic() < last:
             fcntl.ioctl(stream.fileno(), termios.FIONREAD, unread)
             time.sleep(PASSING_ON)
-    except (OSError, ValueError, AttributeError):  # no pipe, or closed
+    except (ImportError, OSError, ValueError, AttributeError):  # no pipe, or closed
         return
 
 
@@ -253,6 +256,8 @@ def launched_rank(variables: Mapping[str, str]) -> int:
 def connected(comm: Any) -> Connection | None:
     """The engine of a communicator of mpi4py; without one, of all processes of a launcher, or None where none is."""
     if comm is not None:
+        if not hasattr(comm, "Split_type"):
+            raise DTypeError(f"comm must be a communicator of mpi4py or None, got {type(comm).__name__}")
         return MPI(comm)
     count = launched(os.environ)
     if count == 1:

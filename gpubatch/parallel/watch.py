@@ -69,8 +69,9 @@ def watched(wait: Callable[..., Result]) -> Callable[..., Result]:
         if watch is None:
             return wait(self, *arguments)
         watch.since = time.monotonic()
-        found = wait(self, *arguments)
-        watch.since = None
-        return found
+        try:
+            return wait(self, *arguments)
+        finally:
+            watch.since = None
 
     return waits

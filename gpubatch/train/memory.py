@@ -134,7 +134,8 @@ def rehearse(net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | N
         epochs = epochs_of(loader)
         held = [epochs.peek()]
         held += [[array.copy() for array in held[0]] for _ in range(1, epochs.batches_held)]
-        sizes = {min(rows_at_once(loader, n), len(held[0][0])) for n in (loader.batch_size, epochs.last_size)}
+        last = epochs.rows_of(len(epochs) - 1)
+        sizes = {min(rows_at_once(loader, n), len(held[0][0])) for n in (loader.batch_size, last)}
         for rows in sorted(sizes - {0}, reverse=True):
             core_of(net).rehearse(*(array[:rows] for array in held[0]))
         if loader.shards is not None:
