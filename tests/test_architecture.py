@@ -210,7 +210,7 @@ CODE_LINES = {
     "sizing": 264,
     "params": 99,
     "optim": 1165,
-    "nn": 2694,
+    "nn": 2698,
     "datasets": 194,
     "sources": 1821,
     "loader": 2505,

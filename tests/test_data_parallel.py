@@ -596,6 +596,19 @@ def test_a_batch_that_is_the_same_on_every_rank_is_an_error() -> None:
     on_threads(2, step)
 
 
+def test_a_batch_keeps_its_rows() -> None:
+    case = Case()
+    x, y, _ = next(case.data())
+
+    def step(ranks: gb.Ranks) -> None:
+        for xs, ys in gb.Loader(x, y, batch_size=16, shards=SHARDS, ranks=ranks, backend="cpu"):
+            with pytest.raises(gb.errors.ShapeError, match="as many rows as the loader gave this rank, 8, got 3"):
+                case.make()[0].loss_and_grad(xs[:3], ys[:3], ranks=ranks)
+            return
+
+    on_threads(2, step)
+
+
 def test_a_part_of_a_batch_is_no_batch() -> None:
     """A step without the ranks= of the loader would train each rank alone."""
     (net, _), passed = (case := Case()).make(), DataPass(object(), 0)

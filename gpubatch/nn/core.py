@@ -392,7 +392,11 @@ class Core:
         deal, size = deal_of(X), 1 if ranks is None else ranks.size
         if deal is not None or ranks is None or size == 1:
             return deal
-        if pass_of(X) is not None:
+        if (fed := pass_of(X)) is not None:
+            if fed.deal is not None:
+                raise ShapeError(
+                    f"X must have as many rows as the loader gave this rank, {sum(fed.deal.parts)}, got {len(X)}"
+                )
             raise ArgumentError(
                 "X is a batch of a Loader without ranks=, which gives each rank the same: give it ranks="
             )
