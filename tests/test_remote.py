@@ -175,13 +175,19 @@ def arrow_stream(path: Path) -> Callable[[Any], Any]:
     return arrow(path, stream=True)
 
 
+def npz(path: Path) -> Callable[[Any], Any]:
+    with path.open("wb") as file:
+        np.savez(file, x=X)
+    return lambda file: sources.npz(file, "x")
+
+
 def hdf5(path: Path) -> Callable[[Any], Any]:
     with optional("h5py").File(path, "w") as file:
         file.create_dataset("x", data=X, chunks=(250, FEATURES), compression="gzip")
     return lambda file: sources.hdf5(file, "x")
 
 
-FORMATS = {made.__name__: made for made in (npy, raw, idx, parquet, arrow, arrow_stream, hdf5)}
+FORMATS = {made.__name__: made for made in (npy, npz, raw, idx, parquet, arrow, arrow_stream, hdf5)}
 ROWS = ["npy", "raw", "idx"]
 PLACES = ["memory", "file", "http", "flaky"]
 
@@ -190,7 +196,7 @@ def test_every_format_is_in_the_table() -> None:
     functions = {name: getattr(sources, name) for name in sources.__all__ if inspect.isfunction(getattr(sources, name))}
     annotations = {name: inspect.get_annotations(made) for name, made in functions.items()}
     taking = {name for name, of in annotations.items() if "Opener" in str(of) and of["return"] == "Source"}
-    assert taking - {"files"} == {"npy", "raw", "idx", "parquet", "arrow", "hdf5"}
+    assert taking - {"files"} == {"npy", "npz", "raw", "idx", "parquet", "arrow", "hdf5"}
     assert {name.removesuffix("_stream") for name in FORMATS} == taking - {"files"}
 
 
