@@ -204,7 +204,7 @@ CODE_LINES = {
     "averages": 55,
     "backend": 539,
     "staging": 68,
-    "parallel": 432,
+    "parallel": 434,
     "inputs": 110,
     "ops": 2645,
     "sizing": 264,

@@ -325,6 +325,12 @@ print(found.tolist(), own.tolist())
     assert mpi(2, program).stdout == "[2.0, 2.0] [7.0, 7.0]\n" * 2
 
 
+@pytest.mark.exhaustive
+def test_a_program_may_finalize_mpi() -> None:
+    program = "import gpubatch as gb; from mpi4py import MPI; gb.Ranks().barrier(); MPI.Finalize(); print('end')"
+    assert mpi(2, program).stdout == "end\n" * 2
+
+
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 FAILS = """

@@ -53,8 +53,12 @@ class Watch:
 
     def _leave(self) -> None:
         """Tell the others that this process ends."""
+        from mpi4py import MPI as mpi  # noqa: N811 (as in engines.py)
+
         self._over.set()
         self._thread.join()
+        if mpi.Is_finalized():  # by the program: then all have come to that
+            return
         for rank in range(self._comm.Get_size()):
             if rank != self._comm.Get_rank():
                 self._comm.Isend(b"", rank)
