@@ -320,15 +320,14 @@ request = MPI.COMM_WORLD.Isend(np.full(2, 7.0), other, 5)
 found, own = ranks.sum_(np.ones(2)), np.zeros(2)
 MPI.COMM_WORLD.Recv(own, other, 5)
 request.Wait()
-print(found.tolist(), own.tolist())
+assert (found.tolist(), own.tolist()) == ([2.0, 2.0], [7.0, 7.0])
 """
-    assert mpi(2, program).stdout == "[2.0, 2.0] [7.0, 7.0]\n" * 2
+    mpi(2, program)
 
 
 @pytest.mark.exhaustive
 def test_a_program_may_finalize_mpi() -> None:
-    program = "import gpubatch as gb; from mpi4py import MPI; gb.Ranks().barrier(); MPI.Finalize(); print('end')"
-    assert mpi(2, program).stdout == "end\n" * 2
+    mpi(2, "import gpubatch as gb; from mpi4py import MPI; gb.Ranks().barrier(); MPI.Finalize()")
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
