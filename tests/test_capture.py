@@ -25,6 +25,7 @@ from stand_in import TIMINGS, QueuedStandIn, queued_backend
 from stand_in_lt import StandInLt
 
 import gpubatch as gb
+import gpubatch.backend
 from gpubatch import own
 from gpubatch.backend import CudaBackend
 from gpubatch.loader import rows_of
@@ -62,9 +63,20 @@ def few_steps_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["stand-in", pytest.param("cuda:0", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> Callable[[], CudaBackend]:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[], CudaBackend]:
     """A factory of devices: each run has a new one, without traces of earlier runs."""
-    return (lambda: stand_in("late")) if request.param == "stand-in" else gpu
+    if request.param != "stand-in":
+        return gpu
+    made = list[CudaBackend]()
+    # A checkpoint finds the device by the arrays, and the stand-in's are NumPy's.
+    monkeypatch.setattr(gpubatch.backend, "_home", lambda x: "cuda:99" if gpubatch.backend.is_cupy(x) else "cpu")
+    monkeypatch.setattr(gpubatch.backend, "_cuda", lambda index, reason: made[-1])
+
+    def new() -> CudaBackend:
+        made.append(stand_in("late"))
+        return made[-1]
+
+    return new
 
 
 @dataclasses.dataclass
