@@ -386,15 +386,10 @@ def test_windows_of_ranks_are_within_the_plan() -> None:
         assert 8000 * 16 / w <= parts <= 8000 * 16 / w * 4
 
 
-def test_validation_on_ranks_has_every_sample_once() -> None:
+def test_validation_batches_are_whole_on_every_rank() -> None:
     X = np.arange(103.0)[:, None]
-    for w in (1, 2, 8):
-        loaders = [gb.Loader(X, batch_size=10, backend="cpu", ranks=ranks) for ranks in gb.Ranks.of_threads(w)]
-        found = [epochs_of(loader).in_order(16, dealt=True) for loader in loaders]
-        rows = [list(epochs.batches(epochs.columns.as_rows)) for epochs in found]
-        together = [np.concatenate([of[0] for of in batch])[:, 0] for batch in zip(*rows, strict=True)]
-        assert np.array_equal(np.concatenate(together), X[:, 0])
-        whole = epochs_of(loaders[-1]).in_order(16)
+    for ranks in gb.Ranks.of_threads(8):
+        whole = epochs_of(gb.Loader(X, batch_size=10, backend="cpu", ranks=ranks)).in_order(16)
         assert np.array_equal(np.concatenate([x for (x,) in whole.batches(whole.columns.as_rows)]), X)
 
 

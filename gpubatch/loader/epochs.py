@@ -270,20 +270,18 @@ class Epochs:
     # --- validation ---------------------------------------------------------------------------------------------
 
     @classmethod
-    def of_columns(cls, columns: Columns, batch_size: int, dealing: Dealing | None = None) -> Epochs:
-        """All samples of ``columns`` in their order, dealt where there is a ``dealing``."""
-        order = Order(columns.n_samples, shuffle=False, dealing=dealing)
-        return cls(columns, order, min(batch_size, columns.n_samples), feed="host")
+    def of_columns(cls, columns: Columns, batch_size: int) -> Epochs:
+        """All samples of ``columns`` in their order."""
+        return cls(columns, Order(columns.n_samples, shuffle=False), min(batch_size, columns.n_samples), feed="host")
 
-    def in_order(self, batch_size: int, chosen: Indices | None = None, dealt: bool = False) -> Epochs:
+    def in_order(self, batch_size: int, chosen: Indices | None = None) -> Epochs:
         """The same samples for validation, in the order of the set, without augmentation; ``chosen`` ones, or all.
 
-        ``dealt`` batches are dealt to parts and ranks as these are; else each rank has all of them. On a device they
-        are taken from where they are, and move there through pinned memory.
+        Where batches are dealt, each rank has all of these. On a device they are taken from where they are, and move
+        there through pinned memory.
         """
-        dealing = self.order.dealing if dealt else None
-        order = Order(self.order.n, 0, False, False, self.order.rank, self.order.world_size, dealing=dealing)
-        order = order if chosen is None else Order(self.columns.n_samples, shuffle=False, dealing=dealing)
+        order = Order(self.order.n, 0, False, False, self.order.rank, self.order.world_size)
+        order = order if chosen is None else Order(self.columns.n_samples, shuffle=False)
         order.choose(chosen)
         feed = "device" if self.feed == "device" and chosen is None else "host"
         found = Epochs(self.columns.unaugmented(), order, batch_size, prefetch=self.prefetch, feed=feed)
