@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 from emulate import host_kernel, launch_bounds, sanitized
 
-from gpubatch.backend import CudaBackend
+import gpubatch.backend
+from gpubatch.backend import Backend, CudaBackend
 from gpubatch.ops import cuda_kernel, ops_for
 from gpubatch.ops.compile import C_TYPES
 
@@ -702,3 +704,9 @@ def queued_backend(timing: str, available: int = 1 << 30, current_device: int = 
     cuda_kernel.cache_clear()
     ops_for.cache_clear()
     return StandInBackend(QueuedStandIn(timing, available, current_device), INDEX, "a test")
+
+
+def found_by_its_arrays(monkeypatch: pytest.MonkeyPatch, device: Callable[[], Backend]) -> None:
+    """Make arrays that come without a backend, as those of a checkpoint do, the device's: they are NumPy's arrays."""
+    monkeypatch.setattr(gpubatch.backend, "_home", lambda x: f"cuda:{INDEX}" if gpubatch.backend.is_cupy(x) else "cpu")
+    monkeypatch.setattr(gpubatch.backend, "_cuda", lambda index, reason: device())

@@ -21,11 +21,10 @@ import pytest
 from families import every
 from hypothesis import given, strategies as st
 from needs import missing
-from stand_in import TIMINGS, QueuedStandIn, queued_backend
+from stand_in import TIMINGS, QueuedStandIn, found_by_its_arrays, queued_backend
 from stand_in_lt import StandInLt
 
 import gpubatch as gb
-import gpubatch.backend
 from gpubatch import own
 from gpubatch.backend import CudaBackend
 from gpubatch.loader import rows_of
@@ -68,9 +67,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     if request.param != "stand-in":
         return gpu
     made = list[CudaBackend]()
-    # A checkpoint finds the device by the arrays, and the stand-in's are NumPy's.
-    monkeypatch.setattr(gpubatch.backend, "_home", lambda x: "cuda:99" if gpubatch.backend.is_cupy(x) else "cpu")
-    monkeypatch.setattr(gpubatch.backend, "_cuda", lambda index, reason: made[-1])
+    found_by_its_arrays(monkeypatch, lambda: made[-1])
 
     def new() -> CudaBackend:
         made.append(stand_in("late"))

@@ -97,20 +97,22 @@ def train(
     net, opt = case.make(device)
     losses, passed = [], DataPass(object(), 0)
     passed.begin()
-    for arrays in case.data():
-        batch = [None if array is None else net.backend.asarray(array) for array in arrays]
-        x, y, weight = batch if shards is None else dealt(batch, shards, ranks, passed)
-        if len(losses) == case.bad:
-            with pytest.raises(gb.errors.NonFiniteError, match="X holds NaN or infinity"):
-                net.loss_and_grad(x, y, case.micro_batch_size, weight, ranks)
-            losses.append(math.nan)
-            continue
-        loss, grads = net.loss_and_grad(x, y, case.micro_batch_size, weight, ranks)
-        if case.max_norm is not None:
-            gb.clip_by_global_norm(grads, case.max_norm)
-        opt.step()
-        losses.append(loss)
-    passed.end()
+    try:
+        for arrays in case.data():
+            batch = [None if array is None else net.backend.asarray(array) for array in arrays]
+            x, y, weight = batch if shards is None else dealt(batch, shards, ranks, passed)
+            if len(losses) == case.bad:
+                with pytest.raises(gb.errors.NonFiniteError, match="X holds NaN or infinity"):
+                    net.loss_and_grad(x, y, case.micro_batch_size, weight, ranks)
+                losses.append(math.nan)
+                continue
+            loss, grads = net.loss_and_grad(x, y, case.micro_batch_size, weight, ranks)
+            if case.max_norm is not None:
+                gb.clip_by_global_norm(grads, case.max_norm)
+            opt.step()
+            losses.append(loss)
+    finally:
+        passed.end()
     state = [net.parameters.flat, net.buffers.flat, *(opt.state[name].flat for name in sorted(opt.state))]
     found = hashlib.sha256(
         b"".join(array.tobytes() for array in state) + str((losses, core_of(net).dropout_step)).encode()

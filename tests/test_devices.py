@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stand_in import StandInBackend, queued_backend
+from stand_in import StandInBackend, found_by_its_arrays, queued_backend
 
 import gpubatch as gb
 import gpubatch.backend
@@ -26,9 +26,7 @@ X, Y = RNG.standard_normal((24, 6)).astype(np.float32), RNG.integers(0, 4, 24)
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> StandInBackend:
     found = queued_backend("late", current_device=0)
-    # For arrays without a backend: the stand-in's arrays are NumPy's.
-    monkeypatch.setattr(gpubatch.backend, "_home", lambda x: "cuda:99" if gpubatch.backend.is_cupy(x) else "cpu")
-    monkeypatch.setattr(gpubatch.backend, "_cuda", lambda index, reason: found)
+    found_by_its_arrays(monkeypatch, lambda: found)
     return found
 
 

@@ -18,7 +18,7 @@ import pytest
 from families import drawn, every, marks
 from hypothesis import strategies as st
 from needs import missing
-from stand_in import TIMINGS, Event, QueuedStandIn, Stream, queued_backend
+from stand_in import TIMINGS, Event, QueuedStandIn, Stream, found_by_its_arrays, queued_backend
 
 import gpubatch as gb
 import gpubatch.loader.feeds
@@ -44,10 +44,12 @@ def threads():
         pytest.param("cuda:0", marks=pytest.mark.gpu),
     ]
 )
-def device(request):
+def device(request, monkeypatch):
     """A stand-in with adverse timing, or a real device."""
     if request.param in TIMINGS:
-        return queued_backend(request.param)
+        found = queued_backend(request.param)
+        found_by_its_arrays(monkeypatch, lambda: found)
+        return found
     if request.param not in available_backends():
         missing("gpu", "no CUDA device can be used here")
     return get_backend(request.param)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from emulate import ORDERS, check_compiles_everywhere, sanitized
 from emulated_gpu import blas
-from stand_in import parameters_of, queued_backend
+from stand_in import found_by_its_arrays, parameters_of, queued_backend
 from stand_in_lt import StandInLt, cuBLASLtError
 from test_products import REASONS, exact, gpu, numbers
 
@@ -36,9 +36,13 @@ def stand_in(*costs: float, **options: Any) -> CudaBackend:
 
 
 @pytest.fixture(params=["stand-in", pytest.param("cuda:0", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> CudaBackend:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
     """A device with several algorithms."""
-    return stand_in(3, 1, 2) if request.param == "stand-in" else gpu()
+    if request.param != "stand-in":
+        return gpu()
+    found = stand_in(3, 1, 2)
+    found_by_its_arrays(monkeypatch, lambda: found)
+    return found
 
 
 def tuned(backend: CudaBackend, precision: str = "full", largest: int = 40 * 32) -> LtProducts:
