@@ -620,7 +620,7 @@ def test_a_part_of_a_batch_is_no_batch() -> None:
     passed.give_out((part, of_part), Deal.of(64, SHARDS, 0, 2))
     with pytest.raises(gb.errors.ArgumentError, match="for 2 ranks, but there are 1: loader and step need the same"):
         net.loss_and_grad(part, of_part)
-    with pytest.raises(gb.errors.ArgumentError, match="step_loss makes steps on whole batches only"):
+    with pytest.raises(gb.errors.ArgumentError, match="step_loss computes whole batches only"):
         net.step_loss(part, of_part)
     passed.end()
 

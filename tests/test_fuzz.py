@@ -19,7 +19,7 @@ import fuzz_readers
 
 # 2,700 in all.
 INPUTS = {
-    "IDX": 250,
+    "IDX": 200,
     "IDX, gzip": 200,
     "IDX, by place": 200,
     "CIFAR-10": 100,
@@ -28,7 +28,7 @@ INPUTS = {
     "raw": 100,
     "checkpoint": 100,
     "checkpoint, checksum right": 300,
-    "model": 50,
+    "model": 100,
     "model, digest right": 100,
     "model's text": 150,
     "Parquet": 150,

@@ -18,6 +18,8 @@ from many_ranks import mpi, on_threads
 from ranks_run import EPOCHS, Options, digest_of, parts_of
 
 import gpubatch as gb
+from gpubatch.nn.core import Core
+from gpubatch.train import short_runs
 from gpubatch.train.together import Agreement
 
 KINDS = ("plain", "dropout", "norm", "clipped", "skipped", "weights", "windowed", "averaged")
@@ -93,6 +95,34 @@ def test_steps_are_tried_with_the_rows_of_a_part_of_the_last_batch(rng: np.rando
 
     X, Y = rng.normal(size=(2064, 3)), np.arange(2064) % 2
     assert on_threads(2, one) == [1024, 1024]
+
+
+def in_sync(rng: np.random.Generator, ranks: gb.Ranks | None = None, **options: Any) -> list[float]:
+    """The losses of a network whose batch norm is in sync; a part of the last batch, and a rank there, has one row."""
+    layers = [gb.Dense(4, 6, bias=False), gb.BatchNorm(6, sync=True), gb.ReLU(), gb.Dense(6, 2)]
+    net, X = gb.Network(layers, dtype="float64", backend="cpu"), rng.standard_normal((66, 4))
+    loader = gb.Loader(X, np.arange(66) % 2, batch_size=64, backend="cpu", dtype="float64", ranks=ranks, **options)
+    with short_runs():
+        return gb.fit(net, loader, gb.Adam(net.parameters), 2, progress=False, ranks=ranks).loss
+
+
+def test_batch_norm_in_sync_takes_parts_of_one_row() -> None:
+    one, other = on_threads(2, lambda ranks: in_sync(np.random.default_rng(0), ranks))
+    assert one == other
+    np.testing.assert_allclose(one, in_sync(np.random.default_rng(0)), rtol=1e-9)
+
+
+def test_batch_norm_in_sync_says_that_it_takes_no_fewer_rows(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Core, "sum_parts", no_room)
+    with pytest.raises(
+        gb.errors.InsufficientMemoryError, match=r"BatchNorm\(sync=True\) needs all 64 samples of a rank"
+    ):
+        in_sync(rng, shards=4)
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -267,8 +267,11 @@ class Network:
         and of ``weight``; one that is negative or not finite makes the loss NaN.
         """
         self.parameters.fed = fed = pass_of(X)
-        if fed is not None and fed.deal is not None and (deal := deal_of(X)) is not None and deal.rows != len(X):
-            raise ArgumentError("X is this rank's parts of a batch, and step_loss makes steps on whole batches only")
+        if fed is not None and fed.deal is not None and (deal := deal_of(X)) is not None and deal.parts != (deal.rows,):
+            raise ArgumentError(
+                "X is a batch in parts, of a Loader with shards= or ranks=, and step_loss computes whole batches only: "
+                "use loss_and_grad"
+            )
         return self._core.step(X, Y, weight).loss.work["loss"]
 
     # --- evaluation ---

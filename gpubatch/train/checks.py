@@ -81,19 +81,21 @@ def check_loader(loader: Loader, ranks: Ranks | None) -> None:
 def check_last_batch(net: Network, loader: Loader) -> None:
     """Raise if an epoch would end with a batch that is too small for batch norm."""
     epochs, least = epochs_of(loader), core_of(net).least_rows
-    if epochs.smallest >= least:
+    in_parts = loader.shards is not None and not core_of(net).in_sync
+    fewest = epochs.smallest if in_parts else min(epochs.rows_of(0), epochs.rows_of(len(epochs) - 1))
+    if fewest >= least:
         return
     layer = next(type(run.layer).__name__ for run in core_of(net).layers if run.needs.least_rows == least)
-    which = "'single'" if epochs.smallest == 1 else "True"
+    which = "'single'" if fewest == 1 else "True"
     batches = f"{epochs.order.share} samples in batches of {loader.batch_size}"
     remedy = f"take another batch_size, or leave out that batch with Loader(drop_last={which})"
-    if loader.shards is None:
+    if not in_parts:
         raise ArgumentError(
-            f"{layer} needs {least} samples in a training batch, the last one of an epoch has {epochs.last_size}: "
+            f"{layer} needs {least} samples in a training batch, the last one of an epoch has {fewest}: "
             f"{batches}; {remedy}"
         )
     raise ArgumentError(
-        f"{layer} needs {least} samples in each part of a training batch, and one has {epochs.smallest}: {batches} of "
+        f"{layer} needs {least} samples in each part of a training batch, and one has {fewest}: {batches} of "
         f"{loader.shards} parts; {remedy}, or fewer shards"
     )
 

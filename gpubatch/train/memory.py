@@ -90,9 +90,13 @@ def plan_batches(
     epochs_of(loader).replan(parts_of, allocated, available, most, kept, least_rows)
 
 
-def rows_at_once(loader: Loader, batch_size: int) -> int:
-    """The rows of such a batch that a step computes at a time: all, or those of its largest part."""
-    return -(-batch_size // (loader.shards or 1))
+def rows_at_once(net: Network, loader: Loader, batch_size: int) -> int:
+    """The rows of such a batch that a step computes at a time: all, or those of its largest part.
+
+    With BatchNorm(sync=True) they are those of all parts that a rank has.
+    """
+    largest = -(-batch_size // (loader.shards or 1))
+    return largest * (loader.shards // loader.world_size) if loader.shards and core_of(net).in_sync else largest
 
 
 def settle_batches(
@@ -135,8 +139,9 @@ def rehearse(net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | N
         held = [epochs.peek()]
         held += [[array.copy() for array in held[0]] for _ in range(1, epochs.batches_held)]
         last = epochs.rows_of(len(epochs) - 1)
-        sizes = {min(rows_at_once(loader, n), len(held[0][0])) for n in (loader.batch_size, last)}
-        for rows in sorted(sizes - {0}, reverse=True):
+        sizes = {min(rows_at_once(net, loader, n), len(held[0][0])) for n in (loader.batch_size, last)}
+        # With batch norm in sync a rank may have fewer rows than it takes without the others.
+        for rows in sorted((n for n in sizes if n >= core_of(net).least_rows), reverse=True):
             core_of(net).rehearse(*(array[:rows] for array in held[0]))
         if loader.shards is not None:
             core_of(net).part_sums(loader.shards // loader.world_size)
@@ -153,10 +158,16 @@ def rehearse(net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | N
 def halve(record: Record, drivers: Sequence[Steps], failure: str) -> None:
     """Compute half as many samples at a time from here on, as there was no memory for ``failure``."""
     net, loader = record.state.net, record.state.loader
-    size = record.history.micro_batch_size or rows_at_once(loader, loader.batch_size)
+    size = record.history.micro_batch_size or rows_at_once(net, loader, loader.batch_size)
+    text = ""
     if size <= core_of(net).least_rows:
         rows = "one sample" if size == 1 else f"{size} samples"
         text = f"not even {rows} at a time can be computed in the memory there is: {failure}"
+    elif loader.shards is not None and core_of(net).in_sync:
+        text = (
+            f"BatchNorm(sync=True) needs all {size} samples of a rank at a time, and there is no memory for {failure}"
+        )
+    if text:
         raise record.together.alike(InsufficientMemoryError(text))
     record.halved(power_below(size), failure)
     for steps in drivers:
