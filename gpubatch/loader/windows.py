@@ -203,8 +203,9 @@ class WindowsOfPart:
     def _read(self, window: int, part: int, whole: int) -> _Held:
         """The window of which at least part/whole has been read."""
         if window not in self._held:
+            listed = self._order.part(window)  # before there is memory for the rows: listing takes some, too
             rows = self._spare.pop() if self._spare else self._empty()
-            self._held[window] = _Held(*self._order.part(window), rows, self._order.ends(window))
+            self._held[window] = _Held(*listed, rows, self._order.ends(window))
         held, at_once = self._held[window], self._at_once
         wanted = -(-part * len(held.samples) // whole)
         wanted = min(-(-wanted // at_once) * at_once, len(held.samples))
