@@ -162,9 +162,7 @@ SANITIZED = [name for name in CASES if "activat" not in name or "gelu " in name]
 # Of each way to go over an array one.
 TOUCHING = {
     "softmax int64",
-    "mse float32",
     "batch_norm new",
-    "dropout_gradient new",
     "gather bool",
 }
 # Those that look at sixteen bytes at a time, which are more numbers of float16.
@@ -373,7 +371,7 @@ def test_every_number_of_16_bits(dtype: np.dtype, device: CudaBackend) -> None:
     np.testing.assert_array_equal(np.signbit(out.get())[numbers], np.signbit(right)[numbers])
 
 
-@every("target", ["float32", "float16", "float64", "as stored", "int64"], ["float32", "float16", "as stored"])
+@every("target", ["float32", "float16", "float64", "as stored", "int64"], ["float32", "as stored"])
 @every("stored", ["uint8", "float16", "int32", "float64"], ["uint8", "float16"])
 def test_rows_move_sixteen_bytes_at_a_time(stored: str, target: str, rng: np.random.Generator) -> None:
     """For aligned arrays with rows of multiples of 16 bytes: 16 bytes of the larger type at a time."""

@@ -404,7 +404,7 @@ def test_a_source_that_fills_what_it_is_given_hears_of_blocks_before_it_reads_th
         list(Loader(source, window=100, backend="cpu"))
 
 
-@pytest.mark.parametrize("kind", [Memory, Filling])
+@every("kind", {"Memory": Memory, "Filling": Filling}, ["Filling"])
 @every("features", {"2": 2, "400": 400}, ["2"])
 @pytest.mark.parametrize(
     "arguments",
