@@ -298,7 +298,7 @@ assert device.spec == gb.get_backend("auto").spec == f"cuda:{ranks.local}", devi
 for size in (3, 1003, 100_003):
     terms = [values(rank, size, "float32") for rank in range(ranks.size)]
     assert digest(ranks.sum_(device.asarray(terms[ranks.rank])).get()) == digest(neighbours(terms)), size
-print(f"rank {ranks.rank} done\n", end="")
+print(f"rank {ranks.rank} done\\n", end="")
 """
 
 
