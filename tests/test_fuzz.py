@@ -19,18 +19,18 @@ import fuzz_readers
 
 # 2,700 in all.
 INPUTS = {
-    "IDX": 200,
-    "IDX, gzip": 200,
+    "IDX": 150,
+    "IDX, gzip": 150,
     "IDX, by place": 200,
     "CIFAR-10": 100,
     "CIFAR-10, by place": 100,
-    "npy": 150,
+    "npy": 100,
     "raw": 100,
     "checkpoint": 100,
     "checkpoint, checksum right": 300,
-    "model": 100,
+    "model": 300,
     "model, digest right": 100,
-    "model's text": 150,
+    "model's text": 100,
     "Parquet": 150,
     "Arrow": 150,
     "table, CSV": 50,
