@@ -180,11 +180,10 @@ def gpubatch_training(n: int) -> Step:
     return step
 
 
-def torch_training(n: int) -> Step:
-    """The same in eager PyTorch with its fused Adam."""
+def torch_network() -> Any:
+    """The network in PyTorch, with the first weights of all."""
     import torch
 
-    x, y = map(torch.tensor, batch_of(n))
     layers: list[Any] = []
     for W, b in initial_layers():
         linear = torch.nn.Linear(*W.shape)
@@ -192,7 +191,15 @@ def torch_training(n: int) -> Step:
             linear.weight.copy_(torch.tensor(W.T))
             linear.bias.copy_(torch.tensor(b))
         layers += [linear, torch.nn.ReLU()]
-    net = torch.nn.Sequential(*layers[:-1])
+    return torch.nn.Sequential(*layers[:-1])
+
+
+def torch_training(n: int) -> Step:
+    """The same in eager PyTorch with its fused Adam."""
+    import torch
+
+    x, y = map(torch.tensor, batch_of(n))
+    net = torch_network()
     opt = torch.optim.Adam(net.parameters(), lr=TRAINING_LR, fused=True)
 
     def step() -> Any:

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from peers import SIZES, TRAINING_LR, Step, batch_of, conditions, gpubatch_training, initial_layers
+from peers import SIZES, TRAINING_LR, Step, batch_of, conditions, gpubatch_training, initial_layers, torch_network
 
 BATCHES = (64, 128, 256, 512, 1024, 2048, 4096)
 TURN, LEAST_STEPS, WARM_UP = 0.25, 4, 3  # seconds of a turn, steps of one, steps before the first
@@ -108,16 +108,7 @@ def ddp_training(n: int, rank: int, size: int) -> Step:
         torch.set_num_threads(1)
     mine = slice(rank * n // size, (rank + 1) * n // size)
     x, y = (torch.tensor(part[mine]) for part in batch_of(n))
-    layers: list[Any] = []
-    for W, b in initial_layers():
-        linear = torch.nn.Linear(*W.shape)
-        with torch.no_grad():
-            linear.weight.copy_(torch.tensor(W.T))
-            linear.bias.copy_(torch.tensor(b))
-        layers += [linear, torch.nn.ReLU()]
-    net = torch.nn.parallel.DistributedDataParallel(
-        torch.nn.Sequential(*layers[:-1]), gradient_as_bucket_view=True, static_graph=True
-    )
+    net = torch.nn.parallel.DistributedDataParallel(torch_network(), gradient_as_bucket_view=True, static_graph=True)
     opt = torch.optim.Adam(net.parameters(), lr=TRAINING_LR, fused=True)
 
     def step() -> Any:

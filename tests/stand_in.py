@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from emulate import host_kernel, launch_bounds, sanitized
+from needs import missing
 
 import gpubatch.backend
 from gpubatch.backend import Backend, CudaBackend
@@ -704,6 +705,17 @@ def queued_backend(timing: str, available: int = 1 << 30, current_device: int = 
     cuda_kernel.cache_clear()
     ops_for.cache_clear()
     return StandInBackend(QueuedStandIn(timing, available, current_device), INDEX, "a test")
+
+
+def device_of(name: str) -> CudaBackend:
+    """For "stand-in" a new one whose work is done late; else the real device, without which the test is skipped."""
+    if name == "stand-in":
+        return queued_backend("late")
+    if name not in gpubatch.backend.available_backends():
+        missing("gpu", "no CUDA device can be used here")
+    found = gpubatch.backend.get_backend(name)
+    assert isinstance(found, CudaBackend)
+    return found
 
 
 def found_by_its_arrays(monkeypatch: pytest.MonkeyPatch, device: Callable[[], Backend]) -> None:

@@ -214,7 +214,7 @@ CODE_LINES = {
     "datasets": 194,
     "sources": 1821,
     "loader": 2505,
-    "tables": 1425,
+    "tables": 1427,
     "checkpoint": 447,
     "model": 954,
     "metrics": 268,

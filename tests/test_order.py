@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from families import drawn, every
 from hypothesis import strategies as st
-from needs import missing
-from stand_in import queued_backend
+from stand_in import device_of, queued_backend
 
 import gpubatch as gb
 from gpubatch.backend import CudaBackend
@@ -49,13 +48,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["stand-in", pytest.param("cuda:0", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> CudaBackend:
-    if request.param == "stand-in":
-        return queued_backend("late")
-    if "cuda:0" not in gb.available_backends():
-        missing("gpu", "no CUDA device can be used here")
-    found = gb.get_backend("cuda:0")
-    assert isinstance(found, CudaBackend)
-    return found
+    return device_of(request.param)
 
 
 # --- the integers ----------------------------------------------------------------------------------------------------

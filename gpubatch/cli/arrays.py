@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from gpubatch import sources
-from gpubatch.backend import get_backend
 from gpubatch.errors import ArgumentError, DataFormatError
+from gpubatch.tables import is_large
 
 __all__ = ["Arrays", "RowsOf", "arrays_of", "check_there", "npz", "rows", "taken"]
 
 PARTS = {"X": ("x", "x_train"), "Y": ("y", "y_train"), "X_test": ("x_test",), "Y_test": ("y_test",)}  # of an .npz file
-SHARE = 4  # an array of more than this part of the available memory is read by place
 BLOCK = 1 << 20  # bytes that are read at once
 GAP = 8  # rows that are read as well, since reading twice takes longer
 
@@ -85,11 +84,6 @@ class RowsOf:
                 self._source.read_into(some, out[start:stop])
             else:
                 out[start:stop] = self._source.read(np.arange(some[0], some[-1] + 1))[some - some[0]]
-
-
-def is_large(size: int) -> bool:
-    """Whether so many bytes are too many to be held."""
-    return bool(size > get_backend("cpu").memory().available // SHARE)
 
 
 def arrays_of(paths: Sequence[Path]) -> tuple[str, Arrays]:

@@ -81,9 +81,8 @@ class MainMemory:
 
     def __init__(self, columns: Columns, order: Order, prefetch: int) -> None:
         self._columns, self._order, self._prefetch = columns, order, prefetch
-        self._looked_at: tuple[tuple[int, int], Any, Any, Windows] | None = (
-            None  # the windows of an epoch to come, and which
-        )
+        # The windows of an epoch to come, and which they are.
+        self._looked_at: tuple[tuple[int, int], Any, Any, Windows] | None = None
 
     def ahead(self, batch_size: int) -> int:
         """See :class:`BatchFeed`."""

@@ -25,7 +25,7 @@ from gpubatch.tables.columns import DATE, family, label_texts, need
 from gpubatch.tables.recipe import LONGEST
 from gpubatch.tables.rows import Held, Rows, different
 
-__all__ = ["Looked", "looked_at", "streams"]
+__all__ = ["Looked", "is_large", "looked_at", "streams"]
 
 ARROW_FILE, ARROW_STREAM, PARQUET = b"ARROW1", b"\xff\xff\xff\xff", b"PAR1"
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
@@ -90,7 +90,12 @@ def looked_at(
 
 def streams(wanted: bool | None, size: int) -> bool:
     """Whether so many bytes are to be read again and again instead of held."""
-    return size > get_backend("cpu").memory().available // SHARE if wanted is None else wanted
+    return is_large(size) if wanted is None else wanted
+
+
+def is_large(size: int) -> bool:
+    """Whether so many bytes are too many to be held."""
+    return bool(size > get_backend("cpu").memory().available // SHARE)
 
 
 def read_whole(file: Any, size: int) -> bytes:

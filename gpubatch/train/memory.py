@@ -183,10 +183,8 @@ def evaluate(record: Record, held_out: HeldOut) -> tuple[float, float | None] | 
     """
     net, together = record.state.net, record.together
     rows = min(record.history.micro_batch_size or EVALUATION_ROWS, EVALUATION_ROWS)
-    own, failure = (
-        list[tuple[float, ...]](),
-        None,
-    )  # of each batch loss and accuracy, and what its samples count in them
+    own = list[tuple[float, ...]]()  # of each batch loss and accuracy, and what its samples count in them
+    failure: str | None = None
 
     def size(X: Array, Y: Array, weight: Array | None) -> float:
         counts = counts_of(core_of(net).loss, Y, weight)
