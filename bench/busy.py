@@ -1,10 +1,12 @@
 """Training steps beside a process that keeps one core busy: ``python bench/busy.py [--before DIR] [--out FILE]``.
 
 The step is that of ``bench/peers.py``: 784-512-256-10 with Adam in float32. gpubatch, gpubatch on one thread (with
-``--before`` also another checkout of it) and PyTorch, each with the threads that it takes by itself, work in processes
-of their own, in turn: first alone on the machine, then beside a process that does nothing but count. A time is the mean
-over all steps of a turn, since a step that waits for the scheduler is a hundred times longer than the others; the table
-has the medians over the rounds. A turn in which other processes took more than ``OTHERS`` of a core is repeated.
+``--before`` also another checkout of it), PyTorch and a step's matrix products alone, each with the threads that it
+takes by itself, work in processes of their own, in turn: first alone on the machine, then beside a process that does
+nothing but count. No step on a quiet machine is faster than its products; beside that process one and a half of two
+cores are left, so none is faster than 4/3 of that. A time is the mean over all steps of a turn, since a step that waits
+for the scheduler is a hundred times longer than the others; the table has the medians over the rounds. A turn in which
+other processes took more than ``OTHERS`` of a core is repeated.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peers import SIZES, Step, Worker, available_cores, conditions, gpubatch_training, torch_training
+from peers import SIZES, Step, Worker, available_cores, conditions, gpubatch_training, matrix_products, torch_training
 
 BATCHES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-OURS, ALONE, BEFORE, TORCH = "gpubatch", "one thread", "before", "PyTorch"
+OURS, ALONE, BEFORE, TORCH, PRODUCTS = "gpubatch", "one thread", "before", "PyTorch", "products alone"
+MADE = {TORCH: torch_training, PRODUCTS: matrix_products}  # how a step of the others is made
 STATES = ("quiet", "busy")
 LEAST_STEPS = 3
 WARM_UP = 0.3  # of a turn: for steps that are not counted
@@ -39,7 +42,7 @@ def work(contender: str) -> None:
         command = json.loads(line)
         n, seconds = command["batch"], command["seconds"]
         if n not in steps:
-            steps[n] = torch_training(n) if contender == TORCH else gpubatch_training(n)
+            steps[n] = MADE.get(contender, gpubatch_training)(n)
         cpu = time.process_time()
         turn(steps[n], WARM_UP * seconds)
         found = turn(steps[n], seconds)
@@ -160,7 +163,7 @@ def main() -> None:
     if arguments.table:
         print(table(json.loads(arguments.table.read_text())))
         return
-    names = [OURS, ALONE, *([BEFORE] if arguments.before else []), TORCH]
+    names = [OURS, ALONE, *([BEFORE] if arguments.before else []), TORCH, PRODUCTS]
     workers = {name: Worker(__file__, name, environment=environment(name, arguments.before)) for name in names}
     found: dict[str, Any] = {
         **conditions(available_cores(), arguments.rounds),
