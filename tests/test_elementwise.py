@@ -19,7 +19,7 @@ from gpubatch.explore import check_network
 from gpubatch.formula import Activation, ScoreLoss, activations, scores
 from gpubatch.formula.derivative import RULES
 from gpubatch.formula.trace import COPY, INDICATOR, OPS
-from gpubatch.ops.program import bound_program
+from gpubatch.ops.program import allocate, bound_program
 
 F8 = np.dtype(np.float64)
 
@@ -148,6 +148,12 @@ def test_what_backward_looks_at() -> None:
         **dict.fromkeys(("relu", "leaky_relu", "sigmoid", "tanh"), y),
         **dict.fromkeys(("gelu", "gelu_tanh", *OWN), kept),
     }
+
+
+def test_what_is_only_written_serves_as_a_register() -> None:
+    """So that fewer bytes have room in the cache; in place, the result's array holds an operand until the end."""
+    backward = activations.tanh.form("float32").backward
+    assert [len(allocate(backward, same)[2]) for same in ({}, {"dx": "dy"})] == [0, 1]
 
 
 @drawn(100, 2000, program=programs())

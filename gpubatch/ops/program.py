@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -20,7 +21,7 @@ from gpubatch.formula import BoundActivation, BoundScoreLoss, Element, Op, Scala
 __all__ = ["BLOCK_BYTES", "Program", "allocate", "blocks_of", "bound_program", "check_slope", "program_of"]
 
 BLOCK_BYTES = 1 << 16  # of each array and register; the four to ten of a formula stay in the second-level cache
-ROOM = 1 << 20  # bytes of that cache, for all of them together
+ROOM = 3 << 19  # bytes for all of them in a layer's formula: fewer calls are worth more than the second-level cache
 MOST_PROGRAMS = 256  # that a thread keeps: every activation with every value of its parameters is another one
 
 
@@ -28,8 +29,8 @@ class Program:
     """A formula as a list of NumPy calls on numbered slots: the arrays' blocks, the registers, the scalars.
 
     ``names`` are the arrays of the slots: those that the formula reads, then the others that it writes. A target in
-    ``same`` shares the memory of the array that it is mapped to. A block of each array and register has
-    ``block_bytes``. Threads must not share a program: the registers are its own.
+    ``same`` shares the memory of the array that it is mapped to. A block has ``block`` elements, by default
+    :data:`BLOCK_BYTES`. Threads must not share a program: the registers are its own.
     """
 
     def __init__(
@@ -37,10 +38,10 @@ class Program:
         trace: Trace,
         dtype: np.dtype[Any],
         same: Mapping[str, str] | None = None,
-        block_bytes: int = BLOCK_BYTES,
+        block: int | None = None,
     ) -> None:
         self.names, self.written = slots_of(trace, same or {})
-        self.block = block_bytes // dtype.itemsize
+        self.block = block or BLOCK_BYTES // dtype.itemsize
         self.dtype = dtype
         steps, self.copies, self.kinds, constants = allocate(trace, same or {})
         self.steps = [(function, picker(operands), out) for function, operands, out in steps]
@@ -115,9 +116,13 @@ def bound_program(
 
     Its blocks are as large as the cache has room for, since layers are small: a call of NumPy takes half a microsecond.
     """
-    slots = len(slots_of(trace, same or {})[0]) + len(allocate(trace, same)[2])
-    block_bytes = max(BLOCK_BYTES, 1 << (ROOM // slots).bit_length() - 1)
-    program = Program(trace, np.dtype(trace.dtype), same, block_bytes)
+    dtype, same = np.dtype(trace.dtype), same or {}
+    steps, copies, registers, _ = allocate(trace, same)
+    width = dtype.itemsize * len(slots_of(trace, same)[0]) + sum(1 if x.boolean else dtype.itemsize for x in registers)
+    block = 1 << (ROOM // width).bit_length() - 1
+    if not registers and len(steps) + len(copies) == 1:  # which leaves nothing in the cache for another
+        block = sys.maxsize
+    program = Program(trace, dtype, same, max(BLOCK_BYTES // dtype.itemsize, block))
     program.scalars[:] = bound.scalars(trace)
     return program
 
@@ -188,19 +193,33 @@ def allocate(trace: Trace, same: Mapping[str, str] | None = None) -> Allocation:
         if slot >= read or is_free(last_use[slot], result, result.op):
             homes[result.number] = slot
 
+    # Until its result is there, an array that is only written serves as a register.
+    spare = {slot: number for number, slot in homes.items() if slot >= read}
+    spare_until = dict.fromkeys(spare, 0)
+
+    def is_spare(slot: int, x: Element, op: Op) -> bool:
+        result, until = trace.elements[spare[slot]], last_use[x.number]
+        before = x.number < result.number and result.op is not None and is_free(until, result, result.op)
+        return before and not (op.boolean or x.uniform) and is_free(spare_until[slot], x, op)
+
     registers: list[Register] = []
     busy_until: list[int] = []
     for x, op in computed:
         if x.number in homes:
             slot_of[x.number] = homes[x.number]
             continue
-        wants = Register(op.boolean, x.uniform)
+        wants, until = Register(op.boolean, x.uniform), last_use[x.number]
+        spares = [slot for slot in spare if is_spare(slot, x, op)]
+        if spares:
+            slot_of[x.number] = spares[0]
+            spare_until[spares[0]] = until
+            continue
         fitting = (r for r, kind in enumerate(registers) if kind == wants and is_free(busy_until[r], x, op))
         r = next(fitting, len(registers))
         if r == len(registers):
             registers.append(wants)
             busy_until.append(0)
-        busy_until[r] = last_use[x.number]
+        busy_until[r] = until
         slot_of[x.number] = len(names) + r
 
     first_scalar = len(names) + len(registers)
