@@ -206,7 +206,7 @@ CODE_LINES = {
     "staging": 68,
     "parallel": 434,
     "inputs": 110,
-    "ops": 2645,
+    "ops": 2661,
     "sizing": 264,
     "params": 99,
     "optim": 1165,
