@@ -63,7 +63,7 @@ ORDER = {
     " dropout sums permutation gather table blas products",
     "schedules": "counted decays cycles combined saved",
     "optim": "arrays groups epochs optimizer optimizers ahead resumed",
-    "parallel": "watch engines nccl ranks",
+    "parallel": "launchers watch engines nccl ranks",
     "nn": "needs layers stack workspace losses checks parts core summary network",
     "sources": "arrays reader remote opener rows chunked tables parts given",
     "loader": "deals order pinned functions standardize weights columns windows ahead device feeds epochs loader",

@@ -10,7 +10,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -21,9 +22,11 @@ from needs import missing
 
 import gpubatch as gb
 from gpubatch.backend import CudaBackend
-from gpubatch.parallel import engines, ranks as module
-from gpubatch.parallel.engines import launched
+from gpubatch.parallel import engines, launched, launched_rank, launchers, ranks as module
 from gpubatch.parallel.nccl import Nccl
+
+MPICH, OPEN_MPI, CRAY = "MPICH Version:      5.0.2", "Open MPI v5.0.11", "MPI VERSION    : CRAY MPICH version 8.1"
+PID = str(os.getpid())
 
 
 def values(rank: int, size: int, dtype: str) -> np.ndarray:
@@ -133,25 +136,119 @@ def test_a_rank_that_ends_ends_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "gpubatch: rank 1 of 3 ended all: ValueError: no such file\n"
 
 
-@pytest.mark.parametrize(
-    ("variables", "count"),
-    [
-        ({}, 1),
-        ({"PMI_SIZE": "4"}, 4),
-        ({"OMPI_COMM_WORLD_SIZE": "2", "PMIX_RANK": "0"}, 2),
-        ({"PMIX_RANK": "0"}, None),
-        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}, 8),
-        ({"SLURM_NTASKS": "8"}, 1),  # in the batch script itself
-    ],
-)
-def test_a_launcher_is_known_by_its_variables(variables: dict[str, str], count: int | None) -> None:
-    assert launched(variables) == count
+# What a launcher says: of how many processes, and of which of them; None where it does not say how many there are.
+# Then the worlds of MPI that are right with that, as (size, library), and those that are not.
+LAUNCHED: dict[str, tuple[dict[str, str], int | None, int, list[Any], list[Any]]] = {
+    "none": ({}, 1, 0, [(1, MPICH)], []),
+    "one of mpiexec": ({"PMI_SIZE": "1", "PMI_RANK": "0", "MPI_LOCALNRANKS": "1"}, 1, 0, [(1, MPICH)], []),
+    "one of Open MPI's": ({"OMPI_COMM_WORLD_SIZE": "1", "PMIX_RANK": "0"}, 1, 0, [(1, MPICH), (1, OPEN_MPI)], []),
+    "MPICH": ({"PMI_SIZE": "4", "PMI_RANK": "2", "MPI_LOCALNRANKS": "4"}, 4, 2, [(4, MPICH)], [(1, OPEN_MPI)]),
+    "Open MPI": (
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "PMIX_RANK": "1"},
+        *(2, 1, [(2, OPEN_MPI)], [(1, MPICH), (1, OPEN_MPI)]),
+    ),
+    "MVAPICH 2": ({"MV2_COMM_WORLD_SIZE": "3", "MV2_COMM_WORLD_RANK": "2"}, 3, 2, [(3, MPICH)], [(1, MPICH)]),
+    "MVAPICH 3": ({"MVP_COMM_WORLD_SIZE": "3", "MVP_COMM_WORLD_RANK": "2"}, 3, 2, [(3, MPICH)], [(1, MPICH)]),
+    "jsrun": ({"JSM_NAMESPACE_SIZE": "6", "JSM_NAMESPACE_RANK": "5"}, 6, 5, [(6, OPEN_MPI)], [(1, OPEN_MPI)]),
+    "Flux": ({"FLUX_JOB_SIZE": "2", "FLUX_TASK_RANK": "1"}, 2, 1, [(2, MPICH)], [(1, MPICH), (1, OPEN_MPI)]),
+    "PMIx, rank 0": (
+        {"PMIX_RANK": "0", "PMIX_NAMESPACE": "a@1"},
+        None,
+        0,
+        [(1, OPEN_MPI), (2, OPEN_MPI)],
+        [(1, MPICH)],
+    ),
+    "PMIx, rank 1": ({"PMIX_RANK": "1"}, None, 1, [(2, OPEN_MPI)], [(1, OPEN_MPI), (1, MPICH)]),
+    "PALS, rank 0": ({"PALS_RANKID": "0", "PALS_LOCAL_SIZE": "1"}, None, 0, [(1, CRAY), (8, MPICH)], [(1, MPICH)]),
+    "PALS, rank 0 of 2": ({"PALS_RANKID": "0", "PALS_LOCAL_SIZE": "2"}, None, 0, [(2, CRAY)], [(1, CRAY)]),
+    "PALS and PMIx": ({"PALS_RANKID": "0", "PMIX_RANK": "0"}, None, 0, [(4, MPICH), (1, OPEN_MPI)], [(1, MPICH)]),
+    "Cray's PMI": ({"PMI_SIZE": "8", "PMI_RANK": "3", "PALS_RANKID": "3"}, 8, 3, [(8, CRAY)], [(1, CRAY), (1, MPICH)]),
+    "one of several here": ({"MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "0"}, None, 0, [(2, MPICH)], [(1, MPICH)]),
+    "srun": (
+        {"SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8", "SLURM_PROCID": "5"},
+        *(8, 5, [(8, MPICH), (12, MPICH)], [(1, MPICH), (1, OPEN_MPI), (2, MPICH)]),
+    ),
+    "srun --mpi=pmix": (
+        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "PMIX_RANK": "0", "PMIX_NAMESPACE": "slurm.pmix.7.0"},
+        *(2, 0, [(2, OPEN_MPI)], [(1, OPEN_MPI), (1, MPICH)]),
+    ),
+    "srun -n 1": ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, 1, 0, [(1, MPICH)], []),
+    "a batch script of Slurm": (
+        {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"},
+        1,
+        0,
+        [(1, MPICH)],
+        [],
+    ),
+    "srun without its count": ({"SLURM_NTASKS": "8", "SLURM_PROCID": "3"}, None, 3, [(8, MPICH)], [(1, MPICH)]),
+    # mpiexec has srun start one process on each machine, and has its own inherit what that says.
+    "mpiexec by srun": (
+        {"PMI_SIZE": "4", "PMI_RANK": "3", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"},
+        4,
+        3,
+        [(4, MPICH)],
+        [(1, MPICH)],
+    ),
+    "one of mpiexec by srun": ({"PMI_SIZE": "1", "PMI_RANK": "0", "SLURM_STEP_NUM_TASKS": "2"}, 1, 0, [(1, MPICH)], []),
+    # What an mpiexec further out said is inherited, too.
+    "srun in mpiexec -n 1": (
+        {"PMI_SIZE": "1", "PMI_RANK": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_TASK_PID": PID},
+        *(4, 2, [(4, OPEN_MPI)], [(1, MPICH), (1, OPEN_MPI)]),
+    ),
+    "mpiexec in that of another": (
+        {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "PMI_SIZE": "2", "PMI_RANK": "1"},
+        *(2, 1, [(2, MPICH)], [(1, MPICH), (1, OPEN_MPI)]),
+    ),
+    "fewer in more of another": (
+        {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "PMI_SIZE": "2", "PMI_RANK": "1"},
+        *(4, 3, [(2, MPICH), (4, OPEN_MPI)], [(1, MPICH), (3, MPICH)]),
+    ),
+    "no numbers": ({"PMI_SIZE": "", "SLURM_STEP_NUM_TASKS": "8(x2)", "PMI_RANK": "-1"}, 1, 0, [(1, MPICH)], []),
+}
 
 
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*launchers.VARIABLES, "SLURM_TASK_PID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("no_launcher")
+@pytest.mark.parametrize("launcher", LAUNCHED)
+def test_processes_that_a_launcher_started_never_train_apart(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables, count, rank, right, wrong = LAUNCHED[launcher]
+    assert (launched(variables), launched_rank(variables)) == (count, rank)
+    assert wrong or count == 1
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for size, library in [*right, *wrong]:
+        fake = SimpleNamespace(
+            COMM_WORLD=SimpleNamespace(Get_size=lambda size=size: size),
+            Get_library_version=lambda library=library: f"{library}\n",
+        )
+        monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=fake))
+        monkeypatch.setattr(engines, "MPI", lambda comm: SimpleNamespace(rank=0, size=comm.Get_size(), local=0))
+        monkeypatch.setattr(gb.Ranks, "_end_all_on_error", lambda self: None)
+        if (size, library) in right:
+            assert gb.Ranks().size == size
+            continue
+        with pytest.raises(gb.errors.ArgumentError, match=r"a launcher started .* they would train apart") as caught:
+            gb.Ranks()
+        assert f"{library} connects {'none' if size == 1 else size} of them" in str(caught.value)
+        assert all(
+            f"{name}={value}" in str(caught.value) for name, value in variables.items() if name in launchers.VARIABLES
+        )
+
+
+def test_every_launcher_is_in_the_table() -> None:
+    of = [variables for variables, *_ in LAUNCHED.values()]
+    for name in (*launchers.COUNTS, *launchers.UNCOUNTED):
+        assert any(name in variables for variables in of), name
+
+
+@pytest.mark.usefixtures("no_launcher")
 @pytest.mark.parametrize("variables", [{"PMI_SIZE": "4"}, {"PMIX_RANK": "0"}])
 def test_several_processes_without_mpi_are_an_error(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*engines.COUNTS, engines.PMIX):
-        monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setitem(sys.modules, "mpi4py", None)
@@ -364,12 +461,12 @@ def test_a_launcher_of_another_mpi_is_an_error() -> None:
     """The processes find no others, where they would each train alone."""
     program = "import os; os.environ['OMPI_COMM_WORLD_SIZE'] = '4'; import gpubatch as gb; gb.Ranks()"
     done = mpi(1, program, check=False)
-    assert "ArgumentError: a launcher started 4 processes, but" in done.stderr
+    assert "ArgumentError: a launcher started 4 processes (OMPI_COMM_WORLD_SIZE=4" in done.stderr
 
 
 @pytest.mark.exhaustive
 def test_without_a_launcher_mpi_is_not_imported() -> None:
     program = "import sys, gpubatch as gb; gb.Ranks(); print('mpi4py' in sys.modules)"
-    clean = {name: value for name, value in os.environ.items() if name not in (*engines.COUNTS, engines.PMIX)}
+    clean = {name: value for name, value in os.environ.items() if name not in launchers.VARIABLES}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=clean)
     assert done.stdout == "False\n"

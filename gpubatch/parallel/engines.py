@@ -7,20 +7,17 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from gpubatch.errors import ArgumentError, DTypeError
+from gpubatch.errors import DTypeError
+from gpubatch.parallel.launchers import check_world, launched
 from gpubatch.parallel.watch import Watch, watched
 
-__all__ = ["MPI", "Connection", "Numbers", "Threads", "connected", "launched", "launched_rank", "threads"]
+__all__ = ["MPI", "Connection", "Numbers", "Threads", "connected", "threads"]
 
-# What launchers call the number of processes that they start: Open MPI, MPICH and Intel MPI, MVAPICH, Slurm.
-COUNTS = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"
-RANKS = "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID"  # and the number of each
-PMIX = "PMIX_RANK"  # what any launcher that speaks PMIx sets; it does not say how many there are
 READING = 3.0  # seconds at most that a process which ends all waits until its words were read
 PASSING_ON = 0.1  # seconds at least that the launcher has to pass them on
 PATIENCE = 120  # seconds that a thread waits for the others: far more than any test computes between two calls
@@ -74,7 +71,7 @@ class MPI:
         # One of its own, so that no message here is taken for one of the caller's.
         self._comm = comm = comm.Dup()
         self._in_place, self._max, self._wait = mpi.IN_PLACE, mpi.MAX, mpi.Request.Waitall
-        self.name = mpi.Get_library_version().splitlines()[0].strip(" \0")
+        self.name = version_of(mpi)
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         neighbours = comm.Split_type(mpi.COMM_TYPE_SHARED)
         self.local = neighbours.Get_rank()
@@ -238,19 +235,10 @@ def until_read(stream: Any) -> None:
         return
 
 
-def launched(variables: Mapping[str, str]) -> int | None:
-    """How many processes a launcher started, by the variables that it sets; None if it does not say, 1 without one."""
-    for name in COUNTS:
-        if variables.get(name, "").isdecimal():
-            return int(variables[name])
-    return None if PMIX in variables else 1
-
-
-def launched_rank(variables: Mapping[str, str]) -> int:
-    """Which of the processes this is by the launcher's variables, counted from 0; 0 without a launcher."""
-    if launched(variables) == 1:
-        return 0
-    return next((int(variables[name]) for name in (*RANKS, PMIX) if variables.get(name, "").isdecimal()), 0)
+def version_of(mpi: Any) -> str:
+    """The name and version of the MPI library."""
+    found: str = mpi.Get_library_version().splitlines()[0].strip(" \0")
+    return found
 
 
 def connected(comm: Any) -> Connection | None:
@@ -270,10 +258,5 @@ def connected(comm: Any) -> Connection | None:
             f"a launcher started {told}, and gb.Ranks needs the extra parallel and an MPI library to connect them "
             f"({error}): pip install 'gpubatch[parallel]' mpich"
         ) from error
-    engine = MPI(mpi.COMM_WORLD)
-    if count is not None and engine.size == 1:
-        raise ArgumentError(
-            f"a launcher started {count} processes, but {engine.name} connects none of them, so that each would train "
-            "alone: start them with the mpiexec of that library, or install mpi4py for the launcher's"
-        )
-    return engine
+    check_world(mpi.COMM_WORLD.Get_size(), version_of(mpi), os.environ)
+    return MPI(mpi.COMM_WORLD)
