@@ -480,21 +480,60 @@ def test_an_error_on_one_rank_is_raised_on_all(what: str) -> None:
     assert [step for _, step in found] == on_threads(2, good_step)
 
 
-def test_memory_that_runs_out_for_the_sums_is_told_to_all() -> None:
-    case = Case({"batch_norm": True})
+def no_memory_for_part_sums(core: Any, ranks: gb.Ranks) -> None:
+    core.part_sums = lambda parts: raising(MemoryError())
 
-    def step(ranks: gb.Ranks) -> None:
+
+def no_memory_for_the_message(core: Any, ranks: gb.Ranks) -> None:
+    core._message = lambda: raising(MemoryError())
+
+
+def no_memory_for_sums_over_ranks(core: Any, ranks: gb.Ranks) -> None:
+    ranks._scratch = lambda *_: raising(MemoryError())  # type: ignore[method-assign]
+
+
+def no_memory_for_the_end(core: Any, ranks: gb.Ranks) -> None:
+    reserve = core.reserve
+    core.reserve = lambda rows: raising(MemoryError()) if rows == 1 else reserve(rows)
+
+
+NO_MEMORY = {
+    "part sums": no_memory_for_part_sums,
+    "message": no_memory_for_the_message,
+    "sums over ranks": no_memory_for_sums_over_ranks,
+    "end of the step": no_memory_for_the_end,
+}
+
+
+@every("where", NO_MEMORY, NO_MEMORY)
+@every("kind", ["float32", "mixed"], ["mixed"])
+def test_memory_that_runs_out_for_the_sums_is_told_to_all(where: Any, kind: str) -> None:
+    """All raise, and the step is as if it had not been tried; where there is memory again, it is a good one."""
+    case = Case({"batch_norm": True, **({"precision": "mixed"} if kind == "mixed" else {})})
+
+    def step(ranks: gb.Ranks, fails: bool) -> bytes:
         (net, _), passed = case.make(), DataPass(object(), 0)
-        core, allocate = core_of(net), core_of(net).part_sums
+        core = core_of(net)
         passed.begin()
         x, y, _ = dealt(next(case.data()), SHARDS, ranks, passed)
-        if ranks.rank == 1:
-            core.part_sums = lambda parts: allocate(1) if parts == 1 else raising(MemoryError())
-        with pytest.raises(MemoryError):
-            net.loss_and_grad(x, y, ranks=ranks)
+        x = x.astype(net.dtype)
+        passed.give_out((x, y), Deal.of(64, SHARDS, ranks.rank, ranks.size))
+        if fails:
+            before = net.buffers.flat.copy()
+            if ranks.rank == 1:
+                where(core, ranks)
+            for _ in range(2):
+                with pytest.raises(MemoryError, match=None if ranks.rank == 1 else "on rank 1"):
+                    net.loss_and_grad(x, y, ranks=ranks)
+            for harmed in (core, ranks):
+                for name in ("part_sums", "_message", "reserve", "_scratch"):
+                    vars(harmed).pop(name, None)
+            assert (net.buffers.flat.tobytes(), core.dropout_step) == (before.tobytes(), 0)
+        loss, grads = net.loss_and_grad(x, y, ranks=ranks)
         passed.end()
+        return grads.flat.tobytes() + net.buffers.flat.tobytes() + str(loss).encode()
 
-    on_threads(2, step)
+    assert on_threads(2, lambda ranks: step(ranks, True)) == on_threads(2, lambda ranks: step(ranks, False))
 
 
 def test_an_l2_term_out_of_range_is_an_error() -> None:
@@ -641,7 +680,7 @@ def test_the_memory_of_the_sums_is_planned(dtype: str) -> None:
     net = gb.mlp([100, 300, 10], batch_norm=True, backend="cpu", **options)
     for shards in (1, 2, 6, 8):
         net.memory_parts(8, shards=shards)
-        core_of(net)._part_sums = None
+        core_of(net)._part_sums = core_of(net)._message_of_half = None
         tracemalloc.start()
         core_of(net).part_sums(shards)
         taken = tracemalloc.get_traced_memory()[0]

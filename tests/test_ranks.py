@@ -100,10 +100,67 @@ def test_what_cannot_be_summed_or_shared() -> None:
     for x in (np.zeros((2, 2), np.float32), np.zeros(4, np.float32)[::2]):
         with pytest.raises(gb.errors.ShapeError, match="flat must be contiguous and one-dimensional"):
             ranks.sum_(x)
-    with pytest.raises(gb.errors.ArgumentError, match="values must be a list of numbers and not NaN"):
+    with pytest.raises(
+        gb.errors.ArgumentError, match=r"values must be a list of numbers .* rank 0 has, got \[1\.0, nan\]"
+    ):
         ranks.most([1.0, float("nan")])
-    with pytest.raises(gb.errors.DTypeError, match="value must be what JSON can hold"):
-        on_threads(2, lambda r: r.share({1, 2}))
+
+
+def test_what_one_rank_cannot_say_is_an_error_on_all() -> None:
+    """Nobody waits for it in vain, and the next call is a good one."""
+
+    def talk(r: gb.Ranks) -> list[str]:
+        told = []
+        for say, error in (
+            (lambda: r.most([1.0, float("nan") if r.rank == 1 else 2.0]), gb.errors.ArgumentError),
+            (lambda: r.share({1, 2}), gb.errors.DTypeError),
+            (lambda: r.gather({1, 2} if r.rank == 2 else 1), gb.errors.DTypeError),
+            (lambda: r.sum_(np.zeros(5 + (r.rank == 1))), gb.errors.ArgumentError),
+        ):
+            with pytest.raises(error) as caught:
+                say()
+            told.append(str(caught.value))
+        assert r.most([r.rank]) == [2.0]
+        return told
+
+    for rank, (most, share, gather, sizes) in enumerate(on_threads(3, talk)):
+        given = ", got [1.0, nan]" if rank == 1 else ""
+        assert most == f"values must be a list of numbers and not NaN, which rank 1 has{given}"
+        assert share.startswith("value must be what JSON can hold, got {1, 2}")
+        assert share.endswith(", on rank 0")
+        assert gather.endswith(", on rank 2")
+        assert "arrays must be of the same size on all ranks" in sizes
+
+
+def test_memory_that_one_rank_lacks_for_a_sum_is_an_error_on_all() -> None:
+    def sums(r: gb.Ranks) -> str:
+        small = r.sum_(np.ones(10))
+        scratch = r._scratch
+        if r.rank == 1:
+            r._scratch = lambda backend, dtype, size: raising(MemoryError("no room"))()  # type: ignore[method-assign]
+        with pytest.raises(MemoryError) as caught:
+            r.sum_(np.ones(100_000))
+        r._scratch = scratch  # type: ignore[method-assign]
+        assert small.tolist() == r.sum_(np.ones(10)).tolist() == [2.0] * 10
+        assert (r.sum_(np.ones(100_000)) == 2).all()
+        return str(caught.value)
+
+    assert on_threads(2, sums) == ["out of memory (on rank 1)", "no room"]
+
+
+def test_ranks_that_were_closed_are_not_used() -> None:
+    with gb.Ranks() as ranks:
+        pass
+    ranks.close()  # one process has nothing to free
+
+    def use(r: gb.Ranks) -> str:
+        with r:
+            r.barrier()
+        with pytest.raises(gb.errors.ArgumentError, match=r"ranks must not be used after close\(\)"):
+            r.sum_(np.ones(3))
+        return repr(r)
+
+    assert on_threads(2, use) == [f"Ranks(rank={rank}, size=2, closed)" for rank in range(2)]
 
 
 def test_what_is_no_communicator() -> None:
@@ -229,6 +286,7 @@ def test_processes_that_a_launcher_started_never_train_apart(launcher: str, monk
         monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=fake))
         monkeypatch.setattr(engines, "MPI", lambda comm: SimpleNamespace(rank=0, size=comm.Get_size(), local=0))
         monkeypatch.setattr(gb.Ranks, "_end_all_on_error", lambda self: None)
+        monkeypatch.setattr(engines, "WORLDS", [])
         if (size, library) in right:
             assert gb.Ranks().size == size
             continue
@@ -425,6 +483,62 @@ assert (found.tolist(), own.tolist()) == ([2.0, 2.0], [7.0, 7.0])
 @pytest.mark.exhaustive
 def test_a_program_may_finalize_mpi() -> None:
     mpi(2, "import gpubatch as gb; from mpi4py import MPI; gb.Ranks().barrier(); MPI.Finalize()")
+
+
+MANY = """
+import threading
+import gpubatch as gb, numpy as np
+from gpubatch.parallel import engines
+from mpi4py import MPI
+made = []
+for give in (lambda: None, lambda: MPI.COMM_WORLD.Dup()):
+    before = threading.active_count()
+    for number in range(100):
+        comm = give()
+        if number % 2 or comm is not None:
+            with gb.Ranks(comm) as ranks:
+                assert ranks.sum_(np.ones(3)).tolist() == [2.0] * 3
+        else:
+            ranks = gb.Ranks()
+            assert ranks.most([ranks.rank]) == [1.0]
+        assert threading.active_count() <= before + 3, threading.enumerate()
+        assert len(engines.WORLDS) <= 3
+        if comm is not None:
+            comm.Free()
+        if ranks.rank == number % 2:  # the other rank lets go of them only when it makes new ones
+            del ranks
+# More than an MPI has of them at once.
+for _ in range(1100):
+    ranks = gb.Ranks()
+ranks.barrier()
+assert len(engines.WORLDS) <= 3  # the first, by which an exception ends all, and two that were made last
+"""
+
+
+@pytest.mark.exhaustive
+def test_ranks_that_nobody_holds_are_freed() -> None:
+    """Threads and communicators do not grow with the number of ranks that were made."""
+    mpi(2, MANY)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("sizes", [(5, 6), (5, 10_000), (10_000, 10_064), (5, 60_000)])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_arrays_of_different_sizes_are_never_summed(sizes: tuple[int, int], turned: bool, dtype: str) -> None:
+    """All ends with an error, also where one needs more memory than before."""
+    program = """
+import sys
+import gpubatch as gb, numpy as np
+ranks = gb.Ranks()
+ranks.sum_(np.ones(50_000))
+ranks.sum_(np.ones(int(sys.argv[1 + ranks.rank]), sys.argv[3 if ranks.rank else 4]))
+print("summed")
+"""
+    done = mpi(2, program, *(sizes[::-1] if turned else sizes), dtype, "float64", check=False)
+    assert done.returncode != 0
+    assert "ArgumentError: arrays must be of the same size and dtype on all ranks" in done.stderr
+    assert "summed" not in done.stdout
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------

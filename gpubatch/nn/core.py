@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -133,6 +134,9 @@ class Core:
         self._remembered = backend.empty(self.buffers.size, self.compute_dtype), 0
         self._sums: Array = None  # of the gradients of micro-batches
         self._part_sums: PartSums | None = None
+        self._message_of_half: Array = None
+        self._room: Array = None  # of the sums of batch norms in sync
+        self._met: weakref.WeakSet[Ranks] = weakref.WeakSet()  # for which there is memory
         self._weighing = Weighing(backend, self.compute_dtype)
         self._training: Workspace[Pass] | None = None
         self._evaluation = OfThread()
@@ -350,6 +354,10 @@ class Core:
         error: Exception | None = None
         with self.training, self.backend.scope(), quiet():
             self.remember()
+            if ranks is not None and ranks not in self._met:
+                ranks.allocate(lambda: self._allocate_for(ranks))
+                self._met.add(ranks)
+            sums: PartSums | None = None
             together = self._together(weight, deal, ranks)
             try:
                 self._check_parts(X, Y, weight, deal, ranks)
@@ -357,26 +365,33 @@ class Core:
                     deal = self._at_once(X, deal, ranks, micro_batch_size)
                 sums = self.part_sums(len(deal.parts))
                 self.sum_parts(sums, X, Y, weight, deal, micro_batch_size, together)
+                self.reserve(1)  # for the end of the step, which no rank may fail at alone
             except MemoryError as found:
                 error = found.with_traceback(None)  # which would keep the arrays of the step alive
             except Exception as found:
                 error = found
             if together is not None:
                 together.finish()
-            sums = self.part_sums(1 if self._part_sums is None else self._part_sums.parts)
-            if error is not None:
-                sums.nothing()
-            message, statistics = sums.messages()
-            memory = isinstance(error, MemoryError)
+            if error is not None or sums is None:  # the others wait for the message, which takes no more memory
+                message, statistics = self._message(), None
+                message.fill(0)
+            else:
+                message, statistics = sums.messages()
+            memory, of_tail = isinstance(error, MemoryError), message[self.parameters.size :]
             failed = error is not None and not memory
-            sums.flag(message, {OUT_OF_MEMORY: memory, SIGNALLED: signalled, FAILED: failed})
-            for one in (message, statistics):
-                if one is not None and ranks is not None:
-                    ranks.sum_(one)
-            tail = self.backend.to_numpy(sums.tail_of(message)).tolist()
+            for place, raised in ((OUT_OF_MEMORY, memory), (SIGNALLED, signalled), (FAILED, failed)):
+                if raised:
+                    of_tail[place : place + 1].fill(1)
+            if ranks is not None:
+                ranks.sum_(message)
+            tail = self.backend.to_numpy(of_tail).tolist()
             if tail[FAILED] or tail[OUT_OF_MEMORY] or not (math.isfinite(tail[LOSS]) and 0 < tail[WEIGHT] < math.inf):
                 self.recall()
-                self._raise_alike(error, self.backend.to_numpy(sums.tail)[LOSS].item(), X, Y, weight, ranks)
+                own = 0.0 if sums is None or error is not None else self.backend.to_numpy(sums.tail)[LOSS].item()
+                self._raise_alike(error, own, X, Y, weight, ranks)
+            assert sums is not None
+            if statistics is not None and ranks is not None:
+                ranks.sum_(statistics)
             loss = self.finish_parts(sums, message, statistics, deal.rows).item()
             if not math.isfinite(loss):
                 self.recall()
@@ -412,8 +427,23 @@ class Core:
                 for run in self.layers
                 if isinstance(run.layer, BatchNorm) and type(run.layer).backward is BatchNorm.backward
             }
-            self._part_sums = PartSums(self.backend, self.parameters, self.buffers, norms, parts)
+            self._part_sums = PartSums(self.backend, self.parameters, self.buffers, norms, parts, self._message())
         return self._part_sums
+
+    def _message(self) -> Array:
+        """The array of the message that ranks sum: the gradients', or where those are float16, another of float32."""
+        if self.compute_dtype == self.dtype:
+            return self.parameters.message
+        if self._message_of_half is None:
+            self._message_of_half = self.backend.empty(self.parameters.message.size, self.compute_dtype)
+        return self._message_of_half
+
+    def _allocate_for(self, ranks: Ranks) -> None:
+        """Allocate what the first step with these ranks sends, and keep it: a rank without memory needs it, too."""
+        self._message()
+        if self.in_sync and self._room is None:
+            self._room = self.backend.zeros(2 * max(self.in_sync), np.float64)
+        self.reserve_sums(ranks)
 
     def sum_parts(
         self,
@@ -511,8 +541,8 @@ class Core:
         """The sums over ranks during a step; None where there are none."""
         if ranks is None or ranks.size == 1 or not self.in_sync:
             return None
-        width, count = 2 * max(self.in_sync), 3 * len(self.in_sync) + self.weighs(weight is not None)
-        return SumsInStep(ranks, self.backend, deal.rows, width, count)
+        count = 3 * len(self.in_sync) + self.weighs(weight is not None)
+        return SumsInStep(ranks, deal.rows, self._room, count)
 
     def _at_once(self, X: Array, deal: Deal, ranks: Ranks | None, micro_batch_size: int | None) -> Deal:
         """All rows of each rank as one part, for batch norms that take the statistics of the whole batch."""

@@ -76,6 +76,7 @@ class PartSums:
 
     norms: each batch norm with the names of its buffers, by its place.
     parts: how many parts this rank has.
+    own: an array of the compute dtype for the message, ``parameters.message`` where it is that.
     """
 
     def __init__(
@@ -85,12 +86,11 @@ class PartSums:
         buffers: FlatViews,
         norms: Mapping[int, tuple[BatchNorm, Mapping[str, str]]],
         parts: int,
+        own: Array,
     ) -> None:
         self.parts, self._xp, self._size = parts, backend.xp, parameters.size
         self._grads, self._buffers, self._norms = parameters.grads.flat, buffers, norms
-        own = self._own = parameters.message
-        if buffers.dtype != parameters.dtype:  # a sum of float16 numbers takes an array of float32
-            own = backend.empty(own.size, buffers.dtype)
+        self._own = parameters.message
         self._sums = Tree(backend, parts, own)
         self.tail = backend.zeros(TAIL, buffers.dtype)  # that of the parts here
         self._statistics: Tree | None = None
@@ -151,28 +151,11 @@ class PartSums:
         of_mean += self._xp.multiply(mean, rows, out=room, dtype=np.float64)
         return True
 
-    def nothing(self) -> None:
-        """Add up to nothing, where this rank could not compute its parts: the others wait for its message."""
-        for tree in filter(None, (self._sums, self._statistics)):
-            tree.begin(1)
-            tree.own.fill(0)
-            tree.add(tree.own)
-
     def messages(self) -> tuple[Array, Array | None]:
         """The sums over the parts here, to be summed over the ranks: the gradient with its tail, and statistics."""
         message = self._sums.total()
         self.tail[...] = message[self._size :]
         return message, None if self._statistics is None else self._statistics.total()
-
-    def flag(self, message: Array, flags: Mapping[int, bool]) -> None:
-        """Raise flags in the tail of a message."""
-        for place, raised in flags.items():
-            if raised:
-                self._in_tail(message, place).fill(1)
-
-    def tail_of(self, message: Array) -> Array:
-        """The tail of a message."""
-        return message[self._size :]
 
     def divide(self, message: Array, loss: Array) -> None:
         """Make the mean gradient and loss of the whole batch of the message summed over all ranks."""
@@ -222,12 +205,11 @@ class SumsInStep:
     All are of the same size, and each rank makes ``count`` of them, whatever happens on it: :meth:`finish`.
 
     rows: those of the whole batch.
-    width: elements of the longest.
+    room: an array of float64 for the longest.
     """
 
-    def __init__(self, ranks: Ranks, backend: Backend, rows: int, width: int, count: int) -> None:
-        self.rows, self._ranks, self._left = rows, ranks, count
-        self._room = backend.zeros(width, np.float64)
+    def __init__(self, ranks: Ranks, rows: int, room: Array, count: int) -> None:
+        self.rows, self._ranks, self._left, self._room = rows, ranks, count, room
 
     def sum(self, x: Array) -> Array:
         """The sum over the ranks of a short array, valid until the next call."""

@@ -7,12 +7,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from gpubatch.errors import DTypeError
+from gpubatch.errors import ArgumentError, DTypeError
 from gpubatch.parallel.launchers import check_world, launched
 from gpubatch.parallel.watch import Watch, watched
 
@@ -69,8 +69,10 @@ class MPI:
         from mpi4py import MPI as mpi  # noqa: N811 (the name of the class here)
 
         # One of its own, so that no message here is taken for one of the caller's.
-        self._comm = comm = comm.Dup()
-        self._in_place, self._max, self._wait = mpi.IN_PLACE, mpi.MAX, mpi.Request.Waitall
+        self._given, self._comm = comm, comm.Dup()
+        comm = self._comm
+        self._in_place, self._max = mpi.IN_PLACE, mpi.MAX
+        self._wait, self._error = mpi.Request.Waitall, mpi.Exception
         self.name = version_of(mpi)
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         neighbours = comm.Split_type(mpi.COMM_TYPE_SHARED)
@@ -78,10 +80,24 @@ class MPI:
         # Where messages go through memory, MPICH's own collectives take twice as long as messages one by one.
         self._one_by_one = neighbours.Get_size() == self.size
         self._others = [(self.rank + step) % self.size for step in range(1, self.size)]
+        self._statuses = [mpi.Status() for _ in range(2 * len(self._others))]
         neighbours.Free()
         # Its thread calls MPI while this one waits there.
         several = self.size > 1 and mpi.Query_thread() == mpi.THREAD_MULTIPLE
         self.watch = Watch(comm.Dup()) if several else None
+        self.left = False  # whether nobody holds the ranks any more
+
+    def leave(self) -> None:
+        """Nobody holds the ranks any more: :meth:`close` may be called as soon as that is so in all processes."""
+        self.left = True
+
+    def close(self) -> None:
+        """Free the communicators and end the watch, in all processes at the same place."""
+        if self in WORLDS:
+            WORLDS.remove(self)
+        if self.watch is not None:
+            self.watch.close()
+        self._comm.Free()
 
     @watched
     def scatter(self, flat: Numbers, cuts: Sequence[int], pieces: Numbers) -> None:
@@ -90,7 +106,7 @@ class MPI:
             requests = [self._comm.Irecv(pieces[rank], rank) for rank in reversed(self._others)]
             requests += [self._comm.Isend(flat[cuts[rank] : cuts[rank + 1]], rank) for rank in self._others]
             pieces[self.rank] = flat[cuts[self.rank] : cuts[self.rank + 1]]
-            self._wait(requests)
+            self._finish(requests, [pieces[rank].nbytes for rank in reversed(self._others)])
             return
         counts, own = np.diff(cuts), pieces.shape[1]
         received = [own] * self.size, [own * rank for rank in range(self.size)]
@@ -103,7 +119,8 @@ class MPI:
             requests = [self._comm.Irecv(flat[cuts[rank] : cuts[rank + 1]], rank) for rank in reversed(self._others)]
             requests += [self._comm.Isend(piece, rank) for rank in self._others]
             flat[cuts[self.rank] : cuts[self.rank + 1]] = piece
-            self._wait(requests)
+            sizes = [(cuts[rank + 1] - cuts[rank]) * flat.itemsize for rank in reversed(self._others)]
+            self._finish(requests, sizes)
             return
         self._comm.Allgatherv(piece, [flat, (np.diff(cuts), cuts[:-1])])
 
@@ -135,7 +152,21 @@ class MPI:
         """End all processes, when the launcher has read what this one wrote: it may end without doing so."""
         for stream in (sys.stdout, sys.stderr):
             until_read(stream)
-        self._comm.Abort(1)
+        self._given.Abort(1)
+
+    def _finish(self, requests: list[Any], sizes: list[int]) -> None:
+        """Wait for messages, of which the first bring so many bytes from the other ranks in reverse order."""
+        alike = "arrays must be of the same size and dtype on all ranks"
+        try:
+            self._wait(requests, self._statuses)
+        except self._error as error:  # a message is longer than what there is for it
+            raise ArgumentError(f"{alike}: {error}") from error
+        for rank, size, status in zip(reversed(self._others), sizes, self._statuses, strict=False):
+            if (sent := status.Get_count()) != size:
+                raise ArgumentError(f"{alike}: rank {rank} sent {sent} bytes, rank {self.rank} expected {size}")
+
+
+WORLDS = list[MPI]()  # those of all processes, in the order in which they were made
 
 
 class Meeting:
@@ -170,13 +201,16 @@ class Threads:
 
     def scatter(self, flat: Numbers, cuts: Sequence[int], pieces: Numbers) -> None:
         """Send each rank its elements of ``flat``, and get this one's from each."""
-        for row, other in zip(pieces, self._bring(flat), strict=True):
+        brought = self._bring(flat)
+        check_alike(len(flat), map(len, brought))
+        for row, other in zip(pieces, brought, strict=True):
             row[...] = other[cuts[self.rank] : cuts[self.rank + 1]]
         self._meeting.wait()
 
     def gather(self, piece: Numbers, flat: Numbers, cuts: Sequence[int]) -> None:
         """Put together the pieces of all ranks."""
         for start, stop, other in zip(cuts[:-1], cuts[1:], self._bring(piece), strict=True):
+            check_alike(stop - start, [len(other)])
             flat[start:stop] = other
         self._meeting.wait()
 
@@ -211,6 +245,13 @@ class Threads:
         self._meeting.brought[self.rank] = value
         self._meeting.wait()
         return self._meeting.brought
+
+
+def check_alike(size: int, sizes: Iterable[int]) -> None:
+    """Raise unless the arrays of all ranks have as many elements as this one's."""
+    for other in sizes:
+        if other != size:
+            raise ArgumentError(f"arrays must be of the same size on all ranks: one has {other}, another {size}")
 
 
 def threads(size: int) -> list[Threads]:
@@ -259,4 +300,11 @@ def connected(comm: Any) -> Connection | None:
             f"({error}): pip install 'gpubatch[parallel]' mpich"
         ) from error
     check_world(mpi.COMM_WORLD.Get_size(), version_of(mpi), os.environ)
-    return MPI(mpi.COMM_WORLD)
+    if WORLDS:
+        # The processes let go of ranks at different moments, but free them in the same order.
+        held = np.array([not engine.left for engine in WORLDS], np.float64)
+        WORLDS[-1].most(held)
+        for engine in [engine for engine, is_held in zip(WORLDS, held.tolist(), strict=True) if not is_held]:
+            engine.close()
+    WORLDS.append(MPI(mpi.COMM_WORLD))
+    return WORLDS[-1]

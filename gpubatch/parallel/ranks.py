@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 import traceback
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import numpy as np
 
 from gpubatch.backend import Array, Backend, CudaBackend, backend_of
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_bool
-from gpubatch.parallel.engines import Threads, connected, threads
+from gpubatch.parallel.engines import MPI, Threads, connected, threads
 from gpubatch.parallel.nccl import Nccl
 
 __all__ = ["Ranks"]
@@ -36,7 +36,11 @@ class Ranks:
 
     An exception that nobody catches on one rank ends all of them, with a message that says which rank and why:
     otherwise they would wait for it for ever. Several processes need the extra ``parallel`` (mpi4py), and an MPI
-    library such as ``pip install mpich``. Raises ImportError if a launcher started several and these are missing.
+    library such as ``pip install mpich``. Raises ImportError if a launcher started several and these are missing, and
+    ArgumentError if MPI connects fewer than it started, which would train apart.
+
+    :meth:`close`, or the end of a ``with``, frees the communicators. Those of ranks that nobody holds any more are
+    freed when all processes make others.
 
     >>> ranks = gb.Ranks()
     >>> ranks.rank, ranks.size
@@ -50,7 +54,10 @@ class Ranks:
         self._engine = engine = comm if isinstance(comm, Threads) else connected(comm)
         self.rank, self.size, self.local = (engine.rank, engine.size, engine.local) if engine else (0, 1, 0)
         self._pieces = dict[str, Array]()  # that sums work in, by the device
+        self._agreed = dict[str, int]()  # the bytes that all ranks have for them
         self._nccl = dict[str, Nccl]()
+        if isinstance(engine, MPI):
+            weakref.finalize(self, engine.leave)
         if self.size > 1 and not isinstance(engine, Threads):
             self._end_all_on_error()
 
@@ -61,6 +68,24 @@ class Ranks:
 
     def __repr__(self) -> str:
         return f"Ranks(rank={self.rank}, size={self.size}, {self.connection})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        # A rank that an error ends does not wait for the others here: it ends them.
+        if error is None:
+            self.close()
+
+    def close(self) -> None:
+        """Free what connects the ranks; all call it at the same place, and nothing else afterwards."""
+        if isinstance(self._engine, MPI):
+            self._engine.close()
+        if self._engine is not None:
+            closed: Any = Closed()
+            self._engine = closed
+        self._pieces.clear()
+        self._nccl.clear()
 
     @property
     def connection(self) -> str:
@@ -75,6 +100,8 @@ class Ranks:
         current stream, and can be captured after a sum of an array that is no smaller.
 
         flat: contiguous, one-dimensional, float32 or float64, of the same size on all ranks.
+
+        Raises MemoryError on all ranks where one of them lacks the memory to work in.
         """
         backend = backend_of(flat)
         if flat.dtype not in (np.float32, np.float64):
@@ -85,6 +112,9 @@ class Ranks:
             return flat
         with backend.scope():
             by = self._nccl_on(backend) if isinstance(backend, CudaBackend) else self._engine
+            if (needed := self.sum_bytes(flat.size, flat.dtype)) > self._agreed.get(backend.spec, 0):
+                self.allocate(lambda: self.reserve(backend, flat.size, flat.dtype))
+                self._agreed[backend.spec] = needed
             if not self.exact:
                 by.sum_(flat)
             elif flat.nbytes * self.size <= SMALL:
@@ -109,32 +139,55 @@ class Ranks:
         """Allocate what :meth:`sum_` works in for such arrays, unless it is there already; each rank by itself."""
         self._scratch(backend, np.dtype(np.uint8), -(-self.sum_bytes(size, dtype) // self.size))
 
+    def allocate(self, make: Callable[[], object]) -> None:
+        """Call ``make`` on each rank; raise MemoryError on all where one of them lacks the memory for it."""
+        lacking: MemoryError | None = None
+        try:
+            make()
+        except MemoryError as error:
+            lacking = error.with_traceback(None)  # which would keep arrays alive
+        every = np.zeros(self.size)
+        if self._engine is not None:
+            # Messages as a sum's: arrays of different sizes, of which some ranks come here, are then found out.
+            self._engine.gather(np.array([lacking is not None], np.float64), every, [*range(self.size + 1)])
+        if lacking is not None:
+            raise lacking
+        if every.any():
+            raise MemoryError(f"out of memory (on rank {every.argmax()})")
+
     def most(self, values: Sequence[float]) -> list[float]:
-        """The largest over the ranks of each of a few numbers, on all ranks; the least are the negatives of these."""
-        found = np.array(values, np.float64)
-        if found.ndim != 1 or np.isnan(found).any():
-            raise ArgumentError(f"values must be a list of numbers and not NaN, got {values!r}")
+        """The largest over the ranks of each of a few numbers, on all ranks; the least are the negatives of these.
+
+        Raises ArgumentError on all ranks where a value of one of them is NaN.
+        """
+        found = np.array([*values, 0], np.float64)  # the last is the rank that has NaN, plus 1
+        if np.isnan(found).any():
+            found[...] = 0
+            found[-1] = self.rank + 1
         if self._engine is not None:
             self._engine.most(found)
-        return list(found.tolist())
+        if of := int(found[-1]):
+            given = f", got {values!r}" if of - 1 == self.rank else ""
+            raise ArgumentError(f"values must be a list of numbers and not NaN, which rank {of - 1} has{given}")
+        return list(found[:-1].tolist())
 
     def share(self, value: Any) -> Any:
         """What rank 0 gave, on all ranks: anything that JSON can hold. What the others gave is not looked at."""
         if self._engine is None:
             return value
-        return json.loads(self._engine.share(_encoded(value) if self.rank == 0 else b""))
+        return _decoded(self._engine.share(_encoded(value) if self.rank == 0 else b""), 0)
 
     def gather(self, value: Any) -> list[Any]:
         """What each rank gave, by rank, on all of them: anything that JSON can hold."""
         data = np.frombuffer(_encoded(value), np.uint8)
         if self._engine is None:
-            return [json.loads(data.tobytes())]
+            return [_decoded(data.tobytes(), 0)]
         sizes = np.empty(self.size, np.int64)
         self._engine.gather(np.array([data.size]), sizes, [*range(self.size + 1)])
         cuts = [0, *sizes.cumsum().tolist()]
         texts = np.empty(cuts[-1], np.uint8)
         self._engine.gather(data, texts, cuts)
-        return [json.loads(texts[start:stop].tobytes()) for start, stop in itertools.pairwise(cuts)]
+        return [_decoded(texts[cuts[rank] : cuts[rank + 1]].tobytes(), rank) for rank in range(self.size)]
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
@@ -189,12 +242,28 @@ class _Hook:
         self._ranks.abort(error)
 
 
+class Closed:
+    """What connects ranks that were closed: nothing."""
+
+    name = "closed"
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ArgumentError("ranks must not be used after close(), or after the end of their with")
+
+
 def _encoded(value: Any) -> bytes:
-    """``value`` as JSON."""
+    """``value`` as JSON, or after a "!" why it cannot be: the other ranks wait for either."""
     try:
         return json.dumps(value).encode()
-    except (TypeError, ValueError) as error:
-        raise DTypeError(f"value must be what JSON can hold, got {value!r} ({error})") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        return f"!value must be what JSON can hold, got {value!r} ({error})".encode(errors="replace")
+
+
+def _decoded(data: bytes, rank: int) -> Any:
+    """What :func:`_encoded` made of the value of a rank."""
+    if data.startswith(b"!"):
+        raise DTypeError(f"{data[1:].decode()}, on rank {rank}")
+    return json.loads(data)
 
 
 def _tree(rows: Array) -> Array:

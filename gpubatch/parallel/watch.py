@@ -51,6 +51,13 @@ class Watch:
                 )
                 self._comm.Abort(1)
 
+    def close(self) -> None:
+        """End the thread and free the communicator, in all processes at the same place."""
+        atexit.unregister(self._leave)
+        self._over.set()
+        self._thread.join()
+        self._comm.Free()
+
     def _leave(self) -> None:
         """Tell the others that this process ends."""
         from mpi4py import MPI as mpi  # noqa: N811 (as in engines.py)
