@@ -70,7 +70,7 @@ ORDER = {
     "tables": "columns statistics recipe fitting rows files several table",
     "model": "describe preparation file model export",
     "train": "ledger loss_scale history in_use display together parts callbacks monitors logs checks record graphs"
-    " captured_step eager captured validation memory resume signals loop",
+    " captured_step eager captured validation compared memory resume signals loop",
     "explore": "shared gradients search slices sweeps",
     "sklearn": "machine training estimators",
     "cli": "shared options arrays data strategies train models info gradients landscape sweep memory",
@@ -218,7 +218,7 @@ CODE_LINES = {
     "checkpoint": 447,
     "model": 954,
     "metrics": 268,
-    "train": 2963,
+    "train": 3115,
     "explore": 940,
     "plot": 367,
     "cli": 2004,

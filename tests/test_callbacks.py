@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from test_train import Kill, Killed, blobs, everything, numbers, parts
 import gpubatch as gb
 from gpubatch.checkpoint import Checkpoints
 from gpubatch.train import TrainingState, loop
+from gpubatch.train.parts import OfARun
 
 NAN = math.nan
 FEW_STEPS = loop.FEW_STEPS
@@ -368,12 +371,141 @@ def test_a_run_that_was_killed_ends_alike(name: str, every_steps: int | None, tm
             np.testing.assert_equal(resumed.state_dict(), callback.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:the run goes on with other arguments")
 def test_a_stopped_run_goes_on_with_more_patience(tmp_path: Path) -> None:
     made = [
         run([Plan(1, 2, 3, 4, 5, 6), gb.EarlyStopping(patience=n)], 6, checkpoint=tmp_path, resume=True)[1]
         for n in (2, 2, 4)
     ]
     assert [len(history.loss) for history in made] == [3, 3, 5]
+
+
+# Callbacks whose arguments decide what becomes of a run.
+OF_A_RUN: dict[str, Callable[..., Any]] = {
+    "EarlyStopping": lambda: gb.EarlyStopping(patience=2),
+    "BestWeights": lambda: gb.BestWeights(),
+    "ReduceOnPlateau": lambda: gb.ReduceOnPlateau(0.5, patience=0),
+    "WeightAverage": lambda: gb.WeightAverage(None),
+    "ClipByValue": lambda: gb.ClipByValue(0.1),
+    "GradientNoise": lambda: gb.GradientNoise(0.1),
+}
+
+
+def kinds_of(base: type) -> set[str]:
+    return {
+        name
+        for kind in base.__subclasses__()
+        for name in ({kind.__name__} if kind.__name__ in gb.__all__ else kinds_of(kind))
+        if kind.__module__.startswith("gpubatch")
+    }
+
+
+def test_the_arguments_of_all_callbacks_are_compared() -> None:
+    assert kinds_of(OfARun) == set(OF_A_RUN)
+    for name, make in OF_A_RUN.items():
+        assert {*make().settings()} == {*inspect.signature(getattr(gb, name)).parameters} - {"net"}
+
+
+@every("name", [*OF_A_RUN], ["EarlyStopping", "ReduceOnPlateau", "WeightAverage"])
+def test_a_callback_forgets_the_run_of_another_network(name: str) -> None:
+    """As in a loop over folds that makes its callbacks before it: the numbers of the first run were better."""
+    used, fresh = OF_A_RUN[name](), OF_A_RUN[name]()
+    run([Plan(*[0.1, 0.2, 0.3] * 2), used], 6)
+    found = []
+    for callback in (used, fresh):
+        (net, _, opt), history = run([Plan(4, 3, 2, 1), callback], 4, network={"seed": 1})
+        found.append((net.parameters.flat.copy(), opt.lr, numbers(history)))
+    np.testing.assert_equal(found[0], found[1])
+
+
+def resumed_with(before: dict[str, Any], now: dict[str, Any], folder: Path) -> list[str]:
+    """The lines that say what is given otherwise."""
+    valid = {"validation": blobs(60, seed=1)}
+    run(**{"callbacks": [], **valid, **before}, epochs=1, checkpoint=folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", gb.errors.ResumeWarning)
+        run(**{"callbacks": [], **valid, **now}, epochs=2, checkpoint=folder, resume=True)
+    found = [str(warning.message) for warning in caught if warning.category is gb.errors.ResumeWarning]
+    return [line for text in found for line in text.splitlines()[1:]]
+
+
+def both(*callbacks: Any) -> dict[str, Any]:
+    return {"callbacks": callbacks}
+
+
+SAID: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "nothing else": ({"max_norm": 1.0}, {"max_norm": 1.0}, []),
+    "max_norm": ({"max_norm": 1.0}, {}, ["max_norm: 1.0 before, None now"]),
+    "max_skipped": ({}, {"max_skipped": 3}, ["max_skipped: 10 before, 3 now"]),
+    "metrics": ({"metrics": ["f1"]}, {"metrics": ["f1", "recall"]}, ["metrics: ['f1'] before, ['f1', 'recall'] now"]),
+    "no validation any more": ({}, {"validation": None}, ["validation: 60 samples before, none now"]),
+    "fewer samples": ({}, {"validation": blobs(50)}, ["validation: 60 samples before, 50 samples now"]),
+    "other samples": ({}, {"validation": blobs(60, seed=2)}, ["validation: 60 samples before, 60 others now"]),
+    "patience": (both(gb.EarlyStopping(5)), both(gb.EarlyStopping(7)), ["EarlyStopping's patience: 5 before, 7 now"]),
+    "factor": (
+        both(gb.ReduceOnPlateau(0.5)),
+        both(gb.ReduceOnPlateau(0.2)),
+        ["ReduceOnPlateau's factor: 0.5 before, 0.2 now"],
+    ),
+    "decay": (both(gb.WeightAverage(0.9)), both(gb.WeightAverage(0.5)), ["WeightAverage's decay: 0.9 before, 0.5 now"]),
+    "a value": (both(gb.ClipByValue(0.1)), both(gb.ClipByValue(0.5)), ["ClipByValue's value: 0.1 before, 0.5 now"]),
+    "no noise any more": (
+        both(gb.GradientNoise(0.1)),
+        {},
+        ["GradientNoise: GradientNoise(eta=0.1, gamma=0.55, seed=0) before, none now"],
+    ),
+    "noise": (
+        {},
+        both(gb.GradientNoise(0.1)),
+        ["GradientNoise: none before, GradientNoise(eta=0.1, gamma=0.55, seed=0) now"],
+    ),
+    "another order": (
+        both(gb.EarlyStopping(), gb.ReduceOnPlateau(), gb.BestWeights("loss"), gb.BestWeights()),
+        both(gb.BestWeights(), gb.BestWeights("loss"), gb.ReduceOnPlateau(), gb.EarlyStopping()),
+        [],
+    ),
+}
+
+
+@every("case", SAID, ["nothing else", "no validation any more", "patience", "no noise any more", "another order"])
+def test_what_a_resumed_run_is_given_otherwise_is_said(case: Any, tmp_path: Path) -> None:
+    before, now, lines = case
+    assert resumed_with(before, now, tmp_path) == lines
+
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "monitor": (
+        both(gb.BestWeights()),
+        both(gb.BestWeights("loss")),
+        "BestWeights with monitor='validation_loss', the",
+    ),
+    "mode": (
+        both(gb.EarlyStopping()),
+        both(gb.EarlyStopping(mode="max")),
+        "EarlyStopping with mode='min', the one given",
+    ),
+    "another one": (
+        both(gb.BestWeights()),
+        both(gb.EarlyStopping()),
+        r"state of BestWeights\(monitor='valid.* none is given",
+    ),
+    "none": (both(gb.BestWeights()), {}, "state of 1 callbacks, of those given now 0 have"),
+}
+
+
+@every("case", REFUSED, ["monitor"])
+def test_the_state_of_another_callback_is_refused(case: Any, tmp_path: Path) -> None:
+    before, now, words = case
+    with pytest.raises(gb.ArgumentError, match=words):
+        resumed_with(before, now, tmp_path)
+
+
+def test_callbacks_of_the_order_are_paired(tmp_path: Path) -> None:
+    """Each has its own state, not that of the other one of its kind."""
+    run([gb.BestWeights("loss"), gb.BestWeights()], 2, checkpoint=tmp_path)
+    other, first = gb.BestWeights(), gb.BestWeights("loss")
+    history = run([other, first], 2, checkpoint=tmp_path, resume=True)[1]
+    assert (first.best, other.best) == (min(history.loss), min(history.validation_loss))
 
 
 # --- the memory of a run ---------------------------------------------------------------------------------------------
@@ -438,6 +570,8 @@ def test_bad_arguments() -> None:
         lambda: gb.WeightAverage().update(): r"net is needed for a loop by hand: WeightAverage\(net=net\)",
         lambda: gb.ReduceOnPlateau(threshold=1): r"threshold must be finite and in \[0, 1\), got 1.0",
         lambda: gb.ReduceOnPlateau(threshold_mode="x"): "threshold_mode must be one of 'rel', 'abs', got 'x'",
+        lambda: run([stop := gb.EarlyStopping(), stop]): "callbacks has the same EarlyStopping twice",
+        lambda: run([gb.WeightAverage(), gb.WeightAverage(0.5)]): "validation is of one average, and callbacks has 2",
     }.items():
         with pytest.raises(gb.ArgumentError, match=message):
             make()

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from gpubatch.errors import DTypeError, check_known
+from gpubatch.errors import ArgumentError, DTypeError, check_known
 from gpubatch.own import changed
 from gpubatch.params import FlatViews
 from gpubatch.train.history import StopTraining, TrainingState
@@ -33,6 +33,13 @@ class Callbacks:
             raise DTypeError(f"callbacks must be a list of callbacks, got one {named(given)}: write callbacks=[...]")
         self.all = list(given)
         self._together = together
+        for i, callback in enumerate(self.all):
+            if any(callback is other for other in self.all[:i]):
+                raise ArgumentError(f"callbacks has the same {named(callback)} twice")
+        if len(averages := [named(callback) for callback in self.all if hasattr(callback, AVERAGED)]) > 1:
+            raise ArgumentError(
+                f"validation is of one average, and callbacks has {len(averages)}: {', '.join(averages)}"
+            )
         methods = [(methods_of(callback), getattr(callback, ONCE, False) is True) for callback in self.all]
         self._methods = {
             hook: [found[hook] for found, once in methods if hook in found and (self._together.first or not once)]

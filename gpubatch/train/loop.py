@@ -31,6 +31,7 @@ from gpubatch.schedules import is_known
 from gpubatch.train.callbacks import Callbacks
 from gpubatch.train.captured import CapturedSteps
 from gpubatch.train.checks import check_loader, check_parts, check_ranks, scale_for
+from gpubatch.train.compared import describe_held_out
 from gpubatch.train.display import display
 from gpubatch.train.eager import EagerSteps
 from gpubatch.train.history import History, StopTraining, TrainingState
@@ -96,15 +97,18 @@ def fit(
     gradient of a batch before it is clipped and applied; ``on_step``; ``on_validation``, after the validation of an
     epoch and with the weights that were validated; ``on_epoch``; ``on_end``, after the last checkpoint of a run that
     was not interrupted; and ``on_exit``, however it ends. All callbacks are called in their order. One that raises
-    :class:`StopTraining` ends the run after the others were called.
+    :class:`StopTraining` ends the run after the others were called. gpubatch's forget an earlier run when they are
+    given to another one, unless that resumes it.
 
     **Checkpoints.** The run is saved after every epoch, or every so many steps, and at its end. A run that was killed
     and is resumed ends as if it had never stopped: with the same parameters and the same history, but for ``seconds``.
     Hyper-parameters that are given otherwise than when the run began are used, with a :class:`ResumeWarning` that names
-    them; all others are those that were saved. Callbacks with ``state_dict`` and ``load_state_dict`` are saved too,
-    others begin anew. Another network, another optimizer or other batches are refused. Ctrl-C and SIGTERM let the
-    current step finish, save the run, and raise :class:`TrainingInterrupted`, a KeyboardInterrupt, or
-    :class:`TrainingTerminated`, a SystemExit. Both have the ``history``, and so has any other error that ends a run.
+    them; all others are those that were saved. It names ``max_norm``, ``max_skipped``, ``validation``, ``metrics`` and
+    the arguments of gpubatch's callbacks, too. Callbacks with ``state_dict`` and ``load_state_dict`` are saved, others
+    begin anew. Another network, another optimizer, other batches, or a callback that watches another number are
+    refused. Ctrl-C and SIGTERM let the current step finish, save the run, and raise :class:`TrainingInterrupted`, a
+    KeyboardInterrupt, or :class:`TrainingTerminated`, a SystemExit. Both have the ``history``, and so has any other
+    error that ends a run.
 
     **Validation.** The set is checked whole before the first step. Arrays are converted once; what is read, a Loader's
     samples and those of a fraction are converted and moved batch by batch, in order and not augmented, so the set may
@@ -187,7 +191,8 @@ def fit(
             early = list[str]()  # what is to be noted before there is a display
             record.state.note = early.append
             store = stack.enter_context(open_checkpoints(checkpoint, check_bool("resume", resume), together.first))
-            checkpoints = RunCheckpoints(store, record, watching.all)
+            arguments = {} if store is None else compared_arguments(net, held_out, eager, metrics)
+            checkpoints = RunCheckpoints(store, record, watching.all, arguments)
             common = arguments_of_run(checkpoints, record, epochs, held_out, execution, eager, metrics, resume)
         together.same(common)
         together.connect(net.backend)
@@ -236,6 +241,16 @@ def fit(
                     watching.end(record.state)
             between.stop_if_signalled()  # a signal that came after the last look
     return record.history
+
+
+def compared_arguments(
+    net: Network, held_out: HeldOut | None, eager: EagerSteps, metrics: Sequence[str]
+) -> dict[str, Any]:
+    """The arguments of which a resumed run says that they differ, by name, as JSON can hold them."""
+    with net.backend.scope():
+        validation = describe_held_out(held_out, net.backend)
+    limits = {"max_norm": eager.max_norm, "max_skipped": eager.max_skipped}
+    return {**limits, "validation": validation, "metrics": list(metrics)}
 
 
 def arguments_of_run(
@@ -417,9 +432,9 @@ class Run:
                 halve(record, self._drivers, found)
         record.warn_if_halved()
         loss, accuracy = found
-        record.history.validation_loss.append(loss)
+        self._add(record.history.validation_loss, loss)
         if accuracy is not None:
-            record.history.validation_accuracy.append(accuracy)
+            self._add(record.history.validation_accuracy, accuracy)
         if self._metrics:
             self._measure(held_out)
 
@@ -430,6 +445,9 @@ class Run:
                 halve(record, self._drivers, found)
         record.warn_if_halved()
         for name, value in found.items():
-            values = history.metrics.setdefault(name, [])
-            values += [math.nan] * (len(history.loss) - 1 - len(values))
-            values.append(value)
+            self._add(history.metrics.setdefault(name, []), value)
+
+    def _add(self, values: list[float], value: float) -> None:
+        """Add the number of this epoch; epochs before without it have NaN, as a resumed run may have been given it."""
+        values += [math.nan] * (len(self._record.history.loss) - 1 - len(values))
+        values.append(value)

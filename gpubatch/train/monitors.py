@@ -12,6 +12,7 @@ from gpubatch.errors import ArgumentError, check_bool, check_choice, check_int, 
 from gpubatch.nn import Network
 from gpubatch.optim import MASTER, Optimizer
 from gpubatch.train.history import StopTraining, TrainingState
+from gpubatch.train.parts import OfARun
 
 __all__ = ["BestWeights", "EarlyStopping", "ReduceOnPlateau"]
 
@@ -36,6 +37,18 @@ class Monitor:
         self.min_delta = check_real("min_delta", min_delta, 0.0)
         self.best = self._worst
         self.best_epoch = 0  # counted from 1; 0: there was none yet
+        self._loaded = False
+
+    def begins(self) -> bool:
+        """At the start of a run: whether it begins anew, and forgets an earlier one, as nothing was loaded for it."""
+        loaded, self._loaded = self._loaded, False
+        if not loaded:
+            self.best, self.best_epoch = self._worst, 0
+        return not loaded
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that say what is better."""
+        return {"monitor": self.name, "mode": self.mode, "min_delta": self.min_delta}
 
     @property
     def _worst(self) -> float:
@@ -72,7 +85,7 @@ class Monitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave."""
         self.best = self._worst if state["best"] is None else float(state["best"])
-        self.best_epoch = int(state["best_epoch"])
+        self.best_epoch, self._loaded = int(state["best_epoch"]), True
 
 
 class KeptWeights:
@@ -123,7 +136,7 @@ def flats_of(net: Network) -> dict[str, Array]:
     return {"parameters": net.parameters.flat, "buffers": net.buffers.flat}
 
 
-class Watching:
+class Watching(OfARun):
     """What has a best number so far, which ``monitor`` knows."""
 
     monitor: Monitor
@@ -175,9 +188,15 @@ class BestWeights(Watching):
             self.kept.restore(net, opt)
         return self.kept.filled
 
+    def settings(self) -> dict[str, Any]:
+        """The arguments, which a resumed run compares."""
+        return {**self.monitor.settings(), "restore": self.restore}
+
     def on_start(self, state: TrainingState) -> None:
-        """Look whether there is such a number, and take the memory."""
+        """Look whether there is such a number, and take the memory; an earlier run is forgotten."""
         self.monitor.check(state)
+        if self.monitor.begins():
+            self.kept.filled = False
         self.kept.bind(state.net)
 
     def on_validation(self, state: TrainingState) -> None:
@@ -252,11 +271,18 @@ class EarlyStopping(Watching):
         self.wait = 0 if better else self.wait + 1
         return self.wait >= self.patience
 
+    def settings(self) -> dict[str, Any]:
+        """The arguments, which a resumed run compares."""
+        return {**self.monitor.settings(), "patience": self.patience, "restore_best": self.restore_best}
+
     def on_start(self, state: TrainingState) -> None:
-        """Look whether there is such a number; stop at once a run that was stopped before."""
+        """Look whether there is such a number; stop at once a resumed run that was stopped before."""
         self.monitor.check(state)
+        if self.monitor.begins():
+            self.wait = self._epochs = 0
+            self.weights.kept.filled = False
         if self.restore_best:
-            self.weights.on_start(state)
+            self.weights.kept.bind(state.net)
         if self.wait >= self.patience:
             raise StopTraining(f"stopped early in epoch {self.stopped_epoch}; a larger patience would go on")
         self.stopped_epoch = 0
@@ -308,7 +334,7 @@ class Reduced:
         return min(value, max(value * self.factor, self.least))
 
 
-class ReduceOnPlateau:
+class ReduceOnPlateau(OfARun):
     """Lowers the learning rate when the number of an epoch gets no better; PyTorch's ReduceLROnPlateau.
 
     factor: what the learning rate is multiplied by, above 0 and below 1
@@ -345,7 +371,8 @@ class ReduceOnPlateau:
         self.factor = check_real("factor", factor, 0, 1, open_low=True, open_high=True)
         self.patience, self.cooldown = check_int("patience", patience, 0), check_int("cooldown", cooldown, 0)
         self.min_lr, self.eps = check_real("min_lr", min_lr, 0), check_real("eps", eps, 0)
-        relative = check_choice("threshold_mode", threshold_mode, ("rel", "abs")) == "rel"
+        self.threshold_mode = check_choice("threshold_mode", threshold_mode, ("rel", "abs"))
+        relative = self.threshold_mode == "rel"
         most = 1 if relative else math.inf
         self.monitor = Monitor(monitor, mode, check_real("threshold", threshold, 0, most, open_high=True), relative)
         self.wait = self.cooling = self.reductions = 0
@@ -388,12 +415,22 @@ class ReduceOnPlateau:
                 opt.lr = new
         return lowered
 
+    def settings(self) -> dict[str, Any]:
+        """The arguments, which a resumed run compares."""
+        names = "factor", "patience", "cooldown", "threshold_mode", "min_lr", "eps"
+        watched = self.monitor.settings()
+        watched["threshold"] = watched.pop("min_delta")
+        return {**watched, **{name: getattr(self, name) for name in names}}
+
     def on_start(self, state: TrainingState) -> None:
         """Look whether there are such a number and a learning rate; go on with the factors of a resumed run."""
         self.monitor.check(state)
         if "lr" not in state.opt.hyper:
             raise ArgumentError(f"opt must have a learning rate to reduce, {state.opt.rule.name} has none")
-        if state.resumed and self.reductions:
+        if self.monitor.begins():
+            self.wait = self.cooling = self.reductions = 0
+            self._made = {}
+        elif self.reductions:
             self._reduce(state.opt, numbers=False)
 
     def on_epoch(self, state: TrainingState) -> None:

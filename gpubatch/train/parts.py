@@ -19,7 +19,7 @@ from gpubatch.own import as_written
 from gpubatch.params import FlatViews
 from gpubatch.train.history import TrainingState
 
-__all__ = ["ClipByValue", "GradientNoise", "StepPart", "WeightAverage", "parts_source"]
+__all__ = ["ClipByValue", "GradientNoise", "OfARun", "StepPart", "WeightAverage", "parts_source"]
 
 BLOCK = 1 << 14  # elements that NumPy takes at a time, small enough for the cache
 THREADS = 256
@@ -32,7 +32,15 @@ def parts_source(dtype: str) -> str:
     return source_of(dtype, "philox.cuh", "step.cuh", "parts.cu")
 
 
-class StepPart(ABC):
+class OfARun(ABC):
+    """A callback of gpubatch's whose arguments decide what becomes of a run, so that a resumed run compares them."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The arguments by their names, as JSON can hold them."""
+
+
+class StepPart(OfARun):
     """Something that a step does to the flat buffer of a network, by ``count`` numbers that the host has for each step.
 
     ``late``: after the update, not between gradient and update.
@@ -99,6 +107,10 @@ class ClipByValue(StepPart):
     def __repr__(self) -> str:
         return f"ClipByValue({self.value})"
 
+    def settings(self) -> dict[str, Any]:
+        """The arguments, which a resumed run compares."""
+        return {"value": self.value}
+
     def apply(self, net: Network) -> None:
         """By hand: clip ``net.parameters.grads``."""
         self.make(net, 0)
@@ -147,6 +159,10 @@ class GradientNoise(StepPart):
 
     def __repr__(self) -> str:
         return f"GradientNoise({self.eta}, {self.gamma}, seed={self.seed})"
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments, which a resumed run compares."""
+        return {"eta": self.eta, "gamma": self.gamma, "seed": self.seed}
 
     def apply(self, net: Network, t: int) -> None:
         """By hand: add the noise of the step after ``t`` others to ``net.parameters.grads``."""
@@ -234,6 +250,11 @@ class WeightAverage(StepPart):
     def __repr__(self) -> str:
         return f"WeightAverage({self.decay}, every={self.every}), steps={self.steps}"
 
+    def settings(self) -> dict[str, Any]:
+        """The arguments, which a resumed run compares."""
+        names = "decay", "every", "bias_correction", "warmup", "buffers"
+        return {**{name: getattr(self, name) for name in names}, "apply": self.applied_at_end}
+
     @property
     def steps(self) -> int:
         """How many steps were made since the average began."""
@@ -279,7 +300,9 @@ class WeightAverage(StepPart):
                     flat[...] = self._before[name]
 
     def on_start(self, state: TrainingState) -> None:
-        """Take the memory, and count the steps from here on."""
+        """Take the memory, and count the steps from here on; the average of another network is forgotten."""
+        if self._net is not None and self._net is not state.net:
+            self._net, self._opt, self._steps, self._mean, self._before = None, None, 0, {}, {}
         steps = self.steps
         self._bind(state.net)
         self._opt, self._begun = state.opt, state.opt.t - steps

@@ -29,6 +29,7 @@ from gpubatch.errors import (
 from gpubatch.loader import Loader, epochs_of
 from gpubatch.nn import Network, live_state
 from gpubatch.optim import given_hyper, live_optimizer, load_resumed
+from gpubatch.train.compared import changed_arguments, changed_callbacks, describe_callbacks, has_state, in_order
 from gpubatch.train.history import History
 from gpubatch.train.in_use import in_use
 from gpubatch.train.record import EpochProgress, Record
@@ -49,14 +50,16 @@ DENSE = re.compile(rf"(\w+\(inputs=\d+, outputs=\d+, bias=(?:True|False)){FIRST_
 class RunCheckpoints:
     """Saves a run in ``store`` and resumes it from there; without a store, nothing is ever saved.
 
-    ``callbacks`` with ``state_dict`` and ``load_state_dict`` are saved too, in their order. Of ranks,
-    rank 0 writes, and all read what it wrote.
+    ``callbacks`` with ``state_dict`` and ``load_state_dict`` are saved too. ``arguments`` are those of ``fit`` by name;
+    a resumed run says which of them differ. Of ranks, rank 0 writes, and all read what it wrote.
     """
 
-    def __init__(self, store: Checkpoints | None, record: Record, callbacks: Sequence[Any]) -> None:
+    def __init__(
+        self, store: Checkpoints | None, record: Record, callbacks: Sequence[Any], arguments: Mapping[str, Any]
+    ) -> None:
         self.store, self._record = store, record
-        self.callbacks = list(callbacks)
-        self._callbacks = [c for c in callbacks if hasattr(c, "state_dict") and hasattr(c, "load_state_dict")]
+        self.callbacks, self._arguments = list(callbacks), dict(arguments)
+        self._callbacks = [callback for callback in callbacks if has_state(callback)]
         self._saved_at = record.state.opt.t
         self._given = given_hyper(record.state.opt)
         self.resumed = ""  # where the run goes on from, in words
@@ -118,6 +121,8 @@ class RunCheckpoints:
             "skipped_in_a_row": record.skipped_in_a_row,
             "loss_scale": None if record.scale is None else record.scale.state_dict(),
             "callbacks": [callback.state_dict() for callback in self._callbacks],
+            "about callbacks": describe_callbacks(self.callbacks),
+            "arguments": self._arguments,
         }
         return store.save(saved)
 
@@ -172,13 +177,18 @@ class RunCheckpoints:
                     f"it has the state of {len(saved['callbacks'])} callbacks, of those given now "
                     f"{len(self._callbacks)} have state_dict and load_state_dict"
                 )
+            others, states = list[str](), zip(self._callbacks, saved["callbacks"], strict=True)
+            if "about callbacks" in saved:  # checkpoints of old do not tell
+                others = changed_callbacks(saved["about callbacks"], self.callbacks)
+                states = zip(in_order(saved["about callbacks"], self.callbacks), saved["callbacks"], strict=True)
             state.net.load_state_dict(saved["network"])
             changed = load_resumed(state.opt, saved["optimizer"], saved.get("given"))
             state.loader.load_state_dict(saved["loader"])
             if record.scale is not None:
                 record.scale.load_state_dict(saved["loss_scale"])
-            for callback, state_of in zip(self._callbacks, saved["callbacks"], strict=True):
+            for callback, state_of in states:
                 callback.load_state_dict(state_of)
+            others += changed_arguments(saved.get("arguments", {}), self._arguments)
         except Exception as error:
             state.net.load_state_dict(before)
             if isinstance(error, GpubatchError):
@@ -189,8 +199,9 @@ class RunCheckpoints:
         done = len(state.history.loss)
         place = f"in epoch {done + 1}" if record.epoch.batches else f"at the end of epoch {done}"
         self.resumed = f"resumed after step {state.step}, {place}, saved at {when}"
-        if changed:
-            record.warn("the run goes on with other hyper-parameters:\n" + "\n".join(changed), ResumeWarning)
+        for what, lines in (("hyper-parameters", changed), ("arguments", others)):
+            if lines:
+                record.warn(f"the run goes on with other {what}:\n" + "\n".join(lines), ResumeWarning)
 
     @contextlib.contextmanager
     def completed(self) -> Iterator[None]:
