@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -140,6 +141,12 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "too large": ({"x": [1e300 * x for x in SIZE]}, {}, gb.NonFiniteError, r"column 'x' has numbers from 0 to 6e\+300"),
     "mixed": ({"x": [1, "a"] * (N // 2)}, {}, gb.DataFormatError, "column 'x' must have values of one type"),
     "huge": ({"x": [2**70] * N}, {}, gb.DataFormatError, "column 'x' must have values of one type"),
+    "dates as texts": (
+        {"t": [f"{i % 28 + 1}.01.2020" for i in range(N)], "x": SIZE},
+        {},
+        gb.DataFormatError,
+        r"column 't' holds dates, such as '1\.01\.2020', which are no numbers yet.*drop=\['t'\]",
+    ),
     "no text": ({"x": ["a", "b"] * 30}, {"kinds": {"x": "number"}}, gb.DataFormatError, "got 'a' in row 0"),
     "nothing": ({"x": [1] * N}, {}, gb.DataFormatError, "no column tells samples apart"),
     "drop": ({"x": SIZE}, {"drop": "z"}, gb.ArgumentError, r"drop must name columns of the dict, 'x', 'y'; got 'z'"),
@@ -211,6 +218,11 @@ def test_labels(labels: Any, task: str, classes: list[Any] | None) -> None:
         (["a", None] * (N // 2), "auto", "the label 'y' is missing in row 1; leave such rows out"),
         ([1.0, None] * (N // 2), "auto", "the label 'y' is missing in row 1"),
         (list(range(N)), "auto", "task must be said for the label 'y', which has 60 different integers in 60 rows"),
+        (
+            [*map(str, range(59)), "?"],
+            "auto",
+            r"60 different texts in 60 rows, most of which look like numbers, .*'\?'",
+        ),
         (["a", "b"] * (N // 2), "regression", "column 'y' must hold numbers"),
         ([1.5, 2.5] * (N // 2), "classification", "must hold whole numbers, texts or booleans"),
         ([datetime.date(2020, 1, 1)] * N, "auto", "the label 'y' must hold numbers or texts, got date32"),
@@ -284,12 +296,14 @@ def test_delimiters_are_found(tmp_path: Any, delimiter: str) -> None:
     [
         ("", "expected a CSV file with a line of names, found an empty one"),
         ("\n\n", "found an empty one"),
-        ("x,y", "expected at least one row|found damage"),
+        ("x,y", "expected at least one row, found none"),
         ("x,y\n", "expected at least one row"),
-        ("x,y\n1,2,3\n", "expected a CSV file, found damage .*Expected 2 columns, got 3"),
+        ("x,y\n1,2,3\n", "expected a CSV file in UTF-8, found damage .*Expected 2 columns, got 3"),
         ("x,x\n1,2\n", "columns must have different names, got 'x' 2 times"),
         ("1.5,2\n1,2\n", r"expected a first line of names, found the numbers 1.5, 2; give pandas.read_csv"),
         (b"x,y\n\xff,2\n", "expected texts in UTF-8, found others in column 'x'"),
+        ("x,y\n1,2".encode("utf-16"), "found UTF-16; save the file as UTF-8, or give pandas.read_csv"),
+        (b"PK\3\4\0\0", r"found an archive, as those of Excel are; .*give pandas.read_excel\(path\)"),
         (b"x\0y", "expected a CSV, Parquet or Arrow file, found another, binary one"),
         (b"PAR1", "expected a Parquet file"),
         (b"ARROW1\0\0", "expected an Arrow file"),
@@ -317,6 +331,61 @@ def test_a_column_of_text_stays_text_in_new_rows(tmp_path: Any) -> None:
     train = gb.read_table(text_file(tmp_path, "zip,y\n007,a\nK1,b\n007,a\nK1,b\n"), label="y")
     new = gb.read_table(text_file(tmp_path, "zip\n007\n"), like=train)
     assert new.as_samples()[0].tolist() == [[1, 0]]
+
+
+ROWS = 12
+FOUND: dict[str, tuple[str, str, list[str], str | None]] = {  # a row of the file, names, features, what is said
+    "commas before fractions": ("{i},5;{c}", "x;c", ["x", "c=a", "c=b"], None),
+    "points before fractions": ("{i}.5;{c}", "x;c", ["x", "c=a", "c=b"], None),
+    "spaces around names": ('{i} ;"{c}" ', " x ; c", ["x", "c=a", "c=b"], None),
+    "none, as pandas has it": ("{i};{n}", "x;c", ["x", "c=a", "c is missing"], None),
+    "separated thousands": (
+        '"1,{j}00",{c}',
+        "x,c",
+        ["x=1,000", "x=1,100", "x=1,200", "c=a", "c=b"],
+        "12 of 12 .* such as '1,000'; kinds",
+    ),
+    "percent signs": (
+        "{j}%,{c}",
+        "x,c",
+        ["x=0%", "x=1%", "x=2%", "c=a", "c=b"],
+        "'x' holds texts, and 12 of 12 look like numbers",
+    ),
+    "one word": (
+        "{w},{c}",
+        "x,c",
+        ["x=0", "x=1", "x=2", "x=?", "c=a", "c=b"],
+        r"11 of 12 .*'\?' does not: missing='\?' if",
+    ),
+    "numbers of rows": (
+        "{i},{j},{c}",
+        ",x,c",
+        ["x", "c=a", "c=b"],
+        "a column has no name, as that of pandas' row numbers",
+    ),
+    "commas at the end": ("{i},{c},,,", "x,c,,,", ["x", "c=a", "c=b"], "a column has no name"),
+    "the label twice": ("{i},{y}", "x,c", ["x", "c=no", "c=yes"], "column 'c' is the label 'y' once more"),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("case", FOUND)
+def test_what_people_write_is_read_or_said(case: str, stream: bool, tmp_path: Any) -> None:
+    row, names, features, said = FOUND[case]
+    separator = ";" if ";" in row else ","
+    values = [
+        {"i": i, "j": i % 3, "c": "ab"[i % 2], "n": ["a", "None", "<NA>"][i % 3], "w": "?" if i == 3 else i % 3}
+        for i in range(ROWS)
+    ]
+    labels = [["no", "yes"][i % 2] for i in range(ROWS)]
+    rows = [row.format(y=y, **of_row) + separator + y for of_row, y in zip(values, labels, strict=True)]
+    path = text_file(tmp_path, "\n".join([f"{names}{separator}y", *rows, ""]))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", gb.TableWarning)
+        recipe = gb.read_table(path, label="y", stream=stream).recipe
+    assert [name for column in recipe.columns for name in column.features] == features
+    assert (said is None) == (not told)
+    assert said is None or re.search(said, str(told[0].message))
 
 
 # --- rows to train on, rows to test on ------------------------------------------------------------------------------
@@ -640,7 +709,8 @@ def test_a_column_that_is_text_in_some_csv_files_is_text_in_all(stream: bool, tm
     """Codes with zeros before them stay as they are written; an empty file is left out."""
     folder = files_in(tmp_path / "a", "c,y\n", "c,y\n01,0\n02,1\n01,1\n", "y,c\n1,x\n0,01\n")
     table = gb.read_table(folder, label="y", stream=stream)
-    assert table.recipe.columns[0].values == ("01", "02", "x")
+    with pytest.warns(gb.TableWarning, match=r"'c' holds texts, and 4 of 5 look like numbers.* 'x' does not: missing"):
+        assert table.recipe.columns[0].values == ("01", "02", "x")
     X, Y = all_samples(table)
     assert X.tolist() == [[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1], [1, 0, 0]]
     assert Y.tolist() == [0, 1, 1, 1, 0]
@@ -660,6 +730,20 @@ def test_files_that_differ_are_refused_by_name(case: str, stream: bool, tmp_path
     first, second, match = SEVERAL[case]
     with pytest.raises((gb.DataFormatError, gb.NonFiniteError), match=match):
         all_samples(gb.read_table(files_in(tmp_path / "a", first, second), label="y", stream=stream))
+
+
+def test_what_files_of_two_types_or_of_named_folders_lose_is_said(tmp_path: Any) -> None:
+    """An integer that the float of another file cannot hold may be a label or a category."""
+    for k, x in enumerate(([2**53 + 1, 3], [1.5, 2.5])):
+        (tmp_path / f"year={k}").mkdir()
+        pa.parquet.write_table(pa.table({"x": x, "y": [0, 1]}), tmp_path / f"year={k}" / "a.parquet")
+    with (
+        pytest.warns(gb.TableWarning, match="'year' in the names of folders, such as 'year=0', is not read"),
+        pytest.raises(
+            gb.DataFormatError, match=r"a\.parquet: column 'x' must be of one type in all files.*90071992547"
+        ),
+    ):
+        gb.read_table(tmp_path, label="y", kinds={"x": "category"})
 
 
 def test_types_that_no_column_holds_are_refused(tmp_path: Any) -> None:
@@ -764,6 +848,8 @@ def test_from_a_table_to_a_model_and_back(tmp_path: Any) -> None:
         model.predict({"bark": ["thin"]})
     with pytest.raises(gb.ArgumentError, match="has no label 'species'"):
         model.confusion_matrix({"height": [1.0], "bark": ["thin"]})
+    with pytest.raises(gb.DataFormatError, match="expected the label 'species' to test with"):
+        model.evaluate({"height": [1.0], "bark": ["thin"]})
 
 
 def test_regression_predicts_in_the_unit_of_the_label(tmp_path: Any) -> None:
@@ -816,6 +902,14 @@ def test_a_recipe_comes_back_from_json() -> None:
     assert Recipe.from_json(json.loads(text), arrays, ["a", "b"]) == recipe
 
 
+@pytest.mark.parametrize("kind", ["Categorical", "Enum"])
+def test_categories_of_polars(kind: str) -> None:
+    pl = peer("polars")
+    of = pl.Enum(["p", "q"]) if kind == "Enum" else pl.Categorical
+    found = gb.read_table(pl.DataFrame({"c": pl.Series(["p", None, "q"], dtype=of)})).as_samples()[0]
+    assert found.tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 0]]
+
+
 def test_pandas_types_of_its_own() -> None:
     pd = peer("pandas")
     frame = pd.DataFrame(
@@ -828,6 +922,10 @@ def test_pandas_types_of_its_own() -> None:
         },
         index=range(100, 160),
     )
+    with pytest.raises(gb.DTypeError, match="label must be the name of one column, a text, got 3"):
+        gb.read_table(frame, label=3)
+    with pytest.raises(gb.DataFormatError, match="column 'p' holds dates or times"):
+        gb.read_table({"p": pd.period_range("2020", periods=60, freq="M"), "x": SIZE}).recipe  # noqa: B018
     table = gb.read_table(frame)
     assert table.columns == ["i", "b", "s", "c", "o"]
     assert [column.kind for column in table.recipe.columns] == ["number", "number", "category", "category", "category"]

@@ -450,9 +450,6 @@ def labelled_samples(
     if recipe is not None:
         name = a_table(data)
         table = read_table(name, like=recipe)
-        if not table.labelled:
-            label = "" if recipe.target is None else f" {recipe.target.name!r}"
-            raise DataFormatError(f"{name}: expected the label{label} to test with, found no such column")
         return name, model.batches(table if held_out is None else table.split(*held_out)[1], labelled=True)
     paths = [Path(path) for path in data]
     if not paths or is_images(paths[0]):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpubatch.backend import Array, Backend
-from gpubatch.errors import ArgumentError, DTypeError, ShapeError
+from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, ShapeError
 from gpubatch.inputs import checked_array
 from gpubatch.loader import Loader, epochs_of, rows_of
 from gpubatch.metrics import confusion_matrix
@@ -140,7 +140,11 @@ class Model:
         """A loader of raw samples in their order, prepared; of a table with its labels if they are wanted."""
         of = self.preparation or Preparation(None, 0, (self.net.inputs,), self.net.dtype)
         if of.table is not None:
-            raw = self._table(raw, labelled).as_source()
+            table = self._table(raw, labelled)
+            if labelled and not table.labelled:
+                label = "" if of.table.target is None else f" {of.table.target.name!r}"
+                raise DataFormatError(f"{table.where}: expected the label{label} to test with, found no such column")
+            raw = table.as_source()
         mapped = is_read(raw) or isinstance(raw, np.memmap)
         if not is_read(raw):
             raw = checked_array("raw", raw, self.net.backend)

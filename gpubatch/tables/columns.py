@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import decimal
 import importlib
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -19,7 +20,7 @@ NUMBER, TEXT, CODED, DATE, EMPTY, OTHER = "numbers", "texts", "categories", "dat
 def need(module: str) -> Any:
     """A module of pyarrow's; an error that says how to install it."""
     try:
-        return importlib.import_module(module)
+        return sys.modules.get(module) or importlib.import_module(module)
     except ImportError as error:
         raise ArgumentError("tables need pyarrow, which is not installed: pip install 'gpubatch[data]'") from error
 
@@ -30,7 +31,7 @@ def family(kind: Any) -> str:
     if is_.is_dictionary(kind):
         return CODED if family(kind.value_type) in (NUMBER, TEXT) else family(kind.value_type)
     if isinstance(kind, need("pyarrow").BaseExtensionType):
-        return family(kind.storage_type)
+        return DATE if kind.extension_name == "pandas.period" else family(kind.storage_type)
     if is_.is_run_end_encoded(kind):
         return family(kind.value_type)
     if is_.is_boolean(kind) or is_.is_integer(kind) or is_.is_floating(kind) or is_.is_decimal(kind):
@@ -52,7 +53,7 @@ def plain(column: Any) -> Any:
     if pa.types.is_run_end_encoded(array.type):
         return plain(pc.run_end_decode(array))
     if pa.types.is_dictionary(array.type):
-        return plain(array.dictionary_decode())
+        return plain(array.dictionary).take(array.indices)  # plain, since views of texts, as Polars has, have no take
     return array.cast(pa.large_string()) if family(array.type) == TEXT else array
 
 

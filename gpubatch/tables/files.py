@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
+import itertools
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from csv import reader as fields_of
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpubatch.backend import get_backend
-from gpubatch.errors import ArgumentError, DataFormatError, InsufficientMemoryError
+from gpubatch.errors import ArgumentError, DataFormatError, InsufficientMemoryError, check_choice
 from gpubatch.sources import (
     BytesByPlace,
     Grouped,
@@ -30,6 +34,17 @@ __all__ = ["Looked", "is_large", "looked_at", "streams"]
 ARROW_FILE, ARROW_STREAM, PARQUET = b"ARROW1", b"\xff\xff\xff\xff", b"PAR1"
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
 DELIMITERS = ",;\t|"
+BOM = b"\xef\xbb\xbf"
+OTHERS = {  # what is often given in place of CSV files, and what to do
+    b"PK\x03\x04": "an archive, as those of Excel are; save the sheet as CSV, or give pandas.read_excel(path)",
+    b"\xff\xfe": "UTF-16; save the file as UTF-8, or give pandas.read_csv(path, encoding='utf-16')",
+    b"\xfe\xff": "UTF-16; save the file as UTF-8, or give pandas.read_csv(path, encoding='utf-16')",
+}
+NAMELESS = "\0"
+NULLS = ("None", "<NA>")  # which pandas takes for no value, and pyarrow does not
+DECIMAL = {  # values that are numbers with a fraction, in a file whose delimiter is no comma
+    point: re.compile(rb'(?:^|[;\t|\n"])[-+]?\d+%b\d+(?=[;\t|\r\n"]|$)' % re.escape(point.encode())) for point in ".,"
+}
 START = 1 << 16  # bytes in which the first line of a CSV file is looked for
 PIECE = 1 << 20  # bytes of a CSV file that are read at once
 LONGEST_LINE = 1 << 26
@@ -55,6 +70,7 @@ def looked_at(
     texts: Collection[str] = (),
     missing: Collection[str] = (),
     delimiter: str | None = None,
+    decimal: str | None = None,
     label: str | None = None,
     stream: bool | None = None,
 ) -> Looked:
@@ -77,13 +93,14 @@ def looked_at(
             raise ArgumentError(f"stream=True reads a file by place, and {file.path} is packed: unpack it")
         with naming_the_file(file.path, f"a CSV file that {packing} packed"), unpacked(file, packing) as whole:
             start = whole.read(START)
-    form = CsvForm(file.path, start, texts, missing, delimiter)
+    form = CsvForm(file.path, start, texts, missing, delimiter, decimal)
 
     def rows(streamed: bool) -> Rows:
         if streamed and packing is None:
             return CsvRows(file, form, label, missing)
         with naming_the_file(file.path, "a CSV file"), unpacked(file, packing) as whole:
-            return Held(form.read(whole), form.path, is_csv=True)
+            # pyarrow takes a line of names for one only if it ends.
+            return Held(form.read(whole if form.has_rows else io.BytesIO(start + b"\n")), form.path, is_csv=True)
 
     return Looked(file.size(), rows)
 
@@ -163,45 +180,68 @@ class CsvForm:
     texts: columns that are not to be taken for numbers
     missing: texts that stand for no value, besides "" and those that pandas knows
     delimiter: between values; None: found in the first line
+    decimal: "." or ","; None: found in ``start``
     """
 
     def __init__(
-        self, path: str, start: bytes, texts: Collection[str], missing: Collection[str], delimiter: str | None
+        self,
+        path: str,
+        start: bytes,
+        texts: Collection[str],
+        missing: Collection[str],
+        delimiter: str | None,
+        decimal: str | None,
     ) -> None:
-        self.path, self._texts = path, texts
+        self.path = path
         csv = need("pyarrow.csv")
         if delimiter is not None and (len(delimiter) != 1 or not delimiter.isascii() or delimiter in '"\n\r'):
             raise ArgumentError(f"delimiter must be one character of ASCII, got {delimiter!r}")
+        if found := next((words for magic, words in OTHERS.items() if start.startswith(magic)), None):
+            raise DataFormatError(f"{path}: expected a CSV, Parquet or Arrow file, found {found}")
         if b"\0" in start:
             raise DataFormatError(f"{path}: expected a CSV, Parquet or Arrow file, found another, binary one")
-        if not start.strip(b"\xef\xbb\xbf \t\r\n"):
+        if not start.strip(BOM + b" \t\r\n"):
             raise DataFormatError(f"{path}: expected a CSV file with a line of names, found an empty one")
-        line = start.strip(b"\xef\xbb\xbf\r\n").splitlines()[0].decode("utf-8", "replace")
+        first, *more = start.strip(BOM + b"\r\n").splitlines()
+        self.has_rows = bool(more) or len(start) >= START
+        line = first.decode("utf-8", "replace")
         self.delimiter = delimiter or max(DELIMITERS, key="".join(line.split('"')[::2]).count)  # outside quotes
+        if decimal is None:
+            has_comma = self.delimiter != "," and DECIMAL[","].search(start) and not DECIMAL["."].search(start)
+            decimal = "," if has_comma else "."
+        if check_choice("decimal", decimal, tuple(DECIMAL)) == self.delimiter:
+            raise ArgumentError(f"decimal must be another character than the delimiter, got {decimal!r} for both")
+        self._decimal = decimal
+        # Names as they are written, with the spaces around them.
+        written = next(fields_of([line], delimiter=self.delimiter, strict=False), [])
+        self._texts = [*texts, *(name for name in written if name.strip() in texts)]
         self._missing = [
             *csv.ConvertOptions().null_values,
-            *(before + text for text in missing for before in ("", " ")),
+            *(before + text for text in (*NULLS, *missing) for before in ("", " ")),
         ]
+        self._names: list[str] = []
 
-    def read(self, data: Any, names: Sequence[str] | None = None, kinds: Mapping[str, Any] | None = None) -> Any:
-        """The table of a file, or of a piece of it, whose columns have ``names``."""
+    def read(self, data: Any, piece: bool = False, kinds: Mapping[str, Any] | None = None) -> Any:
+        """The table of a file, or of a piece of it, whose columns have the names that were read before."""
         csv, pa = need("pyarrow.csv"), need("pyarrow")
-        with naming_the_file(self.path, "a CSV file"), of_pyarrow():
+        with naming_the_file(self.path, "a CSV file in UTF-8"), of_pyarrow():
             table = csv.read_csv(
                 data,
-                read_options=csv.ReadOptions(column_names=names, block_size=8 * PIECE),
+                read_options=csv.ReadOptions(column_names=self._names if piece else None, block_size=8 * PIECE),
                 parse_options=csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True),
                 convert_options=csv.ConvertOptions(
                     null_values=self._missing,
                     strings_can_be_null=True,
+                    decimal_point=self._decimal,
                     column_types={**dict.fromkeys(self._texts, pa.string()), **(kinds or {})},
                 ),
             )
             table.validate()
-            if names is None:
-                table = table.rename_columns([name.strip() for name in table.column_names])
-        if names is None:
-            self._check_names(table.column_names)
+            names = table.column_names
+        if not piece:
+            self._names = names = self._checked([name.strip() for name in names])
+            table = table.rename_columns(names)
+        table = table.select([name for name in names if not name.startswith(NAMELESS)])
         for name, kind in zip(table.column_names, table.schema.types, strict=True):
             if pa.types.is_binary(kind):
                 raise DataFormatError(
@@ -210,13 +250,17 @@ class CsvForm:
                 )
         return table
 
-    def _check_names(self, names: Sequence[str]) -> None:
+    def _checked(self, names: Sequence[str]) -> list[str]:
+        """Names that differ: of columns without a name the first keeps none, and the others cannot be asked for."""
+        nameless = (f"{NAMELESS}{place}" for place in itertools.count())
+        names = [name or ("" if place == names.index("") else next(nameless)) for place, name in enumerate(names)]
         different(self.path, names)
         if all(is_numeral(name) for name in names):
             raise DataFormatError(
                 f"{self.path}: expected a first line of names, found the numbers {', '.join(names[:5])}; give "
                 "pandas.read_csv(path, names=[...])"
             )
+        return names
 
 
 def is_numeral(text: str) -> bool:
@@ -265,9 +309,12 @@ class CsvRows:
         pieces = self._pieces(0, file.size())
         header = next(pieces, (0, 0))
         first = self._piece(*header)
-        self.names = list(form.read(need("pyarrow").BufferReader(first)).column_names)
+        table = form.read(io.BytesIO(first + b"\n"))
+        self.names = list(table.column_names)
         # The line of names is the first that is not empty.
         end = line_ends(first, len(first) - len(first.lstrip(b"\xef\xbb\xbf\r\n")), True) or len(first)
+        if len(table) and end == len(first):
+            raise DataFormatError(f"{self.where}: expected lines that end with a line feed, as stream=True needs them")
         self._label = label if label in self.names else None
         self.types: dict[str, Any] = dict.fromkeys(self.names, need("pyarrow").null())
         while not self._found(end, file.size()):
@@ -333,7 +380,7 @@ class CsvRows:
         return bytes(out)
 
     def _parsed(self, place: tuple[int, int]) -> Any:
-        return self._form.read(need("pyarrow").BufferReader(self._piece(*place)), self.names, self._types_to_read)
+        return self._form.read(need("pyarrow").BufferReader(self._piece(*place)), True, self._types_to_read)
 
     @property
     def _types_to_read(self) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,13 +11,16 @@ from typing import Any
 import numpy as np
 
 from gpubatch.errors import ArgumentError, DataFormatError, NonFiniteError
-from gpubatch.tables.columns import CODED, DATE, EMPTY, NUMBER, OTHER, family, numbers, texts
+from gpubatch.tables.columns import CODED, DATE, EMPTY, NUMBER, OTHER, TEXT, family, numbers, texts
 from gpubatch.tables.recipe import Category, Column, Hashed, LeftOut, Numeric
 from gpubatch.tables.statistics import DISTINCT, Median, Moments, Seen
 
-__all__ = ["KINDS", "Options", "Statistics", "check_types"]
+__all__ = ["KINDS", "NUMERAL", "Options", "Statistics", "check_types"]
 
 KINDS = (Numeric.kind, Category.kind, Hashed.kind)
+# Texts that people read as numbers: with a separator of thousands, a fraction, a currency or a percent sign.
+NUMERAL = re.compile(r"[-+]?[$€£¥]?\s?(\d{1,3}([,.'\s]\d{3})+|\d+)([.,]\d+)?([eE][-+]?\d+)?\s?[%€$£¥]?", re.ASCII)
+DATED = re.compile(r"(\d{4}[./-]\d{1,2}[./-]\d{1,2}|\d{1,2}[./-]\d{1,2}[./-]\d{4})([ T]\d{1,2}:\d{2}.*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ class Statistics:
         self._moments: dict[str, tuple[Moments, Median]] = {}
         self._seen: dict[str, Seen] = {}
         self._rows = 0
+        self._guessed = set[str]()  # columns of which nobody said that they are categories
+        self._words: dict[str, str] = {}  # a text of each that does not look like a number
         self._names = list(types)
         for name, kind in types.items():
             wanted = options.kinds.get(name, Numeric.kind if family(kind) == NUMBER else Category.kind)
@@ -72,6 +79,8 @@ class Statistics:
                 self._moments[name] = Moments(), Median(exact)
             elif family(kind) != EMPTY:
                 self._seen[name] = Seen()
+                if family(kind) == TEXT and name not in options.kinds:
+                    self._guessed.add(name)
 
     def add(self, table: Any, where: str, start: int) -> None:
         """Take the rows of a block, whose first one is row ``start`` of ``where``."""
@@ -83,7 +92,11 @@ class Statistics:
                 moments.add(values)
             median.add(values)
         for name, seen in self._seen.items():
-            seen.add(*texts(where, name, table[name], self._options.missing))
+            codes, found = texts(where, name, table[name], self._options.missing)
+            seen.add(codes, found)
+            if name in self._guessed and name not in self._words:
+                words = (text for text in found if not NUMERAL.fullmatch(text))
+                self._words.update((name, word) for word in itertools.islice(words, 1))
 
     def columns(self) -> tuple[tuple[Column, ...], list[str]]:
         """What becomes of the columns; and those that were hashed or left out without being told to, in words."""
@@ -95,6 +108,8 @@ class Statistics:
             if column is None:
                 continue
             found.append(column)
+            if (remark := self._misread(name)) is not None:
+                remarks.append(remark)
             if isinstance(column, LeftOut):
                 remarks.append(f"column {name!r} is left out: {column.why}")
             elif isinstance(column, Hashed) and name not in self._options.kinds:
@@ -108,6 +123,7 @@ class Statistics:
                 f"{self._where}: {listed(free)} {'have' if len(free) > 1 else 'has'} a text of its own in most rows ("
                 f"{self._count(free[0])} different ones in {self._seen[free[0]].values}), as names and free text "
                 f"have; leave them out with drop={free!r}, or hash them with kinds={{{free[0]!r}: 'hash'}}"
+                + "".join(f"; {remark}" for remark in map(self._misread, free) if remark is not None)
             )
         if not any(column.features for column in found):
             raise DataFormatError(f"{self._where}: no column tells samples apart; {'; '.join(remarks)}")
@@ -149,6 +165,26 @@ class Statistics:
             free.append(name)
             return None
         return Hashed(name, options.buckets, absent)
+
+    def _misread(self, name: str) -> str | None:
+        """What to say of a column of texts that most likely is one of numbers; an error where it is one of dates."""
+        if name not in self._guessed or not (counts := self._seen[name].counts):
+            return None
+        numerals = {text: n for text, n in counts.items() if NUMERAL.fullmatch(text)}
+        if 2 * sum(numerals.values()) > (seen := sum(counts.values())):
+            word = self._words.get(name, "")[:40]
+            words = f"; {word!r} does not: missing={word!r} if it stands for no value" if word else ""
+            return (
+                f"column {name!r} holds texts, and {sum(numerals.values())} of {seen} look like numbers, such as "
+                f"{next(iter(numerals))[:40]!r}{words}; kinds={{{name!r}: 'category'}} says that texts are meant"
+            )
+        if all(map(DATED.fullmatch, counts)):
+            raise DataFormatError(
+                f"{self._where}: column {name!r} holds dates, such as {next(iter(counts))[:40]!r}, which are no "
+                f"numbers yet: make some of them first, as the days since a date, or leave them out with "
+                f"drop={[name]!r}; kinds={{{name!r}: 'category'}} says that texts are meant"
+            )
+        return None
 
     def _count(self, name: str) -> str:
         seen = self._seen[name]

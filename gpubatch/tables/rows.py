@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ import numpy as np
 from gpubatch.errors import DataFormatError, DTypeError, check_real
 from gpubatch.tables.columns import need
 
-__all__ = ["Chosen", "Drawn", "Held", "Listed", "Rows", "different", "of_frame"]
+__all__ = ["Chosen", "Drawn", "Held", "Listed", "Rows", "different", "first_line", "of_frame"]
 
 BLOCK = 1 << 14  # rows that are looked at together of a table in memory
 
@@ -69,8 +70,9 @@ class Held:
 def different(where: str, names: Sequence[str]) -> list[str]:
     """Names of columns, which must be different."""
     names = list(names)
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise DataFormatError(f"{where}: columns must have different names, got {twice!r} {names.count(twice)} times")
+    if len(counts := Counter(names)) < len(names):
+        twice, times = counts.most_common(1)[0]
+        raise DataFormatError(f"{where}: columns must have different names, got {twice!r} {times} times")
     if not names:
         raise DataFormatError(f"{where}: expected columns, found none")
     return names
@@ -134,7 +136,10 @@ def of_values(where: str, name: str, values: Any) -> Any:
     try:
         return pa.array(values, from_pandas=True)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        raise DataFormatError(f"{where}: column {name!r} must have values of one type: {first_line(error)}") from error
+        of = f", not {values.dtype}" if hasattr(values, "dtype") else ""
+        raise DataFormatError(
+            f"{where}: column {name!r} must have values of one type{of}: {first_line(error)}"
+        ) from error
 
 
 # --- some of the rows -----------------------------------------------------------------------------------------------

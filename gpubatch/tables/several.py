@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
+from pathlib import PurePath
 from typing import Any
 
-from gpubatch.errors import ArgumentError, DataFormatError
+from gpubatch.errors import ArgumentError, DataFormatError, TableWarning
 from gpubatch.sources import InTurn, Opener, naming_the_file, openers_of, words_of
 from gpubatch.tables.columns import CODED, TEXT, family, need
 from gpubatch.tables.files import Looked, looked_at, streams
-from gpubatch.tables.rows import Rows, of_frame
+from gpubatch.tables.rows import Rows, first_line, of_frame
 
 __all__ = ["Joined", "opened"]
 
@@ -24,6 +26,7 @@ def opened(
     texts: Collection[str] = (),
     missing: Collection[str] = (),
     delimiter: str | None = None,
+    decimal: str | None = None,
     label: str | None = None,
     stream: bool | None = None,
 ) -> Rows:
@@ -35,7 +38,7 @@ def opened(
         return of_frame(source)
 
     def look(file: Opener, more: Collection[str] = ()) -> Looked:
-        return looked_at(file, [*texts, *more], missing, delimiter, label, stream)
+        return looked_at(file, [*texts, *more], missing, delimiter, decimal, label, stream)
 
     if len(files) == 1:
         found = look(files[0])
@@ -70,8 +73,20 @@ def joined(
             each.close()
             parts[-1].close()
         if not (clash := clashing(parts) - texts):
+            tell_of_folders(where, files, parts[0].names)
             return Joined(where, parts, label)
         texts |= clash
+
+
+def tell_of_folders(where: str, files: Sequence[Opener], names: Sequence[str]) -> None:
+    """Warn of columns that are in the names of folders only, as in ``year=2020/part-0.parquet``."""
+    folders = {part for file in files for part in PurePath(file.path).parent.parts if "=" in part}
+    if hidden := sorted({part.partition("=")[0] for part in folders} - {*names}):
+        warnings.warn(
+            f"{where}: {', '.join(map(repr, hidden))} in the names of folders, such as {min(folders)!r}, is not read; "
+            "write it as a column into the files if it is to be learnt from",
+            *(TableWarning, 4),
+        )
 
 
 def clashing(parts: Sequence[Rows]) -> set[str]:
@@ -153,7 +168,21 @@ class Joined:
         if table.schema.types == schema.types:
             return table
         with naming_the_file(part.where, "values of the types that all files have"):
+            for name, found in zip(table.column_names, table.schema.types, strict=True):
+                self._check_exact(part.where, name, table[name], found)
             return table.cast(schema, safe=False)
+
+    def _check_exact(self, where: str, name: str, column: Any, kind: Any) -> None:
+        """Raise for integers that would be rounded since other files hold floats: they may be labels or categories."""
+        pa, wide = need("pyarrow"), self.types[name]
+        if pa.types.is_integer(kind) and pa.types.is_floating(wide):
+            try:
+                column.cast(wide)
+            except pa.ArrowInvalid as error:
+                raise DataFormatError(
+                    f"{where}: column {name!r} must be of one type in all files, as it is {wide} in others, which does "
+                    f"not hold all of its integers exactly: {first_line(error)}"
+                ) from error
 
     def close(self) -> None:
         """See :class:`Rows`."""

@@ -25,7 +25,7 @@ from gpubatch.inputs import Prepared
 from gpubatch.loader import split
 from gpubatch.sources import Source
 from gpubatch.tables.columns import EMPTY, NUMBER, family, label_texts, need, plain
-from gpubatch.tables.fitting import KINDS, Options, Statistics, check_types
+from gpubatch.tables.fitting import KINDS, NUMERAL, Options, Statistics, check_types
 from gpubatch.tables.recipe import LONGEST, MOST_BUCKETS, MOST_CATEGORIES, Category, LeftOut, Recipe, Target
 from gpubatch.tables.rows import Chosen, Drawn, Listed, Rows
 from gpubatch.tables.several import opened
@@ -50,6 +50,7 @@ def read_table(
     buckets: int = 128,
     missing: Sequence[str] = (),
     delimiter: str | None = None,
+    decimal: str | None = None,
     like: Table | Recipe | None = None,
     stream: bool | None = None,
 ) -> Table:
@@ -68,6 +69,8 @@ def read_table(
     buckets: columns to which the texts of others are hashed.
     missing: texts that stand for no value, such as "?", besides those that pandas knows ("", "NA", "nan", "null", ...).
     delimiter: of a CSV file; None: that of , ; tab and | which its first line has most of.
+    decimal: "." or ",", before the fractions of a CSV file's numbers; None: "," where the delimiter is another and
+        the first 64 KiB have numbers with commas and none with points.
     like: a table of training rows, or its ``recipe``: this one is prepared by their numbers. Its columns are found by
         name; others are ignored, and so is the label where there is none.
     stream: read files again and again, a block at a time, instead of holding them; None: those that are larger than a
@@ -108,7 +111,7 @@ def read_table(
         recipe = like.recipe if isinstance(like, Table) else like
         if not isinstance(recipe, Recipe):
             raise DTypeError(f"like must be a table of gb.read_table, or its recipe, got {type(like).__name__}")
-        return Table(opened(source, recipe.texts, recipe.missing, delimiter, None, stream), recipe)
+        return Table(opened(source, recipe.texts, recipe.missing, delimiter, decimal, None, stream), recipe)
     kinds = dict(kinds or {})
     for name, kind in kinds.items():
         check_choice(f"kinds[{name!r}]", kind, KINDS)
@@ -119,14 +122,15 @@ def read_table(
         missing,
     )
     check_choice("task", task, TASKS)
-    rows = opened(source, [name for name, kind in kinds.items() if kind != "number"], missing, delimiter, label, stream)
+    texts = [name for name, kind in kinds.items() if kind != "number"]
+    rows = opened(source, texts, missing, delimiter, decimal, label, stream)
     names = chosen_names(rows, label, columns, drop, kinds)
     return Table(rows, Unfitted(names, label, task, options))
 
 
 def texts_of(name: str, given: Any) -> tuple[str, ...]:
     """Texts of an argument: one, or several."""
-    found = (given,) if isinstance(given, str) else tuple(given)
+    found = (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
     if wrong := [x for x in found if not isinstance(x, str)]:
         raise DTypeError(f"{name} must hold texts, got {wrong[0]!r}")
     return found
@@ -134,7 +138,9 @@ def texts_of(name: str, given: Any) -> tuple[str, ...]:
 
 def chosen_names(rows: Rows, label: str | None, columns: Any, drop: Any, kinds: Mapping[str, str]) -> list[str]:
     """The columns of the samples, in the order of the table."""
-    given = {"label": () if label is None else texts_of("label", label), "columns": () if columns is None else columns}
+    if not isinstance(label, str | None):
+        raise DTypeError(f"label must be the name of one column, a text, got {label!r}")
+    given = {"label": () if label is None else label, "columns": () if columns is None else columns}
     for argument, names in (*given.items(), ("drop", drop), ("kinds", list(kinds))):
         for name in texts_of(argument, names):
             if name not in rows.names:
@@ -149,6 +155,13 @@ def chosen_names(rows: Rows, label: str | None, columns: Any, drop: Any, kinds: 
     names = [name for name in rows.names if name in wanted and name not in left]
     if not names:
         raise ArgumentError(f"{rows.where} has no columns besides the label and those of drop: {known(rows.names)}")
+    if columns is None and "" in names and len(names) > 1:
+        names.remove("")
+        warnings.warn(
+            f"{rows.where}: a column has no name, as that of pandas' row numbers, and is left out; give it one if it "
+            "is to be learnt from",
+            *(TableWarning, 4),
+        )
     if other := [name for name in kinds if name not in names]:
         raise ArgumentError(f"kinds must be of columns that are used, {known(names)}; got {other[0]!r}")
     return names
@@ -505,6 +518,15 @@ class Table(Prepared):
                     f"task must be said for the label {label!r}, which has {len(classes)} different integers in {n} "
                     "rows: 'regression' if they are amounts, 'classification' if they are names of classes"
                 )
+        elif task == "auto" and 2 * len(classes) > max(n, 2 * 20):
+            others = [name for name in classes if not NUMERAL.fullmatch(name)]
+            numerals = (
+                "" if len(classes) < 2 * len(others) else f", most of which look like numbers, {others[:1]} do not"
+            )
+            raise ArgumentError(
+                f"task must be said for the label {label!r}, which has {len(classes)} different texts in {n} rows"
+                f"{numerals}: 'classification' if they are names of classes"
+            )
         if len(classes) < 2:
             raise DataFormatError(
                 f"{where}: the label {label!r} must have at least two different values, got {classes[0]!r} in all rows"
@@ -514,16 +536,23 @@ class Table(Prepared):
     def _fit(self, of: Unfitted) -> Recipe:
         target = self._target
         numeric = target is not None and target.classes is None
-        names = [*of.names, *([target.name] if numeric and target is not None else [])]
         kinds = self._rows.block(0, of.names).schema
         types = dict(zip(kinds.names, kinds.types, strict=True))
         statistics = Statistics(self.where, types, of.options, self._rows.in_memory)
         moments = Moments()
-        for table, where, start in self._blocks(names):
+        copies = [] if target is None else of.names
+        for table, where, start in self._blocks([*of.names, *([] if target is None else [target.name])]):
             statistics.add(table, where, start)
+            if target is not None:
+                copies = [name for name in copies if table[name].equals(table[target.name])]
             if numeric and target is not None:
                 moments.add(target.amounts(where, table[target.name], start, of.options.missing))
         columns, remarks = statistics.columns()
+        remarks += [
+            f"column {name!r} is the label {self.label!r} once more; drop it unless new rows have it" for name in copies
+        ]
+        if numeric and target is not None and moments.low == moments.high:
+            remarks.append(f"the label {target.name!r} is {moments.low:g} in all rows: there is nothing to learn")
         if remarks:
             warnings.warn(f"{self.where}: {'; '.join(remarks)}", TableWarning, 4)
         if numeric and target is not None:
