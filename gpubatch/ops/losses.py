@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -178,42 +179,6 @@ def entropies(Y: Array, t: Array, out: Array) -> Array:
     return t.sum(axis=1, out=out)
 
 
-@softmax_cross_entropy.compiled
-def compiled_softmax_cross_entropy(
-    library: Any,
-    z: Array,
-    Y: Array,
-    gradient: bool,
-    work: Work,
-    weights: Array | None = None,
-    smoothing: float = 0.0,
-    relative: bool = False,
-) -> None:
-    """A row after another."""
-    truth, results = labels_or_rows(Y, work), (work["dz"], work["row"], work["loss"])
-    targets = 1 - smoothing, smoothing / z.shape[1], relative
-    if not library.softmax_cross_entropy(z, *truth, *results, gradient, weights, *targets):
-        softmax_cross_entropy.numpy(z, Y, gradient, work, weights, smoothing, relative)
-    elif gradient:
-        scale_gradient(work)
-
-
-@softmax_cross_entropy.cuda
-def cuda_softmax_cross_entropy(
-    grid: Grid,
-    z: Array,
-    Y: Array,
-    gradient: bool,
-    work: Work,
-    weights: Array | None = None,
-    smoothing: float = 0.0,
-    relative: bool = False,
-) -> None:
-    """One launch; a label out of range makes NaN of the loss and of its row of the gradient."""
-    targets = 1 - smoothing, smoothing / z.shape[1], int(relative)
-    launch_over_rows(grid, "softmax_cross_entropy", z, (*labels_or_rows(Y, work), weights, *targets), gradient, work)
-
-
 @operation(
     "work.dz",
     scratch=lambda outputs: {"row": ((-1,), COMPUTE), "index": ((-1,), np.int64), "parts": PARTIAL_SUMS},
@@ -266,43 +231,6 @@ def softmax_focal(
         scale_gradient(work)
 
 
-@softmax_focal.compiled
-def compiled_softmax_focal(
-    library: Any,
-    z: Array,
-    Y: Array,
-    gradient: bool,
-    work: Work,
-    weights: Array | None = None,
-    gamma: float = 2.0,
-    alpha: Array | None = None,
-) -> None:
-    """A row after another."""
-    labels, _ = labels_or_rows(Y, work)
-    results = work["dz"], work["row"], work["loss"]
-    if not library.softmax_focal(z, labels, *results, gradient, weights, gamma, alpha):
-        softmax_focal.numpy(z, Y, gradient, work, weights, gamma, alpha)
-    elif gradient:
-        scale_gradient(work)
-
-
-@softmax_focal.cuda
-def cuda_softmax_focal(
-    grid: Grid,
-    z: Array,
-    Y: Array,
-    gradient: bool,
-    work: Work,
-    weights: Array | None = None,
-    gamma: float = 2.0,
-    alpha: Array | None = None,
-) -> None:
-    """One launch; a label out of range makes NaN of the loss and of its row of the gradient."""
-    launch_over_rows(
-        grid, "softmax_focal", z, (labels_or_rows(Y, work)[0], weights, float(gamma), alpha), gradient, work
-    )
-
-
 def margin_scratch(outputs: int) -> dict[str, Space]:
     """What a loss of margins needs of ``work``."""
     return {"row": ((-1,), COMPUTE), "index": ((-1,), np.int64), "parts": PARTIAL_SUMS}
@@ -351,43 +279,58 @@ def crammer_singer(
         scale_gradient(work)
 
 
-def on_margins(loss: Operation[...], largest: bool) -> None:
-    """Declare the compiled and the CUDA form of a loss of all margins, or of the largest alone."""
-
-    @loss.compiled
-    def compiled(
-        library: Any,
-        z: Array,
-        Y: Array,
-        gradient: bool,
-        work: Work,
-        weights: Array | None = None,
-        delta: float = 1.0,
-    ) -> None:
-        """A row after another."""
-        labels, _ = labels_or_rows(Y, work)
-        if not library.svm(z, labels, work["dz"], work["row"], work["loss"], gradient, weights, delta, largest):
-            loss.numpy(z, Y, gradient, work, weights, delta)
-        elif gradient:
-            scale_gradient(work)
-
-    @loss.cuda
-    def cuda(
-        grid: Grid, z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None, delta: float = 1.0
-    ) -> None:
-        """One launch; a label out of range makes NaN of the loss and of its row of the gradient."""
-        launch_over_rows(grid, loss.name, z, (labels_or_rows(Y, work)[0], weights, float(delta)), gradient, work)
-
-
-on_margins(svm, largest=False)
-on_margins(crammer_singer, largest=True)
-
-
 def margins(z: Array, index: Array, delta: float, row: Array, out: Array) -> None:
     """out = z_j - z_y + delta, where z_y are the scores at ``index``; ``row`` is scratch."""
     take(z, index, row)
     np.subtract(z, row[:, None], out=out)
     out += delta
+
+
+def over_rows(
+    loss: Operation[...],
+    parameters: Callable[..., tuple[Any, ...]],
+    rows: bool = False,
+    library_name: str = "",
+    library_options: tuple[bool, ...] = (),
+) -> None:
+    """Declare the compiled and the CUDA form of a loss of labels, or of ``rows`` of numbers, too.
+
+    ``parameters(z, *own)`` makes what both forms take of the loss's own arguments. The library may have the loss under
+    another name, with further options.
+    """
+
+    def truth(Y: Array, work: Work) -> tuple[Array, ...]:
+        labels, numbers = labels_or_rows(Y, work)
+        return (labels, numbers) if rows else (labels,)
+
+    @loss.compiled
+    def by_library(
+        library: Any, z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None, *own: Any
+    ) -> None:
+        """A row after another."""
+        results = work["dz"], work["row"], work["loss"]
+        arguments = z, *truth(Y, work), *results, gradient, weights, *parameters(z, *own), *library_options
+        if not getattr(library, library_name or loss.name)(*arguments):
+            loss.numpy(z, Y, gradient, work, weights, *own)
+        elif gradient:
+            scale_gradient(work)
+
+    @loss.cuda
+    def by_kernel(
+        grid: Grid, z: Array, Y: Array, gradient: bool, work: Work, weights: Array | None = None, *own: Any
+    ) -> None:
+        """One launch; a label out of range makes NaN of the loss and of its row of the gradient."""
+        launch_over_rows(grid, loss.name, z, (*truth(Y, work), weights, *parameters(z, *own)), gradient, work)
+
+
+over_rows(
+    softmax_cross_entropy,
+    lambda z, smoothing=0.0, relative=False: (1 - smoothing, smoothing / z.shape[1], relative),
+    rows=True,
+)
+over_rows(softmax_focal, lambda z, gamma=2.0, alpha=None: (gamma, alpha))
+for margin_loss, largest in ((svm, False), (crammer_singer, True)):
+    over_rows(margin_loss, lambda z, delta=1.0: (delta,), library_name="svm", library_options=(largest,))
 
 
 def launch_over_rows(
