@@ -222,7 +222,7 @@ CODE_LINES = {
     "explore": 940,
     "plot": 367,
     "cli": 2004,
-    "sklearn": 987,
+    "sklearn": 924,
     "torch": 565,
     "__main__": 29,
     "__init__": 216,

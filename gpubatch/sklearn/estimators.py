@@ -6,7 +6,7 @@ import itertools
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,9 +62,11 @@ class BaseMLP(BaseEstimator):
     best_loss_: Any
     _best: dict[str, list[Any]] | None
 
-    def __init__(self, **parameters: Any) -> None:
-        for name, value in parameters.items():
-            setattr(self, name, value)
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        """Keep each of a constructor's ``arguments``, its locals, as the attribute of its name."""
+        for name, value in arguments.items():
+            if name != "self":
+                setattr(self, name, value)
 
     # --- what the two differ in ---
 
@@ -497,39 +499,7 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
         dtype: Any = None,
         precision: str = "full",
     ) -> None:
-        BaseMLP.__init__(
-            self,
-            hidden_layer_sizes=hidden_layer_sizes,
-            activation=activation,
-            solver=solver,
-            alpha=alpha,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            learning_rate_init=learning_rate_init,
-            power_t=power_t,
-            max_iter=max_iter,
-            shuffle=shuffle,
-            random_state=random_state,
-            tol=tol,
-            verbose=verbose,
-            warm_start=warm_start,
-            momentum=momentum,
-            nesterovs_momentum=nesterovs_momentum,
-            early_stopping=early_stopping,
-            validation_fraction=validation_fraction,
-            beta_1=beta_1,
-            beta_2=beta_2,
-            epsilon=epsilon,
-            n_iter_no_change=n_iter_no_change,
-            max_fun=max_fun,
-            class_weight=class_weight,
-            optimizer=optimizer,
-            batch_norm=batch_norm,
-            dropout=dropout,
-            backend=backend,
-            dtype=dtype,
-            precision=precision,
-        )
+        BaseMLP.__init__(self, locals())
 
     @available_if(has_partial_fit)
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None, classes: Any = None) -> Any:
@@ -698,39 +668,7 @@ class MLPRegressor(RegressorMixin, BaseMLP):
         dtype: Any = None,
         precision: str = "full",
     ) -> None:
-        BaseMLP.__init__(
-            self,
-            loss=loss,
-            hidden_layer_sizes=hidden_layer_sizes,
-            activation=activation,
-            solver=solver,
-            alpha=alpha,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            learning_rate_init=learning_rate_init,
-            power_t=power_t,
-            max_iter=max_iter,
-            shuffle=shuffle,
-            random_state=random_state,
-            tol=tol,
-            verbose=verbose,
-            warm_start=warm_start,
-            momentum=momentum,
-            nesterovs_momentum=nesterovs_momentum,
-            early_stopping=early_stopping,
-            validation_fraction=validation_fraction,
-            beta_1=beta_1,
-            beta_2=beta_2,
-            epsilon=epsilon,
-            n_iter_no_change=n_iter_no_change,
-            max_fun=max_fun,
-            optimizer=optimizer,
-            batch_norm=batch_norm,
-            dropout=dropout,
-            backend=backend,
-            dtype=dtype,
-            precision=precision,
-        )
+        BaseMLP.__init__(self, locals())
 
     @available_if(has_partial_fit)
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:
