@@ -95,6 +95,9 @@ class Optimizer(torch.optim.Optimizer):
         check_names(rule.name, hyper, [*rule.hyper, *rule.options, *COMMON])
         if missing := [name for name in rule.required if name not in hyper]:
             raise ArgumentError(f"{rule.name} needs {', '.join(missing)}; none was given")
+        if STEP in rule.state:
+            raise ArgumentError(f"{rule.name} has a state {STEP!r}, the name of PyTorch's count of steps; rename it")
+        rule.renew()
         init = functools.partial(optim.Optimizer.__init__, rule=rule)
         start(self, params, init, {**rule.defaults, **rule.options, **hyper})
 

@@ -23,6 +23,7 @@ UNARY_FUNCTIONS: dict[str, Any] = {
     "ceil": np.ceil,
     "square": lambda x: np.square(np.tanh(x)),
     "cube": lambda x: np.tanh(x) ** 3,
+    "clip": lambda x: np.clip(x, None, 1.5),
 }
 BINARY_FUNCTIONS: dict[str, Any] = {
     "+": lambda x, y: x + y,
@@ -49,6 +50,7 @@ CONDITIONS: dict[str, Any] = {
     "not": np.logical_not,
     "&": np.logical_and,
     "|": np.logical_or,
+    "^": np.logical_xor,
 }
 
 

@@ -199,7 +199,7 @@ CODE_LINES = {
     "shown": 30,
     "passes": 70,
     "series": 177,
-    "formula": 1514,
+    "formula": 1716,
     "schedules": 420,
     "averages": 55,
     "backend": 539,
@@ -223,7 +223,7 @@ CODE_LINES = {
     "plot": 367,
     "cli": 2004,
     "sklearn": 924,
-    "torch": 565,
+    "torch": 568,
     "__main__": 29,
     "__init__": 216,
 }

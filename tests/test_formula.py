@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import math
 import pickle
+import random
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -262,6 +266,153 @@ def test_a_rule_of_a_thousand_lines(of: str) -> None:
     np.testing.assert_allclose(w, expected, rtol=1e-13)
 
 
+# --- as Python's users write -----------------------------------------------------------------------------------------
+
+
+def in_place(w, g, t, *, lr=0.1):
+    g *= 0.5
+    w -= lr * g
+    return w
+
+
+def helped(w, g, t, *, lr=0.1):
+    def decayed(x, by=0.5):
+        return x * by**t
+
+    for each in (decayed, lambda x: x + float(Fraction(1, 3)), np.positive):
+        w = each(w)
+    return w - sum([g, w]) * lr
+
+
+def of_conditions(w, g, t, *, lr=0.1):
+    big, late = abs(g) > 0.5, t > 1
+    return np.where(big ^ (w > 0), w, g) + (late ^ (lr > 0)) * w + (np.logical_xor(late, True) + np.float32(2)) * g
+
+
+def in_pairs(w, g, t, *, lr=0.1):
+    q, r = divmod(w, 0.3)
+    a, b = divmod(t, 2)
+    return (+q) * a + (+r) * b - np.array(lr) * np.asarray(g)
+
+
+def bounded(w, g, t, *, lr=0.1):
+    return np.clip(w, None, 0.5) + np.clip(g, 0, None) + np.clip(w, a_min=-1, a_max=1) + np.clip(g, max=lr)
+
+
+def of_unselected_numbers(w, g, t, *, lr=0.1):
+    at_first = np.where(t == 1, lr, lr / (t - 1)) + np.where(t > 2, np.log(t - 2), 1) + 10.0 ** (-400 * t)
+    return w - g * at_first - np.where(np.isfinite(np.exp(1000 * t)), 1, lr) * np.where(t > 1, (1 - t) ** 0.5 > 0, w)
+
+
+def of_large_integers(w, g, t, *, lr=0.1):
+    return w * 2**70 + g * 10**22 - (2**64 - 1) * w + t * 2**80
+
+
+def of_small_numbers(w, g, t, *, lr=0.1):
+    return w + g * 0 / 1e-320
+
+
+def of_what_is_finite(w, g, t, *, lr=0.1):
+    g = g / np.floor(abs(g))
+    return (
+        np.where(np.isfinite(g), g, np.zeros_like(w)) + np.where(np.isnan(g - g), np.ones_like(w), w) + np.fabs(g - g)
+    )
+
+
+SPOKEN = [
+    *(in_place, helped, of_conditions, in_pairs, bounded, of_unselected_numbers, of_large_integers),
+    *(of_small_numbers, of_what_is_finite),
+]
+
+
+@pytest.mark.parametrize("formula", SPOKEN, ids=lambda f: f.__name__)
+def test_what_python_can_say_is_recorded_as_numpy_computes_it(formula: Any) -> None:
+    rule = gb.rule(formula)
+    for t in (1, 2, 3):
+        w, g = np.random.default_rng(3).standard_normal((2, 50))
+        with np.errstate(all="ignore"):
+            expected = rule(w, g, np.float64(t), lr=np.float64(0.1))
+            run(rule, w, g, t=t)
+        np.testing.assert_allclose(w, expected, rtol=1e-13)
+
+
+def test_a_formula_that_is_called_changes_none_of_its_arrays() -> None:
+    @gb.score_loss
+    def squared(z, y):
+        z -= y
+        return z * z
+
+    w, g = np.ones(2), np.ones(2)
+    assert gb.rule(in_place)(w, g, 1, lr=1.0).tolist() == [0.5, 0.5]
+    assert squared(w, g).tolist() == [0, 0]
+    assert (w.tolist(), g.tolist()) == ([1, 1], [1, 1])
+
+
+OF_TWO_NUMBERS: dict[str, Any] = {
+    "divide": lambda a, b: a / b,
+    "power": lambda a, b: a**b,
+    "floor divide": lambda a, b: a // b,
+    "remainder": lambda a, b: a % b,
+    "product": lambda a, b: a * b,
+    "difference of products": lambda a, b: a * 1e308 - b * 1e308,
+    "larger": lambda a, b: np.maximum(a / b, b),
+    "smaller": lambda a, b: np.minimum(b, b / a),
+    "sign": lambda a, b: np.sign(a / b),
+    "root": lambda a, b: np.sqrt(a),
+    "logarithms": lambda a, b: np.log(a) + np.log1p(b),
+    "exponential": lambda a, b: np.exp(a),
+    "rounded": lambda a, b: np.floor(a / b) + np.ceil(b * 1e308),
+    "quotient of selected": lambda a, b: np.where(a > 0, 1, 0) / np.where(b > 0, 2, 0),
+}
+
+
+def test_scalars_are_what_numpy_computes_where_python_raises() -> None:
+    """Divisions by zero, overflow, and functions outside of their domain, on the host."""
+
+    def scalars_of(w, g, t, *, a, b):
+        return sum(number * w**i for i, number in enumerate((f(a, b) for f in OF_TWO_NUMBERS.values()), 3))
+
+    trace = gb.rule(scalars_of).trace()
+    with np.errstate(all="ignore"):
+        for a, b in itertools.product((0.0, -0.0, 1.0, -1.0, 0.5, -2.5, 3.0, 800.0, -1e300, 1e308), repeat=2):
+            expected = [float(f(np.float64(a), np.float64(b))) for f in OF_TWO_NUMBERS.values()]
+            np.testing.assert_allclose(trace.evaluate(1, a=a, b=b), expected, rtol=1e-15, err_msg=f"{a} {b}")
+
+
+BETA = 0.5
+
+
+def test_numbers_from_outside_are_those_at_the_time_when_an_optimizer_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    slope = 0.5
+
+    @gb.rule
+    def outer(w, g, t, *, lr=1.0):
+        return w - BETA * slope * g
+
+    @gb.activation
+    def outer_leaky(x):
+        return np.where(x > 0, x, slope * x)
+
+    def made() -> tuple[gb.Optimizer, gb.Network]:
+        return gb.Optimizer(outer, [np.zeros(1)]), gb.Network([gb.Elementwise(outer_leaky), gb.Dense(1, 1)], "mse")
+
+    def results(opt: gb.Optimizer, net: gb.Network) -> tuple[float, float]:
+        opt.step([np.ones(1)])
+        net.parameters["W1"][...], net.parameters["b1"][...] = 1, 0
+        return opt.params["0"][0], net.scores(np.full((1, 1), -1, np.float32))[0, 0]
+
+    before, trace = made(), outer.trace()
+    assert results(*before) == (-0.25, -0.5)
+    assert made()[0]._trace is trace
+    monkeypatch.setitem(globals(), "BETA", 1.0)
+    slope = 0.125
+    assert results(*made()) == results(*made()) == (-0.125, -0.125)
+    assert outer.trace() is not trace
+    monkeypatch.setitem(globals(), "BETA", 3.0)
+    assert results(*made()) == (-0.375, -0.125)
+    assert results(*before) == (-0.5, -0.5)
+
+
 # --- random expressions of the whole language ------------------------------------------------------------------------
 
 
@@ -291,6 +442,7 @@ BRANCHING = {
     "two comparisons in one": lambda w, g, t, *, lr: np.where(0 < g < 1, w, -w),
     "and": lambda w, g, t, *, lr: np.where((g > 0) and (w > 0), w, -w),
     "not": lambda w, g, t, *, lr: np.where(not g > 0, w, -w),
+    "max": lambda w, g, t, *, lr: max(w, 0),
 }
 
 
@@ -365,6 +517,29 @@ def infinite(w, g, t, *, lr):
     return w * float("inf")
 
 
+def other_name(w, g, m, t, *, lr):
+    older = m
+    m += g
+    return w - lr * older, m
+
+
+def other_name_returned(w, g, t, *, lr):
+    w_new = w
+    w_new -= lr * g
+    return w
+
+
+def at_random(w, g, t, *, lr):
+    return w - lr * g * random.random()
+
+
+calls = itertools.count()
+
+
+def counted(w, g, t, *, lr):
+    return w - lr * g * next(calls)
+
+
 @pytest.mark.parametrize("how", BRANCHING)
 def test_a_branch_is_refused_and_never_the_wrong_one(how: str) -> None:
     with pytest.raises(gb.FormulaError, match=r"cannot branch .*, in, a < b < c.* write np.where\(condition, x, y\)"):
@@ -391,8 +566,19 @@ def test_a_branch_is_refused_and_never_the_wrong_one(how: str) -> None:
         (with_array, "must be its arguments or finite numbers"),
         (too_few, r"too_few must return \(w, m\), 2 values; it returned 1"),
         (infinite, "finite numbers, got inf"),
+        (lambda w, g, t, *, lr: w * 10**400, "finite numbers, got an integer of 1329 bits"),
+        (lambda w, g, t, *, lr: w if t in {1, 2} else -w, r"cannot look a computed value up .* write np.where"),
+        (lambda w, g, t, *, lr: {1: w}.get(t, g), "cannot look a computed value up .in a set or dictionary"),
+        (lambda w, g, t, *, lr: w * functools.cache(abs)(lr), "cannot look a computed value up .*functools.cache"),
+        (other_name, "cannot use m again after it was changed in place, as by .* write x = x"),
+        (other_name_returned, "cannot use w again after it was changed in place"),
+        (at_random, "at_random does not compute the same when it is called again. It is recorded once, so random"),
+        (counted, "counted does not compute the same when it is called again"),
+        (lambda w, g, t, *, lr: w * float(f"{lr:.3f}"), "has no numbers yet .* cannot write one as '.3f'"),
+        (lambda w, g, t, *, lr: w * (1 << t), "cannot shift bits"),
+        (lambda w, g, t, *, lr: w * np.float32(lr), "cannot convert a value to float"),
     ],
-    ids=lambda x: getattr(x, "__name__", ""),
+    ids=lambda x: getattr(x, "__name__", x),
 )
 def test_what_a_formula_cannot_do_is_said(formula: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
@@ -407,12 +593,19 @@ def test_what_a_formula_cannot_do_is_said(formula: Any, message: str) -> None:
         (lambda w, g, *state, t: w, "must have the signature"),
         (lambda w, g, t, *, decoupled=True: w, "'decoupled' is taken"),
         (lambda w, g, t, *, sqrt=0.1: w, "'sqrt' is taken"),
+        (lambda w, g, t, *, self=0.1: w, "'self' is taken"),
+        (lambda w, g, t, *, params=0.1: w, "'params' is taken"),
+        (lambda w, g, __device__, t: (w, __device__), "'__device__' cannot be a name in C"),
+        (lambda w, g, NULL, t: (w, NULL), "'NULL' cannot be a name in C"),
         (lambda w, g, t, *, lr=None: w, "default of lr must be a number"),
         (lambda w, g, double, t: (w, double), "'double' cannot be a name in C"),
         (lambda w, g, mutable, t: (w, mutable), "'mutable' cannot be a name in C"),
         (lambda w, g, β, t: (w, β), "'β' cannot be a name in C"),
     ],
-    ids=["no gradient", "no step", "star", "decay", "function", "no number", "word of C", "word of C++", "not ascii"],
+    ids=[
+        *("no gradient", "no step", "star", "decay", "function", "self", "params", "word of CUDA", "macro"),
+        *("no number", "word of C", "word of C++", "not ascii"),
+    ],
 )
 def test_a_signature_that_is_none_of_a_rule_is_refused(formula: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):

@@ -6,6 +6,7 @@ what backward needs: the slope, y, or neither.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -13,14 +14,24 @@ import numbers
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from gpubatch.errors import FormulaError
 from gpubatch.formula.derivative import derivative, times
 from gpubatch.formula.named import by_name
-from gpubatch.formula.trace import HOST_FUNCTIONS, Element, Scalar, Trace, restated
+from gpubatch.formula.trace import (
+    HOST_FUNCTIONS,
+    Element,
+    Scalar,
+    Trace,
+    check_repeatable,
+    own_copies,
+    recorded,
+    restated,
+    same_recording,
+)
 
 __all__ = [
     "Activation",
@@ -77,28 +88,31 @@ class Activation:
 
     def __call__(self, x: Any, **parameters: float) -> Any:
         """Evaluate the formula on arrays: y."""
-        y = self.formula(x, **parameters)
+        y = self.formula(*own_copies(x), **parameters)
         return y[0] if isinstance(y, tuple) else y
 
     def bind(self, **parameters: float) -> BoundActivation:
         """The activation with values for its parameters."""
-        return BoundActivation(self, parameter_values("activation", self, parameters))
+        return BoundActivation(current(self), parameter_values("activation", self, parameters))
 
     @functools.cached_property
-    def _forms(self) -> dict[str, ActivationForm]:
+    def _forms(self) -> dict[tuple[str, ...], ActivationForm]:
         return {}
 
     def form(self, dtype: str) -> ActivationForm:
         """The traces for elements of ``dtype``, "float32" or "float64"; made once."""
-        found = self._forms.get(dtype)
+        found = self._forms.get((dtype,))
         if found is None:
-            found = self._forms[dtype] = self._traced(dtype)
+            found, again = self._traced(dtype), self._traced(dtype)
+            check_repeatable(self.name, found.forward, again.forward)
+            check_repeatable(self.name, found.backward, again.backward)
+            self._forms[dtype,] = found
         return found
 
     def _traced(self, dtype: str) -> ActivationForm:
         trace = Trace(self.name, ("x", "dy"), ("y", "slope"), parameter_names(self), dtype)
         x, dy = trace.inputs()
-        returned = self.formula(x, **symbols(self))
+        returned = recorded(self.formula, x, **symbols(self))
         y, slope = with_derivative(self.name, returned, x, "y, or y and its slope")
         keeps, reads_y = _needs(slope, y)
         forward = restated(self.name, {x: "x"}, {"y": y, "slope": slope} if keeps else {"y": y})
@@ -177,12 +191,12 @@ class ScoreLoss:
 
     def __call__(self, z: Any, y: Any, **parameters: float) -> Any:
         """Evaluate the formula on arrays: the loss of each score."""
-        loss = self.formula(z, y, **parameters)
+        loss = self.formula(*own_copies(z, y), **parameters)
         return loss[0] if isinstance(loss, tuple) else loss
 
     def bind(self, **parameters: float) -> BoundScoreLoss:
         """The loss with values for its parameters."""
-        return BoundScoreLoss(self, parameter_values("loss", self, parameters))
+        return BoundScoreLoss(current(self), parameter_values("loss", self, parameters))
 
     @functools.cached_property
     def _forms(self) -> dict[tuple[str, ...], Trace]:
@@ -192,13 +206,15 @@ class ScoreLoss:
         """The trace for elements of ``dtype``, from z and y to ``targets``: "loss", the gradient "dz", or both."""
         found = self._forms.get((dtype, *targets))
         if found is None:
-            found = self._forms[dtype, *targets] = self._traced(dtype, *targets)
+            found = self._traced(dtype, *targets)
+            check_repeatable(self.name, found, self._traced(dtype, *targets))
+            self._forms[dtype, *targets] = found
         return found
 
     def _traced(self, dtype: str, *targets: str) -> Trace:
         trace = Trace(self.name, ("z", "y"), ("loss", "dz"), parameter_names(self), dtype)
         z, y = trace.inputs()
-        returned = self.formula(z, y, **symbols(self))
+        returned = recorded(self.formula, z, y, **symbols(self))
         loss, dz = with_derivative(self.name, returned, z, "the loss, or the loss and its slope")
         results = {"loss": loss, "dz": dz}
         return restated(self.name, {z: "z", y: "y"}, {target: results[target] for target in targets})
@@ -234,6 +250,25 @@ def score_loss(formula: Callable[..., Any]) -> ScoreLoss:
 
 
 # --- parameters and slopes -------------------------------------------------------------------------------------------
+
+
+Declared = TypeVar("Declared", Activation, ScoreLoss)
+
+
+def current(declared: Declared) -> Declared:
+    """The formula as it is now: another object if numbers from outside of it have changed since it was traced."""
+    latest: Declared = declared.__dict__.get("_latest", declared)
+    library = str(getattr(declared.formula, "__module__", "")).startswith("gpubatch.")
+    if library or all(_same_form(form, latest._traced(*key)) for key, form in latest._forms.items()):
+        return latest
+    declared.__dict__["_latest"] = latest = dataclasses.replace(declared)
+    return latest
+
+
+def _same_form(one: Any, other: Any) -> bool:
+    if isinstance(one, ActivationForm):
+        return same_recording(one.forward, other.forward) and same_recording(one.backward, other.backward)
+    return same_recording(one, other)
 
 
 def parameter_names(declared: Activation | ScoreLoss) -> tuple[str, ...]:
@@ -281,7 +316,9 @@ def _parameters(formula: Callable[..., Any], wanted: list[str]) -> tuple[tuple[s
     for p in named:
         if p.name in HOST_FUNCTIONS:
             raise FormulaError(f"{name}: the name {p.name!r} is taken; rename the parameter")
-        if p.default is not p.empty and (isinstance(p.default, bool) or not isinstance(p.default, (int, float))):
+        if p.default is not p.empty and (
+            isinstance(p.default, (bool, np.bool_)) or not isinstance(p.default, numbers.Real)
+        ):
             raise FormulaError(f"{name}: the default of {p.name} must be a number, got {p.default!r}")
     defaults = {p.name: float(p.default) for p in named if p.default is not p.empty}
     return tuple(p.name for p in named if p.default is p.empty), defaults

@@ -19,7 +19,7 @@ def by_name(declared: Any, declare: Callable[..., Any]) -> tuple[Callable[..., A
     module, name = declared.formula.__module__, declared.formula.__qualname__
     if module != "__main__":
         try:
-            if imported(module, name) is declared:
+            if getattr(imported(module, name), "formula", None) is declared.formula:
                 return imported, (module, name)
         except (ImportError, AttributeError):
             pass

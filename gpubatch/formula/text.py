@@ -12,7 +12,6 @@ import ast
 import functools
 import json
 import keyword
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,6 +29,7 @@ from gpubatch.formula.trace import (
     Scalar,
     Symbol,
     Trace,
+    is_finite,
     number_text,
     restated,
     text_of,
@@ -150,14 +150,6 @@ def _read(content: str, dtype: str) -> Activation | ScoreLoss:
     else:
         declared.form(dtype, "loss", "dz")
     return declared
-
-
-def is_finite(number: float) -> bool:
-    """Whether a number is finite as a float; an int may be too large for one."""
-    try:
-        return math.isfinite(number)
-    except OverflowError:
-        return False
 
 
 def _program(name: str, lines: list[Any], results: list[Any], known: list[str]) -> list[tuple[str, ast.expr]]:

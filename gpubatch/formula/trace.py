@@ -18,6 +18,7 @@ import itertools
 import math
 import numbers
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -37,11 +38,16 @@ __all__ = [
     "Scalar",
     "Symbol",
     "Trace",
+    "check_repeatable",
     "host_function",
+    "is_finite",
     "number_text",
+    "own_copies",
     "record",
+    "recorded",
     "reduced",
     "restated",
+    "same_recording",
     "text_of",
 ]
 
@@ -135,12 +141,35 @@ INDICATOR = Op(lambda condition, out: np.copyto(out, condition), "select({}, T(1
 COMPOSED: dict[Any, Callable[..., Any]] = {
     np.square: lambda x: x * x,
     np.reciprocal: lambda x: 1 / x,
-    np.clip: lambda x, low, high: np.minimum(np.maximum(x, low), high),
+    np.positive: lambda x: x,
+    np.fabs: np.abs,
+    np.clip: lambda x, low, high: _clip(x, low, high),
     np.ceil: lambda x: -np.floor(-x),
+    np.isnan: lambda x: x != x,
+    np.isfinite: lambda x: x - x == 0,
     np.bitwise_and: np.logical_and,
     np.bitwise_or: np.logical_or,
+    np.bitwise_xor: lambda x, y: np.logical_xor(x, y),
+    np.logical_xor: lambda x, y: _xor(x, y),
     np.invert: np.logical_not,
+    np.zeros_like: lambda x: 0.0,
+    np.ones_like: lambda x: 1.0,
 }
+
+
+def _xor(x: Any, y: Any) -> Any:
+    """Whether one of two conditions holds; either may be a bool option of the rule."""
+    for option, condition in ((x, y), (y, x)):
+        if isinstance(option, (bool, np.bool_)):
+            return np.logical_not(condition) if option else np.logical_or(condition, False)
+    return np.not_equal(*_check_conditions((x, y)))
+
+
+def _clip(x: Any, low: Any, high: Any) -> Any:
+    """x within [low, high], where None is no bound, as NumPy has it."""
+    above = x if low is None else np.maximum(x, low)
+    return above if high is None else np.minimum(above, high)
+
 
 # What a formula that reduces with NumPy is told.
 INSTEAD = "; over a whole parameter a rule has gb.norm(x), gb.mean(x) and gb.max_abs(x)"
@@ -148,7 +177,7 @@ INSTEAD = "; over a whole parameter a rule has gb.norm(x), gb.mean(x) and gb.max
 # Names that a state array cannot have, because the C text uses them.
 C_WORDS = frozenset(
     """
-    k T element update reduced operand EACH REGISTER
+    NULL k T element update reduced operand EACH REGISTER
     alignas alignof and and_eq asm auto bitand bitor bool case catch char char8_t char16_t char32_t class compl concept
     const const_cast consteval constexpr constinit co_await co_return co_yield decltype default delete do double
     dynamic_cast enum explicit export extern false float friend goto inline int long mutable namespace new noexcept not
@@ -170,8 +199,8 @@ HOST_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "tanh": math.tanh,
     "fabs": math.fabs,
     "sign_of": lambda x: float((x > 0) - (x < 0)),
-    "larger_of": max,
-    "smaller_of": min,
+    "larger_of": lambda x, y: x if x > y or x != x else y,
+    "smaller_of": lambda x, y: x if x < y or x != x else y,
     "select": lambda condition, x, y: x if condition else y,
     "both": lambda x, y: bool(x) and bool(y),
     "either": lambda x, y: bool(x) or bool(y),
@@ -181,8 +210,71 @@ HOST_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "remainder_of": operator.mod,
 }
 
+# The same where Python raises for what NumPy calls infinite or NaN; all operands are np.float64.
+IEEE_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "pow": np.power,
+    "sqrt": np.sqrt,
+    "exp": np.exp,
+    "log": np.log,
+    "log1p": np.log1p,
+    "sign_of": np.sign,
+    "floor": np.floor,
+    "floor_quotient": np.floor_divide,
+    "remainder_of": np.remainder,
+}
+
 
 # --- symbols -------------------------------------------------------------------------------------------------------
+
+
+class Recording(threading.local):
+    """Whether this thread is inside a formula that is recorded."""
+
+    running = False
+
+
+RECORDING = Recording()
+
+
+def recorded(formula: Callable[..., Any], *operands: Any, **named: Any) -> Any:
+    """What a formula returns for symbols.
+
+    Meanwhile a symbol cannot be looked up in a set or dictionary: one that is not found there is a branch. And a value
+    that was changed in place, as by ``+=``, cannot be used again by another name, which for an array is the new value.
+    """
+    traces = {id(x.trace): x.trace for x in operands if isinstance(x, Element)}.values()
+    RECORDING.running = True
+    try:
+        results = formula(*operands, **named)
+        for x in results if isinstance(results, tuple) else (results,):
+            _check_current(x)
+    finally:
+        RECORDING.running = False
+        for x in itertools.chain.from_iterable(trace.elements for trace in traces):
+            x.overwritten = False
+    return results
+
+
+def own_copies(*operands: Any) -> list[Any]:
+    """The operands, with copies in place of arrays, which a formula may change by ``+=``."""
+    return [x.copy() if isinstance(x, np.ndarray) or hasattr(x, "__cuda_array_interface__") else x for x in operands]
+
+
+def _check_current(x: Any) -> None:
+    """Raise for an element that the formula has changed in place."""
+    if isinstance(x, Element) and x.overwritten:
+        raise FormulaError(
+            f"a formula cannot use {x.name or 'a value'} again after it was changed in place, as by +=: an array has "
+            "its new value under every name; write x = x + y"
+        )
+
+
+def _in_place(function: Any, x: Symbol, y: Any) -> Symbol:
+    """The new value of x for ``x += y`` and the like."""
+    new = record(function, x, y)
+    if isinstance(x, Element) and not x.uniform and new is not x:
+        x.overwritten = True
+    return new
 
 
 class Symbol:
@@ -220,6 +312,39 @@ class Symbol:
     def __rpow__(self, a: Any) -> Symbol:
         return record(np.power, a, self)
 
+    def __iadd__(self, b: Any) -> Symbol:
+        return _in_place(np.add, self, b)
+
+    def __isub__(self, b: Any) -> Symbol:
+        return _in_place(np.subtract, self, b)
+
+    def __imul__(self, b: Any) -> Symbol:
+        return _in_place(np.multiply, self, b)
+
+    def __itruediv__(self, b: Any) -> Symbol:
+        return _in_place(np.divide, self, b)
+
+    def __ifloordiv__(self, b: Any) -> Symbol:
+        return _in_place(np.floor_divide, self, b)
+
+    def __imod__(self, b: Any) -> Symbol:
+        return _in_place(np.remainder, self, b)
+
+    def __ipow__(self, b: Any) -> Symbol:
+        return _in_place(np.power, self, b)
+
+    def __iand__(self, b: Any) -> Symbol:
+        return _in_place(np.logical_and, self, b)
+
+    def __ior__(self, b: Any) -> Symbol:
+        return _in_place(np.logical_or, self, b)
+
+    def __ixor__(self, b: Any) -> Symbol:
+        return _in_place(np.logical_xor, self, b)
+
+    def __pos__(self) -> Symbol:
+        return self
+
     def __neg__(self) -> Symbol:
         return record(np.negative, self)
 
@@ -244,7 +369,13 @@ class Symbol:
     def __ne__(self, b: Any) -> Symbol:  # type: ignore[override]
         return record(np.not_equal, self, b)
 
-    __hash__ = object.__hash__
+    def __hash__(self) -> int:
+        if RECORDING.running:
+            raise FormulaError(
+                "a formula cannot look a computed value up (in a set or dictionary, or by functools.cache); "
+                "write np.where(condition, x, y)"
+            )
+        return object.__hash__(self)
 
     def __floordiv__(self, b: Any) -> Symbol:
         return record(np.floor_divide, self, b)
@@ -258,6 +389,12 @@ class Symbol:
     def __rmod__(self, a: Any) -> Symbol:
         return record(np.remainder, a, self)
 
+    def __divmod__(self, b: Any) -> tuple[Symbol, Symbol]:
+        return self // b, self % b
+
+    def __rdivmod__(self, a: Any) -> tuple[Symbol, Symbol]:
+        return a // self, a % self
+
     def __and__(self, b: Any) -> Symbol:
         return record(np.logical_and, self, b)
 
@@ -269,6 +406,12 @@ class Symbol:
 
     def __ror__(self, a: Any) -> Symbol:
         return record(np.logical_or, a, self)
+
+    def __xor__(self, b: Any) -> Symbol:
+        return record(np.logical_xor, self, b)
+
+    def __rxor__(self, a: Any) -> Symbol:
+        return record(np.logical_xor, a, self)
 
     def __invert__(self) -> Symbol:
         return record(np.logical_not, self)
@@ -282,6 +425,9 @@ class Symbol:
         return record(ufunc, *operands)
 
     def __array_function__(self, function: Any, types: Any, operands: Any, options: Any) -> Symbol:
+        if function is np.clip:
+            low, high = (options.pop(name, options.pop(f"a_{name}", None)) for name in ("min", "max"))
+            operands = (*operands, low, high)[:3] if len(operands) == 1 else (*operands, high)[:3]
         if options:
             instead = "" if function in OPS or function in COMPOSED else INSTEAD
             raise FormulaError(f"a formula can call {_numpy_name(function)} only with plain operands{instead}")
@@ -289,8 +435,8 @@ class Symbol:
 
     def __bool__(self) -> bool:
         raise FormulaError(
-            "a formula cannot branch on a computed value (if, and, or, not, in, a < b < c); "
-            "write np.where(condition, x, y), and combine conditions with &, | and ~"
+            "a formula cannot branch on a computed value (if, and, or, not, in, a < b < c, min, max, sorted); "
+            "write np.where(condition, x, y), np.maximum and np.minimum, and combine conditions with &, | and ~"
         )
 
     def __float__(self) -> float:
@@ -313,6 +459,23 @@ class Symbol:
         raise FormulaError("a formula works on one element at a time: it cannot multiply matrices")
 
     __rmatmul__ = __matmul__
+
+    def __lshift__(self, _: Any) -> Any:
+        raise FormulaError("a formula cannot shift bits; write x * 2**n")
+
+    __rlshift__ = __rshift__ = __rrshift__ = __lshift__
+
+    def __format__(self, spec: str) -> str:
+        if spec:
+            raise FormulaError(f"a formula has no numbers yet when it is recorded, and cannot write one as {spec!r}")
+        return repr(self)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        if dtype is not None and np.dtype(dtype) != np.object_:
+            float(self)
+        found = np.empty((), object)
+        found[()] = self
+        return found
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # Python and NumPy look up optional special attributes
@@ -344,24 +507,31 @@ class Scalar(Symbol):
             self.definitions[name] = text
             self.text, self.strength, self.depth = name, PRIMARY, 0
 
+    def __repr__(self) -> str:
+        return f"<{self.text}>"
+
 
 class Element(Symbol):
     """One element of an array, or a value computed from elements; ``number`` is its index in the trace.
 
-    ``uniform`` tells whether it is the same number for all elements of the array: a reduction, or computed from some.
+    ``uniform`` tells whether it is the same number for all elements of the array: a reduction, or computed from some;
+    ``overwritten``, whether the formula has changed it in place.
     """
 
-    __slots__ = ("name", "number", "op", "operands", "trace", "uniform")
+    __slots__ = ("name", "number", "op", "operands", "overwritten", "trace", "uniform")
 
     def __init__(self, trace: Trace, op: Op | None, operands: tuple[Any, ...], name: str = "") -> None:
         self.trace, self.op, self.operands, self.name = trace, op, operands, name
-        self.number = len(trace.elements)
+        self.number, self.overwritten = len(trace.elements), False
         if op is None:
             self.uniform = name in trace.values
         else:
             of = (x.uniform for x in operands if isinstance(x, Element))
             self.uniform = isinstance(op, Reduction) or all(of)
         trace.elements.append(self)
+
+    def __repr__(self) -> str:
+        return f"<element of {self.name}>" if self.op is None else f"<value {self.number} of each element>"
 
 
 def element(trace: Trace, op: Op, operands: tuple[Any, ...]) -> Element:
@@ -370,7 +540,7 @@ def element(trace: Trace, op: Op, operands: tuple[Any, ...]) -> Element:
     # 1 and 1.0 are equal keys and the same number, but 0.0 and -0.0 are equal keys and differ in sign.
     if any(not isinstance(x, Symbol) and x == 0 for x in operands):
         key += tuple(math.copysign(1, x) for x in operands if not isinstance(x, Symbol))
-    if key not in trace.computed:
+    if key not in trace.computed or trace.computed[key].overwritten:
         trace.computed[key] = Element(trace, op, operands)
     return trace.computed[key]
 
@@ -382,6 +552,9 @@ def _key(x: Any) -> Any:
 
 def record(function: Any, *operands: Any) -> Symbol:
     """The symbol for ``function(*operands)``: an element if any operand is an element, otherwise a scalar."""
+    operands = tuple(x[()] if isinstance(x, np.ndarray) and x.ndim == 0 else x for x in operands)
+    for x in operands:
+        _check_current(x)
     if function in COMPOSED:
         return COMPOSED[function](*operands)  # type: ignore[no-any-return]
     op = OPS.get(function)
@@ -410,7 +583,7 @@ def record(function: Any, *operands: Any) -> Symbol:
             return record(np.multiply, owner, owner)
         if _are(operands[1:], (0.5,)):
             return record(np.sqrt, owner)
-    if function is np.divide and not isinstance(operands[1], Element):
+    if function is np.divide and not isinstance(operands[1], Element) and not _is_tiny(operands[1]):
         # A division costs ten times as much as a product; the host computes the reciprocal, in double precision.
         return record(np.multiply, operands[0], record(np.divide, 1, operands[1]))
     return element(owner.trace, op, operands)
@@ -418,6 +591,7 @@ def record(function: Any, *operands: Any) -> Symbol:
 
 def reduced(op: Reduction, x: Symbol) -> Element:
     """The element for a reduction of ``x`` over an array."""
+    _check_current(x)
     if not isinstance(x, Element) or x.uniform:
         kind = "a number that is the same for all elements" if isinstance(x, Element) else "a hyper-parameter or t"
         raise FormulaError(f"gb.{op.name} must be of a value of each element, got {kind}")
@@ -429,6 +603,11 @@ def reduced(op: Reduction, x: Symbol) -> Element:
 def _are(operands: Sequence[Any], values: Sequence[float]) -> bool:
     """Whether the operands equal these numbers."""
     return all(not isinstance(x, Symbol) and x == value for x, value in zip(operands, values, strict=True))
+
+
+def _is_tiny(x: Any) -> bool:
+    """Whether x is a number whose reciprocal is infinite in float32."""
+    return not isinstance(x, Symbol) and 0 < abs(x) < 1e-38
 
 
 def is_condition(x: Any) -> bool:
@@ -485,11 +664,19 @@ def _number(x: Any) -> int | float:
         x = x[()]
     if isinstance(x, (bool, np.bool_)):
         return int(x)
-    if not isinstance(x, numbers.Real) or not math.isfinite(x):
-        raise FormulaError(
-            f"operands in a formula must be its arguments or finite numbers, got {x!r} of type {type(x).__name__}"
-        )
-    return int(x) if isinstance(x, numbers.Integral) else float(x)
+    if not isinstance(x, numbers.Real) or not is_finite(x):
+        shown = f"an integer of {x.bit_length()} bits" if isinstance(x, int) else f"{x!r} of type {type(x).__name__}"
+        raise FormulaError(f"operands in a formula must be its arguments or finite numbers, got {shown}")
+    # C has no larger integers than 2^63, and what has more digits than a double is rounded in both cases.
+    return int(x) if isinstance(x, numbers.Integral) and abs(int(x)) < 1 << 53 else float(x)
+
+
+def is_finite(number: Any) -> bool:
+    """Whether a number is finite as a float; an int may be too large for one."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def number_text(x: Any) -> tuple[str, int]:
@@ -591,17 +778,35 @@ class Trace:
     def evaluate(self) -> Callable[..., tuple[float, ...]]:
         """A Python function of ``t`` and the hyper-parameters that computes all scalars in double precision."""
         definitions = dict(item for x in self.used_scalars() for item in x.definitions.items())
+        arguments = ", ".join(("t", *self.hyper))
         source = "\n".join(
             [
-                f"def evaluate({', '.join(('t', *self.hyper))}):",
-                *(f"    {name} = {text}" for name, text in definitions.items()),
-                f"    return ({''.join(f'{text}, ' for text in self.scalars)})",
+                f"def evaluate({arguments}):",
+                "    try:",
+                *(f"        {name} = {text}" for name, text in definitions.items()),
+                f"        return ({''.join(f'{text}, ' for text in self.scalars)})",
+                "    except _errors:",
+                f"        return _ieee({arguments})",
             ]
         )
-        names: dict[str, Any] = {"__builtins__": {}, **HOST_FUNCTIONS}
-        exec(source, names)
-        found: Callable[..., tuple[float, ...]] = names["evaluate"]
-        return found
+
+        def ieee(*values: float) -> tuple[float, ...]:
+            """The same as NumPy computes it, where 1/0 is infinite: what ``np.where`` does not select may be so."""
+            with np.errstate(all="ignore"):
+                return tuple(map(float, made(ieee_functions, None)(*map(np.float64, values))))
+
+        def made(functions: dict[str, Any], instead: Any) -> Callable[..., tuple[float, ...]]:
+            errors = (ArithmeticError, ValueError) if instead else ()
+            names: dict[str, Any] = {"__builtins__": {}, "_errors": errors, "_ieee": instead, **functions}
+            exec(source, names)
+            found: Callable[..., tuple[float, ...]] = names["evaluate"]
+            return found
+
+        def in_double(function: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *operands: np.float64(function(*operands))
+
+        ieee_functions = {name: in_double(IEEE_FUNCTIONS.get(name, f)) for name, f in HOST_FUNCTIONS.items()}
+        return made(HOST_FUNCTIONS, ieee)
 
     @functools.cached_property
     def passes(self) -> tuple[FormulaPass, ...]:
@@ -699,3 +904,18 @@ def restated(
             operands = tuple(new[y.number] if isinstance(y, Element) else y for y in x.operands)
             new[x.number] = element(trace, x.op, operands)
     return trace.finish([new[x.number] if isinstance(x, Element) else x for x in results.values()])
+
+
+def same_recording(one: Trace, other: Trace) -> bool:
+    """Whether two traces have the same operations on the same operands, and the same results."""
+    keys = [(list(trace.computed), list(map(_key, trace.results))) for trace in (one, other)]
+    return keys[0] == keys[1]
+
+
+def check_repeatable(name: str, one: Trace, other: Trace) -> None:
+    """Raise if a formula that was traced twice is not the same: it would be recorded with what it had once."""
+    if not same_recording(one, other):
+        raise FormulaError(
+            f"{name} does not compute the same when it is called again. It is recorded once, so random numbers, the "
+            "time and counters of your own would stay as they were; a number that changes is a hyper-parameter or state"
+        )

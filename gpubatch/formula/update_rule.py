@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import keyword
+import numbers
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,12 +13,25 @@ from typing import Any
 
 from gpubatch.errors import FormulaError
 from gpubatch.formula.named import by_name
-from gpubatch.formula.trace import C_WORDS, HOST_FUNCTIONS, Scalar, Trace, restated
+from gpubatch.formula.trace import (
+    C_WORDS,
+    HOST_FUNCTIONS,
+    Scalar,
+    Trace,
+    check_repeatable,
+    own_copies,
+    recorded,
+    restated,
+    same_recording,
+)
 
 __all__ = ["Rule", "rule"]
 
-# Arguments of every optimizer, and of its groups.
-TAKEN = ("t", "decoupled", "backend", "master_weights", "groups", "check", "trainable")
+# Arguments of every optimizer, of its groups, and of how it is made.
+TAKEN = (
+    *("t", "decoupled", "backend", "master_weights", "groups", "check", "trainable", "maximize"),
+    *("self", "rule", "params", "init"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +54,7 @@ class Rule:
 
     def __call__(self, w: Any, g: Any, *state_and_t: Any, **hyper: Any) -> Any:
         """Evaluate the formula on arrays: the new w and the new state; nothing changes in place."""
-        return self.formula(w, g, *state_and_t, **hyper)
+        return self.formula(*own_copies(w, g, *state_and_t), **hyper)
 
     @property
     def hyper(self) -> tuple[str, ...]:
@@ -54,18 +68,36 @@ class Rule:
             return ("",)
         return ("", "coupled", "decoupled") if "lr" in self.hyper else ("", "coupled")
 
-    @functools.cache  # noqa: B019  a rule lives as long as its module; each variant is traced once
+    @functools.cached_property
+    def _traces(self) -> dict[Any, Trace]:
+        return {}
+
     def trace(self, decay: str = "", **options: str | bool) -> Trace:
         """The traced formula; ``decay`` is the optimizer's weight decay: "", "coupled" or "decoupled"."""
         if decay and "weight_decay" in self.hyper:
-            return self.trace(**options)
+            return self.trace("", **options)
+        key: Any = (decay, *sorted({**self.options, **options}.items()))
+        found = self._traces.get(key)
+        if found is None:
+            found = self._traced(*key)
+            check_repeatable(self.name, found, self._traced(*key))
+            self._traces[key] = found
+        return found
+
+    def renew(self) -> None:
+        """Trace again what has been traced, since numbers from outside of the formula may be others now."""
+        for key, trace in list(self._traces.items()):
+            if not same_recording(trace, self._traced(*key)):
+                del self._traces[key]
+
+    def _traced(self, decay: str, *options: tuple[str, str | bool]) -> Trace:
         hyper = (*self.hyper, *(["weight_decay"] if decay else []))
         trace = Trace(self.name, ("w", "g", *self.state), ("w", *self.state), hyper, reducible=True)
         inputs = trace.inputs()
         w, g, *state = inputs
         symbols = {name: Scalar(name) for name in self.hyper}
         new_w, new_g = _decayed(decay, w, g, symbols.get("lr"))
-        results = self.formula(new_w, new_g, *state, Scalar("t"), **symbols, **options)
+        results = recorded(self.formula, new_w, new_g, *state, Scalar("t"), **symbols, **dict(options))
         results = results if isinstance(results, tuple) else (results,)
         if len(results) != len(trace.targets):
             raise FormulaError(
@@ -94,6 +126,8 @@ def rule(formula: Callable[..., Any]) -> Rule:
     and after ``*`` its hyper-parameters. It returns the new weights and the new state, in the order of its arguments.
     It works on one element at a time, but for :func:`norm`, :func:`mean` and :func:`max_abs` over a whole parameter. A
     rule with ``weight_decay`` among its hyper-parameters applies it itself; otherwise the optimizer does, as for all.
+    What it reads from outside, such as a constant of the module, is read when an optimizer is made: a number that
+    changes in training is a hyper-parameter, which may be a schedule.
     Raises :class:`FormulaError` for any other signature.
 
     >>> @rule
@@ -112,13 +146,13 @@ def rule(formula: Callable[..., Any]) -> Rule:
     for p in named:
         if p.name in (*TAKEN, *HOST_FUNCTIONS) or keyword.iskeyword(p.name):
             raise FormulaError(f"{name}: the name {p.name!r} is taken; rename the hyper-parameter")
-        if p.default is not p.empty and not isinstance(p.default, (int, float, str)):
+        if p.default is not p.empty and not isinstance(p.default, (numbers.Real, str)):
             raise FormulaError(
                 f"{name}: the default of {p.name} must be a number, a string or a bool, got {p.default!r}"
             )
     for array in positional[2:-1]:
         taken = array.endswith("_new") or re.fullmatch(r"x\d+|(of_)?(norm|mean|max_abs)\d+", array)
-        if not array.isascii() or array in C_WORDS or taken:
+        if not array.isascii() or array in C_WORDS or taken or array.startswith("__"):
             raise FormulaError(f"{name}: the state {array!r} cannot be a name in C; rename it")
     defaults = {p.name: p.default for p in named if p.default is not p.empty}
     return Rule(

@@ -156,6 +156,8 @@ class Optimizer:
         self._master = check_bool("master_weights", master_weights)
         if self._master and self._dtype != np.float16:
             raise ArgumentError(f"master_weights=True is for float16 parameters, these are {self._dtype}")
+        if self._master and MASTER in rule.state:
+            raise ArgumentError(f"{rule.name} has a state {MASTER!r}, the name of master weights; rename it")
         kept, dtype = (*rule.state, *([MASTER] if self._master else [])), compute_dtype(self._dtype)
         self._state = {name: FlatViews(self.backend.zeros(size, dtype), shapes) for name in kept}
         if self._master:
@@ -496,6 +498,8 @@ class Optimizer:
             if group.trainable and group.names
         ]
         decay = "" if all(value == 0.0 for value in decays) else "decoupled" if self._decoupled else "coupled"
+        if not self._checked:
+            self.rule.renew()
         self._trace = self.rule.trace(decay, **self._options)
         self._update = update_for(self._trace, self._dtype, self.backend, self._master)
         self._at_once = getattr(self._update, "at_once", lambda arrays, scalars, control, row_of: False)
