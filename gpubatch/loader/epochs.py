@@ -129,15 +129,6 @@ class Epochs:
     def _last_of(self, samples: int, batch_size: int) -> int:
         return min(batch_size, samples - (self._batches_of(samples, batch_size) - 1) * batch_size)
 
-    @property
-    def last_size(self) -> int:
-        """Samples that this rank has in the last batch of an epoch."""
-        return self.order.own(self.rows_of(len(self) - 1))
-
-    def size_of(self, batch: int) -> int:
-        """Samples that this rank has in the batch of this number, counted from 0."""
-        return self.order.own(self.rows_of(batch))
-
     def rows_of(self, batch: int) -> int:
         """Samples in the batch of this number, on all ranks if batches are dealt."""
         return self.batch_size if batch < len(self) - 1 else self._last_of(self.order.share, self.batch_size)

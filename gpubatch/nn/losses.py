@@ -12,7 +12,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -256,8 +256,6 @@ class SigmoidCrossEntropy(LogOdds):
     True
     """
 
-    takes_weights = True
-
     def __init__(self, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = checked_smoothing(label_smoothing)
         smoothed = scores.smoothed_sigmoid_cross_entropy.bind(smoothing=self.label_smoothing)
@@ -379,6 +377,9 @@ class OneOfMany(Loss):
 class OfMargins(OneOfMany):
     """A loss of the margins z_j - z_y + delta between the other classes and the right one."""
 
+    takes_weights = True
+    operation: ClassVar[str]  # of the core, which computes the loss
+
     def __init__(self, ignore_label: int | None = None, delta: float = 1.0) -> None:
         OneOfMany.__init__(self, ignore_label)
         self.delta = check_real("delta", delta, 0, open_low=True)
@@ -386,6 +387,14 @@ class OfMargins(OneOfMany):
     def options(self) -> dict[str, Any]:
         """See :class:`Loss`."""
         return {**OneOfMany.options(self), **({} if self.delta == 1 else {"delta": self.delta})}
+
+    def workspace(self, outputs: int) -> Mapping[str, Space]:
+        """The results, and the operation's scratch."""
+        return {**results_of(outputs), **getattr(Ops, self.operation).scratch(outputs)}
+
+    def run(self, z: Array, Y: Array, c: Context) -> None:
+        """The mean over the batch, and its gradient."""
+        getattr(c.ops, self.operation)(z, Y, c.gradient, c.work, c.weights, self.delta)
 
     def margins(self, z: Array, Y: Array) -> tuple[Array | int, Array]:
         """1 for each label that counts; and max(0, z_j - z_y + delta), 0 where j = y."""
@@ -411,15 +420,7 @@ class SVM(OfMargins):
     True
     """
 
-    takes_weights = True
-
-    def workspace(self, outputs: int) -> Mapping[str, Space]:
-        """The results, and the operation's scratch."""
-        return {**results_of(outputs), **Ops.svm.scratch(outputs)}
-
-    def run(self, z: Array, Y: Array, c: Context) -> None:
-        """L = Σ max(0, z_j - z_y + delta) / n, without j = y."""
-        c.ops.svm(z, Y, c.gradient, c.work, c.weights, self.delta)
+    operation = "svm"
 
     def each(self, z: Array, Y: Array) -> Array:
         """See :class:`Loss`."""
@@ -442,15 +443,7 @@ class CrammerSinger(OfMargins):
     True
     """
 
-    takes_weights = True
-
-    def workspace(self, outputs: int) -> Mapping[str, Space]:
-        """The results, and the operation's scratch."""
-        return {**results_of(outputs), **Ops.crammer_singer.scratch(outputs)}
-
-    def run(self, z: Array, Y: Array, c: Context) -> None:
-        """L = Σ max(0, max_{j≠y} z_j - z_y + delta) / n."""
-        c.ops.crammer_singer(z, Y, c.gradient, c.work, c.weights, self.delta)
+    operation = "crammer_singer"
 
     def each(self, z: Array, Y: Array) -> Array:
         """See :class:`Loss`."""
