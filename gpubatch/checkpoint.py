@@ -16,6 +16,7 @@ dimensions, then these. Numbers that grow with the run are in a file beside it (
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -290,6 +291,8 @@ def _sha256_of(file: Any) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path``, for a file that then takes its place at once; if it fails, nothing is left."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.unfinished")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise FileExistsError(errno.EEXIST, "this is a device or a pipe, whose place no file takes", str(path))
     try:
         unfinished.unlink(missing_ok=True)
         yield unfinished

@@ -8,18 +8,22 @@ options: see :class:`Options`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import gpubatch as gb
+from gpubatch.train import memory
 
 ROWS, FEATURES, EPOCHS, BATCH = 330, 6, 3, 48  # uneven: the last batch has 42 rows
 VALIDATED = 2500  # three batches: of four ranks one has none
@@ -32,7 +36,8 @@ class Options:
     kind: of network or data, see :func:`parts_of`
     checkpoint, resume: of ``fit``; saved after every ``every`` steps
     stop: the step after which the run is stopped, by rank ``on``
-    fault: see :func:`fault`; on rank ``on`` after ``at`` steps
+    fault: see :func:`fault`; on rank ``on`` after ``at`` steps, in the callback's method ``place``, or where a run
+        reads its validation set ("read"), writes its second checkpoint ("write") or tries a batch size ("auto")
     """
 
     kind: str = "plain"
@@ -43,6 +48,7 @@ class Options:
     fault: str = ""
     on: int = 1
     at: int = 9
+    place: str = "on_step"
     shards: int = 4
 
 
@@ -51,14 +57,19 @@ class Files:
 
     block = 32
 
-    def __init__(self, X: np.ndarray, Y: np.ndarray, damaged: bool = False) -> None:
-        self.X, self.Y, self.damaged, self.read_before = X, Y, damaged, 0
+    def __init__(
+        self, X: np.ndarray, Y: np.ndarray, damaged: bool = False, at_read: Callable[[], None] | None = None
+    ) -> None:
+        self.X, self.Y, self.damaged, self.read_before, self.at_read = X, Y, damaged, 0, at_read
 
     def __len__(self) -> int:
         return len(self.X)
 
     def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self.read_before += len(index)
+        if self.at_read is not None and self.read_before > len(self.X):  # it was read once, by the check before a run
+            act, self.at_read = self.at_read, None
+            act()
         if self.damaged and self.read_before > 200:
             raise gb.errors.DataFormatError("part-3.bin is damaged: a block of 7 bytes where 32 rows belong")
         return self.X[index], self.Y[index]
@@ -90,7 +101,8 @@ def parts_of(o: Options, ranks: gb.Ranks) -> tuple[gb.Network, gb.Loader, gb.Opt
     elif o.kind == "windowed":
         data = (Files(X, Y, damaged=here and o.fault == "damaged file"),)
         of_loader |= {"window": 128}
-        more |= {"validation": Files(*held_out), "metrics": ["f1"]}
+        act = functools.partial(fault, o) if here and o.place == "read" and o.fault else None
+        more |= {"validation": Files(*held_out, at_read=act), "metrics": ["f1"]}
     elif o.kind == "averaged":
         more |= {"callbacks": [gb.WeightAverage(0.9), gb.ReduceOnPlateau(0.5, 0), gb.EarlyStopping(2)]}
     if here and o.fault == "seed":
@@ -100,6 +112,8 @@ def parts_of(o: Options, ranks: gb.Ranks) -> tuple[gb.Network, gb.Loader, gb.Opt
     if o.fault == "prepare":
         of_loader |= {"prepare": Prepare(here)}
     net = gb.mlp(**of_net, backend="cpu")
+    if o.place == "auto":
+        of_loader |= {"batch_size": "auto", "at_most": 64}
     loader = gb.Loader(*data, **of_loader, ranks=ranks, shards=o.shards, backend="cpu")
     return net, loader, gb.Adam(net.parameters, 0.01), more
 
@@ -117,7 +131,7 @@ class Prepare:
         return x
 
 
-def fault(o: Options, net: gb.Network) -> None:
+def fault(o: Options, net: gb.Network | None = None) -> None:
     """Do what is to go wrong on this rank."""
     if o.fault == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -127,7 +141,14 @@ def fault(o: Options, net: gb.Network) -> None:
         raise ZeroDivisionError("a callback divides by 0")
     elif o.fault == "exits":
         sys.exit(3)
+    elif o.fault == "interrupt":
+        raise KeyboardInterrupt
+    elif o.fault == "no memory":
+        raise MemoryError("there is no room")
+    elif o.fault == "stops":
+        raise gb.StopTraining("enough")
     elif o.fault == "memory":
+        assert net is not None
         core = gb.nn.core_of(net)
         reserve = core.reserve
 
@@ -145,6 +166,28 @@ def full_disk(*arguments: Any) -> str:
     raise OSError(28, "No space left on device")
 
 
+def in_place(o: Options, ranks: gb.Ranks) -> None:
+    """Have the run do what is to go wrong while it writes its second checkpoint, or tries a batch size."""
+    written, write = itertools.count(1), gb.checkpoint._write_synced
+
+    def writes(path: Path, *given: Any) -> str:
+        if next(written) == 2:
+            path.write_bytes(b"half a checkpoint")
+            fault(o)
+            path.unlink(missing_ok=True)
+        return write(path, *given)
+
+    def rehearses(*given: Any) -> str | None:
+        fault(o)
+        return rehearse(*given)
+
+    rehearse = memory.rehearse
+    if ranks.rank == o.on and o.place == "write":
+        gb.checkpoint._write_synced = writes
+    if ranks.rank == o.on and o.place == "auto":
+        memory.rehearse = rehearses
+
+
 class Script:
     """The callback that does what the options say."""
 
@@ -154,8 +197,20 @@ class Script:
     def on_step(self, state: gb.TrainingState) -> None:
         if self.rank == self.o.on and state.step == self.o.stop:
             raise gb.StopTraining(f"rank {self.rank} has seen enough")
-        if self.o.fault and self.rank == self.o.on and state.step == self.o.at:
+        if self.o.fault and self.o.place == "on_step" and self.rank == self.o.on and state.step == self.o.at:
             fault(self.o, state.net)
+
+
+class Elsewhere:
+    """The callback that does it in another method, the first time that is called after enough steps."""
+
+    def __init__(self, o: Options, rank: int) -> None:
+        def act(state: gb.TrainingState, *_: Any) -> None:
+            if rank == o.on and (state.step >= o.at or o.place in ("on_start", "on_exit")) and next(calls) == 0:
+                fault(o, state.net)
+
+        calls = itertools.count()
+        setattr(self, o.place, act)
 
 
 def digest_of(net: gb.Network, opt: gb.Optimizer) -> str:
@@ -174,6 +229,9 @@ def main(folder: Path, o: Options) -> None:
     if o.fault == "damaged checkpoint" and ranks.rank == o.on:
         gb.train.resume.read = lambda path: gb.checkpoint.read(path.with_name("checkpoint-1.safetensors"))
     more["callbacks"] = [*more.get("callbacks", []), Script(o, ranks.rank)]
+    if o.fault and o.place.startswith("on_") and o.place != "on_step":
+        more["callbacks"].append(Elsewhere(o, ranks.rank))
+    in_place(o, ranks)
     told = []
     try:
         with warnings.catch_warnings(record=True) as seen:

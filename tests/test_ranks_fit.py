@@ -266,7 +266,7 @@ def test_a_run_goes_on_with_another_number_of_processes(kind: str, tmp_path: Pat
 RAISED = {
     "SIGTERM": ("TrainingTerminated", "terminated in epoch 2 after step 10; the model holds this last complete step"),
     "SIGINT": ("TrainingInterrupted", "interrupted in epoch 2 after step 10; the model holds this last complete step"),
-    "seed": ("ArgumentError", "have others than rank 0; network's seed is 3 on rank 0, 4 on rank 1"),
+    "seed": ("ArgumentError", "has others than rank 0; network's seed is 3 on rank 0, 4 on rank 1"),
     "network": ("ArgumentError", "network's layer 1 is 'Dense(inputs=6, outputs=12, bias=True)' on rank 0, 'Dense(in"),
     "damaged checkpoint": ("DataFormatError", "checkpoint-1.safetensors must have its original name"),
 }

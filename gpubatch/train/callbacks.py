@@ -13,12 +13,16 @@ from gpubatch.train.history import StopTraining, TrainingState
 from gpubatch.train.parts import StepPart
 from gpubatch.train.together import ALONE, Agreement
 
-__all__ = ["HOOKS", "Callbacks"]
+__all__ = ["HOOKS", "AgreedStop", "Callbacks"]
 
 # The methods of a callback, each called with the training state; on_gradient with the gradients, too.
 HOOKS = ("on_start", "on_gradient", "on_step", "on_validation", "on_epoch", "on_end", "on_exit")
 ONCE = "once"  # the attribute of a callback that is called on rank 0 alone
 AVERAGED = "averaged"  # the method of gpubatch's own that gives validation other weights
+
+
+class AgreedStop(StopTraining):
+    """All ranks stop at this place."""
 
 
 class Callbacks:
@@ -141,7 +145,7 @@ class Callbacks:
 
     def _tell_or_stop(self, hook: str, state: TrainingState) -> None:
         if (why := self._tell(hook, state)) is not None:
-            raise StopTraining(why)
+            raise AgreedStop(why)
 
 
 def methods_of(callback: Any) -> dict[str, Callable[..., Any]]:

@@ -1,21 +1,35 @@
-"""What a resumed run was given otherwise than the saved one: callbacks, and arguments of ``fit``."""
+"""What a resumed run was given otherwise than the saved one, or a rank than others: callbacks, arguments, samples."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gpubatch.backend import Backend
+import numpy as np
+
+from gpubatch.backend import Array, Backend
 from gpubatch.errors import ArgumentError
+from gpubatch.loader import Loader, epochs_of
 from gpubatch.train.parts import OfARun
 from gpubatch.train.validation import HeldOut
 
-__all__ = ["changed_arguments", "changed_callbacks", "describe_callbacks", "describe_held_out", "has_state", "in_order"]
+__all__ = [
+    "changed_arguments",
+    "changed_callbacks",
+    "describe_callbacks",
+    "describe_held_out",
+    "digest_of_samples",
+    "digest_of_validation",
+    "has_state",
+    "in_order",
+]
 
 # The arguments that the state of a callback belongs to.
 OF_ITS_STATE = ("monitor", "mode", "buffers")
-ROWS = 1 << 12  # of a validation set that are looked at
+ROWS = 1 << 12  # of samples that are looked at
 
 
 def has_state(callback: Any) -> bool:
@@ -107,6 +121,27 @@ def describe_held_out(held_out: HeldOut | None, backend: Backend) -> dict[str, A
         return None
     Y = backend.to_numpy(held_out.first()[1][:ROWS])
     return {"samples": held_out.samples, "labels": hashlib.sha256(Y.tobytes()).hexdigest()[:16]}
+
+
+def digest_of_validation(held_out: HeldOut | None, backend: Backend) -> list[int] | None:
+    """How many samples a validation set has, and a digest of the first ones, for ranks."""
+    if held_out is None:
+        return None
+    X, Y, weights = held_out.first()
+    return [held_out.samples, digest(backend, [X[:], Y, *weights.values()])]
+
+
+def digest_of_samples(loader: Loader) -> int | None:
+    """A digest of samples from all over, for ranks; None of those that are read, of which each is a read."""
+    columns, n = epochs_of(loader).columns, loader.n_samples
+    if columns.readers:
+        return None
+    return digest(loader.backend, columns.at(np.unique(np.linspace(0, n - 1, ROWS).astype(np.int64))))
+
+
+def digest(backend: Backend, arrays: Sequence[Array]) -> int:
+    """A CRC-32 of arrays of a device."""
+    return functools.reduce(lambda crc, x: zlib.crc32(np.ascontiguousarray(backend.to_numpy(x)).data, crc), arrays, 0)
 
 
 def changed_arguments(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

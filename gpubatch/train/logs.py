@@ -62,6 +62,9 @@ class CSVLog:
         if not (state.resumed or self._rows) and self.path.exists() and self.path.stat().st_size:
             raise ArgumentError(f"{self.path} has a log: take another path, remove it, or go on with resume=True")
         self._columns = columns
+        if self.path.exists() and not self.path.is_file():  # such as a pipe, whose place no file may take
+            self._write(self.path, "w", [columns, *self._rows])
+            return
         beside = self.path.with_name(self.path.name + ".new")
         self._write(beside, "w", [columns, *self._rows])
         beside.replace(self.path)  # whole, whenever the process is killed

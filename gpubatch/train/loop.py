@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from gpubatch.checkpoint import Checkpoints
+from gpubatch.checkpoint import Checkpoints, versions
 from gpubatch.errors import (
     ArgumentError,
     FewStepsWarning,
@@ -28,10 +28,10 @@ from gpubatch.nn import Network, core_of
 from gpubatch.optim import Optimizer, epoch_in, given_hyper, unchecked
 from gpubatch.parallel import Ranks
 from gpubatch.schedules import is_known
-from gpubatch.train.callbacks import Callbacks
+from gpubatch.train.callbacks import AgreedStop, Callbacks
 from gpubatch.train.captured import CapturedSteps
 from gpubatch.train.checks import check_loader, check_parts, check_ranks, scale_for
-from gpubatch.train.compared import describe_held_out
+from gpubatch.train.compared import describe_callbacks, describe_held_out, digest_of_samples, digest_of_validation
 from gpubatch.train.display import display
 from gpubatch.train.eager import EagerSteps
 from gpubatch.train.history import History, StopTraining, TrainingState
@@ -233,9 +233,12 @@ def fit(
                         checkpoints.after_epoch()
                         between.stop_if_signalled()
                 except StopTraining as stop:
+                    if together.several and not isinstance(stop, AgreedStop):
+                        raise  # from where only callbacks should: the other ranks do not stop
                     stopped = str(stop)
                 if stopped:
                     record.state.note(stopped)
+                record.check_alike()
                 checkpoints.save()
                 if not between.signalled():
                     watching.end(record.state)
@@ -271,13 +274,17 @@ def arguments_of_run(
         "network": describe_network(state.net),
         "backend": state.net.backend.name,
         "optimizer": f"{type(state.opt).__name__}, rule {state.opt.rule.name}",
-        "samples": checkpoints.batches,
+        "versions": {name: found for name, found in json.loads(versions()).items() if name != "python"},
+        "samples": {**checkpoints.batches, "more": digest_of_samples(state.loader)},
         "loader": state.loader.state_dict(),
         "batch_size": "auto" if epochs_of(state.loader).automatic else state.loader.batch_size,
         "epochs": epochs,
-        "validation": None if held_out is None else held_out.samples,
+        "validation": digest_of_validation(held_out, state.net.backend),
         "callbacks": [
-            f"{type(callback).__module__}.{type(callback).__qualname__}" for callback in checkpoints.callbacks
+            [f"{type(callback).__module__}.{type(callback).__qualname__}", described["settings"]]
+            for callback, described in zip(
+                checkpoints.callbacks, describe_callbacks(checkpoints.callbacks), strict=True
+            )
         ],
         "checkpoint": None if store is None else [str(store.folder), store.every, store.background],
         "resume": resume,

@@ -12,6 +12,7 @@ from gpubatch.errors import ArgumentError, check_bool, check_choice, check_int, 
 from gpubatch.nn import Network
 from gpubatch.optim import MASTER, Optimizer
 from gpubatch.train.history import StopTraining, TrainingState
+from gpubatch.train.live import copied, live_callback
 from gpubatch.train.parts import OfARun
 
 __all__ = ["BestWeights", "EarlyStopping", "ReduceOnPlateau"]
@@ -122,9 +123,9 @@ class KeptWeights:
             for name, view in master.items():
                 view[...] = net.parameters[name]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Copies of them; empty if there are none."""
-        return {name: flat.copy() for name, flat in self._arrays.items()} if self.filled else {}
+    def live_state(self) -> dict[str, Any]:
+        """They themselves; empty if there are none."""
+        return self._arrays if self.filled else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them over."""
@@ -216,7 +217,10 @@ class BestWeights(Watching):
 
     def state_dict(self) -> dict[str, Any]:
         """For checkpoints: copies of the weights, too."""
-        return {**self.monitor.state_dict(), "weights": self.kept.state_dict()}
+        return copied(self._live_state())
+
+    def _live_state(self) -> dict[str, Any]:
+        return {**self.monitor.state_dict(), "weights": self.kept.live_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave."""
@@ -310,8 +314,11 @@ class EarlyStopping(Watching):
 
     def state_dict(self) -> dict[str, Any]:
         """For checkpoints: copies of the weights, too."""
+        return copied(self._live_state())
+
+    def _live_state(self) -> dict[str, Any]:
         own = {"wait": self.wait, "epochs": self._epochs, "stopped_epoch": self.stopped_epoch}
-        return {**own, **self.weights.state_dict()}
+        return {**own, **live_callback(self.weights)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave."""

@@ -18,6 +18,7 @@ from gpubatch.optim import MASTER, Optimizer
 from gpubatch.own import as_written
 from gpubatch.params import FlatViews
 from gpubatch.train.history import TrainingState
+from gpubatch.train.live import copied
 
 __all__ = ["ClipByValue", "GradientNoise", "OfARun", "StepPart", "WeightAverage", "parts_source"]
 
@@ -351,7 +352,10 @@ class WeightAverage(StepPart):
 
     def state_dict(self) -> dict[str, Any]:
         """For checkpoints: a copy of the average."""
-        return {"steps": self.steps, "mean": {name: flat.copy() for name, flat in self._mean.items()}}
+        return copied(self._live_state())
+
+    def _live_state(self) -> dict[str, Any]:
+        return {"steps": self.steps, "mean": self._mean}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave."""

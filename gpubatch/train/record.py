@@ -6,11 +6,12 @@ import math
 import sys
 import time
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from gpubatch.errors import MicroBatchWarning
+from gpubatch.errors import MicroBatchWarning, RankError
 from gpubatch.loader import epochs_of
 from gpubatch.optim import StepResult, follow_pass
 from gpubatch.train.display import Display, Silent
@@ -115,6 +116,24 @@ class Record:
             history.loss_scale.append(self.scale.value)
         self.epoch = EpochProgress()
         self.unsaved = True
+        self.check_alike()
+
+    def check_alike(self) -> None:
+        """Raise RankError on all ranks unless they have the same parameters and running statistics."""
+        net, together = self.state.net, self.together
+        if not together.several:
+            return
+        flats = net.parameters.flat, net.buffers.flat
+        every = together.all([zlib.crc32(net.backend.to_numpy(flat).data) for flat in flats])
+        if others := [str(rank) for rank, mine in enumerate(every) if mine != every[0]]:
+            which = f"rank {others[0]} has" if len(others) == 1 else f"ranks {', '.join(others)} have"
+            raise together.alike(
+                RankError(
+                    f"{which} other parameters or running statistics than rank 0 after {self.state.opt.t} steps: a "
+                    "callback changes weights, gradients or the learning rate on some ranks only, or their processors "
+                    "or libraries compute updates otherwise"
+                )
+            )
 
     # --- memory that ran out ---
 

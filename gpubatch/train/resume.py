@@ -32,6 +32,7 @@ from gpubatch.optim import given_hyper, live_optimizer, load_resumed
 from gpubatch.train.compared import changed_arguments, changed_callbacks, describe_callbacks, has_state, in_order
 from gpubatch.train.history import History
 from gpubatch.train.in_use import in_use
+from gpubatch.train.live import live_callback
 from gpubatch.train.record import EpochProgress, Record
 
 __all__ = [
@@ -91,6 +92,7 @@ class RunCheckpoints:
         record = self._record
         if self.store is None or not record.unsaved:
             return
+        record.check_alike()
         with record.together.phase():
             saved = self._write(self.store) if record.together.first else True
         self._saved_at = record.state.opt.t
@@ -120,7 +122,7 @@ class RunCheckpoints:
             "part": dataclasses.asdict(record.epoch),
             "skipped_in_a_row": record.skipped_in_a_row,
             "loss_scale": None if record.scale is None else record.scale.state_dict(),
-            "callbacks": [callback.state_dict() for callback in self._callbacks],
+            "callbacks": [callback.state_dict() if copied else live_callback(callback) for callback in self._callbacks],
             "about callbacks": describe_callbacks(self.callbacks),
             "arguments": self._arguments,
         }
@@ -141,7 +143,7 @@ class RunCheckpoints:
     def try_callbacks(self) -> None:
         """Raise at once what the first save would raise for a callback's state."""
         if self.store is not None and self._record.together.first:
-            self.store.check({"callbacks": [callback.state_dict() for callback in self._callbacks]})
+            self.store.check({"callbacks": [live_callback(callback) for callback in self._callbacks]})
 
     def resume(self) -> None:
         """Go to where the newest checkpoint was saved, if there is one."""

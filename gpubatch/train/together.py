@@ -119,8 +119,9 @@ class Agreement:
             if found:
                 name, before, here = difference(found[0], theirs[found[0]], mine[found[0]])
                 which = f"rank {of[0]}" if len(of) == 1 else f"ranks {', '.join(map(str, of))}"
+                have = "has" if len(of) == 1 else "have"
                 raise ArgumentError(
-                    f"all ranks must have the same {', '.join(found)}: {which} of {self.ranks.size} have others than "
+                    f"all ranks must have the same {', '.join(found)}: {which} of {self.ranks.size} {have} others than "
                     f"rank 0; {name} is {before!r} on rank 0, {here!r} on rank {self.rank}"
                 )
 
