@@ -67,7 +67,7 @@ class Files:
 
     def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self.read_before += len(index)
-        if self.at_read is not None and self.read_before > len(self.X):  # it was read once, by the check before a run
+        if self.at_read is not None and self.read_before > 1.5 * len(self.X):  # after the checks before a run
             act, self.at_read = self.at_read, None
             act()
         if self.damaged and self.read_before > 200:
