@@ -280,7 +280,7 @@ def test_a_rank_that_fails_anywhere_leaves_none_hanging(act: str, place: str, tm
     """All end, alike or at once, and a run that ended too early goes on to the bits of one that nothing happened to."""
     where, on, kind = str(tmp_path / "run"), 0 if place == "write" else 1, "windowed" if place == "read" else "plain"
     found, done = run(2, tmp_path, False, kind=kind, checkpoint=where, every=4, fault=act, place=place, on=on)
-    told = "\n".join([done.stderr, *(one.get("message", "") for one in found)])
+    told = "\n".join([done.stderr, *(str(one.get("message", one["warnings"])) for one in found)])
     assert ACTS[act].format(on=on, size=2) in told
     same_end = {json.dumps({k: v for k, v in one.items() if k not in ("rank", "warnings", "message")}) for one in found}
     if act == "stops" and place in ("on_start", "on_gradient", "on_step", "on_validation", "on_epoch"):
@@ -289,8 +289,10 @@ def test_a_rank_that_fails_anywhere_leaves_none_hanging(act: str, place: str, tm
     elif act == "SIGTERM" and place not in ("auto", "on_start", "on_exit"):
         assert {one["error"] for one in found} == {"TrainingTerminated"}
         assert (len(found), len(same_end)) == (2, 1)
-    elif act == "no memory" and place in ("read", "auto"):
-        assert len(same_end) <= 1
+    elif (act, place) == ("no memory", "read"):
+        assert done.returncode == 0
+        assert (len(found), len(same_end)) == (2, 1)
+        return  # it has gone on with smaller batches
     else:
         assert done.returncode != 0
     if place not in ("auto", "on_exit"):
