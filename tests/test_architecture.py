@@ -69,7 +69,7 @@ ORDER = {
     "loader": "deals order pinned functions standardize weights columns windows ahead device feeds epochs loader",
     "tables": "columns statistics recipe fitting rows files several table",
     "model": "describe preparation file model export",
-    "train": "ledger loss_scale history in_use display together parts callbacks monitors logs checks record graphs"
+    "train": "ledger loss_scale history in_use display together live parts callbacks monitors logs checks record graphs"
     " captured_step eager captured validation compared memory resume signals loop",
     "explore": "shared gradients search slices sweeps",
     "sklearn": "machine training estimators",
