@@ -21,6 +21,7 @@ from test_cli import SMALL, idx, mnist, run
 
 import gpubatch as gb
 from gpubatch.cli import app
+from gpubatch.cli.models import columns_of
 
 __all__ = ["mnist"]
 
@@ -201,6 +202,23 @@ def test_wrong_tables_are_told_in_one_line(case: tuple[list[str], int, str], tre
 
 
 # --- streams, files, other people's code -----------------------------------------------------------------------------
+
+
+def test_columns_of_probabilities_are_named_by_the_classes_that_they_are_of() -> None:
+    """The probability of one output is that of the second class; scores of mse are none."""
+    for outputs, loss, classes, names in (
+        (3, "softmax_cross_entropy", None, ["p(0)", "p(1)", "p(2)"]),
+        (2, "softmax_cross_entropy", ["no", "yes"], ["p(no)", "p(yes)"]),
+        (1, "sigmoid_cross_entropy", None, ["p(1)"]),
+        (1, "sigmoid_cross_entropy", ["no", "yes"], ["p(yes)"]),
+        (3, "sigmoid_cross_entropy", ["a", "b", "c"], ["p(a)", "p(b)", "p(c)"]),
+    ):
+        model = gb.Model(gb.mlp([2, outputs], loss=loss, backend="cpu"), classes=classes)
+        found = columns_of(model, True)
+        assert found[-len(names) :] == names
+        assert np.atleast_2d(model.probabilities(np.ones((1, 2)))).shape[1] == len(names)
+    with pytest.raises(gb.ArgumentError, match="the scores of mse are no probabilities"):
+        columns_of(gb.Model(gb.mlp([2, 1], loss="mse", backend="cpu")), True)
 
 
 @pytest.mark.exhaustive

@@ -312,7 +312,9 @@ def test_classes_are_names_for_labels() -> None:
         (["a", "b"], gb.ArgumentError, "classes must be 3 different names"),
         (["a", "b", "a"], gb.ArgumentError, "classes must be 3 different names"),
         ("abc", gb.DTypeError, "classes must be a list"),
-        ([1.5, 2, 3], gb.DTypeError, "classes must hold text, integers or booleans, got 1.5"),
+        ([1.5, 2, 3], gb.DTypeError, "classes must all hold text, all integers or all booleans, got 1.5"),
+        ([1, "b", "c"], gb.DTypeError, "classes must all hold text, all integers or all booleans, got 'b'"),
+        ([True, 0, 1], gb.DTypeError, "classes must all hold text, all integers or all booleans, got 0"),
     ):
         with pytest.raises(error, match=message):
             gb.Model(net, classes=classes)

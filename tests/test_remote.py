@@ -94,6 +94,7 @@ class Serving(http.server.SimpleHTTPRequestHandler):
     """Files of a folder, by parts; the standard library's own serves them whole."""
 
     parts = True
+    answer = 200  # of all requests
     asked: ClassVar[list[str | None]] = []  # of all requests, the parts that they are for
 
     def log_message(self, *_: Any) -> None: ...
@@ -101,6 +102,9 @@ class Serving(http.server.SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         wanted = self.headers.get("Range")
         self.asked.append(wanted)
+        if self.answer != 200:
+            self.send_error(self.answer)
+            return
         path = Path(self.translate_path(self.path))
         if wanted is None or not self.parts or not path.is_file():
             http.server.SimpleHTTPRequestHandler.do_GET(self)
@@ -448,6 +452,25 @@ def test_a_server_that_serves_no_parts_is_read_from_a_copy_only(tmp_path: Path) 
             sources.npy(f"{url}/nothing?secret=hunter2")
 
 
+@pytest.mark.parametrize(("answer", "tries"), [(401, 3), (403, 3), (500, 3), (503, 3), (404, 1), (None, 3)])
+def test_what_a_web_server_answers_is_told(answer: int | None, tries: int, monkeypatch: Any, tmp_path: Path) -> None:
+    """fsspec says that there is no such file, whatever it is that fails."""
+    optional_http()
+    monkeypatch.setattr(remote_module, "PAUSE", 0.0)
+    asked: list[Any] = []
+    with served(tmp_path) as url:
+        monkeypatch.setattr(Serving, "answer", answer or 200)
+        monkeypatch.setattr(Serving, "asked", asked)
+        if answer is not None:
+            wanted = (FileNotFoundError, "no such file") if answer == 404 else (TransferError, f"status {answer}")
+            with pytest.raises(wanted[0], match=rf"x\.npy: .*{wanted[1]}"):
+                sources.npy(f"{url}/x.npy?secret=hunter2")
+            assert len(asked) == tries
+    if answer is None:  # no server is there any more
+        with pytest.raises(TransferError, match=r"x\.npy: it cannot be found: ClientConnectorError"):
+            sources.npy(f"{url}/x.npy")
+
+
 def test_a_web_server_is_never_asked_for_a_whole_file(tmp_path: Path) -> None:
     """fsspec asks for one to know whether it is a folder; a query is no pattern."""
     optional_http()
@@ -567,6 +590,8 @@ def test_folders_and_patterns_of_files_are_one_source(tmp_path: Path) -> None:
         with path.open("wb") as file:
             np.save(file, X[rows])
         memory.pipe_file(f"/parts/part-{number}.npy", path.read_bytes())
+    memory.pipe_file("/parts/_SUCCESS", b"")
+    memory.pipe_file("/parts/.part-1.npy.crc", b"crc")
     expected = np.concatenate([X[1500:], X[:1500]])
     for given in ("memory://parts/part-*.npy", "memory://parts"):
         assert batches(sources.files(given), shuffle=False) == batches(expected, shuffle=False)

@@ -604,6 +604,9 @@ def test_streams_that_are_refused(tmp_path: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("gpubatch.tables.files.LONGEST_LINE", 200)
     with pytest.raises(gb.ArgumentError, match="stream=True reads files, got a dict"):
         gb.read_table({"x": [1, 2]}, stream=True)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(gb.ArgumentError, match="pipe is a pipe, which can be read only once"):
+        gb.read_table(tmp_path / "pipe")
     packed = tmp_path / "t.csv.gz"
     packed.write_bytes(gzip.compress(b"x,y\n1,a\n2,b\n"))
     assert gb.read_table(packed, label="y").classes == ["a", "b"]

@@ -177,8 +177,9 @@ def columns_of(model: Model, probabilities: bool) -> list[str]:
     single = net.loss_function.least_outputs > 1 or net.outputs == 1
     names = ["prediction"] if single else [f"prediction{k}" for k in range(net.outputs)]
     if probabilities:
-        known = model.classes if model.classes is not None and len(model.classes) == net.outputs else range(net.outputs)
-        names += [f"p({name})" for name in known]
+        net.loss_function.check_probabilities()
+        known = range(max(2, net.outputs)) if model.classes is None else model.classes
+        names += [f"p({name})" for name in known[-net.outputs :]]  # of one output, that of the second class
     return names
 
 
@@ -194,7 +195,7 @@ def written(
     elif out == "-":
         yield csv_rows(sys.stdout, names)
     else:
-        with replacing(Path(out).resolve()) as unfinished, unfinished.open("w", newline="") as file:
+        with replacing(Path(out).resolve()) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
             yield csv_rows(file, names)
 
 

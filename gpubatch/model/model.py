@@ -220,9 +220,14 @@ def checked_classes(classes: Any, net: Network) -> list[Any] | None:
         raise DTypeError(f"classes must be a list of the names of the classes, got {classes!r}")
     names = [x.item() if isinstance(x, np.generic) else x for x in classes]
     if wrong := [
-        x for x in names if not isinstance(x, (str, int)) or isinstance(x, bool) != isinstance(names[0], bool)
+        x
+        for x in names
+        if not isinstance(x, (str, int))
+        or any(isinstance(x, kind) != isinstance(names[0], kind) for kind in (bool, str))
     ]:
-        raise DTypeError(f"classes must hold text, integers or booleans, got {wrong[0]!r}")
+        raise DTypeError(
+            f"classes must all hold text, all integers or all booleans, got {wrong[0]!r} among {names[:3]}"
+        )
     if not net.loss_function.classifies:
         raise ArgumentError(f"classes must be None: {net.loss_name} has none, got {listed(names)}")
     wanted = 2 if net.outputs == 1 else net.outputs

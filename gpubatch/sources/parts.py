@@ -10,8 +10,9 @@ import itertools
 import math
 import os
 import re
+import stat
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -113,6 +114,7 @@ def openers_of(where: Any) -> Iterator[Opener]:
         yield opener_of(where)
     elif is_url(where):
         there = {file.path: file for file in RemoteFile(os.fspath(where)).matching()}
+        there = {path: there[path] for path in _not_hidden(words_of(where).rstrip("/"), there)}
         if not there:
             raise FileNotFoundError(f"no file is at {words_of(where)!r}")
         yield from map(there.__getitem__, _of_one_suffix(words_of(where), list(there)))
@@ -121,7 +123,8 @@ def openers_of(where: Any) -> Iterator[Opener]:
     elif not os.path.exists(where) and glob.has_magic(os.fspath(where)):
         yield from map(opener_of, _of_one_suffix(where, _matching(os.fspath(where))))
     else:
-        os.stat(where)  # or FileNotFoundError, whatever the name ends in
+        if stat.S_ISFIFO(os.stat(where).st_mode):  # or FileNotFoundError, whatever the name ends in
+            raise ArgumentError(f"{os.fspath(where)} is a pipe, which can be read only once: write it to a file first")
         yield opener_of(where)
 
 
@@ -143,13 +146,14 @@ def _files_in(folder: str) -> list[str]:
 
 def _matching(pattern: str) -> list[str]:
     """The files that match a pattern, but for hidden ones that the pattern does not name."""
-    hidden = any(_is_hidden(name) for name in _names(pattern))
-    kept = len(list(itertools.takewhile(lambda name: not glob.has_magic(name), _names(pattern))))
-    return [
-        path
-        for path in glob.glob(pattern, recursive=True)
-        if os.path.isfile(path) and (hidden or not any(map(_is_hidden, _names(path)[kept:])))
-    ]
+    return _not_hidden(pattern, filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+
+
+def _not_hidden(where: str, paths: Iterable[str]) -> list[str]:
+    """Those of the files in a folder or of a pattern that are not hidden, or all where its own names are."""
+    hidden = any(_is_hidden(name) for name in _names(where))
+    kept = len(list(itertools.takewhile(lambda name: not glob.has_magic(name), _names(where))))
+    return [path for path in paths if hidden or not any(map(_is_hidden, _names(path)[kept:]))]
 
 
 def _names(path: str) -> list[str]:

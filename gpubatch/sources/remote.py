@@ -324,7 +324,10 @@ class RemoteFile:
             yield
         except GpubatchError:
             raise
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            cause = error.__cause__  # fsspec says so of whatever a web server answers
+            if isinstance(cause, Exception) and getattr(cause, "status", None) not in (404, 410):
+                raise TransferError(f"{self.path}: it cannot be {what}: {self._words(cause)}") from None
             raise FileNotFoundError(f"{self.path}: no such file") from None
         except Exception as error:
             raise TransferError(f"{self.path}: it cannot be {what}: {self._words(error)}") from None
