@@ -42,6 +42,8 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 __all__ = [
     "ArgumentError",
     "BackendFallbackWarning",
@@ -242,10 +244,10 @@ def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 
 def check_bool(name: str, value: Any) -> bool:
-    """``value``, which must be True or False."""
-    if not isinstance(value, bool):
+    """``value`` as a Python bool; it must be True or False, NumPy's too."""
+    if not isinstance(value, (bool, np.bool_)):
         raise DTypeError(f"{name} must be True or False, got {value!r}")
-    return value
+    return bool(value)
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:

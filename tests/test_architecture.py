@@ -193,7 +193,7 @@ def test_packages_are_no_larger_than_their_table_says() -> None:
 
 # The most code lines of each package or module.
 CODE_LINES = {
-    "errors": 124,
+    "errors": 125,
     "own": 27,
     "main_memory": 66,
     "shown": 30,
@@ -209,16 +209,16 @@ CODE_LINES = {
     "ops": 2661,
     "sizing": 264,
     "params": 99,
-    "optim": 1165,
+    "optim": 1183,
     "nn": 2714,
     "datasets": 194,
     "sources": 1825,
-    "loader": 2505,
+    "loader": 2509,
     "tables": 1560,
     "checkpoint": 450,
     "model": 962,
     "metrics": 268,
-    "train": 3193,
+    "train": 3232,
     "explore": 940,
     "plot": 367,
     "cli": 2004,

@@ -538,3 +538,52 @@ def test_bad_arguments(rng: np.random.Generator) -> None:
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+def loaded(path: Path, other: gb.Network, net: gb.Network) -> None:
+    gb.save(path, other)
+    gb.load(path, into=net)
+
+
+# Ways in which something else than the optimizer changes the float16 parameters after it was made.
+CHANGED: dict[str, Callable[[gb.Network, gb.Network, Path], Any]] = {
+    "load_state_dict": lambda net, other, folder: net.load_state_dict(other.state_dict()),
+    "gb.load": lambda net, other, folder: loaded(folder / "m.safetensors", other, net),
+    "in place": lambda net, other, folder: net.parameters.flat.__setitem__(..., other.parameters.flat),
+    "one": lambda net, other, folder: net.parameters.__setitem__("W1", other.parameters["W1"]),
+}
+
+
+@every("change", CHANGED, ["load_state_dict"])
+@pytest.mark.parametrize("place", ["fit", "step", "callback"])
+def test_weights_that_are_loaded_are_not_lost(
+    change: Any, place: str, backend: Backend, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """With a learning rate of 0 they stay; the float32 copies of the others keep what float16 cannot hold."""
+    net, loader, opt = parts(rng, "norm and dropout", backend)
+    other = gb.Network(STACKS["norm and dropout"](), backend=backend, precision="mixed", seed=9)
+    gb.fit(net, loader, opt, 1, progress=False)
+    copies = opt.state["master"].flat.copy()
+    seen: list[Array] = []
+
+    def changing(state: Any = None) -> None:
+        if not seen:
+            change(net, other, tmp_path)
+            seen.append(net.parameters.flat.copy())
+
+    with net.backend.scope():
+        kept = copies.astype(np.float16)
+    opt.lr = 0.0
+    if place == "callback":
+        gb.fit(net, loader, opt, 2, callbacks=[changing], progress=False)
+    else:
+        changing()
+        if place == "fit":
+            gb.fit(net, loader, opt, 1, progress=False)
+        else:
+            opt.load_state_dict(opt.state_dict())
+            opt.step()
+    now, master = net.parameters.flat, opt.state["master"].flat
+    assert bool((now == seen[0]).all())
+    assert bool((master[now == kept] == copies[now == kept]).all())
+    assert bool((master.astype(np.float16) == now).all())

@@ -697,6 +697,81 @@ def test_what_is_given_now_is_used_and_said(name: str, tmp_path: Path) -> None:
             assert one.groups if name == "groups" else one.hyper[name] == value
 
 
+# What a schedule has left for 4 epochs of 12 steps, and the steps at 0 that a run says at its end.
+ENDS: dict[str, tuple[Any, int | None]] = {
+    "counts steps": (gb.CosineDecay(0.1, total=4, per="step"), 44),
+    "half": (gb.LinearDecay(0.1, total=2, per="epoch"), 24),
+    "an epoch": (gb.PolynomialDecay(0.1, total=36, power=2, per="step"), 12),
+    "less than an epoch": (gb.LinearDecay(0.1, total=37, per="step"), None),
+    "all": (gb.CosineDecay(0.1, total=4, per="epoch"), None),
+    "another end": (gb.CosineDecay(0.1, total=2, final=0.01, per="epoch"), None),
+    "a chain": (gb.chain([0.1, gb.LinearDecay(0.1, total=1)], [1]), 24),
+}
+
+
+@every("case", ENDS, ["counts steps", "less than an epoch", "all"])
+def test_a_schedule_that_ends_before_the_run_is_told(case: Any) -> None:
+    schedule, idle = case
+    net, loader, opt = parts()
+    opt.lr = schedule
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", gb.IdleWarning)
+        history = gb.fit(net, loader, opt, 4, progress=False)
+    found = [str(w.message) for w in caught if w.category is gb.IdleWarning]
+    rates = list(history.step_lr)
+    if idle is None:
+        assert found == []
+    else:
+        assert rates[-idle:] == [0.0] * idle
+        assert rates[-idle - 1] > 0
+        assert re.match(rf"the learning rate is 0 in the last {idle} of the 48 steps of this run: ", found[0])
+
+
+def test_a_resumed_run_that_is_past_its_epochs_is_told(tmp_path: Path) -> None:
+    gb.fit(*parts(), 2, checkpoint=tmp_path, progress=False)
+    with pytest.warns(gb.ResumeWarning, match="^the run has made 2 epochs, and epochs=1 in all are asked for: nothing"):
+        gb.fit(*parts(), 1, checkpoint=tmp_path, resume=True, progress=False)
+
+
+def test_another_batch_size_from_the_end_of_an_epoch_on(tmp_path: Path) -> None:
+    """The steps are those of a loader of that size, whose epochs go on; in the middle of an epoch it is refused."""
+    net, _, opt = parts()
+    gb.fit(net, gb.Loader(*blobs(), batch_size=50, backend="cpu"), opt, 1, checkpoint=tmp_path, progress=False)
+    after = gb.Loader(*blobs(), batch_size=60, backend="cpu")
+    after.load_state_dict({**after.state_dict(), "epoch": 1})
+    expected = gb.fit(net, after, opt, 1, progress=False)
+    net, _, opt = parts()
+    with pytest.warns(gb.ResumeWarning, match="batch_size: 50 before, 60 now"):
+        found = gb.fit(
+            *(net, gb.Loader(*blobs(), batch_size=60, backend="cpu"), opt, 2),
+            checkpoint=Checkpoints(tmp_path, every=15),
+            resume=True,
+            callbacks=[StopAfter(18)],
+            progress=False,
+        )
+    assert found.batch_size == 60
+    assert list(found.step_loss)[12:] == list(expected.step_loss)[:6]
+    with pytest.raises(gb.ArgumentError, match="in the middle of an epoch with batches of 60, and batch_size is 50"):
+        gb.fit(*parts(), 2, checkpoint=tmp_path, resume=True, progress=False)
+
+
+class StopAfter:
+    """Stops the run after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, state: TrainingState) -> None:
+        if state.step == self.step:
+            raise gb.StopTraining
+
+
+def test_numbers_of_numpy_are_taken() -> None:
+    net, loader, opt = parts()
+    history = gb.fit(net, loader, opt, np.int64(1), progress=np.False_, max_norm=np.float32(1))  # type: ignore[arg-type]
+    assert len(history.loss) == 1
+
+
 def test_a_schedule_that_an_earlier_run_has_used_up_is_told() -> None:
     net, loader, opt = parts()
     opt.lr = gb.CosineDecay(0.01, total=3, per="epoch")
@@ -714,18 +789,34 @@ BATCHES: dict[str, tuple[dict[str, Any], str]] = {
     "augment": ({"augment": lambda x, draw: x}, r"a loader with augment=None, this one has 'a function'"),
     "samples": ({"X": blobs(seed=1)[0]}, "a loader with other samples"),
     "labels": ({"Y": 2 - blobs()[1]}, "a loader with other samples"),
+    "one label": ({"Y": np.where(np.arange(600) == 77, 2 - blobs()[1], blobs()[1])}, "a loader with other samples"),
+    "one number": ({"X": np.where(np.arange(600)[:, None] == 77, 0.5, blobs()[0])}, "a loader with other samples"),
 }
 
 
-def test_a_prepare_that_makes_other_numbers_is_refused(tmp_path: Path) -> None:
+def test_samples_that_are_stored_otherwise_are_the_same(tmp_path: Path) -> None:
+    X, Y = blobs()
+    twice = np.zeros((600, 2 * X.shape[1]), X.dtype)
+    twice[:, ::2] = X
+    for n, (x, axis) in enumerate([(X, 0), (X.astype(np.float64), 0), (twice[:, ::2], 0), (np.asfortranarray(X.T), 1)]):
+        net, _, opt = parts()
+        loader = gb.Loader(x, Y, batch_size=50, backend="cpu", dtype="float32", sample_axis=axis)
+        gb.fit(net, loader, opt, n + 1, checkpoint=tmp_path, resume=True, progress=False)
+
+
+@pytest.mark.parametrize("name", ["prepare", "augment"])
+def test_a_function_that_makes_other_numbers_is_refused(name: str, tmp_path: Path) -> None:
     def run(shift: float, resume: bool) -> None:
         net, _, opt = parts()
-        loader = gb.Loader(*blobs(), batch_size=50, backend="cpu", prepare=lambda x: x - shift)
+        given: dict[str, Any] = {name: lambda x, draw=None: x - shift}
+        if name == "augment":
+            given = {name: lambda x, draw: x + draw.normal(shift, size=x.shape)}
+        loader = gb.Loader(*blobs(), batch_size=50, backend="cpu", **given)
         gb.fit(net, loader, opt, 1, checkpoint=tmp_path, resume=resume, progress=False)
 
     run(0.5, False)
     run(0.5, True)
-    with pytest.raises(gb.ArgumentError, match="a loader with another prepare, which makes other numbers"):
+    with pytest.raises(gb.ArgumentError, match=f"a loader with another {name}, which makes other numbers"):
         run(0.25, True)
 
 
@@ -1024,7 +1115,6 @@ REFUSED = {
     "dtype": (lambda: parts(dtype="float64"), "dtype is float32, this one's is float64"),
     "optimizer": (lambda: with_opt(gb.SGD, lr=0.1), "state_dict is of the rule 'adam', this optimizer's is 'sgd'"),
     "variant": (lambda: with_opt(gb.Adam, eps_at="hat"), "state_dict has eps_at='outside', this optimizer .*'hat'"),
-    "batch size": (lambda: parts(batch_size=25), "state has batch_size=50, this loader batch_size=25"),
 }
 
 

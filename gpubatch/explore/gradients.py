@@ -236,7 +236,7 @@ def gradient_check(
         raise DTypeError(f"grad must hold floating-point numbers, got {describe(grad)}")
     h = check_real("h", STEPS[dtype.name] if h is None else h, 0, open_low=True)
     tolerance = check_real("tolerance", TOLERANCES[dtype.name] if tolerance is None else tolerance, 0, open_low=True)
-    check_int("directions", directions, 0)
+    directions = check_int("directions", directions, 0)
     claimed = backend.to_numpy(grad).astype(np.float64)
     if not np.isfinite(claimed).all():
         index = tuple(int(i) for i in np.argwhere(~np.isfinite(claimed))[0])

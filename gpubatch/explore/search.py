@@ -98,8 +98,7 @@ def _search(
     weight: Array | None,
 ) -> SearchResult:
     check_net(net)
-    check_int("trials", trials, 1)
-    check_real("scale", scale, 0, open_low=True)
+    trials, scale = check_int("trials", trials, 1), check_real("scale", scale, 0, open_low=True)
     draw = np.random.default_rng(check_int("seed", seed, 0))
     flat, backend = net.parameters.flat, net.backend
     start = net.loss(X, Y, weight=weight)  # checks X and Y before anything is changed

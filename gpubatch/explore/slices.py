@@ -284,7 +284,7 @@ def principal_directions(path: Any, count: int = 2) -> list[np.ndarray]:
     Each is as long as the path reaches along it, so that the path lies within -1 to 1 (Li et al. 2018, section 7).
     """
     points = np.asarray(path, np.float64)
-    check_int("count", count, 1)
+    count = check_int("count", count, 1)
     if points.ndim != 2 or len(points) <= count:
         raise ShapeError(f"path must be (more than {count} points, parameters), got shape {points.shape}")
     offsets = points[:-1] - points[-1]

@@ -136,8 +136,7 @@ def learning_rate_range_test(
     check_net(net)
     low = check_real("low", low, 0, open_low=True)
     high = check_real("high", high, low, open_low=True)
-    check_int("steps", steps, 2)
-    check_real("beta", beta, 0, 1, open_high=True)
+    steps, beta = check_int("steps", steps, 2), check_real("beta", beta, 0, 1, open_high=True)
     net.loss(X, Y, weight=weight)
     loader = loader_for(net, X, Y, batch_size, seed, weight)
     planned = np.geomspace(low, high, steps).tolist()
@@ -266,7 +265,7 @@ def batch_size_sweep(
         raise ArgumentError(f"sizes must hold at least one batch size, got {sizes}")
     if target is not None:
         target = check_real("target", target, 0, open_low=True)
-    check_int("epochs", epochs, 1)
+    epochs = check_int("epochs", epochs, 1)
     net.loss(X, Y, weight=weight)
     trials = []
     with kept_as_it_is(net):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -42,6 +43,7 @@ from gpubatch.sources import (
 
 __all__ = ["Column", "Columns", "Rows", "captured_dtype", "copy_into", "native"]
 
+DIGEST = 1 << 24  # bytes of an array that its digest is of: at most 40 ms
 Parts: TypeAlias = Mapping[int, int] | None  # how many rows there are of each part of a batch, by its number
 Rows: TypeAlias = dict[Reader, list[np.ndarray]]  # what was read, as it is stored
 
@@ -548,13 +550,28 @@ class Columns(Sequence[Column]):
         arrays = [contiguous(self.turn(array)) for array in rows]
         return arrays if self.prepare is None else self.prepare(arrays, self._axes, self.dtype, self.backend)
 
-    def summary_of(self, rows: Sequence[Array]) -> list[float]:
-        """Mean, spread and largest size of the numbers that ``prepare`` makes of these rows; empty without it."""
-        if self.prepare is None:
+    def summary_of(self, rows: Sequence[Array], augmented: bool = False) -> list[float]:
+        """Mean, spread and largest size of the numbers that ``prepare`` makes of these rows; empty without it.
+
+        ``augmented``: what ``augment`` then makes of them, as in the first batch of the first epoch.
+        """
+        if (self.augment if augmented else self.prepare) is None:
             return []
         with self.backend.scope():
-            x = self.backend.to_numpy(self._prepared([array.copy() for array in rows])[0]).astype(np.float64)
+            copies = [array.copy() for array in rows]
+            made = self._made(copies, 0, 0) if augmented else self._prepared(copies)
+            x = self.backend.to_numpy(made[0]).astype(np.float64)
         return [float(x.mean()), float(x.std()), float(abs(x).max())]
+
+    def digest(self) -> str:
+        """Of X and Y where they are arrays in memory: of all samples, or of as many as :data:`DIGEST` bytes have."""
+        found = hashlib.blake2b(digest_size=8)
+        for column in self._columns[:2]:
+            if column.array is not None and not is_mapped(array := column.array.array):
+                with self.backend.scope(), np.errstate(over="ignore"):
+                    some = array[:: -(-array.nbytes // DIGEST)]
+                    found.update(self.backend.to_numpy(some.astype(column.dtype)).tobytes())
+        return found.hexdigest()
 
     @property
     def _axes(self) -> list[int]:

@@ -585,8 +585,7 @@ def mlp(
         kind: Callable[[], Layer] = ACTIVATIONS[check_choice("activation", activation, ACTIVATIONS)]
     else:
         kind = functools.partial(Elementwise, activation)
-    check_bool("batch_norm", batch_norm)
-    check_real("dropout", dropout, 0, 1, open_high=True)
+    batch_norm, dropout = check_bool("batch_norm", batch_norm), check_real("dropout", dropout, 0, 1, open_high=True)
     old, init_of_last = init == V0_1, init
     if old:
         # ReLU and its like halve the variance, which He's makes up for.

@@ -19,6 +19,7 @@ __all__ = [
     "captured_key",
     "enqueue_update",
     "epoch_in",
+    "follow_parameters",
     "follow_pass",
     "rehearse_update",
     "scalars_ahead",
@@ -60,6 +61,11 @@ def unchecked(opt: Optimizer) -> Iterator[None]:
         yield
     finally:
         opt._check = before
+
+
+def follow_parameters(opt: Optimizer) -> None:
+    """Have float32 copies of float16 parameters follow those that something else has changed."""
+    opt._follow()
 
 
 def rehearse_update(opt: Optimizer, grads: Any = None) -> None:

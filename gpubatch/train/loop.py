@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
 import json
@@ -18,6 +19,7 @@ from gpubatch.errors import (
     FewStepsWarning,
     IdleWarning,
     InsufficientMemoryError,
+    ResumeWarning,
     check_bool,
     check_choice,
     check_int,
@@ -25,7 +27,7 @@ from gpubatch.errors import (
 from gpubatch.loader import Loader, epochs_of
 from gpubatch.metrics import measures_of
 from gpubatch.nn import Network, core_of
-from gpubatch.optim import Optimizer, epoch_in, given_hyper, unchecked
+from gpubatch.optim import Optimizer, epoch_in, follow_parameters, given_hyper, unchecked
 from gpubatch.parallel import Ranks
 from gpubatch.schedules import is_known
 from gpubatch.train.callbacks import AgreedStop, Callbacks
@@ -169,8 +171,7 @@ def fit(
     # The caller may use what outlives the run, such as the parameters, on the stream that is current outside.
     with together.ending(), contextlib.ExitStack() as stack:
         with together.phase():
-            check_int("epochs", epochs, 0)
-            check_bool("progress", progress)
+            epochs, progress = check_int("epochs", epochs, 0), check_bool("progress", progress)
             check_choice("execution", execution, EXECUTIONS)
             check_parts(net, loader, opt)
             check_loader(loader, ranks)
@@ -208,6 +209,7 @@ def fit(
         drivers: list[Steps] = [captured, eager] if may_capture else [eager]
         warn_if_idle(record, (epochs - len(record.history.loss)) * len(loader) - record.epoch.batches)
         warn_if_few(record, epochs)
+        warn_if_past(record, epochs)
         run = Run(record, drivers, execution == "captured", held_out, watching, metrics)
         between = BetweenSteps(record, checkpoints)
         done = len(record.history.loss)
@@ -335,7 +337,7 @@ def warn_if_few(record: Record, epochs: int) -> None:
     """Warn of a whole run with so few steps that hardly any network learns in them."""
     loader = record.state.loader
     total, samples = epochs * len(loader), epochs * epochs_of(loader).order.share
-    if not 0 < total < FEW_STEPS:
+    if not 0 < total < FEW_STEPS or len(record.history.loss) >= epochs:
         return
     size = min(USUAL_SIZES[-1], power_below(samples // FEW_STEPS + 1)) if samples >= FEW_STEPS else 0
     smaller = f"a smaller batch_size, such as {size}, or " if size in USUAL_SIZES and size < loader.batch_size else ""
@@ -344,6 +346,13 @@ def warn_if_few(record: Record, epochs: int) -> None:
         f"needs hundreds: take {smaller}more epochs",
         FewStepsWarning,
     )
+
+
+def warn_if_past(record: Record, epochs: int) -> None:
+    """Warn of a resumed run that has made more epochs than it is to have: they are those in all, not more of them."""
+    if (done := len(record.history.loss)) > epochs:
+        text = f"the run has made {done} epochs, and epochs={epochs} in all are asked for: nothing is left to do"
+        record.warn(text, ResumeWarning)
 
 
 @contextlib.contextmanager
@@ -355,18 +364,30 @@ def short_runs() -> Iterator[None]:
 
 
 def warn_if_idle(record: Record, steps: int) -> None:
-    """Warn if a schedule has the learning rate 0 in every step to come, as after an earlier run has used it up."""
+    """Warn if a schedule is at 0 in every step to come, as after an earlier run, or ends an epoch or more too early."""
     opt, loader = record.state.opt, record.state.loader
     schedule = opt.hyper.get("lr")
     if steps < 1 or not callable(schedule) or not is_known(schedule):
         return
-    ahead, epoch = (0, steps // 2, steps - 1), epoch_in(opt, epochs_of(loader).coming_pass())
-    if all(schedule(opt.t + n, epoch + n // len(loader)) == 0 for n in ahead):
-        record.warn(
-            f"the learning rate is 0 in all {steps} steps of this run: {schedule!r} has ended by step {opt.t}, epoch "
-            f"{epoch}; give the optimizer another: opt.lr = ...",
-            IdleWarning,
-        )
+    epoch, made = epoch_in(opt, epochs_of(loader).coming_pass()), record.epoch.batches
+
+    def ended(n: int) -> bool:
+        return bool(schedule(opt.t + n, epoch + (made + n) // len(loader)) == 0)
+
+    if not ended(steps - 1):
+        return
+    first = bisect.bisect_left(range(steps), True, key=ended)  # a schedule that has ended stays where it is
+    idle = steps - first
+    if not all(ended(first + idle * i // 8) for i in range(8)) or (first and idle < len(loader)):
+        return
+    where = f"in all {steps} steps" if first == 0 else f"in the last {idle:,} of the {steps:,} steps"
+    ends = f"has ended by step {opt.t}, epoch {epoch}" if first == 0 else "ends before"
+    remedy = "" if first == 0 else ", of which total= is in the unit of per="
+    record.warn(
+        f"the learning rate is 0 {where} of this run: {schedule!r} {ends}; give the optimizer another: opt.lr = ..."
+        f"{remedy}",
+        IdleWarning,
+    )
 
 
 @contextlib.contextmanager
@@ -398,6 +419,7 @@ class Run:
     def epoch(self, between: Between) -> None:
         """Make an epoch, or what remains of it, and add it to the history with its validation."""
         record = self._record
+        follow_parameters(record.state.opt)
         if record.begin_epoch():
             while (failure := self._steps_or_failure(between)) is not None:
                 halve(record, self._drivers, failure)

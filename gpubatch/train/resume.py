@@ -167,7 +167,9 @@ class RunCheckpoints:
         try:
             check_same_network(saved["description"], describe_network(state.net))
             check_same_batches(saved.get("batches", {}), self.batches)
-            copy.copy(state.loader).load_state_dict(saved["loader"])  # whether it would
+            others = list[str]()
+            saved_loader = self._with_batch_size(saved, others)
+            copy.copy(state.loader).load_state_dict(saved_loader)  # whether it would
             history = {
                 name: value.tolist() if isinstance(value, np.ndarray) else value
                 for name, value in saved["history"].items()
@@ -179,13 +181,13 @@ class RunCheckpoints:
                     f"it has the state of {len(saved['callbacks'])} callbacks, of those given now "
                     f"{len(self._callbacks)} have state_dict and load_state_dict"
                 )
-            others, states = list[str](), zip(self._callbacks, saved["callbacks"], strict=True)
+            states = zip(self._callbacks, saved["callbacks"], strict=True)
             if "about callbacks" in saved:  # checkpoints of old do not tell
-                others = changed_callbacks(saved["about callbacks"], self.callbacks)
+                others += changed_callbacks(saved["about callbacks"], self.callbacks)
                 states = zip(in_order(saved["about callbacks"], self.callbacks), saved["callbacks"], strict=True)
             state.net.load_state_dict(saved["network"])
             changed = load_resumed(state.opt, saved["optimizer"], saved.get("given"))
-            state.loader.load_state_dict(saved["loader"])
+            state.loader.load_state_dict(saved_loader)
             if record.scale is not None:
                 record.scale.load_state_dict(saved["loss_scale"])
             for callback, state_of in states:
@@ -204,6 +206,20 @@ class RunCheckpoints:
         for what, lines in (("hyper-parameters", changed), ("arguments", others)):
             if lines:
                 record.warn(f"the run goes on with other {what}:\n" + "\n".join(lines), ResumeWarning)
+
+    def _with_batch_size(self, saved: Mapping[str, Any], lines: list[str]) -> Mapping[str, Any]:
+        """The loader's saved state, with the batch size that is given now; a line for ``lines`` if it differs."""
+        state, loader = saved["loader"], self._record.state.loader
+        before, now = state["batch_size"], loader.batch_size
+        if before == now or epochs_of(loader).automatic:
+            return dict(state)
+        if saved["part"]["batches"]:
+            raise ArgumentError(
+                f"it was saved in the middle of an epoch with batches of {before}, and batch_size is {now}: another "
+                "size can only begin with an epoch"
+            )
+        lines.append(f"batch_size: {before} before, {now} now")
+        return {**state, "batch_size": now}
 
     @contextlib.contextmanager
     def completed(self) -> Iterator[None]:
@@ -297,7 +313,8 @@ def to_resume(store: Checkpoints) -> tuple[str, int | None]:
 def describe_batches(loader: Loader) -> dict[str, Any]:
     """What makes a loader's batches what they are, besides their order, which its own state has, as JSON can hold it.
 
-    Of the samples there is a digest of the first one, the one in the middle, and the last one; of weights one of all.
+    Of the samples there is a digest of the first one, the one in the middle, and the last one, which are read where
+    they are not arrays; of arrays one of all, or of many; of weights one of all.
     """
     columns, n = epochs_of(loader).columns, loader.n_samples
     some = columns.at(np.unique([0, n // 2, n - 1]))[:2]
@@ -313,6 +330,8 @@ def describe_batches(loader: Loader) -> dict[str, Any]:
         "prepared": columns.summary_of(some),
         "shapes": [list(array.shape[1:]) for array in some],
         "samples": digest.hexdigest()[:16],
+        "content": columns.digest(),
+        "augmented": {loader.backend.name: columns.summary_of(some, augmented=True)},
         "weights": None if weights is None else hashlib.sha256(weights).hexdigest()[:16],
     }
 
@@ -323,18 +342,24 @@ def check_same_batches(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None
         saved = {"weights": None, **saved}  # checkpoints from before there were any
     for name, value in own.items():
         before = saved.get(name, value)
-        if name == "prepared" and before and value and np.allclose(before, value, rtol=1e-3, atol=1e-6):
+        if name == "augmented":  # other devices draw other numbers
+            before, value = (numbers.get(next(iter(value)), []) for numbers in (before, value))
+        if name in ("prepared", "augmented") and before and value and np.allclose(before, value, rtol=1e-3, atol=1e-6):
             continue  # other devices round otherwise
         if before != value:
             what = {
                 "held out": f"{before} samples held out for validation",
                 "samples": "other samples",
+                "content": "other samples",
                 "shapes": f"samples of the shapes {saved[name]}",
                 "prepared": "another prepare, which makes other numbers of the same samples",
+                "augmented": "another augment, which makes other numbers of the same samples",
                 "weights": "other weights of samples or classes" if before else "no weights",
             }
             here = {
                 "samples": "",
+                "content": "",
+                "augmented": "",
                 "weights": "" if before and value else f", this one has {'some' if value else 'none'}",
                 "shapes": f", this one has {value}",
                 "prepared": "",
