@@ -71,7 +71,7 @@ STORED = {  # the names of safetensors for element types
 DTYPES = tuple("bool uint8 int8 uint16 int16 float16 uint32 int32 float32 uint64 int64 float64".split())
 AT_ONCE = 1 << 23  # bytes that are read or written at a time
 SMALL = 1 << 16  # bytes of arrays that are brought together to be written
-PINNED = 3  # pieces of that size through which arrays come from a GPU
+PINNED = 3  # pieces of AT_ONCE bytes through which arrays come from a GPU
 
 
 class Checkpoints:
@@ -201,7 +201,7 @@ class Checkpoints:
             self._error = error
 
     def _write(self, content: Content, tails: Tails | None) -> None:
-        """Write, sync, rename, sync the folder; only then remove old checkpoints. Files are written here alone."""
+        """Write, sync, rename, sync the folder; only then remove old checkpoints. The only writer."""
         files = self.files()
         number = int(NAME.fullmatch(files[-1].name)[1]) + 1 if files else 1  # type: ignore[index]
         unfinished = self.folder / UNFINISHED.format(os.getpid())
@@ -234,7 +234,7 @@ class Checkpoints:
         others = [path for path in self.folder.iterdir() if FILE.fullmatch(path.name) and path.name != own]
         if not others:
             return
-        with contextlib.suppress(OSError, *UNREADABLE):  # what cannot be read may refer to any
+        with contextlib.suppress(OSError, *UNREADABLE):  # an unreadable checkpoint may refer to any of them
             for path in checkpoints:
                 with open_tensors(path, HEADER_LIMIT, "a checkpoint") as content:
                     used = json.loads(content.metadata().get("series", "{}")).get("file")
@@ -354,7 +354,7 @@ def _check_header(path: Path, file: BinaryIO, limit: int) -> int:
 
 
 class Tensor(NamedTuple):
-    """What is written as one tensor: contiguous arrays of one element type, NumPy's and CuPy's, one after another."""
+    """A tensor of the file: contiguous arrays of one element type, NumPy's or CuPy's, one after another."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -362,7 +362,7 @@ class Tensor(NamedTuple):
 
 
 class Content:
-    """What a checkpoint has: the tensors by name, the series of the file beside, and the rest as metadata."""
+    """The content of a checkpoint: tensors by name, the series in the file beside it, and the rest as metadata."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -393,7 +393,7 @@ class Content:
         return table
 
     def fetch(self) -> None:
-        """Bring arrays of GPUs to main memory."""
+        """Copy the arrays of GPUs to main memory."""
         for name, tensor in self.tensors.items():
             if any(is_cupy(array) for array in tensor.arrays):
                 whole = np.empty(tensor.shape, tensor.dtype)
@@ -414,7 +414,7 @@ def _plain(array: Array) -> Array:
 
 
 def _split(state: Mapping[str, Any]) -> Content:
-    """What a checkpoint of ``state`` has; arrays are copied only if not contiguous."""
+    """The content of a checkpoint of ``state``; only arrays that are not contiguous are copied."""
     content = Content()
     tree = _without_arrays(state, "", content)
     content.metadata |= {"format": str(FORMAT), "state": json.dumps(tree), "versions": versions()}
@@ -588,7 +588,7 @@ def _bytes_of(arrays: list[Array]) -> Iterator[np.ndarray]:
                 most = max(other.nbytes for other in arrays if backend.owns(other))
                 stages[backend] = Stages(backend, min(AT_ONCE, max(1, most)), PINNED)
             yield from stages[backend].pieces(array)
-        elif array.nbytes > SMALL:  # a smaller one has gone with those before
+        elif array.nbytes > SMALL:  # smaller ones were yielded with those before
             whole = array.reshape(-1).view(np.uint8)
             for first in range(0, whole.size, AT_ONCE):
                 yield whole[first : first + AT_ONCE]

@@ -42,7 +42,7 @@ class Series(MutableSequence[float]):
 
     def __init__(self, values: Iterable[float] = ()) -> None:
         self._numbers: array[float] = array("d", values._numbers if isinstance(values, Series) else values)
-        self.changes = 0  # how often anything but an append was done
+        self.changes = 0  # how often it was changed other than by appending
 
     @staticmethod
     def of(values: Iterable[float]) -> Series:
@@ -148,7 +148,7 @@ class Portion(NamedTuple):
 
 
 class SeriesFile(NamedTuple):
-    """What a checkpoint says of the file: its first ``size`` bytes have the ``kept`` series; ``digest`` is of them."""
+    """A checkpoint's reference to the file: its first ``size`` bytes hold the ``kept`` series; ``digest`` is theirs."""
 
     path: Path
     size: int
@@ -157,7 +157,7 @@ class SeriesFile(NamedTuple):
 
     @property
     def reference(self) -> str:
-        """What stands in the checkpoint, as JSON."""
+        """The reference in the checkpoint, for JSON."""
         series = [[kept.name, kept.length] for kept in self.kept]
         found = {"file": self.path.name, "bytes": self.size, "sha256": self.digest.hexdigest(), "series": series}
         return json.dumps(found)
@@ -172,7 +172,7 @@ class SeriesFile(NamedTuple):
 
 
 class Tails(NamedTuple):
-    """What is to be written of series: all that follows ``before``, or all of them where that is None."""
+    """The numbers of the series that are not in ``before`` yet; all of them if that is None."""
 
     before: SeriesFile | None
     blocks: tuple[bytes | memoryview, ...]

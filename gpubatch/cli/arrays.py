@@ -20,11 +20,11 @@ __all__ = ["Arrays", "RowsOf", "arrays_of", "check_there", "npz", "rows", "taken
 
 PARTS = {"X": ("x", "x_train"), "Y": ("y", "y_train"), "X_test": ("x_test",), "Y_test": ("y_test",)}  # of an .npz file
 BLOCK = 1 << 20  # bytes that are read at once
-GAP = 8  # rows that are read as well, since reading twice takes longer
+GAP = 8  # unwanted rows that one read may span: two reads take longer
 
 
 def check_there(name: str) -> None:
-    """Raise unless there is such a file or folder."""
+    """Raise unless the file or folder exists."""
     if "://" not in name and not Path(name).exists() and not glob.glob(name, recursive=True):
         raise ArgumentError(f"DATA must be files or a folder that are there, got {name!r}")
 
@@ -63,7 +63,7 @@ class RowsOf:
         return int(len(self) * self.features * self.dtype.itemsize)
 
     def rows(self, which: slice | np.ndarray) -> Any:
-        """Some of them, in memory where they are few."""
+        """Some of the rows, in memory where they are few."""
         found = RowsOf(self._source, self._chosen[which])
         return found if is_large(found.nbytes) else found.read(np.arange(len(found)))
 
@@ -102,7 +102,7 @@ def arrays_of(paths: Sequence[Path]) -> tuple[str, Arrays]:
 
 @contextlib.contextmanager
 def damage_of(path: Path) -> Iterator[None]:
-    """Turn what NumPy raises for a damaged file into an error that names it."""
+    """Turn NumPy's errors for a damaged file into one that names the file."""
     try:
         yield
     except DataFormatError:

@@ -41,7 +41,7 @@ MOST_LISTED = 12  # names in a message
 LOOKED_AT = 1 << 14  # rows by which the scale of columns is judged
 STEPS = 32  # in an epoch of a small set, at least, where batches have no fewer than 8 samples
 TASKS = ("auto", *LOSSES_OF)
-CIFAR = ("data_batch", "cifar-10")  # how its files and folders begin
+CIFAR = ("data_batch", "cifar-10")  # prefixes of the names of its files and folders
 TABLES = (".csv", ".parquet", ".arrow", ".tsv", ".txt", ".pq", ".arrows", ".feather", ".ipc")
 
 
@@ -87,7 +87,7 @@ class Samples:
             return ""
         try:
             of = Standardize.of(taken(self.X, np.arange(0, len(self.X), max(1, len(self.X) // LOOKED_AT))))
-        except NonFiniteError:  # the loader tells which sample it is
+        except NonFiniteError:  # the loader's own error names the sample
             return ""
         far = np.flatnonzero((abs(of.mean) > 10) | (of.deviation > 10) | (of.deviation < 0.1))
         if not len(far):
@@ -105,7 +105,7 @@ class Samples:
     def loader(
         self, net: Network, batches: BatchOptions, seed: int, ranks: Ranks | None = None, shards: int | None = None
     ) -> Loader:
-        """Batches for a network to train on, in so many parts, which are dealt to ranks."""
+        """The loader to train a network with; its batches have ``shards`` parts, which are dealt to ranks."""
         if self.prepare is not None and net.compute_dtype == np.float32 and len(lost := self.prepare.lost):
             of = self.prepare.mean[lost[0]], self.prepare.deviation[lost[0]]
             raise ArgumentError(

@@ -187,7 +187,7 @@ def ranks_of_launcher() -> Ranks | None:
     except ImportError as error:
         raise RankError(str(error)) from error
     if ranks.rank and sys.__stderr__ is not None:
-        sys.stderr = sys.__stderr__  # for why one rank ends all
+        sys.stderr = sys.__stderr__  # so that the reason why one rank ends all is shown
     return ranks if ranks.size > 1 else None
 
 

@@ -441,7 +441,7 @@ class Columns(Sequence[Column]):
         ]
 
     def no_rows(self) -> list[Array]:
-        """A batch of which a rank has no samples."""
+        """The part of a batch on a rank that has no samples of it."""
         return [self.backend.empty((0, *column.source.sample_shape), column.dtype) for column in self]
 
     def joined(self, parts: Iterable[list[Array]]) -> list[Array]:
@@ -521,7 +521,7 @@ class Columns(Sequence[Column]):
             return [*joined, *rows[2:]]
 
     def _one(self, arrays: Sequence[Array], axis: int) -> Array:
-        """What functions made of the parts of a batch, one after another."""
+        """The results of functions for the parts of a batch, joined."""
         if len(arrays) == 1:
             return arrays[0]
         sizes = [array.shape[axis] for array in arrays]

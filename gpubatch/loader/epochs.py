@@ -199,7 +199,7 @@ class Epochs:
         return size if self.ranks is None else int(-self.ranks.most([-size])[0])
 
     def _for_all_parts(self, plan: BatchPlan, held: int, available: int) -> BatchPlan:
-        """``plan``, or one of the batch size of the rank with the least memory, and with enough rows for every part."""
+        """``plan`` at the batch size of the rank with the least memory, or larger to have rows for every part."""
         assert self.order.dealing is not None
         least = self._least_of_ranks(plan.batch_size)
         if not least:

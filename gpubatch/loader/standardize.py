@@ -15,7 +15,7 @@ __all__ = ["Standardize"]
 
 SINGLE = np.finfo(np.float32)
 AT_ONCE = 1 << 20  # bytes of X that are looked at together
-PRECISE = 1e5  # deviations from 0 at which the mean may be: float32 has 24 bits
+PRECISE = 1e5  # the most deviations that a mean may be from 0: float32 has 24 bits
 
 
 class Standardize:

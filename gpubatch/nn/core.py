@@ -49,7 +49,7 @@ __all__ = ["EVALUATION_ROWS", "Core", "WholeStep", "quiet"]
 
 EVALUATION_ROWS = 1024  # rows that are evaluated at a time: large enough for full speed, and a bound on memory
 DRAWN = 1 << 16  # elements of first values that are drawn at a time: in double precision all would be the largest array
-# Errors that all ranks raise where one has met them.
+# Errors of one rank that all ranks raise.
 ALIKE: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (ArgumentError, DTypeError, MemoryError, NonFiniteError, ShapeError)
 }
@@ -135,8 +135,8 @@ class Core:
         self._sums: Array = None  # of the gradients of micro-batches
         self._part_sums: PartSums | None = None
         self._message_of_half: Array = None
-        self._room: Array = None  # of the sums of batch norms in sync
-        self._met: weakref.WeakSet[Ranks] = weakref.WeakSet()  # for which there is memory
+        self._room: Array = None  # scratch memory for the sums of batch norms in sync
+        self._met: weakref.WeakSet[Ranks] = weakref.WeakSet()  # the ranks that memory was allocated for
         self._weighing = Weighing(backend, self.compute_dtype)
         self._training: Workspace[Pass] | None = None
         self._evaluation = OfThread()
@@ -419,7 +419,7 @@ class Core:
         return Deal(sum(every), sum(every[: ranks.rank]), (len(X),), size)
 
     def part_sums(self, parts: int) -> PartSums:
-        """What sums over so many parts; its memory is kept for the next steps."""
+        """The :class:`PartSums` of so many parts; its memory is kept for the next steps."""
         if self._part_sums is None or self._part_sums.parts != parts:
             self._part_sums = self._released(self._part_sums)
             norms = {
@@ -439,7 +439,7 @@ class Core:
         return self._message_of_half
 
     def _allocate_for(self, ranks: Ranks) -> None:
-        """Allocate what the first step with these ranks sends, and keep it: a rank without memory needs it, too."""
+        """Allocate and keep the message of a step with these ranks: a rank that runs out of memory sends it, too."""
         self._message()
         if self.in_sync and self._room is None:
             self._room = self.backend.zeros(2 * max(self.in_sync), np.float64)
@@ -455,7 +455,7 @@ class Core:
         micro_batch_size: int | None = None,
         together: SumsInStep | None = None,
     ) -> None:
-        """Launch the parts that this rank has of a batch, and their sum; nothing is checked, and nothing waited for.
+        """Launch this rank's parts of a batch, and their sum, without checks and without waiting for the device.
 
         together: sums over ranks for batch norms of ``sync=True``, which see all rows of this rank as one part.
         """
@@ -491,7 +491,7 @@ class Core:
             self.mode.statistics, self.mode.together, self.mode.row = None, None, 0
 
     def finish_parts(self, sums: PartSums, message: Array, statistics: Array | None, rows: int) -> Array:
-        """From the sums over all ranks: gradients, running statistics, and the loss, an array of one element."""
+        """Take gradients and running statistics from the sums over ranks; return the loss, an array of one element."""
         self.reserve(1)
         assert self._training is not None
         c = self._training.bind(self.planned).loss
@@ -513,7 +513,7 @@ class Core:
         ranks: Ranks | None,
         micro_batch_size: int | None = None,
     ) -> tuple[Array, Any]:
-        """:meth:`enqueue` of the parts that this rank has of a batch, and of the sum over ``ranks``.
+        """:meth:`enqueue` for this rank's parts of a batch, and for the sum over ``ranks``.
 
         Returns the loss of the whole batch, an array of one element, and the objects to keep.
         """
@@ -533,7 +533,7 @@ class Core:
         return loss, (self._training, self._sums, sums, self._weighing.owned, self._reach, self.products, of_ranks)
 
     def reserve_sums(self, ranks: Ranks) -> None:
-        """Allocate what the sums over ranks work in, unless it is there already."""
+        """Allocate the scratch memory of the sums over ranks, unless it is there already."""
         ranks.reserve(self.backend, self.parameters.size + TAIL, self.compute_dtype)
         ranks.reserve(self.backend, self.buffers.size, np.float64)
 
@@ -556,7 +556,7 @@ class Core:
     def check_parts(self, rows: int, shards: int) -> None:
         """Raise if a batch of so many rows has parts that are too small for batch normalisation."""
         shards = 1 if self.in_sync else shards
-        least = max(1, rows // shards)  # of the parts that have any
+        least = max(1, rows // shards)  # of the parts that are not empty
         if least < self.least_rows:
             raise ArgumentError(
                 f"a batch of {rows} rows in {shards} parts has one of {least}; BatchNorm needs more than one sample: "

@@ -511,7 +511,7 @@ class BatchNorm(Layer):
     def _backward_together(self, dy: Array, dx: Array | None, c: Context, together: Together) -> None:
         """As :meth:`backward`, with Σ dy and Σ dy n over the rows of all ranks.
 
-        Here dy is of the mean over this rank's m rows, and their gradients count m times in the end.
+        Here dy belongs to the mean over this rank's m rows, whose gradients are weighted by m in the end.
         """
         xp, n, gamma, m = c.xp, c.work["normalised"], c.p["gamma"], len(dy)
         c.ops.batch_norm_gradient(dy, gamma, c.g["gamma"], c.g["beta"], None, c.work)

@@ -168,7 +168,7 @@ def check_shape(name: str, shape: Any, low: int = 0) -> None:
 
 
 class Together(Protocol):
-    """What a layer sums over ranks by, in a step that all of them make: ``rows`` are those of all."""
+    """Sums of a layer over ranks, in a step that all of them make; ``rows`` is the total over ranks."""
 
     rows: int
 

@@ -30,7 +30,7 @@ class Tree:
         self.begin()
 
     def begin(self, count: int | None = None) -> None:
-        """Forget what was added before; add ``count`` arrays now, if not the most."""
+        """Start again, for ``count`` arrays; by default as many as it was made for."""
         self._free += [array for array in self._waiting if array is not self.own]
         self._waiting, self._added, self._last = [], 0, (count or self.count) - 1
 
@@ -43,7 +43,9 @@ class Tree:
         """Add what was written to :meth:`leaf`."""
         if leaf is not self.own:
             self._free.pop()
-        for _ in range((~self._added & (self._added + 1)).bit_length() - 1):  # as often as its number ends in ones
+        for _ in range(
+            (~self._added & (self._added + 1)).bit_length() - 1
+        ):  # once for each 1 at the end of its binary number
             leaf = self._merged(leaf)
         self._waiting.append(leaf)
         self._added += 1
@@ -63,7 +65,7 @@ class Tree:
 
 
 def kept(count: int) -> int:
-    """How many sums of ``count`` arrays wait at most at the same time."""
+    """The most sums that wait at the same time while ``count`` arrays are added."""
     return count.bit_length() - 1
 
 
@@ -139,7 +141,7 @@ class PartSums:
             self._statistics.add(self._of_leaf)
 
     def note(self, place: int, rows: int, mean: Array, var: Array) -> bool:
-        """Take the statistics that a batch norm has of rows of a part; False if it is none of ``norms``."""
+        """Add a batch norm's statistics of the rows of a part; return False if it is none of ``norms``."""
         if place not in self._norms:
             return False
         of_mean, of_var = self._of_norm(place, self._of_leaf)
@@ -219,7 +221,7 @@ class SumsInStep:
         return self._ranks.sum_(self._room)[: x.size]
 
     def finish(self) -> None:
-        """Make the sums that are left, of zeros: this rank has no rows, or an error ended its part of the step."""
+        """Make the sums that are left with zeros: this rank has no rows, or an error ended its part of the step."""
         while self._left:
             self.sum(self._room[:0])
 

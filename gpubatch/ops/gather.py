@@ -146,7 +146,7 @@ def take_source(stored: str, target: str, kind: str = "Listed") -> str:
 
 
 def rows_source(file: str, dtype: str, stored: str, target: str, kind: str) -> str:
-    """The CUDA source of a kernel that takes rows in an order of some kind, with arithmetic of ``dtype``'s."""
+    """The CUDA source of a kernel that gathers rows by an order of one ``kind``, with arithmetic for ``dtype``."""
     types = f"typedef {C_TYPES[stored]} Sample;\ntypedef {C_TYPES[target]} Target;"
     shared = f"{order_source(kind)}\n{kernel_source('rows.cuh')}"
     return source_of(dtype, file, before=f"{types}\n{shared}")

@@ -71,7 +71,7 @@ class Permutation:
         return held[start - begin : stop - begin]
 
     def after(self, places: int) -> Integers:
-        """The ``words`` of the same permutation from so many places on."""
+        """The ``words`` of the same permutation, shifted by so many places."""
         return after(self.words, places)
 
     def of(self, numbers: Integers) -> Integers:
@@ -128,7 +128,7 @@ class Draws:
         self.words = np.array(numbers + [0] * (PERMUTATION_WORDS - len(numbers)), np.uint64).view(np.int64)
 
     def after(self, places: int) -> Integers:
-        """The ``words`` of the same draws from so many places on."""
+        """The ``words`` of the same draws, shifted by so many places."""
         return after(self.words, places)
 
 

@@ -18,8 +18,8 @@ from gpubatch.parallel.watch import Watch, watched
 
 __all__ = ["MPI", "Connection", "Numbers", "Threads", "connected", "threads"]
 
-READING = 3.0  # seconds at most that a process which ends all waits until its words were read
-PASSING_ON = 0.1  # seconds at least that the launcher has to pass them on
+READING = 3.0  # seconds at most that a process waits for its message to be read before it ends all
+PASSING_ON = 0.1  # seconds that the launcher then gets to pass the message on
 PATIENCE = 120  # seconds that a thread waits for the others: far more than any test computes between two calls
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
@@ -155,11 +155,11 @@ class MPI:
         self._given.Abort(1)
 
     def _finish(self, requests: list[Any], sizes: list[int]) -> None:
-        """Wait for messages, of which the first bring so many bytes from the other ranks in reverse order."""
+        """Wait for messages; the first ones bring so many bytes each from the other ranks, in reverse order."""
         alike = "arrays must be of the same size and dtype on all ranks"
         try:
             self._wait(requests, self._statuses)
-        except self._error as error:  # a message is longer than what there is for it
+        except self._error as error:  # a message is longer than its buffer
             raise ArgumentError(f"{alike}: {error}") from error
         for rank, size, status in zip(reversed(self._others), sizes, self._statuses, strict=False):
             if (sent := status.Get_count()) != size:
@@ -241,27 +241,27 @@ class Threads:
         self._meeting.end(why)
 
     def _bring(self, value: Any) -> list[Any]:
-        """What all ranks bring, this one ``value``; it may be read until the next wait."""
+        """Gather the values of all ranks, ``value`` from this one; they may be read until the next wait."""
         self._meeting.brought[self.rank] = value
         self._meeting.wait()
         return self._meeting.brought
 
 
 def check_alike(size: int, sizes: Iterable[int]) -> None:
-    """Raise unless the arrays of all ranks have as many elements as this one's."""
+    """Raise unless the arrays of all ranks have the same number of elements."""
     for other in sizes:
         if other != size:
             raise ArgumentError(f"arrays must be of the same size on all ranks: one has {other}, another {size}")
 
 
 def threads(size: int) -> list[Threads]:
-    """So many ranks that are threads, each to be used in a thread of its own."""
+    """``size`` connected ranks, each for a thread of its own."""
     meeting = Meeting(size)
     return [Threads(rank, size, meeting) for rank in range(size)]
 
 
 def until_read(stream: Any) -> None:
-    """Wait, not for long, until who is at the other end of a pipe has read what was written to it."""
+    """Wait, for a limited time, until the reader of a pipe has read what was written to it."""
     last = time.monotonic() + READING
     try:
         import fcntl  # here, as Windows has neither

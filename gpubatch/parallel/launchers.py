@@ -72,7 +72,7 @@ def check_world(size: int, library: str, variables: Mapping[str, str]) -> None:
 
 
 def counts_in(variables: Mapping[str, str]) -> dict[str, int]:
-    """How many processes there are, by variable."""
+    """The number of processes, by the variable that says it."""
     found = {name: int(variables[name]) for name in COUNTS if variables.get(name, "").isdecimal()}
     if SLURM in found and len(found) > 1:
         # Either srun started this process itself, or mpiexec, of which the processes of srun are a part: one a machine.

@@ -53,8 +53,8 @@ class Ranks:
         self.exact = check_bool("exact", exact)
         self._engine = engine = comm if isinstance(comm, Threads) else connected(comm)
         self.rank, self.size, self.local = (engine.rank, engine.size, engine.local) if engine else (0, 1, 0)
-        self._pieces = dict[str, Array]()  # that sums work in, by the device
-        self._agreed = dict[str, int]()  # the bytes that all ranks have for them
+        self._pieces = dict[str, Array]()  # scratch memory of sums, by device
+        self._agreed = dict[str, int]()  # the bytes of it that all ranks have allocated
         self._nccl = dict[str, Nccl]()
         if isinstance(engine, MPI):
             weakref.finalize(self, engine.leave)
@@ -78,7 +78,7 @@ class Ranks:
             self.close()
 
     def close(self) -> None:
-        """Free what connects the ranks; all call it at the same place, and nothing else afterwards."""
+        """Free the communicators. Collective; the ranks cannot be used afterwards."""
         if isinstance(self._engine, MPI):
             self._engine.close()
         if self._engine is not None:
@@ -129,14 +129,14 @@ class Ranks:
         return flat
 
     def sum_bytes(self, size: int, dtype: Any) -> int:
-        """The bytes that :meth:`sum_` works in, and keeps, for arrays of so many elements."""
+        """The bytes of scratch memory that :meth:`sum_` keeps for arrays of so many elements."""
         if self.size == 1 or not self.exact:
             return 0
         row = int(np.dtype(dtype).itemsize) * self.size
         return row * (size if row * size <= SMALL else -(-size // self.size) + ALIGNED)
 
     def reserve(self, backend: Backend, size: int, dtype: Any) -> None:
-        """Allocate what :meth:`sum_` works in for such arrays, unless it is there already; each rank by itself."""
+        """Allocate the scratch memory of :meth:`sum_` for such arrays, unless it is there already. Not collective."""
         self._scratch(backend, np.dtype(np.uint8), -(-self.sum_bytes(size, dtype) // self.size))
 
     def allocate(self, make: Callable[[], object]) -> None:
@@ -172,13 +172,13 @@ class Ranks:
         return list(found[:-1].tolist())
 
     def share(self, value: Any) -> Any:
-        """What rank 0 gave, on all ranks: anything that JSON can hold. What the others gave is not looked at."""
+        """Broadcast the value of rank 0, anything that JSON can hold; the other ranks' values are ignored."""
         if self._engine is None:
             return value
         return _decoded(self._engine.share(_encoded(value) if self.rank == 0 else b""), 0)
 
     def gather(self, value: Any) -> list[Any]:
-        """What each rank gave, by rank, on all of them: anything that JSON can hold."""
+        """Gather the values of all ranks, ordered by rank, on every rank: anything that JSON can hold."""
         data = np.frombuffer(_encoded(value), np.uint8)
         if self._engine is None:
             return [_decoded(data.tobytes(), 0)]
@@ -190,7 +190,7 @@ class Ranks:
         return [_decoded(texts[cuts[rank] : cuts[rank + 1]].tobytes(), rank) for rank in range(self.size)]
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait until every rank has called this."""
         if self._engine is not None:
             self._engine.barrier()
 
@@ -215,7 +215,7 @@ class Ranks:
         return self._nccl[backend.spec]
 
     def _scratch(self, backend: Backend, dtype: np.dtype[Any], size: int) -> Array:
-        """An array of a row of ``size`` for each rank; valid until the next call."""
+        """An array with a row of ``size`` elements for each rank; valid until the next call."""
         needed = self.size * size * dtype.itemsize
         pieces = self._pieces.get(backend.spec)
         if pieces is None or pieces.size < needed:
@@ -231,7 +231,7 @@ class Ranks:
 
 
 class _Hook:
-    """What Python calls at an exception that nobody caught: it is shown as before, then all ranks end."""
+    """A ``sys.excepthook`` that shows an uncaught exception as before, then ends all ranks."""
 
     def __init__(self, ranks: Ranks, shown: Any) -> None:
         self._ranks, self._shown = ranks, shown
@@ -243,7 +243,7 @@ class _Hook:
 
 
 class Closed:
-    """What connects ranks that were closed: nothing."""
+    """The engine of closed ranks: every use of it raises."""
 
     name = "closed"
 
@@ -252,7 +252,7 @@ class Closed:
 
 
 def _encoded(value: Any) -> bytes:
-    """``value`` as JSON, or after a "!" why it cannot be: the other ranks wait for either."""
+    """``value`` as JSON, or "!" and the reason why not, since the other ranks wait for a message."""
     try:
         return json.dumps(value).encode()
     except (TypeError, ValueError, RecursionError) as error:
@@ -260,14 +260,14 @@ def _encoded(value: Any) -> bytes:
 
 
 def _decoded(data: bytes, rank: int) -> Any:
-    """What :func:`_encoded` made of the value of a rank."""
+    """The value that :func:`_encoded` wrote on a rank; DTypeError if JSON could not hold it."""
     if data.startswith(b"!"):
         raise DTypeError(f"{data[1:].decode()}, on rank {rank}")
     return json.loads(data)
 
 
 def _tree(rows: Array) -> Array:
-    """The sum of the rows, as a binary tree of neighbours; it lies in the first of them."""
+    """Sum the rows into the first one, as a binary tree of neighbours."""
     for level in range((len(rows) - 1).bit_length()):
         step = 1 << level
         for left in range(0, len(rows) - step, 2 * step):

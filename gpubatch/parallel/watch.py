@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 __all__ = ["Watch", "watched"]
 
 LOOK = 0.5  # seconds between two looks
-PATIENCE = 2.0  # seconds that a rank has waited when it is first asked for whom
+PATIENCE = 2.0  # seconds that a rank waits before it asks the others whether they have ended
 
 Result = TypeVar("Result")
 
@@ -72,7 +72,7 @@ class Watch:
 
 
 def watched(wait: Callable[..., Result]) -> Callable[..., Result]:
-    """A method that waits for the other ranks, of a class with a ``watch``, so that it notices when one has ended."""
+    """Decorate a method that waits for other ranks: the object's ``watch`` notices if one has ended meanwhile."""
 
     @functools.wraps(wait)
     def waits(self: Any, *arguments: Any) -> Result:

@@ -74,7 +74,7 @@ class Machine:
                 layers += [BatchNorm(outputs)] if about.batch_norm else []
                 layers += activation_layers(about.activation)
                 layers += [Dropout(about.dropout)] if about.dropout else []
-        # Steps that are the network's own have the l2 term, with a weight that is set for every batch.
+        # The network's own steps have the l2 term, with a weight that is set for every batch.
         where, loss = get_backend(about.backend), LOSS_OF[about.output]
         self.own_steps = where.name != "cpu" or self.mixed
         l2 = float(about.regularised and self.own_steps)

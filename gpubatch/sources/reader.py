@@ -46,7 +46,7 @@ class Source(Protocol):
 
 
 def refuse_pickling() -> NoReturn:
-    """Raise for what is open in this process alone."""
+    """Raise for a file that is open in this process alone."""
     raise DTypeError(
         "a source cannot be pickled, since its files are open in this process: give the other process the path, and "
         "open it there"

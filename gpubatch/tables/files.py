@@ -74,7 +74,7 @@ def looked_at(
     label: str | None = None,
     stream: bool | None = None,
 ) -> Looked:
-    """A file, whose form is told by its first bytes; for the arguments see ``read_table``.
+    """Open a file of the format that its first bytes tell; for the arguments see ``read_table``.
 
     texts: columns of a CSV file that are not to be taken for numbers
     """

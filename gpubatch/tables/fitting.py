@@ -167,7 +167,7 @@ class Statistics:
         return Hashed(name, options.buckets, absent)
 
     def _misread(self, name: str) -> str | None:
-        """What to say of a column of texts that most likely is one of numbers; an error where it is one of dates."""
+        """A warning for a column of texts that are most likely numbers; an error if they are dates."""
         if name not in self._guessed or not (counts := self._seen[name].counts):
             return None
         numerals = {text: n for text, n in counts.items() if NUMERAL.fullmatch(text)}

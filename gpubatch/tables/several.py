@@ -1,4 +1,4 @@
-"""Whatever holds a table, one file or several, as its rows."""
+"""Open the rows of a table, from one file, several files or a frame."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def files_of(source: Any) -> list[Opener] | None:
 
 
 def is_file(x: Any) -> bool:
-    """Whether it is a path or a URL, or opens a file."""
+    """Whether it is a path, a URL, or an object that opens a file."""
     return isinstance(x, (str, os.PathLike)) or all(hasattr(x, name) for name in ("open", "size", "identity"))
 
 

@@ -1,4 +1,4 @@
-"""What a resumed run was given otherwise than the saved one, or a rank than others: callbacks, arguments, samples."""
+"""Differences in callbacks, arguments and samples, between a resumed run and the saved one, or between ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 
 # The arguments that the state of a callback belongs to.
 OF_ITS_STATE = ("monitor", "mode", "buffers")
-ROWS = 1 << 12  # of samples that are looked at
+ROWS = 1 << 12  # of samples that a digest reads
 
 
 def has_state(callback: Any) -> bool:
@@ -38,7 +38,7 @@ def has_state(callback: Any) -> bool:
 
 
 def describe_callbacks(callbacks: Sequence[Any]) -> list[dict[str, Any]]:
-    """What a checkpoint says of each callback, as JSON can hold it; of the user's own, its name."""
+    """The description of each callback in a checkpoint, for JSON; of a user's own, only its name."""
     return [
         {
             "name": getattr(callback, "__qualname__", type(callback).__qualname__),
@@ -111,7 +111,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
 
 
 def in_words(described: Mapping[str, Any]) -> str:
-    """A callback as one writes it."""
+    """A callback as source text."""
     return f"{described['name']}({', '.join(f'{name}={value!r}' for name, value in described['settings'].items())})"
 
 
@@ -145,7 +145,7 @@ def digest(backend: Backend, arrays: Sequence[Array]) -> int:
 
 
 def changed_arguments(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """How arguments of ``fit`` were given otherwise before, a line each."""
+    """The arguments of ``fit`` that differ from the saved ones, a line each."""
     lines = list[str]()
     for name, value in now.items():
         before = saved.get(name, value)

@@ -170,7 +170,7 @@ class StepGraphs:
         return self._graphs[form]
 
     def _rehearse_alone(self, step: Callable[[], None]) -> None:
-        """Take all memory of a step with ranks: if it ran out before a sum, the others would wait in vain."""
+        """Allocate all memory of a step with ranks: if it ran out before a sum, the other ranks would wait in vain."""
         self._rehearse(step)
         assert self._ranks is not None
         core_of(self.net).reserve_sums(self._ranks)
@@ -238,7 +238,7 @@ class StepGraphs:
 
 
 def agreed(ranks: Ranks | None, work: Callable[[], T]) -> T:
-    """What ``work`` returns, which each rank does by itself; if it fails on one, all raise errors of the same kind."""
+    """Call ``work`` on each rank and return its result; if it fails on one rank, all raise errors of the same kind."""
     if ranks is None or ranks.size == 1:
         return work()
     result, error = None, None

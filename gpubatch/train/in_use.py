@@ -20,7 +20,7 @@ fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 @contextlib.contextmanager
 def in_use(folder: Path) -> Iterator[None]:
-    """Meanwhile the folder is this run's; raises ArgumentError if it is another's, which may be on another machine.
+    """Lock the folder for this run; raises ArgumentError if another run, perhaps on another machine, holds it.
 
     The lock ends with the process, however that ends. Where the file system has no locks there is none.
     """

@@ -1,4 +1,4 @@
-"""The states of callbacks for checkpoints: their arrays themselves, which are written at once, or copies."""
+"""States of callbacks for checkpoints: their own arrays, if these are written at once, or copies."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ __all__ = ["copied", "live_callback"]
 
 
 def live_callback(callback: Any) -> dict[str, Any]:
-    """The ``state_dict()`` of a callback, of gpubatch's own with its arrays themselves in place of copies."""
+    """The ``state_dict()`` of a callback; gpubatch's own give their arrays without a copy."""
     kind = next((kind for kind in type(callback).__mro__ if "state_dict" in vars(kind)), None)
-    # A method of the user's takes the place of both.
+    # A subclass of the user's may override either method.
     own = kind is not None and "_live_state" in vars(kind) and "state_dict" not in vars(callback)
     state: dict[str, Any] = callback._live_state() if own else callback.state_dict()
     return state

@@ -189,7 +189,7 @@ def fit(
             may_capture = execution == "captured" or (execution == "auto" and net.backend.name != "cpu")
             held_out = stack.enter_context(validated(net, loader, validation, together.rank, together.size))
             record.state.monitors = monitors(net, held_out, metrics)
-            early = list[str]()  # what is to be noted before there is a display
+            early = list[str]()  # notes from before there is a display
             record.state.note = early.append
             store = stack.enter_context(open_checkpoints(checkpoint, check_bool("resume", resume), together.first))
             arguments = {} if store is None else compared_arguments(net, held_out, eager, metrics)
@@ -268,7 +268,7 @@ def arguments_of_run(
     metrics: Sequence[str],
     resume: bool,
 ) -> dict[str, Any]:
-    """What ranks must have in common, by name, as JSON can hold it; nothing of one process."""
+    """The settings that all ranks must share, by name, for JSON; empty for a single process."""
     state, store = record.state, checkpoints.store
     if not record.together.several:
         return {}
@@ -299,7 +299,7 @@ def arguments_of_run(
 
 
 def place_of_run(record: Record) -> dict[str, Any]:
-    """What ranks must have in common when their steps begin: digests of arrays, and numbers."""
+    """The state that all ranks must share before the first step: digests of arrays, and numbers."""
     net, opt, backend = record.state.net, record.state.opt, record.state.net.backend
     if not record.together.several:
         return {}
@@ -438,7 +438,7 @@ class Run:
             raise  # smaller micro-batches would not help
         except MemoryError as error:
             if self._record.together.several and not isinstance(error, RanksMemoryError):
-                raise  # the other ranks do not know of it
+                raise  # the other ranks have not raised it
             return memory_message(error)  # leaving this block frees the failed batch, which the traceback holds
         return None
 

@@ -91,7 +91,7 @@ def plan_batches(
 
 
 def rows_at_once(net: Network, loader: Loader, batch_size: int) -> int:
-    """The rows of such a batch that a step computes at a time: all, or those of its largest part.
+    """The rows of such a batch that a step computes together: all, or those of the largest part.
 
     With BatchNorm(sync=True) they are those of all parts that a rank has.
     """
@@ -110,7 +110,7 @@ def settle_batches(
 ) -> None:
     """Make the loader's plan; try a batch size that it chose, and a smaller one if memory runs out.
 
-    Ranks take a smaller one if it runs out on any of them.
+    All ranks take a smaller one if memory runs out on any of them.
     """
     epochs = epochs_of(loader)
     evaluated, copied, read = 0, 0, 0
@@ -220,7 +220,7 @@ def evaluate(record: Record, held_out: HeldOut) -> tuple[float, float | None] | 
 
 
 def measured(record: Record, held_out: HeldOut, metrics: Sequence[str]) -> dict[str, float] | str:
-    """Metrics on the validation set, by rank 0; or for what there was no memory, in words."""
+    """Metrics on the validation set, computed by rank 0; or a message if memory ran out."""
     together = record.together
     found: dict[str, float] | str = ""
     with together.phase():

@@ -41,7 +41,7 @@ class Monitor:
         self._loaded = False
 
     def begins(self) -> bool:
-        """At the start of a run: whether it begins anew, and forgets an earlier one, as nothing was loaded for it."""
+        """At the start: whether it begins anew, since no state was loaded; the run before is forgotten then."""
         loaded, self._loaded = self._loaded, False
         if not loaded:
             self.best, self.best_epoch = self._worst, 0
@@ -124,7 +124,7 @@ class KeptWeights:
                 view[...] = net.parameters[name]
 
     def live_state(self) -> dict[str, Any]:
-        """They themselves; empty if there are none."""
+        """The kept weights themselves; empty if there are none."""
         return self._arrays if self.filled else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -194,7 +194,7 @@ class BestWeights(Watching):
         return {**self.monitor.settings(), "restore": self.restore}
 
     def on_start(self, state: TrainingState) -> None:
-        """Look whether there is such a number, and take the memory; an earlier run is forgotten."""
+        """Check that there is such a number, and allocate the memory; an earlier run is forgotten."""
         self.monitor.check(state)
         if self.monitor.begins():
             self.kept.filled = False
@@ -280,7 +280,7 @@ class EarlyStopping(Watching):
         return {**self.monitor.settings(), "patience": self.patience, "restore_best": self.restore_best}
 
     def on_start(self, state: TrainingState) -> None:
-        """Look whether there is such a number; stop at once a resumed run that was stopped before."""
+        """Check that there is such a number; stop a resumed run at once if it was stopped before."""
         self.monitor.check(state)
         if self.monitor.begins():
             self.wait = self._epochs = 0

@@ -301,7 +301,7 @@ class WeightAverage(StepPart):
                     flat[...] = self._before[name]
 
     def on_start(self, state: TrainingState) -> None:
-        """Take the memory, and count the steps from here on; the average of another network is forgotten."""
+        """Allocate the memory, and count the steps from here on; the average of another network is forgotten."""
         if self._net is not None and self._net is not state.net:
             self._net, self._opt, self._steps, self._mean, self._before = None, None, 0, {}, {}
         steps = self.steps

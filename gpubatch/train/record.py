@@ -151,7 +151,7 @@ class Record:
             self.warn(text, MicroBatchWarning)
 
     def warn(self, text: str, category: type[Warning]) -> None:
-        """Warn of the line that called :func:`fit`; of ranks, the first one warns."""
+        """Warn at the line that called :func:`fit`; with ranks, rank 0 warns."""
         if self.together.first:
             warn_caller(text, category)
 

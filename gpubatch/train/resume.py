@@ -67,7 +67,7 @@ class RunCheckpoints:
 
     @functools.cached_property
     def batches(self) -> dict[str, Any]:
-        """What makes the batches what they are."""
+        """The settings that determine the batches."""
         return describe_batches(self._record.state.loader)
 
     @property
@@ -99,7 +99,7 @@ class RunCheckpoints:
         record.unsaved = not record.together.share(saved)
 
     def _write(self, store: Checkpoints) -> bool:
-        """Write a checkpoint; whether that succeeded."""
+        """Write a checkpoint; return whether that succeeded."""
         record, state = self._record, self._record.state
         # A thread that writes while training goes on needs copies; those of a GPU's arrays the store makes itself.
         copied = store.background and state.net.backend.name == "cpu"
@@ -234,7 +234,7 @@ class RunCheckpoints:
         self._wait()
 
     def _wait(self) -> bool:
-        """Wait until what was saved is written; whether that succeeded."""
+        """Wait until the last checkpoint is written; return whether that succeeded."""
         together = self._record.together
         if self.store is None:
             return True
@@ -297,7 +297,7 @@ def has_old_biases(saved: Mapping[str, Any]) -> bool:
 
 
 def to_resume(store: Checkpoints) -> tuple[str, int | None]:
-    """What makes the network and the loader of the run in ``store`` again, where nobody says.
+    """The arguments that make the network and the loader of the run in ``store`` again.
 
     The ``init`` of :func:`~gpubatch.nn.mlp`, and the loader's ``shards``.
     """

@@ -22,14 +22,14 @@ class BetweenSteps:
         self._record, self._checkpoints = record, checkpoints
 
     def __call__(self) -> None:
-        """Look once. What came to other ranks, the last step's sum has told."""
+        """Check once. The last step's sum has told of signals to other ranks."""
         self._checkpoints.after_steps()
         if self._has_come:
             self._stop()
 
     @property
     def _has_come(self) -> bool:
-        """Whether a signal came; of ranks, whether all know of one."""
+        """Whether a signal came; with ranks, whether all of them know of it."""
         record = self._record
         return record.signalled if record.together.several else bool(record.signals)
 

@@ -1,4 +1,4 @@
-"""What the ranks of a run agree on, so that all of them do the same; of one process, what it says itself."""
+"""Agreements of the ranks of a run, so that all of them do the same; a single process agrees with itself."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Agreement:
         return self.rank == 0
 
     def any(self, mine: bool) -> bool:
-        """Whether a rank says yes."""
+        """Whether any rank says yes."""
         return bool(self.most(float(mine))) if self.several else mine
 
     def most(self, mine: float) -> float:
@@ -48,15 +48,15 @@ class Agreement:
         return mine if self.ranks is None else self.ranks.most([mine])[0]
 
     def share(self, value: Any) -> Any:
-        """The value of rank 0, as JSON can hold it."""
+        """The value of rank 0, anything that JSON can hold."""
         return value if self.ranks is None else self.ranks.share(value)
 
     def all(self, mine: Any) -> list[Any]:
-        """What each rank has, by rank, as JSON can hold it."""
+        """The values of all ranks, ordered by rank; anything that JSON can hold."""
         return [mine] if self.ranks is None else self.ranks.gather(mine)
 
     def words(self, mine: str | None) -> tuple[int, str] | None:
-        """The words of the first rank that has any, and which it is; None if no rank has."""
+        """The message of the first rank that has one, and that rank; None if no rank has one."""
         if not self.several:
             return None if mine is None else (0, mine)
         return next(((rank, text) for rank, text in enumerate(self.all(mine)) if text is not None), None)
@@ -79,7 +79,7 @@ class Agreement:
 
     @contextlib.contextmanager
     def phase(self) -> Iterator[None]:
-        """Work that each rank does by itself; an error of one is an error of all at the end of it."""
+        """A block that each rank runs by itself; if one fails, all raise at its end."""
         try:
             yield
         except Exception as error:
@@ -92,7 +92,7 @@ class Agreement:
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
-        """Of an error that other ranks do not have, end them, too: they would wait for this one for ever."""
+        """End the other ranks after an error of this one alone: they would wait for it for ever."""
         try:
             yield
         except BaseException as error:
@@ -108,7 +108,7 @@ class Agreement:
         return error is not None
 
     def same(self, what: Mapping[str, Any]) -> None:
-        """Raise unless all ranks have what rank 0 has, by its name; as JSON can hold it."""
+        """Raise unless all ranks have the same values as rank 0, by name; anything that JSON can hold."""
         if self.ranks is None or not self.several:
             return
         mine = json.loads(json.dumps(dict(what)))
@@ -130,7 +130,7 @@ ALONE = Agreement(None)
 
 
 def difference(name: str, theirs: Any, mine: Any) -> tuple[str, Any, Any]:
-    """Where in two values of a name they differ, and what stands there."""
+    """The name of the first entry in which two values differ, and both entries."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
         for key in [*theirs, *mine]:
             if theirs.get(key) != mine.get(key):
@@ -139,7 +139,7 @@ def difference(name: str, theirs: Any, mine: Any) -> tuple[str, Any, Any]:
 
 
 def error_of(rank: int, words: str) -> GpubatchError:
-    """What the other ranks raise for the error of one: of its class, if that is gpubatch's."""
+    """The error that the other ranks raise for an error of ``rank``: of the same class, if that is gpubatch's."""
     kind = getattr(errors, words.partition(":")[0], None)
     if isinstance(kind, type) and issubclass(kind, GpubatchError) and kind is not BackendUnavailableError:
         return kind(f"rank {rank}: {words.partition(': ')[2]}")

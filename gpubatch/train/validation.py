@@ -118,7 +118,7 @@ class HeldOutBatches:
 
     @contextlib.contextmanager
     def batches(self, rank: int = 0, size: int = 1) -> Iterator[Iterator[Batch]]:
-        """See :class:`HeldOut`. How many batches an iteration of its own has, nobody knows: they are rank 0's."""
+        """See :class:`HeldOut`. The number of batches of an iterator is unknown, so rank 0 evaluates all of them."""
         if self._loader is None:
             own, most = share_of(len(self._epochs), rank, size), sys.maxsize
             if size > 1:
@@ -133,7 +133,7 @@ class HeldOutBatches:
 
 
 def share_of(count: int, rank: int, size: int) -> range:
-    """Which of ``count`` things are one rank's: neighbours."""
+    """The range of ``count`` items that one rank gets: neighbours."""
     return range(count * rank // size, count * (rank + 1) // size)
 
 
