@@ -4,6 +4,10 @@ Each run trains the same small network with a checkpoint after every second step
 write. A killed run is resumed and killed again until it ends. Its parameters, running statistics and history (except
 ``seconds``) must then equal those of an undisturbed run to the last bit. A resume that fails or skips a checkpoint
 counts as failed. Every second run writes in the background.
+
+``--ranks 2 4`` instead measures how soon all processes of a data-parallel run have ended after something happened to
+one of them: the seconds from the fault to the end of the last process, for each fault of ``FAULTS``, by the mpiexec
+beside this Python. Each must end, within 10 s; the exit code is 1 if one does not.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -30,6 +36,19 @@ import gpubatch as gb
 from gpubatch.checkpoint import Checkpoints
 
 EPOCHS, EVERY = 4, 2
+LIMIT = 60  # seconds after which a run on ranks hangs
+WITHIN = 10.0  # seconds in which all processes must have ended
+# What happens on one rank, and where: see tests/ranks_run.py.
+FAULTS = [
+    *(
+        (fault, place)
+        for place in ("on_step", "on_gradient", "on_validation", "on_end", "write", "read", "auto")
+        for fault in ("killed", "raises", "exits", "interrupt", "SIGTERM")
+    ),
+    *((fault, "on_step") for fault in ("SIGINT", "no memory", "disk", "stops")),
+    *((fault, "") for fault in ("seed", "network", "prepare", "damaged file", "damaged checkpoint", "ends early")),
+]
+TESTS = Path(__file__).resolve().parent.parent / "tests"
 
 
 class Training:
@@ -128,6 +147,54 @@ def measure(kills: int, seed: int, base: Path) -> dict[str, Any]:
     }
 
 
+def ends(fault: str, place: str, size: int, base: Path) -> dict[str, Any]:
+    """How a run of ``size`` processes ends: the seconds from the fault to the last one's end, and what was said."""
+    base.mkdir()
+    told, checkpoints = base / "told", str(base / "run")
+    kind = "windowed" if "read" in place or "file" in fault else "plain"
+    options = {"kind": kind, "fault": fault, "place": place, "told": str(told), "checkpoint": checkpoints, "every": 4}
+    options["on"] = 0 if place == "write" or fault == "disk" else 1
+    mpiexec = Path(sys.executable).parent / "mpiexec"
+    version = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, check=True).stdout
+    start = [str(mpiexec), *(["--oversubscribe"] if "Open MPI" in version else []), "-n", str(size)]
+    alone = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
+
+    def run(**more: Any) -> subprocess.CompletedProcess[str]:
+        command = [*start, sys.executable, str(TESTS / "ranks_run.py"), str(base), json.dumps({**options, **more})]
+        return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env={**os.environ, **alone})
+
+    if fault == "damaged checkpoint":
+        run(fault="SIGTERM", place="on_step", told="")
+        options["resume"] = True
+    try:
+        done = run()
+    except subprocess.TimeoutExpired:
+        return {"seconds": None, "code": None, "said": ""}
+    seconds = time.time() - float(told.read_text())
+    messages = [json.loads(path.read_text()).get("message", "") for path in sorted(base.glob("rank*.json"))]
+    said = [line for line in done.stderr.splitlines() if line.startswith("gpubatch: ")]
+    return {"seconds": seconds, "code": done.returncode, "said": next(filter(None, [*said, *messages]), "")}
+
+
+def measure_ranks(sizes: list[int], base: Path) -> dict[str, Any]:
+    """How soon all processes end, by fault and number of ranks."""
+    import mpi4py.MPI
+
+    found = dict[str, dict[str, Any]]()
+    for fault, place in FAULTS:
+        name = f"{fault}, {place}" if place else fault
+        found[name] = {str(size): ends(fault, place, size, base / f"{name}-{size}") for size in sizes}
+        print(name, {size: one["seconds"] for size, one in found[name].items()}, file=sys.stderr, flush=True)
+    seconds = [one["seconds"] for of in found.values() for one in of.values()]
+    return {
+        "mpi": mpi4py.MPI.Get_library_version().splitlines()[0].strip(" \0"),
+        "runs": len(seconds),
+        "hanging": seconds.count(None),
+        "longest_seconds": max(filter(None, seconds)),
+        "faults": found,
+    }
+
+
 def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,16 +202,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills")
     parser.add_argument("--folder", type=Path, help="folder for checkpoints; default: the system's temporary folder")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--ranks", type=int, nargs="+", help="numbers of ranks, of which one fails")
     arguments = parser.parse_args()
     with contextlib.ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=arguments.folder)))
         results = {
             "date": date.today().isoformat(),
             "machine": machine(),
-            "steps_between_checkpoints": EVERY,
-            **measure(arguments.kills, arguments.seed, base),
+            **(
+                measure_ranks(arguments.ranks, base)
+                if arguments.ranks
+                else {"steps_between_checkpoints": EVERY, **measure(arguments.kills, arguments.seed, base)}
+            ),
         }
     record(results, arguments.out)
+    if arguments.ranks:
+        sys.exit(results["hanging"] > 0 or results["longest_seconds"] > WITHIN)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ Inputs are small valid files with random changes: bits flipped, bytes cut off, a
 numbers in headers set to 0, -1, 2^31, 2^40, 2^63, words of JSON replaced. Each input is read to its end, through a
 loader if the reader returns a source. A folder has three files, of which the second one is damaged. For checkpoints,
 the table has one row with the checksum of the damaged bytes in the file's name, and one with the original checksum.
+A checkpoint's history is a file beside it, which may also be absent, or a folder, a link or a pipe in its place; it has
+a row with the checkpoint's own digest, one where the digest is that of the damaged bytes, and one for the damaged words
+by which the checkpoint refers to it. The numbers must be those that were saved, or NaN, of which a warning tells.
 Models have a row for whole files, one where their digest is taken as right, and one for their JSON alone, which is
 damaged before it becomes a part of the header. An input depends only on its number and ``--seed``:
 ``--reader npy --first 812 --inputs 1`` repeats one.
@@ -52,7 +55,7 @@ from unittest import mock
 import numpy as np
 
 import gpubatch as gb
-from gpubatch import checkpoint, datasets, model, sources, tables
+from gpubatch import checkpoint, datasets, model, series, sources, tables
 
 BOUND = 64 << 20  # bytes of address space
 PROCESS = 1000  # inputs of one process: pyarrow keeps some 10 KB for a damaged packed file, for ever
@@ -409,6 +412,127 @@ def read_checkpoint(folder: Path, data: bytes, named_after: bytes) -> None:
         path.unlink()
 
 
+NAMES = ("history.step_loss", "history.step_lr")
+
+
+@functools.cache
+def history_runs() -> list[tuple[str, bytes, bytes]]:
+    """Of two runs the name of the newest checkpoint, the checkpoint, and the history in blocks of several saves."""
+    found = []
+    for seed in range(2):
+        rng, numbers = np.random.default_rng(seed), [series.Series(), series.Series()]
+        with tempfile.TemporaryDirectory() as folder:
+            store = checkpoint.Checkpoints(folder)
+            for count in (3, 1, 5):
+                for one in numbers:
+                    one.extend(rng.random(count))
+                store.save({"history": dict(zip(("step_loss", "step_lr"), numbers, strict=True)), "w": np.ones(3)})
+            (history,) = Path(folder).glob("history-*")
+            found.append((store.files()[-1].name, store.files()[-1].read_bytes(), history.read_bytes()))
+    return found
+
+
+def history_files() -> list[bytes]:
+    return [history for _, _, history in history_runs()]
+
+
+def read_history(folder: Path, data: bytes, original: bytes) -> None:
+    """Read the checkpoint of the run whose history is ``original``, with something else beside it."""
+    runs = history_runs()
+    number = [history for _, _, history in runs].index(original)
+    (name, whole, _), other = runs[number], runs[1 - number][2]
+    path, beside, aside = put(folder / name, whole), folder / "history-000001.f64", folder / "aside"
+    form = zlib.crc32(data) % 16
+    if form == 1:
+        beside.mkdir()
+    elif form == 2:
+        os.mkfifo(beside)
+    elif form == 3:
+        beside.symlink_to(put(aside, data))
+    elif form == 4:
+        beside.symlink_to(aside)  # which is not there
+    elif form == 5:
+        put(beside, other)
+    elif form == 6:
+        put(beside, original + data)  # after the bytes that belong to the checkpoint
+    elif form != 0:
+        put(beside, data)
+    try:
+        right = form == 6 or (form not in (0, 1, 2, 4, 5) and data.startswith(original))
+        judge(lambda: checkpoint.read(path)["history"], [*known_series(number)], right)
+    finally:
+        for one in (path, aside, beside):
+            if one.is_dir():
+                one.rmdir()
+            else:
+                one.unlink(missing_ok=True)
+
+
+def known_series(number: int) -> list[series.Series]:
+    """The numbers of a run."""
+    rng, numbers = np.random.default_rng(number), [series.Series(), series.Series()]
+    for count in (3, 1, 5):
+        for one in numbers:
+            one.extend(rng.random(count))
+    return numbers
+
+
+def judge(read: Callable[[], Any], known: list[series.Series], right: bool) -> None:
+    """Raise DataFormatError for numbers that are NaN and were said to be; AssertionError for wrong ones."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = [list(one) for one in read().values()]
+    if told:
+        assert not right, told[0].message
+        assert [warning.category for warning in told] == [gb.errors.CheckpointWarning], told
+        assert all(np.isnan(one).all() for one in found), found
+        raise gb.errors.DataFormatError(str(told[0].message))
+    assert right, "the file is not what was saved"
+    assert found == [list(one) for one in known], found
+
+
+def read_history_with_any_digest(folder: Path, data: bytes, original: bytes) -> None:
+    """Read blocks whose digest is right; counts that differ are what is left to tell damage by."""
+    path = put(folder / "history-000001.f64", data)
+    of = {"file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    reference = json.dumps({**of, "series": [[name, 9] for name in NAMES]})
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found, file = read_reference(folder / "checkpoint-000003", reference)
+    assert [len(one) for one in found.values()] == [9, 9]
+    assert (file is None) == bool(told)
+    if told:
+        raise gb.errors.DataFormatError(str(told[0].message))
+
+
+def history_references() -> list[bytes]:
+    history = history_files()[0]
+    of = {"file": "history-000001.f64", "bytes": len(history), "sha256": hashlib.sha256(history).hexdigest()}
+    whole = {**of, "series": [[name, 9] for name in NAMES]}
+    return [json.dumps(whole).encode(), json.dumps(whole, indent=1).encode()]
+
+
+def read_history_reference(folder: Path, data: bytes, _: bytes) -> None:
+    """Read a history as damaged words say."""
+    put(folder / "history-000001.f64", history_files()[0])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found, file = read_reference(folder / "checkpoint-000003", data.decode(errors="replace"))
+    if told:
+        raise gb.errors.DataFormatError(str(told[0].message))
+    if file is not None:
+        known = [list(one) for one in known_series(0)]
+        assert [list(one) for one in found.values()] == known[: len(found)], found
+
+
+def read_reference(path: Path, reference: str) -> Any:
+    """What a checkpoint refers to; other words than a checkpoint has are damage of the checkpoint."""
+    try:
+        return series.read_series(path, reference)
+    except checkpoint.UNREADABLE as error:
+        raise gb.errors.DataFormatError(str(error)) from error
+
+
 @gb.activation
 def leaky_swish(x: Any, *, beta: float = 1.5, low: float = 0.0) -> Any:
     return np.where(x < -3, low, x / (1 + np.exp(-beta * x)))
@@ -510,6 +634,9 @@ READERS = {
     "checkpoint, checksum right": Reader(
         checkpoint_files, lambda folder, data, _: read_checkpoint(folder, data, data), header_repaired(8, 0)
     ),
+    "history": Reader(history_files, read_history),
+    "history, digest right": Reader(history_files, read_history_with_any_digest),
+    "history's reference": Reader(history_references, read_history_reference),
     "model": Reader(model_files, lambda folder, data, _: read_model(put(folder / "m.safetensors", data))),
     "model, digest right": Reader(
         model_files,

@@ -28,7 +28,6 @@ __all__ = ["FILE", "Series", "SeriesFile", "Tails", "read_series", "tails_of"]
 FILE = re.compile(r"history-(\d{6,})\.f64")  # the number is that of the first checkpoint with it
 BLOCK = struct.Struct("<QQ")
 AT_ONCE = 1 << 23  # bytes that are read at a time
-MOST = 1 << 32  # numbers of a series, when the file that should have them is not there
 
 
 class Series(MutableSequence[float]):
@@ -168,7 +167,11 @@ class SeriesFile(NamedTuple):
             there = self.path.stat().st_size >= self.size
         except OSError:
             return False
-        return there and all(series.get(of.name) is of.series and of.series.changes == of.changes for of in self.kept)
+        return (
+            not self.path.is_symlink()
+            and there
+            and all(series.get(of.name) is of.series and of.series.changes == of.changes for of in self.kept)
+        )
 
 
 class Tails(NamedTuple):
@@ -182,6 +185,8 @@ class Tails(NamedTuple):
         """Append to the file, or write the file ``new``, and sync it; whatever is there beyond is cut off."""
         path, size, digest = (new, 0, hashlib.sha256()) if self.before is None else self.before[:3]
         digest = digest.copy()
+        if path.is_symlink():  # what it leads to is not this run's
+            path.unlink()
         with path.open("wb" if self.before is None else "r+b") as file:
             file.seek(size)
             file.truncate()
@@ -221,10 +226,12 @@ def read_series(checkpoint: Path, reference: str) -> tuple[dict[str, Series], Se
         type(n) is not int for n in (size, *counts.values())
     ):
         raise ValueError(f"it refers to {reference[:200]}")
-    if min(counts.values(), default=0) < 0 or max(counts.values(), default=0) > MOST:
-        raise ValueError(f"its series have {counts} numbers")
+    if min(counts.values(), default=0) < 0 or 8 * sum(counts.values()) > size:
+        raise ValueError(f"its series have {counts} numbers in {size} bytes")
     path = checkpoint.with_name(file)
     try:
+        if path.exists() and not path.is_file():  # a pipe would never be opened
+            raise ValueError("it is no file")
         with path.open("rb") as opened:
             series, of = _blocks(opened, size, len(counts))
             if of.hexdigest() != digest or [len(one) for one in series] != list(counts.values()):
@@ -237,7 +244,10 @@ def read_series(checkpoint: Path, reference: str) -> tuple[dict[str, Series], Se
             CheckpointWarning,
             stacklevel=2,
         )
-        return {name: Series(array("d", [np.nan]) * count) for name, count in counts.items()}, None
+        try:
+            return {name: Series(array("d", [np.nan]) * count) for name, count in counts.items()}, None
+        except MemoryError:
+            raise ValueError(f"its series have {counts} numbers") from None
     named = dict(zip(counts, series, strict=True))
     return named, SeriesFile(path, size, of, tuple(Portion(name, one, 0, len(one)) for name, one in named.items()))
 
@@ -249,6 +259,8 @@ def _blocks(file: BinaryIO, size: int, count: int) -> tuple[list[Series], Any]:
     series, digest, place = [Series() for _ in range(count)], hashlib.sha256(), 0
     while place < size:
         block = file.read(BLOCK.size)
+        if place + BLOCK.size > size:
+            raise ValueError("it was changed or damaged")
         digest.update(block)
         of, numbers = BLOCK.unpack(block)
         place += BLOCK.size + 8 * numbers

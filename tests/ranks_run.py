@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ class Options:
     kind: of network or data, see :func:`parts_of`
     checkpoint, resume: of ``fit``; saved after every ``every`` steps
     stop: the step after which the run is stopped, by rank ``on``
+    told: the file that gets the time of the fault, in seconds
     fault: see :func:`fault`; on rank ``on`` after ``at`` steps, in the callback's method ``place``, or where a run
         reads its validation set ("read"), writes its second checkpoint ("write") or tries a batch size ("auto")
     """
@@ -50,6 +52,17 @@ class Options:
     at: int = 9
     place: str = "on_step"
     shards: int = 4
+    told: str = ""
+
+
+NOTED = list[Path]()  # where the time of the fault is written to
+
+
+def note() -> None:
+    """Write the time of the fault, the first time."""
+    for path in NOTED:
+        path.write_text(str(time.time()))
+    NOTED.clear()
 
 
 class Files:
@@ -71,6 +84,7 @@ class Files:
             act, self.at_read = self.at_read, None
             act()
         if self.damaged and self.read_before > 200:
+            note()
             raise gb.errors.DataFormatError("part-3.bin is damaged: a block of 7 bytes where 32 rows belong")
         return self.X[index], self.Y[index]
 
@@ -127,12 +141,14 @@ class Prepare:
     def __call__(self, x: np.ndarray) -> np.ndarray:
         self.calls += 1
         if self.here and self.calls > 12:
+            note()
             raise KeyError("no such feature")
         return x
 
 
 def fault(o: Options, net: gb.Network | None = None) -> None:
     """Do what is to go wrong on this rank."""
+    note()
     if o.fault == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     elif o.fault in ("SIGTERM", "SIGINT"):
@@ -222,7 +238,9 @@ def main(folder: Path, o: Options) -> None:
     warnings.simplefilter("ignore", gb.errors.FewStepsWarning)
     ranks = gb.Ranks()
     found: dict[str, Any] = {"rank": ranks.rank, "size": ranks.size}
+    NOTED.extend([Path(o.told)] if o.told and ranks.rank == o.on else [])
     if o.fault == "ends early" and ranks.rank == o.on:
+        note()
         return
     net, loader, opt, more = parts_of(o, ranks)
     store = None if o.checkpoint is None else gb.Checkpoints(o.checkpoint, o.every)
@@ -233,6 +251,8 @@ def main(folder: Path, o: Options) -> None:
         more["callbacks"].append(Elsewhere(o, ranks.rank))
     in_place(o, ranks)
     told = []
+    if o.fault in ("seed", "network", "damaged checkpoint"):
+        note()
     try:
         with warnings.catch_warnings(record=True) as seen:
             history = gb.fit(

@@ -19,6 +19,7 @@ from test_train import Kill, Killed, blobs, everything, numbers, parts
 import gpubatch as gb
 from gpubatch.checkpoint import Checkpoints
 from gpubatch.train import TrainingState, loop
+from gpubatch.train.live import live_callback
 from gpubatch.train.parts import OfARun
 
 NAN = math.nan
@@ -682,6 +683,52 @@ def averaged(average: Any, steps: int = 12, dtype: str = "float64") -> tuple[Any
         weights.append(net.parameters.flat.copy())
     average.apply(net)
     return net, weights[:steps]
+
+
+KEEPING: dict[str, Callable[[], Any]] = {
+    "BestWeights": lambda: gb.BestWeights("loss"),
+    "EarlyStopping": lambda: gb.EarlyStopping(9, monitor="loss"),
+    "WeightAverage": lambda: gb.WeightAverage(0.9),
+}
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_a_checkpoint_has_the_weights_that_a_callback_keeps_without_a_copy(name: str, backend: gb.Backend) -> None:
+    """Its state_dict() has copies, and one of the user's own is what is saved."""
+    own = KEEPING[name]()
+    gb.fit(*parts(backend, batch_norm=True), 1, callbacks=[own], progress=False)
+    once, twice, copies = live_callback(own), live_callback(own), own.state_dict()
+
+    def arrays(state: Any) -> dict[str, Any]:
+        inner = state["mean" if name == "WeightAverage" else "weights"]
+        return {key: inner[key] for key in ("parameters", "buffers")}
+
+    for key, array in arrays(once).items():
+        assert array is arrays(twice)[key]
+        assert array is not arrays(copies)[key]
+        np.testing.assert_array_equal(backend.to_numpy(array), backend.to_numpy(arrays(copies)[key]))
+    assert {k: v for k, v in once.items() if k not in ("mean", "weights")} == {
+        k: v for k, v in copies.items() if k not in ("mean", "weights")
+    }
+    theirs = type("Theirs", (type(own),), {"state_dict": lambda self: {"mine": 1}})
+    assert live_callback(object.__new__(theirs)) == {"mine": 1}
+    own.state_dict = lambda: {"mine": 2}
+    assert live_callback(own) == {"mine": 2}
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full")
+def test_nothing_takes_the_place_of_a_device(tmp_path: Path) -> None:
+    device = tmp_path / "device.safetensors"  # by a link: a mistake would replace that
+    device.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '{device}'"):
+        run([gb.CSVLog(device)], 1)
+    with pytest.raises(FileExistsError, match="this is a device or a pipe, whose place no file takes"):
+        gb.save(device, parts()[0])
+    assert device.is_symlink()
+    device.unlink()
+    device.symlink_to("/dev/null")
+    run([gb.CSVLog(device)], 1)
+    assert device.is_symlink()
 
 
 def test_an_equal_average_is_the_mean() -> None:

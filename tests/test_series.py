@@ -174,7 +174,7 @@ def test_what_no_longer_continues_the_file_gets_another(edit: str, tmp_path: Pat
     assert read(store.files()[-1])["x"] == series
 
 
-@pytest.mark.parametrize("damage", ["not there", "short", "a bit", "a length"])
+@pytest.mark.parametrize("damage", ["not there", "short", "a bit", "a length", "a folder", "a pipe", "a link"])
 def test_without_its_file_a_checkpoint_still_goes_on(damage: str, tmp_path: Path) -> None:
     store, series = Checkpoints(tmp_path), Series([1, 2, 3])
     store.save({"x": series, "w": np.ones(2)})
@@ -185,8 +185,14 @@ def test_without_its_file_a_checkpoint_still_goes_on(damage: str, tmp_path: Path
     if damage == "a length":
         data[8] = 200
     file.write_bytes(data[:-8] if damage == "short" else data)
-    if damage == "not there":
+    if damage in ("not there", "a folder", "a pipe", "a link"):
         file.unlink()
+    if damage == "a folder":
+        file.mkdir()
+    if damage == "a pipe":
+        os.mkfifo(file)
+    if damage == "a link":
+        file.symlink_to(tmp_path / "nowhere")
     with pytest.warns(
         CheckpointWarning, match=r"history-000001\.f64 for x, but that (is not|cannot).*are NaN up to here"
     ):
@@ -196,6 +202,22 @@ def test_without_its_file_a_checkpoint_still_goes_on(damage: str, tmp_path: Path
     found["x"].append(4)
     store.save(found)
     assert np.array_equal(numbers_of_newest(Checkpoints(tmp_path))["x"], [np.nan] * 3 + [4], equal_nan=True)
+
+
+def test_a_history_is_not_written_through_a_link(tmp_path: Path) -> None:
+    """Neither a new one, nor what is appended to one."""
+    store, series, other = Checkpoints(tmp_path / "run"), Series([1, 2, 3]), tmp_path / "other"
+    other.write_bytes(b"of somebody else's" * 10)
+    store.open()
+    (tmp_path / "run" / "history-000001.f64").symlink_to(other)
+    store.save({"x": series})
+    file = history_of(tmp_path / "run")
+    file.unlink()
+    file.symlink_to(other)
+    series.append(4)
+    store.save({"x": series})
+    assert other.read_bytes() == b"of somebody else's" * 10
+    assert numbers_of_newest(Checkpoints(tmp_path / "run")) == {"x": [1, 2, 3, 4]}
 
 
 def test_a_copied_run_goes_on_and_a_single_file_says_what_is_missing(tmp_path: Path) -> None:
