@@ -198,7 +198,7 @@ CODE_LINES = {
     "main_memory": 66,
     "shown": 30,
     "passes": 70,
-    "series": 177,
+    "series": 189,
     "formula": 1716,
     "schedules": 420,
     "averages": 55,
