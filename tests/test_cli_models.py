@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from test_cli import SMALL, idx, mnist, run
 
 import gpubatch as gb
 from gpubatch.cli import app
+from gpubatch.cli.data import raw_samples
 from gpubatch.cli.models import columns_of
 
 __all__ = ["mnist"]
@@ -202,6 +204,16 @@ def test_wrong_tables_are_told_in_one_line(case: tuple[list[str], int, str], tre
 
 
 # --- streams, files, other people's code -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_an_array_of_either_order_is_predicted(model: Path, order: Any, tmp_path: Path) -> None:
+    """A frame of pandas' as an array, say, is in Fortran's order, and is trained on so."""
+    X = np.random.default_rng(0).integers(0, 256, (9, 784), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", np.asarray(X, order=order))
+    loaded = gb.load(model, backend="cpu")
+    raw = raw_samples(loaded, str(tmp_path / "x.npy"), 0)
+    assert np.array_equal(loaded.predict(raw), loaded.predict(X))
 
 
 def test_columns_of_probabilities_are_named_by_the_classes_that_they_are_of() -> None:

@@ -388,6 +388,13 @@ def test_what_people_write_is_read_or_said(case: str, stream: bool, tmp_path: An
     assert said is None or re.search(said, str(told[0].message))
 
 
+def test_the_only_word_among_numbers_is_named_though_it_is_in_a_row_to_test_on() -> None:
+    values = [str(i) if i != 58 else "?" for i in range(N)]
+    train, _ = gb.read_table({"x": values, "y": KIND}, label="y").split(0.2, seed=1)
+    with pytest.raises(gb.DataFormatError, match=r"text of its own in most rows.*48 of 48 look like.* '\?' does not"):
+        train.recipe  # noqa: B018
+
+
 # --- rows to train on, rows to test on ------------------------------------------------------------------------------
 
 

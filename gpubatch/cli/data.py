@@ -13,7 +13,7 @@ import typer
 
 from gpubatch import datasets, sources
 from gpubatch.backend import Array, get_backend
-from gpubatch.cli.arrays import RowsOf, arrays_of, check_there, npz, rows, taken
+from gpubatch.cli.arrays import RowsOf, arrays_of, check_there, npy, npz, rows, taken
 from gpubatch.cli.options import DTYPES, LOSSES_OF, BatchOptions, NetworkOptions, Seed, TestSize, names_of
 from gpubatch.errors import ArgumentError, DataFormatError, NonFiniteError, check_choice, check_real
 from gpubatch.loader import SHARDS, Loader, Standardize, epochs_of, split
@@ -21,7 +21,7 @@ from gpubatch.model import Model
 from gpubatch.nn import LOSSES, Dense, Loss, Network, SoftmaxCrossEntropy, core_of, mlp
 from gpubatch.parallel import Ranks
 from gpubatch.sizing import WHOLE_SET
-from gpubatch.tables import Table, read_table
+from gpubatch.tables import Table, is_large, read_table
 from gpubatch.train import drop_last_for, loader_for
 
 __all__ = [
@@ -428,7 +428,7 @@ def raw_samples(model: Model, data: str | None, seed: int) -> Any:
     check_there(data)
     path = Path(data)
     if path.suffix == ".npy":
-        return sources.npy(path, flatten=True)
+        return sources.npy(path, flatten=True) if is_large(path.stat().st_size) else rows(npy(path))
     if path.suffix == ".npz":
         found = npz(path, labelled=False)
         return rows(found.X if found.X_test is None else found.X_test)

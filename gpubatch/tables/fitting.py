@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,10 +63,21 @@ def listed(names: Sequence[str]) -> str:
 
 
 class Statistics:
-    """Statistics of columns, block by block; ``exact``: all numbers are kept for the medians."""
+    """Statistics of columns, block by block.
 
-    def __init__(self, where: str, types: Mapping[str, Any], options: Options, exact: bool) -> None:
-        self._where, self._options = where, options
+    exact: all numbers are kept for the medians
+    parts: gives a column in parts, with the rows that are not to train on
+    """
+
+    def __init__(
+        self,
+        where: str,
+        types: Mapping[str, Any],
+        options: Options,
+        exact: bool,
+        parts: Callable[[str], Iterable[Any]] = lambda name: (),
+    ) -> None:
+        self._where, self._options, self._parts = where, options, parts
         self._moments: dict[str, tuple[Moments, Median]] = {}
         self._seen: dict[str, Seen] = {}
         self._rows = 0
@@ -95,8 +106,11 @@ class Statistics:
             codes, found = texts(where, name, table[name], self._options.missing)
             seen.add(codes, found)
             if name in self._guessed and name not in self._words:
-                words = (text for text in found if not NUMERAL.fullmatch(text))
-                self._words.update((name, word) for word in itertools.islice(words, 1))
+                self._look_for_words(name, found)
+
+    def _look_for_words(self, name: str, found: Iterable[str]) -> None:
+        words = (text for text in found if not NUMERAL.fullmatch(text))
+        self._words.update((name, word) for word in itertools.islice(words, 1))
 
     def columns(self) -> tuple[tuple[Column, ...], list[str]]:
         """What becomes of the columns; and those that were hashed or left out without being told to, in words."""
@@ -172,6 +186,9 @@ class Statistics:
             return None
         numerals = {text: n for text, n in counts.items() if NUMERAL.fullmatch(text)}
         if 2 * sum(numerals.values()) > (seen := sum(counts.values())):
+            for part in self._parts(name):  # the only word may be in a row to test on
+                if name not in self._words:
+                    self._look_for_words(name, texts(self._where, name, part, self._options.missing)[1])
             word = self._words.get(name, "")[:40]
             words = f"; {word!r} does not: missing={word!r} if it stands for no value" if word else ""
             return (

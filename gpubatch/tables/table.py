@@ -538,7 +538,11 @@ class Table(Prepared):
         numeric = target is not None and target.classes is None
         kinds = self._rows.block(0, of.names).schema
         types = dict(zip(kinds.names, kinds.types, strict=True))
-        statistics = Statistics(self.where, types, of.options, self._rows.in_memory)
+        every = range(len(self._rows.sizes))
+        statistics = Statistics(
+            *(self.where, types, of.options, self._rows.in_memory),
+            parts=lambda name: (self._rows.block(number, [name])[name] for number in every),
+        )
         moments = Moments()
         copies = [] if target is None else of.names
         for table, where, start in self._blocks([*of.names, *([] if target is None else [target.name])]):
