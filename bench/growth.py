@@ -29,6 +29,7 @@ import numpy as np
 from first_run import processor, record
 
 import gpubatch as gb
+from gpubatch.loader import epochs_of
 
 ROOT = Path(__file__).parent.parent
 BATCH, LIMIT, SECONDS, ROUNDS = 256, 6 << 30, 60, 7
@@ -72,6 +73,20 @@ def resumed(n: int, **options: Any) -> Callable[[], None]:
         made = loader(n, **options)
         made.load_state_dict({**made.state_dict(), "epoch": 3, "batch": len(made) // 2})
         next(iter(made))
+
+    return run
+
+
+def held_out(n: int, resume: bool = False, **options: Any) -> Callable[[], None]:
+    """The first batches of a loader that holds out a tenth, as ``fit(validation=0.1)`` does, and of that tenth."""
+
+    def run() -> None:
+        made = loader(n, **options)
+        with epochs_of(made).holding_out(0.1, BATCH) as apart:
+            if resume:
+                made.load_state_dict({**made.state_dict(), "epoch": 3, "batch": len(made) // 2})
+            next(iter(made))
+            next(apart.batches(apart.columns.as_rows))
 
     return run
 
@@ -140,6 +155,17 @@ CASES: dict[str, tuple[Callable[[int], Callable[[], None]], list[int]]] = {
         lambda n: first(n, block=4096, window="256 MiB", ranks=gb.Ranks.of_threads(4)[3]),
         [10**8, 10**12],
     ),
+    "a tenth held out": (held_out, [10**6, 10**7, 10**8, 10**12]),
+    "a tenth held out, resumed in epoch 3": (lambda n: held_out(n, True), [10**7, 10**12]),
+    "a tenth held out, rank 3 of 4, dealt": (
+        lambda n: held_out(n, ranks=gb.Ranks.of_threads(4)[3]),
+        [10**7, 10**12],
+    ),
+    "a tenth held out, window of 256 MiB": (
+        lambda n: held_out(n, block=4096, window="256 MiB"),
+        [10**7, 10**8, 10**12],
+    ),
+    "drawn by weights": (lambda n: first(n, order=gb.WeightedOrder(np.ones(n))), [10**6, 10**7]),
     "memory map": (mapped, [10**6, 3 * 10**7]),
     EPOCH: (epochs, [60_000]),
     "layers of a network": (layers, [100, 1000, 3000]),

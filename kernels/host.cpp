@@ -937,6 +937,19 @@ static bool permute(Any permutation, Int start, Any out) {
     return true;
 }
 
+// places[i] = the number there on one side of a split, int64; the side's numbers are int64 (14,).
+static bool in_cells(Any side, Any places) {
+    PyArrayObject* p = array(places);
+    if (!fits(side, NPY_INT64, 14) || !p || !PyArray_ISCARRAY(p)) return false;
+    const Int count = PyArray_SIZE(p);
+    if (!fits(places, NPY_INT64, count)) return false;
+    const Word* numbers = data<Word>(side);
+    Int* to = data<Int>(places);
+    nb::gil_scoped_release unlocked;
+    in_pieces(count, 16, [&](Int first, Int last) { level.kernels->in_cells(numbers, to, first, last); });
+    return true;
+}
+
 static bool square_sum(Any x, Any out) {
     PyArrayObject* a = array(x);
     if (!a || !PyArray_ISCARRAY_RO(a) || !has_room(out, NPY_DOUBLE, 2 + 2 * PARTS)) return false;
@@ -1193,6 +1206,7 @@ NB_MODULE(_host, m) {
     m.def("dropout", dropout);
     m.def("gather", gather);
     m.def("permute", permute);
+    m.def("in_cells", in_cells);
     m.def("square_sum", square_sum);
     m.def("tensor_views", tensor_views, "NumPy's views of tensors by DLPack's C functions, or None.");
 }

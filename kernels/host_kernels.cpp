@@ -61,6 +61,11 @@ static void permute(const Word* permutation, Int start, Int* out, Int first, Int
     }
 }
 
+static void in_cells(const Word* side, Int* places, Int first, Int last) {
+    const CellSplit s = *reinterpret_cast<const CellSplit*>(side);
+    for (Int i = first; i < last; ++i) places[i] = (Int)number_at(s, (long long)places[i]);
+}
+
 }  // namespace
 
 namespace NAMED(float32_, LEVEL) {
@@ -81,4 +86,4 @@ typedef double T;
 
 extern const Kernels NAMED(kernels_, LEVEL);
 const Kernels NAMED(kernels_, LEVEL) = {NAMED(float32_, LEVEL)::table, NAMED(float64_, LEVEL)::table,
-                                       NAMED(common_, LEVEL)::permute};
+                                       NAMED(common_, LEVEL)::permute, NAMED(common_, LEVEL)::in_cells};

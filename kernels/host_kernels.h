@@ -96,4 +96,7 @@ struct Kernels {
 
     // out[i] = the image of start + i under a permutation, whose numbers are as kernels/permutation.cuh has them.
     void (*permute)(const Word* permutation, Int start, Int* out, Int first, Int last);
+
+    // places[i] = the number there on one side of a split, whose numbers are as kernels/permutation.cuh has them.
+    void (*in_cells)(const Word* side, Int* places, Int first, Int last);
 };

@@ -48,3 +48,16 @@ struct Drawn {
         return (long long)below;
     }
 };
+
+// Not inlined: where several rows are taken at a time there is no room in registers for all that is computed.
+__device__ __noinline__ long long number_of(const CellSplit& side, long long place) { return number_at(side, place); }
+
+// The places of another order among those of one side of a split, whose numbers follow, and stay in memory.
+template <class Places>
+struct Among {
+    Places places;
+    const CellSplit& side;
+    __device__ Among(const long long* order, long long start)
+        : places(order, start), side(*reinterpret_cast<const CellSplit*>(order + WORDS)) {}
+    __device__ long long at(long long row) const { return number_of(side, places.at(row)); }
+};

@@ -20,6 +20,8 @@ from gpubatch.ops.permutation import permutation_source
 from gpubatch.train.graphs import step_source
 from gpubatch.train.parts import parts_source
 
+COMPUTED = ("Computed", "Drawn", "Among<Computed>", "Among<Drawn>")  # orders
+
 
 def sources() -> dict[str, str]:
     """All CUDA sources by name: each kernel in each element type; a source shared by several cases appears once."""
@@ -39,12 +41,12 @@ def sources() -> dict[str, str]:
                 found |= dict.fromkeys(reduce_sources(trace, *stored), f"reduce {told}")
     for stored in C_TYPES:
         for target in {stored, "uint8", "int64"}:
-            for kind in ("Listed", "Computed", "Drawn"):
+            for kind in ("Listed", *COMPUTED):
                 found.setdefault(take_source(stored, target, kind), f"take {stored} as {target}, {kind}")
         for dtype in ("float32", "float64", "float16"):
-            for kind in ("Computed", "Drawn"):
+            for kind in COMPUTED:
                 found.setdefault(gather_source(dtype, stored, kind), f"gather {stored} as {dtype}, {kind}")
-    found |= {permutation_source(kind): f"order, {kind}" for kind in ("Computed", "Drawn")}
+    found |= {permutation_source(kind): f"order, {kind}" for kind in COMPUTED}
     return {name: source for source, name in found.items()}
 
 

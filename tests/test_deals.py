@@ -236,16 +236,17 @@ def test_a_fraction_is_held_out_for_all_ranks_alike(n: int) -> None:
     def make(**more: Any) -> gb.Loader:
         return gb.Loader(np.arange(n)[:, None], batch_size=n // 9, backend="cpu", dtype="float64", seed=2, **more)
 
-    with epochs_of(make()).holding_out(0.1) as held:
-        pass
+    with epochs_of(make()).holding_out(0.1, n) as apart:
+        [[held]] = apart.batches(apart.columns.as_rows)
     for w in (1, 4):
         loaders, found = dealt(make, 8, w), list[np.ndarray]()
         for loader in loaders:
-            with epochs_of(loader).holding_out(0.1) as its:
+            with epochs_of(loader).holding_out(0.1, n) as apart:
+                [[its]] = apart.batches(apart.columns.as_rows)
                 assert np.array_equal(its, held)
                 assert len(loader) == 9
                 found += [batch[:, 0] for batch in loader]
-        together = np.sort(np.concatenate([*found, held]))
+        together = np.sort(np.concatenate([*found, held[:, 0]]))
         assert np.array_equal(together, np.arange(n))
 
 

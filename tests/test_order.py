@@ -21,7 +21,7 @@ from gpubatch.errors import ArgumentError, NonFiniteError
 from gpubatch.loader import Loader, epoch_order, epochs_of, order as order_module
 from gpubatch.loader.device import DeviceFeed, DeviceOrder
 from gpubatch.loader.order import LARGE, Order
-from gpubatch.ops import Grid, Permutation, gather_batch, permutation, permute, take_batch
+from gpubatch.ops import Grid, Permutation, feistel, gather_batch, permutation, permute, take_batch
 from gpubatch.ops.compile import host_library
 
 F = np.dtype(np.float32)
@@ -500,7 +500,7 @@ def test_windows_of_a_large_set_are_as_if_by_chance() -> None:
 
 @pytest.mark.exhaustive
 def test_the_z_scores_find_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(permutation, "ROUNDS", 2)
+    monkeypatch.setattr(feistel, "ROUNDS", 2)
     rng = np.random.default_rng(1)
     found = z_scores(LARGE, lambda seed, epoch: Permutation(LARGE, seed, epoch), rng)
     assert max(map(abs, found.values())) > 10

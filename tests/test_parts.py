@@ -220,7 +220,7 @@ def test_a_run_decodes_each_group_once_an_epoch(tmp_path, decoded):
     assert set(decoded.values()) <= {3, 4, 7}  # 3 where one row is trained on alone, 4 where it is held out
     few = Loader(opened(tmp_path, "parquet"), batch_size=50, backend="cpu", scale=1 / N)
     decoded.clear()
-    with epochs_of(few).holding_out(0.5):
+    with epochs_of(few).holding_out(0.5, 100):
         deque(few, maxlen=0)
     assert set(decoded.values()) == {1}
 

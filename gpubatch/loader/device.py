@@ -14,7 +14,7 @@ from gpubatch.ops import PERMUTATION_WORDS, Draws, Grid, Permutation, gather_bat
 from gpubatch.passes import Deal
 from gpubatch.staging import stages_for
 
-__all__ = ["DeviceFeed", "DeviceOrder", "copy_to_device", "kind_of"]
+__all__ = ["DeviceFeed", "DeviceOrder", "copy_to_device"]
 
 
 def copy_to_device(array: np.ndarray, backend: CudaBackend) -> Array:
@@ -26,16 +26,11 @@ def copy_to_device(array: np.ndarray, backend: CudaBackend) -> Array:
     return copy
 
 
-def kind_of(order: np.ndarray | Permutation | Draws) -> str:
-    """The struct of kernels/orders.cuh that reads an order."""
-    return "Listed" if isinstance(order, np.ndarray) else "Drawn" if isinstance(order, Draws) else "Computed"
-
-
 class DeviceOrder:
     """The order of an epoch from position ``first`` on: copied to the device once, or computed there if it can be."""
 
     def __init__(self, backend: CudaBackend, order: np.ndarray | Permutation | Draws, first: int = 0) -> None:
-        self._kind, self._first = kind_of(order), first
+        self._kind, self._first = ("Listed" if isinstance(order, np.ndarray) else order.kind), first
         order = order if isinstance(order, np.ndarray) else order.words
         self._backend, self._process, self.nbytes = backend, os.getpid(), order.nbytes
         self._home, self._ready = backend.current_stream(), backend.event()
@@ -77,7 +72,8 @@ class DeviceFeed:
 
     ``columns`` are the arrays on the device, each with the element type and the scale of its batches. The order is one
     of ``share`` samples, ``batch_size`` of them in a batch. Or with ``firsts`` it is of a ``kind`` that the kernels
-    compute themselves, of ``step`` samples a batch: those of a rank begin at one of ``firsts`` in the whole batch.
+    compute themselves from ``words``, of ``step`` samples a batch: those of a rank begin at one of ``firsts`` in the
+    whole batch.
     """
 
     def __init__(
@@ -89,12 +85,13 @@ class DeviceFeed:
         firsts: Sequence[int] = (),
         step: int | None = None,
         kind: str = "Listed",
+        words: int = PERMUTATION_WORDS,
     ) -> None:
         self._backend, self._columns, self.batch_size = backend, columns, batch_size
         self._firsts, self._step = list(firsts), batch_size if step is None else step
         self._kind = kind
         # Valid: a rehearsal gathers before the first order. The zeros of one that is computed have sample 0 everywhere.
-        self._order = backend.zeros((len(firsts), PERMUTATION_WORDS) if firsts else share, np.int64)
+        self._order = backend.zeros((len(firsts), words) if firsts else share, np.int64)
         self._stages = stages_for(backend, self._order)
         self._batch = [backend.empty((batch_size, *array.shape[1:]), dtype) for array, dtype, _ in columns]
 

@@ -24,7 +24,7 @@ from gpubatch.loader.feeds import (
     ThroughPinned,
     belongs_on_device,
 )
-from gpubatch.loader.order import WORD, Indices, Order, split
+from gpubatch.loader.order import WORD, Fraction, Order
 from gpubatch.parallel import Ranks
 from gpubatch.passes import DataPass, Deal
 from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, plan_batch_size
@@ -78,6 +78,7 @@ class Epochs:
         self._why = f"batch_size={batch_size} was given"
         self._model = Memories()
         self._trained: Epochs | None = None  # those whose data these share
+        self._held_out: Epochs | None = None  # a fraction of these, meanwhile
         if batch_size is None:
             self.plan = self._choose()
         elif drop_last is True and batch_size > order.share:
@@ -265,34 +266,39 @@ class Epochs:
         """All samples of ``columns`` in their order."""
         return cls(columns, Order(columns.n_samples, shuffle=False), min(batch_size, columns.n_samples), feed="host")
 
-    def in_order(self, batch_size: int, chosen: Indices | None = None) -> Epochs:
-        """The same samples for validation, in the order of the set, without augmentation; ``chosen`` ones, or all.
+    def in_order(self, batch_size: int) -> Epochs:
+        """The same samples for validation, in the order of the set, without augmentation.
 
-        Where batches are dealt, each rank has all of these. On a device they are taken from where they are, and move
-        there through pinned memory.
+        Where batches are dealt, each rank has all of these.
         """
         order = Order(self.order.n, 0, False, False, self.order.rank, self.order.world_size)
-        order = order if chosen is None else Order(self.columns.n_samples, shuffle=False)
-        order.choose(chosen)
-        feed = "device" if self.feed == "device" and chosen is None else "host"
-        found = Epochs(self.columns.unaugmented(), order, batch_size, prefetch=self.prefetch, feed=feed)
-        found._trained = None if chosen is None else self
-        return found
+        feed = "device" if self.feed == "device" else "host"
+        return Epochs(self.columns.unaugmented(), order, batch_size, prefetch=self.prefetch, feed=feed)
 
     @contextlib.contextmanager
-    def holding_out(self, fraction: float) -> Iterator[Indices]:
-        """Meanwhile leave out ``fraction`` of the samples, a function of the seed; yields them."""
+    def holding_out(self, fraction: float, batch_size: int) -> Iterator[Epochs]:
+        """Meanwhile leave out ``fraction`` of the samples, a function of the seed; yields them for validation.
+
+        Those are neither shuffled nor augmented, and each rank has all. On a device they are taken from where they
+        are, and move there through pinned memory.
+        """
         columns, order, before = self.columns, self.order, self.plan
-        kept, held = split(columns.n_samples, fraction, order.seed, columns.labels())
-        if len(kept) < order.world_size:
-            raise ArgumentError(f"validation={fraction:g} leaves {len(kept)} samples to {order.world_size} ranks")
+        of = Fraction(columns.n_samples, fraction, order.seed, columns.labels)
+        if of.n - of.held < order.world_size:
+            raise ArgumentError(f"validation={fraction:g} leaves {of.n - of.held} samples to {order.world_size} ranks")
+        held_out = Order(columns.n_samples, shuffle=False)
+        held_out.take_version(min(order.version, held_out.version))
         try:
-            order.choose(kept)
+            order.choose_side(of, False, order.window > 0 or not order.shuffle)
+            held_out.choose_side(of, True, bool(columns.readers))
             self._epoch, self._batch, self._run, self._left = self.epoch, 0, None, False
             if self.batch_size > order.share:
                 self.plan = self._given(order.share)
-            yield held
+            self._held_out = Epochs(columns.unaugmented(), held_out, batch_size, prefetch=self.prefetch, feed="host")
+            self._held_out._trained = self
+            yield self._held_out
         finally:
+            self._held_out = None
             order.choose(None)
             if before.batch_size > self.batch_size and not self.automatic:
                 self.plan = before
@@ -305,7 +311,7 @@ class Epochs:
         pinned = self._through_pinned.memory_parts(batch_size, self._model.kept, self._model.as_rows)
         needed = sum(model.values()) + sum(pinned.values())
         listed = 0 if self.order.by_kernels else self.order.own_share(batch_size)
-        listed += self.order.n if self.order.by_kernels and self.order.sums is not None else 0
+        listed += 0 if self.order.sums is None or not self.order.by_kernels else len(self.order.sums)
         there, words = belongs_on_device(self.columns, self.feed, listed, needed, available, bool(model))
         return self._on_device if there else self._through_pinned, words
 
@@ -476,11 +482,11 @@ class Epochs:
         if not isinstance(state, Mapping):
             raise DTypeError(f"state must be a mapping from state_dict(), got {type(state).__name__}")
         state, version = {"order": 1, **state}, self.order.version  # states of old have no version of the order
-        self.order.take_version(check_int("state['order']", state["order"], 1))
+        self._take_version(check_int("state['order']", state["order"], 1))
         try:
             epoch, batch, batch_size = self._position(state)
         except BaseException:
-            self.order.take_version(version)
+            self._take_version(version)
             raise
         if self.automatic:
             self._why = f"batch_size={batch_size} was taken from a saved state"
@@ -490,6 +496,13 @@ class Epochs:
         self.automatic = False  # it is decided: another size would make other batches of the epoch
         self._epoch, self._batch, self._run, self._left = epoch, batch, None, False
         self._pass.end()
+
+    def _take_version(self, version: int) -> None:
+        """Make the order as ``version`` does, and hold out the samples that it does."""
+        self.order.take_version(version)
+        if (held_out := self._held_out) is not None and held_out.order.version != version:
+            held_out.order.take_version(version)
+            held_out.plan = held_out._given(held_out.batch_size)
 
     def _position(self, state: Mapping[str, Any]) -> tuple[int, int, int]:
         """Epoch, batch and batch size of a state, which is compared with these epochs."""

@@ -206,7 +206,7 @@ class OnDevice:
             batches = rows * columns.captured_bytes + kept * batches
         # A computed order is there for one batch at a time; the sums of weights for good.
         order = 8 * (rows if self._order.by_kernels else self._order.own_share(batch_size))
-        order += 8 * self._order.n if self._order.by_kernels and self._order.sums is not None else 0
+        order += 0 if self._order.sums is None or not self._order.by_kernels else self._order.sums.nbytes
         data = {"data": columns.data_bytes, "order of an epoch": order}
         return {**data, "batches": batches, "conversion of a batch": staging}
 
@@ -247,8 +247,8 @@ class OnDevice:
             return DeviceFeed(self._backend, columns, order.own_share(batch_size), rows)
         sizes = batch_size, order.share % batch_size
         firsts = [0] if order.dealing is None else [order.dealing.deal(size).first for size in sizes]
-        kind = "Drawn" if order.replacement else "Computed"
-        return DeviceFeed(self._backend, columns, 0, rows, firsts, batch_size, kind)
+        kind, words = order.kernel
+        return DeviceFeed(self._backend, columns, 0, rows, firsts, batch_size, kind, words)
 
     def computed(self, epoch: int, stats: LoaderStats) -> Permutation | Draws:
         """The order of an epoch that kernels compute; the sums of its weights are copied once."""

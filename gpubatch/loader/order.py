@@ -5,6 +5,7 @@ From 2**20 samples on nothing of it is kept in memory: each sample is computed f
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -22,7 +23,7 @@ from gpubatch.errors import (
 )
 from gpubatch.inputs import checked_array
 from gpubatch.loader.deals import Dealing, PartOf
-from gpubatch.ops import Draws, Permutation, permutation_bytes
+from gpubatch.ops import CELL_WORDS, PERMUTATION_WORDS, CellSplit, Draws, Permutation, permutation_bytes
 from gpubatch.passes import Deal
 from gpubatch.sources import check_finite
 
@@ -32,6 +33,7 @@ __all__ = [
     "OF_RANK",
     "PEAK",
     "WORD",
+    "Fraction",
     "Images",
     "Indices",
     "Order",
@@ -61,9 +63,12 @@ PEAK = 26  # bytes a sample in the making of an order that is sorted: words, the
 OF_RANK = 48  # bytes a sample in the making of a window's share that one of several ranks has
 
 
-def version_of(n: int) -> int:
-    """How the order of a set of ``n`` samples is made: 1, by sorting random words; 2, by a permutation's formula."""
-    return 1 if n < LARGE else 2
+def version_of(n: int, holds_out: bool = False) -> int:
+    """How the order of a set of ``n`` samples is made: 1, by sorting random words; 2, by a permutation's formula.
+
+    3 is as 2 where a fraction of them is held out, by a formula, too.
+    """
+    return 1 if n < LARGE else 2 + holds_out
 
 
 def epoch_order(
@@ -97,10 +102,7 @@ def split(
 
     Where there are integer ``labels`` every class has its share of both, to one sample.
     """
-    held = round(check_real(name, fraction, 0.0, 1.0, open_low=True, open_high=True) * n)
-    if not 0 < held < n:
-        what = "validate" if name == "validation" else "test"
-        raise ArgumentError(f"{name}={fraction:g} of {n} samples leaves {held} to {what} on and {n - held} to train")
+    held = held_of(n, fraction, name)
     # The counter's second word keeps these numbers apart from those of all orders.
     key, counter = np.array([seed, 0], np.uint64), np.array([0, 1, 0, 0], np.uint64)
     words = np.random.Philox(key=key, counter=counter).random_raw(n)
@@ -108,6 +110,34 @@ def split(
     places = np.arange(n, dtype=np.int64)
     chosen = (places + 1) * held // n > places * held // n  # evenly, so in proportion from each class
     return np.sort(ranked[~chosen]), np.sort(ranked[chosen])
+
+
+def held_of(n: int, fraction: float, name: str = "validation") -> int:
+    """How many of ``n`` samples are held out."""
+    held = round(check_real(name, fraction, 0.0, 1.0, open_low=True, open_high=True) * n)
+    if not 0 < held < n:
+        what = "validate" if name == "validation" else "test"
+        raise ArgumentError(f"{name}={fraction:g} of {n} samples leaves {held} to {what} on and {n - held} to train")
+    return held
+
+
+class Fraction:
+    """A ``fraction`` of ``n`` samples that is held out, and the rest, a function of the seed and of an order's version.
+
+    Before version 3 both are those of :func:`split`, listed. Then they are computed: those of a :class:`CellSplit`.
+    """
+
+    def __init__(
+        self, n: int, fraction: float, seed: int, labels: Callable[[], np.ndarray | None] = lambda: None
+    ) -> None:
+        self.n, self.held, self.seed = n, held_of(n, fraction), seed
+        self._listed = functools.cache(lambda: split(n, fraction, seed, labels()))
+
+    def side(self, of_held: bool, version: int, ascending: bool) -> Indices | CellSplit:
+        """The samples that are held out, or the rest; in any order they are computed sooner."""
+        if version < 3:
+            return self._listed()[of_held]
+        return CellSplit(self.n, self.held, self.seed, of_held, ascending)
 
 
 class WeightedOrder:
@@ -217,6 +247,7 @@ class InBlocks:
 
 
 Samples: TypeAlias = InBlocks | Indices
+Chosen: TypeAlias = Indices | CellSplit
 Images: TypeAlias = ListedImages | Permutation
 
 
@@ -230,7 +261,7 @@ class Windowed:
         shuffle: bool,
         rank: int,
         world_size: int,
-        chosen: Indices | None,
+        chosen: Chosen | None,
         version: int,
         part: int = 0,
     ) -> None:
@@ -292,7 +323,7 @@ class WindowOrder:
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
-        chosen: Indices | None = None,
+        chosen: Chosen | None = None,
         version: int | None = None,
         part: PartOf | None = None,
     ) -> None:
@@ -400,7 +431,7 @@ class UnevenOrder:
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
-        chosen: Indices | None = None,
+        chosen: Chosen | None = None,
         version: int | None = None,
         part: PartOf | None = None,
         blocks: UnevenBlocks | None = None,
@@ -494,6 +525,7 @@ class Order:
         self.seed, self.shuffle, self.replacement, self.weighted = seed, shuffle, replacement, weighted
         self.rank, self.world_size, self.window, self.block = rank, world_size, window, block
         self._all, self.version = n, version_of(n)
+        self._side: tuple[Fraction, bool, bool] | None = None  # of a fraction, whether it is used or left out
         self.choose(None)
 
     def deal(self, rows: int) -> Deal | None:
@@ -527,8 +559,19 @@ class Order:
         """Samples that are shuffled together: ``window``, or a part's share of it."""
         return self.window if self.dealing is None else self.window // self.dealing.shards
 
-    def choose(self, chosen: Indices | None) -> None:
+    def choose_side(self, of: Fraction, of_held: bool, ascending: bool) -> None:
+        """Use the samples that are held out alone, or the rest, from now on; ``ascending`` where they are read so."""
+        self._side = of, of_held, ascending
+        self.version = version_of(self._all, True) if self.version == version_of(self._all) else self.version
+        self._choose(of.side(of_held, self.version, ascending))
+
+    def choose(self, chosen: Chosen | None) -> None:
         """Use the samples at ``chosen`` alone from now on; None: all."""
+        self._side = None
+        self.version = min(self.version, version_of(self._all))
+        self._choose(chosen)
+
+    def _choose(self, chosen: Chosen | None) -> None:
         self.chosen, self.n = chosen, self._all if chosen is None else len(chosen)
         # An epoch's samples: this rank's, or those of all ranks where each batch is dealt.
         self.share = len(range(self.rank, self.n, self.world_size))
@@ -536,18 +579,25 @@ class Order:
         self.bounds = self._bounds
         if chosen is not None and self._bounds is not None:
             self.bounds = np.unique(chosen.searchsorted(self._bounds))
-        self.sums: np.ndarray | None = None  # of the weights up to each sample
+        self.sums: np.ndarray | None = None  # of the weights up to each sample; others than the chosen have none
         if self.weighted is not None:
             weights = self.weighted.weights
-            self.sums = np.cumsum(weights if chosen is None else weights[chosen])
+            if chosen is not None:
+                index = chosen if isinstance(chosen, np.ndarray) else chosen[np.arange(len(chosen))]
+                weights = np.zeros_like(weights)
+                weights[index] = self.weighted.weights[index]
+            self.sums = np.cumsum(weights)
 
     def take_version(self, version: int) -> None:
         """Make the order as ``version`` does, which a saved state has."""
-        latest = version_of(self._all)
+        latest = version_of(self._all, self._side is not None)
         if version > latest:
             raise ArgumentError(f"state has order={version}, this loader order={latest}")
         if version != self.version:
             self.version, self._next = version, None
+            if self._side is not None:
+                of, of_held, ascending = self._side
+                self._choose(of.side(of_held, version, ascending))
 
     def windows(self, epoch: int, size: int = 1) -> list[WindowOrder | UnevenOrder]:
         """The orders of an epoch by windows, in batches of ``size``: one, or one for each of this rank's parts."""
@@ -602,8 +652,8 @@ class Order:
         if self._by_arithmetic:
             return lambda start, stop: self._at(epoch, start, stop)
         if self._by_formula:
-            found = Permutation(self.n, self.seed, epoch, 0, self.rank, self.world_size)
-            return lambda start, stop: self._samples(found.between(start, stop))
+            found = Permutation(self.n, self.seed, epoch, 0, self.rank, self.world_size, among=self._among)
+            return found.between if self._among is self.chosen else lambda a, b: self._samples(found.between(a, b))
         mine = self.whole(epoch, size) if self.dealing is None else self._listed(epoch)
         return lambda start, stop: mine[start:stop]
 
@@ -625,18 +675,35 @@ class Order:
         return self._samples(order[self.rank :: self.world_size])
 
     @property
+    def _among(self) -> CellSplit | None:
+        """The samples that are used alone, if they are computed."""
+        return self.chosen if isinstance(self.chosen, CellSplit) else None
+
+    @property
     def by_kernels(self) -> bool:
         """Whether :meth:`computed` has the samples of an epoch, so that kernels can compute them."""
-        if self.window or self.chosen is not None:
+        if self.window or self.sums is not None:
+            return not self.window
+        if self._among is not self.chosen or (self._among is not None and self._among.ascending):
             return False
-        return self.replacement or (self.n >= LARGE and (self._by_formula or not self.shuffle))
+        return self.replacement or (self._all >= LARGE and (self._by_formula or not self.shuffle))
+
+    @property
+    def kernel(self) -> tuple[str, int]:
+        """The struct by which kernels compute the samples of an epoch, and how many words it has."""
+        kind = "Drawn" if self.replacement else "Computed"
+        if self._among is None or self.sums is not None:
+            return kind, PERMUTATION_WORDS
+        return f"Among<{kind}>", PERMUTATION_WORDS + CELL_WORDS
 
     def computed(self, epoch: int, sums: Array = None) -> Permutation | Draws:
         """The samples of an epoch as kernels compute them; ``sums`` are :attr:`sums` on the device."""
-        if not self.replacement:
-            return Permutation(self.n, self.seed, epoch, 0, self.rank, self.world_size, self.shuffle)
-        weights = (0, 0.0) if self.sums is None else (sums.data.ptr, float(self.sums[-1]))
-        return Draws(self.n, self.seed, epoch, self.rank, self.world_size, *weights)
+        of_rank = self.seed, epoch, self.rank, self.world_size
+        if self.sums is not None:
+            return Draws(len(self.sums), *of_rank, sums.data.ptr, float(self.sums[-1]))
+        if self.replacement:
+            return Draws(self.n, *of_rank, among=self._among)
+        return Permutation(self.n, self.seed, epoch, 0, self.rank, self.world_size, self.shuffle, self._among)
 
     def prepare(self, epoch: int, size: int = 1) -> None:
         """Make the order of an epoch now, while a device works on the one before."""
@@ -645,13 +712,13 @@ class Order:
 
     def memory(self) -> tuple[int, int]:
         """Bytes of main memory: while the order of an epoch is made, and while it is used. Windows have their own."""
-        held = 8 * self.n * ((self.chosen is not None) + (self.sums is not None))
+        held = 0 if self.sums is None else self.sums.nbytes
+        held += 0 if self.chosen is None else self.chosen.nbytes
         if self.window or self._by_arithmetic:
             return held, held
         if self._by_formula:
             return held, held + permutation_bytes()
-        drawing = DRAWING if self.chosen is None else DRAWING + 8  # places among the chosen, and the samples there
-        making = drawing if self.weighted is not None else 0 if self.replacement else PEAK
+        making = DRAWING if self.weighted is not None else 0 if self.replacement else PEAK
         return held + making * self.n, held + 8 * self.n
 
     @property
@@ -674,7 +741,8 @@ class Order:
         if self.sums is None:
             return self._samples(_uniform(words, self.n))
         numbers = (words >> np.uint64(11)) * (2.0**-53 * self.sums[-1])  # of 53 bits, from 0 to the sum of the weights
-        return self._samples(self.sums.searchsorted(numbers, side="right"))
+        found: Indices = self.sums.searchsorted(numbers, side="right")
+        return found
 
     def _samples(self, places: Indices) -> Indices:
         return places if self.chosen is None else self.chosen[places]

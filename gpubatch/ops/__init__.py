@@ -1,6 +1,7 @@
 """The core's operations, each with its NumPy, compiled and CUDA form; update rules, and matrix products."""
 
 from gpubatch.ops.blas import cpu_products
+from gpubatch.ops.cells import CELL_WORDS, CellSplit
 from gpubatch.ops.compile import cuda_kernel, host_library, source_of
 from gpubatch.ops.dropout import philox_generator
 from gpubatch.ops.elementwise import IDENTITY
@@ -16,6 +17,7 @@ from gpubatch.ops.table import Ops, ops_for
 from gpubatch.ops.update import CudaUpdate, Update, reduce_sources, update_for, update_source
 
 __all__ = [
+    "CELL_WORDS",
     "COMPUTE",
     "IDENTITY",
     "MOST_THREADS",
@@ -23,6 +25,7 @@ __all__ = [
     "PRECISIONS",
     "SQUARE_SUM_SIZE",
     "ArrayProducts",
+    "CellSplit",
     "CudaUpdate",
     "Draws",
     "Grid",

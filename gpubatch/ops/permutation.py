@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from gpubatch.backend import Array
+from gpubatch.ops.cells import CellSplit
 from gpubatch.ops.compile import host_library, kernel_source
+from gpubatch.ops.feistel import ROUNDS, TOGETHER, Integers, feistel
 from gpubatch.ops.grid import AT_ONCE, MOST_BLOCKS, THREADS, Grid
 
 __all__ = [
@@ -20,14 +22,8 @@ __all__ = [
     "permute",
 ]
 
-Integers: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
-
-ROUNDS = 8
 PERMUTATION_WORDS = 4 + ROUNDS  # n, bits, first, step and keys, as kernels/permutation.cuh has them
-
-# Places that NumPy computes at a time, as a call of it costs as much as some hundred of them: 46 to 98 ns a place.
-TOGETHER = 1 << 16
-TAKEN = 56  # bytes a place that it takes meanwhile, at most
+TAKEN = 56  # bytes a place that NumPy takes meanwhile, at most
 
 
 class Permutation:
@@ -35,17 +31,27 @@ class Permutation:
 
     A Feistel network of 8 rounds (Luby & Rackoff, 1988) on the bits of n - 1, applied again to what is not below n
     (Black & Rogaway, 2002). Its keys are words of Philox4x64-10 with the key (seed, epoch) and the counter (0, 0, 1,
-    stream). It knows the images of ``first``, ``first + step``, ...; ``words`` are its numbers as kernels take them.
+    stream). It knows the images of ``first``, ``first + step``, ...; with ``among`` it has the numbers of that side at
+    these places instead. ``words`` are its numbers as kernels take them, and ``kind`` is their struct.
     """
 
     def __init__(
-        self, n: int, seed: int, epoch: int, stream: int = 0, first: int = 0, step: int = 1, shuffle: bool = True
+        self,
+        n: int,
+        seed: int,
+        epoch: int,
+        stream: int = 0,
+        first: int = 0,
+        step: int = 1,
+        shuffle: bool = True,
+        among: CellSplit | None = None,
     ) -> None:
         self.n, self.bits = n, max(2, (n - 1).bit_length()) if shuffle else 0
         # The counter's third word keeps these numbers apart from those of orders that are sorted, and of splits.
         draw = np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=[0, 0, 1, stream]).random_raw
         self._keys = draw(ROUNDS)
-        self.words = np.array([n, self.bits, first, step, *self._keys], np.uint64).view(np.int64)
+        words = np.array([n, self.bits, first, step, *self._keys], np.uint64).view(np.int64)
+        self._among, (self.kind, self.words) = among, placed("Computed", words, among)
         self._held: tuple[int, Integers] = 0, np.empty(0, np.int64)  # images that NumPy has computed, from a place on
 
     def between(self, start: int, stop: int) -> Integers:
@@ -53,8 +59,8 @@ class Permutation:
         library = host_library()
         if not isinstance(library, str):
             out = np.empty(stop - start, np.int64)
-            if library.permute(self.words, start, out):
-                return out
+            if library.permute(self.words[:PERMUTATION_WORDS], start, out):
+                return out if self._among is None else self._among[out]
         begin, held = self._held
         if not begin <= start <= stop <= begin + len(held):
             first, step = int(self.words[2]), int(self.words[3])
@@ -67,6 +73,7 @@ class Permutation:
                 part *= step
                 part += first
                 part[...] = self.of(part)
+                part[...] = part if self._among is None else self._among[part]
             self._held = (begin, held) if len(held) <= TOGETHER else self._held
         return held[start - begin : stop - begin]
 
@@ -76,36 +83,21 @@ class Permutation:
 
     def of(self, numbers: Integers) -> Integers:
         """The images of ``numbers``, by NumPy."""
-        return self._walk(numbers, range(ROUNDS))
+        return self._walk(numbers)
 
     def places_of(self, images: Integers) -> Integers:
         """The numbers whose images these are: the rounds in reverse."""
-        return self._walk(images, range(ROUNDS - 1, -1, -1))
+        return self._walk(images, -1)
 
-    def _walk(self, numbers: Integers, rounds: range) -> Integers:
+    def _walk(self, numbers: Integers, way: int = 1) -> Integers:
         found: Integers = np.array(numbers, np.int64)
         if not self.bits:
             return found
         left: Any = slice(None)  # which are not below n yet
         while len(found[left]):
-            x = found[left] = self._network(found[left], rounds)
+            x = found[left] = feistel(found[left], self.bits, self._keys, way=way)
             left = np.flatnonzero(x >= self.n) if isinstance(left, slice) else left[x >= self.n]
         return found
-
-    def _network(self, x: Integers, rounds: range) -> Integers:
-        below = (self.bits + 1) // 2
-        halves = (x & ((1 << below) - 1)).astype(np.uint32), (x >> below).astype(np.uint32)
-        for number in rounds:
-            changed = (number + 1) % 2  # the upper half, then the lower one
-            bits, key = (self.bits - below if changed else below), int(self._keys[number])
-            mixed = halves[1 - changed] ^ np.uint32(key & 0xFFFFFFFF)
-            mixed *= np.uint32(0x85EBCA6B)
-            mixed ^= mixed >> np.uint32(16)
-            mixed ^= np.uint32(key >> 32)
-            mixed *= np.uint32(0xC2B2AE35)
-            mixed >>= np.uint32(32 - bits)
-            np.bitwise_xor(halves[changed], mixed, out=halves[changed])
-        return (halves[1].astype(np.int64) << below) | halves[0]
 
 
 def permutation_bytes() -> int:
@@ -117,19 +109,33 @@ class Draws:
     """Draws with replacement from ``n`` samples as kernels make them: those that seed and epoch decide.
 
     It knows draws ``first``, ``first + step``, ... With ``sums``, the address of the samples' weights up to each, which
-    are ``total`` in all, they are by weights. ``words`` are its numbers as kernels take them.
+    are ``total`` in all, they are by weights. ``among``, ``words`` and ``kind`` are as those of a permutation.
     """
 
     def __init__(
-        self, n: int, seed: int, epoch: int, first: int = 0, step: int = 1, sums: int = 0, total: float = 0.0
+        self,
+        n: int,
+        seed: int,
+        epoch: int,
+        first: int = 0,
+        step: int = 1,
+        sums: int = 0,
+        total: float = 0.0,
+        among: CellSplit | None = None,
     ) -> None:
         factor = int(np.float64(total * 2.0**-53).view(np.uint64))
         numbers = [n, 0, first, step, seed, epoch, sums, factor]
-        self.words = np.array(numbers + [0] * (PERMUTATION_WORDS - len(numbers)), np.uint64).view(np.int64)
+        words = np.array(numbers + [0] * (PERMUTATION_WORDS - len(numbers)), np.uint64).view(np.int64)
+        self.kind, self.words = placed("Drawn", words, among)
 
     def after(self, places: int) -> Integers:
         """The ``words`` of the same draws, shifted by so many places."""
         return after(self.words, places)
+
+
+def placed(kind: str, words: Integers, among: CellSplit | None) -> tuple[str, Integers]:
+    """The struct and the words of an order of a ``kind``, whose samples may be ``among`` those of a side."""
+    return (kind, words) if among is None else (f"Among<{kind}>", np.concatenate([words, among.words]))
 
 
 def after(words: Integers, places: int) -> Integers:
@@ -151,6 +157,6 @@ def permutation_source(kind: str = "Computed") -> str:
 
 
 def order_source(kind: str) -> str:
-    """The CUDA source of an order, Listed, Computed or Drawn."""
+    """The CUDA source of an order: Listed, Computed, Drawn, or Among<...> of the last two."""
     shared = "\n".join(kernel_source(name) for name in ("permutation.cuh", "philox.cuh", "orders.cuh"))
     return f"{shared}\ntypedef struct {kind} Order;"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -43,7 +44,7 @@ from gpubatch.train.record import Between, Record, Steps
 from gpubatch.train.resume import RunCheckpoints, describe_network, open_checkpoints
 from gpubatch.train.signals import BetweenSteps, interruptible
 from gpubatch.train.together import Agreement, RanksMemoryError
-from gpubatch.train.validation import HeldOut, about_validation, validated
+from gpubatch.train.validation import HeldOut, about_validation, check_held_out, validated
 
 __all__ = ["EXECUTIONS", "fit", "short_runs"]
 
@@ -115,9 +116,10 @@ def fit(
     **Validation.** The set is checked whole before the first step. Arrays are converted once; what is read, a Loader's
     samples and those of a fraction are converted and moved batch by batch, in order and not augmented, so the set may
     be larger than memory; their loss is that of one array but for rounding. A fraction is drawn at random by the
-    loader's seed, the same for every device, rank and resume, and in proportion from each class where Y is an array of
-    integers. During this run the loader leaves it out. Where samples depend on one another, as in a time series, give
-    (X, Y) that you have split yourself.
+    loader's seed, the same for every device, rank and resume. Of fewer than 2²⁰ samples it is in proportion from each
+    class where Y is an array of integers. Of more nothing is listed: it is the same share of each 4,096 neighbours, at
+    random whatever their class. During this run the loader leaves it out. Where samples depend on one another, as in a
+    time series, give (X, Y) that you have split yourself.
 
     **Numbers that are not finite.** A step whose loss or gradient is not finite is left out: parameters, running
     statistics and optimizer stay as they were. ``history.skipped`` counts it, and the first one gives a
@@ -192,14 +194,18 @@ def fit(
             early = list[str]()  # notes from before there is a display
             record.state.note = early.append
             store = stack.enter_context(open_checkpoints(checkpoint, check_bool("resume", resume), together.first))
-            arguments = {} if store is None else compared_arguments(net, held_out, eager, metrics)
+            arguments = functools.partial(compared_arguments, net, held_out, eager, metrics)
             checkpoints = RunCheckpoints(store, record, watching.all, arguments)
             common = arguments_of_run(checkpoints, record, epochs, held_out, execution, eager, metrics, resume)
         together.same(common)
         together.connect(net.backend)
         if resume:
+            version = epochs_of(loader).order.version
             checkpoints.resume()
             record.state.resumed = True
+            with together.phase():
+                if held_out is not None and epochs_of(loader).order.version != version:  # others are held out
+                    check_held_out(net, held_out, together.rank, together.size)
         together.same(place_of_run(record))
         stopped = watching.start(record.state)
         background = store is not None and store.background

@@ -11,7 +11,7 @@ import itertools
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +51,20 @@ DENSE = re.compile(rf"(\w+\(inputs=\d+, outputs=\d+, bias=(?:True|False)){FIRST_
 class RunCheckpoints:
     """Saves a run in ``store`` and resumes it from there; without a store, nothing is ever saved.
 
-    ``callbacks`` with ``state_dict`` and ``load_state_dict`` are saved too. ``arguments`` are those of ``fit`` by name;
-    a resumed run says which of them differ. Of ranks, rank 0 writes, and all read what it wrote.
+    ``callbacks`` with ``state_dict`` and ``load_state_dict`` are saved too. ``arguments()`` are those of ``fit`` by
+    name; a resumed run says which of them differ. Of ranks, rank 0 writes, and all read what it wrote.
     """
 
     def __init__(
-        self, store: Checkpoints | None, record: Record, callbacks: Sequence[Any], arguments: Mapping[str, Any]
+        self,
+        store: Checkpoints | None,
+        record: Record,
+        callbacks: Sequence[Any],
+        arguments: Callable[[], dict[str, Any]],
     ) -> None:
         self.store, self._record = store, record
-        self.callbacks, self._arguments = list(callbacks), dict(arguments)
+        self.callbacks, self._describe = list(callbacks), arguments
+        self._arguments = {} if store is None else arguments()
         self._callbacks = [callback for callback in callbacks if has_state(callback)]
         self._saved_at = record.state.opt.t
         self._given = given_hyper(record.state.opt)
@@ -192,6 +197,7 @@ class RunCheckpoints:
                 record.scale.load_state_dict(saved["loss_scale"])
             for callback, state_of in states:
                 callback.load_state_dict(state_of)
+            self._arguments = self._describe()  # the loader's state decides which fraction is held out
             others += changed_arguments(saved.get("arguments", {}), self._arguments)
         except Exception as error:
             state.net.load_state_dict(before)

@@ -18,7 +18,7 @@ from gpubatch.loader import Columns, Epochs, Loader, epochs_of, rows_of
 from gpubatch.nn import EVALUATION_ROWS, Network, core_of
 from gpubatch.sources import is_read
 
-__all__ = ["HeldOut", "HeldOutBatches", "InMemory", "about_validation", "validated"]
+__all__ = ["HeldOut", "HeldOutBatches", "InMemory", "about_validation", "check_held_out", "validated"]
 
 # X, Y, and the weights of Network.evaluate by the names of its arguments.
 Batch: TypeAlias = tuple[Array, Array, Mapping[str, Array]]
@@ -147,19 +147,24 @@ def validated(net: Network, loader: Loader, validation: Any, rank: int = 0, size
     held_out: HeldOut | None = None
     with contextlib.ExitStack() as stack:
         if is_fraction(validation):
-            held = stack.enter_context(epochs.holding_out(float(validation)))
-            held_out = HeldOutBatches(epochs.in_order(EVALUATION_ROWS, held), epochs.columns)
+            held = stack.enter_context(epochs.holding_out(float(validation), EVALUATION_ROWS))
+            held_out = HeldOutBatches(held, epochs.columns)
         elif validation is not None:
             with about_validation(), net.backend.scope():
                 held_out = held_out_of(net, loader, validation)
         if held_out is not None:
-            with about_validation(), net.backend.scope(), held_out.batches(rank, size) as batches:
-                for X, Y, weights in batches:
-                    core_of(net).check_batch(X, Y)
-                    for weight in weights.values():
-                        core_of(net).check_batch(X, Y, weight=weight)
-                    core_of(net).loss.check_values(Y, net.outputs)
+            check_held_out(net, held_out, rank, size)
         yield held_out
+
+
+def check_held_out(net: Network, held_out: HeldOut, rank: int, size: int) -> None:
+    """Raise unless the network takes every batch of one rank's share."""
+    with about_validation(), net.backend.scope(), held_out.batches(rank, size) as batches:
+        for X, Y, weights in batches:
+            core_of(net).check_batch(X, Y)
+            for weight in weights.values():
+                core_of(net).check_batch(X, Y, weight=weight)
+            core_of(net).loss.check_values(Y, net.outputs)
 
 
 def held_out_of(net: Network, loader: Loader, validation: Any) -> HeldOut:

@@ -22,6 +22,7 @@ inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __constant__ static
 #define __shared__ static __attribute__((section("shared")))  // all together, to be spoiled for every block
