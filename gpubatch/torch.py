@@ -10,6 +10,7 @@ formulas are gpubatch's; docs/from-pytorch.md has both side by side. :func:`to_s
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import inspect
 import itertools
@@ -103,6 +104,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group: ``"params"``, and the arguments that differ in it."""
+        if isinstance(param_group, Mapping):
+            known = ["params", "param_names", *self._arguments]
+            check_names("a group", [name for name in param_group if is_misspelt(name, known)], known)
         torch.optim.Optimizer.add_param_group(self, param_group)
         number, group = len(self.param_groups) - 1, self.param_groups[-1]
         try:
@@ -121,6 +125,10 @@ class Optimizer(torch.optim.Optimizer):
         """
         loss = None
         if closure is not None:
+            if not callable(closure):
+                raise DTypeError(
+                    f"closure must be a function that computes gradients and returns the loss, got {closure!r}"
+                )
             with torch.enable_grad():
                 loss = closure()
         self._update()
@@ -153,8 +161,17 @@ class Optimizer(torch.optim.Optimizer):
         if len(calls) == 1 and self._engines[key].repeats:
             self._repeat = Repeat.of(self._engines[key], cohorts, self.param_groups, self._owned()[1])
 
+    def state_dict(self) -> dict[str, Any]:
+        """State and arguments of all groups, for ``torch.save``; ``torch.load`` reads them with weights_only=True."""
+        found: dict[str, Any] = torch.optim.Optimizer.state_dict(self)
+        for group in found["param_groups"]:  # schedules compute numbers of NumPy, which torch.load refuses
+            group.update({name: value.item() for name, value in group.items() if isinstance(value, np.generic)})
+        return found
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over copies of what ``state_dict`` gave, checked whole before anything changes."""
+        if not isinstance(state_dict, Mapping):
+            raise DTypeError(f"state_dict must be what state_dict() gave, got {state_dict!r}")
         taken: list[Mapping[str, Any]] = []
         handle = self.register_load_state_dict_pre_hook(lambda _, d: taken.append(self._checked(d)))
         try:
@@ -180,12 +197,12 @@ class Optimizer(torch.optim.Optimizer):
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _owned(self) -> tuple[list[int], list[Any]]:
-        """What lanes depend on: the addresses of the parameters, and the objects in groups and state."""
+        """What lanes depend on: the addresses of the parameters, their numbers, and the objects in groups and state."""
         params = [p for group in self.param_groups for p in group["params"]]
         objects = [*params]
         for p, state in self.state.items():
             objects += [p, state, *state.values()]
-        return list(map(torch.Tensor.data_ptr, params)), objects
+        return [*map(torch.Tensor.data_ptr, params), *sizes_of(self.param_groups)], objects
 
     def _is_known(self) -> bool:
         """Whether groups and state are as the lanes have them."""
@@ -215,7 +232,12 @@ class Optimizer(torch.optim.Optimizer):
     def _variant(self, number: int, decayed: bool) -> Variant:
         """The formula with the arguments that a group has now."""
         group, variant = self.param_groups[number], self._variants[number]
-        values = [group[name] for name in self._arguments]
+        try:
+            values = [group[name] for name in self._arguments]
+        except KeyError as error:
+            raise ArgumentError(
+                f"param_groups[{number}] must have {', '.join(self._arguments)}; it lacks {error}"
+            ) from None
         if variant is None or variant.values != values or variant.decayed != decayed:
             variant = Variant(self._init, dict(zip(self._arguments, values, strict=True)), decayed)
             self._variants[number] = variant
@@ -239,10 +261,16 @@ class Optimizer(torch.optim.Optimizer):
 
     def _checked(self, d: Mapping[str, Any]) -> Mapping[str, Any]:
         """A state_dict, if it can be taken."""
+        if not {"state", "param_groups"} <= set(d):
+            raise ArgumentError(
+                f"state_dict must have state and param_groups, got {', '.join(map(str, d)) or 'nothing'}"
+            )
         for number, group in enumerate(d["param_groups"]):
             if missing := [name for name in self._arguments if name not in group and name not in COMMON]:
+                theirs = ", ".join(name for name in ELSEWHERE if name in group and name not in self._arguments)
+                hint = f", but of torch.optim, with {theirs}: begin with new state" if theirs else ""
                 raise ArgumentError(
-                    f"group {number} of state_dict lacks {', '.join(missing)}: it is not of {type(self).__name__}"
+                    f"group {number} of state_dict lacks {', '.join(missing)}: it is not of {type(self).__name__}{hint}"
                 )
             variant = Variant(self._init, {name: group.get(name, self.defaults[name]) for name in self._arguments})
             known = [*variant.start, optim.MASTER, STEP]
@@ -251,6 +279,8 @@ class Optimizer(torch.optim.Optimizer):
                     raise ArgumentError(f"the state must be {', '.join(known)}; state_dict has {', '.join(other)}")
         for p, state in self._saved_states(d):
             for name, value in state.items():
+                if name == STEP and not int(value) >= 0:
+                    raise ArgumentError(f"{STEP} in state_dict must be at least 0, got {value}")
                 if name != STEP and (not torch.is_tensor(value) or value.shape != p.shape):
                     found = tuple(value.shape) if torch.is_tensor(value) else value
                     raise ShapeError(f"state_dict has {found} as {name} of a parameter of shape {tuple(p.shape)}")
@@ -259,6 +289,14 @@ class Optimizer(torch.optim.Optimizer):
 
 def start(self: Optimizer, params: Any, init: Callable[..., None], arguments: dict[str, Any]) -> None:
     """Initialise an optimizer whose rule and hyper-parameters are those of ``init``."""
+    if isinstance(params, torch.nn.Module):
+        raise DTypeError(f"params must be the parameters of {type(params).__name__}: give model.parameters()")
+    if isinstance(params, Mapping):
+        raise DTypeError("params must be tensors, or pairs of name and tensor: give the items() of a mapping")
+    if isinstance(params, Iterator):
+        params = list(params)
+        if not params:
+            raise ArgumentError("params has no tensors; what model.parameters() gives can be gone through only once")
     arguments = {**COMMON, **arguments}
     self._init, self._arguments = init, tuple(arguments)
     self._known, self._engines, self._repeat = None, {}, None
@@ -272,6 +310,16 @@ def check_names(owner: str, given: Any, known: Any) -> None:
             instead = ELSEWHERE[name] or "nothing: every step is one fused call, outside of CUDA graphs and autograd"
             raise UnknownArgumentError(f"{owner} has no argument {name!r} of torch.optim; here it is {instead}")
     check_known(owner, given, known)
+
+
+def is_misspelt(name: str, known: Sequence[str]) -> bool:
+    """Whether a name that may be the user's own, as PyTorch's groups may have, is nearly one that is known."""
+    return name not in known and bool(difflib.get_close_matches(str(name), known, 1, 0.8))
+
+
+def sizes_of(groups: list[dict[str, Any]]) -> list[int]:
+    """The number of parameters of each group."""
+    return [len(group["params"]) for group in groups]
 
 
 def name_of(group: Mapping[str, Any], number: int, i: int) -> str:
@@ -453,6 +501,11 @@ class Lane:
         dtype = torch.float32 if p.dtype == torch.float16 else p.dtype
         for name in self.state_names:
             x = kept[name]
+            if x.shape != p.shape:
+                raise ShapeError(
+                    f"state {name} of {self.names[i]} has shape {tuple(x.shape)}, the parameter {tuple(p.shape)}; "
+                    "delete opt.state[p] of a parameter that gets another shape"
+                )
             if (x.dtype, x.device) != (dtype, p.device):
                 raise DeviceMismatchError(
                     f"state {name} of {self.names[i]} is {x.dtype} on {x.device}, the parameter needs {dtype} on "
@@ -478,7 +531,9 @@ class Lane:
         p, record, name = self.params[i].detach(), self.bound[i], f"the gradient of {self.names[i]}"
         if g.layout is not torch.strided:
             raise DTypeError(f"{name} is sparse ({g.layout}); a layer with sparse=False gives a dense one")
-        if (g.dtype, g.device, g.shape) != (p.dtype, p.device, p.shape):
+        if g.shape != p.shape:
+            raise ShapeError(f"{name} has shape {tuple(g.shape)}, the parameter {tuple(p.shape)}")
+        if (g.dtype, g.device) != (p.dtype, p.device):
             raise DTypeError(f"{name} is {g.dtype} on {g.device}, the parameter is {p.dtype} on {p.device}")
         body = p if record.copy is None else record.copy
         g = g.detach().resolve_neg()
@@ -587,15 +642,19 @@ class Repeat:
 
     objects: those of :meth:`Optimizer._owned`.
     tensors: where they are.
+    sizes: the number of parameters of each group.
     """
 
-    def __init__(self, engine: Engine, cohorts: list[Cohort], objects: list[Any], tensors: Any) -> None:
+    def __init__(
+        self, engine: Engine, cohorts: list[Cohort], objects: list[Any], tensors: Any, sizes: list[int]
+    ) -> None:
         self.engine, self.objects, self.tensors = engine, objects, tensors
         self.lanes = list({id(c.lane): c.lane for c in cohorts}.values())
         # Of each row of scalars the lane, and the place of a parameter in it.
         self.rows = [(c.lane, 0 if isinstance(c.where, slice) else c.where[0]) for c in cohorts]
         self.scale = 1.0 if engine.control is None else float(engine.control[0])
         self.params = [p for c in cohorts for p in c.params]
+        self.sizes = sizes
 
     @classmethod
     def of(
@@ -615,10 +674,12 @@ class Repeat:
         arrays, counts, row_of = zip(*(found.get(id(p), (None, 0, 0)) for p in params), strict=True)
         given = params, list(arrays), list(counts), list(row_of)
         tensors = library.Tensors(engine.compiled, EXCHANGE, torch.Tensor.is_neg, *given)
-        return cls(engine, cohorts, objects, tensors) if tensors.usable else None
+        return cls(engine, cohorts, objects, tensors, sizes_of(groups)) if tensors.usable else None
 
     def step(self, opt: Optimizer, decayed: bool) -> bool:
         """Update, and count the step; False, with nothing changed, if anything is not as it was."""
+        if sizes_of(opt.param_groups) != self.sizes:
+            return False
         for lane in self.lanes:
             if (variant := opt._variant(lane.number, decayed)) is not lane.variant:
                 key = lane.key

@@ -373,8 +373,17 @@ def test_a_state_dict_from_before_an_argument_existed_takes_its_default(make: An
         ),
         (lambda d: d["param_groups"][0].update(lr=-1.0), "lr must be finite and in"),
         (lambda d: d["param_groups"].append(d["param_groups"][0]), "different number of parameter groups"),
+        (lambda d: d["state"][1].update(step=torch.tensor(-1)), "step in state_dict must be at least 0, got -1"),
+        (
+            lambda d: d.pop("state"),
+            "state_dict must have state and param_groups, got param_groups",
+        ),
+        (
+            lambda d: d["param_groups"][0].update(alpha=d["param_groups"][0].pop("rho")),
+            "it is not of RMSProp, but of torch.optim, with alpha: begin with new state",
+        ),
     ],
-    ids=["rule", "state", "shape", "value", "groups"],
+    ids=["rule", "state", "shape", "value", "groups", "count", "no state", "of PyTorch"],
 )
 def test_a_state_dict_that_does_not_fit_changes_nothing(change: Any, words: str) -> None:
     params = tensors((3,), (4,))
@@ -843,6 +852,101 @@ def test_what_cannot_be_updated_is_refused_in_words() -> None:
     expanded.grad = torch.ones(5)
     with pytest.raises(gb.ArgumentError, match=r"elements of .* share memory"):
         opt.step()
+
+
+def reshaped(opt: Any, p: Tensor) -> None:
+    p.grad, p.data = None, torch.zeros(5)
+    p.grad = torch.ones(5)
+    opt.step()
+
+
+def with_another_gradient(opt: Any, p: Tensor) -> None:
+    p.grad.data = torch.zeros(5)
+    opt.step()
+
+
+def without_an_argument(opt: Any, p: Tensor) -> None:
+    del opt.param_groups[0]["rho"]
+    opt.step()
+
+
+MISTAKES: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
+    "another shape": (reshaped, r"state s of .* has shape \(3,\), the parameter \(5,\); delete opt.state.p."),
+    "gradient of another shape": (with_another_gradient, r"the gradient of .* has shape \(5,\), the parameter \(3,\)"),
+    "argument deleted": (without_an_argument, r"param_groups\[0\] must have .*lr.*; it lacks 'rho'"),
+    "no closure": (
+        lambda opt, p: opt.step([p.grad]),
+        "closure must be a function that computes gradients .*, got .tensor",
+    ),
+    "misspelt in a group": (
+        lambda opt, p: opt.add_param_group({"params": [torch.zeros(2)], "weight_deacy": 0.1}),
+        "a group takes .* did you mean 'weight_decay'",
+    ),
+    "module": (
+        lambda opt, p: gt.Adam(module()),
+        r"params must be the parameters of Sequential: give model.parameters\(\)",
+    ),
+    "mapping": (lambda opt, p: gt.Adam({"p": p}), r"give the items\(\) of a mapping"),
+    "used up": (lambda opt, p: gt.Adam(iter(())), r"model.parameters\(\) gives can be gone through only once"),
+    "state of an own rule": (
+        lambda opt, p: gt.Optimizer([p], stepping),
+        "stepping has a state 'step', the name of PyTorch's",
+    ),
+}
+
+
+@gb.rule
+def stepping(w, g, step, t, *, lr=0.1):
+    return w - lr * g, step
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_of_every_day_are_told(mistake: str) -> None:
+    (p,) = tensors((3,))
+    opt = gt.RMSProp([p])
+    train(opt, [p], 0, 3)
+    make_it, words = MISTAKES[mistake]
+    with pytest.raises((TypeError, ValueError), match=words):
+        make_it(opt, p)
+
+
+def test_names_of_one_s_own_are_kept_in_groups() -> None:
+    own = {"name": "head", "initial_lr": 0.1, "max_lr": 1.0, "min_lr": 0.0, "lr_scale": 2.0, "layer_decay": 0.5}
+    assert gt.Adam([{"params": tensors((3,)), **own}]).param_groups[0].items() >= own.items()
+
+
+def move(groups: list[dict[str, Any]]) -> None:
+    groups[1]["params"].insert(0, groups[0]["params"].pop())
+
+
+def remove(groups: list[dict[str, Any]]) -> None:
+    del groups[1]
+
+
+def exchange(groups: list[dict[str, Any]]) -> None:
+    groups[0] = {**groups[0], "lr": 0.3}
+    groups.reverse()
+
+
+@pytest.mark.parametrize("change", [move, remove, exchange], ids=lambda f: f.__name__)
+def test_groups_that_are_rearranged_are_followed(change: Any) -> None:
+    """The order of all parameters may stay."""
+    pairs = []
+    for kind in (gt.SGD, torch.optim.SGD):
+        params = tensors((3,), (4,), (5,))
+        opt = kind([{"params": params[:2], "lr": 0.5}, {"params": params[2:], "lr": 0.1}], lr=0.1)
+        train(opt, params, 0, 3)
+        change(opt.param_groups)
+        train(opt, params, 3, 6)
+        pairs.append(params)
+    torch.testing.assert_close(*pairs, rtol=1e-6, atol=1e-7)
+
+
+def test_numbers_of_numpy_are_saved_as_python_s() -> None:
+    opt = gt.Adam(tensors((3,)), lr=np.float32(0.5))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda epoch: np.float64(0.25))
+    assert type(through_a_file(opt.state_dict())["param_groups"][0]["lr"]) is float
+    assert scheduler.get_last_lr() == opt.param_groups[0]["lr"] == 0.125
 
 
 def test_a_tensor_whose_values_are_elsewhere_is_refused() -> None:
