@@ -10,11 +10,13 @@ formulas are gpubatch's; docs/from-pytorch.md has both side by side. :func:`to_s
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import difflib
 import functools
 import inspect
 import itertools
 import operator
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -22,6 +24,7 @@ import numpy as np
 
 try:
     import torch
+    from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 except ImportError as error:
     raise ImportError(f"gpubatch.torch needs PyTorch, which cannot be imported ({error}): pip install torch") from error
 
@@ -49,6 +52,7 @@ DTYPES: dict[Any, np.dtype[Any]] = {getattr(torch, name): np.dtype(name) for nam
 # DLPack's C functions of tensors, if PyTorch has them: a view takes a sixth of the time of Tensor.numpy.
 EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 LINE = 64  # bytes of a line of the cache
+HOOKS = _global_optimizer_pre_hooks, _global_optimizer_post_hooks  # of all optimizers' steps
 STEP = "step"  # the name of the count beside the formula's state
 
 # What arguments of torch.optim are called here; those with None are not needed.
@@ -133,6 +137,23 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         self._update()
         return loss
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """PyTorch's frame of ``step``, which tells profilers of it and calls hooks; nothing where there are none.
+
+        With many small tensors it takes a tenth of a step.
+        """
+        framed = torch.optim.Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            seen = torch.autograd._profiler_enabled() or any(HOOKS)
+            if seen or self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
+                return framed(self, *args, **kwargs)
+            return func(self, *args, **kwargs)
+
+        return step
 
     @torch._disable_dynamo  # what a compiled function calls: NumPy's views of tensors cannot be traced
     def _update(self) -> None:
@@ -578,6 +599,29 @@ def tensor_views(tensors: list[Tensor]) -> list[Array] | None:
         return None
 
 
+@functools.cache
+def inner_functions() -> list[int]:
+    """Where C++'s tensor is in a tensor's object, and the addresses of two functions of libtorch that take it.
+
+    They are what ``Tensor.is_neg`` and DLPack's functions call. Those take longer than all else that a repeated step
+    asks of a tensor, since they give up Python's lock or take it. Empty where they are not found or do not do the same.
+    """
+    place = object.__basicsize__  # PyTorch's object is Python's header, then at::Tensor, which is one pointer
+    try:
+        library = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
+        is_neg = library["_ZN2at6native6is_negERKNS_6TensorE"]  # bool at::native::is_neg(at::Tensor const&)
+        # void at::toDLPackNonOwning(at::Tensor const&, DLTensor*)
+        describe = library["_ZN2at17toDLPackNonOwningERKNS_6TensorEP8DLTensor"]
+    except (OSError, AttributeError):
+        return []
+    is_neg.argtypes, is_neg.restype = [ctypes.c_void_p], ctypes.c_bool
+    plain = torch.ones(2)
+    for x in (plain, plain._neg_view(), torch.nn.Parameter(plain), torch.nn.Parameter(plain._neg_view())):
+        if ctypes.c_size_t.from_address(id(x) + place).value != x._cdata or is_neg(id(x) + place) != x.is_neg():
+            return []
+    return [place, *(ctypes.cast(f, ctypes.c_void_p).value or 0 for f in (is_neg, describe))]
+
+
 class Engine:
     """The update of a formula, for an element type and a device."""
 
@@ -673,7 +717,8 @@ class Repeat:
         params = [p for group in groups for p in group["params"]]
         arrays, counts, row_of = zip(*(found.get(id(p), (None, 0, 0)) for p in params), strict=True)
         given = params, list(arrays), list(counts), list(row_of)
-        tensors = library.Tensors(engine.compiled, EXCHANGE, torch.Tensor.is_neg, *given)
+        asked = torch.Tensor.grad, torch.Tensor.is_neg, inner_functions()
+        tensors = library.Tensors(engine.compiled, EXCHANGE, *asked, *given)
         return cls(engine, cohorts, objects, tensors, sizes_of(groups)) if tensors.usable else None
 
     def step(self, opt: Optimizer, decayed: bool) -> bool:

@@ -997,13 +997,17 @@ static const DLPackExchangeAPI* exchange_api(nb::handle capsule) {
     return api->major == 1 ? api : nullptr;
 }
 
+static bool is_dense(const DLTensor& t) {
+    return t.device_type == 1 && t.code == 2 && t.lanes == 1 && t.ndim <= NPY_MAXDIMS && (t.bits == 32 || t.bits == 64);
+}
+
 // A dense float32 or float64 tensor in main memory; false if it is something else.
 static bool describe(const DLPackExchangeAPI* api, nb::handle tensor, DLTensor& t) {
     if (api->tensor_from_object(tensor.ptr(), &t)) {
         PyErr_Clear();
         return false;
     }
-    return t.device_type == 1 && t.code == 2 && t.lanes == 1 && t.ndim <= NPY_MAXDIMS && (t.bits == 32 || t.bits == 64);
+    return is_dense(t);
 }
 
 static char* address_of(const DLTensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
@@ -1040,23 +1044,33 @@ static nb::object tensor_views(nb::handle capsule, nb::list tensors) {
 // here are no references to them, which Python's garbage collector would not see.
 class Tensors {
   public:
-    // update: the rule. exchange: as for tensor_views. is_negated: whether a gradient has its sign in a bit that DLPack
-    // does not show. params: contiguous tensors. arrays: for each (w, state ...), or None if it has no gradient. counts:
-    // for each the address of its count of steps. row_of: for each its row of scalars.
-    Tensors(nb::object update, nb::handle exchange, nb::object is_negated, nb::list params, nb::list arrays,
+    // update: the rule. exchange: as for tensor_views. grad: the descriptor of the attribute. is_negated: whether a
+    // gradient has its sign in a bit that DLPack does not show. inner: where C++'s tensor is in its object, and the
+    // addresses of the functions that is_negated and exchange call with that; empty if they are unknown. params:
+    // contiguous tensors. arrays: for each (w, state ...), or None if it has no gradient. counts: for each the address of
+    // its count of steps. row_of: for each its row of scalars.
+    Tensors(nb::object update, nb::handle exchange, nb::object grad, nb::object is_negated,
+            const std::vector<std::uintptr_t>& inner, nb::list params, nb::list arrays,
             const std::vector<std::uintptr_t>& counts, const std::vector<Int>& row_of)
-        : owner(update), rule(nb::cast<const Update&>(update)), api(exchange_api(exchange)), is_negated(is_negated),
+        : owner(update), rule(nb::cast<const Update&>(update)), api(exchange_api(exchange)), grad(grad),
+          is_negated(is_negated),
           apart(rule.reduces() || std::any_of(row_of.begin(), row_of.end(), [](Int row) { return row > 0; })) {
         usable = api != nullptr;
+        if (inner.size() == 3) {
+            inner_at = inner[0];
+            inner_is_negated = reinterpret_cast<IsNegated*>(inner[1]);
+            inner_describe = reinterpret_cast<Describe*>(inner[2]);
+        }
         for (std::size_t i = 0; usable && i < nb::len(params); ++i) {
             DLTensor t;
-            usable = describe(api, params[i], t);
+            usable = describe(api, params[i], t) && described_alike(params[i], t);
             if (!usable) break;
-            known.push_back({address_of(t), std::vector<Int>(t.shape, t.shape + t.ndim), 1, arrays[i].is_none(),
+            known.push_back({address_of(t), extents.size(), t.ndim, 1, arrays[i].is_none(),
                              (Int)(pieces.rows.size() / (rule.arrays + 1)), reinterpret_cast<Int*>(counts.at(i)),
                              row_of.at(i)});
             Known& one = known.back();
-            for (Int n : one.shape) one.size *= n;
+            extents.insert(extents.end(), t.shape, t.shape + t.ndim);
+            for (int axis = 0; axis < t.ndim; ++axis) one.size *= t.shape[axis];
             if (one.idle) continue;
             const nb::tuple tuple = nb::cast<nb::tuple>(arrays[i]);
             Int address[Update::MOST_ARRAYS] = {};
@@ -1075,8 +1089,9 @@ class Tensors {
         if (!usable || busy || !same(objects, lists, state)) return false;
         std::vector<nb::object> gradients;  // references, until the update is done
         gradients.reserve(known.size());
+        PlainType type = {};
         for (std::size_t i = 0; i < known.size(); ++i)
-            if (!take(PyList_GET_ITEM(objects.ptr(), i), known[i], steps, gradients)) return false;
+            if (!take(PyList_GET_ITEM(objects.ptr(), i), known[i], steps, type, gradients)) return false;
         struct Busy {
             bool& flag;
             Busy(bool& flag) : flag(flag) { flag = true; }
@@ -1091,9 +1106,13 @@ class Tensors {
     bool usable;
 
   private:
+    typedef bool IsNegated(const void* tensor);
+    typedef void Describe(const void* tensor, DLTensor* out);
+
     struct Known {
         const char* at;
-        std::vector<Int> shape;
+        std::size_t shape;  // where its extents are among all
+        int ndim;
         Int size;
         bool idle;  // whether it has no gradient
         Int piece;  // the first of its pieces
@@ -1102,10 +1121,11 @@ class Tensors {
     };
 
     bool is_like(const DLTensor& t, const Known& one) const {
-        if (t.bits / 8 != rule.item() || t.ndim != (int)one.shape.size()) return false;
+        if (t.bits / 8 != rule.item() || t.ndim != one.ndim) return false;
+        const Int* shape = extents.data() + one.shape;
         Int contiguous = 1;
         for (int i = t.ndim - 1; i >= 0; --i) {
-            if (t.shape[i] != one.shape[i]) return false;
+            if (t.shape[i] != shape[i]) return false;
             if (t.strides && t.shape[i] != 1 && t.strides[i] != contiguous && one.size) return false;
             contiguous *= t.shape[i];
         }
@@ -1131,20 +1151,66 @@ class Tensors {
         return i == size;
     }
 
-    // Check a parameter, and take the address of its gradient.
-    bool take(nb::handle param, const Known& one, const std::vector<Int>& steps, std::vector<nb::object>& gradients) {
-        DLTensor t;
-        if (!describe(api, param, t) || address_of(t) != one.at) return false;
-        nb::object g = nb::steal(PyObject_GetAttr(param.ptr(), name.ptr()));
+    // A type of parameters, and whether their gradient is what the descriptor gives: a subclass may have its own.
+    struct PlainType {
+        PyTypeObject* type;
+        bool plain;
+    };
+
+    // The gradient of a parameter, of the type that was asked last in most cases.
+    nb::object gradient_of(nb::handle param, PlainType& last) const {
+        PyTypeObject* type = Py_TYPE(param.ptr());
+        const descrgetfunc get = Py_TYPE(grad.ptr())->tp_descr_get;
+        if (type != last.type) {
+            const nb::object found = nb::getattr(nb::handle((PyObject*)type), name);
+            last = {type, get && found.is(grad) && type->tp_getattro == PyObject_GenericGetAttr};
+        }
+        nb::object g = nb::steal(last.plain ? get(grad.ptr(), param.ptr(), (PyObject*)type)
+                                            : PyObject_GetAttr(param.ptr(), name.ptr()));
         if (!g.is_valid()) throw nb::python_error();
-        if (one.idle || g.is_none()) return one.idle && g.is_none();
-        if (!is_like(t, one) || *one.count != steps.at(one.row) || !describe(api, g, t) || !is_like(t, one)) return false;
-        const Int from = reinterpret_cast<Int>(address_of(t));
-        if (overlap(reinterpret_cast<Int>(one.at), from, one.size * rule.item())) return false;
+        return g;
+    }
+
+    const void* inner_of(nb::handle tensor) const { return reinterpret_cast<const char*>(tensor.ptr()) + inner_at; }
+
+    // As describe(), at a quarter of its time: no reference is taken, which PyTorch does with Python's lock.
+    bool describe_tensor(nb::handle tensor, bool plain, DLTensor& t) const {
+        if (!plain || !inner_describe) return describe(api, tensor, t);
+        try {
+            inner_describe(inner_of(tensor), &t);
+        } catch (...) {  // what DLPack has no form for, such as a sparse tensor
+            return false;
+        }
+        return is_dense(t);
+    }
+
+    // Whether the function in libtorch says of a tensor what DLPack's interface said.
+    bool described_alike(nb::handle tensor, const DLTensor& t) const {
+        DLTensor other;
+        return describe_tensor(tensor, true, other) && address_of(other) == address_of(t) && other.ndim == t.ndim &&
+               other.bits == t.bits && std::equal(t.shape, t.shape + t.ndim, other.shape);
+    }
+
+    bool has_negated(nb::handle g, bool plain) const {
+        if (plain && inner_is_negated) return inner_is_negated(inner_of(g));
         PyObject* argument = g.ptr();
         nb::object negated = nb::steal(PyObject_Vectorcall(is_negated.ptr(), &argument, 1, nullptr));
         if (!negated.is_valid()) throw nb::python_error();
-        if (negated.ptr() != Py_False) return false;
+        return negated.ptr() != Py_False;
+    }
+
+    // Check a parameter, and take the address of its gradient.
+    bool take(nb::handle param, const Known& one, const std::vector<Int>& steps, PlainType& type,
+              std::vector<nb::object>& gradients) {
+        DLTensor t;
+        nb::object g = gradient_of(param, type);
+        if (!describe_tensor(param, type.plain, t) || address_of(t) != one.at) return false;
+        if (one.idle || g.is_none()) return one.idle && g.is_none();
+        if (!is_like(t, one) || *one.count != steps.at(one.row)) return false;
+        if (!describe_tensor(g, type.plain, t) || !is_like(t, one)) return false;
+        const Int from = reinterpret_cast<Int>(address_of(t));
+        if (overlap(reinterpret_cast<Int>(one.at), from, one.size * rule.item())) return false;
+        if (has_negated(g, type.plain)) return false;
         for (Int start = 0, piece = one.piece; start < one.size; start += Update::PIECE, ++piece)
             pieces.rows[piece * (rule.arrays + 1) + 1] = from + start * rule.item();
         gradients.push_back(std::move(g));
@@ -1154,10 +1220,14 @@ class Tensors {
     nb::object owner;
     const Update& rule;
     const DLPackExchangeAPI* api;
-    nb::object is_negated;
+    nb::object grad, is_negated;
+    std::size_t inner_at = 0;
+    IsNegated* inner_is_negated = nullptr;
+    Describe* inner_describe = nullptr;
     nb::object name = nb::steal(PyUnicode_InternFromString("grad"));
     bool apart, busy = false;
     std::vector<Known> known;
+    std::vector<Int> extents;  // of all parameters, one after another
     Pieces pieces;
 };
 
@@ -1180,8 +1250,8 @@ NB_MODULE(_host, m) {
         .def(nb::init<Int, const std::string&, int, const Names&>())
         .def("run", &Update::run, nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
     nb::class_<Tensors>(m, "Tensors")
-        .def(nb::init<nb::object, nb::handle, nb::object, nb::list, nb::list, const std::vector<std::uintptr_t>&,
-                      const std::vector<Int>&>())
+        .def(nb::init<nb::object, nb::handle, nb::object, nb::object, const std::vector<std::uintptr_t>&, nb::list,
+                      nb::list, const std::vector<std::uintptr_t>&, const std::vector<Int>&>())
         .def_ro("usable", &Tensors::usable)
         .def("step", &Tensors::step);
     m.def("use_blas", use_blas, "Set the addresses of OpenBLAS's functions, and whether its integers have 64 bits.");

@@ -430,6 +430,31 @@ def test_a_closure_computes_gradients_and_its_loss_is_returned(make: Any) -> Non
     assert opt.step() is None
 
 
+@pytest.mark.exhaustive
+def test_a_step_is_seen_by_a_profiler() -> None:
+    params = tensors((3,))
+    opt = gt.SGD(params, lr=0.1)
+    train(opt, params, 0, 4)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        train(opt, params, 4, 5)
+    assert "Optimizer.step#SGD.step" in [event.key for event in seen.key_averages()]
+
+
+def test_hooks_of_all_optimizers_run_after_a_step() -> None:
+    params = tensors((3,))
+    opt = gt.SGD(params, lr=0.1)
+    train(opt, params, 0, 4)
+    called = list[Any]()
+    register = sys.modules["torch.optim.optimizer"].register_optimizer_step_post_hook
+    handle = register(lambda opt, *_: called.append(opt))
+    try:
+        train(opt, params, 4, 5)
+    finally:
+        handle.remove()
+    train(opt, params, 5, 6)
+    assert called == [opt]
+
+
 def test_hooks_run_around_a_step() -> None:
     params = tensors((3,))
     opt = gt.SGD(params, lr=1.0)
@@ -631,6 +656,35 @@ def test_steps_that_are_repeated_notice_what_changes(name: str, frozen: bool) ->
         assert (found[2:3] == [True]) == (name in ("nothing", "other_arguments"))
         if name not in ("of_another_type", "uphill"):  # those take two calls from then on
             assert found[-1]
+
+
+@pytest.mark.parametrize("name", ["nothing", "negated", "moved", "gradient with gaps"])
+def test_repeated_steps_do_without_the_functions_of_libtorch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(gt.inner_functions()) in (0, 3)
+    wanted, *_, taken = changed(name, False, gt.Repeat.step)
+    monkeypatch.setattr(gt, "inner_functions", list)
+    found, *_, without = changed(name, False, gt.Repeat.step)
+    assert_same(found, wanted)
+    assert without == taken
+
+
+def test_a_subclass_may_say_what_its_gradient_is() -> None:
+    class Doubled(torch.nn.Parameter):
+        @property
+        def grad(self) -> Tensor | None:
+            g = torch.Tensor.grad.__get__(self)
+            return None if g is None else 2 * g
+
+        @grad.setter
+        def grad(self, g: Tensor | None) -> None:
+            torch.Tensor.grad.__set__(self, g)
+
+    (plain,) = tensors((3, 4))
+    doubled = Doubled(plain.detach().clone())
+    opt, other = gt.SGD([doubled], lr=0.5), gt.SGD([plain], lr=1.0)
+    train(opt, [doubled], 0, 5)
+    train(other, [plain], 0, 5)
+    assert_same([doubled], [plain])
 
 
 def test_what_is_refused_is_refused_in_repeated_steps_too(make: Any) -> None:
