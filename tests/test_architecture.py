@@ -223,7 +223,7 @@ CODE_LINES = {
     "plot": 367,
     "cli": 2004,
     "sklearn": 924,
-    "torch": 620,
+    "torch": 650,
     "__main__": 29,
     "__init__": 216,
 }
