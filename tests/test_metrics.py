@@ -190,7 +190,8 @@ def test_metrics_of_a_run(backend: Backend, tmp_path: Any, capsys: pytest.Captur
     assert resumed.metrics == history.metrics
     assert resumed.to_dict()["metrics"] == history.metrics
     run(tmp_path / "later", 2, backend, metrics=[])
-    _, later = run(tmp_path / "later", 4, backend, resume=True)
+    with pytest.warns(gb.ResumeWarning, match=r"metrics: \[\] before, \['f1', 'top_2'\] now"):
+        _, later = run(tmp_path / "later", 4, backend, resume=True)
     assert np.isnan(later.metrics["f1"][:2]).all()
     assert later.metrics["f1"][2:] == history.metrics["f1"][2:]
 
