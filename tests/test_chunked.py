@@ -48,6 +48,21 @@ def test_each_chunk_is_read_once_an_epoch(window: int, chunk: int, shuffle: bool
             assert (given.times == 0).sum() <= 1
 
 
+@pytest.mark.parametrize("error", [RuntimeError("Zstd error"), ValueError("bad chunk"), KeyError("c/3"), EOFError()])
+def test_a_chunk_that_its_library_cannot_read_is_an_error_with_the_place(error: Exception) -> None:
+    class Damaged(Chunks):
+        def __getitem__(self, rows: slice) -> np.ndarray:
+            if rows.start <= 200 < rows.stop:
+                raise error
+            return super().__getitem__(rows)
+
+    with pytest.raises(
+        DataFormatError, match=r"samples 1\d\d to \d+: an array of test_chunked could not read"
+    ) as found:
+        list(gb.Loader(Damaged(X, CHUNK), batch_size=50, backend="cpu"))
+    assert found.value.__cause__ is error
+
+
 def test_any_rows_in_any_order() -> None:
     rng = np.random.default_rng(1)
     for chunk in (1, 3, 70):

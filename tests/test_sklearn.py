@@ -267,6 +267,8 @@ def test_class_weights_are_weights_of_samples() -> None:
         np.testing.assert_array_equal(own, reference)
     with pytest.raises(ValueError, match="needs all labels"):
         ours.MLPClassifier(class_weight="balanced").partial_fit(X, y, classes=np.unique(y))
+    with pytest.raises(ValueError, match="class_weight must have weights >= 0, got"):
+        ours.MLPClassifier(class_weight={**weights, "setosa": -1.0}).fit(X, y)
 
 
 @pytest.mark.exhaustive

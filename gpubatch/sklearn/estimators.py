@@ -578,6 +578,8 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
                 "class_weight 'balanced' needs all labels, and partial_fit has some: give the weights as a dictionary"
             )
         of_classes = compute_sample_weight(self.class_weight, y)
+        if not (of_classes >= 0).all():
+            raise ValueError(f"class_weight must have weights >= 0, got {self.class_weight}")
         found: np.ndarray = of_classes if weight is None else weight * of_classes
         return found
 

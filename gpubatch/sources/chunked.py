@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpubatch.backend import is_cupy, is_foreign, unmasked
+from gpubatch.errors import DataFormatError
 from gpubatch.sources.reader import InTurn
 from gpubatch.sources.rows import runs_of
 
@@ -77,5 +78,10 @@ class Chunked:
             start = min(last, stop)
 
     def _slice(self, start: int, stop: int) -> np.ndarray:
-        found = self._array[self._first + start : self._first + stop]
-        return np.asarray(unmasked(f"samples {start} to {stop - 1}", found))
+        where = f"samples {start} to {stop - 1}"
+        try:
+            found = self._array[self._first + start : self._first + stop]
+        except (RuntimeError, ValueError, LookupError, EOFError) as error:  # what libraries raise for a damaged chunk
+            library = type(self._array).__module__.partition(".")[0]
+            raise DataFormatError(f"{where}: an array of {library} could not read them: {error}") from error
+        return np.asarray(unmasked(where, found))
