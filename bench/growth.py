@@ -139,6 +139,29 @@ def written(n: int) -> Callable[[], None]:
     return run
 
 
+def restored(n: int) -> Callable[[], None]:
+    """A checkpoint of n arrays of 10 parameters and their Adam, read and loaded into others, with the same bits."""
+    own, others = (gb.Parameters({f"layer_{i}": (10,) for i in range(n)}, "cpu") for _ in range(2))
+    own.flat[...] = np.random.default_rng(0).random(own.size)
+    own.grads.flat[...] = 0.5
+    opt, other = gb.Adam(own), gb.Adam(others)
+    opt.step()
+    folder = tempfile.TemporaryDirectory()
+    gb.Checkpoints(folder.name).save({"parameters": dict(own), "optimizer": opt.state_dict()})
+
+    def run() -> None:
+        with folder:
+            found = gb.Checkpoints(folder.name).newest()
+        assert found is not None
+        for name, array in found[1]["parameters"].items():
+            others[name][...] = array
+        other.load_state_dict(found[1]["optimizer"])
+        for one, twin in zip((own, *opt.state.values()), (others, *other.state.values()), strict=True):
+            assert one.flat.tobytes() == twin.flat.tobytes()
+
+    return run
+
+
 # What grows, by its name and n.
 CASES: dict[str, tuple[Callable[[int], Callable[[], None]], list[int]]] = {
     "first batch": (first, [10**5, 10**6, 10**7, 10**8, 10**9, 10**12]),
@@ -174,6 +197,7 @@ CASES: dict[str, tuple[Callable[[int], Callable[[], None]], list[int]]] = {
         lambda n: saved({f"layer_{i}": np.ones(10, np.float32) for i in range(n)}),
         [10**3, 10**4, 10**5, 10**6],
     ),
+    "names in a checkpoint, loaded": (restored, [10**3, 10**4, 10**5, 10**6]),
 }
 
 

@@ -154,7 +154,7 @@ def fit(
     **Ranks.** With ``ranks`` every process computes its parts of each batch, and one sum of the gradients makes the
     step the same on all of them: parameters and history have the same bits on any number of ranks, for a seed and the
     loader's ``shards``, where BLAS has equally many threads. All ranks call ``fit`` with the same arguments; what
-    differs is refused before the first step. Whether a step is left out, a smaller micro-batch taken, or the run ended
+    differs is refused before the first step, and parameters that come to differ end the run after their epoch. Whether a step is left out, a smaller micro-batch taken, or the run ended
     by Ctrl-C, SIGTERM or a callback of any rank, all decide alike. Rank 0 writes the checkpoints, which all read, and
     shows progress, notes and warnings; a run is resumed on any number of ranks that divides the shards. Each rank
     evaluates its share of the validation set; rank 0 computes ``metrics``. Callbacks are called on every rank, but
