@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from families import every
-from many_ranks import on_threads
+from many_ranks import mpi, on_threads
 from ranks_run import digest_of
 from test_ranks_fit import goes_on, run
 
@@ -297,3 +297,35 @@ def test_a_rank_that_fails_anywhere_leaves_none_hanging(act: str, place: str, tm
         assert done.returncode != 0
     if place not in ("auto", "on_exit"):
         goes_on(tmp_path, where, kind)
+
+
+ALONE = {
+    "barrier": "ranks.barrier()",
+    "most": "ranks.most([1.0, 2.0])",
+    "share": "ranks.share([1])",
+    "gather": "ranks.gather('x' * 50)",
+    "a small sum": "ranks.sum_(np.ones(7))",
+    "a large sum": "ranks.sum_(np.ones(100_000))",
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_method_that_one_rank_alone_calls_ends_all(name: str, size: int) -> None:
+    """In a callback: the others are elsewhere, and their messages are not taken for an answer."""
+    program = f"""
+import numpy as np
+import gpubatch as gb
+from test_ranks_faults import Hooks, Parts
+ranks = gb.Ranks()
+def alone(state):
+    if ranks.rank == 1 and state.step == 9:
+        {ALONE[name]}
+parts = Parts(ranks)
+parts.callbacks = [Hooks(on_step=alone)]
+parts.fit()
+"""
+    done = mpi(size, program, check=False)
+    assert done.returncode != 0
+    assert "all ranks must call the same methods" in done.stderr or "which must call the same methods" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import itertools
 import os
 import sys
 import threading
@@ -20,6 +21,7 @@ __all__ = ["MPI", "Connection", "Numbers", "Threads", "connected", "threads"]
 
 READING = 3.0  # seconds at most that a process waits for its message to be read before it ends all
 PASSING_ON = 0.1  # seconds that the launcher then gets to pass the message on
+CALLS = "scatter", "gather", "most", "share", "barrier"  # the methods, each by the tag of its messages
 PATIENCE = 120  # seconds that a thread waits for the others: far more than any test computes between two calls
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
@@ -103,10 +105,7 @@ class MPI:
     def scatter(self, flat: Numbers, cuts: Sequence[int], pieces: Numbers) -> None:
         """Send each rank its elements of ``flat``, and get this one's from each."""
         if self._one_by_one:
-            requests = [self._comm.Irecv(pieces[rank], rank) for rank in reversed(self._others)]
-            requests += [self._comm.Isend(flat[cuts[rank] : cuts[rank + 1]], rank) for rank in self._others]
-            pieces[self.rank] = flat[cuts[self.rank] : cuts[self.rank + 1]]
-            self._finish(requests, [pieces[rank].nbytes for rank in reversed(self._others)])
+            self._exchange("scatter", [flat[start:stop] for start, stop in itertools.pairwise(cuts)], pieces)
             return
         counts, own = np.diff(cuts), pieces.shape[1]
         received = [own] * self.size, [own * rank for rank in range(self.size)]
@@ -116,11 +115,8 @@ class MPI:
     def gather(self, piece: Numbers, flat: Numbers, cuts: Sequence[int]) -> None:
         """Put together the pieces of all ranks."""
         if self._one_by_one:
-            requests = [self._comm.Irecv(flat[cuts[rank] : cuts[rank + 1]], rank) for rank in reversed(self._others)]
-            requests += [self._comm.Isend(piece, rank) for rank in self._others]
-            flat[cuts[self.rank] : cuts[self.rank + 1]] = piece
-            sizes = [(cuts[rank + 1] - cuts[rank]) * flat.itemsize for rank in reversed(self._others)]
-            self._finish(requests, sizes)
+            places = [flat[start:stop] for start, stop in itertools.pairwise(cuts)]
+            self._exchange("gather", [piece] * self.size, places)
             return
         self._comm.Allgatherv(piece, [flat, (np.diff(cuts), cuts[:-1])])
 
@@ -132,11 +128,25 @@ class MPI:
     @watched
     def most(self, values: Numbers) -> None:
         """The maximum over the ranks."""
+        if self._one_by_one:
+            rows = np.empty((self.size, values.size))
+            self._exchange("most", [values] * self.size, rows)
+            rows.max(axis=0, out=values)
+            return
         self._comm.Allreduce(self._in_place, values, self._max)
 
     @watched
     def share(self, data: bytes) -> bytes:
         """What rank 0 gave."""
+        if self._one_by_one:
+            if self.rank == 0:
+                self._wait([self._comm.Isend(data, rank, CALLS.index("share")) for rank in self._others])
+                return data
+            self._comm.Probe(0, status=self._statuses[0])
+            self._check_call("share", 0, self._statuses[0])
+            received = bytearray(self._statuses[0].Get_count())
+            self._comm.Recv(received, 0)
+            return bytes(received)
         size = np.array([len(data)], np.int64)
         self._comm.Bcast(size)
         found = np.frombuffer(data, np.uint8).copy() if self.rank == 0 else np.empty(size.item(), np.uint8)
@@ -146,6 +156,9 @@ class MPI:
     @watched
     def barrier(self) -> None:
         """Wait for all ranks."""
+        if self._one_by_one:
+            self._exchange("barrier", [np.zeros(1)] * self.size, np.empty((self.size, 1)))
+            return
         self._comm.Barrier()
 
     def abort(self, why: str) -> None:
@@ -154,16 +167,28 @@ class MPI:
             until_read(stream)
         self._given.Abort(1)
 
-    def _finish(self, requests: list[Any], sizes: list[int]) -> None:
-        """Wait for messages; the first ones bring so many bytes each from the other ranks, in reverse order."""
+    def _exchange(self, call: str, sent: Sequence[Numbers], received: Sequence[Numbers] | Numbers) -> None:
+        """Send each rank its array of ``sent``, and put what comes from it into its array of ``received``."""
+        requests = [self._comm.Irecv(received[rank], rank) for rank in reversed(self._others)]
+        requests += [self._comm.Isend(sent[rank], rank, CALLS.index(call)) for rank in self._others]
+        received[self.rank][...] = sent[self.rank]
         alike = "arrays must be of the same size and dtype on all ranks"
         try:
             self._wait(requests, self._statuses)
         except self._error as error:  # a message is longer than its buffer
-            raise ArgumentError(f"{alike}: {error}") from error
-        for rank, size, status in zip(reversed(self._others), sizes, self._statuses, strict=False):
-            if (sent := status.Get_count()) != size:
-                raise ArgumentError(f"{alike}: rank {rank} sent {sent} bytes, rank {self.rank} expected {size}")
+            raise ArgumentError(f"{alike}, which must call the same methods in the same order: {error}") from error
+        for rank, status in zip(reversed(self._others), self._statuses, strict=False):
+            self._check_call(call, rank, status)
+            if (size := status.Get_count()) != (expected := received[rank].nbytes):
+                raise ArgumentError(f"{alike}: rank {rank} sent {size} bytes, rank {self.rank} expected {expected}")
+
+    def _check_call(self, call: str, rank: int, status: Any) -> None:
+        """Raise unless another rank's message is of the same method."""
+        if (theirs := CALLS[status.Get_tag()]) != call:
+            raise ArgumentError(
+                f"all ranks must call the same methods in the same order: rank {rank} calls {theirs}, rank "
+                f"{self.rank} {call}"
+            )
 
 
 WORLDS = list[MPI]()  # those of all processes, in the order in which they were made

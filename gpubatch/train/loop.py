@@ -154,13 +154,14 @@ def fit(
     **Ranks.** With ``ranks`` every process computes its parts of each batch, and one sum of the gradients makes the
     step the same on all of them: parameters and history have the same bits on any number of ranks, for a seed and the
     loader's ``shards``, where BLAS has equally many threads. All ranks call ``fit`` with the same arguments; what
-    differs is refused before the first step, and parameters that come to differ end the run after their epoch. Whether a step is left out, a smaller micro-batch taken, or the run ended
-    by Ctrl-C, SIGTERM or a callback of any rank, all decide alike. Rank 0 writes the checkpoints, which all read, and
-    shows progress, notes and warnings; a run is resumed on any number of ranks that divides the shards. Each rank
-    evaluates its share of the validation set; rank 0 computes ``metrics``. Callbacks are called on every rank, but
-    those with ``once = True``, as gpubatch's logs, on rank 0 alone; ``state.rank`` tells which rank it is. A rank that
-    raises what others do not, ends all of them with a message of which and why. GPUs sum by NCCL, each rank needs its
-    own; captured steps have the sum in their graph, and either all ranks capture, or none.
+    differs is refused before the first step, and parameters that come to differ end the run after their epoch. Whether
+    a step is left out, a smaller micro-batch taken, or the run ended by Ctrl-C, SIGTERM or a callback of any rank, all
+    decide alike. Rank 0 writes the checkpoints, which all read, and shows progress, notes and warnings; a run is
+    resumed on any number of ranks that divides the shards. Each rank evaluates its share of the validation set; rank 0
+    computes ``metrics``. Callbacks are called on every rank, but those with ``once = True``, as gpubatch's logs, on
+    rank 0 alone; ``state.rank`` tells which rank it is. A rank that raises what others do not, ends all of them with a
+    message of which and why. GPUs sum by NCCL, each rank needs its own; captured steps have the sum in their graph, and
+    either all ranks capture, or none.
 
     >>> X, Y = np.random.default_rng(0).random((400, 3)), np.arange(400) % 2
     >>> net = gb.mlp([3, 4, 2], seed=0)
