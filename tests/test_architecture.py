@@ -204,7 +204,7 @@ CODE_LINES = {
     "averages": 55,
     "backend": 539,
     "staging": 68,
-    "parallel": 565,
+    "parallel": 588,
     "inputs": 110,
     "ops": 2761,
     "sizing": 264,
