@@ -30,7 +30,7 @@
     SkippedStepWarning (UserWarning)         a step is skipped: its loss or gradient is not finite
     TableWarning (UserWarning)               columns of a table are left out or hashed, or hold texts that are unknown
     TuningWarning (UserWarning)              saved algorithms of matrix products cannot be used here
-    UnscaledWarning (UserWarning)            inputs are far larger than any that the network was trained on
+    UnscaledWarning (UserWarning)            inputs are not prepared as those that the network was trained on
 
 Each is also the built-in exception that a NumPy user expects.
 """
@@ -204,7 +204,7 @@ class TuningWarning(UserWarning):
 
 
 class UnscaledWarning(UserWarning):
-    """Inputs are far larger than any that the network was trained on: a Loader scaled those."""
+    """Inputs are not prepared as those of training: far larger than what a Loader scaled, or by another Loader."""
 
 
 def check_real(

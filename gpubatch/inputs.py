@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from gpubatch.backend import Array, Backend, from_dlpack, get_backend, is_foreign, unmasked
-from gpubatch.errors import ConversionWarning, DeviceMismatchError, DTypeError, ShapeError
+from gpubatch.errors import ArgumentError, ConversionWarning, DeviceMismatchError, DTypeError, ShapeError
 
-__all__ = ["DenseRows", "Prepared", "SparseMatrix", "check_kind", "checked_array", "is_sparse", "taken"]
+__all__ = [
+    "DenseRows",
+    "Prepared",
+    "SparseMatrix",
+    "check_columns",
+    "check_kind",
+    "check_pairs",
+    "checked_array",
+    "columns_of",
+    "is_sparse",
+    "taken",
+]
 
 AT_ONCE = 1 << 16  # bytes of a sparse matrix's rows that are copied before they become dense
 
@@ -44,6 +56,8 @@ def checked_array(name: str, x: Any, backend: Backend) -> Array:
         raise DeviceMismatchError(f"{name} must be a NumPy array or an array on {backend.spec!r}: {error}") from error
     except ValueError as error:
         raise ShapeError(f"{name} must be an array, or nested lists of equal lengths: {error}") from error
+    if array.dtype == object and array.ndim == 0:
+        raise DTypeError(f"{name} must be an array, got {'None' if x is None else f'a {type(x).__name__}'}")
     check_kind(name, array.dtype)
     if array.ndim == 0 or array.size == 0:
         raise ShapeError(f"{name} must hold at least one sample of at least one number, got shape {array.shape}")
@@ -92,6 +106,43 @@ def check_kind(name: str, dtype: np.dtype[Any]) -> None:
         if dtype.kind in "USOT":
             hint = f"; numbers for words are np.unique({name}, return_inverse=True)[1]"
         raise DTypeError(f"{name} must hold integers, booleans, float16, float32 or float64, got dtype {dtype}{hint}")
+
+
+# --- what a frame says of its samples and an array does not ---------------------------------------------------------
+
+
+def check_pairs(names: Sequence[str], given: Sequence[Any]) -> None:
+    """Raise where frames or series of pandas hold the same samples in different orders: they are paired by position."""
+    indices = [(name, x.index) for name, x in zip(names, given, strict=True) if hasattr(x, "iloc")]
+    for (name, first), (other, index) in itertools.pairwise(indices):
+        if len(first) != len(index) or first.equals(index) or not (first.is_unique and index.is_unique):
+            continue
+        if first.isin(index).all():
+            raise ArgumentError(
+                f"{name} and {other} have the same index in different orders, and samples are paired by their places: "
+                f"give {other}.loc[{name}.index], or {other}.to_numpy() where the places are right"
+            )
+
+
+def columns_of(x: Any) -> tuple[str, ...] | None:
+    """The names of the columns of a frame; None of an array, and of a frame whose columns are numbered."""
+    if len(getattr(x, "shape", None) or ()) != 2 or (found := getattr(x, "columns", None)) is None or callable(found):
+        return None
+    names = tuple(found)
+    return names if all(isinstance(name, str) for name in names) else None
+
+
+def check_columns(name: str, own: tuple[str, ...] | None, known: tuple[str, ...] | None) -> None:
+    """Raise where a frame has other columns than that of training, whose names are ``known``, or in another order."""
+    if known is None or own is None or own == known:
+        return
+    if sorted(own) == sorted(known):
+        raise ArgumentError(f"{name} has the columns of training in another order: give {name}[{list(known)}]")
+    missing = [column for column in known if column not in own]
+    raise ArgumentError(
+        f"{name} must have the columns of training, {list(known)}; it has {list(own)}"
+        + (f", and lacks {missing}" if missing else "")
+    )
 
 
 # --- sparse matrices ----------------------------------------------------------------------------------------------

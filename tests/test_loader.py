@@ -11,12 +11,13 @@ import pickle
 import re
 import threading
 import traceback
+from typing import Any
 
 import numpy as np
 import pytest
 from families import drawn
 from hypothesis import given, settings, strategies as st
-from needs import missing
+from needs import missing, peer
 
 import gpubatch as gb
 import gpubatch.loader.epochs
@@ -1212,3 +1213,58 @@ def test_an_order_that_was_foreseen_is_not_made_again(monkeypatch: pytest.Monkey
     loader.load_state_dict({**loader.state_dict(), "epoch": 7})
     next(iter(loader))
     assert made[-1] == 7
+
+
+def frames() -> tuple[Any, Any, Any]:
+    """A frame, its labels and its weights, with the same index."""
+    pd, rng = peer("pandas"), np.random.default_rng(0)
+    index = pd.Index([f"s{i}" for i in range(40)])
+    X = pd.DataFrame(rng.random((40, 3), np.float32), columns=["a", "b", "c"], index=index)
+    return X, pd.Series(np.arange(40) % 2, index=index), pd.Series(rng.random(40), index=index)
+
+
+def test_frames_in_different_orders_are_refused() -> None:
+    X, Y, weight = frames()
+    turned = "have the same index in different orders, and samples are paired by their places"
+    gb.Loader(X[::-1], Y[::-1], weight=weight[::-1], backend="cpu")
+    gb.Loader(X, Y.reset_index(drop=True), backend="cpu")  # of other labels nobody knows which belongs to which
+    gb.Loader(X, Y[::-1].to_numpy(), backend="cpu")
+    for arrays, words in (
+        ((X, Y[::-1], None), rf"X and Y {turned}: give Y\.loc\[X\.index\]"),
+        ((X, Y, weight[::-1]), rf"Y and weight {turned}: give weight\.loc\[Y\.index\]"),
+        ((X, Y.to_numpy(), weight[::-1]), rf"X and weight {turned}"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            gb.Loader(*arrays[:2], weight=arrays[2], backend="cpu")
+
+
+def test_frames_with_other_columns_are_refused() -> None:
+    X, Y, _ = frames()
+    loader = gb.Loader(X, Y, batch_size=10, backend="cpu")
+    net = gb.mlp([3, 2])
+    assert loader.to_batch(X.to_numpy()).shape == loader.to_batch(X.set_axis([0, 1, 2], axis=1)).shape == (40, 3)
+    for other, words in (
+        (X[["c", "b", "a"]], r"has the columns of training in another order: give .*\[\['a', 'b', 'c'\]\]"),
+        (
+            X.rename(columns={"a": "d"}),
+            r"must have the columns of training, .*; it has \['d', 'b', 'c'\], and lacks",
+        ),
+    ):
+        for use in (
+            lambda other=other: loader.to_batch(other),
+            lambda other=other: gb.fit(net, loader, gb.SGD(net.parameters, 0.1), 1, (other, Y), progress=False),
+            lambda other=other: gb.fit(
+                net, loader, gb.SGD(net.parameters, 0.1), 1, gb.Loader(other, Y, backend="cpu"), progress=False
+            ),
+        ):
+            with pytest.raises(ArgumentError, match=words):
+                use()
+    with pytest.raises(ArgumentError, match=r"validation.*have the same index in different orders"):
+        gb.fit(net, loader, gb.SGD(net.parameters, 0.1), 1, (X, Y[::-1]), progress=False)
+
+
+@pytest.mark.parametrize("x", [None, {1, 2}, object(), 3 + 0j])
+def test_what_is_no_array_is_told_by_its_type(x: Any) -> None:
+    words = "got None" if x is None else f"got a {type(x).__name__}|got dtype complex128"
+    with pytest.raises(DTypeError, match=words):
+        gb.Loader(x, np.arange(3), backend="cpu")

@@ -876,6 +876,35 @@ def test_unscaled_pixels_are_told_after_a_training_on_scaled_ones() -> None:
         net.predict(pixels)
 
 
+def prepare(x: Any) -> Any:
+    return x * 2
+
+
+# A validation Loader beside a training one, by their options, and what is said of it.
+OTHERWISE: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
+    "the same": ({"prepare": prepare, "scale": 0.5}, {"prepare": prepare, "scale": 0.5}, None),
+    "augmented": ({"augment": lambda x, draw: x}, {}, None),
+    "no prepare": ({"prepare": prepare}, {}, "that has no prepare, unlike the loader"),
+    "a prepare": ({}, {"prepare": prepare}, "that has a prepare, unlike the loader"),
+    "another scale": ({"scale": 0.5}, {"scale": 0.25}, "that has scale=0.25, unlike the loader"),
+    "no scale": ({"scale": 0.5}, {}, "that has scale=None, unlike the loader"),
+}
+
+
+@every("case", OTHERWISE, ["the same", "no prepare", "another scale"])
+def test_a_validation_loader_that_prepares_otherwise_is_told(case: Any) -> None:
+    options, other, words = case
+    net, _, opt = parts()
+    loader = gb.Loader(*blobs(), batch_size=50, backend="cpu", **options)
+    held_out = gb.Loader(*blobs(60), batch_size=50, backend="cpu", **other)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", gb.UnscaledWarning)
+        gb.fit(net, loader, opt, 1, held_out, progress=False)
+    found = [str(w.message) for w in caught if w.category is gb.UnscaledWarning]
+    assert len(found) == (words is not None)
+    assert words is None or words in found[0]
+
+
 class Read:
     """A source, which counts the most samples that are read at a time."""
 

@@ -371,7 +371,10 @@ class Epochs:
 
         def check() -> None:
             if self._run is not run:
-                raise ArgumentError("this iteration was ended by a newer one, or by load_state_dict")
+                raise ArgumentError(
+                    "this iteration was ended by a newer one, or by load_state_dict: one runs at a time, so another "
+                    "loop or thread takes a loader of its own, copy.copy(loader)"
+                )
 
         try:
             yield check

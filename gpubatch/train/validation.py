@@ -12,11 +12,12 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 
 from gpubatch.backend import Array
-from gpubatch.errors import ArgumentError, DTypeError, GpubatchError, InsufficientMemoryError
-from gpubatch.inputs import Prepared
+from gpubatch.errors import ArgumentError, DTypeError, GpubatchError, InsufficientMemoryError, UnscaledWarning
+from gpubatch.inputs import Prepared, check_columns
 from gpubatch.loader import Columns, Epochs, Loader, epochs_of, rows_of
 from gpubatch.nn import EVALUATION_ROWS, Network, core_of
 from gpubatch.sources import is_read
+from gpubatch.train.record import warn_caller
 
 __all__ = ["HeldOut", "HeldOutBatches", "InMemory", "about_validation", "check_held_out", "validated"]
 
@@ -171,6 +172,7 @@ def held_out_of(net: Network, loader: Loader, validation: Any) -> HeldOut:
     """The validation set that is not a part of the training set."""
     columns, weight = epochs_of(loader).columns, None
     if isinstance(validation, Loader):
+        warn_if_prepared_otherwise(columns, epochs_of(validation).columns)
         return held_out_of_loader(net, validation)
     if isinstance(validation, Prepared):
         validation = columns.apart(validation, name="validation")
@@ -201,6 +203,23 @@ def held_out_of(net: Network, loader: Loader, validation: Any) -> HeldOut:
     X, Y = columns.turn(x), columns.turn(y)  # rows, as a network takes them
     # Where a batch has shards, the numbers are the same on any number of ranks: those of parts of a fixed size.
     return InMemory(X, Y, weights, copied, sys.maxsize if loader.shards is None else EVALUATION_ROWS)
+
+
+def warn_if_prepared_otherwise(training: Columns, other: Columns) -> None:
+    """Warn of a validation Loader that lacks what the loader does to its samples, or does what that one does not."""
+    check_columns("validation", other.names, training.names)
+    for name in ("prepare", "scale", "recipe"):
+        own, its = getattr(training, name), getattr(other, name)
+        if name == "prepare":  # whether two functions do the same, nobody can tell
+            own, its = own is not None, its is not None
+        if own == its or (name == "scale" and training.source_dtype != other.source_dtype):
+            continue
+        what = {"prepare": f"has {'a' if its else 'no'} prepare", "scale": f"has scale={its}"}
+        warn_caller(
+            f"validation is a Loader that {what.get(name, 'is not of the table of training')}, unlike the loader: the "
+            "network is validated on samples that are prepared otherwise than those it is trained on",
+            UnscaledWarning,
+        )
 
 
 def held_out_of_loader(net: Network, loader: Loader) -> HeldOut:
