@@ -206,6 +206,16 @@ def test_wrong_tables_are_told_in_one_line(case: tuple[list[str], int, str], tre
 # --- streams, files, other people's code -----------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
+def test_a_test_says_by_what_its_samples_were_left_out(model: Path, tmp_path: Path) -> None:
+    """With another seed than that of training, some of them were trained on."""
+    np.save(tmp_path / "x.npy", np.zeros((20, 784), np.uint8))
+    np.save(tmp_path / "y.npy", np.array(["cat", "dog"] * 10))
+    files = [str(tmp_path / "x.npy"), str(tmp_path / "y.npy")]
+    said = run("test", str(model), *files, "--held-out", "--seed", "7", "--test-size", "0.3").stdout
+    assert "y.npy, which --test-size 0.3 and --seed 7 leave out in training: 6 samples" in said
+
+
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_an_array_of_either_order_is_predicted(model: Path, order: Any, tmp_path: Path) -> None:
     """A frame of pandas' as an array, say, is in Fortran's order, and is trained on so."""

@@ -253,7 +253,10 @@ def evaluate(
     ] = None,
     held_out: Annotated[
         bool,
-        typer.Option("--held-out", help="Only the samples that train left out, by --test-size and --seed."),
+        typer.Option(
+            "--held-out",
+            help="Only the samples that train left out, where --test-size and --seed are those that train had.",
+        ),
     ] = False,
     test_size: options.TestSize = 0.2,
     seed: options.Seed = 0,
@@ -306,7 +309,8 @@ def evaluate(
         classes = {} if matrix is None else {"classes": loaded.classes, "confusion_matrix": matrix}
         print_json(samples=batches.n_samples, loss=loss, **found, **classes, data=name, versions=versions())
         return
-    _print_test(loaded, name, batches.n_samples, loss, found, matrix)
+    words = f", which --test-size {test_size:g} and --seed {seed} leave out in training" if held_out else ""
+    _print_test(loaded, f"{name}{words}", batches.n_samples, loss, found, matrix)
     for what, file in (("predictions", out), ("drawn", plot_file)):
         if file is not None:
             typer.echo(f"{what} in {file}")
