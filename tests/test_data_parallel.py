@@ -648,6 +648,16 @@ def test_a_batch_keeps_its_rows() -> None:
             return
 
     on_threads(2, step)
+    net, plain = case.make()[0], gb.Loader(x, y, batch_size=16, backend="cpu")
+    for xs, ys in gb.Loader(x, y, batch_size=16, shards=SHARDS, backend="cpu"):
+        for of in (net.loss_and_grad, net.step_loss):
+            with pytest.raises((gb.errors.ShapeError, gb.errors.ArgumentError), match=r"gave, 16, got 3|in parts"):
+                of(xs[:3], ys[:3])
+        for others in plain:  # those of a loader without parts are no part of these
+            net.loss_and_grad(*others)
+            break
+        break
+    net.loss_and_grad(xs[:3], ys[:3])  # after the loop, of nothing
 
 
 def test_a_part_of_a_batch_is_no_batch() -> None:

@@ -20,6 +20,7 @@ import pytest
 from families import drawn, every
 from hypothesis import strategies as st
 from needs import missing
+from stand_in import queued_backend
 
 import gpubatch as gb
 import gpubatch.loader.order
@@ -218,6 +219,14 @@ def test_a_run_decodes_each_group_once_an_epoch(tmp_path, decoded):
     loader = Loader(source, batch_size=50, window=400, backend="cpu", scale=1 / N)
     gb.fit(net, loader, gb.Adam(net.parameters), epochs=3, progress=False, validation=0.2)
     assert set(decoded.values()) <= {3, 4, 7}  # 3 where one row is trained on alone, 4 where it is held out
+    decoded.clear()
+    backend = queued_backend("late")
+    with backend.own_stream():
+        loader = Loader(source, batch_size=33, window=400, backend=backend, scale=1 / N)
+        looked_at = [backend.to_numpy(array) for array in epochs_of(loader).peek()]
+        first, *_ = [[backend.to_numpy(array) for array in batch] for batch in loader]
+    assert set(decoded.values()) == {1}
+    assert all(np.array_equal(a, b) for a, b in zip(looked_at, first, strict=True))
     few = Loader(opened(tmp_path, "parquet"), batch_size=50, backend="cpu", scale=1 / N)
     decoded.clear()
     with epochs_of(few).holding_out(0.5, 100):

@@ -391,7 +391,10 @@ class Columns(Sequence[Column]):
 
     def at(self, index: Indices) -> list[Array]:
         """The samples at ``index`` as rows of a batch."""
-        stored = self.stored(index)
+        return self.moved(self.stored(index))
+
+    def moved(self, stored: Sequence[np.ndarray]) -> list[Array]:
+        """Rows of a batch made on the backend of what :meth:`stored` gives."""
         with self.backend.scope():
             return [column.made_of(self.backend.asarray(rows)) for column, rows in zip(self, stored, strict=True)]
 

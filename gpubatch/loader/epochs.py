@@ -449,8 +449,9 @@ class Epochs:
     def peek(self) -> list[Array]:
         """The first batch of epoch ``epoch`` as rows; the position stays as it is."""
         size, rows = min(self.batch_size, self.order.share), None
-        if isinstance(self._feed, MainMemory) and self._run is None:
-            rows = self._feed.first_rows(self.epoch, size)
+        feed = self._through_pinned if self._feed is None and self.columns.readers else self._feed
+        if isinstance(feed, (MainMemory, ThroughPinned)) and self.order.own(size) and self._run is None:
+            rows = feed.first_rows(self.epoch, size)
         if rows is None:
             index = self.order.between(self.epoch, size)(0, size)
             rows = self.columns.at(index) if len(index) else self.columns.no_rows()

@@ -76,13 +76,40 @@ def _ahead(columns: Columns, prefetch: int, batch_size: int) -> int:
     return prefetch if worth_it else 0
 
 
+class LookedAt:
+    """The windows of epochs, and those of an epoch to come whose first batch was looked at.
+
+    They are kept for that epoch: else all that was read for the batch would be read and decoded twice.
+    """
+
+    def __init__(self, columns: Columns, order: Order) -> None:
+        self._columns, self._order = columns, order
+        self._kept: tuple[tuple[int, int], Any, Any, Windows] | None = None  # and which they are
+
+    def windows(self, epoch: int, size: int) -> Windows:
+        """Those of an epoch in batches of ``size``."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            of, chosen, readers, windows = kept
+            if of == (epoch, size) and chosen is self._order.chosen and readers is self._columns.readers:
+                return windows
+        return Windows(self._order, epoch, self._columns.readers, size)
+
+    def look(self, epoch: int, size: int) -> Windows | None:
+        """Those of an epoch to come; None where it does not read neighbours together."""
+        if not self._order.window or all(reader.block is None for reader in self._columns.readers):
+            return None
+        windows = self.windows(epoch, size)
+        self._kept = (epoch, size), self._order.chosen, self._columns.readers, windows
+        return windows
+
+
 class MainMemory:
     """Batches of the CPU, finished by the thread that prepares them."""
 
     def __init__(self, columns: Columns, order: Order, prefetch: int) -> None:
         self._columns, self._order, self._prefetch = columns, order, prefetch
-        # The windows of an epoch to come, and which they are.
-        self._looked_at: tuple[tuple[int, int], Any, Any, Windows] | None = None
+        self._looked_at = LookedAt(columns, order)
 
     def ahead(self, batch_size: int) -> int:
         """See :class:`BatchFeed`."""
@@ -122,29 +149,15 @@ class MainMemory:
             index = self._order.between(epoch, size)
             at = columns.at if columns.readers else columns.gathered
             return lambda start, stop: at(index(start, stop))
-        windows = self._windows(epoch, size)
+        windows = self._looked_at.windows(epoch, size)
         return lambda start, stop: columns.joined(columns.of_window(*part) for part in windows.parts(start, stop))
 
-    def _windows(self, epoch: int, size: int) -> Windows:
-        looked_at, self._looked_at = self._looked_at, None
-        if looked_at is not None:
-            of, chosen, readers, windows = looked_at
-            if of == (epoch, size) and chosen is self._order.chosen and readers is self._columns.readers:
-                return windows
-        return Windows(self._order, epoch, self._columns.readers, size)
-
     def first_rows(self, epoch: int, size: int) -> list[Array] | None:
-        """The first rows of an epoch that reads neighbours together; None for another.
-
-        The window that is read for them is kept for the epoch: else all of it would be read and decoded twice.
-        """
-        columns = self._columns
-        if not self._order.window or all(reader.block is None for reader in columns.readers):
+        """The first rows of an epoch that reads neighbours together; None for another."""
+        windows = self._looked_at.look(epoch, size)
+        if windows is None:
             return None
-        windows = self._windows(epoch, size)
-        rows = columns.joined([columns.of_window(*part) for part in windows.parts(0, size)])
-        self._looked_at = (epoch, size), self._order.chosen, columns.readers, windows
-        return rows
+        return self._columns.joined([self._columns.of_window(*part) for part in windows.parts(0, size)])
 
 
 class OnDevice:
@@ -263,6 +276,7 @@ class ThroughPinned:
 
     def __init__(self, columns: Columns, order: Order, prefetch: int, backend: CudaBackend) -> None:
         self._columns, self._order, self._prefetch, self._backend = columns, order, prefetch, backend
+        self._looked_at = LookedAt(columns, order)
 
     def ahead(self, batch_size: int) -> int:
         """See :class:`BatchFeed`."""
@@ -312,7 +326,7 @@ class ThroughPinned:
         if not (self._order.window and columns.readers):
             index = self._order.between(epoch, size)
             return lambda start, stop, places: columns.store(index(start, stop), places, helpers)
-        windows = Windows(self._order, epoch, columns.readers, size)
+        windows = self._looked_at.windows(epoch, size)
 
         def fill(start: int, stop: int, places: list[np.ndarray]) -> None:
             done = 0
@@ -322,6 +336,14 @@ class ThroughPinned:
                 done += rows
 
         return fill
+
+    def first_rows(self, epoch: int, size: int) -> list[Array] | None:
+        """See :meth:`MainMemory.first_rows`."""
+        windows = self._looked_at.look(epoch, size)
+        if windows is None:
+            return None
+        parts = [self._columns.stored_of_window(*part) for part in windows.parts(0, size)]
+        return self._columns.moved([np.concatenate(rows) for rows in zip(*parts, strict=True)])
 
     def _received(self, ring: Ring, slot: Slot) -> list[Any]:
         with ring.received(slot) as arrays:

@@ -405,13 +405,17 @@ class Core:
     def deal(self, X: Array, ranks: Ranks | None) -> Deal | None:
         """How X lies in the batch of all ranks; None if it is the whole batch, in one part."""
         deal, size = deal_of(X), 1 if ranks is None else ranks.size
-        if deal is not None or ranks is None or size == 1:
+        if deal is not None:
             return deal
-        if (fed := pass_of(X)) is not None:
-            if fed.deal is not None:
-                raise ShapeError(
-                    f"X must have as many rows as the loader gave this rank, {sum(fed.deal.parts)}, got {len(X)}"
-                )
+        fed = pass_of(X)
+        if fed is not None and fed.deal is not None:
+            raise ShapeError(
+                f"X must have as many rows as the loader gave{'' if size == 1 else ' this rank'}, "
+                f"{sum(fed.deal.parts)}, got {len(X)}: of other rows nobody knows which parts of the batch they are"
+            )
+        if ranks is None or size == 1:
+            return None
+        if fed is not None:
             raise ArgumentError(
                 "X is a batch of a Loader without ranks=, which gives each rank the same: give it ranks="
             )

@@ -267,7 +267,7 @@ class Network:
         and of ``weight``; one that is negative or not finite makes the loss NaN.
         """
         self.parameters.fed = fed = pass_of(X)
-        if fed is not None and fed.deal is not None and (deal := deal_of(X)) is not None and deal.parts != (deal.rows,):
+        if fed is not None and fed.deal is not None and (deal := deal_of(X) or fed.deal).parts != (deal.rows,):
             raise ArgumentError(
                 "X is a batch in parts, of a Loader with shards= or ranks=, and step_loss computes whole batches only: "
                 "use loss_and_grad"
