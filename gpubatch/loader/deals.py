@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpubatch.errors import ArgumentError, DTypeError, check_int
-from gpubatch.parallel import Ranks
+from gpubatch.errors import ArgumentError, check_int
+from gpubatch.parallel import Ranks, check_ranks
 from gpubatch.passes import Deal
 
 __all__ = ["MOST_SHARDS", "SHARDS", "Dealing", "PartOf", "check_dealing"]
@@ -82,8 +82,7 @@ def check_dealing(ranks: Ranks | None, shards: Any, rank: int, world_size: int) 
     """The loader's arguments ``ranks`` and ``shards``; None where neither is given."""
     if ranks is None and shards is None:
         return None
-    if ranks is not None and not isinstance(ranks, Ranks):
-        raise DTypeError(f"ranks must be a gpubatch.Ranks or None, got {type(ranks).__name__}")
+    check_ranks(ranks)
     if world_size != 1 or rank != 0:
         given = "ranks" if shards is None else "shards"
         raise ArgumentError(

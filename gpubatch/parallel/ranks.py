@@ -17,7 +17,7 @@ from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_bool
 from gpubatch.parallel.engines import MPI, Threads, connected, threads
 from gpubatch.parallel.nccl import Nccl
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "check_ranks"]
 
 ALIGNED = 16  # elements at which large arrays are cut
 SMALL = 1 << 15  # bytes up to which everything is sent to everybody, in one message instead of two
@@ -228,6 +228,13 @@ class Ranks:
         if isinstance(getattr(shown, "__self__", None), _Hook):
             return
         sys.excepthook = _Hook(self, shown).end
+
+
+def check_ranks(ranks: Any) -> Ranks | None:
+    """The argument ``ranks`` of loaders and runs."""
+    if ranks is not None and not isinstance(ranks, Ranks):
+        raise DTypeError(f"ranks must be a gpubatch.Ranks or None, got {type(ranks).__name__}")
+    return ranks
 
 
 class _Hook:

@@ -20,7 +20,6 @@ __all__ = [
     "check_last_batch",
     "check_loader",
     "check_parts",
-    "check_ranks",
     "drop_last_for",
     "loader_for",
     "scale_for",
@@ -54,13 +53,6 @@ def check_parts(net: Network, loader: Loader, opt: Optimizer) -> None:
             "opt must keep the float16 parameters in float32, too, where small steps are not lost in rounding: make it "
             "with master_weights=True"
         )
-
-
-def check_ranks(ranks: Any) -> Ranks | None:
-    """``ranks``, if that is what a run can be given."""
-    if ranks is not None and not isinstance(ranks, Ranks):
-        raise DTypeError(f"ranks must be a gpubatch.Ranks or None, got {type(ranks).__name__}")
-    return ranks
 
 
 def check_loader(loader: Loader, ranks: Ranks | None) -> None:

@@ -29,11 +29,11 @@ from gpubatch.loader import Loader, epochs_of
 from gpubatch.metrics import measures_of
 from gpubatch.nn import Network, core_of
 from gpubatch.optim import Optimizer, epoch_in, follow_parameters, given_hyper, unchecked
-from gpubatch.parallel import Ranks
+from gpubatch.parallel import Ranks, check_ranks
 from gpubatch.schedules import is_known
 from gpubatch.train.callbacks import AgreedStop, Callbacks
 from gpubatch.train.captured import CapturedSteps
-from gpubatch.train.checks import check_loader, check_parts, check_ranks, scale_for
+from gpubatch.train.checks import check_loader, check_parts, scale_for
 from gpubatch.train.compared import describe_callbacks, describe_held_out, digest_of_samples, digest_of_validation
 from gpubatch.train.display import display
 from gpubatch.train.eager import EagerSteps
