@@ -81,8 +81,8 @@ class Loader:
     **Order.** It is :func:`epoch_order` of ``seed`` and ``epoch``, the same on every device and after a resume. From
     2²⁰ samples on it takes no memory: each place is computed as it is used, on a device inside the kernels, also where
     :func:`~gpubatch.fit` holds out a fraction. Arrays on a device in windows, or in order where a fraction is held out,
-    have their order listed there, 8 bytes a sample; weights are a list that is given, and read whole. The ranks together
-    see each sample once, and their shares differ by one sample at most. ``epoch`` is the epoch that is
+    have their order listed there, 8 bytes a sample; weights are a list that is given, and read whole. The ranks
+    together see each sample once, and their shares differ by one sample at most. ``epoch`` is the epoch that is
     running, or the next one. An iteration that was left early ends its epoch, and the next iteration starts the next
     epoch; ``state_dict`` still has the place where it was left, and ``load_state_dict`` returns there. One iteration
     runs at a time; a second one ends the first.
