@@ -612,6 +612,50 @@ def test_a_signature_that_is_none_of_a_rule_is_refused(formula: Any, message: st
         gb.rule(formula)
 
 
+@pytest.mark.parametrize("declare", [gb.rule, gb.activation, gb.score_loss], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (5, "must be declared of a Python function, got 5: 5 is not a callable object"),
+        (max, "of a Python function, got <built-in function max>: no signature"),
+        (rules.sgd, "it is declared already"),
+        (lambda a, /, *, b: a, r"must have the signature \(.*\), got \(a, /, \*, b\)"),
+    ],
+    ids=["number", "builtin", "declared", "other arguments"],
+)
+def test_what_is_no_function_of_python_cannot_be_declared(declare: Any, given: Any, message: str) -> None:
+    with pytest.raises(gb.FormulaError, match=message):
+        declare(given)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [lambda z, y: y * y, lambda z, y: 1.0, lambda z, y: np.where(z * y < 0, 1, 0)],
+    ids=["of y alone", "number", "counting"],
+)
+def test_a_loss_that_trains_nothing_is_refused(loss: Any) -> None:
+    with pytest.raises(gb.FormulaError, match="has the derivative 0 by z for all scores"):
+        gb.score_loss(loss).form("float32", "loss", "dz")
+    gb.score_loss(lambda z, y: (loss(z, y), z - y)).form("float32", "loss", "dz")
+
+
+@pytest.mark.parametrize("name", ["beta1", "learning_rate"])
+def test_a_value_that_is_assigned_to_no_effect_is_told(name: str) -> None:
+    opt = gb.Adam([np.zeros(2)])
+    setattr(opt, name, 0.5)
+    with pytest.raises(
+        gb.ArgumentError, match=rf"opt.{name} = 0.5 changes nothing: assign opt.lr, or give {name} as a"
+    ):
+        opt.step([np.ones(2)])
+
+
+def test_a_class_is_no_schedule() -> None:
+    with pytest.raises(
+        gb.DTypeError, match="lr must be a number or a schedule, got the class CosineDecay: give an object"
+    ):
+        gb.Adam([np.zeros(2)], lr=gb.CosineDecay)
+
+
 # --- pickles ----------------------------------------------------------------------------------------------------------
 
 

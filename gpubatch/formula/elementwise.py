@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import math
 import numbers
 import textwrap
@@ -25,12 +24,14 @@ from gpubatch.formula.trace import (
     HOST_FUNCTIONS,
     Element,
     Scalar,
+    Symbol,
     Trace,
     check_repeatable,
     own_copies,
     recorded,
     restated,
     same_recording,
+    signature_of,
 )
 
 __all__ = [
@@ -216,6 +217,11 @@ class ScoreLoss:
         z, y = trace.inputs()
         returned = recorded(self.formula, z, y, **symbols(self))
         loss, dz = with_derivative(self.name, returned, z, "the loss, or the loss and its slope")
+        if not isinstance(returned, tuple) and not isinstance(dz, Symbol) and dz == 0:
+            raise FormulaError(
+                f"{self.name} has the derivative 0 by z for all scores, so nothing could be trained; "
+                "compute it from z, or return (loss, slope)"
+            )
         results = {"loss": loss, "dz": dz}
         return restated(self.name, {z: "z", y: "y"}, {target: results[target] for target in targets})
 
@@ -308,11 +314,12 @@ def symbols(declared: Activation | ScoreLoss) -> dict[str, Scalar]:
 
 def _parameters(formula: Callable[..., Any], wanted: list[str]) -> tuple[tuple[str, ...], dict[str, float]]:
     """(names without a default, defaults of the others) of the parameters after ``*``; checks the signature."""
-    name, found = _name(formula), list(inspect.signature(formula).parameters.values())
+    name, signature = _name(formula), signature_of("an activation or a loss", formula)
+    found = list(signature.parameters.values())
     first = [p.name for p in found if p.kind is p.POSITIONAL_OR_KEYWORD]
     named = [p for p in found if p.kind is p.KEYWORD_ONLY]
     if first != wanted or len(first) + len(named) != len(found):
-        raise FormulaError(f"{name} must have the signature ({', '.join(wanted)}, *, parameters), got {first}")
+        raise FormulaError(f"{name} must have the signature ({', '.join(wanted)}, *, parameters), got {signature}")
     for p in named:
         if p.name in HOST_FUNCTIONS:
             raise FormulaError(f"{name}: the name {p.name!r} is taken; rename the parameter")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import itertools
 import math
 import numbers
@@ -48,6 +49,7 @@ __all__ = [
     "reduced",
     "restated",
     "same_recording",
+    "signature_of",
     "text_of",
 ]
 
@@ -253,6 +255,16 @@ def recorded(formula: Callable[..., Any], *operands: Any, **named: Any) -> Any:
         for x in itertools.chain.from_iterable(trace.elements for trace in traces):
             x.overwritten = False
     return results
+
+
+def signature_of(kind: str, formula: Any) -> inspect.Signature:
+    """The signature of what is declared as ``kind``; raises FormulaError if it is no function."""
+    try:
+        if hasattr(formula, "formula"):
+            raise TypeError("it is declared already")
+        return inspect.signature(formula)
+    except (TypeError, ValueError) as error:
+        raise FormulaError(f"{kind} must be declared of a Python function, got {formula!r}: {error}") from None
 
 
 def own_copies(*operands: Any) -> list[Any]:

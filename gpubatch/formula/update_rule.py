@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import keyword
 import numbers
 import re
@@ -23,6 +22,7 @@ from gpubatch.formula.trace import (
     recorded,
     restated,
     same_recording,
+    signature_of,
 )
 
 __all__ = ["Rule", "rule"]
@@ -136,12 +136,13 @@ def rule(formula: Callable[..., Any]) -> Rule:
     ...     return w - lr * v, v
     """
     name = getattr(formula, "__name__", "rule")
-    parameters = list(inspect.signature(formula).parameters.values())
+    signature = signature_of("a rule", formula)
+    parameters = list(signature.parameters.values())
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     named = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
     if positional[:2] != ["w", "g"] or positional[-1:] != ["t"] or len(positional) + len(named) != len(parameters):
         raise FormulaError(
-            f"{name} must have the signature (w, g, *state names, t, *, hyper-parameters), got {positional}"
+            f"{name} must have the signature (w, g, *state names, t, *, hyper-parameters), got {signature}"
         )
     for p in named:
         if p.name in (*TAKEN, *HOST_FUNCTIONS) or keyword.iskeyword(p.name):

@@ -248,6 +248,13 @@ class Optimizer:
         raise NonFiniteError(f"{what} at step {self.t + 1}; nothing was changed")
 
     def _look(self) -> None:
+        stray = vars(self).keys() & {*self._hyper, "learning_rate"}
+        if stray and type(self).__module__.startswith("gpubatch."):  # a user's class may have any attributes
+            name = min(stray)
+            raise ArgumentError(
+                f"opt.{name} = {vars(self)[name]!r} changes nothing: assign opt.lr, or give {name} as a schedule, "
+                "a function of (step, epoch), when the optimizer is made"
+            )
         if self._check is None and self.backend.name == "cpu":
             self._look_at_parameters()
         if not self._epochs.stands_still():

@@ -94,6 +94,10 @@ def check_boundaries(boundaries: Any, low: int, what: str, number: int) -> tuple
 def check_schedule(name: str, schedule: Any) -> Schedule:
     """A schedule must take a step and an epoch."""
     found: Schedule = schedule
+    if isinstance(schedule, type):
+        raise DTypeError(
+            f"{name} must be a number or a schedule, got the class {schedule.__name__}: give an object of it"
+        )
     try:
         signature = inspect.signature(schedule)
     except (TypeError, ValueError):
