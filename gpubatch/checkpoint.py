@@ -297,8 +297,13 @@ def replacing(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
         yield unfinished
         os.replace(unfinished, path)
+    except OSError as error:
+        if error.filename == os.fspath(unfinished):  # a name that its reader never gave
+            error.filename = os.fspath(path)
+        raise
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 

@@ -284,6 +284,7 @@ ERRORS = {
     "activation": (["train", "--activation", "rel"], "error: activation must be one of 'relu', .*did you mean 'relu'"),
     "lr": (["train", "--lr", "-1", "--no-progress"], r"error: lr must be finite and in \[0, inf\), got -1.0"),
     "layers": (["train", "--layers", "5,x"], "error: --layers must be made of integers, got 'x'"),
+    "a layer of no width": (["train", "--layers", "5,,5"], "error: --layers must be made of integers, got ''"),
     "batch": (["train", "--batch-size", "0"], "error: batch_size must be an integer >= 1, got 0"),
     "dtype": (["train", "--dtype", "float16"], "error: --dtype must be one of 'float32', 'float64', got 'float16'"),
     "backend": (["train", "--backend", "gpu"], "error: backend must be 'auto', 'cpu', 'cuda', 'cuda:N'.* got 'gpu'"),

@@ -43,7 +43,7 @@ __all__ = [
     "Seed",
     "TestSize",
     "TrainingOptions",
-    "integer",
+    "integers",
     "names_of",
     "optimizer_named",
     "spread",
@@ -202,7 +202,7 @@ class NetworkOptions:
     @property
     def widths(self) -> list[int]:
         """Those of the hidden layers."""
-        return [integer("--layers", width) for width in self.layers.split(",") if width]
+        return integers("--layers", self.layers)
 
     def loss_for(self, task: str) -> str:
         """The loss that was given, or the usual one of a task."""
@@ -314,3 +314,8 @@ def integer(option: str, text: str) -> int:
         return int(text)
     except ValueError:
         raise ArgumentError(f"{option} must be made of integers, got {text!r}") from None
+
+
+def integers(option: str, text: str) -> list[int]:
+    """The integers by comma that an option's text is."""
+    return [integer(option, number) for number in text.split(",")] if text else []

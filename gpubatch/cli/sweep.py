@@ -15,7 +15,7 @@ from rich.table import Table
 from gpubatch import explore, plot
 from gpubatch.cli import options
 from gpubatch.cli.data import DataOptions, Task, used
-from gpubatch.cli.options import BatchOptions, NetworkOptions, RunOptions, integer, spread
+from gpubatch.cli.options import BatchOptions, NetworkOptions, RunOptions, integers, spread
 from gpubatch.cli.shared import app, arguments_of, examples, number_or_dash, print_json, table_of, versions
 from gpubatch.cli.strategies import compare_strategies
 from gpubatch.errors import ArgumentError, check_choice
@@ -89,7 +89,7 @@ def sweep(
         if what == "step-size":
             report = _sweep_steps(task, optimizer or "sgd", batches.number(len(task.X)), show)
         elif what == "batch-size":
-            tried = [integer("--sizes", text) for text in sizes.split(",") if text] or None
+            tried = integers("--sizes", sizes) or None
             make, usual = options.optimizer_named(optimizer or "adam")
             rate = lr if lr is not None else usual if optimizer else 1e-3
             report = _sweep_batches(task, tried, target, make, rate, run, show)
