@@ -404,7 +404,8 @@ static struct {
     std::uintptr_t gemm[2], gemv[2];  // of float and of double
     int (*threads)();
     void (*set_threads)(int);
-    bool wide;  // whether its integers have 64 bits
+    bool wide;      // whether its integers have 64 bits
+    bool in_place;  // whether it has code for small products that reads the factors where they are
 } blas;
 
 // Meanwhile BLAS works on one thread, that of its caller. Its number of threads is the process's: as long as several
@@ -455,10 +456,10 @@ class OneThread {
     }
 };
 
-static void use_blas(const std::vector<std::uintptr_t>& f, bool wide) {
+static void use_blas(const std::vector<std::uintptr_t>& f, bool wide, bool in_place) {
     const bool first = !blas.threads;
     blas = {{f.at(0), f.at(1)}, {f.at(2), f.at(3)}, reinterpret_cast<int (*)()>(f.at(4)),
-            reinterpret_cast<void (*)(int)>(f.at(5)), wide};
+            reinterpret_cast<void (*)(int)>(f.at(5)), wide, in_place};
 #if !defined(_WIN32)
     if (first) pthread_atfork(OneThread::before_fork, OneThread::after_fork, OneThread::in_child);
 #endif
@@ -487,7 +488,7 @@ static bool as_matrix(nb::handle x, int type, Matrix& m) {
     return false;
 }
 
-constexpr Int UNIT = 64;           // rows or columns: pieces end where BLAS's own blocks do
+constexpr Int UNIT = 64;             // rows or columns: pieces end where BLAS's own blocks do
 constexpr Int PIECE_WORK = 1 << 20;  // least multiplications of a piece: about as long as waking a thread takes
 
 static Int power_of_two(Int most) {
@@ -496,24 +497,42 @@ static Int power_of_two(Int most) {
     return n;
 }
 
-// The pieces of `n` rows or columns, at most `most` of whole units.
+// The pieces of `n` rows or columns, of whole units but for the last.
 struct Cut {
-    Int n, pieces;
-    Cut(Int n, Int most) : n(n), pieces(power_of_two(std::max<Int>(1, std::min(most, n / UNIT)))) {}
-    Int start(Int i) const { return i == pieces ? n : n / UNIT * i / pieces * UNIT; }
+    Int n, pieces, unit;
+    Int start(Int i) const { return i == pieces ? n : n / unit * i / pieces * unit; }
 };
+
+static Cut at_most(Int n, Int most) {  // so many pieces
+    return {n, power_of_two(std::max<Int>(1, std::min(most, n / UNIT))), UNIT};
+}
+
+// Other products than these, up to SMALL multiplications, BLAS begins by copying both factors into another order, which
+// takes a sixth of the time in double precision and a tenth in single. Its code for small ones is not for a second
+// factor that is transposed, nor for one so large that pieces have fewer than LEAST_ROWS rows.
+constexpr Int SMALL = 1000000, LEAST_ROWS = 24;
+
+// The rows of m x k in pieces so small; one piece if it is not to be cut so.
+static Cut in_place(Int m, Int n, Int k, bool transposed) {
+    const Int most = SMALL / std::max<Int>(1, n * k);
+    if (!blas.in_place || transposed || n == 1 || m <= most || most < LEAST_ROWS) return {m, 1, 1};
+    constexpr Int unit = 4, longest = 2 * unit - 1;  // by how much a piece may exceed the mean
+    return {m, (m + most - longest - 1) / (most - longest), unit};
+}
 
 // body(first row, rows, first column, columns) over the pieces of an m x n matrix, products along k, in threads. The
 // pieces depend on m, n and k alone. Every piece packs its rows of one factor and columns of the other anew, which for
 // `side` of them costs about 8 / side of its time: so the longer side of the matrix is cut first, and large pieces stay.
 template <class Body>
-static void in_blocks(Int m, Int n, Int k, const Body& body) {
+static void in_blocks(Int m, Int n, Int k, bool transposed, const Body& body) {
     const Int work = std::max<Int>(1, (Int)((double)m * (double)n * (double)k / PIECE_WORK));
     const Int along = std::min(work, std::max<Int>(4, std::min<Int>(16, std::max(m, n) / 192)));
-    const Cut longer(std::max(m, n), along), shorter(std::min(m, n), std::min(work / longer.pieces, std::min(m, n) / 512));
-    const Cut &rows = m >= n ? longer : shorter, &columns = m >= n ? shorter : longer;
+    const Cut longer = at_most(std::max(m, n), along);
+    const Cut shorter = at_most(std::min(m, n), std::min(work / longer.pieces, std::min(m, n) / 512));
+    Cut rows = m >= n ? longer : shorter, columns = m >= n ? shorter : longer;
+    if (const Cut small = in_place(m, n, k, transposed); small.pieces > 1) rows = small, columns = {n, 1, 1};
     const OneThread blas;
-    pool().run(rows.pieces * columns.pieces, std::min(most_threads, blas.before), [&](Int i) {
+    pool().run(rows.pieces * columns.pieces, (int)std::min<Int>({most_threads, blas.before, work}), [&](Int i) {
         const Int row = rows.start(i / columns.pieces), column = columns.start(i % columns.pieces);
         body(row, rows.start(i / columns.pieces + 1) - row, column, columns.start(i % columns.pieces + 1) - column);
     });
@@ -526,7 +545,7 @@ static void multiply_as(const Matrix& a, const Matrix& b, T* out) {
     const T *A = reinterpret_cast<const T*>(a.at), *B = reinterpret_cast<const T*>(b.at);
     const int of_a = a.transposed ? TRANSPOSED : PLAIN, of_b = b.transposed ? TRANSPOSED : PLAIN;
     const Int m = a.rows, n = b.columns, k = a.columns;
-    in_blocks(m, n, k, [&](Int row, Int rows, Int column, Int columns) {
+    in_blocks(m, n, k, b.transposed, [&](Int row, Int rows, Int column, Int columns) {
         const T* from_a = A + row * (a.transposed ? 1 : a.stride);
         const T* from_b = B + column * (b.transposed ? b.stride : 1);
         T* to = out + row * n + column;
@@ -950,6 +969,30 @@ static bool in_cells(Any side, Any places) {
     return true;
 }
 
+// g += factor w on the parts of both between spans[i][0] and spans[i][1].
+static bool l2_gradient(Any w, Any spans, double factor, Any g) {
+    PyArrayObject *a = array(w), *s = array(spans);
+    if (!a || (PyArray_TYPE(a) != NPY_FLOAT && PyArray_TYPE(a) != NPY_DOUBLE)) return false;
+    if (!s || !fits(spans, NPY_INT64, PyArray_SIZE(s))) return false;
+    return with_type(w, [&](auto zero) {
+        typedef decltype(zero) T;
+        const Int n = PyArray_SIZE(a), parts = PyArray_SIZE(s) / 2, *span = data<Int>(spans);
+        if (!fits(w, TYPE<T>, n) || !fits(g, TYPE<T>, n) || !PyArray_ISWRITEABLE(array(g))) return false;
+        for (Int i = 0; i < parts; ++i)
+            if (span[2 * i] < 0 || span[2 * i + 1] > n) return false;
+        const T* from = data<T>(w);
+        T* to = data<T>(g);
+        nb::gil_scoped_release unlocked;
+        for (Int i = 0; i < parts; ++i) {
+            const Int start = span[2 * i];
+            in_pieces(span[2 * i + 1] - start, 1, [&](Int first, Int last) {
+                table<T>().l2_gradient(from + start, (T)factor, to + start, first, last);
+            });
+        }
+        return true;
+    });
+}
+
 static bool square_sum(Any x, Any out) {
     PyArrayObject* a = array(x);
     if (!a || !PyArray_ISCARRAY_RO(a) || !has_room(out, NPY_DOUBLE, 2 + 2 * PARTS)) return false;
@@ -1254,7 +1297,9 @@ NB_MODULE(_host, m) {
                       nb::list, const std::vector<std::uintptr_t>&, const std::vector<Int>&>())
         .def_ro("usable", &Tensors::usable)
         .def("step", &Tensors::step);
-    m.def("use_blas", use_blas, "Set the addresses of OpenBLAS's functions, and whether its integers have 64 bits.");
+    m.def("use_blas", use_blas,
+          "Set the addresses of OpenBLAS's functions, whether its integers have 64 bits, and whether it has code for "
+          "small products.");
     m.def("multiply", multiply, "Write the product of two matrices to a third one.");
     nb::class_<Crew>(m, "Crew").def(nb::init<>()).def("size", &Crew::size).def("report", &Crew::report);
     m.def("activate", activate, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none());
@@ -1277,6 +1322,7 @@ NB_MODULE(_host, m) {
     m.def("gather", gather);
     m.def("permute", permute);
     m.def("in_cells", in_cells);
+    m.def("l2_gradient", l2_gradient);
     m.def("square_sum", square_sum);
     m.def("tensor_views", tensor_views, "NumPy's views of tensors by DLPack's C functions, or None.");
 }

@@ -86,6 +86,8 @@ struct Table {
     // out = scale * source[index] + shift, rows of `columns`.
     void (*gather[STORED])(const void* source, const Int* index, T* out, T scale, T shift, Int columns, Int first,
                            Int last);
+    // g += factor w.
+    void (*l2_gradient)(const T* w, T factor, T* g, Int first, Int last);
     // The sum of squares, and the number of elements that are not finite.
     void (*square_sum)(const T* x, double* sum, double* not_finite, Int first, Int last);
 };

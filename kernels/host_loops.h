@@ -72,8 +72,11 @@ static inline bool unknown(Int label, Int row, T* d, T* losses, Int columns) {
 
 static void softmax(const T* z, const Int* labels, const T* targets, const T* weights, T kept, T spread, bool relative,
                     T* dz, T* losses, T scale, bool gradient, Int columns, Int first, Int last) {
-    // Works on as many rows at a time as fit into the first-level cache: one exp loop covers them all, even short rows.
-    const Int step = columns < 2048 ? 2048 / columns : 1;
+    // Works on as many rows at a time as fit into the first-level cache: one loop of exp covers them all, even short
+    // rows, and one of log.
+    constexpr Int MOST = 128;
+    const Int step = columns * MOST <= 2048 ? MOST : columns < 2048 ? 2048 / columns : 1;
+    T sums[MOST], logs[MOST];
     for (Int start = first; start < last; start += step) {
         const Int stop = start + step < last ? start + step : last;
         for (Int row = start; row < stop; ++row) {
@@ -97,18 +100,19 @@ static void softmax(const T* z, const Int* labels, const T* targets, const T* we
             if (relative) losses[row] -= entropy;
         }
         EACH for (Int i = start * columns; i < stop * columns; ++i) dz[i] = exp(dz[i]);
+        for (Int row = start; row < stop; ++row) sums[row - start] = sum(dz + row * columns, columns);
+        EACH for (Int i = 0; i < stop - start; ++i) logs[i] = log(sums[i]);
         for (Int row = start; row < stop; ++row) {
             T* d = dz + row * columns;
             const T* y = targets + row * columns;
             if (left_out(weights, row, d, losses, columns)) continue;
-            const T exponentials = sum(d, columns);
             const T mass = targets ? kept * sum(y, columns) + spread * columns : T(1);
-            losses[row] = log(exponentials) * mass - losses[row];
+            losses[row] = logs[row - start] * mass - losses[row];
             if (weights) losses[row] *= weights[row];
             if (!gradient) continue;
             const T share = weights ? scale * weights[row] : scale;
             const bool number = losses[row] == losses[row];  // if NaN, the label may be out of range
-            const T factor = number ? share / exponentials * mass : losses[row];
+            const T factor = number ? share / sums[row - start] * mass : losses[row];
             if (targets) {
                 EACH for (Int j = 0; j < columns; ++j) d[j] = d[j] * factor - share * (kept * y[j] + spread);
             } else {
@@ -285,6 +289,10 @@ static void gather(const void* source, const Int* index, T* out, T scale, T shif
     }
 }
 
+static void l2_gradient(const T* w, T factor, T* g, Int first, Int last) {
+    EACH for (Int i = first; i < last; ++i) g[i] += factor * w[i];
+}
+
 static void square_sum(const T* x, double* sum, double* not_finite, Int first, Int last) {
     constexpr int WIDTH = REGISTER / sizeof(double), COUNT = LANES / WIDTH;
     typedef T Narrow __attribute__((vector_size(WIDTH * sizeof(T))));
@@ -339,5 +347,6 @@ static constexpr Table<T> table = {
     dropout,
     {gather<unsigned char>, gather<signed char>, gather<unsigned short>, gather<short>, gather<unsigned int>,
      gather<int>, gather<unsigned long long>, gather<long long>, gather<Half>, gather<float>, gather<double>},
+    l2_gradient,
     square_sum,
 };

@@ -206,7 +206,7 @@ CODE_LINES = {
     "staging": 68,
     "parallel": 592,
     "inputs": 149,
-    "ops": 2761,
+    "ops": 2770,
     "sizing": 264,
     "params": 99,
     "optim": 1190,

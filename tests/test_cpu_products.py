@@ -33,6 +33,8 @@ SHAPES = {
     "rows": (1000, 300, 70),
     "columns": (32, 784, 512),
     "both": (1100, 16, 1100),
+    "small pieces": (103, 250, 97),
+    "many small pieces": (999, 30, 250),
 }
 LAYOUTS = [  # of the factors
     ("plain", "plain"),
@@ -55,11 +57,12 @@ def blas() -> OpenBlas:
 
 @pytest.fixture
 def library(blas: OpenBlas) -> Iterator[Any]:
-    """The compiled kernels; their number of threads is restored."""
+    """The compiled kernels; their number of threads and their BLAS are restored."""
     found = host_library()
     threads = found.threads()
     yield found
     found.set_threads(threads)
+    found.use_blas(blas.addresses, blas.wide, blas.in_place)
 
 
 @pytest.fixture
@@ -83,12 +86,14 @@ def laid_out(x: np.ndarray, layout: str) -> np.ndarray:
     return x
 
 
-@every("shape", SHAPES, fast=["column", "columns", "both"])
+@every("shape", SHAPES, fast=["column", "columns", "both", "small pieces"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("in_place", [False, True])
 def test_a_product_is_right_and_the_same_on_any_number_of_threads(
-    shape: tuple[int, int, int], dtype: Any, library: Any
+    shape: tuple[int, int, int], dtype: Any, in_place: bool, library: Any, blas: OpenBlas
 ) -> None:
     m, k, n = shape
+    library.use_blas(blas.addresses, blas.wide, in_place)
     rng = np.random.default_rng(m)
     a, b = rng.standard_normal((m, k)).astype(dtype), rng.standard_normal((k, n)).astype(dtype)
     bound = 2 * k * np.finfo(dtype).eps * (np.abs(a).astype(float) @ np.abs(b).astype(float))
@@ -245,6 +250,16 @@ def test_openblas_is_found_under_the_names_of_its_builds(
     assert isinstance(found, OpenBlas)
     assert (found.version, found.wide) == ("OpenBLAS 0.3.31", wide)
     assert len(found.addresses) == len(set(found.addresses)) == 6
+    assert not found.in_place
+
+
+@pytest.mark.parametrize("core", ["SkylakeX", "Cooperlake", "SapphireRapids"])
+def test_small_products_are_computed_in_place_where_openblas_has_the_code(
+    core: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = found_in(monkeypatch, Stub("", "", f"OpenBLAS 0.3.31 DYNAMIC_ARCH {core} MAX_THREADS=64".encode(), 1))
+    assert isinstance(found, OpenBlas)
+    assert found.in_place
 
 
 def test_another_blas_is_left_to_numpy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 OpenBLAS divides a product among threads of its own, which spin while they wait for one another. Beside a process that
 keeps a core busy they wait for the scheduler: a product takes ten times as long as on one thread. And its last bits
 depend on the number of threads. So a product is cut into pieces, by its shape alone, and OpenBLAS computes each on one
-thread (kernels/host.cpp): any number of threads gives the same bits, and the pool may change it at any time.
+thread (kernels/host.cpp): any number of threads gives the same bits, and the pool may change it at any time. Where
+OpenBLAS has code for small products, which does not copy the factors first, the pieces of layers of up to some 200
+neurons are so small: in double precision they take a sixth less time, in single precision a tenth.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from gpubatch.backend import Array
 from gpubatch.ops.compile import host_library
 
 __all__ = ["cpu_products", "multiply", "multiply_in_float32"]
+
+# The processors for which OpenBLAS has code for small products (its kernel/x86_64/dgemm_small_kernel_*_skylakex.c).
+IN_PLACE = frozenset({"SkylakeX", "Cooperlake", "SapphireRapids"})
 
 OPENMP = 2  # of openblas_get_parallel: its threads are not set for the process, but by each thread for itself
 
@@ -54,16 +59,21 @@ def _library() -> Any:
     library, found = host_library(), numpy_blas()
     if isinstance(library, str) or isinstance(found, str):
         return None
-    library.use_blas(found.addresses, found.wide)
+    library.use_blas(found.addresses, found.wide, found.in_place)
     return library
 
 
 class OpenBlas(NamedTuple):
-    """The functions that kernels/host.cpp calls, by address, and whether their integers have 64 bits."""
+    """The functions that kernels/host.cpp calls, by address.
+
+    wide: whether their integers have 64 bits.
+    in_place: whether small products are computed from the factors as they lie, and not from copies.
+    """
 
     version: str
     addresses: list[int]
     wide: bool
+    in_place: bool
 
 
 @functools.cache
@@ -92,5 +102,6 @@ def numpy_blas() -> OpenBlas | str:
             config.restype = ctypes.c_char_p
             words = config().decode().split()
             addresses = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
-            return OpenBlas(" ".join(words[:2]), addresses, "USE64BITINT" in words)
+            in_place = not IN_PLACE.isdisjoint(words)
+            return OpenBlas(" ".join(words[:2]), addresses, "USE64BITINT" in words, in_place)
     return "its BLAS is not OpenBLAS"

@@ -73,12 +73,24 @@ def cuda_l2_loss(grid: Grid, w: Array, spans: Array, factor: float, loss: Array,
 @operation("g")
 def l2_gradient(w: Array, spans: Array, factor: float, g: Array, work: Work) -> None:
     """g += factor w on the same parts of both; NumPy does as much at a time as ``work["l2"]`` has room for."""
-    block, factor = work["l2"], factor * work["factor"].item() if "factor" in work else factor
+    block, factor = work["l2"], scaled(factor, work)
     for first, last in spans.tolist():
         for start in range(first, last, block.size):
             stop = min(start + block.size, last)
             piece = g[start:stop]
             piece += np.multiply(w[start:stop], factor, out=block[: stop - start])
+
+
+def scaled(factor: float, work: Work) -> float:
+    """``factor`` times ``work["factor"]``, if there is one."""
+    return factor * float(work["factor"].item()) if "factor" in work else factor
+
+
+@l2_gradient.compiled
+def compiled_l2_gradient(library: Any, w: Array, spans: Array, factor: float, g: Array, work: Work) -> None:
+    """One pass."""
+    if not library.l2_gradient(w, spans, scaled(factor, work), g):
+        l2_gradient.numpy(w, spans, factor, g, work)
 
 
 @l2_gradient.cuda

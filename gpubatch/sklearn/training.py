@@ -18,7 +18,7 @@ from gpubatch.train import CapturedStep, LossScale, why_eager
 
 __all__ = ["OrderedEpochs", "minimise"]
 
-DECAYED = 1 << 13  # weights of which the l2 term is computed at a time: in the cache, and on one of BLAS's threads
+DECAYED = 1 << 13  # weights whose squares are summed at a time, on one of BLAS's threads
 AT_ONCE = 1 << 12  # rows of which L-BFGS computes the gradients at a time
 
 
@@ -50,12 +50,9 @@ class OrderedEpochs:
         self._given = None if weight is None else machine.backend.asarray(weight)
         parameters = machine.net.parameters
         self._weights = [parameters[name].reshape(-1) for name in machine.weight_names]
-        # Pieces of the weights and of their gradients.
-        self._pieces: list[tuple[Array, Array]] = []
-        for name, W in zip(machine.weight_names, self._weights, strict=True):
-            gradient = parameters.grads[name].reshape(-1)
-            self._pieces += [(W[part], gradient[part]) for part in evenly(W.size, DECAYED)]
-        self._decay = np.empty(DECAYED, machine.net.dtype)
+        self._pieces = [W[part] for W in self._weights for part in evenly(W.size, DECAYED)]
+        self._spans = np.array([parameters.spans[name] for name in machine.weight_names])
+        self._scratch = {"l2": np.empty(DECAYED, machine.net.dtype)}
         self._constant = constant_of(machine, Y, weight)
         self._room: tuple[Array, Array] | None = None
         self._captured: dict[int, CapturedStep] = {}
@@ -94,15 +91,16 @@ class OrderedEpochs:
 
     def _on_host(self, order: np.ndarray, parts: Sequence[tuple[slice, float]], x: Array, y: Array) -> float:
         core, step, alpha, reported = self._core, self._opt.step, self._alpha, self._machine.reported
+        gather = core.ops.gather
         total = 0.0
         for part, mass in parts:
             rows, at = part.stop - part.start, order[part]
             x_batch, y_batch = x[:rows], y[:rows]
             if self._dense:
-                self._X.take(at, 0, x_batch, "clip")  # any other mode makes NumPy fill a copy of out first
+                gather(self._X, at, x_batch, 1.0, 0.0)
             else:
                 self._X[at].toarray(out=x_batch)
-            self._Y.take(at, 0, y_batch, "clip")
+            self._Y.take(at, 0, y_batch, "clip")  # any other mode makes NumPy fill a copy of out first
             weights = None if self._given is None else core.weights(y_batch, self._given[at])
             run = core.forward(x_batch, y_batch, weights)
             loss = reported * run.loss.work["loss"].item()
@@ -167,12 +165,9 @@ class OrderedEpochs:
 
     def _regularise(self, factor: float) -> float:
         """Add the gradient of the l2 term factor/2 Σ W² on a CPU; returns the term."""
-        total, room = 0.0, self._decay
-        for W, gradient in self._pieces:
-            decay = np.multiply(W, factor, out=room[: W.size])
-            gradient += decay
-            total += float(decay.dot(W))
-        return 0.5 * total
+        parameters = self._net.parameters
+        self._core.ops.l2_gradient(parameters.flat, self._spans, factor, parameters.grads.flat, self._scratch)
+        return 0.5 * factor * sum(float(W.dot(W)) for W in self._pieces)
 
     def _penalty(self, mass: float) -> Array:
         """The l2 term of a batch, of the network's own steps."""
