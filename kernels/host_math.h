@@ -141,7 +141,7 @@ static inline T log(T x) {
 
 // Kahan's formula: the quotient corrects the rounding error of 1 + x.
 static inline T log1p(T x) {
-    const T sum = 1 + x;
-    const T y = log(sum) * (x / (sum - 1));
-    return sum == 1 || sum - sum != 0 ? x : y;
+    const T sum = 1 + x, of_sum = log(sum);
+    const T y = of_sum * (x / (sum - 1));
+    return sum == 1 ? x : sum - sum != 0 ? of_sum : y;
 }

@@ -5,6 +5,7 @@ Expected learning rates are written out, or are the schedule's at the number tha
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import queue
@@ -88,8 +89,10 @@ def test_a_loop_of_ones_own_follows_each_schedule(backend: gb.Backend, schedule:
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 def test_fit_follows_each_schedule(backend: gb.Backend, schedule: gb.schedules.Schedule) -> None:
     a = Setup(backend, schedule)
-    history = gb.fit(a.net, a.loader(), a.opt, 5, progress=False)
-    assert history.step_lr == [schedule(step, step // 3) for step in range(15)]
+    expected = [schedule(step, step // 3) for step in range(15)]
+    with contextlib.nullcontext() if expected[-1] else pytest.warns(gb.errors.IdleWarning, match="in the last 3"):
+        history = gb.fit(a.net, a.loader(), a.opt, 5, progress=False)
+    assert history.step_lr == expected
 
 
 def test_a_loader_for_each_chunk_of_the_data(backend: gb.Backend) -> None:

@@ -192,6 +192,17 @@ def applied(update: CompiledUpdate) -> Callable[..., None]:
     return call
 
 
+@pytest.mark.exhaustive
+def test_functions_of_infinity_zero_and_nan_are_numpy_s(dtype: np.dtype, library: Any) -> None:
+    x = np.array([-np.inf, -2, -1, -0.0, 0, 1, np.inf, np.nan], dtype)
+    compiled = updates([rule.trace() for rule in ROUNDED.values()], dtype, library)
+    for f, call in zip(ROUNDED, map(applied, compiled), strict=True):
+        operands, out = [x] * f.nin, np.empty_like(x)
+        call(*operands, out=out)
+        with np.errstate(all="ignore"):
+            np.testing.assert_allclose(out, f(*operands), 4 * np.finfo(dtype).eps, err_msg=f.__name__)
+
+
 @drawn(1, 25, many=st.lists(st.tuples(programs(), programs()), min_size=8, max_size=20), single=st.booleans())
 def test_any_expression_has_numpy_s_bits(many: list[tuple[Any, Any]], single: bool) -> None:
     """NumPy's form with the compiled exp, log, log1p, tanh and power; all else is exact."""
