@@ -18,6 +18,7 @@ from needs import missing
 import gpubatch as gb
 from gpubatch.backend import CudaBackend
 from gpubatch.nn import core_of
+from gpubatch.nn.dealt import DealtSteps
 from gpubatch.passes import DataPass, Deal
 from gpubatch.train import captured, graphs
 
@@ -180,14 +181,14 @@ def test_a_capture_that_fails_on_one_rank_fails_on_all(failing: str, monkeypatch
 
         monkeypatch.setattr(CudaBackend, "capture", broken)
     else:
-        enqueue_parts = type(core_of(network(gpu(gb.Ranks()), {})[0])).enqueue_parts
+        enqueue = DealtSteps.enqueue
 
         def stuck(self: Any, *arguments: Any) -> Any:
             if self.backend.index == 1:
                 raise RuntimeError("a driver of another age")
-            return enqueue_parts(self, *arguments)
+            return enqueue(self, *arguments)
 
-        monkeypatch.setattr(type(core_of(network(gpu(gb.Ranks()), {})[0])), "enqueue_parts", stuck)
+        monkeypatch.setattr(DealtSteps, "enqueue", stuck)
     found = on_threads(2, lambda r: fitted(r, CASES["plain"], "auto"))
     for (outcome, made), words in zip(found, (" (on rank 1)", ""), strict=True):
         assert (outcome, made) == (expected, f"eager, since the capture failed: a driver of another age{words}")

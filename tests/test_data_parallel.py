@@ -23,7 +23,7 @@ from many_ranks import mpi, neighbours, on_threads
 from needs import missing, peer
 
 import gpubatch as gb
-from gpubatch.nn import core_of
+from gpubatch.nn import core_of, dealt_of
 from gpubatch.nn.parts import Tree
 from gpubatch.passes import DataPass, Deal
 from gpubatch.train.checks import why_eager
@@ -480,21 +480,21 @@ def test_an_error_on_one_rank_is_raised_on_all(what: str) -> None:
     assert [step for _, step in found] == on_threads(2, good_step)
 
 
-def no_memory_for_part_sums(core: Any, ranks: gb.Ranks) -> None:
-    core.part_sums = lambda parts: raising(MemoryError())
+def no_memory_for_part_sums(net: gb.Network, ranks: gb.Ranks) -> None:
+    dealt_of(net).part_sums = lambda parts: raising(MemoryError())
 
 
-def no_memory_for_the_message(core: Any, ranks: gb.Ranks) -> None:
-    core._message = lambda: raising(MemoryError())
+def no_memory_for_the_message(net: gb.Network, ranks: gb.Ranks) -> None:
+    dealt_of(net)._message = lambda: raising(MemoryError())
 
 
-def no_memory_for_sums_over_ranks(core: Any, ranks: gb.Ranks) -> None:
+def no_memory_for_sums_over_ranks(net: gb.Network, ranks: gb.Ranks) -> None:
     ranks._scratch = lambda *_: raising(MemoryError())  # type: ignore[method-assign]
 
 
-def no_memory_for_the_end(core: Any, ranks: gb.Ranks) -> None:
-    reserve = core.reserve
-    core.reserve = lambda rows: raising(MemoryError()) if rows == 1 else reserve(rows)
+def no_memory_for_the_end(net: gb.Network, ranks: gb.Ranks) -> None:
+    reserve = core_of(net).reserve
+    core_of(net).reserve = lambda rows: raising(MemoryError()) if rows == 1 else reserve(rows)
 
 
 NO_MEMORY = {
@@ -521,11 +521,11 @@ def test_memory_that_runs_out_for_the_sums_is_told_to_all(where: Any, kind: str)
         if fails:
             before = net.buffers.flat.copy()
             if ranks.rank == 1:
-                where(core, ranks)
+                where(net, ranks)
             for _ in range(2):
                 with pytest.raises(MemoryError, match=None if ranks.rank == 1 else "on rank 1"):
                     net.loss_and_grad(x, y, ranks=ranks)
-            for harmed in (core, ranks):
+            for harmed in (core, dealt_of(net), ranks):
                 for name in ("part_sums", "_message", "reserve", "_scratch"):
                     vars(harmed).pop(name, None)
             assert (net.buffers.flat.tobytes(), core.dropout_step) == (before.tobytes(), 0)
@@ -565,7 +565,7 @@ def test_all_ranks_hear_of_a_signal() -> None:
         x, y, _ = next(case.data())
         deal = Deal.of(64, SHARDS, ranks.rank, ranks.size)
         own = slice(deal.first, deal.first + 32)
-        return core_of(net).parts_step(x[own], y[own], None, deal, ranks, signalled=ranks.rank == rank).signalled
+        return dealt_of(net).step(x[own], y[own], None, deal, ranks, signalled=ranks.rank == rank).signalled
 
     assert on_threads(2, lambda ranks: step(ranks, 1)) == [True, True]
     assert on_threads(2, lambda ranks: step(ranks, 2)) == [False, False]
@@ -678,7 +678,7 @@ def test_parts_too_small_for_batch_norm_are_an_error() -> None:
     case = Case({"batch_norm": True}, rows=(7,))
     with pytest.raises(gb.errors.ArgumentError, match=r"a batch of 7 rows in 4 parts has one of 1; BatchNorm needs"):
         train(case, None)
-    core_of(case.make()[0]).check_parts(2, 1)
+    dealt_of(case.make()[0]).check_parts(2, 1)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -690,9 +690,9 @@ def test_the_memory_of_the_sums_is_planned(dtype: str) -> None:
     net = gb.mlp([100, 300, 10], batch_norm=True, backend="cpu", **options)
     for shards in (1, 2, 6, 8):
         net.memory_parts(8, shards=shards)
-        core_of(net)._part_sums = core_of(net)._message_of_half = None
+        core_of(net).sums_of_parts = dealt_of(net)._message_of_half = None
         tracemalloc.start()
-        core_of(net).part_sums(shards)
+        dealt_of(net).part_sums(shards)
         taken = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         planned = net.memory_parts(64, shards=shards)["sums over parts"]

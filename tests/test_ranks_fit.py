@@ -18,7 +18,7 @@ from many_ranks import mpi, on_threads
 from ranks_run import EPOCHS, Options, digest_of, parts_of
 
 import gpubatch as gb
-from gpubatch.nn.core import Core
+from gpubatch.nn.dealt import DealtSteps
 from gpubatch.train import short_runs
 from gpubatch.train.together import Agreement
 
@@ -118,7 +118,7 @@ def test_batch_norm_in_sync_says_that_it_takes_no_fewer_rows(
     def no_room(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(Core, "sum_parts", no_room)
+    monkeypatch.setattr(DealtSteps, "sum_parts", no_room)
     with pytest.raises(
         gb.errors.InsufficientMemoryError, match=r"BatchNorm\(sync=True\) needs all 64 samples of a rank"
     ):

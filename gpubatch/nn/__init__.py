@@ -31,7 +31,7 @@ from gpubatch.nn.losses import (
     loss_of,
 )
 from gpubatch.nn.needs import Context, Needs, Parameter
-from gpubatch.nn.network import Network, core_of, live_state, mlp, no_decay
+from gpubatch.nn.network import Network, core_of, dealt_of, live_state, mlp, no_decay
 from gpubatch.nn.stack import parameter_names, stacked
 from gpubatch.nn.workspace import evenly
 
@@ -66,6 +66,7 @@ __all__ = [
     "Step",
     "Tanh",
     "core_of",
+    "dealt_of",
     "evenly",
     "layers",
     "live_state",

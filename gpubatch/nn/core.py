@@ -11,9 +11,8 @@ import dataclasses
 import functools
 import math
 import warnings
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from gpubatch.nn.checks import WatchedLayer, WatchedLoss, of_the_user
 from gpubatch.nn.layers import BatchNorm, Dense, DenseActivation, Layer
 from gpubatch.nn.losses import NO_MEAN, Loss, Weighing, check_weight, check_weight_values, counts_of, no_mean
 from gpubatch.nn.needs import ByPlace, Context, Mode, Parameter, Random, Space
-from gpubatch.nn.parts import PartSums, SumsInStep, sums_bytes
+from gpubatch.nn.parts import PartSums
 from gpubatch.nn.stack import Stacked, describe_layer, fused, parameter_names, stacked, told
 from gpubatch.nn.workspace import (
     Arrange,
@@ -41,18 +40,12 @@ from gpubatch.nn.workspace import (
 )
 from gpubatch.ops import COMPUTE, ops_for, philox_generator, products_for
 from gpubatch.own import changed
-from gpubatch.parallel import Ranks
-from gpubatch.params import FAILED, LOSS, OUT_OF_MEMORY, SIGNALLED, TAIL, WEIGHT, FlatViews, Parameters, by_alignment
-from gpubatch.passes import Deal, deal_of, pass_of
+from gpubatch.params import FlatViews, Parameters, by_alignment
 
-__all__ = ["EVALUATION_ROWS", "Core", "WholeStep", "quiet"]
+__all__ = ["EVALUATION_ROWS", "Core", "quiet"]
 
 EVALUATION_ROWS = 1024  # rows that are evaluated at a time: large enough for full speed, and a bound on memory
 DRAWN = 1 << 16  # elements of first values that are drawn at a time: in double precision all would be the largest array
-# Errors of one rank that all ranks raise.
-ALIKE: dict[str, type[Exception]] = {
-    kind.__name__: kind for kind in (ArgumentError, DTypeError, MemoryError, NonFiniteError, ShapeError)
-}
 L2_BLOCK = 1 << 15  # elements that the l2 gradient takes at a time on the CPU, small enough for the cache
 
 
@@ -72,13 +65,6 @@ class Reach(NamedTuple):
     l2_spans: Array
     statistics: tuple[int, ...] = ()
     unwanted: tuple[Array, ...] = ()
-
-
-class WholeStep(NamedTuple):
-    """A step on a batch in parts: its loss over all ranks, and whether any of them was ``signalled``."""
-
-    loss: float
-    signalled: bool
 
 
 class Core:
@@ -133,11 +119,8 @@ class Core:
         self._reach = Reach(self.first, self.spans)
         self._remembered = backend.empty(self.buffers.size, self.compute_dtype), 0
         self._sums: Array = None  # of the gradients of micro-batches
-        self._part_sums: PartSums | None = None
-        self._message_of_half: Array = None
-        self._room: Array = None  # scratch memory for the sums of batch norms in sync
-        self._met: weakref.WeakSet[Ranks] = weakref.WeakSet()  # the ranks that memory was allocated for
-        self._weighing = Weighing(backend, self.compute_dtype)
+        self.sums_of_parts: PartSums | None = None  # those of DealtSteps
+        self.weighing = Weighing(backend, self.compute_dtype)
         self._training: Workspace[Pass] | None = None
         self._evaluation = OfThread()
 
@@ -183,12 +166,12 @@ class Core:
 
         The array is valid until the next call. Without a mean all are NaN, or 0 in a ``part`` of a batch.
         """
-        return self._weighing.of(self.loss, Y, weight, part)
+        return self.weighing.of(self.loss, Y, weight, part)
 
     @property
     def sum_of_weights(self) -> float:
         """The sum of the weights that :meth:`weights` was given last; on a GPU this waits for the device."""
-        return float(self._weighing.sum.item())
+        return float(self.weighing.sum.item())
 
     def check_mean(self, X: Array, Y: Array, weight: Array | None) -> None:
         """Raise if the weights that :meth:`weights` was given last have no mean."""
@@ -211,11 +194,12 @@ class Core:
         reach = self._reach
         run.backward(X, reach.first, reach.statistics)
         if l2:
-            self._add_l2_gradient(run.loss)
+            self.add_l2_gradient(run.loss)
         for gradient in reach.unwanted:
             gradient.fill(0)
 
-    def _add_l2_gradient(self, c: Context) -> None:
+    def add_l2_gradient(self, c: Context) -> None:
+        """Add the gradient of the l2 term to those of the weights that it is of, and that are trained."""
         if len(self._reach.l2_spans):
             weights, grads = self.parameters.flat, self.parameters.grads.flat
             self.ops.l2_gradient(weights, self._reach.l2_spans, self.l2, grads, c.work)
@@ -330,278 +314,23 @@ class Core:
                     self.micro_batches(X, Y, weights, micro_batch_size, one)
             finally:
                 self.mode.step = own
-        return self._training, self._sums, self._weighing.owned, self._reach, self.products
+        return self.owned
 
-    # --- a step on a batch in parts, here and on other ranks ---
+    @property
+    def owned(self) -> tuple[Any, ...]:
+        """The objects that own the memory a training step works in."""
+        return self._training, self._sums, self.weighing.owned, self._reach, self.products
 
-    def parts_step(
-        self,
-        X: Array,
-        Y: Array,
-        weight: Array | None,
-        deal: Deal,
-        ranks: Ranks | None,
-        micro_batch_size: int | None = None,
-        signalled: bool = False,
-    ) -> WholeStep:
-        """Make the step of :meth:`Network.loss_and_grad` on the parts of a batch that this rank has.
-
-        Whatever happens here, this rank takes part in the sum over all, so that no other waits for it in vain; then all
-        raise alike: for a loss that is not finite, where memory ran out, and for any other error on one of them.
-
-        signalled: whether this rank wants all to know that it saw a signal.
-        """
-        error: Exception | None = None
-        with self.training, self.backend.scope(), quiet():
-            self.remember()
-            if ranks is not None and ranks not in self._met:
-                ranks.allocate(lambda: self._allocate_for(ranks))
-                self._met.add(ranks)
-            sums: PartSums | None = None
-            together = self._together(weight, deal, ranks)
-            try:
-                self._check_parts(X, Y, weight, deal, ranks)
-                if self.in_sync:
-                    deal = self._at_once(X, deal, ranks, micro_batch_size)
-                sums = self.part_sums(len(deal.parts))
-                self.sum_parts(sums, X, Y, weight, deal, micro_batch_size, together)
-                self.reserve(1)  # for the end of the step, which no rank may fail at alone
-            except MemoryError as found:
-                error = found.with_traceback(None)  # which would keep the arrays of the step alive
-            except Exception as found:
-                error = found
-            if together is not None:
-                together.finish()
-            if error is not None or sums is None:  # the others wait for the message, which takes no more memory
-                message, statistics = self._message(), None
-                message.fill(0)
-            else:
-                message, statistics = sums.messages()
-            memory, of_tail = isinstance(error, MemoryError), message[self.parameters.size :]
-            failed = error is not None and not memory
-            for place, raised in ((OUT_OF_MEMORY, memory), (SIGNALLED, signalled), (FAILED, failed)):
-                if raised:
-                    of_tail[place : place + 1].fill(1)
-            if ranks is not None:
-                ranks.sum_(message)
-            tail = self.backend.to_numpy(of_tail).tolist()
-            if tail[FAILED] or tail[OUT_OF_MEMORY] or not (math.isfinite(tail[LOSS]) and 0 < tail[WEIGHT] < math.inf):
-                self.recall()
-                own = 0.0 if sums is None or error is not None else self.backend.to_numpy(sums.tail)[LOSS].item()
-                self._raise_alike(error, own, X, Y, weight, ranks)
-            assert sums is not None
-            if statistics is not None and ranks is not None:
-                ranks.sum_(statistics)
-            loss = self.finish_parts(sums, message, statistics, deal.rows).item()
-            if not math.isfinite(loss):
-                self.recall()
-                raise NonFiniteError(
-                    f"loss is {loss} after {self.mode.step} steps; the l2 term has grown out of range: lower the "
-                    "learning rate"
-                )
-            self.mode.step += 1
-        return WholeStep(loss, tail[SIGNALLED] > 0)
-
-    def deal(self, X: Array, ranks: Ranks | None) -> Deal | None:
-        """How X lies in the batch of all ranks; None if it is the whole batch, in one part."""
-        deal, size = deal_of(X), 1 if ranks is None else ranks.size
-        if deal is not None:
-            return deal
-        fed = pass_of(X)
-        if fed is not None and fed.deal is not None:
-            raise ShapeError(
-                f"X must have as many rows as the loader gave{'' if size == 1 else ' this rank'}, "
-                f"{sum(fed.deal.parts)}, got {len(X)}: of other rows nobody knows which parts of the batch they are"
-            )
-        if ranks is None or size == 1:
-            return None
-        if fed is not None:
-            raise ArgumentError(
-                "X is a batch of a Loader without ranks=, which gives each rank the same: give it ranks="
-            )
-        every = ranks.gather(len(X))
-        return Deal(sum(every), sum(every[: ranks.rank]), (len(X),), size)
-
-    def part_sums(self, parts: int) -> PartSums:
-        """The :class:`PartSums` of so many parts; its memory is kept for the next steps."""
-        if self._part_sums is None or self._part_sums.parts != parts:
-            self._part_sums = self._released(self._part_sums)
-            norms = {
-                run.place: (run.layer, self.names[run.place])
-                for run in self.layers
-                if isinstance(run.layer, BatchNorm) and type(run.layer).backward is BatchNorm.backward
-            }
-            self._part_sums = PartSums(self.backend, self.parameters, self.buffers, norms, parts, self._message())
-        return self._part_sums
-
-    def _message(self) -> Array:
-        """The array of the message that ranks sum: the gradients', or where those are float16, another of float32."""
-        if self.compute_dtype == self.dtype:
-            return self.parameters.message
-        if self._message_of_half is None:
-            self._message_of_half = self.backend.empty(self.parameters.message.size, self.compute_dtype)
-        return self._message_of_half
-
-    def _allocate_for(self, ranks: Ranks) -> None:
-        """Allocate and keep the message of a step with these ranks: a rank that runs out of memory sends it, too."""
-        self._message()
-        if self.in_sync and self._room is None:
-            self._room = self.backend.zeros(2 * max(self.in_sync), np.float64)
-        self.reserve_sums(ranks)
-
-    def sum_parts(
-        self,
-        sums: PartSums,
-        X: Array,
-        Y: Array,
-        weight: Array | None,
-        deal: Deal,
-        micro_batch_size: int | None = None,
-        together: SumsInStep | None = None,
-    ) -> None:
-        """Launch this rank's parts of a batch, and their sum, without checks and without waiting for the device.
-
-        together: sums over ranks for batch norms of ``sync=True``, which see all rows of this rank as one part.
-        """
-        before, start = self._remembered[0], 0
-        self.mode.statistics, self.mode.together = sums.note, together
-        sums.begin()
-        try:
-            for rows in deal.parts:
-                part, total, of_part = slice(start, start + rows), sums.begin_part(), None
-
-                def one(x: Array, y: Array, weights: Array | None, share: float, total: Array = total) -> None:
-                    run = self.forward(x, y, weights, l2=False)
-                    loss = run.loss.work["loss"]
-                    loss *= share
-                    total += loss
-                    self.backward(run, x, l2=False)
-
-                if rows:
-                    x, y, self.mode.row = X[part], Y[part], deal.first + start
-                    weights = self.weights(y, None if weight is None else weight[part], part=True)
-                    of_part = None if weights is None else self._weighing.sum
-                    if weights is not None and together is not None:
-                        # Over the mean of all ranks' weights: also rows that count nothing are in the statistics.
-                        weights *= of_part / together.sum(of_part) * (deal.rows / rows)
-                        of_part = None
-                    if micro_batch_size is None or rows <= micro_batch_size:
-                        one(x, y, weights, 1.0)
-                    else:
-                        self.micro_batches(x, y, weights, micro_batch_size, one)
-                sums.end_part(rows, of_part, before)
-                start += rows
-        finally:
-            self.mode.statistics, self.mode.together, self.mode.row = None, None, 0
-
-    def finish_parts(self, sums: PartSums, message: Array, statistics: Array | None, rows: int) -> Array:
-        """Take gradients and running statistics from the sums over ranks; return the loss, an array of one element."""
+    def context_of_loss(self) -> Context:
+        """The arrays of the loss in the workspace for training."""
         self.reserve(1)
         assert self._training is not None
-        c = self._training.bind(self.planned).loss
-        sums.divide(message, c.work["loss"])
-        if self.l2_names:
-            self.add_l2(c)
-        self._add_l2_gradient(c)
-        if statistics is not None:
-            sums.update_running(statistics, rows)
-        return c.work["loss"]
+        return self._training.bind(self.planned).loss
 
-    def enqueue_parts(
-        self,
-        X: Array,
-        Y: Array,
-        weight: Array | None,
-        step: Array,
-        deal: Deal,
-        ranks: Ranks | None,
-        micro_batch_size: int | None = None,
-    ) -> tuple[Array, Any]:
-        """:meth:`enqueue` for this rank's parts of a batch, and for the sum over ``ranks``.
-
-        Returns the loss of the whole batch, an array of one element, and the objects to keep.
-        """
-        with self.training:
-            own, self.mode.step = self.mode.step, step.view(np.uint64)
-            try:
-                sums = self.part_sums(len(deal.parts))
-                self.sum_parts(sums, X, Y, weight, deal, micro_batch_size)
-                message, statistics = sums.messages()
-                for one in (message, statistics):
-                    if one is not None and ranks is not None:
-                        ranks.sum_(one)
-                loss = self.finish_parts(sums, message, statistics, deal.rows)
-            finally:
-                self.mode.step = own
-        of_ranks = None if ranks is None else ranks.owned(self.backend)
-        return loss, (self._training, self._sums, sums, self._weighing.owned, self._reach, self.products, of_ranks)
-
-    def reserve_sums(self, ranks: Ranks) -> None:
-        """Allocate the scratch memory of the sums over ranks, unless it is there already."""
-        ranks.reserve(self.backend, self.parameters.size + TAIL, self.compute_dtype)
-        ranks.reserve(self.backend, self.buffers.size, np.float64)
-
-    def _together(self, weight: Array | None, deal: Deal, ranks: Ranks | None) -> SumsInStep | None:
-        """The sums over ranks during a step; None where there are none."""
-        if ranks is None or ranks.size == 1 or not self.in_sync:
-            return None
-        count = 3 * len(self.in_sync) + self.weighs(weight is not None)
-        return SumsInStep(ranks, deal.rows, self._room, count)
-
-    def _at_once(self, X: Array, deal: Deal, ranks: Ranks | None, micro_batch_size: int | None) -> Deal:
-        """All rows of each rank as one part, for batch norms that take the statistics of the whole batch."""
-        if micro_batch_size is not None and micro_batch_size < len(X):
-            raise ArgumentError(
-                f"micro_batch_size must be at least the {len(X)} rows of this rank with BatchNorm(sync=True), which "
-                f"takes the statistics of all at once, got {micro_batch_size}"
-            )
-        return Deal(deal.rows, deal.first, (len(X),), 1 if ranks is None else ranks.size)
-
-    def check_parts(self, rows: int, shards: int) -> None:
-        """Raise if a batch of so many rows has parts that are too small for batch normalisation."""
-        shards = 1 if self.in_sync else shards
-        least = max(1, rows // shards)  # of the parts that are not empty
-        if least < self.least_rows:
-            raise ArgumentError(
-                f"a batch of {rows} rows in {shards} parts has one of {least}; BatchNorm needs more than one sample: "
-                "drop the last batch (drop_last=True), or choose another batch size, or fewer shards"
-            )
-
-    def _check_parts(self, X: Any, Y: Any, weight: Any, deal: Deal, ranks: Ranks | None) -> None:
-        """Raise unless X and Y can be the parts that this rank has of a batch."""
-        size = 1 if ranks is None else ranks.size
-        if deal.rows == 0:
-            raise ShapeError("X must have at least one row on one of the ranks, got none")
-        if len(deal.parts) * size != deal.shards or sum(deal.parts) != len(X):
-            raise ArgumentError(
-                f"X has {len(X)} rows, {sum(deal.parts)} of the {deal.rows} of a batch in {deal.shards} parts for "
-                f"{deal.shards // len(deal.parts)} ranks, but there are {size}: loader and step need the same ranks="
-            )
-        self.check_parts(deal.rows, deal.shards)
-        if len(X):
-            self.check_batch(X, Y, values=True, weight=weight)
-
-    def _raise_alike(
-        self, error: Exception | None, loss: float, X: Array, Y: Array, weight: Array | None, ranks: Ranks | None
-    ) -> NoReturn:
-        """Raise the same error on all ranks: this one's, or the first one's that has one.
-
-        loss: the sum of this rank's losses.
-        """
-        if error is None and not math.isfinite(loss):
-            try:
-                self.finite(loss, X, Y, weight)
-            except Exception as found:
-                error = found
-        mine = None if error is None else [type(error).__name__, str(error) or "out of memory"]
-        every = [mine] if ranks is None else ranks.gather(mine)
-        if error is not None:
-            raise error
-        for rank, theirs in enumerate(every):
-            if theirs is not None:
-                kind, words = theirs
-                raise ALIKE.get(kind, RuntimeError)(f"{words} (on rank {rank})")
-        raise NonFiniteError(f"loss is not finite after {self.mode.step} steps: {NO_MEAN}, or it overflows")
+    @property
+    def statistics_before(self) -> Array:
+        """The running statistics that :meth:`remember` saved last."""
+        return self._remembered[0]
 
     def count_steps(self, steps: int) -> None:
         """Count training steps that were made by :meth:`enqueue`."""
@@ -635,7 +364,7 @@ class Core:
         self.training.check()
         most, own = min(len(X), rows), self._evaluation
         if own.workspace is None or most > own.workspace.rows:
-            own.workspace = self._released(own.workspace)
+            own.workspace = self.released(own.workspace)
             own.workspace = self._workspace(most, self._evaluation_pass)
         workspace = own.workspace
         for start in range(0, len(X), most):
@@ -667,32 +396,23 @@ class Core:
         """Bytes for the weights of a batch and of the rows evaluated at a time, and NumPy's for which of them are 0."""
         return (self.compute_dtype.itemsize + 1) * (rows + evaluated) + 16
 
-    def parts_bytes(self, parts: int) -> int:
-        """Bytes for the sums over so many parts."""
-        return sums_bytes(self.parameters, self.buffers, parts)
-
-    def ranks_bytes(self, ranks: Ranks) -> int:
-        """Bytes for the sums over ranks."""
-        message = ranks.sum_bytes(self.parameters.size + TAIL, self.compute_dtype)
-        return max(message, ranks.sum_bytes(self.buffers.size, np.float64))
-
     def reserve(self, rows: int) -> None:
         """Allocate the workspace for steps of up to so many rows, unless there is one already."""
         if rows > self.planned:
-            self._training = self._released(self._training)
+            self._training = self.released(self._training)
             self._training = self._workspace(rows, self._training_pass)
 
     def release(self) -> None:
         """Free the workspaces; the next step or evaluation allocates new ones."""
-        self._training = self._released(self._training)
-        self._part_sums = self._released(self._part_sums)
-        self._released(self._evaluation.workspace)
+        self._training = self.released(self._training)
+        self.sums_of_parts = self.released(self.sums_of_parts)
+        self.released(self._evaluation.workspace)
         self._evaluation = OfThread()  # the workspaces of all threads
 
     def _workspace(self, rows: int, arrange: Arrange[Pass]) -> Workspace[Pass]:
         return Workspace(self.backend, self.dtype, rows, self.outputs, arrange)
 
-    def _released(self, old: Held | None) -> Held | None:
+    def released(self, old: Held | None) -> Held | None:
         """Return None in place of ``old``, so that its memory is free before the next workspace is allocated."""
         if old is not None:
             # The stream that allocated it may reuse its memory at once, and may not be the stream that works in it.

@@ -25,6 +25,7 @@ from gpubatch.errors import (
 from gpubatch.formula import Activation, BoundActivation, BoundScoreLoss, ScoreLoss
 from gpubatch.inputs import taken
 from gpubatch.nn.core import EVALUATION_ROWS, Core, quiet
+from gpubatch.nn.dealt import DealtSteps
 from gpubatch.nn.layers import (
     ACTIVATIONS,
     AUTO,
@@ -46,7 +47,7 @@ from gpubatch.parallel import Ranks
 from gpubatch.params import FlatViews
 from gpubatch.passes import deal_of, pass_of
 
-__all__ = ["Network", "core_of", "live_state", "mlp", "no_decay"]
+__all__ = ["Network", "core_of", "dealt_of", "live_state", "mlp", "no_decay"]
 
 COMPARED = 1 << 15  # scores that are compared with labels at a time, since predictions are new arrays
 V0_1 = "v0.1"  # the init of mlp() that makes the networks of that version
@@ -131,6 +132,7 @@ class Network:
         self.backend = get_backend(backend)
         common = self.backend, self.dtype, self.seed, "full" if precision == MIXED else precision, self.tune
         self._core = Core(self.layers, loss_of(loss), check_real("l2", l2, 0), *common)
+        self._dealt = DealtSteps(self._core)
         self.compute_dtype = self._core.compute_dtype
         self.parameters, self.buffers = self._core.parameters, self._core.buffers
         self.loss_scale = self._core.loss_scale
@@ -234,9 +236,9 @@ class Network:
         """
         core, self.parameters.fed = self._core, pass_of(X)
         if ranks is not None or (self.parameters.fed is not None and self.parameters.fed.deal is not None):
-            deal = core.deal(X, ranks)
+            deal = self._dealt.deal(X, ranks)
             if deal is not None:
-                return core.parts_step(X, Y, weight, deal, ranks, micro_batch_size).loss, self.parameters.grads
+                return self._dealt.step(X, Y, weight, deal, ranks, micro_batch_size).loss, self.parameters.grads
         core.check_batch(X, Y, values=True, weight=weight)
         loss = 0.0
 
@@ -445,9 +447,9 @@ class Network:
             size = 1 if ranks is None else ranks.size
             shards = size if core.in_sync else check_int("shards", shards, 1)
             rows = -(-rows // shards)
-            of_parts["sums over parts"] = core.parts_bytes(max(1, shards // size))
+            of_parts["sums over parts"] = self._dealt.parts_bytes(max(1, shards // size))
             if ranks is not None and size > 1:
-                of_parts["sums over ranks"] = core.ranks_bytes(ranks)
+                of_parts["sums over ranks"] = self._dealt.ranks_bytes(ranks)
         at_once = min(check_int("evaluated", evaluated, 0), EVALUATION_ROWS)
         return {
             "parameters": int(self.parameters.flat.nbytes),
@@ -510,6 +512,11 @@ class Network:
 def core_of(net: Network) -> Core:
     """The core that runs a network, for the packages that train, capture and explore it."""
     return net._core
+
+
+def dealt_of(net: Network) -> DealtSteps:
+    """What makes a network's training steps on batches in parts."""
+    return net._dealt
 
 
 def live_state(net: Network) -> dict[str, Any]:

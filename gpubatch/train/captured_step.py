@@ -6,7 +6,7 @@ from typing import Any
 
 from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, check_int
-from gpubatch.nn import Network, core_of
+from gpubatch.nn import Network, core_of, dealt_of
 from gpubatch.optim import Optimizer, captured_key, follow_pass, scalars_ahead
 from gpubatch.parallel import Ranks
 from gpubatch.train.checks import check_bound, why_eager
@@ -56,7 +56,7 @@ class CapturedStep:
         check_bound(net, opt)
         if len(X) or ranks is None:
             core_of(net).check_batch(X, Y, weight=weight)
-        self._deal, self._ranks = core_of(net).deal(X, ranks), ranks
+        self._deal, self._ranks = dealt_of(net).deal(X, ranks), ranks
         self._feed = GivenArrays(X, Y) if weight is None else GivenArrays(X, Y, weight)
         rows = len(X) if self._deal is None else self._deal.rows
         self._form = Form(rows, rows, self.steps)

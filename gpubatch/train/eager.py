@@ -18,7 +18,7 @@ from gpubatch.errors import (
     check_real,
 )
 from gpubatch.loader import rows_of
-from gpubatch.nn import Network, core_of, quiet
+from gpubatch.nn import Network, core_of, dealt_of, quiet
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import StepResult
 from gpubatch.params import FlatViews
@@ -134,7 +134,7 @@ class EagerSteps:
                 record.signalled = together.any(bool(record.signals))
                 return loss, grads
             net.parameters.fed = pass_of(x)
-            whole = core_of(net).parts_step(x, y, weight, deal, together.ranks, most, bool(record.signals))
+            whole = dealt_of(net).step(x, y, weight, deal, together.ranks, most, bool(record.signals))
         except MemoryError as error:
             raise RanksMemoryError(str(error) or "out of memory") from None
         except Exception as error:

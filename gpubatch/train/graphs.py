@@ -21,7 +21,7 @@ import numpy as np
 from gpubatch.backend import Array, CudaBackend, compute_dtype
 from gpubatch.errors import CaptureError
 from gpubatch.loader import captured_dtype
-from gpubatch.nn import Network, core_of
+from gpubatch.nn import Network, core_of, dealt_of
 from gpubatch.ops import MOST_THREADS, SQUARE_SUM_SIZE, cuda_kernel, source_of, square_grid
 from gpubatch.optim import Optimizer, captured_key, enqueue_update, scalars_ahead
 from gpubatch.parallel import Ranks
@@ -173,7 +173,7 @@ class StepGraphs:
         """Allocate all memory of a step with ranks: if it ran out before a sum, the other ranks would wait in vain."""
         self._rehearse(step)
         assert self._ranks is not None
-        core_of(self.net).reserve_sums(self._ranks)
+        dealt_of(self.net).reserve_sums(self._ranks)
 
     def _rehearse(self, step: Callable[[], None]) -> None:
         """Make a step that halts before it begins: it allocates and loads kernels, which a capture forbids."""
@@ -210,7 +210,7 @@ class StepGraphs:
             kept = core_of(net).enqueue(x, y, weight, ledger.word(STEP), micro_batch_size, add)
             loss = self.loss = losses[0] if rows <= micro_batch_size else None
         else:
-            loss, kept = core_of(net).enqueue_parts(x, y, weight, ledger.word(STEP), deal, ranks, micro_batch_size)
+            loss, kept = dealt_of(net).enqueue(x, y, weight, ledger.word(STEP), deal, ranks, micro_batch_size)
             self.loss = loss
         control = ledger.control if self._guarded else None
         self._make_parts(late=False)

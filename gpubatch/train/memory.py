@@ -14,7 +14,7 @@ from gpubatch.backend import Array
 from gpubatch.errors import InsufficientMemoryError, NonFiniteError
 from gpubatch.loader import Loader, epochs_of
 from gpubatch.metrics import of_batches
-from gpubatch.nn import EVALUATION_ROWS, Network, core_of, evenly
+from gpubatch.nn import EVALUATION_ROWS, Network, core_of, dealt_of, evenly
 from gpubatch.nn.losses import counts_of
 from gpubatch.ops import SQUARE_SUM_SIZE
 from gpubatch.optim import Optimizer, rehearse_update
@@ -144,7 +144,7 @@ def rehearse(net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | N
         for rows in sorted((n for n in sizes if n >= core_of(net).least_rows), reverse=True):
             core_of(net).rehearse(*(array[:rows] for array in held[0]))
         if loader.shards is not None:
-            core_of(net).part_sums(loader.shards // loader.world_size)
+            dealt_of(net).part_sums(loader.shards // loader.world_size)
         rehearse_update(opt, net.parameters.grads)
         if held_out is not None:
             with contextlib.suppress(NonFiniteError):  # only memory is in question
