@@ -204,7 +204,7 @@ CODE_LINES = {
     "averages": 55,
     "backend": 539,
     "staging": 68,
-    "parallel": 592,
+    "parallel": 597,
     "inputs": 149,
     "ops": 2770,
     "sizing": 264,

@@ -559,10 +559,16 @@ ranks.sum_(np.zeros(1000))
     [
         ("raise ValueError('no such file')", "gpubatch: rank 1 of 3 ended all: ValueError: no such file"),
         ("ranks.abort('the disk is full')", "gpubatch: rank 1 of 3 ended all: the disk is full"),
+        # A library whose own end hangs.
+        (
+            "ranks._engine._given = type('', (), {'Abort': lambda *_: sum(range(10**12))})(); "
+            "ranks.abort('it is late')",
+            "gpubatch: rank 1 of 3 ended all: it is late",
+        ),
         ("raise KeyboardInterrupt", "gpubatch: rank 1 of 3 ended all: KeyboardInterrupt"),
         ("import os; os.kill(os.getpid(), 9)", ""),
     ],
-    ids=["an exception", "abort", "Ctrl-C", "killed"],
+    ids=["an exception", "abort", "an abort that hangs", "Ctrl-C", "killed"],
 )
 def test_a_process_that_fails_ends_all(how: str, why: str) -> None:
     done = mpi(3, FAILS.format(how=how), check=False)

@@ -15,7 +15,7 @@ import numpy as np
 
 from gpubatch.errors import ArgumentError, DTypeError
 from gpubatch.parallel.launchers import check_world, launched
-from gpubatch.parallel.watch import Watch, watched
+from gpubatch.parallel.watch import Watch, end_all, watched
 
 __all__ = ["MPI", "Connection", "Numbers", "Threads", "connected", "threads"]
 
@@ -165,7 +165,7 @@ class MPI:
         """End all processes, when the launcher has read what this one wrote: it may end without doing so."""
         for stream in (sys.stdout, sys.stderr):
             until_read(stream)
-        self._given.Abort(1)
+        end_all(self._given)
 
     def _exchange(self, call: str, sent: Sequence[Numbers], received: Sequence[Numbers] | Numbers) -> None:
         """Send each rank its array of ``sent``, and put what comes from it into its array of ``received``."""

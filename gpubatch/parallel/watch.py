@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import functools
 import sys
 import threading
@@ -10,10 +11,11 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["Watch", "watched"]
+__all__ = ["Watch", "end_all", "watched"]
 
 LOOK = 0.5  # seconds between two looks
 PATIENCE = 2.0  # seconds that a rank waits before it asks the others whether they have ended
+ENDING = 5.0  # seconds that an MPI library has to end all processes
 
 Result = TypeVar("Result")
 
@@ -49,7 +51,7 @@ class Watch:
                     file=sys.stderr,
                     flush=True,
                 )
-                self._comm.Abort(1)
+                end_all(self._comm)
 
     def close(self) -> None:
         """End the thread and free the communicator, in all processes at the same place."""
@@ -69,6 +71,16 @@ class Watch:
         for rank in range(self._comm.Get_size()):
             if rank != self._comm.Get_rank():
                 self._comm.Isend(b"", rank)
+
+
+def end_all(comm: Any) -> None:
+    """End all processes of a communicator.
+
+    Should the library's own way hang, this process ends without it, and its launcher ends the others. A thread of
+    Python could not do that: mpi4py keeps Python's lock meanwhile.
+    """
+    faulthandler.dump_traceback_later(ENDING, exit=True, file=2)
+    comm.Abort(1)
 
 
 def watched(wait: Callable[..., Result]) -> Callable[..., Result]:
