@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 from emulated_gpu.plugin import pytest_addoption, pytest_configure
 from hypothesis import settings
+from large_orders import from_64_on
 from needs import missing
+from stand_in import device_of
 
-from gpubatch.backend import Backend, available_backends, get_backend
+from gpubatch.backend import Backend, CudaBackend, available_backends, get_backend
 from gpubatch.ops import products
 from gpubatch.train import loop
 
-__all__ = ["backend", "dtype", "formula_cache", "pytest_addoption", "pytest_configure", "rng", "tolerance"]
+__all__ = ["backend", "device", "dtype", "formula_cache", "rng", "small", "tolerance"]
+__all__ += ["pytest_addoption", "pytest_configure"]
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # machines are busy
 settings.load_profile("repeatable")
@@ -27,6 +30,17 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param not in available_backends():
         missing("gpu", "no CUDA device can be used here")
     return get_backend(request.param)
+
+
+@pytest.fixture(params=["stand-in", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> CudaBackend:
+    return device_of(request.param)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets of 64 samples are large."""
+    from_64_on(monkeypatch)
 
 
 @pytest.fixture(params=["float32", "float64"])

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from families import drawn, every
 from hypothesis import strategies as st
-from stand_in import device_of
+from large_orders import from_64_on
 
 import gpubatch as gb
 from gpubatch.backend import CudaBackend
 from gpubatch.errors import ArgumentError, DTypeError, InsufficientMemoryError
-from gpubatch.loader import epochs_of, order as order_module
+from gpubatch.loader import epochs_of
 from gpubatch.loader.deals import Dealing
 from gpubatch.loader.device import DeviceFeed
 from gpubatch.passes import deal_of
@@ -130,8 +130,7 @@ def test_every_number_of_ranks_makes_the_same_batches(
         options["order"] = gb.WeightedOrder(1 + np.arange(n) % 3)
     with pytest.MonkeyPatch.context() as patch:
         if large:  # sets of 64 samples are
-            patch.setattr(order_module, "LARGE", 64)
-            patch.setattr(order_module, "LEAST", 8)
+            from_64_on(patch)
         make: Callable[..., gb.Loader] = lambda **more: gb.Loader(X, np.arange(n) % 5, **options, **more)  # noqa: E731
         sizes = sizes_of(shards)
         size, middle = data.draw(st.sampled_from(sizes)), data.draw(st.integers(0, 10))
@@ -396,11 +395,6 @@ def test_validation_batches_are_whole_on_every_rank() -> None:
 # --- on a device -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["stand-in", pytest.param("cuda:0", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> CudaBackend:
-    return device_of(request.param)
-
-
 ON_DEVICE: dict[str, dict[str, Any]] = {
     "shuffled": {},
     "computed": {"large": True},
@@ -419,8 +413,7 @@ def test_a_device_has_a_ranks_part_of_the_batches(
 ) -> None:
     options = dict(options)
     if options.pop("large", False):
-        monkeypatch.setattr(order_module, "LARGE", 64)
-        monkeypatch.setattr(order_module, "LEAST", 8)
+        from_64_on(monkeypatch)
     rng = np.random.default_rng(1)
     X, Y = rng.integers(0, 99, (101, 5)).astype(np.uint8), rng.integers(0, 9, 101)
     for rank in (0, 2, 3):  # of 4; the last two have one row of the last batch of 5, and none

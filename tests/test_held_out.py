@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from families import drawn, every
 from hypothesis import strategies as st
-from stand_in import device_of
+from large_orders import from_64_on
 from test_order import Squares, pairs, z_of
 
 import gpubatch as gb
@@ -38,18 +38,6 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     elif isinstance(host_library(), str):
         pytest.skip(f"no compiled kernels: {host_library()}")
     return request.param
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets of 64 samples are large."""
-    monkeypatch.setattr(order_module, "LARGE", 64)
-    monkeypatch.setattr(order_module, "LEAST", 8)
-
-
-@pytest.fixture(params=["stand-in", pytest.param("cuda:0", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> CudaBackend:
-    return device_of(request.param)
 
 
 def every_number(side: CellSplit) -> np.ndarray:
@@ -179,8 +167,7 @@ def test_ranks_train_on_each_sample_once_and_hold_out_the_others(
     n: int, fraction: float, world_size: int, seed: int, window: int | None, shuffle: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(order_module, "LARGE", 64)
-        patch.setattr(order_module, "LEAST", 8)
+        from_64_on(patch)
         held, trained = [], list[int]()
         for rank in range(min(world_size, n - round(fraction * n))):
             options: dict[str, Any] = {"rank": rank, "world_size": min(world_size, n - round(fraction * n))}

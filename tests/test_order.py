@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from families import drawn, every
 from hypothesis import strategies as st
-from stand_in import device_of, queued_backend
+from large_orders import from_64_on
+from stand_in import queued_backend
 
 import gpubatch as gb
 from gpubatch.backend import CudaBackend
 from gpubatch.errors import ArgumentError, NonFiniteError
-from gpubatch.loader import Loader, epoch_order, epochs_of, order as order_module
+from gpubatch.loader import Loader, epoch_order, epochs_of
 from gpubatch.loader.device import DeviceFeed, DeviceOrder
 from gpubatch.loader.order import LARGE, Order
 from gpubatch.ops import Grid, Permutation, feistel, gather_batch, permutation, permute, take_batch
@@ -37,18 +38,6 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     elif isinstance(host_library(), str):
         pytest.skip(f"no compiled kernels: {host_library()}")
     return request.param
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets of 64 samples are large."""
-    monkeypatch.setattr(order_module, "LARGE", 64)
-    monkeypatch.setattr(order_module, "LEAST", 8)
-
-
-@pytest.fixture(params=["stand-in", pytest.param("cuda:0", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> CudaBackend:
-    return device_of(request.param)
 
 
 # --- the integers ----------------------------------------------------------------------------------------------------
@@ -143,8 +132,7 @@ def test_ranks_have_each_sample_once(
 ) -> None:
     world_size = min(n, world_size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(order_module, "LARGE", 64)
-        patch.setattr(order_module, "LEAST", 8)
+        from_64_on(patch)
         together = window // block * block
         sizes = (together, block) if together else (0, 0)
         whole = Order(n, seed, shuffle, False, 0, 1, *sizes).between(3)(0, n)
