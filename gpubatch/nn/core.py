@@ -304,17 +304,23 @@ class Core:
             add(run.loss.work["loss"], share)
             self.backward(run, x)
 
+        with self.enqueueing(step):
+            weights = self.weights(Y, weight)
+            if len(X) <= micro_batch_size:
+                one(X, Y, weights, 1.0)
+            else:
+                self.micro_batches(X, Y, weights, micro_batch_size, one)
+        return self.owned
+
+    @contextlib.contextmanager
+    def enqueueing(self, step: Array) -> Iterator[None]:
+        """Train meanwhile, with ``step``, an int64 on the device, as that of dropout."""
         with self.training:
             own, self.mode.step = self.mode.step, step.view(np.uint64)
             try:
-                weights = self.weights(Y, weight)
-                if len(X) <= micro_batch_size:
-                    one(X, Y, weights, 1.0)
-                else:
-                    self.micro_batches(X, Y, weights, micro_batch_size, one)
+                yield
             finally:
                 self.mode.step = own
-        return self.owned
 
     @property
     def owned(self) -> tuple[Any, ...]:

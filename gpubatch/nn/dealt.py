@@ -233,18 +233,14 @@ class DealtSteps:
 
         Returns the loss of the whole batch, an array of one element, and the objects to keep.
         """
-        with self.core.training:
-            own, self.core.mode.step = self.core.mode.step, step.view(np.uint64)
-            try:
-                sums = self.part_sums(len(deal.parts))
-                self.sum_parts(sums, X, Y, weight, deal, micro_batch_size)
-                message, statistics = sums.messages()
-                for one in (message, statistics):
-                    if one is not None and ranks is not None:
-                        ranks.sum_(one)
-                loss = self.finish_parts(sums, message, statistics, deal.rows)
-            finally:
-                self.core.mode.step = own
+        with self.core.enqueueing(step):
+            sums = self.part_sums(len(deal.parts))
+            self.sum_parts(sums, X, Y, weight, deal, micro_batch_size)
+            message, statistics = sums.messages()
+            for one in (message, statistics):
+                if one is not None and ranks is not None:
+                    ranks.sum_(one)
+            loss = self.finish_parts(sums, message, statistics, deal.rows)
         of_ranks = None if ranks is None else ranks.owned(self.backend)
         return loss, (*self.core.owned, sums, of_ranks)
 
