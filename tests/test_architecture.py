@@ -213,7 +213,7 @@ CODE_LINES = {
     "nn": 2747,
     "datasets": 194,
     "sources": 1831,
-    "loader": 2584,
+    "loader": 2587,
     "tables": 1576,
     "checkpoint": 455,
     "model": 962,

@@ -311,7 +311,7 @@ class Epochs:
         pinned = self._through_pinned.memory_parts(batch_size, self._model.kept, self._model.as_rows)
         needed = sum(model.values()) + sum(pinned.values())
         listed = 0 if self.order.by_kernels else self.order.own_share(batch_size)
-        listed += 0 if self.order.sums is None or not self.order.by_kernels else len(self.order.sums)
+        listed += self.order.kernel_sums
         there, words = belongs_on_device(self.columns, self.feed, listed, needed, available, bool(model))
         return self._on_device if there else self._through_pinned, words
 

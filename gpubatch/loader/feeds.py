@@ -219,7 +219,7 @@ class OnDevice:
             batches = rows * columns.captured_bytes + kept * batches
         # A computed order is there for one batch at a time; the sums of weights for good.
         order = 8 * (rows if self._order.by_kernels else self._order.own_share(batch_size))
-        order += 0 if self._order.sums is None or not self._order.by_kernels else self._order.sums.nbytes
+        order += 8 * self._order.kernel_sums
         data = {"data": columns.data_bytes, "order of an epoch": order}
         return {**data, "batches": batches, "conversion of a batch": staging}
 

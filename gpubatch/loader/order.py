@@ -689,6 +689,11 @@ class Order:
         return self.replacement or (self._all >= LARGE and (self._by_formula or not self.shuffle))
 
     @property
+    def kernel_sums(self) -> int:
+        """How many sums of weights kernels draw by, of 8 bytes each; 0 where they do not draw by weights."""
+        return 0 if self.sums is None or not self.by_kernels else len(self.sums)
+
+    @property
     def kernel(self) -> tuple[str, int]:
         """The struct by which kernels compute the samples of an epoch, and how many words it has."""
         kind = "Drawn" if self.replacement else "Computed"
