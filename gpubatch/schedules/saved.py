@@ -7,28 +7,17 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from gpubatch.errors import ArgumentError, DTypeError, check_choice
+from gpubatch.schedules import combined, cycles, decays
 from gpubatch.schedules.combined import Chain, Product
 from gpubatch.schedules.counted import Schedule
-from gpubatch.schedules.cycles import CosineRestarts, Cyclic, OneCycle
-from gpubatch.schedules.decays import (
-    CosineDecay,
-    ExponentialDecay,
-    InverseTimeDecay,
-    LinearDecay,
-    Piecewise,
-    PolynomialDecay,
-    SqrtDecay,
-    StepDecay,
-)
 
 __all__ = ["KINDS", "counts_epochs", "from_dict", "is_known", "saved", "to_dict", "up_to_date"]
 
 KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind
-    for kind in (
-        *(InverseTimeDecay, ExponentialDecay, SqrtDecay, StepDecay, Piecewise, LinearDecay, PolynomialDecay),
-        *(CosineDecay, CosineRestarts, Cyclic, OneCycle, Chain, Product),
-    )
+    name: kind
+    for module in (decays, cycles, combined)
+    for name, kind in vars(module).items()  # in the order in which they are defined
+    if name in module.__all__ and isinstance(kind, type)
 }
 
 
