@@ -29,7 +29,7 @@ from gpubatch.tables.columns import DATE, family, label_texts, need
 from gpubatch.tables.recipe import LONGEST
 from gpubatch.tables.rows import Held, Rows, different
 
-__all__ = ["Looked", "is_large", "looked_at", "streams"]
+__all__ = ["Looked", "Reading", "is_large", "looked_at", "streams"]
 
 ARROW_FILE, ARROW_STREAM, PARQUET = b"ARROW1", b"\xff\xff\xff\xff", b"PAR1"
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
@@ -52,6 +52,20 @@ ROW = 16  # bytes that a row takes at least while its group is prepared
 SHARE = 4  # a file of more than this part of the available memory is not held
 
 
+class Reading(NamedTuple):
+    """How files are to be read, as the caller of ``read_table`` said; see there.
+
+    texts: columns of a CSV file that are not to be taken for numbers
+    """
+
+    texts: Collection[str] = ()
+    missing: Collection[str] = ()
+    delimiter: str | None = None
+    decimal: str | None = None
+    label: str | None = None
+    stream: bool | None = None
+
+
 class Looked(NamedTuple):
     """A file that was looked at, and is open.
 
@@ -65,19 +79,8 @@ class Looked(NamedTuple):
     close: Callable[[], None] = lambda: None
 
 
-def looked_at(
-    file: Opener,
-    texts: Collection[str] = (),
-    missing: Collection[str] = (),
-    delimiter: str | None = None,
-    decimal: str | None = None,
-    label: str | None = None,
-    stream: bool | None = None,
-) -> Looked:
-    """Open a file of the format that its first bytes tell; for the arguments see ``read_table``.
-
-    texts: columns of a CSV file that are not to be taken for numbers
-    """
+def looked_at(file: Opener, how: Reading) -> Looked:
+    """Open a file of the format that its first bytes tell."""
     with file.open() as start_of:
         start = read_whole(start_of, START)
     if start.startswith((PARQUET, ARROW_FILE, ARROW_STREAM)):
@@ -89,15 +92,15 @@ def looked_at(
         return Looked(groups.bytes_in_memory, lambda streamed: groups if streamed else groups.held(), groups.close)
     packing = next((name for magic, name in PACKED.items() if start.startswith(magic)), None)
     if packing is not None:
-        if stream:
+        if how.stream:
             raise ArgumentError(f"stream=True reads a file by place, and {file.path} is packed: unpack it")
         with naming_the_file(file.path, f"a CSV file that {packing} packed"), unpacked(file, packing) as whole:
             start = whole.read(START)
-    form = CsvForm(file.path, start, texts, missing, delimiter, decimal)
+    form = CsvForm(file.path, start, how)
 
     def rows(streamed: bool) -> Rows:
         if streamed and packing is None:
-            return CsvRows(file, form, label, missing)
+            return CsvRows(file, form, how)
         with naming_the_file(file.path, "a CSV file"), unpacked(file, packing) as whole:
             # pyarrow takes a line of names for one only if it ends.
             return Held(form.read(whole if form.has_rows else io.BytesIO(start + b"\n")), form.path, is_csv=True)
@@ -175,25 +178,11 @@ class GroupedRows:
 
 
 class CsvForm:
-    """How a CSV file is to be read.
+    """How a CSV file is to be read: what ``how`` leaves open is found in ``start``, its first bytes."""
 
-    texts: columns that are not to be taken for numbers
-    missing: texts that stand for no value, besides "" and those that pandas knows
-    delimiter: between values; None: found in the first line
-    decimal: "." or ","; None: found in ``start``
-    """
-
-    def __init__(
-        self,
-        path: str,
-        start: bytes,
-        texts: Collection[str],
-        missing: Collection[str],
-        delimiter: str | None,
-        decimal: str | None,
-    ) -> None:
+    def __init__(self, path: str, start: bytes, how: Reading) -> None:
         self.path = path
-        csv = need("pyarrow.csv")
+        csv, delimiter, decimal = need("pyarrow.csv"), how.delimiter, how.decimal
         if delimiter is not None and (len(delimiter) != 1 or not delimiter.isascii() or delimiter in '"\n\r'):
             raise ArgumentError(f"delimiter must be one character of ASCII, got {delimiter!r}")
         if found := next((words for magic, words in OTHERS.items() if start.startswith(magic)), None):
@@ -214,10 +203,10 @@ class CsvForm:
         self._decimal = decimal
         # Names as they are written, with the spaces around them.
         written = next(fields_of([line], delimiter=self.delimiter, strict=False), [])
-        self._texts = [*texts, *(name for name in written if name.strip() in texts)]
+        self._texts = [*how.texts, *(name for name in written if name.strip() in how.texts)]
         self._missing = [
             *csv.ConvertOptions().null_values,
-            *(before + text for text in (*NULLS, *missing) for before in ("", " ")),
+            *(before + text for text in (*NULLS, *how.missing) for before in ("", " ")),
         ]
         self._names: list[str] = []
 
@@ -303,8 +292,8 @@ class CsvRows:
     in_memory, is_csv = False, True
     origins: list[tuple[str, int]] | None = None
 
-    def __init__(self, file: Opener, form: CsvForm, label: str | None, missing: Collection[str]) -> None:
-        self.where, self._form, self._missing = file.path, form, missing
+    def __init__(self, file: Opener, form: CsvForm, how: Reading) -> None:
+        self.where, self._form, self._missing = file.path, form, how.missing
         self._bytes = Reopened(file, lambda: BytesByPlace(file.open()))
         pieces = self._pieces(0, file.size())
         header = next(pieces, (0, 0))
@@ -315,7 +304,7 @@ class CsvRows:
         end = line_ends(first, len(first) - len(first.lstrip(b"\xef\xbb\xbf\r\n")), True) or len(first)
         if len(table) and end == len(first):
             raise DataFormatError(f"{self.where}: expected lines that end with a line feed, as stream=True needs them")
-        self._label = label if label in self.names else None
+        self._label = how.label if how.label in self.names else None
         self.types: dict[str, Any] = dict.fromkeys(self.names, need("pyarrow").null())
         while not self._found(end, file.size()):
             pass

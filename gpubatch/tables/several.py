@@ -6,14 +6,14 @@ import itertools
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
 from gpubatch.errors import ArgumentError, DataFormatError, TableWarning
 from gpubatch.sources import InTurn, Opener, naming_the_file, openers_of, words_of
 from gpubatch.tables.columns import CODED, TEXT, family, need
-from gpubatch.tables.files import Looked, looked_at, streams
+from gpubatch.tables.files import Looked, Reading, looked_at, streams
 from gpubatch.tables.rows import Rows, first_line, of_frame
 
 __all__ = ["Joined", "opened"]
@@ -21,29 +21,18 @@ __all__ = ["Joined", "opened"]
 OPEN = 32  # files that are open at a time: a system allows a process 1,024 or less
 
 
-def opened(
-    source: Any,
-    texts: Collection[str] = (),
-    missing: Collection[str] = (),
-    delimiter: str | None = None,
-    decimal: str | None = None,
-    label: str | None = None,
-    stream: bool | None = None,
-) -> Rows:
-    """The rows of files or of a frame; for the arguments see :func:`looked_at`."""
+def opened(source: Any, how: Reading) -> Rows:
+    """The rows of files or of a frame."""
     files = files_of(source)
     if files is None:
-        if stream:
+        if how.stream:
             raise ArgumentError(f"stream=True reads files, got a {type(source).__name__}")
         return of_frame(source)
 
-    def look(file: Opener, more: Collection[str] = ()) -> Looked:
-        return looked_at(file, [*texts, *more], missing, delimiter, decimal, label, stream)
-
     if len(files) == 1:
-        found = look(files[0])
-        return found.rows(streams(stream, found.size))
-    return joined(words_of(source), files, look, stream, label)
+        found = looked_at(files[0], how)
+        return found.rows(streams(how.stream, found.size))
+    return joined(words_of(source), files, how)
 
 
 def files_of(source: Any) -> list[Opener] | None:
@@ -57,24 +46,22 @@ def is_file(x: Any) -> bool:
     return isinstance(x, (str, os.PathLike)) or all(hasattr(x, name) for name in ("open", "size", "identity"))
 
 
-def joined(
-    where: str, files: Sequence[Opener], look: Callable[..., Looked], stream: bool | None, label: str | None
-) -> Rows:
+def joined(where: str, files: Sequence[Opener], how: Reading) -> Rows:
     """The rows of several files. CSV files are read once more where a column is text in some of them only."""
     texts = set[str]()
     while True:
         found, parts = list[Looked](), list[Rows]()
         for file in files:
-            found.append(look(file, texts))
+            found.append(looked_at(file, how._replace(texts=[*how.texts, *texts])))
             found[-1].close()
-        streamed = streams(stream, sum(each.size for each in found))
+        streamed = streams(how.stream, sum(each.size for each in found))
         for each in found:
             parts.append(each.rows(streamed))
             each.close()
             parts[-1].close()
         if not (clash := clashing(parts) - texts):
             tell_of_folders(where, files, parts[0].names)
-            return Joined(where, parts, label)
+            return Joined(where, parts, how.label)
         texts |= clash
 
 

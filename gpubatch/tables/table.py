@@ -25,6 +25,7 @@ from gpubatch.inputs import Prepared
 from gpubatch.loader import split
 from gpubatch.sources import Source
 from gpubatch.tables.columns import EMPTY, NUMBER, family, label_texts, need, plain
+from gpubatch.tables.files import Reading
 from gpubatch.tables.fitting import KINDS, NUMERAL, Options, Statistics, check_types
 from gpubatch.tables.recipe import LONGEST, MOST_BUCKETS, MOST_CATEGORIES, Category, LeftOut, Recipe, Target
 from gpubatch.tables.rows import Chosen, Drawn, Listed, Rows
@@ -111,7 +112,7 @@ def read_table(
         recipe = like.recipe if isinstance(like, Table) else like
         if not isinstance(recipe, Recipe):
             raise DTypeError(f"like must be a table of gb.read_table, or its recipe, got {type(like).__name__}")
-        return Table(opened(source, recipe.texts, recipe.missing, delimiter, decimal, None, stream), recipe)
+        return Table(opened(source, Reading(recipe.texts, recipe.missing, delimiter, decimal, None, stream)), recipe)
     kinds = dict(kinds or {})
     for name, kind in kinds.items():
         check_choice(f"kinds[{name!r}]", kind, KINDS)
@@ -123,7 +124,7 @@ def read_table(
     )
     check_choice("task", task, TASKS)
     texts = [name for name, kind in kinds.items() if kind != "number"]
-    rows = opened(source, texts, missing, delimiter, decimal, label, stream)
+    rows = opened(source, Reading(texts, missing, delimiter, decimal, label, stream))
     names = chosen_names(rows, label, columns, drop, kinds)
     return Table(rows, Unfitted(names, label, task, options))
 
