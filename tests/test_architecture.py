@@ -67,7 +67,7 @@ ORDER = {
     "nn": "needs layers stack workspace losses checks parts core dealt summary network",
     "sources": "arrays reader remote opener rows chunked tables parts given",
     "loader": "deals order pinned functions standardize weights columns windows ahead device feeds epochs loader",
-    "tables": "columns statistics recipe fitting rows files several table",
+    "tables": "columns statistics recipe rows fitting labels files several table",
     "model": "describe preparation file model export",
     "train": "ledger loss_scale history in_use display together live parts callbacks monitors logs checks record graphs"
     " captured_step eager captured validation compared memory resume signals loop",

@@ -118,12 +118,14 @@ def texts(where: str, name: str, column: Any, missing: Collection[str] = ()) -> 
     return np.array([*of_code, -1], np.int64)[codes], list(numbered)
 
 
-def label_texts(where: str, name: str, table: Any, start: int, missing: Collection[str] = ()) -> dict[str, None]:
-    """The different texts of the column ``name``, none of which may be missing; ``start`` is the first row's number."""
-    codes, names = texts(where, name, table[name], missing)
+def label_texts(
+    where: str, name: str, column: Any, start: int, missing: Collection[str] = ()
+) -> tuple[np.ndarray, list[str]]:
+    """:func:`texts` of a label, none of which may be missing; ``start`` is the first row's number."""
+    codes, names = texts(where, name, column, missing)
     if (absent := np.flatnonzero(codes < 0)).size:
         raise DataFormatError(f"{where}: the label {name!r} is missing in row {start + absent[0]}; leave such rows out")
-    return dict.fromkeys(names)
+    return codes, names
 
 
 def as_text(value: Any) -> str | None:

@@ -332,7 +332,9 @@ class CsvRows:
                 if pa.types.is_floating(kind) or family(kind) == DATE:
                     values = None
                 else:
-                    values.update(label_texts(self.where, self._label, table, sum(self.sizes), self._missing))
+                    of_label = table[self._label]
+                    _, found = label_texts(self.where, self._label, of_label, sum(self.sizes), self._missing)
+                    values.update(dict.fromkeys(found))
                     values = values if len(values) <= LONGEST else None
             self._places.append(place)
             self.sizes.append(len(table))

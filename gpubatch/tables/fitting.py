@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from gpubatch.errors import ArgumentError, DataFormatError, NonFiniteError
+from gpubatch.errors import ArgumentError, DataFormatError, NonFiniteError, TableWarning
 from gpubatch.tables.columns import CODED, DATE, EMPTY, NUMBER, OTHER, TEXT, family, numbers, texts
-from gpubatch.tables.recipe import Category, Column, Hashed, LeftOut, Numeric
+from gpubatch.tables.recipe import Category, Column, Hashed, LeftOut, Numeric, Recipe, Target
+from gpubatch.tables.rows import Rows
 from gpubatch.tables.statistics import DISTINCT, Median, Moments, Seen
 
-__all__ = ["KINDS", "NUMERAL", "Options", "Statistics", "check_types"]
+__all__ = ["KINDS", "NUMERAL", "Options", "check_types", "fit"]
 
 KINDS = (Numeric.kind, Category.kind, Hashed.kind)
 # Texts that people read as numbers: with a separator of thousands, a fraction, a currency or a percent sign.
@@ -25,16 +27,27 @@ DATED = re.compile(r"(\d{4}[./-]\d{1,2}[./-]\d{1,2}|\d{1,2}[./-]\d{1,2}[./-]\d{4
 
 @dataclass(frozen=True)
 class Options:
-    """What the caller of ``read_table`` said of the columns; see there."""
+    """What the caller of ``read_table`` said of the columns, whose ``names`` are those of the samples; see there."""
 
-    kinds: Mapping[str, str] = field(default_factory=dict)
-    one_hot: int = 32
-    buckets: int = 128
-    missing: tuple[str, ...] = ()
+    names: list[str]
+    label: str | None
+    task: str
+    kinds: Mapping[str, str]
+    one_hot: int
+    buckets: int
+    missing: tuple[str, ...]
 
 
-def check_types(where: str, types: Mapping[str, Any], label: str | None, kinds: Mapping[str, str]) -> None:
+def types_of(rows: Rows, names: Sequence[str]) -> dict[str, Any]:
+    """Arrow's types of columns, as the first block has them."""
+    schema = rows.block(0, names).schema
+    return dict(zip(schema.names, schema.types, strict=True))
+
+
+def check_types(rows: Rows, options: Options) -> None:
     """Raise for columns that are no numbers and no texts, all of them at once."""
+    where, label, kinds = rows.where, options.label, options.kinds
+    types = types_of(rows, [*options.names, *([] if label is None else [label])])
     dates = [name for name, kind in types.items() if name != label and family(kind) == DATE]
     others = [name for name, kind in types.items() if name != label and family(kind) == OTHER]
     if dates:
@@ -63,31 +76,19 @@ def listed(names: Sequence[str]) -> str:
 
 
 class Statistics:
-    """Statistics of columns, block by block.
+    """Statistics of columns, block by block; of rows in memory all numbers are kept for the medians."""
 
-    exact: all numbers are kept for the medians
-    parts: gives a column in parts, with the rows that are not to train on
-    """
-
-    def __init__(
-        self,
-        where: str,
-        types: Mapping[str, Any],
-        options: Options,
-        exact: bool,
-        parts: Callable[[str], Iterable[Any]] = lambda name: (),
-    ) -> None:
-        self._where, self._options, self._parts = where, options, parts
+    def __init__(self, rows: Rows, options: Options) -> None:
+        self._where, self._options, self._table = rows.where, options, rows
         self._moments: dict[str, tuple[Moments, Median]] = {}
         self._seen: dict[str, Seen] = {}
         self._rows = 0
         self._guessed = set[str]()  # columns of which nobody said that they are categories
         self._words: dict[str, str] = {}  # a text of each that does not look like a number
-        self._names = list(types)
-        for name, kind in types.items():
+        for name, kind in types_of(rows, options.names).items():
             wanted = options.kinds.get(name, Numeric.kind if family(kind) == NUMBER else Category.kind)
             if wanted == Numeric.kind:
-                self._moments[name] = Moments(), Median(exact)
+                self._moments[name] = Moments(), Median(rows.in_memory)
             elif family(kind) != EMPTY:
                 self._seen[name] = Seen()
                 if family(kind) == TEXT and name not in options.kinds:
@@ -117,7 +118,7 @@ class Statistics:
         found: list[Column] = []
         remarks: list[str] = []
         free: list[str] = []
-        for name in self._names:
+        for name in self._options.names:
             column = self._numeric(name) if name in self._moments else self._category(name, free)
             if column is None:
                 continue
@@ -186,8 +187,9 @@ class Statistics:
             return None
         numerals = {text: n for text, n in counts.items() if NUMERAL.fullmatch(text)}
         if 2 * sum(numerals.values()) > (seen := sum(counts.values())):
-            for part in self._parts(name):  # the only word may be in a row to test on
+            for number in range(len(self._table.sizes)):  # the only word may be in a row to test on
                 if name not in self._words:
+                    part = self._table.block(number, [name])[name]
                     self._look_for_words(name, texts(self._where, name, part, self._options.missing)[1])
             word = self._words.get(name, "")[:40]
             words = f"; {word!r} does not: missing={word!r} if it stands for no value" if word else ""
@@ -206,3 +208,29 @@ class Statistics:
     def _count(self, name: str) -> str:
         seen = self._seen[name]
         return f"more than {DISTINCT}" if seen.overflow else str(len(seen.counts))
+
+
+def fit(
+    rows: Rows, options: Options, target: Target | None, blocks: Callable[[list[str]], Iterable[tuple[Any, str, int]]]
+) -> Recipe:
+    """The recipe of training rows; ``blocks(names)`` gives their columns."""
+    amounts = target is not None and target.classes is None
+    statistics, moments = Statistics(rows, options), Moments()
+    copies = [] if target is None else options.names
+    for table, where, start in blocks([*options.names, *([] if target is None else [target.name])]):
+        statistics.add(table, where, start)
+        if target is not None:
+            copies = [name for name in copies if table[name].equals(table[target.name])]
+        if target is not None and amounts:
+            moments.add(target.amounts(where, table[target.name], start, options.missing))
+    columns, remarks = statistics.columns()
+    remarks += [
+        f"column {name!r} is the label {options.label!r} once more; drop it unless new rows have it" for name in copies
+    ]
+    if target is not None and amounts:
+        if moments.low == moments.high:
+            remarks.append(f"the label {target.name!r} is {moments.low:g} in all rows: there is nothing to learn")
+        target = Target(target.name, None, moments.mean, moments.deviation or 1.0)
+    if remarks:
+        warnings.warn(f"{rows.where}: {'; '.join(remarks)}", TableWarning, 4)
+    return Recipe(columns, target, options.missing)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 
 from gpubatch.errors import ArgumentError, DataFormatError, check_bool, check_choice, check_int
-from gpubatch.tables.columns import numbers, texts
+from gpubatch.tables.columns import label_texts, numbers, texts
 
 __all__ = ["LONGEST", "MOST_BUCKETS", "Category", "Column", "Hashed", "LeftOut", "Numeric", "Recipe", "Target"]
 
@@ -142,11 +142,7 @@ class Target:
     def codes(self, where: str, column: Any, start: int, missing: Sequence[str]) -> np.ndarray:
         """The numbers of the classes of rows; an error for a row that has none of them."""
         assert self.classes is not None
-        codes, names = texts(where, self.name, column, missing)
-        if (absent := np.flatnonzero(codes < 0)).size:
-            raise DataFormatError(
-                f"{where}: the label {self.name!r} is missing in row {start + absent[0]}; leave such rows out"
-            )
+        codes, names = label_texts(where, self.name, column, start, missing)
         numbered = {str(name): code for code, name in enumerate(self.classes)}
         of_code = np.array([*(numbered.get(name, -1) for name in names), -1])
         found: np.ndarray = of_code[codes]

@@ -24,18 +24,16 @@ from gpubatch.errors import (
 from gpubatch.inputs import Prepared
 from gpubatch.loader import split
 from gpubatch.sources import Source
-from gpubatch.tables.columns import EMPTY, NUMBER, family, label_texts, need, plain
 from gpubatch.tables.files import Reading
-from gpubatch.tables.fitting import KINDS, NUMERAL, Options, Statistics, check_types
-from gpubatch.tables.recipe import LONGEST, MOST_BUCKETS, MOST_CATEGORIES, Category, LeftOut, Recipe, Target
+from gpubatch.tables.fitting import KINDS, Options, check_types, fit
+from gpubatch.tables.labels import find_target
+from gpubatch.tables.recipe import MOST_BUCKETS, MOST_CATEGORIES, Category, LeftOut, Recipe, Target
 from gpubatch.tables.rows import Chosen, Drawn, Listed, Rows
 from gpubatch.tables.several import opened
-from gpubatch.tables.statistics import Moments
 
 __all__ = ["Table", "read_table"]
 
 TASKS = ("auto", "classification", "regression")
-MANY = 100  # integers of a label from which on the task has to be said
 AT_ONCE = 1 << 14  # rows that become samples together
 
 
@@ -116,17 +114,13 @@ def read_table(
     kinds = dict(kinds or {})
     for name, kind in kinds.items():
         check_choice(f"kinds[{name!r}]", kind, KINDS)
-    options = Options(
-        kinds,
-        check_int("one_hot", one_hot, 1, MOST_CATEGORIES),
-        check_int("buckets", buckets, 1, MOST_BUCKETS),
-        missing,
-    )
+    one_hot = check_int("one_hot", one_hot, 1, MOST_CATEGORIES)
+    buckets = check_int("buckets", buckets, 1, MOST_BUCKETS)
     check_choice("task", task, TASKS)
     texts = [name for name, kind in kinds.items() if kind != "number"]
     rows = opened(source, Reading(texts, missing, delimiter, decimal, label, stream))
     names = chosen_names(rows, label, columns, drop, kinds)
-    return Table(rows, Unfitted(names, label, task, options))
+    return Table(rows, Options(names, label, task, kinds, one_hot, buckets, missing))
 
 
 def texts_of(name: str, given: Any) -> tuple[str, ...]:
@@ -178,13 +172,6 @@ def some_of(names: Sequence[str]) -> str:
     return ", ".join(names[:20]) + (f", ... {len(names) - 20} more" if len(names) > 20 else "")
 
 
-class Unfitted:
-    """What is known of a table before any rows are training rows."""
-
-    def __init__(self, names: list[str], label: str | None, task: str, options: Options) -> None:
-        self.names, self.label, self.task, self.options = names, label, task, options
-
-
 class Table(Prepared):
     """Rows as samples: what :func:`read_table` returns, and ``split`` of it.
 
@@ -200,7 +187,7 @@ class Table(Prepared):
     def __init__(
         self,
         rows: Rows,
-        of: Unfitted | Recipe | Table,
+        of: Options | Recipe | Table,
         chosen: Chosen | None = None,
         target: Target | None = None,
         labelled: bool = True,
@@ -218,12 +205,9 @@ class Table(Prepared):
                     f"{rows.where}: expected the columns of training, found no {known(absent)}; it has "
                     f"{known(rows.names)}"
                 )
-        elif target is None and isinstance(of, Unfitted):
-            table = rows.block(0, [*of.names, *([] if of.label is None else [of.label])])
-            check_types(
-                rows.where, dict(zip(table.column_names, table.schema.types, strict=True)), of.label, of.options.kinds
-            )
-            target = None if of.label is None else self._find_target(of.label, of.task, of.options.missing)
+        elif target is None and isinstance(of, Options):
+            check_types(rows, of)
+            target = None if of.label is None else find_target(rows, of, self._blocks([of.label]))
         self._target = target
 
     def __len__(self) -> int:
@@ -236,7 +220,9 @@ class Table(Prepared):
         """The numbers by which rows are prepared."""
         if isinstance(self._of, Recipe):
             return self._of
-        return self._of.recipe if isinstance(self._of, Table) else self._fit(self._of)
+        if isinstance(self._of, Table):
+            return self._of.recipe
+        return fit(self._rows, self._of, self._target, self._blocks)
 
     @property
     def where(self) -> str:
@@ -350,7 +336,7 @@ class Table(Prepared):
                 [self._within(number) + self._starts[number] for number in range(len(self._rows.sizes))]
             )
             kept, held = (Listed(rows[part]) for part in split(len(self), test_size, seed, codes, "test_size"))
-        of = self._of.root if isinstance(self._of, Table) else self._of
+        of = self.root
         train = Table(self._rows, of, kept, self._target)
         test = Table(self._rows, of if isinstance(of, Recipe) else train, held, self._target)
         if not (len(train) and len(test)):
@@ -369,7 +355,7 @@ class Table(Prepared):
         return Table(self._rows, self._of, Listed(np.concatenate(found)), self._target, self._with_labels)
 
     @property
-    def root(self) -> Unfitted | Recipe:
+    def root(self) -> Options | Recipe:
         """What was known before any rows were training rows."""
         return self._of.root if isinstance(self._of, Table) else self._of
 
@@ -409,10 +395,6 @@ class Table(Prepared):
         """The label as far as it is known without looking at all rows."""
         return self.recipe.target if isinstance(self.root, Recipe) else self._target
 
-    @property
-    def _missing(self) -> tuple[str, ...]:
-        return self.root.missing if isinstance(self.root, Recipe) else self.root.options.missing
-
     def _within(self, number: int) -> np.ndarray:
         """The rows of a block that are the table's, counted from its first."""
         start, stop = int(self._starts[number]), int(self._starts[number + 1])
@@ -449,7 +431,7 @@ class Table(Prepared):
         assert goal is not None
         of = goal.amounts if goal.classes is None else goal.codes
         for block, where, start in self._blocks([goal.name]):
-            yield of(where, block[goal.name], start, self._missing)
+            yield of(where, block[goal.name], start, self.root.missing)
 
     @property
     def _wanted(self) -> list[str]:
@@ -486,83 +468,6 @@ class Table(Prepared):
                 for name, counts in fresh.items()
             )
             warnings.warn(f"{self.where}: {words}: they are 0 in all columns of their categories", TableWarning, 3)
-
-    def _find_target(self, label: str, task: str, missing: tuple[str, ...]) -> Target:
-        where, found, n = self.where, dict[str, None](), len(self)
-        kind = plain(self._rows.block(0, [label])[label]).type
-        is_ = need("pyarrow").types
-        if task == "regression" or (task == "auto" and (is_.is_floating(kind) or is_.is_decimal(kind))):
-            return Target(label, None)
-        if family(kind) == EMPTY:
-            raise DataFormatError(f"{where}: the label {label!r} has no value in any row")
-        if self._rows.label_values is not None:
-            found.update(dict.fromkeys(self._rows.label_values))
-        else:
-            for table, path, start in self._blocks([label]):
-                found.update(label_texts(path, label, table, start, missing))
-                if len(found) > LONGEST:
-                    raise DataFormatError(
-                        f"{where}: the label {label!r} has more than {LONGEST} different values, more than classes may "
-                        "be; task='regression' takes numbers"
-                    )
-        classes: list[Any] = sorted(found)
-        if is_.is_boolean(kind):
-            classes = [name == "True" for name in classes]
-        elif family(kind) == NUMBER:
-            if not all(name.lstrip("-").isdecimal() for name in classes):
-                raise DataFormatError(
-                    f"{where}: the label {label!r} must hold whole numbers, texts or booleans for task='classification'"
-                )
-            classes = sorted(map(int, classes))
-            if task == "auto" and (len(classes) > MANY or 2 * len(classes) > max(n, 2 * 20)):
-                raise ArgumentError(
-                    f"task must be said for the label {label!r}, which has {len(classes)} different integers in {n} "
-                    "rows: 'regression' if they are amounts, 'classification' if they are names of classes"
-                )
-        elif task == "auto" and 2 * len(classes) > max(n, 2 * 20):
-            others = [name for name in classes if not NUMERAL.fullmatch(name)]
-            numerals = (
-                "" if len(classes) < 2 * len(others) else f", most of which look like numbers, {others[:1]} do not"
-            )
-            raise ArgumentError(
-                f"task must be said for the label {label!r}, which has {len(classes)} different texts in {n} rows"
-                f"{numerals}: 'classification' if they are names of classes"
-            )
-        if len(classes) < 2:
-            raise DataFormatError(
-                f"{where}: the label {label!r} must have at least two different values, got {classes[0]!r} in all rows"
-            )
-        return Target(label, tuple(classes))
-
-    def _fit(self, of: Unfitted) -> Recipe:
-        target = self._target
-        numeric = target is not None and target.classes is None
-        kinds = self._rows.block(0, of.names).schema
-        types = dict(zip(kinds.names, kinds.types, strict=True))
-        every = range(len(self._rows.sizes))
-        statistics = Statistics(
-            *(self.where, types, of.options, self._rows.in_memory),
-            parts=lambda name: (self._rows.block(number, [name])[name] for number in every),
-        )
-        moments = Moments()
-        copies = [] if target is None else of.names
-        for table, where, start in self._blocks([*of.names, *([] if target is None else [target.name])]):
-            statistics.add(table, where, start)
-            if target is not None:
-                copies = [name for name in copies if table[name].equals(table[target.name])]
-            if numeric and target is not None:
-                moments.add(target.amounts(where, table[target.name], start, of.options.missing))
-        columns, remarks = statistics.columns()
-        remarks += [
-            f"column {name!r} is the label {self.label!r} once more; drop it unless new rows have it" for name in copies
-        ]
-        if numeric and target is not None and moments.low == moments.high:
-            remarks.append(f"the label {target.name!r} is {moments.low:g} in all rows: there is nothing to learn")
-        if remarks:
-            warnings.warn(f"{self.where}: {'; '.join(remarks)}", TableWarning, 4)
-        if numeric and target is not None:
-            target = Target(target.name, None, moments.mean, moments.deviation or 1.0)
-        return Recipe(columns, target, of.options.missing)
 
 
 class Blocks:

@@ -1,0 +1,63 @@
+"""The label of a table: which classes its rows have, or that it holds amounts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from gpubatch.errors import ArgumentError, DataFormatError
+from gpubatch.tables.columns import EMPTY, NUMBER, family, label_texts, need, plain
+from gpubatch.tables.fitting import NUMERAL, Options
+from gpubatch.tables.recipe import LONGEST, Target
+from gpubatch.tables.rows import Rows
+
+__all__ = ["find_target"]
+
+MANY = 100  # integers of a label from which on the task has to be said
+
+
+def find_target(rows: Rows, options: Options, blocks: Iterable[tuple[Any, str, int]]) -> Target:
+    """What the label is by its type and values; ``blocks`` has it of all rows, as a table has them."""
+    where, label, task, n = rows.where, options.label, options.task, sum(rows.sizes)
+    assert label is not None
+    kind = plain(rows.block(0, [label])[label]).type
+    is_ = need("pyarrow").types
+    if task == "regression" or (task == "auto" and (is_.is_floating(kind) or is_.is_decimal(kind))):
+        return Target(label, None)
+    if family(kind) == EMPTY:
+        raise DataFormatError(f"{where}: the label {label!r} has no value in any row")
+    found = dict.fromkeys(rows.label_values or ())
+    if rows.label_values is None:
+        for table, path, start in blocks:
+            found.update(dict.fromkeys(label_texts(path, label, table[label], start, options.missing)[1]))
+            if len(found) > LONGEST:
+                raise DataFormatError(
+                    f"{where}: the label {label!r} has more than {LONGEST} different values, more than classes may "
+                    "be; task='regression' takes numbers"
+                )
+    classes: list[Any] = sorted(found)
+    if is_.is_boolean(kind):
+        classes = [name == "True" for name in classes]
+    elif family(kind) == NUMBER:
+        if not all(name.lstrip("-").isdecimal() for name in classes):
+            raise DataFormatError(
+                f"{where}: the label {label!r} must hold whole numbers, texts or booleans for task='classification'"
+            )
+        classes = sorted(map(int, classes))
+        if task == "auto" and (len(classes) > MANY or 2 * len(classes) > max(n, 2 * 20)):
+            raise ArgumentError(
+                f"task must be said for the label {label!r}, which has {len(classes)} different integers in {n} "
+                "rows: 'regression' if they are amounts, 'classification' if they are names of classes"
+            )
+    elif task == "auto" and 2 * len(classes) > max(n, 2 * 20):
+        others = [name for name in classes if not NUMERAL.fullmatch(name)]
+        numerals = "" if len(classes) < 2 * len(others) else f", most of which look like numbers, {others[:1]} do not"
+        raise ArgumentError(
+            f"task must be said for the label {label!r}, which has {len(classes)} different texts in {n} rows"
+            f"{numerals}: 'classification' if they are names of classes"
+        )
+    if len(classes) < 2:
+        raise DataFormatError(
+            f"{where}: the label {label!r} must have at least two different values, got {classes[0]!r} in all rows"
+        )
+    return Target(label, tuple(classes))
