@@ -222,7 +222,7 @@ CODE_LINES = {
     "explore": 938,
     "plot": 367,
     "cli": 2005,
-    "sklearn": 926,
+    "sklearn": 886,
     "torch": 650,
     "__main__": 29,
     "__init__": 216,

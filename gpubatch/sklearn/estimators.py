@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,8 @@ NON_FINITE = (
 )
 
 
-class BaseMLP(BaseEstimator):
-    """What both estimators are: scikit-learn's interface to a :class:`~gpubatch.sklearn.machine.Machine`."""
+class Fitted:
+    """What ``fit`` finds."""
 
     coefs_: list[np.ndarray]
     intercepts_: list[np.ndarray]
@@ -62,11 +63,46 @@ class BaseMLP(BaseEstimator):
     best_loss_: Any
     _best: dict[str, list[Any]] | None
 
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
-        """Keep each of a constructor's ``arguments``, its locals, as the attribute of its name."""
-        for name, value in arguments.items():
-            if name != "self":
-                setattr(self, name, value)
+
+# A dataclass keeps each argument of its constructor in the attribute of its name and does nothing else, which is what
+# scikit-learn asks of an estimator.
+estimator = dataclasses.dataclass(eq=False, repr=False)
+
+
+@estimator
+class BaseMLP(BaseEstimator, Fitted):
+    """What both estimators are: scikit-learn's interface to a :class:`~gpubatch.sklearn.machine.Machine`."""
+
+    hidden_layer_sizes: Any = (100,)
+    activation: Any = "relu"
+    _: dataclasses.KW_ONLY
+    solver: str = "adam"
+    alpha: float = 0.0001
+    batch_size: int | str = "auto"
+    learning_rate: Any = "constant"
+    learning_rate_init: float = 0.001
+    power_t: float = 0.5
+    max_iter: int = 200
+    shuffle: bool = True
+    random_state: Any = None
+    tol: float = 1e-4
+    verbose: bool | int = False
+    warm_start: bool = False
+    momentum: float = 0.9
+    nesterovs_momentum: bool = True
+    early_stopping: bool = False
+    validation_fraction: float = 0.1
+    beta_1: float = 0.9
+    beta_2: float = 0.999
+    epsilon: float = 1e-8
+    n_iter_no_change: float = 10
+    max_fun: int = 15000
+    optimizer: Any = None
+    batch_norm: bool = False
+    dropout: float = 0.0
+    backend: str = "cpu"
+    dtype: Any = None
+    precision: str = "full"
 
     # --- what the two differ in ---
 
@@ -277,16 +313,14 @@ class BaseMLP(BaseEstimator):
         return rows, held_out
 
     def _batches(self, n: int, least: int) -> list[slice]:
-        size = min(200, n)
-        if self.batch_size != "auto":
-            if self.batch_size > n:
-                warnings.warn(
-                    "Got `batch_size` less than 1 or larger than sample size. It is going to be clipped", stacklevel=5
-                )
-            size = min(self.batch_size, n)
+        size = 200 if self.batch_size == "auto" else int(self.batch_size)
+        if size > n and self.batch_size != "auto":
+            warnings.warn(
+                "Got `batch_size` less than 1 or larger than sample size. It is going to be clipped", stacklevel=5
+            )
         if n < least:
             raise ValueError(f"batch_norm=True needs at least {least} samples, got n_samples = {n}")
-        return list(gen_batches(n, max(size, least), min_batch_size=least if least > 1 else 0))
+        return list(gen_batches(n, max(min(size, n), least), min_batch_size=least if least > 1 else 0))
 
     def _weights(self, X: Any, y: Any, sample_weight: Any, incremental: bool) -> np.ndarray | None:
         """What each sample counts in the loss; None if all count alike."""
@@ -421,6 +455,7 @@ def has_partial_fit(estimator: BaseMLP) -> bool:
     return True
 
 
+@estimator
 class MLPClassifier(ClassifierMixin, BaseMLP):
     """scikit-learn's ``MLPClassifier``, trained by gpubatch: softmax or, with two classes or several labels, sigmoid.
 
@@ -465,41 +500,7 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
     ['same', 'same', 'other', 'other']
     """
 
-    def __init__(
-        self,
-        hidden_layer_sizes: Any = (100,),
-        activation: Any = "relu",
-        *,
-        solver: str = "adam",
-        alpha: float = 0.0001,
-        batch_size: int | str = "auto",
-        learning_rate: Any = "constant",
-        learning_rate_init: float = 0.001,
-        power_t: float = 0.5,
-        max_iter: int = 200,
-        shuffle: bool = True,
-        random_state: Any = None,
-        tol: float = 1e-4,
-        verbose: bool | int = False,
-        warm_start: bool = False,
-        momentum: float = 0.9,
-        nesterovs_momentum: bool = True,
-        early_stopping: bool = False,
-        validation_fraction: float = 0.1,
-        beta_1: float = 0.9,
-        beta_2: float = 0.999,
-        epsilon: float = 1e-8,
-        n_iter_no_change: float = 10,
-        max_fun: int = 15000,
-        class_weight: Any = None,
-        optimizer: Any = None,
-        batch_norm: bool = False,
-        dropout: float = 0.0,
-        backend: str = "cpu",
-        dtype: Any = None,
-        precision: str = "full",
-    ) -> None:
-        BaseMLP.__init__(self, locals())
+    class_weight: Any = dataclasses.field(default=None, kw_only=True)
 
     @available_if(has_partial_fit)
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None, classes: Any = None) -> Any:
@@ -596,7 +597,15 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
         return tags
 
 
-class MLPRegressor(RegressorMixin, BaseMLP):
+@estimator
+class WithLoss:
+    """The first argument of a regressor, as scikit-learn has it: fields of the last base come first."""
+
+    loss: str = "squared_error"
+
+
+@estimator
+class MLPRegressor(RegressorMixin, BaseMLP, WithLoss):
     """scikit-learn's ``MLPRegressor``, trained by gpubatch, for one target or several.
 
     loss: "squared_error", or "poisson" for counts and rates, whose logarithms the network then computes.
@@ -635,42 +644,6 @@ class MLPRegressor(RegressorMixin, BaseMLP):
     Where all weights of a batch are 0 it is left out; scikit-learn raises there. A loss that is not finite ends
     training: with early stopping the best parameters are put back, else ValueError is raised.
     """
-
-    def __init__(
-        self,
-        loss: str = "squared_error",
-        hidden_layer_sizes: Any = (100,),
-        activation: Any = "relu",
-        *,
-        solver: str = "adam",
-        alpha: float = 0.0001,
-        batch_size: int | str = "auto",
-        learning_rate: Any = "constant",
-        learning_rate_init: float = 0.001,
-        power_t: float = 0.5,
-        max_iter: int = 200,
-        shuffle: bool = True,
-        random_state: Any = None,
-        tol: float = 1e-4,
-        verbose: bool | int = False,
-        warm_start: bool = False,
-        momentum: float = 0.9,
-        nesterovs_momentum: bool = True,
-        early_stopping: bool = False,
-        validation_fraction: float = 0.1,
-        beta_1: float = 0.9,
-        beta_2: float = 0.999,
-        epsilon: float = 1e-8,
-        n_iter_no_change: float = 10,
-        max_fun: int = 15000,
-        optimizer: Any = None,
-        batch_norm: bool = False,
-        dropout: float = 0.0,
-        backend: str = "cpu",
-        dtype: Any = None,
-        precision: str = "full",
-    ) -> None:
-        BaseMLP.__init__(self, locals())
 
     @available_if(has_partial_fit)
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:
