@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from gpubatch.backend import Array, Backend, from_dlpack, get_backend, is_foreign, unmasked
-from gpubatch.errors import ArgumentError, ConversionWarning, DeviceMismatchError, DTypeError, ShapeError
+from gpubatch.errors import ArgumentError, ConversionWarning, DeviceMismatchError, DTypeError, ShapeError, check_bool
 
 __all__ = [
+    "ColumnNames",
     "DenseRows",
+    "Names",
     "Prepared",
     "SparseMatrix",
     "check_columns",
@@ -124,25 +127,81 @@ def check_pairs(names: Sequence[str], given: Sequence[Any]) -> None:
             )
 
 
-def columns_of(x: Any) -> tuple[str, ...] | None:
-    """The names of the columns of a frame; None of an array, and of a frame whose columns are numbered."""
-    if len(getattr(x, "shape", None) or ()) != 2 or (found := getattr(x, "columns", None)) is None or callable(found):
+Names: TypeAlias = tuple[str | int | tuple[str | int, ...], ...]
+
+
+def columns_of(x: Any) -> Names | None:
+    """The names of the columns of a frame; None of an array, and where columns are numbered 0, 1, ... in this order."""
+    if len(getattr(x, "shape", None) or ()) != 2:
+        return None
+    found = getattr(x, "column_names", getattr(x, "columns", None))  # pyarrow's tables, or others
+    if found is None or callable(found):
         return None
     names = tuple(found)
-    return names if all(isinstance(name, str) for name in names) else None
+    flat = [part for name in names for part in (name if isinstance(name, tuple) else (name,))]
+    return names if names != tuple(range(len(names))) and all(isinstance(part, (str, int)) for part in flat) else None
 
 
-def check_columns(name: str, own: tuple[str, ...] | None, known: tuple[str, ...] | None) -> None:
+def check_columns(name: str, own: Names | None, known: Names | None) -> None:
     """Raise where a frame has other columns than that of training, whose names are ``known``, or in another order."""
-    if known is None or own is None or own == known:
+    if own is None or own == known:
         return
-    if sorted(own) == sorted(known):
+    if known is None:
+        known = tuple(range(len(own)))  # as an array's
+        if {*own} != {*known}:
+            return
+    if {*own} == {*known} and len(own) == len(known):
         raise ArgumentError(f"{name} has the columns of training in another order: give {name}[{list(known)}]")
     missing = [column for column in known if column not in own]
     raise ArgumentError(
         f"{name} must have the columns of training, {list(known)}; it has {list(own)}"
         + (f", and lacks {missing}" if missing else "")
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnNames:
+    """What the columns of the X and Y of a training were called: frames are held against them.
+
+    table: whether X was a table of gpubatch's, whose columns became others
+    """
+
+    X: Names | None = None
+    Y: Names | None = None
+    table: bool = False
+
+    @classmethod
+    def of(cls, X: Any, Y: Any) -> ColumnNames:
+        """Of what a loader is given."""
+        return cls(columns_of(X), columns_of(Y), isinstance(X, Prepared))
+
+    def check(self, names: Sequence[str], X: Any, Y: Any = None) -> None:
+        """Raise where a frame does not have these columns in this order, or X and Y not the same order of samples."""
+        own = columns_of(X)
+        if self.table and own is not None:
+            raise ArgumentError(
+                f"{names[0]} must be a table here, or an array prepared as one, since the network was trained on a "
+                f"table; a {type(X).__name__} goes to gb.Model(net, table), or to gb.read_table({names[0]}, like=table)"
+            )
+        check_columns(names[0], own, self.X)
+        if Y is not None:
+            check_columns(names[1], columns_of(Y), self.Y)
+            check_pairs(names, (X, Y))
+
+    @classmethod
+    def from_json(cls, found: Any) -> ColumnNames:
+        """Of a file; raises TypeError or LookupError for what is none."""
+        return cls(names_in(found["X"]), names_in(found["Y"]), check_bool("table", found["table"]))
+
+
+def names_in(found: Any) -> Names | None:
+    """Names of columns in a file, where those of several levels are lists."""
+    if found is None:
+        return None
+    names = tuple(tuple(name) if isinstance(name, list) else name for name in found)
+    if wrong := [x for x in names if not isinstance(x, (str, int, tuple))]:
+        raise TypeError(f"{str(wrong[0])[:99]} is no name of a column")
+    return names
 
 
 # --- sparse matrices ----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import re
@@ -22,8 +23,9 @@ from test_cli import SMALL, idx, mnist, run
 
 import gpubatch as gb
 from gpubatch.cli import app
-from gpubatch.cli.data import raw_samples
+from gpubatch.cli.data import DataOptions, Which, labelled_samples, raw_samples
 from gpubatch.cli.models import columns_of
+from gpubatch.cli.options import BatchOptions
 
 __all__ = ["mnist"]
 
@@ -127,7 +129,8 @@ def test_a_folder_of_tables(trees: Path) -> None:
     )
     assert whole == folder == pattern
     assert len(run("predict", "m.safetensors", "parts").stdout.splitlines()) == 1001
-    assert json.loads(run("test", "m.safetensors", "parts/*.csv", "--json").stdout)["samples"] == 1000
+    tested = json.loads(run("test", "m.safetensors", "parts/*.csv", "--json", "--all-samples").stdout)
+    assert (tested["samples"], tested["trained_on"]) == (1000, 800)
     done = run("train", *(f"parts/{number}.csv" for number in range(3)), "--label", "species", code=2)
     assert "several files are one table as a folder, or as a pattern in quotes, such as 'parts/*'" in done.stderr
 
@@ -136,7 +139,7 @@ def test_a_table_in_two_commands(trees: Path) -> None:
     """gpubatch train, gpubatch test: with confusion matrix, probabilities and what Python's model gives."""
     options = ["--layers", "32", "--epochs", "10", "--save", "trees.safetensors", "--json", "--no-progress"]
     trained = json.loads(run("train", "trees.csv", "--label", "species", *options).stdout)
-    held = json.loads(run("test", "trees.safetensors", "trees.csv", "--held-out", "--json").stdout)
+    held = json.loads(run("test", "trees.safetensors", "trees.csv", "--json").stdout)
     assert (held["samples"], held["accuracy"]) == (200, trained["test_accuracy"])
     assert held["loss"] == pytest.approx(trained["test_loss"], rel=1e-5)
     done = run("test", "trees.safetensors", "test.csv", "--out", "p.csv", "--probabilities", "--metrics", "f1,top_2")
@@ -208,12 +211,83 @@ def test_wrong_tables_are_told_in_one_line(case: tuple[list[str], int, str], tre
 
 @pytest.mark.exhaustive
 def test_a_test_says_by_what_its_samples_were_left_out(model: Path, tmp_path: Path) -> None:
-    """With another seed than that of training, some of them were trained on."""
+    """Of a model that does not say it; with another seed than that of training, some of them were trained on."""
     np.save(tmp_path / "x.npy", np.zeros((20, 784), np.uint8))
     np.save(tmp_path / "y.npy", np.array(["cat", "dog"] * 10))
     files = [str(tmp_path / "x.npy"), str(tmp_path / "y.npy")]
     said = run("test", str(model), *files, "--held-out", "--seed", "7", "--test-size", "0.3").stdout
-    assert "y.npy, which --test-size 0.3 and --seed 7 leave out in training: 6 samples" in said
+    assert "y.npy: 6 samples, which training left out by --test-size 0.3 and --seed 7 if it had these" in said
+
+
+OF_TRAINING: dict[str, dict[str, Any]] = {
+    "a table": {"data": ["trees.csv"], "label": "species"},
+    "a table that is streamed": {"data": ["trees.csv"], "label": "species"},
+    "numbers of a table": {"data": ["whole.csv"], "label": "a", "drop": "species"},
+    "arrays": {"data": ["x.npy", "y.npy"]},
+    "labels in a column": {"data": ["x.npy", "column.npy"]},
+    "the digits": {},
+}
+
+
+@pytest.mark.parametrize("name", OF_TRAINING)
+def test_a_model_knows_what_its_training_left_out(name: str, trees: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows are those that training was tested on, and they are told; of other data nothing is said to be known."""
+    Path("whole.csv").write_text("\n".join(x for x in Path("trees.csv").read_text().splitlines() if all(x.split(","))))
+    labels = np.arange(90) % 3
+    np.save("x.npy", np.random.default_rng(0).normal(size=(90, 4)))
+    np.save("y.npy", np.array(["p", "q", "r"])[labels])
+    np.save("column.npy", labels[:, None])
+    of = {"test_size": 0.25, **OF_TRAINING[name]} if OF_TRAINING[name] else {}
+    with monkeypatch.context() as patched:
+        if "streamed" in name:
+            patched.setattr(gb.tables.several, "streams", lambda stream, size: True)
+        found = DataOptions(**of, samples=60, seed=3).read()
+        net = gb.mlp(
+            [found.features, found.outputs], loss="mse" if found.task == "regression" else "svm", backend="cpu"
+        )
+        loader = found.loader(net, BatchOptions("16"), 0)
+        found.model(net, loader).save("m.safetensors")
+        held = found.validation.as_source().read(np.arange(len(found.validation))) if "table" in name else found.test
+    model = gb.load("m.safetensors", backend="cpu")
+    data = of.get("data", [])
+    tested = labelled_samples(model, data, Which(None, None, None))
+    x, y = (np.concatenate(parts) for parts in zip(*tested.batches, strict=True))
+    np.testing.assert_array_equal(x, held[0] if "table" in name else loader.to_batch(held[0]))
+    np.testing.assert_array_equal(y, held[1])
+    size = 0.25 if data else 0.2
+    assert (tested.said, tested.trained) == (f"which training left out by --test-size {size} and --seed 3", 0)
+    whole = labelled_samples(model, data, Which(False, None, None))
+    assert (whole.said, whole.trained) == ("60 of which the model was trained on", 60)
+    assert whole.batches.n_samples == model.preparation.rows.rows  # type: ignore[union-attr]
+    with pytest.raises(gb.ArgumentError, match="--seed must be 3 as in training, or left out, got 4"):
+        labelled_samples(model, data, Which(None, None, 4))
+    if data and "column" not in name:
+        other = [f"other{Path(file).suffix}" if k == 0 else file for k, file in enumerate(data)]
+        if name == "arrays":
+            np.save(other[0], np.load("x.npy")[::-1])
+        else:
+            head, *lines = Path(data[0]).read_text().splitlines()
+            Path(other[0]).write_text("\n".join([head, *lines[::-1]]))
+        tested = labelled_samples(model, other, Which(None, None, None))
+        assert (tested.said, tested.trained) == ("not the data of training as they were then", None)
+        with pytest.raises(gb.ArgumentError, match=r"--held-out needs the data of training, .* samples as they were"):
+            labelled_samples(model, other, Which(True, None, None))
+
+
+def test_a_file_without_the_rows_of_training_is_read(trees: Path) -> None:
+    """As those of before they were kept."""
+    train, test = gb.read_table("trees.csv", label="species").split(0.25, 3)
+    model = gb.Model(gb.mlp([train.features, train.outputs], backend="cpu"), train)
+    model.preparation = dataclasses.replace(model.preparation, rows=None)  # type: ignore[type-var]
+    unknown = "whether the model was trained on them, its file does not say"
+    for which, said, n in (
+        (Which(None, None, None), unknown, 1000),
+        (Which(True, 0.25, 3), "which training left out by --test-size 0.25 and --seed 3 if it had these", len(test)),
+    ):
+        tested = labelled_samples(model, ["trees.csv"], which)
+        assert (tested.said, tested.batches.n_samples) == (said, n)
+    with pytest.raises(gb.ArgumentError, match="--test-size is for --held-out, all samples are tested on"):
+        labelled_samples(model, ["trees.csv"], Which(None, 0.25, None))
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
@@ -349,7 +423,7 @@ def test_arrays_are_tested_on_what_train_left_out(tmp_path: Path) -> None:
     tested = json.loads(run("test", path, *files, "--held-out", *options, "--json").stdout)
     assert (tested["samples"], tested["accuracy"]) == (50, trained["test_accuracy"])
     assert tested["classes"] == ["down", "up"]
-    assert json.loads(run("test", path, *files, "--json").stdout)["samples"] == 200
+    assert run("summary", path).stdout.count("trained on 150 samples, 50 left out") == 1
 
 
 # --- examples --------------------------------------------------------------------------------------------------------

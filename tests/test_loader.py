@@ -11,6 +11,8 @@ import pickle
 import re
 import threading
 import traceback
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -1238,29 +1240,99 @@ def test_frames_in_different_orders_are_refused() -> None:
             gb.Loader(*arrays[:2], weight=arrays[2], backend="cpu")
 
 
-def test_frames_with_other_columns_are_refused() -> None:
+ORDER = r"has the columns of training in another order: give .*\[\['a', 'b', 'c'\]\]"
+LACKS = r"must have the columns of training, .*; it has \['d', 'b', 'c'\], and lacks"
+# A frame as samples of X, a frame of pandas with the columns a, b and c, and what is wrong with it.
+FRAMES: dict[str, tuple[Callable[[Any], Any], str | None]] = {
+    "the columns of training": (lambda X: X, None),
+    "an array": (lambda X: X.to_numpy(), None),
+    "numbered columns": (lambda X: X.set_axis([0, 1, 2], axis=1), None),
+    "another order": (lambda X: X[["c", "b", "a"]], ORDER),
+    "another order, Polars": (lambda X: peer("polars").from_pandas(X)["c", "b", "a"], ORDER),
+    "another order, Arrow": (lambda X: peer("pyarrow").table({name: X[name] for name in "cba"}), ORDER),
+    "another column": (lambda X: X.rename(columns={"a": "d"}), LACKS),
+    "a column fewer": (lambda X: X[["a", "b"]], r"it has \['a', 'b'\], and lacks \['c'\]"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::gpubatch.FewStepsWarning")
+@pytest.mark.parametrize("name", FRAMES)
+def test_frames_are_held_against_the_columns_of_training(name: str, tmp_path: Path) -> None:
+    """Wherever samples are given: to a loader, to fit, to a network, to a model, also one from a file."""
     X, Y, _ = frames()
-    loader = gb.Loader(X, Y, batch_size=10, backend="cpu")
-    net = gb.mlp([3, 2])
-    assert loader.to_batch(X.to_numpy()).shape == loader.to_batch(X.set_axis([0, 1, 2], axis=1)).shape == (40, 3)
-    for other, words in (
-        (X[["c", "b", "a"]], r"has the columns of training in another order: give .*\[\['a', 'b', 'c'\]\]"),
-        (
-            X.rename(columns={"a": "d"}),
-            r"must have the columns of training, .*; it has \['d', 'b', 'c'\], and lacks",
-        ),
-    ):
-        for use in (
-            lambda other=other: loader.to_batch(other),
-            lambda other=other: gb.fit(net, loader, gb.SGD(net.parameters, 0.1), 1, (other, Y), progress=False),
-            lambda other=other: gb.fit(
-                net, loader, gb.SGD(net.parameters, 0.1), 1, gb.Loader(other, Y, backend="cpu"), progress=False
-            ),
-        ):
+    loader, net = gb.Loader(X, Y, batch_size=10, backend="cpu"), gb.mlp([3, 2], backend="cpu")
+    opt = gb.SGD(net.parameters, 0.1)
+    gb.fit(net, loader, opt, 1, progress=False)
+    gb.save(tmp_path / "m.safetensors", net, loader)
+    gb.save(tmp_path / "bare.safetensors", net)
+    models = [gb.Model(net, loader), *(gb.load(tmp_path / f"{file}.safetensors", "cpu") for file in ("m", "bare"))]
+    make, words = FRAMES[name]
+    other = make(X)
+    uses = [
+        lambda: loader.to_batch(other),
+        lambda: gb.fit(net, loader, opt, 1, (other, Y), progress=False),
+        lambda: gb.fit(net, loader, opt, 1, gb.Loader(other, Y, dtype="float32", backend="cpu"), progress=False),
+        lambda: gb.Loader(other, Y, prepare=gb.Standardize.of(X), backend="cpu"),
+        lambda: net.evaluate(other, Y),
+        lambda: net.accuracy(other, Y),
+        lambda: net.loss(other, Y, training=True),
+        *(lambda model=model: model.evaluate(other, Y) for model in models),
+        *(lambda of=of: of.predict(other) for of in (net, *models, models[1].net)),
+    ]
+    for use in uses:
+        if words is None:
+            use()
+        else:
             with pytest.raises(ArgumentError, match=words):
                 use()
-    with pytest.raises(ArgumentError, match=r"validation.*have the same index in different orders"):
-        gb.fit(net, loader, gb.SGD(net.parameters, 0.1), 1, (X, Y[::-1]), progress=False)
+
+
+@pytest.mark.filterwarnings("ignore::gpubatch.FewStepsWarning")
+def test_frames_whose_columns_say_something_else(tmp_path: Path) -> None:
+    """Labels in several columns, samples in another order, numbered columns in another order, and a table's network."""
+    X, Y, _ = frames()
+    targets = peer("pandas").DataFrame({"p": X["a"], "q": X["b"]})
+    loader, net = gb.Loader(X, targets, batch_size=10, backend="cpu"), gb.mlp([3, 2], loss="mse", backend="cpu")
+    opt = gb.SGD(net.parameters, 0.1)
+    gb.fit(net, loader, opt, 1, progress=False)
+    model, turned = gb.Model(net, loader), targets[["q", "p"]]
+    for use in (
+        lambda: gb.fit(net, loader, opt, 1, (X, turned), progress=False),
+        lambda: gb.fit(net, loader, opt, 1, gb.Loader(X, turned, dtype="float32", backend="cpu"), progress=False),
+        lambda: net.evaluate(X, turned),
+        lambda: model.evaluate(X, turned),
+    ):
+        with pytest.raises(ArgumentError, match=r"has the columns of training in another order: give .*\['p', 'q'\]"):
+            use()
+    classifier = gb.Model(gb.mlp([3, 2], backend="cpu"), classes=["no", "yes"])
+    for use in (
+        lambda: gb.fit(net, loader, opt, 1, (X, targets[::-1]), progress=False),
+        lambda: model.evaluate(X, targets[::-1]),
+        lambda: net.loss(X, targets[::-1]),
+        lambda: classifier.confusion_matrix(X, Y[::-1]),
+    ):
+        with pytest.raises(ArgumentError, match="have the same index in different orders"):
+            use()
+    numbered = X.set_axis([2, 1, 0], axis=1)
+    levels = X.set_axis(peer("pandas").MultiIndex.from_product([["a"], [1, 2, 3]]), axis=1)
+    gb.save(tmp_path / "m.safetensors", net, gb.Loader(levels, targets, batch_size=10, backend="cpu"))
+    assert gb.load(tmp_path / "m.safetensors", "cpu").predict(levels).shape == (40, 2)
+    for use in (
+        lambda: model.predict(numbered[[2, 1, 0]].set_axis(range(2, -1, -1), axis=1)),
+        lambda: classifier.predict(numbered),
+        lambda: gb.load(tmp_path / "m.safetensors", "cpu").predict(levels[levels.columns[::-1]]),
+    ):
+        with pytest.raises(ArgumentError, match=r"must have the columns of training|in another order"):
+            use()
+    table = gb.read_table({**{name: X[name] for name in X}, "y": ["p", "q"] * 20}, label="y")
+    net = gb.mlp([table.features, 2], backend="cpu")
+    loader = gb.Loader(table, batch_size=10, backend="cpu")
+    gb.fit(net, loader, gb.SGD(net.parameters, 0.1), 1, progress=False)
+    gb.save(tmp_path / "m.safetensors", net)
+    for use in (net.predict, loader.to_batch, gb.load(tmp_path / "m.safetensors", "cpu").predict):
+        with pytest.raises(ArgumentError, match=r"trained on a table; a DataFrame goes to gb.Model\(net, table\)"):
+            use(X)
+    assert gb.Model(net, table).predict(X).shape == (40,)
 
 
 @pytest.mark.parametrize("x", [None, {1, 2}, object(), 3 + 0j])

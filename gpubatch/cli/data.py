@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import typer
@@ -21,13 +21,15 @@ from gpubatch.model import Model
 from gpubatch.nn import LOSSES, Dense, Loss, Network, SoftmaxCrossEntropy, core_of, mlp
 from gpubatch.parallel import Ranks
 from gpubatch.sizing import WHOLE_SET
-from gpubatch.tables import Table, is_large, read_table
+from gpubatch.tables import DIGESTED, Table, TrainingRows, is_large, read_table
 from gpubatch.train import drop_last_for, loader_for
 
 __all__ = [
     "DataOptions",
     "Samples",
     "Task",
+    "Tested",
+    "Which",
     "labelled_samples",
     "loss_of",
     "network_for",
@@ -57,6 +59,7 @@ class Samples:
     classes: the names of the classes; None where labels have none, a table has them, or there are numbers
     outputs: of a network for them
     task: one of LOSSES_OF
+    rows: which ones of the data are to train on, where they are arrays
     """
 
     name: str
@@ -69,6 +72,7 @@ class Samples:
     task: str
     class_weight: str | None = None
     prepare: Standardize | None = None
+    rows: TrainingRows | None = None
 
     @property
     def features(self) -> int:
@@ -100,7 +104,15 @@ class Samples:
         if isinstance(self.X, Table):
             train = self.X.first(min(n, len(self.X)))
             return dataclasses.replace(self, X=train, test=(self.test[0].prepared_by(train.recipe), None))
-        return dataclasses.replace(self, X=taken(self.X, slice(n)), Y=None if self.Y is None else self.Y[:n])
+        rows = None if self.rows is None else dataclasses.replace(self.rows, trained=min(n, self.rows.trained))
+        return dataclasses.replace(self, X=taken(self.X, slice(n)), Y=None if self.Y is None else self.Y[:n], rows=rows)
+
+    def model(self, net: Network, loader: Loader) -> Model:
+        """A trained network with what a file keeps of its data."""
+        found = Model(net, loader, self.classes)
+        if self.rows is not None and found.preparation is not None:
+            found.preparation = dataclasses.replace(found.preparation, rows=self.rows)
+        return found
 
     def loader(
         self, net: Network, batches: BatchOptions, seed: int, ranks: Ranks | None = None, shards: int | None = None
@@ -210,18 +222,23 @@ class DataOptions:
             name, (X, Y), test = images(paths, self.seed)
             if self.task == "regression":
                 raise ArgumentError("--task regression needs targets that are numbers, the images have labels")
-            return Samples(name, X, Y, test, 1 / 255, None, int(max(Y.max(), test[1].max())) + 1, "classification")
+            outputs = int(max(Y.max(), test[1].max())) + 1
+            of = None if paths else rows_of_digits(X, test[0], self.seed)
+            return Samples(name, X, Y, test, 1 / 255, None, outputs, "classification", rows=of)
         name, arrays = arrays_of(paths)
         Y, Y_test, classes, outputs, task = targets(arrays.Y, arrays.Y_test, self.task)
         X, X_test = rows(arrays.X), None if arrays.X_test is None else rows(arrays.X_test)
         if len(X) != len(Y):
             raise DataFormatError(f"{name}: expected a target for each sample, found {len(X)} and {len(Y)}")
+        whole, divided = X, None
         if X_test is None or Y_test is None:
             labels = Y if task == "classification" else None
             kept, held = split(len(X), self.test_size, self.seed, labels, "--test-size")
             X, Y, X_test, Y_test = taken(X, kept), Y[kept], taken(X, held), Y[held]
+            divided = self.test_size, self.seed, False
         scale = 1 / 255 if X.dtype == np.uint8 else None
-        return Samples(name, X, Y, (X_test, Y_test), scale, classes, outputs, task)
+        of = TrainingRows.of(len(whole), len(X), first_of(whole), divided)
+        return Samples(name, X, Y, (X_test, Y_test), scale, classes, outputs, task, rows=of)
 
     def _tables(self, data: Sequence[str]) -> Samples:
         if len(data) > 2:
@@ -250,6 +267,18 @@ class DataOptions:
                 raise DataFormatError(f"{data[1]}: expected a column {self.label!r} to test with")
         assert train.task is not None
         return Samples(" and ".join(data), train, None, (test, None), None, None, train.outputs, train.task)
+
+
+def first_of(X: Any) -> np.ndarray:
+    """The first rows, by which the whole is known again."""
+    found: np.ndarray = X.read(np.arange(min(DIGESTED, len(X)))) if isinstance(X, RowsOf) else X[:DIGESTED]
+    return found
+
+
+def rows_of_digits(X: np.ndarray, X_test: np.ndarray, seed: int) -> TrainingRows:
+    """Which of the bundled digits are to train on."""
+    n = len(X) + len(X_test)
+    return TrainingRows.of(n, len(X), first_of(X), (len(X_test) / n, seed, False))
 
 
 def listed(names: Sequence[str]) -> str:
@@ -418,13 +447,16 @@ def words_of(net: Network, data: Samples, *more: str) -> str:
 # --- for a model -----------------------------------------------------------------------------------------------------
 
 
-def raw_samples(model: Model, data: str | None, seed: int) -> Any:
+def raw_samples(model: Model, data: str | None, seed: int | None) -> Any:
     """Samples for a model to predict: a table, an array, a source, or the test set of a folder or of the digits."""
     recipe = None if model.preparation is None else model.preparation.table
     if recipe is not None:
         return read_table(a_table([] if data is None else [data]), like=recipe)
-    if data is None or is_images(Path(data)):
-        return images([] if data is None else [Path(data)], seed)[2][0]
+    if data is None:
+        of_training = seed_of_digits(None if model.preparation is None else model.preparation.rows)
+        return images([], (of_training or 0) if seed is None else seed)[2][0]
+    if is_images(Path(data)):
+        return images([Path(data)], 0)[2][0]
     check_there(data)
     path = Path(data)
     if path.suffix == ".npy":
@@ -439,36 +471,132 @@ def raw_samples(model: Model, data: str | None, seed: int) -> Any:
     )
 
 
-def labelled_samples(
-    model: Model, data: Sequence[str], held_out: tuple[float, int] | None, seed: int
-) -> tuple[str, Loader]:
-    """Samples and labels to test a model on: their name, and batches.
+class Tested(NamedTuple):
+    """Samples and labels to test a model on.
 
-    held_out: test size and seed of a training that was on the others; None: all samples
+    name: where they are from, in words
+    batches: of them
+    said: in words, what the model's training had to do with them
+    trained: how many of them it was trained on; None where nobody knows
     """
-    recipe = None if model.preparation is None else model.preparation.table
+
+    name: str
+    batches: Loader
+    said: str
+    trained: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Which:
+    """Which samples of the data a model is tested on.
+
+    held_out: those that training left out alone; None: so if these are the data of training, else all
+    test_size, seed: of the split in training, where the model's file does not say them
+    """
+
+    held_out: bool | None
+    test_size: float | None
+    seed: int | None
+
+    def part(self, name: str, rows: TrainingRows | None, known: bool) -> tuple[float, int, bool | None] | None:
+        """Test size, seed and kind of the split whose rows to test on are taken; None: all samples.
+
+        rows: which ones of the data of training it was on, if the model says so
+        known: whether these are those data
+        """
+        if self.held_out is False or (self.held_out is None and not known):
+            if self.test_size is not None:
+                raise ArgumentError("--test-size is for --held-out, all samples are tested on")
+            return None
+        if rows is None:
+            return 0.2 if self.test_size is None else self.test_size, self.seed or 0, None
+        if not known:
+            raise ArgumentError(
+                f"--held-out needs the data of training, {rows.rows:,} samples as they were then; {name} has others"
+            )
+        if rows.test_size is None:
+            if self.held_out:
+                raise ArgumentError(
+                    f"--held-out: the model was trained on {rows.trained:,} samples, none were left out"
+                )
+            return None
+        self.check("--test-size", self.test_size, rows.test_size)
+        self.check("--seed", self.seed, rows.seed)
+        return rows.test_size, rows.seed, rows.drawn
+
+    @staticmethod
+    def check(option: str, given: float | None, own: float) -> None:
+        """Raise where an option is not as it was in training."""
+        if given is not None and given != own:
+            raise ArgumentError(f"{option} must be {own:g} as in training, or left out, got {given:g}")
+
+
+def tested(
+    name: str, batches: Loader, part: tuple[float, int, bool | None] | None, rows: TrainingRows | None, known: bool
+) -> Tested:
+    """Samples, and what can be said of them; see :class:`Which`."""
+    if part is not None:
+        said = f"which training left out by --test-size {part[0]:g} and --seed {part[1]}"
+        return Tested(name, batches, said if known else f"{said} if it had these", 0 if known else None)
+    if rows is None:
+        return Tested(name, batches, "whether the model was trained on them, its file does not say", None)
+    if not known:
+        return Tested(name, batches, "not the data of training as they were then", None)
+    which = "all" if rows.trained == rows.rows else f"{rows.trained:,}"
+    return Tested(name, batches, f"{which} of which the model was trained on", rows.trained)
+
+
+def labelled_samples(model: Model, data: Sequence[str], which: Which) -> Tested:
+    """Samples and labels to test a model on."""
+    of = model.preparation
+    recipe, of_training = (None, None) if of is None else (of.table, of.rows)
     if recipe is not None:
-        name = a_table(data)
-        table = read_table(name, like=recipe)
-        return name, model.batches(table if held_out is None else table.split(*held_out)[1], labelled=True)
+        table = read_table(name := a_table(data), like=recipe)
+        known = table.has(of_training)
+        if (part := which.part(name, of_training, known)) is not None:
+            table = table.split_as(*part)[1]
+        return tested(name, model.batches(table, labelled=True), part, of_training, known)
     paths = [Path(path) for path in data]
-    if not paths or is_images(paths[0]):
-        name, _, (X, Y) = images(paths, seed)
-        return name, model.batches(X, Y)
+    if not paths:
+        return tested_digits(model, which, of_training)
+    if is_images(paths[0]):
+        name, _, test = images(paths, 0)
+        return Tested(name, model.batches(*test), "its test set", None)
     name, arrays = arrays_of(paths)
-    X, Y = rows(arrays.X), arrays.Y
-    if arrays.X_test is not None and arrays.Y_test is not None:
-        X, Y = rows(arrays.X_test), arrays.Y_test
-    elif held_out is not None:
-        classifies = model.net.loss_function.least_outputs > 1
-        kept = split(len(X), *held_out, np.unique(Y, return_inverse=True)[1] if classifies else None, "--test-size")[1]
-        X, Y = taken(X, kept), Y[kept]
-    Y = Y[:, 0] if Y.ndim == 2 and Y.shape[1] == 1 else Y
+    own_test = arrays.X_test is not None and arrays.Y_test is not None
+    X, Y = (arrays.X_test, np.asarray(arrays.Y_test)) if own_test else (arrays.X, arrays.Y)
+    X, Y = rows(X), Y[:, 0] if Y.ndim == 2 and Y.shape[1] == 1 else Y
     if len(X) != len(Y):
         raise DataFormatError(f"{name}: expected a target for each sample, found {len(X)} and {len(Y)}")
-    if not model.net.loss_function.classifies:
-        Y = Y.astype(model.net.dtype)
-    return name, model.batches(X, Y)
+    known = of_training is not None and of_training.are_of(len(X), first_of(X))
+    of_labels, part = model.net.loss_name.partition("(")[0] in LOSSES_OF["classification"], None
+    if not own_test and (part := which.part(name, of_training, known)) is not None:
+        labels = np.unique(Y, return_inverse=True)[1] if of_labels else None
+        held = split(len(X), *part[:2], labels, "--test-size")[1]
+        X, Y = taken(X, held), Y[held]
+    batches = model.batches(X, Y if model.net.loss_function.classifies else Y.astype(model.net.dtype))
+    return Tested(name, batches, "its test set", None) if own_test else tested(name, batches, part, of_training, known)
+
+
+def tested_digits(model: Model, which: Which, of_training: TrainingRows | None) -> Tested:
+    """The bundled digits, split as in training; or by --seed where the model does not say how."""
+    seed = seed_of_digits(of_training)
+    if seed is not None:
+        which.check("--seed", which.seed, seed)
+    name, train, test = images([], (which.seed or 0) if seed is None else seed)
+    if which.held_out is False:
+        test = np.concatenate([train[0], test[0]]), np.concatenate([train[1], test[1]])
+    part = None if which.held_out is False else (0.2, (which.seed or 0) if seed is None else seed, None)
+    return tested(name, model.batches(*test), part, of_training, seed is not None)
+
+
+def seed_of_digits(of_training: TrainingRows | None) -> int | None:
+    """The seed by which the bundled digits were split in a training on them; None if it was on others."""
+    if of_training is None or of_training.test_size is None:
+        return None
+    _, (X, _), (X_test, _) = images([], of_training.seed)
+    whole = dataclasses.replace(rows_of_digits(X, X_test, of_training.seed), trained=of_training.trained)
+    return of_training.seed if of_training == whole else None
 
 
 def a_table(data: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ from gpubatch import plot
 from gpubatch.backend import Array
 from gpubatch.checkpoint import replacing
 from gpubatch.cli import options
-from gpubatch.cli.data import labelled_samples, raw_samples
+from gpubatch.cli.data import Tested, Which, labelled_samples, raw_samples
 from gpubatch.cli.options import spread
 from gpubatch.cli.shared import app, examples, in_percent, print_json, table_of, versions
 from gpubatch.errors import ArgumentError, DataFormatError
@@ -118,6 +118,7 @@ def contents(module: types.ModuleType) -> dict[str, Any]:
 )
 @spread()
 def predict(
+    context: typer.Context,
     model: ModelOptions,
     data: Annotated[
         str | None,
@@ -140,7 +141,7 @@ def predict(
     out = out or "-"
     check_out(out, [str(model.model_file), *([] if data is None else [data])])
     loaded = model.load()
-    batches = loaded.batches(raw_samples(loaded, data, seed))
+    batches = loaded.batches(raw_samples(loaded, data, said(context, "seed")))
     began = time.perf_counter()
     with written(loaded, out, probabilities, as_json) as write, bar("predicting", progress) as show:
         for x, *_ in counted(batches, show):
@@ -150,6 +151,12 @@ def predict(
         print_json(samples=batches.n_samples, out=out, columns=columns_of(loaded, probabilities), seconds=seconds)
     elif out != "-":
         typer.echo(f"{batches.n_samples:,} predictions in {out}, in {seconds:.1f} s", err=True)
+
+
+def said(context: typer.Context, name: str) -> Any:
+    """The value of an option that somebody gave; None for its default, as what a model says goes before that."""
+    given = context.get_parameter_source(name)
+    return None if given is None or given.name == "DEFAULT" else context.params[name]
 
 
 def check_out(out: str | None, inputs: Sequence[str]) -> None:
@@ -235,13 +242,14 @@ def as_columns(arrays: Iterable[np.ndarray], as_text: bool = False) -> list[list
     "test",
     epilog=examples(
         a_table="gpubatch test trees.safetensors test.csv --plot confusion.png",
-        what_train_left_out="gpubatch test trees.safetensors trees.csv --held-out",
+        what_train_left_out="gpubatch test trees.safetensors trees.csv",
         the_bundled_digits="gpubatch test digits.safetensors --metrics f1,top_3",
         with_predictions="gpubatch test trees.safetensors test.csv --out predictions.csv --probabilities",
     ),
 )
 @spread()
 def evaluate(
+    context: typer.Context,
     model: ModelOptions,
     data: Annotated[
         list[str] | None,
@@ -252,12 +260,13 @@ def evaluate(
         ),
     ] = None,
     held_out: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--held-out",
-            help="Only the samples that train left out, where --test-size and --seed are those that train had.",
+            "--held-out/--all-samples",
+            help="Only the samples that training left out, or all. By default the former if DATA is what the model was "
+            "trained on, as its file says.",
         ),
-    ] = False,
+    ] = None,
     test_size: options.TestSize = 0.2,
     seed: options.Seed = 0,
     metrics: options.Metrics = "",
@@ -282,8 +291,10 @@ def evaluate(
     own = ["accuracy", "confusion_matrix"] if classifies else ["r2", "rmse", "mae"]
     names = [*own, *(name for name in options.names_of(metrics) if name not in own)]
     measures_of(loaded.net, names)  # finds wrong names before the data is read
-    part = (test_size, seed) if held_out else None
-    name, batches = labelled_samples(loaded, data or [], part, seed)
+    found_data = labelled_samples(
+        loaded, data or [], Which(held_out, said(context, "test_size"), said(context, "seed"))
+    )
+    name, batches = found_data.name, found_data.batches
     losses: list[tuple[float, int]] = []
     with contextlib.ExitStack() as stack:
         show = stack.enter_context(bar("testing", progress))
@@ -307,20 +318,26 @@ def evaluate(
         plot.plot_confusion(matrix, loaded.classes, plot_file, title)
     if as_json:
         classes = {} if matrix is None else {"classes": loaded.classes, "confusion_matrix": matrix}
-        print_json(samples=batches.n_samples, loss=loss, **found, **classes, data=name, versions=versions())
+        print_json(
+            samples=batches.n_samples,
+            loss=loss,
+            **found,
+            **classes,
+            data=name,
+            trained_on=found_data.trained,
+            versions=versions(),
+        )
         return
-    words = f", which --test-size {test_size:g} and --seed {seed} leave out in training" if held_out else ""
-    _print_test(loaded, f"{name}{words}", batches.n_samples, loss, found, matrix)
+    _print_test(loaded, found_data, loss, found, matrix)
     for what, file in (("predictions", out), ("drawn", plot_file)):
         if file is not None:
             typer.echo(f"{what} in {file}")
 
 
-def _print_test(
-    model: Model, name: str, samples: int, loss: float, found: dict[str, Any], matrix: np.ndarray | None
-) -> None:
+def _print_test(model: Model, of: Tested, loss: float, found: dict[str, Any], matrix: np.ndarray | None) -> None:
     out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-    out.print(f"data       {name}: {samples:,} samples")
+    samples = of.batches.n_samples
+    out.print(f"data       {of.name}: {samples:,} samples, {of.said}")
     out.print(f"loss       {loss:.4f}, {model.net.loss_name}")
     named = {"r2": "R²", "rmse": "RMSE", "mae": "MAE"}
     for key, value in found.items():
@@ -375,7 +392,13 @@ def summary(model: ModelOptions, as_json: options.AsJson = False) -> None:
             loss=loaded.net.loss_name,
             preparation=None
             if of is None
-            else {**vars(of), "dtype": of.dtype.name, "prepare": named(of), "table": columns},
+            else {
+                **vars(of),
+                "dtype": of.dtype.name,
+                "prepare": named(of),
+                "table": columns,
+                "rows": None if of.rows is None else dataclasses.asdict(of.rows),
+            },
             label=label,
             classes=loaded.classes,
             written_by=loaded.versions,
@@ -390,6 +413,9 @@ def summary(model: ModelOptions, as_json: options.AsJson = False) -> None:
         lines.append(
             f"samples: {of.dtype.name} of shape {of.sample_shape}{scaled}{f', {named(of)}' if of.prepare else ''}"
         )
+    if of is not None and of.rows is not None:
+        left = of.rows.rows - of.rows.trained
+        lines.append(f"trained on {of.rows.trained:,} samples, {left:,} left out")
     if loaded.classes is not None:
         lines.append(f"classes: {', '.join(map(str, loaded.classes))}")
     lines.append(f"written by {', '.join(f'{name} {version}' for name, version in loaded.versions.items())}")

@@ -18,7 +18,7 @@ from gpubatch.cli.data import DataOptions, network_for, sizes_of, used
 from gpubatch.cli.options import BatchOptions, NetworkOptions, OptimizerOptions, TrainingOptions, spread
 from gpubatch.cli.shared import app, arguments_of, examples, in_percent, print_json, versions
 from gpubatch.errors import ArgumentError, RankError, check_int
-from gpubatch.model import check_writable, save
+from gpubatch.model import check_writable
 from gpubatch.parallel import Ranks
 from gpubatch.train import (
     Agreement,
@@ -145,7 +145,7 @@ def train(
     out.print(f"steps      {history.execution}")
 
     if save_file is not None:
-        save(save_file, net, loader, found.classes)
+        found.model(net, loader).save(save_file)
         out.print(f"model      {save_file}")
     if plot_file is not None and history.step_loss:
         title = f"gpubatch train on {found.name}: {optimizer.optimizer}, batch size {loader.batch_size}, "

@@ -19,7 +19,7 @@ import numpy as np
 
 from gpubatch.backend import Array, Backend, compute_dtype, float_dtype
 from gpubatch.errors import ArgumentError, ShapeError, check_real
-from gpubatch.inputs import Prepared, check_columns, check_pairs, checked_array, columns_of
+from gpubatch.inputs import ColumnNames, Prepared, check_columns, check_pairs, checked_array
 from gpubatch.loader.functions import named_function
 from gpubatch.loader.order import Indices, Samples
 from gpubatch.loader.pinned import Form, take_into
@@ -183,11 +183,11 @@ class Columns(Sequence[Column]):
     ) -> None:
         self.backend, self.sample_axis = backend, sample_axis
         self.recipe: Any = None
+        self.names = ColumnNames() if sample_axis else ColumnNames.of(X, Y)
         if isinstance(X, Prepared):
             self.recipe = X.recipe
             X, Y = self.apart(X, Y)
         check_pairs(("X", "Y", "weight"), (X, Y, weight))
-        self.names = columns_of(X)
         inputs = self._inputs(X, Y)
         self.source_dtype, self.n_samples = inputs[0][0].dtype, inputs[0][0].n_samples
         self.dtype_is_given = dtype is not None
@@ -207,8 +207,10 @@ class Columns(Sequence[Column]):
         if weight is not None or class_weight is not None:
             self._add_weights(weight, class_weight)
         self.readers = self._limits()
-        if sample_axis and isinstance(prepare, Standardize):
-            raise ArgumentError(f"{prepare_name}=gb.Standardize takes samples that are rows, got sample_axis=1")
+        if isinstance(prepare, Standardize):
+            if sample_axis:
+                raise ArgumentError(f"{prepare_name}=gb.Standardize takes samples that are rows, got sample_axis=1")
+            check_columns("X", self.names.X, prepare.columns)
         self.prepare = named_function(prepare_name, prepare, self.labelled)
         self.augment = named_function("augment", augment, self.labelled, " and a generator")
         self._seed = seed
@@ -593,8 +595,7 @@ class Columns(Sequence[Column]):
         x, prepare = self._columns[0], self.prepare
         if isinstance(X, Prepared):
             X, Y = self.apart(X, Y, names[0])
-        check_columns(names[0], columns_of(X), self.names)
-        check_pairs(names, (X, Y))
+        self.names.check(names, X, Y)
         array = checked_array(names[0], X, self.backend)
         # Floats where the loader has integers, pixels say, are what the user has made of them.
         ready = array.dtype.kind == "f" and self.source_dtype.kind != "f"

@@ -8,7 +8,7 @@ import numpy as np
 
 from gpubatch.backend import Array, backend_of, compute_dtype, get_backend
 from gpubatch.errors import ArgumentError, NonFiniteError, ShapeError
-from gpubatch.inputs import checked_array
+from gpubatch.inputs import Names, checked_array, columns_of
 from gpubatch.sources import as_source
 
 __all__ = ["Standardize"]
@@ -48,6 +48,7 @@ class Standardize:
                 f"mean must be finite in float32, and deviation between {small:.2g} and {large:.2g}, got mean {mean:g} "
                 f"and deviation {deviation:g}"
             )
+        self.columns: Names | None = None  # of the frame that the numbers are of
         self._there: dict[tuple[str, np.dtype[Any]], tuple[Array, Array]] = {}
 
     def __repr__(self) -> str:
@@ -81,7 +82,9 @@ class Standardize:
         deviation = np.sqrt(squares / count)
         # Of equal numbers the mean is rounded, so the deviation need not be 0.
         same = deviation <= 1e-12 * np.abs(mean)
-        return cls(mean, np.where(same, 1.0, deviation))
+        found = cls(mean, np.where(same, 1.0, deviation))
+        found.columns = columns_of(X)
+        return found
 
     @property
     def lost(self) -> np.ndarray:

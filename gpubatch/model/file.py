@@ -5,19 +5,21 @@ them, and arrays among the arguments of its layers. The metadata of the header, 
 
     format      "gpubatch model"
     version     of the format, "1"; a reader refuses a later one
-    model       JSON: {"network": {...}, "preparation": {...} or null, "classes": [...] or null}
+    model       JSON: {"network": {...}, "preparation": {...} or null, "classes": [...] or null, "columns": {...}}
     digest      the SHA-256 of "model" and of all tensors, in the order of their names
     versions    JSON: those of gpubatch, NumPy and Python that wrote the file
 
 "network" has layers and loss as :mod:`gpubatch.model.describe` has them, the l2 weight, dtype, precision, seed, tune
 and dropout_step. "preparation" has what becomes of raw samples before they go to the network (:class:`Preparation`). Of
 a table it also has the columns by name and kind, whose numbers are the float64 tensors ``table.median``,
-``table.mean`` and ``table.deviation``, one for each column of numbers.
+``table.mean`` and ``table.deviation``, one for each column of numbers; and which rows it was trained on. "columns" are
+the names of those of the frames that it was trained on, or null.
 Nothing in a file is executed: formulas are recorded from their text, classes are looked up among those that there are.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -31,9 +33,10 @@ import numpy as np
 from gpubatch.backend import Backend
 from gpubatch.checkpoint import HEADER_LIMIT, open_tensors, versions, write_tensors
 from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, GpubatchError, check_int
+from gpubatch.inputs import ColumnNames
 from gpubatch.model.describe import Decoder, Encoder, differences
 from gpubatch.model.preparation import Preparation
-from gpubatch.nn import Network, parameter_names, stacked
+from gpubatch.nn import Network, core_of, parameter_names, stacked
 
 __all__ = ["check_path", "check_writable", "read_file", "write_file"]
 
@@ -84,7 +87,9 @@ def describe(net: Network, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def write_file(path: Path, net: Network, preparation: Preparation | None, classes: list[Any] | None) -> None:
+def write_file(
+    path: Path, net: Network, preparation: Preparation | None, classes: list[Any] | None, columns: ColumnNames
+) -> None:
     """Write a model file, or leave what is there as it is."""
     arrays: dict[str, np.ndarray] = {}
     network = describe(net, arrays)
@@ -97,7 +102,8 @@ def write_file(path: Path, net: Network, preparation: Preparation | None, classe
     if "products" in state:
         network["products"] = state["products"]
     ready = None if preparation is None else preparation.to_json(arrays)
-    model = json.dumps({"network": network, "preparation": ready, "classes": classes}, allow_nan=False)
+    whole = {"network": network, "preparation": ready, "classes": classes, "columns": dataclasses.asdict(columns)}
+    model = json.dumps(whole, allow_nan=False)
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -160,6 +166,7 @@ def read_file(
         preparation, classes = None, _checked_classes(path, model.get("classes"))
         if model.get("preparation") is not None:
             preparation = Preparation.from_json(model["preparation"], path, arrays, read.custom, classes)
+        columns = _checked_columns(path, model.get("columns"))
         if into is None:
             options = network["l2"], backend, network["dtype"], network["seed"], network["precision"], network["tune"]
             net = Network(layers, loss, *options)
@@ -173,6 +180,7 @@ def read_file(
         state = {kind: {name: arrays[f"{kind}.{name}"] for name in names[kind]} for kind in names}
         more = {"products": network["products"]} if "products" in network else {}
         net.load_state_dict({**state, "dropout_step": step, **more})
+        core_of(net).columns = columns
         written = json.loads(metadata["versions"])
         return net, preparation, classes, written
 
@@ -226,6 +234,14 @@ def _checked_classes(path: Path, classes: Any) -> list[Any] | None:
     if classes is not None and not (isinstance(classes, list) and all(isinstance(x, (str, int)) for x in classes)):
         raise DataFormatError(f"{path} is damaged: its class names are {str(classes)[:99]}")
     return classes
+
+
+def _checked_columns(path: Path, found: Any) -> ColumnNames:
+    """The names of the columns of frames, which files of before these were kept do not have."""
+    try:
+        return ColumnNames() if found is None else ColumnNames.from_json(found)
+    except (DTypeError, TypeError, LookupError) as error:
+        raise DataFormatError(f"{path} is damaged: the names of its columns: {error}") from error
 
 
 def parts_of(network: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,12 @@ import numpy as np
 
 from gpubatch.backend import Array, Backend
 from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, ShapeError
-from gpubatch.inputs import checked_array
+from gpubatch.inputs import check_pairs, checked_array
 from gpubatch.loader import Loader, epochs_of, rows_of
 from gpubatch.metrics import confusion_matrix
 from gpubatch.model.file import check_path, read_file, write_file
 from gpubatch.model.preparation import Preparation
-from gpubatch.nn import EVALUATION_ROWS, Network
+from gpubatch.nn import EVALUATION_ROWS, Network, core_of
 from gpubatch.sources import is_read
 from gpubatch.tables import Recipe, Table, read_table
 
@@ -59,11 +59,14 @@ class Model:
         if preparation is not None and preparation.table is not None:
             classes = classes_of(preparation.table, classes)
         self._set(net, preparation, checked_classes(classes, net), {})
+        if isinstance(loader, Loader):
+            self._columns = epochs_of(loader).columns.names
 
     def _set(
         self, net: Network, preparation: Preparation | None, classes: list[Any] | None, versions: dict[str, str]
     ) -> None:
         self.net, self.preparation, self.classes, self.versions = net, preparation, classes, versions
+        self._columns = core_of(net).columns
 
     def __repr__(self) -> str:
         prepared = "" if self.preparation is None else f", {self.preparation}"
@@ -72,7 +75,7 @@ class Model:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save it as :func:`save` does."""
-        write_file(check_path(path), self.net, self.preparation, self.classes)
+        write_file(check_path(path), self.net, self.preparation, self.classes, self._columns)
 
     # --- what it computes ---
 
@@ -101,7 +104,7 @@ class Model:
         y: their labels, as the network takes them or names of classes; None: batches have none, but with ``labelled``
             those of a table.
         """
-        return self._loader(raw, None if y is None else self._labels(y), labelled)
+        return self._loader(raw, y, labelled)
 
     def evaluate(self, raw: Any, y: Any = None) -> tuple[float, float | None]:
         """The loss and the accuracy, as :meth:`Network.evaluate`; ``y`` has class names where the model has any.
@@ -110,7 +113,7 @@ class Model:
         """
         if y is None and (self.preparation is None or self.preparation.table is None):
             raise ArgumentError("y must be given where raw is no table, which has its labels")
-        loader = self._loader(raw, None if y is None else self._labels(y), labelled=y is None)
+        loader = self._loader(raw, y, labelled=y is None)
         loss, right, n = 0.0, 0.0, 0
         accuracy: float | None = None
         for x, labels in rows_of(loader):
@@ -123,6 +126,7 @@ class Model:
         """How many samples of each class, by row, were taken for each class, by column, in the order of ``classes``."""
         if self.classes is None:
             raise ArgumentError("a confusion matrix needs a model with classes")
+        check_pairs(("raw", "y"), (raw, y))
         predicted, truth = self.predict(raw), self._table(raw).labels if y is None else y
         return confusion_matrix(self._labels(truth), self._labels(predicted), classes=len(self.classes))
 
@@ -139,6 +143,9 @@ class Model:
     def _loader(self, raw: Any, y: Any = None, labelled: bool = False) -> Loader:
         """A loader of raw samples in their order, prepared; of a table with its labels if they are wanted."""
         of = self.preparation or Preparation(None, 0, (self.net.inputs,), self.net.dtype)
+        if of.table is None:
+            self._columns.check(("raw", "y"), raw, y)
+        y = None if y is None else self._labels(y)
         if of.table is not None:
             table = self._table(raw, labelled)
             if labelled and not table.labelled:

@@ -13,7 +13,7 @@ from gpubatch.checkpoint import DTYPES
 from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, ShapeError, check_choice, check_int, check_real
 from gpubatch.loader import Loader, Standardize, epochs_of
 from gpubatch.model.describe import path_of
-from gpubatch.tables import Recipe, Table
+from gpubatch.tables import Recipe, Table, TrainingRows
 
 __all__ = ["Preparation"]
 
@@ -27,6 +27,7 @@ class Preparation:
     dtype: of the samples that the network was trained on
     prepare: a function of a batch, or None
     table: how rows of a table become samples first, or None where samples are arrays
+    rows: which rows of the data the network was trained on; None where nobody knows
     """
 
     scale: float | None
@@ -35,12 +36,13 @@ class Preparation:
     dtype: np.dtype[Any]
     prepare: Callable[[Any], Any] | None = None
     table: Recipe | None = None
+    rows: TrainingRows | None = None
 
     @classmethod
     def of(cls, loader: Loader | Table) -> Preparation:
         """What a loader does to its samples, or a table to its rows."""
         if isinstance(loader, Table):
-            return cls(None, 0, (loader.features,), np.dtype(np.float32), None, loader.recipe)
+            return cls(None, 0, (loader.features,), np.dtype(np.float32), None, loader.recipe, loader.recipe.rows)
         if not isinstance(loader, Loader):
             raise DTypeError(
                 f"loader must be the gb.Loader, or the table, that the network was trained on, got {loader!r}"
@@ -54,6 +56,7 @@ class Preparation:
             columns.source_dtype,
             loader.prepare,
             columns.recipe,
+            None if columns.recipe is None else columns.recipe.rows,
         )
 
     def to_json(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -65,6 +68,7 @@ class Preparation:
             "dtype": self.dtype.name,
             "prepare": None,
             "table": None if self.table is None else self.table.to_json(arrays),
+            "rows": None if self.rows is None else dataclasses.asdict(self.rows),
         }
         if isinstance(self.prepare, np.ufunc):
             found["prepare"] = {"numpy": self.prepare.__name__}
@@ -97,6 +101,7 @@ class Preparation:
             recipe = None if table is None else Recipe.from_json(table, arrays, classes)
             if recipe is not None and (axis, shape, dtype) != (0, (recipe.features,), np.dtype(np.float32)):
                 raise ValueError(f"a table of {recipe.features} features does not make samples of shape {shape}")
+            rows = None if found.get("rows") is None else TrainingRows.from_json(found["rows"])
             of = found["prepare"]
             given: Any = None
             name, state = "", None
@@ -119,7 +124,7 @@ class Preparation:
             given = given() if isinstance(given, type) else given
             if state is not None:
                 given.load_state_dict(_with_arrays(state, arrays))
-        return cls(scale, axis, shape, dtype, given, recipe)
+        return cls(scale, axis, shape, dtype, given, recipe, rows)
 
 
 def _state(state: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:

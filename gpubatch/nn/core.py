@@ -18,7 +18,7 @@ import numpy as np
 
 from gpubatch.backend import Array, Backend, compute_dtype
 from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError, UnscaledWarning
-from gpubatch.inputs import DenseRows, SparseMatrix, check_kind, is_sparse, taken
+from gpubatch.inputs import ColumnNames, DenseRows, SparseMatrix, check_kind, is_sparse, taken
 from gpubatch.nn.checks import WatchedLayer, WatchedLoss, of_the_user
 from gpubatch.nn.layers import BatchNorm, Dense, DenseActivation, Layer
 from gpubatch.nn.losses import NO_MEAN, Loss, Weighing, check_weight, check_weight_values, counts_of, no_mean
@@ -99,6 +99,7 @@ class Core:
             raise ArgumentError(f"{loss.name} has ignore_label, but takes no weights: its class needs takes_weights")
         self.xp, self.ops, self.mode = backend.xp, ops_for(backend, dtype), Mode(seed, training=True)
         self.training = OwnedByThread()
+        self.columns = ColumnNames()  # of the frames that it was trained on
         self.largest_trained: float | None = None  # what scaled integers became at most, until the next evaluation
         largest = max((math.prod(p.shape) for run in self.layers for p in run.needs.parameters.values()), default=0)
         self.products = products_for(backend, dtype, precision, tune, largest)
@@ -551,6 +552,7 @@ class Core:
             if self.largest_trained is not None:
                 self.warn_if_unscaled(X)
             return X
+        self.columns.check(("X",), X)
         X = SparseMatrix("X", X) if is_sparse(X) else taken("X", X, self.backend)
         if X.dtype == self.dtype and not isinstance(X, SparseMatrix):
             return self.given(X)
@@ -564,6 +566,11 @@ class Core:
             return self.given(DenseRows(X, self.backend, self.dtype))
         with self.backend.scope(), np.errstate(over="ignore"):
             return self.given(X.astype(self.dtype))
+
+    def given_pair(self, X: Any, Y: Any) -> tuple[Array, Array]:
+        """``X`` and its labels for evaluation."""
+        self.columns.check(("X", "Y"), X, Y)
+        return self.given(X), taken("Y", Y, self.backend)
 
     def warn_if_unscaled(self, X: Array) -> None:
         """Warn, once after a training, if X is far larger than the training's batches can have been."""

@@ -23,7 +23,6 @@ from gpubatch.errors import (
     check_real,
 )
 from gpubatch.formula import Activation, BoundActivation, BoundScoreLoss, ScoreLoss
-from gpubatch.inputs import taken
 from gpubatch.nn.core import EVALUATION_ROWS, Core, quiet
 from gpubatch.nn.dealt import DealtSteps
 from gpubatch.nn.layers import (
@@ -289,7 +288,8 @@ class Network:
         if not training:
             return self.evaluate(X, Y, weight=weight)[0]
         core = self._core
-        X, Y = core.given(X)[:], taken("Y", Y, self.backend)
+        X, Y = core.given_pair(X, Y)
+        X = X[:]
         core.check_batch(X, Y, values=True, weight=weight)
         with core.training, self.backend.scope(), quiet():
             run = core.forward(X, Y, core.weights(Y, weight))
@@ -313,7 +313,7 @@ class Network:
         """
         check_int("rows", rows, 1)
         core, function = self._core, self._core.loss
-        X, Y = core.given(X), taken("Y", Y, self.backend)
+        X, Y = core.given_pair(X, Y)
         in_loss = weight if loss_weight is None else loss_weight
         core.check_batch(X, Y, values=True, weight=weight)
         if loss_weight is not None:
@@ -392,7 +392,7 @@ class Network:
         weight: what each sample counts, as in :meth:`loss_and_grad`; the fraction is Σ w right / Σ w, as scikit-learn's
             ``score(sample_weight=)``.
         """
-        X, Y = self._core.given(X), taken("Y", Y, self.backend)
+        X, Y = self._core.given_pair(X, Y)
         self._core.check_batch(X, Y, values=True, weight=weight)
         with self.backend.scope():
             self._core.check_values(Y, weight)

@@ -1,7 +1,7 @@
 """Tables of named columns as samples: :func:`read_table`."""
 
 from gpubatch.tables.files import is_large
-from gpubatch.tables.recipe import Category, Hashed, Numeric, Recipe
+from gpubatch.tables.recipe import DIGESTED, Category, Hashed, Numeric, Recipe, TrainingRows
 from gpubatch.tables.table import Table, read_table
 
-__all__ = ["Category", "Hashed", "Numeric", "Recipe", "Table", "is_large", "read_table"]
+__all__ = ["DIGESTED", "Category", "Hashed", "Numeric", "Recipe", "Table", "TrainingRows", "is_large", "read_table"]

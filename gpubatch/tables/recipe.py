@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import zlib
 from collections import Counter
@@ -11,13 +12,26 @@ from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from gpubatch.errors import ArgumentError, DataFormatError, check_bool, check_choice, check_int
+from gpubatch.errors import ArgumentError, DataFormatError, check_bool, check_choice, check_int, check_real
 from gpubatch.tables.columns import label_texts, numbers, texts
 
-__all__ = ["LONGEST", "MOST_BUCKETS", "Category", "Column", "Hashed", "LeftOut", "Numeric", "Recipe", "Target"]
+__all__ = [
+    "DIGESTED",
+    "LONGEST",
+    "MOST_BUCKETS",
+    "Category",
+    "Column",
+    "Hashed",
+    "LeftOut",
+    "Numeric",
+    "Recipe",
+    "Target",
+    "TrainingRows",
+]
 
 MOST_BUCKETS, MOST_CATEGORIES = 1 << 20, 1 << 14
 LONGEST = 10_000  # classes of a label
+DIGESTED = 256  # rows by which data are known again
 
 
 @dataclass(frozen=True)
@@ -171,15 +185,70 @@ class Target:
 
 
 @dataclass(frozen=True)
+class TrainingRows:
+    """Which rows of which data a model was trained on, so that both are known again.
+
+    rows: of the data
+    trained: of these, to train on
+    test_size, seed: of the split that left out the others; test_size is None where all were to train on
+    drawn: whether each row was drawn by itself, as where a file is streamed
+    digest: of the first rows of the data
+    digested: how many these are
+    """
+
+    rows: int
+    trained: int
+    test_size: float | None
+    seed: int
+    drawn: bool
+    digest: str
+    digested: int
+
+    @classmethod
+    def of(cls, rows: int, trained: int, first: np.ndarray, split: tuple[float, int, bool] | None) -> TrainingRows:
+        """Of data whose ``first`` rows are given; split: test size, seed and drawn."""
+        test_size, seed, drawn = split or (None, 0, False)
+        return cls(rows, trained, test_size, seed, drawn, digest_of(first), len(first))
+
+    def are_of(self, rows: int, first: np.ndarray) -> bool:
+        """Whether these are the data; ``first`` are their first ``digested`` rows."""
+        return rows == self.rows and digest_of(first) == self.digest
+
+    @classmethod
+    def from_json(cls, found: Any) -> TrainingRows:
+        """Of a file; raises what wrong types and values raise, as :meth:`Recipe.from_json`."""
+        rows = check_int("rows", found["rows"], 1)
+        share = found["test_size"]
+        return cls(
+            rows,
+            check_int("trained", found["trained"], 1, rows),
+            None if share is None else check_real("test_size", share, 0, 1, open_low=True, open_high=True),
+            check_int("seed", found["seed"], 0, 2**64 - 1),
+            check_bool("drawn", found["drawn"]),
+            _text(found["digest"]),
+            check_int("digested", found["digested"], 0, DIGESTED),
+        )
+
+
+def digest_of(rows: np.ndarray) -> str:
+    """What tells rows from others."""
+    found = hashlib.blake2b(f"{rows.dtype.str} {rows.shape}".encode(), digest_size=16)
+    found.update(np.ascontiguousarray(rows).tobytes())
+    return found.hexdigest()
+
+
+@dataclass(frozen=True)
 class Recipe:
     """The columns of a table in their order, what becomes of them, and the label.
 
     missing: texts that stand for no value
+    rows: those that it was found from; None in a file of before these were kept
     """
 
     columns: tuple[Column, ...]
     target: Target | None
     missing: tuple[str, ...] = ()
+    rows: TrainingRows | None = field(default=None, compare=False)
     _places: list[tuple[int, int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

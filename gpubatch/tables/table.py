@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import textwrap
 import warnings
@@ -27,7 +28,16 @@ from gpubatch.sources import Source
 from gpubatch.tables.files import Reading
 from gpubatch.tables.fitting import KINDS, Options, check_types, fit
 from gpubatch.tables.labels import find_target
-from gpubatch.tables.recipe import MOST_BUCKETS, MOST_CATEGORIES, Category, LeftOut, Recipe, Target
+from gpubatch.tables.recipe import (
+    DIGESTED,
+    MOST_BUCKETS,
+    MOST_CATEGORIES,
+    Category,
+    LeftOut,
+    Recipe,
+    Target,
+    TrainingRows,
+)
 from gpubatch.tables.rows import Chosen, Drawn, Listed, Rows
 from gpubatch.tables.several import opened
 
@@ -191,8 +201,10 @@ class Table(Prepared):
         chosen: Chosen | None = None,
         target: Target | None = None,
         labelled: bool = True,
+        split: tuple[float, int, bool] | None = None,
     ) -> None:
         self._rows, self._of, self._chosen, self._with_labels = rows, of, chosen, labelled
+        self._split = split  # the first one that it is a part of: test size, seed, and whether rows were drawn
         self._unknown: dict[str, Counter[str]] = {}
         self._told: set[str] = set()
         self._starts = np.cumsum([0, *rows.sizes])
@@ -222,7 +234,8 @@ class Table(Prepared):
             return self._of
         if isinstance(self._of, Table):
             return self._of.recipe
-        return fit(self._rows, self._of, self._target, self._blocks)
+        found = fit(self._rows, self._of, self._target, self._blocks)
+        return dataclasses.replace(found, rows=self._training_rows(found))
 
     @property
     def where(self) -> str:
@@ -324,10 +337,26 @@ class Table(Prepared):
 
         The numbers of both, medians, means and categories, are those of the rows to train on.
         """
+        return self._apart(test_size, seed, not self._rows.in_memory)
+
+    def split_as(self, test_size: float, seed: int, drawn: bool | None) -> tuple[Table, Table]:
+        """The same; drawn: each row by itself, as of a file that is streamed, or not."""
+        return self._apart(test_size, seed, not self._rows.in_memory if drawn is None else drawn)
+
+    def has(self, rows: TrainingRows | None) -> bool:
+        """Whether it has the rows of training, prepared by their numbers."""
+        if rows is None or len(self) != rows.rows:
+            return False
+        blocks = self.first(rows.digested)._blocks(self.recipe.names) if rows.digested else ()
+        found = [self.recipe.samples(where, table, start, None) for table, where, start in blocks]
+        return rows.are_of(len(self), np.concatenate([np.empty((0, self.features), np.float32), *found]))
+
+    def _apart(self, test_size: float, seed: int, drawn: bool) -> tuple[Table, Table]:
+        """See :meth:`split`; drawn: each row by itself."""
         seed = check_int("seed", seed, 0, 2**64 - 1)
         kept: Chosen
         held: Chosen
-        if not self._rows.in_memory:
+        if drawn:
             kept, held = (self._chosen if isinstance(self._chosen, Drawn) else Drawn()).split(test_size, seed)
         else:
             classified = self.classes is not None and self.labelled
@@ -337,7 +366,7 @@ class Table(Prepared):
             )
             kept, held = (Listed(rows[part]) for part in split(len(self), test_size, seed, codes, "test_size"))
         of = self.root
-        train = Table(self._rows, of, kept, self._target)
+        train = Table(self._rows, of, kept, self._target, split=self._split or (test_size, seed, drawn))
         test = Table(self._rows, of if isinstance(of, Recipe) else train, held, self._target)
         if not (len(train) and len(test)):
             words = f"leaves {len(test)} to test on and {len(train)} to train"
@@ -352,7 +381,7 @@ class Table(Prepared):
             wanted -= len(found[-1])
             if not wanted:
                 break
-        return Table(self._rows, self._of, Listed(np.concatenate(found)), self._target, self._with_labels)
+        return Table(self._rows, self._of, Listed(np.concatenate(found)), self._target, self._with_labels, self._split)
 
     @property
     def root(self) -> Options | Recipe:
@@ -468,6 +497,15 @@ class Table(Prepared):
                 for name, counts in fresh.items()
             )
             warnings.warn(f"{self.where}: {words}: they are 0 in all columns of their categories", TableWarning, 3)
+
+    def _training_rows(self, recipe: Recipe) -> TrainingRows:
+        """Which rows these are, by the first ones of the whole table."""
+        first = self._rows.block(0, recipe.names).slice(0, DIGESTED)
+        try:
+            x = recipe.samples(self.where, first, 0, None)
+        except GpubatchError:  # in a row to test on, which those who test on it are told
+            x = np.empty((0, recipe.features), np.float32)
+        return TrainingRows.of(int(self._starts[-1]), len(self), x, self._split)
 
 
 class Blocks:

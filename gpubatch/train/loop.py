@@ -183,6 +183,7 @@ def fit(
                 stack.enter_context(context)
             core_of(net).largest_trained = largest = epochs_of(loader).columns.largest
             stack.callback(setattr, core_of(net), "largest_trained", largest)
+            core_of(net).columns = epochs_of(loader).columns.names
             scale = scale_for(net, loss_scale)
             state = TrainingState(net, loader, opt, History(), loader.epoch, opt.t, rank=together.rank)
             record = Record(state, scale, together)

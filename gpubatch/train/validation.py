@@ -207,7 +207,8 @@ def held_out_of(net: Network, loader: Loader, validation: Any) -> HeldOut:
 
 def warn_if_prepared_otherwise(training: Columns, other: Columns) -> None:
     """Warn of a validation Loader that lacks what the loader does to its samples, or does what that one does not."""
-    check_columns("validation", other.names, training.names)
+    check_columns("validation", other.names.X, training.names.X)
+    check_columns("the labels of validation", other.names.Y, training.names.Y)
     for name in ("prepare", "scale", "recipe"):
         own, its = getattr(training, name), getattr(other, name)
         if name == "prepare":  # whether two functions do the same, nobody can tell
