@@ -13,7 +13,7 @@ def main() -> None:
     """Run the command line.
 
     Exit codes: 0; 1 for an error in data, training or the machine; 2 for a wrong option or value; 130 after Ctrl-C, 143
-    after SIGTERM.
+    after SIGTERM, 129 after SIGHUP.
     """
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if missing:

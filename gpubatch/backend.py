@@ -32,6 +32,7 @@ from gpubatch.errors import (
     DTypeError,
     NonFiniteError,
     check_choice,
+    nearest,
 )
 from gpubatch.main_memory import Memory, main_memory
 
@@ -588,7 +589,10 @@ def _named(spec: Any, fallback: str | None, argument: str, reason: str) -> Backe
         return CpuBackend(reason)
     match = re.fullmatch(r"cuda(?::(\d+))?", spec) if isinstance(spec, str) else None
     if match is None:
-        raise ArgumentError(f"{argument} must be 'auto', 'cpu', 'cuda', 'cuda:N' or a Backend, got {spec!r}")
+        raise ArgumentError(
+            f"{argument} must be 'auto', 'cpu', 'cuda', 'cuda:N' or a Backend, got {spec!r}"
+            f"{nearest(spec, ['cpu', 'cuda'])}"
+        )
     try:
         return _cuda(int(match[1]) if match[1] else None, reason)
     except BackendUnavailableError as error:
@@ -683,7 +687,8 @@ def _no_device(driver: int, needed: int, error: BaseException | None) -> Backend
         error,
         f"'cuda' cannot be used: no device, {found}{detail}.",
         "no device",
-        "check nvidia-smi and CUDA_VISIBLE_DEVICES (in a container: run it with its GPUs), or use backend='cpu'.",
+        "check nvidia-smi and CUDA_VISIBLE_DEVICES (in a container: run it with its GPUs), or use backend='cpu' "
+        "(--backend cpu).",
     )
 
 

@@ -37,9 +37,10 @@ Each is also the built-in exception that a NumPy user expects.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -266,15 +267,58 @@ def check_known(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
             raise UnknownArgumentError(f"{owner} takes {', '.join(names)}; got {name!r}{nearest(name, names)}")
 
 
-# What other libraries call an argument that has another name here.
-ELSEWHERE = {"learning_rate": "lr", "epsilon": "eps", "alpha": "rho"}
+def no_attribute(x: Any, name: str, elsewhere: Mapping[str, str]) -> str:
+    """What to say of an attribute that the dataclass ``x`` does not have; ``elsewhere``: where others have it."""
+    kind = type(x).__name__
+    if name.startswith("__") or name not in elsewhere:
+        known = [field.name for field in dataclasses.fields(x)]
+        return f"a {kind} has {', '.join(known)}; got {name!r}{nearest(name, known)}"
+    return f"a {kind} has no {name!r}: take {elsewhere[name]}"
+
+
+# What other libraries call a thing that has another name here: arguments, devices, losses, first weights, what to
+# watch, and the methods of callbacks.
+ELSEWHERE = {
+    elsewhere: name
+    for name, others in {
+        "lr": "learning_rate",
+        "eps": "epsilon",
+        "rho": "alpha beta2",
+        "beta1": "betas",
+        "mu": "momentum",
+        "restore_best": "restore_best_weights",
+        "cuda": "gpu cupy",
+        "cpu": "numpy",
+        "softmax_cross_entropy": "cross_entropy categorical_crossentropy sparse_categorical_crossentropy nll nll_loss",
+        "sigmoid_cross_entropy": "bce binary_crossentropy binary_cross_entropy log_loss bce_with_logits",
+        "mse": "mean_squared_error squared_error l2",
+        "mae": "mean_absolute_error absolute_error l1",
+        "huber": "smooth_l1",
+        "sigmoid": "logistic",
+        "he": "he_normal kaiming kaiming_normal",
+        "he_uniform": "kaiming_uniform",
+        "xavier": "glorot glorot_normal xavier_normal",
+        "xavier_uniform": "glorot_uniform",
+        "lecun": "lecun_normal",
+        "validation_accuracy": "accuracy acc val_acc",
+        "on_start": "on_train_begin on_train_start on_fit_start",
+        "on_gradient": "on_before_optimizer_step",
+        "on_step": "on_batch_end on_train_batch_end",
+        "on_validation": "on_test_end on_validation_end on_validation_epoch_end",
+        "on_epoch": "on_train_epoch_end",
+        "on_end": "on_train_end on_fit_end",
+    }.items()
+    for elsewhere in others.split()
+}
 
 
 def nearest(value: Any, known: list[str]) -> str:
     """The end of a message: the name of ``known`` that may be meant, if any is like ``value``."""
     import difflib  # imported for error messages only
 
-    near = difflib.get_close_matches(value, known, n=1) if isinstance(value, str) else []
-    if ELSEWHERE.get(value) in known:
-        near = [ELSEWHERE[value]]
+    if not isinstance(value, str):
+        return ""
+    meant = ELSEWHERE.get(value.lower())
+    near = [meant] if meant in known else [name for name in known if name.lower() == value.lower()]
+    near = near or difflib.get_close_matches(value, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gpubatch.backend import Array, backend_of
-from gpubatch.errors import ArgumentError, ShapeError, check_choice, check_int
+from gpubatch.errors import ArgumentError, ShapeError, check_choice, check_int, nearest
 from gpubatch.loader import Loader, rows_of
 from gpubatch.nn import EVALUATION_ROWS, Network
 
@@ -326,7 +326,7 @@ def measures_of(net: Network, metrics: Iterable[str]) -> list[tuple[str, Measure
             known = ", ".join(KINDS)
             raise ArgumentError(
                 f"a metric must be one of {known}, with K a number and, after precision, recall and f1, _micro, "
-                f"_macro, _weighted or _binary, as f1_micro; got {name!r}"
+                f"_macro, _weighted or _binary, as f1_micro; got {name!r}{nearest(name, list(KINDS))}"
             )
     return found
 

@@ -130,6 +130,14 @@ class Misspelt:
     def __call__(self, state: TrainingState) -> None: ...
 
 
+class Keras:
+    def on_train_begin(self, logs: Any = None) -> None: ...
+
+
+def with_hook(name: str, method: Any) -> Any:
+    return type("Mine", (), {name: method})()
+
+
 class Plateau:
     def on_epoch(self, state: TrainingState) -> None: ...
 
@@ -138,6 +146,20 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "not a list": (Plateau(), gb.DTypeError, r"must be a list of callbacks, got one Plateau: write callbacks=\[...\]"),
     "misspelt, and a function": ([Misspelt()], gb.UnknownArgumentError, "Misspelt, takes .*; did you mean 'on_epoch'?"),
     "a class": ([gb.EarlyStopping], gb.DTypeError, r"an object, got the class EarlyStopping: write EarlyStopping\(\)"),
+    "text": ("early_stopping", gb.DTypeError, "must be a list of callbacks, got one str"),
+    "none": (None, gb.DTypeError, r"must be a list of callbacks, got None: write callbacks=\[...\]"),
+    "Keras' method": ([Keras()], gb.UnknownArgumentError, "got 'on_train_begin'; did you mean 'on_start'?"),
+    "Keras' arguments": (
+        [with_hook("on_epoch", lambda self, epoch, logs: None)],
+        gb.DTypeError,
+        r"a callback, Mine.on_epoch, must take \(state\), got \(epoch, logs\)",
+    ),
+    "a hook without gradients": (
+        [with_hook("on_gradient", lambda self, state: None)],
+        gb.DTypeError,
+        r"a callback, Mine.on_gradient, must take \(state, grads\), got \(state\)",
+    ),
+    "a function of nothing": ([lambda: None], gb.DTypeError, r"a callback, <lambda>, must take \(state\), got \(\)"),
     "neither": ([3], gb.DTypeError, "a callback must be callable or have on_start, .*, got 3"),
     "no such monitor": (
         [gb.EarlyStopping(monitor="val_loss")],
@@ -162,6 +184,30 @@ def test_what_is_wrong_is_told_before_the_first_step(name: str) -> None:
     with pytest.raises(kind, match=message):
         gb.fit(net, loader, opt, 2, validation=blobs(60), callbacks=callbacks, progress=False)
     assert opt.t == 0
+
+
+# What does nothing where people expect that it does something.
+IN_VAIN: dict[str, tuple[Any, type[Exception], str]] = {
+    "stop": (lambda s: setattr(s, "stop_training", True), gb.ArgumentError, r"changes nothing: raise gb.StopTraining"),
+    "rate": (lambda s: setattr(s, "lr", 0.1), gb.ArgumentError, "state.lr = 0.1 changes nothing: assign state.opt.lr"),
+    "stop by the network": (lambda s: setattr(s.net, "stop_training", True), gb.ArgumentError, "gb.StopTraining"),
+    "a result": (lambda s: True, gb.DTypeError, r"must return nothing, got True: raise gb.StopTraining\(\) to end"),
+    "new gradients": (
+        with_hook("on_gradient", lambda self, state, grads: {k: 2 * g for k, g in grads.items()}),
+        gb.DTypeError,
+        r"must return nothing, got a dict: grads is changed in place, as grads\['W1'\]\[...\] = values",
+    ),
+    "loss": (lambda s: s.loss, AttributeError, "has no 'loss': take state.history.loss"),
+    "other": (lambda s: s.histroy, AttributeError, "has net, loader, opt, .* got 'histroy'; did you mean 'history'?"),
+    "Keras' history": (lambda s: s.history.val_loss, AttributeError, "got 'val_loss'; did you mean 'validation_loss'?"),
+}
+
+
+@pytest.mark.parametrize("name", IN_VAIN)
+def test_what_a_callback_does_in_vain_is_told(name: str) -> None:
+    callback, kind, message = IN_VAIN[name]
+    with pytest.raises(kind, match=message):
+        run([callback])
 
 
 @pytest.mark.parametrize("kind", [gb.EarlyStopping, gb.BestWeights, gb.ReduceOnPlateau])

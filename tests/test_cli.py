@@ -232,6 +232,7 @@ def test_info_shows_what_multiplies_in_a_captured_step(there: bool, monkeypatch:
     assert row.startswith(f"matrix products of a captured step on cuda:99: {words}")
     result = json.loads(CliRunner().invoke(app, ["info", "--json"]).stdout)
     assert result["matrix_products"]["cuda:99"].startswith(words)
+    assert f"kernels compiled for the CPU: {result['kernels']}." in lines
     assert f"matrix products on the CPU: {result['matrix_products']['cpu']}." in lines
 
 

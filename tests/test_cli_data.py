@@ -361,6 +361,18 @@ def test_wrong_data_is_told_in_one_line(name: str, tmp_path: Path) -> None:
     assert re.search(message, done.stderr), done.stderr
 
 
+def test_arrays_that_are_swapped_are_told(tmp_path: Path) -> None:
+    X, Y = tmp_path / "x.npy", tmp_path / "y.npy"
+    np.save(X, np.ones((20, 3)))
+    np.save(Y, np.arange(20) % 2)
+    with pytest.raises(
+        gb.ArgumentError, match=r"samples first: .*y.npy has shape \(20,\).*; give \S*x.npy \S*y.npy, or"
+    ):
+        DataOptions([str(Y), str(X)]).read()
+    np.save(Y, np.linspace(0, 1, 20)[:, None])  # one number a sample, and three outputs
+    assert DataOptions([str(Y), str(X)]).read().outputs == 3
+
+
 @pytest.mark.exhaustive
 def test_damaged_arrays_are_exit_code_1(tmp_path: Path) -> None:
     (tmp_path / "x.npy").write_bytes(b"no array")

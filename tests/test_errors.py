@@ -6,6 +6,7 @@ import concurrent.futures
 import copy
 import multiprocessing
 import pickle
+from collections.abc import Callable
 
 import pytest
 
@@ -33,6 +34,25 @@ def test_an_error_is_pickled_and_copied(kind: type[BaseException]) -> None:
     for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert type(twin) is kind
         assert (str(twin), twin.args, vars(twin)) == (str(error), error.args, vars(error))
+
+
+@pytest.mark.parametrize(
+    ("make", "meant"),
+    [
+        (lambda: gb.mlp([2, 2], loss="binary_crossentropy"), "sigmoid_cross_entropy"),
+        (lambda: gb.mlp([2, 2], loss="squared_error"), "mse"),
+        (lambda: gb.mlp([2, 2], loss="MSE"), "mse"),
+        (lambda: gb.mlp([2, 2, 2], activation="ReLU"), "relu"),
+        (lambda: gb.mlp([2, 2], init="glorot_uniform"), "xavier_uniform"),
+        (lambda: gb.get_backend("gpu"), "cuda"),
+        (lambda: gb.get_backend("CPU"), "cpu"),
+        (lambda: gb.metrics.measure(gb.mlp([2, 2]), [[1.0, 2.0]], [0], metrics=["F1"]), "f1"),
+    ],
+    ids=range(8),
+)
+def test_what_has_another_name_elsewhere_is_found(make: Callable[[], object], meant: str) -> None:
+    with pytest.raises(errors.ArgumentError, match=f"; did you mean '{meant}'\\?$"):
+        make()
 
 
 @pytest.mark.parametrize(

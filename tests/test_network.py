@@ -620,6 +620,22 @@ def test_state_goes_round_and_training_goes_on_exactly(backend, rng) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("parameters", {}, r"net.parameters\[name\] = values"),
+        ("dtype", "float64", "make another network"),
+        ("loss", "mse", "loss is a method; give the argument when the network is made"),
+        ("training", False, "fit and loss_and_grad train, all else evaluates"),
+    ],
+)
+def test_what_is_assigned_to_a_network_in_vain_is_told(name, value, remedy) -> None:
+    net = build("relu", "softmax_cross_entropy")
+    with pytest.raises(ArgumentError, match=f"^net.{name} = .* changes nothing: {remedy}"):
+        setattr(net, name, value)
+    net.notes = "of mine"
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda s: s.pop("buffers"), r"state must hold .*missing \['buffers'\]"),

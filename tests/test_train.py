@@ -401,13 +401,14 @@ def test_it_runs_in_another_thread() -> None:
     assert len(histories[0].loss) == 1
 
 
-def test_sigterm_ends_the_program_as_is_usual() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_program_as_is_usual(number: int) -> None:
     net_loader_opt = parts()
     with pytest.raises(SystemExit, match="terminated in epoch 1 after step 12; the model holds") as raised:
-        gb.fit(*net_loader_opt, 2, callbacks=[lambda s: os.kill(os.getpid(), signal.SIGTERM)], progress=False)
+        gb.fit(*net_loader_opt, 2, callbacks=[lambda s: os.kill(os.getpid(), number)], progress=False)
     assert isinstance(raised.value, TrainingTerminated)
-    assert (raised.value.code, len(raised.value.history.loss)) == (143, 1)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert (raised.value.code, len(raised.value.history.loss)) == (128 + number, 1)
+    assert signal.getsignal(number) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -874,6 +875,25 @@ def test_unscaled_pixels_are_told_after_a_training_on_scaled_ones() -> None:
     net.predict(loader.to_batch(pixels))
     with pytest.raises(gb.DTypeError, match="X has dtype uint8, as pixels have"):
         net.predict(pixels)
+
+
+@pytest.mark.parametrize(
+    ("top", "options", "told"),
+    [(255, {}, True), (255, {"scale": 1.0}, True), (255, {"scale": 1 / 255}, False), (100, {}, False)],
+    ids=["pixels", "scale 1", "scaled", "small numbers"],
+)
+def test_pixels_that_nobody_scales_are_told_before_the_first_step(top: int, options: Any, told: bool) -> None:
+    X, Y = blobs()
+    pixels = np.clip(20 * X + 100, 0, 255).astype(np.uint8)
+    pixels = np.minimum(pixels, top).astype(np.uint8)
+    net, *_ = parts()
+    loader = gb.Loader(pixels, Y, batch_size=50, backend="cpu", **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", gb.UnscaledWarning)
+        gb.fit(net, loader, gb.Adam(net.parameters), 1, progress=False)
+    found = [str(w.message) for w in caught if w.category is gb.UnscaledWarning]
+    assert len(found) == told
+    assert not told or re.match(r"X has dtype uint8 and reaches \d+, .*: give the loader scale=1/255", found[0])
 
 
 def prepare(x: Any) -> Any:
@@ -1495,6 +1515,13 @@ ERRORS = {
     "callback": (lambda: other(callbacks=[3]), TypeError, "a callback must be callable"),
     "max_norm": (lambda: other(max_norm=0), ValueError, r"max_norm must be finite and in \(0, inf\), got 0\.0"),
     "max_skipped": (lambda: other(max_skipped=-1), ValueError, "max_skipped must be an integer >= 0, got -1"),
+    "arrays for a loader": (
+        lambda: other(loader=X),
+        TypeError,
+        r"loader must be .* got ndarray: gb.Loader\(X, Y\) make",
+    ),
+    "a class": (lambda: other(opt=gb.Adam), TypeError, r"opt must be .* got the class Adam: gb.Adam\(net.parameters\)"),
+    "two optimizers": (lambda: other(opt=[]), TypeError, "opt must be a gpubatch.Optimizer, got list: .* groups="),
     "checkpoint": (lambda: other(checkpoint=3), TypeError, "the folder of checkpoints must be a path, got 3"),
     "resume": (lambda: other(resume=1), TypeError, "resume must be True or False, got 1"),
 }

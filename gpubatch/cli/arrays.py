@@ -93,7 +93,13 @@ def arrays_of(paths: Sequence[Path]) -> tuple[str, Arrays]:
     endings = [path.suffix for path in paths]
     if endings == [".npy", ".npy"]:
         X = RowsOf(sources.npy(paths[0], flatten=True)) if is_large(paths[0].stat().st_size) else npy(paths[0])
-        return " and ".join(map(str, paths)), Arrays(X, npy(paths[1]))
+        Y = npy(paths[1])
+        if isinstance(X, np.ndarray) and X.ndim == 1 and Y.ndim > 1 and Y[0].size > 1:
+            raise ArgumentError(
+                f"DATA must be X.npy Y.npy, samples first: {paths[0]} has shape {X.shape}, as labels have, {paths[1]} "
+                f"{Y.shape}; give {paths[1]} {paths[0]}, or save samples of one number as X.reshape(-1, 1)"
+            )
+        return " and ".join(map(str, paths)), Arrays(X, Y)
     if endings == [".npz"]:
         return str(paths[0]), npz(paths[0])
     words = "one file; give X.npy Y.npy" if endings == [".npy"] else " ".join(map(str, paths))

@@ -65,6 +65,7 @@ def info(
         backends = {be.spec: {"device": be.device, "memory": dataclasses.asdict(be.memory())} for be in found}
         products = {"cpu": cpu_products(), **_how_cuda_multiplies(found)}
         cuda: dict[str, Any] = {"cuda": why_not or "available", "matrix_products": products}
+        cuda["kernels"] = kernels_in_words()
         cuda["ranks"] = processes
         cuda["extras"] = {name: installed(packages) for name, (_, packages) in EXTRAS.items()}
         print_json(backends=backends, **cuda, own_formulas=own_form(), auto=get_backend().spec, versions=versions())
@@ -82,9 +83,7 @@ def info(
         out.print(why_not, soft_wrap=True, markup=False)  # a remedy has square brackets
     for spec, how in _how_cuda_multiplies(found).items():
         out.print(f"matrix products of a captured step on {spec}: {how}.", soft_wrap=True, markup=False)
-    compiled = host_library()
-    words = compiled if isinstance(compiled, str) else f"for {compiled.level()}, {threads_in_words(compiled)}"
-    out.print(f"kernels compiled for the CPU: {words}.", soft_wrap=True)
+    out.print(f"kernels compiled for the CPU: {kernels_in_words()}.", soft_wrap=True)
     out.print(f"matrix products on the CPU: {cpu_products()}.", soft_wrap=True, markup=False)
     out.print(f"formulas of your own on a CPU: {own_form()}.", soft_wrap=True, markup=False)
     out.print(f"ranks: {_ranks_in_words(processes)}.", soft_wrap=True, markup=False)
@@ -136,10 +135,14 @@ def installed(packages: Sequence[str]) -> dict[str, str | None]:
     return found
 
 
-def threads_in_words(library: Any) -> str:
-    """On how many threads loops run on the CPU."""
+def kernels_in_words() -> str:
+    """For what processors the kernels are compiled, and on how many threads they run; or why there are none."""
+    library = host_library()
+    if isinstance(library, str):
+        return library
     most = library.threads()
-    return f"on up to {most} threads, and on fewer while others use the processors" if most > 1 else "on one thread"
+    threads = f"on up to {most} threads, and on fewer while others use the processors" if most > 1 else "on one thread"
+    return f"for {library.level()}, {threads}"
 
 
 def _why_no_cuda() -> str | None:

@@ -45,7 +45,7 @@ def print_version(wanted: bool) -> None:
 
 @app.callback(
     epilog="Exit codes: 0; 1 for an error in data, training or the machine; 2 for a wrong option or value; 130 after "
-    "Ctrl-C, 143 after SIGTERM."
+    "Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."
 )
 def common(
     context: typer.Context,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 import time
 from pathlib import Path
@@ -136,8 +137,8 @@ def train(
         if store is None and save_file is None:
             ended = f"{ended.partition(';')[0]}; nothing of it is saved without --checkpoint DIR"
         typer.echo(ended, err=True)
-        # What a shell reports for a program that Ctrl-C or SIGTERM ended.
-        code = 130 if isinstance(end, TrainingInterrupted) else 143
+        # What a shell reports for a program that a signal ended.
+        code = 128 + (signal.SIGINT if isinstance(end, TrainingInterrupted) else end.number)
     if not together.first:
         raise typer.Exit(code)
     seconds = time.perf_counter() - started

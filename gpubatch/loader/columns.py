@@ -479,6 +479,11 @@ class Columns(Sequence[Column]):
         return None
 
     @property
+    def takes_bytes(self) -> bool:
+        """Whether samples are bytes that become the same numbers in batches."""
+        return self.source_dtype == np.uint8 and self.scale in (None, 1.0) and not self.has_functions
+
+    @property
     def has_functions(self) -> bool:
         """Whether functions of the user's are applied to batches."""
         return self.prepare is not None or self.augment is not None

@@ -53,6 +53,16 @@ V0_1 = "v0.1"  # the init of mlp() that makes the networks of that version
 MIXED = "mixed"  # the precision beside those of products
 
 
+# What is made with a network, and what people assign besides; what does what they mean.
+MADE = frozenset("backend buffers compute_dtype dtype layers loss_scale parameters precision seed tune".split())
+IN_VAIN = {
+    "stop_training": "a callback that raises gb.StopTraining() ends the run",
+    "training": "fit and loss_and_grad train, all else evaluates",
+    "trainable": "an optimizer's groups={'W1': {'trainable': False}} leave parameters as they are",
+    **dict.fromkeys(("lr", "learning_rate"), "assign opt.lr"),
+}
+
+
 @as_written
 class Network:
     """Layers, one after another, and a loss.
@@ -135,6 +145,21 @@ class Network:
         self.compute_dtype = self._core.compute_dtype
         self.parameters, self.buffers = self._core.parameters, self._core.buffers
         self.loss_scale = self._core.loss_scale
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        known = getattr(type(self), name, None)
+        if name in MADE and "loss_scale" in vars(self):  # the last to be made
+            remedy = (
+                "net.parameters[name] = values changes them"
+                if name == "parameters"
+                else "make another network, and give it the state_dict()"
+            )
+        elif name in IN_VAIN or (callable(known) and not callable(value)):
+            remedy = IN_VAIN.get(name, f"{name} is a method; give the argument when the network is made")
+        else:
+            object.__setattr__(self, name, value)
+            return
+        raise ArgumentError(f"net.{name} = {value!r} changes nothing: {remedy}")
 
     @property
     def loss_function(self) -> Loss:
@@ -488,7 +513,11 @@ class Network:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave, all of it checked first; any backend accepts NumPy arrays."""
+        """Load what :meth:`state_dict` gave, all of it checked first; any backend accepts NumPy arrays.
+
+        It has numbers alone, of layers of the same shapes: which activations lie between them, :func:`gpubatch.save`
+        keeps.
+        """
         check_names("state", state, ["parameters", "buffers", "dropout_step"], ["products"])
         if "products" in state:
             check_choices(state["products"])

@@ -48,7 +48,9 @@ def named_arrays(arrays: Any, argument: str, *, writable: bool = False, optional
             # PyTorch exports no tensor that requires a gradient; its memory is what an optimizer updates.
             array = from_dlpack(array.detach() if getattr(array, "requires_grad", False) else array)
         elif not isinstance(array, np.ndarray) and not is_cupy(array):
-            raise DTypeError(f"{label} must be a NumPy or CuPy array, or speak DLPack, got {describe(array)}")
+            groups = isinstance(array, Mapping) and "params" in array
+            hint = "; all arrays are params, and groups= has the settings of some by name" if groups else ""
+            raise DTypeError(f"{label} must be a NumPy or CuPy array, or speak DLPack, got {describe(array)}{hint}")
         if writable and (frozen or not getattr(array.flags, "writeable", True)):
             raise ArgumentError(f"{label} is read-only: an optimizer changes it in place, give it a writable array")
         found[name] = array

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from gpubatch.errors import ArgumentError, DTypeError, check_known
@@ -32,9 +33,10 @@ class Callbacks:
     together: the ranks of the run, which all stop where a callback of one does.
     """
 
-    def __init__(self, given: Iterable[Any] = (), together: Agreement = ALONE) -> None:
-        if not isinstance(given, Iterable):
-            raise DTypeError(f"callbacks must be a list of callbacks, got one {named(given)}: write callbacks=[...]")
+    def __init__(self, given: Any = (), together: Agreement = ALONE) -> None:
+        if not isinstance(given, Iterable) or isinstance(given, (str, Mapping)):
+            what = "None" if given is None else f"one {named(given)}"
+            raise DTypeError(f"callbacks must be a list of callbacks, got {what}: write callbacks=[...]")
         self.all = list(given)
         self._together = together
         for i, callback in enumerate(self.all):
@@ -72,7 +74,7 @@ class Callbacks:
         """Between the gradient of a batch and its clipping; who stops the training here, does so after the step."""
         for change in self.on_gradient:
             try:
-                change(state, grads)
+                check_nothing(change, change(state, grads), "grads is changed in place, as grads['W1'][...] = values")
             except StopTraining as stop:
                 self._stopped = self._stopped or str(stop)
 
@@ -137,7 +139,9 @@ class Callbacks:
         with self._together.phase():
             for look in self._methods[hook]:
                 try:
-                    look(state)
+                    found = look(state)
+                    if isinstance(found, bool):  # what stops a run elsewhere; other results are those of lambdas
+                        check_nothing(look, found, "raise gb.StopTraining() to end the run")
                 except StopTraining as stop:
                     stopped = stopped or str(stop)
         agreed = self._together.words(stopped)
@@ -159,7 +163,26 @@ def methods_of(callback: Any) -> dict[str, Callable[..., Any]]:
         if not callable(callback):
             raise DTypeError(f"a callback must be callable or have {', '.join(HOOKS)}, got {callback!r}")
         found = {"on_epoch": callback}
+    for hook, method in found.items():
+        try:
+            signature = inspect.signature(method)
+        except (TypeError, ValueError):
+            continue  # some built-in functions have none
+        takes = ("state", "grads") if hook == "on_gradient" else ("state",)
+        try:
+            signature.bind(*takes)
+        except TypeError:
+            what = named(callback) + ("" if method is callback else f".{hook}")
+            raise DTypeError(f"a callback, {what}, must take ({', '.join(takes)}), got {signature}") from None
     return found
+
+
+def check_nothing(method: Callable[..., Any], found: Any, remedy: str) -> None:
+    """Raise if a method of a callback returned something, as if that did anything."""
+    if found is not None:
+        where = getattr(method, "__qualname__", named(method))
+        returned = found if isinstance(found, bool) else f"a {type(found).__name__}"
+        raise DTypeError(f"callback {where} must return nothing, got {returned}: {remedy}")
 
 
 def methods_named_on(callback: Any) -> Iterator[str]:

@@ -27,11 +27,20 @@ __all__ = [
 ]
 
 
+# The arguments of fit, and how what is given in their place is made one.
+REMEDIES = {
+    Network: "gb.mlp([inputs, hidden, outputs]) makes one",
+    Loader: "gb.Loader(X, Y) makes one, as in fit(net, gb.Loader(X, Y), opt)",
+    Optimizer: "gb.Adam(net.parameters) makes one, with groups= where some parameters have settings of their own",
+}
+
+
 def check_parts(net: Network, loader: Loader, opt: Optimizer) -> None:
     """Raise unless the three have the right types and fit together; a loader without a dtype takes the network's."""
     for name, value, kind in (("net", net, Network), ("loader", loader, Loader), ("opt", opt, Optimizer)):
         if not isinstance(value, kind):
-            raise DTypeError(f"{name} must be a gpubatch.{kind.__name__}, got {type(value).__name__}")
+            what = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+            raise DTypeError(f"{name} must be a gpubatch.{kind.__name__}, got {what}: {REMEDIES[kind]}")
     if loader.backend != net.backend:
         raise ArgumentError(
             f"loader is on {loader.backend.spec!r}, net on {net.backend.spec!r}; give both one backend="
@@ -147,4 +156,7 @@ def why_eager(net: Network, *others: Any) -> str:
 def check_bound(net: Network, opt: Optimizer) -> None:
     """Raise unless ``opt`` updates the parameters of ``net``."""
     if any(opt.params.get(name) is not p for name, p in net.parameters.items()):
-        raise ArgumentError("opt must be bound to net.parameters, this one is bound to other arrays")
+        raise ArgumentError(
+            "opt must be bound to net.parameters, this one is bound to other arrays: make it with net.parameters; "
+            "groups={'W1': {'trainable': False}} leaves some of them as they are"
+        )

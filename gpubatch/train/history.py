@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpubatch.averages import ewma
+from gpubatch.errors import ArgumentError, no_attribute
 from gpubatch.loader import Loader
 from gpubatch.nn import Network
 from gpubatch.optim import Optimizer
@@ -68,6 +69,9 @@ class History(Shown):
     def __post_init__(self) -> None:
         self.step_loss, self.step_lr = Series.of(self.step_loss), Series.of(self.step_lr)
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(no_attribute(self, name, {"history": "history.loss, for one", "lr": "history.step_lr"}))
+
     def smoothed(self, beta: float = 0.9) -> np.ndarray:
         """The cost of each step as an exponentially weighted average over about 1/(1-beta) steps."""
         return np.asarray(ewma(self.step_loss, beta))
@@ -82,6 +86,28 @@ class History(Shown):
         """The history as JSON can hold it, in plain lists."""
         found = dataclasses.asdict(self)
         return {name: value.tolist() if isinstance(value, Series) else value for name, value in found.items()}
+
+
+# What people assign to the state, and what does what they mean.
+STOP, RATE = "raise gb.StopTraining() to end the run", "assign state.opt.lr"
+IN_VAIN = {
+    **dict.fromkeys(("stop", "stopped", "should_stop", "stop_training", "done"), STOP),
+    **dict.fromkeys(("lr", "learning_rate"), RATE),
+    "grads": "on_gradient(state, grads) may change the gradients, in place",
+    "loss": "on_gradient(state, grads) may change the gradients",
+    "batch_size": "a loader's batch size is that of the run",
+}
+# Where the state has what it is asked for.
+FOUND_AT = {
+    "loss": "state.history.loss, and of every step state.history.step_loss",
+    **dict.fromkeys(("logs", "metrics", "validation_loss", "validation_accuracy"), "state.history"),
+    "grads": "those of on_gradient(state, grads), or state.net.parameters.grads",
+    **dict.fromkeys(("lr", "learning_rate"), "state.opt.lr"),
+    **dict.fromkeys(("model", "network"), "state.net"),
+    "optimizer": "state.opt",
+    "batch_size": "state.loader.batch_size",
+    "parameters": "state.net.parameters",
+}
 
 
 @dataclass
@@ -104,6 +130,14 @@ class TrainingState:
     resumed: bool = False
     note: Callable[[str], None] = field(default=lambda text: None, repr=False)
     rank: int = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in IN_VAIN:
+            raise ArgumentError(f"state.{name} = {value!r} changes nothing: {IN_VAIN[name]}")
+        object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(no_attribute(self, name, FOUND_AT))
 
 
 class StopTraining(Exception):  # noqa: N818  like StopIteration: not an error
@@ -130,14 +164,17 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class TrainingTerminated(SystemExit):
-    """SIGTERM during :func:`fit`, otherwise like :class:`TrainingInterrupted`; ends the program with exit code 143."""
+    """SIGTERM or SIGHUP during :func:`fit`, otherwise like :class:`TrainingInterrupted`.
 
-    def __init__(self, message: str, history: History) -> None:
-        SystemExit.__init__(self, 128 + signal.SIGTERM)
-        self.message, self.history = message, history
+    It ends the program with the exit code 128 + ``number`` of the signal: 143 after SIGTERM, 129 after SIGHUP.
+    """
+
+    def __init__(self, message: str, history: History, number: int = signal.SIGTERM) -> None:
+        SystemExit.__init__(self, 128 + number)
+        self.message, self.history, self.number = message, history, number
 
     def __str__(self) -> str:
         return self.message
 
     def __reduce__(self) -> Any:
-        return type(self), (self.message, self.history)
+        return type(self), (self.message, self.history, self.number)

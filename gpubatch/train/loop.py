@@ -21,13 +21,14 @@ from gpubatch.errors import (
     IdleWarning,
     InsufficientMemoryError,
     ResumeWarning,
+    UnscaledWarning,
     check_bool,
     check_choice,
     check_int,
 )
 from gpubatch.loader import Loader, epochs_of
 from gpubatch.metrics import measures_of
-from gpubatch.nn import Network, core_of
+from gpubatch.nn import BatchNorm, Network, core_of
 from gpubatch.optim import Optimizer, epoch_in, follow_parameters, given_hyper, unchecked
 from gpubatch.parallel import Ranks, check_ranks
 from gpubatch.schedules import is_known
@@ -49,6 +50,7 @@ from gpubatch.train.validation import HeldOut, about_validation, check_held_out,
 __all__ = ["EXECUTIONS", "fit", "short_runs"]
 
 EXECUTIONS = ("auto", "eager", "captured")
+PIXELS = 128  # bytes from here on look like those of images
 FEW_STEPS = 100  # a run of fewer is warned about
 USUAL_SIZES = range(8, 33)  # the batch sizes that are then proposed
 
@@ -109,9 +111,9 @@ def fit(
     them; all others are those that were saved. It names ``max_norm``, ``max_skipped``, ``validation``, ``metrics`` and
     the arguments of gpubatch's callbacks, too. Callbacks with ``state_dict`` and ``load_state_dict`` are saved, others
     begin anew. Another network, another optimizer, other batches, or a callback that watches another number are
-    refused. Ctrl-C and SIGTERM let the current step finish, save the run, and raise :class:`TrainingInterrupted`, a
-    KeyboardInterrupt, or :class:`TrainingTerminated`, a SystemExit. Both have the ``history``, and so has any other
-    error that ends a run.
+    refused. Ctrl-C, SIGTERM and SIGHUP let the current step finish, save the run, and raise
+    :class:`TrainingInterrupted`, a KeyboardInterrupt, or :class:`TrainingTerminated`, a SystemExit. Both have the
+    ``history``, and so has any other error that ends a run.
 
     **Validation.** The set is checked whole before the first step. Arrays are converted once; what is read, a Loader's
     samples and those of a fraction are converted and moved batch by batch, in order and not augmented, so the set may
@@ -214,6 +216,7 @@ def fit(
         may_run_captured = may_capture and not captured.why_not()
         settle_batches(net, loader, opt, held_out, may_run_captured, background, together)
         record.history.batch_size = loader.batch_size
+        warn_if_unscaled(record)
         drivers: list[Steps] = [captured, eager] if may_capture else [eager]
         warn_if_idle(record, (epochs - len(record.history.loss)) * len(loader) - record.epoch.batches)
         warn_if_few(record, epochs)
@@ -354,6 +357,21 @@ def warn_if_few(record: Record, epochs: int) -> None:
         f"needs hundreds: take {smaller}more epochs",
         FewStepsWarning,
     )
+
+
+def warn_if_unscaled(record: Record) -> None:
+    """Warn of pixels that the loader takes as they are: a network hardly learns of inputs up to 255."""
+    net, epochs = record.state.net, epochs_of(record.state.loader)
+    if epochs.columns.takes_bytes and not isinstance(net.layers[0], BatchNorm):
+        with net.backend.scope():
+            x = epochs.peek()[0]  # a rank may have no row of it
+            largest = x.max().item() if x.size else 0
+        if largest >= PIXELS:
+            record.warn(
+                f"X has dtype uint8 and reaches {largest:.0f}, and a network learns best from numbers near 1: give the "
+                "loader scale=1/255, as for pixels, or prepare=gb.Standardize.of(X)",
+                UnscaledWarning,
+            )
 
 
 def warn_if_past(record: Record, epochs: int) -> None:

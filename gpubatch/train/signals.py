@@ -1,4 +1,4 @@
-"""What a run does between two steps: it saves itself when that is due, and ends when Ctrl-C or SIGTERM has come."""
+"""What a run does between two steps: it saves itself when that is due, and ends when a signal has come."""
 
 from __future__ import annotations
 
@@ -56,19 +56,25 @@ class BetweenSteps:
         """End the run; the parameters are those of a complete step."""
         state, together, signals = self._record.state, self._record.together, self._record.signals
         number = int(together.most(signals[0] if signals else 0))
-        verb = "terminated" if number == signal.SIGTERM else "interrupted"
+        verb = "interrupted" if number == signal.SIGINT else "terminated"
         message = f"{verb} in epoch {state.epoch + 1} after step {state.step}; the model holds this last complete step"
-        kind = TrainingTerminated if number == signal.SIGTERM else TrainingInterrupted
-        raise together.alike(kind(message + self._checkpoints.save_at_last(), state.history))
+        message += self._checkpoints.save_at_last()
+        if number == signal.SIGINT:
+            raise together.alike(TrainingInterrupted(message, state.history))
+        raise together.alike(TrainingTerminated(message, state.history, number))
 
 
 @contextlib.contextmanager
 def interruptible(noted: list[int]) -> Iterator[None]:
-    """Note the first Ctrl-C or SIGTERM in the list instead of acting on it; a second one acts as usual.
+    """Note the first Ctrl-C, SIGTERM or SIGHUP, which comes when a terminal closes, instead of acting on it.
+
+    A second one acts as usual.
 
     Only in the main thread, and only where Python's own handler is in place: a program's own handler stays.
     """
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        usual[signal.SIGHUP] = signal.SIG_DFL  # nohup ignores it
     ours = threading.current_thread() is threading.main_thread()
     taken = {number: handler for number, handler in usual.items() if ours and signal.getsignal(number) is handler}
 
