@@ -199,7 +199,7 @@ CODE_LINES = {
     "shown": 28,
     "passes": 70,
     "series": 189,
-    "formula": 1733,
+    "formula": 1673,
     "schedules": 424,
     "averages": 55,
     "backend": 544,

@@ -281,12 +281,21 @@ def _check_current(x: Any) -> None:
         )
 
 
-def _in_place(function: Any, x: Symbol, y: Any) -> Symbol:
-    """The new value of x for ``x += y`` and the like."""
-    new = record(function, x, y)
-    if isinstance(x, Element) and not x.uniform and new is not x:
-        x.overwritten = True
-    return new
+def _operator(function: Any) -> Callable[..., Any]:
+    """The method of an operator of one operand, or of a comparison."""
+    return lambda *operands: record(function, *operands)
+
+
+def _operators(function: Any) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """The methods for x + y, for y + x where y is no symbol, and for x += y."""
+
+    def in_place(x: Symbol, y: Any) -> Symbol:
+        new = record(function, x, y)
+        if isinstance(x, Element) and not x.uniform and new is not x:
+            x.overwritten = True
+        return new
+
+    return lambda x, y: record(function, x, y), lambda x, y: record(function, y, x), in_place
 
 
 class Symbol:
@@ -294,92 +303,29 @@ class Symbol:
 
     __slots__ = ()
 
-    def __add__(self, b: Any) -> Symbol:
-        return record(np.add, self, b)
-
-    def __radd__(self, a: Any) -> Symbol:
-        return record(np.add, a, self)
-
-    def __sub__(self, b: Any) -> Symbol:
-        return record(np.subtract, self, b)
-
-    def __rsub__(self, a: Any) -> Symbol:
-        return record(np.subtract, a, self)
-
-    def __mul__(self, b: Any) -> Symbol:
-        return record(np.multiply, self, b)
-
-    def __rmul__(self, a: Any) -> Symbol:
-        return record(np.multiply, a, self)
-
-    def __truediv__(self, b: Any) -> Symbol:
-        return record(np.divide, self, b)
-
-    def __rtruediv__(self, a: Any) -> Symbol:
-        return record(np.divide, a, self)
-
-    def __pow__(self, b: Any) -> Symbol:
-        return record(np.power, self, b)
-
-    def __rpow__(self, a: Any) -> Symbol:
-        return record(np.power, a, self)
-
-    def __iadd__(self, b: Any) -> Symbol:
-        return _in_place(np.add, self, b)
-
-    def __isub__(self, b: Any) -> Symbol:
-        return _in_place(np.subtract, self, b)
-
-    def __imul__(self, b: Any) -> Symbol:
-        return _in_place(np.multiply, self, b)
-
-    def __itruediv__(self, b: Any) -> Symbol:
-        return _in_place(np.divide, self, b)
-
-    def __ifloordiv__(self, b: Any) -> Symbol:
-        return _in_place(np.floor_divide, self, b)
-
-    def __imod__(self, b: Any) -> Symbol:
-        return _in_place(np.remainder, self, b)
-
-    def __ipow__(self, b: Any) -> Symbol:
-        return _in_place(np.power, self, b)
-
-    def __iand__(self, b: Any) -> Symbol:
-        return _in_place(np.logical_and, self, b)
-
-    def __ior__(self, b: Any) -> Symbol:
-        return _in_place(np.logical_or, self, b)
-
-    def __ixor__(self, b: Any) -> Symbol:
-        return _in_place(np.logical_xor, self, b)
+    __add__, __radd__, __iadd__ = _operators(np.add)
+    __sub__, __rsub__, __isub__ = _operators(np.subtract)
+    __mul__, __rmul__, __imul__ = _operators(np.multiply)
+    __truediv__, __rtruediv__, __itruediv__ = _operators(np.divide)
+    __floordiv__, __rfloordiv__, __ifloordiv__ = _operators(np.floor_divide)
+    __mod__, __rmod__, __imod__ = _operators(np.remainder)
+    __pow__, __rpow__, __ipow__ = _operators(np.power)
+    __and__, __rand__, __iand__ = _operators(np.logical_and)
+    __or__, __ror__, __ior__ = _operators(np.logical_or)
+    __xor__, __rxor__, __ixor__ = _operators(np.logical_xor)
+    __lt__, __le__ = _operator(np.less), _operator(np.less_equal)
+    __gt__, __ge__ = _operator(np.greater), _operator(np.greater_equal)
+    __eq__, __ne__ = _operator(np.equal), _operator(np.not_equal)
+    __neg__, __abs__, __invert__ = _operator(np.negative), _operator(np.abs), _operator(np.logical_not)
 
     def __pos__(self) -> Symbol:
         return self
 
-    def __neg__(self) -> Symbol:
-        return record(np.negative, self)
+    def __divmod__(self, b: Any) -> tuple[Symbol, Symbol]:
+        return self // b, self % b
 
-    def __abs__(self) -> Symbol:
-        return record(np.abs, self)
-
-    def __lt__(self, b: Any) -> Symbol:
-        return record(np.less, self, b)
-
-    def __le__(self, b: Any) -> Symbol:
-        return record(np.less_equal, self, b)
-
-    def __gt__(self, b: Any) -> Symbol:
-        return record(np.greater, self, b)
-
-    def __ge__(self, b: Any) -> Symbol:
-        return record(np.greater_equal, self, b)
-
-    def __eq__(self, b: Any) -> Symbol:  # type: ignore[override]
-        return record(np.equal, self, b)
-
-    def __ne__(self, b: Any) -> Symbol:  # type: ignore[override]
-        return record(np.not_equal, self, b)
+    def __rdivmod__(self, a: Any) -> tuple[Symbol, Symbol]:
+        return a // self, a % self
 
     def __hash__(self) -> int:
         if RECORDING.running:
@@ -388,45 +334,6 @@ class Symbol:
                 "write np.where(condition, x, y)"
             )
         return object.__hash__(self)
-
-    def __floordiv__(self, b: Any) -> Symbol:
-        return record(np.floor_divide, self, b)
-
-    def __rfloordiv__(self, a: Any) -> Symbol:
-        return record(np.floor_divide, a, self)
-
-    def __mod__(self, b: Any) -> Symbol:
-        return record(np.remainder, self, b)
-
-    def __rmod__(self, a: Any) -> Symbol:
-        return record(np.remainder, a, self)
-
-    def __divmod__(self, b: Any) -> tuple[Symbol, Symbol]:
-        return self // b, self % b
-
-    def __rdivmod__(self, a: Any) -> tuple[Symbol, Symbol]:
-        return a // self, a % self
-
-    def __and__(self, b: Any) -> Symbol:
-        return record(np.logical_and, self, b)
-
-    def __rand__(self, a: Any) -> Symbol:
-        return record(np.logical_and, a, self)
-
-    def __or__(self, b: Any) -> Symbol:
-        return record(np.logical_or, self, b)
-
-    def __ror__(self, a: Any) -> Symbol:
-        return record(np.logical_or, a, self)
-
-    def __xor__(self, b: Any) -> Symbol:
-        return record(np.logical_xor, self, b)
-
-    def __rxor__(self, a: Any) -> Symbol:
-        return record(np.logical_xor, a, self)
-
-    def __invert__(self) -> Symbol:
-        return record(np.logical_not, self)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *operands: Any, **options: Any) -> Symbol:
         if method != "__call__" or options:
