@@ -13,8 +13,6 @@ import numpy as np
 
 from gpubatch.formula.trace import COMPARISONS, COPY, INDICATOR, LOGICAL, OPS, Element, Op, Symbol
 
-__all__ = ["derivative"]
-
 
 def derivative(value: Any, by: Element) -> Any:
     """dvalue/dby: a symbol, or a number if it is constant. ``by`` is an input of the trace."""

@@ -34,22 +34,6 @@ from gpubatch.formula.trace import (
     signature_of,
 )
 
-__all__ = [
-    "Activation",
-    "ActivationForm",
-    "BoundActivation",
-    "BoundScoreLoss",
-    "ScoreLoss",
-    "activation",
-    "activation_source",
-    "normal_cdf",
-    "score_loss",
-    "score_source",
-    "symbols",
-    "with_derivative",
-]
-
-
 # --- activations ---------------------------------------------------------------------------------------------------
 
 

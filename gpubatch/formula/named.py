@@ -7,8 +7,6 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["by_name"]
-
 
 def by_name(declared: Any, declare: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """What ``__reduce__`` returns for a rule, an activation or a loss, which ``declare`` makes of its formula.

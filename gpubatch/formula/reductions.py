@@ -13,8 +13,6 @@ import numpy as np
 from gpubatch.errors import DTypeError
 from gpubatch.formula.trace import Reduction, Symbol, reduced
 
-__all__ = ["PIECE", "max_abs", "mean", "norm", "reduction_room", "total_of"]
-
 PIECE = 1 << 13  # as in kernels/host.cpp
 LANES = 32  # as TERMS in kernels/host_formulas.h
 

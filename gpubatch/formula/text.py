@@ -35,8 +35,6 @@ from gpubatch.formula.trace import (
     text_of,
 )
 
-__all__ = ["formula_of_text", "text_of_formula"]
-
 KINDS: dict[str, tuple[type[Activation | ScoreLoss], tuple[str, ...]]] = {
     "activation": (Activation, ("x",)),
     "score loss": (ScoreLoss, ("z", "y")),

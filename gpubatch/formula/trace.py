@@ -28,31 +28,6 @@ import numpy as np
 
 from gpubatch.errors import FormulaError
 
-__all__ = [
-    "COPY",
-    "INDICATOR",
-    "OPS",
-    "Element",
-    "FormulaPass",
-    "Op",
-    "Reduction",
-    "Scalar",
-    "Symbol",
-    "Trace",
-    "check_repeatable",
-    "host_function",
-    "is_finite",
-    "number_text",
-    "own_copies",
-    "record",
-    "recorded",
-    "reduced",
-    "restated",
-    "same_recording",
-    "signature_of",
-    "text_of",
-]
-
 SUM, PRODUCT, PRIMARY = 3, 4, 6  # operator precedence in C and Python, to write the fewest parentheses
 COMPARISON, UNARY = 2, 5
 

@@ -25,8 +25,6 @@ from gpubatch.formula.trace import (
     signature_of,
 )
 
-__all__ = ["Rule", "rule"]
-
 # Arguments of every optimizer, of its groups, and of how it is made.
 TAKEN = (
     *("t", "decoupled", "backend", "master_weights", "groups", "check", "trainable", "maximize"),

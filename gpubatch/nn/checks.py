@@ -11,10 +11,9 @@ from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, ShapeError, check_int
 from gpubatch.nn.layers import Layer
 from gpubatch.nn.losses import Loss
-from gpubatch.nn.needs import Context, Needs, Space, check_spaces
+from gpubatch.nn.needs import Context, Needs, check_spaces
 from gpubatch.nn.stack import Stacked, describe_layer, told
-
-__all__ = ["WatchedLayer", "WatchedLoss", "of_the_user"]
+from gpubatch.ops import Space
 
 
 def of_the_user(x: Any) -> bool:

@@ -22,7 +22,7 @@ from gpubatch.inputs import ColumnNames, DenseRows, SparseMatrix, check_kind, is
 from gpubatch.nn.checks import WatchedLayer, WatchedLoss, of_the_user
 from gpubatch.nn.layers import BatchNorm, Dense, DenseActivation, Layer
 from gpubatch.nn.losses import NO_MEAN, Loss, Weighing, check_weight, check_weight_values, counts_of, no_mean
-from gpubatch.nn.needs import ByPlace, Context, Mode, Parameter, Random, Space
+from gpubatch.nn.needs import ByPlace, Context, Mode, Parameter, Random
 from gpubatch.nn.parts import PartSums
 from gpubatch.nn.stack import Stacked, describe_layer, fused, parameter_names, stacked, told
 from gpubatch.nn.workspace import (
@@ -38,11 +38,9 @@ from gpubatch.nn.workspace import (
     training_arrays,
     workspace_bytes,
 )
-from gpubatch.ops import COMPUTE, ops_for, philox_generator, products_for
+from gpubatch.ops import COMPUTE, Space, ops_for, philox_generator, products_for
 from gpubatch.own import changed
 from gpubatch.params import FlatViews, Parameters, by_alignment
-
-__all__ = ["EVALUATION_ROWS", "Core", "quiet"]
 
 EVALUATION_ROWS = 1024  # rows that are evaluated at a time: large enough for full speed, and a bound on memory
 DRAWN = 1 << 16  # elements of first values that are drawn at a time: in double precision all would be the largest array

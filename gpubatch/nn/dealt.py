@@ -18,8 +18,6 @@ from gpubatch.parallel import Ranks
 from gpubatch.params import FAILED, LOSS, OUT_OF_MEMORY, SIGNALLED, TAIL, WEIGHT
 from gpubatch.passes import Deal, deal_of, pass_of
 
-__all__ = ["DealtSteps", "WholeStep"]
-
 # Errors of one rank that all ranks raise.
 ALIKE: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (ArgumentError, DTypeError, MemoryError, NonFiniteError, ShapeError)

@@ -17,8 +17,8 @@ import numpy as np
 from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_bool, check_choice, check_int, check_real
 from gpubatch.formula import Activation, BoundActivation, activations
-from gpubatch.nn.needs import ByPlace, Context, Initializer, Needs, Parameter, Random, Space, Together
-from gpubatch.ops import COMPUTE, IDENTITY, check_slope
+from gpubatch.nn.needs import ByPlace, Context, Initializer, Needs, Parameter, Random, Together
+from gpubatch.ops import COMPUTE, IDENTITY, Space, check_slope
 from gpubatch.own import as_written
 
 __all__ = [

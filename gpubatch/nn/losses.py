@@ -27,9 +27,9 @@ from gpubatch.errors import (
     check_real,
 )
 from gpubatch.formula import BoundScoreLoss, ScoreLoss, scores
-from gpubatch.nn.needs import Context, Mode, Space
+from gpubatch.nn.needs import Context, Mode
 from gpubatch.nn.workspace import Layout, Workspace
-from gpubatch.ops import COMPUTE, ArrayProducts, Ops, ops_for
+from gpubatch.ops import COMPUTE, ArrayProducts, Ops, Space, ops_for
 from gpubatch.own import as_written
 
 __all__ = [

@@ -13,20 +13,6 @@ from gpubatch.backend import Array, Backend
 from gpubatch.errors import ArgumentError, DTypeError, check_bool, check_int
 from gpubatch.ops import Ops, Products, Space, workspace_dtype
 
-__all__ = [
-    "ByPlace",
-    "Context",
-    "Initializer",
-    "Mode",
-    "Needs",
-    "Parameter",
-    "Random",
-    "Shape",
-    "Space",
-    "Together",
-    "check_spaces",
-]
-
 Shape: TypeAlias = tuple[int, ...]
 Initializer: TypeAlias = "Callable[[np.random.Generator, Shape], np.ndarray]"  # in quotes: NumPy loads random late
 

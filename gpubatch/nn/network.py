@@ -46,8 +46,6 @@ from gpubatch.parallel import Ranks
 from gpubatch.params import FlatViews
 from gpubatch.passes import deal_of, pass_of
 
-__all__ = ["Network", "core_of", "dealt_of", "live_state", "mlp", "no_decay"]
-
 COMPARED = 1 << 15  # scores that are compared with labels at a time, since predictions are new arrays
 V0_1 = "v0.1"  # the init of mlp() that makes the networks of that version
 MIXED = "mixed"  # the precision beside those of products

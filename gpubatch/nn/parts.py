@@ -11,8 +11,6 @@ from gpubatch.nn.layers import BatchNorm
 from gpubatch.parallel import Ranks
 from gpubatch.params import LOSS, TAIL, WEIGHT, FlatViews, Parameters
 
-__all__ = ["PartSums", "SumsInStep", "Tree", "sums_bytes"]
-
 
 class Tree:
     """Adds up arrays that come one after another as a binary tree of neighbours: ((0 + 1) + (2 + 3)) + ...

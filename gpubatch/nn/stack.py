@@ -12,8 +12,6 @@ from gpubatch.nn.layers import ACTIVATIONS, ActivationLayer, Dense, DenseActivat
 from gpubatch.nn.needs import Needs
 from gpubatch.own import changed
 
-__all__ = ["Stacked", "describe_layer", "fused", "parameter_names", "stacked", "told"]
-
 # What Python and NumPy raise where a method is given, or does, what cannot be.
 PLAIN = (ArithmeticError, AttributeError, LookupError, NameError, TypeError, ValueError)
 

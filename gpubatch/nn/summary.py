@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["LayerSummary", "Summary"]
-
 WIDEST = 34  # characters of a layer, so that the table fits 80 columns
 HEADER = ("", "layer", "output", "parameters", "bytes")
 

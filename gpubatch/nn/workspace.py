@@ -18,23 +18,9 @@ import numpy as np
 from gpubatch.backend import Array, Backend
 from gpubatch.errors import InUseError
 from gpubatch.nn.layers import Layer
-from gpubatch.nn.needs import Context, Shape, Space
+from gpubatch.nn.needs import Context, Shape
 from gpubatch.nn.stack import Stacked, describe_layer, told
-from gpubatch.ops import Ops, workspace_dtype
-
-__all__ = [
-    "Arrange",
-    "Layout",
-    "OfThread",
-    "OwnedByThread",
-    "Pass",
-    "Workspace",
-    "evaluation_arrays",
-    "evenly",
-    "scratch_of",
-    "training_arrays",
-    "workspace_bytes",
-]
+from gpubatch.ops import Ops, Space, workspace_dtype
 
 ALIGNMENT = 256  # bytes; what GPU memory accesses like, and a multiple of every CPU's cache line
 SIZES_KEPT = 8  # batch sizes to keep views for; a run has two or three

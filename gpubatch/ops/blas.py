@@ -19,8 +19,6 @@ import numpy as np
 from gpubatch.backend import Array
 from gpubatch.ops.compile import host_library
 
-__all__ = ["cpu_products", "multiply", "multiply_in_float32"]
-
 # The processors for which OpenBLAS has code for small products (its kernel/x86_64/dgemm_small_kernel_*_skylakex.c).
 IN_PLACE = frozenset({"SkylakeX", "Cooperlake", "SapphireRapids"})
 

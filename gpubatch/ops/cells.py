@@ -10,8 +10,6 @@ import numpy as np
 from gpubatch.ops.compile import host_library
 from gpubatch.ops.feistel import ROUNDS, TOGETHER, Integers, feistel
 
-__all__ = ["CELL", "CELL_WORDS", "CellSplit"]
-
 CELL = 1 << 12  # neighbours of which equal shares are held out: the fewest whose network of 8 rounds is as if by chance
 CELL_WORDS = 6 + ROUNDS  # the numbers of a side, as kernels/permutation.cuh has them
 MANY, FEW = 1, 2  # the two sides, as kernels/permutation.cuh has them

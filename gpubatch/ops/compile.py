@@ -17,20 +17,6 @@ from gpubatch.backend import Backend, CudaBackend, compute_dtype
 from gpubatch.errors import ArgumentError, CompilerWarning
 from gpubatch.formula import Activation, ScoreLoss, Trace, activation_source, score_source
 
-__all__ = [
-    "COMPUTED",
-    "C_TYPES",
-    "cuda_kernel",
-    "elementwise_digest",
-    "formula_digest",
-    "host_digest",
-    "host_library",
-    "kernel_source",
-    "scalars_source",
-    "source_of",
-    "switched_off",
-]
-
 # The C type of every element type in which samples, targets or parameters may be stored.
 C_TYPES = {
     "bool": "bool",

@@ -11,8 +11,6 @@ from gpubatch.backend import Array
 from gpubatch.ops.grid import MOST_BLOCKS, THREADS, Grid, blocks_for, check_contiguous
 from gpubatch.ops.operation import Widened, Work, operation
 
-__all__ = ["dropout", "dropout_gradient", "philox_generator"]
-
 
 @operation(numpy_scratch=lambda features: {"uniform": ((-1, features), np.float32)})
 def dropout(x: Array, y: Array, rate: float, key: tuple[int, int], step: int | Array, first: int, work: Work) -> None:

@@ -15,8 +15,6 @@ from gpubatch.ops.host_compiler import place_of
 from gpubatch.ops.operation import COMPUTE, Work, operation
 from gpubatch.ops.program import MOST_PROGRAMS, program_of
 
-__all__ = ["IDENTITY", "activate", "activation_gradient"]
-
 IDENTITY = activations.identity.bind()
 
 

@@ -6,8 +6,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-__all__ = ["ROUNDS", "TOGETHER", "Integers", "feistel"]
-
 Integers: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 ROUNDS = 8

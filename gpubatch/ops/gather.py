@@ -16,8 +16,6 @@ from gpubatch.ops.grid import MOST_BLOCKS, THREADS, Grid, check_contiguous, tile
 from gpubatch.ops.operation import Forms, operation
 from gpubatch.ops.permutation import order_source
 
-__all__ = ["gather", "gather_batch", "gather_bytes", "take_batch"]
-
 BLOCK = 1 << 18  # elements that NumPy gathers, casts and scales at a time
 
 

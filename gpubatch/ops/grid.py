@@ -14,23 +14,6 @@ from gpubatch.backend import Array, CudaBackend, compute_dtype
 from gpubatch.errors import ShapeError
 from gpubatch.ops.compile import cuda_kernel, source_of
 
-__all__ = [
-    "MOST_BLOCKS",
-    "MOST_THREADS",
-    "PARTS",
-    "SUM_PARTS",
-    "SUM_THREADS",
-    "THREADS",
-    "WARP",
-    "Grid",
-    "blocks_for",
-    "check_contiguous",
-    "parts_of",
-    "tile_width",
-    "tiles",
-    "total_grid",
-]
-
 PARTS = 64  # partial results of a reduction: a fixed number, so that sums do not depend on how many threads there are
 SUM_PARTS = 1024  # of a loss, on a GPU: so many blocks of 256 threads run at once
 

@@ -40,8 +40,6 @@ from gpubatch.formula import Activation, ScoreLoss, Trace
 from gpubatch.ops.compile import elementwise_digest, formula_digest, host_library, switched_off
 from gpubatch.ops.host_source import library_source
 
-__all__ = ["Place", "own_form", "place_of"]
-
 # As in CMakeLists.txt, for the bits of the build. The text needs no more than C++17, and no warning concerns the user.
 OPTIONS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-std=c++17", "-w", "-shared", "-fPIC"]
 MOST_BYTES = 64 << 20  # of the cache

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from gpubatch.formula import Activation, FormulaPass, ScoreLoss, Trace, activation_source, score_source
 from gpubatch.ops.compile import C_TYPES, kernel_source
 
-__all__ = ["library_source", "rule_source"]
-
 # The terms of each reduction in kernels/host_formulas.h.
 TERMS = {"norm": "Squares", "mean": "Numbers", "max_abs": "Sizes"}
 

@@ -25,8 +25,6 @@ from gpubatch.ops.host_compiler import place_of
 from gpubatch.ops.operation import COMPUTE, Operation, Space, Work, operation
 from gpubatch.ops.program import MOST_PROGRAMS, program_of
 
-__all__ = ["crammer_singer", "score_loss", "softmax_cross_entropy", "softmax_focal", "svm", "weigh"]
-
 WARP_CLASSES = 256  # up to which a warp has a row of scores for itself
 BLOCK_CLASSES = 4096  # from which a block of the most threads has it
 

@@ -10,8 +10,6 @@ from gpubatch.backend import Array
 from gpubatch.ops.grid import PARTS, THREADS, Grid, check_contiguous, parts_of
 from gpubatch.ops.operation import COMPUTE, Space, Work, operation
 
-__all__ = ["batch_norm", "batch_norm_gradient", "normalise", "update_running"]
-
 
 @operation("y", scratch=lambda features: {"inverse": ((features,), COMPUTE)})
 def normalise(x: Array, mean: Array, var: Array, eps: float, gamma: Array, beta: Array, y: Array, work: Work) -> None:

@@ -19,8 +19,6 @@ import numpy as np
 from gpubatch.backend import Array, compute_dtype
 from gpubatch.ops.grid import Grid
 
-__all__ = ["COMPUTE", "Forms", "Operation", "Space", "Spaces", "Widened", "Work", "operation", "workspace_dtype"]
-
 Work: TypeAlias = Mapping[str, Array]
 # Shape, in which -1 is the batch size, and dtype: None is that of the network, in which batches are stored, and COMPUTE
 # that of the arithmetic; they differ where that is float32 and batches are float16.

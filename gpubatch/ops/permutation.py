@@ -12,16 +12,6 @@ from gpubatch.ops.compile import host_library, kernel_source
 from gpubatch.ops.feistel import ROUNDS, TOGETHER, Integers, feistel
 from gpubatch.ops.grid import AT_ONCE, MOST_BLOCKS, THREADS, Grid
 
-__all__ = [
-    "PERMUTATION_WORDS",
-    "Draws",
-    "Permutation",
-    "order_source",
-    "permutation_bytes",
-    "permutation_source",
-    "permute",
-]
-
 PERMUTATION_WORDS = 4 + ROUNDS  # n, bits, first, step and keys, as kernels/permutation.cuh has them
 TAKEN = 56  # bytes a place that NumPy takes meanwhile, at most
 

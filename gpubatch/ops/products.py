@@ -27,8 +27,6 @@ from gpubatch.ops.blas import multiply, multiply_in_float32
 from gpubatch.ops.compile import cuda_kernel, source_of
 from gpubatch.ops.elementwise import IDENTITY
 
-__all__ = ["PRECISIONS", "ArrayProducts", "LtProducts", "Products", "check_choices", "products_for"]
-
 Addresses: TypeAlias = tuple[int, int, int, int]  # of A, B, D and the vector of the epilogue, 0 if it has none
 
 PRECISIONS = ("full", "fast")

@@ -18,8 +18,6 @@ from gpubatch.backend import Array
 from gpubatch.errors import FormulaError
 from gpubatch.formula import BoundActivation, BoundScoreLoss, Element, Op, Scalar, Trace
 
-__all__ = ["BLOCK_BYTES", "Program", "allocate", "blocks_of", "bound_program", "check_slope", "program_of"]
-
 BLOCK_BYTES = 1 << 16  # of each array and register; the four to ten of a formula stay in the second-level cache
 ROOM = 3 << 19  # bytes for all of them in a layer's formula: fewer calls are worth more than the second-level cache
 MOST_PROGRAMS = 256  # that a thread keeps: every activation with every value of its parameters is another one

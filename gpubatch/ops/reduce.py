@@ -11,8 +11,6 @@ from gpubatch.backend import Array
 from gpubatch.formula import PIECE, FormulaPass, reduction_room, total_of
 from gpubatch.ops.program import Program, blocks_of
 
-__all__ = ["Reducer", "blocks_in_order"]
-
 
 class Reducer:
     """A pass that reduces: ``add`` takes the blocks of an array one after another, ``finish`` gives the values."""

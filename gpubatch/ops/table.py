@@ -17,8 +17,6 @@ from gpubatch.ops.grid import Grid
 from gpubatch.ops.host_compiler import place_of
 from gpubatch.ops.operation import Operation, Space
 
-__all__ = ["OPERATIONS", "Ops", "ops_for"]
-
 
 class Ops:
     """The operations in one form: on CUDA with a ``grid``, compiled for the CPU with a ``library``, else by NumPy.

@@ -22,8 +22,6 @@ from gpubatch.ops.program import BLOCK_BYTES, Program, blocks_of
 from gpubatch.ops.reduce import Reducer, blocks_in_order
 from gpubatch.staging import Stages
 
-__all__ = ["CudaUpdate", "Update", "reduce_sources", "update_for", "update_source"]
-
 THREADS = 256
 UPLOADS = 64  # copies of scalars that may be under way, hence steps that the host may be ahead of the device
 PACKS = 4  # 16-byte packs of each array that one thread moves
@@ -91,6 +89,7 @@ class HostUpdate:
     def __call__(
         self, arrays: Tuples, scalars: Rows, control: Array | None = None, row_of: Sequence[int] | None = None
     ) -> None:
+        """See :class:`Update`."""
         if control is not None and control[1]:
             return
         size, written = self.program.block, self.program.written
@@ -147,6 +146,7 @@ class HalfUpdate:
     def __call__(
         self, arrays: Tuples, scalars: Rows, control: Array | None = None, row_of: Sequence[int] | None = None
     ) -> None:
+        """See :class:`Update`."""
         if control is not None and control[1]:
             return
         for i, group in enumerate(arrays):
@@ -211,6 +211,7 @@ class CompiledUpdate:
     def __call__(
         self, arrays: Tuples, scalars: Rows, control: Array | None = None, row_of: Sequence[int] | None = None
     ) -> None:
+        """See :class:`Update`."""
         for i, group in enumerate(arrays):
             row = [scalars[row_of[i]]] if row_of else scalars
             if not self.at_once([group], row, control):

@@ -15,19 +15,6 @@ from gpubatch.optim.epochs import EpochCount
 from gpubatch.optim.optimizer import Optimizer
 from gpubatch.passes import DataPass, pass_under_way
 
-__all__ = [
-    "captured_key",
-    "enqueue_update",
-    "epoch_in",
-    "follow_parameters",
-    "follow_pass",
-    "rehearse_update",
-    "scalars_ahead",
-    "trace_of",
-    "unbound",
-    "unchecked",
-]
-
 
 class Unbound(Optimizer):
     """See :func:`unbound`."""

@@ -14,8 +14,6 @@ from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, check_rea
 from gpubatch.ops import SQUARE_SUM_SIZE, ops_for
 from gpubatch.params import FlatViews
 
-__all__ = ["Gradients", "check_apart", "clip_by_global_norm", "named_arrays", "not_finite"]
-
 
 def named_arrays(arrays: Any, argument: str, *, writable: bool = False, optional: bool = False) -> dict[str, Array]:
     """``arrays`` by name: a mapping as it is, a sequence by "0", "1", ..., one array as "0".

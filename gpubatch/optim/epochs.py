@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from gpubatch.errors import check_int
 from gpubatch.passes import DataPass
 
-__all__ = ["EpochCount"]
-
 
 class EpochCount:
     """Counts epochs from 0: one more for the first step of every pass but the first.

@@ -11,8 +11,6 @@ from gpubatch import schedules
 from gpubatch.errors import ArgumentError, DTypeError, check_bool
 from gpubatch.ops import Update
 
-__all__ = ["Arrangement", "Group", "Hyper", "arranged", "partition"]
-
 Hyper: TypeAlias = float | schedules.Schedule
 
 

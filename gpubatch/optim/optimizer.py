@@ -32,8 +32,6 @@ from gpubatch.own import as_written
 from gpubatch.params import FlatViews, Parameters
 from gpubatch.passes import pass_under_way
 
-__all__ = ["MASTER", "Optimizer", "StepResult"]
-
 LOOKS = 100  # steps from one look at parameters and epoch to the next; a look takes up to half a step
 BLOCK = 1 << 20  # elements that are compared at a time
 MASTER = "master"  # the name of the float32 copy of float16 parameters, beside the formula's state

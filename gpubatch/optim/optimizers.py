@@ -11,25 +11,6 @@ from gpubatch.formula import rules
 from gpubatch.optim.groups import Hyper
 from gpubatch.optim.optimizer import Optimizer
 
-__all__ = [
-    "LAMB",
-    "LARS",
-    "SGD",
-    "AdaBelief",
-    "Adadelta",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "Adamax",
-    "HeavyBall",
-    "Lion",
-    "Momentum",
-    "NAdam",
-    "RAdam",
-    "RMSProp",
-    "Yogi",
-]
-
 
 class Common(TypedDict, total=False):
     """What every optimizer takes, by name: see :class:`Optimizer`."""

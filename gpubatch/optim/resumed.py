@@ -9,8 +9,6 @@ from gpubatch import schedules
 from gpubatch.errors import ArgumentError
 from gpubatch.optim.optimizer import Optimizer
 
-__all__ = ["given_hyper", "live_optimizer", "load_resumed"]
-
 
 def given_hyper(opt: Optimizer) -> dict[str, Any]:
     """The hyper-parameters of an optimizer and of its groups, as a checkpoint can hold them."""

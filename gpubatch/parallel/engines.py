@@ -17,8 +17,6 @@ from gpubatch.errors import ArgumentError, DTypeError
 from gpubatch.parallel.launchers import check_world, launched
 from gpubatch.parallel.watch import Watch, end_all, watched
 
-__all__ = ["MPI", "Connection", "Numbers", "Threads", "connected", "threads"]
-
 READING = 3.0  # seconds at most that a process waits for its message to be read before it ends all
 PASSING_ON = 0.1  # seconds that the launcher then gets to pass the message on
 CALLS = "scatter", "gather", "most", "share", "barrier"  # the methods, each by the tag of its messages

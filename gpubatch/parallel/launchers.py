@@ -7,8 +7,6 @@ from collections.abc import Mapping
 
 from gpubatch.errors import ArgumentError
 
-__all__ = ["VARIABLES", "check_world", "launched", "launched_rank"]
-
 SLURM = "SLURM_STEP_NUM_TASKS"
 # The variable that has the number of processes, and the one that has the rank of each.
 COUNTS = {

@@ -13,8 +13,6 @@ from gpubatch.backend import Array, CudaBackend
 from gpubatch.errors import ArgumentError, BackendUnavailableError
 from gpubatch.parallel.engines import Connection
 
-__all__ = ["Nccl"]
-
 
 class Nccl:
     """Sends arrays between the GPUs of the ranks, as an engine does between main memories.

@@ -17,8 +17,6 @@ from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_bool
 from gpubatch.parallel.engines import MPI, Threads, connected, threads
 from gpubatch.parallel.nccl import Nccl
 
-__all__ = ["Ranks", "check_ranks"]
-
 ALIGNED = 16  # elements at which large arrays are cut
 SMALL = 1 << 15  # bytes up to which everything is sent to everybody, in one message instead of two
 

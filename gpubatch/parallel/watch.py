@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["Watch", "end_all", "watched"]
-
 LOOK = 0.5  # seconds between two looks
 PATIENCE = 2.0  # seconds that a rank waits before it asks the others whether they have ended
 ENDING = 5.0  # seconds that an MPI library has to end all processes

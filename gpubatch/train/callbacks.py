@@ -14,8 +14,6 @@ from gpubatch.train.history import StopTraining, TrainingState
 from gpubatch.train.parts import StepPart
 from gpubatch.train.together import ALONE, Agreement
 
-__all__ = ["HOOKS", "AgreedStop", "Callbacks"]
-
 # The methods of a callback, each called with the training state; on_gradient with the gradients, too.
 HOOKS = ("on_start", "on_gradient", "on_step", "on_validation", "on_epoch", "on_end", "on_exit")
 ONCE = "once"  # the attribute of a callback that is called on rank 0 alone

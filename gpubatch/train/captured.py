@@ -20,8 +20,6 @@ from gpubatch.train.graphs import GivenArrays, StepGraphs, agreed, arrays_like
 from gpubatch.train.ledger import AHEAD, Report
 from gpubatch.train.record import Between, Record
 
-__all__ = ["CapturedSteps"]
-
 
 class CapturedSteps:
     """Makes the steps of an epoch by replaying graphs, and notes them some steps later.

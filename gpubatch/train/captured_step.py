@@ -13,8 +13,6 @@ from gpubatch.train.checks import check_bound, why_eager
 from gpubatch.train.graphs import Form, GivenArrays, StepGraphs
 from gpubatch.train.ledger import CHUNK
 
-__all__ = ["CapturedStep"]
-
 
 class CapturedStep:
     """``net.step_loss(X, Y)`` and ``opt.step()`` as one launch, for loops of your own.

@@ -15,17 +15,6 @@ from gpubatch.own import changed
 from gpubatch.parallel import Ranks
 from gpubatch.train.loss_scale import LossScale
 
-__all__ = [
-    "check_bound",
-    "check_last_batch",
-    "check_loader",
-    "check_parts",
-    "drop_last_for",
-    "loader_for",
-    "scale_for",
-    "why_eager",
-]
-
 
 # The arguments of fit, and how what is given in their place is made one.
 REMEDIES = {

@@ -16,17 +16,6 @@ from gpubatch.loader import Loader, epochs_of
 from gpubatch.train.parts import OfARun
 from gpubatch.train.validation import HeldOut
 
-__all__ = [
-    "changed_arguments",
-    "changed_callbacks",
-    "describe_callbacks",
-    "describe_held_out",
-    "digest_of_samples",
-    "digest_of_validation",
-    "has_state",
-    "in_order",
-]
-
 # The arguments that the state of a callback belongs to.
 OF_ITS_STATE = ("monitor", "mode", "buffers")
 ROWS = 1 << 12  # of samples that a digest reads

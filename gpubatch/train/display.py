@@ -11,8 +11,6 @@ from typing import Any, Protocol
 
 from gpubatch.train.history import History
 
-__all__ = ["Display", "Silent", "bar", "display"]
-
 MOVED = 0.05  # seconds from one move of a run's bar to the next; Rich draws it ten times a second
 
 REWRITTEN, LINE, WIDTH = 0.2, 79, 30  # seconds between two bars of characters, and columns of a line and of its bar

@@ -27,8 +27,6 @@ from gpubatch.train.callbacks import Callbacks
 from gpubatch.train.record import Between, Record
 from gpubatch.train.together import RanksMemoryError
 
-__all__ = ["EagerSteps", "Outcome"]
-
 
 class Outcome(NamedTuple):
     """What became of a batch.

@@ -31,8 +31,6 @@ from gpubatch.train.ledger import BATCH, HALTED, STEP, Ledger
 from gpubatch.train.parts import StepPart
 from gpubatch.train.together import RanksMemoryError
 
-__all__ = ["Form", "GivenArrays", "StepGraphs", "agreed", "arrays_like"]
-
 T = TypeVar("T")
 UNROLLED = 8  # steps in a graph, if so many are to come: a launch costs the host as much as a few kernels the device
 

@@ -18,8 +18,6 @@ from gpubatch.optim import Optimizer
 from gpubatch.series import Series
 from gpubatch.shown import Shown
 
-__all__ = ["History", "StopTraining", "TrainingInterrupted", "TrainingState", "TrainingTerminated"]
-
 
 @dataclass(repr=False)
 class History(Shown):

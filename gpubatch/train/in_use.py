@@ -12,8 +12,6 @@ from typing import Any
 
 from gpubatch.errors import ArgumentError
 
-__all__ = ["in_use"]
-
 NAME = ".in-use"
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 

@@ -9,8 +9,6 @@ import numpy as np
 from gpubatch.backend import Array, CudaBackend
 from gpubatch.staging import Stage, Stages
 
-__all__ = ["AHEAD", "BATCH", "CHUNK", "HALTED", "STEP", "Ledger", "Report"]
-
 CHUNK = 64  # steps whose scalars are copied to the device at a time, and whose losses are copied back
 AHEAD = 2  # chunks queued beyond the one that the host waits for; or batches kept
 STAGES = 2 * (AHEAD + 2)  # copies between host and device in flight

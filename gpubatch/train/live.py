@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["copied", "live_callback"]
-
 
 def live_callback(callback: Any) -> dict[str, Any]:
     """The ``state_dict()`` of a callback; gpubatch's own give their arrays without a copy."""

@@ -14,8 +14,6 @@ from typing import Any
 from gpubatch.errors import ArgumentError, DTypeError, check_bool, check_int
 from gpubatch.train.history import TrainingState
 
-__all__ = ["CSVLog", "Logging", "TensorBoard"]
-
 
 def columns_of(state: TrainingState) -> list[str]:
     """The names of what :func:`row_of` gives."""

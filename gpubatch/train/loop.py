@@ -47,8 +47,6 @@ from gpubatch.train.signals import BetweenSteps, interruptible
 from gpubatch.train.together import Agreement, RanksMemoryError
 from gpubatch.train.validation import HeldOut, about_validation, check_held_out, validated
 
-__all__ = ["EXECUTIONS", "fit", "short_runs"]
-
 EXECUTIONS = ("auto", "eager", "captured")
 PIXELS = 128  # bytes from here on look like those of images
 FEW_STEPS = 100  # a run of fewer is warned about

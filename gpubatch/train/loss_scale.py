@@ -9,8 +9,6 @@ from typing import Any
 from gpubatch.errors import ArgumentError, check_int, check_real
 from gpubatch.own import as_written
 
-__all__ = ["LossScale"]
-
 # The gradients of a network that has learnt everything are zero, and nothing else would stop the growth. If they become
 # large again, eight skipped steps lead from here back to the usual scale.
 LARGEST = 2.0**24

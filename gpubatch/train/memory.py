@@ -24,8 +24,6 @@ from gpubatch.train.record import Record, Steps
 from gpubatch.train.together import ALONE, Agreement
 from gpubatch.train.validation import HeldOut
 
-__all__ = ["evaluate", "halve", "memory_message", "memory_parts", "plan_batches", "power_below", "settle_batches"]
-
 
 def memory_parts(
     net: Network,

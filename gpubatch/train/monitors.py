@@ -15,8 +15,6 @@ from gpubatch.train.history import StopTraining, TrainingState
 from gpubatch.train.live import copied, live_callback
 from gpubatch.train.parts import OfARun
 
-__all__ = ["BestWeights", "EarlyStopping", "ReduceOnPlateau"]
-
 MODES = ("auto", "min", "max")
 HIGHER = ("accuracy", "r2", "f1", "precision", "recall", "top_")  # in the names of numbers that are better if higher
 

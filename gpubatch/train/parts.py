@@ -20,8 +20,6 @@ from gpubatch.params import FlatViews
 from gpubatch.train.history import TrainingState
 from gpubatch.train.live import copied
 
-__all__ = ["ClipByValue", "GradientNoise", "OfARun", "StepPart", "WeightAverage", "parts_source"]
-
 BLOCK = 1 << 14  # elements that NumPy takes at a time, small enough for the cache
 THREADS = 256
 NOISE = 2**64 - 1  # the place of noise among the random numbers of a seed; those of layers count from 0

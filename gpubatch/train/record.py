@@ -19,8 +19,6 @@ from gpubatch.train.history import History, TrainingState
 from gpubatch.train.loss_scale import LossScale
 from gpubatch.train.together import ALONE, Agreement
 
-__all__ = ["Between", "EpochProgress", "Record", "Steps", "warn_caller"]
-
 
 @dataclass
 class EpochProgress:

@@ -35,14 +35,6 @@ from gpubatch.train.in_use import in_use
 from gpubatch.train.live import live_callback
 from gpubatch.train.record import EpochProgress, Record
 
-__all__ = [
-    "RunCheckpoints",
-    "check_same_network",
-    "describe_network",
-    "open_checkpoints",
-    "to_resume",
-]
-
 # What the words for a Dense layer say of its first weights.
 FIRST_VALUES = r", init=(?:'[^']*'|[^,()]*)(?:, bias_init=(?:[^,()]*|\([^()]*\)))?"
 DENSE = re.compile(rf"(\w+\(inputs=\d+, outputs=\d+, bias=(?:True|False)){FIRST_VALUES}")

@@ -12,8 +12,6 @@ from gpubatch.train.history import TrainingInterrupted, TrainingTerminated
 from gpubatch.train.record import Record
 from gpubatch.train.resume import RunCheckpoints
 
-__all__ = ["BetweenSteps", "interruptible"]
-
 
 class BetweenSteps:
     """Saves the run when that is due, and ends it after a signal, of ranks after a signal to any of them."""

@@ -14,8 +14,6 @@ from gpubatch.backend import Backend
 from gpubatch.errors import ArgumentError, BackendUnavailableError, GpubatchError, RankError
 from gpubatch.parallel import Ranks
 
-__all__ = ["ALONE", "Agreement", "RanksMemoryError"]
-
 
 class RanksMemoryError(MemoryError):
     """Memory ran out in a step, on one rank or several; all of them raise it."""

@@ -19,8 +19,6 @@ from gpubatch.nn import EVALUATION_ROWS, Network, core_of
 from gpubatch.sources import is_read
 from gpubatch.train.record import warn_caller
 
-__all__ = ["HeldOut", "HeldOutBatches", "InMemory", "about_validation", "check_held_out", "validated"]
-
 # X, Y, and the weights of Network.evaluate by the names of its arguments.
 Batch: TypeAlias = tuple[Array, Array, Mapping[str, Array]]
 FORMS = (
