@@ -160,15 +160,32 @@ class Loss(ABC):
         raise NotImplementedError
 
 
+class OfOperation(Loss):
+    """A loss of gpubatch's, which an operation of the core computes."""
+
+    operation: ClassVar[str]
+    usual: ClassVar[Mapping[str, Any]] = {}  # its arguments, with the values that its name does not show
+
+    def options(self) -> dict[str, Any]:
+        """See :class:`Loss`."""
+        return {name: value for name, usual in self.usual.items() if (value := getattr(self, name)) != usual}
+
+    def workspace(self, outputs: int) -> Mapping[str, Space]:
+        """The results, and the operation's scratch."""
+        results = {"loss": ((1,), COMPUTE), "dz": ((-1, outputs), None)}
+        return {**results, **getattr(Ops, self.operation).scratch(outputs)}
+
+
 # --- every score for itself -------------------------------------------------------------------------------------------
 
 
-class OverScores(Loss):
+class OverScores(OfOperation):
     """The mean of a loss of single scores over all elements, declared with :func:`gpubatch.score_loss`.
 
     Y has the shape of the scores, or ``(batch,)`` where there is one output.
     """
 
+    operation = "score_loss"
     classifies = False
     takes_weights = True
 
@@ -179,10 +196,6 @@ class OverScores(Loss):
     def name(self) -> str:
         """With the values of its parameters."""
         return repr(self.bound)
-
-    def workspace(self, outputs: int) -> Mapping[str, Space]:
-        """The results, and the operation's scratch."""
-        return {**results_of(outputs), **Ops.score_loss.scratch(outputs)}
 
     def check(self, Y: Array, rows: int, outputs: int) -> None:
         """Y must be real numbers, one for each score."""
@@ -256,6 +269,8 @@ class SigmoidCrossEntropy(LogOdds):
     True
     """
 
+    usual: ClassVar[Mapping[str, Any]] = {"label_smoothing": 0.0}
+
     def __init__(self, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = checked_smoothing(label_smoothing)
         smoothed = scores.smoothed_sigmoid_cross_entropy.bind(smoothing=self.label_smoothing)
@@ -265,10 +280,6 @@ class SigmoidCrossEntropy(LogOdds):
     def name(self) -> str:
         """With the options that are not the usual ones."""
         return scores.sigmoid_cross_entropy.name + (f"({listed(self.options())})" if self.options() else "")
-
-    def options(self) -> dict[str, Any]:
-        """See :class:`Loss`."""
-        return {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
 
 
 class Margin(TwoClasses):
@@ -327,28 +338,27 @@ def over_scores(bound: BoundScoreLoss) -> OverScores:
 # --- one class of many -----------------------------------------------------------------------------------------------
 
 
-def checked_ignore(label: int | None) -> int | None:
-    """The argument ``ignore_label``."""
-    return None if label is None else check_int("ignore_label", label, -(2**63), 2**63 - 1)
-
-
-class OneOfMany(Loss):
+class OneOfMany(OfOperation):
     """A loss of scores of which one is that of the right class; Y holds integer labels ``(batch,)``."""
 
     least_outputs = 2
     takes_weights = True
 
     def __init__(self, ignore_label: int | None) -> None:
-        self._ignored = checked_ignore(ignore_label)
+        self._ignored = None if ignore_label is None else check_int("ignore_label", ignore_label, -(2**63), 2**63 - 1)
 
     @property
     def ignore_label(self) -> int | None:
         """See :class:`Loss`."""
         return self._ignored
 
-    def options(self) -> dict[str, Any]:
-        """See :class:`Loss`."""
-        return {} if self._ignored is None else {"ignore_label": self._ignored}
+    @abstractmethod
+    def parameters(self, z: Array, c: Context) -> tuple[Any, ...]:
+        """What the operation takes besides scores, labels and weights."""
+
+    def run(self, z: Array, Y: Array, c: Context) -> None:
+        """The mean over the batch, and its gradient."""
+        getattr(c.ops, self.operation)(z, Y, c.gradient, c.work, c.weights, *self.parameters(z, c))
 
     def check(self, Y: Array, rows: int, outputs: int) -> None:
         """Y must be integers, one for each row."""
@@ -377,24 +387,15 @@ class OneOfMany(Loss):
 class OfMargins(OneOfMany):
     """A loss of the margins z_j - z_y + delta between the other classes and the right one."""
 
-    takes_weights = True
-    operation: ClassVar[str]  # of the core, which computes the loss
+    usual: ClassVar[Mapping[str, Any]] = {"ignore_label": None, "delta": 1}
 
     def __init__(self, ignore_label: int | None = None, delta: float = 1.0) -> None:
         OneOfMany.__init__(self, ignore_label)
         self.delta = check_real("delta", delta, 0, open_low=True)
 
-    def options(self) -> dict[str, Any]:
-        """See :class:`Loss`."""
-        return {**OneOfMany.options(self), **({} if self.delta == 1 else {"delta": self.delta})}
-
-    def workspace(self, outputs: int) -> Mapping[str, Space]:
-        """The results, and the operation's scratch."""
-        return {**results_of(outputs), **getattr(Ops, self.operation).scratch(outputs)}
-
-    def run(self, z: Array, Y: Array, c: Context) -> None:
-        """The mean over the batch, and its gradient."""
-        getattr(c.ops, self.operation)(z, Y, c.gradient, c.work, c.weights, self.delta)
+    def parameters(self, z: Array, c: Context) -> tuple[Any, ...]:
+        """The margin."""
+        return (self.delta,)
 
     def margins(self, z: Array, Y: Array) -> tuple[Array | int, Array]:
         """1 for each label that counts; and max(0, z_j - z_y + delta), 0 where j = y."""
@@ -477,20 +478,12 @@ class SoftmaxCrossEntropy(OfSoftmax):
     True
     """
 
-    takes_weights = True
+    operation = "softmax_cross_entropy"
+    usual: ClassVar[Mapping[str, Any]] = {"ignore_label": None, "label_smoothing": 0.0}
 
     def __init__(self, ignore_label: int | None = None, label_smoothing: float = 0.0) -> None:
         OneOfMany.__init__(self, ignore_label)
         self.label_smoothing = checked_smoothing(label_smoothing)
-
-    def options(self) -> dict[str, Any]:
-        """See :class:`Loss`."""
-        found = OneOfMany.options(self)
-        return {**found, "label_smoothing": self.label_smoothing} if self.label_smoothing else found
-
-    def workspace(self, outputs: int) -> Mapping[str, Space]:
-        """The results, and the operation's scratch."""
-        return {**results_of(outputs), **Ops.softmax_cross_entropy.scratch(outputs)}
 
     def check(self, Y: Array, rows: int, outputs: int) -> None:
         """Y must be integers, one for each row, or real numbers, one for each score."""
@@ -499,9 +492,9 @@ class SoftmaxCrossEntropy(OfSoftmax):
         else:
             check_targets(Y, rows, outputs, "; labels must be of shape (batch,)" if Y.shape == (rows, 1) else "")
 
-    def run(self, z: Array, Y: Array, c: Context) -> None:
-        """L = Σ log Σ_j exp(z_j) - z_y / n, dz = (softmax(z) Σ_j y_j - y) / n."""
-        c.ops.softmax_cross_entropy(z, Y, c.gradient, c.work, c.weights, self.label_smoothing)
+    def parameters(self, z: Array, c: Context) -> tuple[Any, ...]:
+        """The smoothing of the targets."""
+        return (self.label_smoothing,)
 
     def each(self, z: Array, Y: Array) -> Array:
         """See :class:`Loss`."""
@@ -527,23 +520,19 @@ class KLDivergence(OfSoftmax):
     True
     """
 
-    takes_weights = True
+    operation = "softmax_cross_entropy"
 
     def __init__(self) -> None:
         OneOfMany.__init__(self, None)
-
-    def workspace(self, outputs: int) -> Mapping[str, Space]:
-        """The results, and the operation's scratch."""
-        return {**results_of(outputs), **Ops.softmax_cross_entropy.scratch(outputs)}
 
     def check(self, Y: Array, rows: int, outputs: int) -> None:
         """Y must be real numbers, one for each score."""
         hint = "; for labels use softmax_cross_entropy" if Y.ndim == 1 else ""
         check_targets(Y, rows, outputs, hint)
 
-    def run(self, z: Array, Y: Array, c: Context) -> None:
-        """L = Σ_j y_j (log y_j - log softmax(z)_j) / n, dz = (softmax(z) Σ_j y_j - y) / n."""
-        c.ops.softmax_cross_entropy(z, Y, c.gradient, c.work, c.weights, 0.0, True)
+    def parameters(self, z: Array, c: Context) -> tuple[Any, ...]:
+        """No smoothing, and with Σ_j y_j log y_j."""
+        return 0.0, True
 
     def each(self, z: Array, Y: Array) -> Array:
         """See :class:`Loss`."""
@@ -569,7 +558,8 @@ class SoftmaxFocal(OfSoftmax):
     True
     """
 
-    takes_weights = True
+    operation = "softmax_focal"
+    usual: ClassVar[Mapping[str, Any]] = {"ignore_label": None, "gamma": 2, "alpha": None}
 
     def __init__(
         self, gamma: float = 2.0, alpha: float | Sequence[float] | Array | None = None, ignore_label: int | None = None
@@ -578,23 +568,15 @@ class SoftmaxFocal(OfSoftmax):
         self.gamma, self.alpha = check_real("gamma", gamma, 0), checked_alpha(alpha)
         self._of_classes: dict[tuple[Backend, Any, int], Array] = {}
 
-    def options(self) -> dict[str, Any]:
-        """See :class:`Loss`."""
-        found = OneOfMany.options(self)
-        if self.gamma != 2:
-            found["gamma"] = self.gamma
-        return found if self.alpha is None else {**found, "alpha": self.alpha}
-
     def workspace(self, outputs: int) -> Mapping[str, Space]:
         """The results, and the operation's scratch."""
         if isinstance(self.alpha, list) and len(self.alpha) != outputs:
             raise ShapeError(f"alpha must have a number for each of {outputs} classes, got {len(self.alpha)}")
-        return {**results_of(outputs), **Ops.softmax_focal.scratch(outputs)}
+        return OneOfMany.workspace(self, outputs)
 
-    def run(self, z: Array, Y: Array, c: Context) -> None:
-        """L = -Σ alpha_y (1 - p)^gamma log p / n."""
-        alpha = self._classes(c.backend, compute_dtype(z.dtype), z.shape[1])
-        c.ops.softmax_focal(z, Y, c.gradient, c.work, c.weights, self.gamma, alpha)
+    def parameters(self, z: Array, c: Context) -> tuple[Any, ...]:
+        """gamma, and alpha of each class."""
+        return self.gamma, self._classes(c.backend, compute_dtype(z.dtype), z.shape[1])
 
     def _classes(self, backend: Backend, dtype: np.dtype[Any], classes: int) -> Array | None:
         """alpha of each class on the device; kept for captured steps, which read it at every replay."""
@@ -633,34 +615,7 @@ def log_softmax(z: Array) -> Array:
     return z
 
 
-LOSSES: dict[str, Loss] = {
-    "softmax_cross_entropy": SoftmaxCrossEntropy(),
-    "sigmoid_cross_entropy": SigmoidCrossEntropy(),
-    "mse": over_scores(scores.mse.bind()),
-    "svm": SVM(),
-    "crammer_singer": CrammerSinger(),
-    "kl_divergence": KLDivergence(),
-    "softmax_focal": SoftmaxFocal(),
-    "mae": over_scores(scores.mae.bind()),
-    "huber": over_scores(scores.huber.bind()),
-    "log_cosh": over_scores(scores.log_cosh.bind()),
-    "quantile": over_scores(scores.quantile.bind()),
-    "poisson": over_scores(scores.poisson.bind()),
-    "focal": over_scores(scores.focal.bind()),
-    "hinge": over_scores(scores.hinge.bind()),
-    "squared_hinge": over_scores(scores.squared_hinge.bind()),
-}
-
-# Those that take integer labels.
-OF_LABELS = [name for name, loss in LOSSES.items() if isinstance(loss, OneOfMany) and name != "kl_divergence"]
-
-
 # --- pieces ----------------------------------------------------------------------------------------------------------
-
-
-def results_of(outputs: int) -> dict[str, Space]:
-    """Where the operations write the loss and its gradient."""
-    return {"loss": ((1,), COMPUTE), "dz": ((-1, outputs), None)}
 
 
 def loss_of(loss: str | ScoreLoss | BoundScoreLoss | LossFunction | Loss) -> Loss:
@@ -948,6 +903,14 @@ poisson = of_formula(
     PyTorch's ``poisson_nll_loss(log_input=True)``. Keras' ``poisson`` is given the rate, of which z is the logarithm.
     """,
 )
+
+FUNCTIONS = (
+    *(softmax_cross_entropy, sigmoid_cross_entropy, mse, svm, crammer_singer, kl_divergence, softmax_focal, mae, huber),
+    *(log_cosh, quantile, poisson, focal, hinge, squared_hinge),
+)
+LOSSES: dict[str, Loss] = {function.__name__: function.bind() for function in FUNCTIONS}
+# Those that take integer labels.
+OF_LABELS = [name for name, loss in LOSSES.items() if isinstance(loss, OneOfMany) and name != "kl_divergence"]
 
 
 def _alone(loss: Loss, z: Array, Y: Array, weight: Array | None) -> tuple[float, Array]:
