@@ -62,7 +62,7 @@ ORDER = {
     "ops": "program reduce compile host_source host_compiler update grid operation elementwise losses normalisation"
     " dropout sums feistel cells permutation gather table blas products",
     "schedules": "counted decays cycles combined saved",
-    "optim": "arrays groups epochs optimizer optimizers ahead resumed",
+    "optim": "arrays groups hyper epochs optimizer optimizers ahead resumed",
     "parallel": "launchers watch engines nccl ranks",
     "nn": "needs layers stack workspace losses checks parts core dealt summary network",
     "sources": "arrays reader remote opener rows chunked tables parts given",

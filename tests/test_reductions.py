@@ -430,7 +430,7 @@ def test_the_weight_decay_of_a_rule_is_its_own() -> None:
     assert opt.hyper["weight_decay"] == 0.01
     opt = gb.Optimizer(every_kind, [w], weight_decay=lambda step, epoch: 0.5 + step)
     opt.step([np.ones(3)])
-    assert opt._at("weight_decay", opt.hyper["weight_decay"], opt.t, opt.epoch) == 1.5
+    assert opt._hyper.at("weight_decay", opt.hyper["weight_decay"], opt.t, opt.epoch) == 1.5
     other = gb.Optimizer(every_kind, [w], weight_decay=0.25)
     again = gb.Optimizer(every_kind, [w])
     again.load_state_dict(other.state_dict())

@@ -37,7 +37,7 @@ def unbound(init: Callable[..., None], **arguments: Any) -> Optimizer:
 
 def trace_of(opt: Optimizer, decayed: bool) -> Trace:
     """The formula that an optimizer applies, recorded with its options, and if ``decayed`` with its weight decay."""
-    return opt.rule.trace(("decoupled" if opt._decoupled else "coupled") if decayed else "", **opt._options)
+    return opt.rule.trace(("decoupled" if opt._hyper.decoupled else "coupled") if decayed else "", **opt._hyper.options)
 
 
 @contextlib.contextmanager
@@ -117,8 +117,7 @@ def captured_key(opt: Optimizer) -> tuple[Any, ...]:
 
     What graphs launch, comes first.
     """
-    own = (value for group in opt._groups for value in group.own.values())
-    return opt._whole(), opt.t, opt._epochs.epoch, *opt._hyper.values(), *own
+    return opt._whole(), opt.t, opt._epochs.epoch, *(value for _, value in opt._hyper.every())
 
 
 def epoch_in(opt: Optimizer, known: DataPass) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
@@ -21,13 +20,13 @@ from gpubatch.errors import (
     check_bool,
     check_int,
     check_known,
-    check_real,
 )
-from gpubatch.formula import Rule, rules
+from gpubatch.formula import Rule
 from gpubatch.ops import CudaUpdate, update_for
 from gpubatch.optim.arrays import Gradients, check_apart, named_arrays, not_finite
 from gpubatch.optim.epochs import EpochCount
-from gpubatch.optim.groups import Arrangement, Hyper, arranged, partition
+from gpubatch.optim.groups import Arrangement, Hyper, arranged
+from gpubatch.optim.hyper import HyperParameters
 from gpubatch.own import as_written
 from gpubatch.params import FlatViews, Parameters
 from gpubatch.passes import pass_under_way
@@ -35,22 +34,6 @@ from gpubatch.passes import pass_under_way
 LOOKS = 100  # steps from one look at parameters and epoch to the next; a look takes up to half a step
 BLOCK = 1 << 20  # elements that are compared at a time
 MASTER = "master"  # the name of the float32 copy of float16 parameters, beside the formula's state
-
-# The range of every hyper-parameter that gpubatch's own rules have: from low, included, to high, excluded.
-RANGES: dict[str, tuple[float, float]] = {
-    "lr": (0.0, math.inf),
-    "beta": (0.0, 1.0),
-    "beta1": (0.0, 1.0),
-    "beta2": (0.0, 1.0),
-    "mu": (0.0, 1.0),
-    "dampening": (0.0, 1.0),
-    "rho": (0.0, 1.0),
-    "momentum": (0.0, 1.0),
-    "eps": (0.0, math.inf),
-    "momentum_decay": (0.0, math.inf),
-    "weight_decay": (0.0, math.inf),
-    "trust_coefficient": (0.0, math.inf),
-}
 
 
 class StepResult(NamedTuple):
@@ -126,15 +109,9 @@ class Optimizer:
         self.rule = rule
         self.t = 0
         self._epochs = EpochCount()
-        self._checked = rule.name in rules.__all__ and getattr(rules, rule.name) is rule
-        self._decoupled = check_bool("decoupled", decoupled)
-        self._options = {**rule.options}
-        self._hyper: dict[str, Hyper] = {}
-        self._take(dict(hyper) if weight_decay is None else {**hyper, "weight_decay": weight_decay})
-        if decoupled and "weight_decay" in rule.hyper:
-            raise ArgumentError(f"decoupled must be False: {rule.name} applies weight decay itself")
-        if decoupled and "lr" not in rule.hyper:
-            raise ArgumentError(f"decoupled must be False: {rule.name} has no hyper-parameter 'lr' to scale the decay")
+        self._hyper = HyperParameters(
+            rule, decoupled, hyper if weight_decay is None else {**hyper, "weight_decay": weight_decay}
+        )
 
         self._flat = params if isinstance(params, Parameters) else None
         self._params = dict(params) if isinstance(params, Parameters) else named_arrays(params, "params", writable=True)
@@ -144,9 +121,7 @@ class Optimizer:
         if self._flat is None:
             check_apart(self._params)
         self._dtype = self._common_dtype()
-        self._groups, given = partition({} if groups is None else groups, list(self._params))
-        for group, values in zip(self._groups, given, strict=True):
-            group.own = self._own_values(group.pattern, values)
+        self._hyper.take_groups({} if groups is None else groups, list(self._params))
         self._missed: dict[str, int] = {}  # how many steps a parameter was without a gradient
         self._late: set[str] = set()  # those for which the arrangement is out of date
         frozen = set(self.frozen)
@@ -246,7 +221,7 @@ class Optimizer:
         raise NonFiniteError(f"{what} at step {self.t + 1}; nothing was changed")
 
     def _look(self) -> None:
-        stray = vars(self).keys() & {*self._hyper, "learning_rate"}
+        stray = vars(self).keys() & {*self._hyper.common, "learning_rate"}
         if stray and type(self).__module__.startswith("gpubatch."):  # a user's class may have any attributes
             name = min(stray)
             raise ArgumentError(
@@ -257,8 +232,7 @@ class Optimizer:
             self._look_at_parameters()
         if not self._epochs.stands_still():
             return
-        moving = [value for values in (self._hyper, *(group.own for group in self._groups)) for value in values.items()]
-        if found := next((name for name, value in moving if schedules.counts_epochs(value)), None):
+        if found := next((name for name, value in self._hyper.every() if schedules.counts_epochs(value)), None):
             self._epochs.told = True
             warnings.warn(
                 f"{found} is a schedule by epoch, and the last {LOOKS} steps are all of epoch {self._epochs.epoch}: "
@@ -304,16 +278,18 @@ class Optimizer:
 
         Assign a number or a schedule at any time.
         """
-        if "lr" not in self._hyper:
-            raise AttributeError(f"{self.rule.name} has no hyper-parameter 'lr'")
-        return self._at("lr", self._hyper["lr"], self.t, self.epoch)
+        return self._hyper.at("lr", self._hyper.common[self._with_lr()], self.t, self.epoch)
 
     @lr.setter
     def lr(self, value: Hyper) -> None:
-        if "lr" not in self._hyper:
+        self._hyper.set(self._with_lr(), value)
+        self._hyper.sort(self._trace)
+
+    def _with_lr(self) -> str:
+        """The name of the learning rate; AttributeError if the rule has none."""
+        if "lr" not in self._hyper.common:
             raise AttributeError(f"{self.rule.name} has no hyper-parameter 'lr'")
-        self._hyper["lr"] = self._value("lr", value)
-        self._sort_hyper()
+        return "lr"
 
     @property
     def hyper(self) -> dict[str, Any]:
@@ -321,14 +297,14 @@ class Optimizer:
 
         They are those of all parameters, but for what :attr:`groups` have themselves.
         """
-        return {**self._hyper, "decoupled": self._decoupled, **self._options}
+        return self._hyper.all
 
     @property
     def groups(self) -> dict[str, dict[str, Any]]:
         """The groups by their patterns: ``trainable``, the names in ``parameters``, and the hyper-parameters it has."""
         return {
             group.pattern: {"trainable": group.trainable, "parameters": tuple(group.names), **group.own}
-            for group in self._groups[1:]
+            for group in self._hyper.groups[1:]
         }
 
     def set_group(self, pattern: str, **hyper: Hyper) -> None:
@@ -336,22 +312,13 @@ class Optimizer:
 
         pattern: the group's pattern as it was given in ``groups``.
         """
-        group = next((group for group in self._groups[1:] if group.pattern == pattern), None)
-        if group is None:
-            known = ", ".join(repr(group.pattern) for group in self._groups[1:]) or "none"
-            raise ArgumentError(f"pattern must be one of the groups' ({known}), got {pattern!r}")
-        if "trainable" in hyper:
-            kind, other = ("trainable", "freeze") if group.trainable else ("not trainable", "train")
-            raise ArgumentError(f"groups[{pattern!r}] was made {kind}: to {other} it, make another optimizer")
-        if not group.trainable:
-            raise ArgumentError(f"groups[{pattern!r}] is not trainable, so it cannot have {', '.join(hyper)}")
-        group.own = {**group.own, **self._own_values(pattern, hyper)}
+        self._hyper.set_group(pattern, hyper)
         self._bind()
 
     @property
     def frozen(self) -> tuple[str, ...]:
         """The names of the parameters that are not trained."""
-        return tuple(name for group in self._groups if not group.trainable for name in group.names)
+        return tuple(name for group in self._hyper.groups if not group.trainable for name in group.names)
 
     @property
     def params(self) -> dict[str, Array]:
@@ -399,8 +366,8 @@ class Optimizer:
             "t": self.t,
             "epoch": self._epochs.epoch,
             "pass": self._epochs.saved(),
-            "hyper": self._saved_hyper(),
-            **({"groups": self._saved_groups()} if len(self._groups) > 1 else {}),
+            "hyper": self._hyper.saved(),
+            **({"groups": self._hyper.saved_groups()} if len(self._hyper.groups) > 1 else {}),
             **({"missed": dict(self._missed)} if self._missed else {}),
             "state": dict(self._state),
         }
@@ -416,22 +383,14 @@ class Optimizer:
         if d["rule"] != self.rule.name:
             raise ArgumentError(f"state_dict is of the rule {d['rule']!r}, this optimizer's is {self.rule.name!r}")
         t, epoch = check_int("t", d["t"], 0), check_int("epoch", d["epoch"], 0)
-        hyper = {name: self._loaded(name, value, self._hyper) for name, value in d["hyper"].items()}
-        if set(hyper) != set(self.hyper):
-            raise ArgumentError(f"hyper must have {sorted(self.hyper)}, got {sorted(hyper)}")
-        for name, option in {**self._options, "decoupled": self._decoupled}.items():
-            if hyper[name] != option:
-                raise ArgumentError(f"state_dict has {name}={hyper[name]!r}, this optimizer has {name}={option!r}")
-        own = self._loaded_groups(d.get("groups", {}))
+        hyper, of_groups = self._hyper.loaded(d["hyper"]), self._hyper.loaded_groups(d.get("groups", {}))
         check_known("missed", missed := dict(d.get("missed", {})), self._trained)
         missed = {name: check_int(f"missed[{name!r}]", n, 0, t) for name, n in missed.items()}
         arrays = self._loaded_state(d["state"])
         # Up to version 0.1 the loader's number of an epoch was the optimizer's.
         self._epochs.load(epoch, d.get("pass", [epoch, 0] if t else None))
         self.t, self._missed = t, missed
-        self._hyper = {name: hyper[name] for name in self._hyper}
-        for group, values in zip(self._groups[1:], own, strict=True):
-            group.own = values
+        self._hyper.take(hyper, of_groups)
         for state, parameter, array in arrays:
             self._state[state][parameter] = array
         self._met = False
@@ -443,66 +402,26 @@ class Optimizer:
     def __repr__(self) -> str:
         hyper = ", ".join(f"{name}={value!r}" for name, value in self.hyper.items())
         groups = "".join(
-            f", groups[{group.pattern!r}]={group.own if group.trainable else 'frozen'}" for group in self._groups[1:]
+            f", groups[{group.pattern!r}]={group.own if group.trainable else 'frozen'}"
+            for group in self._hyper.groups[1:]
         )
         return f"<{type(self).__name__} {self.rule.name}({hyper}){groups}, {len(self._params)} parameters, t={self.t}>"
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _take(self, given: dict[str, Any]) -> None:
-        """Sort what was given into options and hyper-parameters; the rule's defaults fill the rest."""
-        common = ["weight_decay", "decoupled", "backend", "master_weights", "groups", "check"]
-        check_known(self.rule.name, given, [*self.rule.hyper, *self.rule.options, *common])
-        for name, value in given.items():
-            if name not in self.rule.options:
-                continue
-            if type(value) is not type(self.rule.options[name]):
-                raise DTypeError(f"{name} must be like {self.rule.options[name]!r}, got {value!r}")
-            self._options[name] = value
-        values = {
-            "weight_decay": 0.0,
-            **self.rule.defaults,
-            **{k: v for k, v in given.items() if k not in self.rule.options},
-        }
-        for name in dict.fromkeys([*self.rule.hyper, "weight_decay"]):
-            if name not in values:
-                raise ArgumentError(f"{self.rule.name} needs {name}, a number or a schedule; none was given")
-            self._hyper[name] = self._value(name, values[name])
-
-    def _own_values(self, pattern: str, given: Mapping[str, Any]) -> dict[str, Hyper]:
-        """The hyper-parameters that a group is given, checked as those of all parameters are."""
-        check_known(f"groups[{pattern!r}]", given, [*self.rule.hyper, "weight_decay", "trainable"])
-        return {name: self._value(name, value, pattern) for name, value in given.items()}
-
-    def _value(self, name: str, value: Any, pattern: str = "") -> Hyper:
-        label = f"{name} of groups[{pattern!r}]" if pattern else name
-        if callable(value):
-            return schedules.check_schedule(label, value)
-        # Of a user's rule only these two are known to mean what they mean here.
-        known = self._checked or name in ("lr", "weight_decay")
-        low, high = RANGES[name] if known and name in RANGES else (-math.inf, math.inf)
-        return check_real(label, value, low, high, open_high=True)
-
-    def _at(self, name: str, value: Hyper, t: int, epoch: int, pattern: str = "") -> float:
-        """The value of a hyper-parameter for step ``t`` from 0, always a Python float: float32 stays float32."""
-        if not callable(value):
-            return value
-        number = self._value(name, value(t, epoch), pattern)
-        assert isinstance(number, float)
-        return number
-
     def _scalars(self, t: int) -> tuple[list[tuple[float, ...]], float | None]:
         """The rows of scalars for step ``t`` from 0, and the learning rate of the parameters in no group."""
-        common, evaluate, epoch = self._fixed, self._trace.evaluate, self._epochs.epoch
-        if self._moving:
-            common = common | {name: self._at(name, schedule, t, epoch) for name, schedule in self._moving.items()}
+        hyper, evaluate, epoch = self._hyper, self._trace.evaluate, self._epochs.epoch
+        common = hyper.fixed
+        if hyper.moving:
+            common = common | {name: hyper.at(name, schedule, t, epoch) for name, schedule in hyper.moving.items()}
         rows: list[tuple[float, ...]] = []
         for group, missed in self._arrangement.rows:
-            hyper = common
+            values = common
             if group.own:
-                own = {name: self._at(name, value, t, epoch, group.pattern) for name, value in group.own.items()}
-                hyper = {name: own.get(name, value) for name, value in common.items()}
-            rows.append(evaluate(t + 1 - missed, **hyper))
+                own = {name: hyper.at(name, value, t, epoch, group.pattern) for name, value in group.own.items()}
+                values = {name: own.get(name, value) for name, value in common.items()}
+            rows.append(evaluate(t + 1 - missed, **values))
         return rows, common.get("lr")
 
     def _common_dtype(self) -> np.dtype[Any]:
@@ -517,34 +436,22 @@ class Optimizer:
 
     def _bind(self) -> None:
         """Record the formula with its options, and with weight decay where there is any."""
-        decays = [
-            group.own.get("weight_decay", self._hyper["weight_decay"])
-            for group in self._groups
-            if group.trainable and group.names
-        ]
-        decay = "" if all(value == 0.0 for value in decays) else "decoupled" if self._decoupled else "coupled"
-        if not self._checked:
+        if not self._hyper.of_library:
             self.rule.renew()
-        self._trace = self.rule.trace(decay, **self._options)
+        self._trace = self.rule.trace(self._hyper.decay, **self._hyper.options)
         self._update = update_for(self._trace, self._dtype, self.backend, self._master)
         self._at_once = getattr(self._update, "at_once", lambda arrays, scalars, control, row_of: False)
         self._numbered = list(self._trained) == [str(i) for i in range(len(self._params))]
         self._apart = [(p, [views[name] for views in self._state.values()]) for name, p in self._trained.items()]
-        self._sort_hyper()
+        self._hyper.sort(self._trace)
         self._arrange()
-
-    def _sort_hyper(self) -> None:
-        """Sort the hyper-parameters of the formula into numbers, which a step takes as they are, and schedules."""
-        given = {name: self._hyper[name] for name in self._trace.hyper}
-        self._fixed = {name: value for name, value in given.items() if not callable(value)}
-        self._moving = {name: value for name, value in given.items() if callable(value)}
 
     def _arrange(self) -> None:
         """Lay out the parameters by their rows of scalars."""
         self._late.clear()
         self._last = None
         self._absent: Collection[str] = ()  # parameters without a gradient in the last step
-        self._arrangement = arranged(self._update, self._groups, list(self._trained), self._missed)
+        self._arrangement = arranged(self._update, self._hyper.groups, list(self._trained), self._missed)
         if self._flat is not None:
             apart = len(self._trace.passes) > 1  # reductions are over each parameter
             self._spans = self._arrangement.spans(self._flat.spans, list(self._trained), apart)
@@ -633,46 +540,6 @@ class Optimizer:
         dtype = compute_dtype(self._dtype)
         if control.shape != (2,) or control.dtype != dtype:
             raise ShapeError(f"control must be two numbers of {dtype}, got {describe(control)}")
-
-    def _loaded(self, name: str, value: Any, own: Mapping[str, Hyper], pattern: str = "") -> Any:
-        """A hyper-parameter from a state_dict; a callable is the one that ``own`` has."""
-        if isinstance(value, Mapping) and "schedule" in value:
-            return schedules.from_dict(value)
-        if isinstance(value, Mapping):
-            if not callable(own.get(name)):
-                label = f"{name} of groups[{pattern!r}]" if pattern else name
-                raise ArgumentError(f"{label} was the callable {value.get('callable')!r}; give this optimizer one too")
-            return own[name]
-        return value if name in (*self._options, "decoupled") else self._value(name, value, pattern)
-
-    def _saved_hyper(self) -> dict[str, Any]:
-        return {name: schedules.saved(value) for name, value in self.hyper.items()}
-
-    def _saved_groups(self) -> dict[str, dict[str, Any]]:
-        return {
-            group.pattern: {
-                "trainable": group.trainable,
-                **{name: schedules.saved(value) for name, value in group.own.items()},
-            }
-            for group in self._groups[1:]
-        }
-
-    def _loaded_groups(self, saved: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Hyper]]:
-        """The hyper-parameters of each group from a state_dict with the same groups."""
-        kinds = [
-            ", ".join(
-                f"{pattern!r}{'' if values['trainable'] else ' (not trainable)'}" for pattern, values in of.items()
-            )
-            for of in (saved, self._saved_groups())
-        ]
-        if kinds[0] != kinds[1]:
-            raise ArgumentError(f"state_dict has the groups {kinds[0] or 'none'}, this optimizer {kinds[1] or 'none'}")
-        found = []
-        for group in self._groups[1:]:
-            values = {name: value for name, value in saved[group.pattern].items() if name != "trainable"}
-            check_known(f"groups[{group.pattern!r}]", values, [*self.rule.hyper, "weight_decay"])
-            found.append({name: self._loaded(name, value, group.own, group.pattern) for name, value in values.items()})
-        return found
 
     def _loaded_state(self, state: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, Array]]:
         if set(state) != set(self._state):

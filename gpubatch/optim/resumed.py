@@ -12,7 +12,7 @@ from gpubatch.optim.optimizer import Optimizer
 
 def given_hyper(opt: Optimizer) -> dict[str, Any]:
     """The hyper-parameters of an optimizer and of its groups, as a checkpoint can hold them."""
-    return {"hyper": opt._saved_hyper(), "groups": opt._saved_groups()}
+    return {"hyper": opt._hyper.saved(), "groups": opt._hyper.saved_groups()}
 
 
 def live_optimizer(opt: Optimizer) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def load_resumed(opt: Optimizer, saved: Mapping[str, Any], given: Mapping[str, A
     hyper, lines = dict(saved["hyper"]), list[str]()
     for name, value in now["hyper"].items():
         # Options are part of the formula, so another one is refused when the dictionary is loaded.
-        if name in opt._hyper and schedules.up_to_date(before["hyper"].get(name)) != value:
+        if name in opt._hyper.common and schedules.up_to_date(before["hyper"].get(name)) != value:
             hyper[name] = value
             lines.append(f"{name}: {_in_words(before['hyper'].get(name))} before, {_in_words(value)} now")
     for kept in saved["state"].values():

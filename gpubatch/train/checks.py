@@ -115,7 +115,7 @@ def scale_for(net: Network, loss_scale: LossScale | None) -> LossScale | None:
 APART = frozenset(
     "__copy__ __deepcopy__ __init__ __init_subclass__ __reduce__ __repr__ accuracy evaluate groups hyper "
     "load_state_dict memory memory_parts predict scores set_group state_dict to_batch "
-    "_common_dtype _loaded _loaded_groups _loaded_state _own_values _saved_groups _take".split()
+    "_common_dtype _loaded_state".split()
 )
 
 
