@@ -15,7 +15,6 @@ from gpubatch.own import changed
 from gpubatch.parallel import Ranks
 from gpubatch.train.loss_scale import LossScale
 
-
 # The arguments of fit, and how what is given in their place is made one.
 REMEDIES = {
     Network: "gb.mlp([inputs, hidden, outputs]) makes one",
