@@ -52,6 +52,7 @@ DTYPES: dict[Any, np.dtype[Any]] = {getattr(torch, name): np.dtype(name) for nam
 # DLPack's C functions of tensors, if PyTorch has them: a view takes a sixth of the time of Tensor.numpy.
 EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 LINE = 64  # bytes of a line of the cache
+OF_SCHEDULERS = "initial", "max", "min", "base", "swa"  # before the name of an argument: what schedulers write
 HOOKS = _global_optimizer_pre_hooks, _global_optimizer_post_hooks  # of all optimizers' steps
 STEP = "step"  # the name of the count beside the formula's state
 
@@ -109,7 +110,7 @@ class Optimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group: ``"params"``, and the arguments that differ in it."""
         if isinstance(param_group, Mapping):
-            known = ["params", "param_names", *self._arguments]
+            known = self._arguments
             check_names("a group", [name for name in param_group if is_misspelt(name, known)], known)
         torch.optim.Optimizer.add_param_group(self, param_group)
         number, group = len(self.param_groups) - 1, self.param_groups[-1]
@@ -208,11 +209,23 @@ class Optimizer(torch.optim.Optimizer):
         own = {"_init": self._init, "_arguments": self._arguments}
         return {**torch.optim.Optimizer.__getstate__(self), **own}
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As for any object; but an argument is none of its attributes, unless a user's class has it."""
+        if type(self).__module__ == __name__ and name in (
+            *vars(self).get("_arguments", ()),
+            "learning_rate",
+            *ELSEWHERE,
+        ):
+            raise ArgumentError(f"opt.{name} = {value!r} changes nothing: a step reads the values in opt.param_groups")
+        object.__setattr__(self, name, value)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         torch.optim.Optimizer.__setstate__(self, state)
         for group in self.param_groups:
             for name in self._arguments:
                 group.setdefault(name, self.defaults[name])
+            for name in [name for name in ELSEWHERE if name in group and name not in self._arguments]:
+                del group[name]  # of a state_dict of torch.optim, where it is off
         self._known, self._engines, self._repeat = None, {}, None
 
     # --- inside ------------------------------------------------------------------------------------------------------
@@ -221,8 +234,8 @@ class Optimizer(torch.optim.Optimizer):
         """What lanes depend on: the addresses of the parameters, their numbers, and the objects in groups and state."""
         params = [p for group in self.param_groups for p in group["params"]]
         objects = [*params]
-        for p, state in self.state.items():
-            objects += [p, state, *state.values()]
+        for p, state in self.state.items():  # a hook may put there what is no parameter's
+            objects += [p, state, *(state.values() if isinstance(state, dict) else ())]
         return [*map(torch.Tensor.data_ptr, params), *sizes_of(self.param_groups)], objects
 
     def _is_known(self) -> bool:
@@ -259,9 +272,12 @@ class Optimizer(torch.optim.Optimizer):
             raise ArgumentError(
                 f"param_groups[{number}] must have {', '.join(self._arguments)}; it lacks {error}"
             ) from None
-        if variant is None or variant.values != values or variant.decayed != decayed:
+        if variant is None or len(group) != variant.names:
+            check_written(f"param_groups[{number}]", group, self._arguments)
+        if variant is None or not equal(variant.values, values) or variant.decayed != decayed:
             variant = Variant(self._init, dict(zip(self._arguments, values, strict=True)), decayed)
             self._variants[number] = variant
+        variant.names = len(group)
         return variant
 
     def _check_apart(self) -> None:
@@ -293,6 +309,7 @@ class Optimizer(torch.optim.Optimizer):
                 raise ArgumentError(
                     f"group {number} of state_dict lacks {', '.join(missing)}: it is not of {type(self).__name__}{hint}"
                 )
+            check_written(f"group {number} of state_dict", group, self._arguments)
             variant = Variant(self._init, {name: group.get(name, self.defaults[name]) for name in self._arguments})
             known = [*variant.start, optim.MASTER, STEP]
             for state in (d["state"][i] for i in group["params"] if i in d["state"]):
@@ -333,9 +350,30 @@ def check_names(owner: str, given: Any, known: Any) -> None:
     check_known(owner, given, known)
 
 
+def check_written(owner: str, group: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raise for what somebody wrote into a group although no step reads it."""
+    check_names(owner, [name for name in group if is_foreign(group, name, known) or is_misspelt(name, known)], known)
+
+
+def is_foreign(group: Mapping[str, Any], name: str, known: Sequence[str]) -> bool:
+    """Whether a name is one of torch.optim's that has a value; zero, False and None say nothing."""
+    return name in ELSEWHERE and name not in known and group[name] not in (0, None)
+
+
 def is_misspelt(name: str, known: Sequence[str]) -> bool:
     """Whether a name that may be the user's own, as PyTorch's groups may have, is nearly one that is known."""
-    return name not in known and bool(difflib.get_close_matches(str(name), known, 1, 0.8))
+    kind, _, of = str(name).partition("_")
+    if name in (*known, "params", "param_names") or (kind in OF_SCHEDULERS and of in (*known, "momentum")):
+        return False
+    return name in ("learning_rate", "epsilon") or bool(difflib.get_close_matches(str(name), known, 1, 0.8))
+
+
+def equal(one: list[Any], other: list[Any]) -> bool:
+    """Whether the arguments of a group are what they were."""
+    try:
+        return one == other
+    except (RuntimeError, ValueError):  # an array of several numbers, which will be refused in words
+        return False
 
 
 def sizes_of(groups: list[dict[str, Any]]) -> list[int]:
@@ -371,17 +409,14 @@ class Variant:
     """The formula of a group, with the arguments that the group has.
 
     values: those arguments.
+    names: how many names the group had when they were checked.
     decayed: whether the formula has weight decay. It has in all groups if one of them has, so that one call does all.
     start: what the state starts from, by its names.
     """
 
     def __init__(self, init: Callable[..., None], arguments: dict[str, Any], decayed: bool = False) -> None:
-        self.values, self.decayed = list(arguments.values()), decayed
-        for name, value in arguments.items():
-            if callable(value) or torch.is_tensor(value):
-                raise DTypeError(
-                    f"{name} must be a plain number, got {value!r}; schedules are those of torch.optim.lr_scheduler"
-                )
+        arguments = {name: plain(name, value) for name, value in arguments.items()}
+        self.values, self.names, self.decayed = list(arguments.values()), 0, decayed
         self.uphill = check_bool("maximize", arguments["maximize"])
         self.master = check_bool("master_weights", arguments["master_weights"])
         rest = {name: value for name, value in arguments.items() if name not in ("maximize", "master_weights")}
@@ -389,6 +424,13 @@ class Variant:
         self.trace = optim.trace_of(opt, decayed)
         self.hyper = {name: opt.hyper[name] for name in self.trace.hyper}
         self.start = {name: float(views.flat[0]) for name, views in opt.state.items()}
+
+
+def plain(name: str, value: Any) -> Any:
+    """An argument as it was given, but the number for a tensor of one; it is read again in every step."""
+    if callable(value) or (torch.is_tensor(value) and value.numel() != 1):
+        raise DTypeError(f"{name} must be a number, got {value!r}; schedules are those of torch.optim.lr_scheduler")
+    return value.item() if torch.is_tensor(value) else value
 
 
 # --- parameters as the update sees them ------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ CODE_LINES = {
     "staging": 68,
     "parallel": 597,
     "inputs": 190,
-    "ops": 2770,
+    "ops": 2782,
     "sizing": 264,
     "params": 99,
     "optim": 1192,
@@ -223,7 +223,7 @@ CODE_LINES = {
     "plot": 367,
     "cli": 2125,
     "sklearn": 886,
-    "torch": 650,
+    "torch": 677,
     "__main__": 29,
     "__init__": 216,
 }

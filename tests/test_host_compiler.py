@@ -581,6 +581,30 @@ def test_a_compiler_that_fails_is_told_once_and_numpy_does_the_work(
     np.testing.assert_array_equal(steps_of(opt, w), expected)
 
 
+@gb.rule
+def squashed(w, g, t, *, lr=0.1):
+    return (w - lr * np.tanh(g),)
+
+
+def test_a_formula_that_is_not_compiled_leaves_the_others_compiled(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is told once for each formula, and tried once; the compiler stands for one with a fault."""
+    lines = f"""source=$(cat)
+echo >> {tmp_path}/runs
+case "$source" in *0.2345*) echo "<stdin>:7: error: internal compiler error" >&2; exit 1;; esac
+printf %s "$source" | {jit.compiler().program} "$@"
+"""
+    monkeypatch.setenv("CXX", script(tmp_path, lines))
+    jit.compiler.cache_clear()
+    with pytest.warns(gb.CompilerWarning, match="^the rule drift runs on NumPy, .*7: error: internal compiler error$"):
+        opt = gb.Optimizer(drift, [np.ones(100)])
+    assert opt.form.startswith("NumPy: ")
+    assert gb.Optimizer(squashed, [np.ones(100)]).form.startswith("compiled on first use by")
+    assert gb.Optimizer(drift, [np.ones(100)]).form == opt.form
+    assert (tmp_path / "runs").read_text() == "\n" * 3  # drift, a library without a formula, and squashed
+
+
 @pytest.mark.exhaustive
 def test_the_benchmark_runs(fresh: Path, tmp_path: Path) -> None:
     """It checks that the two of a pair give the same bits; the times are not tested."""

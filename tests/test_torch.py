@@ -924,7 +924,39 @@ def without_an_argument(opt: Any, p: Tensor) -> None:
     opt.step()
 
 
+def writing(name: str, value: Any) -> Callable[[Any, Tensor], None]:
+    """A value that is written into the group, before a step of the kind that is repeated."""
+
+    def write(opt: Any, p: Tensor) -> None:
+        opt.param_groups[0][name] = value
+        opt.step()
+
+    return write
+
+
+def loading_plain_sgd(opt: Any, p: Tensor) -> None:
+    own = gt.SGD([p], lr=0.1)
+    own.load_state_dict(torch.optim.SGD([p], lr=0.5).state_dict())
+    assert own.param_groups[0]["lr"] == 0.5
+    own.step()
+    own.load_state_dict(torch.optim.SGD([p], momentum=0.5).state_dict())
+
+
 MISTAKES: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
+    "betas later": (
+        writing("betas", (0.8, 0.9)),
+        r"param_groups\[0\] has no argument 'betas' .* it is beta1= and beta2=",
+    ),
+    "alpha later": (writing("alpha", 0.9), "no argument 'alpha' of torch.optim; here it is rho="),
+    "learning_rate later": (writing("learning_rate", 0.1), "got 'learning_rate'; did you mean 'lr'"),
+    "misspelt later": (writing("weight_deacy", 0.1), "got 'weight_deacy'; did you mean 'weight_decay'"),
+    "tensor of two later": (writing("lr", torch.ones(2)), "lr must be a number, got tensor"),
+    "array later": (writing("lr", np.ones(2)), "lr must be a real number .* got array"),
+    "as an attribute": (lambda opt, p: setattr(opt, "lr", 0.5), "opt.lr = 0.5 changes nothing: .* in opt.param_groups"),
+    "state of SGD with momentum": (
+        loading_plain_sgd,
+        "group 0 of state_dict has no argument 'momentum' of torch.optim",
+    ),
     "another shape": (reshaped, r"state s of .* has shape \(3,\), the parameter \(5,\); delete opt.state.p."),
     "gradient of another shape": (with_another_gradient, r"the gradient of .* has shape \(5,\), the parameter \(3,\)"),
     "argument deleted": (without_an_argument, r"param_groups\[0\] must have .*lr.*; it lacks 'rho'"),
@@ -966,7 +998,22 @@ def test_mistakes_of_every_day_are_told(mistake: str) -> None:
 
 def test_names_of_one_s_own_are_kept_in_groups() -> None:
     own = {"name": "head", "initial_lr": 0.1, "max_lr": 1.0, "min_lr": 0.0, "lr_scale": 2.0, "layer_decay": 0.5}
-    assert gt.Adam([{"params": tensors((3,)), **own}]).param_groups[0].items() >= own.items()
+    opt = gt.RMSProp([{"params": tensors((3,)), **own}])
+    assert opt.param_groups[0].items() >= own.items()
+    opt.param_groups[0].update(note="later", max_momentum=0.9, base_momentum=0.8)  # as OneCycleLR writes them
+    opt.step()
+
+
+class WithRate(gt.SGD):
+    def __init__(self, params: Any, lr: float) -> None:
+        self.lr = lr
+        gt.SGD.__init__(self, params, lr)
+
+
+def test_a_user_s_class_may_have_any_attributes() -> None:
+    opt = WithRate(tensors((3,)), 0.25)
+    opt.lr = 0.5
+    assert opt.param_groups[0]["lr"] == 0.25
 
 
 def move(groups: list[dict[str, Any]]) -> None:
@@ -1031,7 +1078,7 @@ def test_a_cuda_device_needs_cupy_and_it_is_said_when_the_optimizer_is_made() ->
         ("Adam", {"lrr": 1.0}, "did you mean 'lr'"),
         ("SGD", {}, r"^SGD\(params.*missing a required argument: 'lr'"),
         ("Adam", {"lr": -1.0}, r"lr must be finite and in \[0, inf\), got -1.0"),
-        ("Adam", {"lr": torch.tensor(0.1)}, "lr must be a plain number"),
+        ("Adam", {"lr": torch.ones(2)}, "lr must be a number, got tensor"),
         ("Adam", {"lr": gb.CosineDecay(0.1, total=5, per="step")}, "schedules are those of torch.optim.lr_scheduler"),
         ("Adam", {"maximize": 1}, "maximize must be True or False"),
         ("Adam", {"eps_at": "side"}, "eps_at must be one of"),

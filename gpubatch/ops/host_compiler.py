@@ -50,6 +50,10 @@ class CompilationError(Exception):
     """A formula cannot be compiled; the message says why."""
 
 
+class OfOneFormulaError(CompilationError):
+    """A compiler that compiles others does not compile this formula."""
+
+
 # --- formulas --------------------------------------------------------------------------------------------------------
 
 
@@ -78,6 +82,11 @@ def place_of(library: Any, formula: Trace | Activation | ScoreLoss, dtype: str) 
             if isinstance(found, str):
                 raise CompilationError(found)
             functions = load_functions(found, library_source([formula], dtype), level)
+        except OfOneFormulaError as error:
+            words = f"the {kind} {formula.name} runs on NumPy, and slower than compiled: {error}"
+            warnings.warn(words, CompilerWarning, stacklevel=1)
+            PLACES[key] = Place(-1, f"NumPy: {error}")
+            return PLACES[key]
         except CompilationError as error:
             warn(str(error))
             return Place(-1, f"NumPy: {error}")
@@ -118,9 +127,9 @@ def warn(reason: str) -> None:
 
 
 class Compiler:
-    """A C++ compiler: its ``program``, the ``options`` that CXX has beside the program, and its first ``failure``.
+    """A C++ compiler: its ``program``, the ``options`` that CXX has beside the program, and its ``failure``.
 
-    After a failure it is not run again, so that a hung one is waited for once.
+    One that does not even compile a library without a formula is not run again, so that a hung one is waited for once.
     """
 
     def __init__(self, program: str, options: Sequence[str] = ()) -> None:
@@ -141,12 +150,18 @@ class Compiler:
         """Make a shared library in ``folder``; returns its path. Raises :class:`CompilationError`."""
         if self.failure is None:
             try:
-                return self._compile(source, level, folder)
+                return self._compile(source, level, folder, SECONDS)
             except CompilationError as error:
-                self.failure = f"{self.program} {error}"
+                reason = f"{self.program} {error}"
+            try:
+                self._compile(library_source([], "float32"), level, folder, SECONDS / 4)
+            except CompilationError:
+                self.failure = reason
+            else:
+                raise OfOneFormulaError(reason)
         raise CompilationError(self.failure)
 
-    def _compile(self, source: str, level: str, folder: str) -> str:
+    def _compile(self, source: str, level: str, folder: str, seconds: float) -> str:
         out = os.path.join(folder, "formula.so")
         command = [self.program, *self.options, *OPTIONS, *level_options(level), "-x", "c++", "-", "-o", out]
         # TMPDIR: what the parts of the compiler hand on stays in the private folder. LC_ALL: messages in English.
@@ -156,11 +171,11 @@ class Compiler:
             command, stdin=pipe, stdout=null, stderr=pipe, env=environment, start_new_session=True
         ) as process:
             try:
-                _, said = process.communicate(source.encode(), SECONDS)
+                _, said = process.communicate(source.encode(), seconds)
             except BaseException as error:
                 os.killpg(process.pid, signal.SIGKILL)  # the compiler proper is a child of the program
                 if isinstance(error, subprocess.TimeoutExpired):
-                    raise CompilationError(f"was not done after {SECONDS} seconds") from None
+                    raise CompilationError(f"was not done after {seconds} seconds") from None
                 raise
         if process.returncode:
             lines = [line for line in said.decode(errors="replace").splitlines() if line.strip()]

@@ -138,7 +138,7 @@ def library_source(formulas: Sequence[Trace | Activation | ScoreLoss], dtype: st
         *map(kernel_source, ("host_math.h", "math.cuh", "host_formulas.h")),
         *texts,
         'extern "C" { extern void* const functions[]; }',
-        f"void* const functions[] = {{{', '.join(f'(void*){function}' for function in functions)}, nullptr}};",
+        f"void* const functions[] = {{{', '.join([*(f'(void*){function}' for function in functions), 'nullptr'])}}};",
         "}\n",
     ]
     return "\n".join(lines)
