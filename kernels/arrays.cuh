@@ -45,6 +45,14 @@ __device__ inline E* global(long long address) {
     return static_cast<E*>(__cvta_global_to_generic(address));
 }
 
+// The number that w is before the step, from its master copy: something else may have changed w meanwhile, which then is
+// not the rounded copy any more, and counts.
+__device__ inline T current(T copy, S w) {
+    S rounded;
+    rounded = copy;
+    return T(rounded) == T(w) ? copy : T(w);
+}
+
 // The numbers of one element in each array; w is the master copy, if there is one.
 struct Element {
     T of[STORED];
@@ -63,7 +71,7 @@ struct Arrays {
     __device__ Element element(T scale, long long i) const {
         Element x;
         for (int a = 2; a < STORED; ++a) x.of[a] = state[a][i];
-        x.of[0] = MASTER ? x.of[STORED - 1] : T(w[i]);
+        x.of[0] = MASTER ? current(x.of[STORED - 1], w[i]) : T(w[i]);
         x.of[1] = T(g[i]) * scale;
         return x;
     }

@@ -26,7 +26,7 @@ __device__ inline void update_pack(const Arrays& arrays, const Constants& consta
     for (int lane = 0; lane < WIDTH; ++lane) {
         T x[STORED];
         for (int a = 2; a < STORED; ++a) x[a] = packs[a].at[lane];
-        x[0] = MASTER ? x[STORED - 1] : T(weights.at[lane]);
+        x[0] = MASTER ? current(x[STORED - 1], weights.at[lane]) : T(weights.at[lane]);
         x[1] = T(gradients.at[lane]) * scale;
         update(x, constants.k, constants.v);
         weights.at[lane] = x[0];

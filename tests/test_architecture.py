@@ -221,7 +221,7 @@ CODE_LINES = {
     "train": 3333,
     "explore": 938,
     "plot": 367,
-    "cli": 2125,
+    "cli": 2128,
     "sklearn": 886,
     "torch": 677,
     "__main__": 29,

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -555,7 +556,7 @@ CHANGED: dict[str, Callable[[gb.Network, gb.Network, Path], Any]] = {
 
 
 @every("change", CHANGED, ["load_state_dict"])
-@pytest.mark.parametrize("place", ["fit", "step", "callback"])
+@pytest.mark.parametrize("place", ["fit", "step", "loop", "callback", "after each step"])
 def test_weights_that_are_loaded_are_not_lost(
     change: Any, place: str, backend: Backend, rng: np.random.Generator, tmp_path: Path
 ) -> None:
@@ -576,14 +577,21 @@ def test_weights_that_are_loaded_are_not_lost(
     opt.lr = 0.0
     if place == "callback":
         gb.fit(net, loader, opt, 2, callbacks=[changing], progress=False)
+    elif place == "after each step":
+        watching = SimpleNamespace(on_step=changing)
+        gb.fit(net, loader, opt, 1, callbacks=[watching], progress=False)
     else:
+        if place == "loop":
+            opt.step()
         changing()
         if place == "fit":
             gb.fit(net, loader, opt, 1, progress=False)
         else:
-            opt.load_state_dict(opt.state_dict())
+            if place == "step":
+                opt.load_state_dict(opt.state_dict())
             opt.step()
     now, master = net.parameters.flat, opt.state["master"].flat
     assert bool((now == seen[0]).all())
     assert bool((master[now == kept] == copies[now == kept]).all())
-    assert bool((master.astype(np.float16) == now).all())
+    with net.backend.scope():
+        assert bool((master.astype(np.float16) == now).all())

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import functools
+import io
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import signal
@@ -401,15 +405,43 @@ def test_it_runs_in_another_thread() -> None:
     assert len(histories[0].loss) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_the_program_as_is_usual(number: int) -> None:
-    net_loader_opt = parts()
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_sigterm_and_a_closed_terminal_end_the_program_as_is_usual(number: int, code: int, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="terminated in epoch 1 after step 12; the model holds") as raised:
-        gb.fit(*net_loader_opt, 2, callbacks=[lambda s: os.kill(os.getpid(), number)], progress=False)
+        gb.fit(*parts(), 2, callbacks=[lambda s: os.kill(os.getpid(), number)], checkpoint=tmp_path, progress=False)
     assert isinstance(raised.value, TrainingTerminated)
-    assert (raised.value.code, len(raised.value.history.loss)) == (128 + number, 1)
-    assert signal.getsignal(number) is signal.SIG_DFL
+    assert (raised.value.code, len(raised.value.history.loss)) == (code, 1)
+    assert pickle.loads(pickle.dumps(raised.value)).code == code
+    assert Checkpoints(tmp_path).newest() is not None
+    assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_nohup_stays() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        history = gb.fit(*parts(), 2, callbacks=[lambda s: os.kill(os.getpid(), signal.SIGHUP)], progress=False)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert len(history.loss) == 2
+
+
+@pytest.mark.parametrize("shown", ["lines", "bar", "notebook"])
+def test_progress_that_cannot_be_written_ends_no_run(shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the terminal was closed, or the disk with the log is full."""
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+        def isatty(self) -> bool:
+            return shown == "bar"
+
+    monkeypatch.setattr("sys.stderr", Closed())
+    if shown == "notebook":
+        monkeypatch.setitem(sys.modules, "ipykernel", sys)
+        monkeypatch.setattr("gpubatch.train.display.REWRITTEN", 0.0)
+    assert len(gb.fit(*parts(), 2).loss) == 2
 
 
 TERMINATED = """
@@ -665,6 +697,36 @@ GIVEN_NOW: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"lr": 0.1},
         {"lr": gb.StepDecay(0.1)},
         ["lr: 0.1 before, StepDecay(lr=0.1, factor=0.5, every=10, per='epoch') now"],
+    ),
+    "another function": (
+        {"lr": lambda step, epoch: 0.1 if epoch < 2 else 0.01},
+        {"lr": lambda step, epoch: 0.1 if epoch < 2 else 0.02},
+        ["lr: the function gave 0.01 at step 24 of epoch 3 before, 0.02 now"],
+    ),
+    "other numbers in a function": (
+        {"beta1": functools.partial(lambda rate, step, epoch: rate, 0.9)},
+        {"beta1": functools.partial(lambda rate, step, epoch: rate, 0.8)},
+        ["beta1: the function gave 0.9 at step 0 of epoch 1 before, 0.8 now"],
+    ),
+    "a function in a group": (
+        {"groups": {"b*": {"lr": lambda step, epoch: 0.1}}},
+        {"groups": {"b*": {"lr": lambda step, epoch: 0.1 / (1 + step)}}},
+        ["lr of groups['b*']: the function gave 0.1 at step 1 of epoch 1 before, 0.05 now"],
+    ),
+    "a chain with a function": (
+        {"lr": gb.chain([0.1, lambda step, epoch: 0.2], [1], per="epoch")},
+        {"lr": gb.chain([0.1, lambda step, epoch: 0.3], [1], per="epoch")},
+        ["lr: the function gave 0.2 at step 12 of epoch 2 before, 0.3 now"],
+    ),
+    "a function that is the same": (
+        {"lr": lambda step, epoch: 0.1 / (1 + epoch)},
+        {"lr": lambda step, epoch: 0.1 / (epoch + 1)},
+        [],
+    ),
+    "a table that is longer": (
+        {"lr": lambda step, epoch: [0.2][epoch]},
+        {"lr": lambda step, epoch: [0.2, 0.1, 0.05][epoch]},
+        [],
     ),
     "a callable": ({"lr": 0.1}, {"lr": lambda step, epoch: 0.2}, ["lr: 0.1 before, <lambda> now"]),
     "groups": (

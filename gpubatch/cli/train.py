@@ -136,7 +136,10 @@ def train(
         history, ended = end.history, end.message
         if store is None and save_file is None:
             ended = f"{ended.partition(';')[0]}; nothing of it is saved without --checkpoint DIR"
-        typer.echo(ended, err=True)
+        try:
+            typer.echo(ended, err=True)
+        except OSError:  # a closed terminal: nobody reads what follows
+            as_json, out, plot_file = False, Console(quiet=True), None
         # What a shell reports for a program that a signal ended.
         code = 128 + (signal.SIGINT if isinstance(end, TrainingInterrupted) else end.number)
     if not together.first:

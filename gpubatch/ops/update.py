@@ -54,7 +54,7 @@ def update_for(trace: Trace, storage: np.dtype[Any], backend: Backend, master: b
     """The update that ``trace`` describes, on ``backend``, for w and g of the dtype ``storage``.
 
     State has the same dtype, or float32 where ``storage`` is float16. With ``master``, the last array of a group is w
-    in float32: the formula works on that, and w is its rounded copy.
+    in float32: the formula works on that, and w is its rounded copy. A w that something else has changed counts.
     """
     dtype = compute_dtype(storage)
     if isinstance(backend, CudaBackend):
@@ -142,6 +142,7 @@ class HalfUpdate:
         self.update = cpu_update(trace, dtype) if len(trace.passes) == 1 else HostUpdate(trace, dtype)
         self.master, self.form = master, self.update.form
         self.w, self.g = (np.empty(BLOCK_BYTES // 4, np.float32) for _ in range(2))
+        self.rounded = np.empty(self.w.size, np.float16)
 
     def __call__(
         self, arrays: Tuples, scalars: Rows, control: Array | None = None, row_of: Sequence[int] | None = None
@@ -178,6 +179,12 @@ class HalfUpdate:
         gradient[...] = g
         if self.master:
             *state, wide = state
+            rounded = self.rounded[: w.size]
+            with np.errstate(over="ignore"):
+                rounded[...] = wide
+            # What something else has changed meanwhile is not the rounded copy any more, and counts.
+            if not np.array_equal(rounded.view(np.uint16), bits := w.view(np.uint16)):
+                np.copyto(wide, w, where=rounded.view(np.uint16) != bits)
         else:
             wide = self.w[: w.size]
             wide[...] = w

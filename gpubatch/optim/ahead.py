@@ -50,11 +50,6 @@ def unchecked(opt: Optimizer) -> Iterator[None]:
         opt._check = before
 
 
-def follow_parameters(opt: Optimizer) -> None:
-    """Have float32 copies of float16 parameters follow those that something else has changed."""
-    opt._follow()
-
-
 def rehearse_update(opt: Optimizer, grads: Any = None) -> None:
     """Do all that a step needs, without a step: compile its code, and take the memory of the state.
 

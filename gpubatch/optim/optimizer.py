@@ -32,7 +32,6 @@ from gpubatch.params import FlatViews, Parameters
 from gpubatch.passes import pass_under_way
 
 LOOKS = 100  # steps from one look at parameters and epoch to the next; a look takes up to half a step
-BLOCK = 1 << 20  # elements that are compared at a time
 MASTER = "master"  # the name of the float32 copy of float16 parameters, beside the formula's state
 
 
@@ -63,8 +62,8 @@ class Optimizer:
     decoupled: whether weight decay shrinks w by lr·λ before the update instead (Loshchilov & Hutter 2019).
     backend: the device where the parameters must be.
     master_weights: whether to keep a float32 copy of float16 parameters and update that, so that rounding does not lose
-        small steps (Micikevicius et al., arXiv:1710.03740). Parameters that are changed otherwise, as by loading them,
-        are found before the first step, and by :func:`fit` before every epoch; later change the copy in ``state``, too.
+        small steps (Micikevicius et al., arXiv:1710.03740). A parameter that something else changes, as by loading
+        weights, is the one that counts: the next step finds that it is not the rounded copy.
     groups: hyper-parameters for some parameters alone, by patterns over their names as in ``fnmatch``, such as
         ``{"beta*": {"trainable": False}, "b*": {"weight_decay": 0.0}, "W1": {"lr": schedule}}``. The first pattern that
         matches a name counts. ``trainable=False`` freezes: such parameters have no state, and are never updated.
@@ -138,7 +137,6 @@ class Optimizer:
         if self._master:
             for name, p in self._trained.items():
                 self._state[MASTER][name] = p
-        self._met = False  # whether the float32 copies are known to be those of the parameters
         self._last: Gradients | None = None  # of many arrays on a GPU, in the step before
         self._check = None if check is None else check_bool("check", check)
         self._bind()
@@ -181,8 +179,6 @@ class Optimizer:
     def _first(self, grads: Any, control: Array | None) -> float | None:
         """The update by gradients that have not been looked at."""
         self._last = None
-        if not self._met:
-            self._follow()
         arrays, row_of = self._arrays(grads)
         scalars, lr = self._scalars(self.t)
         if self._check and not (control is not None and control[1]):
@@ -193,20 +189,6 @@ class Optimizer:
             if len(arrays) > 1 and isinstance(self._update, CudaUpdate):
                 self._last = Gradients.of(grads, [g for _, g, *_ in checked])
         return lr
-
-    def _follow(self) -> None:
-        """Take float32 copies anew where something else has changed the float16 parameter, as by loading weights."""
-        self._met = True
-        with self.backend.scope(), np.errstate(over="ignore"):
-            for name, p in self._trained.items() if self._master else ():
-                copies, rows = self._state[MASTER][name].reshape(p.shape or (1,)), p.reshape(p.shape or (1,))
-                at_once = max(1, BLOCK * len(rows) // max(1, p.size))  # so that it needs next to no memory
-                for start in range(0, len(rows), at_once):
-                    copy, now = copies[start : start + at_once], rows[start : start + at_once]
-                    rounded = copy.astype(now.dtype)
-                    changed = (rounded != now) & ((rounded == rounded) | (now == now))
-                    if bool(changed.any()):
-                        copy[changed] = now[changed]
 
     def _look_at_gradients(self, grads: Any, arrays: list[Array]) -> None:
         """Raise if one of ``arrays``, which are those in ``grads``, is not finite."""
@@ -393,7 +375,6 @@ class Optimizer:
         self._hyper.take(hyper, of_groups)
         for state, parameter, array in arrays:
             self._state[state][parameter] = array
-        self._met = False
         self._bind()
 
     def __reduce__(self) -> Any:

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 from gpubatch import schedules
 from gpubatch.errors import ArgumentError
 from gpubatch.optim.optimizer import Optimizer
 
 
-def given_hyper(opt: Optimizer) -> dict[str, Any]:
-    """The hyper-parameters of an optimizer and of its groups, as a checkpoint can hold them."""
-    return {"hyper": opt._hyper.saved(), "groups": opt._hyper.saved_groups()}
+def given_hyper(opt: Optimizer, places: Iterable[tuple[int, int]] = ()) -> dict[str, Any]:
+    """The hyper-parameters of an optimizer and of its groups, as a checkpoint can hold them.
+
+    Of a function of the user's that is its name, and what it gives at ``places``, each a step and an epoch.
+    """
+    at = [list(place) for place in places]
+    values = {name: [_value_at(schedule, *place) for place in at] for name, schedule in _functions(opt)}
+    return {"hyper": opt._hyper.saved(), "groups": opt._hyper.saved_groups(), "places": at, "values": values}
+
+
+def _functions(opt: Optimizer) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """The schedules that are the user's own, by the names that messages have for them."""
+    for name, value in opt._hyper.common.items():
+        if callable(value) and not schedules.is_known(value):
+            yield name, value
+    for group in opt._hyper.groups[1:]:
+        for name, value in group.own.items():
+            if callable(value) and not schedules.is_known(value):
+                yield f"{name} of groups[{group.pattern!r}]", value
+
+
+def _value_at(schedule: Callable[..., Any], step: int, epoch: int) -> float | None:
+    """What a function gives there; None where it gives no number, as a table does beyond its end."""
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            value = float(schedule(step, epoch))
+    except Exception:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def live_optimizer(opt: Optimizer) -> dict[str, Any]:
@@ -43,8 +74,21 @@ def load_resumed(opt: Optimizer, saved: Mapping[str, Any], given: Mapping[str, A
     if schedules.up_to_date(before["groups"]) != now["groups"]:
         groups = now["groups"]
         lines.append(f"groups: {_groups_in_words(before['groups'])} before, {_groups_in_words(groups)} now")
+    lines += _functions_that_differ(opt, before)
     opt.load_state_dict({**saved, "hyper": hyper, "groups": groups})
     return lines
+
+
+def _functions_that_differ(opt: Optimizer, before: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each function that gives other numbers than the one of that name before."""
+    for name, schedule in _functions(opt):
+        for place, value in zip(before.get("places", ()), before.get("values", {}).get(name, ()), strict=False):
+            now = None if value is None else _value_at(schedule, *place)
+            # Math libraries differ in the last bits.
+            if now is not None and not math.isclose(now, value, rel_tol=1e-12):
+                step, epoch = place
+                yield f"{name}: the function gave {value:g} at step {step} of epoch {epoch + 1} before, {now:g} now"
+                break
 
 
 def _in_words(saved: Any) -> str:

@@ -45,6 +45,13 @@ def bar(words: str, progress: bool) -> Iterator[Callable[[int, int], Any]]:
         yield lambda done, total: live.update(task, completed=done, total=total)
 
 
+@contextlib.contextmanager
+def unseen() -> Iterator[None]:
+    """Within it nothing that cannot be written ends a run: a terminal may be closed, the disk with a log full."""
+    with contextlib.suppress(OSError):
+        yield
+
+
 # --- of a run ------------------------------------------------------------------------------------------------------
 
 
@@ -70,8 +77,14 @@ def display(progress: bool, epochs: int, steps: int, done: int = 0) -> Iterator[
     if not progress or epochs == 0:
         yield Silent()
     elif (live := live_bar("{task.fields[loss]}")) is not None:
-        with live:
-            yield Live(live, epochs, steps, done)
+        shown = Live(live, epochs, steps, done)
+        with unseen():
+            live.start()
+        try:
+            yield shown
+        finally:
+            with unseen():
+                live.stop()
     elif in_a_notebook():
         yield Rewritten(epochs, steps, done)
     else:
@@ -111,7 +124,8 @@ class Lines:
 
     def note(self, text: str) -> None:
         """Print it."""
-        print(text, file=sys.stderr, flush=True)
+        with unseen():
+            print(text, file=sys.stderr, flush=True)
 
 
 class Rewritten(Lines):
@@ -130,11 +144,13 @@ class Rewritten(Lines):
             drawn = "█" * round(WIDTH * share)
             epoch = min(self.done // self.steps + 1, self.epochs)
             text = f"epoch {epoch}/{self.epochs} {drawn:░<{WIDTH}} {share:4.0%}  loss {loss:.4f}"
-            print(f"\r{text:<{LINE}}", end="", file=sys.stderr, flush=True)
+            with unseen():
+                print(f"\r{text:<{LINE}}", end="", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """Print it over the bar."""
-        print(f"\r{text:<{LINE}}", file=sys.stderr, flush=True)
+        with unseen():
+            print(f"\r{text:<{LINE}}", file=sys.stderr, flush=True)
 
 
 class Live:
@@ -161,7 +177,8 @@ class Live:
 
     def note(self, text: str) -> None:
         """Print it above the bar."""
-        self.live.console.print(text, highlight=False)
+        with unseen():
+            self.live.console.print(text, highlight=False)
 
 
 def epoch_line(number: int, epochs: int, history: History) -> str:

@@ -29,7 +29,7 @@ from gpubatch.errors import (
 from gpubatch.loader import Loader, epochs_of
 from gpubatch.metrics import measures_of
 from gpubatch.nn import BatchNorm, Network, core_of
-from gpubatch.optim import Optimizer, epoch_in, follow_parameters, given_hyper, unchecked
+from gpubatch.optim import Optimizer, epoch_in, given_hyper, unchecked
 from gpubatch.parallel import Ranks, check_ranks
 from gpubatch.schedules import is_known
 from gpubatch.train.callbacks import AgreedStop, Callbacks
@@ -50,6 +50,7 @@ from gpubatch.train.validation import HeldOut, about_validation, check_held_out,
 EXECUTIONS = ("auto", "eager", "captured")
 PIXELS = 128  # bytes from here on look like those of images
 FEW_STEPS = 100  # a run of fewer is warned about
+FEW_EPOCHS = 32  # of which it is saved what functions as schedules give
 USUAL_SIZES = range(8, 33)  # the batch sizes that are then proposed
 
 
@@ -197,7 +198,8 @@ def fit(
             record.state.note = early.append
             store = stack.enter_context(open_checkpoints(checkpoint, check_bool("resume", resume), together.first))
             arguments = functools.partial(compared_arguments, net, held_out, eager, metrics)
-            checkpoints = RunCheckpoints(store, record, watching.all, arguments)
+            places = [] if store is None and not together.several else some_places(record, epochs)
+            checkpoints = RunCheckpoints(store, record, watching.all, arguments, places)
             common = arguments_of_run(checkpoints, record, epochs, held_out, execution, eager, metrics, resume)
         together.same(common)
         together.connect(net.backend)
@@ -208,7 +210,7 @@ def fit(
             with together.phase():
                 if held_out is not None and epochs_of(loader).order.version != version:  # others are held out
                     check_held_out(net, held_out, together.rank, together.size)
-        together.same(place_of_run(record))
+        together.same(place_of_run(record, places))
         stopped = watching.start(record.state)
         background = store is not None and store.background
         may_run_captured = may_capture and not captured.why_not()
@@ -307,7 +309,7 @@ def arguments_of_run(
     }
 
 
-def place_of_run(record: Record) -> dict[str, Any]:
+def place_of_run(record: Record, places: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """The state that all ranks must share before the first step: digests of arrays, and numbers."""
     net, opt, backend = record.state.net, record.state.opt, record.state.net.backend
     if not record.together.several:
@@ -318,8 +320,17 @@ def place_of_run(record: Record) -> dict[str, Any]:
         **{name: hashlib.sha256(backend.to_numpy(flat).data).hexdigest()[:16] for name, flat in arrays.items()},
         "steps": [opt.t, core_of(net).dropout_step],
         # A function in a schedule is shown with its address, which differs from process to process.
-        "hyper-parameters": re.sub(r" at 0x[0-9a-fA-F]+", "", json.dumps(given_hyper(opt))),
+        "hyper-parameters": re.sub(r" at 0x[0-9a-fA-F]+", "", json.dumps(given_hyper(opt, places))),
     }
+
+
+def some_places(record: Record, epochs: int) -> list[tuple[int, int]]:
+    """Steps of a run and beyond, each with its epoch, by which two functions as schedules are told apart."""
+    opt, steps = record.state.opt, max(1, len(record.state.loader))
+    first = epoch_in(opt, epochs_of(record.state.loader).coming_pass())
+    ends = {round(epochs * i / FEW_EPOCHS) for i in range(2 * FEW_EPOCHS)}
+    at = {steps * n for n in ends} | {1 << i for i in range((steps * epochs).bit_length())}
+    return [(opt.t + n, first + n // steps) for n in sorted(at)]
 
 
 def monitors(net: Network, held_out: HeldOut | None, metrics: Sequence[str]) -> tuple[str, ...]:
@@ -443,7 +454,6 @@ class Run:
     def epoch(self, between: Between) -> None:
         """Make an epoch, or what remains of it, and add it to the history with its validation."""
         record = self._record
-        follow_parameters(record.state.opt)
         if record.begin_epoch():
             while (failure := self._steps_or_failure(between)) is not None:
                 halve(record, self._drivers, failure)

@@ -11,7 +11,7 @@ import itertools
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ class RunCheckpoints:
     """Saves a run in ``store`` and resumes it from there; without a store, nothing is ever saved.
 
     ``callbacks`` with ``state_dict`` and ``load_state_dict`` are saved too. ``arguments()`` are those of ``fit`` by
-    name; a resumed run says which of them differ. Of ranks, rank 0 writes, and all read what it wrote.
+    name; a resumed run says which of them differ, and which function as schedule gives another number at ``places``.
+    Of ranks, rank 0 writes, and all read what it wrote.
     """
 
     def __init__(
@@ -53,13 +54,14 @@ class RunCheckpoints:
         record: Record,
         callbacks: Sequence[Any],
         arguments: Callable[[], dict[str, Any]],
+        places: Iterable[tuple[int, int]] = (),
     ) -> None:
         self.store, self._record = store, record
         self.callbacks, self._describe = list(callbacks), arguments
         self._arguments = {} if store is None else arguments()
         self._callbacks = [callback for callback in callbacks if has_state(callback)]
         self._saved_at = record.state.opt.t
-        self._given = given_hyper(record.state.opt)
+        self._given = given_hyper(record.state.opt, places)
         self.resumed = ""  # where the run goes on from, in words
 
     @functools.cached_property
