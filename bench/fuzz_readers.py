@@ -567,6 +567,9 @@ def model_files() -> list[bytes]:
                 made = gb.read_table(rows, kinds=kinds, buckets=5, **options)
                 gb.save(path, gb.mlp([made.features, made.outputs], loss=made.loss, backend="cpu"), made)
                 files.append(path.read_bytes())
+            frame = table().select(["a", "b"])
+            gb.save(path, gb.mlp([2, 2], backend="cpu"), gb.Loader(frame, backend="cpu", dtype="float32"))
+            files.append(path.read_bytes())
     return files
 
 

@@ -98,7 +98,7 @@ class Checkpoints:
     ) -> None:
         if not isinstance(folder, (str, os.PathLike)):
             raise DTypeError(f"the folder of checkpoints must be a path, got {folder!r}")
-        self.folder = Path(folder)
+        self.folder = Path(os.path.expanduser(folder))
         self.every = None if every is None else check_int("every", every, 1)
         self.keep = check_int("keep", keep, 1)
         self.background = check_bool("background", background)

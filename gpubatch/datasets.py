@@ -201,7 +201,7 @@ def cifar10_records(folder: str | os.PathLike[str], *parts: str) -> list[tuple[P
 
 def _named_set(folder: str | os.PathLike[str]) -> tuple[Path, str]:
     """The folder of a set in MNIST's format, and the set's name; "" where its files have the names of MNIST's."""
-    place = Path(folder)
+    place = Path(os.path.expanduser(folder))
     if not place.is_dir() and place.parent.is_dir() and place.name in mnist_sets(place.parent):
         return place.parent, place.name
     sets = mnist_sets(folder)
@@ -265,7 +265,7 @@ def check_labels(path: Any, labels: np.ndarray, places: np.ndarray | None = None
 
 
 def _existing(folder: str | os.PathLike[str]) -> Path:
-    home = Path(folder)
+    home = Path(os.path.expanduser(folder))
     if not home.is_dir():
         raise FileNotFoundError(f"folder must be an existing folder, got {os.fspath(folder)!r}")
     return home

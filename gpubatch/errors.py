@@ -319,6 +319,6 @@ def nearest(value: Any, known: list[str]) -> str:
     if not isinstance(value, str):
         return ""
     meant = ELSEWHERE.get(value.lower())
-    near = [meant] if meant in known else [name for name in known if name.lower() == value.lower()]
+    near = [meant] if meant in known else [name for name in known if name.strip().lower() == value.strip().lower()]
     near = near or difflib.get_close_matches(value, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,7 +43,7 @@ def check_plot_file(path: str | Path) -> None:
     """Raise unless a picture can be drawn to ``path``, before any work is done: its ending, its folder, Matplotlib."""
     if Path(path).suffix not in (".png", ".pdf", ".svg"):
         raise ArgumentError(f"the plot file must end in .png, .pdf or .svg, got {str(path)!r}")
-    if not Path(path).absolute().parent.is_dir():
+    if not Path(os.path.expanduser(path)).absolute().parent.is_dir():
         raise ArgumentError(f"the folder of the plot file must exist, got {str(path)!r}")
     _check_matplotlib()
 
@@ -456,7 +457,7 @@ def _logarithmic(axes: Any, which: str) -> None:
 
 def _saved(figure: Any, path: str | Path | None) -> Any:
     if path is not None:
-        figure.savefig(path, dpi=100)
+        figure.savefig(os.path.expanduser(path), dpi=100)
     return figure
 
 

@@ -332,6 +332,19 @@ WRONG = {
     ),
     "names": ({"A": np.ones((5, 2))}, [], 1, "expected arrays X and Y, or x_train, y_train, .*; found A"),
     "one class": ({"X": np.ones((5, 2)), "Y": np.zeros(5, int)}, [], 2, "must have at least two classes, got 1"),
+    "one label": ({"X": np.ones((5, 2)), "Y": np.ones(1, int)}, [], 1, "a target for each sample, found 5 and 1"),
+    "one-hot": (
+        {"X": np.ones((4, 2)), "Y": np.eye(2)[[0, 1, 1, 0]]},
+        [],
+        2,
+        r"of shape \(4, 2\), have one 1 in each row, as classes have: give their labels, Y.argmax\(axis=1\), or",
+    ),
+    "objects": (
+        {"X": np.ones((2, 2)), "Y": np.array(["a", "b"], object)},
+        [],
+        1,
+        r"found objects, which NumPy pickles; save X.astype\(str\)",
+    ),
     "fractions": (
         {"X": np.ones((5, 2)), "Y": np.ones(5) / 3},
         ["--task", "classification"],

@@ -6,11 +6,13 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from test_cli import SMALL, idx, mnist, run
 import gpubatch as gb
 from gpubatch.cli import app
 from gpubatch.cli.data import DataOptions, Which, labelled_samples, raw_samples
-from gpubatch.cli.models import columns_of
+from gpubatch.cli.models import check_out, columns_of
 from gpubatch.cli.options import BatchOptions
 
 __all__ = ["mnist"]
@@ -346,6 +348,24 @@ def test_a_reader_that_stops_reading_is_no_error(model: Path, tmp_path: Path) ->
 
 
 @pytest.mark.exhaustive
+def test_tables_come_by_pipes_and_predictions_go_to_csv(trees: Path) -> None:
+    """- is standard input, and any pipe is read whole; --out writes CSV alone."""
+    train = gb.read_table("trees.csv", label="species")
+    gb.save("m.safetensors", gb.mlp([train.features, train.outputs], backend="cpu"), train)
+    wanted = run("predict", "m.safetensors", "new.csv").stdout
+    os.mkfifo("pipe")
+    writing = threading.Thread(target=lambda: Path("pipe").write_bytes(Path("new.csv").read_bytes()))
+    writing.start()
+    assert run("predict", "m.safetensors", "pipe", "--out", "/dev/stdout").stdout == wanted
+    writing.join()
+    text = Path("new.csv").read_text()
+    command = [sys.executable, "-m", "gpubatch", "predict", "m.safetensors", "-"]
+    assert subprocess.run(command, input=text, capture_output=True, text=True).stdout == wanted
+    for name in ("p.json", "p.parquet"):
+        with pytest.raises(gb.ArgumentError, match=r"--out writes a CSV file, so it must end in .csv, got .*; --json"):
+            check_out(name, [])
+
+
 def test_predictions_as_json(model: Path, tmp_path: Path) -> None:
     X = np.random.default_rng(0).integers(0, 256, (2000, 784), dtype=np.uint8)
     np.save(tmp_path / "x.npy", X)

@@ -447,6 +447,18 @@ WRONG: dict[str, tuple[Callable[..., None], str]] = {
     "text, a name": (text_line("w = q + 1"), "'q' is no known name"),
     "text, a name twice": (text_line("x = 1 + 1"), "'x' has a value before"),
     "text, deep": (text_line("w = " + "(" * 3000 + "x" + ")" * 3000), "cannot be read"),
+    "axis": (
+        lambda m, a, d: m["preparation"].update(sample_axis=1, sample_shape=[]),
+        r"its preparation: samples of shape \(\) are not along axis 1",
+    ),
+    "rows of training": (
+        lambda m, a, d: m["preparation"].update(rows={"rows": 3, "trained": 4}),
+        "its preparation: 'test_size'|trained must be",
+    ),
+    "names of columns": (
+        lambda m, a, d: m["columns"].update(X=[None]),
+        "the names of its columns: None is no name of a column",
+    ),
     "text, long": (text_line("w = x" + " + x" * 40_000), "a line must be NAME"),
 }
 
@@ -455,7 +467,8 @@ WRONG: dict[str, tuple[Callable[..., None], str]] = {
 def test_a_file_that_is_not_what_it_says_is_refused(name: str, tmp_path: Path) -> None:
     change, message = WRONG[name]
     path = tmp_path / "m.safetensors"
-    gb.save(path, gb.Network([gb.Dense(3, 4), gb.Elementwise(swish), gb.Dense(4, 2)], backend="cpu"))
+    net = gb.Network([gb.Dense(3, 4), gb.Elementwise(swish), gb.Dense(4, 2)], backend="cpu")
+    gb.save(path, net, gb.Loader(np.eye(3, dtype="float32"), backend="cpu"))
     rewritten(path, change)
     with pytest.raises(gb.ArgumentError, match=message):
         gb.load(path, backend="cpu")

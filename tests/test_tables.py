@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import gzip
+import io
 import json
 import os
 import pickle
@@ -147,6 +148,30 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         gb.DataFormatError,
         r"column 't' holds dates, such as '1\.01\.2020', which are no numbers yet.*drop=\['t'\]",
     ),
+    "dates with short years": (
+        {"t": [f"{i % 28 + 1}/1/20" for i in range(N)], "x": SIZE},
+        {},
+        gb.DataFormatError,
+        "column 't' holds dates, such as '1/1/20'",
+    ),
+    "dates with months": (
+        {"t": [f"{i % 28 + 1} Jan 2020" for i in range(N)], "x": SIZE},
+        {},
+        gb.DataFormatError,
+        "column 't' holds dates, such as '1 Jan 2020'",
+    ),
+    "numbers with separators": (
+        {"t": [f"{i + 1},200" for i in range(N)], "x": SIZE},
+        {},
+        gb.DataFormatError,
+        r"dict: column 't' holds texts, and 60 of 60 look like .* '1,200': write them without .* thousands=','\)",
+    ),
+    "numbers in brackets": (
+        {"t": [f"({i})" for i in range(N)]},
+        {},
+        gb.DataFormatError,
+        r"60 of 60 look like .* '\(0\)'",
+    ),
     "no text": ({"x": ["a", "b"] * 30}, {"kinds": {"x": "number"}}, gb.DataFormatError, "got 'a' in row 0"),
     "nothing": ({"x": [1] * N}, {}, gb.DataFormatError, "no column tells samples apart"),
     "drop": ({"x": SIZE}, {"drop": "z"}, gb.ArgumentError, r"drop must name columns of the dict, 'x', 'y'; got 'z'"),
@@ -170,6 +195,12 @@ def test_what_is_refused(case: str) -> None:
     [
         (np.zeros((3, 2)), gb.DTypeError, r"got an array of shape \(3, 2\), whose columns have no names"),
         (3, gb.DTypeError, "got a int"),
+        (io.StringIO("a,b"), gb.DTypeError, "got a StringIO; give the path of its file, or pandas.read_csv of it"),
+        (
+            "a,b\n1,2\n",
+            gb.DTypeError,
+            r"expected a path, got a text of 8 characters .* give pandas.read_csv\(io.String",
+        ),
         ([1, 2], gb.DTypeError, "got a list"),
         ({}, gb.DataFormatError, "expected columns, found none"),
         ({"x": []}, gb.DataFormatError, "expected at least one row, found none"),
@@ -209,6 +240,27 @@ def test_labels(labels: Any, task: str, classes: list[Any] | None) -> None:
         assert [classes[i] for i in Y] == (labels.to_pylist() if isinstance(labels, pa.Array) else labels)
         assert (table.outputs, table.loss, table.task) == (2, "softmax_cross_entropy", "classification")
     assert table.labels.tolist() == (labels.to_pylist() if isinstance(labels, pa.Array) else labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "task", "match"),
+    [
+        ([0.0, 1.0] * 30, "auto", "the label 'y' holds 0, 1 as floating numbers, which are taken for amounts: task="),
+        ([0.0, 1.0] * 30, "regression", None),
+        ([0.0, 1.5] * 30, "auto", None),
+        ([float(i) for i in range(60)], "auto", None),
+        (["Yes", "yes", "no"] * 20, "auto", "the label 'y' has the classes 'Yes' and 'yes', which differ in case or"),
+        (["yes", "no"] * 30, "auto", None),
+    ],
+)
+def test_labels_that_may_be_meant_otherwise_are_told(labels: Any, task: str, match: str | None) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        gb.read_table({"x": SIZE, "y": labels}, label="y", task=task)
+    assert [re.match(f"the dict: {match}", str(warning.message)) is not None for warning in told] == [True] * bool(
+        match
+    )
+    assert all(warning.filename == __file__ for warning in told)
 
 
 @pytest.mark.parametrize(
@@ -276,6 +328,78 @@ def test_every_form_gives_the_same_samples(kind: str, tmp_path: Any) -> None:
         assert np.array_equal(found, wanted)
 
 
+def test_frames_of_more_kinds() -> None:
+    """Each is the table of its columns by name."""
+    pd, y = peer("pandas"), ["a", "b"] * (N // 2)
+    expected = gb.read_table({"x": SIZE, "y": y}, label="y").as_samples()
+    frame = pd.DataFrame({"x": SIZE, "y": y})
+    structured = np.array([*zip(SIZE, y, strict=True)], [("x", "f8"), ("y", "U1")])
+    for source, label in (
+        (structured, "y"),
+        (structured.view(np.recarray), "y"),
+        (pd.DataFrame({"x": pd.arrays.SparseArray(SIZE), "y": y}), "y"),
+        (frame.set_axis([0, 1], axis=1), 1),
+        (pd.concat({"level": frame}, axis=1), ("level", "y")),
+    ):
+        for found, wanted in zip(gb.read_table(source, label=label).as_samples(), expected, strict=True):
+            assert np.array_equal(found, wanted)
+    with pytest.warns(gb.TableWarning, match="a column has no name"):
+        assert gb.read_table(frame.assign(z=1.5).set_axis(["x", "y", None], axis=1), label="y").columns == ["x"]
+    for series in (frame["x"], peer("polars").Series(SIZE)):
+        with pytest.raises(gb.DTypeError, match=r"got a Series: give a frame, as of to_frame\(\)"):
+            gb.read_table(series)
+    for label in (True, 1.5, ["x"]):
+        with pytest.raises(gb.DTypeError, match="label must be the name of one column, got"):
+            gb.read_table(frame, label=label)  # type: ignore[arg-type]
+    for label, match in (("Y", "did you mean 'y'"), ("X ", "did you mean 'x'")):
+        with pytest.raises(gb.ArgumentError, match=match):
+            gb.read_table(frame, label=label)
+
+
+@pytest.mark.exhaustive
+def test_datasets_of_hugging_face() -> None:
+    """Their columns, those rows that were selected; labels that have names are these."""
+    hf = peer("datasets")
+    made = hf.Dataset.from_dict({"x": SIZE, "y": [0, 1] * (N // 2)})
+    named = made.cast_column("y", hf.ClassLabel(names=["no", "yes"]))
+    assert gb.read_table(made, label="y").classes == [0, 1]
+    table = gb.read_table(named.select(range(N - 1, -1, -1)), label="y")
+    assert (table.classes, table.labels[:3].tolist()) == (["no", "yes"], ["yes", "no", "yes"])
+    wanted = gb.read_table({"x": SIZE[::-1]}).as_samples()[0]
+    assert np.array_equal(table.as_samples()[0], wanted)
+    with pytest.raises(gb.DTypeError, match="got a DatasetDict of 'train': give one of these"):
+        gb.read_table(hf.DatasetDict({"train": made}))
+    with pytest.raises(gb.DTypeError, match=r"a table must be one datasets.Dataset in memory, got a IterableDataset"):
+        gb.read_table(made.to_iterable_dataset())
+
+
+def test_paths_as_people_write_them(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """~ is the home folder wherever a path is given, and a file: URL may have %20 for a space."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "two words.csv"
+    path.write_text("x,y\n" + "".join(f"{i},{'ab'[i % 2]}\n" for i in range(20)))
+    for source in ("~/two words.csv", "~/two*.csv", path.as_uri(), f"file://{path}", [path.as_uri()]):
+        assert len(gb.read_table(source, label="y")) == 20
+    (tmp_path / "a%20b.csv").write_text(path.read_text())
+    assert len(gb.read_table(f"file://{tmp_path}/a%20b.csv", label="y")) == 20
+    np.save(tmp_path / "x.npy", np.zeros((3, 2)))
+    assert len(gb.sources.npy("~/x.npy")) == 3
+    gb.save("~/m.safetensors", net := gb.mlp([1, 2], backend="cpu"))
+    assert gb.load("~/m.safetensors").net.inputs == net.inputs == 1
+    assert gb.checkpoint.Checkpoints("~/run").folder == tmp_path / "run"
+    assert gb.CSVLog("~/log.csv").path == tmp_path / "log.csv"
+    assert sorted(each.name for each in tmp_path.iterdir() if "safe" in each.name) == ["m.safetensors"]
+
+
+@pytest.mark.parametrize("line", ["x y", "x    y"])
+def test_a_line_that_is_not_divided_is_told(line: str, tmp_path: Any) -> None:
+    path = text_file(tmp_path, f"{line}\n1 2\n")
+    with pytest.raises(
+        gb.ArgumentError, match=r"its first line has none of , ; tab and \|: say which delimiter, or give"
+    ):
+        gb.read_table(path, label="y")
+
+
 def text_file(tmp_path: Any, text: str | bytes) -> Any:
     path = tmp_path / "t.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -299,6 +423,16 @@ def test_delimiters_are_found(tmp_path: Any, delimiter: str) -> None:
         ("x,y", "expected at least one row, found none"),
         ("x,y\n", "expected at least one row"),
         ("x,y\n1,2,3\n", "expected a CSV file in UTF-8, found damage .*Expected 2 columns, got 3"),
+        ("title\nx,y\n1,2\n", r"Expected 1 columns, got 2: x,y; every line .* give pandas.read_csv\(path, skiprows="),
+        ('{"x": 1, "y": 2}\n', r"found JSON; give pandas.read_json\(path\), with lines=True"),
+        ('[\n{"x": 1}]', "found JSON"),
+        ("<!DOCTYPE html><html>", "found HTML or XML, perhaps of a server in place of the file"),
+        ("@RELATION x\n", r"found ARFF; give .*scipy.io.arff.loadarff\(path\)"),
+        (b"\x80\x04K\x01.", "found a pickle, which gpubatch does not read"),
+        (b"\xfd7zXZ\0", "found one packed by xz; unpack it"),
+        (b"\xd0\xcf\x11\xe0", r"as .xls is; save the sheet as CSV, or give pandas.read_excel\(path\)"),
+        (b"SQLite format 3\0", "found a database of SQLite"),
+        (b"\x89HDF\r\n", "found HDF5"),
         ("x,x\n1,2\n", "columns must have different names, got 'x' 2 times"),
         ("1.5,2\n1,2\n", r"expected a first line of names, found the numbers 1.5, 2; give pandas.read_csv"),
         (b"x,y\n\xff,2\n", "expected texts in UTF-8, found others in column 'x'"),
@@ -343,7 +477,7 @@ FOUND: dict[str, tuple[str, str, list[str], str | None]] = {  # a row of the fil
         '"1,{j}00",{c}',
         "x,c",
         ["x=1,000", "x=1,100", "x=1,200", "c=a", "c=b"],
-        "12 of 12 .* such as '1,000'; kinds",
+        "12 of 12 .* such as '1,000': write them without .*; kinds",
     ),
     "percent signs": (
         "{j}%,{c}",
@@ -364,6 +498,18 @@ FOUND: dict[str, tuple[str, str, list[str], str | None]] = {  # a row of the fil
         "a column has no name, as that of pandas' row numbers",
     ),
     "commas at the end": ("{i},{c},,,", "x,c,,,", ["x", "c=a", "c=b"], "a column has no name"),
+    "texts that look alike": (
+        "{a},{i}",
+        "c,x",
+        ["c=Pine", "c=fir", "c=pine", "x"],
+        "'c' has the texts 'Pine' and 'pine', which differ in case or spaces alone",
+    ),
+    "forms of characters": (
+        "{f},{i}",
+        "c,x",
+        ["c=cafe\u0301", "c=caf\u00e9", "x"],
+        "differ in the form of their characters alone",
+    ),
     "the label twice": ("{i},{y}", "x,c", ["x", "c=no", "c=yes"], "column 'c' is the label 'y' once more"),
 }
 
@@ -375,6 +521,7 @@ def test_what_people_write_is_read_or_said(case: str, stream: bool, tmp_path: An
     separator = ";" if ";" in row else ","
     values = [
         {"i": i, "j": i % 3, "c": "ab"[i % 2], "n": ["a", "None", "<NA>"][i % 3], "w": "?" if i == 3 else i % 3}
+        | {"a": ["fir", "pine", "Pine"][i % 3], "f": ["caf\u00e9", "cafe\u0301"][i % 2]}
         for i in range(ROWS)
     ]
     labels = [["no", "yes"][i % 2] for i in range(ROWS)]
@@ -391,7 +538,7 @@ def test_what_people_write_is_read_or_said(case: str, stream: bool, tmp_path: An
 def test_the_only_word_among_numbers_is_named_though_it_is_in_a_row_to_test_on() -> None:
     values = [str(i) if i != 58 else "?" for i in range(N)]
     train, _ = gb.read_table({"x": values, "y": KIND}, label="y").split(0.2, seed=1)
-    with pytest.raises(gb.DataFormatError, match=r"text of its own in most rows.*48 of 48 look like.* '\?' does not"):
+    with pytest.raises(gb.DataFormatError, match=r"'x' holds texts, and 48 of 48 look like.* '\?' does not"):
         train.recipe  # noqa: B018
 
 
@@ -932,7 +1079,7 @@ def test_pandas_types_of_its_own() -> None:
         },
         index=range(100, 160),
     )
-    with pytest.raises(gb.DTypeError, match="label must be the name of one column, a text, got 3"):
+    with pytest.raises(gb.ArgumentError, match=r"label must name columns of the DataFrame, .* got .3."):
         gb.read_table(frame, label=3)
     with pytest.raises(gb.DataFormatError, match="column 'p' holds dates or times"):
         gb.read_table({"p": pd.period_range("2020", periods=60, freq="M"), "x": SIZE}).recipe  # noqa: B018

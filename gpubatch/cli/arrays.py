@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import glob
+import io
+import os
+import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,16 +19,49 @@ from gpubatch import sources
 from gpubatch.errors import ArgumentError, DataFormatError
 from gpubatch.tables import is_large
 
-__all__ = ["Arrays", "RowsOf", "arrays_of", "check_there", "npz", "rows", "taken"]
+__all__ = ["Arrays", "RowsOf", "arrays_of", "check_there", "npz", "of_table", "rows", "taken"]
 
 PARTS = {"X": ("x", "x_train"), "Y": ("y", "y_train"), "X_test": ("x_test",), "Y_test": ("y_test",)}  # of an .npz file
 BLOCK = 1 << 20  # bytes that are read at once
 GAP = 8  # unwanted rows that one read may span: two reads take longer
 
 
+class Piped:
+    """Standard input, or a pipe, held in memory: what opens a file, see :class:`gpubatch.sources.Opener`.
+
+    name: "-", or the path of a pipe
+    """
+
+    def __init__(self, name: str) -> None:
+        self.path = "standard input" if name == "-" else name
+        if name == "-":
+            self._data = sys.stdin.buffer.read()
+        else:
+            with open(name, "rb") as pipe:
+                self._data = pipe.read()
+
+    def open(self) -> io.BytesIO:
+        """At its start."""
+        return io.BytesIO(self._data)
+
+    def size(self) -> int:
+        """In bytes."""
+        return len(self._data)
+
+    def identity(self) -> str:
+        """Always the same: it is read once."""
+        return f"{len(self._data)} bytes"
+
+
+def of_table(name: str) -> Any:
+    """What a table is read from: a path or URL; or what came by a pipe."""
+    return Piped(name) if name == "-" or Path(name).is_fifo() else name
+
+
 def check_there(name: str) -> None:
     """Raise unless the file or folder exists."""
-    if "://" not in name and not Path(name).exists() and not glob.glob(name, recursive=True):
+    there = name == "-" or "://" in name or Path(name).exists()
+    if not there and not glob.glob(os.path.expanduser(name), recursive=True):
         raise ArgumentError(f"DATA must be files or a folder that are there, got {name!r}")
 
 
@@ -113,7 +149,12 @@ def damage_of(path: Path) -> Iterator[None]:
         yield
     except DataFormatError:
         raise
-    except (ValueError, EOFError, zipfile.BadZipFile, SyntaxError) as error:
+    except ValueError as error:
+        found = (
+            error if "allow_pickle" not in str(error) else "objects, which NumPy pickles; save X.astype(str) or numbers"
+        )
+        raise DataFormatError(f"{path}: expected NumPy's arrays of numbers or text, found {found}") from error
+    except (EOFError, zipfile.BadZipFile, SyntaxError) as error:
         raise DataFormatError(f"{path}: expected NumPy's arrays of numbers or text, found {error}") from error
 
 

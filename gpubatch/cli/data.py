@@ -13,7 +13,7 @@ import typer
 
 from gpubatch import datasets, sources
 from gpubatch.backend import Array, get_backend
-from gpubatch.cli.arrays import RowsOf, arrays_of, check_there, npy, npz, rows, taken
+from gpubatch.cli.arrays import RowsOf, arrays_of, check_there, npy, npz, of_table, rows, taken
 from gpubatch.cli.options import DTYPES, LOSSES_OF, BatchOptions, NetworkOptions, Seed, TestSize, names_of
 from gpubatch.errors import ArgumentError, DataFormatError, NonFiniteError, check_choice, check_real
 from gpubatch.loader import SHARDS, Loader, Standardize, epochs_of, split
@@ -163,9 +163,9 @@ class DataOptions:
         list[str] | None,
         typer.Argument(
             metavar="DATA...",
-            help="A table (CSV, Parquet, Arrow; a file, a folder of them, a pattern in quotes, or a URL), or two: to "
-            "train and to test on; arrays X.npy Y.npy, or an .npz file with X and Y; a folder with MNIST or a set like "
-            "it, or CIFAR-10 (binary). By default the bundled digits.",
+            help="A table (CSV, Parquet, Arrow; a file, a folder of them, a pattern in quotes, a URL, or - for "
+            "standard input), or two: to train and to test on; arrays X.npy Y.npy, or an .npz file with X and Y; a "
+            "folder with MNIST or a set like it, or CIFAR-10 (binary). By default the bundled digits.",
         ),
     ] = None
     label: Annotated[str | None, typer.Option(help="Of a table: the column to learn.")] = None
@@ -207,7 +207,7 @@ class DataOptions:
         return dataclasses.replace(found, class_weight=self.class_weight)
 
     def _read(self, data: Sequence[str]) -> Samples:
-        paths = [Path(name) for name in data]
+        paths = [Path(os.path.expanduser(name)) for name in data]
         is_of_arrays = bool(paths) and paths[0].suffix in (".npy", ".npz")
         if self.standardize and not is_of_arrays:
             raise ArgumentError(
@@ -226,10 +226,12 @@ class DataOptions:
             of = None if paths else rows_of_digits(X, test[0], self.seed)
             return Samples(name, X, Y, test, 1 / 255, None, outputs, "classification", rows=of)
         name, arrays = arrays_of(paths)
+        if len(arrays.X) != len(arrays.Y):
+            raise DataFormatError(
+                f"{name}: expected a target for each sample, found {len(arrays.X)} and {len(arrays.Y)}"
+            )
         Y, Y_test, classes, outputs, task = targets(arrays.Y, arrays.Y_test, self.task)
         X, X_test = rows(arrays.X), None if arrays.X_test is None else rows(arrays.X_test)
-        if len(X) != len(Y):
-            raise DataFormatError(f"{name}: expected a target for each sample, found {len(X)} and {len(Y)}")
         whole, divided = X, None
         if X_test is None or Y_test is None:
             labels = Y if task == "classification" else None
@@ -250,7 +252,7 @@ class DataOptions:
         for name in data:
             check_there(name)
         whole = read_table(
-            *(data[0], self.label),
+            *(of_table(data[0]), self.label),
             task=self.task,
             drop=names_of(self.drop),
             kinds=dict.fromkeys(names_of(self.category), "category"),
@@ -262,7 +264,7 @@ class DataOptions:
             )
         train, test = whole.split(self.test_size, self.seed) if len(data) == 1 else (whole, None)
         if test is None:
-            test = read_table(data[1], like=train)
+            test = read_table(of_table(data[1]), like=train)
             if not test.labelled:
                 raise DataFormatError(f"{data[1]}: expected a column {self.label!r} to test with")
         assert train.task is not None
@@ -330,6 +332,12 @@ def targets(
     if whole.dtype.kind not in "iufbUS":
         raise DataFormatError(f"the targets must be numbers or text, got {whole.dtype}")
     words = whole.dtype.kind in "US"
+    one_hot = whole.ndim == 2 and whole.dtype.kind in "biuf" and is_one_hot(whole)
+    if one_hot and task != "regression":
+        raise ArgumentError(
+            f"the targets, of shape {whole.shape}, have one 1 in each row, as classes have: give their labels, "
+            "Y.argmax(axis=1), or say --task regression"
+        )
     if task == "auto":
         task = "regression" if whole.ndim > 1 or whole.dtype.kind == "f" else "classification"
     if task == "regression":
@@ -355,6 +363,11 @@ def targets(
         raise ArgumentError(f"the targets must have at least two classes, got {len(names)}")
     labels = [np.searchsorted(names, part) for part in parts]
     return labels[0], labels[1] if Y_test is not None else None, classes, len(names), task
+
+
+def is_one_hot(Y: np.ndarray) -> bool:
+    """Whether each row has one 1, and all else is 0."""
+    return Y.shape[1] > 1 and bool(((Y == 0) | (Y == 1)).all() and (Y.sum(axis=1) == 1).all())
 
 
 def loss_of(network: NetworkOptions, task: str) -> Loss:
@@ -451,14 +464,14 @@ def raw_samples(model: Model, data: str | None, seed: int | None) -> Any:
     """Samples for a model to predict: a table, an array, a source, or the test set of a folder or of the digits."""
     recipe = None if model.preparation is None else model.preparation.table
     if recipe is not None:
-        return read_table(a_table([] if data is None else [data]), like=recipe)
+        return read_table(of_table(a_table([] if data is None else [data])), like=recipe)
     if data is None:
         of_training = seed_of_digits(None if model.preparation is None else model.preparation.rows)
         return images([], (of_training or 0) if seed is None else seed)[2][0]
-    if is_images(Path(data)):
-        return images([Path(data)], 0)[2][0]
+    path = Path(os.path.expanduser(data))
+    if is_images(path):
+        return images([path], 0)[2][0]
     check_there(data)
-    path = Path(data)
     if path.suffix == ".npy":
         return sources.npy(path, flatten=True) if is_large(path.stat().st_size) else rows(npy(path))
     if path.suffix == ".npz":
@@ -551,12 +564,12 @@ def labelled_samples(model: Model, data: Sequence[str], which: Which) -> Tested:
     of = model.preparation
     recipe, of_training = (None, None) if of is None else (of.table, of.rows)
     if recipe is not None:
-        table = read_table(name := a_table(data), like=recipe)
+        table = read_table(of_table(name := a_table(data)), like=recipe)
         known = table.has(of_training)
         if (part := which.part(name, of_training, known)) is not None:
             table = table.split_as(*part)[1]
         return tested(name, model.batches(table, labelled=True), part, of_training, known)
-    paths = [Path(path) for path in data]
+    paths = [Path(os.path.expanduser(path)) for path in data]
     if not paths:
         return tested_digits(model, which, of_training)
     if is_images(paths[0]):

@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import os
 import re
 import sys
 import time
@@ -124,8 +125,8 @@ def predict(
         str | None,
         typer.Argument(
             metavar="DATA",
-            help="A table as the model was trained on, without its label or with it; a .npy, .npz or IDX file; or a "
-            "folder, whose test set is taken. By default the bundled digits' test set.",
+            help="A table as the model was trained on, without its label or with it, - for standard input; a .npy, "
+            ".npz or IDX file; or a folder, whose test set is taken. By default the bundled digits' test set.",
         ),
     ] = None,
     out: Out = "-",
@@ -138,7 +139,7 @@ def predict(
 
     Samples are read, predicted and written in batches, so there may be more of them than memory holds.
     """
-    out = out or "-"
+    out = "-" if out in (None, "", "/dev/stdout") else os.path.expanduser(out)
     check_out(out, [str(model.model_file), *([] if data is None else [data])])
     loaded = model.load()
     batches = loaded.batches(raw_samples(loaded, data, said(context, "seed")))
@@ -161,6 +162,8 @@ def said(context: typer.Context, name: str) -> Any:
 
 def check_out(out: str | None, inputs: Sequence[str]) -> None:
     """Raise where a file that is read would be replaced."""
+    if out is not None and out != "-" and Path(out).suffix.lower() not in ("", ".csv", ".txt"):
+        raise ArgumentError(f"--out writes a CSV file, so it must end in .csv, got {out!r}; --json prints JSON")
     if out is not None and out != "-" and Path(out).exists():
         for name in inputs:
             if Path(name).exists() and Path(out).samefile(name):
@@ -283,6 +286,7 @@ def evaluate(
         raise ArgumentError(
             "--out must be a file, since the results are printed" if out else "--probabilities needs --out FILE"
         )
+    out = None if out is None else os.path.expanduser(out)
     check_out(out, [str(model.model_file), *(data or [])])
     loaded = model.load()
     classifies = loaded.net.loss_function.classifies

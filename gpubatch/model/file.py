@@ -59,7 +59,7 @@ def check_path(path: Any, suffix: str = ".safetensors") -> Path:
         raise DTypeError(f"path must be a path, got {path!r}")
     if Path(path).suffix != suffix:
         raise ArgumentError(f"path must end in {suffix}, got {str(path)!r}")
-    return Path(path)
+    return Path(os.path.expanduser(path))
 
 
 def check_writable(path: Any) -> None:

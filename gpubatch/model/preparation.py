@@ -96,6 +96,8 @@ class Preparation:
             scale = None if found["scale"] is None else check_real("scale", found["scale"])
             axis = check_int("sample_axis", found["sample_axis"], 0, 1)
             shape = tuple(check_int("sample_shape", n, 0) for n in found["sample_shape"])
+            if axis > len(shape):
+                raise ValueError(f"samples of shape {shape} are not along axis {axis}")
             dtype = np.dtype(check_choice("dtype", found["dtype"], DTYPES))
             table = found.get("table")
             recipe = None if table is None else Recipe.from_json(table, arrays, classes)

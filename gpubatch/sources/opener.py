@@ -7,12 +7,13 @@ import os
 import threading
 from collections.abc import Callable
 from typing import BinaryIO, Generic, NoReturn, Protocol, TypeVar
+from urllib.parse import unquote
 
 from gpubatch.errors import DataFormatError
 from gpubatch.sources.reader import refuse_pickling
 from gpubatch.sources.remote import RemoteFile, is_url
 
-__all__ = ["BytesByPlace", "LocalFile", "Opener", "Reopened", "opener_of"]
+__all__ = ["BytesByPlace", "LocalFile", "Opener", "Reopened", "opener_of", "unquoted"]
 
 AT_ONCE = 1 << 20  # bytes that a system is asked to read ahead: Linux does not heed what is beyond a device's limit
 
@@ -47,7 +48,7 @@ class LocalFile:
     """A file of this machine."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fsdecode(path)
+        self.path = os.path.expanduser(os.fsdecode(path))
 
     def open(self) -> BinaryIO:
         """See :class:`Opener`."""
@@ -88,8 +89,14 @@ class _ClosesItself(io.FileIO):
 def opener_of(path: str | os.PathLike[str] | Opener) -> Opener:
     """What opens the file that a user gives."""
     if isinstance(path, str) and is_url(path):
-        return RemoteFile(path)
+        return RemoteFile(unquoted(path))
     return LocalFile(path) if isinstance(path, (str, bytes, os.PathLike)) else path
+
+
+def unquoted(url: str) -> str:
+    """A URL; of a file on this machine without %20 and the like, as fsspec takes it, unless its name has them."""
+    path = url.removeprefix("file://")
+    return url if path == url or "%" not in path or os.path.exists(path) else f"file://{unquote(path)}"
 
 
 class Closable(Protocol):

@@ -17,8 +17,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from gpubatch.errors import ArgumentError, DataFormatError, check_choice
-from gpubatch.sources.opener import Opener, opener_of
+from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, check_choice
+from gpubatch.sources.opener import Opener, opener_of, unquoted
 from gpubatch.sources.reader import Form, InTurn, Source
 from gpubatch.sources.remote import RemoteFile, is_url, shown
 from gpubatch.sources.rows import idx, npy, raw
@@ -113,12 +113,18 @@ def openers_of(where: Any) -> Iterator[Opener]:
     elif not isinstance(where, (str, os.PathLike)):
         yield opener_of(where)
     elif is_url(where):
+        where = unquoted(os.fspath(where))
         there = {file.path: file for file in RemoteFile(os.fspath(where)).matching()}
         there = {path: there[path] for path in _not_hidden(words_of(where).rstrip("/"), there)}
         if not there:
             raise FileNotFoundError(f"no file is at {words_of(where)!r}")
         yield from map(there.__getitem__, _of_one_suffix(words_of(where), list(there)))
-    elif os.path.isdir(where):
+    elif isinstance(where, str) and "\n" in where:
+        raise DTypeError(
+            f"expected a path, got a text of {len(where)} characters with several lines; of the contents of a CSV file "
+            "give pandas.read_csv(io.StringIO(text))"
+        )
+    elif os.path.isdir(where := os.path.expanduser(where)):
         yield from map(opener_of, _of_one_suffix(where, _files_in(os.fspath(where))))
     elif not os.path.exists(where) and glob.has_magic(os.fspath(where)):
         yield from map(opener_of, _of_one_suffix(where, _matching(os.fspath(where))))

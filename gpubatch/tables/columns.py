@@ -5,14 +5,28 @@ from __future__ import annotations
 import decimal
 import importlib
 import sys
-from collections.abc import Collection
+import unicodedata
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
 
 from gpubatch.errors import ArgumentError, DataFormatError, NonFiniteError
 
-__all__ = ["DATE", "EMPTY", "NUMBER", "OTHER", "TEXT", "family", "label_texts", "need", "numbers", "plain", "texts"]
+__all__ = [
+    "DATE",
+    "EMPTY",
+    "NUMBER",
+    "OTHER",
+    "TEXT",
+    "family",
+    "label_texts",
+    "lookalikes",
+    "need",
+    "numbers",
+    "plain",
+    "texts",
+]
 
 NUMBER, TEXT, CODED, DATE, EMPTY, OTHER = "numbers", "texts", "categories", "dates", "nothing", "other"
 
@@ -126,6 +140,18 @@ def label_texts(
     if (absent := np.flatnonzero(codes < 0)).size:
         raise DataFormatError(f"{where}: the label {name!r} is missing in row {start + absent[0]}; leave such rows out")
     return codes, names
+
+
+def lookalikes(names: Iterable[str]) -> str:
+    """In words, two texts that people take for the same one; "" for none."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), name)
+        if other != name:
+            plain_forms = all(unicodedata.is_normalized("NFKC", text) for text in (name, other))
+            how = "case or spaces" if plain_forms else "the form of their characters"
+            return f"{other!r} and {name!r}, which differ in {how} alone"
+    return ""
 
 
 def as_text(value: Any) -> str | None:

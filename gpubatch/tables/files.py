@@ -36,10 +36,27 @@ PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\x0
 DELIMITERS = ",;\t|"
 BOM = b"\xef\xbb\xbf"
 OTHERS = {  # what is often given in place of CSV files, and what to do
-    b"PK\x03\x04": "an archive, as those of Excel are; save the sheet as CSV, or give pandas.read_excel(path)",
+    b"PK\x03\x04": "an archive, as those of Excel are; save the sheet as CSV, or give pandas.read_excel(path), or of a "
+    "packed CSV file pandas.read_csv(path)",
+    b"\xd0\xcf\x11\xe0": "one of Office, as .xls is; save the sheet as CSV, or give pandas.read_excel(path)",
+    b"\xfd7zXZ": "one packed by xz; unpack it, or give pandas.read_csv(path)",
+    b"SQLite format 3": "a database of SQLite; give pandas.read_sql(query, connection)",
+    b"\x89HDF": "HDF5; give pandas.read_hdf(path), or gb.sources.hdf5(path, x, y) to a Loader",
+    b"\x93NUMPY": "an array of NumPy's; it goes to a Loader, or as {'name': X[:, 0], ...}",
+    b"ORC": "ORC; give pandas.read_orc(path)",
+    b"FEA1": "Feather of version 1; give pandas.read_feather(path)",
     b"\xff\xfe": "UTF-16; save the file as UTF-8, or give pandas.read_csv(path, encoding='utf-16')",
     b"\xfe\xff": "UTF-16; save the file as UTF-8, or give pandas.read_csv(path, encoding='utf-16')",
 }
+WRITTEN = {  # likewise texts
+    re.compile(
+        rb'\s*[\[{]\s*(["{\[\]}]|$)'
+    ): "JSON; give pandas.read_json(path), with lines=True for a row in each line",
+    re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE): "HTML or XML, perhaps of a server in place of the file",
+    re.compile(rb"\s*@relation", re.IGNORECASE): "ARFF; give pandas.DataFrame(scipy.io.arff.loadarff(path)[0])",
+    re.compile(rb"\x80[\x02-\x05]"): "a pickle, which gpubatch does not read; give the frame that it has",
+}
+MISFIT = re.compile(r"Expected (\d+) columns, got (\d+)")
 NAMELESS = "\0"
 NULLS = ("None", "<NA>")  # which pandas takes for no value, and pyarrow does not
 DECIMAL = {  # values that are numbers with a fraction, in a file whose delimiter is no comma
@@ -187,6 +204,8 @@ class CsvForm:
             raise ArgumentError(f"delimiter must be one character of ASCII, got {delimiter!r}")
         if found := next((words for magic, words in OTHERS.items() if start.startswith(magic)), None):
             raise DataFormatError(f"{path}: expected a CSV, Parquet or Arrow file, found {found}")
+        if found := next((words for form, words in WRITTEN.items() if form.match(start.removeprefix(BOM))), None):
+            raise DataFormatError(f"{path}: expected a CSV, Parquet or Arrow file, found {found}")
         if b"\0" in start:
             raise DataFormatError(f"{path}: expected a CSV, Parquet or Arrow file, found another, binary one")
         if not start.strip(BOM + b" \t\r\n"):
@@ -267,6 +286,11 @@ def of_pyarrow() -> Iterator[None]:
     try:
         yield
     except need("pyarrow").ArrowException as error:
+        if MISFIT.search(str(error)):
+            raise ValueError(
+                f"{error}; every line must have a value for each name in the first one. Where others come before the "
+                "line of names, give pandas.read_csv(path, skiprows=...)"
+            ) from error
         raise error if isinstance(error, (ValueError, MemoryError, OSError)) else RuntimeError(str(error)) from error
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpubatch.errors import ArgumentError, DataFormatError, NonFiniteError, TableWarning
-from gpubatch.tables.columns import CODED, DATE, EMPTY, NUMBER, OTHER, TEXT, family, numbers, texts
+from gpubatch.tables.columns import CODED, DATE, EMPTY, NUMBER, OTHER, TEXT, family, lookalikes, numbers, texts
 from gpubatch.tables.recipe import Category, Column, Hashed, LeftOut, Numeric, Recipe, Target
 from gpubatch.tables.rows import Rows
 from gpubatch.tables.statistics import DISTINCT, Median, Moments, Seen
@@ -21,8 +21,17 @@ __all__ = ["KINDS", "NUMERAL", "Options", "check_types", "fit"]
 
 KINDS = (Numeric.kind, Category.kind, Hashed.kind)
 # Texts that people read as numbers: with a separator of thousands, a fraction, a currency or a percent sign.
-NUMERAL = re.compile(r"[-+]?[$€£¥]?\s?(\d{1,3}([,.'\s]\d{3})+|\d+)([.,]\d+)?([eE][-+]?\d+)?\s?[%€$£¥]?", re.ASCII)
-DATED = re.compile(r"(\d{4}[./-]\d{1,2}[./-]\d{1,2}|\d{1,2}[./-]\d{1,2}[./-]\d{4})([ T]\d{1,2}:\d{2}.*)?", re.ASCII)
+NUMERAL = re.compile(
+    r"(?!\([^)]*$)\(?[-+]?[$€£¥]?\s?(\d{1,3}([,.'\s]\d{3})+|\d+)([.,]\d+)?([eE][-+]?\d+)?\s?[%€$£¥]?\)?", re.ASCII
+)
+MONTH = "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
+DATED = re.compile(
+    r"(\d{4}[./-]\d{1,2}[./-]\d{1,2}|\d{1,2}[./-]\d{1,2}[./-]\d{4}|\d{1,2}[/-]\d{1,2}[/-]\d{2}"
+    rf"|\d{{1,2}}\.?[ -]{MONTH}\.?[ -]\d{{2,4}}|{MONTH}\.? \d{{1,2}},? \d{{4}})([ T]\d{{1,2}}:\d{{2}}.*)?",
+    re.ASCII | re.IGNORECASE,
+)
+
+PLAIN = "write them without signs and separators, as pandas.read_csv(path, thousands=',') reads them, or str.replace"
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,12 @@ class Statistics:
             found.append(column)
             if (remark := self._misread(name)) is not None:
                 remarks.append(remark)
+            if (
+                isinstance(column, Category)
+                and name not in self._options.kinds
+                and (alike := lookalikes(column.values))
+            ):
+                remarks.append(f"column {name!r} has the texts {alike}")
             if isinstance(column, LeftOut):
                 remarks.append(f"column {name!r} is left out: {column.why}")
             elif isinstance(column, Hashed) and name not in self._options.kinds:
@@ -133,12 +148,14 @@ class Statistics:
                     f"{self._options.one_hot}: they are hashed to {column.buckets} columns; kinds={{{name!r}: 'hash'}} "
                     "says that this is meant"
                 )
+        misread = [remark for remark in map(self._misread, free) if remark is not None]
+        if misread:
+            raise DataFormatError(f"{self._where}: {'; '.join(misread)}")
         if free:
             raise DataFormatError(
                 f"{self._where}: {listed(free)} {'have' if len(free) > 1 else 'has'} a text of its own in most rows ("
                 f"{self._count(free[0])} different ones in {self._seen[free[0]].values}), as names and free text "
                 f"have; leave them out with drop={free!r}, or hash them with kinds={{{free[0]!r}: 'hash'}}"
-                + "".join(f"; {remark}" for remark in map(self._misread, free) if remark is not None)
             )
         if not any(column.features for column in found):
             raise DataFormatError(f"{self._where}: no column tells samples apart; {'; '.join(remarks)}")
@@ -192,7 +209,7 @@ class Statistics:
                     part = self._table.block(number, [name])[name]
                     self._look_for_words(name, texts(self._where, name, part, self._options.missing)[1])
             word = self._words.get(name, "")[:40]
-            words = f"; {word!r} does not: missing={word!r} if it stands for no value" if word else ""
+            words = f"; {word!r} does not: missing={word!r} if it stands for no value" if word else f": {PLAIN}"
             return (
                 f"column {name!r} holds texts, and {sum(numerals.values())} of {seen} look like numbers, such as "
                 f"{next(iter(numerals))[:40]!r}{words}; kinds={{{name!r}: 'category'}} says that texts are meant"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from gpubatch.errors import ArgumentError, DataFormatError
-from gpubatch.tables.columns import EMPTY, NUMBER, family, label_texts, need, plain
+from gpubatch.errors import ArgumentError, DataFormatError, TableWarning
+from gpubatch.tables.columns import EMPTY, NUMBER, family, label_texts, lookalikes, need, plain
 from gpubatch.tables.fitting import NUMERAL, Options
 from gpubatch.tables.recipe import LONGEST, Target
 from gpubatch.tables.rows import Rows
 
 __all__ = ["find_target"]
 
+FEW, OFTEN = 10, 10  # whole floating numbers that may be classes, and how often each comes on average
 MANY = 100  # integers of a label from which on the task has to be said
 
 
@@ -23,6 +25,11 @@ def find_target(rows: Rows, options: Options, blocks: Iterable[tuple[Any, str, i
     kind = plain(rows.block(0, [label])[label]).type
     is_ = need("pyarrow").types
     if task == "regression" or (task == "auto" and (is_.is_floating(kind) or is_.is_decimal(kind))):
+        if task == "auto" and (few := whole_numbers(rows.block(0, [label])[label])):
+            tell(
+                f"{where}: the label {label!r} holds {', '.join(few)} as floating numbers, which are taken for "
+                "amounts: task='classification' takes them for classes, task='regression' says that they are amounts"
+            )
         return Target(label, None)
     if family(kind) == EMPTY:
         raise DataFormatError(f"{where}: the label {label!r} has no value in any row")
@@ -60,4 +67,20 @@ def find_target(rows: Rows, options: Options, blocks: Iterable[tuple[Any, str, i
         raise DataFormatError(
             f"{where}: the label {label!r} must have at least two different values, got {classes[0]!r} in all rows"
         )
+    if family(kind) != NUMBER and (alike := lookalikes(map(str, classes))):
+        tell(f"{where}: the label {label!r} has the classes {alike}")
     return Target(label, tuple(classes))
+
+
+def tell(text: str) -> None:
+    """Warn whoever made the table."""
+    warnings.warn(text, TableWarning, 5)
+
+
+def whole_numbers(column: Any) -> list[str]:
+    """The different numbers of a column if all are whole and each comes often, as those of classes do; else none."""
+    pc = need("pyarrow.compute")
+    counts = pc.value_counts(plain(column).drop_null())
+    values = sorted(counts.field("values").to_pylist())
+    few = 2 <= len(values) <= FEW and OFTEN * len(values) <= len(column) and all(x == x // 1 for x in values)
+    return [f"{x:g}" for x in values] if few else []

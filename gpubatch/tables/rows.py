@@ -91,12 +91,18 @@ def of_frame(source: Any) -> Held:
         elif isinstance(source, pa.RecordBatch):
             found = pa.Table.from_batches([source])
         elif type(source).__module__.partition(".")[0] == "pandas" and hasattr(source, "columns"):
-            names = [str(name) for name in source.columns]
+            names = ["" if name is None or name != name else str(name) for name in source.columns]
             found = pa.Table.from_arrays(
                 [of_values(where, name, source.iloc[:, place]) for place, name in enumerate(names)], names
             )
+        elif type(source).__name__ == "Series":
+            raise DTypeError(f"a table must have columns with names, got a {kind}: give a frame, as of to_frame()")
+        elif type(source).__module__.partition(".")[0] == "datasets":
+            found = of_huggingface(source)
         elif hasattr(source, "__arrow_c_stream__"):
             found = pa.table(source)
+        elif isinstance(source, np.ndarray) and source.dtype.names:
+            found = pa.table({name: of_values(where, name, source[name]) for name in source.dtype.names})
         elif isinstance(source, Mapping):
             found = pa.table({str(name): of_values(where, str(name), values) for name, values in source.items()})
         elif isinstance(source, (list, tuple)) and source and all(isinstance(row, Mapping) for row in source):
@@ -114,8 +120,25 @@ def of_frame(source: Any) -> Held:
     return Held(found, where)
 
 
+def of_huggingface(source: Any) -> Any:
+    """A Dataset of Hugging Face's as a table of pyarrow's; labels that have names, by these."""
+    pa = need("pyarrow")
+    if isinstance(source, Mapping) or not hasattr(source, "with_format") or not hasattr(source, "__len__"):
+        parts = f" of {', '.join(map(repr, source))}: give one of these" if isinstance(source, Mapping) else ""
+        raise DTypeError(f"a table must be one datasets.Dataset in memory, got a {type(source).__name__}{parts}")
+    found = source.with_format("arrow")[:]
+    for place, (name, feature) in enumerate(source.features.items()):
+        if hasattr(feature, "int2str"):
+            numbers = found[name].combine_chunks().cast(pa.int32())
+            named = pa.DictionaryArray.from_arrays(numbers, pa.array(feature.names))
+            found = found.set_column(place, name, named)
+    return found
+
+
 def described(source: Any) -> str:
     """What was given in place of a table."""
+    if hasattr(source, "read"):
+        return f"a {type(source).__name__}; give the path of its file, or pandas.read_csv of it"
     if isinstance(source, np.ndarray):
         return (
             f"an array of shape {source.shape}, whose columns have no names; give a mapping, {{'name': X[:, 0], ...}}"
@@ -134,6 +157,8 @@ def of_values(where: str, name: str, values: Any) -> Any:
     if isinstance(values, str) or not hasattr(values, "__len__"):
         values = [values]
     try:
+        # Those of pandas that keep only the values that are not the same.
+        values = values.sparse.to_dense() if hasattr(values, "sparse") else values
         return pa.array(values, from_pandas=True)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         of = f", not {values.dtype}" if hasattr(values, "dtype") else ""

@@ -71,7 +71,7 @@ def tell_of_folders(where: str, files: Sequence[Opener], names: Sequence[str]) -
     if hidden := sorted({part.partition("=")[0] for part in folders} - {*names}):
         warnings.warn(
             f"{where}: {', '.join(map(repr, hidden))} in the names of folders, such as {min(folders)!r}, is not read; "
-            "write it as a column into the files if it is to be learnt from",
+            "write it as a column into the files if it is to be learnt from, or give pandas.read_parquet(folder)",
             *(TableWarning, 4),
         )
 

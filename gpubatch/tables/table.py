@@ -44,12 +44,13 @@ from gpubatch.tables.several import opened
 __all__ = ["Table", "read_table"]
 
 TASKS = ("auto", "classification", "regression")
+UNDIVIDED = "; its first line has none of , ; tab and |: say which delimiter, or give pandas.read_fwf(path)"
 AT_ONCE = 1 << 14  # rows that become samples together
 
 
 def read_table(
     source: Any,
-    label: str | None = None,
+    label: str | int | tuple[Any, ...] | None = None,
     *,
     task: str = "auto",
     columns: Sequence[str] | None = None,
@@ -113,6 +114,10 @@ def read_table(
     (['a', 'b'], 2, 2)
     """
     missing = texts_of("missing", missing)
+    if isinstance(label, bool) or not isinstance(label, str | int | tuple | None):
+        raise DTypeError(f"label must be the name of one column, got {label!r}")
+    # As the columns of frames are called here, whose names may be numbers or have levels.
+    label_name = None if label is None else str(label)
     if like is not None:
         given = {"label": label, "columns": columns, "kinds": kinds, "drop": drop or None, "missing": missing or None}
         if named := next((name for name, value in given.items() if value is not None), None):
@@ -128,9 +133,9 @@ def read_table(
     buckets = check_int("buckets", buckets, 1, MOST_BUCKETS)
     check_choice("task", task, TASKS)
     texts = [name for name, kind in kinds.items() if kind != "number"]
-    rows = opened(source, Reading(texts, missing, delimiter, decimal, label, stream))
-    names = chosen_names(rows, label, columns, drop, kinds)
-    return Table(rows, Options(names, label, task, kinds, one_hot, buckets, missing))
+    rows = opened(source, Reading(texts, missing, delimiter, decimal, label_name, stream))
+    names = chosen_names(rows, label_name, columns, drop, kinds)
+    return Table(rows, Options(names, label_name, task, kinds, one_hot, buckets, missing))
 
 
 def texts_of(name: str, given: Any) -> tuple[str, ...]:
@@ -143,15 +148,13 @@ def texts_of(name: str, given: Any) -> tuple[str, ...]:
 
 def chosen_names(rows: Rows, label: str | None, columns: Any, drop: Any, kinds: Mapping[str, str]) -> list[str]:
     """The columns of the samples, in the order of the table."""
-    if not isinstance(label, str | None):
-        raise DTypeError(f"label must be the name of one column, a text, got {label!r}")
     given = {"label": () if label is None else label, "columns": () if columns is None else columns}
     for argument, names in (*given.items(), ("drop", drop), ("kinds", list(kinds))):
         for name in texts_of(argument, names):
             if name not in rows.names:
                 raise ArgumentError(
                     f"{argument} must name columns of {rows.where}, {known(rows.names)}; got {name!r}"
-                    + nearest(name, rows.names)
+                    + (nearest(name, rows.names) or UNDIVIDED * (rows.is_csv and len(rows.names) == 1))
                 )
     wanted = rows.names if columns is None else texts_of("columns", columns)
     left = {*texts_of("drop", drop), label}

@@ -45,7 +45,7 @@ class CSVLog:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         if not isinstance(path, (str, os.PathLike)):
             raise DTypeError(f"path must be the path of a file, got {path!r}")
-        self.path = Path(path)
+        self.path = Path(os.path.expanduser(path))
         self._columns: list[str] = []
         self._rows: list[list[float | None]] = []
 
@@ -136,7 +136,7 @@ class TensorBoard:
     def __init__(self, folder: str | os.PathLike[str], steps: bool = True) -> None:
         if not isinstance(folder, (str, os.PathLike)):
             raise DTypeError(f"folder must be the path of a folder, got {folder!r}")
-        self.folder, self.steps = Path(folder), check_bool("steps", steps)
+        self.folder, self.steps = Path(os.path.expanduser(folder)), check_bool("steps", steps)
         self._written = 0  # steps of the history
         self._writer: Any = None
 
