@@ -40,12 +40,23 @@ def _updating(of_pass: FormulaPass, name: str) -> str:
     kinds = ["const T" if a == "g" else "T" for a in trace.arrays]
     parameters = [f"{kind} {a}" if a == "g" else f"T& {a}" for a, kind in zip(trace.arrays, kinds, strict=True)]
     elements = [f"element{i}" for i in range(len(kinds))]
-    body = [
-        f"EACH_ROLLED for (Int i = 0; i < row[{len(kinds)}]; ++i) {{",
+    element = [
         *(f"    {line}" for line in _loads(trace, kinds)),
         f"    {name}_element({', '.join([*elements, 'k', *_values(trace)])});",
         *(f"    array{i}[i] = {elements[i]};" for i in map(trace.arrays.index, trace.targets)),
         "}",
+    ]
+    body = [
+        f"const Int n = row[{len(kinds)}];",
+        "Int line = 0;",
+        "for (; line + LINE <= n; line += LINE) {",
+        *(f"    __builtin_prefetch(array{i} + line + AHEAD);" for i in range(len(kinds))),
+        "    EACH_ROLLED for (Int j = 0; j < LINE; ++j) {",
+        "        const Int i = line + j;",
+        *(f"    {text}" for text in element),
+        "}",
+        "EACH_ROLLED for (Int i = line; i < n; ++i) {",
+        *element,
     ]
     return _loop(trace, name, parameters, kinds, body)
 
