@@ -155,6 +155,8 @@ class GradientNoise(StepPart):
     def __init__(self, eta: float = 0.01, gamma: float = 0.55, seed: int = 0) -> None:
         self.eta, self.gamma = check_real("eta", eta, 0, open_low=True), check_real("gamma", gamma, 0)
         self.seed = check_int("seed", seed, 0, 2**64 - 1)
+        self._draw = philox_generator(self.seed, NOISE)  # a new one in each step takes as long as all numbers of 100
+        self._start = self._draw.bit_generator.state
 
     def __repr__(self) -> str:
         return f"GradientNoise({self.eta}, {self.gamma}, seed={self.seed})"
@@ -178,13 +180,18 @@ class GradientNoise(StepPart):
     def by_numpy(self, net: Network, numbers: Sequence[float]) -> None:
         """A block after another."""
         grads, deviation = net.parameters.grads.flat, numbers[0] * factor_of(net)
-        draw = philox_generator(self.seed, NOISE, np.array([0, int(numbers[1]), 0, 0], np.uint64))
-        for start in range(0, grads.size, BLOCK):
-            part = grads[start : start + BLOCK]
-            uniform = draw.random(-(-part.size // 8) * 8, np.float32).reshape(-1, 2)
-            radius, angle = np.sqrt(-2 * np.log(1 - uniform[:, 0])), TWO_PI * uniform[:, 1]
-            normal = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)[: part.size]
-            part += (deviation * normal.astype(net.compute_dtype)).astype(part.dtype, copy=False)
+        source = self._draw.bit_generator
+        with source.lock:  # two threads may have one noise
+            self._start["state"]["counter"][:] = 0, int(numbers[1]), 0, 0
+            source.state = self._start
+            for start in range(0, grads.size, BLOCK):
+                part = grads[start : start + BLOCK]
+                uniform = self._draw.random((-(-part.size // 8) * 4, 2), np.float32)
+                radius, angle = np.sqrt(-2 * np.log(1 - uniform[:, 0])), TWO_PI * uniform[:, 1]
+                for column, wave in enumerate((np.cos(angle), np.sin(angle))):
+                    np.multiply(radius, wave, out=uniform[:, column])
+                normal = uniform.reshape(-1)[: part.size].astype(net.compute_dtype, copy=False)
+                part += (deviation * normal).astype(part.dtype, copy=False)
 
     def by_kernels(self, net: Network, numbers: Array, stride: int, progress: Array | None) -> None:
         """One launch."""
