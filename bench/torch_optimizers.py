@@ -6,6 +6,10 @@ no Lion, so its contender there is the algorithm written with ``torch._foreach_*
 contender is a process of its own; they take turns for several rounds and must end with the same numbers. Each step has
 new gradient tensors, as after ``zero_grad()``, which are made outside of the measured time.
 
+A loop beside them reads and writes the arrays of the rule, once each, and computes hardly anything. Under "bytes alone"
+is how many times as fast as PyTorch's best form it is: a form that reads and writes them in every step can hardly have
+a larger ratio.
+
 With one thread the time is that of the processor, so other work on the machine counts little; with more it is the
 clock's. ``--table FILE`` prints the table of an earlier run.
 """
@@ -13,6 +17,7 @@ clock's. ``--table FILE`` prints the table of an earlier run.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import statistics
@@ -22,11 +27,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peers import Worker, available_cores, conditions, limit_threads
+import numpy as np
+from peers import SkippedError, Worker, available_cores, compiled_bounds, conditions, limit_threads
+
+import gpubatch as gb
 
 SHAPES = {"1 x 1,000,000": [(1000, 1000)], "10 x 1,000,000": [(1000, 1000)] * 10, "500 x 100": [(100,)] * 500}
 OURS = "gpubatch.torch"
 FORMS = ("foreach", "fused")
+BYTES = "bytes alone"
 # The rule: gpubatch's class and its arguments, torch.optim's class and its, and how many times as fast ours shall be
 # as the best form, for each of SHAPES.
 RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any], tuple[float, ...]]] = {
@@ -45,6 +54,7 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any], tuple[float, ...]]] 
 WARM_UP = 3  # steps, after which the last weight is compared
 BUDGET = 0.1  # seconds of a contender in a round, but at least three steps
 TOLERANCE = 1e-5  # of the last weight
+MOST = 10  # tensors for which the loop of bytes is called
 
 
 class ForeachLion:
@@ -70,6 +80,26 @@ class ForeachLion:
             torch._foreach_add_(self.m, g, alpha=1 - beta2)
 
 
+class BytesLoop:
+    """Reads and writes what a step does: parameters, gradients and ``states`` states of each."""
+
+    def __init__(self, params: list[Any], states: int) -> None:
+        from gpubatch.torch import state_like
+
+        self.loop = compiled_bounds().bytes_loop
+        self.loop.argtypes, self.loop.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_long], None
+        self.params, self.states = params, [state_like(params) for _ in range(states)]
+        for x in (x for tensors in self.states for x in tensors):
+            x.zero_()
+
+    def step(self) -> None:
+        """One step."""
+        for p, *states in zip(self.params, *self.states, strict=True):
+            tensors = [p, p.grad, *states]
+            addresses = (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
+            self.loop(addresses, len(tensors), p.numel())
+
+
 def optimizer(contender: str, rule: str, params: list[Any]) -> Any:
     """The contender's optimizer; None if it has no such rule or form."""
     import torch
@@ -79,6 +109,12 @@ def optimizer(contender: str, rule: str, params: list[Any]) -> Any:
     ours, name, theirs, _ = RULES[rule]
     if contender == OURS:
         return getattr(gpubatch.torch, rule)(params, **ours)
+    if contender == BYTES:
+        opt = getattr(gb, rule)([np.zeros(1)], **ours)
+        try:
+            return BytesLoop(params, len(opt.rule.state))
+        except SkippedError:
+            return None
     if not name:
         return ForeachLion(params) if contender == "foreach" else None
     try:
@@ -114,7 +150,9 @@ def work(contender: str, threads: int) -> None:
             shapes = SHAPES[command["shapes"]]
             params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
             gradients = [torch.randn(shape, generator=generator) for shape in shapes]
-            opt = optimizer(contender, command["rule"], params)
+            # With many small tensors calls of the loop from Python would be what is measured.
+            small = contender == BYTES and len(params) > MOST
+            opt = None if small else optimizer(contender, command["rule"], params)
             if opt is None:
                 found = {"skipped": True}
             else:
@@ -134,7 +172,8 @@ def compare(rule: str, shapes: str, ask: dict[str, Callable[..., dict[str, Any]]
         found = worker(rule=rule, shapes=shapes)
         if "skipped" not in found:
             steps[name] = max(3, min(200, int(BUDGET / max(found["seconds"], 1e-6))))
-            results[name] = found["result"]
+            if name != BYTES:
+                results[name] = found["result"]
     for name, result in results.items():
         if not math.isclose(result, results[OURS], rel_tol=TOLERANCE, abs_tol=1e-2):
             sys.exit(f"{rule}, {shapes}: {name} must end with {results[OURS]}, got {result}")
@@ -143,14 +182,19 @@ def compare(rule: str, shapes: str, ask: dict[str, Callable[..., dict[str, Any]]
         for name, count in steps.items():
             runs[name].append(ask[name](steps=count)["seconds"])
     medians = {name: statistics.median(times) for name, times in runs.items()}
-    best = min((name for name in medians if name != OURS), key=lambda name: medians[name])
+    best = min((name for name in medians if name not in (OURS, BYTES)), key=lambda name: medians[name])
     asked = RULES[rule][3]
+
+    def ratio(name: str) -> float:
+        return statistics.median(a / b for a, b in zip(runs[best], runs[name], strict=True))
+
     return {
         "rule": rule,
         "tensors": shapes,
         "microseconds": {name: round(1e6 * seconds, 1) for name, seconds in medians.items()},
         "best": best,
-        "ratio": statistics.median(a / b for a, b in zip(runs[best], runs[OURS], strict=True)),
+        "ratio": ratio(OURS),
+        "of_bytes_alone": ratio(BYTES) if BYTES in runs else None,
         "asked": asked[list(SHAPES).index(shapes)] if asked else None,
     }
 
@@ -158,8 +202,8 @@ def compare(rule: str, shapes: str, ask: dict[str, Callable[..., dict[str, Any]]
 def table(found: dict[str, Any]) -> str:
     """A run's results as a table in Markdown."""
     lines = [
-        "| rule | tensors | gpubatch.torch | best of PyTorch | times as fast | asked |",
-        "|---|---|--:|--:|--:|--:|",
+        "| rule | tensors | gpubatch.torch | best of PyTorch | times as fast | asked | bytes alone |",
+        "|---|---|--:|--:|--:|--:|--:|",
     ]
     for row in found["rows"]:
         ours, best = (f"{row['microseconds'][name]:,.0f} µs" for name in (OURS, row["best"]))
@@ -170,6 +214,7 @@ def table(found: dict[str, Any]) -> str:
             f"{best} ({row['best']})",
             f"{row['ratio']:.2f}",
             row["asked"] or "",
+            f"{bound:.2f}" if (bound := row.get("of_bytes_alone")) else "",
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
@@ -198,7 +243,7 @@ def main() -> None:
         parser.error(f"--rules must be of {', '.join(RULES)}; got {', '.join(sorted(unknown))}")
     limit_threads(arguments.threads)
     found: dict[str, Any] = {**conditions(arguments.threads, arguments.rounds), "rows": []}
-    workers = {name: worker_of(name, arguments.threads) for name in (OURS, *FORMS)}
+    workers = {name: worker_of(name, arguments.threads) for name in (OURS, *FORMS, BYTES)}
     ask = {name: worker.ask for name, worker in workers.items()}
     for rule in rules:
         for shapes in SHAPES:

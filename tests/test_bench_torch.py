@@ -35,14 +35,14 @@ def test_contenders_do_the_same_work(rule: str) -> None:
 
 
 def test_a_row_has_the_ratio_to_the_best_contender() -> None:
-    seconds = {bench.OURS: 2e-3, "foreach": 8e-3, "fused": 5e-3}
+    seconds = {bench.OURS: 2e-3, "foreach": 8e-3, "fused": 5e-3, bench.BYTES: 1e-3}
 
     def answers(name: str) -> Any:
-        return lambda **command: {"seconds": seconds[name], "result": 1.0}
+        return lambda **command: {"seconds": seconds[name], "result": 0.0 if name == bench.BYTES else 1.0}
 
     row = bench.compare("Adam", "500 x 100", {name: answers(name) for name in seconds}, rounds=3)
     assert (row["best"], row["ratio"], row["asked"]) == ("fused", 2.5, 3)
-    assert "| Adam | 500 x 100 | 2,000 µs | 5,000 µs (fused) | 2.50 | 3 |" in bench.table({"rows": [row]})
+    assert "| Adam | 500 x 100 | 2,000 µs | 5,000 µs (fused) | 2.50 | 3 | 5.00 |" in bench.table({"rows": [row]})
 
 
 def test_contenders_that_end_elsewhere_stop_the_run() -> None:
@@ -60,3 +60,18 @@ def test_a_contender_is_a_process_that_answers() -> None:
     assert worker.ask(steps=2)["seconds"] > 0
     worker.close()
     assert worker.process.returncode == 0
+
+
+def test_the_loop_of_bytes_reads_and_writes_every_array() -> None:
+    torch = peer("torch")
+    params = [torch.zeros(1024, requires_grad=True) for _ in range(2)]
+    for rule, count in {"SGD": 0, "RMSProp": 1, "Adam": 2}.items():
+        loop = bench.optimizer(bench.BYTES, rule, params)
+        if loop is None:
+            pytest.skip("no C++ compiler")
+        assert len(loop.states) == count
+        for p in params:
+            p.grad = torch.ones_like(p)
+            p.data.zero_()
+        loop.step()
+        assert all((x == 1).all() for tensors in (params, *loop.states) for x in tensors)
