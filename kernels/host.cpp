@@ -11,6 +11,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <functional>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -150,6 +153,62 @@ static bool with_matrix(nb::handle x, const F& f) {
 }
 
 typedef nb::handle Any;
+
+// --- calls that are made again ---
+
+// Calls of kernels as they were made in a thread, between begin() and end(): run() makes them again, on what is in the
+// same arrays by then, in one call from Python. They know addresses, so the arrays are kept.
+class Recording {
+  public:
+    // Add a call. Declined calls leave work to NumPy, of which nothing is known here.
+    void add(std::initializer_list<Any> arrays, std::function<void()> call) {
+        for (Any one : arrays) kept.append(one);
+        calls.push_back(std::move(call));
+    }
+    void begin() { current() = this; }
+    // Whether every call of a kernel that was made since begin() is here.
+    bool end() {
+        current() = nullptr;
+        return whole;
+    }
+    void run() const {
+        nb::gil_scoped_release unlocked;
+        for (const auto& call : calls) call();
+    }
+
+    static Recording*& current() {
+        static thread_local Recording* one = nullptr;
+        return one;
+    }
+    std::size_t size() const { return calls.size(); }
+    bool whole = true;
+
+  private:
+    std::vector<std::function<void()>> calls;
+    nb::list kept;
+};
+
+// Run the body of a kernel, on these arrays, without the interpreter's lock. It is copied where calls are recorded, so
+// it must hold no reference.
+template <class Body>
+static bool made(std::initializer_list<Any> arrays, const Body& body) {
+    if (Recording* recording = Recording::current()) recording->add(arrays, body);
+    nb::gil_scoped_release unlocked;
+    body();
+    return true;
+}
+
+// A kernel for Python: a recording of which it is no part has a gap.
+template <class... A>
+static auto noted(bool (*kernel)(A...)) {
+    return [kernel](A... arguments) {
+        Recording* recording = Recording::current();
+        const std::size_t before = recording ? recording->size() : 0;
+        const bool done = kernel(arguments...);
+        if (recording && recording->size() == before) recording->whole = false;
+        return done;
+    };
+}
 
 // --- formulas ---
 
@@ -574,10 +633,10 @@ static bool multiply(Any a, Any b, Any out) {
     return with_type(out, [&](auto zero) {
         typedef decltype(zero) T;
         T* to = data<T>(out);
-        nb::gil_scoped_release unlocked;
-        if (blas.wide) multiply_as<T, std::int64_t>(A, B, to);
-        else multiply_as<T, std::int32_t>(A, B, to);
-        return true;
+        return made({a, b, out}, [=] {
+            if (blas.wide) multiply_as<T, std::int64_t>(A, B, to);
+            else multiply_as<T, std::int32_t>(A, B, to);
+        });
     });
 }
 
@@ -601,11 +660,11 @@ static bool activate(Int place, nb::tuple scalars, Any x, Any b, Any y, Any kept
         const std::vector<T> k = scalars_of<T>(scalars);
         const auto forward = activation_at<T>(place).forward;
         if (!forward) return false;
-        nb::gil_scoped_release unlocked;
-        in_pieces(rows, columns, [&](Int first, Int last) {
-            forward(from, bias, to, slope, k.data(), columns, first, last);
+        return made({x, b, y, kept}, [=] {
+            in_pieces(rows, columns, [&](Int first, Int last) {
+                forward(from, bias, to, slope, k.data(), columns, first, last);
+            });
         });
-        return true;
     });
 }
 
@@ -621,23 +680,21 @@ static bool activation_gradient(Int place, nb::tuple scalars, Any kept, Any dy, 
         const std::vector<T> k = scalars_of<T>(scalars);
         const auto backward = activation_at<T>(place).backward;
         if (!backward) return false;
-        const auto gradient = [&](T* out, Int first, Int last) {
-            if (to) backward(y, from, to, out, k.data(), columns, first, last);
-            else table<T>().column_sums(from, out, columns, first, last);
-        };
-        nb::gil_scoped_release unlocked;
-        if (!bias) {
-            in_pieces(rows, columns, [&](Int first, Int last) {
-                gradient(nullptr, first, last);
+        return made({kept, dy, dx, db, partial}, [=] {
+            const auto gradient = [&](T* out, Int first, Int last) {
+                if (to) backward(y, from, to, out, k.data(), columns, first, last);
+                else table<T>().column_sums(from, out, columns, first, last);
+            };
+            if (!bias) {
+                in_pieces(rows, columns, [&](Int first, Int last) { gradient(nullptr, first, last); });
+                return;
+            }
+            const Int parts = parts_of(rows, 16);
+            in_parts(rows, columns, parts, [&](Int part, Int first, Int last) {
+                gradient(parts == 1 ? bias : sums + part * columns, first, last);
             });
-            return true;
-        }
-        const Int parts = parts_of(rows, 16);
-        in_parts(rows, columns, parts, [&](Int part, Int first, Int last) {
-            gradient(parts == 1 ? bias : sums + part * columns, first, last);
+            if (parts > 1) table<T>().add_parts(sums, 1, bias, parts, columns);
         });
-        if (parts > 1) table<T>().add_parts(sums, 1, bias, parts, columns);
-        return true;
     });
 }
 
@@ -719,13 +776,13 @@ static bool softmax_cross_entropy(Any z, Any labels, Any targets, Any dz, Any lo
         const T *scores = data<T>(z), *numbers = data<T>(targets), *of_rows = data<T>(weights);
         const Int* places = data<Int>(labels);
         T *to = data<T>(dz), *each = data<T>(losses), *mean = data<T>(loss);
-        nb::gil_scoped_release unlocked;
-        in_pieces(rows, 8 * columns, [&](Int first, Int last) {
-            table<T>().softmax(scores, places, numbers, of_rows, (T)kept, (T)spread, relative, to, each,
-                               (T)(1.0 / rows), gradient, columns, first, last);
+        return made({z, labels, targets, dz, losses, loss, weights}, [=] {
+            in_pieces(rows, 8 * columns, [&](Int first, Int last) {
+                table<T>().softmax(scores, places, numbers, of_rows, (T)kept, (T)spread, relative, to, each,
+                                   (T)(1.0 / rows), gradient, columns, first, last);
+            });
+            mean_of(each, rows, mean);
         });
-        mean_of(each, rows, mean);
-        return true;
     });
 }
 
@@ -917,29 +974,43 @@ static int stored_type(PyArrayObject* a) {
     }
 }
 
-static bool gather(Any source, Any index, Any out, double scale, double shift) {
-    PyArrayObject *s = array(source), *i = array(index), *o = array(out);
-    if (!s || !i || !o || !PyArray_ISCARRAY_RO(s) || !PyArray_ISCARRAY(o) || PyArray_NDIM(s) < 1) return false;
-    if (PyArray_TYPE(o) != NPY_FLOAT && PyArray_TYPE(o) != NPY_DOUBLE) return false;
-    const Int samples = PyArray_DIM(s, 0), rows = PyArray_SIZE(i);
-    const Int columns = samples ? PyArray_SIZE(s) / samples : 0;
-    const int type = stored_type(s);
-    if (type < 0 || !fits(index, NPY_INT64, rows) || PyArray_SIZE(o) != rows * columns) return false;
-    const Int* at = data<Int>(index);
+static void check_index(const Int* at, Int rows, Int samples) {
     for (Int row = 0; row < rows; ++row)
         if (at[row] < 0 || at[row] >= samples) {
             const std::string range = "[0, " + std::to_string(samples) + ")";
             throw nb::index_error(("gather: index must be in " + range + ", got " + std::to_string(at[row])).c_str());
         }
+}
+
+// Labels, of integers, are copied: scale must be 1 and shift 0.
+static bool gather(Any source, Any index, Any out, double scale, double shift) {
+    PyArrayObject *s = array(source), *i = array(index), *o = array(out);
+    if (!s || !i || !o || !PyArray_ISCARRAY_RO(s) || !PyArray_ISCARRAY(o) || PyArray_NDIM(s) < 1) return false;
+    const Int samples = PyArray_DIM(s, 0), rows = PyArray_SIZE(i);
+    const Int columns = samples ? PyArray_SIZE(s) / samples : 0;
+    const int type = stored_type(s);
+    if (type < 0 || !fits(index, NPY_INT64, rows) || PyArray_SIZE(o) != rows * columns) return false;
+    const Int* at = data<Int>(index);
+    const char* from = PyArray_BYTES(s);
+    if (PyArray_ISINTEGER(o)) {
+        const Int bytes = columns * PyArray_ITEMSIZE(s);
+        char* to = PyArray_BYTES(o);
+        if (PyArray_TYPE(o) != PyArray_TYPE(s) || scale != 1 || shift != 0) return false;
+        return made({source, index, out}, [=] {
+            check_index(at, rows, samples);
+            for (Int row = 0; row < rows; ++row) std::memcpy(to + row * bytes, from + at[row] * bytes, bytes);
+        });
+    }
+    if (PyArray_TYPE(o) != NPY_FLOAT && PyArray_TYPE(o) != NPY_DOUBLE) return false;
     return with_type(out, [&](auto zero) {
         typedef decltype(zero) T;
-        const void* from = PyArray_DATA(s);
         T* to = data<T>(out);
-        nb::gil_scoped_release unlocked;
-        in_pieces(rows, columns, [&](Int first, Int last) {
-            table<T>().gather[type](from, at, to, (T)scale, (T)shift, columns, first, last);
+        return made({source, index, out}, [=] {
+            check_index(at, rows, samples);
+            in_pieces(rows, columns, [&](Int first, Int last) {
+                table<T>().gather[type](from, at, to, (T)scale, (T)shift, columns, first, last);
+            });
         });
-        return true;
     });
 }
 
@@ -982,14 +1053,14 @@ static bool l2_gradient(Any w, Any spans, double factor, Any g) {
             if (span[2 * i] < 0 || span[2 * i + 1] > n) return false;
         const T* from = data<T>(w);
         T* to = data<T>(g);
-        nb::gil_scoped_release unlocked;
-        for (Int i = 0; i < parts; ++i) {
-            const Int start = span[2 * i];
-            in_pieces(span[2 * i + 1] - start, 1, [&](Int first, Int last) {
-                table<T>().l2_gradient(from + start, (T)factor, to + start, first, last);
-            });
-        }
-        return true;
+        return made({w, spans, g}, [=] {
+            for (Int i = 0; i < parts; ++i) {
+                const Int start = span[2 * i];
+                in_pieces(span[2 * i + 1] - start, 1, [&](Int first, Int last) {
+                    table<T>().l2_gradient(from + start, (T)factor, to + start, first, last);
+                });
+            }
+        });
     });
 }
 
@@ -1300,29 +1371,35 @@ NB_MODULE(_host, m) {
     m.def("use_blas", use_blas,
           "Set the addresses of OpenBLAS's functions, whether its integers have 64 bits, and whether it has code for "
           "small products.");
-    m.def("multiply", multiply, "Write the product of two matrices to a third one.");
+    m.def("multiply", noted(multiply), "Write the product of two matrices to a third one.");
+    nb::class_<Recording>(m, "Recording")
+        .def(nb::init<>())
+        .def("begin", &Recording::begin)
+        .def("end", &Recording::end)
+        .def("size", &Recording::size)
+        .def("run", &Recording::run);
     nb::class_<Crew>(m, "Crew").def(nb::init<>()).def("size", &Crew::size).def("report", &Crew::report);
-    m.def("activate", activate, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none());
-    m.def("activation_gradient", activation_gradient, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
+    m.def("activate", noted(activate), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none());
+    m.def("activation_gradient", noted(activation_gradient), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
           nb::arg().none(), nb::arg().none(), nb::arg().none());
-    m.def("weigh", weigh, nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
-    m.def("softmax_cross_entropy", softmax_cross_entropy, nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(),
+    m.def("weigh", noted(weigh), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
+    m.def("softmax_cross_entropy", noted(softmax_cross_entropy), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(),
           nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
-    m.def("softmax_focal", softmax_focal, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+    m.def("softmax_focal", noted(softmax_focal), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg().none(), nb::arg(), nb::arg().none());
-    m.def("score_loss", score_loss, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+    m.def("score_loss", noted(score_loss), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg(), nb::arg().none() = nb::none());
-    m.def("svm", svm, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
+    m.def("svm", noted(svm), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
           nb::arg());
-    m.def("normalise", normalise);
-    m.def("batch_norm", batch_norm);
-    m.def("batch_norm_gradient", batch_norm_gradient, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+    m.def("normalise", noted(normalise));
+    m.def("batch_norm", noted(batch_norm));
+    m.def("batch_norm_gradient", noted(batch_norm_gradient), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
           nb::arg(), nb::arg(), nb::arg());
-    m.def("dropout", dropout);
-    m.def("gather", gather);
+    m.def("dropout", noted(dropout));
+    m.def("gather", noted(gather));
     m.def("permute", permute);
     m.def("in_cells", in_cells);
-    m.def("l2_gradient", l2_gradient);
-    m.def("square_sum", square_sum);
+    m.def("l2_gradient", noted(l2_gradient));
+    m.def("square_sum", noted(square_sum));
     m.def("tensor_views", tensor_views, "NumPy's views of tensors by DLPack's C functions, or None.");
 }

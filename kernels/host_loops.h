@@ -42,6 +42,27 @@ static inline T largest(const T* x, Int n) {
     return most;
 }
 
+// The same of numbers, without a branch for each: a NaN counts or does not.
+static inline T largest_number(const T* x, Int n) {
+    T most = x[0];
+    Int i = 0;
+    if (n >= LANES) {
+        Register lanes[REGISTERS];
+        for (int r = 0; r < REGISTERS; ++r) lanes[r] = load(x + r * WIDE);
+        for (i = LANES; i + LANES <= n; i += LANES)
+            for (int r = 0; r < REGISTERS; ++r) {
+                const Register other = load(x + i + r * WIDE);
+                lanes[r] = other > lanes[r] ? other : lanes[r];
+            }
+        for (int l = 0; l < LANES; ++l) {
+            const T other = lanes[l / WIDE][l % WIDE];
+            most = other > most ? other : most;
+        }
+    }
+    for (; i < n; ++i) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
 static inline T dot(const T* x, const T* y, Int n) {
     Register lanes[REGISTERS] = {};
     Int i = 0;
@@ -90,7 +111,8 @@ static void softmax(const T* z, const Int* labels, const T* targets, const T* we
                 }
                 entropy = sum(d, columns);
             }
-            const T most = largest(x, columns);  // the largest exponential is 1, so the logarithm is finite
+            // The largest exponential is 1, so the logarithm is finite; where there is a NaN, the sum is one anyway.
+            const T most = largest_number(x, columns);
             EACH for (Int j = 0; j < columns; ++j) d[j] = x[j] - most;
             if (targets)
                 losses[row] = dot(d, y, columns);

@@ -60,7 +60,7 @@ EDGES = {"plot", "cli", "sklearn", "torch", "__main__", "__init__"}
 ORDER = {
     "formula": "named trace reductions derivative elementwise text update_rule rules activations scores",
     "ops": "program reduce compile host_source host_compiler update grid operation elementwise losses normalisation"
-    " dropout sums feistel cells permutation gather table blas products",
+    " dropout recording sums feistel cells permutation gather table blas products",
     "schedules": "counted decays cycles combined saved",
     "optim": "arrays groups hyper epochs optimizer optimizers ahead resumed",
     "parallel": "launchers watch engines nccl ranks",
@@ -222,7 +222,7 @@ CODE_LINES = {
     "explore": 938,
     "plot": 368,
     "cli": 2167,
-    "sklearn": 886,
+    "sklearn": 906,
     "torch": 677,
     "__main__": 29,
     "__init__": 216,

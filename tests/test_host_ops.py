@@ -14,7 +14,7 @@ from ops_cases import CASES, OF_ROWS, Case, F, Place, by_host, by_numpy, compare
 from stand_in import stand_in_backend
 
 import gpubatch as gb
-from gpubatch.ops import COMPUTE, SQUARE_SUM_SIZE, Grid, Ops, host_library, ops_for
+from gpubatch.ops import COMPUTE, SQUARE_SUM_SIZE, Grid, Ops, host_library, ops_for, recorded
 from gpubatch.ops.grid import PARTS
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -144,6 +144,47 @@ def test_an_index_out_of_range_is_an_error(library: Any) -> None:
     for index in ([0, 4], [-1, 0], [2**40, 0]):
         with pytest.raises(IndexError):
             Ops(library).gather(source, np.array(index), out, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8])
+def test_labels_are_gathered_as_they_are(dtype: Any, library: Any) -> None:
+    labels, index = np.arange(7, dtype=dtype), np.array([6, 0, 0, 3])
+    for ops in (Ops(), Ops(Strict(library))):
+        out = np.full(4, 9, dtype)
+        ops.gather(labels, index, out, 1.0, 0.0)
+        assert out.tolist() == [6, 0, 0, 3]
+    assert not library.gather(labels, index, np.zeros(4, np.int16), 1.0, 0.0)
+    assert not library.gather(labels, index, out, 2.0, 0.0)
+
+
+def test_recorded_calls_are_made_again_on_what_is_there_by_then(library: Any) -> None:
+    ops = Ops(library)
+    source, index, x = np.arange(12.0).reshape(6, 2), np.array([0, 1]), np.zeros((2, 2))
+    with recorded(library) as recording:
+        ops.gather(source, index, x, 1.0, 0.0)
+        ops.activate(gb.ReLU.function, x, np.array([-3.0, 0]), x, {})
+    assert recording.complete(2)
+    assert not recording.complete(3)
+    index[:] = 4, 1
+    recording.run()
+    assert x.tolist() == [[5, 9], [0, 3]]
+    ops.gather(source, np.array([2, 2]), x, 1.0, 0.0)  # after the block: not recorded
+    assert recording.complete(2)
+    index[0] = 6
+    with pytest.raises(IndexError, match=r"index must be in \[0, 6\), got 6"):
+        recording.run()
+
+
+@pytest.mark.parametrize("gap", ["another kernel", "declined"])
+def test_a_recording_with_a_gap_is_not_complete(gap: str, library: Any) -> None:
+    ops, x = Ops(library), np.ones((2, 2))
+    with recorded(library) as recording:
+        ops.gather(np.ones((3, 2)), np.array([0, 2]), x, 1.0, 0.0)
+        if gap == "declined":
+            ops.gather(np.ones((3, 2), ">f8"), np.array([0, 2]), x, 1.0, 0.0)
+        else:
+            ops.square_sum(x, np.zeros(SQUARE_SUM_SIZE))
+    assert not recording.complete(1)
 
 
 @pytest.mark.parametrize("method", OF_ROWS)

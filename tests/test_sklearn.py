@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import math
 import pickle
 import re
@@ -18,6 +19,7 @@ from needs import missing, peer
 
 import gpubatch as gb
 from gpubatch.backend import available_backends
+from gpubatch.nn import Core
 from gpubatch.ops import host_library
 
 base, selection, checks = (peer(f"sklearn.{name}") for name in ("base", "model_selection", "utils.estimator_checks"))
@@ -25,6 +27,7 @@ datasets, neural_network = peer("sklearn.datasets"), peer("sklearn.neural_networ
 errors, pipeline, preprocessing = (peer(f"sklearn.{name}") for name in ("exceptions", "pipeline", "preprocessing"))
 joblib = peer("joblib")
 ours = peer("gpubatch.sklearn")
+OrderedEpochs = importlib.import_module("gpubatch.sklearn.training").OrderedEpochs
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
@@ -150,6 +153,41 @@ def test_lbfgs_finds_scikit_learns_minimum(name: str, weighted: bool) -> None:
 @checks.parametrize_with_checks([ours.MLPClassifier(), ours.MLPRegressor()])
 def test_estimators_pass_scikit_learns_checks(estimator: Any, check: Any) -> None:
     check(estimator)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("alpha", [0.0, 1e-2])
+def test_steps_as_one_call_have_the_bits_of_kernels_one_by_one(
+    alpha: float, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if isinstance(host_library(), str):
+        missing("compiler", "steps are one call of compiled kernels")
+    made, gradients = [0], OrderedEpochs._gradients
+
+    def counted(*arguments: Any) -> Any:
+        made[-1] += 1
+        return gradients(*arguments)
+
+    monkeypatch.setattr(OrderedEpochs, "_gradients", counted)
+    options = {"hidden_layer_sizes": (9, 7), "alpha": alpha, "dtype": dtype, "activation": "tanh"}
+    once = fitted(ours, "multiclass", **options)
+    made.append(0)
+    monkeypatch.setattr(Core, "kernel_calls", None)
+    apart = fitted(ours, "multiclass", **options)
+    assert made == [2, 12 * 5]  # a first step of either size, and of the others none
+    assert once.loss_curve_ == apart.loss_curve_
+    for of_once, of_apart in zip(once.coefs_ + once.intercepts_, apart.coefs_ + apart.intercepts_, strict=True):
+        assert of_once.tobytes() == of_apart.tobytes()
+
+
+@pytest.mark.parametrize("options", [{"dropout": 0.5}, {"batch_norm": True}, {"sample_weight": True}], ids=str)
+def test_other_steps_are_not_made_as_one_call(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*arguments: Any) -> None:
+        raise AssertionError("these steps have work for NumPy, or what differs from batch to batch")
+
+    monkeypatch.setattr("gpubatch.ops.recording.KernelCalls.__init__", run)
+    weight = np.ones(150) if options.pop("sample_weight", False) else None
+    fitted(ours, "multiclass", weight, **options)
 
 
 def test_defaults_are_scikit_learns() -> None:

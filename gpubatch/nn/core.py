@@ -21,7 +21,16 @@ from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, ShapeErro
 from gpubatch.inputs import ColumnNames, DenseRows, SparseMatrix, check_kind, is_sparse, taken
 from gpubatch.nn.checks import WatchedLayer, WatchedLoss, of_the_user
 from gpubatch.nn.layers import BatchNorm, Dense, DenseActivation, Layer
-from gpubatch.nn.losses import NO_MEAN, Loss, Weighing, check_weight, check_weight_values, counts_of, no_mean
+from gpubatch.nn.losses import (
+    NO_MEAN,
+    Loss,
+    SoftmaxCrossEntropy,
+    Weighing,
+    check_weight,
+    check_weight_values,
+    counts_of,
+    no_mean,
+)
 from gpubatch.nn.needs import ByPlace, Context, Mode, Parameter, Random
 from gpubatch.nn.parts import PartSums
 from gpubatch.nn.stack import Stacked, describe_layer, fused, parameter_names, stacked, told
@@ -196,6 +205,23 @@ class Core:
             self.add_l2_gradient(run.loss)
         for gradient in reach.unwanted:
             gradient.fill(0)
+
+    @functools.cached_property
+    def kernel_calls(self) -> int | None:
+        """How many compiled kernels forward and backward call, without weights and with labels of int64.
+
+        None where they do anything besides that depends on the batch.
+        """
+        of_kernels = self.ops.library is not None and self.loss_scale is None and not self.l2_names
+        if not of_kernels or type(self.loss) is not SoftmaxCrossEntropy or changed(self.loss):
+            return None
+        calls = 1
+        for place, run in enumerate(self.stack):
+            dense = run.layer.dense if isinstance(run.layer, DenseActivation) else run.layer
+            if type(dense) is not Dense or changed(dense) or changed(run.layer):
+                return None
+            calls += 2 + 2 * bool(dense.bias) + (place > 0)
+        return calls
 
     def add_l2_gradient(self, c: Context) -> None:
         """Add the gradient of the l2 term to those of the weights that it is of, and that are trained."""

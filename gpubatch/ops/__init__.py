@@ -12,6 +12,7 @@ from gpubatch.ops.operation import COMPUTE, Space, workspace_dtype
 from gpubatch.ops.permutation import PERMUTATION_WORDS, Draws, Permutation, permutation_bytes, permute
 from gpubatch.ops.products import PRECISIONS, ArrayProducts, Products, check_choices, products_for
 from gpubatch.ops.program import check_slope
+from gpubatch.ops.recording import recorded
 from gpubatch.ops.sums import SQUARE_SUM_SIZE, square_grid
 from gpubatch.ops.table import Ops, ops_for
 from gpubatch.ops.update import CudaUpdate, Update, reduce_sources, update_for, update_source
@@ -48,6 +49,7 @@ __all__ = [
     "permute",
     "philox_generator",
     "products_for",
+    "recorded",
     "reduce_sources",
     "source_of",
     "square_grid",

@@ -23,7 +23,8 @@ BLOCK = 1 << 18  # elements that NumPy gathers, casts and scales at a time
 def gather(source: Array, index: Array | None, out: Array, scale: float, shift: float) -> None:
     """out = scale * source[index] + shift; source is (samples, ...) of any real dtype, index int64 and in range.
 
-    Without an index all samples are converted, in their order.
+    Without an index all samples are converted, in their order. With scale 1 and shift 0 both may be of one
+    integer type.
 
     NumPy takes a few rows at a time, so that the passes (gather, cast, scale) meet in the cache. uint8 to scaled
     float32, batch 1024 x 784, Xeon (Sapphire Rapids, 2 MB of second-level cache): 0.30 ns an element, in one piece

@@ -11,7 +11,7 @@ from scipy.special import xlogy
 
 from gpubatch.backend import Array
 from gpubatch.nn import evenly, quiet
-from gpubatch.ops import SQUARE_SUM_SIZE
+from gpubatch.ops import SQUARE_SUM_SIZE, recorded
 from gpubatch.optim import Optimizer, unchecked
 from gpubatch.sklearn.machine import Machine
 from gpubatch.train import CapturedStep, LossScale, why_eager
@@ -55,6 +55,12 @@ class OrderedEpochs:
         self._scratch = {"l2": np.empty(DECAYED, machine.net.dtype)}
         self._constant = constant_of(machine, Y, weight)
         self._room: tuple[Array, Array] | None = None
+        self._at = np.empty(0, np.int64)  # the rows of X of a batch
+        # Calls that compute the gradients of a batch, by its rows: from the second on they are one call.
+        self._again: dict[int, tuple[Any, np.ndarray]] = {}
+        self._calls = machine.core.kernel_calls
+        if not self._dense or weight is not None or self._Y.ndim > 1 or self._Y.dtype != np.int64:
+            self._calls = None  # NumPy has a part in every batch
         self._captured: dict[int, CapturedStep] = {}
         # A graph holds the weight of the l2 term, which differs from batch to batch where samples have weights.
         self._may_capture = not why_eager(self._net, opt) and (weight is None or not alpha) and scale is None
@@ -90,27 +96,51 @@ class OrderedEpochs:
             return constant + make(order, parts, *self._room)
 
     def _on_host(self, order: np.ndarray, parts: Sequence[tuple[slice, float]], x: Array, y: Array) -> float:
-        core, step, alpha, reported = self._core, self._opt.step, self._alpha, self._machine.reported
-        gather = core.ops.gather
+        step, alpha, reported = self._opt.step, self._alpha, self._machine.reported
+        if len(self._at) < len(x):
+            self._at = np.empty(len(x), np.int64)
         total = 0.0
         for part, mass in parts:
-            rows, at = part.stop - part.start, order[part]
-            x_batch, y_batch = x[:rows], y[:rows]
-            if self._dense:
-                gather(self._X, at, x_batch, 1.0, 0.0)
+            rows, factor = part.stop - part.start, alpha / mass
+            self._at[:rows] = order[part]
+            if (again := self._again.get(rows)) is not None:
+                again[0].run()
+                found = again[1]
+            elif self._calls is None:
+                found = self._gradients(self._at[:rows], x[:rows], y[:rows], factor)
             else:
-                self._X[at].toarray(out=x_batch)
-            self._Y.take(at, 0, y_batch, "clip")  # any other mode makes NumPy fill a copy of out first
-            weights = None if self._given is None else core.weights(y_batch, self._given[at])
-            run = core.forward(x_batch, y_batch, weights)
-            loss = reported * run.loss.work["loss"].item()
-            core.backward(run, x_batch)
+                library = self._core.ops.library
+                with recorded(library) as recording:
+                    found = self._gradients(self._at[:rows], x[:rows], y[:rows], factor)
+                if recording.complete(2 + self._calls + (alpha > 0)):
+                    self._again[rows] = recording, found
+                else:  # as where NumPy runs the activation
+                    self._calls = None
+            loss = reported * found.item()
             if alpha:
-                loss += self._regularise(alpha / mass)
+                loss += 0.5 * factor * sum(float(W.dot(W)) for W in self._pieces)
             step()
             total += rows * loss
-        core.count_steps(len(parts))
+        self._core.count_steps(len(parts))
         return total
+
+    def _gradients(self, at: np.ndarray, x: Array, y: Array, factor: float) -> np.ndarray:
+        """Compute on a CPU the gradients of the rows ``at``, gathered in x and y, and of the l2 term factor/2 Σ W².
+
+        Returns the array that has the loss without that term.
+        """
+        core, parameters = self._core, self._net.parameters
+        if self._dense:
+            core.ops.gather(self._X, at, x, 1.0, 0.0)
+        else:
+            self._X[at].toarray(out=x)
+        core.ops.gather(self._Y, at, y, 1.0, 0.0)
+        run = core.forward(x, y, None if self._given is None else core.weights(y, self._given[at]))
+        core.backward(run, x)
+        if factor:
+            core.ops.l2_gradient(parameters.flat, self._spans, factor, parameters.grads.flat, self._scratch)
+        found: np.ndarray = run.loss.work["loss"]
+        return found
 
     def _on_device(self, order: np.ndarray, parts: Sequence[tuple[slice, float]], x: Array, y: Array) -> float:
         core, backend, alpha = self._core, self._machine.backend, self._alpha
@@ -162,12 +192,6 @@ class OrderedEpochs:
         if rows not in self._captured:
             self._captured[rows] = CapturedStep(self._net, self._opt, x, y)
         return self._captured[rows]()
-
-    def _regularise(self, factor: float) -> float:
-        """Add the gradient of the l2 term factor/2 Σ W² on a CPU; returns the term."""
-        parameters = self._net.parameters
-        self._core.ops.l2_gradient(parameters.flat, self._spans, factor, parameters.grads.flat, self._scratch)
-        return 0.5 * factor * sum(float(W.dot(W)) for W in self._pieces)
 
     def _penalty(self, mass: float) -> Array:
         """The l2 term of a batch, of the network's own steps."""
