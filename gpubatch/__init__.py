@@ -224,7 +224,9 @@ if not TYPE_CHECKING:  # a type checker would take every misspelt name for Any
         if name in MODULES:
             return importlib.import_module(f"gpubatch.{name}")
         if name not in HOMES:
-            raise AttributeError(f"module 'gpubatch' has no attribute {name!r}")
+            from gpubatch.errors import nearest
+
+            raise AttributeError(f"module 'gpubatch' has no attribute {name!r}{nearest(name, __all__)}")
         value = globals()[name] = getattr(importlib.import_module(f"gpubatch.{HOMES[name]}"), name)
         return value
 

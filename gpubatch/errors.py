@@ -38,10 +38,11 @@ Each is also the built-in exception that a NumPy user expects.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import numbers
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -77,6 +78,9 @@ __all__ = [
     "UnknownArgumentError",
     "UnscaledWarning",
 ]
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class GpubatchError(Exception):
@@ -267,6 +271,22 @@ def check_known(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
             raise UnknownArgumentError(f"{owner} takes {', '.join(names)}; got {name!r}{nearest(name, names)}")
 
 
+def suggesting(function: Function) -> Function:
+    """A decorator: a keyword argument that the function does not have is told with the one that may be meant."""
+    code = function.__code__
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    owner = function.__qualname__.removesuffix(".__init__")
+
+    @functools.wraps(function)
+    def called(*given: Any, **named: Any) -> Any:
+        if not named.keys() <= taken:
+            check_known(owner, named, [name for name in names if name != "self"])
+        return function(*given, **named)
+
+    taken = frozenset(names)
+    return called  # type: ignore[return-value]
+
+
 def no_attribute(x: Any, name: str, elsewhere: Mapping[str, str]) -> str:
     """What to say of an attribute that the dataclass ``x`` does not have; ``elsewhere``: where others have it."""
     kind = type(x).__name__
@@ -301,6 +321,19 @@ ELSEWHERE = {
         "xavier_uniform": "glorot_uniform",
         "lecun": "lecun_normal",
         "validation_accuracy": "accuracy acc val_acc",
+        "validation": "validation_data validation_split",
+        "progress": "verbose",
+        "weight": "sample_weight",
+        "rate": "p",
+        "outputs": "units out_features",
+        "inputs": "in_features",
+        "total": "T_max decay_steps",
+        "every": "step_size",
+        "Dense": "Linear FullyConnected",
+        "Network": "Sequential",
+        "mlp": "MLP",
+        "BatchNorm": "BatchNorm1d BatchNormalization",
+        "Loader": "DataLoader Dataset",
         "on_start": "on_train_begin on_train_start on_fit_start",
         "on_gradient": "on_before_optimizer_step",
         "on_step": "on_batch_end on_train_batch_end",
@@ -318,7 +351,7 @@ def nearest(value: Any, known: list[str]) -> str:
 
     if not isinstance(value, str):
         return ""
-    meant = ELSEWHERE.get(value.lower())
+    meant = ELSEWHERE.get(value, ELSEWHERE.get(value.lower()))
     near = [meant] if meant in known else [name for name in known if name.strip().lower() == value.strip().lower()]
     near = near or difflib.get_close_matches(value, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

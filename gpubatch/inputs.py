@@ -86,6 +86,14 @@ def refuse(name: str, x: Any) -> None:
         raise DTypeError(
             f"{name} must be an array, got a Hugging Face {kind}; give gb.sources.huggingface({name}, columns, label)"
         )
+    if type(x).__module__.startswith("gpubatch.") and kind in ("Loader", "Table"):
+        of_all = "gb.metrics.measure(net, loader)" if kind == "Loader" else "gb.Model(net, loader=table).predict(table)"
+        raise DTypeError(f"{name} must be an array, got a {kind}, whose samples are prepared by batches: {of_all}")
+    if type(x).__module__.startswith("torch.utils.data"):
+        raise DTypeError(
+            f"{name} must be an array, got PyTorch's {kind}; give its tensors, as of TensorDataset.tensors, or an "
+            "object with __len__ and read(indices)"
+        )
     if isinstance(x, Mapping):
         names = ", ".join(map(repr, list(x)[:5]))
         raise DTypeError(f"{name} must be an array, got a {kind} with the keys {names}; give one of its arrays")
@@ -105,9 +113,16 @@ def refuse(name: str, x: Any) -> None:
 def check_kind(name: str, dtype: np.dtype[Any]) -> None:
     """Raise ``DTypeError`` unless batches can be made of elements of ``dtype``."""
     if dtype.kind not in "biuf" or dtype.itemsize > 8:
-        hint = ""
-        if dtype.kind in "USOT":
-            hint = f"; numbers for words are np.unique({name}, return_inverse=True)[1]"
+        it = name if name.isidentifier() else "x"
+        hint = {
+            **dict.fromkeys("UST", f"; numbers for words are np.unique({it}, return_inverse=True)[1]"),
+            "O": f"; numbers for words are np.unique({it}, return_inverse=True)[1], objects that are numbers "
+            f"{it}.astype('float64'), and gb.read_table(frame) takes columns of both",
+            "c": f"; real and imaginary parts are np.concatenate([{it}.real, {it}.imag], axis=-1)",
+            **dict.fromkeys("mM", f"; days are ({it} - {it}.min()) / np.timedelta64(1, 'D')"),
+            "V": "; fields as columns are numpy.lib.recfunctions.structured_to_unstructured",
+            "f": f"; give {it}.astype('float64')",
+        }.get(dtype.kind, "")
         raise DTypeError(f"{name} must hold integers, booleans, float16, float32 or float64, got dtype {dtype}{hint}")
 
 

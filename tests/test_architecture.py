@@ -193,7 +193,7 @@ def test_packages_are_no_larger_than_their_table_says() -> None:
 
 # The most code lines of each package or module.
 CODE_LINES = {
-    "errors": 165,
+    "errors": 191,
     "own": 27,
     "main_memory": 66,
     "shown": 28,
@@ -205,18 +205,18 @@ CODE_LINES = {
     "backend": 544,
     "staging": 68,
     "parallel": 597,
-    "inputs": 190,
+    "inputs": 205,
     "ops": 2782,
     "sizing": 264,
     "params": 99,
-    "optim": 1192,
+    "optim": 1199,
     "nn": 2773,
     "datasets": 194,
-    "sources": 1841,
-    "loader": 2594,
+    "sources": 1844,
+    "loader": 2597,
     "tables": 1728,
     "checkpoint": 455,
-    "model": 987,
+    "model": 989,
     "metrics": 268,
     "train": 3333,
     "explore": 938,
@@ -225,7 +225,7 @@ CODE_LINES = {
     "sklearn": 906,
     "torch": 677,
     "__main__": 29,
-    "__init__": 216,
+    "__init__": 217,
 }
 
 

@@ -953,7 +953,7 @@ def test_a_log_is_not_overwritten(tmp_path: Path) -> None:
     ):
         run([gb.CSVLog(path)], 1)
     assert path.read_text() == before
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.log\.csv'$"):
         run([gb.CSVLog(tmp_path / "nowhere" / "log.csv")], 1)
 
 

@@ -941,8 +941,8 @@ def test_unscaled_pixels_are_told_after_a_training_on_scaled_ones() -> None:
 
 @pytest.mark.parametrize(
     ("top", "options", "told"),
-    [(255, {}, True), (255, {"scale": 1.0}, True), (255, {"scale": 1 / 255}, False), (100, {}, False)],
-    ids=["pixels", "scale 1", "scaled", "small numbers"],
+    [(255, {}, True), (255, {"scale": 255}, True), (255, {"scale": 1 / 255}, False), (100, {}, False)],
+    ids=["pixels", "scale 255", "scaled", "small numbers"],
 )
 def test_pixels_that_nobody_scales_are_told_before_the_first_step(top: int, options: Any, told: bool) -> None:
     X, Y = blobs()
@@ -955,7 +955,9 @@ def test_pixels_that_nobody_scales_are_told_before_the_first_step(top: int, opti
         gb.fit(net, loader, gb.Adam(net.parameters), 1, progress=False)
     found = [str(w.message) for w in caught if w.category is gb.UnscaledWarning]
     assert len(found) == told
-    assert not told or re.match(r"X has dtype uint8 and reaches \d+, .*: give the loader scale=1/255", found[0])
+    assert not told or re.match(
+        r"X has dtype uint8 and reaches \d+ in batches, .*: give the loader scale=1/255", found[0]
+    )
 
 
 def prepare(x: Any) -> Any:

@@ -198,6 +198,8 @@ class Columns(Sequence[Column]):
             self.dtype = np.dtype(np.float64 if wide else np.float32)
         limit = float(np.finfo(compute_dtype(self.dtype)).max)
         self.scale = None if scale is None else check_real("scale", scale, -limit, limit)
+        if self.scale == 0:
+            raise ArgumentError("scale must not be 0, which makes all samples alike")
         self._columns = [Column(inputs[0][0], self.dtype, self._factor, backend, inputs[0][1])]
         self._columns += [Column(source, native(source.dtype), None, backend, axis) for source, axis in inputs[1:]]
         self._check()
@@ -480,8 +482,8 @@ class Columns(Sequence[Column]):
 
     @property
     def takes_bytes(self) -> bool:
-        """Whether samples are bytes that become the same numbers in batches."""
-        return self.source_dtype == np.uint8 and self.scale in (None, 1.0) and not self.has_functions
+        """Whether samples are bytes that are at most scaled."""
+        return self.source_dtype == np.uint8 and not self.has_functions
 
     @property
     def has_functions(self) -> bool:

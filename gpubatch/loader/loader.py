@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import Any
 
 from gpubatch.backend import Array, Backend, get_backend
-from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_bool, check_choice, check_int
+from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_bool, check_choice, check_int, suggesting
 from gpubatch.loader.columns import Columns
 from gpubatch.loader.deals import check_dealing
 from gpubatch.loader.epochs import Epochs
@@ -118,6 +118,7 @@ class Loader:
     [((2, 5), (2,)), ((2, 5), (2,)), ((1, 5), (1,))]
     """
 
+    @suggesting
     def __init__(
         self,
         X: Any,

@@ -280,6 +280,8 @@ def save(
     >>> gb.load("model.safetensors").classes
     ['no', 'yes']
     """
+    if isinstance(path, (Network, Model)):
+        raise DTypeError(f"path must be that of a file, got a {type(path).__name__}: write gb.save(path, net)")
     if isinstance(net, Model) and (loader is not None or classes is not None):
         raise ArgumentError("loader and classes must be None where a Model is saved: it has both")
     (net if isinstance(net, Model) else Model(net, loader, classes)).save(path)

@@ -616,6 +616,7 @@ class Core:
         if X.ndim != 2:
             hint = "; a single sample is X[None]" if X.ndim == 1 else ""
             hint = "; samples of one feature are X[:, None]" if hint and self.inputs == 1 else hint
+            hint = hint or "; images in rows are X.reshape(len(X), -1)"
             raise ShapeError(f"X must have shape (batch, {self.inputs}), got {X.shape}{hint}")
         if X.shape[1] != self.inputs:
             taker = next(run for run in self.layers if run.layer.takes() is not None)

@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 
 from gpubatch.backend import Array
-from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_bool, check_choice, check_int, check_real
+from gpubatch.errors import (
+    ArgumentError,
+    DTypeError,
+    ShapeError,
+    check_bool,
+    check_choice,
+    check_int,
+    check_real,
+    suggesting,
+)
 from gpubatch.formula import Activation, BoundActivation, activations
 from gpubatch.nn.needs import ByPlace, Context, Initializer, Needs, Parameter, Random, Together
 from gpubatch.ops import COMPUTE, IDENTITY, Space, check_slope
@@ -130,7 +139,10 @@ class Elementwise(ActivationLayer):
         elif isinstance(activation, Activation):
             self.bound = activation.bind(**parameters)
         else:
-            raise DTypeError(f"activation must be a function declared with @gb.activation, got {activation!r}")
+            raise DTypeError(
+                f"activation must be a function declared with @gb.activation, or in gb.mlp a name such as 'relu', got "
+                f"{activation!r}"
+            )
         check_slope(self.bound)
 
     def __repr__(self) -> str:
@@ -282,6 +294,7 @@ class Dense(Layer):
     (5, 2)
     """
 
+    @suggesting
     def __init__(
         self,
         inputs: int,
@@ -432,6 +445,7 @@ class BatchNorm(Layer):
     ['running_mean1', 'running_var1']
     """
 
+    @suggesting
     def __init__(
         self,
         features: int,
@@ -539,6 +553,7 @@ class Dropout(Layer):
     (5, 2)
     """
 
+    @suggesting
     def __init__(self, rate: float) -> None:
         self.rate = check_real("rate", rate, 0, 1, open_high=True)
 

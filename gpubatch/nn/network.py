@@ -21,6 +21,7 @@ from gpubatch.errors import (
     check_choice,
     check_int,
     check_real,
+    suggesting,
 )
 from gpubatch.formula import Activation, BoundActivation, BoundScoreLoss, ScoreLoss
 from gpubatch.nn.core import EVALUATION_ROWS, Core, quiet
@@ -114,6 +115,7 @@ class Network:
     ['W1', 'W2', 'b1', 'b2']
     """
 
+    @suggesting
     def __init__(
         self,
         layers: Sequence[Layer],
@@ -579,6 +581,7 @@ def check_names(what: str, found: Any, known: Any, optional: Sequence[str] = ())
 # --- the usual stack -------------------------------------------------------------------------------------------------
 
 
+@suggesting
 def mlp(
     sizes: Sequence[int],
     activation: str | Activation | BoundActivation = "relu",

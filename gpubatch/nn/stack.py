@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_int
 from gpubatch.nn.layers import ACTIVATIONS, ActivationLayer, Dense, DenseActivation, Elementwise, Layer
@@ -28,11 +28,14 @@ class Stacked(NamedTuple):
     needs: Needs
 
 
-def stacked(layers: Sequence[Layer]) -> list[Stacked]:
+def stacked(layers: Sequence[Any]) -> list[Stacked]:
     """The layers with what they need, if they fit together."""
     for i, layer in enumerate(layers):
         if not isinstance(layer, Layer):
-            raise DTypeError(f"layers must be Layer objects, layer {i + 1} is {layer!r} of type {type(layer).__name__}")
+            made = f": write {layer.__name__}(...)" if isinstance(layer, type) else ""
+            raise DTypeError(
+                f"layers must be Layer objects, layer {i + 1} is {layer!r} of type {type(layer).__name__}{made}"
+            )
     taken = [takes(layer, i) for i, layer in enumerate(layers)]
     width = next((n for n in taken if n is not None), None)
     if width is None:
@@ -50,6 +53,11 @@ def stacked(layers: Sequence[Layer]) -> list[Stacked]:
                 raise DTypeError(f"it must return a gb.Needs, got {needs!r}")
             if needs.in_place and needs.outputs != width:
                 raise ShapeError(f"with in_place=True it must give as many features as it takes, got {needs.outputs}")
+        if needs.parameters and any(run.layer is layer for run in found):
+            raise ArgumentError(
+                f"layers has the same {type(layer).__name__} twice, and no two places share parameters: make one for "
+                "each"
+            )
         found.append(Stacked(layer, i, width, needs))
         width = needs.outputs
     return found

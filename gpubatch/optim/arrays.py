@@ -12,7 +12,7 @@ import numpy as np
 from gpubatch.backend import Array, backend_of, describe, find_overlap, from_dlpack, is_cupy, is_foreign, is_immutable
 from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, check_real
 from gpubatch.ops import SQUARE_SUM_SIZE, ops_for
-from gpubatch.params import FlatViews
+from gpubatch.params import FlatViews, Parameters
 
 
 def named_arrays(arrays: Any, argument: str, *, writable: bool = False, optional: bool = False) -> dict[str, Array]:
@@ -124,6 +124,8 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> float:
     array([0.6, 0.8])
     """
     limit = check_real("max_norm", max_norm, 0.0, open_low=True)
+    if isinstance(grads, Parameters):
+        raise ArgumentError("grads must be gradients, got the Parameters themselves: give params.grads")
     if isinstance(grads, FlatViews):
         arrays = [grads.flat]
     else:

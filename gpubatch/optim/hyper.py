@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gpubatch import schedules
-from gpubatch.errors import ArgumentError, DTypeError, check_bool, check_known, check_real
+from gpubatch.errors import ArgumentError, DTypeError, UnknownArgumentError, check_bool, check_known, check_real
 from gpubatch.formula import Rule, Trace, rules
 from gpubatch.optim.groups import Group, Hyper, partition
 
@@ -41,6 +41,11 @@ class HyperParameters:
     def __init__(self, rule: Rule, decoupled: Any, given: Mapping[str, Any]) -> None:
         self.rule, self.decoupled = rule, check_bool("decoupled", decoupled)
         self.of_library = rule.name in rules.__all__ and getattr(rules, rule.name) is rule
+        if "momentum" in given and "momentum" not in rule.hyper:
+            raise UnknownArgumentError(
+                f"{rule.name} has no momentum; gb.HeavyBall(params, lr, mu=...) has PyTorch's, and "
+                "gb.Momentum(params, lr, beta=...) that of averages"
+            )
         check_known(rule.name, given, [*rule.hyper, *rule.options, *COMMON])
         self.options = {name: self._option(name, given.get(name, usual)) for name, usual in rule.options.items()}
         values = {"weight_decay": 0.0, **rule.defaults, **given}

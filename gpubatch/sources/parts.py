@@ -230,7 +230,10 @@ def _opened(openers: list[Opener], name: str, options: dict[str, Any]) -> tuple[
     columns: dict[str, Any] = {"columns": None} if "columns" in known and "columns" not in options else {}
     needed = [key for key, given in known.items() if given.default is given.empty and key not in options | columns]
     if needed:
-        raise ArgumentError(f"files of {name} need the option {needed[0]!r}, which was not given")
+        raise ArgumentError(
+            f"files of {name} need the option {needed[0]!r}, which was not given, as in "
+            f"gb.sources.files(path, {needed[0]}=...)"
+        )
     parts: list[Any] = []
     for opener in openers:
         try:

@@ -97,7 +97,7 @@ class Reader:
             first = self._arrays(np.zeros(1, np.int64))
             forms = [(array.dtype, array.shape[1:]) for array in first]
         for number, (dtype, shape) in enumerate(forms):
-            check_kind(f"{name} ({self.where})", dtype)
+            check_kind(self.where if self.where.startswith(name) else f"{name} ({self.where})", dtype)
             if math.prod(shape) == 0 or any(array.ndim == 0 for array in first):
                 raise ShapeError(f"{name} must have samples of at least one number, {self.where} gives {(1, *shape)}")
             self.parts.append(Part(self, number, dtype, shape))

@@ -87,7 +87,7 @@ class CSVLog:
             with open(path, mode, encoding="utf-8", newline="") as file:
                 file.write(text.getvalue())
         except OSError as error:  # a full disk does not say which file it was
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 class Logging:

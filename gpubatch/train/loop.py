@@ -25,6 +25,7 @@ from gpubatch.errors import (
     check_bool,
     check_choice,
     check_int,
+    suggesting,
 )
 from gpubatch.loader import Loader, epochs_of
 from gpubatch.metrics import measures_of
@@ -54,6 +55,7 @@ FEW_EPOCHS = 32  # of which it is saved what functions as schedules give
 USUAL_SIZES = range(8, 33)  # the batch sizes that are then proposed
 
 
+@suggesting
 def fit(
     net: Network,
     loader: Loader,
@@ -377,8 +379,8 @@ def warn_if_unscaled(record: Record) -> None:
             largest = x.max().item() if x.size else 0
         if largest >= PIXELS:
             record.warn(
-                f"X has dtype uint8 and reaches {largest:.0f}, and a network learns best from numbers near 1: give the "
-                "loader scale=1/255, as for pixels, or prepare=gb.Standardize.of(X)",
+                f"X has dtype uint8 and reaches {largest:.0f} in batches, and numbers near 1 are learnt from best: "
+                "give the loader scale=1/255, as for pixels, or prepare=gb.Standardize.of(X)",
                 UnscaledWarning,
             )
 

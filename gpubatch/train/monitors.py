@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpubatch.backend import Array
-from gpubatch.errors import ArgumentError, check_bool, check_choice, check_int, check_real
+from gpubatch.errors import ArgumentError, check_bool, check_choice, check_int, check_real, suggesting
 from gpubatch.nn import Network
 from gpubatch.optim import MASTER, Optimizer
 from gpubatch.train.history import StopTraining, TrainingState
@@ -249,6 +249,7 @@ class EarlyStopping(Watching):
     [False, False, False, True]
     """
 
+    @suggesting
     def __init__(
         self,
         patience: int = 5,
@@ -361,6 +362,7 @@ class ReduceOnPlateau(OfARun):
     By hand, after each epoch: ``plateau.update(net.loss(X, Y), opt)``.
     """
 
+    @suggesting
     def __init__(
         self,
         factor: float = 0.1,

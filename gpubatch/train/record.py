@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from gpubatch.errors import MicroBatchWarning, RankError
+from gpubatch.errors import MicroBatchWarning, RankError, suggesting
 from gpubatch.loader import epochs_of
 from gpubatch.optim import StepResult, follow_pass
 from gpubatch.train.display import Display, Silent
@@ -178,6 +178,7 @@ class Steps(Protocol):
 def warn_caller(text: str, category: type[Warning]) -> None:
     """Warn of the line that called :func:`fit`."""
     level, frame = 1, sys._getframe()
-    while Path(frame.f_code.co_filename).parent == Path(__file__).parent and frame.f_back is not None:
+    ours = Path(__file__).parent, Path(suggesting.__code__.co_filename)  # fit is called through a decorator
+    while frame.f_back is not None and not {(path := Path(frame.f_code.co_filename)), path.parent}.isdisjoint(ours):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, category, stacklevel=level)
