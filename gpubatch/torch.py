@@ -390,6 +390,8 @@ def check_parameter(p: Tensor, name: str) -> None:
     """Raise for a tensor that cannot be updated."""
     if type(p).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise DTypeError(f"{name} is a {type(p).__name__}: its values are not in memory of its own; give plain tensors")
+    if p.is_nested:
+        raise DTypeError(f"{name} is a nested tensor; give plain ones")
     if p.layout is not torch.strided:
         raise DTypeError(f"{name} is sparse ({p.layout}); give dense parameters")
     if p.dtype not in DTYPES:
@@ -499,7 +501,7 @@ class Lane:
     def count(self, state: Any) -> None:
         """Let all counts be numbers in one array, which costs one operation per step."""
         self.bound = [None] * len(self.params)
-        steps = torch.zeros(len(self.params), dtype=torch.int64)
+        steps = torch.zeros(len(self.params), dtype=torch.int64, device="cpu")
         self.counts, self.steps = steps.numpy(), steps.unbind()
         for i, p in enumerate(self.params):
             if p in state:
@@ -657,7 +659,7 @@ def inner_functions() -> list[int]:
     except (OSError, AttributeError):
         return []
     is_neg.argtypes, is_neg.restype = [ctypes.c_void_p], ctypes.c_bool
-    plain = torch.ones(2)
+    plain = torch.ones(2, device="cpu")
     for x in (plain, plain._neg_view(), torch.nn.Parameter(plain), torch.nn.Parameter(plain._neg_view())):
         if ctypes.c_size_t.from_address(id(x) + place).value != x._cdata or is_neg(id(x) + place) != x.is_neg():
             return []
@@ -868,7 +870,7 @@ def to_state_dict(net: Network, names: Sequence[str] | None = None) -> dict[str,
                 copy = (array.T if transposed else array).copy(order="C")
             found[f"{key}.{name}"] = torch.from_dlpack(copy)
         if type(net.layers[place]) is BatchNorm:
-            found[f"{key}.{COUNT}"] = torch.tensor(core_of(net).dropout_step)
+            found[f"{key}.{COUNT}"] = torch.tensor(core_of(net).dropout_step, device=found[f"{key}.weight"].device)
     return found
 
 

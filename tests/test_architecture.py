@@ -209,7 +209,7 @@ CODE_LINES = {
     "ops": 2782,
     "sizing": 264,
     "params": 99,
-    "optim": 1199,
+    "optim": 1212,
     "nn": 2773,
     "datasets": 194,
     "sources": 1844,
@@ -223,7 +223,7 @@ CODE_LINES = {
     "plot": 368,
     "cli": 2167,
     "sklearn": 906,
-    "torch": 677,
+    "torch": 679,
     "__main__": 29,
     "__init__": 217,
 }

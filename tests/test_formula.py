@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -540,6 +541,19 @@ def counted(w, g, t, *, lr):
     return w - lr * g * next(calls)
 
 
+def catching(w, g, t, *, lr):
+    try:
+        return w if t > 3 else w - lr * g
+    except TypeError:
+        return w - lr * g
+
+
+def suppressing(w, g, t, *, lr):
+    with contextlib.suppress(Exception):
+        lr = lr / math.sqrt(t)
+    return w - lr * g
+
+
 @pytest.mark.parametrize("how", BRANCHING)
 def test_a_branch_is_refused_and_never_the_wrong_one(how: str) -> None:
     with pytest.raises(gb.FormulaError, match=r"cannot branch .*, in, a < b < c.* write np.where\(condition, x, y\)"):
@@ -564,7 +578,10 @@ def test_a_branch_is_refused_and_never_the_wrong_one(how: str) -> None:
         (with_math, "cannot convert a value to float; use NumPy's functions, not the math module's"),
         (reducing, "np.add only as a plain function"),
         (with_array, "must be its arguments or finite numbers"),
-        (too_few, r"too_few must return \(w, m\), 2 values; it returned 1"),
+        (too_few, r"too_few must return \(w, m\), 2 values; it returned 1$"),
+        (lambda w, g, m, t, *, lr: [w, m], r"must return \(w, m\), 2 values; it returned \[<element of w>, <"),
+        (catching, "cannot branch on a computed value"),
+        (suppressing, "cannot convert a value to float; use NumPy's functions"),
         (infinite, "finite numbers, got inf"),
         (lambda w, g, t, *, lr: w * 10**400, "finite numbers, got an integer of 1329 bits"),
         (lambda w, g, t, *, lr: w if t in {1, 2} else -w, r"cannot look a computed value up .* write np.where"),
@@ -583,6 +600,20 @@ def test_a_branch_is_refused_and_never_the_wrong_one(how: str) -> None:
 def test_what_a_formula_cannot_do_is_said(formula: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         gb.rule(formula).trace()
+
+
+@pytest.mark.parametrize("result", [False, True])
+def test_a_value_of_an_earlier_call_is_refused_however_often_it_is_tried(result: bool) -> None:
+    """In a notebook a cell is run again: what the formula kept from the recording that failed is in its dictionary."""
+    kept = {"g": 0.0}
+
+    def keeping(w, g, t, *, lr=0.1):
+        before, kept["g"] = kept["g"], g
+        return before if result else w - lr * before
+
+    for _ in range(3):
+        with pytest.raises(gb.FormulaError, match="cannot use a value that it kept from an earlier call"):
+            gb.rule(keeping).trace()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import io
 import subprocess
 import sys
 import types
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -891,6 +892,11 @@ def test_what_cannot_be_updated_is_refused_in_words() -> None:
         gt.Adam([p, torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64))])
     with pytest.raises(gb.DTypeError, match="is sparse"):
         gt.Adam([torch.zeros(3, 3).to_sparse().requires_grad_()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested tensors are a prototype
+        nested = torch.nested.nested_tensor([torch.zeros(3), torch.zeros(2)], requires_grad=True)
+    with pytest.raises(gb.DTypeError, match="is a nested tensor; give plain ones"):
+        gt.Adam([nested])
     with pytest.raises(gb.DeviceMismatchError, match="must be on the CPU or on a CUDA device, it is on meta"):
         gt.Adam([torch.nn.Parameter(torch.zeros(3, device="meta"))])
     with pytest.raises(gb.DTypeError, match=r"gradient of param_groups\[0\]\['params'\]\[0\] is sparse .*sparse=False"):

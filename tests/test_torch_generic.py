@@ -310,6 +310,22 @@ def test_the_default_type_changes_nothing(make: Make, dtype: str, default_dtype:
     assert {x.dtype for state in opt.state.values() for name, x in state.items() if name != "step"} <= {torch.float32}
 
 
+def test_the_default_device_changes_nothing(make: Make) -> None:
+    """As torch.set_default_device has it; here it is one without memory."""
+    plain, other = Problem(), Problem()
+    opt = make(plain.params)
+    plain.train(opt, 4)
+    opt = make(other.params)
+    for step in range(4):
+        other.closure(opt)()
+        with torch.device("meta"):
+            opt.step()
+            if step == 1:
+                opt.load_state_dict(opt.state_dict())
+    assert_same(other.params, plain.params)
+    assert {x.device.type for state in opt.state.values() for x in state.values()} == {"cpu"}
+
+
 def test_without_gradients_nothing_happens(make: Make) -> None:
     params = [torch.randn(2, 3) for _ in range(2)]
     before = [p.clone() for p in params]

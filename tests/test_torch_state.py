@@ -130,3 +130,9 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
         gt.to_state_dict(net, ["a", "b"])
     with pytest.raises(gb.DTypeError, match=r"net must be a gpubatch\.Network"):
         gt.to_state_dict(3)
+
+
+def test_tensors_are_on_the_device_of_the_network_whatever_the_default_is() -> None:
+    with torch.device("meta"):
+        state = gt.to_state_dict(network("float32"))
+    assert {x.device.type for x in state.values()} == {"cpu"}

@@ -240,6 +240,26 @@ def test_the_layer_in_the_docstring_is_sound() -> None:
     assert all(check.ok for check in checks.values())
 
 
+def spoils(self: Any, x: Any, y: Any, dy: Any, dx: Any, c: Any) -> None:
+    Scale.backward(self, x, y, dy, dx, c)
+    if dx is not dy:
+        dy[...] = 1e6
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_backward_may_work_in_dy(micro_batch_size: int | None) -> None:
+    """Also where the layers around it keep dx and dy in the same memory, and as the first and the last one."""
+    trained = []
+    for own in (Scale(), layer(backward=spoils)):
+        layers = [own, gb.Dense(5, 8), gb.BatchNorm(8), own, own, gb.Tanh(), gb.Dropout(0.3), gb.Dense(8, 4), own]
+        net = gb.Network(layers, backend="cpu", seed=0, l2=0.1)
+        opt = gb.Momentum(net.parameters, lr=0.1, groups={"W1": {"trainable": False}})
+        gb.fit(net, gb.Loader(X, Y, batch_size=4, backend="cpu"), opt, epochs=3, progress=False)
+        net.loss_and_grad(X, Y, micro_batch_size=micro_batch_size)
+        trained.append(np.concatenate([net.parameters.flat, net.parameters.grads.flat]))
+    np.testing.assert_array_equal(*trained)
+
+
 def test_evaluation_looks_too() -> None:
     with pytest.raises(gb.ArgumentError, match=f"^{FORWARD} must write y in place"):
         network(layer(forward=rebinds)).scores(X)

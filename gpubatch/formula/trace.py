@@ -151,6 +151,11 @@ def _clip(x: Any, low: Any, high: Any) -> Any:
 # What a formula that reduces with NumPy is told.
 INSTEAD = "; over a whole parameter a rule has gb.norm(x), gb.mean(x) and gb.max_abs(x)"
 
+KEPT = (
+    "a formula cannot use a value that it kept from an earlier call, as in a dictionary of your own; what lasts from "
+    "step to step is a state, an argument between g and t"
+)
+
 # Names that a state array cannot have, because the C text uses them.
 C_WORDS = frozenset(
     """
@@ -205,9 +210,17 @@ IEEE_FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 class Recording(threading.local):
-    """Whether this thread is inside a formula that is recorded."""
+    """Whether this thread is inside a formula that is recorded, and what was refused there first."""
 
     running = False
+    refused: FormulaError | None = None
+
+
+def refusal(message: str) -> FormulaError:
+    """The error for what a formula cannot do; a formula that catches it is refused all the same."""
+    error = FormulaError(message)
+    RECORDING.refused = RECORDING.refused or error
+    return error
 
 
 RECORDING = Recording()
@@ -219,15 +232,19 @@ def recorded(formula: Callable[..., Any], *operands: Any, **named: Any) -> Any:
     Meanwhile a symbol cannot be looked up in a set or dictionary: one that is not found there is a branch. And a value
     that was changed in place, as by ``+=``, cannot be used again by another name, which for an array is the new value.
     """
-    traces = {id(x.trace): x.trace for x in operands if isinstance(x, Element)}.values()
-    RECORDING.running = True
+    traces = {id(x.trace): x.trace for x in operands if isinstance(x, Element)}
+    RECORDING.running, RECORDING.refused = True, None
     try:
         results = formula(*operands, **named)
+        if RECORDING.refused is not None:
+            raise RECORDING.refused
         for x in results if isinstance(results, tuple) else (results,):
             _check_current(x)
+            if isinstance(x, Element) and id(x.trace) not in traces:
+                raise refusal(KEPT)
     finally:
         RECORDING.running = False
-        for x in itertools.chain.from_iterable(trace.elements for trace in traces):
+        for x in itertools.chain.from_iterable(trace.elements for trace in traces.values()):
             x.overwritten = False
     return results
 
@@ -250,7 +267,7 @@ def own_copies(*operands: Any) -> list[Any]:
 def _check_current(x: Any) -> None:
     """Raise for an element that the formula has changed in place."""
     if isinstance(x, Element) and x.overwritten:
-        raise FormulaError(
+        raise refusal(
             f"a formula cannot use {x.name or 'a value'} again after it was changed in place, as by +=: an array has "
             "its new value under every name; write x = x + y"
         )
@@ -304,7 +321,7 @@ class Symbol:
 
     def __hash__(self) -> int:
         if RECORDING.running:
-            raise FormulaError(
+            raise refusal(
                 "a formula cannot look a computed value up (in a set or dictionary, or by functools.cache); "
                 "write np.where(condition, x, y)"
             )
@@ -313,9 +330,7 @@ class Symbol:
     def __array_ufunc__(self, ufunc: Any, method: str, *operands: Any, **options: Any) -> Symbol:
         if method != "__call__" or options:
             instead = INSTEAD if method in ("reduce", "accumulate") else ""
-            raise FormulaError(
-                f"a formula can call np.{ufunc.__name__} only as a plain function of its operands{instead}"
-            )
+            raise refusal(f"a formula can call np.{ufunc.__name__} only as a plain function of its operands{instead}")
         return record(ufunc, *operands)
 
     def __array_function__(self, function: Any, types: Any, operands: Any, options: Any) -> Symbol:
@@ -324,44 +339,44 @@ class Symbol:
             operands = (*operands, low, high)[:3] if len(operands) == 1 else (*operands, high)[:3]
         if options:
             instead = "" if function in OPS or function in COMPOSED else INSTEAD
-            raise FormulaError(f"a formula can call {_numpy_name(function)} only with plain operands{instead}")
+            raise refusal(f"a formula can call {_numpy_name(function)} only with plain operands{instead}")
         return record(function, *operands)
 
     def __bool__(self) -> bool:
-        raise FormulaError(
+        raise refusal(
             "a formula cannot branch on a computed value (if, and, or, not, in, a < b < c, min, max, sorted); "
             "write np.where(condition, x, y), np.maximum and np.minimum, and combine conditions with &, | and ~"
         )
 
     def __float__(self) -> float:
-        raise FormulaError("a formula cannot convert a value to float; use NumPy's functions, not the math module's")
+        raise refusal("a formula cannot convert a value to float; use NumPy's functions, not the math module's")
 
     __int__ = __complex__ = __round__ = __floor__ = __ceil__ = __trunc__ = __float__
 
     def __index__(self) -> int:
-        raise FormulaError("a formula cannot use a value as a count or an index, as in range(k)")
+        raise refusal("a formula cannot use a value as a count or an index, as in range(k)")
 
     def __getitem__(self, *_: Any) -> Any:
-        raise FormulaError("a formula works on one element at a time: it cannot index, measure or iterate over a value")
+        raise refusal("a formula works on one element at a time: it cannot index, measure or iterate over a value")
 
     __len__ = __iter__ = __getitem__
 
     def __setitem__(self, *_: Any) -> None:
-        raise FormulaError("a formula cannot change a value in place; return the new value")
+        raise refusal("a formula cannot change a value in place; return the new value")
 
     def __matmul__(self, _: Any) -> Any:
-        raise FormulaError("a formula works on one element at a time: it cannot multiply matrices")
+        raise refusal("a formula works on one element at a time: it cannot multiply matrices")
 
     __rmatmul__ = __matmul__
 
     def __lshift__(self, _: Any) -> Any:
-        raise FormulaError("a formula cannot shift bits; write x * 2**n")
+        raise refusal("a formula cannot shift bits; write x * 2**n")
 
     __rlshift__ = __rshift__ = __rrshift__ = __lshift__
 
     def __format__(self, spec: str) -> str:
         if spec:
-            raise FormulaError(f"a formula has no numbers yet when it is recorded, and cannot write one as {spec!r}")
+            raise refusal(f"a formula has no numbers yet when it is recorded, and cannot write one as {spec!r}")
         return repr(self)
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
@@ -374,7 +389,7 @@ class Symbol:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # Python and NumPy look up optional special attributes
             raise AttributeError(name)
-        raise FormulaError(
+        raise refusal(
             f"a formula works on one element at a time: a value has no .{name}; "
             f"use operators and functions of NumPy{INSTEAD}"
         )
@@ -454,13 +469,13 @@ def record(function: Any, *operands: Any) -> Symbol:
     op = OPS.get(function)
     if op is None:
         known = ", ".join(_numpy_name(f) for f in (*OPS, *COMPOSED))
-        raise FormulaError(
+        raise refusal(
             f"a formula works on one element at a time and cannot use {_numpy_name(function)}; "
             f"it can use {known}{INSTEAD}"
         )
     if function is np.where:
         if len(operands) != 3:
-            raise FormulaError("a formula needs all three operands of np.where(condition, x, y)")
+            raise refusal("a formula needs all three operands of np.where(condition, x, y)")
         if isinstance(operands[0], (bool, np.bool_)):  # a bool option of the rule
             return operands[1] if operands[0] else operands[2]  # type: ignore[no-any-return]
     if function in LOGICAL and any(isinstance(x, (bool, np.bool_)) for x in operands):
@@ -469,6 +484,8 @@ def record(function: Any, *operands: Any) -> Symbol:
     if function is np.where and isinstance(operands[0], Element) and _are(operands[1:], (1, 0)):
         return element(operands[0].trace, INDICATOR, operands[:1])
     owner = next((x for x in operands if isinstance(x, Element)), None)
+    if any(isinstance(x, Element) and x.trace is not owner.trace for x in operands):  # type: ignore[union-attr]
+        raise refusal(KEPT)
     if owner is None:
         return Scalar(text_of(op, [number_text(x) for x in operands]), op.strength, operands, op.boolean)
     if function is np.power and owner is operands[0]:
@@ -488,9 +505,9 @@ def reduced(op: Reduction, x: Symbol) -> Element:
     _check_current(x)
     if not isinstance(x, Element) or x.uniform:
         kind = "a number that is the same for all elements" if isinstance(x, Element) else "a hyper-parameter or t"
-        raise FormulaError(f"gb.{op.name} must be of a value of each element, got {kind}")
+        raise refusal(f"gb.{op.name} must be of a value of each element, got {kind}")
     if not x.trace.reducible:
-        raise FormulaError(f"gb.{op.name} is for update rules; {x.trace.name} works on one element at a time")
+        raise refusal(f"gb.{op.name} is for update rules; {x.trace.name} works on one element at a time")
     return element(x.trace, op, (_as_number(x),))
 
 
@@ -522,7 +539,7 @@ def _with_options(function: Any, operands: Sequence[Any]) -> Any:
 def _check_conditions(operands: Sequence[Any]) -> tuple[Any, ...]:
     """``operands``, if all are conditions."""
     if not all(map(is_condition, operands)):
-        raise FormulaError("a formula can combine only conditions with &, | and ~, such as (g > 0) & (t == 1)")
+        raise refusal("a formula can combine only conditions with &, | and ~, such as (g > 0) & (t == 1)")
     return tuple(operands)
 
 
@@ -537,7 +554,7 @@ def _with_conditions(function: Any, operands: tuple[Any, ...]) -> tuple[Any, ...
         return (condition, *map(_as_number, rest))
     if function not in COMPARISONS and all(map(is_condition, operands)):
         name = _numpy_name(function)
-        raise FormulaError(f"a formula cannot use {name} on conditions alone; combine them with &, | and ~")
+        raise refusal(f"a formula cannot use {name} on conditions alone; combine them with &, | and ~")
     return tuple(map(_as_number, operands))
 
 
@@ -560,7 +577,7 @@ def _number(x: Any) -> int | float:
         return int(x)
     if not isinstance(x, numbers.Real) or not is_finite(x):
         shown = f"an integer of {x.bit_length()} bits" if isinstance(x, int) else f"{x!r} of type {type(x).__name__}"
-        raise FormulaError(f"operands in a formula must be its arguments or finite numbers, got {shown}")
+        raise refusal(f"operands in a formula must be its arguments or finite numbers, got {shown}")
     # C has no larger integers than 2^63, and what has more digits than a double is rounded in both cases.
     return int(x) if isinstance(x, numbers.Integral) and abs(int(x)) < 1 << 53 else float(x)
 
@@ -598,7 +615,7 @@ def host_function(function: Callable[..., float]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*operands: Any) -> Any:
         if any(isinstance(x, Element) for x in operands):
-            raise FormulaError(f"operands of {function.__name__} must be hyper-parameters or t, got an array element")
+            raise refusal(f"operands of {function.__name__} must be hyper-parameters or t, got an array element")
         if any(isinstance(x, Scalar) for x in operands):
             return Scalar(f"{function.__name__}({', '.join(number_text(x)[0] for x in operands)})", of=operands)
         return function(*operands)

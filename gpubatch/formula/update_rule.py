@@ -16,6 +16,7 @@ from gpubatch.formula.trace import (
     C_WORDS,
     HOST_FUNCTIONS,
     Scalar,
+    Symbol,
     Trace,
     check_repeatable,
     own_copies,
@@ -95,12 +96,12 @@ class Rule:
         w, g, *state = inputs
         symbols = {name: Scalar(name) for name in self.hyper}
         new_w, new_g = _decayed(decay, w, g, symbols.get("lr"))
-        results = recorded(self.formula, new_w, new_g, *state, Scalar("t"), **symbols, **dict(options))
-        results = results if isinstance(results, tuple) else (results,)
+        returned = recorded(self.formula, new_w, new_g, *state, Scalar("t"), **symbols, **dict(options))
+        results = returned if isinstance(returned, tuple) else (returned,)
         if len(results) != len(trace.targets):
             raise FormulaError(
                 f"{self.name} must return ({', '.join(trace.targets)}), {len(trace.targets)} values; "
-                f"it returned {len(results)}"
+                f"it returned {len(results) if isinstance(returned, (tuple, Symbol)) else repr(returned)}"
             )
         # Drop elements that no result needs: an option may have selected one of two values.
         names, targets = dict(zip(inputs, trace.arrays, strict=True)), dict(zip(trace.targets, results, strict=True))

@@ -55,7 +55,8 @@ class Layer(ABC):
     """A layer. Subclass it for your own and write four methods.
 
     Write results into the arrays given, ``y[...] = values``: a new array under the same name would be lost. Leave x as
-    it is, unless y is the same array. The network checks both in the first call for each batch size::
+    it is, unless y is the same array. The network checks both in the first call for each batch size. Nobody reads dy
+    after backward, which may work in it::
 
         class Scale(gb.Layer):
             def takes(self): return None
