@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gpubatch import explore
-from gpubatch.errors import ArgumentError
+from gpubatch.errors import ArgumentError, DTypeError
 from gpubatch.sizing import BatchPlan, ByPart, format_bytes
 from gpubatch.train import History
 
@@ -60,6 +60,8 @@ def plot_training(history: History, path: str | Path | None = None, title: str =
 
     path, title, axes: as for every picture, see :mod:`gpubatch.plot`.
     """
+    if not hasattr(history, "step_loss"):
+        raise DTypeError(f"history must be a gpubatch.History, as fit returns, got a {type(history).__name__}")
     if not history.step_loss:
         raise ArgumentError("history must have at least one step to be drawn, got none")
     with_accuracy = bool(history.validation_accuracy)
@@ -318,6 +320,8 @@ def plot_confusion(
     matrix = np.asarray(matrix)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ArgumentError(f"matrix must have shape (classes, classes), got {matrix.shape}")
+    if isinstance(classes, str):
+        raise DTypeError(f"classes must be a list of names, got the text {classes!r}; a file is path={classes!r}")
     names = [f"{name}" for name in (range(len(matrix)) if classes is None else classes)]
     if len(names) != len(matrix):
         raise ArgumentError(f"classes must have a name for each of {len(matrix)} classes, got {len(names)}")

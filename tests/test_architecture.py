@@ -220,7 +220,7 @@ CODE_LINES = {
     "metrics": 268,
     "train": 3333,
     "explore": 938,
-    "plot": 368,
+    "plot": 372,
     "cli": 2167,
     "sklearn": 906,
     "torch": 679,

@@ -125,6 +125,12 @@ def test_the_picture_is_800_pixels_wide(tmp_path: Path) -> None:
 def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
     with pytest.raises(gb.ArgumentError, match="at least one step"):
         plot_training(gb.History(), tmp_path / "curves.png", "a test")
+    with pytest.raises(gb.DTypeError, match=r"history must be a gpubatch\.History, as fit returns, got a dict"):
+        plot_training(history().to_dict())  # type: ignore[arg-type]
+    with pytest.raises(
+        gb.DTypeError, match=r"classes must be a list of names, got the text 'a.png'; a file is path='a.png'"
+    ):
+        plot.plot_confusion(np.eye(2), "a.png")
     with pytest.raises(gb.ArgumentError, match=r"must end in .png, .pdf or .svg, got 'curves.jpg'"):
         check_plot_file("curves.jpg")
     with pytest.raises(gb.ArgumentError, match="the folder of the plot file must exist"):
