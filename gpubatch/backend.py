@@ -748,6 +748,7 @@ def backend_of(*arrays: Array) -> Backend:
 
 def _home(x: Any) -> str:
     if isinstance(x, np.ndarray):
+        unmasked("the array", x)
         return "cpu"
     if is_cupy(x):
         return f"cuda:{x.device.id}"

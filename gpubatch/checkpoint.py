@@ -36,7 +36,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gpubatch.backend import Array, CudaBackend, backend_of, is_cupy
+from gpubatch.backend import Array, CudaBackend, backend_of, is_cupy, unmasked
 from gpubatch.errors import (
     ArgumentError,
     CheckpointError,
@@ -381,7 +381,7 @@ class Content:
             raise DTypeError(f"{name} must hold real numbers to be saved, got dtype {dtype}")
         if name in self.tensors:
             raise ArgumentError(f"two arrays of state would have the same name, {name!r}")
-        self.tensors[name] = Tensor(dtype.newbyteorder("="), shape, [_plain(array) for array in arrays])
+        self.tensors[name] = Tensor(dtype.newbyteorder("="), shape, [_plain(unmasked(name, array)) for array in arrays])
 
     def table(self, names: list[str] | None, shapes: list[tuple[int, ...]]) -> str:
         """The name of the table of such arrays, of which parameters and optimizer state have one together."""

@@ -51,6 +51,32 @@ def threaded(request, monkeypatch):
     return request.param
 
 
+def masked(shape: Any) -> np.ma.MaskedArray:
+    X = np.ones(shape)
+    return np.ma.masked_array(X, np.arange(X.size).reshape(shape) == 2)
+
+
+# Where numbers are taken besides samples: the value below a mask means nothing.
+MASKED: dict[str, Callable[[Path], Any]] = {
+    "gradients": lambda folder: gb.SGD([np.zeros(5)], 0.1).step([masked(5)]),
+    "a flat gradient": lambda folder: gb.SGD(gb.Parameters({"w": (5,)}, dtype="float64"), 0.1).step(masked(5)),
+    "parameters": lambda folder: gb.SGD([masked(5)], 0.1),
+    "clipped": lambda folder: gb.clip_by_global_norm([masked(5)], 1.0),
+    "a metric": lambda folder: gb.metrics.r2(masked(5), np.ones(5)),
+    "a loss of scores": lambda folder: gb.losses.mse(masked((5, 1)), np.ones((5, 1))),
+    "labels of a loss": lambda folder: gb.losses.softmax_cross_entropy(np.ones((3, 2)), masked(3).astype(int)),
+    "class weights": lambda folder: Loader(np.ones((3, 2)), np.arange(3), class_weight=masked(3), backend="cpu"),
+    "first bias": lambda folder: gb.mlp([2, 3], output_bias=masked(3), backend="cpu"),
+    "a checkpoint": lambda folder: gb.Checkpoints(folder).save({"a": masked(5)}),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_numbers_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match=r"must have a value everywhere, but 1 of its \d elements are masked"):
+        MASKED[name](tmp_path)
+
+
 def test_masked_samples_are_refused_as_nan_is():
     X = np.ma.masked_array([[1.0, 2.0], [3.0, 1e20], [5.0, 6.0]], mask=[[0, 0], [0, 1], [0, 0]])
     with pytest.raises(
@@ -547,6 +573,25 @@ def test_state_counts_what_was_yielded_not_what_was_prepared(threaded):
     for k, _ in enumerate(loader):
         state = loader.state_dict()
         assert (state["epoch"], state["batch"]) == divmod(k + 1, 10)
+
+
+def test_an_iteration_that_begins_while_another_makes_a_batch_ends_that():
+    """As two threads on one loader do, which met a list without the iteration."""
+    others: list[Any] = []
+
+    def prepare(x: np.ndarray) -> np.ndarray:
+        if begin and not others:
+            others.append(iter(loader))
+            next(others[0])
+        return x
+
+    loader, begin = make(10, 0, batch_size=3, prepare=prepare), False
+    first = iter(loader)
+    next(first)
+    begin = True
+    with pytest.raises(ArgumentError, match="ended by a newer one"):
+        next(first)
+    assert len(list(others[0])) == 3
 
 
 def test_a_second_iteration_ends_the_first(threaded):

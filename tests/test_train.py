@@ -169,6 +169,8 @@ def test_a_last_batch_of_one_is_known_before_the_first_step(samples: int, backen
     with pytest.raises(gb.ArgumentError, match=message):
         gb.fit(net, loader(batch_size=20), opt, 2, progress=False)
     assert opt.t == 0
+    with pytest.raises(gb.ArgumentError, match=rf"{samples} samples in batches of 1; take a batch_size of at least 2$"):
+        gb.fit(net, loader(batch_size=1), opt, 2, progress=False)
     history = gb.fit(net, loader(batch_size=20, drop_last="single"), opt, 2, progress=False)
     assert len(history.step_loss) == 2 * (samples // 20)
 
@@ -655,6 +657,74 @@ def test_a_run_that_a_callback_ended_may_go_on(tmp_path: Path) -> None:
     assert len(gb.fit(*parts(), 2, callbacks=[Stop()], checkpoint=tmp_path, progress=False).step_loss) == 15
     history = gb.fit(*parts(), 2, checkpoint=tmp_path, resume=True, progress=False)
     assert numbers(history) == numbers(expected)
+
+
+def written(which: str, factor: float) -> tuple[gb.Network, gb.Optimizer]:
+    """A network and an optimizer of which one is written by the user, with a number of its own."""
+    layers: list[gb.Layer] = [gb.Dense(4, 3)]
+    loss: Any = "softmax_cross_entropy"
+    if which == "activation":
+
+        @gb.activation
+        def act(x):
+            return np.maximum(x, factor * x)
+
+        layers.append(gb.Elementwise(act))
+    elif which == "layer":
+
+        class Times(gb.Layer):
+            def takes(self):
+                pass
+
+            def needs(self, features):
+                return Needs(features)
+
+            def forward(self, x, y, c):
+                y[...] = factor * x
+
+            def backward(self, x, y, dy, dx, c):
+                dx[...] = factor * dy
+
+            def __repr__(self):
+                return "Times()"
+
+        layers.append(Times())
+    elif which == "loss":
+
+        @gb.score_loss
+        def mine(z, y):
+            return factor * (z - y) ** 2
+
+        loss = mine
+    net = gb.Network([*layers, gb.Dense(3, 1 if which == "loss" else 3)], loss=loss, backend="cpu")
+    if which != "rule":
+        return net, gb.Adam(net.parameters)
+
+    @gb.rule
+    def ours(w, g, t, *, lr=0.01):
+        return w - factor * lr * g
+
+    return net, gb.Optimizer(ours, net.parameters)
+
+
+@pytest.mark.parametrize(
+    ("which", "named"),
+    [("rule", "rule ours"), ("activation", "layer 2"), ("layer", "layer 2"), ("loss", "loss mine")],
+)
+def test_other_code_of_the_user_is_told(which: str, named: str, tmp_path: Path) -> None:
+    """A formula of the same name is another optimizer or network, which no number in the checkpoint shows."""
+    X, Y = blobs()
+    Y = Y.astype(np.float32) if which == "loss" else Y
+
+    def run(epochs: int, factor: float) -> None:
+        net, opt = written(which, factor)
+        loader = gb.Loader(X, Y, batch_size=5, backend="cpu")
+        gb.fit(net, loader, opt, epochs, checkpoint=tmp_path, resume=epochs > 1, progress=False)
+
+    run(1, 0.5)
+    run(2, 0.5)
+    with pytest.warns(gb.ResumeWarning, match=rf"^the run goes on with other arguments:\n{named}: the code is another"):
+        run(3, 0.25)
 
 
 def test_a_learning_rate_that_a_callback_changed_is_kept(tmp_path: Path) -> None:

@@ -398,6 +398,7 @@ class Epochs:
             made: Finish[Batch] = finish if dealing is None else self._in_parts(finish, dealing)
             with contextlib.closing(feed.batches(self._epoch, starts, made, stats)) as batches:
                 for batch in batches:
+                    check()  # what made the batch, or another thread, may have begun a newer one
                     deal = None if dealing is None else dealing.deal(self.rows_of(self._batch))
                     self._batch += 1
                     now = time.perf_counter()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gpubatch.backend import Array, Backend
+from gpubatch.backend import Array, Backend, unmasked
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_choice, check_int, check_real
 from gpubatch.inputs import checked_array
 from gpubatch.sources import ArraySource, Part
@@ -63,6 +63,7 @@ def class_weights(given: Any, labels: Array, backend: Backend) -> ClassWeights:
             table[label] = check_real(f"class_weight[{label}]", weight, 0)
         return ClassWeights(table, 1.0)
     try:
+        unmasked("class_weight", given)
         table = np.asarray(backend.to_numpy(given) if backend.owns(given) else given, np.float64)
     except (TypeError, ValueError):
         raise DTypeError(

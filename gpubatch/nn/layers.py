@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gpubatch.backend import Array
+from gpubatch.backend import Array, unmasked
 from gpubatch.errors import (
     ArgumentError,
     DTypeError,
@@ -371,7 +371,7 @@ def check_bias(name: str, given: Any, outputs: int) -> float | tuple[float, ...]
     """``given`` must be None, a number, or one for each output."""
     if given is None:
         return None
-    values = np.asarray(given)
+    values = np.asarray(unmasked(name, given))
     if values.dtype.kind not in "iuf":
         raise DTypeError(f"{name} must be a number or one for each output, got {given!r}")
     if values.shape not in ((), (1,), (outputs,)):

@@ -9,7 +9,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpubatch.backend import Array, backend_of, describe, find_overlap, from_dlpack, is_cupy, is_foreign, is_immutable
+from gpubatch.backend import (
+    Array,
+    backend_of,
+    describe,
+    find_overlap,
+    from_dlpack,
+    is_cupy,
+    is_foreign,
+    is_immutable,
+    unmasked,
+)
 from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, check_real
 from gpubatch.ops import SQUARE_SUM_SIZE, ops_for
 from gpubatch.params import FlatViews, Parameters
@@ -51,7 +61,7 @@ def named_arrays(arrays: Any, argument: str, *, writable: bool = False, optional
             raise DTypeError(f"{label} must be a NumPy or CuPy array, or speak DLPack, got {describe(array)}{hint}")
         if writable and (frozen or not getattr(array.flags, "writeable", True)):
             raise ArgumentError(f"{label} is read-only: an optimizer changes it in place, give it a writable array")
-        found[name] = array
+        found[name] = unmasked(label, array)
     ids = [id(array) for array in given.values() if array is not None]
     if writable and len(set(ids)) < len(ids):
         raise ArgumentError(f"{argument} has the same array twice: it would be updated twice in a step")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpubatch import schedules
-from gpubatch.backend import Array, Backend, backend_of, compute_dtype, describe, float_dtype, get_backend
+from gpubatch.backend import Array, Backend, backend_of, compute_dtype, describe, float_dtype, get_backend, unmasked
 from gpubatch.errors import (
     ArgumentError,
     DeviceMismatchError,
@@ -503,7 +503,7 @@ class Optimizer:
         if isinstance(grads, FlatViews):
             same = grads is params.grads or (grads.spans == params.spans and grads.shapes == params.shapes)
             return grads.flat if same else None
-        return grads if getattr(grads, "shape", None) == params.flat.shape else None
+        return unmasked("grads", grads) if getattr(grads, "shape", None) == params.flat.shape else None
 
     def _gradient(self, g: Any, p: Array) -> Array:
         """The gradient of ``p``, checked; a copy where it is the parameter itself, as the gradient of w²/2 may be."""

@@ -28,7 +28,7 @@ except ImportError as error:
         f"gpubatch.sklearn needs scikit-learn 1.6, which cannot be imported ({error}): pip install 'gpubatch[sklearn]'"
     ) from error
 
-from gpubatch.backend import get_backend
+from gpubatch.backend import get_backend, unmasked
 from gpubatch.errors import (
     ArgumentError,
     DTypeError,
@@ -373,7 +373,7 @@ class BaseMLP(BaseEstimator, Fitted):
     def _scores(self, X: Any) -> np.ndarray:
         """The outputs of the last layer."""
         check_is_fitted(self)
-        X = validate_data(self, X, accept_sparse=["csr", "csc"], dtype=DTYPES, reset=False)
+        X = validate_data(self, unmasked("X", X), accept_sparse=["csr", "csc"], dtype=DTYPES, reset=False)
         return self._machine().scores(X.tocsr() if hasattr(X, "tocsr") else X)
 
     # --- arguments ---
@@ -381,8 +381,8 @@ class BaseMLP(BaseEstimator, Fitted):
     def _validated(self, X: Any, y: Any, first: bool) -> tuple[Any, Any]:
         X, y = validate_data(
             self,
-            X,
-            y,
+            unmasked("X", X),
+            unmasked("y", y),
             accept_sparse=["csr", "csc"],
             multi_output=True,
             y_numeric=isinstance(self, RegressorMixin),

@@ -78,6 +78,8 @@ def check_last_batch(net: Network, loader: Loader) -> None:
     which = "'single'" if fewest == 1 else "True"
     batches = f"{epochs.order.share} samples in batches of {loader.batch_size}"
     remedy = f"take another batch_size, or leave out that batch with Loader(drop_last={which})"
+    if loader.batch_size < least or epochs.order.share < least:  # no batch is large enough
+        remedy = f"take a batch_size of at least {least}" if epochs.order.share >= least else "there are too few"
     if not in_parts:
         raise ArgumentError(
             f"{layer} needs {least} samples in a training batch, the last one of an epoch has {fewest}: "

@@ -34,6 +34,7 @@ from gpubatch.train.history import History
 from gpubatch.train.in_use import in_use
 from gpubatch.train.live import live_callback
 from gpubatch.train.record import EpochProgress, Record
+from gpubatch.train.written import changed_code, describe_code
 
 # What the words for a Dense layer say of its first weights.
 FIRST_VALUES = r", init=(?:'[^']*'|[^,()]*)(?:, bias_init=(?:[^,()]*|\([^()]*\)))?"
@@ -68,6 +69,11 @@ class RunCheckpoints:
     def batches(self) -> dict[str, Any]:
         """The settings that determine the batches."""
         return describe_batches(self._record.state.loader)
+
+    @functools.cached_property
+    def code(self) -> dict[str, str]:
+        """Digests of what the user wrote."""
+        return describe_code(self._record.state.net, self._record.state.opt)
 
     @property
     def steps_left(self) -> int | None:
@@ -116,6 +122,7 @@ class RunCheckpoints:
             "loader": state.loader.state_dict(),
             "batches": self.batches,
             "description": describe_network(state.net),
+            "code": self.code,
             "plan": dataclasses.asdict(state.loader.plan),
             "history": history,
             "part": dataclasses.asdict(record.epoch),
@@ -193,6 +200,7 @@ class RunCheckpoints:
                 callback.load_state_dict(state_of)
             self._arguments = self._describe()  # the loader's state decides which fraction is held out
             others += changed_arguments(saved.get("arguments", {}), self._arguments)
+            others += changed_code(saved.get("code", {}), self.code)
         except Exception as error:
             state.net.load_state_dict(before)
             if isinstance(error, GpubatchError):
