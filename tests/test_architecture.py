@@ -70,7 +70,7 @@ ORDER = {
     "tables": "columns statistics recipe rows fitting labels files several table",
     "model": "describe preparation file model export",
     "train": "ledger loss_scale history in_use display together live parts callbacks monitors logs checks record graphs"
-    " captured_step eager captured validation compared memory resume signals loop",
+    " captured_step eager captured validation compared written memory resume signals loop",
     "explore": "shared gradients search slices sweeps",
     "sklearn": "machine training estimators",
     "cli": "shared options arrays data strategies train models info gradients landscape sweep memory",

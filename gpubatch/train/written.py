@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from types import CodeType, FunctionType
 from typing import Any
 
-from gpubatch.formula import BoundScoreLoss
 from gpubatch.nn import ActivationLayer, Network, core_of
 from gpubatch.optim import Optimizer
 
@@ -20,10 +19,10 @@ PYTHON = "python"  # whose version decides what bytecode there is
 def describe_code(net: Network, opt: Optimizer) -> dict[str, str]:
     """Digests of the rule, the layers and the loss that the user wrote, by their names, for JSON."""
     loss = core_of(net).loss
-    bound = getattr(loss, "bound", None)
+    bound = getattr(loss, "bound", None) if type(loss).__module__.startswith("gpubatch.") else None
     own: dict[str, Any] = {
         f"rule {opt.rule.name}": opt.rule.formula,
-        f"loss {net.loss_name}": bound.loss.formula if isinstance(bound, BoundScoreLoss) else type(loss),
+        f"loss {net.loss_name}": type(loss) if bound is None else bound.loss.formula,
     }
     for i, layer in enumerate(net.layers, 1):
         ours = isinstance(layer, ActivationLayer) and type(layer).__module__.startswith("gpubatch.")
