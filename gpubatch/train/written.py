@@ -43,12 +43,12 @@ def _parts(x: Any) -> Iterator[Any]:
     """The code of a function, or of the methods of a class; nothing of gpubatch's own."""
     if isinstance(x, type):
         for kind in x.__mro__:
-            if not kind.__module__.startswith(("gpubatch.", "builtins", "abc", "typing")):
+            if not str(kind.__module__).startswith(("gpubatch.", "builtins", "abc", "typing")):
                 for name, member in sorted(vars(kind).items()):
                     yield from ((name, part) for part in _parts(getattr(member, "fget", member)))
     elif isinstance(x, (staticmethod, classmethod)):
         yield from _parts(x.__func__)
-    elif isinstance(x, FunctionType) and not x.__module__.startswith("gpubatch."):
+    elif isinstance(x, FunctionType) and not str(x.__module__).startswith("gpubatch."):
         yield _plain(x.__code__, x.__doc__), x.__defaults__, x.__kwdefaults__
         with contextlib.suppress(ValueError):  # an empty cell
             outside = inspect.getclosurevars(x)
