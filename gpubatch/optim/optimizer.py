@@ -203,11 +203,13 @@ class Optimizer:
         raise NonFiniteError(f"{what} at step {self.t + 1}; nothing was changed")
 
     def _look(self) -> None:
-        stray = vars(self).keys() & {*self._hyper.common, "learning_rate"}
+        # Not by vars(self): from then on Python would take longer to read every attribute.
+        names = (*self._hyper.common, "learning_rate")
+        stray = [name for name in names if not hasattr(type(self), name) and hasattr(self, name)]
         if stray and type(self).__module__.startswith("gpubatch."):  # a user's class may have any attributes
             name = min(stray)
             raise ArgumentError(
-                f"opt.{name} = {vars(self)[name]!r} changes nothing: assign opt.lr, or give {name} as a schedule, "
+                f"opt.{name} = {getattr(self, name)!r} changes nothing: assign opt.lr, or give {name} as a schedule, "
                 "a function of (step, epoch), when the optimizer is made"
             )
         if self._check is None and self.backend.name == "cpu":
