@@ -35,8 +35,8 @@ from gpubatch.errors import (
     NonFiniteError,
     ShapeError,
 )
-from gpubatch.loader import Loader, LoaderStats, WeightedOrder, WindowOrder, epoch_order, epochs_of
-from gpubatch.loader.order import Order, split
+from gpubatch.loader import Loader, LoaderStats, WeightedOrder, epoch_order, epochs_of
+from gpubatch.loader.order import EpochOf, Order, WindowOrder, split
 from gpubatch.main_memory import Memory
 
 
@@ -170,7 +170,7 @@ def test_windows_are_drawn_by_the_paper_s_words():
     for window in range(5):  # three blocks each: 24 samples, or 20 where one is the last block, of 4
         samples = [i for b in blocks[3 * window : 3 * window + 3] for i in range(b * block, min(b * block + block, n))]
         expected += [samples[k] for k in permutation(len(samples), window + 1)]
-    assert WindowOrder(n, seed, epoch, together, block).indices(0, n).tolist() == expected
+    assert WindowOrder(n, EpochOf(seed, epoch), together, block).indices(0, n).tolist() == expected
 
 
 @pytest.mark.parametrize("n", [1, 2, 1023, 1024, 1025, 100_000])
@@ -315,7 +315,8 @@ GOLDEN_WINDOWS = {
 
 @pytest.mark.parametrize("case", GOLDEN_WINDOWS, ids=str)
 def test_golden_orders_by_windows(case):
-    assert WindowOrder(*case).indices(0, case[0]).tolist() == GOLDEN_WINDOWS[case]
+    n, seed, epoch, *windows = case
+    assert WindowOrder(n, EpochOf(seed, epoch), *windows).indices(0, n).tolist() == GOLDEN_WINDOWS[case]
 
 
 @given(
@@ -326,7 +327,7 @@ def test_golden_orders_by_windows(case):
     world_size=st.integers(1, 7),
 )
 def test_windows_hold_whole_blocks_shuffled(n, together, block, seed, world_size):
-    order = WindowOrder(n, seed, 3, together, block)
+    order = WindowOrder(n, EpochOf(seed, 3), together, block)
     whole = order.indices(0, n).tolist()
     assert sorted(whole) == list(range(n))
     at_most = max(block, together // block * block)
@@ -340,10 +341,10 @@ def test_windows_hold_whole_blocks_shuffled(n, together, block, seed, world_size
         blocks += [b for b, previous in zip(numbers, [-1, *numbers], strict=False) if b != previous]
     assert start == n
     assert sorted(blocks) == list(range(-(-n // block)))  # each is in one window only, in one piece
-    assert WindowOrder(n, seed, 3, together, block, shuffle=False).indices(0, n).tolist() == list(range(n))
+    assert WindowOrder(n, EpochOf(seed, 3, shuffle=False), together, block).indices(0, n).tolist() == list(range(n))
     for rank in range(min(world_size, n)):
         mine = whole[rank::world_size]
-        part = WindowOrder(n, seed, 3, together, block, rank=rank, world_size=world_size)
+        part = WindowOrder(n, EpochOf(seed, 3, True, rank, world_size), together, block)
         assert part.indices(0, len(mine)).tolist() == mine
         middle = len(mine) // 2
         if middle:
@@ -354,7 +355,7 @@ def test_every_place_is_equally_likely_by_windows_too():
     n, epochs = 8, 4000
     counts = np.zeros((n, n))
     for epoch in range(epochs):
-        counts[np.arange(n), WindowOrder(n, 5, epoch, 4, 2).indices(0, n)] += 1
+        counts[np.arange(n), WindowOrder(n, EpochOf(5, epoch), 4, 2).indices(0, n)] += 1
     assert 0.4 < chi_square(counts) < 1.9  # 49 degrees of freedom: 1 ± 0.2
 
 

@@ -26,7 +26,7 @@ import gpubatch as gb
 import gpubatch.loader.order
 from gpubatch import sources
 from gpubatch.loader import Loader, epochs_of
-from gpubatch.loader.order import UnevenOrder
+from gpubatch.loader.order import EpochOf, UnevenBlocks, UnevenOrder
 from gpubatch.sources import parts as parts_module, tables
 
 CUTS = [0, 130, 130, 131, 330, 500]  # rows of the files; the second has none
@@ -474,7 +474,8 @@ def test_an_uneven_order_has_every_sample_once_and_every_block_in_one_piece(
 
 def uneven_order_is_whole(bounds, n, together, world, shuffle, seed, version):
     ranks = [
-        UnevenOrder(bounds, seed, 3, together, shuffle, rank, world, None, version) for rank in range(min(world, n))
+        UnevenOrder(UnevenBlocks(bounds, of), of, together)
+        for of in (EpochOf(seed, 3, shuffle, rank, world, None, version) for rank in range(min(world, n)))
     ]
     seen = np.concatenate([order.indices(0, len(range(rank, n, world))) for rank, order in enumerate(ranks)])
     if world <= n:

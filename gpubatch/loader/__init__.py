@@ -9,7 +9,7 @@ from gpubatch.loader.device import DeviceFeed
 from gpubatch.loader.epochs import Epochs
 from gpubatch.loader.feeds import LoaderStats
 from gpubatch.loader.loader import Loader, epochs_of, rows_of
-from gpubatch.loader.order import WeightedOrder, WindowOrder, epoch_order, split
+from gpubatch.loader.order import WeightedOrder, epoch_order, split
 from gpubatch.loader.standardize import Standardize
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "LoaderStats",
     "Standardize",
     "WeightedOrder",
-    "WindowOrder",
     "captured_dtype",
     "epoch_order",
     "epochs_of",

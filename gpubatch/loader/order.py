@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -38,9 +39,8 @@ __all__ = [
     "Indices",
     "Order",
     "Samples",
-    "UnevenOrder",
     "WeightedOrder",
-    "WindowOrder",
+    "Windowed",
     "epoch_order",
     "split",
     "version_of",
@@ -251,61 +251,38 @@ Chosen: TypeAlias = Indices | CellSplit
 Images: TypeAlias = ListedImages | Permutation
 
 
-class Windowed:
-    """What orders by windows share: how they shuffle, and a rank's part of a window. All is a function of these."""
+class EpochOf(NamedTuple):
+    """An epoch as one rank has it: what its order depends on besides the samples and the windows.
 
-    def __init__(
-        self,
-        seed: int,
-        epoch: int,
-        shuffle: bool,
-        rank: int,
-        world_size: int,
-        chosen: Chosen | None,
-        version: int,
-        part: int = 0,
-    ) -> None:
-        self._seed, self._epoch, self.shuffle, self.version = seed, epoch, shuffle, version
-        self.rank, self.world_size, self._chosen = rank, world_size, chosen
-        self._streams = 1 + (part << 48)  # before them is that of the list of blocks
+    ``chosen`` are the samples that are used alone, or None. ``version`` is that of :func:`version_of`; 1 lists all.
+    """
+
+    seed: int
+    epoch: int
+    shuffle: bool = True
+    rank: int = 0
+    world_size: int = 1
+    chosen: Chosen | None = None
+    version: int = 1
 
     def shuffled(self, count: int, stream: int, first: int = 0, step: int = 1) -> Images:
         """The images of first, first + step, ... below ``count``; without ``shuffle`` these are no others."""
         if self.version > 1 and (count >= LEAST or not self.shuffle):
-            return Permutation(count, self._seed, self._epoch, stream, first, step, self.shuffle)
+            return Permutation(count, self.seed, self.epoch, stream, first, step, self.shuffle)
         if not self.shuffle:
             return ListedImages(np.arange(first, count, step, dtype=np.int64))
         # The counter's upper word keeps apart what is drawn for the list of blocks and for each window.
-        key = np.array([self._seed, self._epoch], np.uint64)
+        key = np.array([self.seed, self.epoch], np.uint64)
         drawn = _permutation(np.random.Philox(key=key, counter=[0, 0, 0, stream]).random_raw(count))
         return ListedImages(drawn[first::step])
 
-    def first_of(self, start: Any) -> Any:
-        """As many as there are of this rank's positions before ``start``."""
-        return (start - self.rank + self.world_size - 1) // self.world_size
 
-    def part(self, window: int, start: int, samples: Samples) -> tuple[Samples, Images]:
-        """This rank's of a window's ``samples``, the first at position ``start``, and the order of their use."""
-        first = (self.rank - start) % self.world_size
-        use = self.shuffled(len(samples), self._streams + window, first, self.world_size)
-        if self.world_size > 1:
-            mine = use.between(0, len(range(first, len(samples), self.world_size)))
-            kept = np.sort(mine)
-            samples, use = samples[kept], ListedImages(np.searchsorted(kept, mine))
-        elif self.version == 1:
-            samples = samples[:]
-        if self._chosen is not None:
-            samples = self._chosen[samples[:]]
-        return samples, use
+class Windowed(ABC):
+    """The order of an epoch that is shuffled by blocks, in memory for one window at a time.
 
-
-class WindowOrder:
-    """The order of an epoch that is shuffled by blocks: of ``n`` samples, in memory for one window at a time.
-
-    The set is cut into blocks of ``block`` neighbours, their list is shuffled, and each window is as many of the next
-    blocks as hold ``together`` samples, shuffled. All of it is a function of the arguments; without ``shuffle`` the
-    order is that of the set. Positions are those of ``rank``: of the epoch's, rank, rank + world_size, ... The
-    samples are those in ``chosen``, or all. In ``version`` 1, that of :func:`version_of`, all is listed.
+    The list of blocks is shuffled, and each window is some of the next blocks, shuffled. All of it is a function of the
+    arguments; without ``shuffle`` the order is that of the set. Positions are those of one rank: of the epoch's, rank,
+    rank + world_size, ...
 
     With ``part`` it is the order of one shard. Shards own neighbouring stretches of the list of shuffled blocks, as
     long as they have samples in an epoch, and each cuts its own into windows. So each sample is in one shard, and
@@ -313,36 +290,80 @@ class WindowOrder:
     block: of k ranks one reads its share of the blocks, and up to two more.
     """
 
-    def __init__(
-        self,
-        n: int,
-        seed: int,
-        epoch: int,
-        together: int,
-        block: int,
-        shuffle: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
-        chosen: Chosen | None = None,
-        version: int | None = None,
-        part: PartOf | None = None,
-    ) -> None:
-        version, part = version_of(n) if version is None else version, part or PartOf(0, 0, n)
-        self._of_rank = Windowed(seed, epoch, shuffle, rank, world_size, chosen, version, part.number)
-        self.n, self.block = n, block
-        count, self._step = -(-n // block), max(1, together // block)  # blocks in all, and in a window
-        self._blocks = self._of_rank.shuffled(count, 0)
-        # Where the last block of the set is, which may be short, and how many samples it lacks.
-        self._short = int(self._blocks.places_of(np.array([count - 1]))[0]) if shuffle else count - 1
-        self._lacking = count * block - n
-        self._low, self._high = part.start, part.stop
-        self._first = self._block_at(part.start)
-        self._count = self._block_at(part.stop - 1) + 1 - self._first if part.start < part.stop else 0
+    def __init__(self, of: EpochOf, part: PartOf) -> None:
+        self._of, self._low, self._high = of, part.start, part.stop
+        self._streams = 1 + (part.number << 48)  # before them is that of the list of blocks
         self.size = part.stop - part.start
         self._last: tuple[int, tuple[Samples, Images], Indices] | None = None
 
+    @abstractmethod
     def __len__(self) -> int:
         """How many windows there are."""
+
+    @abstractmethod
+    def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Positions ``start`` to ``stop`` as (window, from, to), counted in the window."""
+
+    @abstractmethod
+    def _listed(self, window: int) -> tuple[InBlocks, int]:
+        """The samples of a window as they are read, those of all ranks, and where in the part they begin."""
+
+    def part(self, window: int) -> tuple[Samples, Images]:
+        """The samples of a window in the order in which they are read, and the places among them in order of use."""
+        return self._made(window)[1]
+
+    def ends(self, window: int) -> Indices:
+        """Where the blocks of a window end among its samples, if there is one rank."""
+        return self._made(window)[2]
+
+    def indices(self, start: int, stop: int) -> Indices:
+        """The samples at positions ``start`` to ``stop``."""
+        found = [np.empty(0, np.int64)]
+        for window, a, b in self.pieces(start, stop) if start < stop else ():
+            samples, use = self.part(window)
+            found.append(samples[use.between(a, b)])
+        return np.concatenate(found)
+
+    def _made(self, window: int) -> tuple[int, tuple[Samples, Images], Indices]:
+        """A window, which is kept until another one is asked for."""
+        if self._last is None or self._last[0] != window:
+            listed, start = self._listed(window)
+            self._last = window, self._of_rank(window, listed, start), listed.ends
+        return self._last
+
+    def _of_rank(self, window: int, samples: Samples, start: int) -> tuple[Samples, Images]:
+        """This rank's of a window's ``samples``, the first at position ``start``, and the order of their use."""
+        rank, world_size, chosen = self._of.rank, self._of.world_size, self._of.chosen
+        first = (rank - start) % world_size
+        use = self._of.shuffled(len(samples), self._streams + window, first, world_size)
+        if world_size > 1:
+            mine = use.between(0, len(range(first, len(samples), world_size)))
+            kept = np.sort(mine)
+            samples, use = samples[kept], ListedImages(np.searchsorted(kept, mine))
+        elif self._of.version == 1:
+            samples = samples[:]
+        return samples if chosen is None else chosen[samples[:]], use
+
+    def _before(self, start: Any) -> Any:
+        """As many as there are of this rank's positions before ``start``."""
+        return (start - self._of.rank + self._of.world_size - 1) // self._of.world_size
+
+
+class WindowOrder(Windowed):
+    """Windows of as many blocks as hold ``together`` of the ``n`` samples; a block is ``block`` neighbours."""
+
+    def __init__(self, n: int, of: EpochOf, together: int, block: int, part: PartOf | None = None) -> None:
+        Windowed.__init__(self, of, part or PartOf(0, 0, n))
+        self.n, self.block = n, block
+        count, self._step = -(-n // block), max(1, together // block)  # blocks in all, and in a window
+        self._blocks = of.shuffled(count, 0)
+        # Where the last block of the set is, which may be short, and how many samples it lacks.
+        self._short = int(self._blocks.places_of(np.array([count - 1]))[0]) if of.shuffle else count - 1
+        self._lacking = count * block - n
+        self._first = self._block_at(self._low)
+        self._count = self._block_at(self._high - 1) + 1 - self._first if self.size else 0
+
+    def __len__(self) -> int:
         return -(-self._count // self._step)
 
     def _begin(self, block: int) -> int:
@@ -360,42 +381,28 @@ class WindowOrder:
         begin = self._begin(self._first + min(window * self._step, self._count))
         return min(max(begin, self._low), self._high) - self._low
 
-    def part(self, window: int) -> tuple[Samples, Images]:
-        """The samples of a window in the order in which they are read, and the places among them in order of use."""
-        if self._last is None or self._last[0] != window:
-            first = self._first + window * self._step
-            end = self._first + min((window + 1) * self._step, self._count)
-            firsts = self._blocks.between(first, end) * self.block
-            sizes = np.minimum(self.n - firsts, self.block)
-            sizes[-1] -= max(self._begin(end) - self._high, 0)
-            before = max(self._low - self._begin(first), 0)
-            firsts[0] += before
-            sizes[0] -= before
-            samples = InBlocks(firsts, sizes)
-            self._last = window, self._of_rank.part(window, self._start(window), samples), samples.ends
-        return self._last[1]
-
-    def ends(self, window: int) -> Indices:
-        """Where the blocks of a window end among its samples, if there is one rank."""
-        self.part(window)
-        assert self._last is not None
-        return self._last[2]
+    def _listed(self, window: int) -> tuple[InBlocks, int]:
+        first = self._first + window * self._step
+        end = self._first + min((window + 1) * self._step, self._count)
+        firsts = self._blocks.between(first, end) * self.block
+        sizes = np.minimum(self.n - firsts, self.block)
+        sizes[-1] -= max(self._begin(end) - self._high, 0)
+        before = max(self._low - self._begin(first), 0)
+        firsts[0] += before
+        sizes[0] -= before
+        return InBlocks(firsts, sizes), self._start(window)
 
     def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Positions ``start`` to ``stop`` as (window, from, to), counted in the window."""
-        found, first_of = [], self._of_rank.first_of
-        position = self._low + self._of_rank.rank + start * self._of_rank.world_size
+        """See :class:`Windowed`."""
+        found = []
+        position = self._low + self._of.rank + start * self._of.world_size
         window = (self._block_at(position) - self._first) // self._step
-        while window < len(self) and (low := first_of(self._start(window))) < stop:
-            high = first_of(self._start(window + 1))
+        while window < len(self) and (low := self._before(self._start(window))) < stop:
+            high = self._before(self._start(window + 1))
             if max(start, low) < min(stop, high):
                 found.append((window, max(start - low, 0), min(stop, high) - low))
             window += 1
         return found
-
-    def indices(self, start: int, stop: int) -> Indices:
-        """The samples at positions ``start`` to ``stop``."""
-        return _indices(self, start, stop)
 
 
 class UnevenBlocks:
@@ -405,74 +412,44 @@ class UnevenBlocks:
     ``shift`` leads from a position in it to the sample.
     """
 
-    def __init__(self, bounds: Indices, seed: int, epoch: int, shuffle: bool, version: int) -> None:
-        images = Windowed(seed, epoch, shuffle, 0, 1, None, version).shuffled(len(bounds) - 1, 0)
-        blocks = images.between(0, len(bounds) - 1)
+    def __init__(self, bounds: Indices, of: EpochOf) -> None:
+        blocks = of.shuffled(len(bounds) - 1, 0).between(0, len(bounds) - 1)
         self.ends: Indices = np.cumsum(np.diff(bounds)[blocks])
         self.begins: Indices = np.concatenate([[0], self.ends[:-1]])
         self.shift: Indices = bounds[:-1][blocks] - self.begins
 
 
-class UnevenOrder:
-    """:class:`WindowOrder` of a set whose blocks have unequal sizes: the row groups of several files, say.
+class UnevenOrder(Windowed):
+    """Windows of at most ``together`` samples, of blocks of unequal sizes: the row groups of several files, say.
 
-    Each begins where ``bounds`` says, whose last number is that of the samples. Their list is shuffled and cut into
-    windows of at most ``together`` samples. A block goes to one window, unless it is larger: then to several that
-    follow one another, so that what was decoded of it serves them all. Orders of several ``parts`` share one list of
-    ``blocks``.
+    A block goes to one window, unless it is larger: then to several that follow one another, so that what was decoded
+    of it serves them all. Orders of several parts share one list of ``blocks``.
     """
 
-    def __init__(
-        self,
-        bounds: Indices,
-        seed: int,
-        epoch: int,
-        together: int,
-        shuffle: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
-        chosen: Chosen | None = None,
-        version: int | None = None,
-        part: PartOf | None = None,
-        blocks: UnevenBlocks | None = None,
-    ) -> None:
-        n = int(bounds[-1])
-        version, part = version_of(n) if version is None else version, part or PartOf(0, 0, n)
-        self._of_rank = Windowed(seed, epoch, shuffle, rank, world_size, chosen, version, part.number)
-        self._blocks = blocks or UnevenBlocks(bounds, seed, epoch, shuffle, version)
+    def __init__(self, blocks: UnevenBlocks, of: EpochOf, together: int, part: PartOf | None = None) -> None:
+        part = part or PartOf(0, 0, int(blocks.ends[-1]))
+        Windowed.__init__(self, of, part)
+        self._blocks = blocks
         ends, starts = self._blocks.ends, [part.start]
         while (start := starts[-1]) < part.stop:
             whole = int(ends.searchsorted(start + together, side="right"))
             end = int(ends[whole - 1]) if whole else 0
             starts.append(min(end if end > start else start + together, part.stop))
         self._starts = np.array(starts, np.int64)
-        self._first = self._of_rank.first_of(self._starts - part.start)
-        self.size = part.stop - part.start
-        self._last: tuple[int, tuple[Samples, Images], Indices] | None = None
+        self._first = self._before(self._starts - part.start)
 
     def __len__(self) -> int:
-        """How many windows there are."""
         return len(self._starts) - 1
 
-    def part(self, window: int) -> tuple[Samples, Images]:
-        """See :class:`WindowOrder`."""
-        if self._last is None or self._last[0] != window:
-            blocks = self._blocks
-            start, stop = self._starts[window : window + 2]
-            of = slice(blocks.ends.searchsorted(start, side="right"), blocks.ends.searchsorted(stop, side="left") + 1)
-            begins = np.maximum(blocks.begins[of], start)
-            samples = InBlocks(begins + blocks.shift[of], np.minimum(blocks.ends[of], stop) - begins)
-            self._last = window, self._of_rank.part(window, int(start), samples), samples.ends
-        return self._last[1]
-
-    def ends(self, window: int) -> Indices:
-        """See :class:`WindowOrder`."""
-        self.part(window)
-        assert self._last is not None
-        return self._last[2]
+    def _listed(self, window: int) -> tuple[InBlocks, int]:
+        blocks = self._blocks
+        start, stop = self._starts[window : window + 2]
+        of = slice(blocks.ends.searchsorted(start, side="right"), blocks.ends.searchsorted(stop, side="left") + 1)
+        begins = np.maximum(blocks.begins[of], start)
+        return InBlocks(begins + blocks.shift[of], np.minimum(blocks.ends[of], stop) - begins), int(start)
 
     def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """See :class:`WindowOrder`."""
+        """See :class:`Windowed`."""
         first, end = self._first.searchsorted((start, stop - 1), side="right").tolist()
         return [
             (window, max(start - low, 0), min(stop, high) - low)
@@ -480,19 +457,6 @@ class UnevenOrder:
             for low, high in [(int(self._first[window]), int(self._first[window + 1]))]
             if low < high
         ]
-
-    def indices(self, start: int, stop: int) -> Indices:
-        """See :class:`WindowOrder`."""
-        return _indices(self, start, stop)
-
-
-def _indices(order: WindowOrder | UnevenOrder, start: int, stop: int) -> Indices:
-    """The samples at positions ``start`` to ``stop`` of an order by windows."""
-    found = [np.empty(0, np.int64)]
-    for window, a, b in order.pieces(start, stop) if start < stop else ():
-        samples, use = order.part(window)
-        found.append(samples[use.between(a, b)])
-    return np.concatenate(found)
 
 
 class Order:
@@ -599,16 +563,15 @@ class Order:
                 of, of_held, ascending = self._side
                 self._choose(of.side(of_held, version, ascending))
 
-    def windows(self, epoch: int, size: int = 1) -> list[WindowOrder | UnevenOrder]:
+    def windows(self, epoch: int, size: int = 1) -> Sequence[Windowed]:
         """The orders of an epoch by windows, in batches of ``size``: one, or one for each of this rank's parts."""
         parts = [None] if self.dealing is None else self.dealing.parts_of(self.n, size)
-        seed, shuffle, together = self.seed, self.shuffle, self.together
         of_rank = self.rank, self.world_size, self.chosen, self.version
+        of = EpochOf(self.seed, epoch, self.shuffle, *of_rank)
         if self.bounds is None:
-            set_of = self.n, seed, epoch, together, self.block, shuffle
-            return [WindowOrder(*set_of, *of_rank, part) for part in parts]
-        blocks = UnevenBlocks(self.bounds, seed, epoch, shuffle, self.version)
-        return [UnevenOrder(self.bounds, seed, epoch, together, shuffle, *of_rank, part, blocks) for part in parts]
+            return [WindowOrder(self.n, of, self.together, self.block, part) for part in parts]
+        blocks = UnevenBlocks(self.bounds, of)
+        return [UnevenOrder(blocks, of, self.together, part) for part in parts]
 
     def positions(self, start: int, stop: int, size: int = 1) -> tuple[int, int]:
         """From where to where in an epoch, if it is not by windows, this rank's samples of a batch are."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from gpubatch.errors import ArgumentError, InsufficientMemoryError, check_int
 from gpubatch.loader.columns import Columns, Rows
-from gpubatch.loader.order import LEAST, OF_RANK, PEAK, Images, Indices, Order, Samples, UnevenOrder, WindowOrder
+from gpubatch.loader.order import LEAST, OF_RANK, PEAK, Images, Indices, Order, Samples, Windowed
 from gpubatch.ops import permutation_bytes
 from gpubatch.sizing import parse_bytes
 from gpubatch.sources import Reader
@@ -183,7 +183,7 @@ class Windows:
 class WindowsOfPart:
     """The windows of an epoch, or of one part of its batches."""
 
-    def __init__(self, order: Order, windows: WindowOrder | UnevenOrder, readers: dict[Reader, list[float]]) -> None:
+    def __init__(self, order: Order, windows: Windowed, readers: dict[Reader, list[float]]) -> None:
         self._order, self._block, self._limits = windows, order.block, readers
         self._capacity = -(-min(order.together, windows.size) // order.world_size)
         self._at_once, self._by_blocks = _read_at_once(readers, order), order.dealing is not None
