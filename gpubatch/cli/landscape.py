@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
 
 from gpubatch import explore, plot
 from gpubatch.cli import options
 from gpubatch.cli.data import DataOptions, Task, used
 from gpubatch.cli.options import BatchOptions, NetworkOptions, OptimizerOptions, TrainingOptions, spread
-from gpubatch.cli.shared import app, arguments_of, examples, print_json, versions
+from gpubatch.cli.shared import Report, app, arguments_of, examples
 from gpubatch.errors import ArgumentError, check_choice, check_int
 from gpubatch.train import TrainingState, bar, fit, short_runs
 
@@ -55,8 +55,6 @@ def landscape(
     check_choice("--directions", directions, ["path", "random", "filter"])
     if not (math.isfinite(span) and span > 0):
         raise ArgumentError(f"--span must be a number above 0, got {span:g}")
-    optimizer.check()
-    training.check()
     task = Task.of(data, network)
     net, some = task.net, slice(evaluated)
     X, Y, weight = task.X[some], task.Y[some], None if task.weight is None else task.weight[some]
@@ -79,27 +77,25 @@ def landscape(
     center = net.loss(X, Y, weight=weight)
     title = f"gpubatch landscape, {directions} directions, after {training.epochs} epochs of {optimizer.optimizer}, "
     title += f"{len(X):,} samples\n{task.words}"
-    if plot_file is not None:
-        plot.plot_slice(found, plot_file, title, at if directions == "path" else None)
-    if as_json:
-        print_json(
-            a=found.a,
-            b=found.b,
-            losses=found.losses,
-            center=center,
-            path=at,
-            arguments=arguments_of(context, **used(net, network, task.data.task), lr=optimizer.rate),
-            device=net.backend.device,
-            versions=versions(),
-        )
-        return
-    out = Console(highlight=False, soft_wrap=True)
     lowest = np.unravel_index(found.losses.argmin(), found.losses.shape)
     place = ", ".join(f"{name} = {axis[i]:.3g}" for name, axis, i in zip("ab", axes, lowest, strict=False))
-    out.print(f"loss at the network {center:.4f}, lowest of {found.losses.size:,} points {found.losses.min():.4f}")
-    out.print(f"  at {place}, highest {found.losses.max():.4g}")
-    if plot_file is not None:
-        out.print(f"drawn in {plot_file}")
+    report = Report(
+        {
+            "a": found.a,
+            "b": found.b,
+            "losses": found.losses,
+            "center": center,
+            "path": at,
+            "arguments": arguments_of(context, **used(net, network, task.data.task), lr=optimizer.rate),
+            "device": net.backend.device,
+        },
+        [
+            f"loss at the network {center:.4f}, lowest of {found.losses.size:,} points {found.losses.min():.4f}",
+            f"  at {place}, highest {found.losses.max():.4g}",
+        ],
+        functools.partial(plot.plot_slice, found, trail=at if directions == "path" else None),
+    )
+    report.print(title, as_json, plot_file)
 
 
 def _train_and_watch(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from gpubatch import plot
 from gpubatch.cli import options
 from gpubatch.cli.data import DataOptions, network_for, used, words_of
 from gpubatch.cli.options import BatchOptions, NetworkOptions, OptimizerOptions, TrainingOptions, spread
-from gpubatch.cli.shared import app, arguments_of, examples, print_json, versions
+from gpubatch.cli.shared import Report, app, arguments_of, examples
 from gpubatch.errors import check_int
 from gpubatch.loader import epochs_of
 from gpubatch.sizing import BatchPlan, fits, format_bytes, parse_bytes
@@ -50,8 +50,6 @@ def plan_memory(
     if plot_file is not None:
         plot.check_plot_file(plot_file)
     available = None if memory is None else _bytes("--memory", memory)
-    optimizer.check()
-    training.check()
     found = data.read()
     net = network_for(found, network, data.seed)
     loader = found.loader(net, batches, data.seed)
@@ -65,27 +63,20 @@ def plan_memory(
     needed = {n: sum(parts.values()) for n, parts in curve.items()}
     words = words_of(net, found, network.activation, optimizer.optimizer or "")
     title = f"gpubatch batch-size, {len(found.X):,} samples\n{words}"
-    if plot_file is not None:
-        plot.plot_memory(plan, curve, plot_file, title)
-    if as_json:
-        print_json(
-            plan=plan,
-            needed_by_size=needed,
-            parameters=net.parameters.size,
-            samples=len(found.X),
-            network=words,
-            arguments=arguments_of(context, **used(net, network, found.task), lr=optimizer.rate),
-            device=net.backend.device,
-            versions=versions(),
-        )
-        return
-    out = Console(highlight=False, soft_wrap=True)
-    out.print(title)
-    out.print(_by_part(plan))
-    out.print(_by_size(plan, needed))
-    out.print(f"batch size {plan.batch_size}: {plan.reason}")
-    if plot_file is not None:
-        out.print(f"drawn in {plot_file}")
+    report = Report(
+        {
+            "plan": plan,
+            "needed_by_size": needed,
+            "parameters": net.parameters.size,
+            "samples": len(found.X),
+            "network": words,
+            "arguments": arguments_of(context, **used(net, network, found.task), lr=optimizer.rate),
+            "device": net.backend.device,
+        },
+        [title, _by_part(plan), _by_size(plan, needed), f"batch size {plan.batch_size}: {plan.reason}"],
+        functools.partial(plot.plot_memory, plan, curve),
+    )
+    report.print(title, as_json, plot_file)
 
 
 def _by_part(plan: BatchPlan) -> Table:

@@ -224,14 +224,12 @@ class OptimizerOptions:
         usual = optimizer_named(self.optimizer)[1]
         return usual if self.lr is None else self.lr
 
-    def check(self) -> None:
-        """Raise unless the names are known."""
+    def __post_init__(self) -> None:
         optimizer_named(self.optimizer)
         check_choice("--decay", self.decay, DECAYS)
 
     def make(self, net: Network, epochs: int) -> optim.Optimizer:
         """The optimizer of a network that is trained for so many epochs."""
-        self.check()
         make, rate = optimizer_named(self.optimizer)[0], DECAYS[self.decay](self.rate, epochs)
         return make(net.parameters, rate, master_weights=net.precision == "mixed")
 
@@ -287,8 +285,7 @@ class TrainingOptions(RunOptions):
         str, typer.Option(help="Of steps: captured as CUDA graphs, eager one by one, or auto: captured where possible.")
     ] = "auto"
 
-    def check(self) -> None:
-        """Raise unless the names are known."""
+    def __post_init__(self) -> None:
         check_choice("--execution", self.execution, EXECUTIONS)
 
     def callbacks(self) -> list[Any]:

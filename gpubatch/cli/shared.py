@@ -7,20 +7,31 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 import gpubatch
 from gpubatch.errors import ArgumentError
 from gpubatch.parallel import launched
 
-__all__ = ["app", "arguments_of", "examples", "in_percent", "number_or_dash", "print_json", "table_of", "versions"]
+__all__ = [
+    "Report",
+    "app",
+    "arguments_of",
+    "examples",
+    "in_percent",
+    "number_or_dash",
+    "print_json",
+    "table_of",
+    "versions",
+]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -93,6 +104,27 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Report(NamedTuple):
+    """What a command found: values for machines, lines and tables for people, and a picture of a path and a title."""
+
+    values: Mapping[str, Any]
+    shown: Sequence[Any]
+    draw: Callable[[Path, str], Any]
+
+    def print(self, title: str, as_json: bool, plot_file: Path | None) -> None:
+        """Draw it under a title, if a file is given, and print the rest."""
+        if plot_file is not None:
+            self.draw(plot_file, title)
+        if as_json:
+            print_json(**self.values, versions=versions())
+            return
+        out = Console(highlight=False, soft_wrap=True)
+        for each in self.shown:
+            out.print(each)
+        if plot_file is not None:
+            out.print(f"drawn in {plot_file}")
 
 
 def table_of(*columns: str) -> Table:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from gpubatch import explore, plot
 from gpubatch.cli import options
 from gpubatch.cli.data import DataOptions, Task, used
 from gpubatch.cli.options import BatchOptions, NetworkOptions, RunOptions, integers, spread
-from gpubatch.cli.shared import app, arguments_of, examples, number_or_dash, print_json, table_of, versions
+from gpubatch.cli.shared import Report, app, arguments_of, examples, number_or_dash, table_of
 from gpubatch.cli.strategies import compare_strategies
 from gpubatch.errors import ArgumentError, check_choice
 from gpubatch.sizing import format_bytes
@@ -97,20 +94,9 @@ def sweep(
             report = _sweep_optimizers(task, run, batches.number(len(task.X)), show)
         else:
             report = _sweep_strategies(task, trials, scale, lr, run, batches, show)
-    if plot_file is not None:
-        report.draw(plot_file, title)
-    if as_json:
-        arguments = arguments_of(context, **used(task.net, network, task.data.task), epochs=run.epochs)
-        words = {"network": task.words, "device": task.net.backend.device}
-        print_json(**report.values, **words, arguments=arguments, versions=versions())
-        return
-    out = Console(highlight=False, soft_wrap=True)
-    out.print(title)
-    out.print(report.table)
-    for line in report.lines:
-        out.print(line)
-    if plot_file is not None:
-        out.print(f"drawn in {plot_file}")
+    arguments = arguments_of(context, **used(task.net, network, task.data.task), epochs=run.epochs)
+    more = {"network": task.words, "device": task.net.backend.device, "arguments": arguments}
+    report._replace(values={**report.values, **more}, shown=[title, *report.shown]).print(title, as_json, plot_file)
 
 
 def given(context: typer.Context, name: str) -> bool:
@@ -119,16 +105,7 @@ def given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-class SweepReport(NamedTuple):
-    """What a sweep found: for machines, for people, and for the eye."""
-
-    values: Mapping[str, Any]
-    table: Table
-    lines: list[str]
-    draw: Callable[[Path, str], None]
-
-
-def _sweep_steps(task: Task, optimizer: str, batch: int, show: explore.Progress) -> SweepReport:
+def _sweep_steps(task: Task, optimizer: str, batch: int, show: explore.Progress) -> Report:
     sizes = [float(f"1e{k}") for k in range(-10, 3)]
     one = explore.step_size_sweep(task.net, task.X, task.Y, sizes, task.weight)
     make = options.optimizer_named(optimizer)[0]
@@ -145,8 +122,10 @@ def _sweep_steps(task: Task, optimizer: str, batch: int, show: explore.Progress)
     name = "SGD" if optimizer == "sgd" else optimizer
     advice = "no suggestion" if test.suggestion is None else f"suggested learning rate for {name}: {test.suggestion:g}"
     lines = [f"one step on the whole set: {one.reason}", f"{advice}: {test.reason}"]
-    return SweepReport(
-        {"step_sizes": one, "range_test": test}, table, lines, lambda p, t: plot.plot_step_sizes(one, test, p, t)
+    return Report(
+        {"step_sizes": one, "range_test": test},
+        [table, *lines],
+        functools.partial(plot.plot_step_sizes, one, test),
     )
 
 
@@ -164,7 +143,7 @@ def _sweep_batches(
     lr: float,
     run: RunOptions,
     show: explore.Progress,
-) -> SweepReport:
+) -> Report:
     trials = explore.batch_size_sweep(
         *(task.net, task.X, task.Y, sizes, target, make),
         lr=lambda n: lr * math.sqrt(n / 128),
@@ -190,15 +169,14 @@ def _sweep_batches(
     if fastest is not None:
         line = f"batch size {fastest.batch_size} was the first at the loss {target:g}"
         line += f", after {fastest.seconds_to_target:.2f} s"
-    return SweepReport(
+    return Report(
         {"batch_sizes": trials, "target": target},
-        table,
-        [line],
-        lambda p, t: plot.plot_batch_sizes(trials, target, p, t),
+        [table, line],
+        functools.partial(plot.plot_batch_sizes, trials, target),
     )
 
 
-def _sweep_optimizers(task: Task, run: RunOptions, batch: int, show: explore.Progress) -> SweepReport:
+def _sweep_optimizers(task: Task, run: RunOptions, batch: int, show: explore.Progress) -> Report:
     trials = explore.optimizer_sweep(
         *(task.net, task.X, task.Y), epochs=run.epochs or 0, batch_size=batch, **runs(task, run, show)
     )
@@ -211,7 +189,7 @@ def _sweep_optimizers(task: Task, run: RunOptions, batch: int, show: explore.Pro
         edge = ", at the edge of the grid: a better one may lie outside" if t.at_edge else ""
         accuracy = number_or_dash(t.accuracy, 100, "{:.2f}")
         lines.append(f"  {t.name} {t.loss:.4f}, accuracy {accuracy} %, with learning rate {t.best_lr:g}{edge}")
-    return SweepReport({"optimizers": trials}, table, lines, lambda p, t: plot.plot_optimizers(trials, p, t))
+    return Report({"optimizers": trials}, [table, *lines], functools.partial(plot.plot_optimizers, trials))
 
 
 def _sweep_strategies(
@@ -222,11 +200,11 @@ def _sweep_strategies(
     run: RunOptions,
     batches: BatchOptions,
     show: explore.Progress,
-) -> SweepReport:
+) -> Report:
     rate = (0.01 if task.net.loss_name == "svm" else 0.1) if lr is None else lr
     results = compare_strategies(task, trials, scale, rate, run, batches, show)
     table = table_of("strategy", "tried", "loss", "accuracy (%)", "on test (%)", "seconds")
     for r, tried in zip(results, (f"{trials} trials", f"{trials} trials", f"{run.epochs} epochs"), strict=True):
         accuracy, held_out = (number_or_dash(value, 100, "{:.2f}") for value in (r.accuracy, r.test_accuracy))
         table.add_row(r.name, tried, f"{r.loss:.4f}", accuracy, held_out, f"{r.seconds:.2f}")
-    return SweepReport({"strategies": results}, table, [], lambda p, t: plot.plot_strategies(results, p, t))
+    return Report({"strategies": results}, [table], functools.partial(plot.plot_strategies, results))

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import typer
 from rich.console import Console
@@ -15,11 +15,13 @@ from rich.console import Console
 from gpubatch import plot
 from gpubatch.checkpoint import Checkpoints
 from gpubatch.cli import options
-from gpubatch.cli.data import DataOptions, network_for, sizes_of, used
+from gpubatch.cli.data import DataOptions, Samples, network_for, sizes_of, used
 from gpubatch.cli.options import BatchOptions, NetworkOptions, OptimizerOptions, TrainingOptions, spread
 from gpubatch.cli.shared import app, arguments_of, examples, in_percent, print_json, versions
 from gpubatch.errors import ArgumentError, RankError, check_int
+from gpubatch.loader import Loader
 from gpubatch.model import check_writable
+from gpubatch.nn import Network
 from gpubatch.parallel import Ranks
 from gpubatch.train import (
     Agreement,
@@ -33,7 +35,50 @@ from gpubatch.train import (
     to_resume,
 )
 
-__all__ = ["train"]
+
+@dataclasses.dataclass
+class FolderOptions:
+    """Where a run is saved, so that it can go on."""
+
+    panel: ClassVar[str] = "Checkpoints"
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder to save the run in, so that it can go on.")] = None
+    every: Annotated[int | None, typer.Option(help="Steps between checkpoints; by default an epoch.")] = None
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is None and (self.resume or self.every is not None):
+            given = "--resume" if self.resume else "--every"
+            raise ArgumentError(f"{given} needs --checkpoint DIR, the folder of the run")
+
+    def store(self) -> Checkpoints | None:
+        """The checkpoints."""
+        return None if self.checkpoint is None else Checkpoints(self.checkpoint, self.every)
+
+
+@dataclasses.dataclass
+class ResultOptions:
+    """What becomes of a trained network."""
+
+    panel: ClassVar[str] = "Results"
+    metrics: options.Metrics = ""
+    save_file: Annotated[
+        Path | None, typer.Option("--save", help="Save the trained model as this .safetensors file.")
+    ] = None
+    log: Annotated[Path | None, typer.Option(help="CSV file with a row for every epoch.")] = None
+    plot_file: options.PlotFile = None
+    as_json: options.AsJson = False
+
+    def check(self) -> None:
+        """Raise unless the files can be written."""
+        if self.plot_file is not None:
+            plot.check_plot_file(self.plot_file)
+        if self.save_file is not None:
+            check_writable(self.save_file)
+
+    def measures(self, task: str) -> list[str]:
+        """The metrics of a task."""
+        names = options.names_of(self.metrics)
+        return names if task != "regression" or "r2" in names else [*names, "r2"]
 
 
 @app.command(
@@ -54,10 +99,8 @@ def train(
     optimizer: OptimizerOptions,
     batches: BatchOptions,
     training: TrainingOptions,
-    metrics: options.Metrics = "",
-    checkpoint: Annotated[Path | None, typer.Option(help="Folder to save the run in, so that it can go on.")] = None,
-    every: Annotated[int | None, typer.Option(help="Steps between checkpoints; by default an epoch.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
+    folder: FolderOptions,
+    results: ResultOptions,
     shards: Annotated[
         int | None,
         typer.Option(
@@ -66,12 +109,6 @@ def train(
             "processes. By default those of the resumed run, or 8 under mpiexec.",
         ),
     ] = None,
-    save_file: Annotated[
-        Path | None, typer.Option("--save", help="Save the trained model as this .safetensors file.")
-    ] = None,
-    log: Annotated[Path | None, typer.Option(help="CSV file with a row for every epoch.")] = None,
-    plot_file: options.PlotFile = None,
-    as_json: options.AsJson = False,
     progress: options.Progress = True,
 ) -> None:
     """Train a network by mini-batches, and test it.
@@ -80,108 +117,116 @@ def train(
     """
     together = Agreement(ranks := ranks_of_launcher())
     with together.ending(), together.phase():
-        if checkpoint is None and (resume or every is not None):
-            raise ArgumentError(f"{'--resume' if resume else '--every'} needs --checkpoint DIR, the folder of the run")
-        store = None if checkpoint is None else Checkpoints(checkpoint, every)
-        if plot_file is not None and together.first:
-            plot.check_plot_file(plot_file)
-        if save_file is not None and together.first:
-            check_writable(save_file)
-        optimizer.check()
-        training.check()
+        store = folder.store()
+        if together.first:
+            results.check()
         epochs = check_int("--epochs", training.epochs, 1)
-        if resume and store is not None:
+        if folder.resume and store is not None:
             init, of_run = to_resume(store)
             network = dataclasses.replace(network, init=init) if network.init == "auto" else network
             shards = of_run if shards is None else shards
         found = data.read()
         net = network_for(found, network, data.seed)
-    where, n_test = net.backend, len(found.test[0])
     with together.ending(), together.phase():
         loader = found.loader(net, batches, data.seed, ranks, shards)
         opt = optimizer.make(net, epochs)
+    out = Console(quiet=results.as_json, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    announce(out, found, loader, net, network, optimizer, together.size)
+    started, ended, code = time.perf_counter(), "", 0
+    callbacks = training.callbacks()
+    keeps = [callback for callback in callbacks[-1:] if isinstance(callback, (EarlyStopping, BestWeights))]
+    callbacks += [] if results.log is None else [CSVLog(results.log)]
+    try:
+        history = fit(
+            *(net, loader, opt, epochs, found.validation),
+            callbacks=callbacks,
+            checkpoint=store,
+            resume=folder.resume,
+            progress=progress,
+            execution=training.execution,
+            metrics=results.measures(found.task),
+            ranks=ranks,
+        )
+    except (TrainingInterrupted, TrainingTerminated) as end:
+        history = end.history
+        ended, code = how_it_ended(end, kept=store is not None or results.save_file is not None)
+        try:
+            typer.echo(ended, err=True)
+        except OSError:  # a closed terminal: nobody reads what follows
+            results, out = dataclasses.replace(results, as_json=False, plot_file=None), Console(quiet=True)
+    if not together.first:
+        raise typer.Exit(code)
+    seconds = time.perf_counter() - started
+    out.print(f"batches    {loader.batch_size}: {loader.plan.reason}\nsteps      {history.execution}")
+    if results.save_file is not None:
+        found.model(net, loader).save(results.save_file)
+        out.print(f"model      {results.save_file}")
+    if results.plot_file is not None and history.step_loss:
+        of = f"{optimizer.optimizer}, batch size {loader.batch_size}, {network.dtype}, {net.backend.spec}"
+        plot.plot_training(complete(history, len(loader)), results.plot_file, f"gpubatch train on {found.name}: {of}")
+        out.print(f"curves     {results.plot_file}")
+    # The epoch whose weights the network has: the best one where they were kept, but not after an interruption.
+    epoch = keeps[0].best_epoch if keeps and not ended and keeps[0].best_epoch else len(history.validation_loss)
+    tested = print_test(out, history, epoch, len(found.test[0]), seconds)
+    if results.as_json:
+        arguments = arguments_of(context, **used(net, network, found.task), lr=optimizer.rate)
+        more: dict[str, Any] = {"epoch": epoch} if keeps else {}
+        more |= {"interrupted": ended} if ended else {}
+        print_json(**tested, seconds=seconds, **values_of(net, loader, history), arguments=arguments, **more)
+    if ended:
+        raise typer.Exit(code)
 
-    out = Console(quiet=as_json, highlight=False, soft_wrap=True, markup=False, emoji=False)
-    out.print(f"data       {found.name}: {len(found.X):,} to train on, {n_test:,} to test")
-    if unscaled := found.unscaled:
+
+def how_it_ended(end: TrainingInterrupted | TrainingTerminated, kept: bool) -> tuple[str, int]:
+    """In words, and what a shell reports for a program that a signal ended."""
+    words = end.message if kept else f"{end.message.partition(';')[0]}; nothing of it is saved without --checkpoint DIR"
+    return words, 128 + (signal.SIGINT if isinstance(end, TrainingInterrupted) else end.number)
+
+
+def values_of(net: Network, loader: Loader, history: History) -> dict[str, Any]:
+    """What the JSON has of a run besides its test."""
+    return {
+        "batch_size": loader.batch_size,
+        "batch_reason": loader.plan.reason,
+        "parameters": net.parameters.size,
+        "device": net.backend.device,
+        "history": history.to_dict(),
+        "versions": versions(),
+    }
+
+
+def announce(
+    out: Console,
+    data: Samples,
+    loader: Loader,
+    net: Network,
+    network: NetworkOptions,
+    optimizer: OptimizerOptions,
+    processes: int,
+) -> None:
+    """Say what is trained on what, before it begins."""
+    out.print(f"data       {data.name}: {len(data.X):,} to train on, {len(data.test[0]):,} to test")
+    if unscaled := data.unscaled:
         typer.echo(f"note: {unscaled}", err=True)
     sizes = " - ".join(map(str, sizes_of(net)))
     out.print(f"network    {sizes}, {network.activation}, {net.parameters.size:,} parameters")
     if net.loss_name != "softmax_cross_entropy":
         out.print(f"loss       {net.loss_name}")
     out.print(f"optimizer  {optimizer.optimizer}, learning rate {optimizer.rate:g}, decay {optimizer.decay}")
-    out.print(f"backend    {where.device}, {network.dtype}, precision {network.precision}")
-    if together.several:
-        out.print(f"ranks      {together.size} processes, batches in {loader.shards} parts")
-    started, ended = time.perf_counter(), ""
-    code = 0
-    callbacks = training.callbacks()
-    keeps = [callback for callback in callbacks[-1:] if isinstance(callback, (EarlyStopping, BestWeights))]
-    callbacks += [] if log is None else [CSVLog(log)]
-    measured = options.names_of(metrics)
-    if found.task == "regression" and "r2" not in measured:
-        measured.append("r2")
-    try:
-        history = fit(
-            *(net, loader, opt, epochs, found.validation),
-            callbacks=callbacks,
-            checkpoint=store,
-            resume=resume,
-            progress=progress,
-            execution=training.execution,
-            metrics=measured,
-            ranks=ranks,
-        )
-    except (TrainingInterrupted, TrainingTerminated) as end:
-        history, ended = end.history, end.message
-        if store is None and save_file is None:
-            ended = f"{ended.partition(';')[0]}; nothing of it is saved without --checkpoint DIR"
-        try:
-            typer.echo(ended, err=True)
-        except OSError:  # a closed terminal: nobody reads what follows
-            as_json, out, plot_file = False, Console(quiet=True), None
-        # What a shell reports for a program that a signal ended.
-        code = 128 + (signal.SIGINT if isinstance(end, TrainingInterrupted) else end.number)
-    if not together.first:
-        raise typer.Exit(code)
-    seconds = time.perf_counter() - started
-    out.print(f"batches    {loader.batch_size}: {loader.plan.reason}")
-    out.print(f"steps      {history.execution}")
+    out.print(f"backend    {net.backend.device}, {network.dtype}, precision {network.precision}")
+    if processes > 1:
+        out.print(f"ranks      {processes} processes, batches in {loader.shards} parts")
 
-    if save_file is not None:
-        found.model(net, loader).save(save_file)
-        out.print(f"model      {save_file}")
-    if plot_file is not None and history.step_loss:
-        title = f"gpubatch train on {found.name}: {optimizer.optimizer}, batch size {loader.batch_size}, "
-        title += f"{network.dtype}, {where.spec}"
-        plot.plot_training(complete(history, len(loader)), plot_file, title)
-        out.print(f"curves     {plot_file}")
-    # The epoch whose weights the network has: the best one where they were kept, but not after an interruption.
-    epoch = keeps[0].best_epoch if keeps and not ended and keeps[0].best_epoch else len(history.validation_loss)
-    accuracy, test_loss = (x[epoch - 1] if x else None for x in (history.validation_accuracy, history.validation_loss))
+
+def print_test(out: Console, history: History, epoch: int, samples: int, seconds: float) -> dict[str, Any]:
+    """Print what the validation after an epoch found, on so many samples; returns it by name."""
+    accuracy, loss = (x[epoch - 1] if x else None for x in (history.validation_accuracy, history.validation_loss))
     quality = {name: values[epoch - 1] for name, values in history.metrics.items() if values}
-    if test_loss is not None:
-        right = "" if accuracy is None else f" accuracy {in_percent(accuracy, n_test)}, test"
-        measures = "".join(f", R² {value:.4f}" for name, value in quality.items() if name == "r2")
-        out.print(f"test{right} loss {test_loss:.4f}{measures}, in {seconds:.1f} s")
-    if as_json:
-        print_json(
-            test_accuracy=accuracy,
-            test_loss=test_loss,
-            **{f"test_{name}": value for name, value in quality.items()},
-            seconds=seconds,
-            batch_size=loader.batch_size,
-            batch_reason=loader.plan.reason,
-            parameters=net.parameters.size,
-            device=where.device,
-            history=history.to_dict(),
-            arguments=arguments_of(context, **used(net, network, found.task), lr=optimizer.rate),
-            versions=versions(),
-            **({"epoch": epoch} if keeps else {}),
-            **({"interrupted": ended} if ended else {}),
-        )
-    if ended:
-        raise typer.Exit(code)
+    if loss is not None:
+        right = "" if accuracy is None else f" accuracy {in_percent(accuracy, samples)}, test"
+        r2 = f", R² {quality['r2']:.4f}" if "r2" in quality else ""
+        out.print(f"test{right} loss {loss:.4f}{r2}, in {seconds:.1f} s")
+    return {"test_accuracy": accuracy, "test_loss": loss, **{f"test_{name}": x for name, x in quality.items()}}
 
 
 def ranks_of_launcher() -> Ranks | None:
