@@ -19,8 +19,6 @@ from gpubatch import sources
 from gpubatch.errors import ArgumentError, DataFormatError
 from gpubatch.tables import is_large
 
-__all__ = ["Arrays", "RowsOf", "arrays_of", "check_there", "npz", "of_table", "rows", "taken"]
-
 PARTS = {"X": ("x", "x_train"), "Y": ("y", "y_train"), "X_test": ("x_test",), "Y_test": ("y_test",)}  # of an .npz file
 BLOCK = 1 << 20  # bytes that are read at once
 GAP = 8  # unwanted rows that one read may span: two reads take longer

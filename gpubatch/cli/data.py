@@ -24,21 +24,6 @@ from gpubatch.sizing import WHOLE_SET
 from gpubatch.tables import DIGESTED, Table, TrainingRows, is_large, read_table
 from gpubatch.train import drop_last_for, loader_for
 
-__all__ = [
-    "DataOptions",
-    "Samples",
-    "Task",
-    "Tested",
-    "Which",
-    "labelled_samples",
-    "loss_of",
-    "network_for",
-    "raw_samples",
-    "sizes_of",
-    "used",
-    "words_of",
-]
-
 MOST_LISTED = 12  # names in a message
 LOOKED_AT = 1 << 14  # rows by which the scale of columns is judged
 STEPS = 32  # in an epoch of a small set, at least, where batches have no fewer than 8 samples

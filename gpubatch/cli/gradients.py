@@ -16,8 +16,6 @@ from gpubatch.cli.shared import app, examples, print_json, table_of, versions
 from gpubatch.nn import OF_LABELS, Network, layers, losses
 from gpubatch.train import bar
 
-__all__ = ["CHECKED", "WITH_EVERY_LAYER", "check_gradient"]
-
 # The losses that are checked with every layer; the others are checked behind Tanh.
 WITH_EVERY_LAYER = ("softmax_cross_entropy", "sigmoid_cross_entropy", "mse", "svm")
 

@@ -22,8 +22,6 @@ from gpubatch.ops import cpu_products, host_library, own_form, products_for, red
 from gpubatch.parallel import Ranks
 from gpubatch.sizing import format_bytes
 
-__all__ = ["EXTRAS", "info"]
-
 # The optional dependencies: what they are for, and the packages that are imported.
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cli": ("this command", ("typer", "rich")),

@@ -17,8 +17,6 @@ from gpubatch.cli.shared import Report, app, arguments_of, examples
 from gpubatch.errors import ArgumentError, check_choice, check_int
 from gpubatch.train import TrainingState, bar, fit, short_runs
 
-__all__ = ["landscape"]
-
 
 @app.command(
     epilog=examples(

@@ -19,8 +19,6 @@ from gpubatch.loader import epochs_of
 from gpubatch.sizing import BatchPlan, fits, format_bytes, parse_bytes
 from gpubatch.train import plan_batches, validated
 
-__all__ = ["plan_memory"]
-
 AROUND = 5  # powers of two on each side of the chosen size that the table of sizes has
 
 

@@ -34,8 +34,6 @@ from gpubatch.metrics import measures_of, of_batches
 from gpubatch.model import Model, Preparation, load
 from gpubatch.train import bar
 
-__all__ = ["ModelOptions", "evaluate", "predict", "summary"]
-
 SCREEN = 80  # columns that a confusion matrix may take
 Out = Annotated[
     str | None, typer.Option(help="CSV file for the predictions, which replaces one of that name; - prints them.")

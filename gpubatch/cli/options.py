@@ -23,32 +23,6 @@ from gpubatch.errors import ArgumentError, check_choice
 from gpubatch.nn import ACTIVATIONS, INITS, LOSSES, OF_LABELS, Network
 from gpubatch.train import EXECUTIONS, BestWeights, EarlyStopping, ReduceOnPlateau, WeightAverage
 
-__all__ = [
-    "DECAYS",
-    "DTYPES",
-    "LR",
-    "OPTIMIZERS",
-    "AsJson",
-    "BackendName",
-    "BatchOptions",
-    "DtypeName",
-    "Metrics",
-    "NetworkOptions",
-    "OptimizerName",
-    "OptimizerOptions",
-    "PlotFile",
-    "Progress",
-    "Rate",
-    "RunOptions",
-    "Seed",
-    "TestSize",
-    "TrainingOptions",
-    "integers",
-    "names_of",
-    "optimizer_named",
-    "spread",
-]
-
 # By name on the command line: the optimizer at a learning rate, and the rate that it usually needs here.
 OPTIMIZERS: dict[str, tuple[Callable[..., optim.Optimizer], float]] = {
     "sgd": (optim.SGD, 0.2),

@@ -21,18 +21,6 @@ import gpubatch
 from gpubatch.errors import ArgumentError
 from gpubatch.parallel import launched
 
-__all__ = [
-    "Report",
-    "app",
-    "arguments_of",
-    "examples",
-    "in_percent",
-    "number_or_dash",
-    "print_json",
-    "table_of",
-    "versions",
-]
-
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,

@@ -15,8 +15,6 @@ from gpubatch.optim import SGD
 from gpubatch.shown import Shown
 from gpubatch.train import fit, short_runs
 
-__all__ = ["StrategyResult", "compare_strategies"]
-
 
 @dataclass(repr=False)
 class StrategyResult(Shown):

@@ -19,9 +19,6 @@ from gpubatch.errors import ArgumentError, check_choice
 from gpubatch.sizing import format_bytes
 from gpubatch.train import bar
 
-__all__ = ["sweep"]
-
-
 # What may vary, and which options each takes besides those of data and network.
 KINDS: dict[str, tuple[str, ...]] = {
     "step-size": ("optimizer", "batch_size", "at_most"),

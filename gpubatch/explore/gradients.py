@@ -25,8 +25,6 @@ from gpubatch.errors import (
 from gpubatch.explore.shared import Progress, check_net, kept_as_it_is, report
 from gpubatch.nn import Network
 
-__all__ = ["GradientCheck", "Kink", "check_network", "gradient_check", "numerical_gradient"]
-
 Index: TypeAlias = tuple[int, ...]
 STEPS = {"float32": 1e-2, "float64": 1e-5}  # h: near the cube root of eps, where rounding and truncation balance
 TOLERANCES = {"float32": 1e-2, "float64": 1e-7}

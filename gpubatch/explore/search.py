@@ -13,8 +13,6 @@ from gpubatch.explore.shared import Progress, check_net, loss_or_inf, report
 from gpubatch.nn import Network
 from gpubatch.shown import Shown
 
-__all__ = ["SearchResult", "random_local_search", "random_search"]
-
 
 @dataclass(frozen=True, repr=False)
 class SearchResult(Shown):

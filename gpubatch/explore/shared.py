@@ -13,8 +13,6 @@ from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
 from gpubatch.nn import Network
 
-__all__ = ["Progress", "check_net", "grid_of", "kept_as_it_is", "loss_or_inf", "positive_grid", "report"]
-
 Progress: TypeAlias = Callable[[int, int], Any]  # of what is done, and of how much there is in all
 
 

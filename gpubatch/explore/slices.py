@@ -18,8 +18,6 @@ from gpubatch.nn import BatchNorm, Dense, Network, core_of
 from gpubatch.params import FlatViews
 from gpubatch.shown import Shown
 
-__all__ = ["LossSlice", "loss_slice", "principal_directions"]
-
 # Samples, and activations of a layer, that a loss slice takes at a time. CPU: measured on two cores with 2 MiB of cache
 # each, 784-256-10 and 2,000 samples; half or twice as much is up to 40 % slower. A GPU wants few, large launches.
 SLICE_ROWS = {"cpu": 256, "cuda": 8192}

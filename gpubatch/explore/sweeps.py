@@ -21,18 +21,6 @@ from gpubatch.params import Parameters
 from gpubatch.shown import Shown
 from gpubatch.train import History, StopTraining, TrainingState, fit, loader_for, short_runs
 
-__all__ = [
-    "BatchSizeTrial",
-    "MakeOptimizer",
-    "OptimizerTrial",
-    "RangeTest",
-    "StepSizeSweep",
-    "batch_size_sweep",
-    "learning_rate_range_test",
-    "optimizer_sweep",
-    "step_size_sweep",
-]
-
 SIGNIFICANT = 4.0  # standard deviations by which a cost must fall; the lowest of 200 averages of noise is below 3
 MakeOptimizer: TypeAlias = Callable[[Parameters, float], Optimizer]
 

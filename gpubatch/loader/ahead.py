@@ -12,8 +12,6 @@ from typing import TypeVar
 
 from gpubatch.errors import ArgumentError
 
-__all__ = ["prepared"]
-
 Batch = TypeVar("Batch")
 
 

@@ -41,8 +41,6 @@ from gpubatch.sources import (
     turned,
 )
 
-__all__ = ["Column", "Columns", "Rows", "captured_dtype", "copy_into", "native"]
-
 DIGEST = 1 << 24  # bytes of an array that its digest is of: at most 40 ms
 Parts: TypeAlias = Mapping[int, int] | None  # how many rows there are of each part of a batch, by its number
 Rows: TypeAlias = dict[Reader, list[np.ndarray]]  # what was read, as it is stored

@@ -11,8 +11,6 @@ from gpubatch.errors import ArgumentError, check_int
 from gpubatch.parallel import Ranks, check_ranks
 from gpubatch.passes import Deal
 
-__all__ = ["MOST_SHARDS", "SHARDS", "Dealing", "PartOf", "check_dealing"]
-
 SHARDS = 8  # where ranks are given and their number is not
 MOST_SHARDS = 1 << 16
 

@@ -14,8 +14,6 @@ from gpubatch.ops import PERMUTATION_WORDS, Draws, Grid, Permutation, gather_bat
 from gpubatch.passes import Deal
 from gpubatch.staging import stages_for
 
-__all__ = ["DeviceFeed", "DeviceOrder", "copy_to_device"]
-
 
 def copy_to_device(array: np.ndarray, backend: CudaBackend) -> Array:
     """A C-contiguous copy of ``array`` on the device, complete for every stream."""

@@ -29,8 +29,6 @@ from gpubatch.parallel import Ranks
 from gpubatch.passes import DataPass, Deal
 from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, plan_batch_size
 
-__all__ = ["Epochs"]
-
 Batch = TypeVar("Batch")
 
 

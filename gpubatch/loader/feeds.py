@@ -21,8 +21,6 @@ from gpubatch.loader.windows import Windows, window_bytes
 from gpubatch.ops import Draws, Permutation
 from gpubatch.sizing import fits, format_bytes
 
-__all__ = ["BatchFeed", "Finish", "LoaderStats", "MainMemory", "OnDevice", "ThroughPinned", "belongs_on_device"]
-
 Batch = TypeVar("Batch")
 Finish: TypeAlias = Callable[..., Batch]  # of rows, epoch, the number of the batch in it, and perhaps its parts
 

@@ -13,8 +13,6 @@ from gpubatch.backend import Array, Backend
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError
 from gpubatch.inputs import check_kind
 
-__all__ = ["BatchFunction", "named_function"]
-
 
 @dataclass(frozen=True, eq=False)
 class BatchFunction:

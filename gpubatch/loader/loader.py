@@ -19,8 +19,6 @@ from gpubatch.own import as_written
 from gpubatch.parallel import Ranks
 from gpubatch.sizing import BatchPlan
 
-__all__ = ["Loader", "epochs_of", "rows_of"]
-
 
 @as_written
 class Loader:

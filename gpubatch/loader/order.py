@@ -28,24 +28,6 @@ from gpubatch.ops import CELL_WORDS, PERMUTATION_WORDS, CellSplit, Draws, Permut
 from gpubatch.passes import Deal
 from gpubatch.sources import check_finite
 
-__all__ = [
-    "LARGE",
-    "LEAST",
-    "OF_RANK",
-    "PEAK",
-    "WORD",
-    "Fraction",
-    "Images",
-    "Indices",
-    "Order",
-    "Samples",
-    "WeightedOrder",
-    "Windowed",
-    "epoch_order",
-    "split",
-    "version_of",
-]
-
 Indices: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 WORD = 2**64 - 1  # the largest seed and the largest epoch: together they are the key of the generator

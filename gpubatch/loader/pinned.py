@@ -23,8 +23,6 @@ import numpy as np
 
 from gpubatch.backend import Array, CudaBackend
 
-__all__ = ["Form", "Ring", "Slot", "take_into"]
-
 Form: TypeAlias = tuple[tuple[int, ...], np.dtype[Any]]  # shape and element type
 
 # One core gathers about 10 GB/s, a bus of today copies 25 to 55. A part is large beside what handing it over costs.

@@ -11,8 +11,6 @@ from gpubatch.errors import ArgumentError, NonFiniteError, ShapeError
 from gpubatch.inputs import Names, checked_array, columns_of
 from gpubatch.sources import as_source
 
-__all__ = ["Standardize"]
-
 SINGLE = np.finfo(np.float32)
 AT_ONCE = 1 << 20  # bytes of X that are looked at together
 PRECISE = 1e5  # the most deviations that a mean may be from 0: float32 has 24 bits

@@ -14,8 +14,6 @@ from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_choice,
 from gpubatch.inputs import checked_array
 from gpubatch.sources import ArraySource, Part
 
-__all__ = ["ClassWeights", "class_weights", "labels_of", "sample_weights"]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassWeights:

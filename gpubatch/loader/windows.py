@@ -15,8 +15,6 @@ from gpubatch.ops import permutation_bytes
 from gpubatch.sizing import parse_bytes
 from gpubatch.sources import Reader
 
-__all__ = ["Windows", "window_and_block", "window_bytes"]
-
 DEFAULT_WINDOW = "256 MiB"  # for sources that read neighbours together
 BLOCKS = 32  # in what is shuffled together: so many places of the set meet in a batch
 UNEVEN = (

@@ -34,8 +34,6 @@ from gpubatch.formula import (
 from gpubatch.nn import LOSSES, Elementwise, Layer, Loss, loss_of
 from gpubatch.own import changed
 
-__all__ = ["Decoder", "Encoder", "differences", "path_of"]
-
 OWN: dict[str, type[Any]] = {name: x for name in nn.__all__ if isinstance(x := getattr(nn, name), type)}
 FORMULAS: dict[str, dict[str, Activation | ScoreLoss]] = {
     "activation": {name: getattr(activations, name) for name in activations.__all__},

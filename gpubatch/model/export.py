@@ -22,8 +22,6 @@ from gpubatch.nn import ActivationLayer, BatchNorm, Dense, Dropout, Layer, Netwo
 from gpubatch.own import changed
 from gpubatch.tables import Category, Hashed, Numeric, Recipe
 
-__all__ = ["export_onnx"]
-
 OPSET, IR = 18, 8  # read by ONNX Runtime since 1.14
 OF_TEXTS, TEXTS_OPSET = "ai.onnx.ml", 3  # what has an operator that takes texts
 LARGEST = 2**31 - 2**20  # bytes of a file, a limit of ONNX

@@ -38,8 +38,6 @@ from gpubatch.model.describe import Decoder, Encoder, differences
 from gpubatch.model.preparation import Preparation
 from gpubatch.nn import Network, core_of, parameter_names, stacked
 
-__all__ = ["check_path", "check_writable", "read_file", "write_file"]
-
 FORMAT, VERSION = "gpubatch model", 1
 # What a network's description has, besides its dropout_step.
 NETWORK: dict[str, Any] = {

@@ -19,8 +19,6 @@ from gpubatch.nn import EVALUATION_ROWS, Network, core_of
 from gpubatch.sources import is_read
 from gpubatch.tables import Recipe, Table, read_table
 
-__all__ = ["Model", "load", "save"]
-
 COMPARED = 1 << 12  # rows of raw samples that are looked at together
 MOST_LISTED = 10  # class names in a message
 

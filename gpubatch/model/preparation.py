@@ -15,8 +15,6 @@ from gpubatch.loader import Loader, Standardize, epochs_of
 from gpubatch.model.describe import path_of
 from gpubatch.tables import Recipe, Table, TrainingRows
 
-__all__ = ["Preparation"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:

@@ -11,8 +11,6 @@ from typing import Any
 from gpubatch.errors import ArgumentError, check_choice, check_real
 from gpubatch.schedules.counted import Schedule, check_boundaries, check_schedule
 
-__all__ = ["Chain", "Product", "chain", "product"]
-
 
 @dataclass(frozen=True, repr=False)
 class Chain:
@@ -84,6 +82,7 @@ def product(*schedules: Schedule | float) -> Product:
 
 
 def value_of(part: Schedule | float, step: int, epoch: int) -> float:
+    """A schedule's value, or the number itself."""
     return part(step, epoch) if callable(part) else part
 
 

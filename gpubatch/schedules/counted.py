@@ -12,21 +12,6 @@ from typing import Annotated, Any, TypeAlias, get_type_hints
 
 from gpubatch.errors import ArgumentError, DTypeError, check_bool, check_choice, check_int, check_real
 
-__all__ = [
-    "Count",
-    "Counted",
-    "Flag",
-    "NonNegative",
-    "OrNone",
-    "Positive",
-    "Schedule",
-    "Unit",
-    "check_boundaries",
-    "check_schedule",
-    "cosine",
-    "mixed",
-]
-
 Schedule: TypeAlias = Callable[[int, int], float]
 
 

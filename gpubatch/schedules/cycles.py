@@ -9,8 +9,6 @@ from typing import Annotated
 from gpubatch.errors import ArgumentError, check_choice, check_int, check_real
 from gpubatch.schedules.counted import Count, Counted, Flag, NonNegative, OrNone, Positive, Unit, cosine, mixed
 
-__all__ = ["CosineRestarts", "Cyclic", "OneCycle"]
-
 
 @dataclass(frozen=True)
 class CosineRestarts(Counted):

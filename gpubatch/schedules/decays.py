@@ -23,17 +23,6 @@ from gpubatch.schedules.counted import (
     mixed,
 )
 
-__all__ = [
-    "CosineDecay",
-    "ExponentialDecay",
-    "InverseTimeDecay",
-    "LinearDecay",
-    "Piecewise",
-    "PolynomialDecay",
-    "SqrtDecay",
-    "StepDecay",
-]
-
 
 @dataclass(frozen=True)
 class InverseTimeDecay(Counted):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
@@ -11,13 +12,11 @@ from gpubatch.schedules import combined, cycles, decays
 from gpubatch.schedules.combined import Chain, Product
 from gpubatch.schedules.counted import Schedule
 
-__all__ = ["KINDS", "counts_epochs", "from_dict", "is_known", "saved", "to_dict", "up_to_date"]
-
 KINDS: dict[str, type[Any]] = {
     name: kind
     for module in (decays, cycles, combined)
     for name, kind in vars(module).items()  # in the order in which they are defined
-    if name in module.__all__ and isinstance(kind, type)
+    if isinstance(kind, type) and kind.__module__ == module.__name__ and not inspect.isabstract(kind)
 }
 
 

@@ -41,8 +41,6 @@ from gpubatch.sklearn.machine import Description, KeptOptimizer, Machine, check_
 from gpubatch.sklearn.training import OrderedEpochs, minimise
 from gpubatch.train import LossScale
 
-__all__ = ["MLPClassifier", "MLPRegressor"]
-
 LEARNING_RATES = ("constant", "invscaling", "adaptive")
 SMALLEST_RATE = 1e-6  # at which an adaptive learning rate is not divided any more
 DTYPES = (np.float64, np.float32)

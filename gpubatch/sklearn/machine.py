@@ -22,8 +22,6 @@ from gpubatch.optim import Optimizer
 from gpubatch.params import Parameters
 from gpubatch.train import LossScale
 
-__all__ = ["RULES", "Description", "KeptOptimizer", "Machine", "check_activation", "maker_of"]
-
 LARGEST = float(np.finfo(np.float16).max)
 PREDICTED = 1 << 14  # rows that are moved to a device, or made dense, at a time
 

@@ -16,8 +16,6 @@ from gpubatch.optim import Optimizer, unchecked
 from gpubatch.sklearn.machine import Machine
 from gpubatch.train import CapturedStep, LossScale, why_eager
 
-__all__ = ["OrderedEpochs", "minimise"]
-
 DECAYED = 1 << 13  # weights whose squares are summed at a time, on one of BLAS's threads
 AT_ONCE = 1 << 12  # rows of which L-BFGS computes the gradients at a time
 

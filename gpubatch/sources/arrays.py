@@ -13,18 +13,6 @@ from gpubatch.backend import Array, Backend, compute_dtype
 from gpubatch.errors import NonFiniteError
 from gpubatch.ops import gather_bytes, ops_for
 
-__all__ = [
-    "ArraySource",
-    "check_finite",
-    "check_rows",
-    "contiguous",
-    "convert",
-    "holds_all",
-    "is_mapped",
-    "largest_stored",
-    "turned",
-]
-
 BLOCK = 1 << 18  # elements that are looked at at a time
 
 

@@ -12,8 +12,6 @@ from gpubatch.errors import DataFormatError
 from gpubatch.sources.reader import InTurn
 from gpubatch.sources.rows import runs_of
 
-__all__ = ["Chunked", "is_chunked"]
-
 
 def is_chunked(x: Any) -> bool:
     """Whether ``x`` is no array of NumPy, CuPy or DLPack, no table and not sparse, but is read as an array is."""

@@ -9,8 +9,6 @@ from gpubatch.sources.chunked import Chunked, is_chunked
 from gpubatch.sources.parts import files, names_files
 from gpubatch.sources.reader import Source
 
-__all__ = ["as_source", "is_read"]
-
 
 def is_read(x: Any) -> bool:
     """Whether samples are read from ``x``, which may be larger than memory as an array: by place, not as a map."""

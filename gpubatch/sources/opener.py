@@ -13,8 +13,6 @@ from gpubatch.errors import DataFormatError
 from gpubatch.sources.reader import refuse_pickling
 from gpubatch.sources.remote import RemoteFile, is_url
 
-__all__ = ["BytesByPlace", "LocalFile", "Opener", "Reopened", "opener_of", "unquoted"]
-
 AT_ONCE = 1 << 20  # bytes that a system is asked to read ahead: Linux does not heed what is beyond a device's limit
 
 

@@ -24,8 +24,6 @@ from gpubatch.sources.remote import RemoteFile, is_url, shown
 from gpubatch.sources.rows import idx, npy, raw
 from gpubatch.sources.tables import arrow, hdf5, parquet
 
-__all__ = ["files", "names_files", "openers_of", "words_of"]
-
 OPEN = 32  # files that are open at a time: a system allows a process 1,024 or less
 FORMATS: dict[str, Callable[..., Any]] = {
     "parquet": parquet,

@@ -17,8 +17,6 @@ from gpubatch.errors import DataFormatError, DTypeError, ShapeError, check_int
 from gpubatch.inputs import check_kind
 from gpubatch.sources.arrays import check_rows, holds_all
 
-__all__ = ["Form", "InTurn", "Part", "Reader", "Source", "refuse_pickling"]
-
 Form: TypeAlias = tuple[np.dtype[Any], tuple[int, ...]]  # the element type and the shape of a sample
 
 

@@ -21,8 +21,6 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, GpubatchError, TransferError
 
-__all__ = ["RemoteFile", "is_url", "remote", "shown"]
-
 T = TypeVar("T")
 
 PIECE = 1 << 20  # bytes that are asked for at a time

@@ -39,20 +39,6 @@ from gpubatch.inputs import check_kind
 from gpubatch.sources.opener import BytesByPlace, LocalFile, Opener, Reopened, opener_of
 from gpubatch.sources.reader import Form, Source
 
-__all__ = [
-    "check_exists",
-    "cifar10",
-    "copy_rows",
-    "flat",
-    "idx",
-    "in_order_of_use",
-    "naming_the_file",
-    "npy",
-    "npz",
-    "raw",
-    "runs_of",
-]
-
 NPY_START = 1 << 16  # bytes of an .npy file; NumPy refuses headers of more than 10,000
 
 

@@ -19,8 +19,6 @@ from gpubatch.sources.opener import BytesByPlace, LocalFile, Opener, Reopened, o
 from gpubatch.sources.reader import Form, InTurn, Source
 from gpubatch.sources.rows import check_exists, copy_rows, flat, in_order_of_use, naming_the_file, runs_of
 
-__all__ = ["Grouped", "ParquetGroups", "arrow", "hdf5", "huggingface", "opened_arrow", "parquet"]
-
 ARROW_MAGIC = b"ARROW1"
 BETWEEN = 1 << 16  # bytes between two columns that are read as well, since asking twice takes longer
 RECORD_BATCH = 3  # among the kinds of an Arrow message

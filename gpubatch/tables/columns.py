@@ -13,21 +13,6 @@ import numpy as np
 
 from gpubatch.errors import ArgumentError, DataFormatError, NonFiniteError
 
-__all__ = [
-    "DATE",
-    "EMPTY",
-    "NUMBER",
-    "OTHER",
-    "TEXT",
-    "family",
-    "label_texts",
-    "lookalikes",
-    "need",
-    "numbers",
-    "plain",
-    "texts",
-]
-
 NUMBER, TEXT, CODED, DATE, EMPTY, OTHER = "numbers", "texts", "categories", "dates", "nothing", "other"
 
 

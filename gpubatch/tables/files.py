@@ -29,8 +29,6 @@ from gpubatch.tables.columns import DATE, family, label_texts, need
 from gpubatch.tables.recipe import LONGEST
 from gpubatch.tables.rows import Held, Rows, different
 
-__all__ = ["Looked", "Reading", "is_large", "looked_at", "streams"]
-
 ARROW_FILE, ARROW_STREAM, PARQUET = b"ARROW1", b"\xff\xff\xff\xff", b"PAR1"
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
 DELIMITERS = ",;\t|"

@@ -17,8 +17,6 @@ from gpubatch.tables.recipe import Category, Column, Hashed, LeftOut, Numeric, R
 from gpubatch.tables.rows import Rows
 from gpubatch.tables.statistics import DISTINCT, Median, Moments, Seen
 
-__all__ = ["KINDS", "NUMERAL", "Options", "check_types", "fit"]
-
 KINDS = (Numeric.kind, Category.kind, Hashed.kind)
 # Texts that people read as numbers: with a separator of thousands, a fraction, a currency or a percent sign.
 NUMERAL = re.compile(

@@ -12,8 +12,6 @@ from gpubatch.tables.fitting import NUMERAL, Options
 from gpubatch.tables.recipe import LONGEST, Target
 from gpubatch.tables.rows import Rows
 
-__all__ = ["find_target"]
-
 FEW, OFTEN = 10, 10  # whole floating numbers that may be classes, and how often each comes on average
 MANY = 100  # integers of a label from which on the task has to be said
 

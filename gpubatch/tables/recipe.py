@@ -15,20 +15,6 @@ import numpy as np
 from gpubatch.errors import ArgumentError, DataFormatError, check_bool, check_choice, check_int, check_real
 from gpubatch.tables.columns import label_texts, numbers, texts
 
-__all__ = [
-    "DIGESTED",
-    "LONGEST",
-    "MOST_BUCKETS",
-    "Category",
-    "Column",
-    "Hashed",
-    "LeftOut",
-    "Numeric",
-    "Recipe",
-    "Target",
-    "TrainingRows",
-]
-
 MOST_BUCKETS, MOST_CATEGORIES = 1 << 20, 1 << 14
 LONGEST = 10_000  # classes of a label
 DIGESTED = 256  # rows by which data are known again

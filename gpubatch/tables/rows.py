@@ -12,8 +12,6 @@ import numpy as np
 from gpubatch.errors import DataFormatError, DTypeError, check_real
 from gpubatch.tables.columns import need
 
-__all__ = ["Chosen", "Drawn", "Held", "Listed", "Rows", "different", "first_line", "of_frame"]
-
 BLOCK = 1 << 14  # rows that are looked at together of a table in memory
 
 

@@ -16,8 +16,6 @@ from gpubatch.tables.columns import CODED, TEXT, family, need
 from gpubatch.tables.files import Looked, Reading, looked_at, streams
 from gpubatch.tables.rows import Rows, first_line, of_frame
 
-__all__ = ["Joined", "opened"]
-
 OPEN = 32  # files that are open at a time: a system allows a process 1,024 or less
 
 

@@ -6,8 +6,6 @@ from collections import Counter
 
 import numpy as np
 
-__all__ = ["Median", "Moments", "Seen"]
-
 KEPT = 1 << 12  # numbers of a buffer of Median
 DISTINCT = 10_000  # texts that Seen tells apart
 

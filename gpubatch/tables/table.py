@@ -41,8 +41,6 @@ from gpubatch.tables.recipe import (
 from gpubatch.tables.rows import Chosen, Drawn, Listed, Rows
 from gpubatch.tables.several import opened
 
-__all__ = ["Table", "read_table"]
-
 TASKS = ("auto", "classification", "regression")
 UNDIVIDED = "; its first line has none of , ; tab and |: say which delimiter, or give pandas.read_fwf(path)"
 AT_ONCE = 1 << 14  # rows that become samples together
