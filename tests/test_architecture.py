@@ -200,7 +200,7 @@ CODE_LINES = {
     "passes": 70,
     "series": 189,
     "formula": 1673,
-    "schedules": 424,
+    "schedules": 387,
     "averages": 55,
     "backend": 545,
     "staging": 68,
