@@ -13,7 +13,7 @@ from gpubatch import explore, plot
 from gpubatch.cli import options
 from gpubatch.cli.data import DataOptions, Task, used
 from gpubatch.cli.options import BatchOptions, NetworkOptions, OptimizerOptions, TrainingOptions, spread
-from gpubatch.cli.shared import Report, app, arguments_of, examples
+from gpubatch.cli.shared import CommandReport, app, arguments_of, examples
 from gpubatch.errors import ArgumentError, check_choice, check_int
 from gpubatch.train import TrainingState, bar, fit, short_runs
 
@@ -77,7 +77,7 @@ def landscape(
     title += f"{len(X):,} samples\n{task.words}"
     lowest = np.unravel_index(found.losses.argmin(), found.losses.shape)
     place = ", ".join(f"{name} = {axis[i]:.3g}" for name, axis, i in zip("ab", axes, lowest, strict=False))
-    report = Report(
+    report = CommandReport(
         {
             "a": found.a,
             "b": found.b,

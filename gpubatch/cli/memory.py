@@ -13,7 +13,7 @@ from gpubatch import plot
 from gpubatch.cli import options
 from gpubatch.cli.data import DataOptions, network_for, used, words_of
 from gpubatch.cli.options import BatchOptions, NetworkOptions, OptimizerOptions, TrainingOptions, spread
-from gpubatch.cli.shared import Report, app, arguments_of, examples
+from gpubatch.cli.shared import CommandReport, app, arguments_of, examples
 from gpubatch.errors import check_int
 from gpubatch.loader import epochs_of
 from gpubatch.sizing import BatchPlan, fits, format_bytes, parse_bytes
@@ -61,7 +61,7 @@ def plan_memory(
     needed = {n: sum(parts.values()) for n, parts in curve.items()}
     words = words_of(net, found, network.activation, optimizer.optimizer or "")
     title = f"gpubatch batch-size, {len(found.X):,} samples\n{words}"
-    report = Report(
+    report = CommandReport(
         {
             "plan": plan,
             "needed_by_size": needed,

@@ -94,7 +94,7 @@ def _jsonable(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class Report(NamedTuple):
+class CommandReport(NamedTuple):
     """What a command found: values for machines, lines and tables for people, and a picture of a path and a title."""
 
     values: Mapping[str, Any]

@@ -13,7 +13,7 @@ from gpubatch import explore, plot
 from gpubatch.cli import options
 from gpubatch.cli.data import DataOptions, Task, used
 from gpubatch.cli.options import BatchOptions, NetworkOptions, RunOptions, integers, spread
-from gpubatch.cli.shared import Report, app, arguments_of, examples, number_or_dash, table_of
+from gpubatch.cli.shared import CommandReport, app, arguments_of, examples, number_or_dash, table_of
 from gpubatch.cli.strategies import compare_strategies
 from gpubatch.errors import ArgumentError, check_choice
 from gpubatch.sizing import format_bytes
@@ -102,7 +102,7 @@ def given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-def _sweep_steps(task: Task, optimizer: str, batch: int, show: explore.Progress) -> Report:
+def _sweep_steps(task: Task, optimizer: str, batch: int, show: explore.Progress) -> CommandReport:
     sizes = [float(f"1e{k}") for k in range(-10, 3)]
     one = explore.step_size_sweep(task.net, task.X, task.Y, sizes, task.weight)
     make = options.optimizer_named(optimizer)[0]
@@ -119,7 +119,7 @@ def _sweep_steps(task: Task, optimizer: str, batch: int, show: explore.Progress)
     name = "SGD" if optimizer == "sgd" else optimizer
     advice = "no suggestion" if test.suggestion is None else f"suggested learning rate for {name}: {test.suggestion:g}"
     lines = [f"one step on the whole set: {one.reason}", f"{advice}: {test.reason}"]
-    return Report(
+    return CommandReport(
         {"step_sizes": one, "range_test": test},
         [table, *lines],
         functools.partial(plot.plot_step_sizes, one, test),
@@ -140,7 +140,7 @@ def _sweep_batches(
     lr: float,
     run: RunOptions,
     show: explore.Progress,
-) -> Report:
+) -> CommandReport:
     trials = explore.batch_size_sweep(
         *(task.net, task.X, task.Y, sizes, target, make),
         lr=lambda n: lr * math.sqrt(n / 128),
@@ -166,14 +166,14 @@ def _sweep_batches(
     if fastest is not None:
         line = f"batch size {fastest.batch_size} was the first at the loss {target:g}"
         line += f", after {fastest.seconds_to_target:.2f} s"
-    return Report(
+    return CommandReport(
         {"batch_sizes": trials, "target": target},
         [table, line],
         functools.partial(plot.plot_batch_sizes, trials, target),
     )
 
 
-def _sweep_optimizers(task: Task, run: RunOptions, batch: int, show: explore.Progress) -> Report:
+def _sweep_optimizers(task: Task, run: RunOptions, batch: int, show: explore.Progress) -> CommandReport:
     trials = explore.optimizer_sweep(
         *(task.net, task.X, task.Y), epochs=run.epochs or 0, batch_size=batch, **runs(task, run, show)
     )
@@ -186,7 +186,7 @@ def _sweep_optimizers(task: Task, run: RunOptions, batch: int, show: explore.Pro
         edge = ", at the edge of the grid: a better one may lie outside" if t.at_edge else ""
         accuracy = number_or_dash(t.accuracy, 100, "{:.2f}")
         lines.append(f"  {t.name} {t.loss:.4f}, accuracy {accuracy} %, with learning rate {t.best_lr:g}{edge}")
-    return Report({"optimizers": trials}, [table, *lines], functools.partial(plot.plot_optimizers, trials))
+    return CommandReport({"optimizers": trials}, [table, *lines], functools.partial(plot.plot_optimizers, trials))
 
 
 def _sweep_strategies(
@@ -197,11 +197,11 @@ def _sweep_strategies(
     run: RunOptions,
     batches: BatchOptions,
     show: explore.Progress,
-) -> Report:
+) -> CommandReport:
     rate = (0.01 if task.net.loss_name == "svm" else 0.1) if lr is None else lr
     results = compare_strategies(task, trials, scale, rate, run, batches, show)
     table = table_of("strategy", "tried", "loss", "accuracy (%)", "on test (%)", "seconds")
     for r, tried in zip(results, (f"{trials} trials", f"{trials} trials", f"{run.epochs} epochs"), strict=True):
         accuracy, held_out = (number_or_dash(value, 100, "{:.2f}") for value in (r.accuracy, r.test_accuracy))
         table.add_row(r.name, tried, f"{r.loss:.4f}", accuracy, held_out, f"{r.seconds:.2f}")
-    return Report({"strategies": results}, [table], functools.partial(plot.plot_strategies, results))
+    return CommandReport({"strategies": results}, [table], functools.partial(plot.plot_strategies, results))
