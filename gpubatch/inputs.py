@@ -59,12 +59,46 @@ def checked_array(name: str, x: Any, backend: Backend) -> Array:
         raise DeviceMismatchError(f"{name} must be a NumPy array or an array on {backend.spec!r}: {error}") from error
     except ValueError as error:
         raise ShapeError(f"{name} must be an array, or nested lists of equal lengths: {error}") from error
+    if array.dtype == object and array.ndim and (parts := parts_of(x)):
+        array = of_one_type(name, parts, array.ndim)
     if array.dtype == object and array.ndim == 0:
         raise DTypeError(f"{name} must be an array, got {'None' if x is None else f'a {type(x).__name__}'}")
     check_kind(name, array.dtype)
     if array.ndim == 0 or array.size == 0:
         raise ShapeError(f"{name} must hold at least one sample of at least one number, got shape {array.shape}")
     return array
+
+
+def parts_of(x: Any) -> dict[str, Any]:
+    """The columns of a frame by name, or a series; nothing of what is neither."""
+    if len(getattr(x, "shape", ())) != 2:
+        return {"": x} if hasattr(x, "dtype") and not isinstance(x, np.ndarray) else {}
+    names = getattr(x, "column_names", getattr(x, "columns", None))
+    if names is None or callable(names):
+        return {}
+    return {str(name): x.iloc[:, i] if hasattr(x, "iloc") else x[name] for i, name in enumerate(names)}
+
+
+def of_one_type(name: str, columns: Mapping[str, Any], ndim: int) -> np.ndarray:
+    """Columns of numbers of different types, as pandas' own ones and booleans are, as an array; NaN for no value."""
+    arrays = {column: array_of(values) for column, values in columns.items()}
+    if wrong := [column for column, array in arrays.items() if array.dtype.kind not in "biuf"]:
+        if ndim == 1:
+            return arrays[wrong[0]]
+        shown = ", ".join(map(repr, wrong[:8])) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+        raise DTypeError(
+            f"{name} must hold numbers, and its column{'s' * (len(wrong) > 1)} {shown} hold others; gb.read_table "
+            "makes numbers of texts and categories"
+        )
+    return arrays[""] if ndim == 1 else np.stack(list(arrays.values()), axis=1)
+
+
+def array_of(values: Any) -> np.ndarray:
+    """A column as an array; one of numbers of pandas' own types is floating."""
+    if hasattr(values, "array") and getattr(values.dtype, "kind", "O") in "biuf":
+        found: np.ndarray = values.to_numpy(dtype=np.float64, na_value=np.nan)
+        return found
+    return np.asarray(values)
 
 
 def taken(name: str, x: Any, backend: Backend) -> Array:

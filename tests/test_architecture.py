@@ -205,7 +205,7 @@ CODE_LINES = {
     "backend": 545,
     "staging": 68,
     "parallel": 597,
-    "inputs": 205,
+    "inputs": 230,
     "ops": 2782,
     "sizing": 264,
     "params": 99,

@@ -1301,6 +1301,30 @@ FRAMES: dict[str, tuple[Callable[[Any], Any], str | None]] = {
 }
 
 
+def test_frames_of_several_types_of_numbers() -> None:
+    """Booleans among numbers, and pandas' own types, are numbers; what is none is named, and no value is NaN."""
+    pd = peer("pandas")
+    frame = pd.DataFrame({"i": range(4), "b": [True, False] * 2, "f": [0.5, 1.5, 2.5, 3.5]})
+    wanted = [[0, 1, 0.5], [1, 0, 1.5], [2, 1, 2.5], [3, 0, 3.5]]
+    for X in (
+        frame,
+        frame.convert_dtypes(),
+        frame.astype({"f": "Float64"}),
+        frame.convert_dtypes(dtype_backend="pyarrow"),
+    ):
+        x, y = next(iter(gb.Loader(X, X["b"], batch_size=4, shuffle=False, backend="cpu")))
+        assert (x.tolist(), x.dtype, y.tolist()) == (wanted, np.float64, [1, 0, 1, 0])
+    gaps = frame.astype("Int64", errors="ignore").mask(frame["i"] == 2)
+    for X, y in ((gaps, None), (frame, gaps["b"].astype("boolean"))):
+        with pytest.raises(gb.NonFiniteError, match=r"(X\[2, 0\]|Y\[2\]) is nan"):
+            gb.Loader(X, y, backend="cpu")
+    for others, named in (({"s": "x"}, "column 's' hold"), ({"s": "x", "t": "y"}, "columns 's', 't' hold")):
+        with pytest.raises(
+            DTypeError, match=f"X must hold numbers, and its {named} others; gb.read_table makes numbers"
+        ):
+            gb.Loader(frame.assign(**others), backend="cpu")
+
+
 @pytest.mark.filterwarnings("ignore::gpubatch.FewStepsWarning")
 @pytest.mark.parametrize("name", FRAMES)
 def test_frames_are_held_against_the_columns_of_training(name: str, tmp_path: Path) -> None:
