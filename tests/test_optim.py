@@ -736,6 +736,7 @@ def read_only() -> np.ndarray:
 
 
 W = np.zeros((2, 3))
+MASKED = np.ma.array(np.zeros((2, 3)), mask=[[0, 1, 0], [0, 0, 0]])
 ERRORS = {
     "negative lr": (lambda: gb.Adam([W], lr=-0.1), ValueError, r"lr must be finite and in \[0, inf\), got -0.1"),
     "nan lr": (lambda: gb.SGD([W], lr=float("nan")), ValueError, "lr .* got nan"),
@@ -781,6 +782,8 @@ ERRORS = {
     "integers": (lambda: gb.SGD([np.zeros(2, int)], 0.1), TypeError, r"params\['0'\] must be float32 or float64"),
     "two types": (lambda: gb.SGD({"a": W, "b": W.astype("f")}, 0.1), TypeError, "'a' is float64, 'b' is float32"),
     "read-only": (lambda: gb.SGD({"a": read_only()}, 0.1), ValueError, r"params\['a'\] is read-only"),
+    "masked": (lambda: gb.SGD([MASKED], 0.1), gb.NonFiniteError, r"params\['0'\] must have a value .* 1 of its 6 "),
+    "masked gradient": (lambda: gb.SGD([W], 0.1).step([MASKED]), gb.NonFiniteError, r"grads\['0'\] must have a value"),
     "twice": (lambda: gb.SGD([W, W], 0.1), ValueError, "the same array twice"),
     "overlap": (lambda: gb.SGD({"a": W, "b": W[1:]}, 0.1), ValueError, r"params\['a'\] and params\['b'\] share memory"),
     "broadcast": (lambda: gb.SGD([expanded()], 0.1), ValueError, r"elements of params\['0'\] share memory, .* twice"),
@@ -1075,3 +1078,10 @@ def test_a_schedule_that_takes_no_epoch_is_refused_when_it_is_given() -> None:
 def test_a_network_given_for_its_parameters_is_told_so() -> None:
     with pytest.raises(gb.DTypeError, match=r"^params must be .* got a gpubatch.*Network; give its .parameters$"):
         gb.Adam(gb.mlp([3, 2], backend="cpu"))
+
+
+def test_matrices_of_numpy_are_arrays() -> None:
+    """Their products are others, which the look at what is finite stumbled over."""
+    w = np.ones((2, 2)).view(np.matrix)
+    gb.SGD([w], lr=0.5).step([np.ones((2, 2)).view(np.matrix)])
+    np.testing.assert_array_equal(w, np.full((2, 2), 0.5))

@@ -55,6 +55,8 @@ def named_arrays(arrays: Any, argument: str, *, writable: bool = False, optional
         if is_foreign(array):
             # PyTorch exports no tensor that requires a gradient; its memory is what an optimizer updates.
             array = from_dlpack(array.detach() if getattr(array, "requires_grad", False) else array)
+        elif isinstance(array, (np.matrix, np.ma.MaskedArray)):
+            array = np.asarray(unmasked(label, array))  # a matrix has other products
         elif not isinstance(array, np.ndarray) and not is_cupy(array):
             groups = isinstance(array, Mapping) and "params" in array
             hint = "; all arrays are params, and groups= has the settings of some by name" if groups else ""
