@@ -171,25 +171,33 @@ def _program(name: str, lines: list[Any], results: list[Any], known: list[str]) 
 
 def _check(name: str, node: ast.AST, names: set[str]) -> None:
     """Raise FormulaError unless an expression has nothing but known names, numbers, operators and functions."""
-    operands: list[ast.expr]
     if isinstance(node, ast.Name) and node.id in names:
         return
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and is_finite(node.value):
         return
-    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        operands = [node.left, node.right]
-    elif isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
-        operands = [node.operand]
-    elif isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in OPERATORS:
-        operands = [node.left, *node.comparators]
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS:
-        operands = node.args
-        if node.keywords or len(operands) != OPS[FUNCTIONS[node.func.id]].text.count("{}"):
-            raise FormulaError(f"{name}: {node.func.id} has other operands")
-    else:
+    if (found := _operation(node)) is None:
         raise FormulaError(f"{name}: {ast.unparse(node)[:99]!r} is no known name, function or operator, and no number")
+    function, operands = found
+    if isinstance(node, ast.Call) and (node.keywords or len(operands) != OPS[function].text.count("{}")):
+        raise FormulaError(f"{name}: {ast.unparse(node.func)} has other operands")
     for operand in operands:
         _check(name, operand, names)
+
+
+def _operation(node: ast.AST) -> tuple[Callable[..., Any], list[ast.expr]] | None:
+    """The function of NumPy that a node of an expression stands for, and its operands; None for any other node."""
+    if isinstance(node, ast.Call):
+        function = FUNCTIONS.get(node.func.id) if isinstance(node.func, ast.Name) else None
+        operands = node.args
+    elif isinstance(node, ast.BinOp):
+        function, operands = OPERATORS.get(type(node.op)), [node.left, node.right]
+    elif isinstance(node, ast.UnaryOp):
+        function, operands = OPERATORS.get(type(node.op)), [node.operand]
+    elif isinstance(node, ast.Compare) and len(node.ops) == 1:
+        function, operands = OPERATORS.get(type(node.ops[0])), [node.left, *node.comparators]
+    else:
+        return None
+    return None if function is None else (function, operands)
 
 
 def _value(name: str, node: ast.expr, values: Mapping[str, Any]) -> Any:
@@ -198,16 +206,9 @@ def _value(name: str, node: ast.expr, values: Mapping[str, Any]) -> Any:
         return values[node.id]
     if isinstance(node, ast.Constant):
         return node.value
-    if isinstance(node, ast.Call):
-        assert isinstance(node.func, ast.Name)
-        function, operands = FUNCTIONS[node.func.id], node.args
-    elif isinstance(node, ast.BinOp):
-        function, operands = OPERATORS[type(node.op)], [node.left, node.right]
-    elif isinstance(node, ast.UnaryOp):
-        function, operands = OPERATORS[type(node.op)], [node.operand]
-    else:
-        assert isinstance(node, ast.Compare)
-        function, operands = OPERATORS[type(node.ops[0])], [node.left, *node.comparators]
+    operation = _operation(node)
+    assert operation is not None, "the expression is checked"
+    function, operands = operation
     given = [_value(name, operand, values) for operand in operands]
     if not any(isinstance(x, Symbol) or getattr(x, "shape", ()) for x in given):
         if isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant):
