@@ -355,28 +355,19 @@ def check_same_batches(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None
         if name in ("prepared", "augmented") and before and value and np.allclose(before, value, rtol=1e-3, atol=1e-6):
             continue  # other devices round otherwise
         if before != value:
-            what = {
-                "held out": f"{before} samples held out for validation",
-                "samples": "other samples",
-                "content": "other samples",
-                "shapes": f"samples of the shapes {saved[name]}",
-                "prepared": "another prepare, which makes other numbers of the same samples",
-                "augmented": "another augment, which makes other numbers of the same samples",
-                "weights": "other weights of samples or classes" if before else "no weights",
+            weighted = "other weights of samples or classes" if before else "no weights"
+            here = "" if before and value else f", this one has {'some' if value else 'none'}"
+            words = {
+                "held out": (f"{before} samples held out for validation", f", this one holds out {value}"),
+                "samples": ("other samples", ""),
+                "content": ("other samples", ""),
+                "shapes": (f"samples of the shapes {saved[name]}", f", this one has {value}"),
+                "prepared": ("another prepare, which makes other numbers of the same samples", ""),
+                "augmented": ("another augment, which makes other numbers of the same samples", ""),
+                "weights": (weighted, here),
             }
-            here = {
-                "samples": "",
-                "content": "",
-                "augmented": "",
-                "weights": "" if before and value else f", this one has {'some' if value else 'none'}",
-                "shapes": f", this one has {value}",
-                "prepared": "",
-                "held out": f", this one holds out {value}",
-            }
-            raise ArgumentError(
-                f"it is of a loader with {what.get(name, f'{name}={saved[name]!r}')}"
-                f"{here.get(name, f', this one has {value!r}')}"
-            )
+            what, own_words = words.get(name, (f"{name}={saved[name]!r}", f", this one has {value!r}"))
+            raise ArgumentError(f"it is of a loader with {what}{own_words}")
 
 
 def check_same_network(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
