@@ -10,10 +10,10 @@ from typing import Any
 from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, check_bool, check_choice, check_int, check_real, suggesting
 from gpubatch.nn import Network
-from gpubatch.optim import MASTER, Optimizer
+from gpubatch.optim import Optimizer
 from gpubatch.train.history import StopTraining, TrainingState
 from gpubatch.train.live import copied, live_callback
-from gpubatch.train.parts import OfARun
+from gpubatch.train.parts import OfARun, flats_of, put, take
 
 MODES = ("auto", "min", "max")
 HIGHER = ("accuracy", "r2", "f1", "precision", "recall", "top_")  # in the names of numbers that are better if higher
@@ -108,18 +108,11 @@ class KeptWeights:
         """Copy them."""
         self.bind(net)
         self.filled = True
-        with net.backend.scope():
-            for name, flat in flats_of(net).items():
-                self._arrays[name][...] = flat
+        take(net, self._arrays)
 
     def restore(self, net: Network, opt: Optimizer | None = None) -> None:
         """Put them back, into an optimizer's float32 copies, too."""
-        with net.backend.scope():
-            for name, flat in flats_of(net).items():
-                flat[...] = self._arrays[name]
-            master: Mapping[str, Array] = {} if opt is None else opt.state.get(MASTER, {})
-            for name, view in master.items():
-                view[...] = net.parameters[name]
+        put(net, self._arrays, opt)
 
     def live_state(self) -> dict[str, Any]:
         """The kept weights themselves; empty if there are none."""
@@ -128,11 +121,6 @@ class KeptWeights:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them over."""
         self.filled, self._arrays = bool(state), dict(state)
-
-
-def flats_of(net: Network) -> dict[str, Array]:
-    """Weights and running statistics, each in one array."""
-    return {"parameters": net.parameters.flat, "buffers": net.buffers.flat}
 
 
 class Watching(OfARun):

@@ -82,6 +82,28 @@ def factor_of(net: Network) -> float:
     return 1.0 if net.loss_scale is None else float(net.loss_scale[0])
 
 
+def flats_of(net: Network) -> dict[str, Array]:
+    """Weights and running statistics, each in one array."""
+    return {"parameters": net.parameters.flat, "buffers": net.buffers.flat}
+
+
+def take(net: Network, arrays: Mapping[str, Array]) -> None:
+    """Copy weights, and perhaps running statistics, to ``arrays`` by the names of :func:`flats_of`."""
+    with net.backend.scope():
+        for name, array in arrays.items():
+            array[...] = flats_of(net)[name]
+
+
+def put(net: Network, arrays: Mapping[str, Array], opt: Optimizer | None = None) -> None:
+    """Give a network what :func:`take` copied, and the float32 copies of ``opt`` the same weights."""
+    with net.backend.scope():
+        for name, array in arrays.items():
+            flats_of(net)[name][...] = array
+        master: Mapping[str, Array] = {} if opt is None else opt.state.get(MASTER, {})
+        for name, view in master.items():
+            view[...] = net.parameters[name]
+
+
 # --- between gradient and update -------------------------------------------------------------------------------------
 
 
@@ -283,27 +305,17 @@ class WeightAverage(StepPart):
         """Give a network the average, and master weights of ``opt`` too; without an update, nothing changes."""
         if not self.updates:
             return
-        with net.backend.scope():
-            for name, flat in self._flats(net).items():
-                flat[...] = self._mean[name]
-            master: Mapping[str, Array] = {} if opt is None else opt.state.get(MASTER, {})
-            for name, view in master.items():
-                view[...] = net.parameters[name]
+        put(net, {name: self._mean[name] for name in self._flats(net)}, opt)
 
     @contextlib.contextmanager
     def averaged(self, state: TrainingState) -> Iterator[None]:
         """Meanwhile the network of a run has the average."""
-        net = state.net
-        with net.backend.scope():
-            for name, flat in self._flats(net).items():
-                self._before[name][...] = flat
-        self.apply(net)
+        take(state.net, self._before)
+        self.apply(state.net)
         try:
             yield
         finally:
-            with net.backend.scope():
-                for name, flat in self._flats(net).items():
-                    flat[...] = self._before[name]
+            put(state.net, self._before)
 
     def on_start(self, state: TrainingState) -> None:
         """Allocate the memory, and count the steps from here on; the average of another network is forgotten."""
@@ -384,7 +396,5 @@ class WeightAverage(StepPart):
 
     def _flats(self, net: Network) -> dict[str, Array]:
         """What is averaged."""
-        found = {"parameters": net.parameters.flat}
-        if self.buffers and net.buffers.size:
-            found["buffers"] = net.buffers.flat
-        return found
+        found = flats_of(net)
+        return found if self.buffers and net.buffers.size else {"parameters": found["parameters"]}
