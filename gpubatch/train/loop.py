@@ -42,7 +42,7 @@ from gpubatch.train.eager import EagerSteps
 from gpubatch.train.history import History, StopTraining, TrainingState
 from gpubatch.train.loss_scale import LossScale
 from gpubatch.train.memory import evaluate, halve, measured, memory_message, power_below, settle_batches
-from gpubatch.train.record import Between, Record, Steps
+from gpubatch.train.record import Record, Steps
 from gpubatch.train.resume import RunCheckpoints, describe_network, open_checkpoints
 from gpubatch.train.signals import BetweenSteps, interruptible
 from gpubatch.train.together import Agreement, RanksMemoryError
@@ -223,8 +223,7 @@ def fit(
         warn_if_idle(record, (epochs - len(record.history.loss)) * len(loader) - record.epoch.batches)
         warn_if_few(record, epochs)
         warn_if_past(record, epochs)
-        run = Run(record, drivers, execution == "captured", held_out, watching, metrics)
-        between = BetweenSteps(record, checkpoints)
+        run = Run(record, drivers, execution == "captured", held_out, watching, metrics, checkpoints)
         done = len(record.history.loss)
         shown = display(progress and together.first, epochs, len(loader), done * len(loader) + record.epoch.batches)
         with together.phase():
@@ -233,32 +232,22 @@ def fit(
         with history_in_errors(record), exits, checkpoints.completed(), eager.scaling():
             with interruptible(record.signals), shown as record.display:
                 record.state.note = record.display.note
-                if checkpoints.resumed:
-                    left = "" if done < epochs else f"; the run has made its {epochs} epochs, nothing is left to do"
-                    record.display.note(checkpoints.resumed + left)
-                elif epochs:
-                    record.display.note(f"{in_steps(loader, epochs)}, batches of {loader.batch_size:,}")
-                for text in early:
+                for text in (*first_words(record, checkpoints, epochs), *early):
                     record.state.note(text)
-                try:
-                    for number in range(done + 1, epochs + 1) if stopped is None else ():
-                        run.epoch(between)
-                        record.display.epoch(number, record.history)
-                        watching.epoch(record.state)
-                        checkpoints.after_epoch()
-                        between.stop_if_signalled()
-                except StopTraining as stop:
-                    if together.several and not isinstance(stop, AgreedStop):
-                        raise  # from where only callbacks should: the other ranks do not stop
-                    stopped = str(stop)
-                if stopped:
-                    record.state.note(stopped)
-                record.check_alike()
-                checkpoints.save()
-                if not between.signalled():
-                    watching.end(record.state)
-            between.stop_if_signalled()  # a signal that came after the last look
+                run.until(epochs, stopped)
+            run.between.stop_if_signalled()  # a signal that came after the last look
     return record.history
+
+
+def first_words(record: Record, checkpoints: RunCheckpoints, epochs: int) -> Iterator[str]:
+    """How the run begins, for its display."""
+    loader = record.state.loader
+    if checkpoints.resumed:
+        done = len(record.history.loss) >= epochs
+        left = f"; the run has made its {epochs} epochs, nothing is left to do" if done else ""
+        yield checkpoints.resumed + left
+    elif epochs:
+        yield f"{in_steps(loader, epochs)}, batches of {loader.batch_size:,}"
 
 
 def compared_arguments(
@@ -449,15 +438,41 @@ class Run:
         held_out: HeldOut | None,
         callbacks: Callbacks,
         metrics: Sequence[str],
+        checkpoints: RunCheckpoints,
     ) -> None:
         self._record, self._drivers, self._must_capture, self._held_out = record, drivers, must_capture, held_out
-        self._callbacks, self._metrics = callbacks, metrics
+        self._callbacks, self._metrics, self._checkpoints = callbacks, metrics, checkpoints
+        self.between = BetweenSteps(record, checkpoints)
 
-    def epoch(self, between: Between) -> None:
+    def until(self, epochs: int, stopped: str | None) -> None:
+        """Make the epochs up to number ``epochs``, save the run, and tell the callbacks of its end.
+
+        stopped: why there is to be no epoch, in words, perhaps no words; None if there is.
+        """
+        record, together = self._record, self._record.together
+        try:
+            for number in range(len(record.history.loss) + 1, epochs + 1) if stopped is None else ():
+                self._epoch()
+                record.display.epoch(number, record.history)
+                self._callbacks.epoch(record.state)
+                self._checkpoints.after_epoch()
+                self.between.stop_if_signalled()
+        except StopTraining as stop:
+            if together.several and not isinstance(stop, AgreedStop):
+                raise  # from where only callbacks should: the other ranks do not stop
+            stopped = str(stop)
+        if stopped:
+            record.state.note(stopped)
+        record.check_alike()
+        self._checkpoints.save()
+        if not self.between.signalled():
+            self._callbacks.end(record.state)
+
+    def _epoch(self) -> None:
         """Make an epoch, or what remains of it, and add it to the history with its validation."""
         record = self._record
         if record.begin_epoch():
-            while (failure := self._steps_or_failure(between)) is not None:
+            while (failure := self._steps_or_failure()) is not None:
                 halve(record, self._drivers, failure)
                 record.rewind()
         record.close_epoch()
@@ -466,10 +481,10 @@ class Run:
                 self._validate(self._held_out)
                 self._callbacks.validation(record.state)
 
-    def _steps_or_failure(self, between: Between) -> str | None:
+    def _steps_or_failure(self) -> str | None:
         """Make the remaining steps; None if the epoch is complete, else for what there was no memory, in words."""
         try:
-            self._make_steps(between)
+            self._make_steps()
         except InsufficientMemoryError:
             raise  # smaller micro-batches would not help
         except MemoryError as error:
@@ -478,12 +493,12 @@ class Run:
             return memory_message(error)  # leaving this block frees the failed batch, which the traceback holds
         return None
 
-    def _make_steps(self, between: Between) -> None:
+    def _make_steps(self) -> None:
         record = self._record
         record.history.execution = "eager"
         record.start_clock()
         for steps in self._drivers:
-            if not (why := steps.run(between)):
+            if not (why := steps.run(self.between)):
                 return
             if self._must_capture:
                 refused = ArgumentError(f"execution must be 'auto' or 'eager' here, got 'captured': {why}")
