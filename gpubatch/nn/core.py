@@ -20,6 +20,7 @@ from gpubatch.backend import Array, Backend, compute_dtype
 from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError, UnscaledWarning
 from gpubatch.inputs import ColumnNames, DenseRows, SparseMatrix, check_kind, is_sparse, taken
 from gpubatch.nn.checks import WatchedLayer, WatchedLoss, of_the_user
+from gpubatch.nn.initial import declared, first_values
 from gpubatch.nn.layers import BatchNorm, Dense, DenseActivation, Layer
 from gpubatch.nn.losses import (
     NO_MEAN,
@@ -31,9 +32,9 @@ from gpubatch.nn.losses import (
     counts_of,
     no_mean,
 )
-from gpubatch.nn.needs import ByPlace, Context, Mode, Parameter, Random
+from gpubatch.nn.needs import Context, Mode
 from gpubatch.nn.parts import PartSums
-from gpubatch.nn.stack import Stacked, describe_layer, fused, parameter_names, stacked, told
+from gpubatch.nn.stack import Stacked, describe_layer, fused, parameter_names, stacked
 from gpubatch.nn.workspace import (
     Arrange,
     Layout,
@@ -47,12 +48,10 @@ from gpubatch.nn.workspace import (
     training_arrays,
     workspace_bytes,
 )
-from gpubatch.ops import COMPUTE, Space, ops_for, philox_generator, products_for
+from gpubatch.ops import COMPUTE, Space, ops_for, products_for
 from gpubatch.own import changed
-from gpubatch.params import FlatViews, Parameters, by_alignment
 
 EVALUATION_ROWS = 1024  # rows that are evaluated at a time: large enough for full speed, and a bound on memory
-DRAWN = 1 << 16  # elements of first values that are drawn at a time: in double precision all would be the largest array
 L2_BLOCK = 1 << 15  # elements that the l2 gradient takes at a time on the CPU, small enough for the cache
 
 
@@ -111,7 +110,7 @@ class Core:
         largest = max((math.prod(p.shape) for run in self.layers for p in run.needs.parameters.values()), default=0)
         self.products = products_for(backend, dtype, precision, tune, largest)
         self.names = parameter_names(self.layers)
-        self.parameters, self.buffers = self._first_values()
+        self.parameters, self.buffers = first_values(self.layers, self.names, loss.classifies, seed, backend, dtype)
         self.loss_scale: Array = None
         if dtype == np.float16:
             self.loss_scale = backend.asarray(np.ones(1, self.compute_dtype))
@@ -280,14 +279,17 @@ class Core:
         X: Array,
         Y: Array,
         weights: Array | None,
-        rows: int,
+        rows: int | None,
         one: Callable[[Array, Array, Array | None, float], None],
     ) -> None:
         """Add up the gradients of a batch from about equal parts of at most ``rows`` rows; ``one`` computes each.
 
-        ``weights`` are those of the whole batch, whose mean is 1: the means of the parts, each with its share, add up
-        to the mean of the batch.
+        A batch of no more rows is one part, as it is with None. ``weights`` are those of the whole batch, whose mean is
+        1: the means of the parts, each with its share, add up to the mean of the batch.
         """
+        if rows is None or len(X) <= rows:
+            one(X, Y, weights, 1.0)
+            return
         if self._sums is None:
             self._sums = self.backend.empty(self.parameters.flat.shape, self.compute_dtype)
         grads, first = self.parameters.grads.flat, self.mode.row
@@ -330,11 +332,7 @@ class Core:
             self.backward(run, x)
 
         with self.enqueueing(step):
-            weights = self.weights(Y, weight)
-            if len(X) <= micro_batch_size:
-                one(X, Y, weights, 1.0)
-            else:
-                self.micro_batches(X, Y, weights, micro_batch_size, one)
+            self.micro_batches(X, Y, self.weights(Y, weight), micro_batch_size, one)
         return self.owned
 
     @contextlib.contextmanager
@@ -501,54 +499,14 @@ class Core:
             calls.append((self._watched.get(place, layer), y, dx, context))
         return Pass(calls, loss)
 
-    # --- first values ---
-
     def names_with(self, l2: bool) -> list[str]:
         """The names of the parameters whose layers declare that the l2 term counts them, or of the others."""
-        return [self.names[i][name] for i, name, p in self._declared("parameters") if p.l2 == l2]
+        return [self.names[run.place][name] for run, name, p in declared(self.layers, "parameters") if p.l2 == l2]
 
     def _spans_of(self, names: Sequence[str]) -> Array:
         """Where these parameters lie in the flat buffer, as rows (start, stop) on the device."""
         spans = [self.parameters.spans[name] for name in names]
         return self.backend.asarray(np.array(spans, np.int64).reshape(-1, 2))
-
-    def _declared(self, kind: str) -> Iterator[tuple[int, str, Parameter]]:
-        for run in self.layers:
-            for name, parameter in getattr(run.needs, kind).items():
-                yield run.place, name, parameter
-
-    def _first_values(self) -> tuple[Parameters, FlatViews]:
-        """Parameters and buffers, drawn on the host in double precision: all devices and dtypes start alike."""
-        shapes = {self.names[i][name]: p.shape for i, name, p in self._declared("parameters")}
-        if not shapes:
-            raise ArgumentError("layers must hold at least one layer with parameters, such as Dense")
-        parameters = Parameters(by_alignment(shapes), self.backend, self.dtype)
-        kept = {self.names[i][name]: p.shape for i, name, p in self._declared("buffers")}
-        buffers = FlatViews(self.backend.zeros(sum(map(math.prod, kept.values())), self.compute_dtype), kept)
-        last = max((run.place for run in self.layers if isinstance(run.layer, Dense)), default=-1)
-        for run, names in zip(self.layers, self.names, strict=True):
-            draw = philox_generator(self.mode.seed, run.place)
-            for own, wanted in ((parameters, run.needs.parameters), (buffers, run.needs.buffers)):
-                for name, p in wanted.items():
-                    with (
-                        self.backend.scope(),
-                        told(f"{describe_layer(run.layer, run.place)}: init of {name!r}"),
-                    ):
-                        self._draw(p, draw, own[names[name]], run.place == last)
-        return parameters, buffers
-
-    def _draw(self, p: Parameter, draw: np.random.Generator, view: Array, last: bool) -> None:
-        init = p.init.choose(self.loss.classifies, last) if isinstance(p.init, ByPlace) else p.init
-        if not callable(init):
-            view.fill(init)
-            return
-        rows = max(1, DRAWN // math.prod(p.shape[1:])) if isinstance(init, Random) else p.shape[0]
-        for part in evenly(p.shape[0], rows):
-            shape = part.stop - part.start, *p.shape[1:]
-            values = init(draw, shape)
-            if getattr(values, "shape", None) != shape:
-                raise ShapeError(f"it must return an array of shape {shape}, got {getattr(values, 'shape', values)!r}")
-            view[part] = self.backend.asarray(values, view.dtype)
 
     # --- checks ---
 

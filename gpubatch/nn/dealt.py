@@ -197,10 +197,7 @@ class DealtSteps:
                         # Over the mean of all ranks' weights: also rows that count nothing are in the statistics.
                         weights *= of_part / together.sum(of_part) * (deal.rows / rows)
                         of_part = None
-                    if micro_batch_size is None or rows <= micro_batch_size:
-                        one(x, y, weights, 1.0)
-                    else:
-                        self.core.micro_batches(x, y, weights, micro_batch_size, one)
+                    self.core.micro_batches(x, y, weights, micro_batch_size, one)
                 sums.end_part(rows, of_part, before)
                 start += rows
         finally:
