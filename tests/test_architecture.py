@@ -64,7 +64,7 @@ ORDER = {
     "schedules": "counted decays cycles combined saved",
     "optim": "arrays groups hyper epochs optimizer optimizers ahead resumed",
     "parallel": "launchers watch engines nccl ranks",
-    "nn": "needs layers stack workspace initial losses checks parts core dealt summary network",
+    "nn": "needs layers stack workspace initial losses batches checks parts core dealt summary network",
     "sources": "arrays reader remote opener rows chunked tables parts given",
     "loader": "deals order pinned functions standardize weights columns windows ahead device feeds epochs loader",
     "tables": "columns statistics recipe rows fitting labels files several table",

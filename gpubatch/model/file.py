@@ -178,7 +178,7 @@ def read_file(
         state = {kind: {name: arrays[f"{kind}.{name}"] for name in names[kind]} for kind in names}
         more = {"products": network["products"]} if "products" in network else {}
         net.load_state_dict({**state, "dropout_step": step, **more})
-        core_of(net).columns = columns
+        core_of(net).batches.columns = columns
         written = json.loads(metadata["versions"])
         return net, preparation, classes, written
 

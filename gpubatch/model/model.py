@@ -64,7 +64,7 @@ class Model:
         self, net: Network, preparation: Preparation | None, classes: list[Any] | None, versions: dict[str, str]
     ) -> None:
         self.net, self.preparation, self.classes, self.versions = net, preparation, classes, versions
-        self._columns = core_of(net).columns
+        self._columns = core_of(net).batches.columns
 
     def __repr__(self) -> str:
         prepared = "" if self.preparation is None else f", {self.preparation}"

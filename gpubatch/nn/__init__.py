@@ -1,7 +1,8 @@
 """Layers, losses, and the network that runs them in a workspace planned before the first step."""
 
 from gpubatch.nn import layers, losses
-from gpubatch.nn.core import EVALUATION_ROWS, Core, quiet
+from gpubatch.nn.batches import EVALUATION_ROWS
+from gpubatch.nn.core import Core, quiet
 from gpubatch.nn.layers import (
     ACTIVATIONS,
     GELU,

@@ -10,15 +10,14 @@ import contextlib
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from gpubatch.backend import Array, Backend, compute_dtype
-from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError, UnscaledWarning
-from gpubatch.inputs import ColumnNames, DenseRows, SparseMatrix, check_kind, is_sparse, taken
+from gpubatch.errors import ArgumentError, NonFiniteError
+from gpubatch.nn.batches import EVALUATION_ROWS, BatchChecks
 from gpubatch.nn.checks import WatchedLayer, WatchedLoss, of_the_user
 from gpubatch.nn.initial import declared, first_values
 from gpubatch.nn.layers import BatchNorm, Dense, DenseActivation, Layer
@@ -27,14 +26,12 @@ from gpubatch.nn.losses import (
     Loss,
     SoftmaxCrossEntropy,
     Weighing,
-    check_weight,
-    check_weight_values,
     counts_of,
     no_mean,
 )
 from gpubatch.nn.needs import Context, Mode
 from gpubatch.nn.parts import PartSums
-from gpubatch.nn.stack import Stacked, describe_layer, fused, parameter_names, stacked
+from gpubatch.nn.stack import Stacked, fused, parameter_names, stacked
 from gpubatch.nn.workspace import (
     Arrange,
     Layout,
@@ -51,7 +48,6 @@ from gpubatch.nn.workspace import (
 from gpubatch.ops import COMPUTE, Space, ops_for, products_for
 from gpubatch.own import changed
 
-EVALUATION_ROWS = 1024  # rows that are evaluated at a time: large enough for full speed, and a bound on memory
 L2_BLOCK = 1 << 15  # elements that the l2 gradient takes at a time on the CPU, small enough for the cache
 
 
@@ -103,10 +99,9 @@ class Core:
             )
         if self.loss.ignore_label is not None and not self.loss.takes_weights:
             raise ArgumentError(f"{loss.name} has ignore_label, but takes no weights: its class needs takes_weights")
+        self.batches = BatchChecks(self.layers, self.loss, backend, dtype)
         self.xp, self.ops, self.mode = backend.xp, ops_for(backend, dtype), Mode(seed, training=True)
         self.training = OwnedByThread()
-        self.columns = ColumnNames()  # of the frames that it was trained on
-        self.largest_trained: float | None = None  # what scaled integers became at most, until the next evaluation
         largest = max((math.prod(p.shape) for run in self.layers for p in run.needs.parameters.values()), default=0)
         self.products = products_for(backend, dtype, precision, tune, largest)
         self.names = parameter_names(self.layers)
@@ -159,11 +154,11 @@ class Core:
 
     def step(self, X: Array, Y: Array, weight: Array | None = None) -> Pass:
         """Make a training step, checked and counted; on a GPU without a wait, so without the values of Y and weight."""
-        self.check_batch(X, Y, values=self.backend.name == "cpu", weight=weight)
+        self.batches.check(X, Y, values=self.backend.name == "cpu", weight=weight)
         with self.training, self.backend.scope(), quiet():
             run = self.forward(X, Y, self.weights(Y, weight))
             if self.backend.name == "cpu" and math.isnan(run.loss.work["loss"].item()):
-                self.check_values(Y, weight)
+                self.batches.check_values(Y, weight)
             self.backward(run, X)
             self.mode.step += 1
         return run
@@ -510,98 +505,11 @@ class Core:
 
     # --- checks ---
 
-    def check_batch(self, X: Any, Y: Any, values: bool = False, weight: Any = None) -> None:
-        """Raise unless X and Y can be a batch, by shape, element type and device, and with ``values`` by those of Y.
-
-        Values of ``weight`` that cannot be make the loss NaN, and nobody has to look at them before.
-        """
-        self.check_inputs(X)
-        self.backend.check("Y", Y)
-        self.loss.check(Y, len(X), self.outputs)
-        if weight is not None:
-            self.backend.check("weight", weight)
-            check_weight(weight, len(X), self.loss)
-        if values and not self.loss.nan_marks_bad_labels(Y):
-            with self.backend.scope():
-                self.loss.check_values(Y, self.outputs)
-
-    def given(self, X: Any) -> Array:
-        """``X`` for evaluation, on this device and of this dtype; numbers of other types are converted there.
-
-        A sparse matrix stays one, whose rows are dense where they are asked for.
-        """
-        if (self.backend.owns(X) or isinstance(X, DenseRows)) and X.dtype == self.dtype:
-            if self.largest_trained is not None:
-                self.warn_if_unscaled(X)
-            return X
-        self.columns.check(("X",), X)
-        X = SparseMatrix("X", X) if is_sparse(X) else taken("X", X, self.backend)
-        if X.dtype == self.dtype and not isinstance(X, SparseMatrix):
-            return self.given(X)
-        check_kind("X", X.dtype)
-        if X.dtype.itemsize == 1 and X.dtype.kind != "b":
-            raise DTypeError(
-                f"X has dtype {X.dtype}, as pixels have that a Loader scales; give loader.to_batch(X), which makes of "
-                f"X what the network was trained on, or X.astype('{self.dtype}') if it was trained on such numbers"
-            )
-        if isinstance(X, SparseMatrix):
-            return self.given(DenseRows(X, self.backend, self.dtype))
-        with self.backend.scope(), np.errstate(over="ignore"):
-            return self.given(X.astype(self.dtype))
-
-    def given_pair(self, X: Any, Y: Any) -> tuple[Array, Array]:
-        """``X`` and its labels for evaluation."""
-        self.columns.check(("X", "Y"), X, Y)
-        return self.given(X), taken("Y", Y, self.backend)
-
-    def warn_if_unscaled(self, X: Array) -> None:
-        """Warn, once after a training, if X is far larger than the training's batches can have been."""
-        largest, self.largest_trained = self.largest_trained, None
-        with self.backend.scope():
-            found = abs(X[:EVALUATION_ROWS]).max().item() if X.size else 0.0
-        if largest is not None and found > 2 * largest:
-            warnings.warn(
-                f"X reaches {found:.6g}, and the network was trained on numbers up to {largest:.6g}, which a Loader "
-                "had scaled; give loader.to_batch(X)",
-                UnscaledWarning,
-                stacklevel=3,
-            )
-
-    def check_inputs(self, X: Any) -> None:
-        """Raise unless X can be a batch, by shape, element type and device."""
-        if not isinstance(X, DenseRows):
-            self.backend.check("X", X)
-        if X.ndim != 2:
-            hint = "; a single sample is X[None]" if X.ndim == 1 else ""
-            hint = "; samples of one feature are X[:, None]" if hint and self.inputs == 1 else hint
-            hint = hint or "; images in rows are X.reshape(len(X), -1)"
-            raise ShapeError(f"X must have shape (batch, {self.inputs}), got {X.shape}{hint}")
-        if X.shape[1] != self.inputs:
-            taker = next(run for run in self.layers if run.layer.takes() is not None)
-            raise ShapeError(
-                f"X has {X.shape[1]} features, {describe_layer(taker.layer, taker.place)} takes {self.inputs}: "
-                f"X has shape {X.shape}"
-            )
-        if len(X) == 0:
-            raise ShapeError(f"X must have at least one row, got shape {X.shape}")
-        if X.dtype != self.dtype:
-            raise DTypeError(
-                f"X has dtype {X.dtype}, the network {'stores' if self.loss_scale is not None else 'computes in'} "
-                f"{self.dtype}; convert it with "
-                f"X.astype('{self.dtype}'), or let Loader do it (dtype=, and scale=1/255 for images of uint8)"
-            )
-
-    def check_values(self, Y: Array, weight: Array | None = None) -> None:
-        """Raise if a value of Y or of ``weight`` is out of range."""
-        self.loss.check_values(Y, self.outputs)
-        if weight is not None:
-            check_weight_values(weight)
-
     def finite(self, loss: float, X: Array, Y: Array, weight: Array | None = None) -> float:
         """The loss, if it is finite; otherwise an error that says why it may not be."""
         if math.isfinite(loss):
             return loss
-        self.check_values(Y, weight)
+        self.batches.check_values(Y, weight)
         if no_mean(counts_of(self.loss, Y, weight)):
             raise NonFiniteError(f"loss is {loss} for a batch of shape {X.shape}: {NO_MEAN}")
         if not all(self.xp.isfinite(X[part]).all().item() for part in evenly(len(X), EVALUATION_ROWS)):

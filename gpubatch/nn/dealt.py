@@ -282,7 +282,7 @@ class DealtSteps:
             )
         self.check_parts(deal.rows, deal.shards)
         if len(X):
-            self.core.check_batch(X, Y, values=True, weight=weight)
+            self.core.batches.check(X, Y, values=True, weight=weight)
 
     def _raise_alike(
         self, error: Exception | None, loss: float, X: Array, Y: Array, weight: Array | None, ranks: Ranks | None

@@ -24,7 +24,8 @@ from gpubatch.errors import (
     suggesting,
 )
 from gpubatch.formula import Activation, BoundActivation, BoundScoreLoss, ScoreLoss
-from gpubatch.nn.core import EVALUATION_ROWS, Core, quiet
+from gpubatch.nn.batches import EVALUATION_ROWS
+from gpubatch.nn.core import Core, quiet
 from gpubatch.nn.dealt import DealtSteps
 from gpubatch.nn.layers import (
     ACTIVATIONS,
@@ -263,7 +264,7 @@ class Network:
             deal = self._dealt.deal(X, ranks)
             if deal is not None:
                 return self._dealt.step(X, Y, weight, deal, ranks, micro_batch_size).loss, self.parameters.grads
-        core.check_batch(X, Y, values=True, weight=weight)
+        core.batches.check(X, Y, values=True, weight=weight)
         loss = 0.0
 
         def add(x: Array, y: Array, weights: Array | None, share: float) -> None:
@@ -313,9 +314,9 @@ class Network:
         if not training:
             return self.evaluate(X, Y, weight=weight)[0]
         core = self._core
-        X, Y = core.given_pair(X, Y)
+        X, Y = core.batches.given_pair(X, Y)
         X = X[:]
-        core.check_batch(X, Y, values=True, weight=weight)
+        core.batches.check(X, Y, values=True, weight=weight)
         with core.training, self.backend.scope(), quiet():
             run = core.forward(X, Y, core.weights(Y, weight))
             return core.finite(run.loss.work["loss"].item(), X, Y, weight)
@@ -338,11 +339,11 @@ class Network:
         """
         check_int("rows", rows, 1)
         core, function = self._core, self._core.loss
-        X, Y = core.given_pair(X, Y)
+        X, Y = core.batches.given_pair(X, Y)
         in_loss = weight if loss_weight is None else loss_weight
-        core.check_batch(X, Y, values=True, weight=weight)
+        core.batches.check(X, Y, values=True, weight=weight)
         if loss_weight is not None:
-            core.check_batch(X, Y, weight=loss_weight)
+            core.batches.check(X, Y, weight=loss_weight)
         with self.backend.scope(), quiet():
             weighing = Weighing(self.backend, self.compute_dtype) if core.weighs(in_loss is not None) else None
             total = counted = 0.0
@@ -371,8 +372,8 @@ class Network:
 
     def scores(self, X: Array) -> Array:
         """The outputs of the last layer, ``(batch, outputs)``, as a new array of ``compute_dtype``."""
-        X = self._core.given(X)
-        self._core.check_inputs(X)
+        X = self._core.batches.given(X)
+        self._core.batches.check_inputs(X)
         result = self.backend.empty((len(X), self.outputs), self.compute_dtype)
         with self.backend.scope(), quiet():
             for part, run in self._core.evaluate(X):
@@ -405,10 +406,10 @@ class Network:
 
         It is 0 where the label is ignored. A loss of single scores has a mean over the outputs for each sample.
         """
-        self._core.check_batch(X, Y, values=True)
+        self._core.batches.check(X, Y, values=True)
         scores = self.scores(X)
         with self.backend.scope(), quiet():
-            self._core.check_values(Y, None)
+            self._core.batches.check_values(Y, None)
             return self._core.given_loss.each(scores, Y).reshape(len(X), -1).mean(axis=1)
 
     def accuracy(self, X: Array, Y: Array, weight: Array | None = None) -> float:
@@ -417,10 +418,10 @@ class Network:
         weight: what each sample counts, as in :meth:`loss_and_grad`; the fraction is Σ w right / Σ w, as scikit-learn's
             ``score(sample_weight=)``.
         """
-        X, Y = self._core.given_pair(X, Y)
-        self._core.check_batch(X, Y, values=True, weight=weight)
+        X, Y = self._core.batches.given_pair(X, Y)
+        self._core.batches.check(X, Y, values=True, weight=weight)
         with self.backend.scope():
-            self._core.check_values(Y, weight)
+            self._core.batches.check_values(Y, weight)
             right, compared = self._counted(self._right(self.predict(X), Y), Y, weight)
             if not compared:
                 raise NonFiniteError(f"accuracy has no value for a batch of shape {X.shape}: {NO_MEAN}")

@@ -53,7 +53,7 @@ class CapturedStep:
         self.net, self.opt, self.steps = net, opt, check_int("steps", steps, 1, CHUNK)
         check_bound(net, opt)
         if len(X) or ranks is None:
-            core_of(net).check_batch(X, Y, weight=weight)
+            core_of(net).batches.check(X, Y, weight=weight)
         self._deal, self._ranks = dealt_of(net).deal(X, ranks), ranks
         self._feed = GivenArrays(X, Y) if weight is None else GivenArrays(X, Y, weight)
         rows = len(X) if self._deal is None else self._deal.rows

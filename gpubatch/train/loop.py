@@ -184,9 +184,9 @@ def fit(
             stack.enter_context(core_of(net).training)
             for context in (net.backend.own_stream(), core_of(net).freezing(opt.frozen), unchecked(opt)):
                 stack.enter_context(context)
-            core_of(net).largest_trained = largest = epochs_of(loader).columns.largest
-            stack.callback(setattr, core_of(net), "largest_trained", largest)
-            core_of(net).columns = epochs_of(loader).columns.names
+            core_of(net).batches.largest_trained = largest = epochs_of(loader).columns.largest
+            stack.callback(setattr, core_of(net).batches, "largest_trained", largest)
+            core_of(net).batches.columns = epochs_of(loader).columns.names
             scale = scale_for(net, loss_scale)
             state = TrainingState(net, loader, opt, History(), loader.epoch, opt.t, rank=together.rank)
             record = Record(state, scale, together)

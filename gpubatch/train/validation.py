@@ -160,9 +160,9 @@ def check_held_out(net: Network, held_out: HeldOut, rank: int, size: int) -> Non
     """Raise unless the network takes every batch of one rank's share."""
     with about_validation(), net.backend.scope(), held_out.batches(rank, size) as batches:
         for X, Y, weights in batches:
-            core_of(net).check_batch(X, Y)
+            core_of(net).batches.check(X, Y)
             for weight in weights.values():
-                core_of(net).check_batch(X, Y, weight=weight)
+                core_of(net).batches.check(X, Y, weight=weight)
             core_of(net).loss.check_values(Y, net.outputs)
 
 
