@@ -33,7 +33,7 @@ class Stage:
 
 
 class Stages:
-    """``count`` pieces of ``size`` bytes of pinned memory, used in turn; to be used on one stream at a time."""
+    """``count`` pieces of ``size`` bytes of pinned memory, used in turn, on one stream at a time."""
 
     def __init__(self, backend: CudaBackend, size: int, count: int) -> None:
         self._backend, self._size = backend, size

@@ -86,7 +86,7 @@ def reduction_room() -> np.ndarray:
 
 
 def total_of(reduction: Reduction, x: np.ndarray, room: np.ndarray, total: float = 0.0) -> float:
-    """``total``, gone on with by the elements of x, which has one dimension; only the last piece may be smaller."""
+    """``total`` with the elements of the one-dimensional x added; only the last piece may be smaller."""
     for start in range(0, x.size, PIECE):
         piece = x[start : start + PIECE]
         terms = room[: -(-piece.size // LANES) * LANES]

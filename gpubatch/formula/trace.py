@@ -229,7 +229,7 @@ RECORDING = Recording()
 def recorded(formula: Callable[..., Any], *operands: Any, **named: Any) -> Any:
     """What a formula returns for symbols.
 
-    Meanwhile a symbol cannot be looked up in a set or dictionary: one that is not found there is a branch. And a value
+    Inside the formula a symbol cannot be looked up in a set or dictionary, since that is a branch. And a value
     that was changed in place, as by ``+=``, cannot be used again by another name, which for an array is the new value.
     """
     traces = {id(x.trace): x.trace for x in operands if isinstance(x, Element)}

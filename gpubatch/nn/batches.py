@@ -29,7 +29,7 @@ class BatchChecks:
     def check(self, X: Any, Y: Any, values: bool = False, weight: Any = None) -> None:
         """Raise unless X and Y can be a batch, by shape, element type and device, and with ``values`` by those of Y.
 
-        Values of ``weight`` that cannot be make the loss NaN, and nobody has to look at them before.
+        The values of ``weight`` are not checked: a weight that is not valid makes the loss NaN.
         """
         self.check_inputs(X)
         self._backend.check("Y", Y)

@@ -54,7 +54,7 @@ def sums_of_bits(array: Array) -> list[Array]:
 
 
 def of_rows(found: Any, rows: int) -> Array:
-    """An array with so many rows, as a method is to return one."""
+    """``found``, which a method returned, if it is an array of ``rows`` rows."""
     if getattr(found, "ndim", 0) < 1 or len(found) != rows:
         raise ShapeError(f"it must return an array of {rows} rows, got {getattr(found, 'shape', found)!r}")
     return found
@@ -66,7 +66,7 @@ def mark_of(array: Array) -> float:
 
 
 class WatchedLayer(Layer):
-    """A user's layer. Its first call for each batch size must write every result completely, and no input."""
+    """A user's layer. Its first call for each batch size must write all of its results, and change no input."""
 
     def __init__(self, run: Stacked) -> None:
         self.layer: Layer = run.layer
@@ -112,7 +112,7 @@ class WatchedLayer(Layer):
 
 
 class WatchedLoss(Loss):
-    """A user's loss. Its first call for each batch size must write every result completely, and no input."""
+    """A user's loss. Its first call for each batch size must write all of its results, and change no input."""
 
     def __init__(self, loss: Loss) -> None:
         self.loss, self.classifies = loss, loss.classifies

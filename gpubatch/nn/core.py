@@ -164,7 +164,7 @@ class Core:
         return run
 
     def weights(self, Y: Array, weight: Array | None, part: bool = False) -> Array | None:
-        """What each sample of a training batch counts, its weight over the mean; None where all count alike.
+        """The weights of the samples of a training batch, divided by their mean; None where all are equal.
 
         The array is valid until the next call. Without a mean all are NaN, or 0 in a ``part`` of a batch.
         """
@@ -225,7 +225,7 @@ class Core:
 
     @contextlib.contextmanager
     def freezing(self, names: Collection[str]) -> Iterator[None]:
-        """Meanwhile the parameters in ``names`` have gradients of 0, which are not computed where all of a layer are.
+        """Inside a ``with``, the parameters in ``names`` have gradients of 0, which fully frozen layers do not compute.
 
         Layers below the lowest that is trained are left out, but for the running statistics of batch normalisation.
         """
@@ -279,8 +279,8 @@ class Core:
     ) -> None:
         """Add up the gradients of a batch from about equal parts of at most ``rows`` rows; ``one`` computes each.
 
-        A batch of no more rows is one part, as it is with None. ``weights`` are those of the whole batch, whose mean is
-        1: the means of the parts, each with its share, add up to the mean of the batch.
+        Without ``rows``, or if they hold the whole batch, there is one part. ``weights`` are those of the whole batch,
+        whose mean is 1: the means of the parts, each with its share, add up to the mean of the batch.
         """
         if rows is None or len(X) <= rows:
             one(X, Y, weights, 1.0)
@@ -332,7 +332,7 @@ class Core:
 
     @contextlib.contextmanager
     def enqueueing(self, step: Array) -> Iterator[None]:
-        """Train meanwhile, with ``step``, an int64 on the device, as that of dropout."""
+        """Inside a ``with``, train with dropout step ``step``, an int64 on the device."""
         with self.training:
             own, self.mode.step = self.mode.step, step.view(np.uint64)
             try:
@@ -377,7 +377,7 @@ class Core:
         self._remembered = self._remembered[0], self.mode.step
 
     def recall(self) -> None:
-        """Restore what was saved last, because the step failed or is to be undone."""
+        """Restore what :meth:`remember` saved last, to undo a step."""
         with self.backend.scope():
             self.buffers.flat[...], self.mode.step = self._remembered
 
@@ -409,7 +409,7 @@ class Core:
         return 0 if self._training is None else self._training.rows
 
     def workspace_bytes(self, rows: int, training: bool) -> int:
-        """Bytes of the workspace for batches of so many rows; allocates nothing."""
+        """Bytes of the workspace for batches of ``rows`` rows; allocates nothing."""
         return workspace_bytes(self.dtype, rows, self._training_pass if training else self._evaluation_pass)
 
     def weighs(self, weighted: bool) -> bool:
@@ -421,7 +421,7 @@ class Core:
         return (self.compute_dtype.itemsize + 1) * (rows + evaluated) + 16
 
     def reserve(self, rows: int) -> None:
-        """Allocate the workspace for steps of up to so many rows, unless there is one already."""
+        """Allocate the workspace for steps of up to ``rows`` rows, unless there is one already."""
         if rows > self.planned:
             self._training = self.released(self._training)
             self._training = self._workspace(rows, self._training_pass)

@@ -56,8 +56,8 @@ class DealtSteps:
     ) -> WholeStep:
         """Make the step of :meth:`Network.loss_and_grad` on the parts of a batch that this rank has.
 
-        Whatever happens here, this rank takes part in the sum over all, so that no other waits for it in vain; then all
-        raise alike: for a loss that is not finite, where memory ran out, and for any other error on one of them.
+        Even after an error this rank takes part in the sum over ranks, since the others wait for it. Then all ranks
+        raise the same error: of a loss that is not finite, of memory that ran out, or any other of one rank.
 
         signalled: whether this rank wants all to know that it saw a signal.
         """
@@ -133,7 +133,7 @@ class DealtSteps:
         return Deal(sum(every), sum(every[: ranks.rank]), (len(X),), size)
 
     def part_sums(self, parts: int) -> PartSums:
-        """The :class:`PartSums` of so many parts; its memory is kept for the next steps."""
+        """The :class:`PartSums` of ``parts`` parts; its memory is kept for the next steps."""
         if self.core.sums_of_parts is None or self.core.sums_of_parts.parts != parts:
             self.core.sums_of_parts = self.core.released(self.core.sums_of_parts)
             norms = {
@@ -261,7 +261,7 @@ class DealtSteps:
         return Deal(deal.rows, deal.first, (len(X),), 1 if ranks is None else ranks.size)
 
     def check_parts(self, rows: int, shards: int) -> None:
-        """Raise if a batch of so many rows has parts that are too small for batch normalisation."""
+        """Raise if a batch of ``rows`` rows has parts that are too small for batch normalisation."""
         shards = 1 if self.in_sync else shards
         least = max(1, rows // shards)  # of the parts that are not empty
         if least < self.core.least_rows:
@@ -307,7 +307,7 @@ class DealtSteps:
         raise NonFiniteError(f"loss is not finite after {self.core.mode.step} steps: {NO_MEAN}, or it overflows")
 
     def parts_bytes(self, parts: int) -> int:
-        """Bytes for the sums over so many parts."""
+        """Bytes for the sums over ``parts`` parts."""
         return sums_bytes(self.parameters, self.buffers, parts)
 
     def ranks_bytes(self, ranks: Ranks) -> int:

@@ -102,8 +102,6 @@ class Network:
     types, lists, tables, arrays of other libraries. Bytes, as pixels are, have to be scaled as in training first, by
     ``Loader.to_batch``.
 
-
-
     **Threads.** Any number of threads may evaluate a network at the same time: ``scores``, ``predict``, ``evaluate``,
     ``loss`` and ``accuracy``. Each works in a workspace of its own, which ends with the thread; memory plans count one.
     One thread at a time may train it: another that makes a step, or evaluates during ``fit`` or a step, gets an

@@ -13,7 +13,7 @@ from gpubatch.ops.feistel import ROUNDS, TOGETHER, Integers, feistel
 CELL = 1 << 12  # neighbours of which equal shares are held out: the fewest whose network of 8 rounds is as if by chance
 CELL_WORDS = 6 + ROUNDS  # the numbers of a side, as kernels/permutation.cuh has them
 MANY, FEW = 1, 2  # the two sides, as kernels/permutation.cuh has them
-TAKEN = 80  # bytes a place that NumPy and an ascending side take meanwhile, at most
+TAKEN = 80  # bytes of scratch memory that NumPy and an ascending side take for each place, at most
 
 
 class CellSplit:

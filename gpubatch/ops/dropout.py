@@ -43,7 +43,7 @@ def cuda_dropout(
 ) -> None:
     """One launch, and no uniform numbers in memory."""
     check_contiguous("x", x)
-    numbers = first % 8 + x.size  # a thread makes eight numbers at a time, the first ones maybe for nobody
+    numbers = first % 8 + x.size  # a thread makes eight numbers at a time, of which the first may be unused
     blocks = max(1, min(-(-numbers // (8 * THREADS)), MOST_BLOCKS))
     steps = (np.uint64(step), None) if isinstance(step, int) else (np.uint64(0), step)
     philox = (np.uint64(key[0]), np.uint64(key[1]), *steps, np.uint64(first))

@@ -15,7 +15,7 @@ TOGETHER = 1 << 16
 
 
 def feistel(x: Integers, bits: int, keys: Any, changes: Any = 0, way: int = 1) -> Integers:
-    """The network's images of numbers of so many bits, each round of which changes one half; with ``way`` -1 reversed.
+    """The network's images of numbers of ``bits`` bits; each round changes one half. ``way=-1`` is the inverse.
 
     ``changes`` are words that are combined with every key: none, or one for each number.
     """

@@ -68,7 +68,7 @@ def half_gather(
 
 
 def gather_bytes(ops: Forms, stored: np.dtype[Any], rows: int, numbers: int) -> int:
-    """Bytes that :func:`gather` allocates for ``rows`` samples of so many ``numbers``: what NumPy takes at a time."""
+    """Bytes that :func:`gather` allocates for ``rows`` samples of ``numbers`` numbers: NumPy's scratch memory."""
     at_once = min(rows * numbers, max(numbers, BLOCK))
     return at_once * (stored.itemsize * ops.by_numpy + np.dtype(np.float32).itemsize * ops.half)
 

@@ -15,7 +15,7 @@ from gpubatch.errors import ShapeError
 from gpubatch.ops.compile import cuda_kernel, source_of
 
 PARTS = 64  # partial results of a reduction: a fixed number, so that sums do not depend on how many threads there are
-SUM_PARTS = 1024  # of a loss, on a GPU: so many blocks of 256 threads run at once
+SUM_PARTS = 1024  # of a loss, on a GPU: 1024 blocks of 256 threads run at once
 
 THREADS = 256  # of a block, but where the bounds of a kernel are others
 MOST_THREADS = 1024  # of kernels/last_block.cuh
@@ -89,7 +89,7 @@ def check_contiguous(name: str, x: Array) -> None:
 
 
 def blocks_for(n: int) -> int:
-    """Blocks for n elements: so many that each thread loads once."""
+    """The number of blocks for n elements, enough for each thread to load once."""
     return max(1, min(-(-n // (THREADS * AT_ONCE)), MOST_BLOCKS))
 
 
@@ -104,11 +104,11 @@ def tile_width(features: int) -> int:
 
 
 def tiles(shape: tuple[int, ...], threads: int, most: int) -> tuple[int, int]:
-    """The grid of blocks of so many threads for a matrix; at most ``most`` of them share the rows."""
+    """The grid of blocks of ``threads`` threads for a matrix; at most ``most`` blocks share the rows."""
     rows, features = shape
     width = tile_width(features)
     across = max(1, -(-features // width))
-    down = -(-rows // (threads // width * AT_ONCE))  # so many that each thread loads once
+    down = -(-rows // (threads // width * AT_ONCE))  # enough for each thread to load once
     return across, max(1, min(down, most, MOST_BLOCKS // across))
 
 
@@ -117,12 +117,12 @@ def sum_tiles(shape: tuple[int, ...]) -> tuple[int, tuple[int, int]]:
     rows, features = shape
     if rows > BLOCK_ROWS:
         return THREADS, tiles(shape, THREADS, PARTS)
-    wanted = power_of_two(tile_width(features) * -(-rows // AT_ONCE))  # so many that each thread loads once
+    wanted = power_of_two(tile_width(features) * -(-rows // AT_ONCE))  # enough for each thread to load once
     return max(THREADS, min(wanted, MOST_THREADS)), tiles(shape, THREADS, 1)
 
 
 def parts_of(shape: tuple[int, ...]) -> int:
-    """In how many parts the columns of a matrix are summed; one part is the sum itself."""
+    """The number of partial sums of each column of a matrix; with one it is the sum itself."""
     return sum_tiles(shape)[1][1]
 
 

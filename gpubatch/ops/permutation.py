@@ -13,7 +13,7 @@ from gpubatch.ops.feistel import ROUNDS, TOGETHER, Integers, feistel
 from gpubatch.ops.grid import AT_ONCE, MOST_BLOCKS, THREADS, Grid
 
 PERMUTATION_WORDS = 4 + ROUNDS  # n, bits, first, step and keys, as kernels/permutation.cuh has them
-TAKEN = 56  # bytes a place that NumPy takes meanwhile, at most
+TAKEN = 56  # bytes of scratch memory that NumPy takes for each place, at most
 
 
 class Permutation:
@@ -68,7 +68,7 @@ class Permutation:
         return held[start - begin : stop - begin]
 
     def after(self, places: int) -> Integers:
-        """The ``words`` of the same permutation, shifted by so many places."""
+        """The ``words`` of the same permutation, shifted by ``places``."""
         return after(self.words, places)
 
     def of(self, numbers: Integers) -> Integers:
@@ -119,7 +119,7 @@ class Draws:
         self.kind, self.words = placed("Drawn", words, among)
 
     def after(self, places: int) -> Integers:
-        """The ``words`` of the same draws, shifted by so many places."""
+        """The ``words`` of the same draws, shifted by ``places``."""
         return after(self.words, places)
 
 
@@ -129,7 +129,7 @@ def placed(kind: str, words: Integers, among: CellSplit | None) -> tuple[str, In
 
 
 def after(words: Integers, places: int) -> Integers:
-    """The words of a permutation or of draws from so many places on."""
+    """The words of a permutation or of draws, shifted by ``places``."""
     found = words.copy()
     found[2] += places * found[3]
     return found

@@ -546,7 +546,7 @@ class Plan:
         self.algorithm = int(self.found.ctypes.data) + number * RESULT.itemsize
 
     def take(self, choice: str) -> bool:
-        """From now on launch this algorithm; False if it is not for such a plan, or cuBLASLt does not have it."""
+        """Launch this algorithm from now on; False if it is for another kind of plan, or cuBLASLt does not have it."""
         algorithm = choice.removeprefix(COPY)
         if (algorithm != choice) is not (self.transpose is not None):
             return False

@@ -10,7 +10,7 @@ from gpubatch.backend import Array
 from gpubatch.ops.grid import AT_ONCE, MOST_THREADS, SUM_PARTS, SUM_THREADS, THREADS, Grid, blocks_for, total_grid
 from gpubatch.ops.operation import COMPUTE, Work, operation
 
-SQUARE_PARTS = 256  # partial results of a sum of squares, on a GPU: so many blocks of 1024 threads run at once
+SQUARE_PARTS = 256  # partial results of a sum of squares, on a GPU: 256 blocks of 1024 threads run at once
 # float64: the sum, how many elements are not finite, the ticket of kernels/last_block.cuh, and the partial results.
 SQUARE_SUM_SIZE = 3 + 2 * SQUARE_PARTS
 

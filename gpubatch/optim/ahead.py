@@ -42,7 +42,7 @@ def trace_of(opt: Optimizer, decayed: bool) -> Trace:
 
 @contextlib.contextmanager
 def unchecked(opt: Optimizer) -> Iterator[None]:
-    """Meanwhile the optimizer does not look for numbers that are not finite: the caller does, and knows what to do."""
+    """Inside a ``with``, the optimizer does not check for NaN and infinity, because the caller does."""
     before, opt._check = opt._check, False
     try:
         yield
@@ -96,7 +96,7 @@ def enqueue_update(
 ) -> Any:
     """Launch what :meth:`Optimizer.step` launches on a GPU for ``params.grads``, so that it can be captured.
 
-    ``t`` stays. Returns what is to be kept as long as the graph.
+    ``t`` stays. Returns the objects to keep as long as the graph.
 
     scalars: rows of :func:`scalars_ahead`, on the device.
     control, progress, running: as :meth:`CudaUpdate.launch` has them.

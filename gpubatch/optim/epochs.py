@@ -18,8 +18,8 @@ class EpochCount:
     def __init__(self) -> None:
         self.epoch = 0
         self.last: DataPass | None = None  # None: the pass of the next step will be of this epoch
-        self.told = False  # whether somebody knows that the epoch may have to be assigned
-        self._before = -1  # the epoch at the last look
+        self.told = False  # whether the user was told, or has shown to know, that the epoch may have to be assigned
+        self._before = -1  # the epoch at the last call of stands_still
         # Another loader's pass meanwhile, and how many batches of the last had been given out when it was met.
         self._visitor: tuple[DataPass, int] | None = None
 
@@ -64,7 +64,7 @@ class EpochCount:
         self.epoch, self.last, self._visitor, self.told = epoch, None, None, True
 
     def stands_still(self) -> bool:
-        """Whether nothing counts: the epoch is as at the last look, and no pass is under way. Asked by each look."""
+        """Whether nothing counts epochs: none since the last call, and no pass is under way."""
         before, self._before = self._before, self.epoch
         return before == self.epoch and not self.told and (self.last is None or not self.last.running)
 

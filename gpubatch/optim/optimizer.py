@@ -31,7 +31,7 @@ from gpubatch.own import as_written
 from gpubatch.params import FlatViews, Parameters
 from gpubatch.passes import pass_under_way
 
-LOOKS = 100  # steps from one look at parameters and epoch to the next; a look takes up to half a step
+LOOKS = 100  # steps between two checks of parameters and epoch; a check takes up to half a step
 MASTER = "master"  # the name of the float32 copy of float16 parameters, beside the formula's state
 
 

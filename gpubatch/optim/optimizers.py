@@ -245,7 +245,7 @@ class AdamW(Optimizer):
 
 
 class Adamax(Optimizer):
-    """Adamax (Kingma & Ba 2015, section 7.1): w -= lr*m_hat/u; u = max(beta2*u, |g| + eps) is the largest |g| of late.
+    """Adamax (Kingma & Ba 2015, section 7.1): w -= lr*m_hat/u; u = max(beta2*u, |g| + eps) is the largest recent |g|.
 
     ``eps_at`` is "inside" the maximum (PyTorch, optax), or "outside": u = max(beta2*u, |g|); w -= lr*m_hat/(u + eps)
     (Keras, with lr 1e-3 and eps 1e-7). The paper has no eps.

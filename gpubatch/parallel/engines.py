@@ -85,10 +85,10 @@ class MPI:
         # Its thread calls MPI while this one waits there.
         several = self.size > 1 and mpi.Query_thread() == mpi.THREAD_MULTIPLE
         self.watch = Watch(comm.Dup()) if several else None
-        self.left = False  # whether nobody holds the ranks any more
+        self.left = False  # whether the ranks have been garbage-collected
 
     def leave(self) -> None:
-        """Nobody holds the ranks any more: :meth:`close` may be called as soon as that is so in all processes."""
+        """The ranks are garbage-collected: :meth:`close` may be called once that is so in all processes."""
         self.left = True
 
     def close(self) -> None:

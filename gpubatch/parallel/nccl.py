@@ -20,7 +20,7 @@ class Nccl:
     All ranks make it at the same time, connected by ``engine``; ``gather`` tells each what all say. Its methods enqueue
     work on the device's current stream, allocate nothing, and can be captured, once each has run before.
 
-    Raises on all ranks alike: ArgumentError if two of them have the same GPU, BackendUnavailableError without NCCL.
+    Raises on all ranks: ArgumentError if two of them have the same GPU, BackendUnavailableError without NCCL.
     """
 
     def __init__(self, engine: Connection, backend: CudaBackend, gather: Callable[[str], list[str]]) -> None:

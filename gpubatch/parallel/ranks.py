@@ -127,7 +127,7 @@ class Ranks:
         return flat
 
     def sum_bytes(self, size: int, dtype: Any) -> int:
-        """The bytes of scratch memory that :meth:`sum_` keeps for arrays of so many elements."""
+        """The bytes of scratch memory that :meth:`sum_` keeps for arrays of ``size`` elements."""
         if self.size == 1 or not self.exact:
             return 0
         row = int(np.dtype(dtype).itemsize) * self.size

@@ -49,7 +49,7 @@ class Callbacks:
             hook: [found[hook] for found, once in methods if hook in found and (self._together.first or not once)]
             for hook in HOOKS
         }
-        # Whether somebody may stop the run after a step, which ranks then agree on: the same on all of them.
+        # Whether a callback may stop the run after a step, on which ranks then agree; the same on all ranks.
         self._may_stop = any(
             hook in found and not isinstance(callback, StepPart)
             for callback, (found, _) in zip(self.all, methods, strict=True)
@@ -65,7 +65,7 @@ class Callbacks:
         return next((callback for callback in self.all if hasattr(callback, hook)), None)
 
     def start(self, state: TrainingState) -> str | None:
-        """Before the first step. Why there is to be none, in words, perhaps no words; None if the run is to go on."""
+        """Call ``on_start``. Returns the message of a callback that stops the run, maybe empty; None if none does."""
         return self._tell("on_start", state)
 
     def gradient(self, state: TrainingState, grads: FlatViews) -> None:
@@ -127,12 +127,12 @@ class Callbacks:
                 leave(state)
 
     def validating(self, state: TrainingState) -> contextlib.AbstractContextManager[Any]:
-        """Meanwhile the network has the weights that are to be validated."""
+        """Inside a ``with``, the network has the weights to validate."""
         averages = self.having(AVERAGED)
         return contextlib.nullcontext() if averages is None else averages.averaged(state)
 
     def _tell(self, hook: str, state: TrainingState) -> str | None:
-        """Call all, even if one of them stops the training: a log is to have the last epoch, too."""
+        """Call all, even if one of them stops the training: a log needs the last epoch, too."""
         stopped = self._stopped
         with self._together.phase():
             for look in self._methods[hook]:

@@ -29,7 +29,7 @@ from gpubatch.train.together import RanksMemoryError
 
 
 class Outcome(NamedTuple):
-    """What became of a batch.
+    """The outcome of the step on a batch.
 
     ``result`` is None if the step was left out; ``on_trial`` tells that the squares of the gradient overflow, so that
     the step was taken on trial.
@@ -153,7 +153,7 @@ class EagerSteps:
 
     @contextlib.contextmanager
     def scaling(self) -> Iterator[None]:
-        """Scale the network's gradients meanwhile; those that a caller computes afterwards are not scaled."""
+        """Inside a ``with``, scale the network's gradients; those that a caller computes afterwards are not scaled."""
         scale = self.record.scale
         if scale is not None:
             self._write_scale(scale.value)

@@ -32,7 +32,7 @@ from gpubatch.train.parts import StepPart
 from gpubatch.train.together import RanksMemoryError
 
 T = TypeVar("T")
-UNROLLED = 8  # steps in a graph, if so many are to come: a launch costs the host as much as a few kernels the device
+UNROLLED = 8  # steps in a graph, if at least eight remain: a launch costs the host as much as a few kernels the device
 
 
 class Feed(Protocol):
@@ -49,7 +49,7 @@ class Feed(Protocol):
 
 
 class GivenArrays:
-    """Batches that somebody else writes to these arrays."""
+    """Batches that the caller writes to these arrays."""
 
     def __init__(self, *arrays: Array) -> None:
         self._arrays = arrays

@@ -375,7 +375,7 @@ def warn_if_unscaled(record: Record) -> None:
 
 
 def warn_if_past(record: Record, epochs: int) -> None:
-    """Warn of a resumed run that has made more epochs than it is to have: they are those in all, not more of them."""
+    """Warn if a resumed run has already made more than ``epochs``, which counts all epochs of the run."""
     if (done := len(record.history.loss)) > epochs:
         text = f"the run has made {done} epochs, and epochs={epochs} in all are asked for: nothing is left to do"
         record.warn(text, ResumeWarning)
@@ -447,7 +447,7 @@ class Run:
     def until(self, epochs: int, stopped: str | None) -> None:
         """Make the epochs up to number ``epochs``, save the run, and tell the callbacks of its end.
 
-        stopped: why there is to be no epoch, in words, perhaps no words; None if there is.
+        stopped: the message of the callback that stopped the run before its first step, maybe empty; None if none did.
         """
         record, together = self._record, self._record.together
         try:
@@ -482,7 +482,7 @@ class Run:
                 self._callbacks.validation(record.state)
 
     def _steps_or_failure(self) -> str | None:
-        """Make the remaining steps; None if the epoch is complete, else for what there was no memory, in words."""
+        """Make the remaining steps; None if the epoch is complete, else a message of what memory ran out for."""
         try:
             self._make_steps()
         except InsufficientMemoryError:

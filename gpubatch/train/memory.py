@@ -131,7 +131,7 @@ def settle_batches(
 
 
 def rehearse(net: Network, loader: Loader, opt: Optimizer, held_out: HeldOut | None) -> str | None:
-    """Make steps of both sizes and validate, without a trace; for what there was no memory, in words."""
+    """Make a step of each batch size and validate, then undo both; returns a message if memory ran out, else None."""
     try:
         epochs = epochs_of(loader)
         held = [epochs.peek()]
@@ -174,7 +174,7 @@ def halve(record: Record, drivers: Sequence[Steps], failure: str) -> None:
 
 
 def evaluate(record: Record, held_out: HeldOut) -> tuple[float, float | None] | str:
-    """Loss and accuracy, as many samples at a time as a step may have; or for what there was no memory, in words.
+    """Loss and accuracy, as many samples at a time as a step may have; or a message if memory ran out.
 
     Those of several batches are means over all samples that count: as if they were one, but for rounding. Of ranks each
     evaluates its share of the batches, and all know the numbers of all.
@@ -229,7 +229,7 @@ def measured(record: Record, held_out: HeldOut, metrics: Sequence[str]) -> dict[
 
 
 def measured_here(net: Network, held_out: HeldOut, rows: int | None, metrics: Sequence[str]) -> dict[str, float] | str:
-    """Metrics on the validation set, at most ``rows`` samples at a time; or for what there was no memory, in words."""
+    """Metrics on the validation set, at most ``rows`` samples at a time; or a message if memory ran out."""
     most = min(rows or EVALUATION_ROWS, EVALUATION_ROWS)
     try:
         with held_out.batches() as batches:
@@ -246,7 +246,7 @@ def measured_here(net: Network, held_out: HeldOut, rows: int | None, metrics: Se
 
 
 def memory_message(error: MemoryError) -> str:
-    """For what there was no memory, in words: the error itself would keep the arrays of its traceback alive."""
+    """The message of the error, which itself would keep the arrays of its traceback alive."""
     return str(error) or "out of memory"
 
 

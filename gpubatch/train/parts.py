@@ -32,7 +32,7 @@ def parts_source(dtype: str) -> str:
 
 
 class OfARun(ABC):
-    """A callback of gpubatch's whose arguments decide what becomes of a run, so that a resumed run compares them."""
+    """A callback of gpubatch's whose arguments change the result of a run, so that a resumed run compares them."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -309,7 +309,7 @@ class WeightAverage(StepPart):
 
     @contextlib.contextmanager
     def averaged(self, state: TrainingState) -> Iterator[None]:
-        """Meanwhile the network of a run has the average."""
+        """Inside a ``with``, the network of a run has the average."""
         take(state.net, self._before)
         self.apply(state.net)
         try:

@@ -92,7 +92,7 @@ class Record:
         loader.load_state_dict({**loader.state_dict(), "epoch": self.epoch.epoch, "batch": self.epoch.batches})
 
     def note(self, loss: float, result: StepResult | None, samples: int) -> None:
-        """Note what became of a batch: its loss, and the step, None if it was left out."""
+        """Note the loss of a batch and its step, None if the step was left out."""
         self.unsaved = True
         self.epoch.batches += 1
         if result is not None:

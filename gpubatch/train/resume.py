@@ -77,7 +77,7 @@ class RunCheckpoints:
 
     @property
     def steps_left(self) -> int | None:
-        """How many steps there are until the run is to be saved, 0 or less if it is due; None if steps do not count."""
+        """Steps until the next save, 0 or less if it is due; None if saves do not depend on steps."""
         if self.store is None or self.store.every is None:
             return None
         return self.store.every - (self._record.state.step - self._saved_at)
@@ -253,7 +253,7 @@ class RunCheckpoints:
 
 @contextlib.contextmanager
 def open_checkpoints(checkpoint: Any, resume: bool, first: bool = True) -> Iterator[Checkpoints | None]:
-    """Meanwhile the folder of :func:`fit`'s ``checkpoint`` is this run's, and the first rank may write to it."""
+    """Inside a ``with``, this run holds the folder of :func:`fit`'s ``checkpoint``; the first rank may write to it."""
     if checkpoint is None:
         if resume:
             raise ArgumentError("resume=True needs checkpoint=, the folder that has what to go on from")

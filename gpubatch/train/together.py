@@ -70,7 +70,7 @@ class Agreement:
     # --- errors ---
 
     def alike(self, error: BaseException) -> BaseException:
-        """An error that all ranks raise at this place, so that nobody has to be told of it. Not collective."""
+        """An error that all ranks raise at this place, so that none has to tell the others. Not collective."""
         if self.several:
             self._alike = error
         return error
