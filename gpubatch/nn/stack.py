@@ -104,12 +104,9 @@ def told(method: str, looks_at_input: bool = False) -> Iterator[None]:
         if looks_at_input:
             raise
         raise type(error)(f"{method}: {error}") from error
-    except PLAIN as error:
-        if type(error).__module__.partition(".")[0] in ("builtins", "numpy"):
-            raise ArgumentError(f"{method} raised {type(error).__name__}: {error}") from error
-        error.add_note(f"in {method}")
-        raise
     except Exception as error:
+        if isinstance(error, PLAIN) and type(error).__module__.partition(".")[0] in ("builtins", "numpy"):
+            raise ArgumentError(f"{method} raised {type(error).__name__}: {error}") from error
         error.add_note(f"in {method}")
         raise
 
