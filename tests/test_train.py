@@ -30,7 +30,7 @@ import gpubatch as gb
 from gpubatch.backend import Array
 from gpubatch.checkpoint import Checkpoints
 from gpubatch.errors import CheckpointError, CheckpointWarning, SkippedStepWarning
-from gpubatch.nn import Context, Needs, core, core_of
+from gpubatch.nn import Context, Needs, core_of, initial
 from gpubatch.train import TrainingState, TrainingTerminated
 from gpubatch.train.memory import settle_batches
 
@@ -608,7 +608,7 @@ def test_a_checkpoint_is_by_names_wherever_arrays_lie(tmp_path: Path, monkeypatc
         return net, gb.Loader(*blobs(), batch_size=50, backend="cpu"), gb.Adam(net.parameters, lr=0.01)
 
     with monkeypatch.context() as before:
-        before.setattr(core, "by_alignment", dict)
+        before.setattr(initial, "by_alignment", dict)
         ended, stopped = make(), make()
         gb.fit(*stopped, 1, checkpoint=tmp_path, progress=False)
         gb.fit(*ended, 2, progress=False)
