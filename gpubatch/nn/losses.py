@@ -806,11 +806,7 @@ class LossFunction:
 
 def of_formula(loss: ScoreLoss, text: str) -> LossFunction:
     """The function of a loss of single scores; Y has one number for each score."""
-
-    def bind(**parameters: float) -> Loss:
-        return over_scores(loss.bind(**parameters))
-
-    return LossFunction(loss.name, bind, text)
+    return LossFunction(loss.name, lambda **parameters: over_scores(loss.bind(**parameters)), text)
 
 
 softmax_cross_entropy = LossFunction(

@@ -4,11 +4,10 @@ from gpubatch.train.captured_step import CapturedStep
 from gpubatch.train.checks import drop_last_for, loader_for, why_eager
 from gpubatch.train.display import bar
 from gpubatch.train.history import History, StopTraining, TrainingInterrupted, TrainingState, TrainingTerminated
-from gpubatch.train.ledger import AHEAD
 from gpubatch.train.logs import CSVLog, Logging, TensorBoard
 from gpubatch.train.loop import EXECUTIONS, fit, short_runs
 from gpubatch.train.loss_scale import LossScale
-from gpubatch.train.memory import memory_parts, plan_batches
+from gpubatch.train.memory import plan_batches
 from gpubatch.train.monitors import BestWeights, EarlyStopping, ReduceOnPlateau
 from gpubatch.train.parts import ClipByValue, GradientNoise, WeightAverage
 from gpubatch.train.resume import to_resume
@@ -16,7 +15,6 @@ from gpubatch.train.together import Agreement
 from gpubatch.train.validation import validated
 
 __all__ = [
-    "AHEAD",
     "EXECUTIONS",
     "Agreement",
     "BestWeights",
@@ -39,7 +37,6 @@ __all__ = [
     "drop_last_for",
     "fit",
     "loader_for",
-    "memory_parts",
     "plan_batches",
     "short_runs",
     "to_resume",
