@@ -210,7 +210,7 @@ CODE_LINES = {
     "sizing": 264,
     "params": 99,
     "optim": 1212,
-    "nn": 2773,
+    "nn": 2790,
     "datasets": 194,
     "sources": 1844,
     "loader": 2599,
