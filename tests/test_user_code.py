@@ -250,8 +250,8 @@ def spoils(self: Any, x: Any, y: Any, dy: Any, dx: Any, c: Any) -> None:
 def test_backward_may_work_in_dy(micro_batch_size: int | None) -> None:
     """Also where the layers around it keep dx and dy in the same memory, and as the first and the last one."""
     trained = []
-    for make in (Scale, lambda: layer(backward=spoils)):
-        a, b, c, d = (make() for _ in range(4))
+    for kind in (Scale, type(layer(backward=spoils))):
+        a, b, c, d = (kind() for _ in range(4))
         layers = [a, gb.Dense(5, 8), gb.BatchNorm(8), b, c, gb.Tanh(), gb.Dropout(0.3), gb.Dense(8, 4), d]
         net = gb.Network(layers, backend="cpu", seed=0, l2=0.1)
         opt = gb.Momentum(net.parameters, lr=0.1, groups={"W1": {"trainable": False}})
