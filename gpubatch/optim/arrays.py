@@ -63,7 +63,7 @@ def named_arrays(arrays: Any, argument: str, *, writable: bool = False, optional
             raise DTypeError(f"{label} must be a NumPy or CuPy array, or speak DLPack, got {describe(array)}{hint}")
         if writable and (frozen or not getattr(array.flags, "writeable", True)):
             raise ArgumentError(f"{label} is read-only: an optimizer changes it in place, give it a writable array")
-        found[name] = unmasked(label, array)
+        found[name] = array
     ids = [id(array) for array in given.values() if array is not None]
     if writable and len(set(ids)) < len(ids):
         raise ArgumentError(f"{argument} has the same array twice: it would be updated twice in a step")
