@@ -186,12 +186,16 @@ def test_what_is_wrong_is_told_before_the_first_step(name: str) -> None:
     assert opt.t == 0
 
 
+def says_stop(state: gb.TrainingState) -> bool:
+    return True
+
+
 # What does nothing where people expect that it does something.
 IN_VAIN: dict[str, tuple[Any, type[Exception], str]] = {
     "stop": (lambda s: setattr(s, "stop_training", True), gb.ArgumentError, r"changes nothing: raise gb.StopTraining"),
     "rate": (lambda s: setattr(s, "lr", 0.1), gb.ArgumentError, "state.lr = 0.1 changes nothing: assign state.opt.lr"),
     "stop by the network": (lambda s: setattr(s.net, "stop_training", True), gb.ArgumentError, "gb.StopTraining"),
-    "a result": (lambda s: True, gb.DTypeError, r"must return nothing, got True: raise gb.StopTraining\(\) to end"),
+    "a result": (says_stop, gb.DTypeError, r"must return nothing, got True: raise gb.StopTraining\(\) to end"),
     "new gradients": (
         with_hook("on_gradient", lambda self, state, grads: {k: 2 * g for k, g in grads.items()}),
         gb.DTypeError,
@@ -208,6 +212,12 @@ def test_what_a_callback_does_in_vain_is_told(name: str) -> None:
     callback, kind, message = IN_VAIN[name]
     with pytest.raises(kind, match=message):
         run([callback])
+
+
+def test_what_an_expression_gives_is_no_answer() -> None:
+    """As ``lambda state: bar.update()``, or ``grads["W1"].clip(-1, 1, out=...)``."""
+    clip = with_hook("on_gradient", lambda self, state, grads: np.clip(grads["W1"], -1, 1, out=grads["W1"]))
+    run([lambda s: s.step > 0, clip])
 
 
 @pytest.mark.parametrize("kind", [gb.EarlyStopping, gb.BestWeights, gb.ReduceOnPlateau])

@@ -340,7 +340,7 @@ def test_more_steps_than_a_chunk_has(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_is_captured_on_a_gpu_and_eager_on_the_cpu(device: Callable[[], CudaBackend]) -> None:
     assert Training(CASES["plain"], device()).fit("auto", 1).history.execution == "captured"
     net = gb.mlp([FEATURES, CLASSES], backend="cpu")
-    loader = gb.Loader(*data(CASES["plain"]), batch_size=8, backend="cpu")
+    loader = gb.Loader(*data(CASES["plain"]), batch_size=8, scale=1 / 255, backend="cpu")
     assert gb.fit(net, loader, gb.Adam(net.parameters), 1, progress=False).execution == "eager"
 
 
@@ -955,7 +955,7 @@ def test_execution_is_checked() -> None:
     with pytest.raises(gb.ArgumentError, match="execution must be one of 'auto', 'eager', 'captured', got 'graph'"):
         Training(CASES["plain"], stand_in("late")).fit("graph")
     net = gb.mlp([FEATURES, CLASSES], backend="cpu")
-    loader = gb.Loader(*data(CASES["plain"]), batch_size=8, backend="cpu")
+    loader = gb.Loader(*data(CASES["plain"]), batch_size=8, scale=1 / 255, backend="cpu")
     with pytest.raises(gb.ArgumentError, match="graphs are for a GPU, the network is on 'cpu'"):
         gb.fit(net, loader, gb.Adam(net.parameters), 1, progress=False, execution="captured")
 

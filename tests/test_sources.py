@@ -746,7 +746,7 @@ OPENING = [
     (lambda f: consume(np.zeros(3), Memory(Y[:3], Y[:3])), ArgumentError, "Y (Memory) alone gives 2 for Y"),
     (lambda f: consume(Memory(Y, Y), Y), ArgumentError, "X (Memory) alone gives 2 for X"),
     (lambda f: consume(Other(Y)), DTypeError, "X (Other): read must return NumPy arrays, got list"),
-    (lambda f: consume(Memory(Y[:3].astype(str))), DTypeError, "X (X (Memory)) must hold integers"),
+    (lambda f: consume(Memory(Y[:3].astype(str))), DTypeError, "X (Memory) must hold integers"),
 ]
 
 

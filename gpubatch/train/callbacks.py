@@ -138,7 +138,7 @@ class Callbacks:
             for look in self._methods[hook]:
                 try:
                     found = look(state)
-                    if isinstance(found, bool):  # what stops a run elsewhere; other results are those of lambdas
+                    if isinstance(found, bool):  # what stops a run elsewhere
                         check_nothing(look, found, "raise gb.StopTraining() to end the run")
                 except StopTraining as stop:
                     stopped = stopped or str(stop)
@@ -176,8 +176,13 @@ def methods_of(callback: Any) -> dict[str, Callable[..., Any]]:
 
 
 def check_nothing(method: Callable[..., Any], found: Any, remedy: str) -> None:
-    """Raise if a method of a callback returned something, as if that did anything."""
-    if found is not None:
+    """Raise if a method of a callback returned something, as if that did anything.
+
+    What a lambda returns is the value of its expression, as of ``lambda state: bar.update()``, and seldom an answer;
+    new gradients always are one.
+    """
+    an_answer = found is not None and getattr(method, "__name__", "") != "<lambda>"
+    if an_answer or isinstance(found, Mapping):
         where = getattr(method, "__qualname__", named(method))
         returned = found if isinstance(found, bool) else f"a {type(found).__name__}"
         raise DTypeError(f"callback {where} must return nothing, got {returned}: {remedy}")
