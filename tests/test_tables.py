@@ -974,6 +974,23 @@ def trained(table: Any, epochs: int = 5, test: Any = None) -> tuple[Any, Any]:
     return net, loader
 
 
+def test_a_table_as_arrays() -> None:
+    """By the closed form: standardised by the mean and deviation of its rows, a column for each category."""
+    size, bark = np.array([2.0, 4.0, 9.0, 5.0]), ["thin", "thick", "thin", "thin"]
+    table = gb.read_table({"size": size, "bark": bark, "y": ["oak", "elm", "oak", "ash"]}, label="y")
+    scaled = (size - size.mean()) / size.std()
+    expected = np.stack([scaled, [0, 1, 0, 0], [1, 0, 1, 1]], axis=1)
+    np.testing.assert_allclose(table.X, expected, rtol=1e-6)
+    assert table.X.dtype == np.float32
+    assert table.Y is not None
+    assert (table.Y.dtype, table.Y.tolist()) == (np.int64, [2, 1, 2, 0])
+    np.testing.assert_allclose(table.prepare({"bark": ["thick"], "size": [6.0]}), [[1 / size.std(), 1, 0]], rtol=1e-6)
+    assert gb.read_table({"size": size}).Y is None
+    amounts = gb.read_table({"bark": bark, "size": size}, label="size").Y
+    assert amounts is not None
+    np.testing.assert_allclose(amounts, scaled, rtol=1e-6)
+
+
 def test_from_a_table_to_a_model_and_back(tmp_path: Any) -> None:
     train, test = gb.read_table(trees(), label="species").split(0.2)
     net, loader = trained(train, test=test)

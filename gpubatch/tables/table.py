@@ -299,6 +299,27 @@ class Table(Prepared):
         whole = np.concatenate(list(self._label_blocks()))
         return whole if goal.classes is None else np.array(goal.classes)[whole]
 
+    @property
+    def X(self) -> np.ndarray:  # noqa: N802
+        """Its samples in memory, float32 (rows, features): numbers standardised, categories as columns of 0 and 1."""
+        return self._arrays[0]
+
+    @property
+    def Y(self) -> np.ndarray | None:  # noqa: N802
+        """What X is trained on: classes by number, int64, or standardised amounts, float32; None without a label."""
+        return self._arrays[1]
+
+    def prepare(self, path_or_frame: Any) -> np.ndarray:
+        """Samples of other rows, float32 (rows, features), prepared by the numbers of this table, without a label.
+
+        path_or_frame: whatever :func:`read_table` takes, with the columns of this table
+
+        >>> table = read_table({"x": [1.0, 2.0, 3.0], "y": ["a", "b", "a"]}, label="y")
+        >>> table.prepare({"x": [2.0]})
+        array([[0.]], dtype=float32)
+        """
+        return read_table(path_or_frame, like=self).X
+
     def __repr__(self) -> str:
         lines = [f"<Table {self.where}: {len(self)} rows"]
         try:
