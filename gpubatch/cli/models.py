@@ -159,15 +159,17 @@ def said(context: typer.Context, name: str) -> Any:
 
 
 def check_out(out: str | None, inputs: Sequence[str]) -> None:
-    """Raise where a file that is read would be replaced."""
-    if out is not None and out != "-" and Path(out).suffix.lower() not in ("", ".csv", ".txt"):
-        raise ArgumentError(f"--out writes a CSV file, so it must end in .csv, got {out!r}; --json prints JSON")
-    if out is not None and out != "-" and Path(out).exists():
+    """Raise where a file that is read would be replaced, or CSV be written under another name."""
+    if out is None or out == "-":
+        return
+    if Path(out).exists():
         for name in inputs:
             if Path(name).exists() and Path(out).samefile(name):
                 raise ArgumentError(f"--out must be another file than those that are read, got {out!r}")
         if Path(out).is_dir():
             raise ArgumentError(f"--out must be a file, got the folder {out!r}")
+    if Path(out).suffix.lower() not in ("", ".csv", ".txt"):
+        raise ArgumentError(f"--out writes a CSV file, so it must end in .csv, got {out!r}; --json prints JSON")
 
 
 def counted(batches: Loader, show: Callable[[int, int], Any]) -> Iterator[list[Array]]:
