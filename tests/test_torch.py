@@ -7,7 +7,6 @@ import ctypes
 import functools
 import gc
 import inspect
-import io
 import subprocess
 import sys
 import types
@@ -28,6 +27,8 @@ from gpubatch.backend import get_backend
 from gpubatch.ops import CudaUpdate, host_library
 
 torch = peer("torch")
+from torch_files import through_a_file  # noqa: E402
+
 import gpubatch.torch as gt  # noqa: E402  imports torch
 
 Tensor = Any
@@ -275,13 +276,6 @@ def test_a_plateau_lowers_the_learning_rate() -> None:
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
-
-
-def through_a_file(d: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(d, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

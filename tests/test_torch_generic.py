@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -24,6 +23,8 @@ from optimizer_table import CASES, custom
 import gpubatch as gb
 
 torch = peer("torch")
+from torch_files import through_a_file  # noqa: E402
+
 import gpubatch.torch as gt  # noqa: E402  imports torch
 
 Tensor = Any
@@ -373,13 +374,6 @@ def test_groups_have_their_own_learning_rate(make: Make) -> None:
 
 
 # --- state ------------------------------------------------------------------------------------------------------------
-
-
-def through_a_file(d: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(d, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("names", BOTH)
