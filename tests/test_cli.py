@@ -63,6 +63,17 @@ def mnist(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_what_needs_no_command_imports_none() -> None:
+    for option in ("--version", "--help"):
+        code = (
+            "import sys, atexit; atexit.register(lambda: print([m for m in sys.modules if m.startswith('gpubatch.')]))"
+        )
+        code += f"; sys.argv = ['gpubatch', '{option}']; from gpubatch.__main__ import main; main()"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert "gpubatch.cli.shared" in done.stdout.splitlines()[-1]
+        assert not any(name in done.stdout for name in ("gpubatch.train", "gpubatch.nn", "gpubatch.plot"))
+
+
 def test_train_ends_with_the_test_accuracy() -> None:
     done = run("train", *SMALL)
     last = done.stdout.splitlines()[-1]

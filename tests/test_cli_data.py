@@ -19,7 +19,7 @@ import typer
 from test_cli import mnist, run
 
 import gpubatch as gb
-from gpubatch.cli import app
+from gpubatch.cli import COMMANDS, command_named
 from gpubatch.cli.arrays import RowsOf
 from gpubatch.cli.data import DataOptions, Task, usual_size
 from gpubatch.cli.options import BatchOptions, NetworkOptions, OptimizerOptions, RunOptions, spread
@@ -37,16 +37,17 @@ def blobs(n: int = 300, features: int = 4, classes: int = 3, seed: int = 0) -> t
 # --- the same options in every command -------------------------------------------------------------------------------
 
 
-def options_of(command: Any) -> dict[str, Any]:
-    return dict(get_type_hints(command.callback, include_extras=True))
+OPTIONS = {name: dict(get_type_hints(command_named(name).callback, include_extras=True)) for name in COMMANDS}
 
 
-COMMANDS = {command.name or command.callback.__name__: options_of(command) for command in app.registered_commands}
+def test_the_help_of_all_has_the_first_line_of_each_help() -> None:
+    for name, (_, words) in COMMANDS.items():
+        assert inspect.cleandoc(command_named(name).help).partition("\n")[0] == words
 
 
 def test_an_option_has_one_help_text_and_one_type_in_all_commands() -> None:
     seen: dict[str, tuple[str, Any]] = {}
-    for command, hints in COMMANDS.items():
+    for command, hints in OPTIONS.items():
         if command == "check-gradient":
             continue  # it has no data but what it draws: --batch-size and --directions are numbers there
         for name, hint in hints.items():
@@ -57,7 +58,7 @@ def test_an_option_has_one_help_text_and_one_type_in_all_commands() -> None:
     groups = DataOptions, NetworkOptions, OptimizerOptions, BatchOptions, RunOptions
     shared = {field for group in groups for field in inspect.signature(group).parameters}
     for command in ("train", "batch-size", "landscape", "sweep"):
-        assert shared - {"decay"} <= COMMANDS[command].keys(), command
+        assert shared - {"decay"} <= OPTIONS[command].keys(), command
 
 
 def test_spread_gives_a_command_its_groups_and_defaults() -> None:

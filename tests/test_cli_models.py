@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import typer
 from families import every
 from needs import file_library
 from test_cli import SMALL, idx, mnist, run
 
 import gpubatch as gb
-from gpubatch.cli import app
+from gpubatch.cli import COMMANDS, command_named
 from gpubatch.cli.data import DataOptions, Which, labelled_samples, raw_samples
 from gpubatch.cli.models import check_out, columns_of
 from gpubatch.cli.options import BatchOptions
@@ -448,20 +447,15 @@ def test_arrays_are_tested_on_what_train_left_out(tmp_path: Path) -> None:
 
 # --- examples --------------------------------------------------------------------------------------------------------
 
-EXAMPLES = {
-    line: command.callback.__name__
-    for command in app.registered_commands
-    for line in re.findall(r"`(gpubatch [^`]*)`", command.epilog or "")
-}
+EXAMPLES = [line for name in COMMANDS for line in re.findall(r"`(gpubatch [^`]*)`", command_named(name).epilog or "")]
 
 
 def test_every_command_has_examples_that_are_right() -> None:
     """Their options exist and have values; what they do is tested with the exhaustive tests."""
-    commands = typer.main.get_command(app)
-    assert {line.split()[1] for line in EXAMPLES} == commands.commands.keys()
+    assert {line.split()[1] for line in EXAMPLES} == COMMANDS.keys()
     for line in EXAMPLES:
         _, command, *arguments = shlex.split(line)
-        commands.commands[command].make_context(command, arguments)
+        command_named(command).make_context(command, arguments)
 
 
 @pytest.mark.exhaustive

@@ -159,15 +159,13 @@ def test_it_has_at_most_150_lines() -> None:
 
 def test_every_option_that_is_shown_exists() -> None:
     pytest.importorskip("typer")
-    from typer.main import get_command
-
-    from gpubatch.cli import app
+    from gpubatch.cli import command_named
 
     lines = [line for block in blocks("") for line in block.splitlines() if line.startswith("gpubatch ")]
     assert len(lines) == 3
     for line in lines:
         _, command, *words = shlex.split(line, comments=True)
-        known = {option for p in get_command(app).commands[command].params for option in p.opts}
+        known = {option for p in command_named(command).params for option in p.opts}
         assert {word for word in words if word.startswith("--")} <= known, line
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -16,12 +17,48 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
+from typer.main import get_command
 
 import gpubatch
 from gpubatch.errors import ArgumentError
 from gpubatch.parallel import launched
 
+# By name: the file of a command, and its line in ``gpubatch --help``.
+COMMANDS = {
+    "train": ("train", "Train a network by mini-batches, and test it."),
+    "predict": ("models", "Predict samples with a model; they are prepared as those that it was trained on."),
+    "test": ("models", "Test a model on samples whose labels are known."),
+    "summary": ("models", "Show what a model is made of, what it takes and what it predicts."),
+    "info": ("info", "Show the backends, their devices and memory, and why CUDA is or is not there."),
+    "check-gradient": (
+        "gradients",
+        "Compare the gradients of every layer and loss with differences, in float64; exit code 1 where one is wrong.",
+    ),
+    "landscape": ("landscape", "Train a network, and evaluate the loss on a line or a plane through its parameters."),
+    "sweep": ("sweep", "Train again and again, with one thing different each time."),
+    "batch-size": ("memory", "Plan the memory of training: the batch size that fits, and what every part of it needs."),
+}
+
+
+def command_named(name: str) -> Any:
+    """Import the file of a command, which registers it; returns the command as typer makes it."""
+    importlib.import_module(f"gpubatch.cli.{COMMANDS[name][0]}")
+    return get_command(app).commands[name]  # type: ignore[attr-defined]
+
+
+class Commands(TyperGroup):
+    """Imports the file of the command that is called, and no other: each takes more time than NumPy."""
+
+    def resolve_command(self, context: Any, arguments: list[str]) -> Any:
+        """See click's class of this name."""
+        if arguments[0] in COMMANDS:
+            self.commands[arguments[0]] = command_named(arguments[0])
+        return TyperGroup.resolve_command(self, context, arguments)
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -59,6 +96,9 @@ def common(
             f"run it without mpiexec; only gpubatch {' and gpubatch '.join(DIVIDED)} work on several"
         )
 
+
+for name, (_, words) in COMMANDS.items():  # for the help, until the file of the command is imported
+    app.command(name, help=words)(lambda: None)
 
 DIVIDED = ("train", "info")  # the commands that several processes run together
 PRINTED = {"as_json", "plot_file", "save_file", "progress"}  # arguments that no result depends on
