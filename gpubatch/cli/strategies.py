@@ -9,11 +9,8 @@ from gpubatch import explore
 from gpubatch.cli.data import Task
 from gpubatch.cli.options import BatchOptions, RunOptions
 from gpubatch.errors import NonFiniteError, check_int
-from gpubatch.loader import epochs_of
-from gpubatch.nn import core_of
 from gpubatch.optim import SGD
 from gpubatch.shown import Shown
-from gpubatch.train import fit, short_runs
 
 
 @dataclass(repr=False)
@@ -60,24 +57,18 @@ def compare_strategies(
             show(before + done, total)
 
         began = time.perf_counter()
-        found = search(net, X, Y, trials, scale, task.seed, show_search, weight)
+        best = search(net, X, Y, trials, scale, task.seed, show_search, weight)
         seconds = time.perf_counter() - began
         accuracy = net.evaluate(*test)[1]
-        results.append(StrategyResult(name, found.loss, found.accuracy, accuracy, seconds, found.history))
+        results.append(StrategyResult(name, best.loss, best.accuracy, accuracy, seconds, best.history))
         net.load_state_dict(state)
-    loader, callbacks = task.loader(batches), run.callbacks()
-    core_of(net).rehearse(*epochs_of(loader).peek())  # allocates and compiles before any time is taken
-    net.load_state_dict(state)
-    try:
-        with short_runs():
-            held_out = test if callbacks else None
-            history = fit(
-                net, loader, SGD(net.parameters, lr), epochs, held_out, callbacks, progress=False, max_skipped=0
-            )
-        (loss, accuracy), (_, test_accuracy) = net.evaluate(X, Y, weight=weight), net.evaluate(*test)
-    except NonFiniteError:
-        raise NonFiniteError(f"gradient descent diverged with lr={lr:g}: take a lower one") from None
-    costs, seconds = tuple(history.loss), sum(history.seconds)
-    results.append(StrategyResult("gradient descent", loss, accuracy, test_accuracy, seconds, costs))
+    held_out = test if run.callbacks() else None
+    start = explore.TrialStart(net, state, X, Y, weight, epochs, task.seed, held_out, run.callbacks)
+    found = start.train(SGD, lr, batches.number())
+    if found.loss is None:
+        raise NonFiniteError(f"gradient descent diverged with lr={lr:g}: take a lower one")
+    costs, seconds = tuple(found.history.loss), sum(found.seconds)
+    accuracy = net.evaluate(*test)[1]
+    results.append(StrategyResult("gradient descent", found.loss, found.accuracy, accuracy, seconds, costs))
     show(total, total)
     return results

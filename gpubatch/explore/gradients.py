@@ -22,7 +22,7 @@ from gpubatch.errors import (
     check_int,
     check_real,
 )
-from gpubatch.explore.shared import Progress, check_net, kept_as_it_is, report
+from gpubatch.explore.shared import Progress, check_net, counted, kept_as_it_is
 from gpubatch.nn import Network
 
 Index: TypeAlias = tuple[int, ...]
@@ -395,10 +395,8 @@ def check_network(
         _, grads = net.loss_and_grad(X, Y)
         claimed = {name: grad.copy() for name, grad in grads.items()}
     results = {}
-    for done, (name, p) in enumerate(net.parameters.items()):
-        report(progress, done, len(net.parameters))
+    for name, p in counted(list(net.parameters.items()), progress):
         results[name] = gradient_check(
             lambda _: net.loss(X, Y, training=True), p, claimed[name], h, tolerance, directions, elements, seed, floor
         )
-    report(progress, len(net.parameters), len(net.parameters))
     return results

@@ -9,7 +9,7 @@ import numpy as np
 
 from gpubatch.backend import Array
 from gpubatch.errors import NonFiniteError, check_int, check_real
-from gpubatch.explore.shared import Progress, check_net, loss_or_inf, report
+from gpubatch.explore.shared import Progress, check_net, counted, loss_or_inf
 from gpubatch.nn import Network
 from gpubatch.shown import Shown
 
@@ -104,8 +104,7 @@ def _search(
     with backend.scope(), np.errstate(over="ignore"):
         best_flat = flat.copy()
         try:
-            for trial in range(trials):
-                report(progress, trial, trials)
+            for _ in counted(range(trials), progress):
                 candidate = backend.asarray(draw.standard_normal(flat.size) * scale, net.dtype)
                 flat[...] = best_flat + candidate if local else candidate
                 loss = loss_or_inf(net, X, Y, weight=weight)
@@ -115,7 +114,6 @@ def _search(
                 history.append(best)
         finally:
             flat[...] = best_flat
-    report(progress, trials, trials)
     if not math.isfinite(best):
         raise NonFiniteError(f"no trial of {trials} had a finite loss with scale={scale:g}: take a smaller one")
     loss, accuracy = net.evaluate(X, Y, weight=weight)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, ShapeErro
 from gpubatch.nn import Network
 
 Progress: TypeAlias = Callable[[int, int], Any]  # of what is done, and of how much there is in all
+Item = TypeVar("Item")
 
 
 def grid_of(name: str, values: Any) -> np.ndarray:
@@ -40,11 +41,11 @@ def check_net(net: Any) -> None:
 
 
 @contextlib.contextmanager
-def kept_as_it_is(net: Network) -> Iterator[None]:
-    """Restore parameters, running statistics and dropout step of ``net`` on exit."""
+def kept_as_it_is(net: Network) -> Iterator[dict[str, Any]]:
+    """Give the state of ``net``, its parameters, running statistics and dropout step, and restore it on exit."""
     state = net.state_dict()
     try:
-        yield
+        yield state
     finally:
         net.load_state_dict(state)
 
@@ -69,3 +70,11 @@ def report(progress: Progress | None, done: int, total: int) -> None:
     """Call ``progress``, if there is one."""
     if progress is not None:
         progress(done, total)
+
+
+def counted(items: Sequence[Item], progress: Progress | None) -> Iterator[Item]:
+    """Yield the items, and report before each how many are done."""
+    for done, item in enumerate(items):
+        report(progress, done, len(items))
+        yield item
+    report(progress, len(items), len(items))

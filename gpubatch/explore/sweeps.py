@@ -13,7 +13,7 @@ import numpy as np
 from gpubatch.averages import ewma
 from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, NonFiniteError, check_int, check_real
-from gpubatch.explore.shared import Progress, check_net, kept_as_it_is, loss_or_inf, positive_grid, report
+from gpubatch.explore.shared import Progress, check_net, counted, kept_as_it_is, loss_or_inf, positive_grid, report
 from gpubatch.loader import Loader, epochs_of
 from gpubatch.nn import Network, core_of
 from gpubatch.optim import SGD, Adam, Momentum, Optimizer, RMSProp, unchecked
@@ -55,9 +55,8 @@ def step_size_sweep(
     check_net(net)
     sizes = positive_grid("step_sizes", [float(f"1e{k}") for k in range(-10, 0)] if step_sizes is None else step_sizes)
     found = []
-    with kept_as_it_is(net), net.backend.scope():
+    with kept_as_it_is(net) as state, net.backend.scope():
         w = net.parameters.flat.copy()
-        state = net.state_dict()
         start, grads = net.loss_and_grad(X, Y, weight=weight)
         descent = grads.flat.copy()
         net.load_state_dict(state)  # the same dropout mask for the losses as for the gradient
@@ -256,13 +255,10 @@ def batch_size_sweep(
     epochs = check_int("epochs", epochs, 1)
     net.loss(X, Y, weight=weight)
     trials = []
-    with kept_as_it_is(net):
-        state = net.state_dict()
-        for done, size in enumerate(sizes):
-            report(progress, done, len(sizes))
-            rate = lr(size) if callable(lr) else lr
-            of_run = weight, validation, callbacks()
-            run = _train(net, state, X, Y, optimizer, rate, size, epochs, seed, target, *of_run)
+    with kept_as_it_is(net) as state:
+        start = TrialStart(net, state, X, Y, weight, epochs, seed, validation, callbacks)
+        for size in counted(sizes, progress):
+            run = start.train(optimizer, lr(size) if callable(lr) else lr, size, target)
             per_epoch = float(np.median(run.seconds)) if run.seconds else None
             trials.append(
                 BatchSizeTrial(
@@ -275,7 +271,6 @@ def batch_size_sweep(
                     loss=run.loss,
                 )
             )
-    report(progress, len(sizes), len(sizes))
     return trials
 
 
@@ -338,15 +333,14 @@ def optimizer_sweep(
         "rates", [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0] if rates is None else rates
     )
     net.loss(X, Y, weight=weight)
-    trials = []
-    with kept_as_it_is(net):
-        state = net.state_dict()
-        for done, (name, make) in enumerate(makers.items()):
-            runs = []
-            for k, rate in enumerate(grid):
-                report(progress, done * len(grid) + k, len(makers) * len(grid))
-                of_run = weight, validation, callbacks()
-                runs.append(_train(net, state, X, Y, make, rate, batch_size, epochs, seed, None, *of_run))
+    trials: list[OptimizerTrial] = []
+    with kept_as_it_is(net) as state:
+        start = TrialStart(net, state, X, Y, weight, epochs, seed, validation, callbacks)
+        for name, make in makers.items():
+            runs: list[TrialRun] = []
+            for rate in grid:
+                report(progress, len(trials) * len(grid) + len(runs), len(makers) * len(grid))
+                runs.append(start.train(make, rate, batch_size))
             found = [math.inf if run.loss is None else run.loss for run in runs]
             best = found.index(min(found))
             if not math.isfinite(found[best]):
@@ -375,41 +369,47 @@ class TrialRun(NamedTuple):
         return self.history.seconds
 
 
-def _train(
-    net: Network,
-    state: Mapping[str, Any],
-    X: Array,
-    Y: Array,
-    make: MakeOptimizer,
-    lr: float,
-    batch_size: int,
-    epochs: int,
-    seed: int,
-    target: float | None,
-    weight: Array | None,
-    validation: Any,
-    callbacks: Sequence[Any],
-) -> TrialRun:
-    """Train from ``state`` until the loss of the whole set is down to ``target``."""
-    net.load_state_dict(state)
-    loader = loader_for(net, X, Y, batch_size, seed, weight)
-    opt = make(net.parameters, lr)
-    core_of(net).rehearse(*epochs_of(loader).peek())  # allocates and compiles before any time is taken
-    history = History()
-    reached = False
+@dataclass(frozen=True)
+class TrialStart:
+    """What training runs side by side begin with: the state of the network, the same samples, the same order.
 
-    def watch(training: TrainingState) -> None:
-        nonlocal history, reached
-        history = training.history
-        if target is not None and net.loss(X, Y, weight=weight) <= target:
-            reached = True
-            raise StopTraining
+    validation: what a run is validated on, see :func:`batch_size_sweep`
+    callbacks: a function that makes the callbacks of a run
+    """
 
-    memory = net.memory(batch_size) + opt.memory()
-    try:
-        with short_runs():
-            fit(net, loader, opt, epochs, validation, [*callbacks, watch], progress=False, max_skipped=0)
-        loss, accuracy = net.evaluate(X, Y, weight=weight)
-    except NonFiniteError:
-        return TrialRun(history, False, None, None, memory)
-    return TrialRun(history, reached, loss, accuracy, memory)
+    net: Network
+    state: Mapping[str, Any]
+    X: Array
+    Y: Array
+    weight: Array | None
+    epochs: int
+    seed: int
+    validation: Any
+    callbacks: Callable[[], Sequence[Any]]
+
+    def train(self, make: MakeOptimizer, lr: float, batch_size: int, target: float | None = None) -> TrialRun:
+        """Train until the loss of the whole set is down to ``target``."""
+        net, X, Y, weight = self.net, self.X, self.Y, self.weight
+        net.load_state_dict(self.state)
+        loader = loader_for(net, X, Y, batch_size, self.seed, weight)
+        opt = make(net.parameters, lr)
+        core_of(net).rehearse(*epochs_of(loader).peek())  # allocates and compiles before any time is taken
+        history = History()
+        reached = False
+
+        def watch(training: TrainingState) -> None:
+            nonlocal history, reached
+            history = training.history
+            if target is not None and net.loss(X, Y, weight=weight) <= target:
+                reached = True
+                raise StopTraining
+
+        memory = net.memory(batch_size) + opt.memory()
+        callbacks = [*self.callbacks(), watch]
+        try:
+            with short_runs():
+                fit(net, loader, opt, self.epochs, self.validation, callbacks, progress=False, max_skipped=0)
+            loss, accuracy = net.evaluate(X, Y, weight=weight)
+        except NonFiniteError:
+            return TrialRun(history, False, None, None, memory)
+        return TrialRun(history, reached, loss, accuracy, memory)
