@@ -89,8 +89,7 @@ def plot_training(history: History, path: str | Path | None = None, title: str =
     if history.step_lr:
         rate = others[-1]
         rate.plot(steps, history.step_lr, color=SMOOTH)
-        rate.set_ylabel("learning rate")
-        rate.set_ylim(bottom=0)
+        rate.set(ylabel="learning rate", ylim=(0, None))
     last = (cost, *others)[-1]
     last.set_xlabel(f"step (mini-batches of {history.batch_size}; {epochs} epochs of {len(steps) // max(epochs, 1)})")
     for axes in (cost, *others):
@@ -128,8 +127,7 @@ def plot_slice(
     if found.b is None:
         axes.plot(found.a, _finite(found.losses), color=SMOOTH)
         axes.axvline(0, color=HELD_OUT, linewidth=1, linestyle="--", label="the network")
-        axes.set_xlabel("a, in lengths of the direction W1")
-        axes.set_ylabel("loss L(W + a W1)")
+        axes.set(xlabel="a, in lengths of the direction W1", ylabel="loss L(W + a W1)")
         axes.legend(frameon=False)
         return _saved(figure, path)
     values = _finite(found.losses).T
@@ -151,10 +149,8 @@ def plot_slice(
         axes.plot(*trail[0], "s", color="white", markersize=7, markeredgecolor="black", label="start")
     axes.plot(0, 0, "*", color=HELD_OUT, markersize=14, markeredgecolor="white", label="the network")
     axes.legend(loc="upper right", fontsize=9, facecolor="#404040", labelcolor="white", framealpha=0.7)
-    axes.set_xlabel("a, in lengths of the direction W1")
-    axes.set_ylabel("b, in lengths of the direction W2")
-    axes.set_xlim(found.a.min(), found.a.max())
-    axes.set_ylim(found.b.min(), found.b.max())
+    axes.set(xlabel="a, in lengths of the direction W1", xlim=(found.a.min(), found.a.max()))
+    axes.set(ylabel="b, in lengths of the direction W2", ylim=(found.b.min(), found.b.max()))
     axes.grid(visible=False)
     return _saved(figure, path)
 
@@ -180,14 +176,12 @@ def plot_step_sizes(
     step.set_ylim(low - 0.1 * (limit - low), limit)
     if one.best is not None:
         step.plot(one.best, min(one.losses), "*", color=HELD_OUT, markersize=13, label=f"lowest, at {one.best:g}")
-    step.set_xlabel("step size (one step of gradient descent on the whole set)")
-    step.set_ylabel("loss")
+    step.set(xlabel="step size (one step of gradient descent on the whole set)", ylabel="loss")
     run.plot(test.rates, test.losses, color=RAW, linewidth=0.8, label="mini-batch cost")
     run.plot(test.rates, test.smoothed, color=SMOOTH, label="smoothed")
     if test.suggestion is not None:
         run.axvline(test.suggestion, color=HELD_OUT, linestyle="--", label=f"suggested: {test.suggestion:g}")
-    run.set_xlabel("learning rate (one mini-batch step of SGD at each, rising)")
-    run.set_ylabel("cost")
+    run.set(xlabel="learning rate (one mini-batch step of SGD at each, rising)", ylabel="cost")
     run.set_ylim(0, 2 * test.losses[0])
     for axes in (step, run):
         axes.set_xscale("log")
@@ -209,6 +203,8 @@ def plot_batch_sizes(
         (whole, "seconds_to_target", f"time to loss {target:g} (s)"),
         (count, "epochs_to_target", f"epochs to {target:g}"),
     ]
+    sizes = [t.batch_size for t in trials]
+    ticks = [n for n in sizes if n & (n - 1) == 0]
     for axes, name, words in panels:
         factor = 1e6 if name == "seconds_per_sample" else 1
         at = [(t.batch_size, factor * getattr(t, name)) for t in trials if getattr(t, name) is not None]
@@ -226,9 +222,8 @@ def plot_batch_sizes(
         elif at:
             _logarithmic(axes, "y")
         axes.set_xscale("log", base=2)
-        ticks = [t.batch_size for t in trials if t.batch_size & (t.batch_size - 1) == 0]
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.set_xlim(min(t.batch_size for t in trials) / 1.2, max(t.batch_size for t in trials) * 1.2)
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.set_xlim(min(sizes) / 1.2, max(sizes) * 1.2)
     each.legend(frameon=False, fontsize=9)
     count.set_xlabel("batch size (samples)")
     return _saved(figure, path)
@@ -245,11 +240,8 @@ def plot_optimizers(
         cost.plot(np.arange(1, len(smoothed) + 1), smoothed, color=color, label=label)
         rate.plot(trial.rates, _finite(trial.losses), "o-", color=color, markersize=4, label=trial.name)
         rate.plot(trial.best_lr, trial.loss, "*", color=color, markersize=13, markeredgecolor="white")
-    cost.set_xlabel("step (mini-batches)")
-    cost.set_ylabel("cost, smoothed (β = 0.95)")
-    rate.set_xlabel("learning rate (the best of each has a star)")
-    rate.set_ylabel("loss at the end")
-    rate.set_xscale("log")
+    cost.set(xlabel="step (mini-batches)", ylabel="cost, smoothed (β = 0.95)")
+    rate.set(xlabel="learning rate (the best of each has a star)", xscale="log", ylabel="loss at the end")
     for axes in (cost, rate):
         _logarithmic(axes, "y")
         axes.legend(frameon=False, fontsize=9)
@@ -288,10 +280,8 @@ def plot_strategies(
         falls.plot(100 * done, _finite(result.history), color=color, label=result.name)
     reached.set_yticks(range(len(results)), [result.name for result in results])
     reached.invert_yaxis()
-    reached.set_xlim(0, 100)
-    reached.set_xlabel("test accuracy (%), and the time that it took")
-    falls.set_xlabel("part of the trials, or of the epochs, that are done (%)")
-    falls.set_ylabel("best loss so far, or cost")
+    reached.set(xlabel="test accuracy (%), and the time that it took", xlim=(0, 100))
+    falls.set(xlabel="part of the trials, or of the epochs, that are done (%)", ylabel="best loss so far, or cost")
     _logarithmic(falls, "y")
     falls.legend(frameon=False, fontsize=9)
     return _saved(figure, path)
@@ -335,8 +325,7 @@ def plot_confusion(
         for i, j in np.ndindex(*matrix.shape):
             color = "white" if parts[i, j] > 0.5 else "black"
             panel.text(j, i, f"{matrix[i, j]:g}", ha="center", va="center", color=color, fontsize=8)
-    panel.set_xlabel("predicted class")
-    panel.set_ylabel("class")
+    panel.set(xlabel="predicted class", ylabel="class")
     figure.colorbar(image, ax=panel, label="part of the samples of the class")
     return _saved(figure, path)
 
@@ -387,8 +376,8 @@ def plot_memory(
     )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    axes.set_xlim(sizes[0] / 1.2, sizes[-1] * 1.2)
-    axes.set_ylim(min(whole) / 32, top)
+    axes.set(xlabel="batch size (samples)", xlim=(sizes[0] / 1.2, sizes[-1] * 1.2))
+    axes.set(ylabel="memory", ylim=(min(whole) / 32, top))
     ticks = [n for n in sizes if n & (n - 1) == 0]
     ticks += [sizes[-1]] if sizes[-1] > 1.4 * ticks[-1] else []
     axes.set_xticks(ticks, [str(n) for n in ticks], rotation=45 if len(ticks) > 14 else 0)
@@ -396,8 +385,6 @@ def plot_memory(
     marks = [2**power for power in range(low + 1, high + 1, max(1, (high - low) // 8))]
     axes.set_yticks(marks, [format_bytes(n).replace(".0 ", " ") for n in marks])
     axes.minorticks_off()
-    axes.set_xlabel("batch size (samples)")
-    axes.set_ylabel("memory")
     if in_own_figure:
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     else:
