@@ -21,10 +21,9 @@ from gpubatch.model import Model
 from gpubatch.nn import LOSSES, Dense, Loss, Network, SoftmaxCrossEntropy, core_of, mlp
 from gpubatch.parallel import Ranks
 from gpubatch.sizing import WHOLE_SET
-from gpubatch.tables import DIGESTED, Table, TrainingRows, is_large, read_table
+from gpubatch.tables import DIGESTED, Table, TrainingRows, is_large, listed, read_table
 from gpubatch.train import drop_last_for, loader_for
 
-MOST_LISTED = 12  # names in a message
 LOOKED_AT = 1 << 14  # rows by which the scale of columns is judged
 STEPS = 32  # in an epoch of a small set, at least, where batches have no fewer than 8 samples
 TASKS = ("auto", *LOSSES_OF)
@@ -266,12 +265,6 @@ def rows_of_digits(X: np.ndarray, X_test: np.ndarray, seed: int) -> TrainingRows
     """Which of the bundled digits are to train on."""
     n = len(X) + len(X_test)
     return TrainingRows.of(n, len(X), first_of(X), (len(X_test) / n, seed, False))
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names in words, the first of many."""
-    more = f", ... ({len(names)} in all)" if len(names) > MOST_LISTED else ""
-    return ", ".join(map(repr, names[:MOST_LISTED])) + more
 
 
 def is_images(path: Path) -> bool:

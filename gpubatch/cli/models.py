@@ -32,6 +32,7 @@ from gpubatch.errors import ArgumentError, DataFormatError
 from gpubatch.loader import Loader, rows_of
 from gpubatch.metrics import measures_of, of_batches
 from gpubatch.model import Model, Preparation, load
+from gpubatch.tables import some_of
 from gpubatch.train import bar
 
 SCREEN = 80  # columns that a confusion matrix may take
@@ -410,7 +411,7 @@ def summary(model: ModelOptions, as_json: options.AsJson = False) -> None:
         return
     lines = [str(made)]
     if columns is not None:
-        lines.append(f"table: {len(columns)} columns, {listed(columns)}")
+        lines.append(f"table: {len(columns)} columns, {some_of(columns, 12)}")
         lines += [f"label: {label}"] if label is not None else []
     elif of is not None:
         scaled = "" if of.scale is None else f", times {of.scale:.6g}"
@@ -424,11 +425,6 @@ def summary(model: ModelOptions, as_json: options.AsJson = False) -> None:
         lines.append(f"classes: {', '.join(map(str, loaded.classes))}")
     lines.append(f"written by {', '.join(f'{name} {version}' for name, version in loaded.versions.items())}")
     typer.echo("\n".join(lines))
-
-
-def listed(names: Sequence[str], most: int = 12) -> str:
-    """Names of columns, the first of many."""
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def named(of: Preparation) -> str | None:

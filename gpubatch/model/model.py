@@ -17,10 +17,9 @@ from gpubatch.model.file import check_path, read_file, write_file
 from gpubatch.model.preparation import Preparation
 from gpubatch.nn import EVALUATION_ROWS, Network, core_of
 from gpubatch.sources import is_read
-from gpubatch.tables import Recipe, Table, read_table
+from gpubatch.tables import Recipe, Table, listed, read_table
 
 COMPARED = 1 << 12  # rows of raw samples that are looked at together
-MOST_LISTED = 10  # class names in a message
 
 
 class Model:
@@ -201,12 +200,6 @@ class Model:
         if unknown := [name for name in names.tolist() if name not in numbers]:
             raise ArgumentError(f"y must hold the names of classes, {listed(self.classes)}; got {unknown[0]!r}")
         return np.array([numbers[name] for name in names.tolist()])[where]
-
-
-def listed(classes: Sequence[Any]) -> str:
-    """Class names in words, the first of many."""
-    more = f", ... ({len(classes)} in all)" if len(classes) > MOST_LISTED else ""
-    return ", ".join(map(repr, classes[:MOST_LISTED])) + more
 
 
 def classes_of(recipe: Recipe, given: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import decimal
 import importlib
+import itertools
 import sys
 import unicodedata
 from collections.abc import Collection, Iterable
@@ -125,6 +126,12 @@ def label_texts(
     if (absent := np.flatnonzero(codes < 0)).size:
         raise DataFormatError(f"{where}: the label {name!r} is missing in row {start + absent[0]}; leave such rows out")
     return codes, names
+
+
+def listed(names: Collection[Any], most: int = 12) -> str:
+    """Names in words, the first of many."""
+    more = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(map(repr, itertools.islice(names, most))) + more
 
 
 def lookalikes(names: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 
 from gpubatch.errors import ArgumentError, DataFormatError, check_bool, check_choice, check_int, check_real
-from gpubatch.tables.columns import label_texts, numbers, texts
+from gpubatch.tables.columns import label_texts, listed, numbers, texts
 
 MOST_BUCKETS, MOST_CATEGORIES = 1 << 20, 1 << 14
 LONGEST = 10_000  # classes of a label
@@ -73,11 +73,7 @@ class Category:
         """Write what rows become into ``out``; count texts that are unknown."""
         codes, names = texts(where, self.name, column, recipe.missing)
         places = {value: place for place, value in enumerate(self.values)}
-        of_code = np.array([*(places.get(name, -1) for name in names), len(self.values) if self.missing else -1])
-        there = of_code[codes]
-        rows = np.flatnonzero(there >= 0)
-        out[...] = 0
-        out[rows, there[rows]] = 1
+        there = one_hot(out, codes, [*(places.get(name, -1) for name in names), len(places) if self.missing else -1])
         if unknown is not None and len(strange := codes[(there < 0) & (codes >= 0)]):
             found = np.bincount(strange, minlength=len(names)).tolist()
             unknown.setdefault(self.name, Counter()).update({names[i]: n for i, n in enumerate(found) if n})
@@ -103,11 +99,20 @@ class Hashed:
     def fill(self, out: np.ndarray, where: str, column: Any, start: int, recipe: Recipe, unknown: Any) -> None:
         """Write what rows become into ``out``."""
         codes, names = texts(where, self.name, column, recipe.missing)
-        of_code = [*(zlib.crc32(name.encode()) % self.buckets for name in names), self.buckets if self.missing else -1]
-        there = np.array(of_code)[codes]
-        rows = np.flatnonzero(there >= 0)
-        out[...] = 0
-        out[rows, there[rows]] = 1
+        places = (zlib.crc32(name.encode()) % self.buckets for name in names)
+        one_hot(out, codes, [*places, self.buckets if self.missing else -1])
+
+
+def one_hot(out: np.ndarray, codes: np.ndarray, places: list[int]) -> np.ndarray:
+    """Write 1 where ``places`` has the row's code, the last one for a missing text, and 0 elsewhere; -1: nowhere.
+
+    Returns the places of the rows.
+    """
+    found: np.ndarray = np.array(places)[codes]
+    rows = np.flatnonzero(found >= 0)
+    out[...] = 0
+    out[rows, found[rows]] = 1
+    return found
 
 
 @dataclass(frozen=True)
@@ -147,10 +152,9 @@ class Target:
         of_code = np.array([*(numbered.get(name, -1) for name in names), -1])
         found: np.ndarray = of_code[codes]
         if (unknown := np.flatnonzero(found < 0)).size:
-            known = ", ".join(map(repr, self.classes[:10])) + (", ..." if len(self.classes) > 10 else "")
             raise DataFormatError(
-                f"{where}: the label {self.name!r} must be one of {known}, got {names[codes[unknown[0]]][:99]!r} in "
-                f"row {start + unknown[0]}"
+                f"{where}: the label {self.name!r} must be one of {listed(self.classes)}, got "
+                f"{names[codes[unknown[0]]][:99]!r} in row {start + unknown[0]}"
             )
         return found
 
@@ -338,11 +342,8 @@ def _described(column: Column) -> dict[str, Any]:
 
 
 def _column(found: Any, numbered: Any) -> Column:
-    kind, name = (
-        check_choice("kind", found["kind"], [k.kind for k in (Numeric, Category, Hashed, LeftOut)]),
-        found["name"],
-    )
-    _text(name)
+    kind = check_choice("kind", found["kind"], [k.kind for k in (Numeric, Category, Hashed, LeftOut)])
+    name = _text(found["name"])
     if kind == LeftOut.kind:
         return LeftOut(name, _text(found["why"]))
     missing = check_bool("missing", found["missing"])

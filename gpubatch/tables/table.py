@@ -25,6 +25,7 @@ from gpubatch.errors import (
 from gpubatch.inputs import Prepared
 from gpubatch.loader import split
 from gpubatch.sources import Source
+from gpubatch.tables.columns import listed
 from gpubatch.tables.files import Reading
 from gpubatch.tables.fitting import KINDS, Options, check_types, fit
 from gpubatch.tables.labels import find_target
@@ -151,7 +152,7 @@ def chosen_names(rows: Rows, label: str | None, columns: Any, drop: Any, kinds: 
         for name in texts_of(argument, names):
             if name not in rows.names:
                 raise ArgumentError(
-                    f"{argument} must name columns of {rows.where}, {known(rows.names)}; got {name!r}"
+                    f"{argument} must name columns of {rows.where}, {listed(rows.names)}; got {name!r}"
                     + (nearest(name, rows.names) or UNDIVIDED * (rows.is_csv and len(rows.names) == 1))
                 )
     wanted = rows.names if columns is None else texts_of("columns", columns)
@@ -160,7 +161,7 @@ def chosen_names(rows: Rows, label: str | None, columns: Any, drop: Any, kinds: 
         raise ArgumentError(f"drop must not have the label, {label!r}")
     names = [name for name in rows.names if name in wanted and name not in left]
     if not names:
-        raise ArgumentError(f"{rows.where} has no columns besides the label and those of drop: {known(rows.names)}")
+        raise ArgumentError(f"{rows.where} has no columns besides the label and those of drop: {listed(rows.names)}")
     if columns is None and "" in names and len(names) > 1:
         names.remove("")
         warnings.warn(
@@ -169,18 +170,13 @@ def chosen_names(rows: Rows, label: str | None, columns: Any, drop: Any, kinds: 
             *(TableWarning, 4),
         )
     if other := [name for name in kinds if name not in names]:
-        raise ArgumentError(f"kinds must be of columns that are used, {known(names)}; got {other[0]!r}")
+        raise ArgumentError(f"kinds must be of columns that are used, {listed(names)}; got {other[0]!r}")
     return names
 
 
-def known(names: Sequence[str]) -> str:
-    """Names of columns in words, the first of many."""
-    return ", ".join(map(repr, names[:12])) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
-
-
-def some_of(names: Sequence[str]) -> str:
+def some_of(names: Sequence[str], most: int = 20) -> str:
     """Names for a line or two, the first of many."""
-    return ", ".join(names[:20]) + (f", ... {len(names) - 20} more" if len(names) > 20 else "")
+    return ", ".join(names[:most]) + (f", ... {len(names) - most} more" if len(names) > most else "")
 
 
 class Table(Prepared):
@@ -215,8 +211,8 @@ class Table(Prepared):
         if isinstance(of, Recipe):
             if absent := [name for name in of.names if name not in rows.names]:
                 raise DataFormatError(
-                    f"{rows.where}: expected the columns of training, found no {known(absent)}; it has "
-                    f"{known(rows.names)}"
+                    f"{rows.where}: expected the columns of training, found no {listed(absent)}; it has "
+                    f"{listed(rows.names)}"
                 )
         elif target is None and isinstance(of, Options):
             check_types(rows, of)
@@ -334,7 +330,7 @@ class Table(Prepared):
         except GpubatchError as error:
             lines.append(f"which cannot be prepared: {error}")
         if self.label is not None:
-            classes = "" if self.classes is None else f", {len(self.classes)} classes: {known(self.classes)}"
+            classes = "" if self.classes is None else f", {len(self.classes)} classes: {listed(self.classes)}"
             lines.append(f"label: {self.label}, {self.task}{classes}")
         shown = [textwrap.wrap(line, 99, initial_indent="  ", subsequent_indent="    ") for line in lines[1:]]
         return "\n".join([lines[0], *(line for wrapped in shown for line in wrapped)]) + ">"
