@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from families import drawn, every, marks
 from hypothesis import strategies as st
+from leftovers import threads
 from needs import missing
 from stand_in import TIMINGS, Event, QueuedStandIn, Stream, found_by_its_arrays, queued_backend
 
@@ -31,11 +32,6 @@ from gpubatch.loader.columns import Columns
 from gpubatch.loader.feeds import belongs_on_device
 
 BENCH = Path(__file__).parent.parent / "bench" / "feeding.py"
-
-
-def threads():
-    """But those that fetch from URLs, which are the process's."""
-    return [t for t in threading.enumerate() if t.name.startswith("gpubatch") and t.name != "gpubatch-remote"]
 
 
 @pytest.fixture(

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from leftovers import threads
 
 import gpubatch as gb
 from gpubatch import sources
@@ -25,15 +26,10 @@ from gpubatch.nn import core_of
 SIZE = 3 * 2**16 + 5  # elements, enough for the compiled library to use threads
 
 
-def ours() -> list[threading.Thread]:
-    """The running threads of gpubatch."""
-    return [thread for thread in threading.enumerate() if thread.name.startswith("gpubatch")]
-
-
 @pytest.fixture(autouse=True)
 def _no_thread_is_left() -> Iterator[None]:
     yield
-    assert not ours()
+    assert not threads()
 
 
 def at_once(work: list[Callable[[], Any]]) -> list[Any]:
@@ -241,9 +237,9 @@ def test_a_closed_iteration_gives_nothing_more() -> None:
     loader = large()
     iteration = iter(loader)
     next(iteration)
-    assert len(ours()) == 1
+    assert len(threads()) == 1
     iteration.close()
-    assert not ours()
+    assert not threads()
     assert list(iteration) == []
     assert (loader.epoch, loader.state_dict()["batch"]) == (1, 1)
     assert len(list(loader)) == 3  # a new epoch, from its beginning
@@ -260,7 +256,7 @@ def test_an_iteration_that_a_newer_one_ended_is_refused() -> None:
         next(old)
     assert list(old) == []
     assert len(list(new)) == 2
-    assert not ours()
+    assert not threads()
 
 
 def test_an_iteration_is_not_entered_twice() -> None:
@@ -300,7 +296,7 @@ def broken_transform(x: Any) -> Any:
 
 def in_the_loop() -> None:
     for _ in large():
-        assert len(ours()) == 1
+        assert len(threads()) == 1
         raise ZeroDivisionError
 
 
@@ -326,7 +322,7 @@ def in_a_callback() -> None:
 def test_no_thread_is_left_after_an_exception(where: Callable[[], None]) -> None:
     with pytest.raises((ZeroDivisionError, OSError)):
         where()
-    assert not ours()
+    assert not threads()
 
 
 def test_no_thread_is_left_after_an_exception_that_is_kept() -> None:
@@ -338,7 +334,7 @@ def test_no_thread_is_left_after_an_exception_that_is_kept() -> None:
         except (ZeroDivisionError, OSError) as error:
             kept.append(error)
     assert len(kept) == 3
-    assert not ours()
+    assert not threads()
 
 
 def test_no_writer_is_left_after_an_exception(tmp_path: Path) -> None:
@@ -351,7 +347,7 @@ def test_no_writer_is_left_after_an_exception(tmp_path: Path) -> None:
 
     with pytest.raises(ZeroDivisionError):
         gb.fit(net, loader, gb.SGD(net.parameters, 0.1), 3, callbacks=[callback], checkpoint=store, progress=False)
-    assert not ours()
+    assert not threads()
     assert store.newest() is not None
 
 
