@@ -39,8 +39,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import math
 import numbers
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -269,6 +271,17 @@ def check_known(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
     for name in given:
         if name not in names:
             raise UnknownArgumentError(f"{owner} takes {', '.join(names)}; got {name!r}{nearest(name, names)}")
+
+
+def needed(module: str, what: str, extra: str) -> Any:
+    """The optional ``module``. Without it raises ArgumentError: ``what`` needs it, the ``extra`` of gpubatch has it."""
+    try:
+        return sys.modules.get(module) or importlib.import_module(module)
+    except ImportError as error:
+        library = module.partition(".")[0]
+        raise ArgumentError(
+            f"{what} needs {library}, which is not installed: pip install 'gpubatch[{extra}]'"
+        ) from error
 
 
 def suggesting(function: Function) -> Function:

@@ -193,7 +193,7 @@ def test_packages_are_no_larger_than_their_table_says() -> None:
 
 # The most code lines of each package or module.
 CODE_LINES = {
-    "errors": 191,
+    "errors": 201,
     "own": 27,
     "main_memory": 66,
     "shown": 28,
@@ -212,7 +212,7 @@ CODE_LINES = {
     "optim": 1212,
     "nn": 2790,
     "datasets": 194,
-    "sources": 1844,
+    "sources": 1782,
     "loader": 2599,
     "tables": 1728,
     "checkpoint": 455,

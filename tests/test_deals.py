@@ -436,7 +436,7 @@ def test_a_device_has_a_ranks_part_of_the_batches(
             epochs.load_state_dict(loader.state_dict() | {"epoch": 1})
             with epochs.gathered_by(feed) as used, device.scope():
                 for number, (x, y) in enumerate(expected):
-                    assert epochs.order.own(epochs.rows_of(number)) == len(x)
+                    assert epochs.order.dealing.own(epochs.rows_of(number)) == len(x)
                     feed.enqueue(len(x), device.asarray(np.array([number])), epochs.deal_of(number))
                     found = [device.to_numpy(array) for array in feed.arrays(len(x))]
                     assert np.array_equal(found[0], x)

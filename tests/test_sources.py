@@ -348,9 +348,12 @@ def test_a_file_may_be_given_by_what_opens_it_and_is_opened_again_when_it_was_cl
 
 def test_single_samples_are_read_alone_and_neighbours_together(tmp_path, X, monkeypatch):
     source, _ = write_npy(tmp_path, X)
-    calls = []
-    original = source._read_at
-    monkeypatch.setattr(source, "_read_at", lambda view, offset: calls.append(len(view)) or original(view, offset))
+    calls, original = [], sources.opener.BytesByPlace.read_into
+    monkeypatch.setattr(
+        sources.opener.BytesByPlace,
+        "read_into",
+        lambda self, view, place: calls.append(len(view)) or original(self, view, place),
+    )
     assert np.array_equal(source.read(np.array([7, 8, 9, 3, 3, 499])), X[[7, 8, 9, 3, 3, 499]])
     assert calls == [72, 24, 24, 24]
 

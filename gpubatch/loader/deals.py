@@ -27,6 +27,7 @@ class Dealing(NamedTuple):
     """A batch is ``shards`` parts, one after another; rank ``rank`` of ``size`` has neighbouring ones.
 
     Parts differ by one row at most, and the first ones are the larger. What they are does not depend on the ranks.
+    A batch of one part is a whole batch.
     """
 
     shards: int
@@ -48,6 +49,10 @@ class Dealing(NamedTuple):
     def smallest(self, rows: int) -> int:
         """The rows of the smallest part of a batch, over all ranks, that is not empty."""
         return max(rows // self.shards, 1)
+
+    def largest(self, rows: int) -> int:
+        """The rows of the largest part of a batch, over all ranks."""
+        return -(-rows // self.shards)
 
     def positions(self, start: int, stop: int) -> tuple[int, int]:
         """From where to where this rank's rows are, of the batch at positions ``start`` to ``stop`` of an epoch."""

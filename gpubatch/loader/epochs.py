@@ -13,7 +13,6 @@ import numpy as np
 from gpubatch.backend import Array, CudaBackend
 from gpubatch.errors import ArgumentError, DTypeError, InsufficientMemoryError, check_int
 from gpubatch.loader.columns import Columns
-from gpubatch.loader.deals import Dealing
 from gpubatch.loader.device import DeviceFeed
 from gpubatch.loader.feeds import (
     BatchFeed,
@@ -121,7 +120,7 @@ class Epochs:
 
     def _batches_of(self, samples: int, batch_size: int) -> int:
         full, rest = divmod(samples, batch_size)
-        single = rest > 0 and self.order.smallest(rest) == 1 and full > 0
+        single = rest > 0 and self.order.dealing.smallest(rest) == 1 and full > 0
         left_out = self.drop_last is True or (self.drop_last == "single" and single)
         return full if left_out else full + (rest > 0)
 
@@ -139,7 +138,7 @@ class Epochs:
     @property
     def smallest(self) -> int:
         """The samples that are computed together in a step where these are fewest: of a batch, or of a part of one."""
-        return min(self.order.smallest(rows) for rows in (self.rows_of(0), self.rows_of(len(self) - 1)))
+        return min(self.order.dealing.smallest(rows) for rows in (self.rows_of(0), self.rows_of(len(self) - 1)))
 
     @property
     def batches_held(self) -> int:
@@ -190,7 +189,7 @@ class Epochs:
             self._least_of_ranks(0)
             raise
         plan = dataclasses.replace(plan, batch_size=min(plan.batch_size, self.order.share))
-        if self.order.dealing is not None:
+        if self.order.dealt:
             plan = self._for_all_parts(plan, held, available)
         return self._without_a_rest(plan, held, available)
 
@@ -199,7 +198,6 @@ class Epochs:
 
     def _for_all_parts(self, plan: BatchPlan, held: int, available: int) -> BatchPlan:
         """``plan`` at the batch size of the rank with the least memory, or larger to have rows for every part."""
-        assert self.order.dealing is not None
         least = self._least_of_ranks(plan.batch_size)
         if not least:
             raise InsufficientMemoryError("not even one sample fits in the memory of another rank")
@@ -220,10 +218,10 @@ class Epochs:
         shares = order.n // order.world_size, -(-order.n // order.world_size)  # every rank decides alike
 
         def last(batch_size: int) -> int:
-            return min(order.smallest(self._last_of(share, batch_size)) for share in shares)
+            return min(order.dealing.smallest(self._last_of(share, batch_size)) for share in shares)
 
         sizes = (size, *(size * i // 8 for i in (6, 7, 5)))
-        better = next((n for n in sizes if order.smallest(n) >= least and last(n) >= least), size)
+        better = next((n for n in sizes if order.dealing.smallest(n) >= least and last(n) >= least), size)
         if better == size:
             return plan
         self._why = f"batches of {size} would leave {last(size)} to the last one, where the model needs {least}"
@@ -255,7 +253,7 @@ class Epochs:
             except InsufficientMemoryError:  # which is for the first iteration to say
                 feed = self._on_device
         own = feed.memory_parts(batch_size, self._model.kept, self._model.as_rows)
-        return {**self._model.parts_of(self.order.largest(batch_size)), **own}
+        return {**self._model.parts_of(self.order.dealing.largest(batch_size)), **own}
 
     # --- validation ---------------------------------------------------------------------------------------------
 
@@ -305,7 +303,7 @@ class Epochs:
 
     def _choice(self, batch_size: int, available: int) -> tuple[OnDevice | ThroughPinned, str]:
         """The feed of a device, and in words why."""
-        model = self._model.parts_of(self.order.largest(batch_size))
+        model = self._model.parts_of(self.order.dealing.largest(batch_size))
         pinned = self._through_pinned.memory_parts(batch_size, self._model.kept, self._model.as_rows)
         needed = sum(model.values()) + sum(pinned.values())
         listed = 0 if self.order.by_kernels else self.order.own_share(batch_size)
@@ -392,12 +390,12 @@ class Epochs:
             asked = time.perf_counter()
             starts = range(self._batch * size, len(self) * size, size)
             feed = self._chosen(stats)
-            dealing = self.order.dealing
-            made: Finish[Batch] = finish if dealing is None else self._in_parts(finish, dealing)
+            dealt = self.order.dealt
+            made: Finish[Batch] = self._in_parts(finish) if dealt else finish
             with contextlib.closing(feed.batches(self._epoch, starts, made, stats)) as batches:
                 for batch in batches:
                     check()  # what made the batch, or another thread, may have begun a newer one
-                    deal = None if dealing is None else dealing.deal(self.rows_of(self._batch))
+                    deal = self.deal_of(self._batch) if dealt else None
                     self._batch += 1
                     now = time.perf_counter()
                     if stats.batches:
@@ -415,9 +413,10 @@ class Epochs:
                     del batch  # so that it can be freed before the next one is made
                     check()
 
-    def _in_parts(self, finish: Finish[Batch], dealing: Dealing) -> Finish[Batch]:
+    def _in_parts(self, finish: Finish[Batch]) -> Finish[Batch]:
         """``finish`` for rows that are parts of a batch."""
-        return lambda rows, epoch, number: finish(rows, epoch, number, dealing.in_batch(self.rows_of(number)))
+        in_batch = self.order.dealing.in_batch
+        return lambda rows, epoch, number: finish(rows, epoch, number, in_batch(self.rows_of(number)))
 
     @contextlib.contextmanager
     def gathered_by(self, feed: DeviceFeed) -> Iterator[Callable[[int], None]]:
@@ -427,7 +426,7 @@ class Epochs:
             # Captured steps gather their batches where the data are on the device.
             order = self._on_device.computed(epoch, stats) if of.by_kernels else of.whole(epoch, self.batch_size)
             stats.bytes_copied += feed.begin(order)
-            before = of.own(self.batch_size) * first
+            before = of.dealing.own(self.batch_size) * first
             self.stats = stats
 
             def used(batches: int) -> None:
@@ -449,19 +448,20 @@ class Epochs:
         """The first batch of epoch ``epoch`` as rows; the position stays as it is."""
         size, rows = min(self.batch_size, self.order.share), None
         feed = self._through_pinned if self._feed is None and self.columns.readers else self._feed
-        if isinstance(feed, (MainMemory, ThroughPinned)) and self.order.own(size) and self._run is None:
+        if isinstance(feed, (MainMemory, ThroughPinned)) and self.order.dealing.own(size) and self._run is None:
             rows = feed.first_rows(self.epoch, size)
         if rows is None:
             index = self.order.between(self.epoch, size)(0, size)
             rows = self.columns.at(index) if len(index) else self.columns.no_rows()
-        dealing = self.order.dealing
-        return self.columns.as_rows(rows, self.epoch, 0, None if dealing is None else dealing.in_batch(size))
+        parts = self.order.dealing.in_batch(size) if self.order.dealt else None
+        return self.columns.as_rows(rows, self.epoch, 0, parts)
 
     # --- state --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`Loader.state_dict`."""
         complete, order = self._batch == len(self), self.order
+        of_rank = {"rank": order.rank, "world_size": order.world_size}
         return {
             "order": order.version,
             "seed": order.seed,
@@ -472,8 +472,7 @@ class Epochs:
             "shuffle": order.shuffle,
             "replacement": order.replacement,
             "drop_last": self.drop_last,
-            **({"rank": order.rank, "world_size": order.world_size} if (of := order.dealing) is None else {}),
-            **({} if of is None else {"shards": of.shards}),
+            **({"shards": order.dealing.shards} if order.dealt else of_rank),
             "window": order.window,
             "block": order.block,
             **({} if order.weighted is None else {"weights": order.weighted.digest}),

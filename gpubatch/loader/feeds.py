@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Generator
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -115,12 +116,12 @@ class MainMemory:
 
     def memory_parts(self, batch_size: int, kept: int = 0, as_rows: bool = False) -> dict[str, int]:
         """See :class:`BatchFeed`; making an order, while there is no batch, may take most."""
-        columns, windows, rows = self._columns, self._order.window > 0, self._order.own(batch_size)
+        columns, windows, rows = self._columns, self._order.window > 0, self._order.dealing.own(batch_size)
         # What is read by windows is converted from the window.
         stored = sum(c.staging_bytes(rows) for c in columns if not windows or c.array is not None)
         # A batch of two windows is put together from its parts. Each of these is gone before the next is made.
         parts = rows * columns.batch_bytes if windows and columns.readers else 0
-        staging = max(stored, parts, columns.delivery_bytes(rows, parts=self._order.own_parts))
+        staging = max(stored, parts, columns.delivery_bytes(rows, parts=len(self._order.dealing.own_parts)))
         # The batch in use, and those prepared ahead; a loop that keeps it while it asks for the next has one more.
         batches = (1 + self.ahead(batch_size)) * rows * columns.batch_bytes
         making, order = self._order.memory()
@@ -207,10 +208,10 @@ class OnDevice:
 
     def memory_parts(self, batch_size: int, kept: int = 0, as_rows: bool = False) -> dict[str, int]:
         """See :class:`BatchFeed`."""
-        columns, rows = self._columns, self._order.own(batch_size)
+        columns, rows = self._columns, self._order.dealing.own(batch_size)
         batches = rows * columns.batch_bytes
         stored = sum(column.staging_bytes(rows, copied=not column.on_backend) for column in columns)
-        staging = max(stored, columns.delivery_bytes(rows, as_rows, self._order.own_parts))
+        staging = max(stored, columns.delivery_bytes(rows, as_rows, len(self._order.dealing.own_parts)))
         if kept and self.gathers_whole:
             batches, staging = rows * columns.captured_bytes, 0
         elif kept:
@@ -226,23 +227,24 @@ class OnDevice:
         self.copy_data(stats)
         order, size = self._order, starts.step
         found: np.ndarray | Permutation | Draws
-        first, place = 0, self._place
+        first = 0
+        place: Callable[[int, int], tuple[int, int]] = functools.partial(self._place, size)
         if order.by_kernels:
-            found, place = self.computed(epoch, stats), order.positions
-        elif order.dealing is None:
-            found, first, place = order.between(epoch)(starts.start, order.share), starts.start, order.positions
-        else:
+            found, place = self.computed(epoch, stats), order.dealing.positions
+        elif order.dealt:
             found = order.whole(epoch, size)
+        else:
+            found, first = order.between(epoch)(starts.start, order.share), starts.start
         with contextlib.closing(DeviceOrder(self._backend, found, first)) as there:
             stats.bytes_copied += there.nbytes
             for start in starts:
-                index = there.part(*place(start, min(start + size, order.share), size))
+                index = there.part(*place(start, min(start + size, order.share)))
                 yield finish(self._gathered(index), epoch, start // size)
 
-    def _place(self, start: int, stop: int, size: int) -> tuple[int, int]:
-        """Where a batch is in a list of this rank's samples."""
-        first = start // size * self._order.own(size)
-        return first, first + self._order.own(stop - start)
+    def _place(self, size: int, start: int, stop: int) -> tuple[int, int]:
+        """Where a batch is in a list of this rank's samples, in batches of ``size``."""
+        first = start // size * self._order.dealing.own(size)
+        return first, first + self._order.dealing.own(stop - start)
 
     def _gathered(self, index: Array) -> list[Array]:
         if not len(index):
@@ -253,11 +255,11 @@ class OnDevice:
     def captured(self, batch_size: int) -> DeviceFeed:
         """What gathers whole batches inside captured steps."""
         columns = [(c.array.array, c.captured_dtype, c.scale) for c in self._there if c.array is not None]
-        order, rows = self._order, self._order.own(batch_size)
+        order, rows = self._order, self._order.dealing.own(batch_size)
         if not order.by_kernels:
             return DeviceFeed(self._backend, columns, order.own_share(batch_size), rows)
         sizes = batch_size, order.share % batch_size
-        firsts = [0] if order.dealing is None else [order.dealing.deal(size).first for size in sizes]
+        firsts = list(dict.fromkeys(order.dealing.deal(size).first for size in sizes))
         kind, words = order.kernel
         return DeviceFeed(self._backend, columns, 0, rows, firsts, batch_size, kind, words)
 
@@ -286,11 +288,11 @@ class ThroughPinned:
 
     def memory_parts(self, batch_size: int, kept: int = 0, as_rows: bool = False) -> dict[str, int]:
         """See :class:`BatchFeed`."""
-        columns, rows = self._columns, self._order.own(batch_size)
+        columns, rows = self._columns, self._order.dealing.own(batch_size)
         batches = rows * columns.batch_bytes
         # Samples that are there already are gathered there; what comes through the buffers is made from these.
         stored = sum(column.staging_bytes(rows) for column in columns if column.on_backend)
-        staging = max(stored, columns.delivery_bytes(rows, as_rows, self._order.own_parts))
+        staging = max(stored, columns.delivery_bytes(rows, as_rows, len(self._order.dealing.own_parts)))
         if kept:
             batches = rows * columns.captured_bytes + kept * batches
         buffers = self._slots(batch_size) * rows * columns.stored_bytes
@@ -299,13 +301,13 @@ class ThroughPinned:
     def batches(self, epoch: int, starts: range, finish: Finish[Batch], stats: LoaderStats) -> Generator[Batch]:
         """See :class:`BatchFeed`."""
         columns, size, order = self._columns, starts.step, self._order
-        forms = [((order.own(size), *shape), dtype) for shape, dtype in (column.form for column in columns)]
+        forms = [((order.dealing.own(size), *shape), dtype) for shape, dtype in (column.form for column in columns)]
         with contextlib.closing(Ring(self._backend, forms, self._slots(size))) as ring:
             fill = self._fill(epoch, size, ring.helpers)
 
             def prepare(start: int) -> Slot | None:
                 stop = min(start + size, order.share)
-                if not (rows := order.own(stop - start)):
+                if not (rows := order.dealing.own(stop - start)):
                     return None
                 slot = ring.acquire([(rows, *shape[1:]) for shape, _ in forms])
                 fill(start, stop, slot.on_host())

@@ -233,20 +233,20 @@ class Loader:
     @property
     def shards(self) -> int | None:
         """The parts of each batch; None: it has none."""
-        dealing = self._epochs.order.dealing
-        return None if dealing is None else dealing.shards
+        order = self._epochs.order
+        return order.dealing.shards if order.dealt else None
 
     @property
     def rank(self) -> int:
         """Which of the ranks takes its share here."""
         order = self._epochs.order
-        return order.rank if order.dealing is None else order.dealing.rank
+        return order.dealing.rank if order.dealt else order.rank
 
     @property
     def world_size(self) -> int:
         """The number of ranks."""
         order = self._epochs.order
-        return order.world_size if order.dealing is None else order.dealing.size
+        return order.dealing.size if order.dealt else order.world_size
 
     @property
     def batch_size(self) -> int:

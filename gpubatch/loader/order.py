@@ -467,7 +467,7 @@ class Order:
         bounds: Indices | None = None,
         dealing: Dealing | None = None,
     ) -> None:
-        self._bounds, self.dealing = bounds, dealing
+        self._bounds, self.dealt, self.dealing = bounds, dealing is not None, dealing or Dealing(1)
         self.seed, self.shuffle, self.replacement, self.weighted = seed, shuffle, replacement, weighted
         self.rank, self.world_size, self.window, self.block = rank, world_size, window, block
         self._all, self.version = n, version_of(n)
@@ -475,35 +475,18 @@ class Order:
         self.choose(None)
 
     def deal(self, rows: int) -> Deal | None:
-        """How a batch of so many rows lies among parts and ranks, where it is dealt."""
-        return None if self.dealing is None else self.dealing.deal(rows)
-
-    def own(self, rows: int) -> int:
-        """The rows that this rank has of a batch."""
-        return rows if self.dealing is None else self.dealing.own(rows)
-
-    def smallest(self, rows: int) -> int:
-        """The rows of a batch that are computed together, where these are fewest, on any rank."""
-        return rows if self.dealing is None else self.dealing.smallest(rows)
-
-    def largest(self, rows: int) -> int:
-        """The rows of a batch that are computed together, where these are most."""
-        return rows if self.dealing is None else -(-rows // self.dealing.shards)
-
-    @property
-    def own_parts(self) -> int:
-        """How many parts of a batch this rank has."""
-        return 1 if self.dealing is None else len(self.dealing.own_parts)
+        """How a batch of so many rows lies among parts and ranks; None where batches are not dealt."""
+        return self.dealing.deal(rows) if self.dealt else None
 
     def own_share(self, size: int, of: int | None = None) -> int:
         """This rank's samples of an epoch in batches of ``size``, or of its first ones, to position ``of``."""
         full, rest = divmod(self.share if of is None else of, size)
-        return full * self.own(size) + self.own(rest)
+        return full * self.dealing.own(size) + self.dealing.own(rest)
 
     @property
     def together(self) -> int:
-        """Samples that are shuffled together: ``window``, or a part's share of it."""
-        return self.window if self.dealing is None else self.window // self.dealing.shards
+        """Samples that are shuffled together: a part's share of ``window``."""
+        return self.window // self.dealing.shards
 
     def choose_side(self, of: Fraction, of_held: bool, ascending: bool) -> None:
         """Use the samples that are held out alone, or the rest, from now on; ``ascending`` where they are read so."""
@@ -547,28 +530,19 @@ class Order:
 
     def windows(self, epoch: int, size: int = 1) -> Sequence[Windowed]:
         """The orders of an epoch by windows, in batches of ``size``: one, or one for each of this rank's parts."""
-        parts = [None] if self.dealing is None else self.dealing.parts_of(self.n, size)
-        of_rank = self.rank, self.world_size, self.chosen, self.version
-        of = EpochOf(self.seed, epoch, self.shuffle, *of_rank)
+        parts = self.dealing.parts_of(self.n, size)
+        of = EpochOf(self.seed, epoch, self.shuffle, self.rank, self.world_size, self.chosen, self.version)
         if self.bounds is None:
             return [WindowOrder(self.n, of, self.together, self.block, part) for part in parts]
         blocks = UnevenBlocks(self.bounds, of)
         return [UnevenOrder(blocks, of, self.together, part) for part in parts]
-
-    def positions(self, start: int, stop: int, size: int = 1) -> tuple[int, int]:
-        """From where to where in an epoch, if it is not by windows, this rank's samples of a batch are."""
-        return (start, stop) if self.dealing is None else self.dealing.positions(start, stop)
-
-    def in_parts(self, start: int, stop: int, size: int) -> list[tuple[int, int]]:
-        """A batch of ``size``, or the last one, in each of :meth:`windows`."""
-        return [(start, stop)] if self.dealing is None else self.dealing.in_parts(start, stop, size)
 
     def whole(self, epoch: int, size: int = 1) -> Indices:
         """All samples of an epoch in batches of ``size``: those of this rank, batch by batch."""
         prepared, self._next = self._next, None
         if prepared is not None and prepared[:2] == (epoch, size):
             return prepared[2]
-        if self.dealing is None:
+        if self.dealing.shards == 1:
             return self.between(epoch, size)(0, self.share) if self.window else self._listed(epoch)
         if self.window:
             at = self.between(epoch, size)
@@ -583,14 +557,14 @@ class Order:
         Where batches are not dealt there may be anything between them.
         """
         if self.window:
-            orders = self.windows(epoch, size)
-            if self.dealing is None:
+            orders, in_parts = self.windows(epoch, size), self.dealing.in_parts
+            if not self.dealt:
                 return orders[0].indices
             return lambda start, stop: np.concatenate(
-                [of.indices(*cut) for of, cut in zip(orders, self.in_parts(start, stop, size), strict=True)]
+                [of.indices(*cut) for of, cut in zip(orders, in_parts(start, stop, size), strict=True)]
             )
-        dealing, at = self.dealing, self._at_positions(epoch, size)
-        return at if dealing is None else lambda start, stop: at(*dealing.positions(start, stop))
+        at, positions = self._at_positions(epoch, size), self.dealing.positions
+        return (lambda start, stop: at(*positions(start, stop))) if self.dealt else at
 
     def _at_positions(self, epoch: int, size: int) -> Callable[[int, int], Indices]:
         """A function of two positions in an epoch that is not by windows: the samples from one to the other."""
@@ -599,7 +573,7 @@ class Order:
         if self._by_formula:
             found = Permutation(self.n, self.seed, epoch, 0, self.rank, self.world_size, among=self._among)
             return found.between if self._among is self.chosen else lambda a, b: self._samples(found.between(a, b))
-        mine = self.whole(epoch, size) if self.dealing is None else self._listed(epoch)
+        mine = self._listed(epoch) if self.dealt else self.whole(epoch, size)
         return lambda start, stop: mine[start:stop]
 
     def _listed(self, epoch: int) -> Indices:

@@ -87,7 +87,7 @@ def window_bytes(order: Order, readers: Collection[Reader], size: int = 1) -> in
     Where batches of ``size`` are dealt, these are the windows of all parts that a rank has.
     """
     n, parts, cut = order.n, 1, 0
-    if order.dealing is not None:
+    if order.dealt:
         sizes = [part.stop - part.start for part in order.dealing.parts_of(order.n, size)]
         n, parts, cut = max(1, *sizes), sum(of > 0 for of in sizes), 1  # a stretch begins and ends inside blocks
     blocks, windows = -(-order.n // order.block), -(-n // order.together) + cut
@@ -132,7 +132,7 @@ def window_bytes(order: Order, readers: Collection[Reader], size: int = 1) -> in
 def _read_at_once(readers: Collection[Reader], order: Order) -> int:
     """How many samples of a window are read in a piece: at least as many as any of its sources decodes at once."""
     piece, block = PIECE // max(reader.row_bytes for reader in readers), order.block
-    piece = min(piece, block) if order.dealing is None else min(block, order.together)
+    piece = min(block, order.together) if order.dealt else min(piece, block)
     return max(piece, *(reader.block or 1 for reader in readers))
 
 
@@ -174,7 +174,7 @@ class Windows:
         """A batch's samples, at positions ``start`` to ``stop``; the rows of a part are there until the next is asked
         for.
         """
-        for part, cut in zip(self._parts, self._order.in_parts(start, stop, self._size), strict=True):
+        for part, cut in zip(self._parts, self._order.dealing.in_parts(start, stop, self._size), strict=True):
             yield from part.pieces(*cut)
 
 
@@ -184,7 +184,7 @@ class WindowsOfPart:
     def __init__(self, order: Order, windows: Windowed, readers: dict[Reader, list[float]]) -> None:
         self._order, self._block, self._limits = windows, order.block, readers
         self._capacity = -(-min(order.together, windows.size) // order.world_size)
-        self._at_once, self._by_blocks = _read_at_once(readers, order), order.dealing is not None
+        self._at_once, self._by_blocks = _read_at_once(readers, order), order.dealt
         self._held: dict[int, _Held] = {}
         self._spare: list[Rows] = []
 

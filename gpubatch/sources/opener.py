@@ -9,9 +9,8 @@ from collections.abc import Callable
 from typing import BinaryIO, Generic, NoReturn, Protocol, TypeVar
 from urllib.parse import unquote
 
-from gpubatch.errors import DataFormatError
 from gpubatch.sources.reader import refuse_pickling
-from gpubatch.sources.remote import RemoteFile, is_url
+from gpubatch.sources.remote import RemoteFile, check_unchanged, is_url
 
 AT_ONCE = 1 << 20  # bytes that a system is asked to read ahead: Linux does not heed what is beyond a device's limit
 
@@ -122,11 +121,7 @@ class Reopened(Generic[T]):
     def use(self) -> T:
         """What was made."""
         if self._made is None or self._process != os.getpid():
-            if (found := self._file.identity()) != self.identity:
-                raise DataFormatError(
-                    f"{self._file.path}: expected the file that was opened first ({self.identity}), found another "
-                    f"({found}): it was changed while it was in use"
-                )
+            check_unchanged(self._file.path, self.identity, self._file.identity())
             self._made, self._process = self._make(), os.getpid()
         return self._made
 
@@ -156,7 +151,14 @@ class BytesByPlace:
         self._file.close()
 
     def read_into(self, view: memoryview, offset: int) -> int:
-        """Fill ``view`` with the bytes from ``offset`` on; how many there were, perhaps fewer than asked for."""
+        """Fill ``view`` with the bytes from ``offset`` on; how many there were, fewer only where the file ends."""
+        done = 0
+        while done < len(view) and (count := self._some(view[done:], offset + done)):
+            done += count
+        return done
+
+    def _some(self, view: memoryview, offset: int) -> int:
+        """Fill the beginning of ``view`` by one call of the system."""
         if self._positional:
             return os.preadv(self._file.fileno(), [view], offset)
         with self._lock:  # seeking and reading are two calls

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import hashlib
 import inspect
@@ -19,7 +18,7 @@ import numpy as np
 
 from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, check_choice
 from gpubatch.sources.opener import Opener, opener_of, unquoted
-from gpubatch.sources.reader import Form, InTurn, Source
+from gpubatch.sources.reader import Form, InTurn, Source, noting
 from gpubatch.sources.remote import RemoteFile, is_url, shown
 from gpubatch.sources.rows import idx, npy, raw
 from gpubatch.sources.tables import arrow, hdf5, parquet
@@ -319,7 +318,7 @@ class Parts:
         arrays = out if isinstance(out, tuple) else (out,)
         with self._turn:
             for number, here, places in self._by_part(indices):
-                with self._noting(number, places):
+                with noting("rows", places, self._where(number)):
                     if here[-1] - here[0] == len(here) - 1:
                         self._used(number).fill(places, [array[here[0] : here[-1] + 1] for array in arrays])
                     else:
@@ -333,16 +332,16 @@ class Parts:
             return
         with self._turn:
             for number, _, places in self._by_part(indices):
-                with self._noting(number, places):
+                with noting("rows", places, self._where(number)):
                     self._opened(number).expect(places)
 
     def place_of(self, index: int) -> str:
         """Where a sample is, in words."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return f"row {index - self._starts[number]} of {self._parts[number].path}, {self._numbered(number)}"
+        return f"row {index - self._starts[number]} of {self._where(number)}"
 
-    def _numbered(self, number: int) -> str:
-        return f"file {number + 1} of {len(self._parts)}"
+    def _where(self, number: int) -> str:
+        return f"{self._parts[number].path}, file {number + 1} of {len(self._parts)}"
 
     def _by_part(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """The files in which ``indices`` are: where they stand, and their places in the file.
@@ -372,15 +371,6 @@ class Parts:
         while len(self._open) > OPEN:
             self._parts[self._open.popitem(last=False)[0]].close()
         return self._parts[number]
-
-    @contextlib.contextmanager
-    def _noting(self, number: int, places: np.ndarray) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            rows = f"rows {places.min()} to {places.max()} of {self._parts[number].path}"
-            error.add_note(f"while reading {rows}, {self._numbered(number)}")
-            raise
 
 
 def _identity(parts: list[Any], what: str) -> str:

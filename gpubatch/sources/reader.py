@@ -51,6 +51,16 @@ def refuse_pickling() -> NoReturn:
     )
 
 
+@contextlib.contextmanager
+def noting(what: str, index: np.ndarray, where: str) -> Iterator[None]:
+    """Add to an exception what was being read: samples or rows, which ones, and where they are."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"while reading {what} {index.min()} to {index.max()} of {where}")
+        raise
+
+
 class InTurn:
     """A lock for the threads of a process; a forked child has one of its own, which no thread of its parent holds."""
 
@@ -131,26 +141,18 @@ class Reader:
             for place, array in zip(out, self.read(index, limits), strict=True):
                 place[...] = array
             return
-        with self._noting(index), self._turn:
+        with noting("samples", index, self.where), self._turn:
             self._read_into(index, tuple(out) if len(out) > 1 else out[0])
         self._check(index, out, limits)
 
     def expect(self, index: Array) -> None:
         """Tell the source that the samples at ``index`` will be read soon."""
         if self._expect is not None:
-            with self._noting(index), self._turn:
+            with noting("samples", index, self.where), self._turn:
                 self._expect(index)
 
-    @contextlib.contextmanager
-    def _noting(self, index: Array) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            error.add_note(f"while reading samples {index.min()} to {index.max()} of {self.where}")
-            raise
-
     def _arrays(self, index: Array) -> list[np.ndarray]:
-        with self._noting(index), self._turn:
+        with noting("samples", index, self.where), self._turn:
             found = self.source.read(index)
         arrays = list(found) if isinstance(found, tuple) else [found]
         for array in arrays:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
-import importlib
 import io
 import itertools
 import os
@@ -19,7 +19,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, GpubatchError, TransferError
+from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, GpubatchError, TransferError, needed
+from gpubatch.sources.reader import InTurn
 
 T = TypeVar("T")
 
@@ -43,6 +44,15 @@ STAMPS = [
 def is_url(x: Any) -> bool:
     """Whether ``x`` is text that begins as a URL does."""
     return isinstance(x, str) and URL.match(x) is not None
+
+
+def check_unchanged(path: str, identity: str, now: str) -> None:
+    """Raise ``DataFormatError`` unless a file in use still has the ``identity`` that it was opened with."""
+    if now != identity:
+        raise DataFormatError(
+            f"{path}: expected the file that was opened first ({identity}), found another ({now}): it was changed "
+            "while it was in use"
+        )
 
 
 def remote(
@@ -197,11 +207,7 @@ class RemoteFile:
                 f"{self.path}: expected bytes {start} to {stop - 1}, found none from byte {start + len(found)} on: "
                 f"{words} ({TRIES} tries)"
             )
-        if (now := self.identity()) != identity:
-            raise DataFormatError(
-                f"{self.path}: expected the file that was opened first ({identity}), found another ({now}): it was "
-                "changed while it was in use"
-            )
+        check_unchanged(self.path, identity, self.identity())
         return found
 
     def _bytes(self, start: int, stop: int) -> bytes:
@@ -279,12 +285,7 @@ class RemoteFile:
     def _there(self) -> tuple[Any, str]:
         """The file system, and the path in it."""
         if self._process != os.getpid():  # connections are not shared with a forked child
-            try:
-                fsspec = importlib.import_module("fsspec.core")
-            except ImportError as error:
-                raise ArgumentError(
-                    f"{self.path} needs fsspec, which is not installed: pip install 'gpubatch[remote]'"
-                ) from error
+            fsspec = needed("fsspec.core", self.path, "remote")
             try:
                 self._system, self._inside = fsspec.url_to_fs(self._url, **self._options)
             except ImportError as error:
@@ -450,11 +451,14 @@ class _Workers:
 workers = _Workers()
 
 
+@dataclasses.dataclass(eq=False)
 class _Piece:
-    """Bytes of a file that are on their way, or have come; ``spent`` ones are not waited for any more."""
+    """Bytes of a file that are on their way or have come. Nobody will wait for ``spent`` ones again."""
 
-    def __init__(self, start: int, stop: int, spent: bool, future: Future[bytearray]) -> None:
-        self.start, self.stop, self.spent, self.future = start, stop, spent, future
+    start: int
+    stop: int
+    spent: bool
+    future: Future[bytearray]
 
 
 class _Pieces:
@@ -462,11 +466,11 @@ class _Pieces:
 
     def __init__(self) -> None:
         self._pieces: dict[_Piece, list[_Piece]] = {}
-        self._lock, self._process = threading.RLock(), os.getpid()
+        self._turn = InTurn()  # a thread that has it may need it again, where a file is closed as garbage
 
     def has_room(self, of_file: list[_Piece]) -> bool:
         """Whether a file has less ahead than its share: all files that have something ahead have equal ones."""
-        with self._locked():
+        with self._turn:
             ahead = Counter(id(file) for piece, file in list(self._pieces.items()) if not piece.spent)
         own = ahead.pop(id(of_file), 0)
         return own < max(1, HELD // (1 + len(ahead)))
@@ -476,29 +480,20 @@ class _Pieces:
 
         Where there are too many, a spent one goes, or the oldest of the file that has most.
         """
-        with self._locked():
+        with self._turn:
             while len(self._pieces) >= HELD:
                 there = list(self._pieces)
                 oldest = max(there, key=lambda each: len(self._pieces.get(each, ())))
-                self._drop(next((each for each in there if each.spent), oldest))
+                self.drop(next((each for each in there if each.spent), oldest))
             self._pieces[piece] = of_file
             of_file.append(piece)
 
     def drop(self, piece: _Piece) -> None:
         """Hold it no longer."""
-        with self._locked():
-            self._drop(piece)
-
-    def _locked(self) -> Any:
-        """The lock; a thread that has it may need it again, where a file is closed as garbage."""
-        if self._process != os.getpid():  # a forked child may have a lock that another thread held
-            self._lock, self._process = threading.RLock(), os.getpid()
-        return self._lock
-
-    def _drop(self, piece: _Piece) -> None:
-        of_file = self._pieces.pop(piece, None)
-        if of_file is not None:
-            of_file.remove(piece)
+        with self._turn:
+            of_file = self._pieces.pop(piece, None)
+            if of_file is not None:
+                of_file.remove(piece)
 
 
 held = _Pieces()

@@ -181,7 +181,13 @@ class _Rows:
         """Write the samples at ``indices`` into ``out``, C-contiguous."""
         view, row = out.reshape(-1).view(np.uint8).data, self._row
         for place, start, stop in runs_of(indices):
-            self._fill(view[start * row : stop * row], place)
+            offset, count = self._offset + place * row, (stop - start) * row
+            found = self._bytes.use().read_into(view[start * row : stop * row], offset)
+            if found < count:
+                raise DataFormatError(
+                    f"{self.path}: expected {len(self)} samples, as when it was opened, but it ends before sample "
+                    f"{place + found // row} is complete: it has become shorter"
+                )
 
     def fill(self, indices: np.ndarray, out: Sequence[np.ndarray]) -> None:
         """The same of a sequence of one array."""
@@ -191,21 +197,6 @@ class _Rows:
         """Have the samples at ``indices`` read ahead, while others are used."""
         for place, start, stop in runs_of(indices):
             self._bytes.use().expect(*(self._offset + row * self._row for row in (place, place + stop - start)))
-
-    def _fill(self, view: memoryview, place: int) -> None:
-        offset = self._offset + place * self._row
-        while len(view):
-            count = self._read_at(view, offset)
-            if not count:
-                sample = (offset - self._offset) // self._row
-                raise DataFormatError(
-                    f"{self.path}: expected {len(self)} samples, as when it was opened, but it ends before sample "
-                    f"{sample} is complete: it has become shorter"
-                )
-            view, offset = view[count:], offset + count
-
-    def _read_at(self, view: memoryview, offset: int) -> int:
-        return self._bytes.use().read_into(view, offset)
 
 
 class _Cifar10:

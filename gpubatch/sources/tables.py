@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import math
 import os
@@ -13,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, ShapeError, check_bool
+from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, ShapeError, check_bool, needed
 from gpubatch.inputs import check_kind
 from gpubatch.sources.opener import BytesByPlace, LocalFile, Opener, Reopened, opener_of
 from gpubatch.sources.reader import Form, InTurn, Source
@@ -180,14 +179,11 @@ class _ArrowStream:
         self.fields = [(field.name, field.type) for field in schema]
 
     def _read(self, start: int, stop: int, before: bytes | bytearray = b"") -> bytearray:
-        out, done = bytearray(len(before) + stop - start), len(before)
-        out[:done] = before
-        while done < len(out):
-            with memoryview(out)[done:] as rest:
-                count = self._bytes.read_into(rest, start + done - len(before))
-            if not count:
-                raise EOFError(f"it ends at byte {start + done - len(before)}")
-            done += count
+        out = bytearray(len(before) + stop - start)
+        out[: len(before)] = before
+        with memoryview(out)[len(before) :] as rest:
+            if (count := self._bytes.read_into(rest, start)) < stop - start:
+                raise EOFError(f"it ends at byte {start + count}")
         return out
 
     def load(self, group: int, chosen: list[str]) -> Any:
@@ -623,10 +619,4 @@ class _Datasets:
 
 
 def _need(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        library = module.partition(".")[0]
-        raise ArgumentError(
-            f"this kind of file needs {library}, which is not installed: pip install 'gpubatch[data]'"
-        ) from error
+    return needed(module, "this kind of file", "data")

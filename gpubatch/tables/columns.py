@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import decimal
-import importlib
 import itertools
-import sys
 import unicodedata
 from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
 
-from gpubatch.errors import ArgumentError, DataFormatError, NonFiniteError
+from gpubatch.errors import DataFormatError, NonFiniteError, needed
 
 NUMBER, TEXT, CODED, DATE, EMPTY, OTHER = "numbers", "texts", "categories", "dates", "nothing", "other"
 
 
 def need(module: str) -> Any:
     """A module of pyarrow's; an error that says how to install it."""
-    try:
-        return sys.modules.get(module) or importlib.import_module(module)
-    except ImportError as error:
-        raise ArgumentError("tables need pyarrow, which is not installed: pip install 'gpubatch[data]'") from error
+    return needed(module, "a table", "data")
 
 
 def family(kind: Any) -> str:

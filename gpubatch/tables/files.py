@@ -384,12 +384,8 @@ class CsvRows:
     def _piece(self, start: int, stop: int) -> bytes:
         out = bytearray(stop - start)
         with memoryview(out) as view:
-            done = 0
-            while done < len(out):
-                count = self._bytes.use().read_into(view[done:], start + done)
-                if not count:
-                    raise DataFormatError(f"{self.where}: it ends at byte {start + done}, it has become shorter")
-                done += count
+            if (count := self._bytes.use().read_into(view, start)) < len(out):
+                raise DataFormatError(f"{self.where}: it ends at byte {start + count}, it has become shorter")
         return bytes(out)
 
     def _parsed(self, place: tuple[int, int]) -> Any:
