@@ -38,14 +38,14 @@ extern "C" __global__ void add_noise(S* g, long long n, u64 seed, u64 place, con
     }
 }
 
-// mean = keep * mean + take * w, after the update of a step. The numbers of a step are keep and take.
+// mean += take * (w - mean), after the update of a step: the mean of a weight that never changes is that weight. The
+// number of a step is take.
 extern "C" __global__ void average(const S* w, T* mean, long long n, const double* numbers, long long stride,
                                    const long long* progress) {
     if (progress && progress[HALTED]) return;
-    const double* own = numbers_of(numbers, stride, progress, 1);  // the update went on to the next one
-    const T keep = T(own[0]), take = T(own[1]);
+    const T take = T(numbers_of(numbers, stride, progress, 1)[0]);  // the update went on to the next step
     if (take == 0) return;
     in_batches((long long)blockIdx.x * blockDim.x + threadIdx.x, n, (long long)gridDim.x * blockDim.x,
-               [&](long long i) { return keep * mean[i] + take * T(w[i]); },
+               [&](long long i) { return mean[i] + take * (T(w[i]) - mean[i]); },
                [&](long long i, T value) { mean[i] = value; });
 }

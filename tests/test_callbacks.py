@@ -17,6 +17,7 @@ from needs import peer
 from test_train import Kill, Killed, blobs, everything, numbers, parts
 
 import gpubatch as gb
+from gpubatch.backend import CudaBackend, get_backend
 from gpubatch.checkpoint import Checkpoints
 from gpubatch.train import TrainingState, loop
 from gpubatch.train.live import live_callback
@@ -806,6 +807,17 @@ def test_a_warm_average_follows_its_closed_form() -> None:
         decay = min(0.5, (1 + n) / (10 + n))
         mean = decay * mean + (1 - decay) * w
     np.testing.assert_allclose(net.parameters.flat, mean, rtol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"decay": 0.9}, {"decay": None}, {"decay": 0.9, "bias_correction": True}])
+def test_the_average_of_weights_that_never_change_has_their_bits(options: dict[str, Any], device: CudaBackend) -> None:
+    for backend in (get_backend("cpu"), device):
+        net = gb.mlp([6, 5, 3], batch_norm=True, seed=1, backend=backend)
+        average, before = gb.WeightAverage(**options, net=net), backend.to_numpy(net.parameters.flat)
+        for _ in range(30):
+            average.update()
+        average.apply(net)
+        assert np.array_equal(backend.to_numpy(net.parameters.flat), before)
 
 
 @pytest.mark.parametrize("decay", [0.9, None])

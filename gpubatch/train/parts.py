@@ -249,7 +249,7 @@ class WeightAverage(StepPart):
     end ``average.apply(net)``.
     """
 
-    count, late = 2, True
+    count, late = 1, True
 
     def __init__(
         self,
@@ -335,30 +335,29 @@ class WeightAverage(StepPart):
         self._steps, self._opt = self.steps, None
 
     def numbers(self, t: int) -> tuple[float, ...]:
-        """What the average and the weights are multiplied by in the step after ``t`` others."""
+        """How far the average goes towards the weights in the step after ``t`` others: from 0 to 1."""
         n, rest = divmod(t - self._begun + 1, self.every)
         if rest or n < 1:
-            return 1.0, 0.0
+            return (0.0,)
         if self.decay is None:
-            take = 1 / n
-        elif self.bias_correction:
-            take = (1 - self.decay) / (1 - self.decay**n)
-        else:
-            decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
-            take = 1.0 if n == 1 else 1 - decay
-        return 1 - take, take
+            return (1 / n,)
+        if self.bias_correction:
+            return ((1 - self.decay) / (1 - self.decay**n),)
+        decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+        return (1.0 if n == 1 else 1 - decay,)
 
     def by_numpy(self, net: Network, numbers: Sequence[float]) -> None:
         """A block after another."""
-        keep, take = numbers
+        (take,) = numbers
         if not take:
             return
         for name, flat in self._flats(net).items():
             mean = self._mean[name]
             for start in range(0, flat.size, BLOCK):
                 part = mean[start : start + BLOCK]
-                part *= keep
-                part += np.multiply(flat[start : start + BLOCK], take, dtype=part.dtype)
+                way = np.subtract(flat[start : start + BLOCK], part, dtype=part.dtype)
+                way *= take
+                part += way
 
     def by_kernels(self, net: Network, numbers: Array, stride: int, progress: Array | None) -> None:
         """One launch, and another for running statistics."""
