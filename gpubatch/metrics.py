@@ -99,20 +99,13 @@ class Classes(Measure):
         matrix = self.matrix
         return float(np.trace(matrix, axis1=-2, axis2=-1).sum() / matrix.sum())
 
-    def counts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For each class or column: right predictions of it, predictions of it, samples of it."""
-        matrix = self.matrix.astype(np.float64)
-        if matrix.ndim == 3:
-            return matrix[:, 1, 1], matrix[:, :, 1].sum(axis=1), matrix[:, 1].sum(axis=1)
-        return np.diagonal(matrix), matrix.sum(axis=0), matrix.sum(axis=1)
-
     def score(self, kind: str, average: str | None = "macro", zero_division: float = 0.0) -> Any:
         """Precision, recall or F1: for each class, or one number by ``average``.
 
         "macro": the mean over the classes that occur in truth or predictions; "weighted": over the samples' classes;
         "micro": of all predictions together; "binary": of class 1; None: an array with a number for each class.
         """
-        right, of, samples = self.counts()
+        right, of, samples = counts_of(self.matrix.astype(np.float64))
         below = {"precision": of, "recall": samples, "f1": (of + samples) / 2}[kind]
         if average is None:
             return _over(right, below, zero_division)
@@ -128,6 +121,13 @@ class Classes(Measure):
             met = (of + samples > 0) | (self.matrix.ndim == 3)
             return float(each[met].mean())
         return float(np.average(each, weights=samples)) if samples.sum() else float(zero_division)
+
+
+def counts_of(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each class or column of ``Classes.matrix``: right predictions of it, predictions of it, samples of it."""
+    if matrix.ndim == 3:
+        return matrix[:, 1, 1], matrix[:, :, 1].sum(axis=1), matrix[:, 1].sum(axis=1)
+    return np.diagonal(matrix), matrix.sum(axis=0), matrix.sum(axis=1)
 
 
 class TopK(Measure):

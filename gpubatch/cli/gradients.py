@@ -7,12 +7,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 
 from gpubatch import explore
 from gpubatch.backend import Array, Backend, get_backend
 from gpubatch.cli import options
-from gpubatch.cli.shared import app, examples, print_json, table_of, versions
+from gpubatch.cli.shared import CommandReport, app, examples, table_of
 from gpubatch.nn import OF_LABELS, Network, layers, losses
 from gpubatch.train import bar
 
@@ -71,11 +70,9 @@ def check_gradient(
                 found[name][loss] = explore.check_network(net, X, Y, h, tolerance, directions, seed=seed)
     checks = [check for row in found.values() for one in row.values() for check in one.values()]
     failed = sum(not check.ok for check in checks)
-    if as_json:
-        worst = max(check.max_relative_error for check in checks)
-        print_json(ok=not failed, max_relative_error=worst, checks=found, device=where.device, versions=versions())
-    else:
-        _print_checks(found, checks, failed, where)
+    worst = max(check.max_relative_error for check in checks)
+    values = {"ok": not failed, "max_relative_error": worst, "checks": found, "device": where.device}
+    CommandReport(values, _shown(found, checks, failed, where)).print(as_json)
     if failed:
         raise typer.Exit(1)
 
@@ -89,28 +86,26 @@ def _sample(net: Network, rows: int, seed: int) -> tuple[Array, Array]:
     return X, net.backend.asarray(np.round(Y) if "hinge" in net.loss_name else Y, net.dtype)
 
 
-def _print_checks(found: Any, checks: list[explore.GradientCheck], failed: int, where: Backend) -> None:
-    out = Console(highlight=False, soft_wrap=True)
+def _shown(found: Any, checks: list[explore.GradientCheck], failed: int, where: Backend) -> list[Any]:
+    """Two tables of errors, what is wrong, and a verdict."""
     table, more = table_of("layer", *WITH_EVERY_LAYER), table_of("loss", "behind Tanh")
     for name, row in found.items():
         table.add_row(name, *(_cell(list(row[loss].values())) for loss in WITH_EVERY_LAYER))
         for loss in (loss for loss in row if loss not in WITH_EVERY_LAYER):
             more.add_row(loss, _cell(list(row[loss].values())))
-    out.print(table)
-    out.print(more)
-    for name, row in found.items():
-        for loss, one in row.items():
-            for parameter, check in one.items():
-                if not check.ok:
-                    out.print(
-                        f"WRONG: {name}, {loss}: {parameter}{list(check.worst_index or ())} is {check.analytic:.9g}, "
-                        f"by differences {check.numerical:.9g}",
-                        markup=False,
-                    )
+    wrong = [
+        f"WRONG: {name}, {loss}: {parameter}{list(check.worst_index or ())} is {check.analytic:.9g}, "
+        f"by differences {check.numerical:.9g}"
+        for name, row in found.items()
+        for loss, one in row.items()
+        for parameter, check in one.items()
+        if not check.ok
+    ]
     kinks, compared = sum(len(check.kinks) for check in checks), sum(check.compared for check in checks)
     verdict = f"{failed} of {len(checks)} gradients are wrong" if failed else f"all {len(checks)} gradients are right"
     limit = max(check.tolerance for check in checks)
-    out.print(f"{verdict} to {limit:g} relative; {compared:,} compared, {kinks} on a kink; {where.device}")
+    end = f"{verdict} to {limit:g} relative; {compared:,} compared, {kinks} on a kink; {where.device}"
+    return [table, more, *wrong, end]
 
 
 def _cell(checks: list[explore.GradientCheck]) -> str:

@@ -93,7 +93,7 @@ def landscape(
         ],
         functools.partial(plot.plot_slice, found, trail=at if directions == "path" else None),
     )
-    report.print(title, as_json, plot_file)
+    report.print(as_json, title, plot_file)
 
 
 def _train_and_watch(
@@ -127,7 +127,7 @@ def _train_and_watch(
         if epochs:
             with short_runs():
                 fit(
-                    *(net, loader, opt, epochs, task.test if (training.callbacks()) else None),
+                    *(net, loader, opt, epochs, task.test if training.callbacks() else None),
                     callbacks=[*training.callbacks(), Watch()],
                     progress=False,
                     max_skipped=0,

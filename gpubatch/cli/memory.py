@@ -74,7 +74,7 @@ def plan_memory(
         [title, _by_part(plan), _by_size(plan, needed), f"batch size {plan.batch_size}: {plan.reason}"],
         functools.partial(plot.plot_memory, plan, curve),
     )
-    report.print(title, as_json, plot_file)
+    report.print(as_json, title, plot_file)
 
 
 def _by_part(plan: BatchPlan) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import json
@@ -19,7 +20,6 @@ from typing import Annotated, Any, ClassVar, TextIO
 
 import numpy as np
 import typer
-from rich.console import Console
 
 from gpubatch import plot
 from gpubatch.backend import Array
@@ -27,10 +27,20 @@ from gpubatch.checkpoint import replacing
 from gpubatch.cli import options
 from gpubatch.cli.data import Tested, Which, labelled_samples, raw_samples
 from gpubatch.cli.options import spread
-from gpubatch.cli.shared import app, examples, in_percent, print_json, table_of, versions
+from gpubatch.cli.shared import (
+    CommandReport,
+    app,
+    examples,
+    given,
+    in_percent,
+    number_or_dash,
+    print_json,
+    table_of,
+    versions,
+)
 from gpubatch.errors import ArgumentError, DataFormatError
 from gpubatch.loader import Loader, rows_of
-from gpubatch.metrics import measures_of, of_batches
+from gpubatch.metrics import counts_of, measures_of, of_batches
 from gpubatch.model import Model, Preparation, load
 from gpubatch.tables import some_of
 from gpubatch.train import bar
@@ -141,7 +151,7 @@ def predict(
     out = "-" if out in (None, "", "/dev/stdout") else os.path.expanduser(out)
     check_out(out, [str(model.model_file), *([] if data is None else [data])])
     loaded = model.load()
-    batches = loaded.batches(raw_samples(loaded, data, said(context, "seed")))
+    batches = loaded.batches(raw_samples(loaded, data, given(context, "seed")))
     began = time.perf_counter()
     with written(loaded, out, probabilities, as_json) as write, bar("predicting", progress) as show:
         for x, *_ in counted(batches, show):
@@ -151,12 +161,6 @@ def predict(
         print_json(samples=batches.n_samples, out=out, columns=columns_of(loaded, probabilities), seconds=seconds)
     elif out != "-":
         typer.echo(f"{batches.n_samples:,} predictions in {out}, in {seconds:.1f} s", err=True)
-
-
-def said(context: typer.Context, name: str) -> Any:
-    """The value of an option that somebody gave; None for its default, as what a model says goes before that."""
-    given = context.get_parameter_source(name)
-    return None if given is None or given.name == "DEFAULT" else context.params[name]
 
 
 def check_out(out: str | None, inputs: Sequence[str]) -> None:
@@ -296,17 +300,14 @@ def evaluate(
     own = ["accuracy", "confusion_matrix"] if classifies else ["r2", "rmse", "mae"]
     names = [*own, *(name for name in options.names_of(metrics) if name not in own)]
     measures_of(loaded.net, names)  # finds wrong names before the data is read
-    found_data = labelled_samples(
-        loaded, data or [], Which(held_out, said(context, "test_size"), said(context, "seed"))
-    )
-    name, batches = found_data.name, found_data.batches
+    of = labelled_samples(loaded, data or [], Which(held_out, given(context, "test_size"), given(context, "seed")))
     losses: list[tuple[float, int]] = []
     with contextlib.ExitStack() as stack:
         show = stack.enter_context(bar("testing", progress))
         write = None if out is None else stack.enter_context(written(loaded, out, probabilities))
 
         def watched() -> Iterator[list[Array]]:
-            for x, y, *weights in counted(batches, show):
+            for x, y, *weights in counted(of.batches, show):
                 losses.append((loaded.net.evaluate(x, y)[0], len(x)))
                 if write is not None:
                     write(loaded.of_batch(x, probabilities))
@@ -318,65 +319,43 @@ def evaluate(
     if recipe is not None and recipe.target is not None and not classifies:
         found |= {name: found[name] * recipe.target.deviation for name in ("rmse", "mae")}  # in the label's unit
     matrix = found.pop("confusion_matrix", None)
-    if plot_file is not None:
-        title = f"gpubatch test of {model.model_file} on {name}, accuracy {100 * found['accuracy']:.2f} %"
-        plot.plot_confusion(matrix, loaded.classes, plot_file, title)
-    if as_json:
-        classes = {} if matrix is None else {"classes": loaded.classes, "confusion_matrix": matrix}
-        print_json(
-            samples=batches.n_samples,
-            loss=loss,
-            **found,
-            **classes,
-            data=name,
-            trained_on=found_data.trained,
-            versions=versions(),
-        )
-        return
-    _print_test(loaded, found_data, loss, found, matrix)
-    for what, file in (("predictions", out), ("drawn", plot_file)):
-        if file is not None:
-            typer.echo(f"{what} in {file}")
+    by_class = {} if matrix is None else {"classes": loaded.classes, "confusion_matrix": matrix}
+    values = {"samples": of.batches.n_samples, "loss": loss, **found, **by_class}
+    shown = [*_results(loaded, of, loss, found), *([] if matrix is None else _by_class(loaded, matrix))]
+    shown += [] if out is None else [f"predictions in {out}"]
+    draw = functools.partial(plot.plot_confusion, matrix, loaded.classes)
+    title = f"gpubatch test of {model.model_file} on {of.name}, accuracy {100 * found.get('accuracy', 0):.2f} %"
+    CommandReport({**values, "data": of.name, "trained_on": of.trained}, shown, draw).print(as_json, title, plot_file)
 
 
-def _print_test(model: Model, of: Tested, loss: float, found: dict[str, Any], matrix: np.ndarray | None) -> None:
-    out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-    samples = of.batches.n_samples
-    out.print(f"data       {of.name}: {samples:,} samples, {of.said}")
-    out.print(f"loss       {loss:.4f}, {model.net.loss_name}")
-    named = {"r2": "R²", "rmse": "RMSE", "mae": "MAE"}
-    for key, value in found.items():
-        text = in_percent(value, samples) if key == "accuracy" else f"{value:.6g}"
-        out.print(f"{named.get(key, key):<10} {text}")
-    if matrix is None:
-        return
+def _results(model: Model, of: Tested, loss: float, found: dict[str, Any]) -> list[str]:
+    """Data, loss and metrics, a line each."""
+    samples, named = of.batches.n_samples, {"r2": "R²", "rmse": "RMSE", "mae": "MAE"}
+    texts = {key: in_percent(x, samples) if key == "accuracy" else f"{x:.6g}" for key, x in found.items()}
+    return [
+        f"data       {of.name}: {samples:,} samples, {of.said}",
+        f"loss       {loss:.4f}, {model.net.loss_name}",
+        *(f"{named.get(key, key):<10} {text}" for key, text in texts.items()),
+    ]
+
+
+def _by_class(model: Model, matrix: np.ndarray) -> list[Any]:
+    """The matrix, if the screen holds it; recall, precision and F1 of each class, or of each column of several."""
+    shown: list[Any] = []
     classes = [str(name) for name in model.classes or range(len(matrix))]
     widths = [max(len(name), len(f"{matrix.max():g}")) + 2 for name in classes]
     if matrix.ndim == 2 and max(map(len, classes)) + sum(widths) < SCREEN:
-        out.print("\nclasses, and what their samples were taken for:")
-        table = table_of("", *classes)
-        for column in table.columns[1:]:
-            column.justify = "right"
+        table = table_of("", *classes, numbers=True)
         for row, counts in zip(classes, matrix, strict=True):
             table.add_row(row, *(f"{count:g}" if count else "·" for count in counts))
-        out.print(table)
-    _print_classes(out, model, matrix)
-
-
-def _print_classes(out: Console, model: Model, matrix: np.ndarray) -> None:
-    """Recall, precision and F1 of each class, or of each column where a sample may have several."""
-    if matrix.ndim == 2:
-        right, samples, predicted = np.diagonal(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
-    else:
-        right, samples, predicted = matrix[:, 1, 1], matrix[:, 1].sum(axis=1), matrix[:, :, 1].sum(axis=1)
-    names = model.classes if model.classes is not None and len(model.classes) == len(right) else range(len(right))
-    table = table_of("class", "samples", "recall (%)", "precision (%)", "F1 (%)")
-    for column in table.columns[1:]:
-        column.justify = "right"
+        shown = ["\nclasses, and what their samples were taken for:", table]
+    right, predicted, samples = counts_of(matrix)
+    names = classes if len(classes) == len(right) else range(len(right))
+    table = table_of("class", "samples", "recall (%)", "precision (%)", "F1 (%)", numbers=True)
     for name, hit, n, of in zip(names, right, samples, predicted, strict=True):
         parts = (hit / n if n else None, hit / of if of else None, 2 * hit / (n + of) if n + of else None)
-        table.add_row(str(name), f"{n:,g}", *("–" if part is None else f"{100 * part:.2f}" for part in parts))
-    out.print(table)
+        table.add_row(str(name), f"{n:,g}", *(number_or_dash(part, 100, "{:.2f}") for part in parts))
+    return [*shown, table]
 
 
 # --- summary ---------------------------------------------------------------------------------------------------------

@@ -134,30 +134,44 @@ def _jsonable(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def console(quiet: bool = False) -> Console:
+    """Standard output for lines and tables, in which names of files and classes stand as they are."""
+    return Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
 class CommandReport(NamedTuple):
     """What a command found: values for machines, lines and tables for people, and a picture of a path and a title."""
 
     values: Mapping[str, Any]
     shown: Sequence[Any]
-    draw: Callable[[Path, str], Any]
+    draw: Callable[[Path, str], Any] | None = None
 
-    def print(self, title: str, as_json: bool, plot_file: Path | None) -> None:
+    def print(self, as_json: bool, title: str = "", plot_file: Path | None = None) -> None:
         """Draw it under a title, if a file is given, and print the rest."""
-        if plot_file is not None:
+        if plot_file is not None and self.draw is not None:
             self.draw(plot_file, title)
         if as_json:
             print_json(**self.values, versions=versions())
             return
-        out = Console(highlight=False, soft_wrap=True)
+        out = console()
         for each in self.shown:
             out.print(each)
         if plot_file is not None:
             out.print(f"drawn in {plot_file}")
 
 
-def table_of(*columns: str) -> Table:
-    """A table without lines between rows."""
-    return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+def table_of(*columns: str, numbers: bool = False) -> Table:
+    """A table without lines between rows; with ``numbers``, which stand at the right, in all columns but the first."""
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns[1:] if numbers else ():
+        column.justify = "right"
+    return table
+
+
+def given(context: typer.Context, name: str) -> Any:
+    """The value of an option that somebody gave; None for its default."""
+    source = context.get_parameter_source(name)
+    return None if source is None or source.name == "DEFAULT" else context.params[name]
 
 
 def number_or_dash(value: float | None, factor: float = 1, form: str = "{:.3f}") -> str:

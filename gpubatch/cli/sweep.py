@@ -13,7 +13,7 @@ from gpubatch import explore, plot
 from gpubatch.cli import options
 from gpubatch.cli.data import DataOptions, Task, used
 from gpubatch.cli.options import BatchOptions, NetworkOptions, RunOptions, integers, spread
-from gpubatch.cli.shared import CommandReport, app, arguments_of, examples, number_or_dash, table_of
+from gpubatch.cli.shared import CommandReport, app, arguments_of, examples, given, number_or_dash, table_of
 from gpubatch.cli.strategies import compare_strategies
 from gpubatch.errors import ArgumentError, check_choice
 from gpubatch.sizing import format_bytes
@@ -70,7 +70,7 @@ def sweep(
     """
     takes = KINDS[check_choice("WHAT", what, KINDS)]
     for name in OF_SOME:
-        if name not in takes and given(context, name):
+        if name not in takes and given(context, name) is not None:
             several = [kind for kind, names in KINDS.items() if name in names]
             raise ArgumentError(f"--{name.replace('_', '-')} is for sweep {' and '.join(several)}, not for {what}")
     if plot_file is not None:
@@ -93,13 +93,7 @@ def sweep(
             report = _sweep_strategies(task, trials, scale, lr, run, batches, show)
     arguments = arguments_of(context, **used(task.net, network, task.data.task), epochs=run.epochs)
     more = {"network": task.words, "device": task.net.backend.device, "arguments": arguments}
-    report._replace(values={**report.values, **more}, shown=[title, *report.shown]).print(title, as_json, plot_file)
-
-
-def given(context: typer.Context, name: str) -> bool:
-    """Whether an option was given."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
+    report._replace(values={**report.values, **more}, shown=[title, *report.shown]).print(as_json, title, plot_file)
 
 
 def _sweep_steps(task: Task, optimizer: str, batch: int, show: explore.Progress) -> CommandReport:
@@ -147,25 +141,17 @@ def _sweep_batches(
         epochs=run.epochs or 0,
         **runs(task, run, show),
     )
-    table = table_of(
-        "batch size", "µs/sample", "s/epoch", f"epochs to {target:g}", f"s to {target:g}", "memory", "loss"
-    )
+    reaching = f"epochs to {target:g}", f"s to {target:g}"
+    table = table_of("batch size", "µs/sample", "s/epoch", *reaching, "memory", "loss")
     for t in trials:
-        table.add_row(
-            *(
-                f"{t.batch_size}",
-                number_or_dash(t.seconds_per_sample, 1e6, "{:.1f}"),
-                number_or_dash(t.seconds_per_epoch),
-            ),
-            *(number_or_dash(t.epochs_to_target, 1, "{:.0f}"), number_or_dash(t.seconds_to_target)),
-            *(format_bytes(t.memory), number_or_dash(t.loss, 1, "{:.4f}")),
-        )
-    reached = [t for t in trials if t.seconds_to_target is not None]
-    fastest = min(reached, key=lambda t: t.seconds_to_target or math.inf, default=None)
+        times = number_or_dash(t.seconds_per_sample, 1e6, "{:.1f}"), number_or_dash(t.seconds_per_epoch)
+        reached = number_or_dash(t.epochs_to_target, 1, "{:.0f}"), number_or_dash(t.seconds_to_target)
+        loss = number_or_dash(t.loss, 1, "{:.4f}")
+        table.add_row(f"{t.batch_size}", *times, *reached, format_bytes(t.memory), loss)
     line = f"no batch size reached the loss {target:g} in {run.epochs} epochs"
-    if fastest is not None:
-        line = f"batch size {fastest.batch_size} was the first at the loss {target:g}"
-        line += f", after {fastest.seconds_to_target:.2f} s"
+    if times_to_target := [(t.seconds_to_target, t.batch_size) for t in trials if t.seconds_to_target is not None]:
+        seconds, size = min(times_to_target)
+        line = f"batch size {size} was the first at the loss {target:g}, after {seconds:.2f} s"
     return CommandReport(
         {"batch_sizes": trials, "target": target},
         [table, line],

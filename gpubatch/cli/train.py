@@ -17,7 +17,7 @@ from gpubatch.checkpoint import Checkpoints
 from gpubatch.cli import options
 from gpubatch.cli.data import DataOptions, Samples, network_for, sizes_of, used
 from gpubatch.cli.options import BatchOptions, NetworkOptions, OptimizerOptions, TrainingOptions, spread
-from gpubatch.cli.shared import app, arguments_of, examples, in_percent, print_json, versions
+from gpubatch.cli.shared import app, arguments_of, console, examples, in_percent, print_json, versions
 from gpubatch.errors import ArgumentError, RankError, check_int
 from gpubatch.loader import Loader
 from gpubatch.model import check_writable
@@ -130,7 +130,7 @@ def train(
     with together.ending(), together.phase():
         loader = found.loader(net, batches, data.seed, ranks, shards)
         opt = optimizer.make(net, epochs)
-    out = Console(quiet=results.as_json, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    out = console(quiet=results.as_json)
     announce(out, found, loader, net, network, optimizer, together.size)
     started, ended, code = time.perf_counter(), "", 0
     callbacks = training.callbacks()
@@ -153,7 +153,7 @@ def train(
         try:
             typer.echo(ended, err=True)
         except OSError:  # a closed terminal: nobody reads what follows
-            results, out = dataclasses.replace(results, as_json=False, plot_file=None), Console(quiet=True)
+            results, out = dataclasses.replace(results, as_json=False, plot_file=None), console(quiet=True)
     if not together.first:
         raise typer.Exit(code)
     seconds = time.perf_counter() - started
