@@ -7,6 +7,7 @@ the table has one row with the checksum of the damaged bytes in the file's name,
 A checkpoint's history is a file beside it, which may also be absent, or a folder, a link or a pipe in its place; it has
 a row with the checkpoint's own digest, one where the digest is that of the damaged bytes, and one for the damaged words
 by which the checkpoint refers to it. The numbers must be those that were saved, or NaN, of which a warning tells.
+Tables are read in memory and streamed, from standard input, and what is no table is given in place of one.
 Models have a row for whole files, one where their digest is taken as right, and one for their JSON alone, which is
 damaged before it becomes a part of the header. An input depends only on its number and ``--seed``:
 ``--reader npy --first 812 --inputs 1`` repeats one.
@@ -16,6 +17,7 @@ included, is undocumented: it is counted, its traceback is printed, and the exit
 
 - ``MemoryError``: on Linux the address space is limited to ``BOUND`` above that for the undamaged files, so a header
   that claims 2^40 rows must be refused before memory is allocated;
+- more than ``MOST_SECONDS`` of processor time for one input: a suspended or busy machine does not count;
 - Python opening a file outside the input's folder, except modules and the system's memory statistics.
 
 Each reader runs in its own process. If a C library crashes, that counts as a crash, and the next input goes to a new
@@ -25,6 +27,7 @@ process. Files that a C library opens by itself are not watched.
 from __future__ import annotations
 
 import argparse
+import bz2
 import collections
 import contextlib
 import functools
@@ -33,6 +36,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import lzma
 import os
 import platform
 import random
@@ -58,6 +62,7 @@ import gpubatch as gb
 from gpubatch import checkpoint, datasets, model, series, sources, tables
 
 BOUND = 64 << 20  # bytes of address space
+MOST_SECONDS = 20.0  # of processor time for one input, on a machine where most take 0.01
 PROCESS = 1000  # inputs of one process: pyarrow keeps some 10 KB for a damaged packed file, for ever
 DOCUMENTED = (gb.GpubatchError, OSError)
 NUMBERS = [0, 1, -1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1]
@@ -156,7 +161,7 @@ class Reader:
     seeds: makes the undamaged files
     read: reads an input; raises an error for a damaged one
     repaired: may correct the damaged bytes, for instance a length in the header
-    needs: the library that it needs
+    needs: the libraries that it needs, by comma
     """
 
     seeds: Callable[[], list[bytes]]
@@ -338,15 +343,49 @@ def named_arrow_files() -> list[bytes]:
     return files
 
 
+def other_files() -> list[bytes]:
+    """What is given in place of tables, and CSV files as other programs write them."""
+    rows = [f"{i},5;{'pq'[i % 2]};{['yes', 'no'][i % 3 > 0]}" for i in range(24)]
+    words = [json.dumps({"x": i + 0.5, "y": ["yes", "no"][i % 2]}) for i in range(24)]
+    texts = [
+        "\n".join(["x;c;y", *rows, ""]),
+        "\n".join(["x\tc\ty", *(row.replace(";", "\t") for row in rows), ""]),
+        "\n".join(["zip,x,y", *(f"0{i % 3},{i},{'ab'[i % 2]}" for i in range(24)), ""]),
+        f"[{', '.join(words)}]",
+        "\n".join(words),
+        "<!doctype html>\n<html><body>x,y</body></html>\n",
+        "@relation x\n@attribute y numeric\n@data\n1\n",
+    ]
+    files = [text.encode() for text in texts]
+    magic = [b"\x80\x04K\x01.", b"PK\x03\x04" + bytes(60), b"SQLite format 3\0" + bytes(60), b"\xfd7zXZ\0" + bytes(60)]
+    packed = [bz2.compress(files[0]), lzma.compress(files[0])]
+    return [*files, *magic, *packed, texts[0].encode("utf-16"), texts[0].replace("p", "\xe4").encode("latin-1")]
+
+
+def read_piped(folder: Path, data: bytes, original: bytes) -> None:
+    """Read a table from standard input, as the commands do."""
+    from gpubatch.cli.arrays import Piped  # needs typer
+
+    with mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(data))):
+        piped = Piped("-")
+    read_named_from(piped, (None,))
+
+
 def read_named(folder: Path, data: bytes, original: bytes) -> None:
-    """Read a table in memory and streamed, by its own numbers and by those of another; raise the last error."""
-    path, last = put(folder / "table", data), None
+    """Read a table in memory and streamed, as :func:`read_named_from` does."""
+    packed = data.startswith(tuple(tables.files.PACKED))
+    read_named_from(put(folder / "table", data), (False,) if packed else (False, True))
+
+
+def read_named_from(source: Any, streams: tuple[bool | None, ...]) -> None:
+    """Read a table by its own numbers and by those of another; raise the last error."""
+    last = None
     with warnings.catch_warnings(), mock.patch.object(tables.files, "PIECE", 100):
         warnings.simplefilter("ignore", gb.TableWarning)
         for options in ({"label": "y"}, {}, {"like": known_table()}):
-            for stream in (False, True) if data[:2] != b"\x1f\x8b" else (False,):
+            for stream in streams:
                 try:
-                    found = gb.read_table(path, stream=stream, **options)
+                    found = gb.read_table(source, stream=stream, **options)
                     repr(found)
                     for part in found.split(0.3):
                         if len(part):
@@ -680,6 +719,10 @@ READERS = {
     "table, CSV": Reader(csv_files, read_named, needs="pyarrow"),
     "table, Parquet": Reader(named_parquet_files, read_named, needs="pyarrow"),
     "table, Arrow": Reader(named_arrow_files, read_named, needs="pyarrow"),
+    "table, piped": Reader(
+        lambda: [*csv_files(), *named_parquet_files(), *named_arrow_files()], read_piped, needs="pyarrow,typer"
+    ),
+    "table, others": Reader(other_files, read_named, needs="pyarrow"),
     "HDF5": Reader(
         hdf5_files,
         lambda folder, data, _: through_a_loader(sources.hdf5(put(folder / "a.h5", data), "x", "y")),
@@ -727,7 +770,7 @@ def work(name: str, seed: int, first: int, last: int, folder: Path) -> None:
     for index in range(first, last):
         original, data = damaged(seeds, random.Random(f"{seed} {name} {index}"))
         data = reader.repaired(original, data)
-        started, kind = time.perf_counter(), "read"
+        started, kind = time.process_time(), "read"
         try:
             watch.folder = folder
             reader.read(folder, data, original)
@@ -739,7 +782,11 @@ def work(name: str, seed: int, first: int, last: int, folder: Path) -> None:
             print(f"\n--- {name}, input {index} of seed {seed}", file=sys.stderr)
             traceback.print_exc()
         watch.folder = None
-        print(f"{time.perf_counter() - started:.4f} {kind}", flush=True)
+        seconds = time.process_time() - started
+        if seconds > MOST_SECONDS:
+            kind = f"! slow ({kind})"
+            print(f"\n--- {name}, input {index} of seed {seed}: {seconds:.1f} s", file=sys.stderr)
+        print(f"{seconds:.4f} {kind}", flush=True)
     print(f"peak {peak()}", flush=True)
 
 
@@ -765,11 +812,12 @@ def peak() -> int:
 
 @dataclass
 class Found:
-    """The results of a reader: inputs by outcome, the slowest in seconds, the peak memory in bytes."""
+    """The results of a reader: inputs by outcome, the slowest one and its processor time, the peak memory in bytes."""
 
     inputs: int
     kinds: collections.Counter[str]
     slowest: float
+    slowest_input: int
     peak: int
     errors: str
 
@@ -780,7 +828,7 @@ class Found:
 
 def fuzz(name: str, inputs: int, seed: int = 0, first: int = 0) -> Found:
     """Run a reader on ``inputs`` inputs, in child processes."""
-    found = Found(inputs, collections.Counter(), 0.0, 0, "")
+    found = Found(inputs, collections.Counter(), 0.0, first, 0, "")
     # The system's allocator and one thread: others reserve far more address space than they use.
     alone = {
         "ARROW_DEFAULT_MEMORY_POOL": "system",
@@ -804,7 +852,8 @@ def fuzz(name: str, inputs: int, seed: int = 0, first: int = 0) -> Found:
                     found.peak = max(found.peak, int(kind))
                     continue
                 found.kinds[kind] += 1
-                found.slowest = max(found.slowest, float(value))
+                if float(value) > found.slowest:
+                    found.slowest, found.slowest_input = float(value), first
                 first += 1
             if done.returncode:
                 found.kinds[f"! crash ({done.returncode})"] += 1
@@ -814,9 +863,8 @@ def fuzz(name: str, inputs: int, seed: int = 0, first: int = 0) -> Found:
 
 
 def missing(name: str) -> str | None:
-    """The library that a reader needs, if not installed; otherwise None."""
-    needs = READERS[name].needs
-    return needs if importlib.util.find_spec(needs) is None else None
+    """A library that a reader needs, if not installed; otherwise None."""
+    return next((need for need in READERS[name].needs.split(",") if importlib.util.find_spec(need) is None), None)
 
 
 def main() -> int:
@@ -835,7 +883,7 @@ def main() -> int:
 
     chosen = [given.reader] if given.reader else [name for name in READERS if not missing(name)]
     rows = {}
-    print(f"| {'reader':26} | inputs | undocumented | slowest, ms | peak, MiB | ends |\n|:--|--:|--:|--:|--:|:--|")
+    print(f"| {'reader':26} | inputs | undocumented | slowest, CPU ms | peak, MiB | ends |\n|:--|--:|--:|--:|--:|:--|")
     for number, name in enumerate(chosen):
         share = given.inputs // len(chosen) + (number < given.inputs % len(chosen))
         rows[name] = found = fuzz(name, share, given.seed, given.first)
@@ -860,6 +908,7 @@ def main() -> int:
                     "undocumented": found.undocumented,
                     "ends": dict(found.kinds.most_common()),
                     "slowest_seconds": found.slowest,
+                    "slowest_input": found.slowest_input,
                     "peak_bytes": found.peak,
                 }
                 for name, found in rows.items()

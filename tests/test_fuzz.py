@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 import fuzz_readers
 
-# 2,700 in all.
+# 2,750 in all.
 INPUTS = {
     "IDX": 150,
     "IDX, gzip": 150,
@@ -40,6 +40,8 @@ INPUTS = {
     "table, CSV": 50,
     "table, Parquet": 30,
     "table, Arrow": 20,
+    "table, piped": 30,
+    "table, others": 20,
     "HDF5": 100,
     "Arrow stream": 100,
     "folder of npy": 100,
@@ -48,9 +50,10 @@ INPUTS = {
     "folder of Arrow": 50,
     "folder of HDF5": 50,
 }
+EXHAUSTIVE = {"history, digest right", "history's reference", "table, piped", "table, others"}
 
 
-@every("name", INPUTS.keys(), INPUTS.keys() - {"history, digest right", "history's reference"})
+@every("name", INPUTS.keys(), INPUTS.keys() - EXHAUSTIVE)
 def test_a_damaged_file_is_read_or_refused_with_a_documented_error(name: str) -> None:
     if library := fuzz_readers.missing(name):
         pytest.skip(f"{library} is not installed (pip install 'gpubatch[data]')")
@@ -63,7 +66,7 @@ def test_a_damaged_file_is_read_or_refused_with_a_documented_error(name: str) ->
 
 def test_every_reader_has_its_share() -> None:
     assert INPUTS.keys() == fuzz_readers.READERS.keys()
-    assert sum(INPUTS.values()) == 2700
+    assert sum(INPUTS.values()) == 2750
 
 
 def test_an_input_is_a_function_of_its_seed() -> None:
@@ -87,6 +90,7 @@ def test_an_input_is_a_function_of_its_seed() -> None:
         ("Path('/etc/hostname').read_text()", "! OutsideError"),
         ("os.rename(folder / 'x', '/gpubatch')", "! OutsideError"),
         ("os.kill(os.getpid(), 9)", "! crash (-9)"),
+        ("time.process_time = lambda began=time.process_time(): began + 2 * MOST_SECONDS", "! slow (read)"),
     ],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="what ends a process, and where its files are, is Linux's")
