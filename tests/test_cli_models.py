@@ -230,6 +230,7 @@ OF_TRAINING: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.* has no value in .* rows:gpubatch.TableWarning")
 @pytest.mark.parametrize("name", OF_TRAINING)
 def test_a_model_knows_what_its_training_left_out(name: str, trees: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows are those that training was tested on, and they are told; of other data nothing is said to be known."""

@@ -154,6 +154,24 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         gb.DataFormatError,
         "column 't' holds dates, such as '1/1/20'",
     ),
+    "dates and a word": (
+        {"t": [*[f"2020-01-{i % 28 + 1:02}" for i in range(N - 1)], "unknown"], "x": SIZE},
+        {},
+        gb.DataFormatError,
+        "column 't' has texts, and 59 of 60 are dates or times, such as '2020-01-01', which are no numbers yet",
+    ),
+    "months": (
+        {"t": [f"2020-{i % 12 + 1:02}" for i in range(N)], "x": SIZE},
+        {},
+        gb.DataFormatError,
+        "column 't' holds dates, such as '2020-01'",
+    ),
+    "times": (
+        {"t": [f"{i % 12}:30 pm" for i in range(N)], "x": SIZE},
+        {},
+        gb.DataFormatError,
+        "column 't' holds dates, such as '0:30 pm'",
+    ),
     "dates with months": (
         {"t": [f"{i % 28 + 1} Jan 2020" for i in range(N)], "x": SIZE},
         {},
@@ -165,6 +183,12 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         {},
         gb.DataFormatError,
         r"dict: column 't' holds texts, and 60 of 60 look like .* '1,200': write them without .* thousands=','\)",
+    ),
+    "numbers as texts": (
+        {"t": [f"{i}" for i in range(N)], "x": SIZE},
+        {},
+        gb.DataFormatError,
+        r"60 of 60 look like .* '0': give numbers, as pandas.to_numeric\(column\) makes them",
     ),
     "numbers in brackets": (
         {"t": [f"({i})" for i in range(N)]},
@@ -251,6 +275,9 @@ def test_labels(labels: Any, task: str, classes: list[Any] | None) -> None:
         ([float(i) for i in range(60)], "auto", None),
         (["Yes", "yes", "no"] * 20, "auto", "the label 'y' has the classes 'Yes' and 'yes', which differ in case or"),
         (["yes", "no"] * 30, "auto", None),
+        (["0", "1", "?"] * 20, "auto", r"the label 'y' has the classes '0', '1', '\?', most of .*missing='\?' if it"),
+        (["0", "1", "?"] * 20, "classification", None),
+        (["1", "few", "many"] * 20, "auto", None),
     ],
 )
 def test_labels_that_may_be_meant_otherwise_are_told(labels: Any, task: str, match: str | None) -> None:
@@ -348,7 +375,7 @@ def test_frames_of_more_kinds() -> None:
     for series in (frame["x"], peer("polars").Series(SIZE)):
         with pytest.raises(gb.DTypeError, match=r"got a Series: give a frame, as of to_frame\(\)"):
             gb.read_table(series)
-    for label in (True, 1.5, ["x"]):
+    for label in (True, 1.5, ["x"], frame["x"]):
         with pytest.raises(gb.DTypeError, match="label must be the name of one column, got"):
             gb.read_table(frame, label=label)  # type: ignore[arg-type]
     for label, match in (("Y", "did you mean 'y'"), ("X ", "did you mean 'x'")):
@@ -429,6 +456,9 @@ def test_delimiters_are_found(tmp_path: Any, delimiter: str) -> None:
         ("<!DOCTYPE html><html>", "found HTML or XML, perhaps of a server in place of the file"),
         ("@RELATION x\n", r"found ARFF; give .*scipy.io.arff.loadarff\(path\)"),
         (b"\x80\x04K\x01.", "found a pickle, which gpubatch does not read"),
+        ("sep=;\nx;y\n1;2\n", r"found Excel's line for the delimiter, sep=, before .*, skiprows=1, sep=\.\.\.\)"),
+        ('x,c,y\n1,"k,a\n2,k,b\n', "got 2: 1,.k,a; every line must .* A quotation mark may be missing"),
+        (b"\xe4,y\n1,2\n", "expected names in UTF-8, found others; save the file as UTF-8, or give pandas.read_csv"),
         (b"\xfd7zXZ\0", "found one packed by xz; unpack it"),
         (b"\xd0\xcf\x11\xe0", r"as .xls is; save the sheet as CSV, or give pandas.read_excel\(path\)"),
         (b"SQLite format 3\0", "found a database of SQLite"),
@@ -510,6 +540,28 @@ FOUND: dict[str, tuple[str, str, list[str], str | None]] = {  # a row of the fil
         ["c=cafe\u0301", "c=caf\u00e9", "x"],
         "differ in the form of their characters alone",
     ),
+    "codes": (
+        "{z},{c}",
+        "x,c",
+        ["x", "c=a", "c=b"],
+        "'x' has whole numbers with a 0 before them.*'00'.*'category' takes",
+    ),
+    "codes in quotes": (
+        '"{z}";{i}',
+        "x;c",
+        ["x", "c"],
+        "'x' has whole numbers with a 0 before them",
+    ),
+    "no codes": ("0.0{j},10{i}", "x,c", ["x", "c"], None),
+    "pandas' name for none": ("{i},{j}", "Unnamed: 0,x", ["x"], "a column has no name, 'Unnamed: 0' by pandas"),
+    "a row for names": ("{i},{j},{i}", "5.1,3.5,1.4", ["5.1", "3.5", "1.4"], "3 of 4 are numbers, as '5.1' is"),
+    "names": ("k{i},{j}", "c,x", [f"c=k{i}" for i in (0, 1, 10, 11, *range(2, 10))] + ["x"], "'c' has 12 texts in 12"),
+    "numbers that float64 holds not": (
+        "46116860184273879{i:02},{j}",
+        "c,x",
+        ["x"],
+        r"all its values are near 4\.61169e\+18, and float64 tells none apart there",
+    ),
     "the label twice": ("{i},{y}", "x,c", ["x", "c=no", "c=yes"], "column 'c' is the label 'y' once more"),
 }
 
@@ -521,7 +573,7 @@ def test_what_people_write_is_read_or_said(case: str, stream: bool, tmp_path: An
     separator = ";" if ";" in row else ","
     values = [
         {"i": i, "j": i % 3, "c": "ab"[i % 2], "n": ["a", "None", "<NA>"][i % 3], "w": "?" if i == 3 else i % 3}
-        | {"a": ["fir", "pine", "Pine"][i % 3], "f": ["caf\u00e9", "cafe\u0301"][i % 2]}
+        | {"z": f"0{i % 3}", "a": ["fir", "pine", "Pine"][i % 3], "f": ["caf\u00e9", "cafe\u0301"][i % 2]}
         for i in range(ROWS)
     ]
     labels = [["no", "yes"][i % 2] for i in range(ROWS)]
@@ -590,6 +642,11 @@ def test_new_rows_are_matched_by_name() -> None:
     ) as told:
         found = gb.read_table({"x": [1.0] * 4, "c": ["s", "t", "s", "p"]}, like=train).as_samples()[0]
     assert len(told) == 1
+    with pytest.warns(
+        gb.TableWarning, match=r"'x' has no value in 2 rows, and had one in all .*, 2; column 'c' has"
+    ) as told:
+        new = gb.read_table({"x": [None, 3.0, None], "c": ["p", None, "q"]}, like=train).X
+    assert (len(told), new.tolist()) == (1, [[0, 1, 0], [1, 0, 0], [0, 0, 1]])
     assert found[:, 1:].tolist() == [[0, 0], [0, 0], [0, 0], [1, 0]]
 
 
@@ -727,7 +784,7 @@ def test_the_split_of_a_streamed_file(kind: str, tmp_path: Any, monkeypatch: pyt
 
 CSV_FILES = {
     "text after numbers": "x,y\n" + "".join(f"{i:03},a\n{i},b\n" for i in range(30)) + "k,a\n",
-    "a label of numbers, then text": "x,y\n" + "".join(f"{i},{i % 2:02}\n" for i in range(40)) + "1,z\n2,z\n",
+    "a label of codes, then text": "x,y\n" + "".join(f"{i},{i % 2:02}\n" for i in range(40)) + "1,z\n2,z\n",
     "no last line end": "x,y\n" + "\n".join(f"{i},{'ab'[i % 2]}" for i in range(50)),
     "empty lines": "\n\nx,y\n\n" + "\n\n".join(f"{i},{'ab'[i % 2]}" for i in range(50)) + "\n\n\n",
     "carriage returns": "x,y\r\n" + "\r\n".join(f"{i},{'ab'[i % 2]}" for i in range(50)),
@@ -743,7 +800,7 @@ CSV_FILES = {
 def test_a_csv_file_in_pieces_is_the_one_in_memory(case: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpubatch.tables.files.PIECE", 100)
     path = text_file(tmp_path, CSV_FILES[case])
-    options: dict[str, Any] = {"label": "y", "one_hot": 64}
+    options: dict[str, Any] = {"label": "y", "one_hot": 64, "task": "auto" if "amounts" in case else "classification"}
     streamed, held = (gb.read_table(path, stream=stream, **options) for stream in (True, False))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", gb.TableWarning)
@@ -901,6 +958,25 @@ def test_what_files_of_two_types_or_of_named_folders_lose_is_said(tmp_path: Any)
         ),
     ):
         gb.read_table(tmp_path, label="y", kinds={"x": "category"})
+    for name in ("Train", "test"):
+        (tmp_path / "apart" / name).mkdir(parents=True)
+        (tmp_path / "apart" / name / "a.csv").write_text("x,y\n1,a\n2,b\n")
+    with pytest.warns(gb.TableWarning, match="the files of 'test' and 'train' are one table; if they are to be apart"):
+        gb.read_table(tmp_path / "apart", label="y")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("packing", [None, "gzip"])
+def test_codes_of_a_label_are_classes_as_they_are_written(packing: str | None, stream: bool, tmp_path: Any) -> None:
+    """Also where they are in a later file alone; as codes of new rows they are found again."""
+    text = "x,y\n" + "".join(f"{i},{i % 3 + 8:02}\n" for i in range(30))
+    data = text.encode() if packing is None else gzip.compress(text.encode())
+    path = text_file(tmp_path, data)
+    table = gb.read_table(path, label="y", stream=stream and packing is None)
+    assert table.classes == ["08", "09", "10"]
+    assert gb.read_table(path, like=table).labels.tolist() == ["08", "09", "10"] * 10
+    (tmp_path / "s.csv").write_text("x,y\n" + "".join(f"{i},{10 + i % 2}\n" for i in range(30)))
+    assert gb.read_table(tmp_path, label="y").classes == ["08", "09", "10", "11"]
 
 
 def test_types_that_no_column_holds_are_refused(tmp_path: Any) -> None:

@@ -401,7 +401,7 @@ def summary(model: ModelOptions, as_json: options.AsJson = False) -> None:
         left = of.rows.rows - of.rows.trained
         lines.append(f"trained on {of.rows.trained:,} samples, {left:,} left out")
     if loaded.classes is not None:
-        lines.append(f"classes: {', '.join(map(str, loaded.classes))}")
+        lines.append(f"classes: {', '.join(map(repr, loaded.classes))}")
     lines.append(f"written by {', '.join(f'{name} {version}' for name, version in loaded.versions.items())}")
     typer.echo("\n".join(lines))
 

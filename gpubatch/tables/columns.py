@@ -95,6 +95,15 @@ def is_number(text: str) -> bool:
     return True
 
 
+def is_numeral(text: str) -> bool:
+    """Whether a name is a number, as in a file without names."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def texts(where: str, name: str, column: Any, missing: Collection[str] = ()) -> tuple[np.ndarray, list[str]]:
     """A column as codes, -1 where it has no value, and the different texts that they stand for.
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import io
 import itertools
 import re
+import types
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from csv import reader as fields_of
 from typing import Any, NamedTuple
@@ -14,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpubatch.backend import get_backend
-from gpubatch.errors import ArgumentError, DataFormatError, InsufficientMemoryError, check_choice
+from gpubatch.errors import ArgumentError, DataFormatError, InsufficientMemoryError, TableWarning, check_choice
 from gpubatch.sources import (
     BytesByPlace,
     Grouped,
@@ -25,9 +28,9 @@ from gpubatch.sources import (
     naming_the_file,
     opened_arrow,
 )
-from gpubatch.tables.columns import DATE, family, label_texts, need
+from gpubatch.tables.columns import DATE, family, is_numeral, label_texts, need
 from gpubatch.tables.recipe import LONGEST
-from gpubatch.tables.rows import Held, Rows, different
+from gpubatch.tables.rows import Held, Rows, different, first_line
 
 ARROW_FILE, ARROW_STREAM, PARQUET = b"ARROW1", b"\xff\xff\xff\xff", b"PAR1"
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
@@ -52,8 +55,11 @@ WRITTEN = {  # likewise texts
     ): "JSON; give pandas.read_json(path), with lines=True for a row in each line",
     re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE): "HTML or XML, perhaps of a server in place of the file",
     re.compile(rb"\s*@relation", re.IGNORECASE): "ARFF; give pandas.DataFrame(scipy.io.arff.loadarff(path)[0])",
+    re.compile(rb'"?sep=.', re.IGNORECASE): "Excel's line for the delimiter, sep=, before the names; leave it out, or "
+    "give pandas.read_csv(path, skiprows=1, sep=...)",
     re.compile(rb"\x80[\x02-\x05]"): "a pickle, which gpubatch does not read; give the frame that it has",
 }
+IN_UTF8 = "save the file as UTF-8, or give pandas.read_csv(path, encoding=...)"
 MISFIT = re.compile(r"Expected (\d+) columns, got (\d+)")
 NAMELESS = "\0"
 NULLS = ("None", "<NA>")  # which pandas takes for no value, and pyarrow does not
@@ -116,9 +122,16 @@ def looked_at(file: Opener, how: Reading) -> Looked:
     def rows(streamed: bool) -> Rows:
         if streamed and packing is None:
             return CsvRows(file, form, how)
+        # In memory: the threads of pyarrow's that read ahead would call an object of Python's while a process ends.
         with naming_the_file(file.path, "a CSV file"), unpacked(file, packing) as whole:
             # pyarrow takes a line of names for one only if it ends.
-            return Held(form.read(whole if form.has_rows else io.BytesIO(start + b"\n")), form.path, is_csv=True)
+            data = whole.read() if form.has_rows else start + b"\n"
+        table, label = form.read(need("pyarrow").BufferReader(data)), how.label
+        if may_have_codes(data, form.delimiter):
+            texts = form.look_for_codes(table, functools.partial(form.read, need("pyarrow").BufferReader(data), False))
+            if label is not None and label in form.codes:
+                table = table.set_column(table.column_names.index(label), label, texts[label])
+        return Held(table, form.path, is_csv=True, codes=form.codes)
 
     return Looked(file.size(), rows)
 
@@ -147,6 +160,7 @@ class GroupedRows:
     in_memory, is_csv = False, False
     origins: list[tuple[str, int]] | None = None
     label_values: list[str] | None = None
+    codes: Mapping[str, str] = types.MappingProxyType({})
 
     def __init__(self, file: Opener, open_file: Callable[[Opener], Grouped], what: str) -> None:
         self.where, self._what, self._lock = file.path, what, InTurn()
@@ -193,7 +207,10 @@ class GroupedRows:
 
 
 class CsvForm:
-    """How a CSV file is to be read: what ``how`` leaves open is found in ``start``, its first bytes."""
+    """How a CSV file is to be read: what ``how`` leaves open is found in ``start``, its first bytes.
+
+    codes: columns of whole numbers of which some are written with a 0 before them, and one of these
+    """
 
     def __init__(self, path: str, start: bytes, how: Reading) -> None:
         self.path = path
@@ -226,6 +243,8 @@ class CsvForm:
             *(before + text for text in (*NULLS, *how.missing) for before in ("", " ")),
         ]
         self._names: list[str] = []
+        self._written: dict[str, str] = {}  # columns of the whole file by their names
+        self.codes: dict[str, str] = {}
 
     def read(self, data: Any, piece: bool = False, kinds: Mapping[str, Any] | None = None) -> Any:
         """The table of a file, or of a piece of it, whose columns have the names that were read before."""
@@ -239,29 +258,55 @@ class CsvForm:
                     null_values=self._missing,
                     strings_can_be_null=True,
                     decimal_point=self._decimal,
-                    column_types={**dict.fromkeys(self._texts, pa.string()), **(kinds or {})},
+                    column_types=dict.fromkeys(self._texts, pa.string())
+                    | {name if piece else self._written[name]: kind for name, kind in (kinds or {}).items()},
                 ),
             )
             table.validate()
-            names = table.column_names
+            try:
+                names = table.column_names
+            except UnicodeDecodeError as error:
+                raise DataFormatError(f"{self.path}: expected names in UTF-8, found others; {IN_UTF8}") from error
         if not piece:
             self._names = names = self._checked([name.strip() for name in names])
+            self._written = dict(zip(names, table.column_names, strict=True))
             table = table.rename_columns(names)
         table = table.select([name for name in names if not name.startswith(NAMELESS)])
         for name, kind in zip(table.column_names, table.schema.types, strict=True):
             if pa.types.is_binary(kind):
                 raise DataFormatError(
-                    f"{self.path}: expected texts in UTF-8, found others in column {name!r}; save the file as UTF-8, "
-                    "or give pandas.read_csv(path, encoding=...)"
+                    f"{self.path}: expected texts in UTF-8, found others in column {name!r}; {IN_UTF8}"
                 )
         return table
+
+    def look_for_codes(self, table: Any, read: Callable[[dict[str, Any]], Any]) -> Any:
+        """Find ``codes`` in a table, which ``read`` reads once more with types by column; returns what it read."""
+        pa, pc = need("pyarrow"), need("pyarrow.compute")
+        whole = [
+            name
+            for name, kind in zip(table.column_names, table.schema.types, strict=True)
+            if pa.types.is_integer(kind) and name not in self.codes
+        ]
+        texts = read(dict.fromkeys(whole, pa.string()))
+        for name in whole:
+            found = texts[name].filter(pc.match_substring_regex(texts[name], r"^\s*0\d"))
+            if len(found):
+                self.codes[name] = found[0].as_py().strip()
+        return texts
 
     def _checked(self, names: Sequence[str]) -> list[str]:
         """Names that differ: of columns without a name the first keeps none, and the others cannot be asked for."""
         nameless = (f"{NAMELESS}{place}" for place in itertools.count())
         names = [name or ("" if place == names.index("") else next(nameless)) for place, name in enumerate(names)]
         different(self.path, names)
-        if all(is_numeral(name) for name in names):
+        numerals = [name for name in names if is_numeral(name)]
+        if 2 * len(numerals) > len(names) > len(numerals) and any("." in name for name in numerals):
+            warnings.warn(
+                f"{self.path}: the first line is taken for names, and {len(numerals)} of {len(names)} are numbers, as "
+                f"{numerals[0]!r} is; if it is a row, give pandas.read_csv(path, names=[...])",
+                *(TableWarning, 5),
+            )
+        if len(numerals) == len(names):
             raise DataFormatError(
                 f"{self.path}: expected a first line of names, found the numbers {', '.join(names[:5])}; give "
                 "pandas.read_csv(path, names=[...])"
@@ -269,13 +314,15 @@ class CsvForm:
         return names
 
 
-def is_numeral(text: str) -> bool:
-    """Whether a name is a number, as in a file without names."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def may_have_codes(data: bytes, delimiter: str) -> bool:
+    """Whether a value in CSV text may be digits of which the first is a 0, as codes have it."""
+    whole, before = np.frombuffer(data, np.uint8), [ord(delimiter), *b'\n" ']
+    for start in range(0, len(whole), PIECE):
+        found = whole[start : start + PIECE + 2]
+        zeros = np.flatnonzero((found[1:-1] == ord("0")) & (found[2:] - ord("0") < 10))
+        if np.isin(found[zeros], before).any():
+            return True
+    return False
 
 
 @contextlib.contextmanager
@@ -285,9 +332,10 @@ def of_pyarrow() -> Iterator[None]:
         yield
     except need("pyarrow").ArrowException as error:
         if MISFIT.search(str(error)):
+            quoted = " A quotation mark may be missing." * ('"' in str(error))
             raise ValueError(
-                f"{error}; every line must have a value for each name in the first one. Where others come before the "
-                "line of names, give pandas.read_csv(path, skiprows=...)"
+                f"{first_line(error)}; every line must have a value for each name in the first one.{quoted} Where "
+                "others come before the line of names, give pandas.read_csv(path, skiprows=...)"
             ) from error
         raise error if isinstance(error, (ValueError, MemoryError, OSError)) else RuntimeError(str(error)) from error
 
@@ -316,6 +364,7 @@ class CsvRows:
 
     def __init__(self, file: Opener, form: CsvForm, how: Reading) -> None:
         self.where, self._form, self._missing = file.path, form, how.missing
+        self.codes: Mapping[str, str] = form.codes
         self._bytes = Reopened(file, lambda: BytesByPlace(file.open()))
         pieces = self._pieces(0, file.size())
         header = next(pieces, (0, 0))
@@ -337,9 +386,19 @@ class CsvRows:
         self._places, self.sizes = list[tuple[int, int]](), list[int]()
         values: dict[str, None] | None = None if self._label is None else {}
         for place in self._pieces(start, stop):
-            table = self._parsed(place)
+            data = self._piece(*place)
+            table = self._form.read(pa.BufferReader(data), True, self._types_to_read)
             if not len(table):
                 continue
+            if may_have_codes(data, self._form.delimiter):
+                self._form.look_for_codes(table, functools.partial(self._form.read, pa.BufferReader(data), True))
+            if (
+                self._label is not None
+                and self._label in self.codes
+                and not pa.types.is_string(self.types[self._label])
+            ):
+                self.types[self._label] = pa.string()
+                return False
             for name, kind in zip(table.column_names, table.schema.types, strict=True):
                 known = self.types[name]
                 self.types[name] = wider(known, kind)

@@ -12,7 +12,19 @@ from typing import Any
 import numpy as np
 
 from gpubatch.errors import ArgumentError, DataFormatError, NonFiniteError, TableWarning
-from gpubatch.tables.columns import CODED, DATE, EMPTY, NUMBER, OTHER, TEXT, family, lookalikes, numbers, texts
+from gpubatch.tables.columns import (
+    CODED,
+    DATE,
+    EMPTY,
+    NUMBER,
+    OTHER,
+    TEXT,
+    family,
+    is_numeral,
+    lookalikes,
+    numbers,
+    texts,
+)
 from gpubatch.tables.recipe import Category, Column, Hashed, LeftOut, Numeric, Recipe, Target
 from gpubatch.tables.rows import Rows
 from gpubatch.tables.statistics import DISTINCT, Median, Moments, Seen
@@ -25,10 +37,13 @@ NUMERAL = re.compile(
 MONTH = "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
 DATED = re.compile(
     r"(\d{4}[./-]\d{1,2}[./-]\d{1,2}|\d{1,2}[./-]\d{1,2}[./-]\d{4}|\d{1,2}[/-]\d{1,2}[/-]\d{2}"
-    rf"|\d{{1,2}}\.?[ -]{MONTH}\.?[ -]\d{{2,4}}|{MONTH}\.? \d{{1,2}},? \d{{4}})([ T]\d{{1,2}}:\d{{2}}.*)?",
+    rf"|\d{{1,2}}\.?[ -]{MONTH}\.?[ -]\d{{2,4}}|{MONTH}\.? \d{{1,2}},? \d{{4}})([ T]\d{{1,2}}:\d{{2}}.*)?"
+    rf"|(1[6-9]|20)\d\d[/-](0?[1-9]|1[0-2])|{MONTH}\.?[ -]\d{{4}}|\d{{1,2}}:\d{{2}}(:\d{{2}})?\s?([ap]\.?m\.?)?",
     re.ASCII | re.IGNORECASE,
 )
 
+EXACT = 2**53  # from here on float64 does not hold every integer
+FEW_TEXTS = 10  # that may be all different in a small table
 PLAIN = "write them without signs and separators, as pandas.read_csv(path, thousands=',') reads them, or str.replace"
 
 
@@ -121,7 +136,7 @@ class Statistics:
         self._words.update((name, word) for word in itertools.islice(words, 1))
 
     def columns(self) -> tuple[tuple[Column, ...], list[str]]:
-        """What becomes of the columns; and those that were hashed or left out without being told to, in words."""
+        """What becomes of the columns; and what may be meant otherwise, in words."""
         found: list[Column] = []
         remarks: list[str] = []
         free: list[str] = []
@@ -130,22 +145,7 @@ class Statistics:
             if column is None:
                 continue
             found.append(column)
-            if (remark := self._misread(name)) is not None:
-                remarks.append(remark)
-            if (
-                isinstance(column, Category)
-                and name not in self._options.kinds
-                and (alike := lookalikes(column.values))
-            ):
-                remarks.append(f"column {name!r} has the texts {alike}")
-            if isinstance(column, LeftOut):
-                remarks.append(f"column {name!r} is left out: {column.why}")
-            elif isinstance(column, Hashed) and name not in self._options.kinds:
-                remarks.append(
-                    f"column {name!r} has {self._count(name)} different texts, more than one_hot="
-                    f"{self._options.one_hot}: they are hashed to {column.buckets} columns; kinds={{{name!r}: 'hash'}} "
-                    "says that this is meant"
-                )
+            remarks += self._remarks(column)
         misread = [remark for remark in map(self._misread, free) if remark is not None]
         if misread:
             raise DataFormatError(f"{self._where}: {'; '.join(misread)}")
@@ -159,6 +159,41 @@ class Statistics:
             raise DataFormatError(f"{self._where}: no column tells samples apart; {'; '.join(remarks)}")
         return tuple(found), remarks
 
+    def _remarks(self, column: Column) -> list[str]:
+        """What became of a column that may be meant otherwise."""
+        name, told = column.name, column.name in self._options.kinds
+        misread, found = self._misread(name), list[str]()
+        if misread is not None:
+            found.append(misread)
+        if isinstance(column, LeftOut):
+            found.append(f"column {name!r} is left out: {column.why}")
+        if told:
+            return found
+        means = f"kinds={{{name!r}: {column.kind!r}}} says that this is meant"
+        if isinstance(column, Numeric) and (code := self._table.codes.get(name)):
+            found.append(
+                f"column {name!r} has whole numbers with a 0 before them, as codes have, such as {code[:40]!r}, and is "
+                f"taken for numbers; {means}, 'category' takes them as they are written"
+            )
+        if isinstance(column, Category) and (alike := lookalikes(column.values)):
+            found.append(f"column {name!r} has the texts {alike}")
+        if (
+            isinstance(column, Category)
+            and misread is None
+            and len(column.values) > FEW_TEXTS
+            and self._seen[name].mostly_different
+        ):
+            found.append(
+                f"column {name!r} has {len(column.values)} texts in {self._seen[name].values} rows, as names have, "
+                f"from which little is learnt: drop={[name]!r}; {means}"
+            )
+        if isinstance(column, Hashed):
+            found.append(
+                f"column {name!r} has {self._count(name)} different texts, more than one_hot={self._options.one_hot}: "
+                f"they are hashed to {column.buckets} columns; {means}"
+            )
+        return found
+
     def _numeric(self, name: str) -> Column:
         moments, median = self._moments[name]
         absent = moments.count < self._rows
@@ -166,7 +201,9 @@ class Statistics:
             return LeftOut(name, "all its values are missing")
         if moments.low == moments.high:
             if not absent:
-                return LeftOut(name, f"all its values are {moments.low:g}")
+                near = "near " * (abs(moments.low) >= EXACT)
+                why = f"all its values are {near}{moments.low:g}"
+                return LeftOut(name, f"{why}, and float64 tells none apart there" if near else why)
             return Numeric(name, moments.low, moments.low, 1.0, True, False)
         if not 0 < moments.deviation < np.inf:
             raise NonFiniteError(
@@ -207,16 +244,21 @@ class Statistics:
                     part = self._table.block(number, [name])[name]
                     self._look_for_words(name, texts(self._where, name, part, self._options.missing)[1])
             word = self._words.get(name, "")[:40]
-            words = f"; {word!r} does not: missing={word!r} if it stands for no value" if word else f": {PLAIN}"
+            plain = all(map(is_numeral, numerals))
+            words = f": {'give numbers, as pandas.to_numeric(column) makes them' if plain else PLAIN}"
+            words = f"; {word!r} does not: missing={word!r} if it stands for no value" if word else words
             return (
                 f"column {name!r} holds texts, and {sum(numerals.values())} of {seen} look like numbers, such as "
                 f"{next(iter(numerals))[:40]!r}{words}; kinds={{{name!r}: 'category'}} says that texts are meant"
             )
-        if all(map(DATED.fullmatch, counts)):
+        dates = {text: n for text, n in counts.items() if DATED.fullmatch(text)}
+        if 2 * sum(dates.values()) > seen:
+            whole = f"{sum(dates.values())} of {seen} are dates or times" if len(dates) < len(counts) else "holds dates"
             raise DataFormatError(
-                f"{self._where}: column {name!r} holds dates, such as {next(iter(counts))[:40]!r}, which are no "
-                f"numbers yet: make some of them first, as the days since a date, or leave them out with "
-                f"drop={[name]!r}; kinds={{{name!r}: 'category'}} says that texts are meant"
+                f"{self._where}: column {name!r} {'has texts, and ' * (whole != 'holds dates')}{whole}, such as "
+                f"{next(iter(dates))[:40]!r}, which are no numbers yet: make some of them first, as the days since "
+                f"a date, or leave them out with drop={[name]!r}; kinds={{{name!r}: 'category'}} says that texts are "
+                "meant"
             )
         return None
 

@@ -61,6 +61,14 @@ def find_target(rows: Rows, options: Options, blocks: Iterable[tuple[Any, str, i
             f"task must be said for the label {label!r}, which has {len(classes)} different texts in {n} rows"
             f"{numerals}: 'classification' if they are names of classes"
         )
+    if task == "auto" and family(kind) != NUMBER:
+        words = [str(name) for name in classes if not NUMERAL.fullmatch(str(name))]
+        if words and len(classes) > 2 * len(words):
+            tell(
+                f"{where}: the label {label!r} has the classes {', '.join(map(repr, classes[:10]))}, most of which "
+                f"look like numbers, and {words[0][:40]!r} does not: missing={words[0][:40]!r} if it stands for no "
+                "value; task='classification' says that it is a class"
+            )
     if len(classes) < 2:
         raise DataFormatError(
             f"{where}: the label {label!r} must have at least two different values, got {classes[0]!r} in all rows"

@@ -17,7 +17,35 @@ from gpubatch.tables.columns import label_texts, listed, numbers, texts
 
 MOST_BUCKETS, MOST_CATEGORIES = 1 << 20, 1 << 14
 LONGEST = 10_000  # classes of a label
+NO_CATEGORY = "all columns of its categories are 0 there"
 DIGESTED = 256  # rows by which data are known again
+
+
+@dataclass
+class Strange:
+    """What rows have that training rows had not.
+
+    texts: of columns, and in how many rows
+    gaps: rows without a value, by column and what they have in its place, in words
+    """
+
+    texts: dict[str, Counter[str]] = field(default_factory=dict)
+    gaps: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def words(self, told: set[tuple[str, str]]) -> str:
+        """It as a sentence, without what is among ``told``, to which it is added."""
+        found = {
+            (name, "texts"): f"column {name!r} has {len(counts)} texts that training rows had not, such as "
+            f"{next(iter(counts))[:40]!r}, in {counts.total()} rows: they are 0 in all columns of their categories"
+            for name, counts in self.texts.items()
+        } | {
+            (name, filled): f"column {name!r} has no value in {rows} rows, and had one in all training rows: {filled}"
+            for (name, filled), rows in self.gaps.items()
+            if rows
+        }
+        fresh = {key: words for key, words in found.items() if key not in told}
+        told.update(fresh)
+        return "; ".join(fresh.values())
 
 
 @dataclass(frozen=True)
@@ -41,7 +69,9 @@ class Numeric:
         """Names of what it becomes."""
         return [self.name] * self.varies + [f"{self.name} is missing"] * self.missing
 
-    def fill(self, out: np.ndarray, where: str, column: Any, start: int, recipe: Recipe, unknown: Any) -> None:
+    def fill(
+        self, out: np.ndarray, where: str, column: Any, start: int, recipe: Recipe, strange: Strange | None
+    ) -> None:
         """Write what rows become into ``out``."""
         values = numbers(where, self.name, column, start, recipe.missing)
         absent = np.isnan(values)
@@ -50,6 +80,8 @@ class Numeric:
                 out[:, 0] = (np.where(absent, self.median, values) - self.mean) / self.deviation
         if self.missing:
             out[:, -1] = absent
+        elif strange is not None:
+            strange.gaps[self.name, f"the median is taken, {self.median:g}"] += int(absent.sum())
 
 
 @dataclass(frozen=True)
@@ -69,14 +101,20 @@ class Category:
         """Names of what it becomes."""
         return [f"{self.name}={value}" for value in self.values] + [f"{self.name} is missing"] * self.missing
 
-    def fill(self, out: np.ndarray, where: str, column: Any, start: int, recipe: Recipe, unknown: Any) -> None:
-        """Write what rows become into ``out``; count texts that are unknown."""
+    def fill(
+        self, out: np.ndarray, where: str, column: Any, start: int, recipe: Recipe, strange: Strange | None
+    ) -> None:
+        """Write what rows become into ``out``; count texts and gaps that training rows had not."""
         codes, names = texts(where, self.name, column, recipe.missing)
         places = {value: place for place, value in enumerate(self.values)}
         there = one_hot(out, codes, [*(places.get(name, -1) for name in names), len(places) if self.missing else -1])
-        if unknown is not None and len(strange := codes[(there < 0) & (codes >= 0)]):
-            found = np.bincount(strange, minlength=len(names)).tolist()
-            unknown.setdefault(self.name, Counter()).update({names[i]: n for i, n in enumerate(found) if n})
+        if strange is None:
+            return
+        if len(unknown := codes[(there < 0) & (codes >= 0)]):
+            found = np.bincount(unknown, minlength=len(names)).tolist()
+            strange.texts.setdefault(self.name, Counter()).update({names[i]: n for i, n in enumerate(found) if n})
+        if not self.missing:
+            strange.gaps[self.name, NO_CATEGORY] += int((codes < 0).sum())
 
 
 @dataclass(frozen=True)
@@ -96,11 +134,15 @@ class Hashed:
         """Names of what it becomes."""
         return [f"{self.name}#{i}" for i in range(self.buckets)] + [f"{self.name} is missing"] * self.missing
 
-    def fill(self, out: np.ndarray, where: str, column: Any, start: int, recipe: Recipe, unknown: Any) -> None:
+    def fill(
+        self, out: np.ndarray, where: str, column: Any, start: int, recipe: Recipe, strange: Strange | None
+    ) -> None:
         """Write what rows become into ``out``."""
         codes, names = texts(where, self.name, column, recipe.missing)
         places = (zlib.crc32(name.encode()) % self.buckets for name in names)
         one_hot(out, codes, [*places, self.buckets if self.missing else -1])
+        if strange is not None and not self.missing:
+            strange.gaps[self.name, NO_CATEGORY] += int((codes < 0).sum())
 
 
 def one_hot(out: np.ndarray, codes: np.ndarray, places: list[int]) -> np.ndarray:
@@ -125,7 +167,9 @@ class LeftOut:
 
     features: ClassVar[list[str]] = []
 
-    def fill(self, out: np.ndarray, where: str, column: Any, start: int, recipe: Recipe, unknown: Any) -> None:
+    def fill(
+        self, out: np.ndarray, where: str, column: Any, start: int, recipe: Recipe, strange: Strange | None
+    ) -> None:
         """Nothing."""
 
 
@@ -268,12 +312,12 @@ class Recipe:
         labels = target is not None and target.classes is not None and isinstance(target.classes[0], str)
         return [*found, target.name] if labels and target is not None else found
 
-    def samples(self, where: str, table: Any, start: int, unknown: dict[str, Counter[str]] | None) -> np.ndarray:
-        """Rows as samples, float32 (rows, features); texts that training had not are counted in ``unknown``."""
+    def samples(self, where: str, table: Any, start: int, strange: Strange | None) -> np.ndarray:
+        """Rows as samples, float32 (rows, features); what training rows had not is counted in ``strange``."""
         out = np.empty((len(table), self.features), np.float32)
         for column, (first, last) in zip(self.columns, self._places, strict=True):
             if last > first:
-                column.fill(out[:, first:last], where, table[column.name], start, self, unknown)
+                column.fill(out[:, first:last], where, table[column.name], start, self, strange)
         return out
 
     # --- in a file ---

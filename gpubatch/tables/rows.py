@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ class Rows(Protocol):
     is_csv: whether it is from a CSV file, whose types are guessed
     in_memory: whether its values are in memory already
     label_values: the different texts of the label, where they are known already
+    codes: columns of whole numbers of which a CSV file has some with a 0 before them, and one of these
     """
 
     where: str
@@ -36,6 +38,7 @@ class Rows(Protocol):
     is_csv: bool
     in_memory: bool
     label_values: list[str] | None
+    codes: Mapping[str, str]
 
     def block(self, number: int, names: Sequence[str]) -> Any:
         """Columns of a block, as a table of pyarrow's."""
@@ -51,8 +54,10 @@ class Held:
     origins: list[tuple[str, int]] | None = None
     label_values: list[str] | None = None
 
-    def __init__(self, table: Any, where: str, is_csv: bool = False) -> None:
-        self._table, self.where, self.is_csv = table, where, is_csv
+    def __init__(
+        self, table: Any, where: str, is_csv: bool = False, codes: Mapping[str, str] = types.MappingProxyType({})
+    ) -> None:
+        self._table, self.where, self.is_csv, self.codes = table, where, is_csv, codes
         self.names = different(where, table.column_names)
         self.types = dict(zip(self.names, table.schema.types, strict=True))
         self.sizes = [min(BLOCK, len(table) - start) for start in range(0, len(table), BLOCK)]

@@ -6,7 +6,7 @@ import itertools
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -16,6 +16,7 @@ from gpubatch.tables.columns import CODED, TEXT, family, need
 from gpubatch.tables.files import Looked, Reading, looked_at, streams
 from gpubatch.tables.rows import Rows, first_line, of_frame
 
+APART = ("train", "training", "test", "testing", "val", "valid", "validation", "dev")  # folders of parts of a set
 OPEN = 32  # files that are open at a time: a system allows a process 1,024 or less
 
 
@@ -64,7 +65,14 @@ def joined(where: str, files: Sequence[Opener], how: Reading) -> Rows:
 
 
 def tell_of_folders(where: str, files: Sequence[Opener], names: Sequence[str]) -> None:
-    """Warn of columns that are in the names of folders only, as in ``year=2020/part-0.parquet``."""
+    """Warn of columns in the names of folders only, as in ``year=2020/part-0.parquet``, and of folders to test on."""
+    above = sorted({PurePath(file.path).parent.name.lower() for file in files} & {*APART})
+    if len(above) > 1:
+        warnings.warn(
+            f"{where}: the files of {' and '.join(map(repr, above))} are one table; if they are to be apart, give one "
+            "of these folders, and the others to read_table(..., like=)",
+            *(TableWarning, 4),
+        )
     folders = {part for file in files for part in PurePath(file.path).parent.parts if "=" in part}
     if hidden := sorted({part.partition("=")[0] for part in folders} - {*names}):
         warnings.warn(
@@ -114,6 +122,7 @@ class Joined:
             self._compare(first, part)
         parts = [part for part in parts if sum(part.sizes)] or [first]
         self.in_memory = all(part.in_memory for part in parts)
+        self.codes: Mapping[str, str] = {name: code for part in parts for name, code in part.codes.items()}
         self._blocks = [(part, number) for part in parts for number in range(len(part.sizes))]
         self.sizes = [size for part in parts for size in part.sizes]
         self.origins: list[tuple[str, int]] | None = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import textwrap
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +36,7 @@ from gpubatch.tables.recipe import (
     Category,
     LeftOut,
     Recipe,
+    Strange,
     Target,
     TrainingRows,
 )
@@ -44,6 +45,7 @@ from gpubatch.tables.several import opened
 
 TASKS = ("auto", "classification", "regression")
 UNDIVIDED = "; its first line has none of , ; tab and |: say which delimiter, or give pandas.read_fwf(path)"
+UNNAMED = re.compile(r"(Unnamed: \d+(_level_\d+)?)?")  # a column without a name, as files and pandas call it
 AT_ONCE = 1 << 14  # rows that become samples together
 
 
@@ -90,8 +92,10 @@ def read_table(
     ``buckets``, with a TableWarning. Where training rows had missing values there is a column more, 1 for those without
     one. Columns that are all missing or all the same are left out, with a warning. Dates, lists and texts of which most
     rows have one of their own are errors that say what to do. A text that training rows had not is 0 in all columns,
-    told once by a warning. NaN is a missing value, infinity an error. Numbers of regression's label are standardised,
-    too; :class:`~gpubatch.Model` gives predictions in their own unit.
+    and a value that is missing where none was in training is the median, or 0 in all columns: told once by a warning.
+    Whole numbers of a CSV file of which some have a 0 before them, as codes, are told, and as a label are texts. NaN is
+    a missing value, infinity an error. Numbers of regression's label are standardised, too; :class:`~gpubatch.Model`
+    gives predictions in their own unit.
 
     All of this is found from the rows that a network is trained on: ``train, test = table.split(0.2)``.
 
@@ -114,7 +118,8 @@ def read_table(
     """
     missing = texts_of("missing", missing)
     if isinstance(label, bool) or not isinstance(label, str | int | tuple | None):
-        raise DTypeError(f"label must be the name of one column, got {label!r}")
+        shown = f"a {type(label).__name__}" if hasattr(label, "shape") else repr(label)
+        raise DTypeError(f"label must be the name of one column, got {shown}")
     # As the columns of frames are called here, whose names may be numbers or have levels.
     label_name = None if label is None else str(label)
     if like is not None:
@@ -162,11 +167,13 @@ def chosen_names(rows: Rows, label: str | None, columns: Any, drop: Any, kinds: 
     names = [name for name in rows.names if name in wanted and name not in left]
     if not names:
         raise ArgumentError(f"{rows.where} has no columns besides the label and those of drop: {listed(rows.names)}")
-    if columns is None and "" in names and len(names) > 1:
-        names.remove("")
+    nameless = [name for name in names if UNNAMED.fullmatch(name)]
+    if columns is None and nameless and len(names) > len(nameless):
+        names = [name for name in names if name not in nameless]
+        called = f", {nameless[0]!r} by pandas" * bool(nameless[0])
         warnings.warn(
-            f"{rows.where}: a column has no name, as that of pandas' row numbers, and is left out; give it one if it "
-            "is to be learnt from",
+            f"{rows.where}: a column has no name{called}, as that of pandas' row numbers, and is left out; give it one "
+            "if it is to be learnt from",
             *(TableWarning, 4),
         )
     if other := [name for name in kinds if name not in names]:
@@ -202,8 +209,8 @@ class Table(Prepared):
     ) -> None:
         self._rows, self._of, self._chosen, self._with_labels = rows, of, chosen, labelled
         self._split = split  # the first one that it is a part of: test size, seed, and whether rows were drawn
-        self._unknown: dict[str, Counter[str]] = {}
-        self._told: set[str] = set()
+        self._strange = Strange()
+        self._told: set[tuple[str, str]] = set()
         self._starts = np.cumsum([0, *rows.sizes])
         n = int(self._starts[-1])
         if n == 0:
@@ -491,7 +498,7 @@ class Table(Prepared):
         recipe = self.recipe
         target = recipe.target if self.labelled else None
         for table, where, start in parts:
-            x = recipe.samples(where, table, start, self._unknown)
+            x = recipe.samples(where, table, start, self._strange)
             yield x, None if target is None else target.targets(where, table[target.name], start, recipe.missing)
 
     def block(self, number: int) -> Any:
@@ -506,15 +513,9 @@ class Table(Prepared):
         return x, None if parts[0][1] is None else np.concatenate([y for _, y in parts if y is not None])
 
     def _tell(self) -> None:
-        """Warn of texts that training rows had not."""
-        told, self._told = self._told, self._told | self._unknown.keys()
-        if fresh := {name: counts for name, counts in self._unknown.items() if name not in told}:
-            words = "; ".join(
-                f"column {name!r} has {len(counts)} texts that training rows had not, such as "
-                f"{next(iter(counts))[:40]!r}, in {sum(counts.values())} rows"
-                for name, counts in fresh.items()
-            )
-            warnings.warn(f"{self.where}: {words}: they are 0 in all columns of their categories", TableWarning, 3)
+        """Warn of what training rows had not."""
+        if words := self._strange.words(self._told):
+            warnings.warn(f"{self.where}: {words}", TableWarning, 3)
 
     def _training_rows(self, recipe: Recipe) -> TrainingRows:
         """Which rows these are, by the first ones of the whole table."""
