@@ -66,7 +66,8 @@ ORDER = {
     "parallel": "launchers watch engines nccl ranks",
     "nn": "needs layers stack workspace initial losses batches checks parts core dealt summary network",
     "sources": "arrays reader remote opener rows chunked tables parts given",
-    "loader": "deals order pinned functions standardize weights columns windows ahead device feeds epochs loader",
+    "loader": "deals order pinned functions standardize weights columns elsewhere windows ahead device feeds position"
+    " plans epochs loader",
     "tables": "columns statistics recipe rows fitting labels files several table",
     "model": "describe preparation file model export",
     "train": "ledger loss_scale history in_use display together live parts callbacks monitors logs checks record graphs"

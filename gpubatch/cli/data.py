@@ -412,7 +412,7 @@ class Task:
             )
         loader = data.loader(net, BatchOptions("1"), options.seed)
         X, Y = loader.to_batch(data.X, data.Y)
-        weight = epochs_of(loader).columns.weights_of(Y).get("loss_weight")
+        weight = epochs_of(loader).columns.weighting.of_batch(Y).get("loss_weight")
         return cls(data, net, X, Y, weight, loader.to_batch(*data.test), options.seed)
 
     @property

@@ -6,6 +6,7 @@
 from gpubatch.loader.columns import Columns, captured_dtype
 from gpubatch.loader.deals import SHARDS
 from gpubatch.loader.device import DeviceFeed
+from gpubatch.loader.elsewhere import columns_like, converted
 from gpubatch.loader.epochs import Epochs
 from gpubatch.loader.feeds import LoaderStats
 from gpubatch.loader.loader import Loader, epochs_of, rows_of
@@ -22,6 +23,8 @@ __all__ = [
     "Standardize",
     "WeightedOrder",
     "captured_dtype",
+    "columns_like",
+    "converted",
     "epoch_order",
     "epochs_of",
     "rows_of",

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Any, TypeAlias
 
@@ -20,11 +20,11 @@ import numpy as np
 from gpubatch.backend import Array, Backend, compute_dtype, float_dtype
 from gpubatch.errors import ArgumentError, ShapeError, check_real
 from gpubatch.inputs import ColumnNames, Prepared, check_columns, check_pairs, checked_array
-from gpubatch.loader.functions import named_function
+from gpubatch.loader.functions import BatchFunctions, Parts, named_function
 from gpubatch.loader.order import Indices, Samples
 from gpubatch.loader.pinned import Form, take_into
 from gpubatch.loader.standardize import Standardize
-from gpubatch.loader.weights import ClassWeights, class_weights, labels_of, sample_weights
+from gpubatch.loader.weights import Weighting, class_weights, labels_of
 from gpubatch.ops import ops_for
 from gpubatch.sources import (
     ArraySource,
@@ -42,7 +42,6 @@ from gpubatch.sources import (
 )
 
 DIGEST = 1 << 24  # bytes of an array that its digest is of: at most 40 ms
-Parts: TypeAlias = Mapping[int, int] | None  # how many rows there are of each part of a batch, by its number
 Rows: TypeAlias = dict[Reader, list[np.ndarray]]  # what was read, as it is stored
 
 
@@ -158,10 +157,7 @@ class Column:
 
 
 class Columns(Sequence[Column]):
-    """x, y where there are labels, and their weights if there are any, of ``n_samples``; ``readers`` read what is read.
-
-    The values of ``readers`` are the largest numbers that batches can hold of each of a reader's arrays.
-    """
+    """x, y where there are labels, and their weights if there are any, of ``n_samples``."""
 
     def __init__(
         self,
@@ -202,25 +198,30 @@ class Columns(Sequence[Column]):
         self._columns += [Column(source, native(source.dtype), None, backend, axis) for source, axis in inputs[1:]]
         self._check()
         self.weights: Array = None  # of all samples
-        self.class_weights: ClassWeights | None = None
-        self.samples_weighted = weight is not None
+        self.weighting = Weighting(backend, compute_dtype(self.dtype), weight is not None)
         if weight is not None or class_weight is not None:
             self._add_weights(weight, class_weight)
-        self.readers = self._limits()
         if isinstance(prepare, Standardize):
             if sample_axis:
                 raise ArgumentError(f"{prepare_name}=gb.Standardize takes samples that are rows, got sample_axis=1")
             check_columns("X", self.names.X, prepare.columns)
-        self.prepare = named_function(prepare_name, prepare, self.labelled)
-        self.augment = named_function("augment", augment, self.labelled, " and a generator")
-        self._seed = seed
+        self.functions = BatchFunctions(
+            named_function(prepare_name, prepare, self.labelled),
+            named_function("augment", augment, self.labelled, " and a generator"),
+            [column.axis for column in self._columns[:2]],
+            self.dtype,
+            backend,
+            seed,
+        )
 
     @property
     def _factor(self) -> float | None:
         """The scale, rounded; a Python float promotes nothing."""
         return None if self.scale is None else float(compute_dtype(self.dtype).type(self.scale))
 
-    def _limits(self) -> dict[Reader, list[float]]:
+    @functools.cached_property
+    def readers(self) -> dict[Reader, list[float]]:
+        """What reads columns, with the largest number that batches can hold of each array that it gives."""
         readers: dict[Reader, list[float]] = {}
         for column in self:
             if isinstance(column.source, Part):
@@ -230,32 +231,20 @@ class Columns(Sequence[Column]):
     def take(self, dtype: np.dtype[Any]) -> None:
         """Make batches of ``dtype`` from now on, where none was given."""
         self.dtype = dtype
+        self.functions = dataclasses.replace(self.functions, dtype=dtype)
         self._columns[0] = dataclasses.replace(self._columns[0], dtype=dtype, scale=self._factor)
         if self.weights is not None:
+            self.weighting = dataclasses.replace(self.weighting, dtype=compute_dtype(dtype))
             with self.backend.scope(), np.errstate(over="ignore"):
                 self._set_weights(self.weights.astype(compute_dtype(dtype)))
         self._check()
-        self.readers = self._limits()
-        for name in ("batch_bytes", "captured_bytes"):
+        for name in ("readers", "batch_bytes", "captured_bytes"):
             vars(self).pop(name, None)
-
-    def like(self, X: Any, Y: Any) -> Columns:
-        """Other samples that are converted and prepared as these are, and not augmented."""
-        prepare = self.prepare
-        options: dict[str, Any] = {"backend": self.backend, "sample_axis": self.sample_axis, "dtype": self.dtype}
-        other = Columns(X, Y, **options)
-        # Floats where there were integers, pixels say, are what the user has made of them.
-        ready = other.source_dtype.kind == "f" and self.source_dtype.kind != "f"
-        if ready or (self.scale is None and prepare is None):
-            return other
-        if prepare is not None:
-            options |= {"prepare": prepare.function, "prepare_name": prepare.name}
-        return Columns(X, Y, scale=self.scale, **options)
 
     def unaugmented(self) -> Columns:
         """The same columns without ``augment``, for validation."""
         twin = copy.copy(self)
-        twin.augment = None
+        twin.functions = dataclasses.replace(self.functions, augment=None)
         return twin
 
     def labels(self) -> np.ndarray | None:
@@ -331,11 +320,12 @@ class Columns(Sequence[Column]):
         """Add the column of weights, of the dtype in which the loss is computed."""
         if not self.labelled:
             raise ArgumentError(f"{'weight' if class_weight is None else 'class_weight'} needs Y")
-        labels, dtype = None, compute_dtype(self.dtype)
+        labels = None
         if class_weight is not None:
             labels = labels_of(self._columns[1].source)
-            self.class_weights = class_weights(class_weight, labels, self.backend)
-        self._set_weights(sample_weights(weight, self.class_weights, labels, self.n_samples, dtype, self.backend))
+            of_classes = class_weights(class_weight, labels, self.backend)
+            self.weighting = dataclasses.replace(self.weighting, of_classes=of_classes)
+        self._set_weights(self.weighting.of_samples(weight, labels, self.n_samples))
 
     def _set_weights(self, weights: Array) -> None:
         self.weights = weights
@@ -461,19 +451,19 @@ class Columns(Sequence[Column]):
     # --- delivery ---
 
     @property
-    def given_prepare(self) -> Callable[..., Any] | None:
+    def prepare(self) -> Callable[..., Any] | None:
         """The loader's ``prepare``."""
-        return None if self.prepare is None else self.prepare.function
+        return None if self.functions.prepare is None else self.functions.prepare.function
 
     @property
-    def given_augment(self) -> Callable[..., Any] | None:
+    def augment(self) -> Callable[..., Any] | None:
         """The loader's ``augment``."""
-        return None if self.augment is None else self.augment.function
+        return None if self.functions.augment is None else self.functions.augment.function
 
     @property
     def largest(self) -> float | None:
         """The largest number that scaled bytes or 16-bit integers can become in batches; None for other samples."""
-        scaled = self.scale is not None and not self.has_functions
+        scaled = self.scale is not None and not self.functions
         if scaled and self.source_dtype.kind in "iu" and self.source_dtype.itemsize <= 2:
             return abs(self.scale or 0.0) * int(np.iinfo(self.source_dtype).max)
         return None
@@ -481,12 +471,7 @@ class Columns(Sequence[Column]):
     @property
     def takes_bytes(self) -> bool:
         """Whether samples are bytes that are at most scaled."""
-        return self.source_dtype == np.uint8 and not self.has_functions
-
-    @property
-    def has_functions(self) -> bool:
-        """Whether functions of the user's are applied to batches."""
-        return self.prepare is not None or self.augment is not None
+        return self.source_dtype == np.uint8 and not self.functions
 
     def deliver(self, rows: list[Array], epoch: int, number: int, parts: Parts = None) -> Any:
         """A batch as the caller wants it, x, (x, y) or (x, y, weight).
@@ -494,73 +479,28 @@ class Columns(Sequence[Column]):
         It is prepared, and of columns where the samples are columns. Its augmentation depends on its ``number`` in
         ``epoch``. Where batches are dealt, the rows are ``parts`` of one.
         """
-        turns = self.sample_axis or self.has_functions
-        arrays = self._delivered(rows, epoch, number, parts) if turns else rows
+        arrays = self._delivered(rows, epoch, number, parts) if self.sample_axis or self.functions else rows
         return tuple(arrays) if len(arrays) > 1 else arrays[0]
 
     def as_rows(self, rows: list[Array], epoch: int, number: int, parts: Parts = None) -> list[Array]:
         """A batch as a network wants it: prepared, and of rows."""
-        if not self.has_functions:
+        if not self.functions:
             return rows
-        return [self.turn(array) for array in self._delivered(rows, epoch, number, parts)]
-
-    def turn(self, array: Array) -> Array:
-        """Rows as the caller has samples, or the caller's samples as rows."""
-        return turned(array) if self.sample_axis else array
+        return [self.functions.turn(array) for array in self._delivered(rows, epoch, number, parts)]
 
     def delivery_bytes(self, batch_size: int, as_rows: bool = False, parts: int = 1) -> int:
         """Bytes of the arrays from which a delivered batch is made, of several ``parts`` that are prepared alone."""
-        if self.has_functions:
-            arrays = batch_size * self.batch_bytes
-            augmented = 0 if self.augment is None else arrays + self.backend.generator_bytes
-            return augmented + (0 if self.prepare is None else arrays) + (arrays if parts > 1 else 0)
+        if self.functions:
+            return self.functions.nbytes(batch_size * self.batch_bytes, parts)
         copied = [] if as_rows or self.backend.name == "cpu" else [column for column in self if column.axis]
         return batch_size * sum(column.source.bytes_per_sample(column.dtype) for column in copied)
 
     def _delivered(self, rows: list[Array], epoch: int, number: int, parts: Parts) -> list[Array]:
         with self.backend.scope():
-            if parts is None or not self.has_functions:
-                return [*self._made(rows[:2], epoch, number), *rows[2:]]
-            found, start = list[list[Array]](), 0
-            for part, size in parts.items():
-                if size:  # alone: what a function makes of samples may depend on what it gets with them
-                    found.append(self._made([array[start : start + size] for array in rows[:2]], epoch, number, part))
-                start += size
-            if not found:  # no function gets samples that there are not, and yet their shape is known
-                one = self._made(self.at(np.zeros(1, np.int64))[:2], epoch, number)
-                found = [[self.turn(self.turn(array)[:0]) for array in one]]
-            joined = map(self._one, zip(*found, strict=True), self._axes)
-            return [*joined, *rows[2:]]
-
-    def _one(self, arrays: Sequence[Array], axis: int) -> Array:
-        """The results of functions for the parts of a batch, joined."""
-        if len(arrays) == 1:
-            return arrays[0]
-        sizes = [array.shape[axis] for array in arrays]
-        forms = {(array.dtype, array.shape[:axis], array.shape[axis + 1 :]) for array in arrays}
-        if len(forms) > 1:
-            words = " and ".join(f"{array.dtype} {array.shape}" for array in arrays[:2])
-            raise ShapeError(f"functions of a batch must make samples of one shape and dtype, got {words} of its parts")
-        shape = list(arrays[0].shape)
-        shape[axis] = sum(sizes)
-        out, stop = self.backend.empty(tuple(shape), arrays[0].dtype), 0
-        for array, size in zip(arrays, sizes, strict=True):
-            start, stop = stop, stop + size
-            out[(slice(None),) * axis + (slice(start, stop),)] = array
-        return out
-
-    def _made(self, rows: list[Array], epoch: int, number: int, part: int | None = None) -> list[Array]:
-        """Rows as the caller has samples, prepared and augmented."""
-        arrays = self._prepared(rows)
-        if self.augment is None:
-            return arrays
-        draw = self.backend.generator(self._seed, epoch, number, part)
-        return self.augment(arrays, self._axes, self.dtype, self.backend, draw)
-
-    def _prepared(self, rows: Sequence[Array]) -> list[Array]:
-        """Rows as the caller has samples, prepared."""
-        arrays = [contiguous(self.turn(array)) for array in rows]
-        return arrays if self.prepare is None else self.prepare(arrays, self._axes, self.dtype, self.backend)
+            if parts is None or not self.functions:
+                return [*self.functions.made(rows[:2], epoch, number), *rows[2:]]
+            one = lambda: self.at(np.zeros(1, np.int64))[:2]  # noqa: E731
+            return [*self.functions.made_of_parts(rows[:2], epoch, number, parts, one), *rows[2:]]
 
     def summary_of(self, rows: Sequence[Array], augmented: bool = False) -> list[float]:
         """Mean, spread and largest size of the numbers that ``prepare`` makes of these rows; empty without it.
@@ -571,7 +511,7 @@ class Columns(Sequence[Column]):
             return []
         with self.backend.scope():
             copies = [array.copy() for array in rows]
-            made = self._made(copies, 0, 0) if augmented else self._prepared(copies)
+            made = self.functions.made(copies, 0, 0) if augmented else self.functions.prepared(copies)
             x = self.backend.to_numpy(made[0]).astype(np.float64)
         return [float(x.mean()), float(x.std()), float(abs(x).max())]
 
@@ -584,103 +524,6 @@ class Columns(Sequence[Column]):
                     some = array[:: -(-array.nbytes // DIGEST)]
                     found.update(self.backend.to_numpy(some.astype(column.dtype)).tobytes())
         return found.hexdigest()
-
-    @property
-    def _axes(self) -> list[int]:
-        return [column.axis for column in self._columns[:2]]
-
-    # --- samples from elsewhere ---
-
-    def converted(self, X: Any, Y: Any = None, names: tuple[str, str] = ("X", "Y"), most: int | None = None) -> Any:
-        """``X`` in its own layout, or (X, Y), as batches have samples, but for ``augment``.
-
-        X itself where nothing is to be done. ``names`` are those of the arguments, for messages. ``prepare`` gets at
-        most ``most`` samples at a time.
-        """
-        x, prepare = self._columns[0], self.prepare
-        if isinstance(X, Prepared):
-            X, Y = self.apart(X, Y, names[0])
-        self.names.check(names, X, Y)
-        array = checked_array(names[0], X, self.backend)
-        # Floats where the loader has integers, pixels say, are what the user has made of them.
-        ready = array.dtype.kind == "f" and self.source_dtype.kind != "f"
-        if array.ndim < 1 + x.axis or (
-            self.turn(array).shape[1:] != x.source.sample_shape and not (ready and prepare is not None)
-        ):
-            raise ShapeError(
-                f"{names[0]} must have samples of shape {x.source.sample_shape} along axis {x.axis}, as the loader's X "
-                f"has, got shape {array.shape}"
-            )
-        scale = None if ready else x.scale
-        check_finite(names[0], array, self.dtype, scale, self.backend)
-        given = [array]
-        if Y is not None:
-            given.append(checked_array(names[1], Y, self.backend))
-            check_finite(names[1], given[1], given[1].dtype, None, self.backend)
-            axis = x.axis if given[1].ndim > 1 else 0
-            if given[1].shape[axis] != array.shape[x.axis]:
-                raise ShapeError(
-                    f"{names[0]} and {names[1]} must have equal numbers of samples, got shapes {array.shape} and "
-                    f"{given[1].shape}"
-                )
-        if prepare is not None and prepare.takes > len(given) and not ready:
-            raise ArgumentError(f"{prepare.name} takes x and y, so to_batch needs both: to_batch(X, Y)")
-        with self.backend.scope():
-            if prepare is None or ready:
-                return self._at_once(given, scale)
-            rows = [self.turn(a) for a in given]
-            return self._prepared_by_parts(rows, scale, len(rows[0]) if most is None else most)
-
-    def _at_once(self, given: list[Array], scale: float | None) -> Any:
-        x = convert(self.backend.asarray(given[0]), self.dtype, scale)
-        return x if len(given) == 1 else (x, self.backend.asarray(given[1]))
-
-    def weights_elsewhere(self, Y: Any, weight: Any = None) -> dict[str, Array]:
-        """The weights of a validation set with labels Y, as arguments of :meth:`Network.evaluate`.
-
-        Those of samples count in loss and accuracy, those of classes in the loss.
-        """
-        if weight is None and self.class_weights is None:
-            return {}
-        labels = checked_array("validation[1]", Y, self.backend)
-        n, dtype = labels.shape[self._columns[1].axis], compute_dtype(self.dtype)
-        names = "validation[2]", "validation[1]"
-        kinds = {"weight": None} if self.class_weights is None else {"weight": None, "loss_weight": self.class_weights}
-        found = {
-            name: sample_weights(weight, of_classes, labels, n, dtype, self.backend, names)
-            for name, of_classes in kinds.items()
-        }
-        return {name: self.backend.asarray(array) for name, array in found.items() if array is not None}
-
-    def weights_of(self, y: Array, weight: Array | None = None) -> dict[str, Array]:
-        """The same of a batch with labels y, whose ``weight`` is that of the samples times that of the classes."""
-        if self.class_weights is None:
-            return {} if weight is None else {"weight": weight}
-        if weight is not None and not self.samples_weighted:
-            return {"loss_weight": weight}
-        with self.backend.scope():
-            of_class = self.class_weights.of(y, "Y", self.backend).astype(compute_dtype(self.dtype))
-            if weight is None:
-                return {"loss_weight": of_class}
-            of_sample = weight / (of_class + (of_class == 0))  # a class of weight 0 counts in neither
-        return {"loss_weight": weight, "weight": of_sample}
-
-    def _prepared_by_parts(self, rows: list[Array], scale: float | None, most: int) -> Any:
-        """The same of rows that are prepared, ``most`` at a time."""
-        made: list[Array] = []
-        for start in range(0, len(rows[0]), most):
-            part = [self.backend.asarray(array[start : start + most]).copy() for array in rows]  # it may change them
-            part[0] = convert(part[0], self.dtype, scale)
-            found = [self.turn(array) for array in self._prepared(part)]
-            if len(rows[0]) <= most:
-                made = found
-                break
-            if not made:
-                made = [self.backend.empty((len(rows[0]), *a.shape[1:]), a.dtype) for a in found]
-            for whole, array in zip(made, found, strict=True):
-                whole[start : start + most] = array
-        made = [self.turn(array) for array in made]
-        return made[0] if len(made) == 1 else tuple(made)
 
 
 def _held(part: Part, rows: Rows) -> ArraySource:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, TypeVar
@@ -18,30 +20,20 @@ from gpubatch.loader.feeds import (
     BatchFeed,
     Finish,
     LoaderStats,
+    LookedAt,
     MainMemory,
     OnDevice,
     ThroughPinned,
     belongs_on_device,
 )
 from gpubatch.loader.order import WORD, Fraction, Order
+from gpubatch.loader.plans import BatchSizes, Memories, Room
+from gpubatch.loader.position import Position
 from gpubatch.parallel import Ranks
 from gpubatch.passes import DataPass, Deal
-from gpubatch.sizing import BatchPlan, ByPart, fits, format_bytes, plan_batch_size
+from gpubatch.sizing import BatchPlan, ByPart
 
 Batch = TypeVar("Batch")
-
-
-@dataclasses.dataclass(frozen=True)
-class Memories:
-    """What a plan counts beside the loader's own: a model, and the batches that its captured steps keep.
-
-    ``least_rows`` is the smallest batch that it can train on.
-    """
-
-    parts_of: Callable[[int], ByPart] = lambda batch_size: {}
-    kept: int = 0
-    as_rows: bool = False
-    least_rows: int = 1
 
 
 class Epochs:
@@ -64,20 +56,17 @@ class Epochs:
         ranks: Ranks | None = None,
     ) -> None:
         self.columns, self.order, self.backend, self.ranks = columns, order, columns.backend, ranks
-        self.at_most, self.drop_last, self.prefetch, self.feed = at_most, drop_last, prefetch, feed
-        self.automatic = batch_size is None
+        self.sizes = BatchSizes(order, drop_last, at_most, ranks)
+        self.prefetch, self.feed, self.automatic = prefetch, feed, batch_size is None
         self.stats = LoaderStats()
         self._choose_feeds()
-        self._epoch = self._batch = 0  # the position: batches of this epoch that were yielded
-        self._run: object | None = None  # the iteration that is running
-        self._left = False  # whether the iteration before was left in the middle
-        self._source, self._pass = object(), DataPass(None, 0)  # the source is that of the passes of this loader
+        self._position = Position()
         self._why = f"batch_size={batch_size} was given"
         self._model = Memories()
         self._trained: Epochs | None = None  # those whose data these share
         self._held_out: Epochs | None = None  # a fraction of these, meanwhile
         if batch_size is None:
-            self.plan = self._choose()
+            self.plan = self.sizes.chosen(self._room())
         elif drop_last is True and batch_size > order.share:
             raise ArgumentError(
                 f"drop_last=True leaves no batch: batch_size={batch_size} is more than the {order.share} samples"
@@ -89,18 +78,20 @@ class Epochs:
         """The same epochs, with a position and passes of their own."""
         twin = object.__new__(type(self))
         vars(twin).update(vars(self))
-        twin._source, twin._pass = object(), DataPass(None, 0)
+        twin._position = copy.copy(self._position)
         return twin
 
     def _choose_feeds(self) -> None:
         """Begin with no batch made: the feed of a device is chosen by the first iteration."""
         self._feed: BatchFeed | None = None  # None: not decided
+        self._looked_at = LookedAt(self.columns, self.order)
+        given = self.columns, self.order, self.prefetch, self._looked_at
         if isinstance(self.backend, CudaBackend):
             self._on_device = OnDevice(self.columns, self.order, self.backend)
-            self._through_pinned = ThroughPinned(self.columns, self.order, self.prefetch, self.backend)
+            self._through_pinned = ThroughPinned(*given, self.backend)
             self.feeding = "not decided before the first iteration"
         else:
-            self._feed, self.feeding = MainMemory(self.columns, self.order, self.prefetch), "in main memory"
+            self._feed, self.feeding = MainMemory(*given), "in main memory"
 
     def take_dtype(self, dtype: np.dtype[Any]) -> None:
         """Make batches of ``dtype`` from the next iteration on."""
@@ -116,20 +107,11 @@ class Epochs:
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return self._batches_of(self.order.share, self.batch_size)
-
-    def _batches_of(self, samples: int, batch_size: int) -> int:
-        full, rest = divmod(samples, batch_size)
-        single = rest > 0 and self.order.dealing.smallest(rest) == 1 and full > 0
-        left_out = self.drop_last is True or (self.drop_last == "single" and single)
-        return full if left_out else full + (rest > 0)
-
-    def _last_of(self, samples: int, batch_size: int) -> int:
-        return min(batch_size, samples - (self._batches_of(samples, batch_size) - 1) * batch_size)
+        return self.sizes.batches_of(self.order.share, self.batch_size)
 
     def rows_of(self, batch: int) -> int:
         """Samples in the batch of this number, on all ranks if batches are dealt."""
-        return self.batch_size if batch < len(self) - 1 else self._last_of(self.order.share, self.batch_size)
+        return self.batch_size if batch < len(self) - 1 else self.sizes.last_of(self.order.share, self.batch_size)
 
     def deal_of(self, batch: int) -> Deal | None:
         """How the batch of this number lies among parts and ranks, where it is dealt."""
@@ -168,73 +150,24 @@ class Epochs:
         if not self.automatic:
             self.plan = self._given(self.batch_size, held, available)
             return self.plan
-        if self._run is not None:
-            raise ArgumentError(f"replan must come between epochs, epoch {self._epoch} is at batch {self._batch}")
+        at, room = self._position, self._room(held, available)
+        if at.running:
+            raise ArgumentError(f"replan must come between epochs, epoch {at.epoch} is at batch {at.batch}")
         if most is None:
-            plan = self._choose(held, available)
+            self.plan = self.sizes.chosen(room)
         else:
             self._why = f"a step of {self.batch_size} samples was tried and memory ran out, so the batch is {most}"
-            plan = self._without_a_rest(self._given(most, held, available), held, available)
-        self._epoch, self._batch, self._left = self.epoch, 0, False
-        self.plan = plan
-        return plan
-
-    def _choose(self, held: int = 0, available: int | None = None) -> BatchPlan:
-        # By the largest rank's share, so that every rank of equal devices decides alike.
-        share = -(-self.order.n // self.order.world_size)
-        available = self._available() + held if available is None else available
-        try:
-            plan = plan_batch_size(share, lambda n: self.parts(n, available), available, self.at_most)
-        except InsufficientMemoryError:
-            self._least_of_ranks(0)
-            raise
-        plan = dataclasses.replace(plan, batch_size=min(plan.batch_size, self.order.share))
-        if self.order.dealt:
-            plan = self._for_all_parts(plan, held, available)
-        return self._without_a_rest(plan, held, available)
-
-    def _least_of_ranks(self, size: int) -> int:
-        return size if self.ranks is None else int(-self.ranks.most([-size])[0])
-
-    def _for_all_parts(self, plan: BatchPlan, held: int, available: int) -> BatchPlan:
-        """``plan`` at the batch size of the rank with the least memory, or larger to have rows for every part."""
-        least = self._least_of_ranks(plan.batch_size)
-        if not least:
-            raise InsufficientMemoryError("not even one sample fits in the memory of another rank")
-        enough = min(self.order.dealing.shards * self._model.least_rows, self.order.share)
-        if max(least, enough) == plan.batch_size:
-            return plan
-        self._why = f"the rank with the least memory takes batches of {least}"
-        if least < enough:
-            self._why = f"{self.order.dealing.shards} parts of {self._model.least_rows} make a batch of {enough}"
-        return self._given(max(least, enough), held, available)
-
-    def _without_a_rest(self, plan: BatchPlan, held: int, available: int | None) -> BatchPlan:
-        """``plan``, or one of somewhat smaller batches if its last batch were too small for the model.
-
-        A power of two that leaves one sample is not mended by a smaller one, which leaves one, too.
-        """
-        size, least, order = plan.batch_size, self._model.least_rows, self.order
-        shares = order.n // order.world_size, -(-order.n // order.world_size)  # every rank decides alike
-
-        def last(batch_size: int) -> int:
-            return min(order.dealing.smallest(self._last_of(share, batch_size)) for share in shares)
-
-        sizes = (size, *(size * i // 8 for i in (6, 7, 5)))
-        better = next((n for n in sizes if order.dealing.smallest(n) >= least and last(n) >= least), size)
-        if better == size:
-            return plan
-        self._why = f"batches of {size} would leave {last(size)} to the last one, where the model needs {least}"
-        return self._given(better, held, available)
+            self.plan = self.sizes.without_a_rest(self.sizes.given(most, self._why, room), room)
+        at.go_to(at.current, 0)
+        return self.plan
 
     def _given(self, batch_size: int, held: int = 0, available: int | None = None) -> BatchPlan:
+        return self.sizes.given(batch_size, self._why, self._room(held, available))
+
+    def _room(self, held: int = 0, available: int | None = None) -> Room:
+        """The memory for batches: of ``available`` bytes, or of those that the backend has now and ``held``."""
         available = self._available() + held if available is None else available
-        parts, share = self.parts(batch_size, available), self.order.share
-        needed = sum(parts.values())
-        reason = self._why + ("" if batch_size < share else f", and all {share} samples are one batch")
-        reason += f"; it needs {format_bytes(needed)} of {format_bytes(available)} available"
-        reason += "" if fits(needed, available) else ", more than 90 % of that"
-        return BatchPlan(batch_size, reason, needed, available, parts)
+        return Room(available, functools.partial(self.parts, available=available), self._model.least_rows)
 
     def _available(self) -> int:
         """Bytes for what the plan counts: those free now, and those of the data that were copied to the device."""
@@ -287,7 +220,7 @@ class Epochs:
         try:
             order.choose_side(of, False, order.window > 0 or not order.shuffle)
             held_out.choose_side(of, True, bool(columns.readers))
-            self._epoch, self._batch, self._run, self._left = self.epoch, 0, None, False
+            self._position.go_to(self.epoch, 0)
             if self.batch_size > order.share:
                 self.plan = self._given(order.share)
             self._held_out = Epochs(columns.unaugmented(), held_out, batch_size, prefetch=self.prefetch, feed="host")
@@ -345,58 +278,29 @@ class Epochs:
     @property
     def epoch(self) -> int:
         """The number of the epoch that is running, or else of the next one, counted from 0."""
-        return self._epoch + self._left
+        return self._position.current
 
     def coming_pass(self) -> DataPass:
-        """The pass of the next iteration: that of the epoch, however often it is gone on with."""
-        if self._pass.source is not self._source or self._pass.epoch != self.epoch:
-            self._pass.end()
-            self._pass = DataPass(self._source, self.epoch)
-        self._pass.start = self._pass.batches = 0 if self._left else self._batch
-        return self._pass
-
-    @contextlib.contextmanager
-    def _iteration(self) -> Iterator[Callable[[], None]]:
-        """One iteration, until its epoch ends or it is left; yields what raises when there is a newer one."""
-        if self._left or (self._run is not None and self._batch):
-            self._epoch, self._batch = self._epoch + 1, 0
-        self._left = False
-        run = self._run = object()
-        self._pass.end()
-        self.coming_pass().begin()
-
-        def check() -> None:
-            if self._run is not run:
-                raise ArgumentError(
-                    "this iteration was ended by a newer one, or by load_state_dict: one runs at a time, so another "
-                    "loop or thread takes a loader of its own, copy.copy(loader)"
-                )
-
-        try:
-            yield check
-            if self._batch == len(self):
-                self._epoch, self._batch = self._epoch + 1, 0
-        finally:
-            if self._run is run:
-                self._run, self._left = None, self._batch > 0
-                self._pass.end()
+        """The pass of the next iteration."""
+        return self._position.coming_pass()
 
     def batches(self, finish: Finish[Batch]) -> Generator[Batch]:
         """An epoch, or its rest: what ``finish`` makes of each batch."""
-        with self._iteration() as check:
+        at = self._position
+        with at.iteration(self.__len__) as check:
             stats, first = LoaderStats(), 0.0
             self.stats = stats
             read, size = self.columns.bytes_read(), self.batch_size
             asked = time.perf_counter()
-            starts = range(self._batch * size, len(self) * size, size)
+            starts = range(at.batch * size, len(self) * size, size)
             feed = self._chosen(stats)
             dealt = self.order.dealt
             made: Finish[Batch] = self._in_parts(finish) if dealt else finish
-            with contextlib.closing(feed.batches(self._epoch, starts, made, stats)) as batches:
+            with contextlib.closing(feed.batches(at.epoch, starts, made, stats)) as batches:
                 for batch in batches:
                     check()  # what made the batch, or another thread, may have begun a newer one
-                    deal = self.deal_of(self._batch) if dealt else None
-                    self._batch += 1
+                    deal = self.deal_of(at.batch) if dealt else None
+                    at.batch += 1
                     now = time.perf_counter()
                     if stats.batches:
                         stats.waited += now - asked
@@ -404,10 +308,10 @@ class Epochs:
                     else:
                         stats.wait_first, first = now - asked, now
                     stats.batches += 1
-                    done = min(self._batch * size, self.order.share)
+                    done = min(at.batch * size, self.order.share)
                     stats.samples = done - starts.start if deal is None else stats.samples + sum(deal.parts)
                     stats.bytes_read = self.columns.bytes_read(stats.samples) - read
-                    self._pass.give_out(batch, deal)
+                    at.of_pass.give_out(batch, deal)
                     yield batch
                     asked = time.perf_counter()
                     del batch  # so that it can be freed before the next one is made
@@ -421,8 +325,9 @@ class Epochs:
     @contextlib.contextmanager
     def gathered_by(self, feed: DeviceFeed) -> Iterator[Callable[[int], None]]:
         """An epoch, or its rest, whose batches ``feed`` gathers; yields a function that is told how many were used."""
-        with self._iteration() as check:
-            of, epoch, stats, first = self.order, self._epoch, LoaderStats(), self._batch
+        at = self._position
+        with at.iteration(self.__len__) as check:
+            of, epoch, stats, first = self.order, at.epoch, LoaderStats(), at.batch
             # Captured steps gather their batches where the data are on the device.
             order = self._on_device.computed(epoch, stats) if of.by_kernels else of.whole(epoch, self.batch_size)
             stats.bytes_copied += feed.begin(order)
@@ -431,10 +336,10 @@ class Epochs:
 
             def used(batches: int) -> None:
                 check()
-                self._batch += batches
-                self._pass.batches += batches
+                at.batch += batches
+                at.of_pass.batches += batches
                 stats.batches += batches
-                done = min(self._batch * self.batch_size, of.share)
+                done = min(at.batch * self.batch_size, of.share)
                 stats.samples = of.own_share(self.batch_size, done) - before
                 stats.bytes_read = self.columns.bytes_read(stats.samples)
 
@@ -442,14 +347,13 @@ class Epochs:
 
     def prepare_next_order(self) -> None:
         """Make the order of the next epoch now, while a device works on this one."""
-        self.order.prepare(self._epoch + 1, self.batch_size)
+        self.order.prepare(self._position.epoch + 1, self.batch_size)
 
     def peek(self) -> list[Array]:
         """The first batch of epoch ``epoch`` as rows; the position stays as it is."""
         size, rows = min(self.batch_size, self.order.share), None
-        feed = self._through_pinned if self._feed is None and self.columns.readers else self._feed
-        if isinstance(feed, (MainMemory, ThroughPinned)) and self.order.dealing.own(size) and self._run is None:
-            rows = feed.first_rows(self.epoch, size)
+        if self.order.dealing.own(size) and not self._position.running:
+            rows = self._looked_at.first_rows(self.epoch, size)
         if rows is None:
             index = self.order.between(self.epoch, size)(0, size)
             rows = self.columns.at(index) if len(index) else self.columns.no_rows()
@@ -460,18 +364,19 @@ class Epochs:
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`Loader.state_dict`."""
-        complete, order = self._batch == len(self), self.order
+        at, order = self._position, self.order
+        complete = at.batch == len(self)
         of_rank = {"rank": order.rank, "world_size": order.world_size}
         return {
             "order": order.version,
             "seed": order.seed,
-            "epoch": self._epoch + complete,
-            "batch": 0 if complete else self._batch,
+            "epoch": at.epoch + complete,
+            "batch": 0 if complete else at.batch,
             "batch_size": self.batch_size,
             "n_samples": order.n,
             "shuffle": order.shuffle,
             "replacement": order.replacement,
-            "drop_last": self.drop_last,
+            "drop_last": self.sizes.drop_last,
             **({"shards": order.dealing.shards} if order.dealt else of_rank),
             "window": order.window,
             "block": order.block,
@@ -486,7 +391,7 @@ class Epochs:
         state, version = {"order": 1, **state}, self.order.version  # states of old have no version of the order
         self._take_version(check_int("state['order']", state["order"], 1))
         try:
-            epoch, batch, batch_size = self._position(state)
+            epoch, batch, batch_size = self._place_of(state)
         except BaseException:
             self._take_version(version)
             raise
@@ -496,8 +401,7 @@ class Epochs:
             self._model = Memories()
             self.plan = self._given(batch_size)
         self.automatic = False  # it is decided: another size would make other batches of the epoch
-        self._epoch, self._batch, self._run, self._left = epoch, batch, None, False
-        self._pass.end()
+        self._position.go_to(epoch, batch)
 
     def _take_version(self, version: int) -> None:
         """Make the order as ``version`` does, and hold out the samples that it does."""
@@ -506,7 +410,7 @@ class Epochs:
             held_out.order.take_version(version)
             held_out.plan = held_out._given(held_out.batch_size)
 
-    def _position(self, state: Mapping[str, Any]) -> tuple[int, int, int]:
+    def _place_of(self, state: Mapping[str, Any]) -> tuple[int, int, int]:
         """Epoch, batch and batch size of a state, which is compared with these epochs."""
         own = self.state_dict()
         if wrong := sorted(set(own) ^ set(state)):
@@ -522,5 +426,5 @@ class Epochs:
                 raise ArgumentError(f"state has {name}={state[name]!r}, this loader {name}={own[name]!r}")
         epoch = check_int("state['epoch']", state["epoch"], 0, WORD)
         batch_size = check_int("state['batch_size']", state["batch_size"], 1, self.order.share)
-        last = self._batches_of(self.order.share, batch_size) - 1
+        last = self.sizes.batches_of(self.order.share, batch_size) - 1
         return epoch, check_int("state['batch']", state["batch"], 0, last), batch_size

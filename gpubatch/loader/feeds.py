@@ -76,9 +76,9 @@ def _ahead(columns: Columns, prefetch: int, batch_size: int) -> int:
 
 
 class LookedAt:
-    """The windows of epochs, and those of an epoch to come whose first batch was looked at.
+    """The windows of epochs. Those of an epoch to come whose first batch was looked at are kept for it.
 
-    They are kept for that epoch: else all that was read for the batch would be read and decoded twice.
+    Without that, all that was read for the batch would be read and decoded twice.
     """
 
     def __init__(self, columns: Columns, order: Order) -> None:
@@ -94,21 +94,21 @@ class LookedAt:
                 return windows
         return Windows(self._order, epoch, self._columns.readers, size)
 
-    def look(self, epoch: int, size: int) -> Windows | None:
-        """Those of an epoch to come; None where it does not read neighbours together."""
-        if not self._order.window or all(reader.block is None for reader in self._columns.readers):
+    def first_rows(self, epoch: int, size: int) -> list[Array] | None:
+        """The first rows of an epoch to come; None where it does not read neighbours together."""
+        columns = self._columns
+        if not self._order.window or all(reader.block is None for reader in columns.readers):
             return None
         windows = self.windows(epoch, size)
-        self._kept = (epoch, size), self._order.chosen, self._columns.readers, windows
-        return windows
+        self._kept = (epoch, size), self._order.chosen, columns.readers, windows
+        return columns.moved(columns.joined(columns.stored_of_window(*part) for part in windows.parts(0, size)))
 
 
 class MainMemory:
     """Batches of the CPU, finished by the thread that prepares them."""
 
-    def __init__(self, columns: Columns, order: Order, prefetch: int) -> None:
-        self._columns, self._order, self._prefetch = columns, order, prefetch
-        self._looked_at = LookedAt(columns, order)
+    def __init__(self, columns: Columns, order: Order, prefetch: int, looked_at: LookedAt) -> None:
+        self._columns, self._order, self._prefetch, self._looked_at = columns, order, prefetch, looked_at
 
     def ahead(self, batch_size: int) -> int:
         """See :class:`BatchFeed`."""
@@ -151,13 +151,6 @@ class MainMemory:
         windows = self._looked_at.windows(epoch, size)
         return lambda start, stop: columns.joined(columns.of_window(*part) for part in windows.parts(start, stop))
 
-    def first_rows(self, epoch: int, size: int) -> list[Array] | None:
-        """The first rows of an epoch that reads neighbours together; None for another."""
-        windows = self._looked_at.look(epoch, size)
-        if windows is None:
-            return None
-        return self._columns.joined([self._columns.of_window(*part) for part in windows.parts(0, size)])
-
 
 class OnDevice:
     """Batches gathered on the device, where the data and the order of the epoch are: none copies anything."""
@@ -169,7 +162,7 @@ class OnDevice:
         arrays = [source for column in columns if (source := column.array) is not None]
         # Captured steps gather whole rows of contiguous arrays, as copies are.
         self.gathers_whole = (
-            not columns.has_functions
+            not columns.functions
             and not columns.readers
             and all(s.array.flags.c_contiguous or not backend.owns(s.array) for s in arrays)
         )
@@ -274,9 +267,11 @@ class OnDevice:
 class ThroughPinned:
     """Batches that go to the device as they are stored, while it works on others."""
 
-    def __init__(self, columns: Columns, order: Order, prefetch: int, backend: CudaBackend) -> None:
+    def __init__(
+        self, columns: Columns, order: Order, prefetch: int, looked_at: LookedAt, backend: CudaBackend
+    ) -> None:
         self._columns, self._order, self._prefetch, self._backend = columns, order, prefetch, backend
-        self._looked_at = LookedAt(columns, order)
+        self._looked_at = looked_at
 
     def ahead(self, batch_size: int) -> int:
         """See :class:`BatchFeed`."""
@@ -336,14 +331,6 @@ class ThroughPinned:
                 done += rows
 
         return fill
-
-    def first_rows(self, epoch: int, size: int) -> list[Array] | None:
-        """See :meth:`MainMemory.first_rows`."""
-        windows = self._looked_at.look(epoch, size)
-        if windows is None:
-            return None
-        parts = [self._columns.stored_of_window(*part) for part in windows.parts(0, size)]
-        return self._columns.moved([np.concatenate(rows) for rows in zip(*parts, strict=True)])
 
     def _received(self, ring: Ring, slot: Slot) -> list[Any]:
         with ring.received(slot) as arrays:

@@ -11,6 +11,7 @@ from gpubatch.backend import Array, Backend, get_backend
 from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_bool, check_choice, check_int, suggesting
 from gpubatch.loader.columns import Columns
 from gpubatch.loader.deals import check_dealing
+from gpubatch.loader.elsewhere import converted
 from gpubatch.loader.epochs import Epochs
 from gpubatch.loader.feeds import LoaderStats
 from gpubatch.loader.order import WORD, Order, WeightedOrder
@@ -205,12 +206,12 @@ class Loader:
     sample_axis = property(attrgetter("_epochs.columns.sample_axis"), doc="0: samples are rows; 1: columns.")
     dtype = property(attrgetter("_epochs.columns.dtype"), doc="The element type of x.")
     scale = property(attrgetter("_epochs.columns.scale"), doc="What x is multiplied by; None: nothing.")
-    prepare = property(attrgetter("_epochs.columns.given_prepare"), doc="What is applied to each batch.")
-    augment = property(attrgetter("_epochs.columns.given_augment"), doc="What is applied to each batch of training.")
-    transform = property(attrgetter("_epochs.columns.given_prepare"), doc="Another name of ``prepare``.")
-    drop_last = property(attrgetter("_epochs.drop_last"), doc="Which last batch is left out.")
+    prepare = property(attrgetter("_epochs.columns.prepare"), doc="What is applied to each batch.")
+    augment = property(attrgetter("_epochs.columns.augment"), doc="What is applied to each batch of training.")
+    transform = property(attrgetter("_epochs.columns.prepare"), doc="Another name of ``prepare``.")
+    drop_last = property(attrgetter("_epochs.sizes.drop_last"), doc="Which last batch is left out.")
     prefetch = property(attrgetter("_epochs.prefetch"), doc="Batches that a thread prepares ahead.")
-    at_most = property(attrgetter("_epochs.at_most"), doc='The largest batch size that "auto" chooses.')
+    at_most = property(attrgetter("_epochs.sizes.at_most"), doc='The largest batch size that "auto" chooses.')
     feed = property(attrgetter("_epochs.feed"), doc="How batches were to get to a CUDA device.")
 
     def __copy__(self) -> Loader:
@@ -287,7 +288,7 @@ class Loader:
         itself. Floating numbers where the source has integers, such as pixels that were divided by 255, are only
         converted: they are taken as prepared.
         """
-        return self._epochs.columns.converted(X, Y)
+        return converted(self._epochs.columns, X, Y)
 
     def state_dict(self) -> dict[str, Any]:
         """The position and what decides the batches, as JSON can hold it; ``batch`` counts those that were yielded."""
@@ -327,4 +328,4 @@ def rows_of(loader: Loader) -> Generator[list[Array]]:
     epochs = loader._epochs
     if type(loader).__iter__ is Loader.__iter__:
         return epochs.batches(epochs.columns.as_rows)
-    return ([epochs.columns.turn(array) for array in batch] for batch in loader)
+    return ([epochs.columns.functions.turn(array) for array in batch] for batch in loader)

@@ -75,42 +75,79 @@ def class_weights(given: Any, labels: Array, backend: Backend) -> ClassWeights:
     return ClassWeights(table, math.nan)
 
 
-def sample_weights(
-    weight: Any,
-    of_classes: ClassWeights | None,
-    labels: Array | None,
-    n: int,
-    dtype: np.dtype[Any],
-    backend: Backend,
-    names: tuple[str, str] = ("weight", "Y"),
-) -> Array | None:
-    """The weights of ``n`` samples as a new array of ``dtype``, or None; on the device if one of their factors is.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weighting:
+    """How samples count in the loss: by weights of their own (``by_samples``), by those of their classes, or by both.
 
-    Class weights need ``labels``. ``names`` are those of the arguments, for messages.
+    Weights are arrays of ``dtype``, in which the loss is computed.
     """
-    if weight is not None:
-        weight = checked_array(names[0], weight, backend)
-        if weight.shape != (n,):
-            raise ShapeError(f"{names[0]} must have shape ({n},), one number for each sample, got {weight.shape}")
-        check_weights(names[0], weight)
-    if of_classes is None:
-        found = weight
-    else:
-        assert labels is not None
-        found = of_classes.of(labels, names[1], backend)
+
+    backend: Backend
+    dtype: np.dtype[Any]
+    by_samples: bool
+    of_classes: ClassWeights | None = None
+
+    def of_samples(
+        self, weight: Any, labels: Array | None, n: int, names: tuple[str, str] = ("weight", "Y")
+    ) -> Array | None:
+        """The weights of ``n`` samples as a new array, or None; on the device if one of their factors is.
+
+        weight: of the samples, as a user gives it, or None
+        labels: those to which class weights belong
+        names: of the arguments, for messages
+        """
+        backend, of_classes = self.backend, self.of_classes
         if weight is not None:
-            here = isinstance(found, np.ndarray) and isinstance(weight, np.ndarray)
-            found = found * weight if here else backend.asarray(found) * backend.asarray(weight)
-    if found is None:
-        return None
-    with backend.scope(), np.errstate(over="ignore"):
-        found = found.astype(dtype)
-        what = names[0] if of_classes is None else "class_weight"
-        what = f"{names[0]} times class_weight" if of_classes is not None and weight is not None else what
-        if not bool(found.any()):
-            raise ArgumentError(f"{what} must be above 0 for some of the samples, got 0 for all of them")
-        check_weights(what, found)
-    return found
+            weight = checked_array(names[0], weight, backend)
+            if weight.shape != (n,):
+                raise ShapeError(f"{names[0]} must have shape ({n},), one number for each sample, got {weight.shape}")
+            check_weights(names[0], weight)
+        if of_classes is None:
+            found = weight
+        else:
+            assert labels is not None
+            found = of_classes.of(labels, names[1], backend)
+            if weight is not None:
+                here = isinstance(found, np.ndarray) and isinstance(weight, np.ndarray)
+                found = found * weight if here else backend.asarray(found) * backend.asarray(weight)
+        if found is None:
+            return None
+        with backend.scope(), np.errstate(over="ignore"):
+            found = found.astype(self.dtype)
+            what = names[0] if of_classes is None else "class_weight"
+            what = f"{names[0]} times class_weight" if of_classes is not None and weight is not None else what
+            if not bool(found.any()):
+                raise ArgumentError(f"{what} must be above 0 for some of the samples, got 0 for all of them")
+            check_weights(what, found)
+        return found
+
+    def of_set(self, Y: Any, weight: Any, axis: int) -> dict[str, Array]:
+        """The weights of a validation set with labels Y along ``axis``, as arguments of :meth:`Network.evaluate`.
+
+        Those of samples count in loss and accuracy, those of classes in the loss.
+        """
+        if weight is None and self.of_classes is None:
+            return {}
+        names = "validation[2]", "validation[1]"
+        labels = checked_array(names[1], Y, self.backend)
+        kinds = {"weight": dataclasses.replace(self, of_classes=None), "loss_weight": self}
+        if self.of_classes is None:
+            del kinds["loss_weight"]
+        found = {name: kind.of_samples(weight, labels, labels.shape[axis], names) for name, kind in kinds.items()}
+        return {name: self.backend.asarray(array) for name, array in found.items() if array is not None}
+
+    def of_batch(self, y: Array, weight: Array | None = None) -> dict[str, Array]:
+        """The same of a batch with labels y, whose ``weight`` is that of the samples times that of the classes."""
+        if self.of_classes is None:
+            return {} if weight is None else {"weight": weight}
+        if weight is not None and not self.by_samples:
+            return {"loss_weight": weight}
+        with self.backend.scope():
+            of_class = self.of_classes.of(y, "Y", self.backend).astype(self.dtype)
+            if weight is None:
+                return {"loss_weight": of_class}
+            of_sample = weight / (of_class + (of_class == 0))  # a class of weight 0 counts in neither
+        return {"loss_weight": weight, "weight": of_sample}
 
 
 READ_BYTES = 1 << 24  # that are read at once to find the labels

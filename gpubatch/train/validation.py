@@ -14,7 +14,7 @@ import numpy as np
 from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, DTypeError, GpubatchError, InsufficientMemoryError, UnscaledWarning
 from gpubatch.inputs import Prepared, check_columns
-from gpubatch.loader import Columns, Epochs, Loader, epochs_of, rows_of
+from gpubatch.loader import Columns, Epochs, Loader, columns_like, converted, epochs_of, rows_of
 from gpubatch.nn import EVALUATION_ROWS, Network, core_of
 from gpubatch.sources import is_read
 from gpubatch.train.record import warn_caller
@@ -113,7 +113,7 @@ class HeldOutBatches:
 
     def _batch(self, arrays: Sequence[Array]) -> Batch:
         X, Y, *weights = arrays
-        return X, Y, self._weighted_by.weights_of(Y, *weights)
+        return X, Y, self._weighted_by.weighting.of_batch(Y, *weights)
 
     @contextlib.contextmanager
     def batches(self, rank: int = 0, size: int = 1) -> Iterator[Iterator[Batch]]:
@@ -189,16 +189,16 @@ def held_out_of(net: Network, loader: Loader, validation: Any) -> HeldOut:
     if is_large(X) or is_large(Y):
         if weight is not None:
             raise ArgumentError("validation must be arrays where it has weights, or a Loader with weight=")
-        other = columns.like(X, Y)
+        other = columns_like(columns, X, Y)
         if not other.labelled:
             raise ArgumentError("validation must have labels, as (source, Y); this source gives X alone")
         return HeldOutBatches(Epochs.of_columns(other, EVALUATION_ROWS), columns)
     names = ("validation[0]", "validation[1]")
-    x, y = columns.converted(X, Y, names, EVALUATION_ROWS)
+    x, y = converted(columns, X, Y, names, EVALUATION_ROWS)
     copied = sum(new.nbytes for new, given in ((x, X), (y, Y)) if new is not given)
-    weights = columns.weights_elsewhere(Y, weight)
+    weights = columns.weighting.of_set(Y, weight, columns[1].axis)
     copied += sum(array.nbytes for array in weights.values())
-    X, Y = columns.turn(x), columns.turn(y)  # rows, as a network takes them
+    X, Y = columns.functions.turn(x), columns.functions.turn(y)  # rows, as a network takes them
     # Where a batch has shards, the numbers are the same on any number of ranks: those of parts of a fixed size.
     return InMemory(X, Y, weights, copied, sys.maxsize if loader.shards is None else EVALUATION_ROWS)
 
