@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from gpubatch.errors import DataFormatError, check_bool, check_int
+from gpubatch.errors import DataFormatError, check_bool, check_int, unexpected
 
 __all__ = [
     "check_labels",
@@ -74,7 +74,7 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
             if read(1):
                 raise DataFormatError(f"{promise}, found more")
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise DataFormatError(f"{path}: expected a whole gzip file, found a damaged one ({error})") from error
+            raise unexpected(path, "a whole gzip file", f"a damaged one ({error})") from error
     return np.frombuffer(data, dtype).astype(dtype.newbyteorder("="), copy=False).reshape(shape)
 
 
@@ -82,27 +82,24 @@ def read_idx_header(path: Any, read: Callable[[int], bytes]) -> tuple[np.dtype[A
     """Read an IDX header: element type and shape; ``read(n)`` returns the next ``n`` bytes of the file."""
     magic = _take(read, 4)
     if len(magic) < 4:
-        raise DataFormatError(f"{path}: expected an IDX header of at least 8 bytes, found {len(magic)}")
+        raise unexpected(path, "an IDX header of at least 8 bytes", len(magic))
     if magic[:2] != b"\0\0":
-        raise DataFormatError(
-            f"{path}: expected the magic number of IDX, 00 00 TYPE DIMENSIONS, found {magic.hex(' ')}"
-        )
+        raise unexpected(path, "the magic number of IDX, 00 00 TYPE DIMENSIONS", magic.hex(" "))
     kind, dimensions = magic[2], magic[3]
     if kind not in IDX_TYPES:
         known = ", ".join(f"0x{code:02x}" for code in IDX_TYPES)
-        raise DataFormatError(f"{path}: expected an IDX element type out of {known}, found 0x{kind:02x}")
+        raise unexpected(path, f"an IDX element type out of {known}", f"0x{kind:02x}")
     if not 1 <= dimensions <= MAX_DIMENSIONS:
-        raise DataFormatError(f"{path}: expected 1 to {MAX_DIMENSIONS} dimensions, found {dimensions}")
+        raise unexpected(path, f"1 to {MAX_DIMENSIONS} dimensions", dimensions)
     sizes = _take(read, 4 * dimensions)
     if len(sizes) < 4 * dimensions:
-        raise DataFormatError(
-            f"{path}: expected an IDX header of {4 + 4 * dimensions} bytes for {dimensions} dimensions, "
-            f"found {4 + len(sizes)}"
+        raise unexpected(
+            path, f"an IDX header of {4 + 4 * dimensions} bytes for {dimensions} dimensions", 4 + len(sizes)
         )
     dtype, shape = np.dtype(IDX_TYPES[kind]).newbyteorder(">"), tuple(np.frombuffer(sizes, ">u4").tolist())
     # As NumPy counts: an empty array must fit without its dimensions of size 0.
     if math.prod(n or 1 for n in shape) * dtype.itemsize > sys.maxsize:
-        raise DataFormatError(f"{path}: expected an array that fits into memory, found an IDX header of shape {shape}")
+        raise unexpected(path, "an array that fits into memory", f"an IDX header of shape {shape}")
     return dtype, shape
 
 
@@ -131,9 +128,7 @@ def mnist(
     home, name = _named_set(folder)
     train, test = _mnist_part(home, name, "train"), _mnist_part(home, name, "t10k", "test")
     if train[0].shape[1:] != test[0].shape[1:]:
-        raise DataFormatError(
-            f"{home}: expected images of one size, found {train[0].shape[1:]} to train on, {test[0].shape[1:]} to test"
-        )
+        raise unexpected(home, "images of one size", f"{train[0].shape[1:]} to train on, {test[0].shape[1:]} to test")
     classes = max(CLASSES, *(int(labels.max()) + 1 for _, labels in (train, test)))
     options = normalize, one_hot, flatten
     return _prepare(*train, *options, classes=classes), _prepare(*test, *options, classes=classes)
@@ -191,9 +186,11 @@ def cifar10_records(folder: str | os.PathLike[str], *parts: str) -> list[tuple[P
     if absent := [path.name for path in paths if not path.is_file()]:
         for pickled in (home / "data_batch_1", home / "cifar-10-batches-py" / "data_batch_1"):
             if pickled.is_file():
-                raise DataFormatError(
-                    f"{pickled}: expected the binary version of CIFAR-10, found the Python version, a pickle; "
-                    "unpickling runs code from the file, so it is not read; take cifar-10-binary.tar.gz instead"
+                raise unexpected(
+                    pickled,
+                    "the binary version of CIFAR-10",
+                    "the Python version, a pickle; unpickling runs code from the file, so it is not read; take "
+                    "cifar-10-binary.tar.gz instead",
                 )
         raise FileNotFoundError(f"no {', '.join(absent)} in {home}; they come in cifar-10-binary.tar.gz")
     return [(path, _whole_records(path, path.stat().st_size)) for path in paths]
@@ -206,9 +203,8 @@ def _named_set(folder: str | os.PathLike[str]) -> tuple[Path, str]:
         return place.parent, place.name
     sets = mnist_sets(folder)
     if len(sets) > 1 and "" not in sets:
-        raise DataFormatError(
-            f"{place}: expected one set, found {', '.join(sets)}; name one, as {place / sets[0]}, or give each a "
-            "folder of its own"
+        raise unexpected(
+            place, "one set", f"{', '.join(sets)}; name one, as {place / sets[0]}, or give each a folder of its own"
         )
     return place, sets[0] if sets else ""
 
@@ -217,16 +213,15 @@ def _mnist_part(home: Path, name: str, *parts: str) -> Samples:
     image_path, label_path = (_find(home, name, [f"{part}-{what}" for part in parts]) for what in ("images", "labels"))
     images, labels = read_idx(image_path), read_idx(label_path)
     if images.dtype != np.uint8 or images.ndim < 2 or images.size == 0:
-        raise DataFormatError(
-            f"{image_path}: expected uint8 images (samples, height, width), found {images.dtype} {images.shape}"
-        )
+        raise unexpected(image_path, "uint8 images (samples, height, width)", f"{images.dtype} {images.shape}")
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        raise DataFormatError(
-            f"{label_path}: expected {len(images)} integer labels, one for each image of {image_path.name}, "
-            f"found {labels.dtype} {labels.shape}"
+        raise unexpected(
+            label_path,
+            f"{len(images)} integer labels, one for each image of {image_path.name}",
+            f"{labels.dtype} {labels.shape}",
         )
     if (least := int(labels.min())) < 0:
-        raise DataFormatError(f"{label_path}: expected labels from 0 on, found {least} at {int(labels.argmin())}")
+        raise unexpected(label_path, "labels from 0 on", f"{least} at {int(labels.argmin())}")
     return images, labels
 
 
@@ -250,9 +245,7 @@ def _cifar_batch(path: Path) -> Samples:
 
 def _whole_records(path: Path, size: int) -> int:
     if size == 0 or size % CIFAR_RECORD:
-        raise DataFormatError(
-            f"{path}: expected records of {CIFAR_RECORD} bytes, a label and an image, found {size} bytes"
-        )
+        raise unexpected(path, f"records of {CIFAR_RECORD} bytes, a label and an image", f"{size} bytes")
     return size // CIFAR_RECORD
 
 
@@ -261,7 +254,7 @@ def check_labels(path: Any, labels: np.ndarray, places: np.ndarray | None = None
     wrong = np.flatnonzero(labels >= CLASSES)
     if wrong.size:
         place = wrong[0] if places is None else places[wrong[0]]
-        raise DataFormatError(f"{path}: expected labels 0 to {CLASSES - 1}, found {labels[wrong[0]]} at {place}")
+        raise unexpected(path, f"labels 0 to {CLASSES - 1}", f"{labels[wrong[0]]} at {place}")
 
 
 def _existing(folder: str | os.PathLike[str]) -> Path:

@@ -273,6 +273,11 @@ def check_known(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
             raise UnknownArgumentError(f"{owner} takes {', '.join(names)}; got {name!r}{nearest(name, names)}")
 
 
+def unexpected(path: Any, expected: Any, found: Any) -> DataFormatError:
+    """What to raise for the file ``path``, which has something other than was expected."""
+    return DataFormatError(f"{path}: expected {expected}, found {found}")
+
+
 def needed(module: str, what: str, extra: str) -> Any:
     """The optional ``module``. Without it raises ArgumentError: ``what`` needs it, the ``extra`` of gpubatch has it."""
     try:

@@ -194,7 +194,7 @@ def test_packages_are_no_larger_than_their_table_says() -> None:
 
 # The most code lines of each package or module.
 CODE_LINES = {
-    "errors": 201,
+    "errors": 203,
     "own": 27,
     "main_memory": 66,
     "shown": 28,

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, check_choice
+from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, check_choice, unexpected
 from gpubatch.sources.opener import Opener, opener_of, unquoted
 from gpubatch.sources.reader import Form, InTurn, Source, noting
 from gpubatch.sources.remote import RemoteFile, is_url, shown
@@ -69,7 +69,7 @@ def files(where: Path | Opener | Sequence[Path | Opener], format: str | None = N
     formats = Counter(_format_of(opener.path) if format is None else format for opener in openers)
     if len(formats) > 1:
         found = ", ".join(f"{count} of {name}" for name, count in formats.items())
-        raise DataFormatError(f"{words_of(where)}: expected files of one format, found {found}")
+        raise unexpected(words_of(where), "files of one format", found)
     name = check_choice("format", next(iter(formats)), list(FORMATS))
     opened, columns = _opened(openers, name, options)
     parts = [part for part in opened if len(part)]
@@ -183,9 +183,8 @@ def _of_one_suffix(where: Path, paths: list[str]) -> list[str]:
         )
         most = max(suffixes, key=lambda suffix: len(suffixes[suffix]))
         pattern = os.path.join(name, f"**/*{most}") if os.path.isdir(where) else f"*{most}"
-        raise DataFormatError(
-            f"{name}: expected files of one suffix, found {found}; name those that are meant by a pattern, as "
-            f"{pattern!r}"
+        raise unexpected(
+            name, "files of one suffix", f"{found}; name those that are meant by a pattern, as {pattern!r}"
         )
     return sorted(paths, key=lambda path: [*map(_natural, _names(path))])
 
@@ -208,9 +207,10 @@ def _format_of(path: str) -> str:
         return "idx"
     if suffix not in SUFFIXES:
         known = ", ".join([*SUFFIXES, "-idx3-ubyte"])
-        raise DataFormatError(
-            f"{path}: expected a name that ends in one of {known}, found {suffix or 'no suffix'!r}; name the format "
-            f"by format=, one of {', '.join(FORMATS)}"
+        raise unexpected(
+            path,
+            f"a name that ends in one of {known}",
+            f"{suffix or 'no suffix'!r}; name the format by format=, one of {', '.join(FORMATS)}",
         )
     return SUFFIXES[suffix]
 
@@ -254,17 +254,13 @@ def _compare(first: Any, part: Any, all_columns: bool) -> None:
     if hasattr(first, "fields"):
         for column, kind in first.fields.items():
             if part.fields[column] != kind:
-                raise DataFormatError(
-                    f"{part.path}: expected column {column!r} of type {kind}, {like}, found {part.fields[column]}"
-                )
+                raise unexpected(part.path, f"column {column!r} of type {kind}, {like}", part.fields[column])
         if all_columns and (more := sorted(set(part.names) - set(first.names))):
-            raise DataFormatError(
-                f"{part.path}: expected the columns {', '.join(first.names)}, {like}, found {more[0]!r}, too"
-            )
+            raise unexpected(part.path, f"the columns {', '.join(first.names)}, {like}", f"{more[0]!r}, too")
         part.share_lengths(first)
     elif part.forms != first.forms:
         expected, found = (", ".join(f"{dtype} {shape}" for dtype, shape in of.forms) for of in (first, part))
-        raise DataFormatError(f"{part.path}: expected samples of {expected}, {like}, found {found}")
+        raise unexpected(part.path, f"samples of {expected}, {like}", found)
 
 
 # --- the source ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, Protocol, TypeAlias
 import numpy as np
 
 from gpubatch.backend import Array, unmasked
-from gpubatch.errors import DataFormatError, DTypeError, ShapeError, check_int
+from gpubatch.errors import DTypeError, ShapeError, check_int, unexpected
 from gpubatch.inputs import check_kind
 from gpubatch.sources.arrays import check_rows, holds_all
 
@@ -176,7 +176,7 @@ class Reader:
             else f"samples {index.min()} to {index.max()}"
         )
         words = [", ".join(f"{dtype} {shape}" for dtype, shape in these) for these in (expected, found)]
-        raise DataFormatError(f"{self.where}: expected {words[0]} for {place}, found {words[1]}")
+        raise unexpected(self.where, f"{words[0]} for {place}", words[1])
 
     def _check(self, index: Array, arrays: Sequence[np.ndarray], limits: Sequence[float]) -> None:
         for array, limit in zip(arrays, limits, strict=True):

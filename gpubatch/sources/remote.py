@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, GpubatchError, TransferError, needed
+from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, GpubatchError, TransferError, needed, unexpected
 from gpubatch.sources.reader import InTurn
 
 T = TypeVar("T")
@@ -49,9 +49,8 @@ def is_url(x: Any) -> bool:
 def check_unchanged(path: str, identity: str, now: str) -> None:
     """Raise ``DataFormatError`` unless a file in use still has the ``identity`` that it was opened with."""
     if now != identity:
-        raise DataFormatError(
-            f"{path}: expected the file that was opened first ({identity}), found another ({now}): it was changed "
-            "while it was in use"
+        raise unexpected(
+            path, f"the file that was opened first ({identity})", f"another ({now}): it was changed while it was in use"
         )
 
 
@@ -170,7 +169,7 @@ class RemoteFile:
 
         info = self._tried("found", ask)
         if info.get("type") == "directory":
-            raise DataFormatError(f"{self.path}: expected a file, found a folder")
+            raise unexpected(self.path, "a file", "a folder")
         size = info.get("size")
         if not isinstance(size, int):
             raise TransferError(f"{self.path}: the server does not tell the file's size")

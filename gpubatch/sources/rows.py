@@ -34,6 +34,7 @@ from gpubatch.errors import (
     check_bool,
     check_choice,
     check_int,
+    unexpected,
 )
 from gpubatch.inputs import check_kind
 from gpubatch.sources.opener import BytesByPlace, LocalFile, Opener, Reopened, opener_of
@@ -66,9 +67,10 @@ def npz(path: str | os.PathLike[str] | Opener, array: str, *, flatten: bool = Fa
             raise ArgumentError(f"{of.path} has the arrays {', '.join(names) or '(none)'}; got {array!r}")
         found = archive.getinfo(f"{array}.npy" if f"{array}.npy" in archive.namelist() else array)
         if found.compress_type != zipfile.ZIP_STORED:
-            raise DataFormatError(
-                f"{of.path}: expected an array {array!r} that is read by place, found a compressed one; np.savez "
-                "writes it as it is, np.savez_compressed does not"
+            raise unexpected(
+                of.path,
+                f"an array {array!r} that is read by place",
+                "a compressed one; np.savez writes it as it is, np.savez_compressed does not",
             )
         # A file's name and extra field follow a header of 30 bytes (PKWARE's APPNOTE.TXT, section 4.3.7).
         file.seek(found.header_offset)
@@ -86,12 +88,9 @@ def _npy_header(path: str, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[An
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = header(start)
     except Exception as error:  # NumPy parses the header as Python, so ValueError is not all that it raises
-        raise DataFormatError(f"{path}: expected an .npy file, found another or a damaged one ({error})") from error
+        raise unexpected(path, "an .npy file", f"another or a damaged one ({error})") from error
     if fortran and len(shape) > 1:
-        raise DataFormatError(
-            f"{path}: expected samples one after another (C order), found Fortran order; save "
-            "np.ascontiguousarray(array)"
-        )
+        raise unexpected(path, "samples one after another (C order)", "Fortran order; save np.ascontiguousarray(array)")
     return shape, dtype, start.tell()
 
 
@@ -100,9 +99,7 @@ def raw(path: str | os.PathLike[str] | Opener, sample_shape: tuple[int, ...], dt
     of, dtype = opener_of(path), np.dtype(dtype)
     size, extra = of.size() - check_int("offset", offset, 0), math.prod(sample_shape) * dtype.itemsize
     if extra == 0 or size < 0 or size % extra:
-        raise DataFormatError(
-            f"{of.path}: expected samples of {extra} bytes, {dtype} {tuple(sample_shape)}, found {size} bytes"
-        )
+        raise unexpected(of.path, f"samples of {extra} bytes, {dtype} {tuple(sample_shape)}", f"{size} bytes")
     return _Rows(of, (size // extra, *sample_shape), dtype, offset)
 
 
@@ -114,9 +111,11 @@ def idx(path: str | os.PathLike[str] | Opener, *, flatten: bool = False) -> Sour
     of = opener_of(path)
     with of.open() as file:
         if file.read(2) == GZIP_MAGIC:
-            raise DataFormatError(
-                f"{of.path}: expected an IDX file, found a gzip file, which cannot be read by place; "
-                "unpack it, or read it whole with gpubatch.datasets.read_idx"
+            raise unexpected(
+                of.path,
+                "an IDX file",
+                "a gzip file, which cannot be read by place; unpack it, or read it whole with "
+                "gpubatch.datasets.read_idx",
             )
         file.seek(0)
         dtype, shape = read_idx_header(of.path, file.read)
@@ -150,15 +149,15 @@ class _Rows:
         self.path, self.file = file.path, file
         check_kind(self.path, dtype)
         if not shape:
-            raise DataFormatError(f"{self.path}: expected samples, found a single number")
+            raise unexpected(self.path, "samples", "a single number")
         if any(not 0 <= n <= sys.maxsize for n in shape):
-            raise DataFormatError(f"{self.path}: expected a shape that fits into memory, found {shape}")
+            raise unexpected(self.path, "a shape that fits into memory", shape)
         self._shape, self._dtype, self._offset = shape, dtype, offset
         self.forms: list[Form] = [(dtype, shape[1:])]
         self._row = math.prod(shape[1:]) * dtype.itemsize
         needed, found = offset + shape[0] * self._row, file.size()
         if found < needed:
-            raise DataFormatError(f"{self.path}: expected {needed} bytes for {dtype} {shape}, found {found}")
+            raise unexpected(self.path, f"{needed} bytes for {dtype} {shape}", found)
         if getattr(file, "by_parts", False):
             self.block = 1  # any neighbours go together, but single samples would be read at a cost
         self._bytes = Reopened(file, lambda: BytesByPlace(file.open()))
@@ -260,9 +259,7 @@ def in_order_of_use(numbers: np.ndarray) -> list[int]:
 def check_exists(file: Opener) -> None:
     """Raise ``FileNotFoundError`` or another ``OSError`` where there is nothing to read."""
     if isinstance(file, LocalFile) and os.path.isdir(file.path):
-        raise DataFormatError(
-            f"{file.path}: expected a file, found a folder; gpubatch.sources.files opens all of its files as one source"
-        )
+        raise unexpected(file.path, "a file", "a folder; gpubatch.sources.files opens all of its files as one source")
     file.open().close()
 
 
@@ -282,4 +279,4 @@ def naming_the_file(path: str | os.PathLike[str], expected: str) -> Iterator[Non
         *(struct.error, zlib.error, zipfile.BadZipFile),
     ) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataFormatError(f"{os.fspath(path)}: expected {expected}, found damage ({first_line})") from error
+        raise unexpected(os.fspath(path), expected, f"damage ({first_line})") from error

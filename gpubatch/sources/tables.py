@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from gpubatch.errors import ArgumentError, DataFormatError, DTypeError, ShapeError, check_bool, needed
+from gpubatch.errors import ArgumentError, DTypeError, ShapeError, check_bool, needed, unexpected
 from gpubatch.inputs import check_kind
 from gpubatch.sources.opener import BytesByPlace, LocalFile, Opener, Reopened, opener_of
 from gpubatch.sources.reader import Form, InTurn, Source
@@ -139,7 +139,7 @@ class _ArrowFile:
         self._batches = arrow_batches(file, 8)
         self.sizes, self.data_bytes = [batch.rows for batch in self._batches], data_bytes(self._batches)
         if (count := pa.ipc.open_file(self._file).num_record_batches) != len(self.sizes):
-            raise DataFormatError(f"{file.path}: expected {count} record batches, found {len(self.sizes)}")
+            raise unexpected(file.path, f"{count} record batches", len(self.sizes))
 
     def load(self, group: int, chosen: list[str]) -> Any:
         """See :class:`Grouped`."""
@@ -240,14 +240,15 @@ def arrow_batches(file: Opener, start: int) -> list[ArrowBatch]:
             if metadata == 0:
                 break
             if not 0 < metadata <= size - start - skip:
-                raise DataFormatError(f"{file.path}: expected a message at byte {start}, found one of {metadata} bytes")
+                raise unexpected(file.path, f"a message at byte {start}", f"one of {metadata} bytes")
             opened.seek(start + skip)
             kind, body, rows = _message(opened.read(metadata))
             stop = start + skip + metadata + body
             if not (body >= 0 and stop <= size and rows >= 0):
-                raise DataFormatError(
-                    f"{file.path}: expected a message at byte {start} that ends before byte {size}, found one of "
-                    f"{body} bytes and {rows} rows"
+                raise unexpected(
+                    file.path,
+                    f"a message at byte {start} that ends before byte {size}",
+                    f"one of {body} bytes and {rows} rows",
                 )
             if kind == RECORD_BATCH:
                 found.append(ArrowBatch(start, stop, rows))
@@ -305,9 +306,7 @@ class _Table:
         self.fields = {name: kind for name, kind in found.fields if name in chosen}
         self._single = isinstance(columns, str)
         if min(found.sizes, default=0) < 0 or sum(found.sizes) > sys.maxsize:
-            raise DataFormatError(
-                f"{self.path}: expected numbers of rows, found {min(found.sizes)} to {max(found.sizes)}"
-            )
+            raise unexpected(self.path, "numbers of rows", f"{min(found.sizes)} to {max(found.sizes)}")
         self.starts = np.cumsum([0, *found.sizes])
         self.block = max(found.sizes, default=1) or 1
         self._group, self._kept = -1, list[np.ndarray]()
@@ -364,7 +363,7 @@ class _Table:
                 for whole, array in zip(out, kept, strict=True):
                     expected, found = (f"samples of {of.dtype} {of.shape[1:]}" for of in (whole, array))
                     if expected != found:
-                        raise DataFormatError(f"{self.path}: expected {expected}, found {found}")
+                        raise unexpected(self.path, expected, found)
                     copy_rows(whole, here, array, places)
 
     def _by_group(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, list[np.ndarray]]]:
@@ -390,7 +389,7 @@ class _Table:
             table = self._opened.use().load(group, self._chosen)
             table.validate(full=True)
         if len(table) != stop - start:
-            raise DataFormatError(f"{self.path}: expected {stop - start} samples from {start} on, found {len(table)}")
+            raise unexpected(self.path, f"{stop - start} samples from {start} on", len(table))
         arrays = [self._numbers(name, table[name], start) for name in self.columns]
         x = arrays[0]
         if len(arrays) > 1 or (x.ndim == 1 and not self._single):
@@ -413,9 +412,10 @@ class _Table:
             width, like = self._lengths.setdefault(name, (int(lengths[0]), self.path))
             if (wrong := np.flatnonzero(lengths != width)).size:
                 like = "" if like == self.path else f", as in {like}"
-                raise DataFormatError(
-                    f"{self.path}: expected lists of {width} numbers in column {name!r}{like}, found "
-                    f"{lengths[wrong[0]]} in sample {start + wrong[0]}"
+                raise unexpected(
+                    self.path,
+                    f"lists of {width} numbers in column {name!r}{like}",
+                    f"{lengths[wrong[0]]} in sample {start + wrong[0]}",
                 )
             array, kind = array.flatten(), kind.value_type
             self._complete(name, array, start, width)
@@ -433,9 +433,7 @@ class _Table:
     def _complete(self, name: str, array: Any, start: int, width: int = 1) -> None:
         if array.null_count:
             first = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0]) // width
-            raise DataFormatError(
-                f"{self.path}: expected numbers, found a missing value in column {name!r}, sample {start + first}"
-            )
+            raise unexpected(self.path, "numbers", f"a missing value in column {name!r}, sample {start + first}")
 
 
 # --- Hugging Face's datasets ----------------------------------------------------------------------------------------
@@ -505,7 +503,7 @@ def _columns(path: str, columns: str | Sequence[str] | None, label: str | None, 
         if name not in names:
             raise ArgumentError(f"{path} has the columns {', '.join(names)}; got {name!r}")
         if names.count(name) > 1:
-            raise DataFormatError(f"{path}: expected one column {name!r}, found {names.count(name)}")
+            raise unexpected(path, f"one column {name!r}", names.count(name))
     return chosen
 
 
@@ -544,15 +542,13 @@ class _Hdf5:
             with naming_the_file(path, f"the dataset {name!r}"):
                 found = self._file.get(name)
                 if isinstance(found, h5py.Dataset) and not found.shape:
-                    raise DataFormatError(f"{path}: expected samples, found a single number in {name!r}")
+                    raise unexpected(path, "samples", f"a single number in {name!r}")
                 if not isinstance(found, h5py.Dataset):
                     raise ArgumentError(
                         f"{path} has the datasets {', '.join(_datasets(self._file)) or '(none)'}; got {name!r}"
                     )
                 if found.file != self._file or found.external or found.is_virtual:
-                    raise DataFormatError(
-                        f"{path}: expected samples in the file itself, found {name!r} to be kept in another file"
-                    )
+                    raise unexpected(path, "samples in the file itself", f"{name!r} to be kept in another file")
                 check_kind(f"{path}: {name!r}", found.dtype)
                 self.datasets.append(found)
         if len({len(found) for found in self.datasets}) > 1:
