@@ -275,9 +275,9 @@ def test_an_automatic_batch_size_is_the_least_over_the_ranks(monkeypatch: pytest
 
     def with_memory(available: list[int], at_most: int = 512, shards: int = 8) -> list[Any]:
         def work(ranks: gb.Ranks) -> gb.Loader:
-            loader = gb.Loader(X, batch_size=8, backend="cpu", ranks=ranks, shards=shards)
+            loader = gb.Loader(X, batch_size=8, at_most=at_most, backend="cpu", ranks=ranks, shards=shards)
             epochs = epochs_of(loader)
-            epochs.automatic, epochs.at_most = True, at_most
+            epochs.automatic = True
             monkeypatch.setattr(epochs, "_available", lambda: available[ranks.rank])
             epochs.replan(lambda rows: {"model": rows * 1000}, least_rows=2)
             return loader
