@@ -1,4 +1,4 @@
-"""Batches that a thread prepares before they are asked for."""
+"""Batches that a thread prepares ahead of their use."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Batch = TypeVar("Batch")
 
 
 def prepared(prepare: Callable[[int], Batch], starts: range, depth: int) -> Generator[Batch]:
-    """``prepare`` of every start in turn: up to ``depth`` of them ahead, in a thread; with 0 when they are asked for.
+    """``prepare(start)`` for every start in turn, up to ``depth`` of them ahead in a thread; with 0 in the caller.
 
-    What ``prepare`` raises is raised here. The thread ends with the generator, also when that is closed or collected.
+    Exceptions of ``prepare`` are raised here. The thread ends with the generator, however that ends.
     """
     return _ahead(prepare, starts, depth) if depth else (prepare(start) for start in starts)
 
 
 @dataclass
 class _Failure:
-    """What was raised instead of a batch."""
+    """The exception in place of a batch."""
 
     error: BaseException
 
@@ -42,20 +42,20 @@ def _ahead(prepare: Callable[[int], Batch], starts: range, depth: int) -> Genera
                 if stop.is_set():
                     return
                 ready.put(prepare(start))
-        except BaseException as error:  # whatever it is, it belongs to the caller
+        except BaseException as error:  # of any kind: the caller gets it
             ready.put(_Failure(error))
 
     thread, process = threading.Thread(target=work, name="gpubatch-loader", daemon=True), os.getpid()
 
     def end() -> None:
         if os.getpid() != process:
-            return  # a forked child does not have the thread, and may have its locks for good
+            return  # a forked child has no such thread, and its locks may be held for ever
         stop.set()
         room.release()
         if thread is not threading.current_thread():  # garbage collection may run this in any thread
             thread.join()
 
-    # Python ends a daemon thread where it next waits for the interpreter's lock: in compiled code the process aborts.
+    # Python ends a daemon thread where it next takes the interpreter's lock: inside compiled code the process aborts.
     atexit.register(end)
     thread.start()
     try:

@@ -1,7 +1,7 @@
-"""The columns of a batch, x and y: their checks, what becomes of their samples, and how a batch is delivered.
+"""The columns of a batch, x, y and weights: their checks, the conversion of their samples, the delivery of a batch.
 
-Inside the package samples are rows. Where the caller has them as columns (``sample_axis=1``), they are turned here
-only: X and Y when they come in, batches in :meth:`Columns.deliver`.
+Inside the package samples are rows. Where the caller has them as columns (``sample_axis=1``), they are turned twice: X
+and Y when they come in, batches in :meth:`Columns.deliver`.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ from gpubatch.sources import (
     turned,
 )
 
-DIGEST = 1 << 24  # bytes of an array that its digest is of: at most 40 ms
-Rows: TypeAlias = dict[Reader, list[np.ndarray]]  # what was read, as it is stored
+DIGEST = 1 << 24  # bytes of an array that its digest covers: at most 40 ms
+Rows: TypeAlias = dict[Reader, list[np.ndarray]]  # rows as they are stored
 
 
 def native(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """``dtype`` in the byte order of this machine, which is that of the device."""
+    """``dtype`` in the byte order of this machine, which is also the device's."""
     return dtype.newbyteorder("=")
 
 
 def captured_dtype(dtype: np.dtype[Any], dimensions: int) -> np.dtype[Any]:
-    """The element type in which a captured step has an array of ``dtype``: labels are int64, as losses expect."""
+    """The element type of an array of ``dtype`` in captured steps: labels are int64, as losses expect."""
     return np.dtype(np.int64) if dimensions == 1 and dtype.kind in "iu" else dtype
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Column:
-    """One of the arrays of a batch: its source, and the element type and scale of what its samples become."""
+    """One of the arrays of a batch: the source of its samples, and their element type and scale in a batch."""
 
     source: ArraySource | Part
     dtype: np.dtype[Any]
@@ -77,7 +77,7 @@ class Column:
 
     @functools.cached_property
     def checks_rows(self) -> bool:
-        """Whether numbers are checked as they are read: those of a mapped file, which may be larger than memory."""
+        """Whether numbers are checked as they are read, as those of a mapped file, which may be larger than memory."""
         array = self.array
         return array is not None and is_mapped(array.array) and not holds_all(array.dtype, self.limit)
 
@@ -89,7 +89,7 @@ class Column:
 
     @property
     def limit(self) -> float:
-        """The largest stored number that the batches can hold."""
+        """The largest stored number that batches can hold."""
         return largest_stored(self.dtype, self.scale)
 
     @property
@@ -99,11 +99,11 @@ class Column:
 
     @property
     def form(self) -> Form:
-        """Shape and element type of one sample on its way to a device: as it is stored, or its number."""
+        """Shape and element type of a sample on its way to a device: as it is stored, or its number in the set."""
         return ((), np.dtype(np.int64)) if self.on_backend else (self.source.sample_shape, native(self.source.dtype))
 
     def staging_bytes(self, rows: int, copied: bool = False) -> int:
-        """Bytes of stored samples that are held while a batch is made of them; ``copied`` as in the source's."""
+        """Bytes of stored samples that are held while a batch is made; ``copied`` as in :class:`ArraySource`."""
         if (source := self.array) is not None and not (self.checks_rows and not copied):
             return source.staging_bytes(rows, self.dtype, self.scale, self.backend, copied)
         as_it_is = self.dtype == self.source.dtype and self.scale is None
@@ -111,7 +111,7 @@ class Column:
 
     @functools.cached_property
     def gather(self) -> Callable[[Array], Array]:
-        """A function that makes batches of the samples at an index; both are where the source lives."""
+        """A function from an index to the batch of these samples, both on the device of the source."""
         assert self.array is not None
         if not self.checks_rows:
             return self.array.gatherer(self.dtype, self.scale, self.backend)
@@ -119,19 +119,19 @@ class Column:
         return lambda index: turn(convert(turn(self.checked(index, source.take(index))), self.dtype, self.scale))
 
     def stored(self, index: Indices) -> np.ndarray:
-        """The samples at ``index`` as they go to the backend: their numbers where they are there already."""
+        """The samples at ``index`` as they go to the backend; ``index`` itself where they are there already."""
         assert self.array is not None
         return index if self.on_backend else self.checked(index, self.array.take(index))
 
     def checked(self, index: Indices, rows: np.ndarray) -> np.ndarray:
-        """``rows``, the samples at ``index``, once they are known to be numbers that the batches can hold."""
+        """``rows``, the samples at ``index``, after the check that batches can hold their numbers."""
         if self.checks_rows:
             assert self.array is not None
             check_rows(self.array.name, index, rows, self.limit)
         return rows
 
     def check(self) -> None:
-        """Look at all numbers of an array."""
+        """Check all numbers of an array."""
         if (source := self.array) is not None:
             given = turned(source.array) if self.axis else source.array
             check_finite(source.name, given, self.dtype, self.scale, self.backend)
@@ -142,11 +142,11 @@ class Column:
         return dataclasses.replace(self, source=dataclasses.replace(self.array, array=array))
 
     def made_of(self, there: Array) -> Array:
-        """The batch that is made on the backend of what :meth:`stored` gave."""
+        """The batch, made on the backend from the result of :meth:`stored`."""
         return self.gather(there) if self.on_backend else convert(there, self.dtype, self.scale)
 
     def received(self, there: Array) -> Array:
-        """Likewise of what came through a buffer of the device, with which the batch shares no memory."""
+        """The batch, made from a buffer of the device; it shares no memory with the buffer."""
         if self.on_backend:
             return self.gather(there)
         if there.dtype == self.dtype and self.scale is None:
@@ -229,7 +229,7 @@ class Columns(Sequence[Column]):
         return readers
 
     def take(self, dtype: np.dtype[Any]) -> None:
-        """Make batches of ``dtype`` from now on, where none was given."""
+        """Make batches of ``dtype`` from now on."""
         self.dtype = dtype
         self.functions = dataclasses.replace(self.functions, dtype=dtype)
         self._columns[0] = dataclasses.replace(self._columns[0], dtype=dtype, scale=self._factor)
@@ -264,7 +264,7 @@ class Columns(Sequence[Column]):
         return iter(self._columns)
 
     def apart(self, table: Prepared, Y: Any = None, name: str = "X") -> tuple[Any, Any]:
-        """X and Y of a table, which must be prepared as the loader's is."""
+        """X and Y of a table, which must be prepared as the loader's table is."""
         if Y is not None:
             raise ArgumentError(f"{name} must be given alone where it is a table, whose label is Y")
         if self.sample_axis:
@@ -279,7 +279,7 @@ class Columns(Sequence[Column]):
     # --- checks ---
 
     def _inputs(self, X: Any, Y: Any) -> list[tuple[ArraySource | Part, int]]:
-        """The sources of x and of the labels, and the axis that the samples have in each."""
+        """The sources of x and of the labels, and the axis of the samples in each."""
         inputs: list[tuple[ArraySource | Part, int]] = []
         for name, given in (("X", X), ("Y", Y)):
             if given is None and name == "Y":
@@ -290,7 +290,7 @@ class Columns(Sequence[Column]):
                 axis = self.sample_axis if array.ndim > 1 else 0
                 if name == "X" and axis != self.sample_axis:
                     raise ShapeError(f"X must be (features, samples) with sample_axis=1, got shape {array.shape}")
-                # In main memory columns are gathered as columns. On a device rows are, for kernels and captured steps.
+                # In main memory columns are gathered. On a device rows are, for kernels and captured steps.
                 as_columns = axis == 1 and self.backend.name == "cpu"
                 inputs.append((ArraySource(name, turned(array) if axis else array, as_columns), axis))
                 continue
@@ -317,7 +317,7 @@ class Columns(Sequence[Column]):
                 column.check()
 
     def _add_weights(self, weight: Any, class_weight: Any) -> None:
-        """Add the column of weights, of the dtype in which the loss is computed."""
+        """Add the column of weights, in the element type of the loss."""
         if not self.labelled:
             raise ArgumentError(f"{'weight' if class_weight is None else 'class_weight'} needs Y")
         labels = None
@@ -340,17 +340,17 @@ class Columns(Sequence[Column]):
 
     @functools.cached_property
     def stored_bytes(self) -> int:
-        """A sample's bytes as they are stored."""
+        """Bytes of a stored sample."""
         return sum(column.source.bytes_per_sample(column.source.dtype) for column in self)
 
     @functools.cached_property
     def batch_bytes(self) -> int:
-        """A sample's bytes in a batch."""
+        """Bytes of a sample in a batch."""
         return sum(column.source.bytes_per_sample(column.dtype) for column in self)
 
     @functools.cached_property
     def captured_bytes(self) -> int:
-        """A sample's bytes in the batches of captured steps."""
+        """Bytes of a sample in a batch of captured steps."""
         return sum(column.source.bytes_per_sample(column.captured_dtype) for column in self)
 
     @functools.cached_property
@@ -366,7 +366,7 @@ class Columns(Sequence[Column]):
 
     @property
     def files(self) -> str:
-        """What identifies the files of sources that have several; "" where there are none."""
+        """The identities of sources of several files; "" where there are none."""
         return "; ".join(found for reader in self.readers if (found := getattr(reader.source, "identity", "")))
 
     @functools.cached_property
@@ -375,7 +375,7 @@ class Columns(Sequence[Column]):
         return sum(source.bytes_per_sample(source.dtype) for source in arrays)
 
     def bytes_read(self, samples: int = 0) -> int:
-        """Bytes that the readers have read so far, and those of so many ``samples`` in the arrays."""
+        """Bytes that the readers have read so far, plus those of ``samples`` samples of the arrays."""
         read = sum(reader.bytes_read for reader in self.readers) if self.readers else 0
         return read + samples * self._array_bytes
 
@@ -386,12 +386,12 @@ class Columns(Sequence[Column]):
         return self.moved(self.stored(index))
 
     def moved(self, stored: Sequence[np.ndarray]) -> list[Array]:
-        """Rows of a batch made on the backend of what :meth:`stored` gives."""
+        """Rows of a batch, made on the backend from the result of :meth:`stored`."""
         with self.backend.scope():
             return [column.made_of(self.backend.asarray(rows)) for column, rows in zip(self, stored, strict=True)]
 
     def gathered(self, index: Array) -> list[Array]:
-        """The same where all columns are arrays on the backend, as ``index`` is."""
+        """The samples at ``index``, where ``index`` and all columns are arrays on the backend."""
         return [column.gather(index) for column in self._columns]
 
     def stored(self, index: Indices) -> list[np.ndarray]:
@@ -405,7 +405,7 @@ class Columns(Sequence[Column]):
         ]
 
     def store(self, index: Indices, places: Sequence[np.ndarray], helpers: Executor) -> None:
-        """Write what :meth:`stored` would give into ``places``; ``helpers`` share the work on large batches."""
+        """Write the result of :meth:`stored` into ``places``; ``helpers`` share large batches."""
         read: Rows = {reader: [] for reader in self.readers}
         for column, place in zip(self, places, strict=True):
             if isinstance(column.source, Part):
@@ -422,7 +422,7 @@ class Columns(Sequence[Column]):
                 copy_into(of_reader, reader.read(index, self.readers[reader]))
 
     def of_window(self, rows: Rows, samples: Samples, use: Indices) -> list[Array]:
-        """Rows of a batch in main memory: those at ``use`` of a window's ``samples``, of which it holds ``rows``."""
+        """Rows of a batch in main memory: those at ``use`` of a window's ``samples`` and ``rows``."""
         return [
             _held(column.source, rows).gather(use, column.dtype, column.scale, self.backend)
             if isinstance(column.source, Part)
@@ -431,18 +431,18 @@ class Columns(Sequence[Column]):
         ]
 
     def stored_of_window(self, rows: Rows, samples: Samples, use: Indices) -> list[np.ndarray]:
-        """The same samples as they go to the backend."""
+        """The same samples as they are stored."""
         return [
             _held(column.source, rows).take(use) if isinstance(column.source, Part) else column.stored(samples[use])
             for column in self
         ]
 
     def no_rows(self) -> list[Array]:
-        """The part of a batch on a rank that has no samples of it."""
+        """A batch without rows, as a rank has it that has no samples of a batch."""
         return [self.backend.empty((0, *column.source.sample_shape), column.dtype) for column in self]
 
     def joined(self, parts: Iterable[list[Array]]) -> list[Array]:
-        """Rows that were gathered in parts, in main memory."""
+        """Rows in main memory, joined from parts."""
         found = list(parts)
         if len(found) == 1:
             return found[0]
@@ -462,7 +462,7 @@ class Columns(Sequence[Column]):
 
     @property
     def largest(self) -> float | None:
-        """The largest number that scaled bytes or 16-bit integers can become in batches; None for other samples."""
+        """The largest number in batches of scaled bytes or 16-bit integers; None for other samples."""
         scaled = self.scale is not None and not self.functions
         if scaled and self.source_dtype.kind in "iu" and self.source_dtype.itemsize <= 2:
             return abs(self.scale or 0.0) * int(np.iinfo(self.source_dtype).max)
@@ -470,26 +470,26 @@ class Columns(Sequence[Column]):
 
     @property
     def takes_bytes(self) -> bool:
-        """Whether samples are bytes that are at most scaled."""
+        """Whether samples are bytes, scaled or not, without functions."""
         return self.source_dtype == np.uint8 and not self.functions
 
     def deliver(self, rows: list[Array], epoch: int, number: int, parts: Parts = None) -> Any:
         """A batch as the caller wants it, x, (x, y) or (x, y, weight).
 
-        It is prepared, and of columns where the samples are columns. Its augmentation depends on its ``number`` in
-        ``epoch``. Where batches are dealt, the rows are ``parts`` of one.
+        It is prepared and augmented, by its ``number`` in ``epoch``, and turned where the samples are columns. Where
+        batches are dealt, the rows are ``parts`` of one.
         """
         arrays = self._delivered(rows, epoch, number, parts) if self.sample_axis or self.functions else rows
         return tuple(arrays) if len(arrays) > 1 else arrays[0]
 
     def as_rows(self, rows: list[Array], epoch: int, number: int, parts: Parts = None) -> list[Array]:
-        """A batch as a network wants it: prepared, and of rows."""
+        """A batch as a network wants it: prepared and augmented rows."""
         if not self.functions:
             return rows
         return [self.functions.turn(array) for array in self._delivered(rows, epoch, number, parts)]
 
     def delivery_bytes(self, batch_size: int, as_rows: bool = False, parts: int = 1) -> int:
-        """Bytes of the arrays from which a delivered batch is made, of several ``parts`` that are prepared alone."""
+        """Bytes of the arrays from which a delivered batch is made, in ``parts`` that are prepared alone."""
         if self.functions:
             return self.functions.nbytes(batch_size * self.batch_bytes, parts)
         copied = [] if as_rows or self.backend.name == "cpu" else [column for column in self if column.axis]
@@ -503,9 +503,9 @@ class Columns(Sequence[Column]):
             return [*self.functions.made_of_parts(rows[:2], epoch, number, parts, one), *rows[2:]]
 
     def summary_of(self, rows: Sequence[Array], augmented: bool = False) -> list[float]:
-        """Mean, spread and largest size of the numbers that ``prepare`` makes of these rows; empty without it.
+        """Mean, deviation and largest size of these rows' numbers after ``prepare``; empty without it.
 
-        ``augmented``: what ``augment`` then makes of them, as in the first batch of the first epoch.
+        augmented: after ``augment``, too, as in the first batch of the first epoch
         """
         if (self.augment if augmented else self.prepare) is None:
             return []
@@ -516,7 +516,7 @@ class Columns(Sequence[Column]):
         return [float(x.mean()), float(x.std()), float(abs(x).max())]
 
     def digest(self) -> str:
-        """Of X and Y where they are arrays in memory: of all samples, or of as many as :data:`DIGEST` bytes have."""
+        """A digest of X and Y where they are arrays in memory: of about :data:`DIGEST` bytes of samples at most."""
         found = hashlib.blake2b(digest_size=8)
         for column in self._columns[:2]:
             if column.array is not None and not is_mapped(array := column.array.array):
@@ -527,7 +527,7 @@ class Columns(Sequence[Column]):
 
 
 def _held(part: Part, rows: Rows) -> ArraySource:
-    """The rows of a part as a source of their own."""
+    """The rows of a part as a source."""
     return ArraySource(part.reader.name, rows[part.reader][part.number])
 
 

@@ -1,4 +1,4 @@
-"""How batches are dealt to shards, and the shards to ranks."""
+"""How a batch is dealt to shards, and the shards to ranks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from gpubatch.errors import ArgumentError, check_int
 from gpubatch.parallel import Ranks, check_ranks
 from gpubatch.passes import Deal
 
-SHARDS = 8  # where ranks are given and their number is not
+SHARDS = 8  # the default where ranks are given
 MOST_SHARDS = 1 << 16
 
 
 class PartOf(NamedTuple):
-    """The samples of a shard in an epoch by windows: those at ``start`` to ``stop`` of the list of shuffled blocks."""
+    """A shard's samples in an epoch by windows: positions ``start`` to ``stop`` of the list of shuffled blocks."""
 
     number: int
     start: int
@@ -24,10 +24,10 @@ class PartOf(NamedTuple):
 
 
 class Dealing(NamedTuple):
-    """A batch is ``shards`` parts, one after another; rank ``rank`` of ``size`` has neighbouring ones.
+    """The parts of a batch: ``shards`` of them, one after another. Rank ``rank`` of ``size`` has neighbouring parts.
 
-    Parts differ by one row at most, and the first ones are the larger. What they are does not depend on the ranks.
-    A batch of one part is a whole batch.
+    Parts differ by at most one row; the larger ones come first. They do not depend on the ranks. With one shard the
+    batch is one part.
     """
 
     shards: int
@@ -35,27 +35,27 @@ class Dealing(NamedTuple):
     size: int = 1
 
     def deal(self, rows: int) -> Deal:
-        """How a batch of so many rows lies."""
+        """How a batch of ``rows`` rows lies among parts and ranks."""
         return _deal(rows, *self)
 
     def in_batch(self, rows: int) -> dict[int, int]:
-        """The rows of each of this rank's parts, by its number."""
+        """The number of rows in each of this rank's parts, by the part's number."""
         return dict(zip(self.own_parts, self.deal(rows).parts, strict=True))
 
     def own(self, rows: int) -> int:
-        """The rows that this rank has of a batch."""
+        """The number of rows that this rank has of a batch of ``rows``."""
         return sum(self.deal(rows).parts)
 
     def smallest(self, rows: int) -> int:
-        """The rows of the smallest part of a batch, over all ranks, that is not empty."""
+        """The number of rows in the smallest non-empty part of a batch, over all ranks."""
         return max(rows // self.shards, 1)
 
     def largest(self, rows: int) -> int:
-        """The rows of the largest part of a batch, over all ranks."""
+        """The number of rows in the largest part of a batch, over all ranks."""
         return -(-rows // self.shards)
 
     def positions(self, start: int, stop: int) -> tuple[int, int]:
-        """From where to where this rank's rows are, of the batch at positions ``start`` to ``stop`` of an epoch."""
+        """The start and stop of this rank's rows in the batch at positions ``start`` to ``stop``."""
         deal = self.deal(stop - start)
         return start + deal.first, start + deal.first + sum(deal.parts)
 
@@ -66,7 +66,7 @@ class Dealing(NamedTuple):
         return range(self.rank * own, (self.rank + 1) * own)
 
     def in_parts(self, start: int, stop: int, size: int) -> list[tuple[int, int]]:
-        """The same batch, one of ``size`` or the last one, in each of this rank's parts, counted from its beginning."""
+        """The positions of a batch of ``size``, or of the last one, in each of this rank's parts of the epoch."""
         before, whole, rows = start // size, self.deal(size).parts, self.deal(stop - start).parts
         return [(before * of, before * of + more) for of, more in zip(whole, rows, strict=True)]
 
@@ -78,7 +78,7 @@ class Dealing(NamedTuple):
         return [PartOf(number, ends[number], ends[number + 1]) for number in self.own_parts]
 
 
-_deal = functools.lru_cache(16)(Deal.of)  # an epoch has two sizes of batches, and each is asked for often
+_deal = functools.lru_cache(16)(Deal.of)  # an epoch has two sizes of batches, each of which is needed often
 
 
 def check_dealing(ranks: Ranks | None, shards: Any, rank: int, world_size: int) -> Dealing | None:

@@ -1,4 +1,4 @@
-"""Data on a CUDA device: copied there once, and gathered there in the order of an epoch."""
+"""Data on a CUDA device: copied once, and gathered in the order of an epoch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpubatch.staging import stages_for
 
 
 def copy_to_device(array: np.ndarray, backend: CudaBackend) -> Array:
-    """A C-contiguous copy of ``array`` on the device, complete for every stream."""
+    """A C-contiguous copy of ``array`` on the device, which every stream may use at once."""
     with backend.scope():
         copy = backend.empty(array.shape, native(array.dtype))
         stages_for(backend, copy).copy(array, copy)
@@ -25,7 +25,7 @@ def copy_to_device(array: np.ndarray, backend: CudaBackend) -> Array:
 
 
 class DeviceOrder:
-    """The order of an epoch from position ``first`` on: copied to the device once, or computed there if it can be."""
+    """The order of an epoch from position ``first`` on: a list that is copied to the device, or computed there."""
 
     def __init__(self, backend: CudaBackend, order: np.ndarray | Permutation | Draws, first: int = 0) -> None:
         self._kind, self._first = ("Listed" if isinstance(order, np.ndarray) else order.kind), first
@@ -34,14 +34,14 @@ class DeviceOrder:
         self._home, self._ready = backend.current_stream(), backend.event()
         with backend.scope():
             self._order = backend.empty(order.shape, order.dtype)
-            # Not asarray, for which CuPy's pool would keep as much pinned memory for good.
+            # Not asarray: CuPy's pool would keep as much pinned memory for ever.
             self._stages = stages_for(backend, self._order)
             self._stages.copy(order, self._order)
             self._home.record(self._ready)
-        self._others = list[Any]()  # other streams that have used it
+        self._others = list[Any]()  # other streams that use it
 
     def part(self, start: int, stop: int) -> Array:
-        """The samples from one position to another, for work on the current stream."""
+        """The samples at positions ``start`` to ``stop``, for work on the current stream."""
         stream = self._backend.current_stream()
         if stream != self._home and stream not in self._others:
             stream.wait_event(self._ready)
@@ -54,7 +54,7 @@ class DeviceOrder:
         return found
 
     def close(self) -> None:
-        """Let the home stream wait for all uses, so that its next work may reuse the memory."""
+        """Let the home stream wait for all uses; its next work may then reuse the memory."""
         if os.getpid() != self._process or not self._others:
             return  # a forked child cannot use the device
         with self._backend.scope():
@@ -66,12 +66,14 @@ class DeviceOrder:
 
 
 class DeviceFeed:
-    """Batches that captured steps gather themselves: data, order and batch stay where they are on the device.
+    """Batches that captured steps gather themselves: data, order and batch keep their places on the device.
 
-    ``columns`` are the arrays on the device, each with the element type and the scale of its batches. The order is one
-    of ``share`` samples, ``batch_size`` of them in a batch. Or with ``firsts`` it is of a ``kind`` that the kernels
-    compute themselves from ``words``, of ``step`` samples a batch: those of a rank begin at one of ``firsts`` in the
-    whole batch.
+    columns: the arrays on the device, each with the element type and the scale of its batches
+    share: the samples of an order that is listed
+    batch_size: the rows of a batch, on this rank
+    firsts: the places in a whole batch at which this rank's rows may begin; empty: the order is listed
+    step: the samples of a whole batch, of all ranks
+    kind, words: the struct by which kernels compute the order, and its number of words
     """
 
     def __init__(
@@ -88,26 +90,26 @@ class DeviceFeed:
         self._backend, self._columns, self.batch_size = backend, columns, batch_size
         self._firsts, self._step = list(firsts), batch_size if step is None else step
         self._kind = kind
-        # Valid: a rehearsal gathers before the first order. The zeros of one that is computed have sample 0 everywhere.
+        # Zeros are valid for a rehearsal before the first order: as words they compute sample 0 for all places.
         self._order = backend.zeros((len(firsts), words) if firsts else share, np.int64)
         self._stages = stages_for(backend, self._order)
         self._batch = [backend.empty((batch_size, *array.shape[1:]), dtype) for array, dtype, _ in columns]
 
     def begin(self, order: np.ndarray | Permutation | Draws) -> int:
-        """Copy the order of the next epoch to the device; the number of bytes."""
+        """Copy the order of the next epoch to the device; return the number of bytes."""
         if not isinstance(order, np.ndarray):
             order = np.stack([order.after(first) for first in self._firsts])
         self._stages.copy(order, self._order)
         return order.nbytes
 
     def arrays(self, rows: int) -> list[Array]:
-        """The arrays into which a batch of ``rows`` samples is gathered."""
+        """The arrays of a batch of ``rows`` samples."""
         return [array[:rows] for array in self._batch]
 
     def enqueue(self, rows: int, batch: Array, deal: Deal | None = None) -> None:
-        """Enqueue the gathering of batch number ``*batch``; the number is read on the device when the kernel runs.
+        """Enqueue the gathering of batch number ``*batch``, which the kernel reads on the device when it runs.
 
-        ``deal`` says which rows of the batch these are, where batches are dealt.
+        deal: which rows of the whole batch these are, where batches are dealt
         """
         if not rows:
             return

@@ -1,4 +1,4 @@
-"""The epochs of a loader as training goes through them: the plan of a batch, the feed, the position, the batches."""
+"""The epochs of a loader, as training needs them: the plan of a batch, the feed, the position, the batches."""
 
 from __future__ import annotations
 
@@ -39,9 +39,11 @@ Batch = TypeVar("Batch")
 class Epochs:
     """The epochs of a loader, one after another; a :class:`Loader` shows what users need of them.
 
-    ``at_most``, ``drop_last``, ``prefetch`` and ``feed`` are the loader's arguments; ``batch_size`` too, None for
-    "auto", which ``ranks`` decide together. ``plan`` is the batch size and its reason, ``feeding`` says how batches get
-    to the backend, and ``stats`` what the epoch that is running, or the last one, did.
+    batch_size: the loader's argument; None: "auto", which ``ranks`` decide together
+    at_most, drop_last, prefetch, feed, ranks: the loader's arguments
+
+    ``plan`` is the batch size and its reason, ``feeding`` says how batches get to the backend, and ``stats`` is what
+    the running epoch, or the last one, did.
     """
 
     def __init__(
@@ -63,8 +65,8 @@ class Epochs:
         self._position = Position()
         self._why = f"batch_size={batch_size} was given"
         self._model = Memories()
-        self._trained: Epochs | None = None  # those whose data these share
-        self._held_out: Epochs | None = None  # a fraction of these, meanwhile
+        self._trained: Epochs | None = None  # the epochs whose data these share
+        self._held_out: Epochs | None = None  # a fraction that is left out now
         if batch_size is None:
             self.plan = self.sizes.chosen(self._room())
         elif drop_last is True and batch_size > order.share:
@@ -82,8 +84,8 @@ class Epochs:
         return twin
 
     def _choose_feeds(self) -> None:
-        """Begin with no batch made: the feed of a device is chosen by the first iteration."""
-        self._feed: BatchFeed | None = None  # None: not decided
+        """Start anew; the first iteration chooses the feed of a device."""
+        self._feed: BatchFeed | None = None  # None: not chosen yet
         self._looked_at = LookedAt(self.columns, self.order)
         given = self.columns, self.order, self.prefetch, self._looked_at
         if isinstance(self.backend, CudaBackend):
@@ -114,17 +116,17 @@ class Epochs:
         return self.batch_size if batch < len(self) - 1 else self.sizes.last_of(self.order.share, self.batch_size)
 
     def deal_of(self, batch: int) -> Deal | None:
-        """How the batch of this number lies among parts and ranks, where it is dealt."""
+        """How the batch of this number lies among parts and ranks; None where batches are not dealt."""
         return self.order.deal(self.rows_of(batch))
 
     @property
     def smallest(self) -> int:
-        """The samples that are computed together in a step where these are fewest: of a batch, or of a part of one."""
+        """The fewest samples that a step computes together: of a batch, or of a part of one."""
         return min(self.order.dealing.smallest(rows) for rows in (self.rows_of(0), self.rows_of(len(self) - 1)))
 
     @property
     def batches_held(self) -> int:
-        """Batches that are in the backend's memory at a time: the one in use, and those prepared ahead."""
+        """The number of batches in the backend's memory: the one in use, and those prepared ahead."""
         return 1 + (self._feed.ahead(self.batch_size) if isinstance(self._feed, MainMemory) else 0)
 
     # --- the plan -----------------------------------------------------------------------------------------------
@@ -138,13 +140,15 @@ class Epochs:
         kept: int = 0,
         least_rows: int = 1,
     ) -> BatchPlan:
-        """Make the plan again with a model, which needs the bytes ``parts_of(batch_size)`` beside the loader's own.
+        """Make the plan again, with a model. An automatic batch size is chosen again, a decided one stays.
 
-        ``kept`` is how many batches more than one captured steps keep that do not gather their own. ``available`` is a
-        number of bytes, by default what the backend has now and ``held``, which the model has already. An automatic
-        batch size is chosen again, which must not be in the middle of an epoch; one that is decided stays. ``most`` is
-        taken after a step of the size that was chosen found no memory. No batch of an automatic size has fewer than
-        ``least_rows`` samples, where such a size is found.
+        parts_of: the bytes that the model needs for a batch size, by what they are for
+        held: bytes that the model has already
+        available: bytes; None: those that the backend has now, and ``held``
+        most: the batch size, after a step of the size that was chosen ran out of memory
+        kept, least_rows: as of :class:`Memories`; no batch of an automatic size is smaller, where that can be
+
+        Raises ArgumentError in the middle of an epoch if the batch size is automatic.
         """
         self._model = Memories(parts_of, kept, True, least_rows)
         if not self.automatic:
@@ -170,20 +174,20 @@ class Epochs:
         return Room(available, functools.partial(self.parts, available=available), self._model.least_rows)
 
     def _available(self) -> int:
-        """Bytes for what the plan counts: those free now, and those of the data that were copied to the device."""
+        """Bytes for all that a plan counts: those free now, and those of the data copied to the device."""
         copied = self._feed.copied_bytes if isinstance(self._feed, OnDevice) else 0
         return self.backend.memory().available + copied
 
     def parts(self, batch_size: int, available: int) -> dict[str, int]:
-        """The bytes that the model of the plan and the loader need, by what they are for; ``available`` as in a plan.
+        """The bytes that the model and the loader need, by what they are for, where ``available`` bytes are there.
 
-        The feed is the one that the first iteration will choose, if memory stays as it is until then.
+        Before the first iteration the feed is the one that it would choose now.
         """
         feed = self._feed
         if feed is None:
             try:
                 feed, _ = self._choice(batch_size, available)
-            except InsufficientMemoryError:  # which is for the first iteration to say
+            except InsufficientMemoryError:  # the first iteration will raise it
                 feed = self._on_device
         own = feed.memory_parts(batch_size, self._model.kept, self._model.as_rows)
         return {**self._model.parts_of(self.order.dealing.largest(batch_size)), **own}
@@ -206,10 +210,10 @@ class Epochs:
 
     @contextlib.contextmanager
     def holding_out(self, fraction: float, batch_size: int) -> Iterator[Epochs]:
-        """Meanwhile leave out ``fraction`` of the samples, a function of the seed; yields them for validation.
+        """Leave out a ``fraction`` of the samples, a function of the seed, inside the ``with``; yields their epochs.
 
-        Those are neither shuffled nor augmented, and each rank has all. On a device they are taken from where they
-        are, and move there through pinned memory.
+        Held-out samples are neither shuffled nor augmented, and each rank has all of them. They are gathered on the
+        device where the data are there, and go there through pinned memory otherwise.
         """
         columns, order, before = self.columns, self.order, self.plan
         of = Fraction(columns.n_samples, fraction, order.seed, columns.labels)
@@ -235,7 +239,7 @@ class Epochs:
     # --- the feed -----------------------------------------------------------------------------------------------
 
     def _choice(self, batch_size: int, available: int) -> tuple[OnDevice | ThroughPinned, str]:
-        """The feed of a device, and in words why."""
+        """The feed of a device, and the reason in words."""
         model = self._model.parts_of(self.order.dealing.largest(batch_size))
         pinned = self._through_pinned.memory_parts(batch_size, self._model.kept, self._model.as_rows)
         needed = sum(model.values()) + sum(pinned.values())
@@ -245,7 +249,7 @@ class Epochs:
         return self._on_device if there else self._through_pinned, words
 
     def _chosen(self, stats: LoaderStats) -> BatchFeed:
-        """The feed, chosen by the first iteration."""
+        """The feed, which the first iteration chooses."""
         if self._feed is not None:
             return self._feed
         if self._trained is not None and isinstance(there := self._trained._feed, OnDevice):
@@ -255,19 +259,19 @@ class Epochs:
         if isinstance(feed, OnDevice):
             try:
                 feed.copy_data(stats)
-            except MemoryError:  # what is free is not in one piece, or others took it meanwhile
+            except MemoryError:  # free memory is in pieces, or others took it meanwhile
                 if self.feed == "device":
                     raise
                 feed, why = self._through_pinned, "since a copy of the data failed"
                 self.feeding = f"batches go to {self.backend.spec} through pinned memory, {why}"
         self._feed = feed
-        # It is not the one that was planned where memory has become less, or the copy failed.
+        # Not the planned feed where less memory is free now, or the copy failed.
         parts = self.parts(self.batch_size, self.plan.available)
         self.plan = dataclasses.replace(self.plan, parts=parts, needed=sum(parts.values()))
         return feed
 
     def device_feed(self) -> DeviceFeed | None:
-        """What gathers whole batches on the device without the host, where that can be."""
+        """The feed that gathers whole batches on the device without the host; None where that cannot be."""
         if not isinstance(self.backend, CudaBackend) or not self._on_device.gathers_whole:
             return None
         feed = self._chosen(self.stats)
@@ -285,7 +289,7 @@ class Epochs:
         return self._position.coming_pass()
 
     def batches(self, finish: Finish[Batch]) -> Generator[Batch]:
-        """An epoch, or its rest: what ``finish`` makes of each batch."""
+        """An epoch, or its rest: the result of ``finish`` for each batch."""
         at = self._position
         with at.iteration(self.__len__) as check:
             stats, first = LoaderStats(), 0.0
@@ -298,7 +302,7 @@ class Epochs:
             made: Finish[Batch] = self._in_parts(finish) if dealt else finish
             with contextlib.closing(feed.batches(at.epoch, starts, made, stats)) as batches:
                 for batch in batches:
-                    check()  # what made the batch, or another thread, may have begun a newer one
+                    check()  # a function of the user's, or another thread, may have begun a newer iteration
                     deal = self.deal_of(at.batch) if dealt else None
                     at.batch += 1
                     now = time.perf_counter()
@@ -314,7 +318,7 @@ class Epochs:
                     at.of_pass.give_out(batch, deal)
                     yield batch
                     asked = time.perf_counter()
-                    del batch  # so that it can be freed before the next one is made
+                    del batch  # it can be freed before the next one is made
                     check()
 
     def _in_parts(self, finish: Finish[Batch]) -> Finish[Batch]:
@@ -324,7 +328,7 @@ class Epochs:
 
     @contextlib.contextmanager
     def gathered_by(self, feed: DeviceFeed) -> Iterator[Callable[[int], None]]:
-        """An epoch, or its rest, whose batches ``feed`` gathers; yields a function that is told how many were used."""
+        """An epoch, or its rest, whose batches ``feed`` gathers; yields a function to call with the number used."""
         at = self._position
         with at.iteration(self.__len__) as check:
             of, epoch, stats, first = self.order, at.epoch, LoaderStats(), at.batch
@@ -346,11 +350,11 @@ class Epochs:
             yield used
 
     def prepare_next_order(self) -> None:
-        """Make the order of the next epoch now, while a device works on this one."""
+        """Make the order of the next epoch now, while a device works on this epoch."""
         self.order.prepare(self._position.epoch + 1, self.batch_size)
 
     def peek(self) -> list[Array]:
-        """The first batch of epoch ``epoch`` as rows; the position stays as it is."""
+        """The first batch of epoch ``epoch`` as rows; the position does not change."""
         size, rows = min(self.batch_size, self.order.share), None
         if self.order.dealing.own(size) and not self._position.running:
             rows = self._looked_at.first_rows(self.epoch, size)
@@ -388,7 +392,7 @@ class Epochs:
         """See :meth:`Loader.load_state_dict`."""
         if not isinstance(state, Mapping):
             raise DTypeError(f"state must be a mapping from state_dict(), got {type(state).__name__}")
-        state, version = {"order": 1, **state}, self.order.version  # states of old have no version of the order
+        state, version = {"order": 1, **state}, self.order.version  # old states have no version of the order
         self._take_version(check_int("state['order']", state["order"], 1))
         try:
             epoch, batch, batch_size = self._place_of(state)
@@ -400,18 +404,18 @@ class Epochs:
         if batch_size != self.batch_size or self.order.version != version:
             self._model = Memories()
             self.plan = self._given(batch_size)
-        self.automatic = False  # it is decided: another size would make other batches of the epoch
+        self.automatic = False  # another size would make other batches of the epoch
         self._position.go_to(epoch, batch)
 
     def _take_version(self, version: int) -> None:
-        """Make the order as ``version`` does, and hold out the samples that it does."""
+        """Make orders, and hold samples out, as ``version`` does."""
         self.order.take_version(version)
         if (held_out := self._held_out) is not None and held_out.order.version != version:
             held_out.order.take_version(version)
             held_out.plan = held_out._given(held_out.batch_size)
 
     def _place_of(self, state: Mapping[str, Any]) -> tuple[int, int, int]:
-        """Epoch, batch and batch size of a state, which is compared with these epochs."""
+        """Epoch, batch and batch size of a state, after the check that it is a state of these epochs."""
         own = self.state_dict()
         if wrong := sorted(set(own) ^ set(state)):
             raise ArgumentError(f"state must have the keys {', '.join(own)}; missing or unknown: {', '.join(wrong)}")

@@ -1,4 +1,4 @@
-"""The three ways of batches to their backend, each with the memory that it takes; a loader chooses one of them."""
+"""The three ways of batches to their backend, each with its own memory plan; a loader chooses one."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ from gpubatch.ops import Draws, Permutation
 from gpubatch.sizing import fits, format_bytes
 
 Batch = TypeVar("Batch")
-Finish: TypeAlias = Callable[..., Batch]  # of rows, epoch, the number of the batch in it, and perhaps its parts
+Finish: TypeAlias = Callable[..., Batch]  # of rows, epoch, number of the batch, and parts where batches are dealt
 
-# From so many elements a batch on, preparing it is worth a thread. Handing a batch over costs 10 to 25 µs; gathering
-# takes 0.2 to 0.3 ns an element. Measured on two cores: a thread made bare iteration over batches of 256 x 784 up to
-# twice as slow and a consumer no faster; from 2048 x 784 on it hides the gathering (-16 %, and -20 % at 4096 x 784)
-# where a core is free, and is neutral (±6 %) where OpenBLAS keeps both cores.
+# Elements of a batch from which on a thread is worth it. Handing a batch over costs 10 to 25 µs; gathering takes 0.2 to
+# 0.3 ns an element. Measured on two cores: with batches of 256 x 784 a thread made bare iteration up to twice as slow
+# and a consumer no faster. From 2048 x 784 on it hides the gathering where a core is free (-16 %, and -20 % at 4096 x
+# 784), and is neutral (±6 %) where OpenBLAS keeps both cores busy.
 WORTH_A_THREAD = 1 << 20
 
 
 @dataclass
 class LoaderStats:
-    """What the epoch that is running, or the last one, has done so far.
+    """Statistics of the running epoch so far, or of the last one.
 
-    ``wait_first`` is how many seconds the consumer waited for the first batch, ``waited`` for all the others;
-    ``seconds`` is the time from the first batch to the last one so far. ``bytes_read`` is what the sources gave,
-    ``bytes_copied`` what went from the host to a CUDA device: nothing on the CPU.
+    batches, samples: that were yielded
+    bytes_read: that the sources gave
+    bytes_copied: from the host to a CUDA device; 0 on the CPU
+    wait_first, waited: seconds for which the consumer waited for the first batch, and for all others
+    seconds: from the first batch to the latest one
     """
 
     batches: int = 0
@@ -51,22 +53,22 @@ class LoaderStats:
 
 
 class BatchFeed(Protocol):
-    """How batches get to the backend."""
+    """A way of batches to the backend."""
 
     def ahead(self, batch_size: int) -> int:
-        """Batches that a thread prepares before they are asked for."""
+        """The number of batches that a thread prepares ahead."""
 
     def memory_parts(self, batch_size: int, kept: int = 0, as_rows: bool = False) -> dict[str, int]:
-        """Bytes that :meth:`batches` needs on the backend when it needs most, by what they are for.
+        """The most bytes that :meth:`batches` needs on the backend, by what they are for.
 
-        ``kept`` is how many batches more than one captured steps keep that do not gather their own; eager steps keep
-        none. ``as_rows`` says whether batches are finished by :meth:`Columns.as_rows`.
+        kept: batches beyond one that captured steps keep where they do not gather their own; eager steps keep none
+        as_rows: whether batches are finished by :meth:`Columns.as_rows`
         """
 
     def batches(self, epoch: int, starts: range, finish: Finish[Batch], stats: LoaderStats) -> Generator[Batch]:
-        """What ``finish`` makes of each batch: of the rows from each of ``starts`` to the next, epoch and number.
+        """The result of ``finish`` for each batch: of its rows, from each of ``starts`` to the next, epoch and number.
 
-        All memory is taken in here, and given back when the generator ends.
+        The generator takes all memory, and gives it back when it ends.
         """
 
 
@@ -76,17 +78,17 @@ def _ahead(columns: Columns, prefetch: int, batch_size: int) -> int:
 
 
 class LookedAt:
-    """The windows of epochs. Those of an epoch to come whose first batch was looked at are kept for it.
+    """The windows of epochs. Where the first batch of an epoch to come was looked at, its windows are kept.
 
-    Without that, all that was read for the batch would be read and decoded twice.
+    Else all that was read for that batch would be read and decoded twice.
     """
 
     def __init__(self, columns: Columns, order: Order) -> None:
         self._columns, self._order = columns, order
-        self._kept: tuple[tuple[int, int], Any, Any, Windows] | None = None  # and which they are
+        self._kept: tuple[tuple[int, int], Any, Any, Windows] | None = None  # after what they depend on
 
     def windows(self, epoch: int, size: int) -> Windows:
-        """Those of an epoch in batches of ``size``."""
+        """The windows of an epoch in batches of ``size``."""
         kept, self._kept = self._kept, None
         if kept is not None:
             of, chosen, readers, windows = kept
@@ -95,7 +97,7 @@ class LookedAt:
         return Windows(self._order, epoch, self._columns.readers, size)
 
     def first_rows(self, epoch: int, size: int) -> list[Array] | None:
-        """The first rows of an epoch to come; None where it does not read neighbours together."""
+        """The rows of the first batch of an epoch to come; None where the epoch does not read neighbours together."""
         columns = self._columns
         if not self._order.window or all(reader.block is None for reader in columns.readers):
             return None
@@ -105,7 +107,7 @@ class LookedAt:
 
 
 class MainMemory:
-    """Batches of the CPU, finished by the thread that prepares them."""
+    """Batches on the CPU. The thread that prepares a batch also finishes it."""
 
     def __init__(self, columns: Columns, order: Order, prefetch: int, looked_at: LookedAt) -> None:
         self._columns, self._order, self._prefetch, self._looked_at = columns, order, prefetch, looked_at
@@ -115,14 +117,14 @@ class MainMemory:
         return _ahead(self._columns, self._prefetch, batch_size)
 
     def memory_parts(self, batch_size: int, kept: int = 0, as_rows: bool = False) -> dict[str, int]:
-        """See :class:`BatchFeed`; making an order, while there is no batch, may take most."""
+        """See :class:`BatchFeed`; the peak may be the making of an order, when there is no batch yet."""
         columns, windows, rows = self._columns, self._order.window > 0, self._order.dealing.own(batch_size)
-        # What is read by windows is converted from the window.
+        # Readers' samples are converted from the window itself.
         stored = sum(c.staging_bytes(rows) for c in columns if not windows or c.array is not None)
-        # A batch of two windows is put together from its parts. Each of these is gone before the next is made.
+        # A batch across two windows is joined from its parts, column by column.
         parts = rows * columns.batch_bytes if windows and columns.readers else 0
         staging = max(stored, parts, columns.delivery_bytes(rows, parts=len(self._order.dealing.own_parts)))
-        # The batch in use, and those prepared ahead; a loop that keeps it while it asks for the next has one more.
+        # The batch in use and those prepared ahead. A loop that keeps a batch while it asks for the next has one more.
         batches = (1 + self.ahead(batch_size)) * rows * columns.batch_bytes
         making, order = self._order.memory()
         window = {"window": window_bytes(self._order, columns.readers, batch_size)} if windows else {}
@@ -142,7 +144,7 @@ class MainMemory:
         return prepared(make, starts, self.ahead(starts.step))
 
     def _rows(self, epoch: int, size: int) -> Callable[[int, int], list[Array]]:
-        """A function of two positions: the rows of the samples from one to the other."""
+        """A function (start, stop) that gives the rows of the samples at these positions."""
         columns = self._columns
         if not (self._order.window and columns.readers):
             index = self._order.between(epoch, size)
@@ -153,14 +155,14 @@ class MainMemory:
 
 
 class OnDevice:
-    """Batches gathered on the device, where the data and the order of the epoch are: none copies anything."""
+    """Batches gathered on the device, which has the data and the order of the epoch: no batch is copied there."""
 
     def __init__(self, columns: Columns, order: Order, backend: CudaBackend) -> None:
         self._columns, self._order, self._backend = columns, order, backend
-        self._there: list[Column] = []  # with the arrays that were copied
-        self._sums: tuple[np.ndarray, Array] | None = None  # of the order's weights, and their copy
+        self._there: list[Column] = []  # columns of the arrays on the device
+        self._sums: tuple[np.ndarray, Array] | None = None  # the order's cumulative weights, and their copy
         arrays = [source for column in columns if (source := column.array) is not None]
-        # Captured steps gather whole rows of contiguous arrays, as copies are.
+        # Captured steps gather whole rows of contiguous arrays; copies are contiguous.
         self.gathers_whole = (
             not columns.functions
             and not columns.readers
@@ -168,18 +170,18 @@ class OnDevice:
         )
 
     def of(self, order: Order) -> OnDevice:
-        """Batches of the same data in another order."""
+        """Batches of the same data in another order, not augmented."""
         other = OnDevice(self._columns.unaugmented(), order, self._backend)
         other._there = self._there
         return other
 
     @property
     def copied_bytes(self) -> int:
-        """Bytes of data that were copied to the device."""
+        """Bytes of the data that were copied to the device."""
         return self._columns.data_bytes if self._there else 0
 
     def copy_data(self, stats: LoaderStats) -> None:
-        """Copy what is not on the device, once."""
+        """Copy the data that are not on the device, once."""
         if self._there:
             return
         there = list[Column]()
@@ -209,7 +211,7 @@ class OnDevice:
             batches, staging = rows * columns.captured_bytes, 0
         elif kept:
             batches = rows * columns.captured_bytes + kept * batches
-        # A computed order is there for one batch at a time; the sums of weights for good.
+        # A computed order is there for one batch at a time; the cumulative weights stay.
         order = 8 * (rows if self._order.by_kernels else self._order.own_share(batch_size))
         order += 8 * self._order.kernel_sums
         data = {"data": columns.data_bytes, "order of an epoch": order}
@@ -235,7 +237,7 @@ class OnDevice:
                 yield finish(self._gathered(index), epoch, start // size)
 
     def _place(self, size: int, start: int, stop: int) -> tuple[int, int]:
-        """Where a batch is in a list of this rank's samples, in batches of ``size``."""
+        """The start and stop of a batch in a list of this rank's samples, in batches of ``size``."""
         first = start // size * self._order.dealing.own(size)
         return first, first + self._order.dealing.own(stop - start)
 
@@ -246,7 +248,7 @@ class OnDevice:
             return [column.gather(index) for column in self._there]
 
     def captured(self, batch_size: int) -> DeviceFeed:
-        """What gathers whole batches inside captured steps."""
+        """The feed that gathers whole batches inside captured steps."""
         columns = [(c.array.array, c.captured_dtype, c.scale) for c in self._there if c.array is not None]
         order, rows = self._order, self._order.dealing.own(batch_size)
         if not order.by_kernels:
@@ -257,7 +259,7 @@ class OnDevice:
         return DeviceFeed(self._backend, columns, 0, rows, firsts, batch_size, kind, words)
 
     def computed(self, epoch: int, stats: LoaderStats) -> Permutation | Draws:
-        """The order of an epoch that kernels compute; the sums of its weights are copied once."""
+        """The order of an epoch for kernels to compute; its cumulative weights are copied once."""
         if self._order.sums is not None and (self._sums is None or self._sums[0] is not self._order.sums):
             self._sums = self._order.sums, copy_to_device(self._order.sums, self._backend)
             stats.bytes_copied += self._order.sums.nbytes
@@ -265,7 +267,7 @@ class OnDevice:
 
 
 class ThroughPinned:
-    """Batches that go to the device as they are stored, while it works on others."""
+    """Batches that are copied to the device as they are stored, while it works on earlier ones."""
 
     def __init__(
         self, columns: Columns, order: Order, prefetch: int, looked_at: LookedAt, backend: CudaBackend
@@ -278,14 +280,14 @@ class ThroughPinned:
         return _ahead(self._columns, self._prefetch, batch_size)
 
     def _slots(self, batch_size: int) -> int:
-        """Batches that are on their way at most: the one in use, and those that are filled and copied."""
+        """The most batches on their way: the one in use, and those that are being filled and copied."""
         return 1 + max(self.ahead(batch_size), 1)
 
     def memory_parts(self, batch_size: int, kept: int = 0, as_rows: bool = False) -> dict[str, int]:
         """See :class:`BatchFeed`."""
         columns, rows = self._columns, self._order.dealing.own(batch_size)
         batches = rows * columns.batch_bytes
-        # Samples that are there already are gathered there; what comes through the buffers is made from these.
+        # Only columns on the device stage samples there; the others are made from the buffers.
         stored = sum(column.staging_bytes(rows) for column in columns if column.on_backend)
         staging = max(stored, columns.delivery_bytes(rows, as_rows, len(self._order.dealing.own_parts)))
         if kept:
@@ -316,7 +318,7 @@ class ThroughPinned:
                     yield finish(rows, epoch, start // size)
 
     def _fill(self, epoch: int, size: int, helpers: Executor) -> Callable[[int, int, list[np.ndarray]], None]:
-        """A function of two positions that writes the samples from one to the other to places in pinned memory."""
+        """A function (start, stop, places) that writes the samples at these positions into pinned memory."""
         columns = self._columns
         if not (self._order.window and columns.readers):
             index = self._order.between(epoch, size)
@@ -340,11 +342,13 @@ class ThroughPinned:
 def belongs_on_device(
     columns: Columns, feed: str, order: int, needed: int, planned: int, counted: bool
 ) -> tuple[bool, str]:
-    """Whether batches are gathered on the device, and how they get there, in words.
+    """Whether batches are gathered on the device, and in words how they get there and why.
 
-    ``feed`` is the loader's argument, ``order`` the number of samples whose places in an epoch are on the device, too.
-    All else needs ``needed`` of the ``planned`` bytes that a plan has found available; ``counted`` says whether a model
-    is in it.
+    feed: the loader's argument
+    order: the numbers of 8 bytes that an order has on the device
+    needed: the bytes of the plan besides the data and the order
+    planned: the bytes that the plan has found available
+    counted: whether the plan counts a model
     """
     spec, data = columns.backend.spec, columns.data_bytes
     through = f"batches go to {spec} through pinned memory"
@@ -364,7 +368,7 @@ def belongs_on_device(
             )
         return True, f"{there}, since feed='device' was given"
     needed += total
-    # A plan that counts no model leaves half of the memory to it.
+    # A plan without a model leaves half of the memory to it.
     room, of = (planned, "available") if counted else (available // 2, "that are half of what is available")
     fit = fits(needed, room) and fits(total, available)
     why = (

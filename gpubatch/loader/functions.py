@@ -1,4 +1,4 @@
-"""Functions of the user's that are applied to whole batches: preparation, and augmentation for training alone."""
+"""The user's functions of batches: preparation, and augmentation for training alone."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ Parts: TypeAlias = Mapping[int, int] | None  # the rows of each part of a batch,
 
 @dataclass(frozen=True, eq=False)
 class BatchFunction:
-    """A function of the first arrays of a batch, x or x and y, whose results take their place.
+    """A function of x, or of x and y, whose results take their places in a batch.
 
-    ``name`` is the loader's argument; ``takes`` is how many arrays the function takes before anything else.
+    name: the loader's argument
+    takes: the number of arrays that the function takes first
     """
 
     name: str
@@ -31,7 +32,7 @@ class BatchFunction:
     def __call__(
         self, arrays: Sequence[Array], axes: Sequence[int], dtype: np.dtype[Any], backend: Backend, *more: Any
     ) -> list[Array]:
-        """``arrays`` with the results in place; x is converted to ``dtype``. Samples lie along ``axes``."""
+        """``arrays`` with the results in their places; x is converted to ``dtype``. Samples lie along ``axes``."""
         found = self.function(*arrays[: self.takes], *more)
         if found is None:
             raise DTypeError(
@@ -55,7 +56,7 @@ class BatchFunction:
 
     @property
     def words(self) -> str:
-        """What the function takes, in words."""
+        """The arrays that the function takes, in words."""
         return "x" if self.takes == 1 else "x and y"
 
 
@@ -135,9 +136,10 @@ class BatchFunctions:
 
 
 def named_function(name: str, function: Any, labelled: bool, more: str = "") -> BatchFunction | None:
-    """The function that a loader's argument ``name`` gives; None where it is None.
+    """The function of a loader's argument ``name``; None where it is None.
 
-    ``labelled`` says whether batches have a y, ``more`` what the function takes besides, in words.
+    labelled: whether batches have a y
+    more: what the function takes besides arrays, in words
     """
     if function is None:
         return None
@@ -147,7 +149,7 @@ def named_function(name: str, function: Any, labelled: bool, more: str = "") -> 
     extra = 1 if more else 0
     try:
         parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # some builtins do not tell
+    except ValueError:  # some builtins have no signature
         return BatchFunction(name, function, 1)
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)

@@ -1,4 +1,4 @@
-"""The loader: mini-batches of a set, the same ones on every device."""
+"""The loader: mini-batches of a set, the same on every device."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ class Loader:
     - ``batch_size``: samples in a batch, or "auto", which follows :func:`~gpubatch.sizing.choose_batch_size`.
     - ``shuffle``: False keeps the order of the set.
     - ``replacement``: draw samples with replacement.
-    - ``seed``: decides the order, together with the number of the epoch.
+    - ``seed``: the order depends on it and on the number of the epoch.
     - ``drop_last``: leave out a last batch that is not full; "single": only one of a single sample, or with a part of
       one, which batch norm cannot take.
     - ``sample_axis``: 0, X is (samples, ...) and x (batch, ...); or 1, (features, samples) and (features, batch).
-    - ``backend``: where batches are, as in :func:`~gpubatch.backend.get_backend`.
+    - ``backend``: the device of the batches, as in :func:`~gpubatch.backend.get_backend`.
     - ``dtype``: of x, "float32", "float64" or "float16"; by default X's own if it is float64, else float32, until
       :func:`~gpubatch.fit` gives it the network's.
     - ``scale``: multiplies x after the conversion.
     - ``prefetch``: batches that a thread prepares ahead; 0 prepares all in the caller.
     - ``rank``, ``world_size``: take the positions rank, rank + world_size, ... of each epoch.
     - ``at_most``: the largest batch size that "auto" chooses.
-    - ``window``: samples, or bytes such as "1 GiB", that are held of a set that is read.
-    - ``prepare``: a function of x, or of x and y, whose results take their place in a batch: the same for the same
-      samples, as a shift is. It is applied to the validation set and by ``to_batch``, too.
-    - ``augment``: likewise, for training alone, and random: ``augment(x, generator)``, or of x, y and a generator.
+    - ``window``: samples, or bytes such as "1 GiB", that are in memory of a set that is read.
+    - ``prepare``: a function of x, or of x and y, whose results take their places in a batch. It must give the same
+      result for the same samples, as a shift does. ``fit`` applies it to the validation set, and ``to_batch``, too.
+    - ``augment``: a random function, for training alone: ``augment(x, generator)``, or of x, y and a generator.
     - ``transform``: another name of ``prepare``.
     - ``order``: a :class:`WeightedOrder`, to draw samples by their weights.
     - ``feed``: how batches get to a CUDA device: "device", "host" or "auto".
-    - ``weight``: what each sample counts in the loss, an array (samples,) of finite numbers, none negative.
-    - ``class_weight``: what each label counts, times ``weight`` where both are given: "balanced", scikit-learn's
+    - ``weight``: the weight of each sample in the loss, an array (samples,) of finite numbers, none negative.
+    - ``class_weight``: the weight of each label, times ``weight`` where both are given: "balanced", scikit-learn's
       n / (k * bincount(Y)) for k classes; a mapping {label: weight}, 1 for labels that it does not name; or an array
-      of weights by label. It needs integer labels. Those of a source are read once while the loader is made, 16 MB
-      at a time and with X where one source gives both, and kept until then; one number a sample stays in memory.
+      of weights by label. It needs integer labels. The loader reads those of a source once when it is made, 16 MB at a
+      time, and X with them where one source gives both. One number a sample stays in memory.
     - ``ranks``: the processes of a data-parallel run, a :class:`~gpubatch.Ranks`: each batch is dealt to them.
     - ``shards``: the parts of a batch, 8 by default where there are ``ranks``.
 
@@ -66,51 +66,49 @@ class Loader:
     they are read. Y keeps its element type. float16 is for a network with ``precision="mixed"``: x is converted and
     multiplied in float32 and then rounded.
 
-    **Functions.** ``prepare`` and then ``augment`` get whole arrays on the backend, converted and scaled, in the thread
-    that prepares on a CPU. They return one entry a sample; x is then converted to ``dtype``. Whether a function gives
-    the same result for the same samples, nobody can tell: ``prepare`` must, and must keep no state. The generator is
-    NumPy's on a CPU and CuPy's on a GPU, and depends on ``seed``, the epoch and the number of the batch alone: so a
-    resumed run draws the same numbers, however many batches are prepared ahead.
+    **Functions.** ``prepare`` and then ``augment`` get whole arrays on the backend, converted and scaled; on a CPU the
+    thread that prepares calls them. They return one entry for each sample; x is then converted to ``dtype``.
+    ``prepare`` must keep no state, which the loader cannot check. The generator is NumPy's on a CPU and CuPy's on a
+    GPU. It depends on ``seed``, the epoch and the number of the batch alone, so a resumed run draws the same numbers,
+    however many batches are prepared ahead.
 
     **Weights.** With ``weight`` or ``class_weight`` batches are (x, y, weight), the last of float32, or of float64
     where x is. The loss of a batch is Σ w l / Σ w, so only the ratios within a batch count; ``fit`` uses them. Class
-    weights belong to Y as it is given, whatever ``prepare`` and ``augment`` make of it; a negative label is no class,
-    and weighs 1.
+    weights belong to Y as it is given, before ``prepare`` and ``augment``; a negative label is no class, and weighs 1.
 
-    **Order.** It is :func:`epoch_order` of ``seed`` and ``epoch``, the same on every device and after a resume. From
-    2²⁰ samples on it takes no memory: each place is computed as it is used, on a device inside the kernels, also where
-    :func:`~gpubatch.fit` holds out a fraction. Arrays on a device in windows, or in order where a fraction is held out,
-    have their order listed there, 8 bytes a sample; weights are a list that is given, and read whole. The ranks
-    together see each sample once, and their shares differ by one sample at most. ``epoch`` is the epoch that is
-    running, or the next one. An iteration that was left early ends its epoch, and the next iteration starts the next
-    epoch; ``state_dict`` still has the place where it was left, and ``load_state_dict`` returns there. One iteration
-    runs at a time; a second one ends the first.
+    **Order.** It is :func:`epoch_order` of ``seed`` and ``epoch``, the same on every device and after a resume. With
+    2²⁰ samples and more it takes no memory: each place is computed as it is used, on a device inside the kernels, also
+    where :func:`~gpubatch.fit` holds out a fraction. A device has a list of the order, 8 bytes a sample, for arrays in
+    windows, and for arrays in order where a fraction is held out. The ranks together see each sample once, and their
+    shares differ by one sample at most. ``epoch`` is the running epoch, or the next one. An iteration that is left
+    early ends its epoch, and the next iteration starts the next epoch; ``state_dict`` still has the place where it was
+    left, and ``load_state_dict`` returns there. One iteration runs at a time; a second one ends the first.
 
-    **Ranks.** With ``ranks`` the ``batch_size`` is that of all of them together. Every rank makes every batch, and of
-    it the rows of its own parts. A batch is ``shards`` parts, one after another, which differ by one row at most; each
-    rank has as many neighbouring ones, a power of two. So what a batch is depends on ``seed`` and ``shards``, never on
-    how many ranks there are, and another number of them can load a state. ``shards`` alone, in one process, makes the
-    same batches. In windows each part shuffles blocks of its own, so a rank reads and decodes its share of a file. Each
-    part has an equal share of ``window``, which should hold twice what a source decodes at once for every part, as it
-    does by default. "auto" is the size of the rank with the least memory, and has a row for each part, or as many as
-    the network needs. ``prepare`` and ``augment`` get the rows of one part at a time; of a part without rows they get
+    **Ranks.** With ``ranks`` the ``batch_size`` is that of all of them together. A batch is ``shards`` parts, one after
+    another, which differ by one row at most. Each rank makes the rows of its own parts of every batch: neighbouring
+    parts, a power of two of them, as many as any other rank. So a batch depends on ``seed`` and ``shards`` and not on
+    the number of ranks, and another number of ranks can load a state. ``shards`` alone, in one process, makes the same
+    batches. In windows each part shuffles blocks of its own, so a rank reads and decodes its share of a file. Each part
+    has an equal share of ``window``, which should hold two blocks of a source for every part, as it does by default.
+    "auto" is the size of the rank with the least memory, and at least a row for each part, or as many as the network
+    needs. ``prepare`` and ``augment`` get the rows of one part at a time; where a rank has no rows of a batch they get
     one sample, for the shape. The generator depends on the number of the part, too.
 
-    **Window.** ``window`` is for sets larger than memory: half of it is in use while the other half is read. Neighbours
-    are read together: the set is cut into blocks, the list of blocks is shuffled, as many as fill half a window come
-    together, and their samples are shuffled. So, unlike in a full shuffle, samples of one block always share a window,
-    and a batch comes from at most 32 places of the set (a block is a 32nd of the half, or as much as the source decodes
-    at once where that is more). Where the set is sorted, by class or by time, make the window large enough for a fair
-    mixture, or shuffle the file once. Sources that read single samples at a cost have a window of 256 MiB by default.
+    **Window.** ``window`` is for sets larger than memory: half of it is in use while the other half is read. The set is
+    cut into blocks of neighbours, the list of blocks is shuffled, and half a window holds the next blocks of the list,
+    whose samples are shuffled together. So, unlike in a full shuffle, samples of one block always share a window, and a
+    batch comes from at most 32 places of the set (a block is a 32nd of the half, or what the source decodes at once
+    where that is more). Where the set is sorted, by class or by time, make the window large enough for a fair mixture,
+    or shuffle the file once. The default is 256 MiB for sources that read neighbours together, and none for others.
 
-    **Feed.** With "device" arrays are copied to the device at the first iteration and batches are gathered there; later
-    changes to the arrays are not seen. With "host" batches go there as they are stored, through pinned memory, while
-    the device works on earlier ones. "auto" copies the arrays if they, their order and the rest of ``plan`` need at
-    most 90 % of the available memory; of half of it while the plan counts no model, as in :func:`~gpubatch.fit` it
-    does. Sources always go through pinned memory. ``feeding`` says what was chosen and why. Batches belong to the
-    stream that is current when they are asked for. A thread prepares ahead where batches are read or large (2²⁰
-    elements on the host); smaller ones are not worth it. ``plan`` is the batch size with its reason and its memory, and
-    ``stats`` tells what the running epoch, or the last one, did and how long its consumer waited.
+    **Feed.** With "device" the first iteration copies the arrays to the device, and batches are gathered there; the
+    loader does not see later changes of the arrays. With "host" batches go there as they are stored, through pinned
+    memory, while the device works on earlier ones. "auto" copies the arrays if they, their order and the rest of
+    ``plan`` need at most 90 % of the available memory, or of half of it while the plan counts no model, as it does in
+    :func:`~gpubatch.fit`. Sources always go through pinned memory. ``feeding`` says what was chosen and why. A batch
+    belongs to the stream that is current when the loop asks for it. A thread prepares ahead where batches are read or
+    large (2²⁰ elements on the host). ``plan`` is the batch size with its reason and its memory, and ``stats`` says what
+    the running epoch, or the last one, did and how long its consumer waited.
 
     >>> loader = Loader(np.eye(5, dtype="float32"), np.arange(5), batch_size=2, backend="cpu")
     >>> [(x.shape, y.shape) for x, y in loader]
@@ -197,17 +195,17 @@ class Loader:
     shuffle = property(attrgetter("_epochs.order.shuffle"), doc="Whether the samples are shuffled.")
     replacement = property(attrgetter("_epochs.order.replacement"), doc="Whether samples are drawn with replacement.")
     order = property(attrgetter("_epochs.order.weighted"), doc="The weights by which samples are drawn; None: none.")
-    seed = property(attrgetter("_epochs.order.seed"), doc="What decides the order, together with the epoch.")
-    ranks = property(attrgetter("_epochs.ranks"), doc="The ranks to which each batch is dealt; None: it is not.")
+    seed = property(attrgetter("_epochs.order.seed"), doc="The order depends on it and on the epoch.")
+    ranks = property(attrgetter("_epochs.ranks"), doc="The ranks to which each batch is dealt; None: none.")
     window = property(attrgetter("_epochs.order.window"), doc="Samples that are shuffled together; 0: all of them.")
     block = property(attrgetter("_epochs.order.block"), doc="Neighbours that stay together in a window.")
     n_samples = property(attrgetter("_epochs.order.n"), doc="Samples of the set, those of all ranks.")
     backend = property(attrgetter("_epochs.columns.backend"), doc="Where batches are.")
     sample_axis = property(attrgetter("_epochs.columns.sample_axis"), doc="0: samples are rows; 1: columns.")
     dtype = property(attrgetter("_epochs.columns.dtype"), doc="The element type of x.")
-    scale = property(attrgetter("_epochs.columns.scale"), doc="What x is multiplied by; None: nothing.")
-    prepare = property(attrgetter("_epochs.columns.prepare"), doc="What is applied to each batch.")
-    augment = property(attrgetter("_epochs.columns.augment"), doc="What is applied to each batch of training.")
+    scale = property(attrgetter("_epochs.columns.scale"), doc="The factor of x; None: 1.")
+    prepare = property(attrgetter("_epochs.columns.prepare"), doc="The function of each batch.")
+    augment = property(attrgetter("_epochs.columns.augment"), doc="The random function of each batch in training.")
     transform = property(attrgetter("_epochs.columns.prepare"), doc="Another name of ``prepare``.")
     drop_last = property(attrgetter("_epochs.sizes.drop_last"), doc="Which last batch is left out.")
     prefetch = property(attrgetter("_epochs.prefetch"), doc="Batches that a thread prepares ahead.")
@@ -222,7 +220,7 @@ class Loader:
         return twin
 
     def __deepcopy__(self, memo: Any) -> Loader:
-        """As a copy: the data are never changed."""
+        """A copy: the data never change, so they are shared."""
         return copy.copy(self)
 
     def __reduce__(self) -> Any:
@@ -233,13 +231,13 @@ class Loader:
 
     @property
     def shards(self) -> int | None:
-        """The parts of each batch; None: it has none."""
+        """The number of parts of each batch; None: batches are not dealt to parts."""
         order = self._epochs.order
         return order.dealing.shards if order.dealt else None
 
     @property
     def rank(self) -> int:
-        """Which of the ranks takes its share here."""
+        """The number of this rank."""
         order = self._epochs.order
         return order.dealing.rank if order.dealt else order.rank
 
@@ -266,16 +264,16 @@ class Loader:
 
     @property
     def stats(self) -> LoaderStats:
-        """What the epoch that is running, or the last one, has done so far."""
+        """Statistics of the running epoch so far, or of the last one."""
         return self._epochs.stats
 
     @property
     def epoch(self) -> int:
-        """The number of the epoch that is running, or else of the next one, counted from 0."""
+        """The number of the running epoch, or else of the next one, counted from 0."""
         return self._epochs.epoch
 
     def __len__(self) -> int:
-        """Batches in an epoch: of this rank, or with ``ranks`` of every one."""
+        """The number of batches in an epoch of this rank; with ``ranks``, of all."""
         return len(self._epochs)
 
     def __iter__(self) -> Generator[Any]:
@@ -284,14 +282,14 @@ class Loader:
     def to_batch(self, X: Any, Y: Any = None) -> Any:
         """``X``, samples of the same shape, as batches have them, for evaluation and prediction; with ``Y`` both.
 
-        They are converted, scaled and prepared, and not augmented. Where nothing is to be done the result is ``X``
-        itself. Floating numbers where the source has integers, such as pixels that were divided by 255, are only
-        converted: they are taken as prepared.
+        They are converted, scaled and prepared, and not augmented. The result is ``X`` itself where that changes
+        nothing. Floats where the source has integers, such as pixels divided by 255, count as prepared: they are only
+        converted.
         """
         return converted(self._epochs.columns, X, Y)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position and what decides the batches, as JSON can hold it; ``batch`` counts those that were yielded."""
+        """The position and all that batches depend on, for JSON; ``batch`` counts those that were yielded."""
         return self._epochs.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -319,7 +317,7 @@ class Loader:
 
 
 def epochs_of(loader: Loader) -> Epochs:
-    """The epochs of a loader, with what training needs of them and no user."""
+    """The epochs of a loader, which training needs and users do not."""
     return loader._epochs
 
 

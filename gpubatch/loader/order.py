@@ -1,6 +1,6 @@
-"""The order of an epoch: a function of seed and epoch alone, of the whole set or by windows of it.
+"""The order of an epoch, of the whole set or by windows of it: a function of seed and epoch alone.
 
-From 2**20 samples on nothing of it is kept in memory: each sample is computed from its position.
+For 2**20 samples and more no order is kept in memory: each sample is computed from its position.
 """
 
 from __future__ import annotations
@@ -30,25 +30,23 @@ from gpubatch.sources import check_finite
 
 Indices: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
 
-WORD = 2**64 - 1  # the largest seed and the largest epoch: together they are the key of the generator
+WORD = 2**64 - 1  # the largest seed and the largest epoch; the two are the key of the generator
 
-DRAWING = 24  # bytes a sample in the making of an order by weights: words, numbers, and samples
+DRAWING = 24  # peak bytes a sample while an order by weights is made: words, numbers, samples
 
-LARGE = 1 << 20  # samples, from which on the order of an epoch is computed as it is used, and no array of all is made
+LARGE = 1 << 20  # sets of at least so many samples have their order computed as it is used, without an array of it
 
-LEAST = (
-    1 << 12
-)  # of what is shuffled in a large set: fewer are sorted, since a network of few bits is not random enough
+LEAST = 1 << 12  # fewer numbers are shuffled by sorting in large sets, too: a network of few bits is not random enough
 
-PEAK = 26  # bytes a sample in the making of an order that is sorted: words, their upper bits, places, the words there
+PEAK = 26  # peak bytes a sample while an order is sorted: words, their upper bits, places, sorted words
 
-OF_RANK = 48  # bytes a sample in the making of a window's share that one of several ranks has
+OF_RANK = 48  # peak bytes a sample while one rank's share of a window is made
 
 
 def version_of(n: int, holds_out: bool = False) -> int:
-    """How the order of a set of ``n`` samples is made: 1, by sorting random words; 2, by a permutation's formula.
+    """The version of the order of ``n`` samples: 1 sorts random words, 2 computes a permutation by a formula.
 
-    3 is as 2 where a fraction of them is held out, by a formula, too.
+    3 is 2 with a fraction held out, which a formula computes, too.
     """
     return 1 if n < LARGE else 2 + holds_out
 
@@ -56,10 +54,11 @@ def version_of(n: int, holds_out: bool = False) -> int:
 def epoch_order(
     n: int, seed: int, epoch: int, shuffle: bool = True, replacement: bool = False, version: int | None = None
 ) -> Indices:
-    """The indices of an epoch's ``n`` samples in the order in which they are used: a function of the arguments alone.
+    """The indices of an epoch's ``n`` samples in order of use, int64 (n,): a function of the arguments alone.
 
-    A permutation; or ``n`` draws with replacement; or 0 … n-1 without ``shuffle``. ``version`` is that of
-    :func:`version_of` ``n`` by default.
+    shuffle: a permutation; False: 0 … n-1
+    replacement: ``n`` draws with replacement
+    version: of :func:`version_of`; None: the latest for ``n``
     """
     n = check_int("n", n, 1)
     seed, epoch = check_int("seed", seed, 0, WORD), check_int("epoch", epoch, 0, WORD)
@@ -67,8 +66,8 @@ def epoch_order(
         if check_bool("replacement", replacement):
             raise ArgumentError("replacement=True draws at random, so it needs shuffle=True, got shuffle=False")
         return np.arange(n, dtype=np.int64)
-    # The raw words of the counter-based Philox4x64-10 (Salmon et al., 2011) are fixed for good; what NumPy makes of
-    # them in shuffle() or permutation() may change from one version to the next.
+    # The raw words of the counter-based Philox4x64-10 (Salmon et al., 2011) never change. NumPy may change shuffle()
+    # and permutation() from one version to the next.
     draw = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw
     if check_bool("replacement", replacement):
         return _uniform(draw(n), n)
@@ -80,12 +79,13 @@ def epoch_order(
 def split(
     n: int, fraction: float, seed: int, labels: np.ndarray | None = None, name: str = "validation"
 ) -> tuple[Indices, Indices]:
-    """``n`` samples split at random: those to train on, and ``fraction`` of them to validate on, each in order.
+    """A random split of ``n`` samples: those to train on, and a ``fraction`` to validate on; both ascending.
 
-    Where there are integer ``labels`` every class has its share of both, to one sample.
+    labels: integers (n,), by which every class has its share of both sides, to one sample
+    name: of the argument, for messages
     """
     held = held_of(n, fraction, name)
-    # The counter's second word keeps these numbers apart from those of all orders.
+    # The counter's second word keeps these words apart from those of orders.
     key, counter = np.array([seed, 0], np.uint64), np.array([0, 1, 0, 0], np.uint64)
     words = np.random.Philox(key=key, counter=counter).random_raw(n)
     ranked = words.argsort(kind="stable") if labels is None else np.lexsort((words, labels))
@@ -104,9 +104,9 @@ def held_of(n: int, fraction: float, name: str = "validation") -> int:
 
 
 class Fraction:
-    """A ``fraction`` of ``n`` samples that is held out, and the rest, a function of the seed and of an order's version.
+    """A held-out ``fraction`` of ``n`` samples, and the rest: a function of the seed and of the order's version.
 
-    Before version 3 both are those of :func:`split`, listed. Then they are computed: those of a :class:`CellSplit`.
+    Before version 3 both sides are lists, from :func:`split`; from then on a :class:`CellSplit` computes them.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Fraction:
         self._listed = functools.cache(lambda: split(n, fraction, seed, labels()))
 
     def side(self, of_held: bool, version: int, ascending: bool) -> Indices | CellSplit:
-        """The samples that are held out, or the rest; in any order they are computed sooner."""
+        """The held-out samples, or the rest. Without ``ascending`` they come in any order, which is faster."""
         if version < 3:
             return self._listed()[of_held]
         return CellSplit(self.n, self.held, self.seed, of_held, ascending)
@@ -127,9 +127,9 @@ class WeightedOrder:
 
     weights: one for each sample, not negative, not all 0
 
-    An epoch has as many draws as there are samples. It is a function of the loader's seed and of the epoch alone, the
-    same on every device and after a resume. Weights of 1 / (samples of its class) show all classes equally often:
-    ``gb.WeightedOrder(1 / np.bincount(Y)[Y])``.
+    An epoch has as many draws as there are samples. It depends on the loader's seed and the epoch alone, so it is the
+    same on every device and after a resume. With the weight 1 / (samples of the class) all classes are drawn equally
+    often: ``gb.WeightedOrder(1 / np.bincount(Y)[Y])``.
 
     >>> Y = np.array([0, 0, 0, 1])
     >>> loader = gb.Loader(np.arange(4.0), Y, batch_size=2, order=gb.WeightedOrder(1 / np.bincount(Y)[Y]))
@@ -163,28 +163,28 @@ class WeightedOrder:
 
 
 def _uniform(words: np.ndarray[Any, np.dtype[np.uint64]], n: int) -> Indices:
-    """Draws from ``n`` samples that random ``words`` decide."""
+    """Draws from ``n`` samples with replacement, one for each random word."""
     words %= np.uint64(n)
     return words.view(np.int64)
 
 
 def _words(key: np.ndarray, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """The words from one position to another of those that ``Philox(key).random_raw`` gives: four for each count."""
+    """Words ``start`` to ``stop`` of ``Philox(key).random_raw``, of which each count gives four."""
     first = start // 4
     counter = np.array([first, 0, 0, 0], np.uint64)
     return np.random.Philox(key=key, counter=counter).random_raw(stop - 4 * first)[start - 4 * first :]
 
 
 def _permutation(words: np.ndarray[Any, np.dtype[np.uint64]]) -> Indices:
-    """The permutation of as many numbers that random ``words`` decide."""
-    # Sorting random keys shuffles. Each key ends in the index of its sample: so no two keys are equal, every sorting
-    # algorithm gives the same result, stable or not, and the permutation comes with the keys, without an argsort.
+    """The permutation of 0 … n-1 that ``n`` random words decide."""
+    # Sorting random keys shuffles. Each key ends in the index of its sample, so keys are unique: every sorting
+    # algorithm gives the same result, and the sorted keys hold the permutation, without an argsort.
     n = len(words)
     mask = np.uint64((1 << (n - 1).bit_length()) - 1)
     words &= ~mask
     words |= np.arange(n, dtype=np.uint64)
-    # A radix sort by the upper 16 bits leaves little to the second pass, which goes through what is nearly in order:
-    # 60,000 keys in 0.5 ms, sorted at once 2.1 ms.
+    # A radix sort by the upper 16 bits leaves the keys nearly in order for the second pass: 60,000 keys take 0.5 ms,
+    # one sort of them 2.1 ms.
     keys = (words >> np.uint64(48)).astype(np.uint16)
     words = words[keys.argsort(kind="stable")]
     words.sort(kind="stable")
@@ -193,7 +193,7 @@ def _permutation(words: np.ndarray[Any, np.dtype[np.uint64]]) -> Indices:
 
 
 class ListedImages:
-    """The images of a permutation, listed."""
+    """A permutation as a list of its images."""
 
     def __init__(self, images: Indices) -> None:
         self.images = images
@@ -203,14 +203,15 @@ class ListedImages:
         return self.images[start:stop]
 
     def places_of(self, images: Indices) -> Indices:
-        """The places that have these images."""
+        """The places whose images these are."""
         return np.flatnonzero(np.isin(self.images, images))
 
 
 class InBlocks:
-    """The samples of some blocks one after another, made when they are asked for.
+    """The samples of blocks, one block after another, as a sequence that computes them when it is indexed.
 
-    ``firsts`` are those with which the blocks begin, ``sizes`` how many there are of each.
+    firsts: the first sample of each block
+    sizes: the number of samples in each block
     """
 
     def __init__(self, firsts: Indices, sizes: Indices) -> None:
@@ -234,9 +235,10 @@ Images: TypeAlias = ListedImages | Permutation
 
 
 class EpochOf(NamedTuple):
-    """An epoch as one rank has it: what its order depends on besides the samples and the windows.
+    """One rank's epoch: all that its order depends on besides the samples and the windows.
 
-    ``chosen`` are the samples that are used alone, or None. ``version`` is that of :func:`version_of`; 1 lists all.
+    chosen: the samples that are used; None: all
+    version: of :func:`version_of`
     """
 
     seed: int
@@ -248,33 +250,33 @@ class EpochOf(NamedTuple):
     version: int = 1
 
     def shuffled(self, count: int, stream: int, first: int = 0, step: int = 1) -> Images:
-        """The images of first, first + step, ... below ``count``; without ``shuffle`` these are no others."""
+        """A permutation of ``count`` numbers at places first, first + step, ...; the identity without ``shuffle``."""
         if self.version > 1 and (count >= LEAST or not self.shuffle):
             return Permutation(count, self.seed, self.epoch, stream, first, step, self.shuffle)
         if not self.shuffle:
             return ListedImages(np.arange(first, count, step, dtype=np.int64))
-        # The counter's upper word keeps apart what is drawn for the list of blocks and for each window.
+        # The counter's upper word gives the list of blocks and each window words of their own.
         key = np.array([self.seed, self.epoch], np.uint64)
         drawn = _permutation(np.random.Philox(key=key, counter=[0, 0, 0, stream]).random_raw(count))
         return ListedImages(drawn[first::step])
 
 
 class Windowed(ABC):
-    """The order of an epoch that is shuffled by blocks, in memory for one window at a time.
+    """The order of an epoch that is shuffled by blocks. Memory holds one window of it at a time.
 
-    The list of blocks is shuffled, and each window is some of the next blocks, shuffled. All of it is a function of the
-    arguments; without ``shuffle`` the order is that of the set. Positions are those of one rank: of the epoch's, rank,
-    rank + world_size, ...
+    The list of blocks is shuffled; each window is the next few blocks, and its samples are shuffled. The order is a
+    function of the arguments; without ``shuffle`` it is that of the set. Positions count one rank's samples: rank,
+    rank + world_size, ... of the epoch.
 
-    With ``part`` it is the order of one shard. Shards own neighbouring stretches of the list of shuffled blocks, as
-    long as they have samples in an epoch, and each cuts its own into windows. So each sample is in one shard, and
-    shards differ by a sample a batch at most. Where a stretch ends inside a block, both of its neighbours read that
-    block: of k ranks one reads its share of the blocks, and up to two more.
+    ``part`` is one shard of the epoch. Shards own neighbouring stretches of the list of shuffled blocks, as long as
+    their number of samples in an epoch, and each shard cuts its stretch into windows. So each sample is in one shard,
+    and shards differ by at most one sample a batch. Where a stretch ends inside a block, both neighbours read that
+    block: each of k ranks reads its share of the blocks and at most two more.
     """
 
     def __init__(self, of: EpochOf, part: PartOf) -> None:
         self._of, self._low, self._high = of, part.start, part.stop
-        self._streams = 1 + (part.number << 48)  # before them is that of the list of blocks
+        self._streams = 1 + (part.number << 48)  # stream 0 is that of the list of blocks
         self.size = part.stop - part.start
         self._last: tuple[int, tuple[Samples, Images], Indices] | None = None
 
@@ -284,18 +286,18 @@ class Windowed(ABC):
 
     @abstractmethod
     def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Positions ``start`` to ``stop`` as (window, from, to), counted in the window."""
+        """Positions ``start`` to ``stop`` as triples (window, first, end), the last two counted within the window."""
 
     @abstractmethod
     def _listed(self, window: int) -> tuple[InBlocks, int]:
-        """The samples of a window as they are read, those of all ranks, and where in the part they begin."""
+        """All ranks' samples of a window in the order of reading, and the position where the window begins."""
 
     def part(self, window: int) -> tuple[Samples, Images]:
-        """The samples of a window in the order in which they are read, and the places among them in order of use."""
+        """A window's samples in the order of reading, and the places among them in the order of use."""
         return self._made(window)[1]
 
     def ends(self, window: int) -> Indices:
-        """Where the blocks of a window end among its samples, if there is one rank."""
+        """Where the blocks of a window end among its samples; for one rank alone."""
         return self._made(window)[2]
 
     def indices(self, start: int, stop: int) -> Indices:
@@ -307,14 +309,14 @@ class Windowed(ABC):
         return np.concatenate(found)
 
     def _made(self, window: int) -> tuple[int, tuple[Samples, Images], Indices]:
-        """A window, which is kept until another one is asked for."""
+        """A window's number, its :meth:`part` and its :meth:`ends`; the latest one is kept."""
         if self._last is None or self._last[0] != window:
             listed, start = self._listed(window)
             self._last = window, self._of_rank(window, listed, start), listed.ends
         return self._last
 
     def _of_rank(self, window: int, samples: Samples, start: int) -> tuple[Samples, Images]:
-        """This rank's of a window's ``samples``, the first at position ``start``, and the order of their use."""
+        """This rank's share of a window's ``samples``, which begin at ``start``, and the order of their use."""
         rank, world_size, chosen = self._of.rank, self._of.world_size, self._of.chosen
         first = (rank - start) % world_size
         use = self._of.shuffled(len(samples), self._streams + window, first, world_size)
@@ -327,19 +329,19 @@ class Windowed(ABC):
         return samples if chosen is None else chosen[samples[:]], use
 
     def _before(self, start: Any) -> Any:
-        """As many as there are of this rank's positions before ``start``."""
+        """The number of this rank's positions before ``start``."""
         return (start - self._of.rank + self._of.world_size - 1) // self._of.world_size
 
 
 class WindowOrder(Windowed):
-    """Windows of as many blocks as hold ``together`` of the ``n`` samples; a block is ``block`` neighbours."""
+    """Windows of ``together`` of the ``n`` samples, in blocks of ``block`` neighbours."""
 
     def __init__(self, n: int, of: EpochOf, together: int, block: int, part: PartOf | None = None) -> None:
         Windowed.__init__(self, of, part or PartOf(0, 0, n))
         self.n, self.block = n, block
         count, self._step = -(-n // block), max(1, together // block)  # blocks in all, and in a window
         self._blocks = of.shuffled(count, 0)
-        # Where the last block of the set is, which may be short, and how many samples it lacks.
+        # The place of the set's last block, which may be short, and the number of samples that it lacks.
         self._short = int(self._blocks.places_of(np.array([count - 1]))[0]) if of.shuffle else count - 1
         self._lacking = count * block - n
         self._first = self._block_at(self._low)
@@ -349,11 +351,11 @@ class WindowOrder(Windowed):
         return -(-self._count // self._step)
 
     def _begin(self, block: int) -> int:
-        """Where in the list of blocks, counted in samples, a block of it begins."""
+        """The position at which a block of the list begins, in samples."""
         return block * self.block - (self._lacking if block > self._short else 0)
 
     def _block_at(self, position: int) -> int:
-        """Which block of the list has the sample at a position."""
+        """The block of the list that has the sample at a position."""
         block = position // self.block
         later = (position + self._lacking) // self.block
         return later if later > self._short else block
@@ -388,10 +390,11 @@ class WindowOrder(Windowed):
 
 
 class UnevenBlocks:
-    """The shuffled list of blocks of an epoch that have unequal sizes; each begins where ``bounds`` says.
+    """An epoch's shuffled list of blocks of unequal sizes.
 
-    The last of the bounds is the number of samples. ``begins`` and ``ends`` are counted in samples of the list, and
-    ``shift`` leads from a position in it to the sample.
+    bounds: the first sample of each block, then the number of samples
+
+    ``begins`` and ``ends`` are positions in the list, in samples. A position plus the block's ``shift`` is the sample.
     """
 
     def __init__(self, bounds: Indices, of: EpochOf) -> None:
@@ -402,10 +405,10 @@ class UnevenBlocks:
 
 
 class UnevenOrder(Windowed):
-    """Windows of at most ``together`` samples, of blocks of unequal sizes: the row groups of several files, say.
+    """Windows of at most ``together`` samples, in blocks of unequal sizes, such as the row groups of several files.
 
-    A block goes to one window, unless it is larger: then to several that follow one another, so that what was decoded
-    of it serves them all. Orders of several parts share one list of ``blocks``.
+    A block is in one window; a larger block is in several windows that follow one another, so that it is decoded once.
+    The orders of several parts share one list of ``blocks``.
     """
 
     def __init__(self, blocks: UnevenBlocks, of: EpochOf, together: int, part: PartOf | None = None) -> None:
@@ -444,13 +447,17 @@ class UnevenOrder(Windowed):
 class Order:
     """The samples of every epoch of one rank, in the order of their use.
 
-    ``window`` samples are shuffled together, in blocks of ``block`` neighbours; 0 and 0: the whole set is. With
-    ``bounds`` the blocks are those of :class:`UnevenOrder`, of at most ``block`` samples. With ``weighted`` samples are
-    drawn by its weights. ``version`` is that of :func:`version_of` the set.
+    n: the samples of the set
+    seed, shuffle, replacement, rank, world_size: the loader's arguments
+    window: samples that are shuffled together; 0: the whole set
+    block: neighbours that stay together in a window; 0: none
+    weighted: the weights by which samples are drawn
+    bounds: those of the blocks of an :class:`UnevenOrder`, of at most ``block`` samples
+    dealing: how batches are dealt to parts and ranks; None: they are not
 
-    With ``dealing`` the positions of an epoch are those of all ranks, and of a batch at some of them this rank has its
-    parts' samples alone: a stretch of the batch, or by windows those of each part's own order, of which each has an
-    equal share of ``window``. There an order depends on the ``size`` of batches, which else may be left out.
+    Where batches are dealt, positions of an epoch count all ranks' samples, and this rank has its own parts of a batch:
+    a stretch of the batch, or by windows some of each part's own order, whose windows share ``window`` equally. There
+    an order depends on the ``size`` of batches, which may be left out otherwise.
     """
 
     def __init__(
@@ -471,7 +478,7 @@ class Order:
         self.seed, self.shuffle, self.replacement, self.weighted = seed, shuffle, replacement, weighted
         self.rank, self.world_size, self.window, self.block = rank, world_size, window, block
         self._all, self.version = n, version_of(n)
-        self._side: tuple[Fraction, bool, bool] | None = None  # of a fraction, whether it is used or left out
+        self._side: tuple[Fraction, bool, bool] | None = None  # the arguments of choose_side
         self.choose(None)
 
     def deal(self, rows: int) -> Deal | None:
@@ -489,13 +496,13 @@ class Order:
         return self.window // self.dealing.shards
 
     def choose_side(self, of: Fraction, of_held: bool, ascending: bool) -> None:
-        """Use the samples that are held out alone, or the rest, from now on; ``ascending`` where they are read so."""
+        """Use only the held-out samples, or only the rest, from now on; ``ascending`` where they are read in order."""
         self._side = of, of_held, ascending
         self.version = version_of(self._all, True) if self.version == version_of(self._all) else self.version
         self._choose(of.side(of_held, self.version, ascending))
 
     def choose(self, chosen: Chosen | None) -> None:
-        """Use the samples at ``chosen`` alone from now on; None: all."""
+        """Use only the samples ``chosen`` from now on; None: all."""
         self._side = None
         self.version = min(self.version, version_of(self._all))
         self._choose(chosen)
@@ -504,11 +511,11 @@ class Order:
         self.chosen, self.n = chosen, self._all if chosen is None else len(chosen)
         # An epoch's samples: this rank's, or those of all ranks where each batch is dealt.
         self.share = len(range(self.rank, self.n, self.world_size))
-        self._next: tuple[int, int, Indices] | None = None  # an epoch to come, the batch size, and its order
+        self._next: tuple[int, int, Indices] | None = None  # a prepared epoch, the batch size, and the order
         self.bounds = self._bounds
         if chosen is not None and self._bounds is not None:
             self.bounds = np.unique(chosen.searchsorted(self._bounds))
-        self.sums: np.ndarray | None = None  # of the weights up to each sample; others than the chosen have none
+        self.sums: np.ndarray | None = None  # cumulative weights; only chosen samples have any
         if self.weighted is not None:
             weights = self.weighted.weights
             if chosen is not None:
@@ -518,7 +525,7 @@ class Order:
             self.sums = np.cumsum(weights)
 
     def take_version(self, version: int) -> None:
-        """Make the order as ``version`` does, which a saved state has."""
+        """Make orders of ``version``, that of a saved state."""
         latest = version_of(self._all, self._side is not None)
         if version > latest:
             raise ArgumentError(f"state has order={version}, this loader order={latest}")
@@ -529,7 +536,7 @@ class Order:
                 self._choose(of.side(of_held, version, ascending))
 
     def windows(self, epoch: int, size: int = 1) -> Sequence[Windowed]:
-        """The orders of an epoch by windows, in batches of ``size``: one, or one for each of this rank's parts."""
+        """The orders of an epoch by windows, in batches of ``size``: one for each of this rank's parts."""
         parts = self.dealing.parts_of(self.n, size)
         of = EpochOf(self.seed, epoch, self.shuffle, self.rank, self.world_size, self.chosen, self.version)
         if self.bounds is None:
@@ -538,7 +545,7 @@ class Order:
         return [UnevenOrder(blocks, of, self.together, part) for part in parts]
 
     def whole(self, epoch: int, size: int = 1) -> Indices:
-        """All samples of an epoch in batches of ``size``: those of this rank, batch by batch."""
+        """All of this rank's samples of an epoch in batches of ``size``, batch by batch."""
         prepared, self._next = self._next, None
         if prepared is not None and prepared[:2] == (epoch, size):
             return prepared[2]
@@ -552,9 +559,9 @@ class Order:
         return np.concatenate([listed[: full * size].reshape(full, size)[:, start:stop].ravel(), listed[slice(*rest)]])
 
     def between(self, epoch: int, size: int = 1) -> Callable[[int, int], Indices]:
-        """A function of two positions, between which is a batch of ``size``, or the last one: this rank's samples.
+        """A function (start, stop) that gives this rank's samples of the batch of ``size``, or the last one, there.
 
-        Where batches are not dealt there may be anything between them.
+        Where batches are not dealt, ``start`` and ``stop`` may be any positions.
         """
         if self.window:
             orders, in_parts = self.windows(epoch, size), self.dealing.in_parts
@@ -567,7 +574,7 @@ class Order:
         return (lambda start, stop: at(*positions(start, stop))) if self.dealt else at
 
     def _at_positions(self, epoch: int, size: int) -> Callable[[int, int], Indices]:
-        """A function of two positions in an epoch that is not by windows: the samples from one to the other."""
+        """A function (start, stop) that gives the samples at these positions of an epoch without windows."""
         if self._by_arithmetic:
             return lambda start, stop: self._at(epoch, start, stop)
         if self._by_formula:
@@ -577,7 +584,7 @@ class Order:
         return lambda start, stop: mine[start:stop]
 
     def _listed(self, epoch: int) -> Indices:
-        """The samples at all positions of an epoch that is not by windows."""
+        """The samples at all positions of an epoch without windows."""
         if self.weighted is not None:
             return self._at(epoch, 0, self.share)
         if self._by_arithmetic or self._by_formula:
@@ -595,12 +602,12 @@ class Order:
 
     @property
     def _among(self) -> CellSplit | None:
-        """The samples that are used alone, if they are computed."""
+        """The samples that are used, where they are computed and not listed."""
         return self.chosen if isinstance(self.chosen, CellSplit) else None
 
     @property
     def by_kernels(self) -> bool:
-        """Whether :meth:`computed` has the samples of an epoch, so that kernels can compute them."""
+        """Whether kernels can compute the samples of an epoch, see :meth:`computed`."""
         if self.window or self.sums is not None:
             return not self.window
         if self._among is not self.chosen or (self._among is not None and self._among.ascending):
@@ -609,19 +616,19 @@ class Order:
 
     @property
     def kernel_sums(self) -> int:
-        """How many sums of weights kernels draw by, of 8 bytes each; 0 where they do not draw by weights."""
+        """The number of cumulative weights, 8 bytes each, by which kernels draw; 0 where they do not."""
         return 0 if self.sums is None or not self.by_kernels else len(self.sums)
 
     @property
     def kernel(self) -> tuple[str, int]:
-        """The struct by which kernels compute the samples of an epoch, and how many words it has."""
+        """The struct by which kernels compute the samples of an epoch, and its number of words."""
         kind = "Drawn" if self.replacement else "Computed"
         if self._among is None or self.sums is not None:
             return kind, PERMUTATION_WORDS
         return f"Among<{kind}>", PERMUTATION_WORDS + CELL_WORDS
 
     def computed(self, epoch: int, sums: Array = None) -> Permutation | Draws:
-        """The samples of an epoch as kernels compute them; ``sums`` are :attr:`sums` on the device."""
+        """An epoch's samples for kernels to compute; ``sums`` is :attr:`sums` on the device."""
         of_rank = self.seed, epoch, self.rank, self.world_size
         if self.sums is not None:
             return Draws(len(self.sums), *of_rank, sums.data.ptr, float(self.sums[-1]))
@@ -630,12 +637,12 @@ class Order:
         return Permutation(self.n, self.seed, epoch, 0, self.rank, self.world_size, self.shuffle, self._among)
 
     def prepare(self, epoch: int, size: int = 1) -> None:
-        """Make the order of an epoch now, while a device works on the one before."""
+        """Make the order of an epoch now, while a device works on the epoch before."""
         if not self.by_kernels and (self._next is None or self._next[:2] != (epoch, size)):
             self._next = epoch, size, self.whole(epoch, size)
 
     def memory(self) -> tuple[int, int]:
-        """Bytes of main memory: while the order of an epoch is made, and while it is used. Windows have their own."""
+        """Bytes of main memory while the order of an epoch is made, and while it is used; without those of windows."""
         held = 0 if self.sums is None else self.sums.nbytes
         held += 0 if self.chosen is None else self.chosen.nbytes
         if self.window or self._by_arithmetic:
@@ -647,17 +654,17 @@ class Order:
 
     @property
     def _by_arithmetic(self) -> bool:
-        """Whether the samples at any positions are known without the order of the epoch."""
+        """Whether a position alone gives its sample, without the order of the epoch."""
         return not self.window and (not self.shuffle or (self.replacement and self.n >= LARGE))
 
     @property
     def _by_formula(self) -> bool:
-        """Whether the samples at any positions are images of a permutation."""
+        """Whether the samples are images of a permutation that is computed."""
         shuffled = self.shuffle and not (self.window or self.replacement)
         return shuffled and self.version > 1 and self.n >= LEAST
 
     def _at(self, epoch: int, start: int, stop: int) -> Indices:
-        """The samples at these positions, in order or drawn."""
+        """The samples at these positions: in order, or drawn."""
         first, end, step = self.rank + start * self.world_size, self.rank + stop * self.world_size, self.world_size
         if not self.shuffle:
             return self._samples(np.arange(first, end, step, dtype=np.int64))

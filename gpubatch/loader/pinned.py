@@ -1,9 +1,10 @@
-"""The way of batches to a CUDA device through pinned memory, while it computes.
+"""Copies of batches to a CUDA device through pinned memory, while the device computes.
 
-The rules of :class:`Ring`, on which every batch depends, are three. Pinned memory is written again only when the copy
-from it is over, for which the thread that fills it waits. The copy to a buffer of the device begins only after the
-conversion of what was there before, for which the stream of the copies waits. The conversion begins only after the
-copy, for which the consumer's stream waits.
+Every batch depends on three rules of :class:`Ring`:
+
+1. The thread that fills pinned memory waits until the copy from it is over.
+2. The stream of the copies waits until the buffer's earlier content has been converted.
+3. The consumer's stream waits for the copy before it converts.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from gpubatch.backend import Array, CudaBackend
 
 Form: TypeAlias = tuple[tuple[int, ...], np.dtype[Any]]  # shape and element type
 
-# One core gathers about 10 GB/s, a bus of today copies 25 to 55. A part is large beside what handing it over costs.
+# One core gathers about 10 GB/s, while today's buses copy 25 to 55. A part is large compared with the cost of a task.
 HELPERS = min(8, os.cpu_count() or 1)
 PART = 1 << 21
 
 
 @dataclasses.dataclass(eq=False)
 class Slot:
-    """A batch on its way: flat buffers of the host and the device, and what is in them now."""
+    """A batch on its way: flat buffers of the host and the device, and the shapes of their arrays."""
 
     pinned: list[np.ndarray]
     staged: list[Array]
@@ -41,11 +42,11 @@ class Slot:
     shapes: list[tuple[int, ...]]
 
     def on_host(self) -> list[np.ndarray]:
-        """The arrays to be filled."""
+        """The arrays to fill."""
         return [_shaped(buffer, shape) for buffer, shape in zip(self.pinned, self.shapes, strict=True)]
 
     def on_device(self) -> list[Array]:
-        """The same on the device."""
+        """The arrays on the device."""
         return [_shaped(buffer, shape) for buffer, shape in zip(self.staged, self.shapes, strict=True)]
 
     @property
@@ -59,10 +60,12 @@ def _shaped(buffer: Array, shape: tuple[int, ...]) -> Array:
 
 
 class Ring:
-    """Slots through which batches of at most ``forms`` go to the device, in the order in which they are filled.
+    """Slots through which batches go to the device, in the order in which they are filled.
 
-    One thread fills and sends, another receives; at most ``slots`` are on their way, the received one included. All
-    memory is taken here and given back by :meth:`close`.
+    forms: the largest shape and the element type of each array of a batch
+    slots: the number of batches that may be on their way, including the received one
+
+    One thread fills and sends, another receives. The constructor takes all memory, :meth:`close` gives it back.
     """
 
     def __init__(self, backend: CudaBackend, forms: list[Form], slots: int) -> None:
@@ -80,23 +83,23 @@ class Ring:
                 for _ in range(slots)
             ]
             for slot in self._slots:
-                # The pool may hand out memory that earlier work of this stream still uses.
+                # The pool may give memory that earlier work of this stream still uses.
                 self._home.record(slot.used)
         self._free = deque(self._slots)
         self.helpers = ThreadPoolExecutor(HELPERS, "gpubatch-gather")  # starts no thread before the first task
-        # At the end of the process the driver is gone before a generator is closed, so close before. The thread that
-        # fills registers later and ends earlier.
+        # At the end of the process the driver is gone before generators are closed, so this closes earlier. The thread
+        # that fills registers later, so it ends before.
         atexit.register(self.close)
 
     def acquire(self, shapes: list[tuple[int, ...]]) -> Slot:
-        """A slot for arrays of these shapes; waits until its pinned memory has been copied."""
+        """A slot for arrays of these shapes. Waits for the copy from its pinned memory."""
         slot = self._free.popleft()
         slot.copied.synchronize()
         slot.shapes = shapes
         return slot
 
     def send(self, slot: Slot) -> None:
-        """Begin the copy to the device; nobody waits for it."""
+        """Start the copy to the device, without waiting for it."""
         with self._backend.scope():
             self._copies.wait_event(slot.used)
             for host, device in zip(slot.on_host(), slot.on_device(), strict=True):
@@ -105,7 +108,7 @@ class Ring:
 
     @contextlib.contextmanager
     def received(self, slot: Slot) -> Iterator[list[Array]]:
-        """The arrays of a slot on the device, for work on the current stream that is started inside the ``with``."""
+        """The arrays of a slot on the device, for work that the ``with`` block starts on the current stream."""
         with self._backend.scope():
             stream = self._backend.current_stream()
             stream.wait_event(slot.copied)
@@ -116,7 +119,7 @@ class Ring:
                 self._free.append(slot)
 
     def close(self) -> None:
-        """Wait for the copies that are under way and give all memory back. Nothing may be sent afterwards."""
+        """Wait for running copies and give all memory back. The last call."""
         atexit.unregister(self.close)
         if os.getpid() != self._process or not self._slots:
             return  # a forked child cannot use the device
@@ -124,8 +127,8 @@ class Ring:
         with self._backend.scope():
             self._copies.synchronize()
             for slot in self._slots:
-                self._home.wait_event(slot.used)  # its pool may give the memory to the next work of this stream
-        for slot in self._slots:  # a traceback that somebody keeps holds slots
+                self._home.wait_event(slot.used)  # the pool may give the memory to this stream's next work
+        for slot in self._slots:  # a kept traceback may hold slots
             slot.pinned.clear()
             slot.staged.clear()
         self._slots = []
@@ -133,7 +136,7 @@ class Ring:
 
 
 def take_into(array: np.ndarray, index: np.ndarray, out: np.ndarray, helpers: Executor) -> None:
-    """Write the rows at ``index``, which are in range, into ``out``; ``helpers`` share the work on large ones."""
+    """Write the rows at ``index``, which must be in range, into ``out``; ``helpers`` share large batches."""
     if not array.flags.c_contiguous or array.dtype != out.dtype:
         out[...] = array[index]
         return

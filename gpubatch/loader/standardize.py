@@ -1,4 +1,4 @@
-"""Standardisation of samples, whose numbers are those of the training rows: a loader's ``prepare``."""
+"""Standardisation of samples by the numbers of the training rows: a loader's ``prepare``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from gpubatch.inputs import Names, checked_array, columns_of
 from gpubatch.sources import as_source
 
 SINGLE = np.finfo(np.float32)
-AT_ONCE = 1 << 20  # bytes of X that are looked at together
-PRECISE = 1e5  # the most deviations that a mean may be from 0: float32 has 24 bits
+AT_ONCE = 1 << 20  # bytes of X that are read at a time
+PRECISE = 1e5  # deviations between a mean and 0 from which on float32 loses digits: it has 24 bits
 
 
 class Standardize:
@@ -22,8 +22,8 @@ class Standardize:
     mean, deviation: one number for each feature, of the shape of a sample, which float32 can hold; the deviations are
         above 0.
 
-    ``gb.save`` keeps the numbers with a model, and so does an ONNX file. Samples are rows, ``(batch, features)``.
-    Differences are taken in the loader's element type, after it was converted to that.
+    ``gb.save`` and an ONNX file keep the numbers with a model. Samples are rows, ``(batch, features)``. The loader
+    converts them to its element type first, in which the differences are taken.
 
     >>> X = np.array([[1.0, 200.0], [3.0, 400.0]])
     >>> prepare = gb.Standardize.of(X)
@@ -54,11 +54,10 @@ class Standardize:
 
     @classmethod
     def of(cls, X: Any) -> Standardize:
-        """Of the rows of X: an array, or whatever a loader reads, of which a mebibyte is held at a time.
+        """Mean and deviation of the rows of X: an array, or whatever a loader reads, a mebibyte at a time.
 
-        Deviations are those of the rows themselves (divided by their number); a column that is the same in all rows has
-        deviation 1, so it becomes 0. Blocks are combined as in Chan, Golub, LeVeque (1979). Raises NonFiniteError for
-        NaN and infinity.
+        Deviations divide by the number of rows; a column that is the same in all rows has deviation 1, so it becomes 0.
+        Blocks are combined as in Chan, Golub, LeVeque (1979). Raises NonFiniteError for NaN and infinity.
         """
         count, mean, squares = 0, np.zeros(()), np.zeros(())
         source = as_source("X", X)
@@ -78,7 +77,7 @@ class Standardize:
             mean = mean + apart * (len(block) / total)
             count, start, row = total, stop, max(1, AT_ONCE // block[0].nbytes)
         deviation = np.sqrt(squares / count)
-        # Of equal numbers the mean is rounded, so the deviation need not be 0.
+        # The mean of equal numbers is rounded, so their deviation need not be 0.
         same = deviation <= 1e-12 * np.abs(mean)
         found = cls(mean, np.where(same, 1.0, deviation))
         found.columns = columns_of(X)
@@ -86,7 +85,7 @@ class Standardize:
 
     @property
     def lost(self) -> np.ndarray:
-        """The places of the columns whose mean is so many deviations from 0 that float32 keeps few of their digits."""
+        """The places of columns whose mean is so far from 0 that float32 keeps few digits of their differences."""
         return np.flatnonzero(np.abs(self.mean) > PRECISE * self.deviation)
 
     def __call__(self, x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""What each sample counts in the loss: weights that are given, times those of classes."""
+"""The weight of each sample in the loss: its own, times that of its class."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from gpubatch.sources import ArraySource, Part
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassWeights:
-    """The weights of labels 0, 1, ...; ``other`` is that of labels beyond. NaN is for labels that have none.
+    """The weights of classes.
+
+    table: of labels 0, 1, ...; NaN: none
+    other: of larger labels
 
     Negative labels are no classes: they weigh 1, and losses ignore or refuse them.
     """
@@ -26,7 +29,7 @@ class ClassWeights:
     other: float
 
     def of(self, Y: Array, name: str, backend: Backend) -> Array:
-        """The weights of the labels Y, in double precision, where Y is."""
+        """The weights of the labels Y, in double precision, on the device of Y."""
         check_labels(name, Y)
         last = len(self.table)
         of_label = np.append(self.table, self.other)
@@ -41,7 +44,7 @@ class ClassWeights:
 
 
 def class_weights(given: Any, labels: Array, backend: Backend) -> ClassWeights:
-    """The argument ``class_weight`` for the labels of a loader."""
+    """The loader's argument ``class_weight``, for its labels."""
     with backend.scope():
         high = int(labels.max())
         if high >= 2 * len(labels) + 1000:
@@ -150,11 +153,11 @@ class Weighting:
         return {"loss_weight": weight, "weight": of_sample}
 
 
-READ_BYTES = 1 << 24  # that are read at once to find the labels
+READ_BYTES = 1 << 24  # bytes that are read at a time to find the labels
 
 
 def labels_of(Y: ArraySource | Part) -> Array:
-    """The labels to which class weights belong; those of a source are read once, in its order."""
+    """All labels, for class weights; a source is read once, in order."""
     if isinstance(Y, ArraySource):
         check_labels("Y", Y.array)
         return Y.array

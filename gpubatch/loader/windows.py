@@ -1,4 +1,4 @@
-"""Sets that are read and shuffled by windows: how large these are, what is held of them, and how it is read."""
+"""Windows of a set that is read and shuffled by windows: their sizes, their memory, and their reading."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from gpubatch.sizing import parse_bytes
 from gpubatch.sources import Reader
 
 DEFAULT_WINDOW = "256 MiB"  # for sources that read neighbours together
-BLOCKS = 32  # in what is shuffled together: so many places of the set meet in a batch
-UNEVEN = (
-    72  # bytes of a block of uneven ones: its bounds, and where it begins and ends in an epoch's list, and its making
-)
-LISTING = 32  # bytes a sample in listing a window: the order of use, and places, their blocks and their samples
-PIECE = 1 << 20  # bytes of a window that are read at once: what is read is then looked at, and should be in the cache
+BLOCKS = 32  # blocks in half a window: so many places of the set meet in a batch
+UNEVEN = 72  # peak bytes for each uneven block: its bounds, its begin and end in an epoch's list, temporaries
+LISTING = 32  # peak bytes a sample while a window is listed: the order of use, places, their blocks and samples
+PIECE = 1 << 20  # bytes of a window that are read at a time: they are checked next and should still be in the cache
 
 
 def window_and_block(
     window: int | str | None, replacement: bool, columns: Columns, shards: int = 1
 ) -> tuple[int, int, Indices | None]:
-    """Samples that are shuffled together, how many neighbours among them are a block, and the bounds of uneven blocks.
+    """The samples that are shuffled together, the neighbours in a block, and the bounds of uneven blocks or None.
 
-    Zeros: all of the set is shuffled. ``window`` and ``replacement`` are the loader's arguments. The samples are those
-    of all ``shards``, of which each shuffles its own.
+    window, replacement: the loader's arguments
+    shards: the parts of a batch, each of which shuffles its own share of these samples
+
+    Zeros mean that the whole set is shuffled.
     """
     blocks = [reader.block for reader in columns.readers if reader.block is not None]
     if window is None and (not blocks or replacement):
@@ -40,7 +40,7 @@ def window_and_block(
     n, bounds, whole = columns.n_samples, _common_bounds(columns), max(blocks, default=1)
     if window is None:
         half = parse_bytes("window", DEFAULT_WINDOW) // columns.stored_bytes // 2
-        # Shards read in turn, so each needs room for what is decoded at once: else it is decoded again and again.
+        # Shards read in turn, so each needs room for a whole block; else it is decoded again and again.
         half = max(half, shards * whole) if shards > 1 else half
     elif isinstance(window, str):
         half = parse_bytes("window", window) // columns.stored_bytes // 2
@@ -51,13 +51,13 @@ def window_and_block(
     if bounds is not None:
         bounds = _merged(bounds, least, most)
         return most * shards, int(np.diff(bounds).max()), bounds
-    # Whole blocks of the source, so that none is read twice, unless not even one of them is within the bound.
+    # Whole blocks of the source, so that none is read twice, unless one block is more than the bound.
     block = min(-(-least // whole) * whole, most)
     return (most if half < n else n + block - 1) // block * block * shards, block, None
 
 
 def _common_bounds(columns: Columns) -> Indices | None:
-    """Where every source begins something that it reads at once, if there is a source of uneven such blocks."""
+    """The bounds that the blocks of all sources have in common; None where all sources have even blocks."""
     if all(reader.boundaries is None for reader in columns.readers):
         return None
     found = np.array([0, columns.n_samples])
@@ -70,7 +70,7 @@ def _common_bounds(columns: Columns) -> Indices | None:
 
 
 def _merged(bounds: Indices, least: int, most: int) -> Indices:
-    """Bounds of fewer blocks: neighbours together until they have ``least`` samples, if they have at most ``most``."""
+    """Bounds of larger blocks: neighbours are joined until they have ``least`` samples, but not beyond ``most``."""
     found, last = [0], len(bounds) - 1
     place = 0
     while place < last:
@@ -82,25 +82,25 @@ def _merged(bounds: Indices, least: int, most: int) -> Indices:
 
 
 def window_bytes(order: Order, readers: Collection[Reader], size: int = 1) -> int:
-    """Bytes of main memory when a window takes most: its halves and their order, and what is being read.
+    """The most bytes of main memory for windows: two halves, their orders, and what is being read.
 
-    Where batches of ``size`` are dealt, these are the windows of all parts that a rank has.
+    Where batches of ``size`` are dealt, the windows are those of all parts of this rank.
     """
     n, parts, cut = order.n, 1, 0
     if order.dealt:
         sizes = [part.stop - part.start for part in order.dealing.parts_of(order.n, size)]
-        n, parts, cut = max(1, *sizes), sum(of > 0 for of in sizes), 1  # a stretch begins and ends inside blocks
+        n, parts, cut = max(1, *sizes), sum(of > 0 for of in sizes), 1  # a stretch may begin and end inside blocks
     blocks, windows = -(-order.n // order.block), -(-n // order.together) + cut
     of_blocks = 8 * blocks
     if order.bounds is not None:
         blocks = len(order.bounds) - 1
         of_blocks = UNEVEN * blocks
-        windows = windows if windows < 2 else 2 * windows  # two that follow one another are more than one full one
+        windows = windows if windows < 2 else 2 * windows  # two in a row have more samples than a full one
         of_blocks += 16 * windows * parts
     n = min(order.together, n)
-    share, peak = -(-n // order.world_size), PEAK if order.shuffle else 9  # 9: which samples there are
+    share, peak = -(-n // order.world_size), PEAK if order.shuffle else 9  # 9: the samples themselves
     rows, used = share * sum(reader.row_bytes for reader in readers), 16 * share
-    if order.version > 1:  # what is not small is computed as it is used
+    if order.version > 1:  # what is large is computed as it is used
         formula = permutation_bytes()
         blocks = blocks if blocks < LEAST else 0
         of_blocks = 8 * blocks if order.bounds is None else of_blocks
@@ -115,13 +115,13 @@ def window_bytes(order: Order, readers: Collection[Reader], size: int = 1) -> in
     else:
         making = LISTING * n
     if order.bounds is None:
-        of_blocks *= max(parts, 1)  # each part lists even ones itself, where they are few
+        of_blocks *= max(parts, 1)  # each part lists even blocks itself, where they are few
     read = 0
     if readers:
         read = _read_at_once(readers, order) * sum(r.row_bytes for r in readers if not r.reads_into)
     if windows == 1:
         held = max(making, rows + used + read)
-    elif windows == 2:  # there is room for the second one's rows when its order has been made
+    elif windows == 2:  # the second one's rows are allocated after its order has been made
         held = max(rows + used + making, 2 * (rows + used) + read)
     else:
         held = 2 * rows + max(used + making, 2 * used + read)
@@ -130,7 +130,7 @@ def window_bytes(order: Order, readers: Collection[Reader], size: int = 1) -> in
 
 
 def _read_at_once(readers: Collection[Reader], order: Order) -> int:
-    """How many samples of a window are read in a piece: at least as many as any of its sources decodes at once."""
+    """The samples of a window that are read at a time: at least as many as any source decodes at once."""
     piece, block = PIECE // max(reader.row_bytes for reader in readers), order.block
     piece = min(block, order.together) if order.dealt else min(piece, block)
     return max(piece, *(reader.block or 1 for reader in readers))
@@ -138,9 +138,12 @@ def _read_at_once(readers: Collection[Reader], order: Order) -> int:
 
 @dataclass(eq=False)
 class _Held:
-    """A window: its samples as they are read and used, the rows of the first ``count``; ``told`` are announced.
+    """A window in memory.
 
-    ``ends`` are those of its blocks.
+    samples, use: in the order of reading, and the places among them in the order of use
+    rows: of the first ``count`` samples
+    ends: of its blocks
+    told: the number of samples whose reading was announced
     """
 
     samples: Samples
@@ -152,7 +155,7 @@ class _Held:
 
 
 class WindowPart(NamedTuple):
-    """The samples of a batch that are in one window: at ``use`` of the window's ``samples`` and ``rows``."""
+    """A batch's samples in one window: those at ``use`` of the window's ``samples`` and ``rows``."""
 
     rows: Rows
     samples: Samples
@@ -160,10 +163,10 @@ class WindowPart(NamedTuple):
 
 
 class Windows:
-    """An epoch by windows: the rows of the window in use and of the next one, which is read as the first is used up.
+    """An epoch by windows: the window in use, and the next one, which is read while the first is used up.
 
-    So the reading is spread evenly over the batches, and no more than two windows are in memory; of several parts of a
-    batch of ``size``, two windows each.
+    So reading is spread evenly over the batches, and memory holds at most two windows, or two for each part of a batch
+    of ``size``.
     """
 
     def __init__(self, order: Order, epoch: int, readers: dict[Reader, list[float]], size: int) -> None:
@@ -171,9 +174,7 @@ class Windows:
         self._parts = [WindowsOfPart(order, part, readers) for part in order.windows(epoch, size)]
 
     def parts(self, start: int, stop: int) -> Iterator[WindowPart]:
-        """A batch's samples, at positions ``start`` to ``stop``; the rows of a part are there until the next is asked
-        for.
-        """
+        """The samples of the batch at positions ``start`` to ``stop``; rows are valid until the next part."""
         for part, cut in zip(self._parts, self._order.dealing.in_parts(start, stop, self._size), strict=True):
             yield from part.pieces(*cut)
 
@@ -189,7 +190,7 @@ class WindowsOfPart:
         self._spare: list[Rows] = []
 
     def pieces(self, start: int, stop: int) -> Iterator[WindowPart]:
-        """The samples from one position to another; the rows of a piece are there until the next is asked for."""
+        """The samples at positions ``start`` to ``stop``; rows are valid until the next piece."""
         for window, a, b in self._order.pieces(start, stop) if start < stop else ():
             for past in [w for w in self._held if w < window]:
                 self._spare.append(self._held.pop(past).rows)
@@ -199,9 +200,9 @@ class WindowsOfPart:
                 self._read(window + 1, b, len(held.samples))
 
     def _read(self, window: int, part: int, whole: int) -> _Held:
-        """The window of which at least part/whole has been read."""
+        """A window, after at least part/whole of it was read."""
         if window not in self._held:
-            listed = self._order.part(window)  # before there is memory for the rows: listing takes some, too
+            listed = self._order.part(window)  # before the rows are allocated, since listing takes memory, too
             rows = self._spare.pop() if self._spare else self._empty()
             self._held[window] = _Held(*listed, rows, self._order.ends(window))
         held, at_once = self._held[window], self._at_once
@@ -211,7 +212,7 @@ class WindowsOfPart:
             self._announce(held)
             start, stop = held.count, min(wanted, held.count + at_once)
             if self._by_blocks:
-                # What other parts read in between has taken the place of what a source decoded, so no block is cut.
+                # Reading for other parts replaces what a source has decoded, so no block is cut.
                 stop = int(held.ends[held.ends.searchsorted(start, side="right")])
             for reader, limits in self._limits.items():
                 reader.read_into(held.samples[start:stop], [rows[start:stop] for rows in held.rows[reader]], limits)
@@ -219,7 +220,7 @@ class WindowsOfPart:
         return held
 
     def _announce(self, held: _Held) -> None:
-        """Tell the sources of the two blocks that come next, which lie anywhere in a file, while others are used."""
+        """Tell the sources of the next two blocks, which lie anywhere in a file, while earlier ones are used."""
         block = self._block
         while held.told < min(held.count + 2 * block, len(held.samples)):
             for reader in self._limits:
