@@ -1,11 +1,11 @@
-"""Where samples come from: arrays of the host or of a device, files, and whatever else can be read by place.
+"""Where samples come from: arrays of the host or of a device, files, and anything else that is read by place.
 
-A source is read and never changed. Arrays go to :class:`~gpubatch.loader.Loader` as they are, ``np.memmap`` too: it is
-not copied, and its floating values are looked at as they are read. Files that may be larger than memory are opened
-here: :func:`npy`, :func:`npz`, :func:`raw`, :func:`idx`, :func:`cifar10`, :func:`parquet`, :func:`arrow`,
-:func:`hdf5`; and folders, lists and patterns of such files, as one source, by :func:`files`. A path that goes to the
-loader itself is opened by that. Arrays that are read by slices, as zarr's, h5py's and netCDF4's are, go to the loader
-as they are, too, and so do sparse matrices of SciPy's. Anything else has to be a :class:`Source`.
+Nothing ever writes to a source. :class:`~gpubatch.loader.Loader` takes arrays as they are, ``np.memmap`` too, which it
+does not copy, and whose floats it checks as it reads them. Files that may be larger than memory are opened here:
+:func:`npy`, :func:`npz`, :func:`raw`, :func:`idx`, :func:`cifar10`, :func:`parquet`, :func:`arrow`, :func:`hdf5`.
+:func:`files` opens a folder, a list or a pattern of such files as one source, and the loader opens the paths that it is
+given. It also takes arrays that are read by slices, such as those of zarr, h5py and netCDF4, and sparse matrices of
+SciPy. Anything else must be a :class:`Source`.
 """
 
 from gpubatch.sources.arrays import (

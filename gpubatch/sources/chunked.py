@@ -14,17 +14,17 @@ from gpubatch.sources.rows import runs_of
 
 
 def is_chunked(x: Any) -> bool:
-    """Whether ``x`` is no array of NumPy, CuPy or DLPack, no table and not sparse, but is read as an array is."""
+    """Whether ``x`` is an array that is read by slices: not of NumPy, CuPy or DLPack, not a table, not sparse."""
     if isinstance(x, np.ndarray) or is_cupy(x) or is_foreign(x) or hasattr(x, "to_numpy") or hasattr(x, "toarray"):
         return False
     return all(hasattr(x, name) for name in ("shape", "dtype", "__getitem__")) and len(x.shape) > 0
 
 
 class Chunked:
-    """The rows of such an array, of which only those are read that are asked for.
+    """The rows of an array that is read by slices.
 
-    Where it has chunks of several rows, chunks are read whole, and the one that was cut last is kept: so whoever reads
-    it in order reads each once. An array of tensorstore's may begin at any index.
+    Chunks of several rows are read whole, and the latest chunk that was used in part is kept: so reading in order reads
+    each chunk once. An array of tensorstore may begin at any index.
     """
 
     def __init__(self, array: Any) -> None:
@@ -35,7 +35,7 @@ class Chunked:
         first = chunks[0] if isinstance(chunks, tuple) and chunks else 1  # dask has a tuple of sizes for each axis
         self.block = max(1, int(first[0] if isinstance(first, tuple) else first))
         self._kept, self._rows = -1, np.empty(0)
-        self._turn = InTurn()  # the chunk that is kept is there for one thread at a time
+        self._turn = InTurn()  # one thread at a time uses the kept chunk
 
     def __len__(self) -> int:
         return int(self._array.shape[0])
@@ -46,7 +46,7 @@ class Chunked:
         last = int(indices[-1]) // self.block
 
         def turn(run: tuple[int, int, int]) -> int:
-            """First what is in the chunk that is kept, last the chunk that is to be kept for whoever goes on."""
+            """First the run in the kept chunk, last the run whose chunk the next reading needs."""
             first, end = run[0] // self.block, (run[0] + run[2] - run[1] - 1) // self.block
             return 0 if first <= self._kept <= end else 2 if first <= last <= end else 1
 
@@ -60,7 +60,7 @@ class Chunked:
         return found if np.array_equal(places, indices) else found[back]
 
     def _parts(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """The rows from ``start`` to ``stop``: whole chunks in one slice, and parts of others."""
+        """The rows from ``start`` to ``stop``: whole chunks in one slice, others in parts."""
         block, n = self.block, len(self)
         while start < stop:
             number, end = start // block, n if stop == n else stop // block * block
@@ -79,7 +79,12 @@ class Chunked:
         where = f"samples {start} to {stop - 1}"
         try:
             found = self._array[self._first + start : self._first + stop]
-        except (RuntimeError, ValueError, LookupError, EOFError) as error:  # what libraries raise for a damaged chunk
+        except (
+            RuntimeError,
+            ValueError,
+            LookupError,
+            EOFError,
+        ) as error:  # of libraries, for a damaged chunk
             library = type(self._array).__module__.partition(".")[0]
             raise DataFormatError(f"{where}: an array of {library} could not read them: {error}") from error
         return np.asarray(unmasked(where, found))

@@ -1,4 +1,4 @@
-"""What users give to be read, as sources."""
+"""Sources of whatever users give."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from gpubatch.sources.reader import Source
 
 
 def is_read(x: Any) -> bool:
-    """Whether samples are read from ``x``, which may be larger than memory as an array: by place, not as a map."""
+    """Whether samples are read from ``x`` by place, so that it may be larger than memory; a map is an array."""
     return names_files(x) or is_sparse(x) or is_chunked(x) or (hasattr(x, "read") and hasattr(x, "__len__"))
 
 
 def as_source(name: str, x: Any) -> Source | None:
-    """The source that ``x``, an argument called ``name``, is or becomes; None where it is to be an array."""
+    """The source of ``x``, an argument called ``name``; None where ``x`` is an array."""
     if not is_read(x):
         return None
     if names_files(x):

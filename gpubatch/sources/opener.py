@@ -1,4 +1,4 @@
-"""Files as sources read them: wherever they are, they are opened, read by place, closed, and opened again."""
+"""Files of sources, here or elsewhere: opened, read by place, closed, and opened again."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from urllib.parse import unquote
 from gpubatch.sources.reader import refuse_pickling
 from gpubatch.sources.remote import RemoteFile, check_unchanged, is_url
 
-AT_ONCE = 1 << 20  # bytes that a system is asked to read ahead: Linux does not heed what is beyond a device's limit
+AT_ONCE = 1 << 20  # bytes of a request to read ahead: Linux ignores what exceeds a device's limit
 
 
 class Opener(Protocol):
-    """A file that can be opened: on this machine a :class:`LocalFile`, or one elsewhere.
+    """A file that can be opened: a :class:`LocalFile`, or a file elsewhere.
 
-    Whatever opens a file by its path takes such an object instead, too. ``path`` is its path or URL, which messages
-    name, and by whose end :func:`gpubatch.sources.files` knows the format.
+    Every function that opens a file by its path takes such an object instead. ``path`` is its path or URL: messages
+    name it, and its suffix tells :func:`gpubatch.sources.files` the format.
     """
 
     path: str
 
     def open(self) -> BinaryIO:
-        """A new file object at its start, which the caller closes: ``read``, ``readinto``, ``seek``, ``tell``.
+        """A new file object at its start: ``read``, ``readinto``, ``seek``, ``tell``. The caller closes it.
 
-        One thread at a time uses it. If it has a method ``expect(start, stop)``, that is told which bytes will be read
+        One thread uses it at a time. A method ``expect(start, stop)``, if it has one, announces bytes that will be read
         soon.
         """
 
@@ -35,14 +35,14 @@ class Opener(Protocol):
         """Its size in bytes."""
 
     def identity(self) -> str:
-        """Text that is another one when the contents are: of size and time, or an ETag.
+        """Text that changes with the contents: size and time, or an ETag.
 
-        It is asked for whenever the file is opened, and compared when a run is resumed.
+        Every opening of the file asks for it, and a resumed run compares it.
         """
 
 
 class LocalFile:
-    """A file of this machine."""
+    """A file on this machine."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.path.expanduser(os.fsdecode(path))
@@ -62,10 +62,10 @@ class LocalFile:
 
 
 class _ClosesItself(io.FileIO):
-    """A file of this machine that closes its descriptor when it is garbage, too.
+    """A file on this machine that closes its descriptor when it is collected as garbage, too.
 
-    A source that is in a circle with its user is collected in any order. Python would warn of a file that is collected
-    before what closes it.
+    Python collects a circle of a source and its user in any order, and would warn of a file that is collected before
+    the object that closes it.
     """
 
     def __init__(self, path: str) -> None:
@@ -84,20 +84,20 @@ class _ClosesItself(io.FileIO):
 
 
 def opener_of(path: str | os.PathLike[str] | Opener) -> Opener:
-    """What opens the file that a user gives."""
+    """The opener of a file that a user gives."""
     if isinstance(path, str) and is_url(path):
         return RemoteFile(unquoted(path))
     return LocalFile(path) if isinstance(path, (str, bytes, os.PathLike)) else path
 
 
 def unquoted(url: str) -> str:
-    """A URL; of a file on this machine without %20 and the like, as fsspec takes it, unless its name has them."""
+    """A URL; that of a file on this machine without %20 and the like, unless the file's name has them."""
     path = url.removeprefix("file://")
     return url if path == url or "%" not in path or os.path.exists(path) else f"file://{unquote(path)}"
 
 
 class Closable(Protocol):
-    """What has something to close."""
+    """An object that can be closed."""
 
     def close(self) -> None:
         """Close it."""
@@ -107,10 +107,10 @@ T = TypeVar("T", bound=Closable)
 
 
 class Reopened(Generic[T]):
-    """What is made of a file by opening it: made now, and again when it is next used after :meth:`close`.
+    """An object that ``make`` makes of an open file: now, and again at the first use after :meth:`close`.
 
-    It is made again in a forked child, too, which must not share its place in the file. ``DataFormatError`` where the
-    file is another one by then.
+    A forked child makes its own, since it must not share a place in the file. Raises ``DataFormatError`` if the file
+    has changed by then.
     """
 
     def __init__(self, file: Opener, make: Callable[[], T]) -> None:
@@ -119,7 +119,7 @@ class Reopened(Generic[T]):
         self._process = os.getpid()
 
     def use(self) -> T:
-        """What was made."""
+        """The object, for use at once."""
         if self._made is None or self._process != os.getpid():
             check_unchanged(self._file.path, self.identity, self._file.identity())
             self._made, self._process = self._make(), os.getpid()
@@ -140,7 +140,7 @@ class Reopened(Generic[T]):
 
 
 class BytesByPlace:
-    """A file object whose bytes are read by place."""
+    """An open file whose bytes are read by place."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._lock = file, threading.Lock()
@@ -151,7 +151,7 @@ class BytesByPlace:
         self._file.close()
 
     def read_into(self, view: memoryview, offset: int) -> int:
-        """Fill ``view`` with the bytes from ``offset`` on; how many there were, fewer only where the file ends."""
+        """Fill ``view`` with the bytes from ``offset`` on; return their number, smaller only where the file ends."""
         done = 0
         while done < len(view) and (count := self._some(view[done:], offset + done)):
             done += count
@@ -166,7 +166,7 @@ class BytesByPlace:
             return self._file.readinto(view) or 0  # type: ignore[attr-defined]
 
     def expect(self, start: int, stop: int) -> None:
-        """Have bytes read ahead, while others are used."""
+        """Start reading bytes ahead, while others are used."""
         if hasattr(self._file, "expect"):
             self._file.expect(start, stop)
         elif isinstance(self._file, io.FileIO) and hasattr(os, "posix_fadvise"):

@@ -1,4 +1,4 @@
-"""Folders, lists and patterns of files as one source, of which a bounded number is open at a time."""
+"""Folders, lists and patterns of files as one source, with a bounded number of open files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gpubatch.sources.remote import RemoteFile, is_url, shown
 from gpubatch.sources.rows import idx, npy, raw
 from gpubatch.sources.tables import arrow, hdf5, parquet
 
-OPEN = 32  # files that are open at a time: a system allows a process 1,024 or less
+OPEN = 32  # files that are open at a time: systems allow a process 1,024 or fewer
 FORMATS: dict[str, Callable[..., Any]] = {
     "parquet": parquet,
     "arrow": arrow,
@@ -44,7 +44,7 @@ Path: TypeAlias = str | os.PathLike[str]
 
 
 def files(where: Path | Opener | Sequence[Path | Opener], format: str | None = None, **options: Any) -> Source:
-    """The samples of several files as one source, those of the first file first; of one file alone, too.
+    """The samples of one file or of several as one source, those of the first file first.
 
     where: a folder, a pattern such as "data/part-*.parquet" ("**" stands for any folders), a file, or a list of these;
         URLs of these, too, as :func:`remote` takes them
@@ -52,18 +52,18 @@ def files(where: Path | Opener | Sequence[Path | Opener], format: str | None = N
     options: the format's own, as in :func:`parquet` (``columns`` and ``label``, here None by default), :func:`npy`,
         :func:`idx`, :func:`hdf5` and :func:`raw`
 
-    The files of a folder or a pattern are taken in the natural order of their paths: part-2 before part-10. A list
-    keeps its own. Folders are searched with all folders in them; what their names say, as "year=2024" of Hive, becomes
-    no column. Names that begin with "." or "_" are left out, and so is a file without rows; one of 0 bytes is damaged.
-    All files must be of one format with samples of one element type and shape, and tables must have the same columns,
-    in any order; a folder must have files of one suffix. At most 32 files are open at a time.
+    The files of a folder or a pattern come in the natural order of their paths: part-2 before part-10. A list keeps its
+    order. Folders are searched with all folders in them; Hive's names of folders, such as "year=2024", become no
+    columns. Names that begin with "." or "_" are left out, and so is a file without rows; a file of 0 bytes is damaged.
+    All files must have one format, and samples of one element type and shape; tables must have the same columns, in any
+    order; a folder must have files of one suffix. At most 32 files are open at a time.
 
-    Files are opened once to know their rows and types, by their headers and footers alone: nothing is decoded before
-    the first batch, except for the first row of columns of lists whose length their type does not say. A loader
-    shuffles by row groups, record batches or chunks, which are then decoded once an epoch. A loader's state has a
-    digest of the files' names, sizes, rows and times of change: with other files it is refused.
+    Each file is opened once for its rows and types, which its header or footer has. Nothing is decoded before the first
+    batch, except for the first row of columns of lists whose type does not say their length. A loader shuffles by row
+    groups, record batches or chunks, and so decodes each once an epoch. A loader's state has a digest of the files'
+    names, sizes, rows and times of change, and a loader of other files refuses it.
 
-    Raises ``FileNotFoundError`` where nothing is found, and ``DataFormatError`` where files differ, which names both.
+    Raises ``FileNotFoundError`` where no file is found, and ``DataFormatError`` where files differ, which names both.
     """
     openers = list(openers_of(where))
     formats = Counter(_format_of(opener.path) if format is None else format for opener in openers)
@@ -77,7 +77,7 @@ def files(where: Path | Opener | Sequence[Path | Opener], format: str | None = N
 
 
 def names_files(x: Any) -> bool:
-    """Whether ``x`` is a path, or a list of paths: text is one if it ends as files do that can be opened."""
+    """Whether ``x`` is a path, or a list of paths: a text in a list is a path if its suffix is known."""
     if isinstance(x, list):
         return len(x) > 0 and all(
             isinstance(path, os.PathLike) or (isinstance(path, str) and _suffix_of(path) in SUFFIXES) for path in x
@@ -89,7 +89,7 @@ def names_files(x: Any) -> bool:
 
 
 def words_of(where: Any) -> str:
-    """What was given, for messages."""
+    """The argument ``where`` in words, for messages."""
     if isinstance(where, (str, os.PathLike)):
         return shown(os.fspath(where)) if is_url(where) else os.fspath(where)
     if not isinstance(where, (list, tuple)):
@@ -98,7 +98,7 @@ def words_of(where: Any) -> str:
 
 
 def openers_of(where: Any) -> Iterator[Opener]:
-    """What opens each of the files."""
+    """An opener for each of the files."""
     if isinstance(where, (list, tuple)):
         if not where:
             raise ArgumentError("where must name at least one file, got an empty list")
@@ -132,12 +132,12 @@ def openers_of(where: Any) -> Iterator[Opener]:
 
 
 def _files_in(folder: str) -> list[str]:
-    """The files in a folder and all folders in it, but for hidden ones."""
+    """The files in a folder and in all folders in it, without hidden ones."""
     found, folders, seen = list[str](), [folder], set[tuple[int, int]]()
     while folders:
         here = folders.pop()
         status = os.stat(here)
-        if (place := (status.st_dev, status.st_ino)) in seen:  # a link to a folder around it
+        if (place := (status.st_dev, status.st_ino)) in seen:  # a link to an outer folder
             continue
         seen.add(place)
         with os.scandir(here) as entries:
@@ -148,12 +148,12 @@ def _files_in(folder: str) -> list[str]:
 
 
 def _matching(pattern: str) -> list[str]:
-    """The files that match a pattern, but for hidden ones that the pattern does not name."""
+    """The files that match a pattern, without hidden ones that the pattern does not name."""
     return _not_hidden(pattern, filter(os.path.isfile, glob.glob(pattern, recursive=True)))
 
 
 def _not_hidden(where: str, paths: Iterable[str]) -> list[str]:
-    """Those of the files in a folder or of a pattern that are not hidden, or all where its own names are."""
+    """The files of a folder or a pattern that are not hidden; all of them if ``where`` itself has hidden names."""
     hidden = any(_is_hidden(name) for name in _names(where))
     kept = len(list(itertools.takewhile(lambda name: not glob.has_magic(name), _names(where))))
     return [path for path in paths if hidden or not any(map(_is_hidden, _names(path)[kept:]))]
@@ -168,7 +168,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _of_one_suffix(where: Path, paths: list[str]) -> list[str]:
-    """The files in natural order, if there are any and they have one suffix."""
+    """The files in natural order. Raises for no files, and for several suffixes."""
     name = os.fspath(where)
     if not paths:
         what = "files in the folder" if os.path.isdir(where) else "file matches the pattern"
@@ -190,7 +190,7 @@ def _of_one_suffix(where: Path, paths: list[str]) -> list[str]:
 
 
 def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
-    """A key by which part-2 comes before part-10."""
+    """A sorting key by which part-2 comes before part-10."""
     pieces = re.split(r"(\d+)", name)
     return [(int(piece), "") if k % 2 else (-1, piece) for k, piece in enumerate(pieces)], name
 
@@ -219,7 +219,7 @@ def _format_of(path: str) -> str:
 
 
 def _opened(openers: list[Opener], name: str, options: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The files' sources, closed, after their headers were read and compared; and the columns of tables."""
+    """The files' sources, compared by their headers and closed again; and the columns of tables."""
     opening = FORMATS[name]
     known = dict(list(inspect.signature(opening).parameters.items())[1:])  # all but the path
     if wrong := sorted(options.keys() - known.keys()):
@@ -249,7 +249,7 @@ def _opened(openers: list[Opener], name: str, options: dict[str, Any]) -> tuple[
 
 
 def _compare(first: Any, part: Any, all_columns: bool) -> None:
-    """Raise for the first difference between what two files hold."""
+    """Raise DataFormatError for the first difference between the contents of two files."""
     like = f"as in {first.path}"
     if hasattr(first, "fields"):
         for column, kind in first.fields.items():
@@ -267,11 +267,14 @@ def _compare(first: Any, part: Any, all_columns: bool) -> None:
 
 
 class Parts:
-    """The samples of several files, one after another.
+    """The samples of several files, one file after another: a :class:`Source`.
 
-    ``path`` is what they are called in messages. ``block``, of files that read neighbours together, is the most that
-    one reads at once, and ``boundaries`` are where what it reads at once begins, and the end. ``identity`` is other
-    text when the files are. Where it can be known, ``forms`` has the element type and shape of a sample of each array.
+    path: their name in messages
+    parts: the files' sources
+    what: the format and its options, for the identity
+
+    ``block`` is the largest block of a file, and ``boundaries`` has the blocks of all files, where these read
+    neighbours together. ``forms`` is None before the first reading where types alone do not say it.
     """
 
     def __init__(self, path: str, parts: list[Any], what: str) -> None:
@@ -293,7 +296,7 @@ class Parts:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that are held at most beside what is read: the rows that were decoded last, and while they are."""
+        """The most bytes besides the result: the latest decoded block, and as much while it is decoded."""
         if self.forms is None or not hasattr(self, "block"):
             return 0
         row = sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.forms)
@@ -310,7 +313,7 @@ class Parts:
         return out if len(out) > 1 else out[0]
 
     def read_into(self, indices: np.ndarray, out: Any, /) -> None:
-        """Write what :meth:`read` would return into ``out``, an array or a pair of them."""
+        """Write the result of :meth:`read` into ``out``, an array or a pair of arrays."""
         arrays = out if isinstance(out, tuple) else (out,)
         with self._turn:
             for number, here, places in self._by_part(indices):
@@ -323,7 +326,7 @@ class Parts:
                             array[here] = rows
 
     def expect(self, indices: np.ndarray, /) -> None:
-        """Have the samples at ``indices`` read ahead, while others are used, from files of which they can be."""
+        """Start reading the samples at ``indices`` ahead, where their files can, while others are used."""
         if not hasattr(self._parts[0], "expect"):
             return
         with self._turn:
@@ -332,7 +335,7 @@ class Parts:
                     self._opened(number).expect(places)
 
     def place_of(self, index: int) -> str:
-        """Where a sample is, in words."""
+        """The place of a sample in words."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         return f"row {index - self._starts[number]} of {self._where(number)}"
 
@@ -340,10 +343,10 @@ class Parts:
         return f"{self._parts[number].path}, file {number + 1} of {len(self._parts)}"
 
     def _by_part(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """The files in which ``indices`` are: where they stand, and their places in the file.
+        """Each file with its samples: their positions among ``indices``, and their places in the file.
 
-        Neighbours, as a window has them, are taken as they come, so that what was decoded last serves the next reading,
-        too; samples from everywhere file by file.
+        Runs of neighbours, as in a window, come in the given order, so that the latest decoded block serves the next
+        reading, too; samples from everywhere come file by file.
         """
         numbers = np.searchsorted(self._starts, indices, side="right") - 1
         order = np.arange(len(indices))
@@ -354,14 +357,14 @@ class Parts:
             yield number, here, indices[here] - self._starts[number]
 
     def _used(self, number: int) -> Any:
-        """A file's source, to read from; the one that was read before forgets what it has decoded."""
+        """A file's source, to read from; the file that was read before forgets its decoded block."""
         if number != self._last and hasattr(self._parts[self._last], "forget"):
-            self._parts[self._last].forget()  # one file's is held at a time
+            self._parts[self._last].forget()  # one file at a time holds a decoded block
         self._last = number
         return self._opened(number)
 
     def _opened(self, number: int) -> Any:
-        """A file's source, which is opened by its use; those that were not used for longest are closed."""
+        """A file's source, which opens when it is used; the least recently used files are closed."""
         self._open[number] = None
         self._open.move_to_end(number)
         while len(self._open) > OPEN:
@@ -370,10 +373,10 @@ class Parts:
 
 
 def _identity(parts: list[Any], what: str) -> str:
-    """Files in words and a digest: of what is read of them, their names, sizes, rows and times of change."""
+    """The number of files and a digest of what is read of them, their names, sizes, rows and times of change."""
     names = [_names(part.path) for part in parts]
     folders = zip(*(name[:-1] for name in names), strict=False)
-    common = len(list(itertools.takewhile(lambda of: len(set(of)) == 1, folders)))  # they may be moved together
+    common = len(list(itertools.takewhile(lambda of: len(set(of)) == 1, folders)))  # files may be moved together
     lines = [f"{name[common:]} {len(part)} {part.version}" for name, part in zip(names, parts, strict=True)]
     digest = hashlib.sha256("\n".join([what, *lines]).encode()).hexdigest()
     return f"{len(parts)} files, {digest[:16]}"

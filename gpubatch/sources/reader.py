@@ -1,4 +1,4 @@
-"""The protocol of a source, and what reads one: by rows, checked as they come."""
+"""The protocol of a source, and its reader, which checks every row."""
 
 from __future__ import annotations
 
@@ -21,30 +21,36 @@ Form: TypeAlias = tuple[np.dtype[Any], tuple[int, ...]]  # the element type and 
 
 
 class Source(Protocol):
-    """What a loader can read samples from besides arrays.
+    """Anything but an array from which a loader reads samples.
 
-    ``read(indices)`` takes places, int64 (samples,), in any order, and returns a new NumPy array of these samples as
-    rows, or a pair of such arrays, (x, y). Element types and shapes of a row are always the same. One thread calls at a
-    time, not always the same one. Two attributes are looked for: ``path``, for messages; and ``block``, of sources that
-    read neighbours together and single samples at a cost, as many as they read at once: a loader reads such a source
-    in windows unless it is told otherwise. So are two methods, for windows: ``read_into(indices, out)`` writes what
-    ``read`` would return into ``out``, an array or a pair of them; ``expect(indices)`` is told what will be read soon.
+    ``read(indices)`` takes places, int64 (samples,), in any order. It returns a new NumPy array of these samples as
+    rows, or a pair of such arrays, (x, y). Element types and shapes of a row never change. One thread calls at a time,
+    not always the same one.
 
-    Where what is read at once has unequal sizes, as in several files, ``boundaries`` has the places where each begins,
-    int64 in order from 0 on, and then the number of samples. ``forms`` has the element type and shape of a sample of
-    each array, and ``held_bytes`` what a source holds beside what it returns; ``identity`` is text that is another one
-    when the samples are, by which saved states are compared; ``place_of(index)`` says in words where a sample is.
+    A source may also have:
+
+    - ``path``: its name in messages.
+    - ``block``: the number of neighbours that it reads at once, where single samples have a cost. A loader reads such a
+      source in windows by default.
+    - ``boundaries``: where blocks have unequal sizes, as in several files, the place where each begins, int64 ascending
+      from 0, then the number of samples.
+    - ``read_into(indices, out)``: writes the result of ``read`` into ``out``, an array or a pair of arrays.
+    - ``expect(indices)``: announces samples that will be read soon.
+    - ``forms``: the element type and shape of a sample of each array.
+    - ``held_bytes``: bytes that it holds besides its results.
+    - ``identity``: text that changes with the samples; saved states compare it.
+    - ``place_of(index)``: the place of a sample in words.
     """
 
     def __len__(self) -> int:
-        """How many samples there are."""
+        """The number of samples."""
 
     def read(self, indices: np.ndarray, /) -> Any:
         """The samples at ``indices``."""
 
 
 def refuse_pickling() -> NoReturn:
-    """Raise for a file that is open in this process alone."""
+    """Raise DTypeError: a source has files that are open in this process alone."""
     raise DTypeError(
         "a source cannot be pickled, since its files are open in this process: give the other process the path, and "
         "open it there"
@@ -62,7 +68,7 @@ def noting(what: str, index: np.ndarray, where: str) -> Iterator[None]:
 
 
 class InTurn:
-    """A lock for the threads of a process; a forked child has one of its own, which no thread of its parent holds."""
+    """A lock for the threads of a process. A forked child has its own, which no thread of the parent holds."""
 
     def __init__(self) -> None:
         self._locks = {os.getpid(): threading.RLock()}
@@ -82,9 +88,11 @@ class InTurn:
 
 
 class Reader:
-    """A source as a loader uses it: asked once what it gives, and held to that at every reading.
+    """A source as a loader reads it: its element types and shapes are found once and checked at every reading.
 
-    ``name`` is what the caller calls it, ``where`` names it in messages. ``bytes_read`` counts.
+    name: the argument
+
+    ``where`` is its name in messages, ``bytes_read`` counts bytes.
     """
 
     def __init__(self, name: str, source: Source) -> None:
@@ -98,7 +106,7 @@ class Reader:
             raise ShapeError(f"{name} must hold at least one sample, {self.where} has none")
         self.bytes_read = 0
         self.boundaries: np.ndarray | None = getattr(source, "boundaries", None)
-        self._turn = InTurn()  # a run that is saved looks at samples while a thread reads others
+        self._turn = InTurn()  # the saving of a run reads samples while a thread reads others
         self.parts: list[Part] = []
         forms, first = getattr(source, "forms", None), list[np.ndarray]()
         if forms is None:
@@ -115,20 +123,20 @@ class Reader:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that the source holds at most beside what it returns, where it says so."""
+        """The most bytes that the source holds besides its results, where it says so."""
         held: int = getattr(self.source, "held_bytes", 0)
         return held
 
     @property
     def reads_into(self) -> bool:
-        """Whether what is read needs no memory of its own before it is where it should be."""
+        """Whether the source writes samples to their places, without an array of its own."""
         return self._read_into is not None
 
     def read(self, index: Array, limits: Sequence[float]) -> list[np.ndarray]:
         """The samples at ``index``, one array for each part, as they are stored.
 
-        Raises ``NonFiniteError`` for a number beyond its part's limit, and ``DataFormatError`` for rows of other shapes
-        than the first one; both name the sample.
+        Raises ``NonFiniteError`` for a number beyond its part's limit, and ``DataFormatError`` for rows that have not
+        the shape of the first one; both name the sample.
         """
         arrays = self._arrays(index)
         self._compare(index, arrays)
@@ -136,7 +144,7 @@ class Reader:
         return [np.ascontiguousarray(array) for array in arrays]
 
     def read_into(self, index: Array, out: list[np.ndarray], limits: Sequence[float]) -> None:
-        """Write what :meth:`read` would return into the C-contiguous arrays ``out``."""
+        """Write the result of :meth:`read` into the C-contiguous arrays ``out``."""
         if self._read_into is None:
             for place, array in zip(out, self.read(index, limits), strict=True):
                 place[...] = array
@@ -146,7 +154,7 @@ class Reader:
         self._check(index, out, limits)
 
     def expect(self, index: Array) -> None:
-        """Tell the source that the samples at ``index`` will be read soon."""
+        """Announce to the source that the samples at ``index`` will be read soon."""
         if self._expect is not None:
             with noting("samples", index, self.where), self._turn:
                 self._expect(index)
@@ -166,7 +174,7 @@ class Reader:
         found = [(array.dtype, array.shape) for array in arrays]
         if found == expected:
             return
-        if len(index) > 1:  # the first sample for which it happens, if a single one is the cause
+        if len(index) > 1:  # find the first sample that is wrong by itself
             for i in index:
                 one = i[None]
                 self._compare(one, self._arrays(one))
@@ -201,9 +209,9 @@ class Part:
 
     @property
     def n_samples(self) -> int:
-        """How many samples there are."""
+        """The number of samples."""
         return self.reader.n_samples
 
     def bytes_per_sample(self, dtype: np.dtype[Any]) -> int:
-        """The size of one sample whose elements are of ``dtype``."""
+        """Bytes of a sample whose elements are of ``dtype``."""
         return math.prod(self.sample_shape) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Files elsewhere: those that a URL names, read by fsspec's file systems, ahead of their use or from a copy."""
+"""Files at URLs, which fsspec's file systems read: ahead of their use, or from a copy."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from gpubatch.sources.reader import InTurn
 
 T = TypeVar("T")
 
-PIECE = 1 << 20  # bytes that are asked for at a time
-LEAST = 1 << 16  # bytes that are asked for where fewer are needed: headers are read in small steps
-HELD = 64  # pieces that a process holds at a time, of all files together
-AT_ONCE = 8  # pieces that are on their way at a time
+PIECE = 1 << 20  # bytes of a request
+LEAST = 1 << 16  # bytes of a request for fewer, since headers are read in small steps
+HELD = 64  # pieces that a process holds, of all files together
+AT_ONCE = 8  # requests under way at a time
 TRIES = 3
 PAUSE = 0.2  # seconds before the second try, and twice as many before the third
 PATIENCE = 60.0  # seconds without an answer after which a file system is given up
 
 # Two letters at least: C:// is a drive. zip://x.npy::https://host/x.zip is a chain, as fsspec calls it.
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|[A-Za-z][A-Za-z0-9+.-]+::")
-# What file systems say of a file that is another when its contents are.
+# Entries of a file system's information that change with the contents of a file.
 STAMPS = [
     *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "crc32c", "generation"),
     *("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "modified", "created"),
@@ -60,24 +60,24 @@ def remote(
     """A file at a URL of fsspec's, such as "https://host/x.npy" or "s3://bucket/x.parquet"; needs fsspec.
 
     url: of a protocol that fsspec knows, whose library is installed
-    cache: a folder; the file is copied there whole when it is first opened, and read from the copy
-    options: of fsspec's file system, such as keys; they are in no message and no state, nor is what a URL has before
-        "@" and after "?"
+    cache: a folder; the first opening copies the whole file there, and samples are read from the copy
+    options: of fsspec's file system, such as keys
 
-    It goes where a path does: ``gb.sources.parquet(gb.sources.remote(url, cache="data"), ...)``. A URL as a string does
-    as well, where it needs neither a cache nor options.
+    Messages and states have neither the options nor the parts of a URL before "@" and after "?".
 
-    **Without a cache** parts of the file are read when they are needed. Up to 8 are on their way at a time, and up to
-    64 MiB of all files together are held. The server must serve parts of a file.
+    Functions that take a path take this file: ``gb.sources.parquet(gb.sources.remote(url, cache="data"), ...)``. They
+    also take a URL as a string, without cache and options.
 
-    **With a cache** the name of the copy has a digest of the URL and of what the server says of the file's size, time
-    and ETag, so that a file that was changed is copied anew. A copy has its name only when it is whole; what there is
-    of one that was broken off is gone on with. Nothing is written outside the folder, and nothing in it is removed: it
-    grows by every file, and by every version of a file, that is opened. Whoever gives it empties it.
+    **Without a cache** parts of the file are read when they are needed. Up to 8 requests are under way at a time, and a
+    process holds up to 64 MiB of all files together. The server must serve parts of a file.
 
-    What fails is tried 3 times. Then it is a ``TransferError`` that names the URL and the byte, and reading goes on
-    there where it is tried again. Where the file is changed while it is read, as its size, time or ETag say, that is
-    a ``DataFormatError``.
+    **With a cache** the copy's name has a digest of the URL and of the file's size, time and ETag, so a file that has
+    changed is copied again. A copy gets its name when it is complete; the next opening goes on with an incomplete one.
+    Nothing is written outside the folder. Nothing in it is ever removed: it grows by every file, and every version of a
+    file, that is opened, and its owner empties it.
+
+    Every request is tried 3 times. Then it raises ``TransferError``, which names the URL and the byte; another reading
+    goes on from there. A file whose size, time or ETag changes while it is read raises ``DataFormatError``.
     """
     return RemoteFile(url, cache, options)
 
@@ -98,7 +98,7 @@ def shown(url: str) -> str:
 class RemoteFile:
     """A file at a URL, see :func:`remote`; an :class:`~gpubatch.sources.Opener`.
 
-    ``by_parts`` says whether parts of it are read when they are needed, not a copy.
+    ``by_parts``: whether parts of it are read when they are needed, and not a copy.
     """
 
     def __init__(
@@ -125,10 +125,10 @@ class RemoteFile:
         return f"<RemoteFile {self.path}>"
 
     def matching(self) -> list[RemoteFile]:
-        """The files that the URL names as a pattern, or those in the folder that it names; else itself."""
+        """The files that match the URL as a pattern, or those in a folder; of a file itself."""
         system, path = self._there()
 
-        # fsspec reads a whole file of a web server to look for links in it; there "?" begins a query.
+        # On a web server fsspec reads a whole file to look for links in it, and "?" begins a query.
         web = "http" in system.protocol
         is_folder: Callable[[str], bool] = (lambda name: name.endswith("/")) if web else system.isdir
 
@@ -159,7 +159,7 @@ class RemoteFile:
         return self.state()[1]
 
     def state(self) -> tuple[int, str]:
-        """Its size, and its identity, as they are now."""
+        """Its size and its identity as they are now."""
         system, path = self._there()
 
         def ask() -> dict[str, Any]:
@@ -179,7 +179,7 @@ class RemoteFile:
     # --- reading ---
 
     def fetch(self, start: int, stop: int, identity: str) -> bytearray:
-        """The bytes from ``start`` to ``stop`` of the file as ``identity`` describes it; called by a worker."""
+        """The bytes from ``start`` to ``stop`` of the file with this ``identity``. Workers call it."""
         found, failed, words = bytearray(), 0, ""
         while len(found) < stop - start and failed < TRIES:
             if failed:
@@ -191,7 +191,7 @@ class RemoteFile:
                 raise
             except FileNotFoundError:
                 raise FileNotFoundError(f"{self.path}: no such file") from None
-            except Exception as error:  # of whichever library reads
+            except Exception as error:  # of any library
                 failed, words = failed + 1, self._words(error)
                 continue
             if len(some) > stop - place:
@@ -213,10 +213,10 @@ class RemoteFile:
         system, path = self._there()
         if "http" not in system.protocol:
             many = system.async_impl or system.protocol == "memory" or "file" in system.protocol
-            with contextlib.nullcontext() if many else workers.one_by_one:  # of one connection
+            with contextlib.nullcontext() if many else workers.one_by_one:  # others have one connection
                 found: bytes = system.cat_file(path, start=start, end=stop)
             return found
-        # cat_file would read all of a file of a server that does not serve parts.
+        # cat_file would read the whole file from a server that does not serve parts.
         with system.open(path, "rb", size=max(stop, 1 + start), cache_type="none", block_size=PIECE) as file:
             try:
                 some: bytes = file._fetch_range(start, stop)
@@ -229,10 +229,10 @@ class RemoteFile:
     # --- the copy ---
 
     def _copy(self) -> Path:
-        """The whole copy in the cache; made, or gone on with, where it is not there."""
+        """The complete copy in the cache, which is made or completed first where necessary."""
         assert self._cache is not None
         size, identity = self.state()
-        # Where only the size is known of a file, another query may be another file.
+        # Where only the size of a file is known, another query may give another file.
         named = self.path if "," in identity else self._url
         digest = hashlib.sha256(f"{named}\n{identity}".encode()).hexdigest()[:32]
         name = re.sub(r"[^A-Za-z0-9._-]", "_", self.path.rstrip("/").rpartition("/")[2])[-64:]
@@ -253,7 +253,7 @@ class RemoteFile:
         return whole
 
     def _download(self, file: BinaryIO, size: int, identity: str) -> None:
-        """Append to a copy what is missing of it."""
+        """Append the missing bytes to a copy."""
         done = file.seek(0, io.SEEK_END)
         if done > size:
             file.truncate(0)
@@ -268,7 +268,7 @@ class RemoteFile:
             file.write(self._waited(coming.pop(0)))
 
     def _download_at_once(self, file: BinaryIO, size: int) -> None:
-        """Make the copy again, from a server that gives a file from its beginning only."""
+        """Make the copy from its beginning, since the server does not serve parts."""
         file.truncate(0)
         file.seek(0)
         system, path = self._there()
@@ -283,7 +283,7 @@ class RemoteFile:
 
     def _there(self) -> tuple[Any, str]:
         """The file system, and the path in it."""
-        if self._process != os.getpid():  # connections are not shared with a forked child
+        if self._process != os.getpid():  # a forked child makes its own connections
             fsspec = needed("fsspec.core", self.path, "remote")
             try:
                 self._system, self._inside = fsspec.url_to_fs(self._url, **self._options)
@@ -295,7 +295,7 @@ class RemoteFile:
         return self._system, self._inside if self._given is None else self._given
 
     def _tried(self, what: str, work: Callable[[], T]) -> T:
-        """What ``work`` gives, at the third try if need be."""
+        """The result of ``work``, after up to 3 tries."""
         for number in range(TRIES):
             try:
                 with self._scrubbed(what):
@@ -310,20 +310,20 @@ class RemoteFile:
         try:
             return future.result(PATIENCE)
         except TimeoutError:
-            if future.done():  # it is the file system's own
+            if future.done():  # the file system raised it
                 raise
             workers.abandon()
             raise TransferError(f"{self.path}: no answer in {PATIENCE:g} s") from None
 
     @contextlib.contextmanager
     def _scrubbed(self, what: str) -> Iterator[None]:
-        """Turn what file systems raise into a TransferError without secrets."""
+        """Raise a TransferError without secrets in place of a file system's exceptions."""
         try:
             yield
         except GpubatchError:
             raise
         except FileNotFoundError as error:
-            cause = error.__cause__  # fsspec says so of whatever a web server answers
+            cause = error.__cause__  # fsspec raises it for any answer of a web server
             if isinstance(cause, Exception) and getattr(cause, "status", None) not in (404, 410):
                 raise TransferError(f"{self.path}: it cannot be {what}: {self._words(cause)}") from None
             raise FileNotFoundError(f"{self.path}: no such file") from None
@@ -331,7 +331,7 @@ class RemoteFile:
             raise TransferError(f"{self.path}: it cannot be {what}: {self._words(error)}") from None
 
     def _words(self, error: Exception) -> str:
-        """What an error of a file system says, unless it may hold a secret."""
+        """The text of a file system's error, or its type where the text may hold a secret."""
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         secret = {*_texts_in(self._options), *(set(_words_of(self._url)) - set(_words_of(shown(self._url))))}
         if any(mark in text for mark in ("://", "?", "@", *secret)):
@@ -341,7 +341,7 @@ class RemoteFile:
 
 
 def _texts_in(options: Any) -> Iterator[str]:
-    """What stands in options, at any depth."""
+    """The values in options, at any depth, as texts."""
     if isinstance(options, Mapping):
         options = list(options.values())
     if isinstance(options, (list, tuple, set)):
@@ -356,14 +356,14 @@ def _words_of(url: str) -> list[str]:
 
 
 class NoPartsError(TransferError):
-    """The server gives a file from its beginning only."""
+    """The server does not serve parts of a file."""
 
 
 @contextlib.contextmanager
 def _begun(whole: Path) -> Iterator[BinaryIO]:
-    """The file in which a copy is made, with what there is of it; named when the block ends without an error.
+    """The open file of a copy, with the bytes that it has; it gets its name when the block ends without an error.
 
-    Of several processes one goes on with what there is. The others make copies of their own.
+    One of several processes goes on with an incomplete copy. The others make copies of their own.
     """
     begun = whole.with_name(f"{whole.name}.part")
     file = begun.open("ab")
@@ -376,7 +376,7 @@ def _begun(whole: Path) -> Iterator[BinaryIO]:
         with file:
             yield file
         os.replace(begun, whole)
-    except FileNotFoundError:  # another process has gone on with it since it was closed
+    except FileNotFoundError:  # another process has completed and renamed it meanwhile
         if not whole.is_file():
             raise
     finally:
@@ -385,7 +385,7 @@ def _begun(whole: Path) -> Iterator[BinaryIO]:
 
 
 def _locked(file: BinaryIO, path: Path) -> bool:
-    """Whether this process alone writes the file now, and it has its path still."""
+    """Whether this process has the lock of the file, which still has its path."""
     try:
         import fcntl
 
@@ -403,9 +403,9 @@ class _Inside(threading.local):
 
 
 class _Workers:
-    """Threads that wait for file systems: of each process its own, up to ``AT_ONCE``.
+    """Threads that wait for file systems, up to ``AT_ONCE`` in each process.
 
-    They are daemons: at the end of a process nobody waits for a server that does not answer.
+    They are daemons: the end of a process does not wait for a server that does not answer.
     """
 
     def __init__(self) -> None:
@@ -418,7 +418,7 @@ class _Workers:
         self._threads, self._process = 0, os.getpid()
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
-        """What ``work`` will give."""
+        """The future result of ``work``."""
         if self._process != os.getpid():
             self._begin()
         future: Future[T] = Future()
@@ -430,7 +430,7 @@ class _Workers:
         return future
 
     def abandon(self) -> None:
-        """Leave threads that get no answer to themselves; others take their place."""
+        """Abandon threads that get no answer; new ones take their place."""
         with self._lock:
             for _ in range(self._threads):
                 self._tasks.put(None)
@@ -442,7 +442,7 @@ class _Workers:
             future, work = task
             try:
                 future.set_result(work())
-            except BaseException as error:  # it belongs to whoever waits
+            except BaseException as error:  # the thread that waits gets it
                 future.set_exception(error)
             del task, future, work
 
@@ -461,23 +461,23 @@ class _Piece:
 
 
 class _Pieces:
-    """The pieces that a process holds, of all files that are open: the oldest first."""
+    """The pieces of all open files that a process holds, oldest first."""
 
     def __init__(self) -> None:
         self._pieces: dict[_Piece, list[_Piece]] = {}
         self._turn = InTurn()  # a thread that has it may need it again, where a file is closed as garbage
 
     def has_room(self, of_file: list[_Piece]) -> bool:
-        """Whether a file has less ahead than its share: all files that have something ahead have equal ones."""
+        """Whether a file has fewer pieces ahead than its share, which is equal for all files that have any."""
         with self._turn:
             ahead = Counter(id(file) for piece, file in list(self._pieces.items()) if not piece.spent)
         own = ahead.pop(id(of_file), 0)
         return own < max(1, HELD // (1 + len(ahead)))
 
     def add(self, piece: _Piece, of_file: list[_Piece]) -> None:
-        """Hold it, in the list of its file, too.
+        """Hold a piece, also in the list of its file.
 
-        Where there are too many, a spent one goes, or the oldest of the file that has most.
+        If there are too many, a spent one is dropped, or the oldest of the file that has the most.
         """
         with self._turn:
             while len(self._pieces) >= HELD:
@@ -488,7 +488,7 @@ class _Pieces:
             of_file.append(piece)
 
     def drop(self, piece: _Piece) -> None:
-        """Hold it no longer."""
+        """Hold a piece no longer."""
         with self._turn:
             of_file = self._pieces.pop(piece, None)
             if of_file is not None:
@@ -499,7 +499,7 @@ held = _Pieces()
 
 
 class _Stream(io.RawIOBase):
-    """An open file elsewhere, whose bytes are read ahead where somebody says that they will be needed."""
+    """An open file at a URL. It reads bytes ahead that :meth:`expect` announces."""
 
     def __init__(self, file: RemoteFile) -> None:
         self._file, self._place, self._pieces = file, 0, list[_Piece]()
@@ -514,7 +514,7 @@ class _Stream(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        """The place of the byte that is read next."""
+        """The place of the next byte."""
         return self._place
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -523,7 +523,7 @@ class _Stream(io.RawIOBase):
         return self._place
 
     def close(self) -> None:
-        """Forget what is held of it."""
+        """Drop the pieces of this file."""
         for piece in list(self._pieces):
             held.drop(piece)
         io.RawIOBase.close(self)
@@ -543,7 +543,7 @@ class _Stream(io.RawIOBase):
                     held.drop(piece)
                     if ahead is None or not isinstance(error, TransferError):
                         raise
-                    continue  # it was read ahead: it may be there now
+                    continue  # the request ahead failed: a new one may succeed
                 end = min(stop, piece.stop)
                 view[place - first : end - first] = some[place - piece.start : end - piece.start]
                 if end == piece.stop:
@@ -555,7 +555,7 @@ class _Stream(io.RawIOBase):
         return self._place - first
 
     def expect(self, start: int, stop: int) -> None:
-        """Ask for the bytes from ``start`` to ``stop``, as far as there is room for them."""
+        """Request the bytes from ``start`` to ``stop``, as far as there is room for them."""
         stop = min(stop, self._size)
         while start < stop and (
             piece := self._at(start) or (self._ask(start, stop) if held.has_room(self._pieces) else None)
@@ -566,7 +566,7 @@ class _Stream(io.RawIOBase):
         return next((piece for piece in self._pieces if piece.start <= place < piece.stop), None)
 
     def _ask(self, start: int, stop: int, spent: bool = False) -> _Piece:
-        """The piece from ``start`` on, at most to ``stop`` or to the next piece."""
+        """Request a piece from ``start`` on, at most to ``stop`` or to the next piece."""
         later = (piece.start for piece in self._pieces if piece.start > start)
         stop = min(stop, start + PIECE, *later)
         piece = _Piece(start, stop, spent, workers.submit(lambda: self._file.fetch(start, stop, self._identity)))

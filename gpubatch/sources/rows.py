@@ -40,11 +40,11 @@ from gpubatch.inputs import check_kind
 from gpubatch.sources.opener import BytesByPlace, LocalFile, Opener, Reopened, opener_of
 from gpubatch.sources.reader import Form, Source
 
-NPY_START = 1 << 16  # bytes of an .npy file; NumPy refuses headers of more than 10,000
+NPY_START = 1 << 16  # bytes that hold the header of an .npy file: NumPy refuses more than 10,000
 
 
 def npy(path: str | os.PathLike[str] | Opener, *, flatten: bool = False) -> Source:
-    """The rows of an array that ``np.save`` wrote; read as they are asked for, not mapped.
+    """The rows of an array that ``np.save`` wrote: read when they are needed, not mapped.
 
     ``flatten=True`` makes samples, such as images, one-dimensional.
     """
@@ -57,7 +57,7 @@ def npy(path: str | os.PathLike[str] | Opener, *, flatten: bool = False) -> Sour
 def npz(path: str | os.PathLike[str] | Opener, array: str, *, flatten: bool = False) -> Source:
     """The rows of one of the arrays that ``np.savez`` wrote; ``flatten`` as in :func:`npy`.
 
-    Those of ``np.savez_compressed`` are refused, since they cannot be read by place: ``np.load`` reads them whole.
+    Refuses arrays of ``np.savez_compressed``, which cannot be read by place: ``np.load`` reads them whole.
     """
     of = opener_of(path)
     check_exists(of)
@@ -72,7 +72,7 @@ def npz(path: str | os.PathLike[str] | Opener, array: str, *, flatten: bool = Fa
                 f"an array {array!r} that is read by place",
                 "a compressed one; np.savez writes it as it is, np.savez_compressed does not",
             )
-        # A file's name and extra field follow a header of 30 bytes (PKWARE's APPNOTE.TXT, section 4.3.7).
+        # A header of 30 bytes, then the file's name and an extra field (PKWARE's APPNOTE.TXT, section 4.3.7).
         file.seek(found.header_offset)
         start = found.header_offset + 30 + sum(struct.unpack("<26xHH", file.read(30)))
         file.seek(start)
@@ -81,13 +81,13 @@ def npz(path: str | os.PathLike[str] | Opener, array: str, *, flatten: bool = Fa
 
 
 def _npy_header(path: str, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    """Shape, element type and length of the header of an .npy file that begins where ``file`` is."""
-    start = io.BytesIO(file.read(NPY_START))  # else NumPy would ask for as much memory as the header claims to need
+    """Shape, element type and header length of an .npy file that begins at the position of ``file``."""
+    start = io.BytesIO(file.read(NPY_START))  # NumPy would allocate whatever length the header claims
     try:
         version = np.lib.format.read_magic(start)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = header(start)
-    except Exception as error:  # NumPy parses the header as Python, so ValueError is not all that it raises
+    except Exception as error:  # NumPy parses the header as Python, which raises more than ValueError
         raise unexpected(path, "an .npy file", f"another or a damaged one ({error})") from error
     if fortran and len(shape) > 1:
         raise unexpected(path, "samples one after another (C order)", "Fortran order; save np.ascontiguousarray(array)")
@@ -95,7 +95,7 @@ def _npy_header(path: str, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[An
 
 
 def raw(path: str | os.PathLike[str] | Opener, sample_shape: tuple[int, ...], dtype: Any, offset: int = 0) -> Source:
-    """The samples of ``sample_shape`` that fill a file from byte ``offset`` on, such as ``array.tofile`` writes."""
+    """Samples of ``sample_shape`` that fill a file from byte ``offset`` on, as ``array.tofile`` writes them."""
     of, dtype = opener_of(path), np.dtype(dtype)
     size, extra = of.size() - check_int("offset", offset, 0), math.prod(sample_shape) * dtype.itemsize
     if extra == 0 or size < 0 or size % extra:
@@ -104,7 +104,7 @@ def raw(path: str | os.PathLike[str] | Opener, sample_shape: tuple[int, ...], dt
 
 
 def idx(path: str | os.PathLike[str] | Opener, *, flatten: bool = False) -> Source:
-    """The samples of an IDX file (MNIST and its kin), which must be unpacked, since they are read by place.
+    """The samples of an IDX file (MNIST and similar sets), which must be unpacked, since it is read by place.
 
     ``flatten=True`` makes images one-dimensional.
     """
@@ -134,15 +134,15 @@ def cifar10(folder: str | os.PathLike[str], part: str = "train", *, flatten: boo
 
 
 def flat(shape: tuple[int, ...], flatten: bool) -> tuple[int, ...]:
-    """The shape of samples, or with ``flatten`` of samples of one dimension."""
+    """``shape``, or with ``flatten`` that of one-dimensional samples."""
     return (shape[0], math.prod(shape[1:])) if check_bool("flatten", flatten) and len(shape) > 1 else shape
 
 
 class _Rows:
     """Rows of one size in a file, read at their places.
 
-    Read, not mapped: a map counts against a limit on address space as if it were memory, and where a mapped file has
-    become shorter the process is killed instead of told.
+    A map would count against a limit on address space as memory does, and a mapped file that becomes shorter kills the
+    process without an error.
     """
 
     def __init__(self, file: Opener, shape: tuple[int, ...], dtype: np.dtype[Any], offset: int) -> None:
@@ -159,7 +159,7 @@ class _Rows:
         if found < needed:
             raise unexpected(self.path, f"{needed} bytes for {dtype} {shape}", found)
         if getattr(file, "by_parts", False):
-            self.block = 1  # any neighbours go together, but single samples would be read at a cost
+            self.block = 1  # any neighbours can be read together, and single samples have a cost
         self._bytes = Reopened(file, lambda: BytesByPlace(file.open()))
         self.version = self._bytes.identity
 
@@ -171,7 +171,7 @@ class _Rows:
         return self._shape[0]
 
     def read(self, indices: np.ndarray, /) -> np.ndarray:
-        """The samples at ``indices``; neighbours in one piece."""
+        """The samples at ``indices``; neighbours are read in one piece."""
         out = np.empty((len(indices), *self._shape[1:]), self._dtype)
         self.read_into(indices, out)
         return out
@@ -189,11 +189,11 @@ class _Rows:
                 )
 
     def fill(self, indices: np.ndarray, out: Sequence[np.ndarray]) -> None:
-        """The same of a sequence of one array."""
+        """Likewise, into a sequence of one array."""
         self.read_into(indices, out[0])
 
     def expect(self, indices: np.ndarray, /) -> None:
-        """Have the samples at ``indices`` read ahead, while others are used."""
+        """Start reading the samples at ``indices`` ahead, while others are used."""
         for place, start, stop in runs_of(indices):
             self._bytes.use().expect(*(self._offset + row * self._row for row in (place, place + stop - start)))
 
@@ -220,12 +220,12 @@ class _Cifar10:
         return records[:, 1:].reshape(-1, *self._shape), records[:, 0].astype(np.int64)
 
     def expect(self, indices: np.ndarray, /) -> None:
-        """As that of :class:`_Rows`."""
+        """See :meth:`_Rows.expect`."""
         for file, _, places in self._by_file(indices):
             file.expect(places)
 
     def _by_file(self, indices: np.ndarray) -> Iterator[tuple[_Rows, np.ndarray, np.ndarray]]:
-        """Each file with those of ``indices`` that are in it: where they stand there, and their places in the file."""
+        """Each file with its samples: their positions among ``indices``, and their places in the file."""
         numbers = np.searchsorted(self._starts, indices, side="right") - 1
         for number in np.unique(numbers):
             here = np.flatnonzero(numbers == number)
@@ -233,7 +233,7 @@ class _Cifar10:
 
 
 def runs_of(indices: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """Neighbours that follow one another in ``indices``: the first of them, from where and to where they stand."""
+    """The runs of neighbours in ``indices``, as triples (first neighbour, start position, stop position)."""
     cuts = (np.flatnonzero(np.diff(indices) != 1) + 1).tolist()
     places = indices[[0, *cuts]].tolist()
     for place, (start, stop) in zip(places, itertools.pairwise([0, *cuts, len(indices)]), strict=True):
@@ -241,7 +241,7 @@ def runs_of(indices: np.ndarray) -> Iterator[tuple[int, int, int]]:
 
 
 def copy_rows(out: np.ndarray, here: np.ndarray, array: np.ndarray, places: np.ndarray) -> None:
-    """``out[here] = array[places]`` for ascending ``here``, without a copy between where both are neighbours."""
+    """``out[here] = array[places]`` for ascending ``here``, without a temporary copy where both are runs."""
     n = len(here)
     if here[-1] - here[0] == n - 1 and places[-1] - places[0] == n - 1 and (np.diff(places) == 1).all():
         out[here[0] : here[0] + n] = array[places[0] : places[0] + n]
@@ -250,14 +250,14 @@ def copy_rows(out: np.ndarray, here: np.ndarray, array: np.ndarray, places: np.n
 
 
 def in_order_of_use(numbers: np.ndarray) -> list[int]:
-    """Each of ``numbers`` once, in the order of their first use."""
+    """The unique ``numbers`` in the order of their first use."""
     found, first = np.unique(numbers, return_index=True)
     order: list[int] = found[np.argsort(first)].tolist()
     return order
 
 
 def check_exists(file: Opener) -> None:
-    """Raise ``FileNotFoundError`` or another ``OSError`` where there is nothing to read."""
+    """Raise ``FileNotFoundError`` or another ``OSError`` if the file cannot be opened."""
     if isinstance(file, LocalFile) and os.path.isdir(file.path):
         raise unexpected(file.path, "a file", "a folder; gpubatch.sources.files opens all of its files as one source")
     file.open().close()
@@ -265,7 +265,7 @@ def check_exists(file: Opener) -> None:
 
 @contextlib.contextmanager
 def naming_the_file(path: str | os.PathLike[str], expected: str) -> Iterator[None]:
-    """Turn what pyarrow and h5py raise for a damaged file into an error that names the file and the place."""
+    """Raise DataFormatError in place of what pyarrow and h5py raise for a damaged file; it names file and place."""
     try:
         yield
     except GpubatchError:
