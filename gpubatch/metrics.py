@@ -301,9 +301,8 @@ def measures_of(net: Network, metrics: Iterable[str]) -> list[tuple[str, Measure
     """(name, what counts samples, the metric of it, whether it takes scores) for each name; equal counts are shared."""
     if isinstance(metrics, str):
         raise ArgumentError(f"metrics must be a list of names, got {metrics!r}: write [{metrics!r}]")
-    classes, differences = Classes(max(2, net.outputs) if _labelled(net) else net.outputs), Residuals()
-    if not _labelled(net) and net.outputs == 1:
-        classes = Classes(2)  # predictions are (n,), of 0 and 1
+    # The predictions of one output are (n,), of 0 and 1.
+    classes, differences = Classes(max(2, net.outputs)), Residuals()
     found: list[tuple[str, Measure, Callable[[Any], Any], bool]] = []
     for name in metrics:
         kind, _, rest = str(name).partition("_")

@@ -10,7 +10,6 @@ axes: axes of your own to draw in, as many as the picture has panels, from above
 from __future__ import annotations
 
 import functools
-import importlib.util
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gpubatch import explore
-from gpubatch.errors import ArgumentError, DTypeError
+from gpubatch.errors import ArgumentError, DTypeError, needed
 from gpubatch.sizing import BatchPlan, ByPart, format_bytes
 from gpubatch.train import History
 
@@ -45,12 +44,7 @@ def check_plot_file(path: str | Path) -> None:
         raise ArgumentError(f"the plot file must end in .png, .pdf or .svg, got {str(path)!r}")
     if not Path(os.path.expanduser(path)).absolute().parent.is_dir():
         raise ArgumentError(f"the folder of the plot file must exist, got {str(path)!r}")
-    _check_matplotlib()
-
-
-def _check_matplotlib() -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ArgumentError("plots need Matplotlib, which is not installed: pip install 'gpubatch[plot]'")
+    needed("matplotlib", "a picture", "plot")
 
 
 def plot_training(history: History, path: str | Path | None = None, title: str = "", axes: Any = None) -> Any:
@@ -399,7 +393,7 @@ def _panels(path: str | Path | None, title: str, heights: list[float], axes: Any
     """A figure 800 pixels wide with panels of these heights in inches, one above the other, or the user's axes."""
     if path is not None:
         check_plot_file(path)
-    _check_matplotlib()
+    needed("matplotlib", "a picture", "plot")
     if axes is None:
         figure = _picture()(figsize=(8, sum(heights) + 1), layout="constrained")
         figure.suptitle(title, fontsize=10)

@@ -25,7 +25,7 @@ GAP = 8  # unwanted rows that one read may span: two reads take longer
 
 
 class Piped:
-    """Standard input, or a pipe, held in memory: what opens a file, see :class:`gpubatch.sources.Opener`.
+    """Standard input or a pipe, read into memory once; an :class:`gpubatch.sources.Opener`.
 
     name: "-", or the path of a pipe
     """
@@ -39,20 +39,20 @@ class Piped:
                 self._data = pipe.read()
 
     def open(self) -> io.BytesIO:
-        """At its start."""
+        """A new file over the bytes."""
         return io.BytesIO(self._data)
 
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return len(self._data)
 
     def identity(self) -> str:
-        """Always the same: it is read once."""
+        """Always the same, since a pipe is read once."""
         return f"{len(self._data)} bytes"
 
 
 def of_table(name: str) -> Any:
-    """What a table is read from: a path or URL; or what came by a pipe."""
+    """The source of a table: a path or URL as it is, or the bytes of a pipe."""
     return Piped(name) if name == "-" or Path(name).is_fifo() else name
 
 
@@ -65,7 +65,7 @@ def check_there(name: str) -> None:
 
 @dataclasses.dataclass
 class Arrays:
-    """What files hold; those to test on may be missing. Samples may be :class:`RowsOf` a file."""
+    """The arrays in files; those to test on may be missing. Samples may be :class:`RowsOf` a file."""
 
     X: Any
     Y: np.ndarray
@@ -184,7 +184,7 @@ def npz(path: Path, labelled: bool = True) -> Arrays:
 
 
 def rows(X: Any) -> Any:
-    """Samples of one dimension."""
+    """The samples, each flat."""
     return X if isinstance(X, RowsOf) else X.reshape(len(X), -1)
 
 

@@ -60,12 +60,12 @@ class Samples:
 
     @property
     def features(self) -> int:
-        """Of a sample."""
+        """Numbers in a sample."""
         return self.X.features if isinstance(self.X, (Table, RowsOf)) else int(self.X.shape[1])
 
     @property
     def validation(self) -> Any:
-        """Those to test on, as :func:`gpubatch.fit` takes them."""
+        """The test set, as :func:`gpubatch.fit` takes it."""
         return self.test[0] if self.test[1] is None else self.test
 
     @property
@@ -84,7 +84,7 @@ class Samples:
         return f"{len(far)} of {of.mean.size} columns are far from mean 0 and deviation 1 ({worst}): --standardize"
 
     def first(self, n: int) -> Samples:
-        """The first ``n`` of those to train on."""
+        """The same data with only the first ``n`` training samples."""
         if isinstance(self.X, Table):
             train = self.X.first(min(n, len(self.X)))
             return dataclasses.replace(self, X=train, test=(self.test[0].prepared_by(train.recipe), None))
@@ -92,7 +92,7 @@ class Samples:
         return dataclasses.replace(self, X=taken(self.X, slice(n)), Y=None if self.Y is None else self.Y[:n], rows=rows)
 
     def model(self, net: Network, loader: Loader) -> Model:
-        """A trained network with what a file keeps of its data."""
+        """A trained network as a model, which keeps the preparation of its data and which rows it was trained on."""
         found = Model(net, loader, self.classes)
         if self.rows is not None and found.preparation is not None:
             found.preparation = dataclasses.replace(found.preparation, rows=self.rows)
@@ -140,7 +140,7 @@ def usual_size(samples: int, at_most: int) -> int:
 
 @dataclasses.dataclass
 class DataOptions:
-    """What to learn from."""
+    """The data of a run."""
 
     panel: ClassVar[str] = "Data"
     data: Annotated[
@@ -152,10 +152,14 @@ class DataOptions:
             "folder with MNIST or a set like it, or CIFAR-10 (binary). By default the bundled digits.",
         ),
     ] = None
-    label: Annotated[str | None, typer.Option(help="Of a table: the column to learn.")] = None
-    drop: Annotated[str, typer.Option(help="Of a table: columns to leave out, by comma.")] = ""
-    category: Annotated[str, typer.Option(help="Of a table: columns of numbers that are codes, by comma.")] = ""
-    missing: Annotated[str, typer.Option(help="Of a table: texts that stand for no value, by comma.")] = ""
+    label: Annotated[str | None, typer.Option(help="Of a table: the column to predict.")] = None
+    drop: Annotated[str, typer.Option(help="Of a table: columns to leave out, separated by commas.")] = ""
+    category: Annotated[
+        str, typer.Option(help="Of a table: columns whose numbers are codes of categories, separated by commas.")
+    ] = ""
+    missing: Annotated[
+        str, typer.Option(help="Of a table: texts that stand for a missing value, separated by commas.")
+    ] = ""
     task: Annotated[
         str, typer.Option(help="classification, regression, or auto: regression where the targets are not integers.")
     ] = "auto"
@@ -163,17 +167,16 @@ class DataOptions:
     standardize: Annotated[
         bool,
         typer.Option(
-            "--standardize", help="Of arrays: give every column mean 0 and deviation 1. Tables always have it."
+            "--standardize",
+            help="Of arrays: scale every column to mean 0 and deviation 1, as those of tables always are.",
         ),
     ] = False
-    samples: Annotated[int | None, typer.Option(min=2, help="Of the training set; by default all.")] = None
-    class_weight: Annotated[
-        str | None, typer.Option(help="balanced: every class counts as much as any other in the loss.")
-    ] = None
+    samples: Annotated[int | None, typer.Option(min=2, help="Training samples to use; by default all.")] = None
+    class_weight: Annotated[str | None, typer.Option(help="balanced: all classes count alike in the loss.")] = None
     seed: Seed = 0
 
     def read(self) -> Samples:
-        """Read and split it."""
+        """Read the data, and split it."""
         check_choice("--task", self.task, TASKS)
         check_real("--test-size", self.test_size, 0, 1, open_low=True, open_high=True)
         if self.class_weight is not None:
@@ -262,7 +265,7 @@ def first_of(X: Any) -> np.ndarray:
 
 
 def rows_of_digits(X: np.ndarray, X_test: np.ndarray, seed: int) -> TrainingRows:
-    """Which of the bundled digits are to train on."""
+    """The training rows among the bundled digits."""
     n = len(X) + len(X_test)
     return TrainingRows.of(n, len(X), first_of(X), (len(X_test) / n, seed, False))
 
@@ -384,7 +387,7 @@ def network_for(data: Samples, options: NetworkOptions, seed: int) -> Network:
 
 
 def used(net: Network, network: NetworkOptions, task: str) -> dict[str, Any]:
-    """Options of the network as it has them, for the arguments in a command's JSON."""
+    """The network's options as they were resolved, for the arguments in a command's JSON."""
     return {"layers": network.widths, "loss": network.loss_for(task), "backend": net.backend.spec}
 
 
@@ -417,11 +420,11 @@ class Task:
 
     @property
     def words(self) -> str:
-        """It in a line, for titles."""
+        """Network and data in a line, for titles."""
         return words_of(self.net, self.data, self.net.loss_name)
 
     def loader(self, batches: BatchOptions) -> Loader:
-        """Batches of these arrays, on the backend."""
+        """A loader of the training set, which is on the backend."""
         return loader_for(self.net, self.X, self.Y, batches.number(), self.seed, self.weight)
 
 

@@ -41,12 +41,12 @@ CHECKED: dict[str, Callable[[int], layers.Layer]] = {
     ),
 )
 def check_gradient(
-    batch_size: Annotated[int, typer.Option(min=2, help="Samples, drawn at random.")] = 20,
-    features: Annotated[int, typer.Option(min=1, help="Of each sample, and of the hidden layers.")] = 8,
-    h: Annotated[float, typer.Option(help="Step of the differences.")] = 1e-5,
-    tolerance: Annotated[float, typer.Option(help="The largest relative error that is no error.")] = 1e-7,
-    directions: Annotated[int, typer.Option(help="Compare along so many directions, not each element.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of data, first weights and directions.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=2, help="Random samples.")] = 20,
+    features: Annotated[int, typer.Option(min=1, help="Numbers in a sample, and width of the hidden layers.")] = 8,
+    h: Annotated[float, typer.Option(help="Step of the finite differences.")] = 1e-5,
+    tolerance: Annotated[float, typer.Option(help="Largest relative error that passes.")] = 1e-7,
+    directions: Annotated[int, typer.Option(help="Random directions to compare along; 0: compare each element.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the data, the first weights and the directions.")] = 0,
     backend: options.BackendName = "auto",
     as_json: options.AsJson = False,
     progress: options.Progress = True,

@@ -11,11 +11,10 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 
 from gpubatch.backend import Backend, available_backends, get_backend, load_cupy
 from gpubatch.cli import options
-from gpubatch.cli.shared import app, examples, print_json, table_of, versions
+from gpubatch.cli.shared import app, console, examples, print_json, table_of, versions
 from gpubatch.errors import BackendUnavailableError, check_choice
 from gpubatch.formula import Rule, rules
 from gpubatch.ops import cpu_products, host_library, own_form, products_for, reduce_sources, update_source
@@ -45,7 +44,7 @@ def info(
     dtype: options.DtypeName = "float32",
     as_json: options.AsJson = False,
 ) -> None:
-    """Show the backends, their devices and memory, and why CUDA is or is not there."""
+    """Show the backends, their devices and memory, and why CUDA can be used or not."""
     if kernel is not None:
         known: dict[str, Rule] = {name: getattr(rules, name) for name in rules.__all__}
         rule = known[check_choice("--kernel", kernel, known)]
@@ -56,43 +55,44 @@ def info(
         else:
             typer.echo(source)
         return
-    found = [get_backend(spec) for spec in available_backends()]
-    processes = ranks_here()
-    why_not = _why_no_cuda()
+    found, auto = [get_backend(spec) for spec in available_backends()], get_backend()
+    why_not, processes, products = _why_no_cuda(), ranks_here(), _how_cuda_multiplies(found)
+    packages = {name: installed(names) for name, (_, names) in EXTRAS.items()}
     if as_json:
-        backends = {be.spec: {"device": be.device, "memory": dataclasses.asdict(be.memory())} for be in found}
-        products = {"cpu": cpu_products(), **_how_cuda_multiplies(found)}
-        cuda: dict[str, Any] = {"cuda": why_not or "available", "matrix_products": products}
-        cuda["kernels"] = kernels_in_words()
-        cuda["ranks"] = processes
-        cuda["extras"] = {name: installed(packages) for name, (_, packages) in EXTRAS.items()}
-        print_json(backends=backends, **cuda, own_formulas=own_form(), auto=get_backend().spec, versions=versions())
+        print_json(
+            backends={be.spec: {"device": be.device, "memory": dataclasses.asdict(be.memory())} for be in found},
+            cuda=why_not or "available",
+            matrix_products={"cpu": cpu_products(), **products},
+            kernels=kernels_in_words(),
+            ranks=processes,
+            extras=packages,
+            own_formulas=own_form(),
+            auto=auto.spec,
+            versions=versions(),
+        )
         return
-    out = Console(highlight=False)
+    out = console()
     out.print(", ".join(f"{name} {version}" for name, version in versions().items()))
     table = table_of("backend", "device", "memory", "available now")
     for be in found:
         memory = be.memory()
         table.add_row(be.spec, be.device, format_bytes(memory.total), format_bytes(memory.available))
-    out.print(table)
-    auto = get_backend()
-    out.print(f'"auto" is {auto.spec}: {auto.reason}.', soft_wrap=True)
+    out.print(table, soft_wrap=False)
+    out.print(f'"auto" is {auto.spec}: {auto.reason}.')
     if why_not:
-        out.print(why_not, soft_wrap=True, markup=False)  # a remedy has square brackets
-    for spec, how in _how_cuda_multiplies(found).items():
-        out.print(f"matrix products of a captured step on {spec}: {how}.", soft_wrap=True, markup=False)
-    out.print(f"kernels compiled for the CPU: {kernels_in_words()}.", soft_wrap=True)
-    out.print(f"matrix products on the CPU: {cpu_products()}.", soft_wrap=True, markup=False)
-    out.print(f"formulas of your own on a CPU: {own_form()}.", soft_wrap=True, markup=False)
-    out.print(f"ranks: {_ranks_in_words(processes)}.", soft_wrap=True, markup=False)
+        out.print(why_not)
+    for spec, how in products.items():
+        out.print(f"matrix products of a captured step on {spec}: {how}.")
+    out.print(f"kernels compiled for the CPU: {kernels_in_words()}.")
+    out.print(f"matrix products on the CPU: {cpu_products()}.")
+    out.print(f"formulas of your own on a CPU: {own_form()}.")
+    out.print(f"ranks: {_ranks_in_words(processes)}.")
     extras = table_of("extra", "for", "installed")
-    for name, (what, packages) in EXTRAS.items():
-        there = installed(packages)
-        lacking = [package for package, version in there.items() if version is None]
-        have = ", ".join(f"{package} {version}" for package, version in there.items() if version is not None)
-        remedy = f"pip install 'gpubatch\\[{name}]'"
-        extras.add_row(name, what, have if not lacking else f"{have}; {remedy}" if have else remedy)
-    out.print(extras)
+    for name, (what, _) in EXTRAS.items():
+        parts = [", ".join(f"{package} {version}" for package, version in packages[name].items() if version)]
+        parts += [f"pip install 'gpubatch[{name}]'"] if None in packages[name].values() else []
+        extras.add_row(name, what, "; ".join(filter(None, parts)))
+    out.print(extras, soft_wrap=False)
 
 
 def ranks_here() -> dict[str, Any]:
@@ -125,7 +125,7 @@ def _ranks_in_words(processes: Mapping[str, Any]) -> str:
 
 
 def installed(packages: Sequence[str]) -> dict[str, str | None]:
-    """The version of each package; None where it is not installed."""
+    """The version of each package; None where the package is not installed."""
     found: dict[str, str | None] = dict.fromkeys(packages)
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

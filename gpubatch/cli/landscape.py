@@ -32,12 +32,10 @@ def landscape(
     optimizer: OptimizerOptions,
     batches: BatchOptions,
     training: TrainingOptions,
-    evaluated: Annotated[
-        int, typer.Option(min=1, help="Samples of the training set on which the loss is evaluated.")
-    ] = 2000,
+    evaluated: Annotated[int, typer.Option(min=1, help="Training samples on which the loss is evaluated.")] = 2000,
     dimensions: Annotated[int, typer.Option(min=1, max=2, help="1: a curve. 2: a plane.")] = 2,
     directions: Annotated[str, typer.Option(help="path (the training's main directions), random or filter.")] = "path",
-    points: Annotated[int, typer.Option(min=2, help="Along each direction.")] = 51,
+    points: Annotated[int, typer.Option(min=2, help="Points along each direction.")] = 51,
     span: Annotated[float, typer.Option(help="From -span to span; for path, in lengths of the path.")] = 1.0,
     plot_file: options.PlotFile = None,
     as_json: options.AsJson = False,

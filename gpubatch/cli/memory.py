@@ -37,7 +37,9 @@ def plan_memory(
     optimizer: OptimizerOptions,
     batches: BatchOptions,
     training: TrainingOptions,
-    memory: Annotated[str | None, typer.Option(help="To plan with, such as '2 GB'; by default what is there.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory to plan for, such as '2 GB'; by default what is available.")
+    ] = None,
     plot_file: options.PlotFile = None,
     as_json: options.AsJson = False,
 ) -> None:

@@ -47,14 +47,14 @@ from gpubatch.train import bar
 
 SCREEN = 80  # columns that a confusion matrix may take
 Out = Annotated[
-    str | None, typer.Option(help="CSV file for the predictions, which replaces one of that name; - prints them.")
+    str | None, typer.Option(help="CSV file for the predictions, replaced if it exists; - for standard output.")
 ]
 Probabilities = Annotated[bool, typer.Option("--probabilities", help="Add a column for the probability of each class.")]
 
 
 @dataclasses.dataclass
 class ModelOptions:
-    """A model, and what it needs to be loaded."""
+    """A model file, and how it is loaded."""
 
     panel: ClassVar[str] = "Model"
     model_file: Annotated[
@@ -71,7 +71,7 @@ class ModelOptions:
     backend: options.BackendName = "auto"
 
     def load(self) -> Model:
-        """Load it."""
+        """Load the model."""
         if self.model_file.suffix != ".safetensors":
             raise ArgumentError(f"MODEL must be a .safetensors file, got {str(self.model_file)!r}")
         custom: dict[str, Any] = {}

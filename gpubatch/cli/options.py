@@ -80,13 +80,15 @@ Rate = Annotated[float | None, typer.Option(*LR, help="Learning rate; by default
 BackendName = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DTYPES = ("float32", "float64")
 DtypeName = Annotated[str, typer.Option(help="float32 or float64.")]
-PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw it: a .png, .pdf or .svg.")]
+PlotFile = Annotated[Path | None, typer.Option("--plot", help="Picture of the result: a .png, .pdf or .svg file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 TestSize = Annotated[
-    float, typer.Option(help="Part of the samples to test on, where the data has no test set of its own.")
+    float, typer.Option(help="Share of the samples to test on, where the data has no test set of its own.")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Of split, first weights, order, dropout and directions.")]
-Metrics = Annotated[str, typer.Option(help="More to measure, by comma: f1,top_3.")]
+Seed = Annotated[
+    int, typer.Option(min=0, help="Seed of the split, the first weights, the order, dropout and directions.")
+]
+Metrics = Annotated[str, typer.Option(help="More metrics, separated by commas: f1,top_3.")]
 Progress = Annotated[bool, typer.Option(help="Show the progress on standard error.")]
 
 
@@ -149,7 +151,9 @@ class NetworkOptions:
     """The network, but for its inputs and outputs, which are those of the data."""
 
     panel: ClassVar[str] = "Network"
-    layers: Annotated[str, typer.Option(help="Widths of the hidden layers, by comma; '' for none.")] = "512,512"
+    layers: Annotated[str, typer.Option(help="Widths of the hidden layers, separated by commas; '' for none.")] = (
+        "512,512"
+    )
     activation: Annotated[str, typer.Option(help=f"One of {', '.join(ACTIVATIONS)}.")] = "gelu"
     batch_norm: Annotated[bool, typer.Option(help="Normalise the hidden layers over each batch.")] = True
     dropout: Annotated[float, typer.Option(help="Fraction of the hidden activations that a step leaves out.")] = 0.3
@@ -164,22 +168,25 @@ class NetworkOptions:
         float, typer.Option(help="Part of every target that softmax_cross_entropy spreads over all classes.")
     ] = 0.0
     l2: Annotated[float, typer.Option(help="Weight of l2/2 * Σ W² in the cost.")] = 0.0
-    init: Annotated[
-        str, typer.Option(help=f"How the weights start: auto, v0.1 (as in that version), {', '.join(INITS)}.")
-    ] = "auto"
+    init: Annotated[str, typer.Option(help=f"First weights: auto, v0.1 (as in that version), {', '.join(INITS)}.")] = (
+        "auto"
+    )
     precision: Annotated[
-        str, typer.Option(help="full; fast: a GPU multiplies float32 matrices as TF32; mixed: float16 is stored.")
+        str,
+        typer.Option(
+            help="full; fast: a GPU multiplies float32 matrices as TF32; mixed: arrays are stored as float16."
+        ),
     ] = "full"
     dtype: DtypeName = "float32"
     backend: BackendName = "auto"
 
     @property
     def widths(self) -> list[int]:
-        """Those of the hidden layers."""
+        """Widths of the hidden layers."""
         return integers("--layers", self.layers)
 
     def loss_for(self, task: str) -> str:
-        """The loss that was given, or the usual one of a task."""
+        """The loss that --loss names, by default the usual one of the task."""
         return self.loss or LOSSES_OF[task][0]
 
 
@@ -190,11 +197,11 @@ class OptimizerOptions:
     panel: ClassVar[str] = "Optimizer"
     optimizer: OptimizerName = "adam"
     lr: Rate = None
-    decay: Annotated[str, typer.Option(help=f"Of the learning rate: {', '.join(DECAYS)}.")] = "cosine"
+    decay: Annotated[str, typer.Option(help=f"Decay of the learning rate: {', '.join(DECAYS)}.")] = "cosine"
 
     @property
     def rate(self) -> float:
-        """The learning rate that was given, or the optimizer's usual one."""
+        """The learning rate that --lr gives, by default the optimizer's usual one."""
         usual = optimizer_named(self.optimizer)[1]
         return usual if self.lr is None else self.lr
 
@@ -210,33 +217,36 @@ class OptimizerOptions:
 
 @dataclasses.dataclass
 class BatchOptions:
-    """How many samples a batch has."""
+    """The size of batches."""
 
     panel: ClassVar[str] = "Batches"
     batch_size: Annotated[
-        str, typer.Option(help="Samples in a batch; auto: the most that fit, fewer of a small set.")
+        str, typer.Option(help="Samples in a batch; auto: as many as fit, up to --at-most, and fewer of a small set.")
     ] = "auto"
-    at_most: Annotated[int, typer.Option(min=1, help="What auto does not exceed.")] = 64
+    at_most: Annotated[int, typer.Option(min=1, help="The largest batch size that auto takes.")] = 64
 
     @property
     def size(self) -> int | str:
-        """What a loader takes for it."""
+        """``batch_size`` of a loader: a number or "auto"."""
         return self.batch_size if self.batch_size == "auto" else integer("--batch-size", self.batch_size)
 
     def number(self, most: int = sys.maxsize) -> int:
-        """Samples in a batch where memory does not decide, at most ``most``."""
+        """Samples in a batch, at most ``most``; --at-most where memory would decide."""
         size = self.at_most if self.batch_size == "auto" else integer("--batch-size", self.batch_size)
         return min(size, most)
 
 
 @dataclasses.dataclass
 class RunOptions:
-    """How long a run is."""
+    """The length of a run."""
 
     panel: ClassVar[str] = "Training"
-    epochs: Annotated[int | None, typer.Option(min=0, help="How often every sample is seen.")] = 10
+    epochs: Annotated[int | None, typer.Option(min=0, help="Passes over the training set.")] = 10
     early_stop: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many epochs with no better test loss; take the best one.")
+        int | None,
+        typer.Option(
+            min=1, help="Stop after so many epochs with no better test loss, and take the best epoch's weights."
+        ),
     ] = None
 
     def callbacks(self) -> list[Any]:
@@ -246,24 +256,27 @@ class RunOptions:
 
 @dataclasses.dataclass
 class TrainingOptions(RunOptions):
-    """The rest of a run."""
+    """The length of a run, the weights that it keeps, and how steps are executed."""
 
     best: Annotated[bool, typer.Option("--best", help="Take the weights of the epoch with the best test loss.")] = False
     average: Annotated[
-        float | None, typer.Option(help="Average the weights over the steps, the past with this weight, such as 0.999.")
+        float | None,
+        typer.Option(help="Take a moving average of the weights over the steps; its decay, such as 0.999."),
     ] = None
     plateau: Annotated[
-        int | None, typer.Option(min=0, help="Halve the learning rate after more epochs than this with no better loss.")
+        int | None,
+        typer.Option(min=0, help="Halve the learning rate where the loss is no better for more epochs than this."),
     ] = None
     execution: Annotated[
-        str, typer.Option(help="Of steps: captured as CUDA graphs, eager one by one, or auto: captured where possible.")
+        str,
+        typer.Option(help="How steps run: captured, as CUDA graphs; eager, one by one; auto: captured where possible."),
     ] = "auto"
 
     def __post_init__(self) -> None:
         check_choice("--execution", self.execution, EXECUTIONS)
 
     def callbacks(self) -> list[Any]:
-        """See :class:`RunOptions`; the last one is that which keeps the best weights, if any does."""
+        """New callbacks of a run; one that keeps the best weights comes last."""
         found: list[Any] = [] if self.plateau is None else [ReduceOnPlateau(0.5, self.plateau)]
         found += [] if self.average is None else [WeightAverage(self.average)]
         return found + (RunOptions.callbacks(self) or ([BestWeights()] if self.best else []))
@@ -275,12 +288,12 @@ def optimizer_named(name: str | None) -> tuple[Callable[..., optim.Optimizer], f
 
 
 def names_of(text: str) -> list[str]:
-    """Names by comma."""
+    """The names in a list that is separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def integer(option: str, text: str) -> int:
-    """The integer that an option's text is."""
+    """The integer in the text of an option."""
     try:
         return int(text)
     except ValueError:
@@ -288,5 +301,5 @@ def integer(option: str, text: str) -> int:
 
 
 def integers(option: str, text: str) -> list[int]:
-    """The integers by comma that an option's text is."""
+    """The integers in the text of an option, separated by commas."""
     return [integer(option, number) for number in text.split(",")] if text else []

@@ -30,13 +30,13 @@ COMMANDS = {
     "predict": ("models", "Predict samples with a model; they are prepared as those that it was trained on."),
     "test": ("models", "Test a model on samples whose labels are known."),
     "summary": ("models", "Show what a model is made of, what it takes and what it predicts."),
-    "info": ("info", "Show the backends, their devices and memory, and why CUDA is or is not there."),
+    "info": ("info", "Show the backends, their devices and memory, and why CUDA can be used or not."),
     "check-gradient": (
         "gradients",
         "Compare the gradients of every layer and loss with differences, in float64; exit code 1 where one is wrong.",
     ),
     "landscape": ("landscape", "Train a network, and evaluate the loss on a line or a plane through its parameters."),
-    "sweep": ("sweep", "Train again and again, with one thing different each time."),
+    "sweep": ("sweep", "Train several times, with one thing different each time."),
     "batch-size": ("memory", "Plan the memory of training: the batch size that fits, and what every part of it needs."),
 }
 
@@ -67,13 +67,13 @@ app = typer.Typer(
 
 
 def examples(**commands: str) -> str:
-    """The end of a command's help: what is done, as a name with underscores, and the line that does it."""
+    """The examples at the end of a command's help, by their titles with underscores for spaces."""
     lines = (f"- {words.replace('_', ' ')}: `{line}`" for words, line in commands.items())
     return "\n".join(["**Examples**", "", *lines])
 
 
 def print_version(wanted: bool) -> None:
-    """End with the version, if it is asked for."""
+    """Print the version and exit, if --version was given."""
     if wanted:
         typer.echo(f"gpubatch {gpubatch.__version__}")
         raise typer.Exit
@@ -175,7 +175,7 @@ def given(context: typer.Context, name: str) -> Any:
 
 
 def number_or_dash(value: float | None, factor: float = 1, form: str = "{:.3f}") -> str:
-    """A number as it is printed, or a dash for none."""
+    """A number times ``factor`` in a format; a dash for None."""
     return "–" if value is None else form.format(factor * value)
 
 

@@ -54,15 +54,17 @@ def sweep(
     run: RunOptions,
     optimizer: options.OptimizerName = None,
     lr: options.Rate = None,
-    sizes: Annotated[str, typer.Option(help="Of batch-size: sizes to try, by comma; by default 16 to 1024.")] = "",
-    target: Annotated[float, typer.Option(help="Of batch-size: the loss that the runs are to reach.")] = 0.3,
-    trials: Annotated[int, typer.Option(min=1, help="Of strategy: those of each search.")] = 1000,
-    scale: Annotated[float, typer.Option(help="Of strategy: the standard deviation of what is drawn.")] = 0.01,
+    sizes: Annotated[
+        str, typer.Option(help="Of batch-size: sizes to try, separated by commas; by default 16 to 1024.")
+    ] = "",
+    target: Annotated[float, typer.Option(help="Of batch-size: the loss to reach.")] = 0.3,
+    trials: Annotated[int, typer.Option(min=1, help="Of strategy: trials of each search.")] = 1000,
+    scale: Annotated[float, typer.Option(help="Of strategy: standard deviation of the draws.")] = 0.01,
     plot_file: options.PlotFile = None,
     as_json: options.AsJson = False,
     progress: options.Progress = True,
 ) -> None:
-    """Train again and again, with one thing different each time.
+    """Train several times, with one thing different each time.
 
     step-size takes --optimizer, by default sgd. batch-size takes it, too, by default adam; --lr is for batches of 128,
     and grows with the square root of the batch size (Malladi et al. 2022). Runs of optimizer have 2 epochs by default,
@@ -121,7 +123,7 @@ def _sweep_steps(task: Task, optimizer: str, batch: int, show: explore.Progress)
 
 
 def runs(task: Task, run: RunOptions, show: explore.Progress) -> dict[str, Any]:
-    """What runs side by side take besides network, data and what varies."""
+    """The arguments that all sweeps of training runs share."""
     callbacks = {"validation": task.test, "callbacks": run.callbacks} if run.callbacks() else {}
     return {"seed": task.seed, "progress": show, "weight": task.weight, **callbacks}
 

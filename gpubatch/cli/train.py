@@ -38,12 +38,12 @@ from gpubatch.train import (
 
 @dataclasses.dataclass
 class FolderOptions:
-    """Where a run is saved, so that it can go on."""
+    """The checkpoints of a run."""
 
     panel: ClassVar[str] = "Checkpoints"
-    checkpoint: Annotated[Path | None, typer.Option(help="Folder to save the run in, so that it can go on.")] = None
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder for the checkpoints of the run.")] = None
     every: Annotated[int | None, typer.Option(help="Steps between checkpoints; by default an epoch.")] = None
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")] = False
 
     def __post_init__(self) -> None:
         if self.checkpoint is None and (self.resume or self.every is not None):
@@ -51,13 +51,13 @@ class FolderOptions:
             raise ArgumentError(f"{given} needs --checkpoint DIR, the folder of the run")
 
     def store(self) -> Checkpoints | None:
-        """The checkpoints."""
+        """The folder, if there is one."""
         return None if self.checkpoint is None else Checkpoints(self.checkpoint, self.every)
 
 
 @dataclasses.dataclass
 class ResultOptions:
-    """What becomes of a trained network."""
+    """The files and the output of a run."""
 
     panel: ClassVar[str] = "Results"
     metrics: options.Metrics = ""
@@ -178,13 +178,13 @@ def train(
 
 
 def how_it_ended(end: TrainingInterrupted | TrainingTerminated, kept: bool) -> tuple[str, int]:
-    """In words, and what a shell reports for a program that a signal ended."""
+    """A message, and the exit code of a program that a signal ended."""
     words = end.message if kept else f"{end.message.partition(';')[0]}; nothing of it is saved without --checkpoint DIR"
     return words, 128 + (signal.SIGINT if isinstance(end, TrainingInterrupted) else end.number)
 
 
 def values_of(net: Network, loader: Loader, history: History) -> dict[str, Any]:
-    """What the JSON has of a run besides its test."""
+    """The run in the JSON, besides its test."""
     return {
         "batch_size": loader.batch_size,
         "batch_reason": loader.plan.reason,
@@ -204,7 +204,7 @@ def announce(
     optimizer: OptimizerOptions,
     processes: int,
 ) -> None:
-    """Say what is trained on what, before it begins."""
+    """Print data, network, optimizer and backend before the run begins."""
     out.print(f"data       {data.name}: {len(data.X):,} to train on, {len(data.test[0]):,} to test")
     if unscaled := data.unscaled:
         typer.echo(f"note: {unscaled}", err=True)
@@ -219,7 +219,7 @@ def announce(
 
 
 def print_test(out: Console, history: History, epoch: int, samples: int, seconds: float) -> dict[str, Any]:
-    """Print what the validation after an epoch found, on so many samples; returns it by name."""
+    """Print the validation after an epoch, on so many samples; returns its values by name."""
     accuracy, loss = (x[epoch - 1] if x else None for x in (history.validation_accuracy, history.validation_loss))
     quality = {name: values[epoch - 1] for name, values in history.metrics.items() if values}
     if loss is not None:

@@ -104,7 +104,7 @@ class BaseMLP(BaseEstimator, Fitted):
 
     # --- what the two differ in ---
 
-    def _targets(self, y: Any, first: bool, incremental: bool) -> np.ndarray:
+    def _targets(self, y: Any, incremental: bool) -> np.ndarray:
         """y as the network takes it."""
         raise NotImplementedError
 
@@ -130,7 +130,7 @@ class BaseMLP(BaseEstimator, Fitted):
         X, y = self._validated(X, y, first)
         usual = "float32" if self.precision == "mixed" else X.dtype
         dtype = np.dtype(self.dtype or usual) if first else self.coefs_[0].dtype
-        Y = self._targets(y, first, incremental)
+        Y = self._targets(y, incremental)
         Y = Y if Y.ndim == 1 else np.ascontiguousarray(Y, dtype)
         weight = self._weights(X, y, sample_weight, incremental)
         self.n_outputs_ = len(self.classes_) if Y.ndim == 1 else Y.shape[1]
@@ -548,7 +548,7 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
         self._label_binarizer = LabelBinarizer().fit(y)
         self.classes_ = self._label_binarizer.classes_
 
-    def _targets(self, y: Any, first: bool, incremental: bool) -> np.ndarray:
+    def _targets(self, y: Any, incremental: bool) -> np.ndarray:
         if not hasattr(self, "classes_") or not (self.warm_start or incremental):
             self._learn_classes(y)
         else:
@@ -656,7 +656,7 @@ class MLPRegressor(RegressorMixin, BaseMLP, WithLoss):
         found = np.exp(scores) if self.out_activation_ == "exp" else scores
         return found.ravel() if found.shape[1] == 1 else found
 
-    def _targets(self, y: Any, first: bool, incremental: bool) -> np.ndarray:
+    def _targets(self, y: Any, incremental: bool) -> np.ndarray:
         if self.loss == "poisson" and (y < 0).any():
             raise ValueError(f"loss='poisson' needs y >= 0, got {y.min()}")
         found: np.ndarray = y.reshape(len(y), -1)
