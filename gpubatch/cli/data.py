@@ -153,13 +153,9 @@ class DataOptions:
         ),
     ] = None
     label: Annotated[str | None, typer.Option(help="Of a table: the column to predict.")] = None
-    drop: Annotated[str, typer.Option(help="Of a table: columns to leave out, separated by commas.")] = ""
-    category: Annotated[
-        str, typer.Option(help="Of a table: columns whose numbers are codes of categories, separated by commas.")
-    ] = ""
-    missing: Annotated[
-        str, typer.Option(help="Of a table: texts that stand for a missing value, separated by commas.")
-    ] = ""
+    drop: Annotated[str, typer.Option(help="Of a table: columns to leave out, comma-separated.")] = ""
+    category: Annotated[str, typer.Option(help="Of a table: columns whose numbers are codes, comma-separated.")] = ""
+    missing: Annotated[str, typer.Option(help="Of a table: texts for a missing value, comma-separated.")] = ""
     task: Annotated[
         str, typer.Option(help="classification, regression, or auto: regression where the targets are not integers.")
     ] = "auto"
@@ -167,8 +163,7 @@ class DataOptions:
     standardize: Annotated[
         bool,
         typer.Option(
-            "--standardize",
-            help="Of arrays: scale every column to mean 0 and deviation 1, as those of tables always are.",
+            "--standardize", help="Of arrays: scale every column to mean 0 and deviation 1, as a table's always are."
         ),
     ] = False
     samples: Annotated[int | None, typer.Option(min=2, help="Training samples to use; by default all.")] = None

@@ -85,10 +85,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 TestSize = Annotated[
     float, typer.Option(help="Share of the samples to test on, where the data has no test set of its own.")
 ]
-Seed = Annotated[
-    int, typer.Option(min=0, help="Seed of the split, the first weights, the order, dropout and directions.")
-]
-Metrics = Annotated[str, typer.Option(help="More metrics, separated by commas: f1,top_3.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of split, first weights, order, dropout and directions.")]
+Metrics = Annotated[str, typer.Option(help="More metrics, comma-separated: f1,top_3.")]
 Progress = Annotated[bool, typer.Option(help="Show the progress on standard error.")]
 
 
@@ -151,9 +149,7 @@ class NetworkOptions:
     """The network, but for its inputs and outputs, which are those of the data."""
 
     panel: ClassVar[str] = "Network"
-    layers: Annotated[str, typer.Option(help="Widths of the hidden layers, separated by commas; '' for none.")] = (
-        "512,512"
-    )
+    layers: Annotated[str, typer.Option(help="Widths of the hidden layers, comma-separated; '' for none.")] = "512,512"
     activation: Annotated[str, typer.Option(help=f"One of {', '.join(ACTIVATIONS)}.")] = "gelu"
     batch_norm: Annotated[bool, typer.Option(help="Normalise the hidden layers over each batch.")] = True
     dropout: Annotated[float, typer.Option(help="Fraction of the hidden activations that a step leaves out.")] = 0.3
@@ -168,14 +164,11 @@ class NetworkOptions:
         float, typer.Option(help="Part of every target that softmax_cross_entropy spreads over all classes.")
     ] = 0.0
     l2: Annotated[float, typer.Option(help="Weight of l2/2 * Σ W² in the cost.")] = 0.0
-    init: Annotated[str, typer.Option(help=f"First weights: auto, v0.1 (as in that version), {', '.join(INITS)}.")] = (
+    init: Annotated[str, typer.Option(help=f"First weights: auto, v0.1 (of that version), {', '.join(INITS)}.")] = (
         "auto"
     )
     precision: Annotated[
-        str,
-        typer.Option(
-            help="full; fast: a GPU multiplies float32 matrices as TF32; mixed: arrays are stored as float16."
-        ),
+        str, typer.Option(help="full; fast: a GPU multiplies float32 matrices as TF32; mixed: float16 storage.")
     ] = "full"
     dtype: DtypeName = "float32"
     backend: BackendName = "auto"
@@ -243,10 +236,7 @@ class RunOptions:
     panel: ClassVar[str] = "Training"
     epochs: Annotated[int | None, typer.Option(min=0, help="Passes over the training set.")] = 10
     early_stop: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Stop after so many epochs with no better test loss, and take the best epoch's weights."
-        ),
+        int | None, typer.Option(min=1, help="Stop after so many epochs without a better test loss; take the best one.")
     ] = None
 
     def callbacks(self) -> list[Any]:
@@ -260,16 +250,14 @@ class TrainingOptions(RunOptions):
 
     best: Annotated[bool, typer.Option("--best", help="Take the weights of the epoch with the best test loss.")] = False
     average: Annotated[
-        float | None,
-        typer.Option(help="Take a moving average of the weights over the steps; its decay, such as 0.999."),
+        float | None, typer.Option(help="Decay of a moving average of the weights, which is taken, such as 0.999.")
     ] = None
     plateau: Annotated[
         int | None,
-        typer.Option(min=0, help="Halve the learning rate where the loss is no better for more epochs than this."),
+        typer.Option(min=0, help="Halve the learning rate after more epochs than this without a better loss."),
     ] = None
     execution: Annotated[
-        str,
-        typer.Option(help="How steps run: captured, as CUDA graphs; eager, one by one; auto: captured where possible."),
+        str, typer.Option(help="Steps: captured, as CUDA graphs; eager, one by one; auto: captured where possible.")
     ] = "auto"
 
     def __post_init__(self) -> None:

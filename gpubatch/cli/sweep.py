@@ -54,9 +54,7 @@ def sweep(
     run: RunOptions,
     optimizer: options.OptimizerName = None,
     lr: options.Rate = None,
-    sizes: Annotated[
-        str, typer.Option(help="Of batch-size: sizes to try, separated by commas; by default 16 to 1024.")
-    ] = "",
+    sizes: Annotated[str, typer.Option(help="Of batch-size: sizes, comma-separated; by default 16 to 1024.")] = "",
     target: Annotated[float, typer.Option(help="Of batch-size: the loss to reach.")] = 0.3,
     trials: Annotated[int, typer.Option(min=1, help="Of strategy: trials of each search.")] = 1000,
     scale: Annotated[float, typer.Option(help="Of strategy: standard deviation of the draws.")] = 0.01,
