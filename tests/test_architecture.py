@@ -215,7 +215,7 @@ CODE_LINES = {
     "datasets": 194,
     "sources": 1782,
     "loader": 2599,
-    "tables": 1851,
+    "tables": 1853,
     "checkpoint": 455,
     "model": 979,
     "metrics": 265,

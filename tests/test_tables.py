@@ -989,6 +989,24 @@ def test_types_that_no_column_holds_are_refused(tmp_path: Any) -> None:
     assert gb.read_table(tmp_path, label="y").recipe.columns[0].values == ("1", "2", "p", "q")
 
 
+THREADS = """
+import os, sys, pyarrow.csv
+import gpubatch as gb
+before = len(os.listdir("/proc/self/task"))
+for stream in (False, True):
+    gb.read_table(sys.argv[1], label="y", stream=stream).recipe
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted from Linux")
+def test_a_small_csv_file_leaves_no_threads_that_parse(tmp_path: Any) -> None:
+    """A process that ends soon after pyarrow's were used may abort; the thread that is left reads."""
+    path = text_file(tmp_path, "x,z,y\n" + "".join(f"{i},{i % 7},{'ab'[i % 2]}\n" for i in range(200)))
+    done = subprocess.run([sys.executable, "-c", THREADS, str(path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= 1
+
+
 MEMORY = """
 import re, sys
 import gpubatch as gb

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gzip
-import io
 import itertools
 import re
 import types
@@ -68,6 +67,7 @@ DECIMAL = {  # values that are numbers with a fraction, in a file whose delimite
 }
 START = 1 << 16  # bytes in which the first line of a CSV file is looked for
 PIECE = 1 << 20  # bytes of a CSV file that are read at once
+BLOCK = 1 << 23  # bytes of one that is held that a thread parses at once
 LONGEST_LINE = 1 << 26
 ROW = 16  # bytes that a row takes at least while its group is prepared
 SHARE = 4  # a file of more than this part of the available memory is not held
@@ -122,13 +122,12 @@ def looked_at(file: Opener, how: Reading) -> Looked:
     def rows(streamed: bool) -> Rows:
         if streamed and packing is None:
             return CsvRows(file, form, how)
-        # In memory: the threads of pyarrow's that read ahead would call an object of Python's while a process ends.
         with naming_the_file(file.path, "a CSV file"), unpacked(file, packing) as whole:
             # pyarrow takes a line of names for one only if it ends.
             data = whole.read() if form.has_rows else start + b"\n"
-        table, label = form.read(need("pyarrow").BufferReader(data)), how.label
+        table, label = form.read(data), how.label
         if may_have_codes(data, form.delimiter):
-            texts = form.look_for_codes(table, functools.partial(form.read, need("pyarrow").BufferReader(data), False))
+            texts = form.look_for_codes(table, functools.partial(form.read, data, False))
             if label is not None and label in form.codes:
                 table = table.set_column(table.column_names.index(label), label, texts[label])
         return Held(table, form.path, is_csv=True, codes=form.codes)
@@ -246,13 +245,17 @@ class CsvForm:
         self._written: dict[str, str] = {}  # columns of the whole file by their names
         self.codes: dict[str, str] = {}
 
-    def read(self, data: Any, piece: bool = False, kinds: Mapping[str, Any] | None = None) -> Any:
+    def read(self, data: bytes, piece: bool = False, kinds: Mapping[str, Any] | None = None) -> Any:
         """The table of a file, or of a piece of it, whose columns have the names that were read before."""
         csv, pa = need("pyarrow.csv"), need("pyarrow")
         with naming_the_file(self.path, "a CSV file in UTF-8"), of_pyarrow():
             table = csv.read_csv(
-                data,
-                read_options=csv.ReadOptions(column_names=self._names if piece else None, block_size=8 * PIECE),
+                pa.BufferReader(data),
+                # A process that ends soon after pyarrow's threads were used may abort (apache/arrow#34314), and they
+                # gain nothing where there is one block.
+                read_options=csv.ReadOptions(
+                    column_names=self._names if piece else None, block_size=BLOCK, use_threads=len(data) > BLOCK
+                ),
                 parse_options=csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True),
                 convert_options=csv.ConvertOptions(
                     null_values=self._missing,
@@ -369,7 +372,7 @@ class CsvRows:
         pieces = self._pieces(0, file.size())
         header = next(pieces, (0, 0))
         first = self._piece(*header)
-        table = form.read(io.BytesIO(first + b"\n"))
+        table = form.read(first + b"\n")
         self.names = list(table.column_names)
         # The line of names is the first that is not empty.
         end = line_ends(first, len(first) - len(first.lstrip(b"\xef\xbb\xbf\r\n")), True) or len(first)
@@ -387,11 +390,11 @@ class CsvRows:
         values: dict[str, None] | None = None if self._label is None else {}
         for place in self._pieces(start, stop):
             data = self._piece(*place)
-            table = self._form.read(pa.BufferReader(data), True, self._types_to_read)
+            table = self._form.read(data, True, self._types_to_read)
             if not len(table):
                 continue
             if may_have_codes(data, self._form.delimiter):
-                self._form.look_for_codes(table, functools.partial(self._form.read, pa.BufferReader(data), True))
+                self._form.look_for_codes(table, functools.partial(self._form.read, data, True))
             if (
                 self._label is not None
                 and self._label in self.codes
@@ -448,7 +451,7 @@ class CsvRows:
         return bytes(out)
 
     def _parsed(self, place: tuple[int, int]) -> Any:
-        return self._form.read(need("pyarrow").BufferReader(self._piece(*place)), True, self._types_to_read)
+        return self._form.read(self._piece(*place), True, self._types_to_read)
 
     @property
     def _types_to_read(self) -> dict[str, Any]:
