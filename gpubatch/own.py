@@ -1,4 +1,4 @@
-"""Whether an object does what gpubatch wrote, or somebody gave it other methods.
+"""Whether an object does what gpubatch wrote, or somebody gave it other methods; and its state without a copy, if so.
 
 A subclass may override a method, and a function may be put in its place, in an object or in the class. Code that does
 the work of a method without calling it must ask first: otherwise what the user wrote would silently not be run.
@@ -7,10 +7,10 @@ the work of a method without calling it must ask first: otherwise what the user 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
-__all__ = ["as_written", "changed"]
+__all__ = ["as_written", "changed", "copied", "live"]
 
 Kind = TypeVar("Kind", bound=type)
 
@@ -45,3 +45,20 @@ def changed(x: Any, apart: Collection[str] = ()) -> str:
             if found is not written or name in vars(x):
                 return f"{type(x).__name__}.{name}"
     return ""
+
+
+def live(x: Any) -> dict[str, Any]:
+    """The ``state_dict()`` of an object, to be read at once: gpubatch's own give their arrays without a copy."""
+    kind = next((kind for kind in type(x).__mro__ if "state_dict" in vars(kind)), None)
+    # A subclass of the user's may override either method.
+    own = kind is not None and "_live_state" in vars(kind) and "state_dict" not in vars(x)
+    state: dict[str, Any] = x._live_state() if own else x.state_dict()
+    return state
+
+
+def copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state with copies of its arrays."""
+    return {
+        name: copied(value) if isinstance(value, Mapping) else value.copy() if hasattr(value, "shape") else value
+        for name, value in state.items()
+    }

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gpubatch.formula import Rule, Trace, activation_source, activations, rules, score_source, scores
+from gpubatch.formula import Rule, Trace, activations, rules, scores
 from gpubatch.ops.compile import COMPUTED, elementwise_digest, formula_digest, host_digest
 from gpubatch.ops.host_source import rule_source
 
@@ -40,9 +40,9 @@ def formulas() -> str:
 def elementwise(dtype: str) -> str:
     """The C++ structs of all activations and score losses, and macros that list their digests."""
     text = []
-    for kind, module, source in (("activation", activations, activation_source), ("score", scores, score_source)):
+    for kind, module in (("activation", activations), ("score", scores)):
         every = {elementwise_digest(function): function for function in (getattr(module, n) for n in module.__all__)}
-        text += [source(function, dtype, f"{kind}_{digest}") for digest, function in every.items()]
+        text += [function.source(dtype, f"{kind}_{digest}") for digest, function in every.items()]
         text.append(f"#define EVERY_{kind.upper()}(ENTRY) {' '.join(f'ENTRY({digest})' for digest in every)}\n")
     return "\n".join(text)
 

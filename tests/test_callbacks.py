@@ -19,8 +19,8 @@ from test_train import Kill, Killed, blobs, everything, numbers, parts
 import gpubatch as gb
 from gpubatch.backend import CudaBackend, get_backend
 from gpubatch.checkpoint import Checkpoints
+from gpubatch.own import live
 from gpubatch.train import TrainingState, loop
-from gpubatch.train.live import live_callback
 from gpubatch.train.parts import OfARun
 
 NAN = math.nan
@@ -754,7 +754,7 @@ def test_a_checkpoint_has_the_weights_that_a_callback_keeps_without_a_copy(name:
     """Its state_dict() has copies, and one of the user's own is what is saved."""
     own = KEEPING[name]()
     gb.fit(*parts(backend, batch_norm=True), 1, callbacks=[own], progress=False)
-    once, twice, copies = live_callback(own), live_callback(own), own.state_dict()
+    once, twice, copies = live(own), live(own), own.state_dict()
 
     def arrays(state: Any) -> dict[str, Any]:
         inner = state["mean" if name == "WeightAverage" else "weights"]
@@ -768,9 +768,9 @@ def test_a_checkpoint_has_the_weights_that_a_callback_keeps_without_a_copy(name:
         k: v for k, v in copies.items() if k not in ("mean", "weights")
     }
     theirs = type("Theirs", (type(own),), {"state_dict": lambda self: {"mine": 1}})
-    assert live_callback(object.__new__(theirs)) == {"mine": 1}
+    assert live(object.__new__(theirs)) == {"mine": 1}
     own.state_dict = lambda: {"mine": 2}
-    assert live_callback(own) == {"mine": 2}
+    assert live(own) == {"mine": 2}
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full")

@@ -30,8 +30,7 @@ from gpubatch import checkpoint
 from gpubatch.backend import Backend
 from gpubatch.checkpoint import DTYPES, HEADER_LIMIT, Checkpoints, read
 from gpubatch.errors import CheckpointError, CheckpointWarning
-from gpubatch.nn import live_state
-from gpubatch.optim import live_optimizer
+from gpubatch.own import live
 
 FAULT_RUNS = Path(__file__).parent.parent / "bench" / "fault_runs.py"
 
@@ -282,7 +281,7 @@ def test_a_run_is_saved_from_its_own_arrays(tmp_path: Path) -> None:
     checkpoints.save({"x": np.zeros(1)})
     tracemalloc.start()
     try:
-        checkpoints.save({"network": live_state(net), "optimizer": live_optimizer(opt)})
+        checkpoints.save({"network": live(net), "optimizer": live(opt)})
         assert tracemalloc.get_traced_memory()[1] < 1 << 20  # of 12 MB
     finally:
         tracemalloc.stop()
@@ -388,7 +387,7 @@ def test_arrays_of_a_gpu_come_through_pinned_memory(
     pool.set_limit(size=pool.total_bytes())  # there is no room for another array
     try:
         many = {str(i): net.parameters.flat[i : i + 3] for i in range(100)}
-        store.save({"network": live_state(net), "optimizer": live_optimizer(opt), "many": many})
+        store.save({"network": live(net), "optimizer": live(opt), "many": many})
         net.parameters.flat.fill(0)
         store.wait()
     finally:

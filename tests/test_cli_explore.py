@@ -56,7 +56,7 @@ def test_a_wrong_gradient_is_named_and_is_exit_code_1(tmp_path: Path) -> None:
         "from gpubatch.nn.layers import DenseActivation\n"
         "right = DenseActivation.backward\n"
         "def backward(self, x, y, dy, dx, c):\n"
-        "    if self.function.activation.name == 'tanh': dy *= 1 + y\n"
+        "    if self.function.declared.name == 'tanh': dy *= 1 + y\n"
         "    right(self, x, y, dy, dx, c)\n"
         "DenseActivation.backward = backward\n"
     )

@@ -18,7 +18,7 @@ from stand_in import DeviceArray, StandIn, stand_in_backend
 
 import gpubatch as gb
 from gpubatch.backend import Array, Backend, CudaBackend, compute_dtype
-from gpubatch.formula import scores
+from gpubatch.formula import Activation, ScoreLoss, scores
 from gpubatch.ops import SQUARE_SUM_SIZE, Grid, Ops, compile, elementwise, gather, grid, losses
 from gpubatch.ops.grid import SUM_PARTS
 from gpubatch.ops.table import OPERATIONS
@@ -515,8 +515,8 @@ def test_a_planted_fault_is_noticed(fault: str, device: CudaBackend, monkeypatch
     for module, write in (
         (compile, "kernel_source"),
         (gather, "kernel_source"),
-        (losses, "score_source"),
-        (elementwise, "activation_source"),
+        (ScoreLoss, "source"),
+        (Activation, "source"),
     ):
         monkeypatch.setattr(module, write, planted(getattr(module, write)))
     for module, write in (

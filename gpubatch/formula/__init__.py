@@ -7,10 +7,8 @@ from gpubatch.formula.elementwise import (
     BoundScoreLoss,
     ScoreLoss,
     activation,
-    activation_source,
     normal_cdf,
     score_loss,
-    score_source,
 )
 from gpubatch.formula.reductions import PIECE, max_abs, mean, norm, reduction_room, total_of
 from gpubatch.formula.text import formula_of_text, text_of_formula
@@ -43,7 +41,6 @@ __all__ = [
     "ScoreLoss",
     "Trace",
     "activation",
-    "activation_source",
     "activations",
     "formula_of_text",
     "host_function",
@@ -55,7 +52,6 @@ __all__ = [
     "rule",
     "rules",
     "score_loss",
-    "score_source",
     "scores",
     "text_of_formula",
     "total_of",

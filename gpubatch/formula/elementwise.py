@@ -11,9 +11,10 @@ import functools
 import math
 import numbers
 import textwrap
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 
@@ -34,30 +35,18 @@ from gpubatch.formula.trace import (
     signature_of,
 )
 
-# --- activations ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ActivationForm:
-    """The traces of an activation.
-
-    forward: x to y, and to the slope if ``keeps``
-    backward: dy and "kept" to dx
-    keeps: "kept" is the slope, which forward stores
-    reads_y: "kept" is y; if both are False, backward needs neither
-    """
-
-    forward: Trace
-    backward: Trace
-    keeps: bool
-    reads_y: bool
+# --- what both are ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
-class Activation:
-    """An elementwise function: ``formula(x, *, parameters)`` returns y, or y and its slope dy/dx.
+class Declared(ABC):
+    """A function of one element: ``formula(*arguments, *, parameters)`` returns a value, or the value and its slope.
 
     ``defaults`` maps parameters to their defaults; ``required`` names those without.
+
+    kind: what files and messages call it.
+    arguments: the names of its arguments; the slope is the derivative by the first.
+    functions: the templates of kernels/host_formulas.h that are made of its :meth:`source`.
     """
 
     name: str
@@ -65,11 +54,160 @@ class Activation:
     required: tuple[str, ...]
     defaults: Mapping[str, float]
 
+    kind: ClassVar[str]
+    arguments: ClassVar[tuple[str, ...]]
+    functions: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def of(cls, formula: Callable[..., Any]) -> Self:
+        """Declare a function; raises FormulaError if its signature is another one."""
+        name = getattr(formula, "__name__", "formula")
+        positional, named, signature = signature_of("an activation or a loss", formula)
+        if positional != cls.arguments:
+            wanted = ", ".join(cls.arguments)
+            raise FormulaError(f"{name} must have the signature ({wanted}, *, parameters), got {signature}")
+        defaults = {parameter: default for parameter, default in named.items() if default is not signature.empty}
+        for parameter in named:
+            if parameter in HOST_FUNCTIONS:
+                raise FormulaError(f"{name}: the name {parameter!r} is taken; rename the parameter")
+        for parameter, default in defaults.items():
+            if isinstance(default, (bool, np.bool_)) or not isinstance(default, numbers.Real):
+                raise FormulaError(f"{name}: the default of {parameter} must be a number, got {default!r}")
+        required = tuple(parameter for parameter in named if parameter not in defaults)
+        return cls(name, formula, required, {parameter: float(default) for parameter, default in defaults.items()})
+
     def __reduce__(self) -> Any:
-        return by_name(self, activation)
+        return by_name(self, type(self).of)
 
     def __repr__(self) -> str:
-        return f"<activation {self.name}>"
+        return f"<{self.kind} {self.name}>"
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of all parameters."""
+        return (*self.required, *self.defaults)
+
+    def recorded(self, dtype: str, *others: str) -> tuple[list[Element], Any]:
+        """The inputs of a new trace, the arguments and ``others``, and what the function returns for the arguments."""
+        inputs = Trace(self.name, (*self.arguments, *others), (), self.parameters, dtype).inputs()
+        symbols = {name: Scalar(name) for name in self.parameters}
+        return inputs, recorded(self.formula, *inputs[: len(self.arguments)], **symbols)
+
+    def with_slope(self, returned: Any, by: Element, expected: str) -> tuple[Any, Any]:
+        """(value, slope): both as the function returned them, or with the slope derived."""
+        if not isinstance(returned, tuple):
+            return returned, derivative(returned, by)
+        if len(returned) != 2:
+            raise FormulaError(f"{self.name} must return {expected}; it returned {len(returned)} values")
+        return returned
+
+    @functools.cached_property
+    def _forms(self) -> dict[tuple[str, ...], tuple[Trace, ...]]:
+        return {}
+
+    @abstractmethod
+    def _traced(self, *key: str) -> tuple[Trace, ...]:
+        """The traces of a form, recorded now; the ``key`` begins with the dtype of the elements."""
+
+    def _form(self, *key: str) -> tuple[Trace, ...]:
+        found = self._forms.get(key)
+        if found is None:
+            found = self._traced(*key)
+            for one, again in zip(found, self._traced(*key), strict=True):
+                check_repeatable(self.name, one, again)
+            self._forms[key] = found
+        return found
+
+    def current(self) -> Self:
+        """The function as it is now: another object if numbers from outside of it have changed since it was traced."""
+        latest: Self = self.__dict__.get("_latest", self)
+        library = str(getattr(self.formula, "__module__", "")).startswith("gpubatch.")
+        if library or all(all(map(same_recording, form, latest._traced(*key))) for key, form in latest._forms.items()):
+            return latest
+        self.__dict__["_latest"] = latest = dataclasses.replace(self)
+        return latest
+
+    def values(self, given: Mapping[str, Any]) -> tuple[float, ...]:
+        """The values of all parameters; raises FormulaError if one is missing, unknown or not a finite number."""
+        what = f"{self.kind.split()[-1]} {self.name}"
+        missing = [name for name in self.required if name not in given]
+        unknown = [name for name in given if name not in self.parameters]
+        if missing or unknown:
+            listed = ", ".join(self.parameters) or "none"
+            raise FormulaError(f"{what} has the parameters {listed}; missing {missing}, unknown {unknown}")
+        values: dict[str, Any] = {**self.defaults, **given}
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+                raise FormulaError(f"{name} of {what} must be a finite number, got {value!r}")
+        return tuple(float(values[name]) for name in self.parameters)
+
+    @abstractmethod
+    def source(self, dtype: str, name: str) -> str:
+        """The function as a C++ struct for the type T."""
+
+
+Kind = TypeVar("Kind", bound=Declared)
+
+
+@dataclass(frozen=True)
+class Bound(Generic[Kind]):
+    """What is ``declared``, with the ``values`` of its parameters, in their order."""
+
+    declared: Kind
+    values: tuple[float, ...] = ()
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.declared, self.values))
+
+    def __hash__(self) -> int:  # programs and kernels are looked up by it in every call
+        return self._hash
+
+    def __reduce__(self) -> Any:  # without the hash, which differs from process to process
+        return type(self), (self.declared, self.values)
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """The values by name."""
+        return dict(zip(self.declared.parameters, self.values, strict=True))
+
+    def scalars(self, trace: Trace) -> tuple[float, ...]:
+        """The scalars of ``trace``, one of the function's."""
+        return trace.evaluate(0, *self.values)
+
+    def __repr__(self) -> str:
+        named = ", ".join(f"{name}={value!r}" for name, value in self.parameters.items())
+        return f"{self.declared.name}({named})" if named else self.declared.name
+
+
+# --- activations -----------------------------------------------------------------------------------------------------
+
+
+class ActivationForm(NamedTuple):
+    """The traces of an activation.
+
+    forward: x to y, and to the slope if backward needs it
+    backward: dy, and "kept" where it needs the slope or y, to dx
+    """
+
+    forward: Trace
+    backward: Trace
+
+    @property
+    def keeps(self) -> bool:
+        """Whether forward stores the slope."""
+        return "slope" in self.forward.targets
+
+    @property
+    def reads_y(self) -> bool:
+        """Whether backward reads y."""
+        return not self.keeps and "kept" in self.backward.arrays
+
+
+class Activation(Declared):
+    """An elementwise function: ``formula(x, *, parameters)`` returns y, or y and its slope dy/dx."""
+
+    kind, arguments, functions = "activation", ("x",), ("activate", "activation_gradient")
 
     def __call__(self, x: Any, **parameters: float) -> Any:
         """Evaluate the formula on arrays: y."""
@@ -78,64 +216,51 @@ class Activation:
 
     def bind(self, **parameters: float) -> BoundActivation:
         """The activation with values for its parameters."""
-        return BoundActivation(current(self), parameter_values("activation", self, parameters))
-
-    @functools.cached_property
-    def _forms(self) -> dict[tuple[str, ...], ActivationForm]:
-        return {}
+        return BoundActivation(self.current(), self.values(parameters))
 
     def form(self, dtype: str) -> ActivationForm:
         """The traces for elements of ``dtype``, "float32" or "float64"; made once."""
-        found = self._forms.get((dtype,))
-        if found is None:
-            found, again = self._traced(dtype), self._traced(dtype)
-            check_repeatable(self.name, found.forward, again.forward)
-            check_repeatable(self.name, found.backward, again.backward)
-            self._forms[dtype,] = found
-        return found
+        return ActivationForm(*self._form(dtype))
 
-    def _traced(self, dtype: str) -> ActivationForm:
-        trace = Trace(self.name, ("x", "dy"), ("y", "slope"), parameter_names(self), dtype)
-        x, dy = trace.inputs()
-        returned = recorded(self.formula, x, **symbols(self))
-        y, slope = with_derivative(self.name, returned, x, "y, or y and its slope")
+    def _traced(self, *key: str) -> tuple[Trace, ...]:
+        (x, dy), returned = self.recorded(*key, "dy")
+        y, slope = self.with_slope(returned, x, "y, or y and its slope")
         keeps, reads_y = _needs(slope, y)
         forward = restated(self.name, {x: "x"}, {"y": y, "slope": slope} if keeps else {"y": y})
         kept = {slope: "kept"} if keeps else {y: "kept"} if reads_y else {}
-        backward = restated(self.name, {**kept, dy: "dy"}, {"dx": times(dy, slope)})
-        return ActivationForm(forward, backward, keeps, reads_y)
+        return forward, restated(self.name, {**kept, dy: "dy"}, {"dx": times(dy, slope)})
+
+    def source(self, dtype: str, name: str) -> str:
+        """A C++ struct for the type T; ``k`` are the scalars of forward or of backward."""
+        form = self.form(dtype)
+        return f"""struct {name} {{  // {self.name}
+    static constexpr bool KEEPS = {str(form.keeps).lower()};
+    __device__ static T f(T x, const T* k, T& slope) {{
+        T y;
+{_indented(form.forward.c)}
+        return y;
+    }}
+    __device__ static T gradient(T dy, T kept, const T* k) {{
+        T dx;
+{_indented(form.backward.c)}
+        return dx;
+    }}
+}};
+"""
 
 
-@dataclass(frozen=True)
-class BoundActivation:
-    """An activation with the ``values`` of its parameters, in their order."""
-
-    activation: Activation
-    values: tuple[float, ...] = ()
+class BoundActivation(Bound[Activation]):
+    """An activation with values for its parameters."""
 
     @functools.cached_property
     def keeps(self) -> bool:
         """Whether forward stores the slope."""
-        return self.activation.form("float32").keeps
+        return self.declared.form("float32").keeps
 
     @functools.cached_property
     def reads_y(self) -> bool:
         """Whether backward reads y."""
-        return self.activation.form("float32").reads_y
-
-    @functools.cached_property
-    def _hash(self) -> int:
-        return hash((self.activation, self.values))
-
-    def __hash__(self) -> int:  # programs and kernels are looked up by it in every call
-        return self._hash
-
-    def scalars(self, trace: Trace) -> tuple[float, ...]:
-        """The scalars of ``trace``, one of the activation's."""
-        return trace.evaluate(0, *self.values)
-
-    def __repr__(self) -> str:
-        return call_text(self.activation, self.values)
+        return self.declared.form("float32").reads_y
 
 
 def activation(formula: Callable[..., Any]) -> Activation:
@@ -150,29 +275,19 @@ def activation(formula: Callable[..., Any]) -> Activation:
     ... def silu(x):
     ...     return x / (1 + np.exp(-x))
     """
-    return Activation(_name(formula), formula, *_parameters(formula, ["x"]))
+    return Activation.of(formula)
 
 
 # --- score losses ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class ScoreLoss:
+class ScoreLoss(Declared):
     """A loss of one score and its target: ``formula(z, y, *, parameters)`` returns the loss, or (loss, dloss/dz).
 
     The loss of a batch is the mean over all scores.
     """
 
-    name: str
-    formula: Callable[..., Any]
-    required: tuple[str, ...]
-    defaults: Mapping[str, float]
-
-    def __reduce__(self) -> Any:
-        return by_name(self, score_loss)
-
-    def __repr__(self) -> str:
-        return f"<score loss {self.name}>"
+    kind, arguments, functions = "score loss", ("z", "y"), ("score_loss",)
 
     def __call__(self, z: Any, y: Any, **parameters: float) -> Any:
         """Evaluate the formula on arrays: the loss of each score."""
@@ -181,48 +296,38 @@ class ScoreLoss:
 
     def bind(self, **parameters: float) -> BoundScoreLoss:
         """The loss with values for its parameters."""
-        return BoundScoreLoss(current(self), parameter_values("loss", self, parameters))
-
-    @functools.cached_property
-    def _forms(self) -> dict[tuple[str, ...], Trace]:
-        return {}
+        return BoundScoreLoss(self.current(), self.values(parameters))
 
     def form(self, dtype: str, *targets: str) -> Trace:
         """The trace for elements of ``dtype``, from z and y to ``targets``: "loss", the gradient "dz", or both."""
-        found = self._forms.get((dtype, *targets))
-        if found is None:
-            found = self._traced(dtype, *targets)
-            check_repeatable(self.name, found, self._traced(dtype, *targets))
-            self._forms[dtype, *targets] = found
-        return found
+        return self._form(dtype, *targets)[0]
 
-    def _traced(self, dtype: str, *targets: str) -> Trace:
-        trace = Trace(self.name, ("z", "y"), ("loss", "dz"), parameter_names(self), dtype)
-        z, y = trace.inputs()
-        returned = recorded(self.formula, z, y, **symbols(self))
-        loss, dz = with_derivative(self.name, returned, z, "the loss, or the loss and its slope")
+    def _traced(self, *key: str) -> tuple[Trace, ...]:
+        dtype, *targets = key
+        (z, y), returned = self.recorded(dtype)
+        loss, dz = self.with_slope(returned, z, "the loss, or the loss and its slope")
         if not isinstance(returned, tuple) and not isinstance(dz, Symbol) and dz == 0:
             raise FormulaError(
                 f"{self.name} has the derivative 0 by z for all scores, so nothing could be trained; "
                 "compute it from z, or return (loss, slope)"
             )
         results = {"loss": loss, "dz": dz}
-        return restated(self.name, {z: "z", y: "y"}, {target: results[target] for target in targets})
+        return (restated(self.name, {z: "z", y: "y"}, {target: results[target] for target in targets}),)
+
+    def source(self, dtype: str, name: str) -> str:
+        """A C++ struct for the type T; ``f`` returns the loss and sets dz to its derivative."""
+        return f"""struct {name} {{  // {self.name}
+    __device__ static T f(T z, T y, const T* k, T& dz) {{
+        T loss;
+{_indented(self.form(dtype, "loss", "dz").c)}
+        return loss;
+    }}
+}};
+"""
 
 
-@dataclass(frozen=True)
-class BoundScoreLoss:
-    """A score loss with the ``values`` of its parameters, in their order."""
-
-    loss: ScoreLoss
-    values: tuple[float, ...] = ()
-
-    def scalars(self, trace: Trace) -> tuple[float, ...]:
-        """The scalars of ``trace``, one of the loss's."""
-        return trace.evaluate(0, *self.values)
-
-    def __repr__(self) -> str:
-        return call_text(self.loss, self.values)
+class BoundScoreLoss(Bound[ScoreLoss]):
+    """A score loss with values for its parameters."""
 
 
 def score_loss(formula: Callable[..., Any]) -> ScoreLoss:
@@ -236,92 +341,10 @@ def score_loss(formula: Callable[..., Any]) -> ScoreLoss:
     ...     r = np.abs(z - y)
     ...     return np.where(r < delta, 0.5 * r * r, delta * (r - 0.5 * delta))
     """
-    return ScoreLoss(_name(formula), formula, *_parameters(formula, ["z", "y"]))
+    return ScoreLoss.of(formula)
 
 
-# --- parameters and slopes -------------------------------------------------------------------------------------------
-
-
-Declared = TypeVar("Declared", Activation, ScoreLoss)
-
-
-def current(declared: Declared) -> Declared:
-    """The formula as it is now: another object if numbers from outside of it have changed since it was traced."""
-    latest: Declared = declared.__dict__.get("_latest", declared)
-    library = str(getattr(declared.formula, "__module__", "")).startswith("gpubatch.")
-    if library or all(_same_form(form, latest._traced(*key)) for key, form in latest._forms.items()):
-        return latest
-    declared.__dict__["_latest"] = latest = dataclasses.replace(declared)
-    return latest
-
-
-def _same_form(one: Any, other: Any) -> bool:
-    if isinstance(one, ActivationForm):
-        return same_recording(one.forward, other.forward) and same_recording(one.backward, other.backward)
-    return same_recording(one, other)
-
-
-def parameter_names(declared: Activation | ScoreLoss) -> tuple[str, ...]:
-    """The names of all parameters."""
-    return (*declared.required, *declared.defaults)
-
-
-def parameter_values(kind: str, declared: Activation | ScoreLoss, parameters: Mapping[str, Any]) -> tuple[float, ...]:
-    """The values of all parameters; raises FormulaError if one is missing, unknown or not a finite number."""
-    names = parameter_names(declared)
-    missing = [name for name in declared.required if name not in parameters]
-    unknown = [name for name in parameters if name not in names]
-    if missing or unknown:
-        listed = ", ".join(names) or "none"
-        raise FormulaError(f"{kind} {declared.name} has the parameters {listed}; missing {missing}, unknown {unknown}")
-    values: dict[str, Any] = {**declared.defaults, **parameters}
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise FormulaError(f"{name} of {kind} {declared.name} must be a finite number, got {value!r}")
-    return tuple(float(values[name]) for name in names)
-
-
-def call_text(declared: Activation | ScoreLoss, values: tuple[float, ...]) -> str:
-    """The name, with the values of parameters as in a call."""
-    named = ", ".join(f"{name}={value!r}" for name, value in zip(parameter_names(declared), values, strict=True))
-    return f"{declared.name}({named})" if named else declared.name
-
-
-def _name(formula: Callable[..., Any]) -> str:
-    return getattr(formula, "__name__", "formula")
-
-
-def symbols(declared: Activation | ScoreLoss) -> dict[str, Scalar]:
-    """The parameters as a trace has them."""
-    return {name: Scalar(name) for name in parameter_names(declared)}
-
-
-def _parameters(formula: Callable[..., Any], wanted: list[str]) -> tuple[tuple[str, ...], dict[str, float]]:
-    """(names without a default, defaults of the others) of the parameters after ``*``; checks the signature."""
-    name, signature = _name(formula), signature_of("an activation or a loss", formula)
-    found = list(signature.parameters.values())
-    first = [p.name for p in found if p.kind is p.POSITIONAL_OR_KEYWORD]
-    named = [p for p in found if p.kind is p.KEYWORD_ONLY]
-    if first != wanted or len(first) + len(named) != len(found):
-        raise FormulaError(f"{name} must have the signature ({', '.join(wanted)}, *, parameters), got {signature}")
-    for p in named:
-        if p.name in HOST_FUNCTIONS:
-            raise FormulaError(f"{name}: the name {p.name!r} is taken; rename the parameter")
-        if p.default is not p.empty and (
-            isinstance(p.default, (bool, np.bool_)) or not isinstance(p.default, numbers.Real)
-        ):
-            raise FormulaError(f"{name}: the default of {p.name} must be a number, got {p.default!r}")
-    defaults = {p.name: float(p.default) for p in named if p.default is not p.empty}
-    return tuple(p.name for p in named if p.default is p.empty), defaults
-
-
-def with_derivative(name: str, returned: Any, by: Element, expected: str) -> tuple[Any, Any]:
-    """(value, derivative): both as the formula returned them, or with the derivative derived."""
-    if not isinstance(returned, tuple):
-        return returned, derivative(returned, by)
-    if len(returned) != 2:
-        raise FormulaError(f"{name} must return {expected}; it returned {len(returned)} values")
-    return returned
+# --- pieces ----------------------------------------------------------------------------------------------------------
 
 
 def _needs(slope: Any, y: Any) -> tuple[bool, bool]:
@@ -340,40 +363,6 @@ def _needs(slope: Any, y: Any) -> tuple[bool, bool]:
             seen.add(x.number)
             left += [operand for operand in x.operands if isinstance(operand, Element)]
     return reads_x, reads_y and not reads_x
-
-
-# --- C++ source ------------------------------------------------------------------------------------------------------
-
-
-def activation_source(activation: Activation, dtype: str, name: str) -> str:
-    """The activation as a C++ struct for the type T; ``k`` are the scalars of forward or of backward."""
-    form = activation.form(dtype)
-    return f"""struct {name} {{  // {activation.name}
-    static constexpr bool KEEPS = {str(form.keeps).lower()};
-    __device__ static T f(T x, const T* k, T& slope) {{
-        T y;
-{_indented(form.forward.c)}
-        return y;
-    }}
-    __device__ static T gradient(T dy, T kept, const T* k) {{
-        T dx;
-{_indented(form.backward.c)}
-        return dx;
-    }}
-}};
-"""
-
-
-def score_source(loss: ScoreLoss, dtype: str, name: str) -> str:
-    """The score loss as a C++ struct for the type T; ``f`` returns the loss and sets dz to its derivative."""
-    return f"""struct {name} {{  // {loss.name}
-    __device__ static T f(T z, T y, const T* k, T& dz) {{
-        T loss;
-{_indented(loss.form(dtype, "loss", "dz").c)}
-        return loss;
-    }}
-}};
-"""
 
 
 def _indented(lines: str) -> str:

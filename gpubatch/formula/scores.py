@@ -38,14 +38,17 @@ def mse(z, y):
 
 @score_loss
 def mae(z, y):
-    """|z - y|, with derivative 0 where they are equal."""
+    """|z - y|, with the derivative 0 where they are equal."""
     d = z - y
     return np.abs(d), np.sign(d)
 
 
 @score_loss
 def huber(z, y, *, delta=1.0):
-    """(z - y)²/2 up to |z - y| = delta, and from there delta (|z - y| - delta/2) (Huber 1964)."""
+    """(z - y)²/2 up to |z - y| = ``delta``, and from there delta (|z - y| - delta/2) (Huber 1964).
+
+    PyTorch's ``huber_loss``; its ``smooth_l1_loss(beta=delta)`` is this, divided by delta.
+    """
     d = z - y
     size = np.abs(d)
     loss = np.where(size <= delta, 0.5 * d * d, delta * (size - 0.5 * delta))
@@ -68,7 +71,10 @@ def log_cosh(z, y):
 
 @score_loss
 def quantile(z, y, *, q=0.5):
-    """q (y - z) where y > z, and (1 - q)(z - y) elsewhere: least at the q-quantile of y (Koenker & Bassett 1978)."""
+    """q (y - z) where y > z, and (1 - q)(z - y) elsewhere: the scores become the ``q``-quantile of Y.
+
+    Koenker & Bassett 1978; 0 < q < 1, and 0.5 is the median. scikit-learn's ``mean_pinball_loss(alpha=q)``.
+    """
     d = z - y
     return np.maximum(-q * d, (1 - q) * d), np.where(d > 0, 1 - q, np.where(d < 0, -q, 0))
 
@@ -78,7 +84,10 @@ def quantile(z, y, *, q=0.5):
 
 @score_loss
 def poisson(z, y):
-    """exp(z) - y z, with derivative exp(z) - y: minus the logarithm of Poisson's probability of y, but for log y!."""
+    """exp(z) - y z for counts Y of rates exp(z): minus the logarithm of Poisson's probability of y, but for log y!.
+
+    PyTorch's ``poisson_nll_loss(log_input=True)``. Keras' ``poisson`` is given the rate, of which z is the logarithm.
+    """
     rate = np.exp(z)
     return rate - y * z, rate - y
 
@@ -108,9 +117,10 @@ def smoothed_sigmoid_cross_entropy(z, y, *, smoothing=0.1):
 
 @score_loss
 def focal(z, y, *, gamma=2.0, alpha=0.25):
-    """-α_t (1 - p_t)^γ log p_t, where p_t is the probability of the right class (Lin et al. 2017, equation 5).
+    """-α_t (1 - p_t)^γ log p_t of p = σ(z): cross-entropy that easy samples hardly count in (Lin et al. 2017, eq. 5).
 
-    α_t is alpha where y is 1 and 1 - alpha where it is 0; a negative alpha stands for α_t = 1.
+    p_t is the probability of the right class. Y is in [0, 1]; gamma >= 0. α_t is alpha where y is 1 and 1 - alpha where
+    it is 0; a negative alpha stands for α_t = 1. As torchvision's ``sigmoid_focal_loss``.
     """
     small = np.exp(-np.abs(z))
     one, zero = np.exp(np.minimum(z, 0)) / (1 + small), np.exp(np.minimum(-z, 0)) / (1 + small)

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from gpubatch.errors import FormulaError
-from gpubatch.formula.elementwise import Activation, ScoreLoss, parameter_names, symbols, with_derivative
+from gpubatch.formula.elementwise import Activation, ScoreLoss
 from gpubatch.formula.trace import (
+    FUNCTIONS,
     HOST_FUNCTIONS,
     INDICATOR,
     OPS,
@@ -28,25 +29,18 @@ from gpubatch.formula.trace import (
     Element,
     Scalar,
     Symbol,
-    Trace,
     is_finite,
     number_text,
     restated,
     text_of,
 )
 
-KINDS: dict[str, tuple[type[Activation | ScoreLoss], tuple[str, ...]]] = {
-    "activation": (Activation, ("x",)),
-    "score loss": (ScoreLoss, ("z", "y")),
-}
+KINDS: dict[str, type[Activation | ScoreLoss]] = {kind.kind: kind for kind in (Activation, ScoreLoss)}
 MOST_LINES, LONGEST = 10_000, 100_000  # a line, and the text of a scalar
 NAME = re.compile(r"[A-Za-z]\w{0,99}", re.ASCII)
 # Words, numbers, operators and blanks; everything else, strings above all, is no part of an expression.
 WORDS = re.compile(r"(?:[A-Za-z_]\w*|(?:\d+\.?\d*(?:e[+-]?\d+)?)(?![\w.])|[-+*/<>=!]=?|[(), ])*", re.ASCII)
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    op.text.partition("(")[0]: function for function, op in OPS.items() if op.text.endswith(")")
-}
 OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: np.add,
     ast.Sub: np.subtract,
@@ -67,13 +61,10 @@ def text_of_formula(declared: Activation | ScoreLoss, dtype: str) -> dict[str, A
 
     Raises FormulaError for a formula that the reader would not read, since it calls a function of the host.
     """
-    kind = "activation" if isinstance(declared, Activation) else "score loss"
-    arguments = KINDS[kind][1]
-    trace = Trace(declared.name, arguments, ("value", "slope"), parameter_names(declared), dtype)
-    inputs = trace.inputs()
-    found = declared.formula(*inputs, **symbols(declared))
-    results = dict(zip(trace.targets, with_derivative(declared.name, found, inputs[0], "a value"), strict=True))
-    trace = restated(declared.name, dict(zip(inputs, arguments, strict=True)), results)
+    inputs, returned = declared.recorded(dtype)
+    value, slope = declared.with_slope(returned, inputs[0], "a value")
+    names = dict(zip(inputs, declared.arguments, strict=True))
+    trace = restated(declared.name, names, {"value": value, "slope": slope})
     stem = "v"
     while any(re.fullmatch(rf"{stem}\d+", name) for name in trace.hyper):
         stem += "v"
@@ -90,7 +81,7 @@ def text_of_formula(declared: Activation | ScoreLoss, dtype: str) -> dict[str, A
         elif x.op is not None:
             lines.append(f"{stem}{x.number} = {text_of(x.op, [operand(y) for y in x.operands])}")
     text = {
-        "kind": kind,
+        "kind": declared.kind,
         "name": declared.name,
         "required": list(declared.required),
         "defaults": dict(declared.defaults),
@@ -116,7 +107,7 @@ def _read(content: str, dtype: str) -> Activation | ScoreLoss:
         raise FormulaError(
             f"a formula must be a mapping with a kind, one of {', '.join(KINDS)}, got {str(text)[:99]!r}"
         )
-    (cls, arguments), name = KINDS[text["kind"]], text.get("name")
+    cls, name = KINDS[text["kind"]], text.get("name")
     required, defaults = text.get("required"), text.get("defaults")
     lines, results = text.get("lines"), text.get("results")
     if not isinstance(name, str) or not NAME.fullmatch(name):
@@ -126,17 +117,17 @@ def _read(content: str, dtype: str) -> Activation | ScoreLoss:
     parameters = [*required, *defaults]
     for parameter in parameters:
         wrong = not isinstance(parameter, str) or not NAME.fullmatch(parameter) or keyword.iskeyword(parameter)
-        if wrong or parameter in (*HOST_FUNCTIONS, *arguments, "t", "evaluate") or parameters.count(parameter) > 1:
+        if wrong or parameter in (*HOST_FUNCTIONS, *cls.arguments, "t", "evaluate") or parameters.count(parameter) > 1:
             raise FormulaError(f"{name}: {str(parameter)[:99]!r} cannot be a parameter")
     for number in defaults.values():
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not is_finite(number):
             raise FormulaError(f"{name}: defaults must be finite numbers, got {str(number)[:99]}")
     if not isinstance(lines, list) or len(lines) > MOST_LINES or not isinstance(results, list) or len(results) != 2:
         raise FormulaError(f"{name}: lines must be a list of at most {MOST_LINES}, and results a list of two")
-    program = _program(name, lines, results, [*arguments, *parameters])
+    program = _program(name, lines, results, [*cls.arguments, *parameters])
 
     def formula(*given: Any, **of: Any) -> tuple[Any, Any]:
-        values: dict[str, Any] = {**defaults, **of, **dict(zip(arguments, given, strict=True))}
+        values: dict[str, Any] = {**defaults, **of, **dict(zip(cls.arguments, given, strict=True))}
         for target, expression in program[:-2]:
             values[target] = _value(name, expression, values)
         value, slope = (_value(name, expression, values) for _, expression in program[-2:])

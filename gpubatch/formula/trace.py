@@ -192,18 +192,12 @@ HOST_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "remainder_of": operator.mod,
 }
 
-# The same where Python raises for what NumPy calls infinite or NaN; all operands are np.float64.
-IEEE_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "pow": np.power,
-    "sqrt": np.sqrt,
-    "exp": np.exp,
-    "log": np.log,
-    "log1p": np.log1p,
-    "sign_of": np.sign,
-    "floor": np.floor,
-    "floor_quotient": np.floor_divide,
-    "remainder_of": np.remainder,
+# NumPy's functions by their names in texts.
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    op.text.partition("(")[0]: function for function, op in OPS.items() if op.text.endswith(")")
 }
+# Those that take the place of Python's, which raise for what NumPy calls infinite or NaN; all operands are np.float64.
+IEEE = "pow sqrt exp log log1p sign_of floor floor_quotient remainder_of".split()
 
 
 # --- symbols -------------------------------------------------------------------------------------------------------
@@ -249,14 +243,22 @@ def recorded(formula: Callable[..., Any], *operands: Any, **named: Any) -> Any:
     return results
 
 
-def signature_of(kind: str, formula: Any) -> inspect.Signature:
-    """The signature of what is declared as ``kind``; raises FormulaError if it is no function."""
+def signature_of(kind: str, formula: Any) -> tuple[tuple[str, ...], dict[str, Any], inspect.Signature]:
+    """The names of the arguments before ``*``, none if there are others than those and the ones after it; the defaults
+    of those, ``Signature.empty`` where there is none; and the signature.
+
+    Raises FormulaError if what is declared as ``kind`` is no function.
+    """
     try:
         if hasattr(formula, "formula"):
             raise TypeError("it is declared already")
-        return inspect.signature(formula)
+        signature = inspect.signature(formula)
     except (TypeError, ValueError) as error:
         raise FormulaError(f"{kind} must be declared of a Python function, got {formula!r}: {error}") from None
+    found = list(signature.parameters.values())
+    positional = tuple(p.name for p in found if p.kind is p.POSITIONAL_OR_KEYWORD)
+    named = {p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY}
+    return (positional if len(positional) + len(named) == len(found) else ()), named, signature
 
 
 def own_copies(*operands: Any) -> list[Any]:
@@ -716,7 +718,8 @@ class Trace:
         def in_double(function: Callable[..., Any]) -> Callable[..., Any]:
             return lambda *operands: np.float64(function(*operands))
 
-        ieee_functions = {name: in_double(IEEE_FUNCTIONS.get(name, f)) for name, f in HOST_FUNCTIONS.items()}
+        ieee_functions = {name: in_double(f) for name, f in HOST_FUNCTIONS.items()}
+        ieee_functions |= {name: in_double(FUNCTIONS[name]) for name in IEEE}
         return made(HOST_FUNCTIONS, ieee)
 
     @functools.cached_property

@@ -135,31 +135,27 @@ def rule(formula: Callable[..., Any]) -> Rule:
     ...     return w - lr * v, v
     """
     name = getattr(formula, "__name__", "rule")
-    signature = signature_of("a rule", formula)
-    parameters = list(signature.parameters.values())
-    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    named = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-    if positional[:2] != ["w", "g"] or positional[-1:] != ["t"] or len(positional) + len(named) != len(parameters):
+    positional, named, signature = signature_of("a rule", formula)
+    if positional[:2] != ("w", "g") or positional[-1:] != ("t",):
         raise FormulaError(
             f"{name} must have the signature (w, g, *state names, t, *, hyper-parameters), got {signature}"
         )
-    for p in named:
-        if p.name in (*TAKEN, *HOST_FUNCTIONS) or keyword.iskeyword(p.name):
-            raise FormulaError(f"{name}: the name {p.name!r} is taken; rename the hyper-parameter")
-        if p.default is not p.empty and not isinstance(p.default, (numbers.Real, str)):
-            raise FormulaError(
-                f"{name}: the default of {p.name} must be a number, a string or a bool, got {p.default!r}"
-            )
+    defaults = {hyper: default for hyper, default in named.items() if default is not signature.empty}
+    for hyper in named:
+        if hyper in (*TAKEN, *HOST_FUNCTIONS) or keyword.iskeyword(hyper):
+            raise FormulaError(f"{name}: the name {hyper!r} is taken; rename the hyper-parameter")
+    for hyper, default in defaults.items():
+        if not isinstance(default, (numbers.Real, str)):
+            raise FormulaError(f"{name}: the default of {hyper} must be a number, a string or a bool, got {default!r}")
     for array in positional[2:-1]:
         taken = array.endswith("_new") or re.fullmatch(r"x\d+|(of_)?(norm|mean|max_abs)\d+", array)
         if not array.isascii() or array in C_WORDS or taken or array.startswith("__"):
             raise FormulaError(f"{name}: the state {array!r} cannot be a name in C; rename it")
-    defaults = {p.name: p.default for p in named if p.default is not p.empty}
     return Rule(
         name=name,
         formula=formula,
         state=tuple(positional[2:-1]),
-        required=tuple(p.name for p in named if p.default is p.empty),
+        required=tuple(hyper for hyper in named if hyper not in defaults),
         defaults={k: float(v) for k, v in defaults.items() if not isinstance(v, (bool, str))},
         options={k: v for k, v in defaults.items() if isinstance(v, (bool, str))},
     )

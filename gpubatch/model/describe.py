@@ -126,18 +126,17 @@ class Encoder:
         )
 
     def _formula(self, x: Activation | ScoreLoss | BoundActivation | BoundScoreLoss, where: str) -> dict[str, Any]:
-        declared = x.activation if isinstance(x, BoundActivation) else x.loss if isinstance(x, BoundScoreLoss) else x
-        kind = "activation" if isinstance(declared, Activation) else "score loss"
+        declared = x.declared if isinstance(x, (BoundActivation, BoundScoreLoss)) else x
         found: dict[str, Any] = {}
-        if FORMULAS[kind].get(declared.name) is declared:
-            found["text"] = {"kind": kind, "name": declared.name}
+        if FORMULAS[declared.kind].get(declared.name) is declared:
+            found["text"] = {"kind": declared.kind, "name": declared.name}
         else:
             try:
                 found["text"] = text_of_formula(declared, self._dtype)
             except FormulaError as error:
                 raise FormulaError(f"{where} cannot be saved: {error}") from error
         if isinstance(x, (BoundActivation, BoundScoreLoss)):
-            found["parameters"] = dict(zip((*declared.required, *declared.defaults), x.values, strict=True))
+            found["parameters"] = x.parameters
         return found
 
 

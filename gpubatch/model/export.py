@@ -261,11 +261,11 @@ class Graph:
 
     def _activation(self, f: BoundActivation, x: str) -> str:
         """An activation: by one of ONNX's own where there is one, else by the operations of its formula."""
-        if f.activation is activations.relu:
+        if f.declared is activations.relu:
             return self.add("Relu", x)
-        if f.activation is activations.sigmoid:
+        if f.declared is activations.sigmoid:
             return self.add("Sigmoid", x)
-        trace = f.activation.form(self.dtype.name).forward
+        trace = f.declared.form(self.dtype.name).forward
         return self._formula(trace, f.scalars(trace), x)
 
     def _formula(self, trace: Trace, scalars: tuple[float, ...], x: str) -> str:

@@ -32,7 +32,7 @@ from gpubatch.nn.losses import (
     loss_of,
 )
 from gpubatch.nn.needs import Context, Needs, Parameter
-from gpubatch.nn.network import Network, core_of, dealt_of, live_state, mlp, no_decay
+from gpubatch.nn.network import Network, core_of, dealt_of, mlp, no_decay
 from gpubatch.nn.stack import parameter_names, stacked
 from gpubatch.nn.workspace import evenly
 
@@ -70,7 +70,6 @@ __all__ = [
     "dealt_of",
     "evenly",
     "layers",
-    "live_state",
     "loss_of",
     "losses",
     "mlp",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -214,10 +215,10 @@ class OverScores(OfOperation):
 
     def each(self, z: Array, Y: Array) -> Array:
         """See :class:`Loss`; one for each score."""
-        names = (*self.bound.loss.required, *self.bound.loss.defaults)
         Y = Y.reshape(z.shape).astype(z.dtype)
-        values = map(z.dtype.type, self.bound.values)  # CuPy's where takes no condition of Python numbers alone
-        return self.bound.loss(z, Y, **dict(zip(names, values, strict=True)))
+        # CuPy's where takes no condition of Python numbers alone.
+        parameters = {name: z.dtype.type(value) for name, value in self.bound.parameters.items()}
+        return self.bound.declared(z, Y, **parameters)
 
     def truth(self, Y: Array, outputs: int) -> Array:
         """Refuse: a loss without classes has no right or wrong."""
@@ -328,10 +329,9 @@ def checked_smoothing(value: float) -> float:
 
 def over_scores(bound: BoundScoreLoss) -> OverScores:
     """The loss object of a formula with its parameters, which must be in their ranges."""
-    kind, ranges = FORMULAS.get(bound.loss, (OverScores, {}))
-    for name, value in zip((*bound.loss.required, *bound.loss.defaults), bound.values, strict=True):
-        if name in ranges:
-            ranges[name](f"{name} of {bound.loss.name}", value)
+    kind, ranges = FORMULAS.get(bound.declared, (OverScores, {}))
+    for name, check in ranges.items():
+        check(f"{name} of {bound.declared.name}", bound.parameters[name])
     return kind(bound)
 
 
@@ -778,6 +778,10 @@ class LossFunction:
         all are 0: there is no mean.
     reduction: "mean"; "sum", Σ w l over samples and scores; or "none", the w l themselves, ``(batch,)``, of losses of
         single scores ``(batch, outputs)``. With both of these dscores is the gradient of the sum.
+
+    >>> loss, dscores = gb.losses.softmax_cross_entropy(np.zeros((2, 4)), np.array([0, 3]))
+    >>> round(loss, 4), dscores[0].tolist()
+    (1.3863, [-0.375, 0.125, 0.125, 0.125])
     """
 
     def __init__(self, name: str, bind: Callable[..., Loss], text: str) -> None:
@@ -804,101 +808,33 @@ class LossFunction:
             return each if reduction == "none" else float(each.sum(dtype=np.float64).item()), gradient
 
 
-def of_formula(loss: ScoreLoss, text: str) -> LossFunction:
-    """The function of a loss of single scores; Y has one number for each score."""
+def of_class(name: str, kind: type[Loss]) -> LossFunction:
+    """The function of a class of losses."""
+    first = (inspect.getdoc(kind) or "").partition("\n")[0]
+    return LossFunction(name, kind, f"{first}\n\nY and the parameters are those of :class:`{kind.__name__}`.")
+
+
+def of_formula(loss: ScoreLoss) -> LossFunction:
+    """The function of a loss of single scores."""
+    text = f"{inspect.getdoc(loss.formula)}\n\nA mean over the scores ``(batch, outputs)``; Y has a number for each."
     return LossFunction(loss.name, lambda **parameters: over_scores(loss.bind(**parameters)), text)
 
 
-softmax_cross_entropy = LossFunction(
-    "softmax_cross_entropy",
-    SoftmaxCrossEntropy,
-    """Loss and gradient by the scores ``(batch, classes)``; Y integer labels ``(batch,)`` or rows of probabilities.
-
-    ``ignore_label`` and ``label_smoothing`` as in :class:`SoftmaxCrossEntropy`.
-
-    >>> import numpy as np
-    >>> loss, dscores = softmax_cross_entropy(np.zeros((2, 4)), np.array([0, 3]))
-    >>> round(loss, 4), dscores[0].tolist()
-    (1.3863, [-0.375, 0.125, 0.125, 0.125])
-    """,
-)
-svm = LossFunction(
-    "svm",
-    SVM,
-    """Multiclass hinge loss and its gradient by the scores ``(batch, classes)``; Y integer labels ``(batch,)``.
-
-    ``ignore_label`` and ``delta`` as in :class:`SVM`.
-    """,
-)
-crammer_singer = LossFunction(
-    "crammer_singer",
-    CrammerSinger,
-    """Multiclass hinge loss of the largest margin, and its gradient by the scores; Y integer labels ``(batch,)``.
-
-    ``ignore_label`` and ``delta`` as in :class:`CrammerSinger`.
-    """,
-)
-kl_divergence = LossFunction(
-    "kl_divergence",
-    KLDivergence,
-    """Kullback-Leibler divergence of softmax(scores) from Y, rows of probabilities, and its gradient by the scores.
-
-    See :class:`KLDivergence`.
-    """,
-)
-softmax_focal = LossFunction(
-    "softmax_focal",
-    SoftmaxFocal,
-    """Focal loss of several classes, and its gradient by the scores; Y integer labels ``(batch,)``.
-
-    ``gamma``, ``alpha`` and ``ignore_label`` as in :class:`SoftmaxFocal`.
-    """,
-)
-sigmoid_cross_entropy = LossFunction(
-    "sigmoid_cross_entropy",
-    SigmoidCrossEntropy,
-    """Loss and gradient by the scores ``(batch, outputs)``; Y in [0, 1], one for each score.
-
-    ``label_smoothing`` as in :class:`SigmoidCrossEntropy`.
-    """,
-)
-focal = of_formula(
-    scores.focal,
-    """-α_t (1 - p_t)^γ log p_t of p = σ(z): cross-entropy that easy samples hardly count in (Lin et al. 2017, eq. 5).
-
-    Y in [0, 1], one for each score; gamma >= 0; alpha the weight of class 1, that of class 0 is 1 - alpha, and a
-    negative one is for no weights. As torchvision's ``sigmoid_focal_loss``.
-    """,
-)
-hinge = of_formula(scores.hinge, """max(0, 1 - s z), s = 1 for Y = 1 and -1 for Y = 0, a mean over the scores.""")
-squared_hinge = of_formula(scores.squared_hinge, """The square of :data:`hinge`, a mean over the scores.""")
-mse = of_formula(
-    scores.mse,
-    """Mean squared difference and its gradient by the scores ``(batch, outputs)``; Y one number for each score.""",
-)
-mae = of_formula(scores.mae, """Mean absolute difference and its gradient, which is 0 where there is none.""")
-huber = of_formula(
-    scores.huber,
-    """(z - y)²/2 up to ``delta``, linear from there (Huber 1964), a mean over the scores; as PyTorch's ``huber_loss``.
-
-    PyTorch's ``smooth_l1_loss(beta=delta)`` is this, divided by delta.
-    """,
-)
-log_cosh = of_formula(scores.log_cosh, """log cosh(z - y), a mean over the scores.""")
-quantile = of_formula(
-    scores.quantile,
-    """q (y - z) where y > z, else (1 - q)(z - y): the scores become the ``q``-quantile of Y, 0 < q < 1, 0.5 the median.
-
-    Koenker & Bassett 1978; scikit-learn's ``mean_pinball_loss(alpha=q)``.
-    """,
-)
-poisson = of_formula(
-    scores.poisson,
-    """exp(z) - y z for counts Y of rates exp(z), a mean over the scores.
-
-    PyTorch's ``poisson_nll_loss(log_input=True)``. Keras' ``poisson`` is given the rate, of which z is the logarithm.
-    """,
-)
+softmax_cross_entropy = of_class("softmax_cross_entropy", SoftmaxCrossEntropy)
+svm = of_class("svm", SVM)
+crammer_singer = of_class("crammer_singer", CrammerSinger)
+kl_divergence = of_class("kl_divergence", KLDivergence)
+softmax_focal = of_class("softmax_focal", SoftmaxFocal)
+sigmoid_cross_entropy = of_class("sigmoid_cross_entropy", SigmoidCrossEntropy)
+focal = of_formula(scores.focal)
+hinge = of_formula(scores.hinge)
+squared_hinge = of_formula(scores.squared_hinge)
+mse = of_formula(scores.mse)
+mae = of_formula(scores.mae)
+huber = of_formula(scores.huber)
+log_cosh = of_formula(scores.log_cosh)
+quantile = of_formula(scores.quantile)
+poisson = of_formula(scores.poisson)
 
 FUNCTIONS = (
     *(softmax_cross_entropy, sigmoid_cross_entropy, mse, svm, crammer_singer, kl_divergence, softmax_focal, mae, huber),

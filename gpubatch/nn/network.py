@@ -43,7 +43,7 @@ from gpubatch.nn.losses import NO_MEAN, Loss, OverScores, Weighing, counts_of, l
 from gpubatch.nn.summary import LayerSummary, Summary
 from gpubatch.nn.workspace import evenly
 from gpubatch.ops import PRECISIONS, check_choices
-from gpubatch.own import as_written
+from gpubatch.own import as_written, copied
 from gpubatch.parallel import Ranks
 from gpubatch.params import FlatViews
 from gpubatch.passes import deal_of, pass_of
@@ -179,10 +179,10 @@ class Network:
     def forms(self) -> dict[str, str]:
         """What runs each activation, and the loss if it is a formula, by name, in the words of ``Optimizer.form``."""
         formulas: list[Activation | ScoreLoss] = [
-            layer.function.activation for layer in self.layers if isinstance(layer, ActivationLayer)
+            layer.function.declared for layer in self.layers if isinstance(layer, ActivationLayer)
         ]
         if isinstance(self.loss_function, OverScores):
-            formulas.append(self.loss_function.bound.loss)
+            formulas.append(self.loss_function.bound.declared)
         return {formula.name: self._core.ops.form(formula, self.dtype) for formula in formulas}
 
     @property
@@ -494,11 +494,8 @@ class Network:
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of all parameters and buffers by name, the dropout step, and tuned algorithms of matrix products."""
-        found = self._live_state()
         with self.backend.scope():
-            for kind in ("parameters", "buffers"):
-                found[kind] = {name: value.copy() for name, value in found[kind].items()}
-        return found
+            return copied(self._live_state())
 
     def _live_state(self) -> dict[str, Any]:
         """What :meth:`state_dict` copies."""
@@ -545,12 +542,6 @@ def core_of(net: Network) -> Core:
 def dealt_of(net: Network) -> DealtSteps:
     """What makes a network's training steps on batches in parts."""
     return net._dealt
-
-
-def live_state(net: Network) -> dict[str, Any]:
-    """The network's ``state_dict()`` with its arrays themselves in place of copies, for who only reads them at once."""
-    own = type(net).state_dict is Network.state_dict and "state_dict" not in vars(net)
-    return net._live_state() if own else net.state_dict()
 
 
 def no_decay(net: Network) -> dict[str, dict[str, Any]]:

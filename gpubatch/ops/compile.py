@@ -15,7 +15,7 @@ import numpy as np
 
 from gpubatch.backend import Backend, CudaBackend, compute_dtype
 from gpubatch.errors import ArgumentError, CompilerWarning
-from gpubatch.formula import Activation, ScoreLoss, Trace, activation_source, score_source
+from gpubatch.formula import Activation, ScoreLoss, Trace
 
 # The C type of every element type in which samples, targets or parameters may be stored.
 C_TYPES = {
@@ -96,10 +96,7 @@ def formula_digest(trace: Trace) -> str:
 @functools.cache
 def elementwise_digest(declared: Activation | ScoreLoss) -> str:
     """As :func:`formula_digest`, for an activation or a loss of single scores."""
-    if isinstance(declared, Activation):
-        text = [activation_source(declared, dtype, "F") for dtype in COMPUTED]
-    else:
-        text = [score_source(declared, dtype, "F") for dtype in COMPUTED]
+    text = [declared.source(dtype, "F") for dtype in COMPUTED]
     return hashlib.sha256("\n".join([*text, kernel_source("math.cuh")]).encode()).hexdigest()[:16]
 
 

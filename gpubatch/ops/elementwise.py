@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpubatch.backend import Array, compute_dtype
-from gpubatch.formula import BoundActivation, activation_source, activations
+from gpubatch.formula import BoundActivation, activations
 from gpubatch.ops.compile import scalars_source, source_of
 from gpubatch.ops.grid import PARTS, Grid, check_contiguous, parts_of
 from gpubatch.ops.host_compiler import place_of
@@ -102,7 +102,7 @@ def activation_place(
     library: Any, level: str, f: BoundActivation, dtype: np.dtype[Any]
 ) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
     """Where the library has an activation at this SIMD ``level``, -1 for nowhere; and the scalars of its two forms."""
-    form, place = f.activation.form("float64"), place_of(library, f.activation, dtype.name)
+    form, place = f.declared.form("float64"), place_of(library, f.declared, dtype.name)
     return place.number, f.scalars(form.forward), f.scalars(form.backward)
 
 
@@ -110,10 +110,10 @@ def activation_place(
 def elementwise_source(dtype: str, f: BoundActivation) -> str:
     """The CUDA source of an activation and its gradient."""
     compute = compute_dtype(np.dtype(dtype)).name
-    form = f.activation.form(compute)
+    form = f.declared.form(compute)
     before = [
         scalars_source("FORWARD_SCALARS", f.scalars(form.forward)),
         scalars_source("BACKWARD_SCALARS", f.scalars(form.backward)),
-        activation_source(f.activation, compute, "Activation"),
+        f.declared.source(compute, "Activation"),
     ]
     return source_of(dtype, "activation.cu", before="\n".join(before))

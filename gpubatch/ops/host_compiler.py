@@ -69,9 +69,10 @@ PLACES: dict[tuple[str, str, str, str], Place] = {}
 
 def place_of(library: Any, formula: Trace | Activation | ScoreLoss, dtype: str) -> Place:
     """Where ``library`` has a formula for elements of ``dtype``: from the build, or compiled now if it is not yet."""
-    rule, activation = isinstance(formula, Trace), isinstance(formula, Activation)
-    kind = "rule" if rule else "activation" if activation else "score loss"
-    digest = formula_digest(formula) if isinstance(formula, Trace) else elementwise_digest(formula)
+    if isinstance(formula, Trace):
+        kind, digest = "rule", formula_digest(formula)
+    else:
+        kind, digest = formula.kind, elementwise_digest(formula)
     if (place := library.place_of(kind, digest)) >= 0:
         return Place(place, "compiled")
     level = library.level()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gpubatch.formula import Activation, FormulaPass, ScoreLoss, Trace, activation_source, score_source
+from gpubatch.formula import Activation, FormulaPass, ScoreLoss, Trace
 from gpubatch.ops.compile import C_TYPES, kernel_source
 
 # The terms of each reduction in kernels/host_formulas.h.
@@ -136,12 +136,9 @@ def library_source(formulas: Sequence[Trace | Activation | ScoreLoss], dtype: st
         if isinstance(formula, Trace):
             texts.append(rule_source(formula, name))
             functions.append(name)
-        elif isinstance(formula, Activation):
-            texts.append(activation_source(formula, dtype, name))
-            functions += [f"activate<{name}>", f"activation_gradient<{name}>"]
         else:
-            texts.append(score_source(formula, dtype, name))
-            functions.append(f"score_loss<{name}>")
+            texts.append(formula.source(dtype, name))
+            functions += [f"{function}<{name}>" for function in formula.functions]
     lines = [
         kernel_source("host_simd.h"),
         "namespace own {",

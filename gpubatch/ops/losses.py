@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from gpubatch.backend import Array, compute_dtype
-from gpubatch.formula import BoundScoreLoss, score_source
+from gpubatch.formula import BoundScoreLoss
 from gpubatch.ops.compile import C_TYPES, scalars_source, source_of
 from gpubatch.ops.grid import SUM_PARTS, SUM_THREADS, THREADS, WARP, Grid, total_grid
 from gpubatch.ops.host_compiler import place_of
@@ -398,8 +398,8 @@ def score_loss_place(
     library: Any, level: str, f: BoundScoreLoss, dtype: np.dtype[Any]
 ) -> tuple[int, tuple[float, ...]]:
     """Where the library has a loss of single scores at this SIMD ``level``, -1 for nowhere; and its scalars."""
-    form = f.loss.form("float64", "loss", "dz")
-    return place_of(library, f.loss, dtype.name).number, f.scalars(form)
+    form = f.declared.form("float64", "loss", "dz")
+    return place_of(library, f.declared, dtype.name).number, f.scalars(form)
 
 
 @functools.lru_cache(maxsize=MOST_PROGRAMS)
@@ -408,8 +408,8 @@ def score_loss_source(dtype: str, target: str, f: BoundScoreLoss) -> str:
     compute = compute_dtype(np.dtype(dtype)).name
     before = [
         f"typedef {C_TYPES[target]} Target;",
-        scalars_source("SCALARS", f.scalars(f.loss.form(compute, "loss", "dz"))),
-        score_source(f.loss, compute, "Score"),
+        scalars_source("SCALARS", f.scalars(f.declared.form(compute, "loss", "dz"))),
+        f.declared.source(compute, "Score"),
     ]
     return source_of(dtype, "total.cuh", "score_loss.cu", before="\n".join(before))
 

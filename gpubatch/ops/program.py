@@ -90,9 +90,9 @@ def program_of(
         if len(programs) >= MOST_PROGRAMS:
             programs.clear()
         if isinstance(bound, BoundScoreLoss):
-            trace = bound.loss.form(dtype.name, form)
+            trace = bound.declared.form(dtype.name, form)
         else:
-            trace = getattr(bound.activation.form(dtype.name), form)
+            trace = getattr(bound.declared.form(dtype.name), form)
         programs[key] = bound_program(bound, trace, dict([same]) if same else None)
     return programs[key]
 
@@ -241,7 +241,7 @@ def check_slope(bound: BoundActivation) -> None:
     """Raise if the slope of an activation is not a number somewhere although the activation is: it overflows there."""
     dtype = np.dtype(np.float32)
     x = np.concatenate([-TRIED, TRIED])
-    form, y, dx = bound.activation.form(dtype.name), np.empty_like(x), np.empty_like(x)
+    form, y, dx = bound.declared.form(dtype.name), np.empty_like(x), np.empty_like(x)
     with np.errstate(all="ignore"):
         slope = [np.empty_like(x)] if form.keeps else []
         bound_program(bound, form.forward).run(x, y, *slope)
@@ -250,7 +250,7 @@ def check_slope(bound: BoundActivation) -> None:
     wrong = np.isfinite(y) & ~np.isfinite(dx)
     if wrong.any():
         raise FormulaError(
-            f"the derivative of {bound.activation.name} is {dx[wrong][0]} at x = {x[wrong][0]:g}, "
+            f"the derivative of {bound.declared.name} is {dx[wrong][0]} at x = {x[wrong][0]:g}, "
             f"where the activation is {y[wrong][0]:g}: something overflows on the way; "
             f"return (y, slope) with a slope that does not"
         )

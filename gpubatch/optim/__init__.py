@@ -32,7 +32,7 @@ from gpubatch.optim.optimizers import (
     RMSProp,
     Yogi,
 )
-from gpubatch.optim.resumed import given_hyper, live_optimizer, load_resumed
+from gpubatch.optim.resumed import given_hyper, load_resumed
 
 __all__ = [
     "LAMB",
@@ -61,7 +61,6 @@ __all__ = [
     "epoch_in",
     "follow_pass",
     "given_hyper",
-    "live_optimizer",
     "load_resumed",
     "rehearse_update",
     "scalars_ahead",

@@ -13,18 +13,8 @@ from gpubatch.optim.groups import Group, Hyper, partition
 
 # The range of every hyper-parameter that gpubatch's own rules have: from low, included, to high, excluded.
 RANGES: dict[str, tuple[float, float]] = {
-    "lr": (0.0, math.inf),
-    "beta": (0.0, 1.0),
-    "beta1": (0.0, 1.0),
-    "beta2": (0.0, 1.0),
-    "mu": (0.0, 1.0),
-    "dampening": (0.0, 1.0),
-    "rho": (0.0, 1.0),
-    "momentum": (0.0, 1.0),
-    "eps": (0.0, math.inf),
-    "momentum_decay": (0.0, math.inf),
-    "weight_decay": (0.0, math.inf),
-    "trust_coefficient": (0.0, math.inf),
+    **dict.fromkeys(("beta", "beta1", "beta2", "mu", "dampening", "rho", "momentum"), (0.0, 1.0)),
+    **dict.fromkeys(("lr", "eps", "momentum_decay", "weight_decay", "trust_coefficient"), (0.0, math.inf)),
 }
 COMMON = ("weight_decay", "decoupled", "backend", "master_weights", "groups", "check")  # what every optimizer takes
 

@@ -27,7 +27,7 @@ from gpubatch.optim.arrays import Gradients, check_apart, named_arrays, not_fini
 from gpubatch.optim.epochs import EpochCount
 from gpubatch.optim.groups import Arrangement, Hyper, arranged
 from gpubatch.optim.hyper import HyperParameters
-from gpubatch.own import as_written
+from gpubatch.own import as_written, copied
 from gpubatch.params import FlatViews, Parameters
 from gpubatch.passes import pass_under_way
 
@@ -335,13 +335,8 @@ class Optimizer:
 
         With groups there is "groups", and "missed" where a parameter was without a gradient in some steps.
         """
-        found = self._live_state()
         with self.backend.scope():
-            found["state"] = {
-                name: {parameter: view.copy() for parameter, view in views.items()}
-                for name, views in found["state"].items()
-            }
-        return found
+            return copied(self._live_state())
 
     def _live_state(self) -> dict[str, Any]:
         """The same, but for the arrays, which are not copied."""

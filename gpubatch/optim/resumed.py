@@ -46,12 +46,6 @@ def _value_at(schedule: Callable[..., Any], step: int, epoch: int) -> float | No
     return value if math.isfinite(value) else None
 
 
-def live_optimizer(opt: Optimizer) -> dict[str, Any]:
-    """The ``state_dict()`` of an optimizer with its arrays themselves in place of copies, to be read at once."""
-    own = type(opt).state_dict is Optimizer.state_dict and "state_dict" not in vars(opt)
-    return opt._live_state() if own else opt.state_dict()
-
-
 def load_resumed(opt: Optimizer, saved: Mapping[str, Any], given: Mapping[str, Any] | None) -> list[str]:
     """Load a state_dict, but keep the hyper-parameters that are now given otherwise; what differs, a line each.
 

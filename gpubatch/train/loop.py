@@ -11,8 +11,8 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from gpubatch.checkpoint import Checkpoints, versions
 from gpubatch.errors import (
@@ -53,6 +53,8 @@ PIXELS = 128  # bytes from here on look like those of images
 FEW_STEPS = 100  # a run of fewer is warned about
 FEW_EPOCHS = 32  # of which it is saved what functions as schedules give
 USUAL_SIZES = range(8, 33)  # the batch sizes that are then proposed
+
+Found = TypeVar("Found")
 
 
 @suggesting
@@ -506,26 +508,23 @@ class Run:
             record.history.execution = f"eager, since {why}"
 
     def _validate(self, held_out: HeldOut) -> None:
-        record = self._record
-        with about_validation():
-            while isinstance(found := evaluate(record, held_out), str):
-                halve(record, self._drivers, found)
-        record.warn_if_halved()
-        loss, accuracy = found
-        self._add(record.history.validation_loss, loss)
+        history = self._record.history
+        loss, accuracy = self._within_memory(lambda: evaluate(self._record, held_out))
+        self._add(history.validation_loss, loss)
         if accuracy is not None:
-            self._add(record.history.validation_accuracy, accuracy)
+            self._add(history.validation_accuracy, accuracy)
         if self._metrics:
-            self._measure(held_out)
+            measures = self._within_memory(lambda: measured(self._record, held_out, self._metrics))
+            for name, value in measures.items():
+                self._add(history.metrics.setdefault(name, []), value)
 
-    def _measure(self, held_out: HeldOut) -> None:
-        record, history = self._record, self._record.history
+    def _within_memory(self, measure: Callable[[], Found | str]) -> Found:
+        """What ``measure`` finds on the validation set; while it says what memory ran out for, by fewer samples."""
         with about_validation():
-            while isinstance(found := measured(record, held_out, self._metrics), str):
-                halve(record, self._drivers, found)
-        record.warn_if_halved()
-        for name, value in found.items():
-            self._add(history.metrics.setdefault(name, []), value)
+            while isinstance(found := measure(), str):
+                halve(self._record, self._drivers, found)
+        self._record.warn_if_halved()
+        return found
 
     def _add(self, values: list[float], value: float) -> None:
         """Add the number of this epoch; epochs before without it have NaN, as a resumed run may have been given it."""

@@ -11,8 +11,8 @@ from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, check_bool, check_choice, check_int, check_real, suggesting
 from gpubatch.nn import Network
 from gpubatch.optim import Optimizer
+from gpubatch.own import copied, live
 from gpubatch.train.history import StopTraining, TrainingState
-from gpubatch.train.live import copied, live_callback
 from gpubatch.train.parts import OfARun, flats_of, put, take
 
 MODES = ("auto", "min", "max")
@@ -305,7 +305,7 @@ class EarlyStopping(Watching):
 
     def _live_state(self) -> dict[str, Any]:
         own = {"wait": self.wait, "epochs": self._epochs, "stopped_epoch": self.stopped_epoch}
-        return {**own, **live_callback(self.weights)}
+        return {**own, **live(self.weights)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave."""

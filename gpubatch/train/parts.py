@@ -15,10 +15,9 @@ from gpubatch.errors import ArgumentError, check_bool, check_int, check_real
 from gpubatch.nn import Network
 from gpubatch.ops import blocks_for, cuda_kernel, philox_generator, source_of
 from gpubatch.optim import MASTER, Optimizer
-from gpubatch.own import as_written
+from gpubatch.own import as_written, copied
 from gpubatch.params import FlatViews
 from gpubatch.train.history import TrainingState
-from gpubatch.train.live import copied
 
 BLOCK = 1 << 14  # elements that NumPy takes at a time, small enough for the cache
 THREADS = 256

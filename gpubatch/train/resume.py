@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import operator
 import re
 import time
 import warnings
@@ -27,12 +28,12 @@ from gpubatch.errors import (
     ResumeWarning,
 )
 from gpubatch.loader import Loader, epochs_of
-from gpubatch.nn import Network, live_state
-from gpubatch.optim import given_hyper, live_optimizer, load_resumed
+from gpubatch.nn import Network
+from gpubatch.optim import given_hyper, load_resumed
+from gpubatch.own import live
 from gpubatch.train.compared import changed_arguments, changed_callbacks, describe_callbacks, has_state, in_order
 from gpubatch.train.history import History
 from gpubatch.train.in_use import in_use
-from gpubatch.train.live import live_callback
 from gpubatch.train.record import EpochProgress, Record
 from gpubatch.train.written import changed_code, describe_code
 
@@ -107,17 +108,18 @@ class RunCheckpoints:
         """Write a checkpoint; return whether that succeeded."""
         record, state = self._record, self._record.state
         # A thread that writes while training goes on needs copies; those of a GPU's arrays the store makes itself.
-        copied = store.background and state.net.backend.name == "cpu"
-        if copied:
+        state_of: Callable[[Any], dict[str, Any]] = live
+        if store.background and state.net.backend.name == "cpu":
             store.wait()  # so that there are never copies for two
+            state_of = operator.methodcaller("state_dict")
         history = {
             # Arrays hold numbers exactly, and in less space than text.
             name: np.array(value, np.float64) if isinstance(value, list) else value
             for name, value in vars(state.history).items()
         }
         saved = {
-            "network": state.net.state_dict() if copied else live_state(state.net),
-            "optimizer": state.opt.state_dict() if copied else live_optimizer(state.opt),
+            "network": state_of(state.net),
+            "optimizer": state_of(state.opt),
             "given": self._given,
             "loader": state.loader.state_dict(),
             "batches": self.batches,
@@ -128,7 +130,7 @@ class RunCheckpoints:
             "part": dataclasses.asdict(record.epoch),
             "skipped_in_a_row": record.skipped_in_a_row,
             "loss_scale": None if record.scale is None else record.scale.state_dict(),
-            "callbacks": [callback.state_dict() if copied else live_callback(callback) for callback in self._callbacks],
+            "callbacks": list(map(state_of, self._callbacks)),
             "about callbacks": describe_callbacks(self.callbacks),
             "arguments": self._arguments,
         }
@@ -149,7 +151,7 @@ class RunCheckpoints:
     def try_callbacks(self) -> None:
         """Raise at once what the first save would raise for a callback's state."""
         if self.store is not None and self._record.together.first:
-            self.store.check({"callbacks": [live_callback(callback) for callback in self._callbacks]})
+            self.store.check({"callbacks": list(map(live, self._callbacks))})
 
     def resume(self) -> None:
         """Go to where the newest checkpoint was saved, if there is one."""

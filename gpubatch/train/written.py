@@ -22,11 +22,11 @@ def describe_code(net: Network, opt: Optimizer) -> dict[str, str]:
     bound = getattr(loss, "bound", None) if type(loss).__module__.startswith("gpubatch.") else None
     own: dict[str, Any] = {
         f"rule {opt.rule.name}": opt.rule.formula,
-        f"loss {net.loss_name}": type(loss) if bound is None else bound.loss.formula,
+        f"loss {net.loss_name}": type(loss) if bound is None else bound.declared.formula,
     }
     for i, layer in enumerate(net.layers, 1):
         ours = isinstance(layer, ActivationLayer) and type(layer).__module__.startswith("gpubatch.")
-        own[f"layer {i}"] = layer.function.activation.formula if ours else type(layer)  # type: ignore[attr-defined]
+        own[f"layer {i}"] = layer.function.declared.formula if ours else type(layer)  # type: ignore[attr-defined]
     parts = {name: list(_parts(x)) for name, x in own.items()}
     digests = {name: hashlib.sha256(repr(found).encode()).hexdigest()[:16] for name, found in parts.items() if found}
     return {PYTHON: platform.python_version(), **digests}
