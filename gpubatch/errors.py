@@ -48,40 +48,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-__all__ = [
-    "ArgumentError",
-    "BackendFallbackWarning",
-    "BackendUnavailableError",
-    "CaptureError",
-    "CaptureWarning",
-    "CheckpointError",
-    "CheckpointWarning",
-    "CompilerWarning",
-    "ConversionWarning",
-    "DTypeError",
-    "DataFormatError",
-    "DeviceMismatchError",
-    "EpochWarning",
-    "FewStepsWarning",
-    "FormulaError",
-    "GpubatchError",
-    "IdleWarning",
-    "InUseError",
-    "InsufficientMemoryError",
-    "MicroBatchWarning",
-    "NonFiniteError",
-    "RankError",
-    "ResumeWarning",
-    "ShapeError",
-    "SkippedStepWarning",
-    "TableWarning",
-    "TransferError",
-    "TuningWarning",
-    "UnknownArgumentError",
-    "UnscaledWarning",
-]
-
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

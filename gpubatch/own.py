@@ -10,8 +10,6 @@ import functools
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
-__all__ = ["as_written", "changed", "copied", "live"]
-
 Kind = TypeVar("Kind", bound=type)
 
 WRITTEN = "_as_written"  # the attribute of a class that has its others

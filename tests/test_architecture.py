@@ -194,16 +194,16 @@ def test_packages_are_no_larger_than_their_table_says() -> None:
 
 # The most code lines of each package or module.
 CODE_LINES = {
-    "errors": 203,
-    "own": 37,
+    "errors": 171,
+    "own": 36,
     "main_memory": 66,
     "shown": 28,
     "passes": 70,
     "series": 189,
-    "formula": 1608,
+    "formula": 1570,
     "schedules": 387,
     "averages": 55,
-    "backend": 545,
+    "backend": 541,
     "staging": 68,
     "parallel": 592,
     "inputs": 230,

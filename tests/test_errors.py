@@ -24,7 +24,7 @@ MADE: dict[type[BaseException], tuple[object, ...]] = {
 
 
 EVERY: list[type[BaseException]] = [
-    *(getattr(errors, name) for name in errors.__all__),
+    *(x for x in vars(errors).values() if isinstance(x, type) and issubclass(x, (errors.GpubatchError, Warning))),
     *(TrainingInterrupted, TrainingTerminated, gb.StopTraining),
 ]
 

@@ -9,9 +9,7 @@ import math
 
 import numpy as np
 
-from gpubatch.formula.elementwise import activation, normal_cdf
-
-__all__ = ["gelu", "gelu_tanh", "identity", "leaky_relu", "relu", "sigmoid", "step", "tanh"]
+from gpubatch.formula.elementwise import Activation, activation, normal_cdf
 
 
 @activation
@@ -68,3 +66,6 @@ def gelu_tanh(x):
     square = x * x
     t = np.tanh(x * (k + k * cubic * square))
     return x * (0.5 * (1 + t)), 0.5 * (1 + t + x * (1 - t * t) * (k + 3 * k * cubic * square))
+
+
+__all__ = [name for name, declared in list(globals().items()) if isinstance(declared, Activation)]

@@ -13,35 +13,7 @@ import numpy as np
 
 from gpubatch.formula.reductions import norm
 from gpubatch.formula.trace import host_function
-from gpubatch.formula.update_rule import rule
-
-__all__ = [
-    "adabelief",
-    "adadelta",
-    "adagrad",
-    "adam",
-    "adamax",
-    "amsgrad",
-    "amsgrad_corrected",
-    "heavy_ball",
-    "heavy_ball_dampened",
-    "heavy_ball_lr_in_velocity",
-    "lamb",
-    "lars",
-    "lion",
-    "momentum",
-    "nadam",
-    "nadam_scheduled",
-    "radam",
-    "rmsprop",
-    "rmsprop_centered",
-    "rmsprop_centered_momentum",
-    "rmsprop_centered_momentum_lr_in_velocity",
-    "rmsprop_momentum",
-    "rmsprop_momentum_lr_in_velocity",
-    "sgd",
-    "yogi",
-]
+from gpubatch.formula.update_rule import Rule, rule
 
 
 def root(s, eps, eps_at):
@@ -313,3 +285,6 @@ def lamb(w, g, m, v, t, *, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-6, weight_dec
     v = beta2 * v + (1 - beta2) * (g * g)
     step = m / (1 - beta1**t) / (np.sqrt(v / (1 - beta2**t)) + eps) + weight_decay * w
     return w - lr * trust_ratio(norm(w), norm(step)) * step, m, v
+
+
+__all__ = [name for name, declared in list(globals().items()) if isinstance(declared, Rule)]

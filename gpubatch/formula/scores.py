@@ -9,22 +9,7 @@ import math
 
 import numpy as np
 
-from gpubatch.formula.elementwise import score_loss
-
-__all__ = [
-    "focal",
-    "hinge",
-    "huber",
-    "log_cosh",
-    "mae",
-    "mse",
-    "poisson",
-    "quantile",
-    "sigmoid_cross_entropy",
-    "smoothed_sigmoid_cross_entropy",
-    "squared_hinge",
-]
-
+from gpubatch.formula.elementwise import ScoreLoss, score_loss
 
 # --- differences of score and target ----------------------------------------------------------------------------------
 
@@ -145,3 +130,6 @@ def squared_hinge(z, y):
     s = 2.0 * y - 1
     margin = np.maximum(1 - s * z, 0)
     return margin * margin, -2 * s * margin
+
+
+__all__ = [name for name, declared in list(globals().items()) if isinstance(declared, ScoreLoss)]
