@@ -825,10 +825,8 @@ def class_of(kind: type[optim.Optimizer]) -> type[Optimizer]:
 
 KINDS = {
     name: kind
-    for name in optim.__all__
-    if isinstance(kind := getattr(optim, name), type)
-    and issubclass(kind, optim.Optimizer)
-    and kind is not optim.Optimizer
+    for name, kind in vars(optim).items()
+    if isinstance(kind, type) and issubclass(kind, optim.Optimizer) and kind is not optim.Optimizer
 }
 globals().update({name: class_of(kind) for name, kind in KINDS.items()})
 

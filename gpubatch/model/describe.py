@@ -34,7 +34,7 @@ from gpubatch.formula import (
 from gpubatch.nn import LOSSES, Elementwise, Layer, Loss, loss_of
 from gpubatch.own import changed
 
-OWN: dict[str, type[Any]] = {name: x for name in nn.__all__ if isinstance(x := getattr(nn, name), type)}
+OWN: dict[str, type[Any]] = {name: x for name, x in vars(nn).items() if isinstance(x, type)}
 FORMULAS: dict[str, dict[str, Activation | ScoreLoss]] = {
     "activation": {name: getattr(activations, name) for name in activations.__all__},
     "score loss": {name: getattr(scores, name) for name in scores.__all__},

@@ -1,80 +1,43 @@
 """Layers, losses, and the network that runs them in a workspace planned before the first step."""
 
-from gpubatch.nn import layers, losses
-from gpubatch.nn.batches import EVALUATION_ROWS
-from gpubatch.nn.core import Core, quiet
+from gpubatch.nn import layers as layers, losses as losses
+from gpubatch.nn.batches import EVALUATION_ROWS as EVALUATION_ROWS
+from gpubatch.nn.core import Core as Core, quiet as quiet
 from gpubatch.nn.layers import (
-    ACTIVATIONS,
-    GELU,
-    INITS,
-    ActivationLayer,
-    BatchNorm,
-    Dense,
-    Dropout,
-    Elementwise,
-    Layer,
-    LeakyReLU,
-    ReLU,
-    Sigmoid,
-    Step,
-    Tanh,
+    ACTIVATIONS as ACTIVATIONS,
+    GELU as GELU,
+    INITS as INITS,
+    ActivationLayer as ActivationLayer,
+    BatchNorm as BatchNorm,
+    Dense as Dense,
+    Dropout as Dropout,
+    Elementwise as Elementwise,
+    Layer as Layer,
+    LeakyReLU as LeakyReLU,
+    ReLU as ReLU,
+    Sigmoid as Sigmoid,
+    Step as Step,
+    Tanh as Tanh,
 )
 from gpubatch.nn.losses import (
-    LOSSES,
-    OF_LABELS,
-    SVM,
-    CrammerSinger,
-    KLDivergence,
-    Loss,
-    SigmoidCrossEntropy,
-    SoftmaxCrossEntropy,
-    SoftmaxFocal,
-    loss_of,
+    LOSSES as LOSSES,
+    OF_LABELS as OF_LABELS,
+    SVM as SVM,
+    CrammerSinger as CrammerSinger,
+    KLDivergence as KLDivergence,
+    Loss as Loss,
+    SigmoidCrossEntropy as SigmoidCrossEntropy,
+    SoftmaxCrossEntropy as SoftmaxCrossEntropy,
+    SoftmaxFocal as SoftmaxFocal,
+    loss_of as loss_of,
 )
-from gpubatch.nn.needs import Context, Needs, Parameter
-from gpubatch.nn.network import Network, core_of, dealt_of, mlp, no_decay
-from gpubatch.nn.stack import parameter_names, stacked
-from gpubatch.nn.workspace import evenly
-
-__all__ = [
-    "ACTIVATIONS",
-    "EVALUATION_ROWS",
-    "GELU",
-    "INITS",
-    "LOSSES",
-    "OF_LABELS",
-    "SVM",
-    "ActivationLayer",
-    "BatchNorm",
-    "Context",
-    "Core",
-    "CrammerSinger",
-    "Dense",
-    "Dropout",
-    "Elementwise",
-    "KLDivergence",
-    "Layer",
-    "LeakyReLU",
-    "Loss",
-    "Needs",
-    "Network",
-    "Parameter",
-    "ReLU",
-    "Sigmoid",
-    "SigmoidCrossEntropy",
-    "SoftmaxCrossEntropy",
-    "SoftmaxFocal",
-    "Step",
-    "Tanh",
-    "core_of",
-    "dealt_of",
-    "evenly",
-    "layers",
-    "loss_of",
-    "losses",
-    "mlp",
-    "no_decay",
-    "parameter_names",
-    "quiet",
-    "stacked",
-]
+from gpubatch.nn.needs import Context as Context, Needs as Needs, Parameter as Parameter
+from gpubatch.nn.network import (
+    Network as Network,
+    core_of as core_of,
+    dealt_of as dealt_of,
+    mlp as mlp,
+    no_decay as no_decay,
+)
+from gpubatch.nn.stack import parameter_names as parameter_names, stacked as stacked
+from gpubatch.nn.workspace import evenly as evenly

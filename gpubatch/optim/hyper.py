@@ -30,7 +30,7 @@ class HyperParameters:
 
     def __init__(self, rule: Rule, decoupled: Any, given: Mapping[str, Any]) -> None:
         self.rule, self.decoupled = rule, check_bool("decoupled", decoupled)
-        self.of_library = rule.name in rules.__all__ and getattr(rules, rule.name) is rule
+        self.of_library = getattr(rules, rule.name, None) is rule
         if "momentum" in given and "momentum" not in rule.hyper:
             raise UnknownArgumentError(
                 f"{rule.name} has no momentum; gb.HeavyBall(params, lr, mu=...) has PyTorch's, and "

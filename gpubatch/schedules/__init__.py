@@ -11,44 +11,25 @@ The value is a Python float, computed in double precision. Any float hyper-param
 callable of this form.
 """
 
-from gpubatch.schedules.combined import Chain, Product, chain, product
-from gpubatch.schedules.counted import Schedule, check_schedule
-from gpubatch.schedules.cycles import CosineRestarts, Cyclic, OneCycle
+from gpubatch.schedules.combined import Chain as Chain, Product as Product, chain as chain, product as product
+from gpubatch.schedules.counted import Schedule as Schedule, check_schedule as check_schedule
+from gpubatch.schedules.cycles import CosineRestarts as CosineRestarts, Cyclic as Cyclic, OneCycle as OneCycle
 from gpubatch.schedules.decays import (
-    CosineDecay,
-    ExponentialDecay,
-    InverseTimeDecay,
-    LinearDecay,
-    Piecewise,
-    PolynomialDecay,
-    SqrtDecay,
-    StepDecay,
+    CosineDecay as CosineDecay,
+    ExponentialDecay as ExponentialDecay,
+    InverseTimeDecay as InverseTimeDecay,
+    LinearDecay as LinearDecay,
+    Piecewise as Piecewise,
+    PolynomialDecay as PolynomialDecay,
+    SqrtDecay as SqrtDecay,
+    StepDecay as StepDecay,
 )
-from gpubatch.schedules.saved import KINDS, counts_epochs, from_dict, is_known, saved, to_dict, up_to_date
-
-__all__ = [
-    "KINDS",
-    "Chain",
-    "CosineDecay",
-    "CosineRestarts",
-    "Cyclic",
-    "ExponentialDecay",
-    "InverseTimeDecay",
-    "LinearDecay",
-    "OneCycle",
-    "Piecewise",
-    "PolynomialDecay",
-    "Product",
-    "Schedule",
-    "SqrtDecay",
-    "StepDecay",
-    "chain",
-    "check_schedule",
-    "counts_epochs",
-    "from_dict",
-    "is_known",
-    "product",
-    "saved",
-    "to_dict",
-    "up_to_date",
-]
+from gpubatch.schedules.saved import (
+    KINDS as KINDS,
+    counts_epochs as counts_epochs,
+    from_dict as from_dict,
+    is_known as is_known,
+    saved as saved,
+    to_dict as to_dict,
+    up_to_date as up_to_date,
+)
