@@ -219,7 +219,7 @@ CODE_LINES = {
     "checkpoint": 455,
     "model": 979,
     "metrics": 265,
-    "train": 3334,
+    "train": 3328,
     "explore": 910,
     "plot": 355,
     "cli": 2110,

@@ -14,6 +14,7 @@ from test_cli import mnist, run  # noqa: F401  # mnist is a fixture
 import gpubatch as gb
 from gpubatch.datasets import mnist_10k
 from gpubatch.train import plan_batches
+from gpubatch.train.validation import InMemory
 
 SMALL = ["--layers", "32", "--dropout", "0", "--no-batch-norm", "--activation", "relu"]
 
@@ -24,10 +25,10 @@ def result(*arguments: str) -> Any:
 
 def test_it_is_the_plan_of_fit() -> None:
     found = result(*SMALL, "--memory", "100 MB", "--optimizer", "momentum")
-    (X, Y), (X_test, _) = mnist_10k()
+    (X, Y), (X_test, Y_test) = mnist_10k()
     net = gb.mlp([784, 32, 10], backend="cpu")
     loader = gb.Loader(X, Y, scale=1 / 255, backend="cpu", at_most=64)
-    plan_batches(net, loader, gb.Momentum(net.parameters, 0.1), len(X_test), X_test.size * 4)
+    plan_batches(net, loader, gb.Momentum(net.parameters, 0.1), InMemory(X_test, Y_test, {}, X_test.size * 4))
     assert found["plan"]["parts"] == loader.plan.parts
     assert found["plan"]["needed"] == sum(loader.plan.parts.values())
     assert found["plan"]["available"] == 100_000_000

@@ -23,6 +23,7 @@ import gpubatch as gb
 from gpubatch.nn import OF_LABELS, Context, Needs, core_of
 from gpubatch.sizing import BatchPlan
 from gpubatch.train import plan_batches, short_runs
+from gpubatch.train.validation import InMemory
 
 HELD_OUT = 1500
 AHEAD = 2  # batches, by default
@@ -170,7 +171,7 @@ def train(case: Case, X: Any, Y: Any, held_out: Any, backend: Any = "cpu") -> tu
     opt = case.optimizer(net.parameters)
     # What is on the device already, as the labels are then, is not copied.
     copied = held_out[0].size * net.dtype.itemsize if case.stored != case.dtype or net.backend.name == "cuda" else 0
-    plan_batches(net, loader, opt, HELD_OUT, copied)
+    plan_batches(net, loader, opt, InMemory(*held_out, {}, copied))
     plan = loader.plan
     assert core_of(net).planned == 0  # nothing is allocated for it
     history = gb.fit(net, loader, opt, 2, validation=held_out, progress=False)
@@ -235,7 +236,7 @@ def test_the_parts_are_each_their_own() -> None:
         X, Y = samples(case, case.n, np.random.default_rng(0))
         net = gb.Network(case.layers(784, 10), case.loss, case.l2, "cpu", case.dtype)
         loader = gb.Loader(X, Y, case.batch_size, backend="cpu", dtype=case.dtype, **case.loader)
-        plan_batches(net, loader, case.optimizer(net.parameters), 100, 12345)
+        plan_batches(net, loader, case.optimizer(net.parameters), InMemory(X[:100], Y[:100], {}, 12345))
         return dict(loader.plan.parts)
 
     usual, size = parts(), (784 + 1) * 1500 + (1500 + 1) * 10

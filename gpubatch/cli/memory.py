@@ -55,9 +55,7 @@ def plan_memory(
     loader = found.loader(net, batches, data.seed)
     opt = optimizer.make(net, check_int("--epochs", training.epochs, 1))
     with validated(net, loader, found.validation) as held_out:
-        assert held_out is not None
-        of_test = held_out.samples, held_out.copied
-        plan_batches(net, loader, opt, *of_test, read=held_out.batch_bytes, available=available)
+        plan_batches(net, loader, opt, held_out, available=available)
     plan = loader.plan
     curve = {n: epochs_of(loader).parts(n, plan.available) for n in _sizes(plan, len(found.X))}
     needed = {n: sum(parts.values()) for n, parts in curve.items()}

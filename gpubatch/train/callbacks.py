@@ -40,10 +40,10 @@ class Callbacks:
         for i, callback in enumerate(self.all):
             if any(callback is other for other in self.all[:i]):
                 raise ArgumentError(f"callbacks has the same {named(callback)} twice")
-        if len(averages := [named(callback) for callback in self.all if hasattr(callback, AVERAGED)]) > 1:
-            raise ArgumentError(
-                f"validation is of one average, and callbacks has {len(averages)}: {', '.join(averages)}"
-            )
+        self._averages = [callback for callback in self.all if hasattr(callback, AVERAGED)]
+        if (count := len(self._averages)) > 1:
+            several = ", ".join(map(named, self._averages))
+            raise ArgumentError(f"validation is of one average, and callbacks has {count}: {several}")
         methods = [(methods_of(callback), getattr(callback, ONCE, False) is True) for callback in self.all]
         self._methods = {
             hook: [found[hook] for found, once in methods if hook in found and (self._together.first or not once)]
@@ -59,10 +59,6 @@ class Callbacks:
         self.parts = [callback for callback in self.all if isinstance(callback, StepPart)]
         self._late = [part for part in self.parts if part.late]
         self._stopped: str | None = None
-
-    def having(self, hook: str) -> Any:
-        """The first callback with a method; None if there is none."""
-        return next((callback for callback in self.all if hasattr(callback, hook)), None)
 
     def start(self, state: TrainingState) -> str | None:
         """Call ``on_start``. Returns the message of a callback that stops the run, maybe empty; None if none does."""
@@ -112,10 +108,9 @@ class Callbacks:
 
     def end(self, state: TrainingState) -> None:
         """After the last epoch and its checkpoint. Averages take the place of the weights first."""
-        for averages in (True, False):
-            for callback in self.all:
-                if hasattr(callback, "on_end") and hasattr(callback, AVERAGED) == averages:
-                    callback.on_end(state)
+        for callback in sorted(self.all, key=lambda callback: not hasattr(callback, AVERAGED)):
+            if hasattr(callback, "on_end"):
+                callback.on_end(state)
 
     @contextlib.contextmanager
     def told_of_the_exit(self, state: TrainingState) -> Iterator[None]:
@@ -128,8 +123,7 @@ class Callbacks:
 
     def validating(self, state: TrainingState) -> contextlib.AbstractContextManager[Any]:
         """Inside a ``with``, the network has the weights to validate."""
-        averages = self.having(AVERAGED)
-        return contextlib.nullcontext() if averages is None else averages.averaged(state)
+        return self._averages[0].averaged(state) if self._averages else contextlib.nullcontext()
 
     def _tell(self, hook: str, state: TrainingState) -> str | None:
         """Call all, even if one of them stops the training: a log needs the last epoch, too."""

@@ -57,27 +57,27 @@ def plan_batches(
     net: Network,
     loader: Loader,
     opt: Optimizer,
-    evaluated: int = 0,
-    copied: int = 0,
+    held_out: HeldOut | None = None,
     most: int | None = None,
     captured: bool | None = None,
-    read: int = 0,
     available: int | None = None,
     background: bool = False,
 ) -> None:
     """Make the loader's plan with :func:`memory_parts` counted; ``most`` is the largest batch size to choose.
 
-    ``captured`` tells whether steps are captured; by default they are wherever they can be. ``read`` is how many bytes
-    the batches of a validation set take that is read. ``available`` is how many bytes there are; by default all that
-    the backend has. ``background`` tells whether checkpoints are written in the background.
+    ``held_out`` is what is evaluated after an epoch. ``captured`` tells whether steps are captured; by default they are
+    wherever they can be. ``available`` is how many bytes there are; by default all that the backend has. ``background``
+    tells whether checkpoints are written in the background.
     """
+    evaluated, copied, read = 0, 0, 0
+    if held_out is not None:
+        evaluated, copied, read = held_out.samples, held_out.copied, held_out.batch_bytes
     held = memory_parts(net, opt, 1, 0, copied)
     if net.backend.name == "cpu" and opt.t == 0:  # an operating system takes memory on first write
         held = {name: held[name] for name in ("parameters", "running statistics", "validation set")}
     allocated = sum(n for name, n in held.items() if not name.startswith("workspace"))
     if captured is None:
         captured = not why_eager(net, loader, opt)
-
     weighted = epochs_of(loader).columns.weights is not None
 
     def parts_of(rows: int) -> dict[str, int]:
@@ -111,13 +111,10 @@ def settle_batches(
     All ranks take a smaller one if memory runs out on any of them.
     """
     epochs = epochs_of(loader)
-    evaluated, copied, read = 0, 0, 0
-    if held_out is not None:
-        evaluated, copied, read = held_out.samples, held_out.copied, held_out.batch_bytes
 
     def plan(most: int | None = None) -> None:
         with together.phase():
-            plan_batches(net, loader, opt, evaluated, copied, most, captured, read, background=background)
+            plan_batches(net, loader, opt, held_out, most, captured, background=background)
             check_last_batch(net, loader)
 
     plan()
