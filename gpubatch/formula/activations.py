@@ -68,4 +68,4 @@ def gelu_tanh(x):
     return x * (0.5 * (1 + t)), 0.5 * (1 + t + x * (1 - t * t) * (k + 3 * k * cubic * square))
 
 
-__all__ = [name for name, declared in list(globals().items()) if isinstance(declared, Activation)]
+__all__ = sorted(name for name, declared in globals().items() if isinstance(declared, Activation))

@@ -287,4 +287,4 @@ def lamb(w, g, m, v, t, *, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-6, weight_dec
     return w - lr * trust_ratio(norm(w), norm(step)) * step, m, v
 
 
-__all__ = [name for name, declared in list(globals().items()) if isinstance(declared, Rule)]
+__all__ = sorted(name for name, declared in globals().items() if isinstance(declared, Rule))

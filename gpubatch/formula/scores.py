@@ -132,4 +132,4 @@ def squared_hinge(z, y):
     return margin * margin, -2 * s * margin
 
 
-__all__ = [name for name, declared in list(globals().items()) if isinstance(declared, ScoreLoss)]
+__all__ = sorted(name for name, declared in globals().items() if isinstance(declared, ScoreLoss))

@@ -14,7 +14,7 @@ from gpubatch.nn.core import Core, quiet
 from gpubatch.nn.layers import BatchNorm
 from gpubatch.nn.losses import NO_MEAN
 from gpubatch.nn.parts import PartSums, SumsInStep, sums_bytes
-from gpubatch.parallel import Ranks
+from gpubatch.parallel import Ranks, first_of
 from gpubatch.params import FAILED, LOSS, OUT_OF_MEMORY, SIGNALLED, TAIL, WEIGHT
 from gpubatch.passes import Deal, deal_of, pass_of
 
@@ -296,14 +296,12 @@ class DealtSteps:
                 self.core.finite(loss, X, Y, weight)
             except Exception as found:
                 error = found
-        mine = None if error is None else [type(error).__name__, str(error) or "out of memory"]
-        every = [mine] if ranks is None else ranks.gather(mine)
+        first = first_of(ranks, None if error is None else [type(error).__name__, str(error) or "out of memory"])
         if error is not None:
             raise error
-        for rank, theirs in enumerate(every):
-            if theirs is not None:
-                kind, words = theirs
-                raise ALIKE.get(kind, RuntimeError)(f"{words} (on rank {rank})")
+        if first is not None:
+            rank, (kind, words) = first
+            raise ALIKE.get(kind, RuntimeError)(f"{words} (on rank {rank})")
         raise NonFiniteError(f"loss is not finite after {self.core.mode.step} steps: {NO_MEAN}, or it overflows")
 
     def parts_bytes(self, parts: int) -> int:

@@ -30,25 +30,6 @@ from gpubatch.nn.needs import ByPlace, Context, Initializer, Needs, Parameter, R
 from gpubatch.ops import COMPUTE, IDENTITY, Space, check_slope
 from gpubatch.own import as_written
 
-__all__ = [
-    "ACTIVATIONS",
-    "AUTO",
-    "GELU",
-    "INITS",
-    "ActivationLayer",
-    "BatchNorm",
-    "Dense",
-    "Dropout",
-    "Elementwise",
-    "Layer",
-    "LeakyReLU",
-    "ReLU",
-    "Sigmoid",
-    "Step",
-    "Tanh",
-    "check_bias",
-]
-
 
 @as_written
 class Layer(ABC):

@@ -33,38 +33,6 @@ from gpubatch.nn.workspace import Layout, Workspace
 from gpubatch.ops import COMPUTE, ArrayProducts, Ops, Space, ops_for
 from gpubatch.own import as_written
 
-__all__ = [
-    "LOSSES",
-    "OF_LABELS",
-    "SVM",
-    "CrammerSinger",
-    "KLDivergence",
-    "Loss",
-    "LossFunction",
-    "OfSoftmax",
-    "SigmoidCrossEntropy",
-    "SoftmaxCrossEntropy",
-    "SoftmaxFocal",
-    "check_weight",
-    "check_weight_values",
-    "crammer_singer",
-    "focal",
-    "hinge",
-    "huber",
-    "kl_divergence",
-    "log_cosh",
-    "loss_of",
-    "mae",
-    "mse",
-    "poisson",
-    "quantile",
-    "sigmoid_cross_entropy",
-    "softmax_cross_entropy",
-    "softmax_focal",
-    "squared_hinge",
-    "svm",
-]
-
 
 @as_written
 class Loss(ABC):

@@ -12,15 +12,20 @@ from gpubatch.optim.groups import Hyper
 from gpubatch.optim.optimizer import Optimizer
 
 
-class Common(TypedDict, total=False):
-    """What every optimizer takes, by name: see :class:`Optimizer`."""
+class NotDecay(TypedDict, total=False):
+    """What every optimizer takes besides weight decay, by name: see :class:`Optimizer`."""
 
-    weight_decay: Hyper
-    decoupled: bool
     backend: str | Backend | None
     master_weights: bool
     groups: Mapping[str, Mapping[str, Any]] | None
     check: bool | None
+
+
+class Common(NotDecay, total=False):
+    """What every optimizer takes, by name."""
+
+    weight_decay: Hyper
+    decoupled: bool
 
 
 class SGD(Optimizer):
@@ -228,20 +233,10 @@ class AdamW(Optimizer):
         amsgrad: bool | str = False,
         weight_decay: Hyper = 1e-2,
         decoupled: bool = True,
-        backend: str | Backend | None = None,
-        master_weights: bool = False,
-        groups: Mapping[str, Mapping[str, Any]] | None = None,
-        check: bool | None = None,
+        **common: Unpack[NotDecay],
     ) -> None:
-        common = Common(
-            weight_decay=weight_decay,
-            decoupled=decoupled,
-            backend=backend,
-            master_weights=master_weights,
-            groups=groups,
-            check=check,
-        )
-        Adam.__init__(self, params, lr, beta1, beta2, eps, eps_at, amsgrad, **common)  # type: ignore[arg-type]
+        decay = {"weight_decay": weight_decay, "decoupled": decoupled}
+        Adam.__init__(self, params, lr, beta1, beta2, eps, eps_at, amsgrad, **decay, **common)  # type: ignore[arg-type]
 
 
 class Adamax(Optimizer):

@@ -228,6 +228,12 @@ class Ranks:
         sys.excepthook = _Hook(self, shown).end
 
 
+def first_of(ranks: Ranks | None, value: Any) -> tuple[int, Any] | None:
+    """The first rank that has a ``value``, and that value; None where all have None. All ranks call it at one place."""
+    every = [value] if ranks is None else ranks.gather(value)
+    return next(((rank, theirs) for rank, theirs in enumerate(every) if theirs is not None), None)
+
+
 def check_ranks(ranks: Any) -> Ranks | None:
     """The argument ``ranks`` of loaders and runs."""
     if ranks is not None and not isinstance(ranks, Ranks):

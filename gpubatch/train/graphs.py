@@ -24,7 +24,7 @@ from gpubatch.loader import captured_dtype
 from gpubatch.nn import Network, core_of, dealt_of
 from gpubatch.ops import MOST_THREADS, SQUARE_SUM_SIZE, cuda_kernel, source_of, square_grid
 from gpubatch.optim import Optimizer, captured_key, enqueue_update, scalars_ahead
-from gpubatch.parallel import Ranks
+from gpubatch.parallel import Ranks, first_of
 from gpubatch.passes import Deal
 from gpubatch.staging import wait_at_the_end
 from gpubatch.train.ledger import BATCH, HALTED, STEP, Ledger
@@ -245,11 +245,10 @@ def agreed(ranks: Ranks | None, work: Callable[[], T]) -> T:
     except Exception as found:
         error = found
     kind = MemoryError if isinstance(error, MemoryError) else type(error)
-    mine = None if error is None else [kind.__name__, str(error)]
-    first = next(((rank, *theirs) for rank, theirs in enumerate(ranks.gather(mine)) if theirs is not None), None)
+    first = first_of(ranks, None if error is None else [kind.__name__, str(error)])
     if first is None:
         return cast(T, result)
-    rank, name, words = first
+    rank, (name, words) = first
     if name == MemoryError.__name__:
         raise RanksMemoryError(words or "out of memory") from None
     if error is not None and kind.__name__ == name:

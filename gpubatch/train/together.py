@@ -12,7 +12,7 @@ import numpy as np
 from gpubatch import errors
 from gpubatch.backend import Backend
 from gpubatch.errors import ArgumentError, BackendUnavailableError, GpubatchError, RankError
-from gpubatch.parallel import Ranks
+from gpubatch.parallel import Ranks, first_of
 
 
 class RanksMemoryError(MemoryError):
@@ -55,9 +55,7 @@ class Agreement:
 
     def words(self, mine: str | None) -> tuple[int, str] | None:
         """The message of the first rank that has one, and that rank; None if no rank has one."""
-        if not self.several:
-            return None if mine is None else (0, mine)
-        return next(((rank, text) for rank, text in enumerate(self.all(mine)) if text is not None), None)
+        return first_of(self.ranks if self.several else None, mine)
 
     def connect(self, backend: Backend) -> None:
         """Connect the ranks' GPUs, if they compute on some: before memory is planned, of which NCCL takes its share."""
