@@ -6,6 +6,7 @@ import decimal
 import itertools
 import unicodedata
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -52,37 +53,87 @@ def plain(column: Any) -> Any:
     return array.cast(pa.large_string()) if family(array.type) == TEXT else array
 
 
-def numbers(where: str, name: str, column: Any, start: int, missing: Collection[str] = ()) -> np.ndarray:
-    """A column as float64, NaN where it has no value.
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a file, or of a table in memory, in order.
 
-    where: what the table is called, for messages
-    start: the number of the first row in it
+    table: pyarrow's, with some of the columns
+    where: what the file is called, for messages
+    start: the number of the first of them there
     missing: texts that stand for no value
     """
-    pa, pc = need("pyarrow"), need("pyarrow.compute")
-    array = plain(column)
-    kind = family(array.type)
-    if kind == TEXT:
-        array = pc.utf8_trim_whitespace(array)
-        if missing:
-            array = pc.if_else(pc.is_in(array, pa.array([*missing, ""], array.type)), None, array)
-    elif kind not in (NUMBER, EMPTY):
-        raise DataFormatError(f"{where}: column {name!r} must hold numbers, as in training, got {array.type}")
-    try:
-        array = pc.cast(array, pa.float64(), safe=kind == TEXT)
-    except pa.ArrowInvalid:
-        row, found = next((row, x) for row, x in enumerate(array.to_pylist()) if x is not None and not is_number(x))
-        raise DataFormatError(
-            f"{where}: column {name!r} must hold numbers, as in training, got {found[:99]!r} in row {start + row}"
-        ) from None
-    values: np.ndarray = array.to_numpy(zero_copy_only=False)
-    if np.isinf(values).any():
-        row = int(np.flatnonzero(np.isinf(values))[0])
-        raise NonFiniteError(
-            f"{where}: column {name!r} must hold finite numbers, got {values[row]} in row {start + row}; leave such "
-            "rows out, or have no value there"
-        )
-    return values
+
+    table: Any
+    where: str
+    start: int
+    missing: Collection[str]
+
+    def numbers(self, name: str) -> np.ndarray:
+        """A column as float64, NaN where it has no value."""
+        pa, pc = need("pyarrow"), need("pyarrow.compute")
+        array = plain(self.table[name])
+        kind = family(array.type)
+        if kind == TEXT:
+            array = pc.utf8_trim_whitespace(array)
+            if self.missing:
+                array = pc.if_else(pc.is_in(array, pa.array([*self.missing, ""], array.type)), None, array)
+        elif kind not in (NUMBER, EMPTY):
+            raise DataFormatError(f"{self.where}: column {name!r} must hold numbers, as in training, got {array.type}")
+        try:
+            array = pc.cast(array, pa.float64(), safe=kind == TEXT)
+        except pa.ArrowInvalid:
+            row, found = next((row, x) for row, x in enumerate(array.to_pylist()) if x is not None and not is_number(x))
+            raise DataFormatError(
+                f"{self.where}: column {name!r} must hold numbers, as in training, got {found[:99]!r} in row "
+                f"{self.start + row}"
+            ) from None
+        values: np.ndarray = array.to_numpy(zero_copy_only=False)
+        if np.isinf(values).any():
+            row = int(np.flatnonzero(np.isinf(values))[0])
+            raise NonFiniteError(
+                f"{self.where}: column {name!r} must hold finite numbers, got {values[row]} in row {self.start + row}; "
+                "leave such rows out, or have no value there"
+            )
+        return values
+
+    def texts(self, name: str) -> tuple[np.ndarray, list[str]]:
+        """A column as codes, -1 where it has no value, and the different texts that they stand for.
+
+        Numbers are texts as they are written without needless zeros: 3 and 3.0 are "3". Spaces around a text do not
+        count.
+        """
+        array = plain(self.table[name])
+        if family(array.type) not in (NUMBER, TEXT, EMPTY):
+            raise DataFormatError(
+                f"{self.where}: column {name!r} must hold texts or numbers, as in training, got {array.type}"
+            )
+        coded = array.dictionary_encode()
+        codes = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        numbered: dict[str, int] = {}
+        of_code: list[int] = [
+            -1 if (text := as_text(value)) is None or text in self.missing else numbered.setdefault(text, len(numbered))
+            for value in coded.dictionary.to_pylist()
+        ]
+        return np.array([*of_code, -1], np.int64)[codes], list(numbered)
+
+    def label_numbers(self, name: str) -> np.ndarray:
+        """:meth:`numbers` of a label, none of which may be missing."""
+        values = self.numbers(name)
+        self._check_label(name, np.isnan(values))
+        return values
+
+    def label_texts(self, name: str) -> tuple[np.ndarray, list[str]]:
+        """:meth:`texts` of a label, none of which may be missing."""
+        codes, names = self.texts(name)
+        self._check_label(name, codes < 0)
+        return codes, names
+
+    def _check_label(self, name: str, absent: np.ndarray) -> None:
+        if absent.any():
+            raise DataFormatError(
+                f"{self.where}: the label {name!r} is missing in row {self.start + int(absent.argmax())}; leave such "
+                "rows out"
+            )
 
 
 def is_number(text: str) -> bool:
@@ -102,34 +153,6 @@ def is_numeral(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def texts(where: str, name: str, column: Any, missing: Collection[str] = ()) -> tuple[np.ndarray, list[str]]:
-    """A column as codes, -1 where it has no value, and the different texts that they stand for.
-
-    Numbers are texts as they are written without needless zeros: 3 and 3.0 are "3". Spaces around a text do not count.
-    """
-    array = plain(column)
-    if family(array.type) not in (NUMBER, TEXT, EMPTY):
-        raise DataFormatError(f"{where}: column {name!r} must hold texts or numbers, as in training, got {array.type}")
-    coded = array.dictionary_encode()
-    codes = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-    numbered: dict[str, int] = {}
-    of_code: list[int] = [
-        -1 if (text := as_text(value)) is None or text in missing else numbered.setdefault(text, len(numbered))
-        for value in coded.dictionary.to_pylist()
-    ]
-    return np.array([*of_code, -1], np.int64)[codes], list(numbered)
-
-
-def label_texts(
-    where: str, name: str, column: Any, start: int, missing: Collection[str] = ()
-) -> tuple[np.ndarray, list[str]]:
-    """:func:`texts` of a label, none of which may be missing; ``start`` is the first row's number."""
-    codes, names = texts(where, name, column, missing)
-    if (absent := np.flatnonzero(codes < 0)).size:
-        raise DataFormatError(f"{where}: the label {name!r} is missing in row {start + absent[0]}; leave such rows out")
-    return codes, names
 
 
 def listed(names: Collection[Any], most: int = 12) -> str:

@@ -27,7 +27,7 @@ from gpubatch.sources import (
     naming_the_file,
     opened_arrow,
 )
-from gpubatch.tables.columns import DATE, family, is_numeral, label_texts, need
+from gpubatch.tables.columns import DATE, Piece, family, is_numeral, need
 from gpubatch.tables.recipe import LONGEST
 from gpubatch.tables.rows import Held, Rows, different, first_line
 
@@ -416,8 +416,8 @@ class CsvRows:
                 if pa.types.is_floating(kind) or family(kind) == DATE:
                     values = None
                 else:
-                    of_label = table[self._label]
-                    _, found = label_texts(self.where, self._label, of_label, sum(self.sizes), self._missing)
+                    piece = Piece(table, self.where, sum(self.sizes), self._missing)
+                    _, found = piece.label_texts(self._label)
                     values.update(dict.fromkeys(found))
                     values = values if len(values) <= LONGEST else None
             self._places.append(place)

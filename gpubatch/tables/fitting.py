@@ -19,11 +19,10 @@ from gpubatch.tables.columns import (
     NUMBER,
     OTHER,
     TEXT,
+    Piece,
     family,
     is_numeral,
     lookalikes,
-    numbers,
-    texts,
 )
 from gpubatch.tables.recipe import Category, Column, Hashed, LeftOut, Numeric, Recipe, Target
 from gpubatch.tables.rows import Rows
@@ -116,17 +115,17 @@ class Statistics:
                 if family(kind) == TEXT and name not in options.kinds:
                     self._guessed.add(name)
 
-    def add(self, table: Any, where: str, start: int) -> None:
-        """Take the rows of a block, whose first one is row ``start`` of ``where``."""
-        self._rows += len(table)
+    def add(self, piece: Piece) -> None:
+        """Take some rows."""
+        self._rows += len(piece.table)
         for name, (moments, median) in self._moments.items():
-            values = numbers(where, name, table[name], start, self._options.missing)
+            values = piece.numbers(name)
             values = values[~np.isnan(values)]
             with np.errstate(over="ignore", invalid="ignore"):
                 moments.add(values)
             median.add(values)
         for name, seen in self._seen.items():
-            codes, found = texts(where, name, table[name], self._options.missing)
+            codes, found = piece.texts(name)
             seen.add(codes, found)
             if name in self._guessed and name not in self._words:
                 self._look_for_words(name, found)
@@ -241,8 +240,8 @@ class Statistics:
         if 2 * sum(numerals.values()) > (seen := sum(counts.values())):
             for number in range(len(self._table.sizes)):  # the only word may be in a row to test on
                 if name not in self._words:
-                    part = self._table.block(number, [name])[name]
-                    self._look_for_words(name, texts(self._where, name, part, self._options.missing)[1])
+                    block = Piece(self._table.block(number, [name]), self._where, 0, self._options.missing)
+                    self._look_for_words(name, block.texts(name)[1])
             word = self._words.get(name, "")[:40]
             plain = all(map(is_numeral, numerals))
             words = f": {'give numbers, as pandas.to_numeric(column) makes them' if plain else PLAIN}"
@@ -267,19 +266,17 @@ class Statistics:
         return f"more than {DISTINCT}" if seen.overflow else str(len(seen.counts))
 
 
-def fit(
-    rows: Rows, options: Options, target: Target | None, blocks: Callable[[list[str]], Iterable[tuple[Any, str, int]]]
-) -> Recipe:
+def fit(rows: Rows, options: Options, target: Target | None, blocks: Callable[[list[str]], Iterable[Piece]]) -> Recipe:
     """The recipe of training rows; ``blocks(names)`` gives their columns."""
     amounts = target is not None and target.classes is None
     statistics, moments = Statistics(rows, options), Moments()
     copies = [] if target is None else options.names
-    for table, where, start in blocks([*options.names, *([] if target is None else [target.name])]):
-        statistics.add(table, where, start)
+    for piece in blocks([*options.names, *([] if target is None else [target.name])]):
+        statistics.add(piece)
         if target is not None:
-            copies = [name for name in copies if table[name].equals(table[target.name])]
+            copies = [name for name in copies if piece.table[name].equals(piece.table[target.name])]
         if target is not None and amounts:
-            moments.add(target.amounts(where, table[target.name], start, options.missing))
+            moments.add(piece.label_numbers(target.name))
     columns, remarks = statistics.columns()
     remarks += [
         f"column {name!r} is the label {options.label!r} once more; drop it unless new rows have it" for name in copies

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from gpubatch.errors import ArgumentError, DataFormatError, TableWarning
-from gpubatch.tables.columns import EMPTY, NUMBER, family, label_texts, lookalikes, need, plain
+from gpubatch.tables.columns import EMPTY, NUMBER, Piece, family, lookalikes, need, plain
 from gpubatch.tables.fitting import NUMERAL, Options
 from gpubatch.tables.recipe import LONGEST, Target
 from gpubatch.tables.rows import Rows
@@ -16,7 +16,7 @@ FEW, OFTEN = 10, 10  # whole floating numbers that may be classes, and how often
 MANY = 100  # integers of a label from which on the task has to be said
 
 
-def find_target(rows: Rows, options: Options, blocks: Iterable[tuple[Any, str, int]]) -> Target:
+def find_target(rows: Rows, options: Options, blocks: Iterable[Piece]) -> Target:
     """What the label is by its type and values; ``blocks`` has it of all rows, as a table has them."""
     where, label, task, n = rows.where, options.label, options.task, sum(rows.sizes)
     assert label is not None
@@ -33,8 +33,8 @@ def find_target(rows: Rows, options: Options, blocks: Iterable[tuple[Any, str, i
         raise DataFormatError(f"{where}: the label {label!r} has no value in any row")
     found = dict.fromkeys(rows.label_values or ())
     if rows.label_values is None:
-        for table, path, start in blocks:
-            found.update(dict.fromkeys(label_texts(path, label, table[label], start, options.missing)[1]))
+        for piece in blocks:
+            found.update(dict.fromkeys(piece.label_texts(label)[1]))
             if len(found) > LONGEST:
                 raise DataFormatError(
                     f"{where}: the label {label!r} has more than {LONGEST} different values, more than classes may "

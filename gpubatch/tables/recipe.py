@@ -6,14 +6,14 @@ import hashlib
 import itertools
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
 from gpubatch.errors import ArgumentError, DataFormatError, check_bool, check_choice, check_int, check_real
-from gpubatch.tables.columns import label_texts, listed, numbers, texts
+from gpubatch.tables.columns import Piece, listed
 
 MOST_BUCKETS, MOST_CATEGORIES = 1 << 20, 1 << 14
 LONGEST = 10_000  # classes of a label
@@ -69,11 +69,9 @@ class Numeric:
         """Names of what it becomes."""
         return [self.name] * self.varies + [f"{self.name} is missing"] * self.missing
 
-    def fill(
-        self, out: np.ndarray, where: str, column: Any, start: int, recipe: Recipe, strange: Strange | None
-    ) -> None:
+    def fill(self, out: np.ndarray, piece: Piece, strange: Strange | None) -> None:
         """Write what rows become into ``out``."""
-        values = numbers(where, self.name, column, start, recipe.missing)
+        values = piece.numbers(self.name)
         absent = np.isnan(values)
         if self.varies:
             with np.errstate(over="ignore"):
@@ -101,11 +99,9 @@ class Category:
         """Names of what it becomes."""
         return [f"{self.name}={value}" for value in self.values] + [f"{self.name} is missing"] * self.missing
 
-    def fill(
-        self, out: np.ndarray, where: str, column: Any, start: int, recipe: Recipe, strange: Strange | None
-    ) -> None:
+    def fill(self, out: np.ndarray, piece: Piece, strange: Strange | None) -> None:
         """Write what rows become into ``out``; count texts and gaps that training rows had not."""
-        codes, names = texts(where, self.name, column, recipe.missing)
+        codes, names = piece.texts(self.name)
         places = {value: place for place, value in enumerate(self.values)}
         there = one_hot(out, codes, [*(places.get(name, -1) for name in names), len(places) if self.missing else -1])
         if strange is None:
@@ -134,11 +130,9 @@ class Hashed:
         """Names of what it becomes."""
         return [f"{self.name}#{i}" for i in range(self.buckets)] + [f"{self.name} is missing"] * self.missing
 
-    def fill(
-        self, out: np.ndarray, where: str, column: Any, start: int, recipe: Recipe, strange: Strange | None
-    ) -> None:
+    def fill(self, out: np.ndarray, piece: Piece, strange: Strange | None) -> None:
         """Write what rows become into ``out``."""
-        codes, names = texts(where, self.name, column, recipe.missing)
+        codes, names = piece.texts(self.name)
         places = (zlib.crc32(name.encode()) % self.buckets for name in names)
         one_hot(out, codes, [*places, self.buckets if self.missing else -1])
         if strange is not None and not self.missing:
@@ -167,9 +161,7 @@ class LeftOut:
 
     features: ClassVar[list[str]] = []
 
-    def fill(
-        self, out: np.ndarray, where: str, column: Any, start: int, recipe: Recipe, strange: Strange | None
-    ) -> None:
+    def fill(self, out: np.ndarray, piece: Piece, strange: Strange | None) -> None:
         """Nothing."""
 
 
@@ -188,34 +180,25 @@ class Target:
     mean: float = 0.0
     deviation: float = 1.0
 
-    def codes(self, where: str, column: Any, start: int, missing: Sequence[str]) -> np.ndarray:
+    def codes(self, piece: Piece) -> np.ndarray:
         """The numbers of the classes of rows; an error for a row that has none of them."""
         assert self.classes is not None
-        codes, names = label_texts(where, self.name, column, start, missing)
+        codes, names = piece.label_texts(self.name)
         numbered = {str(name): code for code, name in enumerate(self.classes)}
         of_code = np.array([*(numbered.get(name, -1) for name in names), -1])
         found: np.ndarray = of_code[codes]
         if (unknown := np.flatnonzero(found < 0)).size:
             raise DataFormatError(
-                f"{where}: the label {self.name!r} must be one of {listed(self.classes)}, got "
-                f"{names[codes[unknown[0]]][:99]!r} in row {start + unknown[0]}"
+                f"{piece.where}: the label {self.name!r} must be one of {listed(self.classes)}, got "
+                f"{names[codes[unknown[0]]][:99]!r} in row {piece.start + unknown[0]}"
             )
         return found
 
-    def amounts(self, where: str, column: Any, start: int, missing: Sequence[str]) -> np.ndarray:
-        """The numbers of rows as they are, float64."""
-        values = numbers(where, self.name, column, start, missing)
-        if (absent := np.flatnonzero(np.isnan(values))).size:
-            raise DataFormatError(
-                f"{where}: the label {self.name!r} is missing in row {start + absent[0]}; leave such rows out"
-            )
-        return values
-
-    def targets(self, where: str, column: Any, start: int, missing: Sequence[str]) -> np.ndarray:
+    def targets(self, piece: Piece) -> np.ndarray:
         """What a network learns: int64 classes, or float32 numbers of mean 0 and deviation 1 in training."""
         if self.classes is not None:
-            return self.codes(where, column, start, missing)
-        return ((self.amounts(where, column, start, missing) - self.mean) / self.deviation).astype(np.float32)
+            return self.codes(piece)
+        return ((piece.label_numbers(self.name) - self.mean) / self.deviation).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -312,12 +295,12 @@ class Recipe:
         labels = target is not None and target.classes is not None and isinstance(target.classes[0], str)
         return [*found, target.name] if labels and target is not None else found
 
-    def samples(self, where: str, table: Any, start: int, strange: Strange | None) -> np.ndarray:
+    def samples(self, piece: Piece, strange: Strange | None) -> np.ndarray:
         """Rows as samples, float32 (rows, features); what training rows had not is counted in ``strange``."""
-        out = np.empty((len(table), self.features), np.float32)
+        out = np.empty((len(piece.table), self.features), np.float32)
         for column, (first, last) in zip(self.columns, self._places, strict=True):
             if last > first:
-                column.fill(out[:, first:last], where, table[column.name], start, self, strange)
+                column.fill(out[:, first:last], piece, strange)
         return out
 
     # --- in a file ---

@@ -25,7 +25,7 @@ from gpubatch.errors import (
 from gpubatch.inputs import Prepared
 from gpubatch.loader import split
 from gpubatch.sources import Source
-from gpubatch.tables.columns import listed
+from gpubatch.tables.columns import Piece, listed
 from gpubatch.tables.files import Reading
 from gpubatch.tables.fitting import KINDS, Options, check_types, fit
 from gpubatch.tables.labels import find_target
@@ -362,22 +362,11 @@ class Table(Prepared):
 
         The numbers of both, medians, means and categories, are those of the rows to train on.
         """
-        return self._apart(test_size, seed, not self._rows.in_memory)
+        return self.split_as(test_size, seed, None)
 
     def split_as(self, test_size: float, seed: int, drawn: bool | None) -> tuple[Table, Table]:
-        """The same; drawn: each row by itself, as of a file that is streamed, or not."""
-        return self._apart(test_size, seed, not self._rows.in_memory if drawn is None else drawn)
-
-    def has(self, rows: TrainingRows | None) -> bool:
-        """Whether it has the rows of training, prepared by their numbers."""
-        if rows is None or len(self) != rows.rows:
-            return False
-        blocks = self.first(rows.digested)._blocks(self.recipe.names) if rows.digested else ()
-        found = [self.recipe.samples(where, table, start, None) for table, where, start in blocks]
-        return rows.are_of(len(self), np.concatenate([np.empty((0, self.features), np.float32), *found]))
-
-    def _apart(self, test_size: float, seed: int, drawn: bool) -> tuple[Table, Table]:
-        """See :meth:`split`; drawn: each row by itself."""
+        """:meth:`split`; drawn: whether each row is drawn by itself; None: where the file is streamed."""
+        drawn = not self._rows.in_memory if drawn is None else drawn
         seed = check_int("seed", seed, 0, 2**64 - 1)
         kept: Chosen
         held: Chosen
@@ -397,6 +386,14 @@ class Table(Prepared):
             words = f"leaves {len(test)} to test on and {len(train)} to train"
             raise ArgumentError(f"test_size={test_size:g} of {len(self)} samples {words}")
         return train, test
+
+    def has(self, rows: TrainingRows | None) -> bool:
+        """Whether it has the rows of training, prepared by their numbers."""
+        if rows is None or len(self) != rows.rows:
+            return False
+        pieces = self.first(rows.digested)._blocks(self.recipe.names) if rows.digested else ()
+        found = [self.recipe.samples(piece, None) for piece in pieces]
+        return rows.are_of(len(self), np.concatenate([np.empty((0, self.features), np.float32), *found]))
 
     def first(self, rows: int) -> Table:
         """Its first rows, a table that is prepared by their numbers unless others prepare this one."""
@@ -461,31 +458,28 @@ class Table(Prepared):
             return self._rows.sizes
         return [len(self._within(number)) for number in range(len(self._rows.sizes))]
 
-    def _blocks(self, names: Sequence[str]) -> Iterator[tuple[Any, str, int]]:
-        """Its rows, at most AT_ONCE together, the name of their file, and the number of the first of them there."""
+    def _blocks(self, names: Sequence[str]) -> Iterator[Piece]:
+        """Its rows, at most AT_ONCE together."""
         for number, size in enumerate(self.block_sizes):
             if size:
                 yield from self._parts(self._rows.block(number, names), number, self._within(number))
 
-    def _parts(self, block: Any, number: int, rows: np.ndarray) -> Iterator[tuple[Any, str, int]]:
+    def _parts(self, block: Any, number: int, rows: np.ndarray) -> Iterator[Piece]:
         """Some rows of a block, likewise."""
         origins = self._rows.origins
         where, first = (self.where, int(self._starts[number])) if origins is None else origins[number]
         for start in range(0, len(rows), AT_ONCE):
             some = rows[start : start + AT_ONCE]
             whole = int(some[-1]) - int(some[0]) + 1 == len(some) and bool((np.diff(some) == 1).all())
-            yield (
-                block.slice(int(some[0]), len(some)) if whole else block.take(some),
-                *(where, first + int(some[0])),
-            )
+            table = block.slice(int(some[0]), len(some)) if whole else block.take(some)
+            yield Piece(table, where, first + int(some[0]), self.root.missing)
 
     def _label_blocks(self) -> Iterator[np.ndarray]:
         """The classes of rows by number, or their amounts."""
         goal = self._goal
         assert goal is not None
-        of = goal.amounts if goal.classes is None else goal.codes
-        for block, where, start in self._blocks([goal.name]):
-            yield of(where, block[goal.name], start, self.root.missing)
+        for piece in self._blocks([goal.name]):
+            yield piece.label_numbers(goal.name) if goal.classes is None else goal.codes(piece)
 
     @property
     def _wanted(self) -> list[str]:
@@ -493,13 +487,13 @@ class Table(Prepared):
         target = self.recipe.target if self.labelled else None
         return [*self.recipe.names, *([] if target is None else [target.name])]
 
-    def _made(self, parts: Iterable[tuple[Any, str, int]]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    def _made(self, pieces: Iterable[Piece]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """x and y of rows."""
         recipe = self.recipe
         target = recipe.target if self.labelled else None
-        for table, where, start in parts:
-            x = recipe.samples(where, table, start, self._strange)
-            yield x, None if target is None else target.targets(where, table[target.name], start, recipe.missing)
+        for piece in pieces:
+            x = recipe.samples(piece, self._strange)
+            yield x, None if target is None else target.targets(piece)
 
     def block(self, number: int) -> Any:
         """The columns of a block that samples are made of, of all its rows."""
@@ -521,7 +515,7 @@ class Table(Prepared):
         """Which rows these are, by the first ones of the whole table."""
         first = self._rows.block(0, recipe.names).slice(0, DIGESTED)
         try:
-            x = recipe.samples(self.where, first, 0, None)
+            x = recipe.samples(Piece(first, self.where, 0, recipe.missing), None)
         except GpubatchError:  # in a row to test on, which those who test on it are told
             x = np.empty((0, recipe.features), np.float32)
         return TrainingRows.of(int(self._starts[-1]), len(self), x, self._split)
