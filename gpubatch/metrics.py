@@ -44,7 +44,7 @@ AVERAGES = ("macro", "micro", "weighted", "binary")
 
 
 class Measure(ABC):
-    """What metrics of many samples are made of; :meth:`add` takes them batch by batch, on their device."""
+    """Counts or sums from which metrics are computed; :meth:`add` takes batches, on their device."""
 
     @abstractmethod
     def add(self, truth: Array, predicted: Array, weight: Array | None = None) -> None:
@@ -151,7 +151,7 @@ class TopK(Measure):
             self._all += float(counts.sum().item())
 
     def accuracy(self) -> float:
-        """The part of them."""
+        """The part of the samples whose label is among the ``k`` highest scores."""
         return self._right / self._all
 
 
@@ -193,7 +193,7 @@ class Residuals(Measure):
         return float((self._squares / self._count()).mean())
 
     def rmse(self) -> float:
-        """Its root, a mean over the outputs."""
+        """The root of the mean squared difference, a mean over the outputs."""
         return float(np.sqrt(self._squares / self._count()).mean())
 
     def mae(self) -> float:

@@ -1,4 +1,4 @@
-"""Pictures of a run. The only module that imports Matplotlib, and only to draw one.
+"""Pictures of a run. The only module that imports Matplotlib, and only when it draws.
 
 Every function returns Matplotlib's figure, which a notebook shows, and takes these arguments:
 
@@ -243,7 +243,7 @@ def plot_optimizers(
 
 
 class Strategy(Protocol):
-    """What is drawn of a strategy of learning; ``history`` is how its loss fell."""
+    """A strategy of learning as it is drawn; ``history`` has its falling loss."""
 
     name: str
     test_accuracy: float | None

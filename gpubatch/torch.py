@@ -231,7 +231,7 @@ class Optimizer(torch.optim.Optimizer):
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _owned(self) -> tuple[list[int], list[Any]]:
-        """What lanes depend on: the addresses of the parameters, their numbers, and the objects in groups and state."""
+        """The state on which lanes depend: addresses and numbers of parameters, and the objects in groups and state."""
         params = [p for group in self.param_groups for p in group["params"]]
         objects = [*params]
         for p, state in self.state.items():  # a hook may put there what is no parameter's

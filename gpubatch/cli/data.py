@@ -33,7 +33,7 @@ TABLES = (".csv", ".parquet", ".arrow", ".tsv", ".txt", ".pq", ".arrows", ".feat
 
 @dataclasses.dataclass
 class Samples:
-    """Samples to train on and to test on.
+    """The training set and the test set of a command.
 
     name: where they are from, in words
     X, Y: those to train on: rows, and labels from 0 or numbers; or a table, and None
@@ -388,7 +388,7 @@ def used(net: Network, network: NetworkOptions, task: str) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class Task:
-    """What the explorers need: a network, and arrays on its backend; ``weight``: what samples count by their class."""
+    """A network, and the data as arrays on its backend; ``weight``: the weights of samples by their class."""
 
     data: Samples
     net: Network

@@ -238,7 +238,7 @@ def json_rows(file: TextIO, names: list[str]) -> Iterator[Callable[[Iterable[np.
 
 
 def as_columns(arrays: Iterable[np.ndarray], as_text: bool = False) -> list[list[Any]]:
-    """Results of a batch column by column, as Python's values; or numbers with fractions as their shortest text."""
+    """The columns of a batch's results as lists; ``as_text`` writes floating numbers as their shortest text."""
     columns = [column for array in arrays for column in (array[:, None] if array.ndim == 1 else array).T]
     return [(column.astype(str) if as_text and column.dtype.kind == "f" else column).tolist() for column in columns]
 

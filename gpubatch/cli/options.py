@@ -224,7 +224,7 @@ class BatchOptions:
         return self.batch_size if self.batch_size == "auto" else integer("--batch-size", self.batch_size)
 
     def number(self, most: int = sys.maxsize) -> int:
-        """Samples in a batch, at most ``most``; --at-most where memory would decide."""
+        """Samples in a batch, at most ``most``; with --batch-size auto the number of --at-most."""
         size = self.at_most if self.batch_size == "auto" else integer("--batch-size", self.batch_size)
         return min(size, most)
 

@@ -140,7 +140,7 @@ def console(quiet: bool = False) -> Console:
 
 
 class CommandReport(NamedTuple):
-    """What a command found: values for machines, lines and tables for people, and a picture of a path and a title."""
+    """The results of a command: values for JSON, lines and tables for the screen, a function that draws a picture."""
 
     values: Mapping[str, Any]
     shown: Sequence[Any]

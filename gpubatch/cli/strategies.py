@@ -15,7 +15,7 @@ from gpubatch.shown import Shown
 
 @dataclass(repr=False)
 class StrategyResult(Shown):
-    """What a strategy reached: loss and accuracy on the training set, accuracy on the test set, and in what time.
+    """The result of a strategy: loss and accuracy on the training set, accuracy on the test set, and the time.
 
     ``history`` has the best loss after each trial of a search, or the mean cost of each epoch.
     """

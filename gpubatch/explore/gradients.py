@@ -1,4 +1,4 @@
-"""Gradients by differences, and the check of analytic ones against them."""
+"""Numerical gradients by finite differences, and the check of analytic gradients against them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _check_point(f: Any, x: Any, writable: bool) -> tuple[Backend, np.dtype[Any]
 
 
 def _moved(start: np.ndarray, step: float, dtype: np.dtype[Any]) -> np.ndarray:
-    """Every element moved by ``step`` and rounded to ``dtype``, in double precision."""
+    """``start`` with every element moved by ``step`` and rounded to ``dtype``, as float64."""
     moved = (start + step).astype(dtype).astype(np.float64)
     if (stuck := moved == start).any():
         index = tuple(int(i) for i in np.argwhere(stuck)[0])
@@ -121,7 +121,7 @@ def _value(f: Callable[[Array], Any], x: Array, where: str) -> float:
 
 
 def _stacked_values(f: Callable[[Array], Any], x: Array, moved: np.ndarray, backend: Backend) -> np.ndarray:
-    """f at the points at which one element of x after the other is moved, so many at a time as memory allows."""
+    """f at x with one element moved, for each element; in stacks of at most STACK_BYTES."""
     values = backend.asarray(moved.reshape(-1), x.dtype)
     results = np.empty(x.shape, np.float64)
     most = max(1, STACK_BYTES // max(x.nbytes, 1))
@@ -148,7 +148,7 @@ def _stack_of(f: Callable[[Array], Any], points: Array, count: int) -> Any:
 
 @dataclass(frozen=True)
 class Kink:
-    """Where a slope jumps: the gradient that was given there, and the slopes by one-sided differences."""
+    """An element where the slope jumps: the given gradient, and the one-sided differences on both sides."""
 
     index: Index
     analytic: float
@@ -282,7 +282,7 @@ def _elements(
 def _directions(
     f: Callable[[Array], Any], x: Array, claimed: np.ndarray, count: int, draw: np.random.Generator, backend: Backend
 ) -> Iterator[Probe]:
-    """Every element moves by the whole step, so that the change of f stands out of its rounding."""
+    """Probes along random directions of ±1: every element moves by the whole step, well above the rounding of f."""
     start = x.copy()
     for k in range(count):
         signs = draw.integers(0, 2, x.shape) * 2.0 - 1

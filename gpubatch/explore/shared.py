@@ -1,4 +1,4 @@
-"""Shared by the explorers: keeping the network as it is, grids of numbers, reporting progress."""
+"""Helpers of the explorers: restoring the network, grids of numbers, progress."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpubatch.backend import Array
 from gpubatch.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
 from gpubatch.nn import Network
 
-Progress: TypeAlias = Callable[[int, int], Any]  # of what is done, and of how much there is in all
+Progress: TypeAlias = Callable[[int, int], Any]  # called with (done, total)
 Item = TypeVar("Item")
 
 

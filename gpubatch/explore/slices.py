@@ -180,7 +180,7 @@ def _data_losses(
 
 
 class SideBySide:
-    """Evaluation of a network at several points at a time, all on the same rows of X.
+    """Evaluates a network at several points at a time, all on the same rows of X.
 
     A point has one coordinate for each row of ``basis``, ``(coordinates, parameters)``. Activations are
     ``(points, rows, features)``: to a layer without parameters that is one batch of points * rows, since in evaluation
@@ -222,7 +222,7 @@ class SideBySide:
         return self.net.backend.empty(shape, self.net.dtype)
 
     def _head_outputs(self, basis: Array) -> Array:
-        """What the first layer with parameters gives for each row of the basis, ``(coordinates, rows * features)``."""
+        """Outputs of the first layer with parameters for each row of the basis, ``(coordinates, rows * features)``."""
         result = self._empty((len(basis), self.one.calls[self.begin - 1][1].size))
         for flat, output in zip(basis, result, strict=True):
             views, x = FlatViews(flat, self.net.parameters.shapes), self.X

@@ -1,4 +1,4 @@
-"""The step size, the batch size and the optimizer: training runs side by side."""
+"""Sweeps of the step size, the batch size and the optimizer: training runs from one start."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _endless(loader: Loader) -> Generator[Any]:
 
 
 def _range_test(rates: list[float], found: list[float], beta: float, steps: int) -> RangeTest:
-    """The result of the costs ``found`` at ``rates``, of ``steps`` that were planned."""
+    """The result of a run with the costs ``found`` at ``rates``; ``steps`` were planned."""
     smoothed = ewma(found, beta).tolist()
     window = min(round(1 / (1 - beta)), max(1, len(found) // 4))  # steps that the average spans; it needs as many
     start = math.fsum(found[:window]) / window
@@ -371,7 +371,7 @@ class TrialRun(NamedTuple):
 
 @dataclass(frozen=True)
 class TrialStart:
-    """What training runs side by side begin with: the state of the network, the same samples, the same order.
+    """The common start of training runs: the state of the network, the samples, their order.
 
     validation: what a run is validated on, see :func:`batch_size_sweep`
     callbacks: a function that makes the callbacks of a run

@@ -183,7 +183,7 @@ class Decoder:
         return loss
 
     def custom(self, name: Any, what: str, remedy: str = "") -> Any:
-        """What the user gave for a name of the file; ``remedy`` is another way to give it."""
+        """The user's object for a name in the file; ``remedy`` names another way to give it."""
         if not isinstance(name, str) or len(name) > LONGEST:
             raise DataFormatError(f"{self._path}: {what} must have a name, got {str(name)[:99]}")
         if name not in self._custom:

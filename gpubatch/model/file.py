@@ -131,7 +131,7 @@ def _check_made_again(net: Network, network: Mapping[str, Any], arrays: dict[str
 
 
 def digest_of(model: str, arrays: Mapping[str, np.ndarray]) -> str:
-    """What shows that neither the description nor a number was changed or damaged."""
+    """The SHA-256 of the description and of all arrays, which shows damage and changes."""
     found = hashlib.sha256(model.encode())
     for name in sorted(arrays):
         found.update(f"{name} {arrays[name].dtype.name} {arrays[name].shape}".encode())
@@ -243,6 +243,6 @@ def _checked_columns(path: Path, found: Any) -> ColumnNames:
 
 
 def parts_of(network: Mapping[str, Any]) -> dict[str, Any]:
-    """What two networks must have in common to have the same parameters, by its name in messages."""
+    """The parts of a description that networks with the same parameters share, by their names in messages."""
     layers = {f"layer {place + 1}": layer for place, layer in enumerate(network["layers"])}
     return {**layers, "loss": network["loss"], "l2": network["l2"]}

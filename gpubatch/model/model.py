@@ -1,4 +1,4 @@
-"""A trained network with the preparation of its samples and the names of its classes: what predicts, as one file."""
+"""A trained network with the preparation of its samples and the names of its classes, saved as one file."""
 
 from __future__ import annotations
 
@@ -81,17 +81,18 @@ class Model:
         return self._whole(raw, self.net.scores)
 
     def predict(self, raw: Any) -> np.ndarray:
-        """What :meth:`Network.predict` predicts; class names where there are any and a prediction is one class."""
+        """The predictions of :meth:`Network.predict`; class names where there are any and a prediction is one class."""
         return self._named(self._whole(raw, self.net.predict))
 
     def probabilities(self, raw: Any) -> np.ndarray:
-        """What :meth:`Network.probabilities` gives: a column for each class, in the order of ``classes``; or, with one
-        output, the probability of the second class, ``(samples,)``.
+        """The probabilities of :meth:`Network.probabilities`, a column for each class, as ``classes`` orders them.
+
+        With one output, the probability of the second class, ``(samples,)``.
         """
         return self._whole(raw, self.net.probabilities)
 
     def of_batch(self, x: Array, probabilities: bool = False) -> tuple[np.ndarray, ...]:
-        """What is predicted for a batch of :meth:`batches`, and the probabilities if they are wanted."""
+        """The predictions for a batch of :meth:`batches`, and the probabilities if they are asked for."""
         found = (self._named(self.net.backend.to_numpy(self.net.predict(x))),)
         return (*found, self.net.backend.to_numpy(self.net.probabilities(x))) if probabilities else found
 
@@ -172,7 +173,7 @@ class Model:
         return loader
 
     def _whole(self, raw: Any, compute: Callable[[Array], Array]) -> np.ndarray:
-        """What ``compute`` gives for all batches, as one array of NumPy."""
+        """The results of ``compute`` for all batches, as one NumPy array."""
         loader = self._loader(raw)
         whole, start = np.empty(0), 0
         for x, *_ in rows_of(loader):

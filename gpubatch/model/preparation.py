@@ -1,4 +1,4 @@
-"""What becomes of raw samples before a network takes them, as the training loader did it."""
+"""The preparation of raw samples for a network, as the training loader did it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Preparation:
 
     @classmethod
     def of(cls, loader: Loader | Table) -> Preparation:
-        """What a loader does to its samples, or a table to its rows."""
+        """The preparation that a loader applies to its samples, or a table to its rows."""
         if isinstance(loader, Table):
             return cls(None, 0, (loader.features,), np.dtype(np.float32), None, loader.recipe, loader.recipe.rows)
         if not isinstance(loader, Loader):

@@ -50,7 +50,7 @@ NON_FINITE = (
 
 
 class Fitted:
-    """What ``fit`` finds."""
+    """The attributes that ``fit`` sets."""
 
     coefs_: list[np.ndarray]
     intercepts_: list[np.ndarray]
@@ -69,7 +69,7 @@ estimator = dataclasses.dataclass(eq=False, repr=False)
 
 @estimator
 class BaseMLP(BaseEstimator, Fitted):
-    """What both estimators are: scikit-learn's interface to a :class:`~gpubatch.sklearn.machine.Machine`."""
+    """Both estimators: scikit-learn's interface to a :class:`~gpubatch.sklearn.machine.Machine`."""
 
     hidden_layer_sizes: Any = (100,)
     activation: Any = "relu"
@@ -321,7 +321,7 @@ class BaseMLP(BaseEstimator, Fitted):
         return list(gen_batches(n, max(min(size, n), least), min_batch_size=least if least > 1 else 0))
 
     def _weights(self, X: Any, y: Any, sample_weight: Any, incremental: bool) -> np.ndarray | None:
-        """What each sample counts in the loss; None if all count alike."""
+        """The weights of the samples in the loss; None if all count alike."""
         if sample_weight is None:
             return None
         weight: np.ndarray = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)

@@ -22,7 +22,7 @@ def need(module: str) -> Any:
 
 
 def family(kind: Any) -> str:
-    """What a type of Arrow's holds: NUMBER, TEXT, CODED (a type with a dictionary), DATE, EMPTY or OTHER."""
+    """The family of an Arrow type: NUMBER, TEXT, CODED (a type with a dictionary), DATE, EMPTY or OTHER."""
     is_ = need("pyarrow").types
     if is_.is_dictionary(kind):
         return CODED if family(kind.value_type) in (NUMBER, TEXT) else family(kind.value_type)

@@ -1,4 +1,4 @@
-"""What is learnt of the training rows of a table: its :class:`Recipe`."""
+"""Finds the :class:`Recipe` of a table from its training rows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ PLAIN = "write them without signs and separators, as pandas.read_csv(path, thous
 
 @dataclass(frozen=True)
 class Options:
-    """What the caller of ``read_table`` said of the columns, whose ``names`` are those of the samples; see there."""
+    """The arguments of ``read_table`` about columns, see there; ``names``: the columns that samples are made of."""
 
     names: list[str]
     label: str | None

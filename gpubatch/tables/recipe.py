@@ -23,7 +23,7 @@ DIGESTED = 256  # rows by which data are known again
 
 @dataclass
 class Strange:
-    """What rows have that training rows had not.
+    """Texts and gaps in rows that the training rows did not have.
 
     texts: of columns, and in how many rows
     gaps: rows without a value, by column and what they have in its place, in words
@@ -33,7 +33,7 @@ class Strange:
     gaps: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def words(self, told: set[tuple[str, str]]) -> str:
-        """It as a sentence, without what is among ``told``, to which it is added."""
+        """A sentence for each that is not among ``told``, to which it is added."""
         found = {
             (name, "texts"): f"column {name!r} has {len(counts)} texts that training rows had not, such as "
             f"{next(iter(counts))[:40]!r}, in {counts.total()} rows: they are 0 in all columns of their categories"
@@ -66,7 +66,7 @@ class Numeric:
 
     @property
     def features(self) -> list[str]:
-        """Names of what it becomes."""
+        """Names of the columns of samples that it becomes."""
         return [self.name] * self.varies + [f"{self.name} is missing"] * self.missing
 
     def fill(self, out: np.ndarray, piece: Piece, strange: Strange | None) -> None:
@@ -96,7 +96,7 @@ class Category:
 
     @property
     def features(self) -> list[str]:
-        """Names of what it becomes."""
+        """Names of the columns of samples that it becomes."""
         return [f"{self.name}={value}" for value in self.values] + [f"{self.name} is missing"] * self.missing
 
     def fill(self, out: np.ndarray, piece: Piece, strange: Strange | None) -> None:
@@ -127,7 +127,7 @@ class Hashed:
 
     @property
     def features(self) -> list[str]:
-        """Names of what it becomes."""
+        """Names of the columns of samples that it becomes."""
         return [f"{self.name}#{i}" for i in range(self.buckets)] + [f"{self.name} is missing"] * self.missing
 
     def fill(self, out: np.ndarray, piece: Piece, strange: Strange | None) -> None:
@@ -195,7 +195,7 @@ class Target:
         return found
 
     def targets(self, piece: Piece) -> np.ndarray:
-        """What a network learns: int64 classes, or float32 numbers of mean 0 and deviation 1 in training."""
+        """The targets of a network: int64 classes, or float32 numbers, of mean 0 and deviation 1 in training."""
         if self.classes is not None:
             return self.codes(piece)
         return ((piece.label_numbers(self.name) - self.mean) / self.deviation).astype(np.float32)
@@ -248,7 +248,7 @@ class TrainingRows:
 
 
 def digest_of(rows: np.ndarray) -> str:
-    """What tells rows from others."""
+    """A digest of the rows, their shape and their element type."""
     found = hashlib.blake2b(f"{rows.dtype.str} {rows.shape}".encode(), digest_size=16)
     found.update(np.ascontiguousarray(rows).tobytes())
     return found.hexdigest()
@@ -279,7 +279,7 @@ class Recipe:
 
     @property
     def features(self) -> int:
-        """How many numbers a sample has."""
+        """The number of features of a sample."""
         return self._places[-1][1]
 
     @property

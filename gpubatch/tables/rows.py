@@ -139,7 +139,7 @@ def of_huggingface(source: Any) -> Any:
 
 
 def described(source: Any) -> str:
-    """What was given in place of a table."""
+    """A description of what was given in place of a table."""
     if hasattr(source, "read"):
         return f"a {type(source).__name__}; give the path of its file, or pandas.read_csv of it"
     if isinstance(source, np.ndarray):

@@ -87,7 +87,7 @@ class Median:
 
 
 class Seen:
-    """How many rows have each text, until there are more than ``DISTINCT`` of them: then ``overflow`` is True."""
+    """Counts the rows of each text, up to ``DISTINCT`` different ones; beyond, ``overflow`` is True."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()

@@ -243,7 +243,7 @@ class Table(Prepared):
 
     @property
     def where(self) -> str:
-        """What it is of: the path of its file, or a kind of table."""
+        """The path of its file, or the kind of a table in memory, for messages."""
         return self._rows.where
 
     @property
@@ -253,7 +253,7 @@ class Table(Prepared):
 
     @property
     def features(self) -> int:
-        """How many numbers a sample has."""
+        """The number of features of a sample."""
         return self.recipe.features
 
     @property
@@ -309,7 +309,7 @@ class Table(Prepared):
 
     @property
     def Y(self) -> np.ndarray | None:  # noqa: N802
-        """What X is trained on: classes by number, int64, or standardised amounts, float32; None without a label."""
+        """The targets: classes by number, int64, or standardised amounts, float32; None without a label."""
         return self._arrays[1]
 
     def prepare(self, path_or_frame: Any) -> np.ndarray:
@@ -407,7 +407,7 @@ class Table(Prepared):
 
     @property
     def root(self) -> Options | Recipe:
-        """What was known before any rows were training rows."""
+        """The options of ``read_table`` or the recipe of ``like``, which decide before any rows are training rows."""
         return self._of.root if isinstance(self._of, Table) else self._of
 
     def prepared_by(self, recipe: Recipe, labelled: bool = True) -> Table:
@@ -453,7 +453,7 @@ class Table(Prepared):
 
     @functools.cached_property
     def block_sizes(self) -> list[int]:
-        """How many of its rows are in each block."""
+        """The number of its rows in each block."""
         if self._chosen is None:
             return self._rows.sizes
         return [len(self._within(number)) for number in range(len(self._rows.sizes))]
@@ -507,7 +507,7 @@ class Table(Prepared):
         return x, None if parts[0][1] is None else np.concatenate([y for _, y in parts if y is not None])
 
     def _tell(self) -> None:
-        """Warn of what training rows had not."""
+        """Warn of texts and gaps that the training rows did not have."""
         if words := self._strange.words(self._told):
             warnings.warn(f"{self.where}: {words}", TableWarning, 3)
 
