@@ -222,7 +222,7 @@ CODE_LINES = {
     "train": 3325,
     "explore": 910,
     "plot": 355,
-    "cli": 2110,
+    "cli": 2120,
     "sklearn": 906,
     "torch": 679,
     "__main__": 29,

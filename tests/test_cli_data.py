@@ -86,6 +86,9 @@ def test_batch_size_plans_what_train_does(mnist: Path) -> None:
     assert plan["parameters"] == trained["parameters"]
     needed = plan["plan"]["reason"].partition(" of ")[0]
     assert trained["batch_reason"].startswith(needed)  # but for what is there
+    assert needed.startswith("auto takes 8 where samples are few, for 19 steps an epoch; it needs")
+    given = json.loads(run("batch-size", *options, "--batch-size", "8", "--json").stdout)["plan"]["reason"]
+    assert given.startswith("batch_size=8 was given; it needs")
     same = plan["arguments"].keys() & trained["arguments"].keys() - {"epochs"}
     assert {name: plan["arguments"][name] for name in same} == {name: trained["arguments"][name] for name in same}
     assert len(same) > 20

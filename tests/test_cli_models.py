@@ -75,7 +75,7 @@ def test_summary_says_what_a_model_is(model: Path) -> None:
     for part in (
         "Dense(inputs=784",
         "samples: uint8 of shape (784,), times 0.00392157",
-        "cat, dog",
+        "'cat', 'dog', 'eel, or such'",
         "written by gpubatch",
     ):
         assert part in text
@@ -140,6 +140,7 @@ def test_a_table_in_two_commands(trees: Path) -> None:
     """gpubatch train, gpubatch test: with confusion matrix, probabilities and what Python's model gives."""
     options = ["--layers", "32", "--epochs", "10", "--save", "trees.safetensors", "--json", "--no-progress"]
     trained = json.loads(run("train", "trees.csv", "--label", "species", *options).stdout)
+    assert trained["batch_reason"].startswith("auto takes 16 where samples are few, for 50 steps an epoch; it needs")
     held = json.loads(run("test", "trees.safetensors", "trees.csv", "--json").stdout)
     assert (held["samples"], held["accuracy"]) == (200, trained["test_accuracy"])
     assert held["loss"] == pytest.approx(trained["test_loss"], rel=1e-5)

@@ -131,6 +131,13 @@ class Samples:
             shards=shards,
         )
 
+    @staticmethod
+    def reason(loader: Loader, batches: BatchOptions) -> str:
+        """Why its batches have their size, in words; of a small set its loader was given what auto takes."""
+        given = f"batch_size={loader.batch_size} was given"
+        few = f"auto takes {loader.batch_size} where samples are few, for {len(loader)} steps an epoch"
+        return loader.plan.reason.replace(given, few) if batches.size == "auto" else loader.plan.reason
+
 
 def usual_size(samples: int, at_most: int) -> int:
     """The batch size of a small set, which a loader would take at once: a power of two with 32 steps an epoch, or 8."""

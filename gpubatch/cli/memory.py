@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Annotated
 
@@ -56,7 +57,7 @@ def plan_memory(
     opt = optimizer.make(net, check_int("--epochs", training.epochs, 1))
     with validated(net, loader, found.validation) as held_out:
         plan_batches(net, loader, opt, held_out, available=available)
-    plan = loader.plan
+    plan = dataclasses.replace(loader.plan, reason=found.reason(loader, batches))
     curve = {n: epochs_of(loader).parts(n, plan.available) for n in _sizes(plan, len(found.X))}
     needed = {n: sum(parts.values()) for n, parts in curve.items()}
     words = words_of(net, found, network.activation, optimizer.optimizer or "")

@@ -157,7 +157,7 @@ def train(
     if not together.first:
         raise typer.Exit(code)
     seconds = time.perf_counter() - started
-    out.print(f"batches    {loader.batch_size}: {loader.plan.reason}\nsteps      {history.execution}")
+    out.print(f"batches    {loader.batch_size}: {found.reason(loader, batches)}\nsteps      {history.execution}")
     if results.save_file is not None:
         found.model(net, loader).save(results.save_file)
         out.print(f"model      {results.save_file}")
@@ -172,7 +172,13 @@ def train(
         arguments = arguments_of(context, **used(net, network, found.task), lr=optimizer.rate)
         more: dict[str, Any] = {"epoch": epoch} if keeps else {}
         more |= {"interrupted": ended} if ended else {}
-        print_json(**tested, seconds=seconds, **values_of(net, loader, history), arguments=arguments, **more)
+        print_json(
+            **tested,
+            seconds=seconds,
+            **values_of(net, loader, history, found.reason(loader, batches)),
+            arguments=arguments,
+            **more,
+        )
     if ended:
         raise typer.Exit(code)
 
@@ -183,11 +189,11 @@ def how_it_ended(end: TrainingInterrupted | TrainingTerminated, kept: bool) -> t
     return words, 128 + (signal.SIGINT if isinstance(end, TrainingInterrupted) else end.number)
 
 
-def values_of(net: Network, loader: Loader, history: History) -> dict[str, Any]:
+def values_of(net: Network, loader: Loader, history: History, reason: str) -> dict[str, Any]:
     """The run in the JSON, besides its test."""
     return {
         "batch_size": loader.batch_size,
-        "batch_reason": loader.plan.reason,
+        "batch_reason": reason,
         "parameters": net.parameters.size,
         "device": net.backend.device,
         "history": history.to_dict(),
