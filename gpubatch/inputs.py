@@ -48,8 +48,8 @@ class Prepared(ABC):
 
 def checked_array(name: str, x: Any, backend: Backend) -> Array:
     """``x`` as an array on ``backend``, or an array, table or nested list as one on the host; DLPack copies nothing."""
-    if not isinstance(x, np.ndarray):
-        refuse(name, x)
+    if not isinstance(x, np.ndarray) and (words := no_array(name, x)):
+        raise DTypeError(f"{name} must be {words}")
     unmasked(name, x)
     try:
         with backend.scope():
@@ -73,10 +73,13 @@ def parts_of(x: Any) -> dict[str, Any]:
     """The columns of a frame by name, or a series; nothing of what is neither."""
     if len(getattr(x, "shape", ())) != 2:
         return {"": x} if hasattr(x, "dtype") and not isinstance(x, np.ndarray) else {}
+    return {str(name): x.iloc[:, i] if hasattr(x, "iloc") else x[name] for i, name in enumerate(column_names(x))}
+
+
+def column_names(x: Any) -> Sequence[Any]:
+    """The names of the columns of a frame, or of a table of pyarrow's; none for anything else."""
     names = getattr(x, "column_names", getattr(x, "columns", None))
-    if names is None or callable(names):
-        return {}
-    return {str(name): x.iloc[:, i] if hasattr(x, "iloc") else x[name] for i, name in enumerate(names)}
+    return () if names is None or callable(names) else names
 
 
 def of_one_type(name: str, columns: Mapping[str, Any], ndim: int) -> np.ndarray:
@@ -106,42 +109,31 @@ def taken(name: str, x: Any, backend: Backend) -> Array:
     return x if backend.owns(x) else backend.check(name, checked_array(name, x, backend))
 
 
-def refuse(name: str, x: Any) -> None:
-    """Raise for what is no array but often given for one, and say what to do."""
+def no_array(name: str, x: Any) -> str:
+    """What the argument ``name`` must be, where ``x`` is no array but is often given for one; "" for anything else."""
     kind = type(x).__name__
     if isinstance(x, (str, os.PathLike)):
-        raise DTypeError(
-            f"{name} must be an array, got the path {os.fspath(x)!r}; open the file first, as with "
-            f"gb.sources.npy({os.fspath(x)!r}) or np.load"
-        )
+        path = repr(os.fspath(x))
+        return f"an array, got the path {path}; open the file first, as with gb.sources.npy({path}) or np.load"
     if hasattr(x, "toarray"):
-        raise DTypeError(f"{name} must be a dense array, got a sparse {kind}; give {name}.toarray()")
+        return f"a dense array, got a sparse {kind}; give {name}.toarray()"
     if type(x).__module__.partition(".")[0] == "datasets":
-        raise DTypeError(
-            f"{name} must be an array, got a Hugging Face {kind}; give gb.sources.huggingface({name}, columns, label)"
-        )
+        return f"an array, got a Hugging Face {kind}; give gb.sources.huggingface({name}, columns, label)"
     if type(x).__module__.startswith("gpubatch.") and kind in ("Loader", "Table"):
         of_all = "gb.metrics.measure(net, loader)" if kind == "Loader" else "gb.Model(net, loader=table).predict(table)"
-        raise DTypeError(f"{name} must be an array, got a {kind}, whose samples are prepared by batches: {of_all}")
+        return f"an array, got a {kind}, whose samples are prepared by batches: {of_all}"
+    rows = "an object with __len__ and read(indices)"
     if type(x).__module__.startswith("torch.utils.data"):
-        raise DTypeError(
-            f"{name} must be an array, got PyTorch's {kind}; give its tensors, as of TensorDataset.tensors, or an "
-            "object with __len__ and read(indices)"
-        )
+        return f"an array, got PyTorch's {kind}; give its tensors, as of TensorDataset.tensors, or {rows}"
     if isinstance(x, Mapping):
-        names = ", ".join(map(repr, list(x)[:5]))
-        raise DTypeError(f"{name} must be an array, got a {kind} with the keys {names}; give one of its arrays")
+        return f"an array, got a {kind} with the keys {', '.join(map(repr, list(x)[:5]))}; give one of its arrays"
     if isinstance(x, Iterator):
-        raise DTypeError(
-            f"{name} must be an array, got a {kind}, whose samples come only in turn; give np.stack(list({name})), or "
-            "an object with __len__ and read(indices)"
-        )
+        return f"an array, got a {kind}, whose samples come only in turn; give np.stack(list({name})), or {rows}"
     if isinstance(x, (tuple, list)) and len(x) == 2 and all(hasattr(part, "shape") for part in x):
         shapes = [tuple(part.shape) for part in x]
         if shapes[0] != shapes[1]:
-            raise DTypeError(
-                f"{name} must be one array, got a pair of arrays of shapes {shapes}; give X and Y apart: X, Y"
-            )
+            return f"one array, got a pair of arrays of shapes {shapes}; give X and Y apart: X, Y"
+    return ""
 
 
 def check_kind(name: str, dtype: np.dtype[Any]) -> None:
@@ -183,10 +175,7 @@ def columns_of(x: Any) -> Names | None:
     """The names of the columns of a frame; None of an array, and where columns are numbered 0, 1, ... in this order."""
     if len(getattr(x, "shape", None) or ()) != 2:
         return None
-    found = getattr(x, "column_names", getattr(x, "columns", None))  # pyarrow's tables, or others
-    if found is None or callable(found):
-        return None
-    names = tuple(found)
+    names = tuple(column_names(x))
     flat = [part for name in names for part in (name if isinstance(name, tuple) else (name,))]
     return names if names != tuple(range(len(names))) and all(isinstance(part, (str, int)) for part in flat) else None
 
