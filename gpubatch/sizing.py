@@ -207,49 +207,30 @@ def find_batch_size(
     sizes = [1 << power for power in range(limit.bit_length())]
     if limit == n_samples <= WHOLE_SET and limit not in sizes:
         sizes.append(limit)
-    largest, trials, peaks = sizes[-1], list[int](), dict[int, list[int]]()
+    largest = sizes[-1]
     with _meters(get_backend(backend)) as meters:
+        trials = _Trials(step, meters)
 
         def run(size: int) -> None:
-            trials.append(size)
-            peak = _peaks(step, size, meters)
-            if peak is None:
+            if not trials.run(size):
                 sizes[:] = [smaller for smaller in sizes if smaller < size]
-            else:
-                peaks[size] = peak
-            log.info(
-                "batch size %d: %s", size, "out of memory" if peak is None else f"{format_bytes(max(peak))} needed"
-            )
 
         for probe in dict.fromkeys(min(probe, largest) for probe in PROBES):
-            if probe <= sizes[-1]:
+            if sizes and probe <= sizes[-1]:
                 run(probe)
-                if not sizes:
-                    break
-        while sizes:
-            fitting = [size for size in sizes if _fits(size, peaks, meters)]
-            if not fitting:
-                break
-            if fitting[-1] in peaks:
-                return _found(fitting[-1], largest, n_samples, at_most, trials, peaks, meters)
-            run(fitting[-1])
-        needed, available = _tightest(1, peaks, meters) if peaks else (None, meters[0].available)
+        while fitting := [size for size in sizes if trials.fit(size)]:
+            if (size := fitting[-1]) in trials.peaks:
+                return _found(size, largest, n_samples, at_most, trials)
+            run(size)
+        needed, available = trials.tightest(1) if trials.peaks else (None, meters[0].available)
     words = "out of memory at each of them" if needed is None else f"one sample needs {_exact(needed)}"
     raise InsufficientMemoryError(
-        f"not even one sample fits in 90 % of the {_exact(available)} available: tried {_listed(trials)}, {words}"
+        f"not even one sample fits in 90 % of the {_exact(available)} available: tried {trials.listed}, {words}"
     )
 
 
-def _found(
-    size: int,
-    largest: int,
-    n_samples: int,
-    at_most: int | None,
-    trials: list[int],
-    peaks: dict[int, list[int]],
-    meters: list[Meter],
-) -> BatchPlan:
-    needed, available = max(zip(peaks[size], (m.available for m in meters), strict=True), key=_share)
+def _found(size: int, largest: int, n_samples: int, at_most: int | None, trials: _Trials) -> BatchPlan:
+    needed, available = trials.tightest(size)
     if size == n_samples:
         why = "the only sample is one batch" if size == 1 else f"all {n_samples} samples are one batch"
     elif size < largest:
@@ -257,10 +238,50 @@ def _found(
     else:
         bound = f"n_samples={n_samples}" if at_most is None or at_most > n_samples else f"at_most={at_most}"
         why = f"{size} is the largest power of two within {bound}"
-    number = f"{len(trials)} trial{'s' * (len(trials) > 1)} ({_listed(trials)})"
+    number = f"{len(trials.sizes)} trial{'s' * (len(trials.sizes) > 1)} ({trials.listed})"
     reason = f"{why}; it needed {_exact(needed)} of {_exact(available)} available when it was run; {number}"
     log.info("batch size %d found in %s", size, number)
     return BatchPlan(size, reason, needed, available)
+
+
+class _Trials:
+    """Steps that were run: their sizes in order, and the peaks of those for which memory was enough, on each meter."""
+
+    def __init__(self, step: Callable[[int], Any], meters: list[Meter]) -> None:
+        self._step, self._meters = step, meters
+        self.sizes: list[int] = []
+        self.peaks: dict[int, list[int]] = {}
+
+    def run(self, size: int) -> bool:
+        """Run a step of ``size`` samples; return whether memory was enough."""
+        self.sizes.append(size)
+        peaks = _peaks(self._step, size, self._meters)
+        if peaks is not None:
+            self.peaks[size] = peaks
+        log.info("batch size %d: %s", size, "out of memory" if peaks is None else f"{format_bytes(max(peaks))} needed")
+        return peaks is not None
+
+    def fit(self, size: int) -> bool:
+        """Whether a step of ``size`` samples fits, as far as is known; not where it is far larger than all that ran."""
+        if self.peaks and size > LEAP * max(self.peaks):
+            return False
+        return all(fits(*of) for of in self._predicted(size))
+
+    def tightest(self, size: int) -> tuple[int, int]:
+        """(needed, available) of the fullest meter; exact for a size that ran."""
+        found = self._predicted(size)
+        if size in self.peaks:
+            found = [(peak, available) for peak, (_, available) in zip(self.peaks[size], found, strict=True)]
+        return max(found, key=lambda of: of[0] / max(1, of[1]))
+
+    def _predicted(self, size: int) -> list[tuple[int, int]]:
+        """(needed, available) of each meter."""
+        peaks = [{run: of_run[i] for run, of_run in self.peaks.items()} for i in range(len(self._meters))]
+        return [(_line(size, of), meter.available) for of, meter in zip(peaks, self._meters, strict=True)]
+
+    @property
+    def listed(self) -> str:
+        return ", ".join(map(str, self.sizes))
 
 
 def _peaks(step: Callable[[int], Any], size: int, meters: list[Meter]) -> list[int] | None:
@@ -293,21 +314,6 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError if torch is None else (MemoryError, torch.OutOfMemoryError))
 
 
-def _fits(size: int, peaks: dict[int, list[int]], meters: list[Meter]) -> bool:
-    if peaks and size > LEAP * max(peaks):
-        return False
-    return all(
-        fits(_line(size, {run: peak[i] for run, peak in peaks.items()}), meter.available)
-        for i, meter in enumerate(meters)
-    )
-
-
-def _tightest(size: int, peaks: dict[int, list[int]], meters: list[Meter]) -> tuple[int, int]:
-    """(needed, available) of the fullest meter."""
-    lines = [_line(size, {run: peak[i] for run, peak in peaks.items()}) for i in range(len(meters))]
-    return max(zip(lines, (meter.available for meter in meters), strict=True), key=_share)
-
-
 def _line(size: int, peaks: dict[int, int]) -> int:
     """The bytes for ``size`` on the line through the smallest and the largest size that ran."""
     if not peaks:
@@ -315,15 +321,6 @@ def _line(size: int, peaks: dict[int, int]) -> int:
     low, high = min(peaks), max(peaks)
     slope = Fraction(max(0, peaks[high] - peaks[low]), max(1, high - low))
     return max(0, round(max(peaks[high], peaks[low]) + slope * (size - high)))
-
-
-def _share(of: tuple[int, int]) -> float:
-    needed, available = of
-    return needed / max(1, available)
-
-
-def _listed(trials: list[int]) -> str:
-    return ", ".join(map(str, trials))
 
 
 class Meter(Protocol):
