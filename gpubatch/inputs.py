@@ -1,4 +1,4 @@
-"""Whatever users give as an array, as an array: lists, tables, arrays of other libraries; or in words, why not."""
+"""Arrays of whatever users give as one: lists, tables, arrays of other libraries; or an error that says why not."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ __all__ = [
     "taken",
 ]
 
-AT_ONCE = 1 << 16  # bytes of a sparse matrix's rows that are copied before they become dense
+AT_ONCE = 1 << 16  # bytes of a sparse matrix's rows that become dense at a time
 
 
 class Prepared(ABC):
-    """Samples with the numbers by which they were prepared, as a table's: what a loader takes in the place of X and Y.
+    """Samples with the recipe by which they were prepared, such as a table: a loader takes them in place of X and Y.
 
-    recipe: what prepares other samples in the same way
+    recipe: prepares other samples in the same way
     """
 
     recipe: Any
@@ -70,7 +70,7 @@ def checked_array(name: str, x: Any, backend: Backend) -> Array:
 
 
 def parts_of(x: Any) -> dict[str, Any]:
-    """The columns of a frame by name, or a series; nothing of what is neither."""
+    """The columns of a frame by name, or a series under ""; nothing for anything else."""
     if len(getattr(x, "shape", ())) != 2:
         return {"": x} if hasattr(x, "dtype") and not isinstance(x, np.ndarray) else {}
     return {str(name): x.iloc[:, i] if hasattr(x, "iloc") else x[name] for i, name in enumerate(column_names(x))}
@@ -83,7 +83,7 @@ def column_names(x: Any) -> Sequence[Any]:
 
 
 def of_one_type(name: str, columns: Mapping[str, Any], ndim: int) -> np.ndarray:
-    """Columns of numbers of different types, as pandas' own ones and booleans are, as an array; NaN for no value."""
+    """An array of columns of different types of numbers, such as pandas' own and booleans; NaN for missing values."""
     arrays = {column: array_of(values) for column, values in columns.items()}
     if wrong := [column for column, array in arrays.items() if array.dtype.kind not in "biuf"]:
         if ndim == 1:
@@ -97,7 +97,7 @@ def of_one_type(name: str, columns: Mapping[str, Any], ndim: int) -> np.ndarray:
 
 
 def array_of(values: Any) -> np.ndarray:
-    """A column as an array; one of numbers of pandas' own types is floating."""
+    """A column as an array; numbers of pandas' own types become floats."""
     if hasattr(values, "array") and getattr(values.dtype, "kind", "O") in "biuf":
         found: np.ndarray = values.to_numpy(dtype=np.float64, na_value=np.nan)
         return found
@@ -152,11 +152,11 @@ def check_kind(name: str, dtype: np.dtype[Any]) -> None:
         raise DTypeError(f"{name} must hold integers, booleans, float16, float32 or float64, got dtype {dtype}{hint}")
 
 
-# --- what a frame says of its samples and an array does not ---------------------------------------------------------
+# --- what frames have and arrays do not: names and an index ---------------------------------------------------------
 
 
 def check_pairs(names: Sequence[str], given: Sequence[Any]) -> None:
-    """Raise where frames or series of pandas hold the same samples in different orders: they are paired by position."""
+    """Raise ArgumentError where frames or series of pandas have the same index in different orders."""
     indices = [(name, x.index) for name, x in zip(names, given, strict=True) if hasattr(x, "iloc")]
     for (name, first), (other, index) in itertools.pairwise(indices):
         if len(first) != len(index) or first.equals(index) or not (first.is_unique and index.is_unique):
@@ -172,7 +172,7 @@ Names: TypeAlias = tuple[str | int | tuple[str | int, ...], ...]
 
 
 def columns_of(x: Any) -> Names | None:
-    """The names of the columns of a frame; None of an array, and where columns are numbered 0, 1, ... in this order."""
+    """The names of the columns of a frame; None for an array, and for columns numbered 0, 1, ... in this order."""
     if len(getattr(x, "shape", None) or ()) != 2:
         return None
     names = tuple(column_names(x))
@@ -181,7 +181,7 @@ def columns_of(x: Any) -> Names | None:
 
 
 def check_columns(name: str, own: Names | None, known: Names | None) -> None:
-    """Raise where a frame has other columns than that of training, whose names are ``known``, or in another order."""
+    """Raise ArgumentError where a frame has not the columns of training, ``known``, in this order."""
     if own is None or own == known:
         return
     if known is None:
@@ -199,9 +199,9 @@ def check_columns(name: str, own: Names | None, known: Names | None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ColumnNames:
-    """What the columns of the X and Y of a training were called: frames are held against them.
+    """The names of the columns of a training's X and Y, with which frames are compared.
 
-    table: whether X was a table of gpubatch's, whose columns became others
+    table: whether X was a table of gpubatch's, which made other columns
     """
 
     X: Names | None = None
@@ -210,11 +210,11 @@ class ColumnNames:
 
     @classmethod
     def of(cls, X: Any, Y: Any) -> ColumnNames:
-        """Of what a loader is given."""
+        """The names of what a loader is given."""
         return cls(columns_of(X), columns_of(Y), isinstance(X, Prepared))
 
     def check(self, names: Sequence[str], X: Any, Y: Any = None) -> None:
-        """Raise where a frame does not have these columns in this order, or X and Y not the same order of samples."""
+        """Raise ArgumentError for frames with other columns, or columns or samples in another order."""
         own = columns_of(X)
         if self.table and own is not None:
             raise ArgumentError(
@@ -228,12 +228,12 @@ class ColumnNames:
 
     @classmethod
     def from_json(cls, found: Any) -> ColumnNames:
-        """Of a file; raises TypeError or LookupError for what is none."""
+        """The names in a file. Raises TypeError or LookupError for anything else."""
         return cls(names_in(found["X"]), names_in(found["Y"]), check_bool("table", found["table"]))
 
 
 def names_in(found: Any) -> Names | None:
-    """Names of columns in a file, where those of several levels are lists."""
+    """Names of columns in a file, where names of several levels are lists."""
     if found is None:
         return None
     names = tuple(tuple(name) if isinstance(name, list) else name for name in found)
@@ -251,11 +251,11 @@ def is_sparse(x: Any) -> bool:
 
 
 class SparseMatrix:
-    """The rows of a sparse matrix of SciPy's, of which only those that are asked for become dense; a source.
+    """The rows of a sparse matrix of SciPy's as a source, which makes only the rows dense that are read.
 
-    name: of the argument, for messages
-    matrix: of any of SciPy's formats. One of rows (CSR) is not copied; another is, to one of rows, with a
-        ConversionWarning. Entries of one place are added up, as ``toarray`` does.
+    name: the argument, for messages
+    matrix: of any of SciPy's formats. A matrix of rows (CSR) is not copied; another is converted to one, with a
+        ConversionWarning. Entries of one place are added, as ``toarray`` does.
     """
 
     def __init__(self, name: str, matrix: Any) -> None:
@@ -270,7 +270,7 @@ class SparseMatrix:
                 stacklevel=2,
             )
         rows = matrix.tocsr()
-        # Of the same memory; what is checked below may be written to the attributes.
+        # A matrix of its own on the same memory, since the check below may write attributes.
         self._rows = type(rows)((rows.data, rows.indices, rows.indptr), shape=rows.shape)
         try:
             self._rows.check_format(full_check=True)  # SciPy's compiled code trusts the indices
@@ -298,7 +298,7 @@ class SparseMatrix:
 
 
 class DenseRows:
-    """A sparse matrix as a network evaluates it: slices of rows are dense arrays on ``backend``, of ``dtype``."""
+    """A sparse matrix for evaluation: slices of its rows are dense arrays of ``dtype`` on ``backend``."""
 
     ndim = 2
 
@@ -311,7 +311,7 @@ class DenseRows:
         return len(self._matrix)
 
     def __getitem__(self, rows: slice) -> Array:
-        """These rows."""
+        """A slice of rows."""
         found = self._matrix.read(np.arange(*rows.indices(len(self))))
         with self._backend.scope(), np.errstate(over="ignore"):
             return self._backend.asarray(found, self.dtype)

@@ -19,18 +19,20 @@ from gpubatch.sources.reader import Form, InTurn, Source
 from gpubatch.sources.rows import check_exists, copy_rows, flat, in_order_of_use, naming_the_file, runs_of
 
 ARROW_MAGIC = b"ARROW1"
-BETWEEN = 1 << 16  # bytes between two columns that are read as well, since asking twice takes longer
-RECORD_BATCH = 3  # among the kinds of an Arrow message
+BETWEEN = 1 << 16  # bytes between two columns that are read, too, since a second request takes longer
+RECORD_BATCH = 3  # a kind of Arrow message
 
 
 def parquet(
     path: str | os.PathLike[str] | Opener, columns: str | Sequence[str] | None, label: str | None = None
 ) -> Source:
-    """The rows of a Parquet file, of which a row group is decoded at a time; needs pyarrow.
+    """The rows of a Parquet file, one row group decoded at a time; needs pyarrow.
 
-    x has the columns side by side, with ``columns=None`` all but the label: (samples, columns), each of them numbers;
-    or, of one column of lists, (samples, length of the lists); or, where ``columns`` is a string, (samples,) or that
-    column's lists. With ``label`` pairs (x, y) are read. Missing values are errors.
+    columns: names of columns of numbers, for x (samples, columns); or of one column of lists of one length, for x
+        (samples, length); a string: one column, for x (samples,) or its lists; None: all columns but the label
+    label: the column of y, for pairs (x, y); None: x alone
+
+    Raises DataFormatError for missing values.
     """
     _need("pyarrow.parquet")
     return _Table(opener_of(path), columns, label, ParquetGroups)
@@ -39,19 +41,22 @@ def parquet(
 def arrow(
     path: str | os.PathLike[str] | Opener, columns: str | Sequence[str] | None, label: str | None = None
 ) -> Source:
-    """The rows of an Arrow IPC file (Feather 2) or stream, of which a record batch is read at a time.
+    """The rows of an Arrow IPC file (Feather 2) or stream, one record batch read at a time; needs pyarrow.
 
-    The arguments are those of :func:`parquet`. How many rows there are is known from the headers of the record batches,
-    which alone are read when the file is opened.
+    columns, label: as in :func:`parquet`
+
+    Opening the file reads the headers of its record batches alone, which have the numbers of rows.
     """
     _need("pyarrow")
     return _Table(opener_of(path), columns, label, opened_arrow)
 
 
 class Grouped(Protocol):
-    """An open file of groups of rows: the types of its columns by name, in ``fields``; the groups' sizes.
+    """An open file of groups of rows.
 
-    ``data_bytes`` is about what all of them take in memory.
+    fields: the names and types of its columns
+    sizes: the number of rows in each group
+    data_bytes: about the bytes of all groups in memory
     """
 
     fields: list[tuple[str, Any]]
@@ -59,10 +64,10 @@ class Grouped(Protocol):
     data_bytes: int
 
     def load(self, group: int, chosen: list[str]) -> Any:
-        """A group's columns as a table."""
+        """The ``chosen`` columns of a group, as a table."""
 
     def expect(self, group: int, chosen: list[str]) -> None:
-        """Have a group's columns read ahead where that is worth it."""
+        """Start reading a group's columns ahead where that pays."""
 
     def close(self) -> None:
         """Close the file."""
@@ -74,7 +79,7 @@ class ParquetGroups:
     def __init__(self, file: Opener) -> None:
         with naming_the_file(file.path, "a Parquet file"):
             self._below = _for_arrow(file)
-            # Columns that are read ahead are in memory a second time; that is worth it where reading takes long.
+            # Columns that are read ahead take their memory twice, which pays where reading takes long.
             ahead = not isinstance(file, LocalFile)
             self._file = _need("pyarrow.parquet").ParquetFile(self._below, pre_buffer=ahead)
             metadata = self._file.metadata
@@ -135,7 +140,7 @@ class _ArrowFile:
     def _look_through(self, file: Opener) -> None:
         pa = _need("pyarrow")
         self.fields = [(field.name, field.type) for field in pa.ipc.open_file(self._file).schema]
-        # The footer does not say how many rows a batch has; its header does.
+        # The footer does not have the number of rows of a batch; its header does.
         self._batches = arrow_batches(file, 8)
         self.sizes, self.data_bytes = [batch.rows for batch in self._batches], data_bytes(self._batches)
         if (count := pa.ipc.open_file(self._file).num_record_batches) != len(self.sizes):
@@ -161,13 +166,13 @@ class _ArrowFile:
 
 
 class _ArrowStream:
-    """An Arrow stream, whose record batches are the groups; they are found by their headers."""
+    """An Arrow stream, whose record batches are the groups, found by their headers."""
 
     def __init__(self, file: Opener) -> None:
         pa = _need("pyarrow")
         self._batches = arrow_batches(file, 0)
         self.sizes, self.data_bytes = [batch.rows for batch in self._batches], data_bytes(self._batches)
-        # The schema and the dictionaries, without which no batch can be read.
+        # The schema and the dictionaries, which every batch needs.
         head = self._batches[0].start if self._batches else file.size()
         self._bytes = BytesByPlace(file.open())
         try:
@@ -212,7 +217,7 @@ def _included(fields: list[tuple[str, Any]], chosen: list[str]) -> Any:
 
 
 class ArrowBatch(NamedTuple):
-    """A record batch in an Arrow file or stream: its bytes from ``start`` to ``stop``, and how many rows it has."""
+    """A record batch in an Arrow file or stream: its bytes ``start`` to ``stop``, and its number of rows."""
 
     start: int
     stop: int
@@ -220,12 +225,12 @@ class ArrowBatch(NamedTuple):
 
 
 def data_bytes(batches: Sequence[ArrowBatch]) -> int:
-    """The bytes of record batches, which are compressed in few files."""
+    """The bytes of record batches, which few files compress."""
     return sum(batch.stop - batch.start for batch in batches)
 
 
 def arrow_batches(file: Opener, start: int) -> list[ArrowBatch]:
-    """The record batches of a stream that begins at byte ``start``, from the headers of its messages alone.
+    """The record batches of a stream that begins at byte ``start``, by the headers of its messages alone.
 
     Format: https://arrow.apache.org/docs/format/Columnar.html#encapsulated-message-format.
     """
@@ -257,7 +262,7 @@ def arrow_batches(file: Opener, start: int) -> list[ArrowBatch]:
 
 
 def _message(metadata: bytes) -> tuple[int, int, int]:
-    """What a message is, the bytes of its body, and its rows if it is a record batch.
+    """The kind of a message, the bytes of its body, and its number of rows if it is a record batch.
 
     The metadata is a Flatbuffer table (https://flatbuffers.dev/internals/): Message of Arrow's Message.fbs.
     """
@@ -277,7 +282,7 @@ def _message(metadata: bytes) -> tuple[int, int, int]:
         return kind, body, 0
     batch = field(message, 2, "<I")
     rows, columns = field(batch, 0, "<q"), field(batch, 1, "<I")
-    # Each column has its number of rows, too: what is damaged tells before memory is taken for it.
+    # Each column has its number of rows, too, so damage is found before memory is taken for it.
     count, first = struct.unpack_from("<Iq", metadata, columns) if columns else (0, 0)
     if rows != (first if count else 0):
         raise ValueError(f"a record batch of {rows} rows whose first column has {first if count else 0}")
@@ -285,7 +290,7 @@ def _message(metadata: bytes) -> tuple[int, int, int]:
 
 
 class _Table:
-    """Columns of a file of row groups; the group that was decoded last is kept."""
+    """Columns of a file of row groups; the latest decoded group is kept."""
 
     def __init__(
         self,
@@ -311,24 +316,24 @@ class _Table:
         self.block = max(found.sizes, default=1) or 1
         self._group, self._kept = -1, list[np.ndarray]()
         self._lengths: dict[str, tuple[int, str]] = {}
-        self._turn = InTurn()  # what was decoded is there for one thread at a time
+        self._turn = InTurn()  # one thread at a time uses the decoded group
 
     def forget(self) -> None:
-        """Forget the group that was decoded last."""
+        """Forget the decoded group."""
         self._kept, self._group = [], -1
 
     def close(self) -> None:
-        """Close the file until it is next read, and forget what was decoded."""
+        """Close the file until it is next read, and forget the decoded group."""
         self.forget()
         self._opened.close()
 
     def share_lengths(self, other: _Table) -> None:
-        """Expect lists of the lengths that another file has, which it tells when its first lists are read."""
+        """Expect lists of the lengths that another file has; the first lists that are read decide them."""
         self._lengths = other._lengths
 
     @property
     def forms(self) -> list[Form] | None:
-        """Element type and shape of a sample of x, and of y; None where lists have a length that their type lacks."""
+        """Element type and shape of a sample of x, and of y; None where a type of lists has no length."""
         pa, found = _need("pyarrow"), dict[str, Form]()
         for name, kind in self.fields.items():
             if pa.types.is_list(kind) or pa.types.is_large_list(kind):
@@ -357,7 +362,7 @@ class _Table:
         return tuple(out) if self._y is not None else out[0]
 
     def fill(self, indices: np.ndarray, out: Sequence[np.ndarray]) -> None:
-        """Write what :meth:`read` would return into ``out``, arrays of its element types and shapes."""
+        """Write the result of :meth:`read` into ``out``, arrays of its element types and shapes."""
         with self._turn:
             for here, places, kept in self._by_group(indices):
                 for whole, array in zip(out, kept, strict=True):
@@ -367,7 +372,7 @@ class _Table:
                     copy_rows(whole, here, array, places)
 
     def _by_group(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, list[np.ndarray]]]:
-        """The groups of ``indices``, decoded: where those stand that are in it, and their places in the group."""
+        """Each group of ``indices``, decoded, with its samples: their positions, and their places in the group."""
         groups = np.searchsorted(self.starts, indices, side="right") - 1
         for group in in_order_of_use(groups):
             if group != self._group:
@@ -377,7 +382,7 @@ class _Table:
             yield here, indices[here] - self.starts[group], self._kept
 
     def expect(self, indices: np.ndarray, /) -> None:
-        """Have the groups of the rows at ``indices`` read ahead, while others are used."""
+        """Start reading the groups of the rows at ``indices`` ahead, while others are used."""
         opened = self._opened.use()
         for group in in_order_of_use(np.searchsorted(self.starts, indices, side="right") - 1):
             if group != self._group:
@@ -401,7 +406,7 @@ class _Table:
         return [x] if self._y is None else [x, self._numbers(self._y, table[self._y], start)]
 
     def _numbers(self, name: str, column: Any, start: int) -> np.ndarray:
-        """A column, or the lists of one, as an array; an error for what is missing or not a number."""
+        """A column of numbers or of lists as an array. Raises for missing values and for other types."""
         pa = _need("pyarrow")
         array = column.combine_chunks()
         array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
@@ -438,16 +443,16 @@ class _Table:
 
 # --- Hugging Face's datasets ----------------------------------------------------------------------------------------
 
-ROWS = 1000  # that are read at a time, as many as a record batch of theirs has
+ROWS = 1000  # rows that are read at a time, the size of a record batch of that library
 
 
 def huggingface(dataset: Any, columns: str | Sequence[str] | None = None, label: str | None = None) -> Source:
-    """The rows of a ``Dataset`` of Hugging Face's ``datasets``, of which 1,000 are read at a time and none is copied.
+    """The rows of a ``Dataset`` of Hugging Face's ``datasets``, read 1,000 at a time, without a copy of all.
 
     columns, label: as in :func:`parquet`: columns of numbers, or one of lists of one length
 
-    Rows that were selected, shuffled or filtered are read in their new order. A streaming ``IterableDataset`` and a
-    ``DatasetDict`` are refused: the first has no rows by number, of the second give one part.
+    Selected, shuffled or filtered rows come in their new order. Raises DTypeError for a streaming ``IterableDataset``,
+    which has no rows by number, and for a ``DatasetDict``, of which one part can be given.
     """
     if not all(hasattr(dataset, name) for name in ("with_format", "features", "__len__", "column_names")):
         hint = "; give one of its parts, as dataset['train']" if hasattr(dataset, "keys") else ""
@@ -458,7 +463,7 @@ def huggingface(dataset: Any, columns: str | Sequence[str] | None = None, label:
 
 
 class _HuggingFaceRows:
-    """Such a dataset as an :class:`Opener` and as :class:`Grouped`."""
+    """A dataset of Hugging Face as an :class:`Opener` and as :class:`Grouped`."""
 
     def __init__(self, dataset: Any) -> None:
         self.path, self._dataset = f"dataset ({type(dataset).__name__})", dataset
@@ -528,7 +533,7 @@ class _Hdf5:
     def __init__(self, file: Opener, names: list[str]) -> None:
         h5py, path = _need("h5py"), file.path
         if getattr(file, "by_parts", False):
-            # A thread that fetches and collects garbage of h5py's waits for the lock, and h5py for the thread.
+            # A thread that fetches, and collects garbage of h5py's, waits for h5py's lock, and h5py for the thread.
             raise ArgumentError(
                 f"{path}: HDF5 is read from a copy where the file is elsewhere, since h5py has a lock while it reads, "
                 "for which a thread that fetches may wait for ever; give gpubatch.sources.remote(url, cache=...)"
@@ -558,7 +563,7 @@ class _Hdf5:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-        if self._below is not None:  # which h5py leaves open
+        if self._below is not None:  # h5py leaves it open
             self._below.close()
 
 
@@ -583,7 +588,7 @@ class _Datasets:
 
     @property
     def starts(self) -> np.ndarray:
-        """Where blocks of neighbours begin that are read together, and the end."""
+        """The places where blocks of neighbours begin, and the end."""
         return np.append(np.arange(0, self._n, self.block), self._n)
 
     def close(self) -> None:
@@ -594,13 +599,13 @@ class _Datasets:
         return self._n
 
     def read(self, indices: np.ndarray, /) -> Any:
-        """The rows at ``indices``; neighbours in one piece, in the order of the file."""
+        """The rows at ``indices``; neighbours are read in one piece, in the order of the file."""
         out = [np.empty((len(indices), *shape), dtype) for dtype, shape in self.forms]
         self.fill(indices, out)
         return tuple(out) if len(out) > 1 else out[0]
 
     def fill(self, indices: np.ndarray, out: Sequence[np.ndarray]) -> None:
-        """Write what :meth:`read` would return into ``out``, arrays of its element types and shapes."""
+        """Write the result of :meth:`read` into ``out``, arrays of its element types and shapes."""
         places, back = np.unique(indices, return_inverse=True)
         in_order = np.array_equal(places, indices)
         for dataset, whole in zip(self._opened.use().datasets, out, strict=True):
