@@ -272,7 +272,8 @@ def _read(path: Path) -> tuple[dict[str, Any], SeriesFile | None]:
         crc = 0
         while piece := file.read(AT_ONCE):
             crc = zlib.crc32(piece, crc)
-        if name[2] != _digits(crc, size) and not _sha256_of(file).startswith(name[2]):
+        file.seek(0)
+        if name[2] != _digits(crc, size) and not hashlib.file_digest(file, "sha256").hexdigest().startswith(name[2]):
             raise DataFormatError(f"{path} is torn or corrupt: its {size} bytes do not match the checksum in its name")
     with open_tensors(path, HEADER_LIMIT, "a checkpoint") as content:
         return _join(path, content.metadata() or {}, content.get_tensors())
@@ -280,11 +281,6 @@ def _read(path: Path) -> tuple[dict[str, Any], SeriesFile | None]:
 
 def _digits(crc: int, size: int) -> str:
     return f"{crc:08x}{size % 2**32:08x}"
-
-
-def _sha256_of(file: Any) -> str:
-    file.seek(0)
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

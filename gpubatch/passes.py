@@ -107,37 +107,30 @@ class DataPass:
         return self.epoch == last.epoch and self.start >= max(1, last.batches)
 
 
-def pass_of(samples: Any) -> DataPass | None:
-    """The pass that gave out a batch of samples.
+def latest() -> DataPass | None:
+    """This thread's running pass that gave out a batch last; None where none is running."""
+    return HERE.running[-1] if HERE.running else None
 
-    If none did, as where samples were changed, it is the one of this thread's that gave out a batch last, while it is
-    under way; else None.
-    """
+
+def pass_of(samples: Any) -> DataPass | None:
+    """The pass that gave out a batch of samples, or the :func:`latest` one, where samples were changed since."""
     found = GIVEN.get(id(samples))
-    if found is not None and found[0]() is samples:
-        return found[1]
-    running = HERE.running
-    return running[-1] if running else None
+    return found[1] if found is not None and found[0]() is samples else latest()
 
 
 def deal_of(samples: Any) -> Deal | None:
     """How a batch of samples lies among the ranks; None where no loader dealt it to parts.
 
-    If no loader gave out this array, as where samples were changed, it is the deal of the batch that one gave out last
-    in this thread, in an iteration that is under way, if that batch has as many rows.
+    Where samples were changed since, it is the deal of the last batch of the :func:`latest` pass, if that has as many
+    rows.
     """
     found = GIVEN.get(id(samples))
     if found is not None and found[0]() is samples:
         return found[2]
-    running = HERE.running
-    last = running[-1].deal if running else None
+    last = None if (of := latest()) is None else of.deal
     return last if last is not None and sum(last.parts) == len(samples) else None
 
 
 def pass_under_way(fed: DataPass | None) -> DataPass | None:
-    """The pass of an optimizer's step, where ``fed`` is the one that the network was last fed from, if it was."""
-    if fed is None or not fed.running:
-        running = HERE.running
-        if running:
-            return running[-1]
-    return fed
+    """The pass of an optimizer's step; ``fed`` is the one from which the network got its last batch, or None."""
+    return fed if fed is not None and fed.running else latest() or fed
