@@ -206,7 +206,7 @@ CODE_LINES = {
     "backend": 541,
     "staging": 68,
     "parallel": 594,
-    "inputs": 230,
+    "inputs": 216,
     "ops": 2740,
     "sizing": 264,
     "params": 99,
