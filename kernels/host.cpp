@@ -157,12 +157,12 @@ typedef nb::handle Any;
 // --- calls that are made again ---
 
 // Calls of kernels as they were made in a thread, between begin() and end(): run() makes them again, on what is in the
-// same arrays by then, in one call from Python. They know addresses, so the arrays are kept.
+// same arrays by then, in one call from Python. They know addresses, so the arrays, and what else they use, are kept.
 class Recording {
   public:
     // Add a call. Declined calls leave work to NumPy, of which nothing is known here.
-    void add(std::initializer_list<Any> arrays, std::function<void()> call) {
-        for (Any one : arrays) kept.append(one);
+    void add(std::initializer_list<Any> used, std::function<void()> call) {
+        for (Any one : used) kept.append(one);
         calls.push_back(std::move(call));
     }
     void begin() { current() = this; }
@@ -171,9 +171,15 @@ class Recording {
         current() = nullptr;
         return whole;
     }
-    void run() const {
+    // Make all calls in turn, up to `times` times; returns how often. It ends early after a tenth of a second, so that
+    // Python sees an interrupt.
+    Int run(Int times) const {
         nb::gil_scoped_release unlocked;
-        for (const auto& call : calls) call();
+        const double until = now() + 0.1;
+        Int made = 0;
+        for (; made < times && (made == 0 || now() < until); ++made)
+            for (const auto& call : calls) call();
+        return made;
     }
 
     static Recording*& current() {
@@ -208,6 +214,36 @@ static auto noted(bool (*kernel)(A...)) {
         if (recording && recording->size() == before) recording->whole = false;
         return done;
     };
+}
+
+// at = the numbers of `order` from *place on, which then is the place after them. For recordings, of which each run so
+// takes the next rows.
+static bool next_rows(Any order, Any place, Any at) {
+    PyArrayObject *all = array(order), *some = array(at);
+    if (!all || !some || !fits(place, NPY_INT64, 1) || !PyArray_ISWRITEABLE(array(place))) return false;
+    const Int count = PyArray_SIZE(all), rows = PyArray_SIZE(some);
+    if (!fits(order, NPY_INT64, count) || !fits(at, NPY_INT64, rows) || !PyArray_ISWRITEABLE(some)) return false;
+    const Int* from = data<Int>(order);
+    Int *next = data<Int>(place), *to = data<Int>(at);
+    return made({order, place, at}, [=] {
+        if (*next < 0 || *next + rows > count) throw nb::index_error("next_rows: order has no such rows");
+        std::copy(from + *next, from + *next + rows, to);
+        *next += rows;
+    });
+}
+
+// total += factor x, of one element each; total is of double.
+static bool add_to(Any x, double factor, Any total) {
+    PyArrayObject* a = array(x);
+    if (!a || (PyArray_TYPE(a) != NPY_FLOAT && PyArray_TYPE(a) != NPY_DOUBLE)) return false;
+    if (!fits(total, NPY_DOUBLE, 1) || !PyArray_ISWRITEABLE(array(total))) return false;
+    return with_type(x, [&](auto zero) {
+        typedef decltype(zero) T;
+        if (!fits(x, TYPE<T>, 1)) return false;
+        const T* from = data<T>(x);
+        double* to = data<double>(total);
+        return made({x, total}, [=] { *to += factor * (double)*from; });
+    });
 }
 
 // --- formulas ---
@@ -335,7 +371,19 @@ class Update {
     // scalars for each group of parameters. row_of: the number of each tuple's row; None: all take the first. scale: what
     // g is multiplied by. Returns False, with nothing changed, if an array is unsuitable.
     bool run(nb::list tuples, nb::list scalars, Any row_of, double scale) {
-        return single ? run_as<float>(tuples, scalars, row_of, scale) : run_as<double>(tuples, scalars, row_of, scale);
+        Pieces pieces = std::move(memory);  // a concurrent caller then allocates its own
+        const bool apart = !row_of.is_none() || reduces();
+        if (!collect(tuples, row_of, (Int)nb::len(scalars), apart, pieces)) return false;
+        if (!update(pieces, scalars, scale, apart)) return false;
+        memory = std::move(pieces);
+        return true;
+    }
+
+    // The same with the scalars in a table of (steps, rows, numbers): those of step *step, which then is one more.
+    // `self` is this object in Python.
+    bool run_ahead(nb::handle self, nb::list tuples, Any table, Any row_of, Any step) const {
+        return single ? ahead_as<float>(self, tuples, table, row_of, step)
+                      : ahead_as<double>(self, tuples, table, row_of, step);
     }
 
     // Add the pieces of a tuple of arrays at these addresses. Pieces are all alike, unless several rows of scalars or
@@ -366,21 +414,20 @@ class Update {
     const bool single;
 
   private:
-    template <class T>
-    bool run_as(nb::list tuples, nb::list scalars, Any row_of, double scale) {
-        const bool apart = !row_of.is_none() || reduces();
-        Pieces pieces = std::move(memory);  // a concurrent caller then allocates its own
+    // The pieces of these tuples; false if an array is unsuitable.
+    bool collect(nb::list tuples, Any row_of, Int rows, bool apart, Pieces& pieces) const {
+        const int type = single ? NPY_FLOAT : NPY_DOUBLE;
         pieces.clear();
         for (nb::handle group : tuples) {
             const Int owner = row_of.is_none() ? 0 : nb::cast<Int>(row_of[pieces.sizes.size()]);
-            if (owner < 0 || owner >= (Int)nb::len(scalars)) throw nb::index_error("row_of must name rows of scalars");
+            if (owner < 0 || owner >= rows) throw nb::index_error("row_of must name rows of scalars");
             if (!PyTuple_Check(group.ptr()) || PyTuple_GET_SIZE(group.ptr()) != arrays) return false;
             if (arrays > MOST_ARRAYS) return false;
             Int address[MOST_ARRAYS];
             Int size = -1;
             for (int i = 0; i < arrays; ++i) {
                 PyArrayObject* a = array(PyTuple_GET_ITEM(group.ptr(), i));
-                if (!a || PyArray_TYPE(a) != TYPE<T>) return false;
+                if (!a || PyArray_TYPE(a) != type) return false;
                 if (i == 1 ? !PyArray_ISCARRAY_RO(a) : !PyArray_ISCARRAY(a)) return false;
                 if (size < 0) size = PyArray_SIZE(a);
                 if (PyArray_SIZE(a) != size) return false;
@@ -391,9 +438,32 @@ class Update {
             if (overlap(address[0], address[1], size * item())) return false;
             add(pieces, address, size, owner, apart);
         }
-        if (!update_as<T>(pieces, scalars, scale, apart)) return false;
-        memory = std::move(pieces);
         return true;
+    }
+
+    template <class T>
+    bool ahead_as(nb::handle self, nb::list tuples, Any table, Any row_of, Any step) const {
+        PyArrayObject* of_steps = array(table);
+        if (!of_steps || PyArray_NDIM(of_steps) != 3 || !fits(table, TYPE<T>, PyArray_SIZE(of_steps))) return false;
+        if (!fits(step, NPY_INT64, 1) || !PyArray_ISWRITEABLE(array(step))) return false;
+        const Int steps = PyArray_DIM(of_steps, 0), rows = PyArray_DIM(of_steps, 1), numbers = PyArray_DIM(of_steps, 2);
+        const bool apart = !row_of.is_none() || reduces();
+        const Formula<T> formula = formula_at<T>(place);
+        Pieces pieces;
+        if (!formula.run || !collect(tuples, row_of, rows, apart, pieces)) return false;
+        const T* scalars = data<T>(table);
+        Int* next = data<Int>(step);
+        return made({self, tuples, table, step}, [=] {
+            if (*next < 0 || *next >= steps) throw nb::index_error("step must be one of the table");
+            std::vector<T> k;
+            for (Int row = 0; row < rows; ++row) {
+                const T* from = scalars + (*next * rows + row) * numbers;
+                k.insert(k.end(), from, from + numbers);
+                k.push_back(1);  // the scale
+            }
+            compute(formula, pieces, k, numbers + 1, apart);
+            ++*next;
+        });
     }
 
     template <class T>
@@ -403,9 +473,18 @@ class Update {
             for (nb::handle scalar : nb::cast<nb::tuple>(row)) k.push_back(nb::cast<T>(scalar));
             k.push_back((T)scale);
         }
-        const Int stride = (Int)(k.size() / nb::len(scalars)), rows = (Int)pieces.rows.size() / (arrays + 1);
         const Formula<T> formula = formula_at<T>(place);
         if (!formula.run) return false;
+        const Int stride = (Int)(k.size() / nb::len(scalars));
+        nb::gil_scoped_release unlocked;
+        compute(formula, pieces, k, stride, apart);
+        return true;
+    }
+
+    // Run the formula; k has rows of scalars, each with the scale at its end, `stride` numbers apart.
+    template <class T>
+    void compute(const Formula<T>& formula, const Pieces& pieces, const std::vector<T>& k, Int stride, bool apart) const {
+        const Int rows = (Int)pieces.rows.size() / (arrays + 1);
         const int workers = (int)std::min<Int>(most_threads, pieces.elements / WORTH);
         Int count = 0, most = 0;  // of reductions, in all and in a pass
         for (const auto& names : reductions) {
@@ -421,7 +500,6 @@ class Update {
             formula.run(pieces.rows.data(), k.data() + pieces.scalar_rows[tuple] * stride,
                         values.data() + tuple * count, totals.data(), pass, first, last);
         };
-        nb::gil_scoped_release unlocked;
         for (; pass <= (Int)reductions.size(); ++pass) {
             if (workers > 1)
                 pool().run(rows, workers, [&](Int i) { update(i, i + 1); });
@@ -441,7 +519,6 @@ class Update {
                     values[tuple * count + known] = (T)finished(names[j], total, pieces.sizes[tuple]);
                 }
         }
-        return true;
     }
 
     Int place;
@@ -568,19 +645,28 @@ static Cut at_most(Int n, Int most) {  // so many pieces
 
 // Other products than these, up to SMALL multiplications, BLAS begins by copying both factors into another order, which
 // takes a sixth of the time in double precision and a tenth in single. Its code for small ones is not for a second
-// factor that is transposed, nor for one so large that pieces have fewer than LEAST_ROWS rows.
-constexpr Int SMALL = 1000000, LEAST_ROWS = 24;
+// factor that is transposed, nor for one so large that pieces have fewer than LEAST_ROWS rows. With more than DEEP terms
+// in a sum it takes up to a third longer, since the rows of the second factor leave the first-level cache: longer sums
+// are added up in parts, which pays for pieces of twice as many rows.
+constexpr Int SMALL = 1000000, LEAST_ROWS = 24, DEEP = 100;
 
-// The rows of m x k in pieces so small; one piece if it is not to be cut so.
-static Cut in_place(Int m, Int n, Int k, bool transposed) {
-    const Int most = SMALL / std::max<Int>(1, n * k);
-    if (!blas.in_place || transposed || n == 1 || m <= most || most < LEAST_ROWS) return {m, 1, 1};
+// The rows of m x n, and the terms of its sums, in pieces so small; one of each if it is not to be cut so.
+struct InPlace {
+    Cut rows, terms;
+};
+
+static InPlace in_place(Int m, Int n, Int k, Int work, bool transposed) {
     constexpr Int unit = 4, longest = 2 * unit - 1;  // by how much a piece may exceed the mean
-    return {m, (m + most - longest - 1) / (most - longest), unit};
+    const Int parts = (k + DEEP - 1) / DEEP, most = SMALL / std::max<Int>(1, n * ((k + parts - 1) / parts));
+    const Int least = parts == 1 ? LEAST_ROWS : 2 * LEAST_ROWS;
+    if (!blas.in_place || transposed || m == 1 || n == 1 || most < least) return {{m, 1, 1}, {k, 1, 1}};
+    const Int for_threads = std::min(work / 2, m / (2 * LEAST_ROWS));
+    const Int pieces = std::max(m <= most ? 1 : (m + most - longest - 1) / (most - longest), for_threads);
+    return {{m, std::max<Int>(1, pieces), unit}, {k, parts, 1}};
 }
 
-// body(first row, rows, first column, columns) over the pieces of an m x n matrix, products along k, in threads. The
-// pieces depend on m, n and k alone. Every piece packs its rows of one factor and columns of the other anew, which for
+// body(first row, rows, first column, columns, terms) over the pieces of an m x n matrix, products along k, in threads.
+// The pieces depend on m, n and k alone. Every piece packs its rows of one factor and columns of the other anew, which for
 // `side` of them costs about 8 / side of its time: so the longer side of the matrix is cut first, and large pieces stay.
 template <class Body>
 static void in_blocks(Int m, Int n, Int k, bool transposed, const Body& body) {
@@ -589,22 +675,40 @@ static void in_blocks(Int m, Int n, Int k, bool transposed, const Body& body) {
     const Cut longer = at_most(std::max(m, n), along);
     const Cut shorter = at_most(std::min(m, n), std::min(work / longer.pieces, std::min(m, n) / 512));
     Cut rows = m >= n ? longer : shorter, columns = m >= n ? shorter : longer;
-    if (const Cut small = in_place(m, n, k, transposed); small.pieces > 1) rows = small, columns = {n, 1, 1};
+    const InPlace small = in_place(m, n, k, work, transposed);
+    if (small.rows.pieces > 1 || small.terms.pieces > 1) rows = small.rows, columns = {n, 1, 1};
     const OneThread blas;
     pool().run(rows.pieces * columns.pieces, (int)std::min<Int>({most_threads, blas.before, work}), [&](Int i) {
         const Int row = rows.start(i / columns.pieces), column = columns.start(i % columns.pieces);
-        body(row, rows.start(i / columns.pieces + 1) - row, column, columns.start(i % columns.pieces + 1) - column);
+        body(row, rows.start(i / columns.pieces + 1) - row, column, columns.start(i % columns.pieces + 1) - column,
+             small.terms);
     });
+}
+
+constexpr Int COPIED = 1 << 12;  // elements of a transposed second factor that are copied, for the code for small products
+
+// The matrix b, transposed in `copy`.
+template <class T>
+static Matrix straightened(const Matrix& b, T* copy) {
+    const T* from = reinterpret_cast<const T*>(b.at);
+    for (Int j = 0; j < b.columns; ++j)
+        for (Int i = 0; i < b.rows; ++i) copy[i * b.columns + j] = from[j * b.stride + i];
+    return {b.rows, b.columns, b.columns, false, reinterpret_cast<char*>(copy)};
 }
 
 template <class T, class Index>
 static void multiply_as(const Matrix& a, const Matrix& b, T* out) {
     const auto gemm = reinterpret_cast<typename Blas<T, Index>::Gemm*>(blas.gemm[sizeof(T) == 8]);
     const auto gemv = reinterpret_cast<typename Blas<T, Index>::Gemv*>(blas.gemv[sizeof(T) == 8]);
+    const Int m = a.rows, n = b.columns, k = a.columns;
+    if (blas.in_place && b.transposed && m >= LEAST_ROWS && n > 1 && n * k <= COPIED) {
+        T copy[COPIED];
+        multiply_as<T, Index>(a, straightened(b, copy), out);
+        return;
+    }
     const T *A = reinterpret_cast<const T*>(a.at), *B = reinterpret_cast<const T*>(b.at);
     const int of_a = a.transposed ? TRANSPOSED : PLAIN, of_b = b.transposed ? TRANSPOSED : PLAIN;
-    const Int m = a.rows, n = b.columns, k = a.columns;
-    in_blocks(m, n, k, b.transposed, [&](Int row, Int rows, Int column, Int columns) {
+    in_blocks(m, n, k, b.transposed, [&](Int row, Int rows, Int column, Int columns, const Cut& terms) {
         const T* from_a = A + row * (a.transposed ? 1 : a.stride);
         const T* from_b = B + column * (b.transposed ? b.stride : 1);
         T* to = out + row * n + column;
@@ -616,8 +720,11 @@ static void multiply_as(const Matrix& a, const Matrix& b, T* out) {
             gemv(ROW_MAJOR, b.transposed ? PLAIN : TRANSPOSED, (Index)(b.transposed ? columns : k),
                  (Index)(b.transposed ? k : columns), 1, from_b, (Index)b.stride, from_a, (Index)step_a, 0, to, 1);
         else
-            gemm(ROW_MAJOR, of_a, of_b, (Index)rows, (Index)columns, (Index)k, 1, from_a, (Index)a.stride, from_b,
-                 (Index)b.stride, 0, to, (Index)n);
+            for (Int part = 0; part < terms.pieces; ++part) {
+                const Int first = terms.start(part), count = terms.start(part + 1) - first;
+                gemm(ROW_MAJOR, of_a, of_b, (Index)rows, (Index)columns, (Index)count, 1, from_a + first * step_a,
+                     (Index)a.stride, from_b + first * step_b, (Index)b.stride, part ? 1 : 0, to, (Index)n);
+            }
     });
 }
 
@@ -805,28 +912,30 @@ static bool softmax_focal(Any z, Any labels, Any dz, Any losses, Any loss, bool 
     });
 }
 
+// With `factor`, of one element, the gradient is multiplied by it.
 static bool score_loss(Int place, nb::tuple scalars, Any z, Any targets, Any dz, Any partial, Any loss, bool gradient,
-                       Any weights) {
+                       Any weights, Any factor) {
     return with_matrix(z, [&](auto zero, Int rows, Int columns) {
         typedef decltype(zero) T;
         const Int n = rows * columns, parts = parts_of(n, 1 << 12);
         if (!fits(targets, TYPE<T>, n) || !fits(dz, TYPE<T>, n) || !fits(loss, TYPE<T>, 1)) return false;
-        if (!has_room(partial, NPY_DOUBLE, PARTS)) return false;
+        if (!has_room(partial, NPY_DOUBLE, PARTS) || !(factor.is_none() || fits(factor, TYPE<T>, 1))) return false;
         if (!(weights.is_none() || fits(weights, TYPE<T>, rows))) return false;
-        const T *scores = data<T>(z), *y = data<T>(targets), *of_rows = data<T>(weights);
+        const T *scores = data<T>(z), *y = data<T>(targets), *of_rows = data<T>(weights), *scale = data<T>(factor);
         T *to = data<T>(dz), *mean = data<T>(loss);
         double* sums = data<double>(partial);
         const std::vector<T> k = scalars_of<T>(scalars);
         const auto run = score_loss_at<T>(place).run;
         if (!run) return false;
-        nb::gil_scoped_release unlocked;
-        in_parts(n, 8, parts, [&](Int part, Int first, Int last) {
-            sums[part] = run(scores, y, to, k.data(), (T)(1.0 / (double)n), of_rows, columns, gradient, first, last);
+        return made({z, targets, dz, partial, loss, weights, factor}, [=] {
+            const T share = (T)(1.0 / (double)n) * (scale ? *scale : 1);
+            in_parts(n, 8, parts, [&](Int part, Int first, Int last) {
+                sums[part] = run(scores, y, to, k.data(), share, of_rows, columns, gradient, first, last);
+            });
+            double total = 0;
+            for (Int part = 0; part < parts; ++part) total += sums[part];
+            *mean = (T)(total / (double)n);
         });
-        double total = 0;
-        for (Int part = 0; part < parts; ++part) total += sums[part];
-        *mean = (T)(total / (double)n);
-        return true;
     });
 }
 
@@ -1060,6 +1169,36 @@ static bool l2_gradient(Any w, Any spans, double factor, Any g) {
                     table<T>().l2_gradient(from + start, (T)factor, to + start, first, last);
                 });
             }
+        });
+    });
+}
+
+// loss += factor times the sum of the squares of the same parts of w; loss may be of double where w is of float.
+static bool l2_loss(Any w, Any spans, double factor, Any loss) {
+    PyArrayObject *a = array(w), *s = array(spans);
+    if (!a || (PyArray_TYPE(a) != NPY_FLOAT && PyArray_TYPE(a) != NPY_DOUBLE)) return false;
+    if (!s || !fits(spans, NPY_INT64, PyArray_SIZE(s))) return false;
+    return with_type(w, [&](auto zero) {
+        typedef decltype(zero) T;
+        const Int n = PyArray_SIZE(a), parts = PyArray_SIZE(s) / 2, *span = data<Int>(spans);
+        const bool wide = fits(loss, NPY_DOUBLE, 1);
+        if (!fits(w, TYPE<T>, n) || !(wide || fits(loss, TYPE<T>, 1)) || !PyArray_ISWRITEABLE(array(loss))) return false;
+        for (Int i = 0; i < parts; ++i)
+            if (span[2 * i] < 0 || span[2 * i + 1] > n) return false;
+        const T* from = data<T>(w);
+        void* to = data<void>(loss);
+        return made({w, spans, loss}, [=] {
+            double total = 0;
+            for (Int i = 0; i < parts; ++i) {
+                const Int start = span[2 * i], size = span[2 * i + 1] - start, pieces = parts_of(size, 1 << 14);
+                double sums[PARTS], not_finite[PARTS];
+                in_parts(size, 1, pieces, [&](Int piece, Int first, Int last) {
+                    table<T>().square_sum(from + start, sums + piece, not_finite + piece, first, last);
+                });
+                for (Int piece = 0; piece < pieces; ++piece) total += sums[piece];
+            }
+            if (wide) *static_cast<double*>(to) += factor * total;
+            else *static_cast<T*>(to) += (T)(factor * total);
         });
     });
 }
@@ -1362,7 +1501,10 @@ NB_MODULE(_host, m) {
     m.def("add", add_own, "Add a formula by its kind, dtype and the addresses of its functions; returns its place.");
     nb::class_<Update>(m, "Update")
         .def(nb::init<Int, const std::string&, int, const Names&>())
-        .def("run", &Update::run, nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
+        .def("run", &Update::run, nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
+        .def("run_ahead", [](nb::handle self, nb::list tuples, Any table, Any row_of, Any step) {
+            return nb::cast<Update&>(self).run_ahead(self, tuples, table, row_of, step);
+        }, nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
     nb::class_<Tensors>(m, "Tensors")
         .def(nb::init<nb::object, nb::handle, nb::object, nb::object, const std::vector<std::uintptr_t>&, nb::list,
                       nb::list, const std::vector<std::uintptr_t>&, const std::vector<Int>&>())
@@ -1388,7 +1530,7 @@ NB_MODULE(_host, m) {
     m.def("softmax_focal", noted(softmax_focal), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg().none(), nb::arg(), nb::arg().none());
     m.def("score_loss", noted(score_loss), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-          nb::arg(), nb::arg().none() = nb::none());
+          nb::arg(), nb::arg().none(), nb::arg().none());
     m.def("svm", noted(svm), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
           nb::arg());
     m.def("normalise", noted(normalise));
@@ -1400,6 +1542,9 @@ NB_MODULE(_host, m) {
     m.def("permute", permute);
     m.def("in_cells", in_cells);
     m.def("l2_gradient", noted(l2_gradient));
+    m.def("l2_loss", noted(l2_loss));
+    m.def("next_rows", noted(next_rows));
+    m.def("add_to", noted(add_to));
     m.def("square_sum", noted(square_sum));
     m.def("tensor_views", tensor_views, "NumPy's views of tensors by DLPack's C functions, or None.");
 }

@@ -166,13 +166,13 @@ def test_recorded_calls_are_made_again_on_what_is_there_by_then(library: Any) ->
     assert recording.complete(2)
     assert not recording.complete(3)
     index[:] = 4, 1
-    recording.run()
+    assert list(recording.runs(2)) == [2]
     assert x.tolist() == [[5, 9], [0, 3]]
     ops.gather(source, np.array([2, 2]), x, 1.0, 0.0)  # after the block: not recorded
     assert recording.complete(2)
     index[0] = 6
     with pytest.raises(IndexError, match=r"index must be in \[0, 6\), got 6"):
-        recording.run()
+        list(recording.runs(1))
 
 
 @pytest.mark.parametrize("gap", ["another kernel", "declined"])

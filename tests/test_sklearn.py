@@ -155,11 +155,25 @@ def test_estimators_pass_scikit_learns_checks(estimator: Any, check: Any) -> Non
     check(estimator)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("alpha", [0.0, 1e-2])
-def test_steps_as_one_call_have_the_bits_of_kernels_one_by_one(
-    alpha: float, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+AT_ONCE: dict[str, tuple[str, dict[str, Any]]] = {
+    "float64": ("multiclass", {"alpha": 1e-2}),
+    "float32": ("multiclass", {"dtype": "float32"}),
+    "no regularisation": ("multiclass", {"alpha": 0.0}),
+    "binary": ("binary", {"solver": "sgd", "learning_rate": "invscaling"}),
+    "multilabel": ("multilabel", {}),
+    "outputs": ("outputs", {"dtype": "float32"}),
+    "Poisson": ("counts", {"loss": "poisson"}),
+    "a schedule": ("multiclass", {"learning_rate": gb.CosineDecay(0.1, 40, per="step"), "optimizer": "AdamW"}),
+    "reductions": ("multiclass", {"optimizer": "LAMB"}),
+    "groups": (
+        "multiclass",
+        {"optimizer": functools.partial(gb.Adam, groups={"b*": {"lr": 0.1}, "W2": {"trainable": False}})},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_steps_as_one_call_have_the_bits_of_kernels_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if isinstance(host_library(), str):
         missing("compiler", "steps are one call of compiled kernels")
     made, gradients = [0], OrderedEpochs._gradients
@@ -169,15 +183,30 @@ def test_steps_as_one_call_have_the_bits_of_kernels_one_by_one(
         return gradients(*arguments)
 
     monkeypatch.setattr(OrderedEpochs, "_gradients", counted)
-    options = {"hidden_layer_sizes": (9, 7), "alpha": alpha, "dtype": dtype, "activation": "tanh"}
-    once = fitted(ours, "multiclass", **options)
+    of, options = AT_ONCE[name]
+    options = {"hidden_layer_sizes": (9, 7), "activation": "tanh", **options}
+    once = fitted(ours, of, **options)
     made.append(0)
     monkeypatch.setattr(Core, "kernel_calls", None)
-    apart = fitted(ours, "multiclass", **options)
+    apart = fitted(ours, of, **options)
     assert made == [2, 12 * 5]  # a first step of either size, and of the others none
     assert once.loss_curve_ == apart.loss_curve_
     for of_once, of_apart in zip(once.coefs_ + once.intercepts_, apart.coefs_ + apart.intercepts_, strict=True):
         assert of_once.tobytes() == of_apart.tobytes()
+
+
+class OwnStep(gb.Adam):
+    """An optimizer with a step of its own."""
+
+    def step(self, grads: Any = None, control: Any = None) -> Any:
+        self.lr = 0.5 * self.lr
+        return super().step(grads, control)
+
+
+def test_the_step_of_an_optimizer_of_ones_own_is_made() -> None:
+    """Ten steps, which halve the learning rate."""
+    own = fitted(ours, "multiclass", optimizer=OwnStep, max_iter=2, learning_rate_init=1.0)
+    assert own._optimizer.learning_rate == 0.5**10
 
 
 @pytest.mark.parametrize("options", [{"dropout": 0.5}, {"batch_norm": True}, {"sample_weight": True}], ids=str)

@@ -24,6 +24,7 @@ from gpubatch.nn.layers import BatchNorm, Dense, DenseActivation, Layer
 from gpubatch.nn.losses import (
     NO_MEAN,
     Loss,
+    OverScores,
     SoftmaxCrossEntropy,
     Weighing,
     counts_of,
@@ -202,12 +203,15 @@ class Core:
 
     @functools.cached_property
     def kernel_calls(self) -> int | None:
-        """How many compiled kernels forward and backward call, without weights and with labels of int64.
+        """How many compiled kernels forward and backward call, without weights.
 
-        None where they do anything besides that depends on the batch.
+        Labels must be of int64, and other targets rows of the network's dtype. None where they do anything besides that
+        depends on the batch.
         """
-        of_kernels = self.ops.library is not None and self.loss_scale is None and not self.l2_names
-        if not of_kernels or type(self.loss) is not SoftmaxCrossEntropy or changed(self.loss):
+        kinds = (OverScores,) if self.loss_scale is not None else (OverScores, SoftmaxCrossEntropy)
+        if self.ops.library is None or self.l2_names or changed(self.loss):
+            return None
+        if not isinstance(self.loss, kinds) or of_the_user(self.loss):
             return None
         calls = 1
         for place, run in enumerate(self.stack):

@@ -24,10 +24,11 @@ from gpubatch.ops.products import (
     products_for as products_for,
 )
 from gpubatch.ops.program import check_slope as check_slope
-from gpubatch.ops.recording import recorded as recorded
+from gpubatch.ops.recording import KernelCalls as KernelCalls, recorded as recorded
 from gpubatch.ops.sums import SQUARE_SUM_SIZE as SQUARE_SUM_SIZE, square_grid as square_grid
 from gpubatch.ops.table import Ops as Ops, ops_for as ops_for
 from gpubatch.ops.update import (
+    CompiledUpdate as CompiledUpdate,
     CudaUpdate as CudaUpdate,
     Update as Update,
     reduce_sources as reduce_sources,

@@ -5,7 +5,7 @@ keeps a core busy they wait for the scheduler: a product takes ten times as long
 depend on the number of threads. So a product is cut into pieces, by its shape alone, and OpenBLAS computes each on one
 thread (kernels/host.cpp): any number of threads gives the same bits, and the pool may change it at any time. Where
 OpenBLAS has code for small products, which does not copy the factors first, the pieces of layers of up to some 200
-neurons are so small: in double precision they take a sixth less time, in single precision a tenth.
+neurons are so small: in double precision they take a quarter less time, in single precision a tenth.
 """
 
 from __future__ import annotations

@@ -372,11 +372,9 @@ def compiled_score_loss(
 ) -> None:
     """One pass; targets of another dtype are copied first."""
     place, scalars = score_loss_place(library, library.level(), f, z.dtype)
-    results = work["dz"], work["parts"], work["loss"]
-    if place < 0 or not library.score_loss(place, scalars, z, rows_of(Y, z, work), *results, gradient, weights):
+    results, factor = (work["dz"], work["parts"], work["loss"]), work.get("factor")
+    if place < 0 or not library.score_loss(place, scalars, z, rows_of(Y, z, work), *results, gradient, weights, factor):
         score_loss.numpy(f, z, Y, gradient, work, weights)
-    elif gradient:
-        scale_gradient(work)
 
 
 @score_loss.cuda

@@ -1,6 +1,8 @@
-"""Calls of compiled kernels that are made again at once, on what is in the same arrays by then.
+"""Calls of compiled kernels that are made again and again at once, on what is in the same arrays by then.
 
-A step on a small batch is a dozen kernels of some microseconds, and Python takes as long between them.
+A step on a small batch is a dozen kernels of some microseconds, and Python takes as long between them. What differs
+from step to step, kernels take from an array where the last step left off: ``library.next_rows`` the rows of a batch,
+:meth:`CompiledUpdate.ahead` the scalars of an update.
 """
 
 from __future__ import annotations
@@ -20,8 +22,17 @@ class KernelCalls:
 
     def __init__(self, library: Any) -> None:
         self.calls = library.Recording()
-        self.run = self.calls.run
         self._gaps = True
+
+    def runs(self, times: int) -> Iterator[int]:
+        """Make the calls so many times; gives how often it has made them, in parts that take a tenth of a second.
+
+        A part is one call from Python, which sees an interrupt after it.
+        """
+        while times > 0:
+            made = self.calls.run(times)
+            times -= made
+            yield made
 
     def complete(self, calls: int) -> bool:
         """Whether it has so many calls, and no kernel declined one or is not recorded."""

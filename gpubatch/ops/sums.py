@@ -53,12 +53,19 @@ def square_grid(x: Array) -> tuple[int]:
 
 @operation("loss", scratch=lambda features: {"squares": ((1, 1), COMPUTE), "parts": ((SUM_PARTS,), np.float64)})
 def l2_loss(w: Array, spans: Array, factor: float, loss: Array, work: Work) -> None:
-    """loss += factor Σ w² over the parts; loss is of one element. BLAS does the sums."""
+    """loss += factor Σ w² over the parts; loss is of one element, and may be float64. BLAS does NumPy's sums."""
     for start, stop in spans.tolist():
         part = w[start:stop]
         term = np.matmul(part[None], part[:, None], out=work["squares"])[0]
         term *= factor
         loss += term
+
+
+@l2_loss.compiled
+def compiled_l2_loss(library: Any, w: Array, spans: Array, factor: float, loss: Array, work: Work) -> None:
+    """Sums in double precision."""
+    if not library.l2_loss(w, spans, factor, loss):
+        l2_loss.numpy(w, spans, factor, loss, work)
 
 
 @l2_loss.cuda

@@ -215,6 +215,14 @@ class CompiledUpdate:
             return bool(self.run(arrays, scalars, row_of, 1.0))
         return bool(control[1] or self.run(arrays, scalars, row_of, float(control[0])))
 
+    def ahead(self, arrays: Tuples, scalars: np.ndarray, row_of: Sequence[int] | None, step: np.ndarray) -> bool:
+        """Update all groups with those ``scalars`` of (steps, groups, numbers) that are of step ``step[0]``.
+
+        ``step``, an int64, is then one more. It can be recorded, and made again. False, with nothing changed, where the
+        library declines shapes or types.
+        """
+        return bool(self.compiled.run_ahead(arrays, scalars, row_of, step))
+
     def __call__(
         self, arrays: Tuples, scalars: Rows, control: Array | None = None, row_of: Sequence[int] | None = None
     ) -> None:

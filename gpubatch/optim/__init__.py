@@ -2,6 +2,7 @@
 
 from gpubatch.optim.ahead import (
     captured_key as captured_key,
+    count_steps as count_steps,
     enqueue_update as enqueue_update,
     epoch_in as epoch_in,
     follow_pass as follow_pass,
@@ -10,6 +11,7 @@ from gpubatch.optim.ahead import (
     trace_of as trace_of,
     unbound as unbound,
     unchecked as unchecked,
+    update_ahead as update_ahead,
 )
 from gpubatch.optim.arrays import clip_by_global_norm as clip_by_global_norm
 from gpubatch.optim.groups import Hyper as Hyper

@@ -10,10 +10,13 @@ import numpy as np
 
 from gpubatch.backend import Array, compute_dtype
 from gpubatch.formula import Trace
-from gpubatch.ops import CudaUpdate
+from gpubatch.ops import CompiledUpdate, CudaUpdate
 from gpubatch.optim.epochs import EpochCount
-from gpubatch.optim.optimizer import Optimizer
+from gpubatch.optim.optimizer import LOOKS, Optimizer
+from gpubatch.own import changed
 from gpubatch.passes import DataPass, pass_under_way
+
+INIT = {"__init__"}  # which optimizers differ in
 
 
 class Unbound(Optimizer):
@@ -105,6 +108,26 @@ def enqueue_update(
     with opt.backend.scope():
         arrays, row_of = opt._arrays(None)
         return opt._update.launch(arrays, scalars, control, progress, running, row_of)
+
+
+def update_ahead(opt: Optimizer, scalars: np.ndarray, step: np.ndarray) -> bool:
+    """Make on a CPU the update of :meth:`Optimizer.step` by ``params.grads``, so that it can be recorded.
+
+    ``t`` stays. False, with nothing changed, where a formula is not compiled or a method of the optimizer is not ours.
+
+    scalars: rows of :func:`scalars_ahead`, of which those of ``step[0]`` are taken; ``step`` is then one more.
+    """
+    if changed(opt, INIT) or not isinstance(opt._update, CompiledUpdate):
+        return False
+    arrays, row_of = opt._arrays(None)
+    return opt._update.ahead(arrays, scalars, row_of, step)
+
+
+def count_steps(opt: Optimizer, steps: int) -> None:
+    """Count steps that were made by :func:`update_ahead`, and look at what :meth:`Optimizer.step` looks at in them."""
+    before, opt.t = opt.t, opt.t + steps
+    if (opt.t - 1) // LOOKS > (before - 1) // LOOKS:
+        opt._look()
 
 
 def captured_key(opt: Optimizer) -> tuple[Any, ...]:

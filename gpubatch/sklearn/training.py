@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +12,13 @@ from scipy.special import xlogy
 
 from gpubatch.backend import Array
 from gpubatch.nn import evenly, quiet
-from gpubatch.ops import SQUARE_SUM_SIZE, recorded
-from gpubatch.optim import Optimizer, unchecked
+from gpubatch.ops import SQUARE_SUM_SIZE, KernelCalls, recorded
+from gpubatch.optim import Optimizer, count_steps, follow_pass, scalars_ahead, unchecked, update_ahead
 from gpubatch.sklearn.machine import Machine
 from gpubatch.train import CapturedStep, LossScale, why_eager
 
-DECAYED = 1 << 13  # weights whose squares are summed at a time, on one of BLAS's threads
+AHEAD = 1 << 8  # steps whose scalars are computed at a time
+SCRATCH = 1 << 15  # numbers of the l2 gradient that NumPy computes at a time
 AT_ONCE = 1 << 12  # rows of which L-BFGS computes the gradients at a time
 
 
@@ -48,16 +50,20 @@ class OrderedEpochs:
         self._given = None if weight is None else machine.backend.asarray(weight)
         parameters = machine.net.parameters
         self._weights = [parameters[name].reshape(-1) for name in machine.weight_names]
-        self._pieces = [W[part] for W in self._weights for part in evenly(W.size, DECAYED)]
         self._spans = np.array([parameters.spans[name] for name in machine.weight_names])
-        self._scratch = {"l2": np.empty(DECAYED, machine.net.dtype)}
+        scratch = {"l2": SCRATCH, "squares": (1, 1)}
+        self._scratch = {name: np.empty(shape, machine.net.dtype) for name, shape in scratch.items()}
         self._constant = constant_of(machine, Y, weight)
         self._room: tuple[Array, Array] | None = None
-        self._at = np.empty(0, np.int64)  # the rows of X of a batch
-        # Calls that compute the gradients of a batch, by its rows: from the second on they are one call.
-        self._again: dict[int, tuple[Any, np.ndarray]] = {}
+        # The order of an epoch, the place of a batch in it, and the rows of X that it names there.
+        self._order, self._place, self._at = np.empty(len(Y), np.int64), np.zeros(1, np.int64), np.empty(0, np.int64)
+        self._total = np.zeros(1)  # the sum of an epoch's losses
+        # The scalars of the next steps, and which of them is the next.
+        self._scalars: Any = None
+        self._step = np.zeros(1, np.int64)
+        self._again: dict[int, KernelCalls] = {}  # the calls of a step, by the rows of its batch
         self._calls = machine.core.kernel_calls
-        if not self._dense or weight is not None or self._Y.ndim > 1 or self._Y.dtype != np.int64:
+        if not self._dense or weight is not None:
             self._calls = None  # NumPy has a part in every batch
         self._captured: dict[int, CapturedStep] = {}
         # A graph holds the weight of the l2 term, which differs from batch to batch where samples have weights.
@@ -84,6 +90,7 @@ class OrderedEpochs:
         if self._room is None:
             rows = max(part.stop - part.start for part in batches)
             shape = rows, self._net.inputs
+            self._at = np.empty(rows, np.int64)
             self._room = (
                 self._machine.backend.empty(shape, self._net.dtype),
                 self._machine.backend.empty((rows, *self._Y.shape[1:]), self._Y.dtype),
@@ -94,35 +101,62 @@ class OrderedEpochs:
             return constant + make(order, parts, *self._room)
 
     def _on_host(self, order: np.ndarray, parts: Sequence[tuple[slice, float]], x: Array, y: Array) -> float:
-        step, alpha, reported = self._opt.step, self._alpha, self._machine.reported
-        if len(self._at) < len(x):
-            self._at = np.empty(len(x), np.int64)
-        total = 0.0
-        for part, mass in parts:
-            rows, factor = part.stop - part.start, alpha / mass
-            self._at[:rows] = order[part]
-            if (again := self._again.get(rows)) is not None:
-                again[0].run()
-                found = again[1]
-            elif self._calls is None:
-                found = self._gradients(self._at[:rows], x[:rows], y[:rows], factor)
-            else:
-                library = self._core.ops.library
-                with recorded(library) as recording:
-                    found = self._gradients(self._at[:rows], x[:rows], y[:rows], factor)
-                if recording.complete(2 + self._calls + (alpha > 0)):
-                    self._again[rows] = recording, found
-                else:  # as where NumPy runs the activation
-                    self._calls = None
-            loss = reported * found.item()
-            if alpha:
-                loss += 0.5 * factor * sum(float(W.dot(W)) for W in self._pieces)
-            step()
-            total += rows * loss
+        self._order[: len(order)] = order
+        self._total.fill(0)
+        for start in range(0, len(parts), AHEAD):
+            some = parts[start : start + AHEAD]
+            if self._calls is not None:
+                self._look_ahead(len(some))
+            for rows, of_size in itertools.groupby(some, lambda part: part[0].stop - part[0].start):
+                same = list(of_size)
+                if self._calls is not None:
+                    del same[: self._make_at_once(same, x[:rows], y[:rows], self._calls)]
+                for part, mass in same:
+                    at = self._at[:rows]
+                    at[:] = self._order[part]
+                    loss = self._gradients(at, x[:rows], y[:rows], mass)
+                    self._total += self._machine.reported * rows * loss.item()
+                    self._opt.step()
         self._core.count_steps(len(parts))
-        return total
+        return self._total.item()
 
-    def _gradients(self, at: np.ndarray, x: Array, y: Array, factor: float) -> np.ndarray:
+    def _look_ahead(self, steps: int) -> None:
+        """Compute the optimizer's scalars for the next steps."""
+        follow_pass(self._opt)
+        scalars, _ = scalars_ahead(self._opt, self._opt.t, steps, steps)
+        if self._scalars is None:
+            self._scalars = np.zeros((AHEAD, *scalars.shape[1:]), scalars.dtype)
+        self._scalars[:steps] = scalars
+        self._step.fill(0)
+
+    def _make_at_once(self, parts: Sequence[tuple[slice, float]], x: Array, y: Array, calls: int) -> int:
+        """Make steps on parts of the size of x that follow one another in the order; returns how many.
+
+        The first of that size is recorded, and all others are one call. Where something in it could not be recorded, as
+        where NumPy runs the activation, there is no other. ``calls``: how many kernels forward and backward call.
+        """
+        opt, library, rows, made = self._opt, self._core.ops.library, len(x), 0
+        first, mass = parts[0]
+        self._place.fill(first.start)
+        if rows not in self._again:
+            with recorded(library) as recording:
+                library.next_rows(self._order, self._place, self._at[:rows])
+                loss = self._gradients(self._at[:rows], x, y, mass)
+                library.add_to(loss, self._machine.reported * rows, self._total)
+                updated = update_ahead(opt, self._scalars, self._step)
+            if updated:
+                count_steps(opt, 1)
+            else:
+                opt.step()
+            if not (updated and recording.complete(5 + calls + 2 * (self._alpha > 0))):
+                self._calls = None
+                return 1
+            self._again[rows], made = recording, 1
+        for steps in self._again[rows].runs(len(parts) - made):
+            count_steps(opt, steps)
+        return len(parts)
+
+    def _gradients(self, at: np.ndarray, x: Array, y: Array, mass: float) -> np.ndarray:
         """Compute on a CPU the gradients of the rows ``at``, gathered in x and y, and of the l2 term factor/2 Σ W².
 
         Returns the array that has the loss without that term.
@@ -135,8 +169,10 @@ class OrderedEpochs:
         core.ops.gather(self._Y, at, y, 1.0, 0.0)
         run = core.forward(x, y, None if self._given is None else core.weights(y, self._given[at]))
         core.backward(run, x)
-        if factor:
+        if self._alpha:
+            factor = self._alpha / mass
             core.ops.l2_gradient(parameters.flat, self._spans, factor, parameters.grads.flat, self._scratch)
+            core.ops.l2_loss(parameters.flat, self._spans, len(x) * factor / 2, self._total, self._scratch)
         found: np.ndarray = run.loss.work["loss"]
         return found
 
