@@ -678,7 +678,9 @@ static void in_blocks(Int m, Int n, Int k, bool transposed, const Body& body) {
     const InPlace small = in_place(m, n, k, work, transposed);
     if (small.rows.pieces > 1 || small.terms.pieces > 1) rows = small.rows, columns = {n, 1, 1};
     const OneThread blas;
-    pool().run(rows.pieces * columns.pieces, (int)std::min<Int>({most_threads, blas.before, work}), [&](Int i) {
+    // Two pieces for a thread: in a step the other passes leave helpers asleep, and the matrices in the caller's cache.
+    const int workers = (int)std::min<Int>({most_threads, blas.before, work / 2});
+    pool().run(rows.pieces * columns.pieces, workers, [&](Int i) {
         const Int row = rows.start(i / columns.pieces), column = columns.start(i % columns.pieces);
         body(row, rows.start(i / columns.pieces + 1) - row, column, columns.start(i % columns.pieces + 1) - column,
              small.terms);
