@@ -63,7 +63,7 @@ class Epochs:
         self.stats = LoaderStats()
         self._choose_feeds()
         self._position = Position()
-        self._why = f"batch_size={batch_size} was given"
+        self._why = "the batch size was chosen" if batch_size is None else f"batch_size={batch_size} was given"
         self._model = Memories()
         self._trained: Epochs | None = None  # the epochs whose data these share
         self._held_out: Epochs | None = None  # a fraction that is left out now

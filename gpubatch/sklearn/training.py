@@ -148,7 +148,8 @@ class OrderedEpochs:
                 count_steps(opt, 1)
             else:
                 opt.step()
-            if not (updated and recording.complete(5 + calls + 2 * (self._alpha > 0))):
+            # Beside those of the network: the rows, X and Y of the batch, the sum of losses, the update; two for l2.
+            if not (updated and recording.complete(calls + 5 + 2 * (self._alpha > 0))):
                 self._calls = None
                 return 1
             self._again[rows], made = recording, 1
