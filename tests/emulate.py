@@ -7,16 +7,15 @@ spins until another thread writes would spin for ever. tests/test_emulate.py has
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
 import functools
+import hashlib
 import os
 import re
 import shutil
 import struct
 import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from emulated_gpu.build import cache, compiler, locked
 from needs import missing
 
 HEADERS = Path(__file__).parent / "emulated"
@@ -54,9 +54,7 @@ def host_kernel(source: str, kernel: str, *parameters: str) -> Callable[..., Non
     (x, y). ``order="reverse"`` starts with the last thread and block: if a missing barrier makes the result depend on
     the order, one of the two is wrong. A deadlock of threads raises AssertionError.
     """
-    with tempfile.TemporaryDirectory(prefix="gpubatch-emulate-") as folder:
-        _build(source, kernel, parameters, f"{folder}/kernel.so", "-shared", "-fPIC")
-        launch = ctypes.CDLL(f"{folder}/kernel.so").emulate
+    launch = ctypes.CDLL(_built(source, kernel, parameters, "-shared", "-fPIC")).emulate
     launch.restype = ctypes.c_char_p
 
     def run(*arguments: Any, order: str = "forward") -> None:
@@ -110,7 +108,8 @@ def sanitized(
     for i, a in enumerate(arrays):
         parts += [struct.pack("3Q", a.ctypes.data, a.nbytes, i in tables), a.tobytes()]
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    program = _sanitized_program(source, kernel, tuple(parameters))
+    flags = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fsanitize-sections=shared"]
+    program = _built(source, kernel, tuple(parameters), *flags, header="sanitized.h")
     done = subprocess.run(
         [program], input=b"".join([*parts, packed]), capture_output=True, env=environment, timeout=300
     )
@@ -121,18 +120,11 @@ def sanitized(
 
 
 @functools.cache
-def _sanitized_program(source: str, kernel: str, parameters: Sequence[str]) -> str:
-    folder = tempfile.TemporaryDirectory(prefix="gpubatch-sanitized-")
-    atexit.register(folder.cleanup)
-    flags = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fsanitize-sections=shared"]
-    _build(source, kernel, parameters, f"{folder.name}/kernel", *flags, header="sanitized.h")
-    return f"{folder.name}/kernel"
-
-
-def _build(
-    source: str, kernel: str, parameters: Sequence[str], output: str, *flags: str, header: str = "grid.h"
-) -> None:
-    compiler = shutil.which("g++") or missing("compiler", "g++ is not installed")
+def _built(source: str, kernel: str, parameters: Sequence[str], *flags: str, header: str = "grid.h") -> str:
+    """The library or program of a kernel, in the cache of the emulated device: the other processes of a run, and the
+    next run, find it there.
+    """
+    gcc = shutil.which("g++") or missing("compiler", "g++ is not installed")
     text = PROGRAM.format(
         header=header,
         source=source,
@@ -141,14 +133,22 @@ def _build(
         names=", ".join(p.split()[-1].lstrip("*") for p in parameters),
     )
     # No contraction of a*b + c, as in NumPy; no strict aliasing, since kernels access one buffer through two types.
-    command = [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Werror", *flags]
+    command = [gcc, "-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Werror", *flags]
     command.append("-U_FORTIFY_SOURCE")  # it would report a jump to another stack as a fault
     command += ["-Wno-unused-function", "-Wno-unknown-pragmas"]  # other kernels of the source, and #pragma unroll
     if re.search(r"\b__sync|_sync\(", source):
         command.append("-DSYNCHRONISES")
-    command += ["-x", "c++", "-", "-I", str(HEADERS), "-o", output]
-    done = subprocess.run(command, input=text, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command += ["-x", "c++", "-", "-I", str(HEADERS), "-o"]
+    headers = (file.read_text() for file in sorted(HEADERS.iterdir()))
+    digest = hashlib.sha256("\0".join([compiler(), *command, text, *headers]).encode()).hexdigest()
+    built = cache() / f"{kernel}-{digest[:24]}"
+    with locked(built.with_suffix(".lock")):
+        if not built.exists():
+            made = str(built.with_suffix(".made"))
+            done = subprocess.run([*command, made], input=text, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            os.replace(made, built)
+    return str(built)
 
 
 def _value(argument: Any) -> bytes:
