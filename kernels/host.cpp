@@ -1151,17 +1151,24 @@ static bool in_cells(Any side, Any places) {
     return true;
 }
 
-// g += factor w on the parts of both between spans[i][0] and spans[i][1].
-static bool l2_gradient(Any w, Any spans, double factor, Any g) {
+// call(zero of w's type, size of w, number of parts, their spans), where w is of float or double, and the parts between
+// spans[i][0] and spans[i][1] are within it.
+template <class Call>
+static bool with_spans(Any w, Any spans, const Call& call) {
     PyArrayObject *a = array(w), *s = array(spans);
     if (!a || (PyArray_TYPE(a) != NPY_FLOAT && PyArray_TYPE(a) != NPY_DOUBLE)) return false;
     if (!s || !fits(spans, NPY_INT64, PyArray_SIZE(s))) return false;
-    return with_type(w, [&](auto zero) {
+    const Int n = PyArray_SIZE(a), parts = PyArray_SIZE(s) / 2, *span = data<Int>(spans);
+    for (Int i = 0; i < parts; ++i)
+        if (span[2 * i] < 0 || span[2 * i + 1] > n) return false;
+    return with_type(w, [&](auto zero) { return call(zero, n, parts, span); });
+}
+
+// g += factor w on the parts of both that the spans name.
+static bool l2_gradient(Any w, Any spans, double factor, Any g) {
+    return with_spans(w, spans, [&](auto zero, Int n, Int parts, const Int* span) {
         typedef decltype(zero) T;
-        const Int n = PyArray_SIZE(a), parts = PyArray_SIZE(s) / 2, *span = data<Int>(spans);
         if (!fits(w, TYPE<T>, n) || !fits(g, TYPE<T>, n) || !PyArray_ISWRITEABLE(array(g))) return false;
-        for (Int i = 0; i < parts; ++i)
-            if (span[2 * i] < 0 || span[2 * i + 1] > n) return false;
         const T* from = data<T>(w);
         T* to = data<T>(g);
         return made({w, spans, g}, [=] {
@@ -1177,16 +1184,10 @@ static bool l2_gradient(Any w, Any spans, double factor, Any g) {
 
 // loss += factor times the sum of the squares of the same parts of w; loss may be of double where w is of float.
 static bool l2_loss(Any w, Any spans, double factor, Any loss) {
-    PyArrayObject *a = array(w), *s = array(spans);
-    if (!a || (PyArray_TYPE(a) != NPY_FLOAT && PyArray_TYPE(a) != NPY_DOUBLE)) return false;
-    if (!s || !fits(spans, NPY_INT64, PyArray_SIZE(s))) return false;
-    return with_type(w, [&](auto zero) {
+    return with_spans(w, spans, [&](auto zero, Int n, Int parts, const Int* span) {
         typedef decltype(zero) T;
-        const Int n = PyArray_SIZE(a), parts = PyArray_SIZE(s) / 2, *span = data<Int>(spans);
         const bool wide = fits(loss, NPY_DOUBLE, 1);
         if (!fits(w, TYPE<T>, n) || !(wide || fits(loss, TYPE<T>, 1)) || !PyArray_ISWRITEABLE(array(loss))) return false;
-        for (Int i = 0; i < parts; ++i)
-            if (span[2 * i] < 0 || span[2 * i + 1] > n) return false;
         const T* from = data<T>(w);
         void* to = data<void>(loss);
         return made({w, spans, loss}, [=] {
